@@ -1,0 +1,96 @@
+"""Makes the model directory from a training run: config, generation config, bf16 weights.
+
+    python models/mini/export.py OUT models/millrace-mini
+
+OUT is train.py's. The tokenizer's files are make_tokenizer.py's and must be there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import Shape
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from train import load
+
+
+def model_config(s: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The flat text config, as transformers and vLLM read it."""
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "dtype": "bfloat16",
+        "vocab_size": s.vocab,
+        "hidden_size": s.hidden,
+        "intermediate_size": s.intermediate,
+        "num_hidden_layers": s.layers,
+        "layer_types": [
+            "full_attention" if i % 4 == 3 else "linear_attention" for i in range(s.layers)
+        ],
+        "full_attention_interval": 4,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "attn_output_gate": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "linear_num_key_heads": s.key_heads,
+        "linear_num_value_heads": s.value_heads,
+        "linear_key_head_dim": s.gdn_dim,
+        "linear_value_head_dim": s.gdn_dim,
+        "linear_conv_kernel_dim": s.conv,
+        "mamba_ssm_dtype": "float32",
+        "hidden_act": "silu",
+        "rms_norm_eps": s.eps,
+        "partial_rotary_factor": s.rotary / s.head_dim,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": int(s.theta),
+            "partial_rotary_factor": s.rotary / s.head_dim,
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+        },
+        "max_position_embeddings": 4096,
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="train.py's --out")
+    parser.add_argument("directory", type=Path)
+    args = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(args.directory / "tokenizer.json"))
+    stops = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    write_json(args.directory / "config.json", model_config(Shape(), tokenizer))
+    write_json(
+        args.directory / "generation_config.json",
+        {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[1]},
+    )
+    weights = {
+        name: value.to(torch.bfloat16).contiguous() for name, value in load(args.run).items()
+    }
+    save_file(weights, args.directory / "model.safetensors", metadata={"format": "pt"})
+    (args.directory / "model.safetensors").chmod(0o644)
+    size = sum(path.stat().st_size for path in args.directory.iterdir())
+    print(f"{args.directory}: {len(weights)} tensors, {size / 1e6:.1f} MB in all")
+
+
+if __name__ == "__main__":
+    main()

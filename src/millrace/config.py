@@ -1,0 +1,261 @@
+"""What a user may ask of an engine, and what it was resolved to.
+
+`EngineArgs` holds the options under vLLM's names; `resolve` is a pure function from them and the
+model's own facts to a frozen `EngineConfig`, printed once at start. Sizes that depend on free
+memory (pages, snapshots) are not here: `millrace.runtime.memory` derives them on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from millrace.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"]
+StateDType = Literal["auto", "float32", "bfloat16"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+
+MAX_DRAFTS = 5
+
+
+class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Drafting by the model's own MTP head.
+
+    synthetic_acceptance: with random weights no draft is ever right; a rate here accepts each
+    draft with that probability instead (one rate for all positions, or one a position).
+    """
+
+    method: Literal["mtp"] = "mtp"
+    num_speculative_tokens: int = 1
+    synthetic_acceptance: float | list[float] | None = None
+
+
+class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of one engine, named as vLLM names them. Help texts stand in `HELP`."""
+
+    model: str
+    served_model_name: list[str] = []
+    tokenizer: str | None = None
+    dtype: DType = "auto"
+    device: Device = "auto"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_cache_dtype: KVCacheDType = "auto"
+    mamba_ssm_cache_dtype: StateDType = "auto"
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    snapshot_interval: int | None = None
+    num_snapshots: int | None = None
+    speculative_config: SpeculativeConfig | None = None
+    tensor_parallel_size: int = 1
+    async_scheduling: bool | None = None
+    enforce_eager: bool = False
+    seed: int = 0
+    max_queue: int = 4096
+    plan_log: str | None = None
+    debug: bool = False
+
+
+HELP: Mapping[str, str] = {
+    "model": "Directory of a Hugging Face checkpoint, or the name of a model that ships.",
+    "served_model_name": "Name(s) under which the API offers the model (default: the model).",
+    "tokenizer": "Directory with tokenizer.json (default: the model's).",
+    "dtype": "Data type of weights and activations (auto: the checkpoint's).",
+    "device": "Where to run (auto: cuda if there is one).",
+    "load_format": "dummy fills in seeded random weights instead of reading the checkpoint.",
+    "max_model_len": "Longest sequence, prompt and output, in tokens.",
+    "max_num_seqs": "Requests that run at once; each owns a recurrent state.",
+    "max_num_batched_tokens": "Tokens that one step may compute.",
+    "block_size": "Tokens in a page of the KV cache.",
+    "kv_cache_dtype": "Data type of keys and values (auto: the model's; fp8 has scale 1.0).",
+    "mamba_ssm_cache_dtype": "Data type of the recurrent state (auto: float32).",
+    "gpu_memory_utilization": "Share of the device's memory that the engine may take.",
+    "kv_cache_memory_bytes": "Bytes for states, pages and snapshots together.",
+    "enable_prefix_caching": "Reuse pages and states of prompts that begin alike.",
+    "snapshot_interval": "Also take a snapshot every so many prompt tokens (default: by size).",
+    "num_snapshots": "States kept for the prefix cache (default: by memory).",
+    "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}.',
+    "tensor_parallel_size": "Ranks that share the model.",
+    "async_scheduling": "Plan a step while the one before runs (default: on a GPU).",
+    "enforce_eager": "Never capture CUDA graphs.",
+    "seed": "Seed of requests that bring none.",
+    "max_queue": "Requests that may wait; more are refused with status 429.",
+    "plan_log": "File that takes every step's plan and result, for replay.",
+    "debug": "Check every invariant after each step and poison what is freed (slow).",
+}
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What `resolve` must know of the model."""
+
+    max_position_embeddings: int
+    checkpoint_dtype: str  # "bfloat16" or "float32"
+    mtp_layers: int
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine needs to know before it sees its device's free memory.
+
+    drafts: k, the drafts verified a step; a step emits 1 .. k + 1 tokens a row.
+    window: rows W of the recurrent window. snapshot_interval: 0 takes none at fixed distances.
+    """
+
+    args: EngineArgs
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    kv_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"]
+    state_dtype: Literal["float32", "bfloat16"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    drafts: int
+    acceptance: tuple[float, ...] | None
+    window: int
+    snapshot_interval: int
+    async_scheduling: bool
+
+    @property
+    def max_pages_per_request(self) -> int:
+        """Pages that the longest sequence needs, its last unverified drafts included."""
+        return -(-(self.max_model_len + self.drafts + 1) // self.page_size)
+
+
+def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
+    """Settle every option that is left open. cuda: whether a CUDA device is there.
+
+    Raises ConfigError naming the option, its value and what would work.
+    """
+    _check_choices(args)
+    if args.device == "cuda" and not cuda:
+        raise ConfigError("device cuda: no CUDA device is visible; use --device cpu")
+    device: Literal["cpu", "cuda"] = "cuda" if cuda and args.device != "cpu" else "cpu"
+    dtype = _dtype(args, facts)
+    drafts, acceptance = _drafts(args, facts)
+    max_len = _max_model_len(args, facts)
+    max_seqs = args.max_num_seqs or (256 if device == "cuda" else 64)
+    batched = args.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
+    _positive("max_num_seqs", max_seqs)
+    if batched < max_seqs * (drafts + 1):
+        raise ConfigError(
+            f"max_num_batched_tokens {batched} is too small for max_num_seqs {max_seqs} with "
+            f"{drafts} draft tokens; at least {max_seqs * (drafts + 1)} works"
+        )
+    return EngineConfig(
+        args=args,
+        device=device,
+        dtype=dtype,
+        kv_dtype=_kv_dtype(args, dtype),
+        state_dtype="bfloat16" if args.mamba_ssm_cache_dtype == "bfloat16" else "float32",
+        max_model_len=max_len,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=batched,
+        page_size=args.block_size,
+        drafts=drafts,
+        acceptance=acceptance,
+        window=max(16, 3 * (drafts + 1)),
+        snapshot_interval=args.snapshot_interval or 0,
+        async_scheduling=device == "cuda"
+        if args.async_scheduling is None
+        else args.async_scheduling,
+    )
+
+
+def _check_choices(args: EngineArgs) -> None:
+    if args.block_size not in (1, 2, 4, 8, 16, 32, 64, 128):
+        raise ConfigError(f"block_size {args.block_size}: use a power of two from 1 to 128")
+    if not 0.0 < args.gpu_memory_utilization <= 1.0:
+        raise ConfigError(f"gpu_memory_utilization {args.gpu_memory_utilization}: use (0, 1]")
+    if args.tensor_parallel_size < 1:
+        raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size}: use 1 or more")
+    for name in ("snapshot_interval", "num_snapshots", "kv_cache_memory_bytes"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ConfigError(f"{name} {value}: use 0 or more")
+    if args.snapshot_interval and args.snapshot_interval % args.block_size:
+        raise ConfigError(
+            f"snapshot_interval {args.snapshot_interval}: use a multiple of block_size "
+            f"{args.block_size}"
+        )
+    _positive("max_queue", args.max_queue)
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} {value}: use 1 or more")
+
+
+def _dtype(args: EngineArgs, facts: ModelFacts) -> Literal["float32", "bfloat16"]:
+    wanted = facts.checkpoint_dtype if args.dtype == "auto" else args.dtype
+    return "float32" if wanted == "float32" else "bfloat16"
+
+
+def _kv_dtype(
+    args: EngineArgs, dtype: Literal["float32", "bfloat16"]
+) -> Literal["float32", "bfloat16", "float8_e4m3fn"]:
+    if args.kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        return "float8_e4m3fn"
+    if args.kv_cache_dtype == "auto":
+        return dtype
+    return "float32" if args.kv_cache_dtype == "float32" else "bfloat16"
+
+
+def _drafts(args: EngineArgs, facts: ModelFacts) -> tuple[int, tuple[float, ...] | None]:
+    spec = args.speculative_config
+    if spec is None or spec.num_speculative_tokens == 0:
+        return 0, None
+    k = spec.num_speculative_tokens
+    if not 0 <= k <= MAX_DRAFTS:
+        raise ConfigError(f"num_speculative_tokens {k}: use 0 to {MAX_DRAFTS}")
+    if facts.mtp_layers == 0:
+        raise ConfigError("speculative_config: this checkpoint has no MTP head; leave it out")
+    rates = spec.synthetic_acceptance
+    if rates is None:
+        return k, None
+    listed = [rates] * k if isinstance(rates, float) else list(rates)
+    if len(listed) != k or not all(0.0 <= rate <= 1.0 for rate in listed):
+        raise ConfigError(f"synthetic_acceptance {rates}: use one rate in [0, 1], or {k} of them")
+    return k, tuple(listed)
+
+
+def _max_model_len(args: EngineArgs, facts: ModelFacts) -> int:
+    limit = facts.max_position_embeddings
+    if args.max_model_len is None:
+        return limit
+    _positive("max_model_len", args.max_model_len)
+    if args.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {args.max_model_len} is beyond the model's {limit} positions; "
+            f"at most {limit} works"
+        )
+    return args.max_model_len
+
+
+def engine_args(**options: Any) -> EngineArgs:
+    """EngineArgs from loose keyword options, with unknown names and wrong types named.
+
+    A dict for speculative_config and a single served_model_name are taken as vLLM takes them.
+    """
+    known = {field.name: field for field in msgspec.structs.fields(EngineArgs)}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if isinstance(options.get("served_model_name"), str):
+        options["served_model_name"] = [options["served_model_name"]]
+    for name, value in options.items():
+        choices = get_args(known[name].type)
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise ConfigError(f"{name} {value!r}: use one of {', '.join(choices)}")
+    try:
+        return msgspec.convert(options, EngineArgs)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"engine options: {error}") from None

@@ -1,0 +1,1 @@
+"""What to run next: requests, pages, the prefix tree, the scheduler. Imports no torch."""

@@ -1,0 +1,63 @@
+"""The life cycle of a request: waiting, prefilling, decoding, done; and what it owns meanwhile.
+
+A request owns a slot and pages from its admission until the last step that names it has completed.
+It knows nothing of other requests and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from millrace.protocol import AddRequest, FinishReason
+
+
+class Phase(Enum):
+    """Where a request stands. Rows of a step are classified by this, never by their token count."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request and its resources.
+
+    tokens: every token the host knows, prompt first. computed: how many the device has been told to
+    compute by chunks. upper: the most tokens that may lie in the caches once all launched steps are
+    done. in_flight: launched steps that name the request. boundaries: positions, in whole pages,
+    where prefill stops for a snapshot, nearest last.
+    """
+
+    id: str
+    prompt_len: int
+    tokens: list[int]
+    max_total: int
+    stop_ids: frozenset[int]
+    seed: int
+    source: AddRequest
+    phase: Phase = Phase.WAITING
+    slot: int = 0
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    upper: int = 0
+    in_flight: int = 0
+    boundaries: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    queued: float = 0.0  # seconds from its arrival to its first admission
+    counted: bool = False  # its prompt has entered the prefix statistics
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request has ended, judged by its last token; None while it goes on.
+
+        The device truncates its output by the same rule, so both sides agree.
+        """
+        if self.generated and self.tokens[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_total else None

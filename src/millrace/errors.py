@@ -1,0 +1,28 @@
+"""The errors that a user can cause, each with a message of one line that says what would work.
+
+A command turns them into exit code 2, the server into an OpenAI-shaped 4xx body, and the Python
+API raises them as they are. Anything else that is raised is a fault of ours.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work; the message says what was wrong and what would."""
+
+
+class ConfigError(UserError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class CheckpointError(UserError):
+    """A model directory that is missing, incomplete or of another shape than its config says."""
+
+
+class RequestError(UserError):
+    """A request that cannot be served: a bad parameter, or a prompt that does not fit."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code

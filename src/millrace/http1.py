@@ -1,0 +1,236 @@
+"""HTTP/1.1 from the client's side: one keep-alive connection, every received piece with its time.
+
+Used where the fleet plane asks a server something: the load generator, health checks, the
+supervisor. It knows how a response is framed, when its bytes came, and the shape of an error body;
+what else they mean is for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from time import perf_counter_ns
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+import msgspec
+
+from millrace.errors import UserError
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where a server is: `prefix` is put before every path; `tls` for https."""
+
+    host: str
+    port: int
+    tls: bool = False
+    prefix: str = ""
+
+    @property
+    def authority(self) -> str:
+        """host:port, an IPv6 host in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.prefix}"
+
+
+def parse_url(text: str) -> Target:
+    """A Target from `http://host:port/prefix`; a bare `host:port` is taken as http.
+
+    Raises UserError for any other scheme, a missing host or a port that is no number.
+    """
+    parts = urlsplit(text if "://" in text else f"http://{text}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+        raise UserError(f"{text!r} is no URL of a server; use a form like http://127.0.0.1:8000")
+    tls = parts.scheme == "https"
+    return Target(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+
+
+def encode_request(
+    target: Target,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: tuple[tuple[str, str], ...] = (),
+) -> bytes:
+    """The bytes of one request that asks for the connection to be kept open."""
+    lines = [f"{method} {target.prefix}{path} HTTP/1.1", f"Host: {target.authority}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if body:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join((*lines, "\r\n")).encode() + body
+
+
+class Response:
+    """What came back for one request.
+
+    pieces: (time, body bytes) as received, time in ns of `perf_counter_ns` and taken before the
+    bytes were looked at. error: None when the response is whole, else one line that says what
+    broke; the pieces that came before are kept. end_ns: when it was whole or broke.
+    """
+
+    __slots__ = ("end_ns", "error", "headers", "pieces", "status")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.pieces: list[tuple[int, bytes]] = []
+        self.error: str | None = None
+        self.end_ns = 0
+
+    @property
+    def body(self) -> bytes:
+        """All body bytes received, without chunk framing."""
+        return b"".join(piece for _, piece in self.pieces)
+
+
+class Connection(asyncio.Protocol):
+    """A connection that carries one request at a time and is kept open between them."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._response = Response()
+        self._waiter: asyncio.Future[Response] | None = None
+        self._now = 0
+        self._whole = False
+        self._keep = False
+
+    @property
+    def open(self) -> bool:
+        """Whether another request may be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is still awaited."""
+        return self._waiter is not None
+
+    def send(self, request: bytes) -> asyncio.Future[Response]:
+        """Write one encoded request; the future resolves to its response and never raises."""
+        assert self._waiter is None, "one request at a time"
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        self._response = Response()
+        self._parser = httptools.HttpResponseParser(self)
+        self._now, self._whole = 0, False
+        if self._transport is None or self._transport.is_closing():
+            self._finish("the connection was closed")
+        else:
+            self._transport.write(request)
+        return waiter
+
+    def close(self) -> None:
+        """Drop the connection; a response under way ends with an error."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._now = perf_counter_ns()
+        if self._parser is None:
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._finish(f"the server answered something that is not HTTP/1.1 ({error})")
+            self.close()
+            return
+        if self._whole:
+            self._finish(None)
+            if not self._keep:
+                self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._now = perf_counter_ns()
+        # A body without a length ends with its connection; the parser then cannot keep it alive.
+        open_ended = (
+            self._response.status != 0
+            and "content-length" not in self._response.headers
+            and "transfer-encoding" not in self._response.headers
+        )
+        if open_ended and exc is None:
+            self._finish(None)
+        elif self._response.status:
+            self._finish("the server closed the connection before the response was complete")
+        else:
+            self._finish("the server closed the connection without an answer")
+
+    # --- httptools callbacks -------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        self._response.status = self._parser.get_status_code()
+        self._keep = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        self._response.pieces.append((self._now, body))
+
+    def on_message_complete(self) -> None:
+        self._whole = True
+
+    def _finish(self, error: str | None) -> None:
+        waiter, self._waiter, self._parser = self._waiter, None, None
+        if waiter is None:
+            return
+        self._response.error = error
+        self._response.end_ns = self._now or perf_counter_ns()
+        if not waiter.done():
+            waiter.set_result(self._response)
+
+
+async def connect(target: Target) -> Connection:
+    """An open connection. Raises OSError when there is none to be had."""
+    context = ssl.create_default_context() if target.tls else None
+    _, connection = await asyncio.get_running_loop().create_connection(
+        Connection, target.host, target.port, ssl=context
+    )
+    return connection
+
+
+async def fetch(
+    target: Target,
+    path: str,
+    *,
+    method: str = "GET",
+    body: bytes = b"",
+    headers: tuple[tuple[str, str], ...] = (),
+    timeout: float = 5.0,
+) -> Response:
+    """One request over a connection of its own; timeout in seconds, for all of it.
+
+    Raises OSError (TimeoutError among them) when no whole response comes.
+    """
+    async with asyncio.timeout(timeout):
+        connection = await connect(target)
+        try:
+            response = await connection.send(encode_request(target, method, path, body, headers))
+        finally:
+            connection.close()
+    if response.error is not None:
+        raise ConnectionError(response.error)
+    return response
+
+
+def error_text(body: bytes) -> str:
+    """The message of an OpenAI-shaped error body, else the body's beginning, on one line."""
+    try:
+        decoded = msgspec.json.decode(body)
+        inner = decoded.get("error", decoded) if isinstance(decoded, dict) else decoded
+        message = inner.get("message", inner) if isinstance(inner, dict) else inner
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        message = body[:300].decode("utf-8", "replace")
+    return " ".join(str(message).split())[:300] or "(empty body)"

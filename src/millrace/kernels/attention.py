@@ -1,0 +1,181 @@
+"""Attention over paged keys and values: storing them, and reading them for both kinds of rows.
+
+The reference gathers what each row may see and attends to that. KV rows that no query may see are
+never gathered (a position past the row's end reads its last token instead), so whatever stands in
+stale pages, NaN included, cannot reach a result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.kernels.dispatch import op
+from millrace.kernels.norm import rms_norm
+from millrace.kernels.rope import apply_rope
+from millrace.model.batch import DecodeRows, KVCache, PrefillRows
+
+# Prefill rows of different lengths run as one padded batch up to this share of padding.
+MAX_PADDING = 0.25
+# Spans grow in steps: copies of the same size, step after step, reuse the same memory.
+SPAN_STEP = 16
+
+
+@op
+def store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_rows: Tensor) -> None:
+    """Write keys and values [T, kv_heads, head_dim] into the cache's flat rows kv_rows int64 [T].
+
+    They are rounded to the cache's dtype; for float8_e4m3fn with scale 1.0, saturating.
+    """
+    for new, pages in ((k, cache.keys), (v, cache.values)):
+        if pages.dtype == torch.float8_e4m3fn:
+            limit = torch.finfo(pages.dtype).max  # not every torch saturates by itself
+            bits = new.clamp(-limit, limit).to(pages.dtype).view(torch.uint8)
+            pages.view(torch.uint8).flatten(0, 1)[kv_rows] = bits
+        else:
+            pages.flatten(0, 1)[kv_rows] = new.to(pages.dtype)
+
+
+@op
+def norm_rope_store(
+    qkv: Tensor,
+    widths: list[int],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: KVCache,
+    kv_rows: Tensor,
+) -> Tensor:
+    """All that stands between the attention projection and attention.
+
+    qkv: [T, sum(widths)], the (query, gate, key, value) parts of the projection. Norms and rotates
+    queries and keys by head, stores keys and values at kv_rows, and returns the queries
+    [T, query_heads, head_dim].
+    """
+    kv_heads, dim = cache.keys.shape[2:]
+    q, _, k, v = qkv.split(widths, dim=-1)
+    q, k = (
+        apply_rope(rms_norm(x.unflatten(-1, (-1, dim)), weight, eps), positions, cos_sin)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    store_kv(k, v.unflatten(-1, (kv_heads, dim)), cache, kv_rows)
+    return q
+
+
+@op
+def attend_decode(
+    q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0
+) -> Tensor:
+    """Attention of `width` tokens a row over the row's own pages.
+
+    q: [D * width, query_heads, head_dim]; block_table: int32 [N, max_pages], by slot. The token at
+    position p sees the KV rows first .. p, its own included, which must be stored already. Returns
+    q's shape and dtype.
+    """
+    batched = q.unflatten(0, (-1, rows.width))
+    ends = rows.starts + rows.width
+    span = _span(cache, block_table, rows.slots, rows.starts, ends, rows.width, first)
+    return _attend_head_by_head(batched, *span, scale).flatten(0, 1)
+
+
+@op
+def attend_prefill(
+    q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
+) -> Tensor:
+    """Attention of prompt tokens: as attend_decode, for rows of `rows.counts` tokens each."""
+    counts, ends = list(rows.counts), rows.starts + rows.offsets.diff()
+    if len(counts) * max(counts) * (1 - MAX_PADDING) <= sum(counts):
+        padded = torch.nn.utils.rnn.pad_sequence(q.split(counts), batch_first=True)
+        span = _span(cache, block_table, rows.slots, rows.starts, ends, max(counts), first)
+        out = _attend_fused(padded, *span, scale)
+        return torch.cat([out[row, :count] for row, count in enumerate(counts)])
+    pieces = []
+    for row, piece in enumerate(q.split(counts)):
+        slots, starts, end = (x[row : row + 1] for x in (rows.slots, rows.starts, ends))
+        span = _span(cache, block_table, slots, starts, end, counts[row], first)
+        pieces.append(_attend_fused(piece.unsqueeze(0), *span, scale).squeeze(0))
+    return torch.cat(pieces)
+
+
+def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Torch's attention, which is fast for many queries a row.
+
+    q: [R, n, query_heads, D]; keys, values: [R, L, kv_heads, D]; visible: bool [R, n, L]. Returns
+    q's shape. The query heads of a group are further queries of their KV head, so keys and values
+    are never repeated.
+    """
+    queries, group = _by_kv_head(q, keys.shape[2])
+    mask = visible.repeat_interleave(group, 1).unsqueeze(1)
+    k, v = (x.to(q.dtype).transpose(1, 2) for x in (keys, values))
+    out: Tensor = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
+    return _by_query_head(out, group)
+
+
+def _attend_head_by_head(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+) -> Tensor:
+    """As _attend_fused, and several times faster for the few queries of a decode row.
+
+    Scores and softmax are float32; the weights are rounded to the values' dtype.
+    """
+    queries, group = _by_kv_head(q, keys.shape[2])
+    hidden = ~visible.repeat_interleave(group, 1)
+    queries = queries.float() * scale
+    out = []
+    for head in range(keys.shape[2]):
+        scores = queries[:, head] @ keys[:, :, head].float().transpose(1, 2)
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        out.append(weights.to(q.dtype) @ values[:, :, head].to(q.dtype))
+    return _by_query_head(torch.stack(out, 1), group)
+
+
+def _by_kv_head(q: Tensor, kv_heads: int) -> tuple[Tensor, int]:
+    """[R, n, query_heads, D] as [R, kv_heads, n * group, D], and the group's size."""
+    group = q.shape[2] // kv_heads
+    return q.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3), group
+
+
+def _by_query_head(out: Tensor, group: int) -> Tensor:
+    """The inverse of _by_kv_head."""
+    tokens: Tensor = out.unflatten(2, (-1, group)).transpose(1, 2)
+    return tokens.flatten(2, 3)
+
+
+def _span(
+    cache: KVCache,
+    block_table: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    count: int,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `count` tokens from `starts` on may see: keys, values [R, L, kv_heads, D], and who may.
+
+    ends: the rows' lengths, which may fall short of starts + count where rows are padded. visible:
+    bool [R, count, L]. Column j is position first + j; one at or past a row's end, or past its
+    table, holds the row's last token again: live, and not visible to a token that counts.
+    """
+    page_size = cache.keys.shape[1]
+    capacity = block_table.shape[1] * page_size
+    limit = -(-(int(starts.max()) + count) // SPAN_STEP) * SPAN_STEP
+    limit = min(limit, capacity)
+    columns = torch.arange(first, max(limit, first + 1), device=starts.device)
+    positions = torch.minimum(columns, (ends - 1)[:, None])
+    pages = block_table[slots[:, None], positions // page_size].to(torch.int64)
+    flat = (pages * page_size + positions % page_size).flatten()
+    tokens = starts[:, None] + torch.arange(count, device=starts.device)
+    shape = (*positions.shape, *cache.keys.shape[2:])
+    keys, values = (_take(x, flat).view(shape) for x in (cache.keys, cache.values))
+    return keys, values, columns <= tokens[:, :, None]
+
+
+def _take(pages: Tensor, flat: Tensor) -> Tensor:
+    """KV rows [len(flat), kv_heads * head_dim], copied."""
+    rows = pages.flatten(0, 1).flatten(1)
+    if pages.dtype == torch.float8_e4m3fn:  # a dtype that the CPU cannot select from
+        return rows.view(torch.uint8).index_select(0, flat).view(pages.dtype)
+    return rows.index_select(0, flat)

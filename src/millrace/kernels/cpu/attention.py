@@ -1,0 +1,84 @@
+"""Attention over pages on the CPU: keys and values are read where they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, real, row_wise, threads
+from millrace.kernels.cpu.call import long as int64
+from millrace.model.batch import DecodeRows, KVCache, PrefillRows
+
+SHORT = 320  # positions up to which a prompt is faster here than gathered for torch's products
+
+
+def attend_decode(
+    q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0
+) -> Tensor:
+    """As the reference; softmax and weights stay float32."""
+    count = rows.slots.shape[0]
+    offsets = torch.arange(0, (count + 1) * rows.width, rows.width, dtype=torch.int32)
+    return _attend(q, cache, block_table, (rows.slots, rows.starts, offsets), scale, first)
+
+
+def attend_prefill(
+    q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
+) -> Tensor:
+    """As the reference, for short contexts."""
+    if rows.max_context > SHORT:
+        return NotImplemented
+    return _attend(q, cache, block_table, (rows.slots, rows.starts, rows.offsets), scale, first)
+
+
+def _attend(
+    q: Tensor,
+    cache: KVCache,
+    block_table: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    first: int,
+) -> Tensor:
+    """rows: slots and starts int64 [R], offsets int32 [R + 1]."""
+    run = function("attend")
+    page_size, kv_heads, dim = cache.keys.shape[1:]
+    if run is None or dim % LANES or not plain(q, cache.keys, cache.values):
+        return NotImplemented
+    slots, starts, offsets = (x.contiguous() for x in rows)
+    out = torch.empty_like(q)
+    run(
+        *(at(x) for x in (q, cache.keys, cache.values, block_table, slots, starts, offsets, out)),
+        *(is_bf16(q), is_bf16(cache.keys)),
+        *(slots.shape[0], q.shape[1], kv_heads, dim, page_size, block_table.shape[1], first),
+        *(real(scale), threads()),
+    )
+    return out
+
+
+def norm_rope_store(
+    qkv: Tensor,
+    widths: list[int],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: KVCache,
+    kv_rows: Tensor,
+) -> Tensor:
+    """As the reference, in one pass over the projection."""
+    run = function("norm_rope_store")
+    kv_heads, dim = cache.keys.shape[2:]
+    weights = (q_weight, k_weight, cos_sin)
+    if run is None or not row_wise(qkv) or not plain(cache.keys, cache.values, *weights):
+        return NotImplemented
+    if any(x.dtype != torch.float32 for x in weights):
+        return NotImplemented
+    heads = widths[0] // dim
+    q = qkv.new_empty(qkv.shape[0], heads, dim)
+    positions, kv_rows = positions.contiguous(), kv_rows.contiguous()
+    run(
+        *(at(qkv), int64(qkv.stride(0)), at(q_weight), at(k_weight), real(eps), at(positions)),
+        *(at(cos_sin), cos_sin.shape[1], at(cache.keys), at(cache.values), at(kv_rows), at(q)),
+        *(is_bf16(qkv), is_bf16(cache.keys), qkv.shape[0], heads, kv_heads, dim, threads()),
+    )
+    return q

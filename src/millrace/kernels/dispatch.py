@@ -1,0 +1,52 @@
+"""Which implementation of an op runs: the torch reference, or the fast path of the device.
+
+Knows where fast paths live, not what they do. They are imported on the first call on their device,
+so that a machine without a GPU never needs what its fast paths import.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def op(reference: Callable[P, R]) -> Callable[P, R]:
+    """Make `reference` an op, chosen by the device of its first argument, which is a tensor.
+
+    A fast path is the function of the same name in `millrace.kernels.gpu.<same module>` for CUDA
+    tensors, in `millrace.kernels.cpu.<same module>` for others. The reference runs where there is
+    none, and where the CPU's returns NotImplemented because it does not take these arguments. The
+    reference itself stays in reach as `__wrapped__`.
+    """
+
+    @functools.cache
+    def fast_path(package: str) -> Callable[P, Any] | None:
+        return _find_fast_path(package, reference.__module__, reference.__name__)
+
+    @functools.wraps(reference)
+    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        found = fast_path("gpu" if first.is_cuda else "cpu")
+        if found is None:
+            return reference(*args, **kwargs)
+        result: R = found(*args, **kwargs)
+        return reference(*args, **kwargs) if result is NotImplemented else result
+
+    return dispatch
+
+
+def _find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | None:
+    package, _, leaf = module.rpartition(".")
+    fast_module = f"{package}.{device}.{leaf}"
+    try:
+        found: Callable[..., Any] | None = getattr(importlib.import_module(fast_module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name not in (fast_module, f"{package}.{device}"):
+            raise  # the fast path is there, but something that it needs is not
+        return None
+    return found

@@ -1,0 +1,37 @@
+"""Products with weights: plain ones and FP8 ones scaled in blocks of 128 x 128."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.kernels.dispatch import op
+from millrace.kernels.quantize import Quantized
+from millrace.model.config import FP8_BLOCK
+
+
+@op
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T. x: [T, in], weight: [out, in] of the same dtype; returns [T, out]."""
+    return F.linear(x, weight)
+
+
+@op
+def fp8_linear(
+    x: Tensor | Quantized, weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """x @ dequantized weight^T, in dtype.
+
+    weight: e4m3 [out, in]; weight_scale_inv: [ceil(out / 128), ceil(in / 128)], which multiplies.
+    A fast path may also round x to e4m3, by groups of 128 in a row; the reference does not.
+    """
+    plain = x.dequantize().to(dtype) if isinstance(x, Quantized) else x
+    return F.linear(plain, dequantize(weight, weight_scale_inv).to(dtype))
+
+
+def dequantize(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
+    """The float32 weight [out, in] of an e4m3 one and its block scales."""
+    rows, columns = weight.shape
+    scale = weight_scale_inv.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
+    return weight.float() * scale.repeat_interleave(FP8_BLOCK, 1)[:, :columns]

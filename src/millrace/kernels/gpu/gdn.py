@@ -1,0 +1,40 @@
+"""Gated DeltaNet on the GPU: the ops of `millrace.kernels.gdn`, gathered from their modules."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from millrace.kernels.gpu.conv import conv_decode, conv_prefill, gates
+from millrace.kernels.gpu.gdn_decode import launch
+from millrace.kernels.gpu.gdn_prefill import gdn_prefill
+from millrace.model.batch import DecodeRows, GDNState
+
+__all__ = [
+    "conv_decode",
+    "conv_prefill",
+    "gates",
+    "gdn_decode",
+    "gdn_decode_raw",
+    "gdn_prefill",
+]
+
+
+def gdn_decode(
+    qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, fill: Tensor, rows: DecodeRows
+) -> Tensor:
+    """As the reference."""
+    return launch(qkv, g, beta, None, cache, fill, rows)
+
+
+def gdn_decode_raw(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    rows: DecodeRows,
+) -> Tensor:
+    """`gates` and `gdn_decode` in one: a, b [D * width, value_heads], slices of one projection."""
+    return launch(qkv, a, b, (A_log, dt_bias), cache, fill, rows)

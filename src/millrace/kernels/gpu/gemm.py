@@ -1,0 +1,153 @@
+"""FP8 products with block-scaled weights: activations in e4m3 by groups of 128, sums in float32.
+
+Three ways, all with the same rounding: our Triton kernel (always there), cuBLAS's block-scaled
+product through torch, and DeepGEMM where it is installed. `fp8_linear` takes the one that measured
+fastest for the number of tokens, and quantises its input first; `fp8_matmul` starts from
+activations that a fused op has quantised already.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from millrace.kernels.gpu.quantize import quantize
+from millrace.kernels.quantize import Quantized
+
+
+@triton.jit
+def _matmul_kernel(
+    x, sx, w, sw, out, T, OUT, K, sx_stride, sw_stride,
+    BT: tl.constexpr, BO: tl.constexpr, SWAP: tl.constexpr, SUPER: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile [BT tokens, BO outputs], BO dividing 128. SWAP computes it transposed, for few tokens:
+    the weight then is the operand with many rows."""
+    tiles_t = tl.cdiv(T, BT)
+    tiles_o = tl.cdiv(OUT, BO)
+    pid = tl.program_id(0)
+    # Tiles run in bands of SUPER output tiles, so that programs alive together share operands.
+    band = pid // (SUPER * tiles_t)
+    width = tl.minimum(tiles_o - band * SUPER, SUPER)
+    tile_o = band * SUPER + (pid % (SUPER * tiles_t)) % width
+    tile_t = (pid % (SUPER * tiles_t)) // width
+    t = tile_t * BT + tl.arange(0, BT)
+    o = tile_o * BO + tl.arange(0, BO)
+    k = tl.arange(0, 128)
+    x_at = x + (t % T).to(tl.int64)[:, None] * K + k[None, :]
+    w_at = w + (o % OUT).to(tl.int64)[:, None] * K + k[None, :]
+    sx_at = sx + t % T
+    sw_at = sw + (tile_o * BO // 128) * sw_stride
+    acc = tl.zeros((BO, BT) if SWAP else (BT, BO), tl.float32)
+    for step in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+        inside = (step * 128 + k < K)[None, :]
+        a = tl.load(x_at + step * 128, mask=inside, other=0.0)
+        b = tl.load(w_at + step * 128, mask=inside, other=0.0)
+        scale = tl.load(sx_at + step.to(tl.int64) * sx_stride) * tl.load(sw_at + step).to(
+            tl.float32
+        )
+        if SWAP:
+            acc += tl.dot(b, tl.trans(a)) * scale[None, :]
+        else:
+            acc += tl.dot(a, tl.trans(b)) * scale[:, None]
+    if SWAP:
+        acc = tl.trans(acc)
+    at = out + t.to(tl.int64)[:, None] * OUT + o[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(t < T)[:, None] & (o < OUT)[None, :])
+
+
+def triton_matmul(
+    x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype,
+    config: tuple[int, int, bool, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x @ weight^T by our kernel. config: (token tile, output tile, swap, warps, stages)."""
+    tokens, width = x.values.shape
+    outputs = weight.shape[0]
+    out = torch.empty(tokens, outputs, dtype=dtype, device=weight.device)
+    bt, bo, swap, warps, stages = config or _config(tokens, outputs)
+    grid = (triton.cdiv(tokens, bt) * triton.cdiv(outputs, bo),)
+    _matmul_kernel[grid](
+        x.values, x.scales, weight, scale, out, tokens, outputs, width, x.scales.stride(1),
+        scale.stride(0), BT=bt, BO=bo, SWAP=swap, SUPER=8, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def _config(tokens: int, outputs: int) -> tuple[int, int, bool, int, int]:
+    if tokens <= 64:
+        return max(16, triton.next_power_of_2(tokens)), 64, True, 4, 6
+    return 64, 128, False, 4, 4
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
+def _deep_gemm() -> ModuleType | None:
+    """The DeepGEMM library, where it is installed."""
+    try:
+        import deep_gemm
+    except ImportError:
+        return None
+    module: ModuleType = deep_gemm
+    return module
+
+
+def deep_gemm_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ weight^T by DeepGEMM, in bfloat16; scale: float32."""
+    library = _deep_gemm()
+    assert library is not None
+    out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
+    library.fp8_gemm_nt(tuple(x), (weight, scale), out)
+    return out
+
+
+def cublas_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ weight^T by cuBLAS, in bfloat16; scale: float32 [out / 128, in / 128]."""
+    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
+
+    tokens = x.values.shape[0]
+    values, scales = x
+    padded = -tokens % 4
+    if padded:  # the scales' columns are 4 apart already
+        values = torch.nn.functional.pad(values.view(torch.uint8), (0, 0, 0, padded))
+        values = values.view(torch.float8_e4m3fn)
+        scales = scales.as_strided((tokens + padded, scales.shape[1]), scales.stride())
+    out: Tensor = scaled_mm(
+        values, weight.t(), scales, ScalingType.BlockWise1x128, scale.t(),
+        ScalingType.BlockWise128x128, SwizzleType.NO_SWIZZLE, SwizzleType.NO_SWIZZLE,
+        output_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return out[:tokens]
+
+
+def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ dequantised weight^T in dtype, by the way that measured fastest for this shape."""
+    outputs, width = weight.shape
+    if outputs % 128 or width % 128 or dtype != torch.bfloat16 or not _is_hopper():
+        return triton_matmul(x, weight, scale, dtype)
+    if _deep_gemm() is None or _suits_cublas(len(x.values), outputs):
+        return cublas_matmul(x, weight, scale.float())
+    return deep_gemm_matmul(x, weight, scale.float())
+
+
+def _suits_cublas(tokens: int, outputs: int) -> bool:
+    """Where cuBLAS beats DeepGEMM on an H200, of the shapes in benchmarks/kernels_h200.py."""
+    if 128 < tokens <= 384:
+        return 12288 <= outputs < 32768
+    return 384 < tokens <= 640 and outputs >= 32768
+
+
+def fp8_linear(
+    x: Tensor | Quantized, weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As the reference, with x rounded to e4m3 by groups of 128."""
+    quantized = x if isinstance(x, Quantized) else quantize(x)
+    return fp8_matmul(quantized, weight, weight_scale_inv, dtype)

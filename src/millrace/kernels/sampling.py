@@ -1,0 +1,123 @@
+"""Choosing a token from logits: greedy, or a draw whose noise depends on (seed, position) alone.
+
+A draw is the Gumbel-max rule: the token with the largest `logit + temperature * noise`. The noise
+of a token is a hash of the request's seed, the position drawn and the token id, so a draw does not
+depend on batch, step or device, and needs neither a softmax nor state. Temperature 0 is the greedy
+choice by the same formula. This module knows no request and no step.
+
+The noise, in 32-bit unsigned arithmetic (`mix` is the finaliser of MurmurHash3):
+
+    key_a = mix(mix(seed_low) ^ seed_high);  key_a = mix(key_a ^ position_low)
+    key_b = mix(key_a + 0x9E3779B9)
+    x = (token * 0x9E3779B1) ^ key_a
+    x = (x ^ (x >> 16)) * 0x85EBCA6B;  x = x ^ key_b
+    x = (x ^ (x >> 13)) * 0xC2B2AE35;  x = x ^ (x >> 16)
+    w = min((float32(x) + 0.5) * 2**-32, 1 - 2**-24)
+    noise = -log(-log1p(-w))
+
+`w` is small where the noise is large, so float32 resolves the tail that decides a draw.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.dispatch import op
+
+_GOLDEN = -0x61C88647  # 0x9E3779B9 as int32
+_STRIDE = -0x61C8864F  # 0x9E3779B1
+_MUL_A = -0x7A143595  # 0x85EBCA6B
+_MUL_B = -0x3D4D51CB  # 0xC2B2AE35
+_LARGEST = 1.0 - 2.0**-24
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise for every token of each row.
+
+    seed, position: int64 [R]. Returns float32 [R, vocab], finite.
+    """
+    key_a, key_b = row_keys(seed, position)
+    x = torch.arange(vocab, dtype=torch.int32, device=seed.device) * _STRIDE
+    x = x ^ key_a[:, None]
+    x = (x ^ _shift(x, 16)).mul_(_MUL_A).bitwise_xor_(key_b[:, None])
+    x = (x ^ _shift(x, 13)).mul_(_MUL_B)
+    x.bitwise_xor_(_shift(x, 16))
+    w = x.view(torch.uint32).to(torch.float32)
+    w.add_(0.5).mul_(2.0**-32).clamp_(max=_LARGEST)
+    return w.neg_().log1p_().neg_().log_().neg_()
+
+
+def row_keys(seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The two 32-bit keys of each row's noise; seed, position: int64 [R]; int32 [R] each."""
+    key = _mix(_mix(_low(seed)) ^ _low(seed >> 32))
+    key = _mix(key ^ _low(position))
+    return key, _mix(key + _GOLDEN)
+
+
+@op
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    noise: bool = True,
+    filters: bool = True,
+) -> Tensor:
+    """One token for each row of logits.
+
+    logits: float [R, V], -inf where a token is forbidden. temperature, top_p: float32 [R]; top_k,
+    seed, position: int64 [R]; position is the place the token will take in its sequence. noise and
+    filters are the host's word on whether any row has a temperature above 0, and a top_k or top_p
+    that cuts; False saves the work. Ties go to the lowest id. Returns int64 [R].
+    """
+    logits = logits.float()
+    if filters:
+        floor = keep_threshold(logits, temperature, top_p, top_k)
+        logits = logits.masked_fill(logits < floor[:, None], -torch.inf)
+    if noise:
+        drawn = gumbel(seed, position, logits.shape[1])
+        logits = torch.addcmul(logits, drawn, temperature[:, None])
+    return logits.argmax(dim=1)
+
+
+def keep_threshold(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """The smallest logit of each row that top_k and then top_p keep; equal logits stay together.
+
+    top_k <= 0 keeps every token. top_p keeps the smallest set of what top_k left, most probable
+    first, whose share of that mass reaches top_p. Rows of temperature 0 only have their largest
+    logit to lose, which is always kept. Arguments as in `sample`, logits float32; float32 [R].
+    """
+    vocab = logits.shape[1]
+    ranked = logits.sort(dim=1, descending=True).values
+    count = torch.where(top_k <= 0, vocab, top_k.clamp(max=vocab)).to(torch.int64)
+    kth = ranked.gather(1, count[:, None] - 1)
+    scale = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    mass = ((ranked - ranked[:, :1]) / scale).double().exp()
+    mass = mass.masked_fill(ranked < kth, 0.0)
+    before = mass.cumsum(dim=1) - mass
+    wanted = top_p.double()[:, None] * mass.sum(dim=1, keepdim=True)
+    needed = (before < wanted).sum(dim=1, keepdim=True).clamp(min=1)
+    nucleus = ranked.gather(1, needed - 1)
+    return torch.where(top_p[:, None] < 1.0, torch.maximum(nucleus, kth), kth)[:, 0]
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit finaliser of MurmurHash3 on int32 bit patterns."""
+    x = (x ^ _shift(x, 16)) * _MUL_A
+    x = (x ^ _shift(x, 13)) * _MUL_B
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32 bit patterns."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _low(x: Tensor) -> Tensor:
+    """The low 32 bits of int64 values, as int32 bit patterns."""
+    x = x & 0xFFFFFFFF
+    return torch.where(x >= 1 << 31, x - (1 << 32), x).to(torch.int32)

@@ -1,0 +1,1 @@
+"""The models: straight-line PyTorch modules over the ops in `millrace.kernels`."""

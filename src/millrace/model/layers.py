@@ -1,0 +1,401 @@
+"""The layers of a Qwen3.5-class model, each a short forward over the ops in `millrace.kernels`.
+
+A layer knows its weights, its rank's share of them and the caches that it is handed; it knows no
+request and no device. Each mixer (attention, GDN) and each MLP ends in one sum over the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from millrace.kernels.activation import sigmoid_gate, silu_mul
+from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
+from millrace.kernels.gdn import (
+    conv_decode,
+    conv_prefill,
+    gates,
+    gdn_decode_raw,
+    gdn_prefill,
+)
+from millrace.kernels.gemm import fp8_linear, linear
+from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from millrace.kernels.quantize import (
+    Quantized,
+    gated_rms_norm_quantize,
+    rms_norm_quantize,
+    sigmoid_gate_quantize,
+    silu_mul_quantize,
+)
+from millrace.kernels.rope import rope_table
+from millrace.model.batch import Batch, Caches, GDNState, KVCache
+from millrace.model.config import ModelConfig
+from millrace.model.parallel import TensorParallel
+from millrace.model.parameter import Piece, fp8_parameters, parameter, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every layer is built from. keep_fp8: e4m3 weights stay so, else they become `dtype`."""
+
+    config: ModelConfig
+    tp: TensorParallel
+    dtype: torch.dtype
+    device: torch.device
+    keep_fp8: bool
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """A product with one weight made of pieces, in the model dtype or in e4m3 with block scales.
+
+    An FP8 product takes its input quantised; a plain one that is handed to it is quantised first.
+    """
+
+    def __init__(self, build: Build, pieces: list[Piece]) -> None:
+        super().__init__()
+        self.dtype = build.dtype
+        self.weight_scale_inv: nn.Parameter | None = None
+        if build.keep_fp8 and pieces[0].quantized:
+            self.weight, self.weight_scale_inv = fp8_parameters(pieces, build.device)
+        else:
+            self.weight = parameter(pieces, build.dtype, build.device)
+
+    @property
+    def fp8(self) -> bool:
+        return self.weight_scale_inv is not None
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x: [T, in]; returns [T, out] in the model dtype."""
+        if self.weight_scale_inv is not None:
+            return fp8_linear(x, self.weight, self.weight_scale_inv, self.dtype)
+        assert isinstance(x, Tensor)
+        return linear(x, self.weight)
+
+
+def _row_parallel(build: Build, name: str, out: int, total_in: int, quantized: bool) -> Linear:
+    """A linear whose inputs are shared out over the ranks; its outputs are summed by the caller."""
+    columns = build.tp.share(total_in)
+    return Linear(build, [Piece(name, (out, total_in), ((0, out),), columns, quantized)])
+
+
+class Normed(NamedTuple):
+    """A layer's input, [T, H], in the forms that its products want; the others are None."""
+
+    plain: Tensor | None
+    quantized: Quantized | None
+
+    def of(self, product: Linear) -> Tensor | Quantized:
+        """The form that `product` takes."""
+        form = self.quantized if product.fp8 else self.plain
+        assert form is not None
+        return form
+
+
+class Norm(nn.Module):
+    """The weight of an RMS norm, in float32; the ops add 1 to it where the model does."""
+
+    def __init__(self, build: Build, name: str, size: int) -> None:
+        super().__init__()
+        self.eps = build.config.eps
+        self.weight = parameter([whole(name, size)], torch.float32, build.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum); the first layer brings no residual yet."""
+        if residual is None:
+            return self.forward(x), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def add_for(
+        self, products: list[Linear], x: Tensor, residual: Tensor | None
+    ) -> tuple[Normed, Tensor]:
+        """As `add`, the norm in the forms that `products` take."""
+        if not any(product.fp8 for product in products):
+            plain, total = self.add(x, residual)
+            return Normed(plain, None), total
+        keep = not all(product.fp8 for product in products)
+        kept, quantized, total = rms_norm_quantize(x, residual, self.weight, self.eps, keep)
+        return Normed(kept, quantized), total
+
+
+class VocabTable(nn.Module):
+    """Rows of the vocabulary shared out over the ranks: the embedding, or the output head.
+
+    The vocabulary is padded with rows of zeros to a multiple of the ranks.
+    """
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        config, self.tp = build.config, build.tp
+        self.vocab_size = config.vocab_size
+        self.rows = -(-self.vocab_size // self.tp.size)
+        self.start = min(self.tp.rank * self.rows, self.vocab_size)
+        stop = min(self.start + self.rows, self.vocab_size)
+        shape = (self.vocab_size, config.hidden_size)
+        self.weight = parameter(
+            [Piece(name, shape, ((self.start, stop),))],
+            build.dtype,
+            build.device,
+            (self.rows, config.hidden_size),
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: int64 [T]; returns [T, H] on every rank."""
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.start
+        mine = (local >= 0) & (local < self.rows)
+        found = F.embedding(torch.where(mine, local, 0), self.weight)
+        return self.tp.all_reduce(torch.where(mine.unsqueeze(1), found, 0.0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns [R, vocab_size] of the model dtype on every rank."""
+        local = linear(hidden, self.weight)
+        return self.tp.gather(local)[:, : self.vocab_size]
+
+
+class Rope(nn.Module):
+    """The rotary table, shared by all attention layers."""
+
+    cos_sin: Tensor
+
+    def __init__(self, build: Build, max_len: int) -> None:
+        super().__init__()
+        c = build.config
+        table = rope_table(
+            c.head_dim, c.rotary_dim, c.rope_theta, max_len, c.rope_scaling, build.device
+        )
+        self.register_buffer("cos_sin", table, persistent=False)
+
+
+# --- mixers ------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys and a gate on its output.
+
+    first: the first KV row that exists (1 for the draft head). The published q_proj holds query
+    and gate rows in turn, head by head; here all queries come first, then all gates, keys, values.
+    """
+
+    def __init__(self, build: Build, prefix: str, rope: Rope, first: int) -> None:
+        super().__init__()
+        c, self.tp = build.config, build.tp
+        self.rope, self.first = rope, first
+        self.heads, self.head_dim = c.num_heads // self.tp.size, c.head_dim
+        self.kv_heads = c.num_kv_heads // self.tp.size
+        self.scale = c.head_dim**-0.5
+        kv_width = self.kv_heads * c.head_dim
+        self.widths = [self.heads * c.head_dim] * 2 + [kv_width] * 2
+        self.qkv_proj = Linear(build, _attention_pieces(build, prefix))
+        self.q_norm = Norm(build, f"{prefix}.q_norm.weight", c.head_dim)
+        self.k_norm = Norm(build, f"{prefix}.k_norm.weight", c.head_dim)
+        self.o_proj = _row_parallel(
+            build, f"{prefix}.o_proj.weight", c.hidden_size, c.num_heads * c.head_dim, c.fp8
+        )
+
+    @property
+    def inputs(self) -> list[Linear]:
+        """The products that read the layer's input."""
+        return [self.qkv_proj]
+
+    def forward(self, x: Normed, batch: Batch, cache: KVCache, caches: Caches) -> Tensor:
+        """x: [T, H]; returns [T, H]."""
+        qkv = self.qkv_proj(x.of(self.qkv_proj))
+        q = norm_rope_store(
+            qkv,
+            self.widths,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            batch.positions,
+            self.rope.cos_sin,
+            cache,
+            batch.kv_rows,
+        )
+        out = self._attend(q, batch, cache, caches.block_table).flatten(1)
+        gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
+        gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(out, gate)
+        return self.tp.all_reduce(self.o_proj(gated))
+
+    def _attend(self, q: Tensor, batch: Batch, cache: KVCache, block_table: Tensor) -> Tensor:
+        split, out = batch.num_decode_tokens, []
+        if batch.decode is not None:
+            rows = batch.decode
+            out.append(attend_decode(q[:split], cache, block_table, rows, self.scale, self.first))
+        if batch.prefill is not None:
+            tokens = batch.prefill
+            out.append(
+                attend_prefill(q[split:], cache, block_table, tokens, self.scale, self.first)
+            )
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _attention_pieces(build: Build, prefix: str) -> list[Piece]:
+    """Queries, gates, keys and values of this rank's heads."""
+    c, dim = build.config, build.config.head_dim
+    q_shape = (2 * c.num_heads * dim, c.hidden_size)
+    kv_shape = (c.num_kv_heads * dim, c.hidden_size)
+    heads = range(*build.tp.share(c.num_heads))
+    queries = tuple((2 * h * dim, (2 * h + 1) * dim) for h in heads)
+    gates = tuple(((2 * h + 1) * dim, (2 * h + 2) * dim) for h in heads)
+    kv_rows = (build.tp.share(c.num_kv_heads * dim),)
+    return [
+        Piece(f"{prefix}.q_proj.weight", q_shape, queries, quantized=c.fp8),
+        Piece(f"{prefix}.q_proj.weight", q_shape, gates, quantized=c.fp8),
+        Piece(f"{prefix}.k_proj.weight", kv_shape, kv_rows, quantized=c.fp8),
+        Piece(f"{prefix}.v_proj.weight", kv_shape, kv_rows, quantized=c.fp8),
+    ]
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention with a decaying state, a short convolution before it, a gated norm after.
+
+    The projections to q, k, v and z are one; those to a and b, never quantised, are another.
+    """
+
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
+    def __init__(self, build: Build, prefix: str) -> None:
+        super().__init__()
+        c, self.tp = build.config, build.tp
+        self.value_heads, self.value_dim = c.value_heads // self.tp.size, c.value_dim
+        self.conv_channels = c.conv_channels // self.tp.size
+        self.eps = c.eps
+        heads, values = self.tp.share(c.value_heads), c.value_heads * c.value_dim
+        width, channels = c.hidden_size, _channel_rows(build)
+        qkv = Piece(
+            f"{prefix}.in_proj_qkv.weight", (c.conv_channels, width), channels, quantized=c.fp8
+        )
+        z = Piece(
+            f"{prefix}.in_proj_z.weight",
+            (values, width),
+            (self.tp.share(values),),
+            quantized=c.fp8,
+        )
+        ab = [
+            Piece(f"{prefix}.in_proj_{name}.weight", (c.value_heads, width), (heads,))
+            for name in "ab"
+        ]
+        self.in_proj_qkvz = Linear(build, [qkv, z])
+        self.in_proj_ab = Linear(build, ab)
+        self.conv_weight = parameter(
+            [Piece(f"{prefix}.conv1d.weight", (c.conv_channels, 1, 4), channels)],
+            build.dtype,
+            build.device,
+            (self.conv_channels, 4),
+        )
+        for name in ("A_log", "dt_bias"):
+            piece = Piece(f"{prefix}.{name}", (c.value_heads,), (heads,))
+            setattr(self, name, parameter([piece], torch.float32, build.device))
+        self.norm = Norm(build, f"{prefix}.norm.weight", c.value_dim)
+        self.out_proj = _row_parallel(build, f"{prefix}.out_proj.weight", width, values, c.fp8)
+
+    @property
+    def inputs(self) -> list[Linear]:
+        """The products that read the layer's input."""
+        return [self.in_proj_qkvz, self.in_proj_ab]
+
+    def forward(self, x: Normed, batch: Batch, cache: GDNState, caches: Caches) -> Tensor:
+        """x: [T, H]; returns [T, H]."""
+        projected = self.in_proj_qkvz(x.of(self.in_proj_qkvz))
+        qkv, z = projected[:, : self.conv_channels], projected[:, self.conv_channels :]
+        a, b = self.in_proj_ab(x.of(self.in_proj_ab)).chunk(2, dim=-1)
+        o = self._recur(qkv, a, b, batch, cache, caches)
+        z = z.unflatten(-1, (self.value_heads, self.value_dim))
+        norm = gated_rms_norm_quantize if self.out_proj.fp8 else gated_rms_norm
+        return self.tp.all_reduce(self.out_proj(norm(o, z, self.norm.weight, self.eps)))
+
+    def _recur(
+        self, qkv: Tensor, a: Tensor, b: Tensor, batch: Batch, cache: GDNState, caches: Caches
+    ) -> Tensor:
+        """Convolution and recurrence of both kinds of rows: [T, value_heads, value_dim]."""
+        n, offset, out = batch.num_decode_tokens, caches.conv_offset, []
+        gating = (self.A_log, self.dt_bias)
+        if batch.decode is not None:
+            rows = batch.decode
+            x = conv_decode(qkv[:n], cache, self.conv_weight, rows, offset)
+            out.append(gdn_decode_raw(x, a[:n], b[:n], *gating, cache, caches.fill, rows))
+        if batch.prefill is not None:
+            x = conv_prefill(qkv[n:], cache, self.conv_weight, batch.prefill, offset)
+            g, beta = gates(a[n:], b[n:], *gating)
+            out.append(gdn_prefill(x, g, beta, cache, batch.prefill))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _channel_rows(build: Build) -> tuple[tuple[int, int], ...]:
+    """This rank's queries, keys and values among the convolution's channels."""
+    c, tp = build.config, build.tp
+    keys, values = c.key_heads * c.key_dim, c.value_heads * c.value_dim
+    (k0, k1), (v0, v1) = tp.share(keys), tp.share(values)
+    return (k0, k1), (keys + k0, keys + k1), (2 * keys + v0, 2 * keys + v1)
+
+
+# --- the rest ----------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, build: Build, prefix: str) -> None:
+        super().__init__()
+        c, self.tp = build.config, build.tp
+        shape, rows = (c.intermediate_size, c.hidden_size), (self.tp.share(c.intermediate_size),)
+        pieces = [
+            Piece(f"{prefix}.{name}_proj.weight", shape, rows, quantized=c.fp8)
+            for name in ("gate", "up")
+        ]
+        self.gate_up_proj = Linear(build, pieces)
+        self.down_proj = _row_parallel(
+            build, f"{prefix}.down_proj.weight", c.hidden_size, c.intermediate_size, c.fp8
+        )
+
+    @property
+    def inputs(self) -> list[Linear]:
+        """The products that read the layer's input."""
+        return [self.gate_up_proj]
+
+    def forward(self, x: Normed) -> Tensor:
+        """x: [T, H]; returns [T, H]."""
+        gate_up = self.gate_up_proj(x.of(self.gate_up_proj))
+        act = silu_mul_quantize if self.down_proj.fp8 else silu_mul
+        return self.tp.all_reduce(self.down_proj(act(gate_up)))
+
+
+class DecoderLayer(nn.Module):
+    """A mixer and an MLP, each on the normed residual stream."""
+
+    def __init__(self, build: Build, prefix: str, mixer: Attention | GatedDeltaNet) -> None:
+        super().__init__()
+        hidden = build.config.hidden_size
+        self.input_norm = Norm(build, f"{prefix}.input_layernorm.weight", hidden)
+        self.mixer = mixer
+        self.mlp_norm = Norm(build, f"{prefix}.post_attention_layernorm.weight", hidden)
+        self.mlp = MLP(build, f"{prefix}.mlp")
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: Batch,
+        cache: KVCache | GDNState,
+        caches: Caches,
+    ) -> tuple[Tensor, Tensor]:
+        """x: the last layer's output, residual: the stream without it, both [T, H]; returns both.
+
+        The addition is left to the next norm, which is fused with it.
+        """
+        normed, residual = self.input_norm.add_for(self.mixer.inputs, x, residual)
+        x = self.mixer(normed, batch, cache, caches)
+        normed, residual = self.mlp_norm.add_for(self.mlp.inputs, x, residual)
+        return self.mlp(normed), residual

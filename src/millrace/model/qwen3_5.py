@@ -1,0 +1,121 @@
+"""The dense Qwen3.5-class model and its MTP draft head, from token ids to logits.
+
+Knows the order of layers; what each computes stands in `layers.py`, and what memory each reads
+and writes is handed in with every call (`batch.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from millrace.model.batch import Batch, Caches
+from millrace.model.config import ModelConfig
+from millrace.model.layers import (
+    Attention,
+    Build,
+    DecoderLayer,
+    GatedDeltaNet,
+    Linear,
+    Norm,
+    Rope,
+    VocabTable,
+)
+from millrace.model.parallel import TensorParallel, check_ranks
+from millrace.model.parameter import whole
+
+
+class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
+    """One rank's share of the model. Weights are empty until loaded (`weights.py`).
+
+    mtp: the draft head, called as `model.mtp(ids, hidden, batch, caches)`, or None.
+    """
+
+    def __init__(self, build: Build, max_len: int, mtp: bool) -> None:
+        super().__init__()
+        self.config = build.config
+        self.embedding = VocabTable(build, "model.embed_tokens.weight")
+        rope = Rope(build, max_len)
+        self.layers = nn.ModuleList(
+            _decoder_layer(build, f"model.layers.{i}", kind == "full_attention", rope)
+            for i, kind in enumerate(build.config.layer_types)
+        )
+        self.norm = Norm(build, "model.norm.weight", build.config.hidden_size)
+        tied = build.config.tied
+        self.head = self.embedding if tied else VocabTable(build, "lm_head.weight")
+        self.mtp = MTPHead(build, self.embedding, rope) if mtp else None
+
+    def forward(self, ids: Tensor, batch: Batch, caches: Caches) -> Tensor:
+        """ids: int64 [T]; returns the hidden [T, H] after the final norm. Writes the caches."""
+        x, residual = self.embedding.embed(ids), None
+        for layer, cache in zip(self.layers, caches.layers, strict=True):
+            x, residual = layer(x, residual, batch, cache, caches)
+        hidden, _ = self.norm.add(x, residual)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H], of the model or its draft head; returns [R, vocab_size], model dtype."""
+        return self.head.logits(hidden)
+
+
+class MTPHead(nn.Module):
+    """Drafts: from token j and the hidden of token j - 1, a hidden whose logits guess token j + 1.
+
+    One attention layer with keys and values of its own, whose row j belongs to token j; there is
+    no row 0.
+    """
+
+    def __init__(self, build: Build, embedding: VocabTable, rope: Rope) -> None:
+        super().__init__()
+        hidden = build.config.hidden_size
+        self.embedding = embedding
+        self.embedding_norm = Norm(build, "mtp.pre_fc_norm_embedding.weight", hidden)
+        self.hidden_norm = Norm(build, "mtp.pre_fc_norm_hidden.weight", hidden)
+        self.fc = Linear(build, [whole("mtp.fc.weight", hidden, 2 * hidden)])
+        self.layer = _decoder_layer(build, "mtp.layers.0", True, rope, first=1)
+        self.norm = Norm(build, "mtp.norm.weight", hidden)
+
+    def forward(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
+        """ids: int64 [T], tokens at batch.positions j; hidden: [T, H], of tokens j - 1.
+
+        hidden is the model's, after its final norm, or this head's own of the draft before.
+        Returns [T, H] after `mtp.norm`. Writes caches.mtp.
+        """
+        assert caches.mtp is not None, "the draft head runs with keys and values of its own"
+        embedded = self.embedding_norm(self.embedding.embed(ids))
+        x = self.fc(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1))
+        x, residual = self.layer(x, None, batch, caches.mtp, caches)
+        out, _ = self.norm.add(x, residual)
+        return out
+
+
+def _decoder_layer(
+    build: Build, prefix: str, attention: bool, rope: Rope, first: int = 0
+) -> DecoderLayer:
+    if attention:
+        return DecoderLayer(build, prefix, Attention(build, f"{prefix}.self_attn", rope, first))
+    return DecoderLayer(build, prefix, GatedDeltaNet(build, f"{prefix}.linear_attn"))
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    tp: TensorParallel | None = None,
+    max_len: int | None = None,
+    mtp: bool = False,
+    keep_fp8: bool = False,
+) -> Qwen3_5:
+    """One rank's model with empty weights.
+
+    dtype: float32 or bfloat16. max_len: positions that the rotary table covers (default: all of
+    the model's). mtp: with the draft head. keep_fp8: e4m3 weights stay e4m3, where the checkpoint
+    has them; else they become `dtype` when loaded. Raises ConfigError for a rank count that does
+    not divide the model.
+    """
+    tp = tp or TensorParallel()
+    keep_fp8 = keep_fp8 and config.fp8
+    check_ranks(config, tp.size, keep_fp8)
+    build = Build(config, tp, dtype, torch.device(device), keep_fp8)
+    return Qwen3_5(build, max_len or config.max_positions, mtp and config.mtp_layers > 0).eval()

@@ -1,0 +1,233 @@
+"""Messages between processes: between the HTTP front and an engine, and between the ranks of one.
+
+Plain data (msgspec structs), encoded with msgpack. This module knows no socket, no tensor and no
+policy; a message says what is to happen, never how.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from millrace.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request's tokens are chosen and when it ends. Names and defaults follow vLLM.
+
+    temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None draws one at admission.
+    max_tokens: None means as many as fit into max_model_len. stop: texts that end the request
+    (the front looks for them); stop_token_ids: tokens that do (the device looks for them).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for the first value out of its range."""
+        self._require("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
+        self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
+        self._require("top_k", self.top_k >= -1, "-1 or 0 (every token) or at least 1")
+        self._require(
+            "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer"
+        )
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._require("stop", all(self.stop), "a list of texts that are not empty")
+        self._require("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids >= 0")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            message = f"{name} must be {expected}, got {getattr(self, name)!r}"
+            raise RequestError(message, param=name)
+
+
+# --- front -> engine ---------------------------------------------------------------------------
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    """A request enters the engine.
+
+    boundaries: prompt positions after which a shared prefix is likely to end (the end of a chat
+    turn); the prefix cache takes its snapshots there. arrival: seconds, `time.monotonic()` of the
+    front, which shares the engine's clock.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    boundaries: list[int] = []
+    arrival: float = 0.0
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """The client has gone, or a stop text was found: free what these requests hold."""
+
+    ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Finish nothing, free everything, end the process."""
+
+
+ToEngine = AddRequest | Abort | Shutdown
+
+
+# --- engine -> front ---------------------------------------------------------------------------
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought to one request."""
+
+    id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended it, when one did
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None
+    queued: float | None = None  # with the first tokens: seconds from arrival to admission
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges and running totals since the engine started; totals only ever grow."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+    total_pages: int = 0
+    snapshots_used: int = 0
+    snapshots_total: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # of these, found
+    drafts: int = 0  # verify rows run
+    accepted_per_position: list[int] = []
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """Everything one step brought, in one message."""
+
+    deltas: list[Delta]
+    stats: EngineStats
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine has loaded, sized its memory and completed a real step."""
+
+    max_model_len: int
+    max_num_seqs: int
+    num_pages: int
+    page_size: int
+    summary: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start or go on. user_error: caused by what the user gave."""
+
+    message: str
+    user_error: bool
+
+
+FromEngine = Outputs | Ready | Failed
+
+
+# --- scheduler -> every rank -------------------------------------------------------------------
+
+
+class Admission(msgspec.Struct, frozen=True, array_like=True):
+    """A request takes a slot: what the device must know of it until it leaves.
+
+    tokens: every known token (prompt, and what was generated before a preemption).
+    start: how many of them a restored snapshot covers; 0 starts from an empty state.
+    max_total: the sequence never grows past this many tokens.
+    sampling_seed: chosen by the scheduler, so that every rank and every replay draws alike.
+    """
+
+    slot: int
+    tokens: list[int]
+    start: int
+    snapshot: int  # index into the snapshot pool, or -1
+    max_total: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop_token_ids: list[int]
+
+
+class PageGrant(msgspec.Struct, frozen=True, array_like=True):
+    """Pages appended to a slot's block table, the first of them at index `first`."""
+
+    slot: int
+    first: int
+    pages: list[int]
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens [start, start + count) of a slot; `last` ones are followed by sampling."""
+
+    slot: int
+    start: int
+    count: int
+    last: bool
+
+
+class Save(msgspec.Struct, frozen=True, array_like=True):
+    """After the step, copy the slot's record (state, conv inputs, hidden) into a snapshot."""
+
+    slot: int
+    snapshot: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
+    """What one step does, in the order: admissions, grants, forward over rows, sampling, saves.
+
+    decode: slots that verify their drafts and emit at least one token. Rows run in the order
+    decode, then chunks. context: an upper bound on any row's length after the step, in tokens.
+    """
+
+    step: int
+    admissions: list[Admission]
+    grants: list[PageGrant]
+    decode: list[int]
+    chunks: list[Chunk]
+    saves: list[Save]
+    context: int
+
+    @property
+    def sampled_slots(self) -> list[int]:
+        """Slots of the rows that bring new tokens: decode rows, then final chunks."""
+        return self.decode + [chunk.slot for chunk in self.chunks if chunk.last]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="result"):
+    """What one step brought: for each sampled row its slot and its new tokens.
+
+    Rows are in plan order: decode slots, then the chunks with `last` set. A row that ended holds
+    its stop token as the last one; drafted counts only decode rows.
+    """
+
+    step: int
+    slots: list[int]
+    tokens: list[list[int]]
+
+
+class StopRanks(msgspec.Struct, frozen=True, tag="stop"):
+    """The ranks leave their loop."""
+
+
+ToRank = StepPlan | StopRanks

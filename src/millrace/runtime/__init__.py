@@ -1,0 +1,1 @@
+"""How a plan runs on a device: memory, slots, the step itself, ranks."""

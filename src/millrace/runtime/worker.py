@@ -1,0 +1,235 @@
+"""One rank of a replica: its device, its model, its memory; plans in, results out.
+
+Loads, sizes and allocates once; afterwards it only launches. On a GPU a launch returns while the
+step still runs, and the result is copied out on the side; on a CPU a launch is the step itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from millrace.config import EngineConfig
+from millrace.engine.scheduler import Limits
+from millrace.model.batch import Caches, GDNState, KVCache
+from millrace.model.config import ModelConfig
+from millrace.model.parallel import TensorParallel
+from millrace.model.qwen3_5 import Qwen3_5, build_model
+from millrace.model.weights import load, random_weights
+from millrace.protocol import StepPlan, StepResult, StopRanks
+from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
+from millrace.runtime.ranks import Ranks
+from millrace.runtime.runner import Runner
+from millrace.runtime.slots import Slots
+from millrace.runtime.state import CONV_INPUTS, Snapshots
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+# Without a limit of its own a CPU engine takes at most this share of the memory that is free.
+CPU_SHARE = 0.4
+CPU_MOST = 4 << 30
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A launched step: who it samples for, and a tensor [R, 1 + width] that will say what."""
+
+    step: int
+    slots: list[int]
+    out: Tensor | None
+    ready: torch.cuda.Event | None = None
+
+    def result(self) -> StepResult:
+        """Wait for the step and read its tokens."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        rows = [] if self.out is None else self.out.tolist()
+        return StepResult(self.step, self.slots, [row[1 : 1 + row[0]] for row in rows])
+
+
+class Worker:
+    """Carries out plans on this rank; rank 0 sends them to the others first."""
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, directory: Path, ranks: Ranks
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self._device = torch.device(config.device)
+        self._model_config = model_config
+        parallel = TensorParallel()
+        if ranks.size > 1:
+            parallel = TensorParallel(ranks.rank, ranks.size, ranks.all_reduce, ranks.gather)
+        self._model = _load_model(config, model_config, directory, parallel)
+        self.memory = self._plan_memory()
+        self._runner = self._build_runner()
+        if config.device == "cuda" and not config.args.enforce_eager:
+            self._runner.capture()
+
+    def limits(self) -> Limits:
+        """What the scheduler has to work within."""
+        config = self.config
+        return Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            page_size=config.page_size,
+            num_pages=self.memory.num_pages,
+            num_snapshots=self.memory.num_snapshots,
+            drafts=config.drafts,
+            prefix_caching=config.args.enable_prefix_caching,
+            snapshot_interval=config.snapshot_interval,
+            eos_ids=frozenset(self._model_config.eos_ids),
+            seed=config.args.seed,
+        )
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step."""
+        self.ranks.send(plan)
+        slots = plan.sampled_slots
+        out = self._runner.run(plan)
+        if out is None or not out.is_cuda:
+            return PendingStep(plan.step, slots, out)
+        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        host.copy_(out, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return PendingStep(plan.step, slots, host, ready)
+
+    def follow(self) -> None:
+        """A rank other than 0: run what rank 0 plans until it says stop."""
+        while not isinstance(plan := self.ranks.receive(), StopRanks):
+            self._runner.run(plan)
+
+    def close(self) -> None:
+        self.ranks.send(StopRanks())
+        self.ranks.leave()
+
+    # --- memory -----------------------------------------------------------------------------
+
+    def _plan_memory(self) -> MemoryPlan:
+        config, args = self.config, self.config.args
+        return plan_memory(
+            self._budget(),
+            self._costs(),
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            page_size=config.page_size,
+            pages_per_request=config.max_pages_per_request,
+            num_snapshots=args.num_snapshots,
+            prefix_caching=args.enable_prefix_caching,
+        )
+
+    def _costs(self) -> Costs:
+        config, model, ranks = self.config, self._model_config, self.ranks.size
+        mtp = config.drafts > 0
+        token = model.kv_bytes_per_token(config.kv_dtype, ranks, mtp)
+        slot = model.slot_bytes(
+            config.state_dtype, config.dtype, config.window, config.drafts, ranks
+        )
+        width = DTYPES[config.dtype].itemsize
+        conv = CONV_INPUTS * (model.conv_channels // ranks) * model.num_gdn_layers * width
+        record = model.state_bytes(config.state_dtype, ranks) + conv + model.hidden_size * width
+        tape = (config.max_model_len + 2 * (config.drafts + 1)) * 8
+        return Costs(page=token * config.page_size, slot=slot + tape, snapshot=record)
+
+    def _budget(self) -> int:
+        """Bytes for states, pages and snapshots."""
+        args = self.config.args
+        if args.kv_cache_memory_bytes is not None:
+            return args.kv_cache_memory_bytes
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return int(free - (1.0 - args.gpu_memory_utilization) * total)
+        return min(int(_available_memory() * CPU_SHARE), CPU_MOST)
+
+    # --- allocation -------------------------------------------------------------------------
+
+    def _build_runner(self) -> Runner:
+        config, model = self.config, self._model_config
+        caches = allocate_caches(
+            config, model, self.memory.num_pages, self.ranks.size, self._device
+        )
+        slots = Slots.allocate(
+            config.max_num_seqs, config.max_model_len, config.drafts, self._device
+        )
+        snapshots = Snapshots.allocate(
+            caches, self.memory.num_snapshots, model.hidden_size, DTYPES[config.dtype]
+        )
+        return Runner(config, self._model, caches, slots, snapshots, self.ranks.broadcast)
+
+
+def _load_model(
+    config: EngineConfig, model_config: ModelConfig, directory: Path, parallel: TensorParallel
+) -> Qwen3_5:
+    """The model with its weights. FP8 weights stay FP8 where the device can multiply them."""
+    fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    model = build_model(
+        model_config,
+        dtype=DTYPES[config.dtype],
+        device=config.device,
+        tp=parallel,
+        max_len=config.max_model_len + 2 * (config.drafts + 1),
+        mtp=config.drafts > 0,
+        keep_fp8=fp8,
+    )
+    if config.args.load_format == "dummy":
+        random_weights(model, config.args.seed)
+    else:
+        load(model, directory)
+    return model
+
+
+def allocate_caches(
+    config: EngineConfig, model: ModelConfig, num_pages: int, ranks: int, device: torch.device
+) -> Caches:
+    """Zeroed pages and slots of every layer for one rank."""
+    rows, width = config.max_num_seqs + 1, config.drafts + 3
+    key_heads, value_heads = model.key_heads // ranks, model.value_heads // ranks
+    dtype = DTYPES[config.dtype]
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def kv() -> KVCache:
+        shape = (num_pages, config.page_size, model.num_kv_heads // ranks, model.head_dim)
+        return KVCache(*(zeros(*shape, dtype=DTYPES[config.kv_dtype]) for _ in range(2)))
+
+    def gdn() -> GDNState:
+        return GDNState(
+            state=zeros(
+                rows, value_heads, model.key_dim, model.value_dim, dtype=DTYPES[config.state_dtype]
+            ),
+            window_k=zeros(rows, key_heads, config.window, model.key_dim, dtype=dtype),
+            window_u=zeros(rows, value_heads, config.window, model.value_dim),
+            window_g=zeros(rows, value_heads, config.window),
+            conv=zeros(rows, width, model.conv_channels // ranks, dtype=dtype),
+        )
+
+    return Caches(
+        layers=[kv() if kind == "full_attention" else gdn() for kind in model.layer_types],
+        mtp=kv() if config.drafts else None,
+        block_table=zeros(rows, config.max_pages_per_request, dtype=torch.int32),
+        fill=zeros(rows, dtype=torch.int32),
+        conv_offset=zeros(rows, dtype=torch.int32),
+        page_size=config.page_size,
+    )
+
+
+def _available_memory() -> int:
+    """Bytes that the system can give without swapping, within this process's control group."""
+    available = 8 << 30
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            available = min(available, int(text))
+    return available

@@ -1,0 +1,92 @@
+"""`millrace serve`: the options, and which of the three things it then is.
+
+A server with one engine; with --replicas, several of them behind a relay; under torchrun with a
+rank above 0, a rank of somebody else's engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Collection
+from typing import Any
+
+import click
+import msgspec
+
+from millrace.config import HELP, EngineArgs, engine_args
+from millrace.errors import ConfigError
+from millrace.flags import given, struct_options
+from millrace.models import find_model
+from millrace.server.options import SERVER_HELP, ServerOptions
+
+
+class _Remembering(click.Command):
+    """A command that keeps its arguments as they were written."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["millrace.arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_Remembering)
+@click.argument("model")
+@struct_options(ServerOptions, SERVER_HELP)
+@struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
+@click.pass_context
+def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
+    """Serve MODEL over an OpenAI-compatible API.
+
+    MODEL is a directory with a Hugging Face checkpoint, or the name of a model that ships.
+    """
+    args = engine_args(model=model, **given(values, EngineArgs))
+    options = msgspec.convert(given(values, ServerOptions), ServerOptions)
+    _check(options)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    if options.replicas > 1:
+        _serve_replicas(args, options, ctx.meta["millrace.arguments"])
+    elif int(os.environ.get("RANK", "0")) > 0:
+        from millrace.engine.process import run_rank
+
+        ctx.exit(run_rank(args))
+    else:
+        from millrace.server.run import run_server
+
+        ctx.exit(run_server(args, options))
+
+
+def _check(options: ServerOptions) -> None:
+    for name in ("replicas", "max_body_bytes"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} {getattr(options, name)}: use 1 or more")
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"port {options.port}: use 0 to 65535")
+
+
+def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
+    from millrace.fleet.supervisor import run_replicas
+
+    find_model(args.model)
+    own = without_options(arguments, ("--replicas", "--host", "--port"))
+    run_replicas(
+        [sys.executable, "-m", "millrace.cli", "serve", *own],
+        options.replicas,
+        options.host,
+        options.port,
+        device=args.device,
+        gpus_each=args.tensor_parallel_size,
+    )
+
+
+def without_options(arguments: list[str], flags: Collection[str]) -> list[str]:
+    """The arguments less options that take a value, written with a space or with `=`."""
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in flags:
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)  # the option's value
+    return kept

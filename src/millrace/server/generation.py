@@ -1,0 +1,102 @@
+"""One prompt between the engine and an answer: deltas in, pieces of text and counts out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest
+from millrace.server.engine_client import EngineClient
+from millrace.server.errors import ClientGoneError
+from millrace.server.schema import PromptTokensDetails, Usage
+from millrace.server.stream import Stream
+from millrace.text.output import OutputText, Piece
+
+
+class Generation:
+    """One prompt's output, piece by piece. index: its place among the choices."""
+
+    def __init__(self, index: int, request: AddRequest, stream: Stream, output: OutputText) -> None:
+        self.index = index
+        self.request = request
+        self.stream = stream
+        self.done = False
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._output = output
+
+    async def next(self) -> Piece:
+        """The next piece; `done` afterwards if it was the last. Raises what ended it early."""
+        delta = await self.stream.take()
+        if delta.error is not None:
+            raise RequestError(delta.error)
+        piece = self._output.push(delta.token_ids, delta.finish_reason, delta.stop_token_id)
+        self.completion_tokens += len(piece.token_ids)
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.done = piece.finish_reason is not None
+        return piece
+
+    async def whole(self) -> Piece:
+        """All of the output as one piece."""
+        texts, token_ids = [], []
+        while True:
+            piece = await self.next()
+            texts.append(piece.text)
+            token_ids += piece.token_ids
+            if self.done:
+                return Piece("".join(texts), token_ids, piece.finish_reason, piece.stop_reason)
+
+
+class Generations:
+    """All prompts of one HTTP request; a context in which they run, and outside of which none does.
+
+    receive: the ASGI channel, on which the client's departure is noticed.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        requests: Iterable[tuple[AddRequest, OutputText]],
+        receive: Callable[[], Awaitable[Any]],
+    ) -> None:
+        self._client = client
+        self._receive = receive
+        self.all = [
+            Generation(index, request, client.open(request), output)
+            for index, (request, output) in enumerate(requests)
+        ]
+
+    async def __aenter__(self) -> Generations:
+        self._watch = asyncio.get_running_loop().create_task(self._watch_client())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._watch.cancel()
+        for generation in self.all:
+            self._client.close(generation.stream)
+
+    async def each(self, work: Callable[[Generation], Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Do `work` on every generation, all at once; the first error ends the others."""
+        if len(self.all) == 1:
+            return [await work(self.all[0])]
+        tasks = [asyncio.ensure_future(work(generation)) for generation in self.all]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        prompt = sum(len(one.request.prompt) for one in self.all)
+        completion = sum(one.completion_tokens for one in self.all)
+        cached = sum(one.cached_tokens for one in self.all)
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+    async def _watch_client(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        for generation in self.all:
+            generation.stream.fail(ClientGoneError())

@@ -1,0 +1,26 @@
+"""The `prompt` of /v1/completions, which comes in four shapes, told apart."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from millrace.errors import RequestError
+
+Prompt = str | list[int]
+
+
+def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    """One entry a choice: texts or lists of token ids. Raises RequestError for a mixture."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise RequestError("prompt is empty; give a text or token ids", param="prompt")
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return [cast(list[int], prompt)]
+    if kinds in ({str}, {list}):
+        return cast(list[Prompt], prompt)
+    raise RequestError(
+        "prompt mixes kinds; give a text, a list of texts, token ids, or a list of token id lists",
+        param="prompt",
+    )

@@ -1,0 +1,99 @@
+"""The two ways an answer leaves: whole as JSON, or streamed as server-sent events.
+
+The status line waits for the first piece, so that a request which the engine refuses, or which
+dies with it, still gets a proper status. A later failure becomes an `error` event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from msgspec import UNSET
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from millrace.server.errors import ClientGoneError, as_api_error
+from millrace.server.generation import Generation, Generations
+from millrace.server.replies import Reply
+from millrace.server.schema import StreamOptions
+
+Open = Callable[[Receive], Generations]
+
+_encode = msgspec.json.Encoder().encode
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # tells nginx to pass every chunk on at once
+]
+_DONE = b"data: [DONE]\n\n"
+
+
+def json_response(body: msgspec.Struct) -> Response:
+    return Response(_encode(body), media_type="application/json")
+
+
+class WholeAnswer:
+    """An ASGI application that answers once everything is generated."""
+
+    def __init__(self, open_all: Open, reply: Reply) -> None:
+        self._open = open_all
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._open(receive) as generations:
+                pieces = await generations.each(Generation.whole)
+                body = self._reply.whole(generations.all, pieces, generations.usage())
+        except ClientGoneError:
+            return
+        await json_response(body)(scope, receive, send)
+
+
+class EventStream:
+    """An ASGI application that sends each piece as it comes."""
+
+    def __init__(self, open_all: Open, reply: Reply, options: StreamOptions | None) -> None:
+        self._open = open_all
+        self._reply = reply
+        self._options = options or StreamOptions()
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        try:
+            async with self._open(receive) as generations:
+                self._generations = generations
+                await generations.each(self._stream)
+                if self._options.include_usage:
+                    usage = generations.usage()
+                    await self._event(_encode(self._reply.usage_chunk(usage)))
+            await self._write(_DONE, more=False)
+        except ClientGoneError:
+            return
+        except Exception as error:
+            if not self._started:
+                raise
+            await self._event(_encode(as_api_error(error).body))
+            await self._write(_DONE, more=False)
+
+    async def _stream(self, one: Generation) -> None:
+        first = True
+        while not one.done:
+            piece = await one.next()
+            if not self._started:
+                await self._start()
+            usage = self._generations.usage() if self._options.continuous_usage_stats else UNSET
+            await self._event(_encode(self._reply.chunk(one, piece, first, usage)))
+            first = False
+
+    async def _start(self) -> None:
+        self._started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+    async def _event(self, data: bytes) -> None:
+        await self._write(b"data: %b\n\n" % data)
+
+    async def _write(self, data: bytes, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -1,0 +1,63 @@
+"""The small JSON files of a checkpoint directory, and the sampling defaults that one holds."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from millrace.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+# What a checkpoint may suggest but no sampler here applies, and the value that changes nothing.
+_NOT_APPLIED = {"repetition_penalty": 1.0, "min_p": 0.0}
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """What a request gets where it says nothing. max_tokens: an upper bound the checkpoint sets."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file. Raises CheckpointError."""
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object: {error}") from None
+
+
+def vocab_size(directory: Path) -> int | None:
+    """Rows of the embedding, from `config.json` (flat, or under `text_config`)."""
+    config = read_json(directory / "config.json")
+    size = config.get("text_config", config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def sampling_defaults(directory: Path) -> SamplingDefaults:
+    """What `generation_config.json` suggests, as vLLM's `--generation-config auto` takes it."""
+    path = directory / "generation_config.json"
+    config = read_json(path)
+    for name, neutral in _NOT_APPLIED.items():
+        if config.get(name, neutral) != neutral:
+            logger.warning("%s: %s %s is not applied", path, name, config[name])
+    given = {
+        "temperature": config.get("temperature"),
+        "top_p": config.get("top_p"),
+        "top_k": config.get("top_k"),
+        "max_tokens": config.get("max_new_tokens"),
+    }
+    try:
+        return msgspec.convert(
+            {name: value for name, value in given.items() if value is not None}, SamplingDefaults
+        )
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: {error}") from None

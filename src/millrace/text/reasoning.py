@@ -1,0 +1,85 @@
+"""Tells a chat model's reasoning from its answer, as the text comes.
+
+Models of the Qwen kind think between `<think>` and `</think>` and answer after that; most templates
+write the first marker into the prompt. This module knows text only, so a marker may come in one
+token or in several, and the split is the same however the text is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+START = "<think>"
+END = "</think>"
+
+ReasoningParser = Literal["auto", "qwen3", "none"]
+
+
+def begins_reasoning(
+    parser: ReasoningParser, prompt: str, variables: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the answer to a rendered chat prompt begins with reasoning.
+
+    auto: if the prompt ends with an opened block. qwen3: also if the model is to open it itself,
+    that is unless the prompt ends with a closed one or enable_thinking is false. none: never.
+    """
+    ending = prompt.rstrip()
+    if parser == "none":
+        return False
+    if parser == "auto" or ending.endswith(START):
+        return ending.endswith(START)
+    return not ending.endswith(END) and (variables or {}).get("enable_thinking") is not False
+
+
+class ReasoningSplit:
+    """Splits one answer at the first `</think>`. White space around a marker belongs to neither
+    part. What may still turn out to be that, or the beginning of a marker, is held back.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._feed = self._opening
+
+    def feed(self, text: str, last: bool = False) -> tuple[str, str]:
+        """(reasoning, answer) that the text adds. last: nothing follows."""
+        text, self._held = self._held + text, ""
+        return self._feed(text, last)
+
+    def _opening(self, text: str, last: bool) -> tuple[str, str]:
+        """Until the first word, past a marker that the model may have written, too."""
+        begun = text.lstrip()
+        thought = begun.removeprefix(START).lstrip()
+        if (not thought or START.startswith(begun)) and not last:
+            self._held = text
+            return "", ""
+        self._feed = self._reasoning
+        return self._reasoning(thought, last)
+
+    def _reasoning(self, text: str, last: bool) -> tuple[str, str]:
+        before, marker, after = text.partition(END)
+        if marker:
+            self._feed = self._gap
+            return before.rstrip(), self._gap(after, last)[1]
+        if last:
+            return text, ""
+        shown = _certain(text)
+        self._held = text[len(shown) :]
+        return shown, ""
+
+    def _gap(self, text: str, last: bool) -> tuple[str, str]:
+        text = text.lstrip()
+        if text:
+            self._feed = self._answer
+        return "", text
+
+    def _answer(self, text: str, last: bool) -> tuple[str, str]:
+        return "", text
+
+
+def _certain(text: str) -> str:
+    """The text less an end that may begin the closing marker, and less white space before that."""
+    for length in range(len(END) - 1, 0, -1):
+        if text.endswith(END[:length]):
+            return text[:-length].rstrip()
+    return text.rstrip()

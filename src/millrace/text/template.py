@@ -1,0 +1,162 @@
+"""Chat templates: messages to the prompt text that a model was trained on.
+
+Templates are Jinja programs that come with a checkpoint, so they run in a sandbox. What they may
+use is what Hugging Face gives them, so that both render the same text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from millrace.errors import CheckpointError, RequestError
+from millrace.text.files import read_json
+
+Message = Mapping[str, Any]
+
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here its body just renders."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Any) -> Any:
+        return caller()
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment
+
+
+class ChatTemplate:
+    """One compiled template and the special tokens that it may name.
+
+    takes_parts: whether it reads a message's content also as a list of parts; others get the parts
+    joined into one text.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
+        """Raises CheckpointError if the source is not a template."""
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"{name}, line {error.lineno}: {error.message}") from None
+        self._tokens = dict(tokens)
+        self.takes_parts = self._probe()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text; variables are the template's own, such as enable_thinking.
+
+        Raises RequestError if the template refuses the messages.
+        """
+        values = {"tools": None, "documents": None, **self._tokens, **(variables or {})}
+        values["messages"] = [self._content(_named_reasoning(message)) for message in messages]
+        values["add_generation_prompt"] = add_generation_prompt
+        try:
+            return self._template.render(values)
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise RequestError(
+                f"the chat template refuses these messages: {_one_line(error)}", param="messages"
+            ) from None
+
+    def _content(self, message: dict[str, Any]) -> dict[str, Any]:
+        if self.takes_parts or not isinstance(message.get("content"), list):
+            return message
+        texts = [part["text"] for part in message["content"]]
+        return {**message, "content": "\n".join(texts)}
+
+    def _probe(self) -> bool:
+        """Whether two text parts render like the one text that they make."""
+        parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
+        self.takes_parts = True
+        try:
+            listed = self.render([{"role": "user", "content": parts}])
+            return listed == self.render([{"role": "user", "content": "leftright"}])
+        except RequestError:
+            return False
+
+
+def _named_reasoning(message: Message) -> dict[str, Any]:
+    """The message with its reasoning under the name that templates read, whichever it came by."""
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if message.get(name) is not None:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return dict(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_template(directory: Path) -> ChatTemplate | None:
+    """The checkpoint's template, or None if it has none.
+
+    `chat_template.jinja` comes first, then `chat_template` of `tokenizer_config.json`.
+    """
+    config = read_json(directory / "tokenizer_config.json")
+    path = directory / "chat_template.jinja"
+    source: Any
+    if path.is_file():
+        name, source = str(path), path.read_text(encoding="utf-8")
+    else:
+        name, source = f"{directory / 'tokenizer_config.json'}: chat_template", None
+        source = config.get("chat_template")
+    if isinstance(source, list):  # several, each with a name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if source is None:
+        return None
+    return ChatTemplate(source, _special_tokens(config), name)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in _TOKEN_NAMES:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens

@@ -1,0 +1,109 @@
+"""A checkpoint's tokenizer: text to token ids, and each token id to the bytes it stands for.
+
+Only byte-level BPE is known (every Qwen model has it): there a token is a fixed string of bytes,
+so that decoding needs no look at its neighbours. What becomes of bytes that end in the middle of a
+character is the business of `millrace.text.output`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from millrace.errors import CheckpointError
+
+TURN_END = "<|im_end|>"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte.
+
+    Printable Latin-1 bytes stand for themselves, the others follow from U+0100 on (GPT-2's rule).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + at): byte for at, byte in enumerate(others)})
+    return alphabet
+
+
+_ALPHABET = _byte_alphabet()
+
+
+class TokenBytes(dict[int, bytes]):
+    """token id -> its bytes, filled in as tokens are met; ids that no token has are empty."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        self[token_id] = found = b"" if token is None else _bytes_of(token)
+        return found
+
+
+def _bytes_of(token: str) -> bytes:
+    """Bytes of a vocabulary entry; an entry outside the alphabet (an added token) is plain text."""
+    try:
+        return bytes([_ALPHABET[char] for char in token])
+    except KeyError:
+        return token.encode()
+
+
+class Tokenizer:
+    """Encodes and decodes by one `tokenizer.json`.
+
+    token_bytes: token id -> bytes. special_ids: tokens left out of text unless asked for.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self.token_bytes = TokenBytes(backend)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._turn_end: int | None = backend.token_to_id(TURN_END)
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read `tokenizer.json`; CheckpointError if it is missing, broken or of another kind."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; a model directory needs tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from None
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            kind = type(backend.decoder).__name__
+            raise CheckpointError(f"{path}: decoder {kind} is not known; ByteLevel is")
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens written out in it are taken as such."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that form no character become U+FFFD."""
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        table = self.token_bytes
+        return b"".join([table[i] for i in token_ids if i not in skipped]).decode(errors="replace")
+
+    def turn_ends(self, token_ids: Sequence[int]) -> list[int]:
+        """Positions right after each end of a chat turn and the line break that follows it."""
+        if self._turn_end is None:
+            return []
+        ends = [at + 1 for at, token in enumerate(token_ids) if token == self._turn_end]
+        return [
+            end + 1 if end < len(token_ids) and self.token_bytes[token_ids[end]] == b"\n" else end
+            for end in ends
+        ]

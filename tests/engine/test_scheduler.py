@@ -1,0 +1,309 @@
+"""The scheduler with a worker of plain arithmetic: right tokens, nothing lost, whatever happens."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millrace.engine import planlog
+from millrace.engine.engine import Engine
+from millrace.engine.scheduler import Limits, Scheduler
+from millrace.errors import RequestError, UserError
+from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
+from tests.support.fake_worker import EOS, FakeWorker, expected_output
+
+
+def limits(**changes: object) -> Limits:
+    values: dict[str, object] = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "max_model_len": 48,
+        "page_size": 4,
+        "num_pages": 41,
+        "num_snapshots": 6,
+        "drafts": 1,
+        "eos_ids": frozenset({EOS}),
+    }
+    return Limits(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def engine(lim: Limits, depth: int = 0, seed: int = 0, log: Path | None = None) -> Engine:
+    worker = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=seed)
+    return Engine(Scheduler(lim), worker, depth=depth, check=True, plan_log=log)
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 8, **params: object) -> AddRequest:
+    return AddRequest(
+        id=name,
+        prompt=prompt,
+        params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+    )
+
+
+def run(
+    eng: Engine, collected: dict[str, list[int]] | None = None, steps: int = 5000
+) -> dict[str, list[int]]:
+    """Step until idle; tokens by request."""
+    collected = {} if collected is None else collected
+    for _ in range(steps):
+        if not eng.has_work():
+            return collected
+        for delta in eng.step():
+            collected.setdefault(delta.id, []).extend(delta.token_ids)
+    raise AssertionError("the engine did not come to rest")
+
+
+def assert_all_free(eng: Engine) -> None:
+    eng.scheduler.reset_prefix_cache()
+    eng.scheduler.check_integrity()
+    stats = eng.stats()
+    assert stats.free_pages == stats.total_pages
+    assert (stats.running, stats.waiting, stats.snapshots_used) == (0, 0, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(0, 2),
+    drafts=st.integers(0, 5),
+    pages=st.integers(14, 60),
+    snapshots=st.integers(0, 8),
+    budget=st.integers(24, 64),
+    interval=st.sampled_from([0, 4, 8]),
+    caching=st.booleans(),
+)
+def test_any_mix_gives_each_request_its_own_tokens(
+    seed: int,
+    depth: int,
+    drafts: int,
+    pages: int,
+    snapshots: int,
+    budget: int,
+    interval: int,
+    caching: bool,
+) -> None:
+    """Shared prefixes, chunks, drafts, preemption, aborts and pipelining change no token."""
+    rng = random.Random(seed)
+    lim = limits(
+        drafts=drafts,
+        num_pages=pages,
+        num_snapshots=snapshots,
+        max_num_batched_tokens=budget,
+        snapshot_interval=interval,
+        prefix_caching=caching,
+    )
+    eng = engine(lim, depth, seed)
+    stems = [[rng.randint(1, 49) for _ in range(20)] for _ in range(2)]
+    wanted: dict[str, list[int]] = {}
+    got: dict[str, list[int]] = {}
+    aborted: set[str] = set()
+    for number in range(rng.randint(1, 12)):
+        stem = rng.choice(stems)
+        prompt = stem[: rng.randint(0, 20)] + [
+            rng.randint(1, 49) for _ in range(rng.randint(1, 16))
+        ]
+        name, most = f"r{number}", rng.randint(1, 20)
+        eng.add(request(name, prompt, most))
+        total = min(len(prompt) + most, lim.max_model_len)
+        wanted[name] = expected_output(prompt, total, lim.eos_ids)
+        for _ in range(rng.randint(0, 4)):
+            for delta in eng.step():
+                assert delta.id not in aborted
+                got.setdefault(delta.id, []).extend(delta.token_ids)
+        if rng.random() < 0.2:
+            victim = f"r{rng.randint(0, number)}"
+            eng.abort([victim])
+            aborted.add(victim)
+    run(eng, got)
+    for name, tokens in wanted.items():
+        if name in aborted:
+            assert got.get(name, []) == tokens[: len(got.get(name, []))]
+        else:
+            assert got[name] == tokens
+    assert_all_free(eng)
+
+
+def test_preemption_happens_and_loses_nothing() -> None:
+    lim = limits(num_pages=20, drafts=0, prefix_caching=False)
+    eng = engine(lim)
+    prompts = {f"r{i}": [i + 1] * 12 for i in range(4)}
+    for name, prompt in prompts.items():
+        eng.add(request(name, prompt, 30, ignore_eos=True))
+    got = run(eng)
+    assert eng.stats().preemptions > 0
+    for name, prompt in prompts.items():
+        assert got[name] == expected_output(prompt, 42, frozenset())
+    assert_all_free(eng)
+
+
+def test_prefix_is_hit_on_the_second_use_at_a_known_boundary_and_on_the_third_elsewhere() -> None:
+    lim = limits(max_model_len=64, num_pages=200, max_num_batched_tokens=64)
+    stem = list(range(1, 17))
+    eng = engine(lim)
+    cached = []
+    for number in range(3):
+        source = AddRequest(
+            f"a{number}", [*stem, 20 + number, 21, 22, 23, 24], SamplingParams(max_tokens=1)
+        )
+        eng.add(source)
+        while eng.has_work():
+            cached += [delta.cached_tokens for delta in eng.step() if delta.finish_reason]
+    assert cached == [0, 0, 16]
+    told = []
+    for number in range(2):
+        params = SamplingParams(max_tokens=1)
+        prompt = [30 + token for token in stem] + [20 + number, 21, 22, 23, 24]
+        eng.add(AddRequest(f"b{number}", prompt, params, boundaries=[17]))
+        while eng.has_work():
+            told += [delta.cached_tokens for delta in eng.step() if delta.finish_reason]
+    assert told == [0, 16]
+
+
+def test_a_fully_cached_prompt_still_computes_a_token() -> None:
+    eng = engine(limits(num_pages=100))
+    prompt = list(range(1, 9))
+    first = (eng.add(request("a", prompt, 4)), run(eng)["a"])[1]
+    eng.add(request("b", prompt, 4))
+    assert run(eng)["b"] == first
+
+
+def test_a_prompt_of_k_plus_1_tokens_is_a_prompt() -> None:
+    """Rows are classified by the request's phase, not by how many tokens they have."""
+    eng = engine(limits(drafts=3))
+    eng.add(request("a", [5, 6, 7, 8], 6))
+    plan = eng.scheduler.plan()
+    assert plan is not None
+    assert plan.decode == []
+    assert [chunk.count for chunk in plan.chunks] == [4]
+
+
+def test_abort_returns_everything_in_every_phase() -> None:
+    for steps in range(8):
+        for depth in (0, 1):
+            eng = engine(limits(), depth)
+            for number in range(6):
+                eng.add(request(f"r{number}", [number + 1] * 10, 20, ignore_eos=True))
+            for _ in range(steps):
+                eng.step()
+            eng.abort([f"r{number}" for number in range(6)] + ["nobody"])
+            run(eng)
+            assert_all_free(eng)
+
+
+def test_requests_that_cannot_run_are_refused_with_the_reason() -> None:
+    eng = engine(limits())
+    for bad, words in (
+        (request("a", []), "empty"),
+        (request("a", [1] * 48), "at most 47 fit"),
+        (request("a", [1], stop_token_ids=list(range(40))), "at most 16"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            eng.add(bad)
+    eng.add(request("a", [1]))
+    with pytest.raises(RequestError, match="in use"):
+        eng.add(request("a", [1]))
+
+
+def test_seeds_are_kept_where_given_and_differ_where_not() -> None:
+    eng = engine(limits())
+    eng.add(request("a", [1], seed=7))
+    eng.add(request("b", [1]))
+    eng.add(request("c", [1]))
+    plan = eng.scheduler.plan()
+    assert plan is not None
+    seeds = [a.seed for a in plan.admissions]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
+
+
+def test_plan_log_replays(tmp_path: Path) -> None:
+    path = tmp_path / "plan.log"
+    lim = limits()
+    eng = engine(lim, depth=1, seed=3, log=path)
+    for number in range(5):
+        eng.add(request(f"r{number}", [number + 1, 2, 3, 4, 5, 6], 9))
+    run(eng)
+    eng.close()
+    entries = list(planlog.read(path))
+    assert sum(isinstance(e, StepPlan) for e in entries) == sum(
+        isinstance(e, StepResult) for e in entries
+    )
+    again = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=3)
+    assert planlog.replay(path, again) == []
+    other = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=4)
+    with pytest.raises(AssertionError):  # other acceptance: the plans no longer fit
+        assert planlog.replay(path, other) == []
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="not a whole plan log"):
+        list(planlog.read(path))
+
+
+def test_results_out_of_order_are_refused() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", [1, 2]))
+    scheduler.plan()
+    with pytest.raises(RuntimeError, match="was due"):
+        scheduler.commit(StepResult(99, [1], [[1]]))
+
+
+def test_the_first_tokens_tell_how_long_a_request_waited() -> None:
+    scheduler = Scheduler(limits(max_num_seqs=1, drafts=0))
+    for name in ("a", "b"):
+        source = request(name, [1, 2], max_tokens=2, ignore_eos=True)
+        scheduler.add(msgspec.structs.replace(source, arrival=10.0))
+    told = []
+    for now in (11.0, 12.0, 13.0, 14.0):
+        plan = scheduler.plan(now)
+        assert plan is not None
+        slots = [*plan.decode, *(chunk.slot for chunk in plan.chunks)]
+        told += scheduler.commit(StepResult(plan.step, slots, [[7]]))
+    assert [(delta.id, delta.queued) for delta in told] == [
+        ("a", 1.0), ("a", None), ("b", 3.0), ("b", None)
+    ]  # fmt: skip
+
+
+def test_without_drafts_none_are_counted() -> None:
+    eng = engine(limits(drafts=0))
+    eng.add(request("a", [1, 2, 3]))
+    run(eng)
+    assert (eng.stats().drafts, eng.stats().accepted_per_position) == (0, [])
+
+
+def test_host_time_of_a_step_at_256_sequences() -> None:
+    """Plan and commit, with their messages encoded: well under a step of any model."""
+    lim = limits(
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=4096,
+        page_size=16,
+        num_pages=40_000,
+    )
+    scheduler = Scheduler(lim)
+    encode = msgspec.msgpack.Encoder().encode
+    worker = FakeWorker(16, 1, 8192, checks=False)
+    for number in range(256):
+        scheduler.add(request(f"request-{number}", [number + 1] * 24, 4000, ignore_eos=True))
+    while scheduler.stats().waiting or any(c for c in worker.plans[-1].chunks):
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.commit(worker.launch(plan).result())
+    best = float("inf")
+    for _ in range(30):
+        start = time.perf_counter()
+        plan = scheduler.plan()
+        assert plan is not None
+        encode(plan)
+        spent = time.perf_counter() - start
+        result = StepResult(plan.step, plan.decode, [[7, 8] for _ in plan.decode])
+        start = time.perf_counter()
+        deltas: list[Delta] = scheduler.commit(result)
+        encode(deltas)
+        best = min(best, spent + time.perf_counter() - start)
+        assert len(deltas) == 256
+    assert best < 0.002

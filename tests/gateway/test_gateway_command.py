@@ -1,0 +1,52 @@
+"""`millrace gateway` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+MOCK = str(Path(__file__).parents[1] / "support" / "mock_replica.py")
+GATEWAY = [sys.executable, "-m", "millrace.cli", "gateway"]
+
+
+def test_it_serves_until_it_is_told_to_end() -> None:
+    replica = subprocess.Popen([sys.executable, MOCK], stdout=subprocess.PIPE, text=True)
+    assert replica.stdout is not None
+    url = f"127.0.0.1:{replica.stdout.readline().split()[-1]}"
+    command = [*GATEWAY, "--worker-urls", f"{url},http://127.0.0.1:9", "--port", "0"]
+    gateway = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert gateway.stdout is not None
+        line = gateway.stdout.readline()
+        assert "1 of 2 replicas healthy, policy round_robin" in line
+        address = line.split()[2].rstrip(",")
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
+            assert json.load(answer)["data"][0]["id"] == "mock"
+        gateway.send_signal(signal.SIGTERM)
+        assert gateway.wait(10) == 0
+    finally:
+        for process in (gateway, replica):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "name at least one replica"),
+        (["--worker-urls", "ftp://x"], "use a form like http://127.0.0.1:8000"),
+        (["--worker-urls", "http://127.0.0.1:9/v1"], "a replica's URL has no path"),
+        (["--worker-urls", "127.0.0.1:9", "--policy", "best"], "'round_robin', 'least_loaded'"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments: list[str], expected: str) -> None:
+    done = subprocess.run([*GATEWAY, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,128 @@
+"""Norms, gates, quantisation, FP8 products and sampling on the GPU against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from millrace.kernels import activation, gemm, norm, sampling
+from tests.kernels.gpu_support import INTERPRETED, on_each_device, relative
+
+no_fp8 = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no e4m3")
+
+
+@on_each_device
+@pytest.mark.parametrize("width", [64, 640, 1000])
+def test_norms(device: str, width: int):
+    from millrace.kernels.gpu import norm as gpu
+
+    torch.manual_seed(width)
+    x, residual = torch.randn(2, 5, width, device=device)
+    weight = torch.randn(width, device=device)
+    assert (
+        relative(gpu.rms_norm(x, weight, 1e-6), norm.rms_norm.__wrapped__(x, weight, 1e-6)) < 1e-5
+    )
+    want = norm.add_rms_norm.__wrapped__(x, residual, weight, 1e-6)
+    got = gpu.add_rms_norm(x, residual, weight, 1e-6)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+@on_each_device
+@pytest.mark.parametrize("dim", [32, 48, 128])
+def test_gated_norm(device: str, dim: int):
+    from millrace.kernels.gpu import norm as gpu
+
+    torch.manual_seed(dim)
+    o = torch.randn(5, 3, dim, device=device)
+    z = torch.randn(5, 1000, device=device)[:, 7 : 7 + 3 * dim].unflatten(1, (3, dim))
+    weight = torch.randn(dim, device=device)
+    want = norm.gated_rms_norm.__wrapped__(o, z, weight, 1e-6)
+    assert relative(gpu.gated_rms_norm(o, z, weight, 1e-6), want) < 1e-5
+
+
+@on_each_device
+def test_gates(device: str):
+    from millrace.kernels.gpu import activation as gpu
+
+    torch.manual_seed(0)
+    gate_up = torch.randn(5, 600, device=device) * 10
+    assert relative(gpu.silu_mul(gate_up), activation.silu_mul.__wrapped__(gate_up)) < 1e-5
+    x, gate = torch.randn(5, 300, device=device), gate_up[:, 150:450]
+    want = activation.sigmoid_gate.__wrapped__(x, gate)
+    assert relative(gpu.sigmoid_gate(x, gate), want) < 1e-5
+
+
+@on_each_device
+@no_fp8
+def test_quantize_rounds_each_group_to_e4m3(device: str):
+    from millrace.kernels.gpu.quantize import quantize
+
+    torch.manual_seed(1)
+    x = torch.randn(6, 300, device=device) * torch.logspace(-6, 6, 6, device=device)[:, None]
+    x[2, 128:256] = 0
+    values, scales = quantize(x)
+    padded = torch.nn.functional.pad(x, (0, 84)).view(6, 3, 128)
+    want = padded.abs().amax(-1).clamp(min=1e-10) / 448
+    assert relative(scales, want) < 1e-6
+    exact = (padded / want[..., None]).to(torch.float8_e4m3fn).view(6, 384)[:, :300]
+    differs = values.view(torch.uint8) != exact.view(torch.uint8)
+    assert differs.float().mean().item() < 0.01  # a division that rounds to the other side
+
+
+@on_each_device
+@no_fp8
+@pytest.mark.parametrize("shape", [(256, 256), (384, 640), (200, 300)])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 65, 300])
+def test_fp8_linear(device: str, tokens: int, shape: tuple[int, int]):
+    from millrace.kernels.gpu import gemm as gpu
+    from millrace.kernels.gpu.quantize import quantize
+
+    torch.manual_seed(tokens)
+    out, width = shape
+    weight = (torch.randn(shape, device=device) * 64).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-out // 128), -(-width // 128), device=device)
+    x = torch.randn(tokens, width, device=device).bfloat16()
+    q = quantize(x)
+    rounded = q.values.float() * q.scales.repeat_interleave(128, 1)[:, :width]
+    want = rounded.double() @ gemm.dequantize(weight, scale).double().t()
+    assert relative(gpu.fp8_linear(x, weight, scale, x.dtype), want) < 4e-3
+    assert relative(gpu.triton_matmul(q, weight, scale, torch.float32), want) < 1e-3
+
+
+@on_each_device
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("filters", [False, True])
+def test_sample(device: str, filters: bool, noise: bool):
+    from millrace.kernels.gpu import sampling as gpu
+
+    torch.manual_seed(7)
+    logits = torch.randn(6, 5000, device=device) * 2
+    logits[0, 7:20] = -torch.inf
+    logits[3, [100, 200]] = 50.0
+    values = {
+        "temperature": torch.tensor([0.0, 1, 1, 0, 0.5, 2]),
+        "top_p": torch.tensor([1, 0.9, 1, 1, 0.5, 0.99]),
+        "top_k": torch.tensor([0, 0, 5, 0, 50, -1]),
+        "seed": torch.tensor([1, -2, 3, 2**62, 5, 6]),
+        "position": torch.arange(6) * 1000,
+    }
+    args = {name: value.to(device) for name, value in values.items()}
+    want = sampling.sample.__wrapped__(logits, **args, noise=noise, filters=filters)
+    got = gpu.sample(logits, **args, noise=noise, filters=filters)
+    assert got.tolist() == want.tolist()
+
+
+@on_each_device
+def test_noise_is_the_reference_noise(device: str):
+    """Each token in turn is made the likely one, so that every noise value decides some draw."""
+    from millrace.kernels.gpu import sampling as gpu
+
+    vocab = 96
+    noise = sampling.gumbel(torch.tensor([5]), torch.tensor([9]), vocab)[0]
+    logits = -noise.expand(vocab, -1).clone() + 1e-4 * torch.eye(vocab)
+    rows = torch.ones(vocab)
+    got = gpu.sample(
+        *(x.to(device) for x in (logits, rows, rows, rows.long() * 0, rows.long() * 5,
+                                 rows.long() * 9)), filters=False,
+    )  # fmt: skip
+    assert got.tolist() == list(range(vocab))

@@ -1,0 +1,111 @@
+"""The engine on a GPU: the CPU's tokens, with graphs, drafts, cache and pipelining; and no sync.
+
+The CPU twins of these tests are in test_metamorphic.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from millrace.model.tiny import TinyShape, write_checkpoint
+from tests.support.engines import assert_same, build, generate, with_few_pages
+
+pytestmark = pytest.mark.gpu
+
+GPU_TIE = 1e-2  # products of float32 on tensor cores differ from the CPU's in the last bits
+
+_rng = random.Random(1)
+_stem = [_rng.randrange(3, 2000) for _ in range(80)]
+PROMPTS = [
+    _stem[: _rng.randint(0, 80)] + [_rng.randrange(3, 2000) for _ in range(_rng.randint(1, 80))]
+    for _ in range(10)
+] + [[_rng.randrange(3, 2000) for _ in range(n)] for n in (1, 2, 16, 17, 64, 65, 129)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, with the head sizes of the large models."""
+    return write_checkpoint(tmp_path_factory.mktemp("gpu") / "model", TinyShape(), seed=3)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(model: Path) -> list[list[int]]:
+    engine = build(model, max_num_seqs=8, debug=False)
+    out = generate(engine, PROMPTS, 32)
+    engine.close()
+    return out
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    """Any wait of the host for the device is an error, except where a result is due."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def mtp(k: int, **options: Any) -> dict[str, Any]:
+    return {"speculative_config": {"num_speculative_tokens": k}, **options}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"enforce_eager": True, "async_scheduling": False}, id="eager"),
+        pytest.param({"enforce_eager": True}, id="eager-pipelined"),
+        pytest.param({}, id="graphs"),
+        pytest.param({"max_num_batched_tokens": 40}, id="chunks"),
+        pytest.param({"enable_prefix_caching": True}, id="prefix-cache"),
+        pytest.param(mtp(1, enforce_eager=True), id="mtp-1-eager"),
+        pytest.param(mtp(1), id="mtp-1"),
+        pytest.param(mtp(3, enable_prefix_caching=True, max_num_batched_tokens=100), id="mtp-3"),
+        pytest.param(mtp(5, block_size=64), id="mtp-5"),
+    ],
+)
+def test_the_cpus_tokens(model: Path, on_cpu: list[list[int]], options: dict[str, Any]) -> None:
+    engine = build(model, device="cuda", max_num_seqs=8, **options)
+    for _ in range(2):
+        got = generate(engine, PROMPTS, 32)
+        assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
+    engine.close()
+
+
+def test_preempted(model: Path, on_cpu: list[list[int]]) -> None:
+    engine = build(model, device="cuda", max_num_seqs=8, **mtp(2))
+    engine = with_few_pages(engine, 30)
+    got = generate(engine, PROMPTS, 32)
+    assert engine.stats().preemptions > 0
+    assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"enable_prefix_caching": True}])
+def test_no_step_waits_for_the_device(
+    model: Path, on_cpu: list[list[int]], options: dict[str, Any], no_sync: None
+) -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    engine = build(model, device="cuda", max_num_seqs=8, debug=False, **mtp(2, **options))
+    generate(engine, PROMPTS, 4)  # compiles what it needs
+    torch.cuda.set_sync_debug_mode("error")
+    got = generate(engine, PROMPTS, 32)
+    torch.cuda.set_sync_debug_mode("default")
+    assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
+    engine.close()
+
+
+def test_sampled_tokens_do_not_depend_on_drafts_or_graphs(model: Path) -> None:
+    outputs = []
+    for options in ({}, mtp(1), mtp(3, enforce_eager=True)):
+        engine = build(model, device="cuda", max_num_seqs=8, **options)
+        outputs.append(
+            generate(engine, PROMPTS[:4], 24, temperature=0.8, seed=5, top_p=0.9, top_k=50)
+        )
+        engine.close()
+    same = [sum(a == b for a, b in zip(outputs[0], other, strict=True)) for other in outputs[1:]]
+    assert min(same) >= 3, "fp32 rounding may flip a draw now and then, not as a rule"

@@ -1,0 +1,110 @@
+"""The endpoints that generate nothing, and the headers of all."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from millrace import __version__
+from tests.support.live_server import LiveServer
+
+# What dashboards made for vLLM read.
+VLLM_NAMES = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:num_preemptions",
+    "vllm:prompt_tokens",
+    "vllm:generation_tokens",
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_success",
+    "vllm:spec_decode_num_drafts",
+    "vllm:spec_decode_num_accepted_tokens",
+    "vllm:spec_decode_num_accepted_tokens_per_pos",
+)
+
+
+def test_health_and_version(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.head("/health").status_code == 200
+    assert http.get("/version").json() == {"version": __version__}
+
+
+def test_metrics_are_well_formed_and_complete(http: httpx.Client) -> None:
+    http.post("/v1/completions", json={"prompt": "hello"})
+    families = {f.name: f for f in text_string_to_metric_families(http.get("/metrics").text)}
+    assert set(VLLM_NAMES) <= set(families)
+    assert families["vllm:kv_cache_usage_perc"].samples[0].value == 0.25
+    positions = families["vllm:spec_decode_num_accepted_tokens_per_pos"].samples
+    assert [sample.labels["position"] for sample in positions] == ["0", "1"]
+    for family in families.values():
+        if family.name.startswith(("vllm:", "millrace:")):
+            assert {sample.labels["model_name"] for sample in family.samples} == {"fake"}
+
+
+def test_a_request_moves_the_metrics(http: httpx.Client, server: LiveServer) -> None:
+    names = {
+        "millrace:generation_tokens_total": 9,
+        "millrace:time_to_first_token_seconds_count": 1,
+        "vllm:inter_token_latency_seconds_count": 8,
+        "vllm:e2e_request_latency_seconds_count": 1,
+        "vllm:request_success_total": 1,
+        "vllm:request_generation_tokens_sum": 9,
+    }
+    before = {name: server.metric(name) for name in names}
+    http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 9})
+    assert {name: server.metric(name) - before[name] for name in names} == names
+
+
+def test_histogram_buckets_are_cumulative(http: httpx.Client) -> None:
+    page = http.get("/metrics").text
+    pattern = r"^millrace:e2e_request_latency_seconds_bucket{le=\"(.*?)\".*} (\S+)$"
+    rows = [(float(le), float(count)) for le, count in re.findall(pattern, page, re.MULTILINE)]
+    assert rows == sorted(rows)
+    assert rows[-1][0] == math.inf
+
+
+def test_the_request_id_comes_back(http: httpx.Client) -> None:
+    headers = {"X-Request-Id": "mine-7"}
+    for answer in (
+        http.post("/v1/completions", json={"prompt": "hello"}, headers=headers),
+        http.post("/v1/completions", json={"prompt": "hello", "stream": True}, headers=headers),
+        http.post("/v1/completions", json={}, headers=headers),
+        http.get("/nothing", headers=headers),
+    ):
+        assert answer.headers["x-request-id"] == "mine-7"
+
+
+def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
+    ids = {http.get("/health").headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert http.get("/health", headers={"X-Request-Id": "x" * 257}).headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "needed"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")]
+)
+def test_the_openapi_document_describes_the_endpoints(
+    http: httpx.Client, path: str, needed: str
+) -> None:
+    document = http.get("/openapi.json").json()
+    operation = document["paths"][path]["post"]
+    reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    schema = document["components"]["schemas"][reference.rsplit("/", 1)[1]]
+    assert {"temperature", "max_tokens", "stop"} <= set(schema["properties"])
+    assert schema["required"] == [needed]
+
+
+def test_every_reference_in_the_openapi_document_resolves(http: httpx.Client) -> None:
+    text = http.get("/openapi.json").text
+    names = set(http.get("/openapi.json").json()["components"]["schemas"])
+    assert set(re.findall(r'"#/components/schemas/(.*?)"', text)) <= names

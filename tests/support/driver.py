@@ -1,0 +1,155 @@
+"""Drives a model step by step as the runtime does, one call a step, with every trap laid.
+
+Memory that nobody may read is filled with NaN: the null page and null slot, pages and window rows
+not written yet, the last page of each sequence past its end. Pages are dealt out in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from millrace.model.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.model.qwen3_5 import Qwen3_5
+
+NAN = float("nan")
+Row = tuple[int, Sequence[int]]
+
+
+def allocate_caches(
+    model: Qwen3_5,
+    slots: int,
+    pages_per_slot: int,
+    page_size: int = 4,
+    drafts: int = 0,
+    window: int = 16,
+    kv_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    ranks: int = 1,
+    seed: int = 0,
+) -> Caches:
+    """Caches of `slots` live slots (1 ..), all of it NaN, with every slot's pages granted."""
+    c, dtype = model.config, next(model.parameters()).dtype
+    rows, pages = slots + 1, 1 + slots * pages_per_slot
+
+    def nan(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.full(shape, NAN, dtype=torch.float32).to(dtype)
+
+    def kv() -> KVCache:
+        shape = (pages, page_size, c.num_kv_heads // ranks, c.head_dim)
+        return KVCache(nan(*shape, dtype=kv_dtype or dtype), nan(*shape, dtype=kv_dtype or dtype))
+
+    def gdn() -> GDNState:
+        hk, hv = c.key_heads // ranks, c.value_heads // ranks
+        return GDNState(
+            state=nan(rows, hv, c.key_dim, c.value_dim, dtype=state_dtype),
+            window_k=nan(rows, hk, window, c.key_dim),
+            window_u=nan(rows, hv, window, c.value_dim, dtype=torch.float32),
+            window_g=nan(rows, hv, window, dtype=torch.float32),
+            conv=nan(rows, 3 + drafts, c.conv_channels // ranks),
+        )
+
+    order = 1 + torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed))
+    table = torch.zeros(rows, pages_per_slot, dtype=torch.int32)
+    table[1:] = order.view(slots, pages_per_slot).to(torch.int32)
+    return Caches(
+        layers=[kv() if kind == "full_attention" else gdn() for kind in c.layer_types],
+        mtp=kv() if model.mtp is not None else None,
+        block_table=table,
+        fill=torch.zeros(rows, dtype=torch.int32),
+        conv_offset=torch.zeros(rows, dtype=torch.int32),
+        page_size=page_size,
+    )
+
+
+def make_batch(
+    caches: Caches, lengths: Tensor, decode: Sequence[Row], prefill: Sequence[Row], padded: int = 0
+) -> tuple[Tensor, Batch]:
+    """Token ids and batch of one step. lengths: int64 [N], where each row starts.
+
+    decode rows are of one width; `padded` rows on the null slot follow them.
+    """
+    width = len(decode[0][1]) if decode else 1
+    decode = [*decode, *[(0, [0] * width)] * padded]
+    slots, positions, ids = [], [], []
+    for slot, tokens in [*decode, *prefill]:
+        start = int(lengths[slot]) if slot else 0
+        slots += [slot] * len(tokens)
+        positions += range(start, start + len(tokens))
+        ids += tokens
+    token_slots, token_positions = torch.tensor(slots), torch.tensor(positions)
+    return torch.tensor(ids), Batch(
+        token_slots=token_slots,
+        positions=token_positions,
+        kv_rows=caches.kv_rows(token_slots, token_positions),
+        decode=_decode_rows(decode, lengths, width) if decode else None,
+        prefill=_prefill_rows(prefill, lengths) if prefill else None,
+    )
+
+
+def _decode_rows(rows: Sequence[Row], lengths: Tensor, width: int) -> DecodeRows:
+    slots = torch.tensor([slot for slot, _ in rows])
+    starts = torch.where(slots > 0, lengths[slots], 0)
+    first = int(slots[0])
+    neighbours = slots.tolist() == list(range(first, first + len(rows)))
+    return DecodeRows(
+        slots, starts, width, int(starts.max()) + width, first if neighbours else None
+    )
+
+
+def _prefill_rows(rows: Sequence[Row], lengths: Tensor) -> PrefillRows:
+    slots = torch.tensor([slot for slot, _ in rows])
+    counts = tuple(len(tokens) for _, tokens in rows)
+    return PrefillRows(
+        slots=slots,
+        starts=lengths[slots],
+        offsets=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
+        counts=counts,
+        host_starts=tuple(lengths[slots].tolist()),
+    )
+
+
+class Driver:
+    """A model with its caches and the lengths that a runtime would keep."""
+
+    def __init__(self, model: Qwen3_5, caches: Caches) -> None:
+        self.model, self.caches = model, caches
+        self.lengths = torch.zeros(caches.fill.shape[0], dtype=torch.int64)
+
+    def admit(self, slot: int) -> None:
+        """Start a sequence: its recurrent state and its convolution inputs become zero."""
+        self.lengths[slot] = self.caches.fill[slot] = self.caches.conv_offset[slot] = 0
+        for cache in self.caches.layers:
+            if isinstance(cache, GDNState):
+                cache.state[slot], cache.conv[slot] = 0.0, 0.0
+
+    @torch.inference_mode()
+    def step(
+        self, decode: Sequence[Row] = (), prefill: Sequence[Row] = (), padded: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden [count, H] of each decode row and of each prefill row.
+
+        Prefill rows are longer afterwards; decode rows only once `accept` says by how much.
+        """
+        ids, batch = make_batch(self.caches, self.lengths, decode, prefill, padded)
+        hidden = self.model(ids, batch, self.caches)
+        for slot, tokens in prefill:
+            self.lengths[slot] += len(tokens)
+            self.caches.conv_offset[slot] = 0
+        width = batch.decode.width if batch.decode else 0
+        pieces = hidden.split(
+            [width] * (len(decode) + padded) + [len(tokens) for _, tokens in prefill]
+        )
+        return list(pieces[: len(decode)]), list(pieces[len(decode) + padded :])
+
+    def accept(self, slot: int, count: int, width: int) -> None:
+        """Of the last step's `width` tokens of this decode row, the first `count` hold."""
+        windows = [c.window_u.shape[2] for c in self.caches.layers if isinstance(c, GDNState)]
+        if windows:
+            fill = int(self.caches.fill[slot])
+            folded = fill + width > windows[0]
+            self.caches.fill[slot] = (0 if folded else fill) + count
+        self.caches.conv_offset[slot] = count - 1
+        self.lengths[slot] += count

@@ -1,0 +1,104 @@
+"""Engines over a tiny random model, for tests that compare what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.config import engine_args
+from millrace.engine import process
+from millrace.engine.engine import Engine
+from millrace.engine.scheduler import Scheduler
+from millrace.protocol import AddRequest, EngineStats, SamplingParams
+
+TIE = 1e-4  # two runs may differ only where the two best logits are closer than this
+
+Prompts = Sequence[list[int]]
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "max_num_seqs": 4,
+    "max_model_len": 256,
+    "enable_prefix_caching": False,
+    "debug": True,
+}
+
+
+def build(model: Path, **options: Any) -> Engine:
+    """An engine of four sequences in fp32, with every invariant checked after each step."""
+    return process.build_engine(engine_args(**{"model": str(model), **DEFAULTS, **options}))
+
+
+def with_few_pages(engine: Engine, pages: int) -> Engine:
+    """The same engine with fewer pages to hand out, so that requests are preempted."""
+    engine.scheduler = Scheduler(replace(engine.scheduler.limits, num_pages=pages))
+    return engine
+
+
+def generate(
+    engine: Engine,
+    prompts: Prompts,
+    max_tokens: int = 24,
+    *,
+    between: Callable[[], None] | None = None,
+    **params: Any,
+) -> list[list[int]]:
+    """Every prompt's tokens, all of them added at once."""
+    params = {"temperature": 0.0, "ignore_eos": True, **params}
+    for index, prompt in enumerate(prompts):
+        chosen = SamplingParams(max_tokens=max_tokens, **params)
+        engine.add(AddRequest(id=str(index), prompt=list(prompt), params=chosen))
+    out: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work():
+        for delta in engine.step():
+            out[int(delta.id)] += delta.token_ids
+        if between:
+            between()
+    return out
+
+
+def run(
+    model: Path, prompts: Prompts, max_tokens: int = 24, **options: Any
+) -> tuple[list[list[int]], EngineStats]:
+    """Build, generate greedily, close."""
+    engine = build(model, **options)
+    try:
+        return generate(engine, prompts, max_tokens), engine.stats()
+    finally:
+        engine.close()
+
+
+def logits_after(model: Path, tokens: list[int]) -> Tensor:
+    """float32 [V]: what the model says after `tokens`, in one cold prefill."""
+    engine = build(model)
+    seen: list[Tensor] = []
+    runner = engine._worker._runner  # type: ignore[attr-defined]
+    head = runner._model.head
+    original = head.logits
+    head.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore[func-returns-value]
+    generate(engine, [tokens], 1)
+    engine.close()
+    return seen[-1][0]
+
+
+def assert_same(
+    model: Path,
+    prompts: Prompts,
+    expected: list[list[int]],
+    got: list[list[int]],
+    tie: float = TIE,
+) -> None:
+    """Equal tokens, or a first difference where the model's two best logits are within `tie`."""
+    for prompt, want, have in zip(prompts, expected, got, strict=True):
+        assert len(want) == len(have)
+        if want == have:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(want, have, strict=True)) if a != b)
+        best = torch.topk(logits_after(model, [*prompt, *want[:at]]), 2).values
+        assert float(best[0] - best[1]) < tie, f"token {at}: {want[at]} became {have[at]}"

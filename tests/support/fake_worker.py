@@ -1,0 +1,170 @@
+"""A worker of plain arithmetic that checks every plan it is given.
+
+Its model is a function of the whole prefix, so any mix-up of pages, slots, snapshots or lengths
+changes the tokens or trips an assertion: each page row holds a tag of the prefix that wrote it, and
+every row of a step checks the tags of all positions before it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from millrace.protocol import Admission, StepPlan, StepResult
+
+VOCAB = 50
+EOS = 0
+_MOD = (1 << 61) - 1
+
+
+def extend_tag(tag: int, token: int) -> int:
+    return (tag * 1_000_003 + token + 17) % _MOD
+
+
+def tag_of(tokens: list[int]) -> int:
+    tag = 1
+    for token in tokens:
+        tag = extend_tag(tag, token)
+    return tag
+
+
+def next_token(tag: int) -> int:
+    """The model: a token from the prefix's tag; EOS about once in 50."""
+    return (tag >> 7) % VOCAB
+
+
+def expected_output(prompt: list[int], max_total: int, eos: frozenset[int]) -> list[int]:
+    """What any correct engine brings for this prompt."""
+    tag, out = tag_of(prompt), []
+    while len(prompt) + len(out) < max_total:
+        token = next_token(tag)
+        out.append(token)
+        tag = extend_tag(tag, token)
+        if token in eos:
+            break
+    return out
+
+
+@dataclass
+class _Row:
+    """A slot: its known tokens, the tag before each position, how many are in the caches."""
+
+    tokens: list[int]
+    length: int
+    max_total: int
+    stops: frozenset[int]
+    ended: bool = False
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass
+class FakePending:
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
+
+
+class FakeWorker:
+    """See the module. `seed` drives how many drafts are accepted."""
+
+    def __init__(
+        self, page_size: int, drafts: int, max_tokens: int, *, seed: int = 0, checks: bool = True
+    ) -> None:
+        self._page_size = page_size
+        self._width = drafts + 1
+        self._max_tokens = max_tokens
+        self._rng = random.Random(seed)
+        self._rows: dict[int, _Row] = {}
+        self._memory: dict[tuple[int, int], int] = {}
+        self._snapshots: dict[int, list[int]] = {}
+        self._checks = checks
+        self.plans: list[StepPlan] = []
+
+    def launch(self, plan: StepPlan) -> FakePending:
+        self.plans.append(plan)
+        used = len(plan.decode) * self._width + sum(c.count for c in plan.chunks)
+        assert 0 < used <= self._max_tokens
+        named = plan.decode + [c.slot for c in plan.chunks]
+        assert len(set(named)) == len(named), "a slot runs once a step"
+        for admission in plan.admissions:
+            self._admit(admission)
+        for grant in plan.grants:
+            row = self._rows[grant.slot]
+            assert len(row.pages) == grant.first
+            assert 0 not in grant.pages
+            row.pages += grant.pages
+        slots, tokens = [], []
+        for slot in plan.decode:
+            slots.append(slot)
+            tokens.append(self._verify(slot))
+        for chunk in plan.chunks:
+            row = self._rows[chunk.slot]
+            assert row.length == chunk.start
+            assert chunk.count > 0
+            self._compute(row, chunk.count)
+            row.length += chunk.count
+            if chunk.last:
+                assert row.length == len(row.tokens)
+                slots.append(chunk.slot)
+                tokens.append(self._emit(row, 1))
+        for save in plan.saves:
+            row = self._rows[save.slot]
+            assert row.length % self._page_size == 0
+            self._snapshots[save.snapshot] = row.tokens[: row.length]
+        return FakePending(StepResult(plan.step, slots, tokens))
+
+    def close(self) -> None:
+        pass
+
+    def _admit(self, a: Admission) -> None:
+        if a.snapshot >= 0:
+            assert 0 < a.start < len(a.tokens)
+            assert self._snapshots[a.snapshot] == a.tokens[: a.start], "snapshot of another prefix"
+        else:
+            assert a.start == 0
+        self._rows[a.slot] = _Row(list(a.tokens), a.start, a.max_total, frozenset(a.stop_token_ids))
+
+    def _verify(self, slot: int) -> list[int]:
+        row = self._rows[slot]
+        if row.ended:
+            return []
+        assert row.length == len(row.tokens) - 1
+        count = self._rng.randint(1, self._width)
+        self._compute(row, 1)
+        fresh = self._emit(row, count)
+        row.length += len(fresh)
+        for position in range(len(row.tokens) - len(fresh), row.length):
+            self._store(row, position)
+        for position in range(row.length, min(row.length + self._width, row.max_total)):
+            self._store(row, position, tag=-1)  # rejected drafts leave garbage behind
+        return fresh
+
+    def _emit(self, row: _Row, count: int) -> list[int]:
+        tag, fresh = tag_of(row.tokens), []
+        while len(fresh) < count and not row.ended:
+            token = next_token(tag)
+            tag = extend_tag(tag, token)
+            fresh.append(token)
+            row.tokens.append(token)
+            row.ended = token in row.stops or len(row.tokens) >= row.max_total
+        return fresh
+
+    def _compute(self, row: _Row, count: int) -> None:
+        """Check all that the new tokens attend to, then store them."""
+        if not self._checks:
+            return
+        tag = 1
+        for position in range(row.length):
+            tag = extend_tag(tag, row.tokens[position])
+            assert self._memory.get(self._place(row, position)) == tag, f"page row {position}"
+        for position in range(row.length, row.length + count):
+            self._store(row, position)
+
+    def _store(self, row: _Row, position: int, tag: int | None = None) -> None:
+        if self._checks and position // self._page_size < len(row.pages):
+            value = tag_of(row.tokens[: position + 1]) if tag is None else tag
+            self._memory[self._place(row, position)] = value
+
+    def _place(self, row: _Row, position: int) -> tuple[int, int]:
+        return row.pages[position // self._page_size], position % self._page_size

@@ -1,0 +1,135 @@
+"""Starts a server as a process of its own, for tests that talk to it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+
+from millrace.config import EngineArgs
+from millrace.server.options import ServerOptions
+from millrace.text.reasoning import ReasoningParser
+from tests.support.fake_engine import VARIABLE, Behaviour
+
+SERVE_FAKE = Path(__file__).with_name("serve_fake.py")
+
+
+class LiveServer:
+    """A running server process and what a test may ask of it."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def url(self) -> str:
+        """Where it listens; known once the engine is ready."""
+        found = re.search(r"at (http://\S+)\. Try", self.log)
+        assert found, f"the server is not ready:\n{self.log}"
+        return found.group(1)
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        wait_for(lambda: "Try:" in self.log or self.process.poll() is not None, timeout)
+        assert self.process.poll() is None, self.log
+
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels of one metric."""
+        page = httpx.get(f"{self.url}/metrics").text
+        rows = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, flags=re.MULTILINE)
+        assert rows, f"no {name} in the metrics"
+        return sum(map(float, rows))
+
+    def open_in_engine(self) -> float:
+        """Requests that the engine holds, as it says itself."""
+        return self.metric("millrace:num_requests_running") + self.metric(
+            "millrace:num_requests_waiting"
+        )
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 10.0) -> None:
+    """Wait until the condition holds; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def fake_server(
+    model: Path,
+    log: Path,
+    behaviour: Behaviour | None = None,
+    *,
+    ready: bool = True,
+    port: int = 0,
+    max_body_bytes: int = 1 << 20,
+    reasoning_parser: ReasoningParser = "auto",
+    **engine_options: object,
+) -> Iterator[LiveServer]:
+    """A server over a fake engine. Its name for the model is `fake`."""
+    args = msgspec.convert(
+        {"model": str(model), "served_model_name": ["fake", "alias"], **engine_options}, EngineArgs
+    )
+    options = ServerOptions(
+        port=port, max_body_bytes=max_body_bytes, reasoning_parser=reasoning_parser
+    )
+    command = [
+        sys.executable,
+        str(SERVE_FAKE),
+        *(msgspec.json.encode(o).decode() for o in (args, options)),
+    ]
+    encoded = msgspec.json.encode(behaviour or Behaviour()).decode()
+    with started(command, log, {VARIABLE: encoded}) as server:
+        if ready:
+            server.wait_ready()
+        yield server
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[LiveServer]:
+    """Run a server command; afterwards it is gone, and so is its engine."""
+    with log.open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )  # fmt: skip
+    server = LiveServer(process, log)
+    try:
+        yield server
+    finally:
+        children = _children(process.pid)
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        for child in alive:
+            child.kill()
+        assert not alive, f"left behind: {alive}"
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []

@@ -1,0 +1,31 @@
+"""`millrace serve` with the fake engine. Arguments: EngineArgs and ServerOptions, as JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from millrace.config import EngineArgs
+from millrace.errors import UserError
+from millrace.server.options import ServerOptions
+from millrace.server.run import run_server
+
+PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO)
+    args = msgspec.json.decode(sys.argv[1], type=EngineArgs)
+    options = msgspec.json.decode(sys.argv[2], type=ServerOptions)
+    try:
+        return run_server(args, options, PROGRAM)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The command line: quick, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millrace import __version__, cli
+from millrace.config import HELP, EngineArgs
+from millrace.server.command import without_options
+from millrace.server.options import SERVER_HELP, ServerOptions
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("serve", "gateway", "bench", "eval"))
+
+
+@pytest.mark.parametrize("name", ["serve", "gateway", "bench", "eval"])
+def test_every_listed_command_is_there(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.run([name, "--help"]) == 0
+    assert "Usage: millrace " + name in capsys.readouterr().out
+
+
+def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(EngineArgs.__struct_fields__) == set(HELP)
+    assert set(ServerOptions.__struct_fields__) == set(SERVER_HELP)
+    cli.run(["serve", "--help"])
+    text = capsys.readouterr().out
+    for name in (*EngineArgs.__struct_fields__, *ServerOptions.__struct_fields__):
+        assert name == "model" or f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bake"], "millrace: No such command 'bake'"),
+        (["serve"], "millrace serve: Missing argument 'MODEL'"),
+        (["serve", "m", "--frobnicate"], "millrace serve: No such option '--frobnicate'"),
+        (["serve", "m", "--port", "many"], "millrace serve: Invalid value for '--port'"),
+        (["serve", "m", "--port", "70000"], "port 70000: use 0 to 65535"),
+        (["serve", "m", "--replicas", "0"], "replicas 0: use 1 or more"),
+        (["serve", "m", "--max-body-bytes", "0"], "max_body_bytes 0: use 1 or more"),
+        (["serve", "m", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32'"),
+        (["serve", "m", "--speculative-config", "{"], "'{' is not a JSON object"),
+        (["serve", "m", "--speculative-config", '{"k": 1}'], "unknown field `k`"),
+        (["serve", "/nowhere"], "model '/nowhere': neither a directory nor a shipped model"),
+        (["serve", "/tmp"], "/tmp: no config.json there"),
+        (["serve", "/nowhere", "--replicas", "2"], "neither a directory nor a shipped model"),
+        (["serve", "m", "--host", "no such host"], "host 'no such host'"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert said in complaint(capsys, *arguments)
+
+
+def test_nothing_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 2
+    assert "Usage: millrace" in capsys.readouterr().err
+
+
+def test_options_become_engine_arguments(monkeypatch: pytest.MonkeyPatch, text_model: Path) -> None:
+    seen: list[Any] = []
+
+    def run_server(args: EngineArgs, options: ServerOptions) -> int:
+        seen.extend([args, options])
+        return 5
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("millrace.server.run.run_server", run_server)
+    status = cli.run(
+        [
+            "serve", str(text_model), "--port", "0", "--served-model-name", "a",
+            "--served-model-name", "b", "--no-enable-prefix-caching", "--max-num-seqs=3",
+            "--async-scheduling", "--speculative-config",
+            '{"method": "mtp", "num_speculative_tokens": 2}',
+        ]
+    )  # fmt: skip
+    args, options = seen
+    assert status == 5
+    assert options == ServerOptions(port=0)
+    assert (args.model, args.served_model_name) == (str(text_model), ["a", "b"])
+    assert (args.enable_prefix_caching, args.async_scheduling) == (False, True)
+    assert args.max_num_seqs == 3
+    assert args.speculative_config.num_speculative_tokens == 2
+    assert args.gpu_memory_utilization == EngineArgs(model="m").gpu_memory_utilization
+
+
+def test_replicas_get_the_same_command_line(
+    monkeypatch: pytest.MonkeyPatch, text_model: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append((args, more))
+    )
+    arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", "--dtype", "float32"]
+    assert cli.run(arguments) == 0
+    ((command, count, host, port), more) = seen[0]
+    assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), "--dtype", "float32"]
+    assert (count, host, port) == (2, "127.0.0.1", 81)
+    assert more == {"device": "auto", "gpus_each": 1}
+
+
+def test_options_with_values_are_cut_out() -> None:
+    arguments = ["m", "--port", "1", "--x", "--replicas=3", "--replicasx", "2", "--replicas"]
+    assert without_options(arguments, ("--port", "--replicas")) == ["m", "--x", "--replicasx", "2"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "millrace.cli",
+        "millrace.server.command",
+        "millrace.server.run",
+        "millrace.gateway.command",
+        "millrace.bench.command",
+    ],
+)
+def test_nothing_but_an_engine_loads_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,64 @@
+"""What the documents list is what there is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from millrace.server.fields import HARMLESS, REFUSED
+from millrace.server.metrics import _COUNTERS, _GAUGES, _HISTOGRAMS
+from millrace.server.openapi import _OPERATIONS
+from millrace.server.schema import ChatRequest, CompletionRequest
+
+ROOT = Path(__file__).resolve().parents[1]
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    """From a heading to the next one of any level."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title}"
+    return found.group(1)
+
+
+def quoted(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_every_field_is_documented() -> None:
+    both = quoted(section(API, "Of both endpoints"))
+    chat = both | quoted(section(API, "Of /v1/chat/completions"))
+    text = both | quoted(section(API, "Of /v1/completions"))
+    assert set(ChatRequest.__struct_fields__) <= chat
+    assert set(CompletionRequest.__struct_fields__) <= text
+
+
+def test_every_refused_and_every_harmless_field_is_documented() -> None:
+    assert set(REFUSED) <= quoted(section(API, "Refused"))
+    assert set(HARMLESS) <= quoted(section(API, "Ignored"))
+
+
+def test_every_path_is_documented() -> None:
+    assert all(f" {path}`" in API for path, *_ in _OPERATIONS)
+
+
+def test_every_metric_is_documented() -> None:
+    names = quoted(section(API, "Metrics"))
+    for name, *_ in (*_GAUGES, *_HISTOGRAMS):
+        assert name in names
+    for name, *_ in _COUNTERS:
+        assert f"{name}_total" in names
+
+
+@pytest.mark.parametrize("extra", [None, "test"])
+def test_every_dependency_has_its_reason(extra: str | None) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([a-z0-9-]+) \|", section(page, f"Extra `{extra}`" if extra else "Base"), re.MULTILINE
+    )
+    assert {re.split(r"[><=]", one)[0] for one in wanted} == set(rows) - {"package"}

@@ -1,0 +1,196 @@
+"""The Python API over the real engine on a tiny random model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millrace import LLM, SamplingParams
+from millrace.errors import CheckpointError, ConfigError, RequestError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory_bytes": 16 << 20,
+}
+
+
+@pytest.fixture(scope="module")
+def llm(small_model: Path) -> Iterator[LLM]:
+    import torch
+
+    torch.set_num_threads(1)
+    with LLM(str(small_model), **OPTIONS) as one:
+        yield one
+
+
+def idle(llm: LLM) -> bool:
+    return not llm._engine.has_work() and llm.stats().running == 0
+
+
+def test_prompts_in_every_shape_give_the_same(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("hello")
+    shapes: list[Any] = ["hello", ["hello"], {"prompt": "hello"}, {"prompt_token_ids": ids}, ids]
+    shapes.append([ids])
+    outputs = [llm.generate(shape, GREEDY)[0] for shape in shapes]
+    assert {tuple(output.prompt_token_ids) for output in outputs} == {tuple(ids)}
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+    assert [output.prompt for output in outputs] == ["hello"] * 3 + [None] * 3
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["a", "bc", "def", "ghij", "klmno", "p"]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (9, 1, 7, 2, 8, 3)
+    ]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [9, 1, 7, 2, 8, 3]
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 6
+    assert all(output.finished for output in outputs)
+    alone = [
+        llm.generate(p, q)[0].outputs[0].token_ids for p, q in zip(prompts, params, strict=True)
+    ]
+    assert [output.outputs[0].token_ids for output in outputs] == alone
+
+
+def test_the_text_is_that_of_the_tokens(llm: LLM) -> None:
+    (output,) = llm.generate(["hello"], GREEDY)
+    assert output.outputs[0].text == llm.get_tokenizer().decode(output.outputs[0].token_ids)
+
+
+def test_times_are_in_order(llm: LLM) -> None:
+    metrics = llm.generate(["hello"], GREEDY)[0].metrics
+    assert 0 < metrics.arrival_time < metrics.first_token_time < metrics.finished_time
+
+
+def test_a_stop_text_ends_a_request_and_frees_it(llm: LLM) -> None:
+    (plain,) = llm.generate(["hello"], SamplingParams(temperature=0.0, max_tokens=60))
+    text = plain.outputs[0].text
+    assert len(text) > 3
+    stop = text[1:3]
+    params = SamplingParams(temperature=0.0, max_tokens=60, stop=[stop])
+    (stopped,) = llm.generate(["hello"], params)
+    assert stopped.outputs[0].text == text[: text.index(stop)]
+    assert stopped.outputs[0].stop_reason == stop
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert len(stopped.outputs[0].token_ids) < len(plain.outputs[0].token_ids)
+    assert idle(llm)
+
+
+def test_a_stop_token_is_the_last_token(llm: LLM) -> None:
+    (plain,) = llm.generate(["hello"], GREEDY)
+    stop = plain.outputs[0].token_ids[4]
+    params = SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=[stop], ignore_eos=True)
+    (stopped,) = llm.generate(["hello"], params)
+    first = plain.outputs[0].token_ids.index(stop)
+    assert stopped.outputs[0].token_ids == plain.outputs[0].token_ids[: first + 1]
+    assert stopped.outputs[0].stop_reason == stop
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_chat_is_the_rendered_prompt(llm: LLM, many: bool) -> None:
+    chat: list[Any] = [{"role": "user", "content": "hi"}]
+    outputs = llm.chat([chat, chat] if many else chat, GREEDY)
+    assert len(outputs) == 1 + many
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert outputs[0].prompt == rendered
+    (direct,) = llm.generate([rendered], GREEDY)
+    assert outputs[0].outputs[0].token_ids == direct.outputs[0].token_ids
+
+
+def test_a_long_shared_prefix_is_found_again(llm: LLM) -> None:
+    prompt = list(range(40)) * 4
+    first, second = llm.generate([prompt], GREEDY)[0], llm.generate([prompt], GREEDY)[0]
+    assert second.num_cached_tokens > first.num_cached_tokens
+    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_without_sampling_params_the_checkpoints_defaults_hold(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    assert params.max_tokens == 16
+    assert len(llm.generate(["hello"])[0].outputs[0].token_ids) <= 16
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (["ok", [10**6]], None, "not in the vocabulary"),
+        (["ok", ""], None, "at least one token"),
+        (["ok", {"text": "x"}], None, "a prompt is"),
+        (["ok", [1] * 300], None, "at most 255 work"),
+        (["ok"], [GREEDY, GREEDY], "2 sampling_params for 1 prompts"),
+    ],
+)
+def test_one_wrong_prompt_runs_none(llm: LLM, prompts: Any, params: Any, message: str) -> None:
+    before = llm.stats().prompt_tokens
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts, params)
+    assert idle(llm)
+    assert llm.stats().prompt_tokens == before
+
+
+def test_an_interrupt_leaves_the_engine_idle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = llm._engine.step, []
+
+    def interrupted() -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hello", "world"], GREEDY)
+    while llm._engine.has_work():
+        llm._engine.step()
+    assert idle(llm)
+    assert llm.generate(["hello"], GREEDY)[0].finished
+
+
+def test_nothing_to_do(llm: LLM) -> None:
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["", "llm.close(); llm.close()"])
+def test_two_ranks_end_with_the_script(small_model: Path, last: str) -> None:
+    """Also when nobody closes it: no rank complains, none stays."""
+    script = (
+        "from millrace import LLM, SamplingParams\n"
+        f"llm = LLM({str(small_model)!r}, tensor_parallel_size=2, **{OPTIONS!r})\n"
+        "params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)\n"
+        "print(len(llm.generate('hello', params)[0].outputs[0].token_ids))\n" + last
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "4\n", "")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("/nowhere", {}, CheckpointError, "neither a directory nor"),
+        (None, {"max_model_length": 5}, ConfigError, "unknown option 'max_model_length'"),
+        (None, {"dtype": "int8"}, ConfigError, "use one of auto, float32, bfloat16"),
+        (None, {"generation_config": "x"}, ConfigError, "use auto or vllm"),
+        (None, {"max_model_len": 10**9}, ConfigError, "max_model_len 1000000000"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(
+    small_model: Path, model: str | None, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LLM(model or str(small_model), **options)

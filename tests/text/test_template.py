@@ -1,0 +1,133 @@
+"""Chat templates: the same prompt as transformers renders, and refusals that say why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from millrace.errors import CheckpointError, RequestError
+from millrace.text.template import ChatTemplate, load_template
+from tests.support.text_model import TEMPLATE, write_text_model
+
+TRICKY = """\
+{# a comment #}
+{%- set ns = namespace(count=0) -%}
+{% if tools %}
+    {{ tools | tojson }}
+    {{ tools | tojson(indent=2) }}
+{% endif %}
+{% for m in messages %}
+    {% if loop.index0 > 3 %}{% break %}{% endif %}
+    {% if m.role == 'skip' %}{% continue %}{% endif %}
+    {% set ns.count = ns.count + 1 %}
+  <{{ m['role'] }}> {{ m.content | trim }} {{ m.reasoning_content or '' }}
+    {% generation %}{{ ns.count }}{% endgeneration %}
+
+{% endfor %}
+{{ eos_token }}{{ pad_token }}{{ bos_token }}{{ documents }}
+{% if add_generation_prompt %}>>>{% endif %}
+{{ {'k': 'ü<&>'} | tojson }} {{ extra | default('none') }}
+"""
+
+SHIPPED = Path(__file__).resolve().parents[2] / "models" / "millrace-mini"
+
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "hi"}],
+    [
+        {"role": "system", "content": "Be <brief> & 'kind'."},
+        {"role": "user", "content": " spaces \n\n kept? "},
+        {"role": "assistant", "content": "ok", "reasoning": "because"},
+        {"role": "user", "content": "日本 🦊"},
+    ],
+    [{"role": "user", "content": str(i)} for i in range(6)],
+]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [TEMPLATE, TRICKY, (SHIPPED / "chat_template.jinja").read_text(encoding="utf-8")],
+    ids=["plain", "tricky", "shipped"],
+)
+@pytest.mark.parametrize("chat", CHATS, ids=["one", "many", "long"])
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False, "extra": "x"}])
+def test_renders_what_transformers_renders(
+    tmp_path: Path,
+    source: str,
+    chat: list[dict[str, Any]],
+    prompt: bool,
+    variables: dict[str, Any],
+) -> None:
+    write_text_model(tmp_path, source)
+    oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = load_template(tmp_path)
+    assert ours is not None
+    tools = [{"type": "function", "function": {"name": "f", "description": "ü"}}]
+    assert ours.render(
+        chat, add_generation_prompt=prompt, variables={**variables, "tools": tools}
+    ) == oracle.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=prompt, tools=tools, **variables
+    )
+
+
+def test_the_template_may_stand_in_the_tokenizer_config(tmp_path: Path) -> None:
+    write_text_model(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 + 1 }}"}))
+    template = load_template(tmp_path)
+    assert template is not None
+    assert template.render([]) == "2"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = load_template(tmp_path)
+    assert template is not None
+    assert template.render([]) == "d"
+
+
+def test_parts_go_to_a_template_that_reads_them(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    template = ChatTemplate(TEMPLATE, {})
+    assert template.takes_parts
+    assert "user\nab<" in template.render([{"role": "user", "content": parts}])
+
+
+def test_parts_are_joined_for_a_template_that_does_not(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    assert not template.takes_parts
+    assert template.render([{"role": "user", "content": parts}]) == "a\nb"
+
+
+def test_what_a_template_refuses_is_the_users_error() -> None:
+    with pytest.raises(RequestError, match="Unexpected role wizard"):
+        ChatTemplate(TEMPLATE, {}).render([{"role": "wizard", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ messages[7].content.x }}"],
+)
+def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
+    with pytest.raises(RequestError, match="the chat template refuses"):
+        ChatTemplate("{% if messages %}" + source + "{% endif %}", {}).render(
+            [{"role": "user", "content": "x"}]
+        )
+
+
+def test_messages_cannot_be_replaced_by_variables() -> None:
+    template = ChatTemplate("{{ messages | length }}{{ add_generation_prompt }}", {})
+    hostile = {"messages": [], "add_generation_prompt": False}
+    assert template.render([{"role": "user", "content": "x"}], variables=hostile) == "1True"
+
+
+def test_a_template_with_an_error_names_its_line() -> None:
+    with pytest.raises(CheckpointError, match="line 2"):
+        ChatTemplate("ok\n{% if %}", {}, "model/chat_template.jinja")
