@@ -27,7 +27,7 @@ STEP_LIMIT = timedelta(seconds=120)
 PLAN_LIMIT = timedelta(days=365)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranks:
     """This process's place among `size` ranks, and their groups (None alone)."""
 
@@ -83,7 +83,14 @@ class Ranks:
         return x
 
     def leave(self) -> None:
+        """Part from the other ranks; no collective may follow.
+
+        The groups are dropped here, not at the interpreter's end: dropping one joins Gloo's
+        threads, and a thread that frees its last tensor while Python is being torn down aborts
+        the process.
+        """
         if self.size > 1 and dist.is_initialized():
+            self.tensors = self.plans = None
             dist.destroy_process_group()
 
 
