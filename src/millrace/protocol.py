@@ -6,13 +6,37 @@ policy; a message says what is to happen, never how.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from millrace.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_LOGPROBS = 20
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What the whole output must be; exactly one field is given. Names follow vLLM.
+
+    json: a JSON schema. json_object: any JSON object. regex: a regular expression (Rust syntax).
+    choice: one of these texts. grammar: a context-free grammar in Lark's syntax.
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name)]
+        if len(given) != 1:
+            raise RequestError(
+                "structured_outputs takes exactly one of json, json_object, regex, choice and "
+                f"grammar, got {' and '.join(given) or 'none'}",
+                param="structured_outputs",
+            )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,36 +45,105 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None draws one at admission.
     max_tokens: None means as many as fit into max_model_len. stop: texts that end the request
     (the front looks for them); stop_token_ids: tokens that do (the device looks for them).
+    min_p: tokens less than this part as probable as the likeliest are dropped. min_tokens: nothing
+    ends the request before that many. repetition_penalty counts the prompt too, the other two only
+    what was generated. logprobs, prompt_logprobs: how many of the likeliest tokens to report at
+    each position beside the token itself, of the model's own distribution. bad_words: texts that
+    are never generated. n: outputs for one prompt.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
     seed: int | None = None
     max_tokens: int | None = 16
+    min_tokens: int = 0
     stop: list[str] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
 
     def __post_init__(self) -> None:
         """Raise RequestError for the first value out of its range."""
+        self._require("n", self.n >= 1, "at least 1")
         self._require("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
         self._require("top_k", self.top_k >= -1, "-1 or 0 (every token) or at least 1")
+        self._require("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, -2.0 <= getattr(self, name) <= 2.0, "between -2 and 2")
+        self._require(
+            "repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"
+        )
+        bias = self.logit_bias or {}
+        self._require(
+            "logit_bias",
+            all(t >= 0 and -100.0 <= b <= 100.0 for t, b in bias.items()),
+            "token ids >= 0 with values between -100 and 100",
+        )
+        self._require(
+            "allowed_token_ids",
+            self.allowed_token_ids is None
+            or (bool(self.allowed_token_ids) and min(self.allowed_token_ids) >= 0),
+            "a list of token ids >= 0 that is not empty",
+        )
+        self._require("bad_words", all(self.bad_words), "a list of texts that are not empty")
         self._require(
             "seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer"
         )
         self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._require("min_tokens", self.min_tokens >= 0, "at least 0")
+        self._require(
+            "min_tokens",
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"at most max_tokens, {self.max_tokens}",
+        )
         self._require("stop", all(self.stop), "a list of texts that are not empty")
         self._require("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids >= 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            self._require(
+                name, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             message = f"{name} must be {expected}, got {getattr(self, name)!r}"
             raise RequestError(message, param=name)
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What a request's output must match, in llguidance's own grammar format.
+
+    after: the token that the grammar starts behind (the end of the reasoning); None: at once.
+    """
+
+    source: str
+    after: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One position: the token that stands there, then the likeliest tokens, most probable first.
+
+    logprobs are natural logarithms in the same order. rank: the first token's rank, from 1.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
 
 
 # --- front -> engine ---------------------------------------------------------------------------
@@ -61,7 +154,10 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
     boundaries: prompt positions after which a shared prefix is likely to end (the end of a chat
     turn); the prefix cache takes its snapshots there. arrival: seconds, `time.monotonic()` of the
-    front, which shares the engine's clock.
+    front, which shares the engine's clock. resume: tokens that count as generated already; the
+    request goes on behind them. after: the id of a request with the same prompt; this one waits
+    until that one's prompt is cached. priority: lower ones run first. bad_words: the token
+    sequences of `params.bad_words`. `params.n` is the front's business: each output is a request.
     """
 
     id: str
@@ -69,6 +165,11 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     params: SamplingParams
     boundaries: list[int] = []
     arrival: float = 0.0
+    resume: list[int] = []
+    after: str | None = None
+    priority: int = 0
+    bad_words: list[list[int]] = []
+    grammar: Grammar | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -97,6 +198,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     error: str | None = None
     queued: float | None = None  # with the first tokens: seconds from arrival to admission
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on
 
 
 class EngineStats(msgspec.Struct, frozen=True):
