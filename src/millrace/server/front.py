@@ -1,0 +1,148 @@
+"""What every family of endpoints shares: one model, one engine, and the bounds on both.
+
+A family (`completions`, `chat`, …) reads its own bodies and words its own answers; checking names
+and room, tokenising beside the event loop, and opening requests in the engine is done here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Ready, SamplingParams
+from millrace.server.engine_client import EngineClient
+from millrace.server.errors import ApiError
+from millrace.server.fields import parse_body
+from millrace.server.generation import Generations
+from millrace.server.http import read_body
+from millrace.server.metrics import RequestMetrics
+from millrace.server.prompts import Prompt
+from millrace.server.replies import Reply
+from millrace.server.responses import EventStream, WholeAnswer
+from millrace.server.schema import GenerationRequest
+from millrace.text.codec import Codec
+from millrace.text.reasoning import ReasoningParser
+
+LONG_TEXT = 2000  # characters; longer texts are tokenised beside the event loop
+
+_Body = TypeVar("_Body", bound=GenerationRequest)
+
+
+class Front:
+    """One replica as its endpoints see it.
+
+    names: what the model may be called, the first being its name in answers.
+    reasoning_parser: how chats are split into reasoning and content.
+    max_queue: requests that may wait beyond those that the engine runs at once.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        codec: Codec,
+        metrics: RequestMetrics,
+        *,
+        names: Sequence[str],
+        reasoning_parser: ReasoningParser,
+        max_queue: int,
+        max_body_bytes: int,
+    ) -> None:
+        self.client = client
+        self.codec = codec
+        self.names = names
+        self.reasoning_parser = reasoning_parser
+        self._metrics = metrics
+        self._max_queue = max_queue
+        self._max_body_bytes = max_body_bytes
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    async def body(self, request: Request, kind: type[_Body]) -> _Body:
+        """The request's body. Raises RequestError or ApiError."""
+        return parse_body(await read_body(request, self._max_body_bytes), kind)
+
+    def check(self, body: GenerationRequest) -> Ready:
+        """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
+        if body.model:
+            self.check_name(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        if self.client.ready is None or not self.client.healthy:
+            raise unavailable(self.client)
+        return self.client.ready
+
+    def check_name(self, name: str) -> None:
+        """Raise ApiError unless the model is called so."""
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"model {name!r} is not served here; {' or '.join(self.names)} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_room(self, count: int, ready: Ready) -> None:
+        """Raise ApiError unless `count` more requests may run or wait."""
+        limit = ready.max_num_seqs + self._max_queue
+        if count > limit:
+            raise RequestError(
+                f"{count} prompts in one request; at most {limit} work", param="prompt"
+            )
+        if self.client.open_requests + count > limit:
+            self._metrics.rejected += count
+            raise ApiError(
+                429,
+                f"the queue is full: {self.client.open_requests} requests are open, {limit} may "
+                f"be ({ready.max_num_seqs} running, {self._max_queue} waiting); try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def name(self, body: GenerationRequest) -> str:
+        """What the model is called in the answer."""
+        return body.model or self.names[0]
+
+    async def token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        """A prompt's tokens; a long text is read on a thread of its own."""
+        if not isinstance(prompt, str):
+            return prompt
+        encode = partial(self.codec.encode, prompt, add_special_tokens)
+        if len(prompt) < LONG_TEXT:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+
+    def answer(
+        self,
+        body: GenerationRequest,
+        requests: list[AddRequest],
+        params: SamplingParams,
+        reply: Reply,
+        ready: Ready,
+    ) -> ASGIApp:
+        """The application that runs the requests and sends what `reply` makes of them."""
+
+        def open_all(receive: Receive) -> Generations:
+            self.check_room(len(requests), ready)  # again: tokenising took its time
+            pairs = [(one, self.codec.output(params)) for one in requests]
+            return Generations(self.client, pairs, receive)
+
+        if body.stream:
+            return EventStream(open_all, reply, body.stream_options)
+        return WholeAnswer(open_all, reply)
+
+
+def unavailable(client: EngineClient) -> ApiError:
+    """Why no request can be served now."""
+    if client.died is not None:
+        return ApiError(503, f"the engine is gone: {client.died}", code="engine_dead")
+    if client.ready is None:
+        return ApiError(
+            503, "the engine is loading", code="engine_loading", headers={"Retry-After": "2"}
+        )
+    return ApiError(503, "the server is shutting down", code="shutting_down")
