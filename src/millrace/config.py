@@ -58,6 +58,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
     async_scheduling: bool | None = None
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
     seed: int = 0
     max_queue: int = 4096
@@ -86,6 +87,7 @@ HELP: Mapping[str, str] = {
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}.',
     "tensor_parallel_size": "Ranks that share the model.",
     "async_scheduling": "Plan a step while the one before runs (default: on a GPU).",
+    "scheduling_policy": "fcfs serves in order of arrival; priority lets requests bring a rank.",
     "enforce_eager": "Never capture CUDA graphs.",
     "seed": "Seed of requests that bring none.",
     "max_queue": "Requests that may wait; more are refused with status 429.",

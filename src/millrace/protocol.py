@@ -251,6 +251,28 @@ FromEngine = Outputs | Ready | Failed
 # --- scheduler -> every rank -------------------------------------------------------------------
 
 
+class Extras(msgspec.Struct, frozen=True, kw_only=True):
+    """What few requests ask of their tokens' choice; names as in SamplingParams.
+
+    prompt_len: where the generated tokens begin. min_total: no stop token takes a position below
+    it. bad_words: token sequences. logprobs, prompt_logprobs: -1 where they are not wanted.
+    masked: the tokens must match a grammar, whose masks come with each step.
+    """
+
+    prompt_len: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    min_total: int = 0
+    logprobs: int = -1
+    prompt_logprobs: int = -1
+    masked: bool = False
+
+
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A request takes a slot: what the device must know of it until it leaves.
 
@@ -270,6 +292,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     top_k: int
     seed: int
     stop_token_ids: list[int]
+    extras: Extras | None = None
 
 
 class PageGrant(msgspec.Struct, frozen=True, array_like=True):
@@ -317,16 +340,40 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
         return self.decode + [chunk.slot for chunk in self.chunks if chunk.last]
 
 
+class Masks(msgspec.Struct, frozen=True, tag="masks"):
+    """The tokens that grammars allow in one step: a bit each, of the step's sampled rows `rows`.
+
+    A decode row has width mask rows, one for each candidate; a final chunk has one. words: int32,
+    little-endian, one mask row after the other, ceil(vocabulary / 32) words each.
+    """
+
+    step: int
+    rows: list[int]
+    words: bytes
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of a slot's prompt tokens from position `start` on."""
+
+    slot: int
+    start: int
+    rows: list[TokenLogprobs]
+
+
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """What one step brought: for each sampled row its slot and its new tokens.
 
     Rows are in plan order: decode slots, then the chunks with `last` set. A row that ended holds
-    its stop token as the last one; drafted counts only decode rows.
+    its stop token as the last one. logprobs: by row, where they are wanted. drafts: each row's
+    drafts for the next step, in steps with masks.
     """
 
     step: int
     slots: list[int]
     tokens: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: list[PromptLogprobs] = []
+    drafts: list[list[int]] = []
 
 
 class StopRanks(msgspec.Struct, frozen=True, tag="stop"):

@@ -8,9 +8,10 @@ every row of a step checks the tags of all positions before it.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from millrace.protocol import Admission, StepPlan, StepResult
+from millrace.protocol import Admission, Masks, StepPlan, StepResult
 
 VOCAB = 50
 EOS = 0
@@ -81,7 +82,7 @@ class FakeWorker:
         self._checks = checks
         self.plans: list[StepPlan] = []
 
-    def launch(self, plan: StepPlan) -> FakePending:
+    def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> FakePending:
         self.plans.append(plan)
         used = len(plan.decode) * self._width + sum(c.count for c in plan.chunks)
         assert 0 < used <= self._max_tokens

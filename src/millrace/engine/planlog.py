@@ -1,5 +1,7 @@
 """The plan log: every step's plan and result, so that a run can be looked at and run again.
 
+Where grammars took part, the masks they gave stand there too.
+
 A file of length-prefixed msgpack messages in the order in which they were made. A plan says all
 that the device did (tokens, seeds and pages included), so replaying the plans on a fresh worker of
 the same configuration must bring the same results.
@@ -9,17 +11,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from millrace.engine.worker import Worker
 from millrace.errors import UserError
-from millrace.protocol import StepPlan, StepResult
+from millrace.protocol import Masks, StepPlan, StepResult
+
+Entry = StepPlan | Masks | StepResult
 
 _LENGTH = struct.Struct("<I")
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(StepPlan | StepResult).decode
+_decode = msgspec.msgpack.Decoder(Entry).decode
 
 
 class PlanLog:
@@ -28,7 +33,7 @@ class PlanLog:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
 
-    def write(self, entry: StepPlan | StepResult) -> None:
+    def write(self, entry: Entry) -> None:
         data = _encode(entry)
         self._file.write(_LENGTH.pack(len(data)))
         self._file.write(data)
@@ -37,7 +42,7 @@ class PlanLog:
         self._file.close()
 
 
-def read(path: Path) -> Iterator[StepPlan | StepResult]:
+def read(path: Path) -> Iterator[Entry]:
     """The entries of a log. Raises UserError where the file is cut off or is no plan log."""
     data = path.read_bytes()
     at = 0
@@ -53,11 +58,18 @@ def read(path: Path) -> Iterator[StepPlan | StepResult]:
 
 def replay(path: Path, worker: Worker) -> list[tuple[StepResult, StepResult]]:
     """Run a log's plans on a fresh worker; the pairs (logged, replayed) that differ."""
+    masks = {entry.step: entry for entry in read(path) if isinstance(entry, Masks)}
     results = {}
     differing = []
     for entry in read(path):
         if isinstance(entry, StepPlan):
-            results[entry.step] = worker.launch(entry).result()
-        elif (again := results.pop(entry.step)) != entry:
+            given = masks.get(entry.step)
+            pending = worker.launch(entry, None if given is None else partial(_same, given))
+            results[entry.step] = pending.result()
+        elif isinstance(entry, StepResult) and (again := results.pop(entry.step)) != entry:
             differing.append((entry, again))
     return differing
+
+
+def _same(masks: Masks) -> Masks:
+    return masks

@@ -25,6 +25,7 @@ import zmq
 
 from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
+from millrace.engine.grammar import Grammars
 from millrace.engine.scheduler import Scheduler
 from millrace.errors import RequestError, UserError
 from millrace.models import find_model
@@ -159,11 +160,17 @@ def _assemble(
         plan_log=Path(config.args.plan_log) if config.args.plan_log else None,
         check=config.args.debug,
         config=config,
+        grammars=_grammars(config, model),
     )
     engine.children = children
     gc.collect()
     gc.freeze()
     return engine
+
+
+def _grammars(config: EngineConfig, model: ModelConfig) -> Grammars:
+    tokenizer = find_model(config.args.tokenizer or config.args.model) / "tokenizer.json"
+    return Grammars(tokenizer, model.vocab_size, model.eos_ids, config.drafts + 1)
 
 
 def _warm_up(engine: Engine) -> None:

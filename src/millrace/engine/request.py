@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from millrace.protocol import AddRequest, FinishReason
+from millrace.protocol import AddRequest, FinishReason, TokenLogprobs
 
 
 class Phase(Enum):
@@ -28,7 +28,9 @@ class Request:
     tokens: every token the host knows, prompt first. computed: how many the device has been told to
     compute by chunks. upper: the most tokens that may lie in the caches once all launched steps are
     done. in_flight: launched steps that name the request. boundaries: positions, in whole pages,
-    where prefill stops for a snapshot, nearest last.
+    where prefill stops for a snapshot, nearest last. ordinal: requests are numbered as they come.
+    prompt_cached: its prompt has run to the end, so another request may find it in the cache.
+    answered: a delta has gone out. prompt_logprobs: of the prompt, from its second token on.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Request:
     max_total: int
     stop_ids: frozenset[int]
     seed: int
+    ordinal: int
     source: AddRequest
     phase: Phase = Phase.WAITING
     slot: int = 0
@@ -48,6 +51,9 @@ class Request:
     cached_tokens: int = 0
     queued: float = 0.0  # seconds from its arrival to its first admission
     counted: bool = False  # its prompt has entered the prefix statistics
+    prompt_cached: bool = False
+    answered: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def generated(self) -> int:

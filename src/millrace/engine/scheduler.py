@@ -4,13 +4,14 @@ Pure bookkeeping. It knows requests, slots, pages and snapshots as numbers, and 
 device did only through `commit`. Up to `depth` steps may be planned ahead of the last known result;
 until a result is known, the host works with upper bounds of every length.
 
-A step is: decode rows (each verifies its drafts), then chunks of prompts in the order of admission,
-then new requests while slots, pages and budget last. Out of pages it gives up snapshots first, and
-then the youngest request, which waits at the head of the queue and is computed again.
+A step is: decode rows (each verifies its drafts), then chunks of prompts, then new requests while
+slots, pages and budget last. Requests are ranked by priority, then age. Out of pages it gives up
+snapshots first, and then the request of the last rank, which waits again and is computed again.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,10 +25,13 @@ from millrace.protocol import (
     Chunk,
     Delta,
     EngineStats,
+    Extras,
+    FinishReason,
     PageGrant,
     Save,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
 
 MAX_STOP_IDS = 16
@@ -50,6 +54,8 @@ class Limits:
     drafts: int
     prefix_caching: bool = True
     snapshot_interval: int = 0
+    priorities: bool = False
+    vocab_size: int = 1 << 31
     eos_ids: frozenset[int] = frozenset()
     seed: int = 0
 
@@ -69,6 +75,10 @@ class _Step:
 
     def requests(self) -> list[Request]:
         return self.decode + [request for request, _ in self.chunks]
+
+    def sampled(self) -> list[Request]:
+        """Whose rows bring new tokens, in the order of StepPlan.sampled_slots."""
+        return self.decode + [request for request, chunk in self.chunks if chunk.last]
 
 
 @dataclass(slots=True)
@@ -94,8 +104,8 @@ class Scheduler:
         self._snapshots = Pool(limits.num_snapshots)
         self._tree = PrefixTree(limits.page_size, self._pages, self._snapshots)
         self._slots = Pool(limits.max_num_seqs, first=1)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # in the order of admission
+        self._waiting: list[Request] = []  # these two are sorted by rank
+        self._running: list[Request] = []
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepPlan, _Step]] = deque()
         self._draining = False
@@ -105,12 +115,19 @@ class Scheduler:
 
     # --- requests come and go ---------------------------------------------------------------
 
-    def add(self, source: AddRequest) -> None:
-        """Queue a request. Raises RequestError for one that can never run."""
+    def add(self, source: AddRequest) -> list[Delta]:
+        """Queue a request. Raises RequestError for one that can never run.
+
+        Returns its end, if the tokens that it resumes with are all it may have; else nothing.
+        """
         request = self._request(source)
         self._ordinal += 1
+        if reason := request.finish_reason():
+            stop_token = request.tokens[-1] if reason == "stop" else None
+            return [Delta(request.id, [], reason, stop_token)]
         self._requests[request.id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_rank)
+        return []
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests; what they hold is free once no launched step names them."""
@@ -134,8 +151,32 @@ class Scheduler:
         return len(self._launched)
 
     def _request(self, source: AddRequest) -> Request:
-        limits, params = self.limits, source.params
-        length = len(source.prompt)
+        params, length = source.params, len(source.prompt)
+        self.check(source)
+        stop_ids = frozenset(params.stop_token_ids)
+        # A finished grammar allows the end alone, so there the end always counts.
+        if not params.ignore_eos or source.grammar is not None:
+            stop_ids |= self.limits.eos_ids
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise RequestError(
+                f"{len(stop_ids)} stop tokens; at most {MAX_STOP_IDS} work", param="stop_token_ids"
+            )
+        longest = self.limits.max_model_len
+        wanted = longest if params.max_tokens is None else length + params.max_tokens
+        return Request(
+            id=source.id,
+            prompt_len=length,
+            tokens=source.prompt + source.resume,
+            max_total=min(wanted, longest),
+            stop_ids=stop_ids,
+            seed=_seed(params.seed, self.limits.seed, self._ordinal),
+            ordinal=self._ordinal,
+            source=source,
+        )
+
+    def check(self, source: AddRequest) -> None:
+        """Raise RequestError unless the request can run."""
+        limits, length = self.limits, len(source.prompt)
         if source.id in self._requests:
             raise RequestError(f"request id {source.id!r} is in use", param="request_id")
         if length == 0:
@@ -147,23 +188,32 @@ class Scheduler:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= limits.eos_ids
-        if len(stop_ids) > MAX_STOP_IDS:
+        if length + len(source.resume) > limits.max_model_len:
             raise RequestError(
-                f"{len(stop_ids)} stop tokens; at most {MAX_STOP_IDS} work", param="stop_token_ids"
+                f"the prompt and resume_token_ids have {length + len(source.resume)} tokens; "
+                f"max_model_len is {limits.max_model_len}",
+                param="resume_token_ids",
+                code="context_length_exceeded",
             )
-        wanted = limits.max_model_len if params.max_tokens is None else length + params.max_tokens
-        return Request(
-            id=source.id,
-            prompt_len=length,
-            tokens=list(source.prompt),
-            max_total=min(wanted, limits.max_model_len),
-            stop_ids=stop_ids,
-            seed=_seed(params.seed, limits.seed, self._ordinal),
-            source=source,
-        )
+        if source.priority and not limits.priorities:
+            raise RequestError(
+                "priority needs a server started with --scheduling-policy priority",
+                param="priority",
+            )
+        self._check_ids("prompt", source.prompt)
+        self._check_ids("resume_token_ids", source.resume)
+        self._check_ids("logit_bias", source.params.logit_bias or ())
+        self._check_ids("allowed_token_ids", source.params.allowed_token_ids or ())
+        self._check_ids("stop_token_ids", source.params.stop_token_ids)
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        largest = max(ids, default=0)
+        if largest >= self.limits.vocab_size:
+            raise RequestError(
+                f"{name} holds token {largest}; the model's tokens go from 0 to "
+                f"{self.limits.vocab_size - 1}",
+                param=name,
+            )
 
     # --- planning ---------------------------------------------------------------------------
 
@@ -215,7 +265,7 @@ class Scheduler:
             if self._launched:
                 self._draining = True
                 return False
-            # The youngest; rows are planned oldest first, so this step does not name it yet.
+            # The last rank; rows are planned first rank first, so this step does not name it yet.
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
@@ -236,12 +286,12 @@ class Scheduler:
         request.pages.extend(pages)
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue; no launched step names it, so all its tokens are known."""
+        """Wait again; no launched step names it, so all its tokens are known."""
         self._totals.preemptions += 1
         self._running.remove(request)
         self._free(request)
         request.phase = Phase.WAITING
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_rank)
 
     def _plan_chunks(self, step: _Step) -> None:
         for request in self._running:
@@ -275,16 +325,32 @@ class Scheduler:
         step.saves.append((request, depth, self._snapshots.take(1)[0]))
 
     def _plan_admissions(self, step: _Step) -> None:
-        while self._waiting and self._slots.free and step.budget > 0:
-            if not self._admit(self._waiting[0], step):
+        while self._slots.free and step.budget > 0:
+            request = next((r for r in self._waiting if not self._held_back(r)), None)
+            if request is None or not self._admit(request, step):
                 return
-            self._chunk(self._waiting.popleft(), step)
+            self._waiting.remove(request)
+            self._chunk(request, step)
+
+    def _held_back(self, request: Request) -> bool:
+        """Whether the request does better to wait until another one's prompt is cached."""
+        leader = self._requests.get(request.source.after or "")
+        return (
+            leader is not None
+            and not leader.prompt_cached
+            and self.limits.num_snapshots > 0
+            and self._caches(request)
+            and self._tree.aligned(request.prompt_len - 1) > 0
+        )
+
+    def _caches(self, request: Request) -> bool:
+        """Whether its prompt may come from the cache: not if every position's logits are wanted."""
+        return self.limits.prefix_caching and request.source.params.prompt_logprobs is None
 
     def _admit(self, request: Request, step: _Step) -> bool:
         """Give a waiting request its slot, prefix and pages; False if its pages are not there."""
         limits, length = self.limits, len(request.tokens)
-        caching = limits.prefix_caching
-        match = self._tree.match(request.tokens) if caching else None
+        match = self._tree.match(request.tokens) if self._caches(request) else None
         shared = match.pages if match else []
         for page in shared:
             self._pages.hold(page)
@@ -304,7 +370,7 @@ class Scheduler:
         self._grant(request, missing, step)
         step.admissions.append(_admission(request, match.snapshot if match else NO_SNAPSHOT))
         request.phase = Phase.PREFILL
-        self._running.append(request)
+        insort(self._running, request, key=_rank)
         self._count_prompt(request, step.now)
         return True
 
@@ -359,19 +425,30 @@ class Scheduler:
         for request, depth, snapshot in step.saves:
             pages = request.pages[: depth // self.limits.page_size]
             self._tree.publish(request.tokens[:depth], pages, snapshot)
+        for request, chunk in step.chunks:
+            request.prompt_cached |= chunk.last
+        self._take_prompt_logprobs(step, result)
         deltas = self._take_tokens(step, result)
         for request in step.requests():
             if request.phase is Phase.DONE and request.in_flight == 0:
                 self._release(request)
         return deltas
 
+    def _take_prompt_logprobs(self, step: _Step, result: StepResult) -> None:
+        by_slot = {request.slot: request for request, _ in step.chunks}
+        for part in result.prompt_logprobs:
+            request = by_slot[part.slot]
+            have = len(request.prompt_logprobs)
+            # A request that was preempted computes its prompt again; what is there stays.
+            request.prompt_logprobs += part.rows[have - (part.start - 1) :]
+
     def _take_tokens(self, step: _Step, result: StepResult) -> list[Delta]:
-        sampled = step.decode + [request for request, chunk in step.chunks if chunk.last]
         deltas = []
-        for row, (request, tokens) in enumerate(zip(sampled, result.tokens, strict=True)):
+        for row, (request, tokens) in enumerate(zip(step.sampled(), result.tokens, strict=True)):
             if request.phase is Phase.DONE or not tokens:
                 continue
-            queued = None if request.generated else request.queued
+            first = not request.answered
+            request.answered = True
             request.tokens.extend(tokens)
             request.upper = len(request.tokens) - 1 + request.in_flight * self._width
             self._totals.generated_tokens += len(tokens)
@@ -380,9 +457,7 @@ class Scheduler:
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
                 self._count_accepted(len(tokens) - 1)
-            stop_token = tokens[-1] if reason == "stop" else None
-            cached = request.cached_tokens
-            deltas.append(Delta(request.id, tokens, reason, stop_token, cached, queued=queued))
+            deltas.append(_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
     def _count_accepted(self, accepted: int) -> None:
@@ -411,6 +486,12 @@ class Scheduler:
 
     # --- what others may ask ----------------------------------------------------------------
 
+    def masked_rows(self) -> list[tuple[int, str]]:
+        """Of the step planned last, the sampled rows whose requests follow a grammar, with ids."""
+        _, step = self._launched[-1]
+        sampled = step.sampled()
+        return [(row, r.id) for row, r in enumerate(sampled) if r.source.grammar is not None]
+
     def stats(self) -> EngineStats:
         totals, limits = self._totals, self.limits
         return EngineStats(
@@ -437,6 +518,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""
         self._tree.check()
+        assert self._waiting == sorted(self._waiting, key=_rank), "waiting requests by rank"
+        assert self._running == sorted(self._running, key=_rank), "running requests by rank"
         held = Counter(self._tree.held_pages())
         owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
         for request in owners:
@@ -456,6 +539,51 @@ class Scheduler:
             ), "pages cover what was computed"
 
 
+def _rank(request: Request) -> tuple[int, int]:
+    """Requests of a lower rank come first."""
+    return request.source.priority, request.ordinal
+
+
+def _delta(
+    request: Request,
+    tokens: list[int],
+    reason: FinishReason | None,
+    logprobs: list[TokenLogprobs] | None,
+    first: bool,
+) -> Delta:
+    """What a step brought to a request; what concerns its prompt goes with its first tokens."""
+    return Delta(
+        request.id,
+        tokens,
+        reason,
+        stop_token_id=tokens[-1] if reason == "stop" else None,
+        cached_tokens=request.cached_tokens,
+        queued=request.queued if first else None,
+        logprobs=logprobs and logprobs[: len(tokens)],
+        prompt_logprobs=(request.prompt_logprobs or None) if first else None,
+    )
+
+
+def _extras(request: Request) -> Extras | None:
+    """The rare wishes of a request; None if it has none."""
+    params = request.source.params
+    extras = Extras(
+        prompt_len=request.prompt_len,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias or {},
+        allowed_token_ids=params.allowed_token_ids or [],
+        bad_words=request.source.bad_words,
+        min_total=request.prompt_len + params.min_tokens if params.min_tokens else 0,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        masked=request.source.grammar is not None,
+    )
+    return None if extras == Extras(prompt_len=request.prompt_len) else extras
+
+
 def _admission(request: Request, snapshot: int) -> Admission:
     params = request.source.params
     return Admission(
@@ -469,6 +597,7 @@ def _admission(request: Request, snapshot: int) -> Admission:
         top_k=max(params.top_k, 0),
         seed=request.seed,
         stop_token_ids=sorted(request.stop_ids),
+        extras=_extras(request),
     )
 
 

@@ -83,6 +83,11 @@ class Batch:
     prefill: PrefillRows | None
 
     @property
+    def max_context(self) -> int:
+        """A bound on every token's position + 1."""
+        return max(part.max_context for part in (self.decode, self.prefill) if part)
+
+    @property
     def num_decode_tokens(self) -> int:
         return 0 if self.decode is None else self.decode.slots.shape[0] * self.decode.width
 

@@ -6,7 +6,7 @@ step still runs, and the result is copied out on the side; on a CPU a launch is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from millrace.model.config import ModelConfig
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.weights import load, random_weights
-from millrace.protocol import StepPlan, StepResult, StopRanks
+from millrace.protocol import Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.ranks import Ranks
+from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
 from millrace.runtime.slots import Slots
 from millrace.runtime.state import CONV_INPUTS, Snapshots
@@ -34,23 +35,6 @@ DTYPES = {
 # Without a limit of its own a CPU engine takes at most this share of the memory that is free.
 CPU_SHARE = 0.4
 CPU_MOST = 4 << 30
-
-
-@dataclass(slots=True)
-class PendingStep:
-    """A launched step: who it samples for, and a tensor [R, 1 + width] that will say what."""
-
-    step: int
-    slots: list[int]
-    out: Tensor | None
-    ready: torch.cuda.Event | None = None
-
-    def result(self) -> StepResult:
-        """Wait for the step and read its tokens."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        rows = [] if self.out is None else self.out.tolist()
-        return StepResult(self.step, self.slots, [row[1 : 1 + row[0]] for row in rows])
 
 
 class Worker:
@@ -87,20 +71,14 @@ class Worker:
             snapshot_interval=config.snapshot_interval,
             eos_ids=frozenset(self._model_config.eos_ids),
             seed=config.args.seed,
+            vocab_size=self._model_config.vocab_size,
+            priorities=config.args.scheduling_policy == "priority",
         )
 
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Start a step."""
+    def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
+        """Start a step. masks: of rows that follow a grammar; only rank 0's draws count."""
         self.ranks.send(plan)
-        slots = plan.sampled_slots
-        out = self._runner.run(plan)
-        if out is None or not out.is_cuda:
-            return PendingStep(plan.step, slots, out)
-        host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        host.copy_(out, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return PendingStep(plan.step, slots, host, ready)
+        return PendingStep(plan, self._runner.run(plan, masks))
 
     def follow(self) -> None:
         """A rank other than 0: run what rank 0 plans until it says stop."""

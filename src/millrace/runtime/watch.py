@@ -1,0 +1,407 @@
+"""Which ranks are alive: a TCP connection of each to rank 0, watched by a thread on both ends.
+
+Ranks meet here before anything else, and are compared: all must run the same program with the same
+options on the same model. Afterwards each says twice a second which step it has begun. A rank that
+dies, stops, falls behind or gives up is named in one line that every other rank gets; what then
+ends is the owners' business (`on_failure`). Knows no tensor and no plan.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from millrace.errors import ConfigError, RankError
+
+BEAT = 0.5  # seconds between signs of life
+STOPPED_LIMIT = 5.0  # of silence, for a process that the kernel says is stopped
+REMOTE_LIMIT = 15.0  # of silence, for one on another host
+SILENT_LIMIT = 30.0  # of silence, for one on this host that is neither stopped nor gone
+BEHIND_LIMIT = 60.0  # for which a rank may be some steps behind rank 0 without moving
+_LATE = 2.0  # if a beat of ours comes this late, it was us who did not run
+_LENGTH = struct.Struct("<I")
+_LONGEST = 1 << 20
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A rank introduces itself. facts: what must be equal on all ranks, by what it is called."""
+
+    rank: int
+    pid: int
+    host: str
+    token: str
+    facts: dict[str, str] = {}
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """A sign of life. step: plans begun so far."""
+
+    step: int
+
+
+class Fault(msgspec.Struct, frozen=True, tag="fault"):
+    """The group has failed, and why."""
+
+    message: str
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    """The sender leaves in order."""
+
+
+Message = Hello | Beat | Fault | Bye
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Message).decode
+Fate = Callable[[int], str | None]
+
+
+def no_fate(rank: int) -> str | None:
+    """Where ranks were started by somebody else: how one ended is not known."""
+    return None
+
+
+class _Peer:
+    """The other end of a connection: who it is, and what it last said."""
+
+    def __init__(self, sock: socket.socket, hello: Hello) -> None:
+        self.sock = sock
+        self.hello = hello
+        self.heard = self.moved = time.monotonic()
+        self.step = 0
+        self.leaving = False
+        self._received = bytearray()
+
+    @property
+    def name(self) -> str:
+        here = self.hello.host == this_host()
+        return f"rank {self.hello.rank} (pid {self.hello.pid}" + (
+            ")" if here else f" on {self.hello.host.split('/')[0]})"
+        )
+
+    def send(self, message: Message) -> None:
+        """Send if that needs no waiting; a peer that does not read is noticed by its silence."""
+        try:
+            self.sock.send(_frame(message), socket.MSG_DONTWAIT)
+        except OSError:
+            return
+
+    def receive(self) -> tuple[list[Message], bool]:
+        """(what has arrived, whether the connection still stands)."""
+        try:
+            data = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return [], True
+        except OSError:
+            data = b""
+        self._received += data
+        messages: list[Message] = []
+        while (message := _take_frame(self._received)) is not None:
+            messages.append(message)
+        return messages, bool(data)
+
+    def silence_limit(self) -> float:
+        if self.hello.host != this_host():
+            return REMOTE_LIMIT
+        return STOPPED_LIMIT if is_stopped(self.hello.pid) else SILENT_LIMIT
+
+
+class Watch:
+    """This rank's end of the connections: rank 0 has one to each other rank, those one to rank 0.
+
+    on_failure is called once, on the watching thread, with the line that names the rank at fault.
+    """
+
+    def __init__(
+        self,
+        me: Hello,
+        peers: list[_Peer],
+        fate: Fate = no_fate,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self._me = me
+        self._peers = peers
+        self._fate = fate
+        self._on_failure = on_failure
+        self._step = 0
+        self._failed = threading.Event()
+        self._message = ""
+        self._leaving = False
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+        self._thread.start()
+
+    # --- called by the rank's own work ------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise RankError if the group has failed."""
+        if self._failed.is_set():
+            raise RankError(self._message)
+
+    def begin(self, step: int) -> None:
+        """Note that this rank has begun its plan number `step`."""
+        self._step = step
+
+    def explain(self, error: BaseException, limit: float = 5.0) -> RankError:
+        """What a collective's failure comes from: waits for the watch to find out who it was."""
+        if self._failed.wait(limit):
+            return RankError(self._message)
+        first = str(error).strip().splitlines()
+        return RankError(f"rank {self._me.rank}: {first[0] if first else type(error).__name__}")
+
+    def fail(self, message: str) -> None:
+        """Tell all ranks that the group cannot go on; does not raise."""
+        self._fail(message, tell_owner=False)
+
+    def leave(self) -> None:
+        """Part in order. Nothing is watched afterwards."""
+        self._leaving = True
+        for peer in self._peers:
+            peer.send(Bye())
+        self._wake.send(b"x")
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * BEAT + 1.0)
+        for peer in self._peers:
+            peer.sock.close()
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer.sock, selectors.EVENT_READ, peer)
+            selector.register(self._woken, selectors.EVENT_READ)
+            last = time.monotonic()
+            while not (self._leaving or self._failed.is_set()):
+                due = last + BEAT - time.monotonic()
+                for key, _ in selector.select(max(0.0, due)):
+                    if isinstance(key.data, _Peer) and not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now >= last + BEAT:
+                    self._tick(now, late=now - last > _LATE)
+                    last = now
+
+    def _hear(self, peer: _Peer) -> bool:
+        """Take in what a peer sent. False once its connection has ended."""
+        messages, stands = peer.receive()
+        peer.heard = time.monotonic()
+        for message in messages:
+            if isinstance(message, Beat):
+                if message.step != peer.step:
+                    peer.step, peer.moved = message.step, peer.heard
+            elif isinstance(message, Fault):
+                self._fail(message.message)
+            elif isinstance(message, Bye):
+                peer.leaving = True
+        if not (stands or peer.leaving or self._leaving):
+            self._fail(f"{peer.name} {self._end_of(peer)}")
+        return stands
+
+    def _end_of(self, peer: _Peer) -> str:
+        """How a rank ended whose connection is gone. Its exit status may be a moment behind."""
+        if self._fate is not no_fate:
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:
+                if (fate := self._fate(peer.hello.rank)) is not None:
+                    return fate
+                time.sleep(0.01)
+        return "is gone: its connection has ended"
+
+    def _tick(self, now: float, late: bool) -> None:
+        for peer in self._peers:
+            peer.send(Beat(self._step))
+            if late:  # this process did not run; the others' words may still lie unread
+                peer.heard = peer.moved = now
+            silent = now - peer.heard
+            if peer.leaving:
+                continue
+            if silent > STOPPED_LIMIT and silent > peer.silence_limit():
+                state = " and is stopped" if is_stopped(peer.hello.pid) else ""
+                self._fail(f"{peer.name} has not answered for {silent:.0f} s{state}")
+            elif peer.hello.rank and peer.step < self._step and now - peer.moved > BEHIND_LIMIT:
+                self._fail(
+                    f"{peer.name} has been in step {peer.step} for {now - peer.moved:.0f} s; "
+                    f"rank {self._me.rank} is in step {self._step}"
+                )
+            elif peer.step >= self._step:
+                peer.moved = now
+
+    def _fail(self, message: str, tell_owner: bool = True) -> None:
+        if self._failed.is_set():
+            return
+        self._message = message
+        self._failed.set()
+        for peer in self._peers:
+            peer.send(Fault(message))
+        if tell_owner and self._on_failure is not None:
+            self._on_failure(message)
+
+
+# --- meeting -----------------------------------------------------------------------------------
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket on that host name or address if it is ours, else on all interfaces."""
+    for host in (address, ""):
+        try:
+            return socket.create_server((host, 0))
+        except OSError:
+            continue
+    raise ConfigError(f"cannot listen on {address}; set MASTER_ADDR to an address of this host")
+
+
+def gather(
+    listener: socket.socket, me: Hello, size: int, limit: float, fate: Fate = no_fate
+) -> list[_Peer]:
+    """Rank 0: wait for all others, and compare them with ourselves.
+
+    Raises RankError for a rank that ended or did not come within `limit` seconds, ConfigError for
+    one that is unlike this one; the others are told.
+    """
+    found: dict[int, _Peer] = {}
+    deadline = time.monotonic() + limit
+    listener.settimeout(0.1)
+    try:
+        while len(found) < size - 1:
+            _require_coming(range(1, size), found, fate, deadline, limit)
+            peer = _accept(listener, me)
+            if peer is not None:
+                found[peer.hello.rank] = peer
+        peers = [found[rank] for rank in sorted(found)]
+        _compare(me, peers)
+    except Exception as error:
+        for peer in found.values():
+            peer.send(Fault(str(error)))
+            peer.sock.close()
+        raise
+    for peer in peers:
+        peer.send(me)
+    return peers
+
+
+def _require_coming(
+    ranks: range, found: Mapping[int, _Peer], fate: Fate, deadline: float, limit: float
+) -> None:
+    missing = [rank for rank in ranks if rank not in found]
+    for rank in missing:
+        if (end := fate(rank)) is not None:
+            raise RankError(f"rank {rank} {end} before it had joined")
+    if time.monotonic() > deadline:
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        raise RankError(f"{names} did not join within {limit:.0f} s")
+
+
+def _accept(listener: socket.socket, me: Hello) -> _Peer | None:
+    """The next rank that knows the token; None if nobody, or a stranger, came."""
+    try:
+        sock, _ = listener.accept()
+    except TimeoutError:
+        return None
+    try:
+        sock.settimeout(5.0)
+        hello = _read_frame(sock)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        sock.close()
+        return None
+    if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, me.token):
+        sock.close()
+        return None
+    return _Peer(sock, hello)
+
+
+def _compare(me: Hello, peers: list[_Peer]) -> None:
+    for peer in peers:
+        for name, ours in me.facts.items():
+            theirs = peer.hello.facts.get(name, "nothing")
+            if theirs != ours:
+                raise ConfigError(
+                    f"{peer.name} has another {name}: {theirs}, where rank 0 has {ours}; "
+                    "start all ranks alike"
+                )
+
+
+def introduce(address: tuple[str, int], me: Hello, limit: float) -> _Peer:
+    """Other ranks: connect to rank 0 and wait until it has met everybody.
+
+    Raises RankError with rank 0's reason if the group does not come together.
+    """
+    try:
+        sock = socket.create_connection(address, timeout=limit)
+        sock.settimeout(limit)
+        sock.sendall(_frame(me))
+        answer = _read_frame(sock)
+    except (OSError, ValueError) as error:
+        raise RankError(
+            f"rank 0 at {address[0]} port {address[1]} does not answer: {error}"
+        ) from None
+    if isinstance(answer, Hello):
+        return _Peer(sock, answer)
+    sock.close()
+    raise RankError(answer.message if isinstance(answer, Fault) else "rank 0 has left")
+
+
+# --- small things ------------------------------------------------------------------------------
+
+
+def this_host() -> str:
+    """A name for this host and its process numbers: `<host name>/<pid namespace>`."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()}/{namespace}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether the kernel has stopped a process of this host (SIGSTOP, or a debugger)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+def _frame(message: Message) -> bytes:
+    body = _encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _take_frame(received: bytearray) -> Message | None:
+    """Cut the first whole message off what was received."""
+    if len(received) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(received)
+    if len(received) < _LENGTH.size + length:
+        return None
+    body = bytes(received[_LENGTH.size : _LENGTH.size + length])
+    del received[: _LENGTH.size + length]
+    message: Message = _decode(body)
+    return message
+
+
+def _read_frame(sock: socket.socket) -> Message:
+    """The next message, waited for. Raises OSError, or ValueError for what is none."""
+    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
+    if length > _LONGEST:
+        raise ValueError("not a message of a rank")
+    message: Message = _decode(_read(sock, length))
+    return message
+
+
+def _read(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        if not part:
+            raise ConnectionError("the connection has ended")
+        data += part
+    return bytes(data)
