@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from millrace.engine.engine import Engine
 from millrace.protocol import AddRequest, SamplingParams
-from tests.support.engines import build, generate, logits_after
+from tests.support.engines import build, draft_well, generate, logits_after
 
 PROMPT = [5, 9, 40, 77, 120, 6]
 
@@ -32,29 +29,13 @@ def test_drafts_change_no_draw(tiny_model: Path, params: dict[str, float], k: in
     plain = generate(engine, PROMPTS, 40, **chosen)
     engine.close()
     engine = build(tiny_model, speculative_config={"num_speculative_tokens": k})
-    _draft_well(engine, [[*p, *o] for p, o in zip(PROMPTS, plain, strict=True)])
+    draft_well(engine, [[*p, *o] for p, o in zip(PROMPTS, plain, strict=True)])
     drafted = generate(engine, PROMPTS, 40, **chosen)
     accepted = engine.stats().accepted_per_position
     engine.close()
     assert drafted == plain
     assert min(accepted) > 5, "too few drafts were accepted to show anything"
     assert accepted[0] < engine.stats().drafts, "no draft was rejected"
-
-
-def _draft_well(engine: Engine, sequences: list[list[int]]) -> None:
-    """Let drafts be the right tokens at three positions in four. Slot i + 1 runs prompt i."""
-    runner = engine._worker._runner  # type: ignore[attr-defined]
-    original = runner._draft
-
-    def draft(*args: Any) -> None:
-        original(*args)
-        tape, lengths = runner._slots.tokens, runner._slots.length.tolist()
-        for slot, sequence in enumerate(sequences, start=1):
-            for position in range(lengths[slot] + 1, min(lengths[slot] + 6, len(sequence))):
-                if random.Random(position).random() < 0.75:
-                    tape[slot, position] = sequence[position]
-
-    runner._draft = draft
 
 
 def test_draws_follow_the_softmax(tiny_model: Path) -> None:

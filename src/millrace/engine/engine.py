@@ -98,6 +98,10 @@ class Engine:
             return early
         return early + self._commit(self._launched.popleft())
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix; running requests keep what they hold."""
+        self.scheduler.reset_prefix_cache()
+
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 

@@ -40,12 +40,11 @@ class Follower:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take tokens that the request has been given."""
-        for index, token in enumerate(tokens):
-            if self.after is None:
-                self.matcher.consume_tokens(list(tokens[index:]))
-                return
-            if token == self.after:
-                self.after = None
+        for token in tokens:
+            if self.after is not None:
+                self.after = None if token == self.after else self.after
+            elif not self.matcher.is_stopped():  # else only an end can follow, which it rejects
+                self.matcher.consume_token(token)
 
     def start(self, candidates: int) -> int:
         """The first of the coming `candidates` that the grammar governs; `candidates` if none."""
@@ -95,7 +94,7 @@ class Grammars:
         follower = self._followers.get(request_id)
         if follower is None or not follower.matcher.is_error():
             return None
-        return follower.matcher.get_error()
+        return _reason(follower.matcher)
 
     def masks(self, plan: StepPlan, rows: Sequence[tuple[int, str]]) -> Masks:
         """For the sampled rows (row, request id) of a plan, the tokens that may come."""
@@ -141,12 +140,12 @@ class Grammars:
         assert request.grammar is not None
         matcher = LLMatcher(self._tokenizer, request.grammar.source)
         if matcher.is_error():
-            raise RequestError(f"grammar: {matcher.get_error()}", param="structured_outputs")
+            raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
         follower = Follower(matcher, request.grammar.after)
         follower.advance(request.resume)
         if matcher.is_error():
             raise RequestError(
-                f"resume_token_ids do not match the grammar: {matcher.get_error()}",
+                f"resume_token_ids do not match the grammar: {_reason(matcher)}",
                 param="resume_token_ids",
             )
         return follower
@@ -171,3 +170,8 @@ class Grammars:
         from llguidance import LLExecutor
 
         return LLExecutor()
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The first line of what a matcher says is wrong; the rest is its inner state."""
+    return matcher.get_error().split("\n", 1)[0]

@@ -100,7 +100,7 @@ class Runner:
     def _decode_forward(self, slots: Tensor, filters: bool) -> Tensor:
         """The hidden vectors of such a step: [rows, width, H]."""
         batch = self._decode_batch(slots)
-        hidden = self._model(self._ids(batch), batch, self._caches)
+        hidden: Tensor = self._model(self._ids(batch), batch, self._caches)
         return hidden.view(slots.shape[0], self._width, -1)
 
     def _decode_batch(self, slots: Tensor) -> Batch:
