@@ -9,8 +9,6 @@ from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, real,
 from millrace.kernels.cpu.call import long as int64
 from millrace.model.batch import DecodeRows, KVCache, PrefillRows
 
-SHORT = 320  # positions up to which a prompt is faster here than gathered for torch's products
-
 
 def attend_decode(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0
@@ -24,9 +22,7 @@ def attend_decode(
 def attend_prefill(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
 ) -> Tensor:
-    """As the reference, for short contexts."""
-    if rows.max_context > SHORT:
-        return NotImplemented
+    """As the reference, block by block of positions with a running softmax."""
     return _attend(q, cache, block_table, (rows.slots, rows.starts, rows.offsets), scale, first)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 log = logging.getLogger("millrace.kernels")
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [SOURCE, *sorted(SOURCE.with_name("native").glob("*.h"))]
 # OpenMP's symbols are left open: they bind to the OpenMP that torch has loaded, so that both share
 # one pool of threads. Compiled and linked apart, for g++ would bind them to its own.
 COMPILE = (
@@ -65,7 +66,13 @@ def _path() -> Path:
     version = subprocess.run(
         [_compiler(), "--version"], check=True, capture_output=True, text=True
     ).stdout
-    parts = [SOURCE.read_text(), *COMPILE, version, platform.machine(), _processor()]
+    parts = [
+        *(source.read_text() for source in SOURCES),
+        *COMPILE,
+        version,
+        platform.machine(),
+        _processor(),
+    ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "millrace" / f"native-{key}.so"

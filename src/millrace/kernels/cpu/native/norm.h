@@ -1,0 +1,127 @@
+// Norms, gates, and rotary embedding on the way into the cache, each in one pass.
+#pragma once
+
+#include "base.h"
+
+namespace {
+
+template <class T>
+void norm_row(const T* x, const T* residual, const float* weight, float eps, int n, T* total,
+              T* out) {
+    if (residual)
+        for (int i = 0; i < n; i++) put(total + i, get(x[i]) + get(residual[i]));
+    const T* in = residual ? total : x;
+    float scale = 1 / std::sqrt(sum_of_squares(in, n) / n + eps);
+#pragma omp simd
+    for (int i = 0; i < n; i++) put(out + i, get(in[i]) * scale * (1 + weight[i]));
+}
+template <class T>
+void gated_row(const T* o, const T* z, const float* weight, float eps, int n, T* out) {
+    float scale = 1 / std::sqrt(sum_of_squares(o, n) / n + eps);
+#pragma omp simd
+    for (int i = 0; i < n; i++) put(out + i, get(o[i]) * scale * weight[i] * silu(get(z[i])));
+}
+template <class T>
+void silu_row(const T* gate_up, int n, T* out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) put(out + i, silu(get(gate_up[i])) * get(gate_up[n + i]));
+}
+template <class T>
+void sigmoid_row(const T* x, const T* gate, int n, T* out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) put(out + i, get(x[i]) * sigmoid(get(gate[i])));
+}
+
+// Norm, then rotary embedding, of one head; room: dim floats.
+template <class T>
+void norm_rope(const T* x, const float* weight, float eps, const float* cos_sin, int rotary,
+               int dim, float* room, T* out) {
+    float scale = 1 / std::sqrt(sum_of_squares(x, dim) / dim + eps);
+    for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * (1 + weight[i]));
+    to_floats(out, room, rotary);
+    int half = rotary / 2;
+    const float *cos = cos_sin, *sin = cos_sin + half;
+    for (int i = 0; i < half; i++) {
+        put(out + i, room[i] * cos[i] - room[half + i] * sin[i]);
+        put(out + half + i, room[half + i] * cos[i] + room[i] * sin[i]);
+    }
+}
+template <class T, class K>
+void norm_rope_store_all(const T* qkv, int64_t stride, const float* qw, const float* kw, float eps,
+                         const int64_t* positions, const float* cos_sin, int rotary, K* keys,
+                         K* values, const int64_t* kv_rows, T* q, int tokens, int heads,
+                         int kv_heads, int dim, int threads) {
+#pragma omp parallel num_threads(threads) if (int64_t(tokens) * heads * dim > SMALL)
+    {
+        std::vector<float> room(dim);
+        std::vector<T> key(dim);
+#pragma omp for schedule(static)
+        for (int t = 0; t < tokens; t++) {
+            const T *in = qkv + t * stride, *k = in + 2 * heads * dim, *v = k + kv_heads * dim;
+            const float* angles = cos_sin + positions[t] * rotary;
+            for (int h = 0; h < heads; h++)
+                norm_rope(in + h * dim, qw, eps, angles, rotary, dim, room.data(),
+                          q + (int64_t(t) * heads + h) * dim);
+            for (int h = 0; h < kv_heads; h++) {
+                int64_t at = (kv_rows[t] * kv_heads + h) * dim;
+                norm_rope(k + h * dim, kw, eps, angles, rotary, dim, room.data(), key.data());
+                for (int i = 0; i < dim; i++) put(keys + at + i, get(key[i]));
+                for (int i = 0; i < dim; i++) put(values + at + i, get(v[h * dim + i]));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define MILLRACE_ROWS(call_bf16, call_float)                                                 \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (rows * int64_t(n) > SMALL)") \
+    for (int64_t r = 0; r < rows; r++) {                                                     \
+        if (is_bf16) { typedef bf16 T; call_bf16; }                                          \
+        else { typedef float T; call_float; }                                                \
+    }
+#define MILLRACE_EACH(call) MILLRACE_ROWS(call, call)
+
+void millrace_rms_norm(const void* x, const void* residual, const float* weight, float eps,
+                       int64_t rows, int n, int64_t stride, void* total, void* out, int is_bf16,
+                       int threads) {
+    MILLRACE_EACH(norm_row((const T*)x + r * stride, residual ? (const T*)residual + r * n : nullptr,
+                           weight, eps, n, (T*)total + r * n, (T*)out + r * n))
+}
+// z: rows of `heads` heads, a token's heads together.
+void millrace_gated_rms_norm(const void* o, const void* z, int64_t z_stride, const float* weight,
+                             float eps, int64_t rows, int heads, int n, void* out, int is_bf16,
+                             int threads) {
+    MILLRACE_EACH(gated_row((const T*)o + r * n,
+                            (const T*)z + r / heads * z_stride + r % heads * n, weight, eps, n,
+                            (T*)out + r * n))
+}
+void millrace_silu_mul(const void* gate_up, int64_t rows, int n, void* out, int is_bf16,
+                       int threads) {
+    MILLRACE_EACH(silu_row((const T*)gate_up + r * 2 * n, n, (T*)out + r * n))
+}
+void millrace_sigmoid_gate(const void* x, const void* gate, int64_t gate_stride, int64_t rows,
+                           int n, void* out, int is_bf16, int threads) {
+    MILLRACE_EACH(sigmoid_row((const T*)x + r * n, (const T*)gate + r * gate_stride, n,
+                              (T*)out + r * n))
+}
+
+void millrace_norm_rope_store(const void* qkv, int64_t stride, const float* qw, const float* kw,
+                              float eps, const int64_t* positions, const float* cos_sin,
+                              int rotary, void* keys, void* values, const int64_t* kv_rows,
+                              void* q, int is_bf16, int kv_bf16, int tokens, int heads,
+                              int kv_heads, int dim, int threads) {
+#define MILLRACE_STORE(T, K)                                                                   \
+    norm_rope_store_all((const T*)qkv, stride, qw, kw, eps, positions, cos_sin, rotary,        \
+                        (K*)keys, (K*)values, kv_rows, (T*)q, tokens, heads, kv_heads, dim,    \
+                        threads)
+    if (is_bf16 && kv_bf16) MILLRACE_STORE(bf16, bf16);
+    else if (is_bf16) MILLRACE_STORE(bf16, float);
+    else if (kv_bf16) MILLRACE_STORE(float, bf16);
+    else MILLRACE_STORE(float, float);
+#undef MILLRACE_STORE
+}
+
+}  // extern "C"

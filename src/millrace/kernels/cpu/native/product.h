@@ -1,0 +1,150 @@
+// Products on panels: 32 columns side by side, so that a vector holds the same channel of 16 of them.
+//
+// A panel is packed where it is used and stays in the first cache while rows pass it. What a row
+// gives with a column depends on nothing beside the two, so results are the same in any batch.
+#pragma once
+
+#include <type_traits>
+
+#include "base.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;
+constexpr int MOST_ROWS = 12;  // rows that pass a panel together: their sums fill the registers
+
+// How a row meets a panel. A word holds STEP channels of one column.
+struct Singles {
+    typedef float Element;
+    static constexpr int STEP = 1;
+    static Floats add(Floats total, const float* x, Words panel) {
+        return total + (*x - (Floats){}) * (Floats)panel;
+    }
+};
+#ifdef __AVX512BF16__
+struct Pairs {
+    typedef bf16 Element;
+    static constexpr int STEP = 2;
+    static Floats add(Floats total, const bf16* x, Words panel) {
+        int32_t pair;
+        std::memcpy(&pair, x, sizeof pair);
+        __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        return (Floats)_mm512_dpbf16_ps((__m512)total, both, (__m512bh)panel);
+    }
+};
+#endif
+
+// 16 rows of 16 words become 16 columns.
+inline void transpose(Words r[LANES]) {
+#ifdef __AVX512F__
+    __m512i s[LANES], t[LANES];
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32((__m512i)r[i], (__m512i)r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            t[i + 2 * j] = _mm512_unpacklo_epi64(s[i + j], s[i + 2 + j]);
+            t[i + 2 * j + 1] = _mm512_unpackhi_epi64(s[i + j], s[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            s[8 * j + i] = _mm512_shuffle_i32x4(t[8 * j + i], t[8 * j + 4 + i], 0x88);
+            s[8 * j + 4 + i] = _mm512_shuffle_i32x4(t[8 * j + i], t[8 * j + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        r[i] = (Words)_mm512_shuffle_i32x4(s[i], s[8 + i], 0x88);
+        r[8 + i] = (Words)_mm512_shuffle_i32x4(s[i], s[8 + i], 0xdd);
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) std::swap(((uint32_t*)&r[i])[j], ((uint32_t*)&r[j])[i]);
+#endif
+}
+
+// panel[word][PANEL] from `count` columns of `words` words, a multiple of 16; at(c): column c's
+// words. Columns past `count` are zeros. ahead: how far behind a column the next panel's lies.
+template <class At>
+void pack(At at, int count, int words, int64_t ahead, Words (*panel)[2]) {
+    for (int half = 0; half < 2; half++)
+        for (int w = 0; w < words; w += LANES) {
+            Words block[LANES];
+            for (int i = 0; i < LANES; i++) {
+                int c = half * LANES + i;
+                if (c >= count) {
+                    block[i] = Words{};
+                    continue;
+                }
+                const char* words_of = (const char*)at(c) + w * 4;
+                if (ahead) __builtin_prefetch(words_of + ahead, 0, 2);
+                std::memcpy(&block[i], words_of, sizeof block[i]);
+            }
+            transpose(block);
+            for (int i = 0; i < LANES; i++) panel[w + i][half] = block[i];
+        }
+}
+
+// total[r] += x[r, n] times the panel.
+template <class U, int R>
+inline void meet(const typename U::Element* x, int64_t stride, const Words (*panel)[2], int n,
+                 Floats total[R][2]) {
+    for (int j = 0; j < n; j += U::STEP, panel++)
+        for (int r = 0; r < R; r++)
+            for (int half = 0; half < 2; half++)
+                total[r][half] = U::add(total[r][half], x + r * stride + j, (*panel)[half]);
+}
+
+template <int R, class Body> void with_rows(int count, Body body) {
+    if constexpr (R > 0) {
+        if (count >= R) body(std::integral_constant<int, R>());
+        else with_rows<R - 1>(count, body);
+    }
+}
+// body(R, r) for runs of R rows from r on, R a constant, until `rows` are done.
+template <class Body> void in_runs(int rows, Body body) {
+    for (int r = 0; r < rows; r += MOST_ROWS)
+        with_rows<MOST_ROWS>(rows - r, [&](auto run) { body(run, r); });
+}
+
+#ifdef __AVX512BF16__
+inline void store_some(bf16* out, Floats x, int count) {
+    __mmask16 those = count >= LANES ? 0xFFFF : (1 << std::max(count, 0)) - 1;
+    _mm256_mask_storeu_epi16(out, those, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#endif
+
+}  // namespace
+
+// out[rows, columns] = x[rows, n] w[columns, n]^T in bfloat16, n a multiple of 32. Returns 0 if this
+// processor cannot.
+extern "C" int millrace_linear(const void* x, const void* weight, int rows, int columns, int n,
+                               void* out, int threads) {
+#ifdef __AVX512BF16__
+#pragma omp parallel num_threads(threads) if (int64_t(rows) * columns * n > 64 * SMALL)
+    {
+        static thread_local std::vector<Words> room;
+        room.resize(std::max(room.size(), size_t(n)));
+        auto panel = (Words(*)[2])room.data();
+#pragma omp for schedule(static)
+        for (int c = 0; c < columns; c += PANEL) {
+            auto w = (const bf16*)weight + int64_t(c) * n;
+            int count = std::min(PANEL, columns - c);
+            int64_t ahead = c + 2 * PANEL <= columns ? int64_t(PANEL) * n * sizeof(bf16) : 0;
+            pack([&](int i) { return w + int64_t(i) * n; }, count, n / 2, ahead, panel);
+            in_runs(rows, [&](auto run, int first) {
+                constexpr int R = decltype(run)::value;
+                Floats total[R][2] = {};
+                meet<Pairs, R>((const bf16*)x + int64_t(first) * n, n, panel, n, total);
+                for (int r = 0; r < R; r++) {
+                    bf16* to = (bf16*)out + int64_t(first + r) * columns + c;
+                    store_some(to, total[r][0], count);
+                    store_some(to + LANES, total[r][1], count - LANES);
+                }
+            });
+        }
+    }
+    return 1;
+#else
+    return 0;
+#endif
+}
