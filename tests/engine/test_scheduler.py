@@ -88,7 +88,9 @@ def test_any_mix_gives_each_request_its_own_tokens(
     interval: int,
     caching: bool,
 ) -> None:
-    """Shared prefixes, chunks, drafts, preemption, aborts and pipelining change no token."""
+    """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, requests that
+    resume or wait for another's prompt: none of it changes a token.
+    """
     rng = random.Random(seed)
     lim = limits(
         drafts=drafts,
@@ -97,6 +99,7 @@ def test_any_mix_gives_each_request_its_own_tokens(
         max_num_batched_tokens=budget,
         snapshot_interval=interval,
         prefix_caching=caching,
+        priorities=True,
     )
     eng = engine(lim, depth, seed)
     stems = [[rng.randint(1, 49) for _ in range(20)] for _ in range(2)]
@@ -109,9 +112,18 @@ def test_any_mix_gives_each_request_its_own_tokens(
             rng.randint(1, 49) for _ in range(rng.randint(1, 16))
         ]
         name, most = f"r{number}", rng.randint(1, 20)
-        eng.add(request(name, prompt, most))
         total = min(len(prompt) + most, lim.max_model_len)
-        wanted[name] = expected_output(prompt, total, lim.eos_ids)
+        output = expected_output(prompt, total, lim.eos_ids)
+        resumed = rng.randint(0, len(output)) if rng.random() < 0.2 else 0
+        after = f"r{rng.randint(0, number)}" if rng.random() < 0.3 else None
+        source = msgspec.structs.replace(
+            request(name, prompt, most),
+            resume=output[:resumed],
+            after=after,
+            priority=rng.randint(-1, 1),
+        )
+        eng.add(source)
+        wanted[name] = output[resumed:]
         for _ in range(rng.randint(0, 4)):
             for delta in eng.step():
                 assert delta.id not in aborted
@@ -127,6 +139,53 @@ def test_any_mix_gives_each_request_its_own_tokens(
         else:
             assert got[name] == tokens
     assert_all_free(eng)
+
+
+def test_the_lowest_priority_number_runs_first_and_is_preempted_last() -> None:
+    eng = engine(limits(max_num_seqs=1, priorities=True, drafts=0))
+    ended = []
+    for name, priority in (("a", 0), ("b", 2), ("c", -1), ("d", 2)):
+        eng.add(msgspec.structs.replace(request(name, [1, 2, 3], 3), priority=priority))
+    while eng.has_work():
+        ended += [delta.id for delta in eng.step() if delta.finish_reason]
+    assert ended == ["c", "a", "b", "d"]
+    lim = limits(num_pages=26, drafts=0, prefix_caching=False, priorities=True)
+    eng = engine(lim)
+    for name, priority in (("low", 1), ("high", 0), ("higher", -1)):
+        source = request(name, [ord(name[0])] * 12, 30, ignore_eos=True)
+        eng.add(msgspec.structs.replace(source, priority=priority))
+    preempted = set()
+    while eng.has_work():
+        before = set(eng.scheduler._running)
+        eng.step()
+        preempted |= {r.id for r in before & set(eng.scheduler._waiting)}
+    assert preempted == {"low"}
+    with pytest.raises(RequestError, match="--scheduling-policy priority"):
+        engine(limits()).add(msgspec.structs.replace(request("x", [1]), priority=1))
+
+
+def test_outputs_of_one_prompt_share_its_pages() -> None:
+    """Those that wait for the first one find all whole pages of the prompt in the cache."""
+    eng = engine(limits(num_pages=100, num_snapshots=4))
+    prompt = list(range(1, 15))
+    for number in range(4):
+        source = request(str(number), prompt, 4)
+        eng.add(msgspec.structs.replace(source, after="0" if number else None))
+    cached = {}
+    while eng.has_work():
+        for delta in eng.step():
+            cached[delta.id] = delta.cached_tokens
+    assert cached == {"0": 0, "1": 12, "2": 12, "3": 12}
+    eng.add(msgspec.structs.replace(request("lone", prompt, 4), after="long gone"))
+    assert run(eng)["lone"]
+
+
+def test_a_resumed_request_that_has_all_its_tokens_ends_at_once() -> None:
+    eng = engine(limits())
+    for resume, reason in (([4, 5], "length"), ([EOS], "stop")):
+        eng.add(msgspec.structs.replace(request("a", [1, 2], 2), resume=resume))
+        assert [d.finish_reason for d in eng.step()] == [reason]
+        assert not eng.has_work()
 
 
 def test_preemption_happens_and_loses_nothing() -> None:
@@ -197,11 +256,14 @@ def test_abort_returns_everything_in_every_phase() -> None:
 
 
 def test_requests_that_cannot_run_are_refused_with_the_reason() -> None:
-    eng = engine(limits())
+    eng = engine(limits(vocab_size=50))
     for bad, words in (
         (request("a", []), "empty"),
         (request("a", [1] * 48), "at most 47 fit"),
         (request("a", [1], stop_token_ids=list(range(40))), "at most 16"),
+        (request("a", [1, 90]), "holds token 90; the model's tokens go from 0 to 49"),
+        (request("a", [1], logit_bias={50: 1.0}), "logit_bias holds token 50"),
+        (msgspec.structs.replace(request("a", [1]), resume=[2] * 48), "have 49 tokens"),
     ):
         with pytest.raises(RequestError, match=words):
             eng.add(bad)

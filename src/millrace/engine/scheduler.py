@@ -337,6 +337,7 @@ class Scheduler:
         leader = self._requests.get(request.source.after or "")
         return (
             leader is not None
+            and leader.ordinal < request.ordinal  # so that no two wait for each other
             and not leader.prompt_cached
             and self.limits.num_snapshots > 0
             and self._caches(request)
