@@ -1,19 +1,26 @@
 // Gated DeltaNet in the window form; the equations stand in millrace/kernels/gdn.py.
 #pragma once
 
+#include <type_traits>
+
 #include "base.h"
 
 namespace {
 
 constexpr int CHUNK = 16;  // prompt tokens that advance together
 
-// out[M, WIDE] = probes[M, rows] times state columns. The state is read once.
-template <int M, int WIDE>
-void probe_block(const float* state, int rows, int columns, const float* probes, float* out) {
+// out[M, WIDE] = probes[M, rows] times state columns. The state is read once; the state that comes
+// after it is fetched meanwhile, so that memory is never idle.
+template <int M, int WIDE, class S>
+void probe_block(const S* state, const S* next, int rows, int columns, const float* probes,
+                 float* out) {
     Floats total[M][WIDE] = {};
-    for (int row = 0; row < rows; row++) {
+    for (int row = 0; row < rows; row++, state += columns, next += columns) {
         Floats s[WIDE];
-        for (int i = 0; i < WIDE; i++) s[i] = load(state + row * columns + i * LANES);
+        for (int i = 0; i < WIDE; i++) {
+            s[i] = load(state + i * LANES);
+            if (i * sizeof(S) % sizeof(float) == 0) __builtin_prefetch(next + i * LANES, 0, 2);
+        }
         for (int m = 0; m < M; m++) {
             Floats probe = probes[m * rows + row] - (Floats){};
             for (int i = 0; i < WIDE; i++) total[m][i] += probe * s[i];
@@ -22,23 +29,26 @@ void probe_block(const float* state, int rows, int columns, const float* probes,
     for (int m = 0; m < M; m++)
         for (int i = 0; i < WIDE; i++) store(out + m * columns + i * LANES, total[m][i]);
 }
-template <int M, int WIDE>
-void probe_columns(const float* state, int rows, int columns, const float* probes, float* out) {
+template <int M, int WIDE, class S>
+void probe_columns(const S* state, const S* next, int rows, int columns, const float* probes,
+                   float* out) {
     int c = 0;
     for (; c + WIDE * LANES <= columns; c += WIDE * LANES)
-        probe_block<M, WIDE>(state + c, rows, columns, probes, out + c);
+        probe_block<M, WIDE>(state + c, next + c, rows, columns, probes, out + c);
     for (; c < columns; c += LANES)
-        probe_block<M, 1>(state + c, rows, columns, probes, out + c);
+        probe_block<M, 1>(state + c, next + c, rows, columns, probes, out + c);
 }
-// out[m, columns] = probes[m, rows] state[rows, columns], m even.
-void probe(const float* state, int rows, int columns, const float* probes, int m, float* out) {
+// out[m, columns] = probes[m, rows] state[rows, columns], m even. next: the state to fetch.
+template <class S>
+void probe(const S* state, const S* next, int rows, int columns, const float* probes, int m,
+           float* out) {
     int i = 0;
     for (; i + 8 <= m; i += 8)
-        probe_columns<8, 2>(state, rows, columns, probes + i * rows, out + i * columns);
+        probe_columns<8, 2>(state, next, rows, columns, probes + i * rows, out + i * columns);
     for (; i + 4 <= m; i += 4)
-        probe_columns<4, 4>(state, rows, columns, probes + i * rows, out + i * columns);
+        probe_columns<4, 4>(state, next, rows, columns, probes + i * rows, out + i * columns);
     for (; i < m; i += 2)
-        probe_columns<2, 8>(state, rows, columns, probes + i * rows, out + i * columns);
+        probe_columns<2, 8>(state, next, rows, columns, probes + i * rows, out + i * columns);
 }
 
 template <int WIDE>
@@ -88,11 +98,13 @@ struct Sizes {
 
 // A thread's copies: keys and queries of n tokens, a window of w, and what they make together.
 struct Room {
-    std::vector<float> probes, window_k, pairs, old, scaled, state, v, out;
+    std::vector<float> probes, window_k, pairs, old, scaled, state, v, out, recent, weights,
+        among, beta;
     Room(const Sizes& z, int n, int w)
         : probes(2 * n * z.key_dim), window_k(w * z.key_dim), pairs(2 * n * (w + n)),
           old(2 * n * z.value_dim), scaled(std::max(n, w) * z.key_dim),
-          state(z.key_dim * z.value_dim), v(n * z.value_dim), out(n * z.value_dim) {}
+          state(z.key_dim * z.value_dim), v(n * z.value_dim), out(n * z.value_dim),
+          recent(2 * n * z.value_dim), weights(2 * n * w), among(2 * n * n), beta(n) {}
 };
 
 void normalise(float* x, int n, float scale) {
@@ -129,29 +141,112 @@ inline void add_scaled(float* out, float scale, const float* x, int n) {
 }
 
 // Outputs, u and log A of n tokens of one value head after a window of w. u, log_a: the window's
-// rows and behind them the new ones. log_a holds g in the new rows on entry.
-void advance(const float* state, const Sizes& z, Room& room, int n, int w, float* u, float* log_a,
-             const float* beta, float* out) {
-    int dv = z.value_dim;
-    float decay = w ? log_a[w - 1] : 0.0f;
-    float* old = room.old.data();
-    probe(state, z.key_dim, dv, room.probes.data(), 2 * n, old);
+// rows and behind them the new ones. log_a holds g in the new rows on entry. next, next_u: the state
+// and the window to fetch.
+template <class S>
+void advance(const S* state, const S* next, const float* next_u, const Sizes& z, Room& room, int n,
+             int w, float* u, float* log_a, const float* beta, float* out) {
+    int dv = z.value_dim, all = w + n;
+    float *old = room.old.data(), *recent = room.recent.data();
+    float *weights = room.weights.data(), *among = room.among.data();  // [2n, w] and [2n, n]
+    for (int t = 0; t < n; t++) log_a[w + t] += w + t ? log_a[w + t - 1] : 0.0f;
+    // Pairs decay by as much as lies between the two.
+    for (int m = 0; m < 2 * n; m++) {
+        const float now = log_a[w + m % n], *pairs = room.pairs.data() + m * all;
+#pragma omp simd
+        for (int i = 0; i < w; i++) weights[m * w + i] = pairs[i] * fast_exp(now - log_a[i]);
+#pragma omp simd
+        for (int i = 0; i < n; i++)
+            among[m * n + i] = pairs[w + i] * fast_exp(std::min(now - log_a[w + i], 0.0f));
+    }
+    probe(state, next, z.key_dim, dv, room.probes.data(), 2 * n, old);
+    if (w) probe(u, next_u, w, dv, weights, 2 * n, recent);
     for (int t = 0; t < n; t++) {
-        float now = decay += log_a[w + t];
-        log_a[w + t] = now;
-        const float *kd = room.pairs.data() + t * (w + n), *qd = kd + n * (w + n);
+        const float *kd = among + t * n, *qd = kd + n * n;
         float *from_k = old + t * dv, *from_q = old + (n + t) * dv, *mine = u + (w + t) * dv;
-        float share = std::exp(now);
+        float share = fast_exp(log_a[w + t]);
         for (int i = 0; i < dv; i++) from_k[i] *= share, from_q[i] *= share;
-        for (int i = 0; i < w + t; i++) {
-            float since = std::exp(now - log_a[i]);
-            add_scaled(from_k, kd[i] * since, u + i * dv, dv);
-            add_scaled(from_q, qd[i] * since, u + i * dv, dv);
+        if (w)
+            for (int i = 0; i < dv; i++)
+                from_k[i] += recent[t * dv + i], from_q[i] += recent[(n + t) * dv + i];
+        for (int i = 0; i < t; i++) {
+            add_scaled(from_k, kd[i], u + (w + i) * dv, dv);
+            add_scaled(from_q, qd[i], u + (w + i) * dv, dv);
         }
         const float* v = room.v.data() + t * dv;
         for (int i = 0; i < dv; i++) mine[i] = beta[t] * (v[i] - from_k[i]);
-        for (int i = 0; i < dv; i++) out[t * dv + i] = from_q[i] + qd[w + t] * mine[i];
+        for (int i = 0; i < dv; i++) out[t * dv + i] = from_q[i] + qd[t] * mine[i];
     }
+}
+
+struct DecodeCall {
+    const void *qkv, *a, *b;
+    const float *a_log, *bias;
+    void *state, *window_k;
+    float *window_u, *window_g;
+    const int32_t* fill;
+    const int64_t* slots;
+    void* out;
+    int bf16_qkv, bf16_gates, bf16_state, bf16_window, rows, n, window;
+    int64_t qkv_stride, gate_stride;
+    Sizes z;
+    int ratio() const { return z.value_heads / z.key_heads; }
+    int tile() const { return z.key_dim * z.value_dim; }
+    int64_t head(int task, int r) const {  // among all heads of all slots
+        return slots[task / z.key_heads] * z.value_heads + task % z.key_heads * ratio() + r;
+    }
+};
+
+// g and beta of a token's value head.
+inline void gate(const DecodeCall& c, int64_t token, int head, float* g, float* beta) {
+    int64_t at = token * c.gate_stride + head;
+    *g = read_one(c.a, c.bf16_gates, at), *beta = read_one(c.b, c.bf16_gates, at);
+    if (!c.a_log) return;
+    float x = *g + c.bias[head];
+    *g = -std::exp(c.a_log[head]) * (x > 20 ? x : std::log1p(std::exp(x)));
+    *beta = 1 / (1 + std::exp(-*beta));
+}
+
+// Bring a state up to its window's last row.
+template <class S>
+void commit(S* state, const Sizes& z, const float* u, const float* log_a, int filled, Room& room) {
+    int tile = z.key_dim * z.value_dim;
+    constexpr bool in_place = std::is_same_v<S, float>;
+    float* s = in_place ? (float*)state : room.state.data();
+    if (!in_place) to_floats(state, s, tile);
+    fold(s, z.key_dim, z.value_dim, room.window_k.data(), u, log_a, filled, room.scaled.data());
+    if (!in_place) from_floats(s, state, tile);
+}
+
+// The value heads of one key head of one row.
+template <class S> void decode_task(const DecodeCall& c, int task, int next_task, Room& room) {
+    const Sizes& z = c.z;
+    int row = task / z.key_heads, kh = task % z.key_heads, n = c.n, dv = z.value_dim;
+    int64_t slot = c.slots[row], token = int64_t(row) * n;
+    int filled = c.fill[slot], w = filled + n > c.window ? 0 : filled;
+    int64_t keys = (slot * z.key_heads + kh) * c.window * z.key_dim;
+    read(c.window_k, c.bf16_window, keys, room.window_k.data(), filled * z.key_dim);
+    read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, room.probes.data());
+    pair_up(room, z.key_dim, n, w, room.pairs.data());
+    for (int r = 0; r < c.ratio(); r++) {
+        int vh = kh * c.ratio() + r;
+        int64_t head = c.head(task, r);
+        int64_t after = r + 1 < c.ratio() ? head + 1 : c.head(next_task, 0);
+        float *u = c.window_u + head * c.window * dv, *log_a = c.window_g + head * c.window;
+        S *states = static_cast<S*>(c.state), *s = states + head * c.tile();
+        if (w < filled) commit(s, z, u, log_a, filled, room);
+        for (int t = 0; t < n; t++) {
+            gate(c, token + t, vh, log_a + w + t, room.beta.data() + t);
+            int64_t at = (token + t) * c.qkv_stride + 2 * z.key_heads * z.key_dim + vh * dv;
+            read(c.qkv, c.bf16_qkv, at, room.v.data() + t * dv, dv);
+        }
+        advance(s, states + after * c.tile(), c.window_u + after * c.window * dv, z, room, n, w, u,
+                log_a, room.beta.data(), room.out.data());
+        for (int t = 0; t < n; t++)
+            write(c.out, c.bf16_qkv, ((token + t) * z.value_heads + vh) * dv,
+                  room.out.data() + t * dv, dv);
+    }
+    write(c.window_k, c.bf16_window, keys + w * z.key_dim, room.probes.data(), n * z.key_dim);
 }
 
 }  // namespace
@@ -165,53 +260,18 @@ void millrace_gdn_decode(const void* qkv, const void* a, const void* b, const fl
                          int bf16_qkv, int bf16_gates, int bf16_state, int bf16_window, int rows,
                          int n, int window, int64_t qkv_stride, int64_t gate_stride,
                          int key_heads, int value_heads, int key_dim, int value_dim, int threads) {
-    Sizes z{key_heads, value_heads, key_dim, value_dim};
-    int ratio = value_heads / key_heads, tile = key_dim * value_dim;
+    DecodeCall c{qkv, a, b, a_log, bias, state, window_k, window_u, window_g, fill, slots, out,
+                 bf16_qkv, bf16_gates, bf16_state, bf16_window, rows, n, window, qkv_stride,
+                 gate_stride, {key_heads, value_heads, key_dim, value_dim}};
+    int tasks = rows * key_heads;
 #pragma omp parallel num_threads(threads)
     {
-        Room room(z, n, window);
-        std::vector<float> beta(n);
+        Room room(c.z, n, window);
 #pragma omp for schedule(static)
-        for (int task = 0; task < rows * key_heads; task++) {
-            int row = task / key_heads, kh = task % key_heads;
-            int64_t slot = slots[row], token = int64_t(row) * n;
-            int filled = fill[slot], w = filled + n > window ? 0 : filled;
-            int64_t keys = (slot * key_heads + kh) * window * key_dim;
-            read(window_k, bf16_window, keys, room.window_k.data(), filled * key_dim);
-            read_probes(qkv, bf16_qkv, token, qkv_stride, kh, n, z, room.probes.data());
-            pair_up(room, key_dim, n, w, room.pairs.data());
-            write(window_k, bf16_window, keys + w * key_dim, room.probes.data(), n * key_dim);
-            for (int vh = kh * ratio; vh < (kh + 1) * ratio; vh++) {
-                int64_t head = slot * value_heads + vh;
-                float *u = window_u + head * window * value_dim, *log_a = window_g + head * window;
-                float* s = static_cast<float*>(state) + head * tile;
-                if (bf16_state) read(state, 1, head * tile, s = room.state.data(), tile);
-                if (w < filled) {
-                    fold(s, key_dim, value_dim, room.window_k.data(), u, log_a, filled,
-                         room.scaled.data());
-                    if (bf16_state) {  // what later steps will read
-                        write(state, 1, head * tile, s, tile);
-                        read(state, 1, head * tile, s, tile);
-                    }
-                }
-                for (int t = 0; t < n; t++) {
-                    int64_t at = (token + t) * gate_stride + vh;
-                    float x = read_one(a, bf16_gates, at), y = read_one(b, bf16_gates, at);
-                    if (a_log) {
-                        x += bias[vh];
-                        x = -std::exp(a_log[vh]) * (x > 20 ? x : std::log1p(std::exp(x)));
-                        y = 1 / (1 + std::exp(-y));
-                    }
-                    log_a[w + t] = x, beta[t] = y;
-                    read(qkv, bf16_qkv,
-                         (token + t) * qkv_stride + 2 * key_heads * key_dim + vh * value_dim,
-                         room.v.data() + t * value_dim, value_dim);
-                }
-                advance(s, z, room, n, w, u, log_a, beta.data(), room.out.data());
-                for (int t = 0; t < n; t++)
-                    write(out, bf16_qkv, ((token + t) * value_heads + vh) * value_dim,
-                          room.out.data() + t * value_dim, value_dim);
-            }
+        for (int task = 0; task < tasks; task++) {
+            int next = std::min(task + 1, tasks - 1);
+            if (bf16_state) decode_task<bf16>(c, task, next, room);
+            else decode_task<float>(c, task, next, room);
         }
     }
 }
@@ -247,7 +307,8 @@ void millrace_gdn_prefill(const void* qkv, const float* g, const float* beta, vo
                              room.v.data() + t * value_dim, value_dim);
                     }
                     float* s = states.data() + r * tile;
-                    advance(s, z, room, n, 0, u.data(), log_a, betas, room.out.data());
+                    advance(s, s, u.data(), z, room, n, 0, u.data(), log_a, betas,
+                            room.out.data());
                     fold(s, key_dim, value_dim, room.probes.data(), u.data(), log_a, n,
                          room.scaled.data());
                     for (int t = 0; t < n; t++)
