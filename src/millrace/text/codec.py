@@ -14,11 +14,16 @@ from typing import Any
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
+from millrace.text.grammar import structured_source, tools_source
+from millrace.text.messages import Message, readable
 from millrace.text.output import OutputText
-from millrace.text.template import ChatTemplate, Message, load_template
+from millrace.text.reasoning import END
+from millrace.text.template import ChatTemplate, load_template
 from millrace.text.tokenizer import Tokenizer
+from millrace.text.tools import FUNCTION, ToolCallParser
+from millrace.text.toolset import Tool, ToolChoice
 
 
 class Codec:
@@ -58,19 +63,28 @@ class Codec:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages as prompt text. Raises RequestError."""
+        """Messages as prompt text. Raises RequestError.
+
+        continue_final_message: the prompt ends where the last message's content does.
+        """
         if self.template is None:
             raise RequestError(
                 "this model has no chat template; send text to /v1/completions", param="messages"
             )
-        if not messages:
-            raise RequestError("messages is empty; give at least one", param="messages")
-        check_messages(messages)
+        if tools:
+            if not self.template.takes_tools:
+                raise RequestError("this model's chat template knows no tools", param="tools")
+            variables = {**(variables or {}), "tools": [tool.given for tool in tools]}
         return self.template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=variables
+            readable(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -89,10 +103,15 @@ class Codec:
         params: SamplingParams,
         max_model_len: int,
         unsaid_max_tokens: int | None = None,
+        *,
+        resume: Sequence[int] = (),
+        priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> AddRequest:
         """A request that fits, with max_tokens settled and turn ends marked.
 
         Where params.max_tokens is None it becomes what fits, or unsaid_max_tokens if that is less.
+        resume: tokens that count as generated; max_tokens bounds them and what follows together.
 
         Raises RequestError if none can.
         """
@@ -100,21 +119,79 @@ class Codec:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         self._check_ids(prompt, "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
-        if params.top_k > self.vocab_size:
-            params = msgspec.structs.replace(params, top_k=0)
-        room = _room(len(prompt), max_model_len)
-        if params.max_tokens is None:
-            bounds = (room, unsaid_max_tokens or room, self.defaults.max_tokens or room)
-            params = msgspec.structs.replace(params, max_tokens=min(bounds))
-        elif params.max_tokens > room:
-            raise _too_long(len(prompt), params.max_tokens, max_model_len)
+        self._check_ids(list(params.logit_bias or ()), "logit_bias")
+        self._check_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self._check_ids(resume, "resume_token_ids")
+        params = self._settled(params, len(prompt), max_model_len, unsaid_max_tokens)
+        if len(resume) > (params.max_tokens or 0):
+            raise RequestError(
+                f"resume_token_ids has {len(resume)} tokens, but max_tokens is {params.max_tokens}",
+                param="resume_token_ids",
+            )
         return AddRequest(
             id=id,
             prompt=prompt,
             params=params,
             boundaries=self.tokenizer.turn_ends(prompt),
             arrival=monotonic(),
+            resume=list(resume),
+            priority=priority,
+            bad_words=[ids for word in params.bad_words for ids in self._spellings(word)],
+            grammar=grammar,
         )
+
+    def _settled(
+        self, params: SamplingParams, prompt_len: int, limit: int, unsaid_max_tokens: int | None
+    ) -> SamplingParams:
+        """The parameters as the engine takes them: with a max_tokens that fits."""
+        room = _room(prompt_len, limit)
+        if params.max_tokens is None:
+            most = min(room, unsaid_max_tokens or room, self.defaults.max_tokens or room)
+        elif params.max_tokens > room:
+            raise _too_long(prompt_len, params.max_tokens, limit)
+        else:
+            most = params.max_tokens
+        top_k = 0 if params.top_k > self.vocab_size else params.top_k
+        return msgspec.structs.replace(
+            params, max_tokens=most, top_k=top_k, structured_outputs=None
+        )
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        """A word's tokens as it begins a text and, if those are as many, within one."""
+        bare = self.encode(word.lstrip(), add_special_tokens=False)
+        spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
+        if not bare:  # nothing but white space
+            return [self.encode(word, add_special_tokens=False)]
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            return [bare, spaced]
+        return [bare]
+
+    def structured(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
+        """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, which it
+        does not bind. field: what the client calls it. Raises RequestError.
+        """
+        return Grammar(structured_source(wanted, field, reasons), self._reasoning_end(reasons))
+
+    def forced_call(self, choice: ToolChoice, parser: ToolCallParser, reasons: bool) -> Grammar:
+        """The grammar of an answer that calls a tool."""
+        source = tools_source(choice, self._calls_in_json(parser), reasons)
+        return Grammar(source, self._reasoning_end(reasons))
+
+    def _calls_in_json(self, parser: ToolCallParser) -> bool:
+        if parser == "auto":
+            return self.template is None or FUNCTION not in self.template.source
+        return parser == "hermes"
+
+    def _reasoning_end(self, reasons: bool) -> int | None:
+        if not reasons:
+            return None
+        token = self.tokenizer.token_id(END)
+        if token is None:
+            raise RequestError(
+                f"{END} is no token of this model, so that an answer cannot be bound behind the "
+                'reasoning; send chat_template_kwargs {"enable_thinking": false}'
+            )
+        return token
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
@@ -150,31 +227,22 @@ def _too_long(prompt_len: int, wanted: int, limit: int) -> RequestError:
     )
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise RequestError for the first message that no template could read."""
-    for at, message in enumerate(messages):
-        where = f"messages[{at}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where} must be an object with role and content", param=where)
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            raise RequestError(f"{where}.role must be a text such as user", param=f"{where}.role")
-        content = message.get("content")
-        if isinstance(content, list):
-            _check_parts(content, f"{where}.content")
-        elif content is None and message["role"] != "assistant":
-            raise RequestError(f"{where}.content is missing", param=f"{where}.content")
-        elif content is not None and not isinstance(content, str):
-            raise RequestError(
-                f"{where}.content must be a text or a list of parts", param=f"{where}.content"
+def copies(request: AddRequest) -> list[AddRequest]:
+    """A request for n outputs as n requests; all but the first wait for its prompt to be cached."""
+    params = request.params
+    made = []
+    for at in range(params.n):
+        seed = params.seed if params.seed is None else _wrapped(params.seed + at)
+        made.append(
+            msgspec.structs.replace(
+                request,
+                id=f"{request.id}-{at}" if at else request.id,
+                params=msgspec.structs.replace(params, n=1, seed=seed),
+                after=request.id if at else None,
             )
+        )
+    return made
 
 
-def _check_parts(parts: list[Any], where: str) -> None:
-    for at, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise RequestError(
-                f'{where}[{at}] must be {{"type": "text", "text": ...}}; '
-                f"this model reads text only",
-                param=f"{where}[{at}]",
-            )
+def _wrapped(seed: int) -> int:
+    return seed if seed < 2**64 else seed - 2**64

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from millrace.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
-
-# What a checkpoint may suggest but no sampler here applies, and the value that changes nothing.
-_NOT_APPLIED = {"repetition_penalty": 1.0, "min_p": 0.0}
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
@@ -22,6 +16,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int | None = None
 
 
@@ -46,13 +42,12 @@ def sampling_defaults(directory: Path) -> SamplingDefaults:
     """What `generation_config.json` suggests, as vLLM's `--generation-config auto` takes it."""
     path = directory / "generation_config.json"
     config = read_json(path)
-    for name, neutral in _NOT_APPLIED.items():
-        if config.get(name, neutral) != neutral:
-            logger.warning("%s: %s %s is not applied", path, name, config[name])
     given = {
         "temperature": config.get("temperature"),
         "top_p": config.get("top_p"),
         "top_k": config.get("top_k"),
+        "min_p": config.get("min_p"),
+        "repetition_penalty": config.get("repetition_penalty"),
         "max_tokens": config.get("max_new_tokens"),
     }
     try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from millrace.protocol import FinishReason, SamplingParams
+from millrace.protocol import FinishReason, SamplingParams, TokenLogprobs
 from millrace.text.tokenizer import Tokenizer
 
 
@@ -25,6 +25,7 @@ class Piece(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
 
 
 class TextDecoder:
@@ -114,6 +115,7 @@ class OutputText:
         self._decoder = TextDecoder(tokenizer, params.skip_special_tokens)
         stops = params.stop if params.detokenize else []
         self._search = StopSearch(stops, params.include_stop_str_in_output) if stops else None
+        self._unsearched = params.min_tokens  # tokens to come in which no stop text counts
         self.ended_by_text = False
 
     def push(
@@ -121,25 +123,35 @@ class OutputText:
         token_ids: list[int],
         finish_reason: FinishReason | None = None,
         stop_token_id: int | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
     ) -> Piece:
         """Take the next tokens. A stop token is counted but shown only if that is asked for."""
+        text, used, stop = self._text(token_ids, finish_reason is not None, stop_token_id)
+        if stop is not None:
+            self.ended_by_text = True
+            known = None if logprobs is None else logprobs[:used]
+            return Piece(text, token_ids[:used], "stop", stop, known)
+        stop_reason = stop_token_id if stop_token_id in self._params.stop_token_ids else None
+        return Piece(text, token_ids, finish_reason, stop_reason, logprobs)
+
+    def _text(
+        self, token_ids: list[int], last: bool, stop_token_id: int | None
+    ) -> tuple[str, int, str | None]:
+        """(text that is certain, tokens used, stop text found)."""
         if not self._params.detokenize:
-            return Piece("", token_ids, finish_reason, self._stop_reason(stop_token_id))
+            return "", len(token_ids), None
         hide_last = stop_token_id is not None and not self._params.include_stop_str_in_output
         shown = token_ids[:-1] if hide_last else token_ids
         if self._search is None:
             text = self._decoder.feed(shown)
-        else:
-            text, used, stop = self._feed_searching(self._search, shown)
-            if stop is not None:
-                self.ended_by_text = True
-                return Piece(text, token_ids[:used], "stop", stop)
-        if finish_reason is not None:
-            tail, stop = self._finish()
-            text += tail
-            if stop is not None:
-                return Piece(text, token_ids, "stop", stop)
-        return Piece(text, token_ids, finish_reason, self._stop_reason(stop_token_id))
+            return text + (self._decoder.flush() if last else ""), len(token_ids), None
+        text, used, stop = self._feed_searching(self._search, shown)
+        if stop is None:
+            used = len(token_ids)
+            if last:
+                tail, stop = self._finish(self._search)
+                text += tail
+        return text, used, stop
 
     def _feed_searching(
         self, search: StopSearch, token_ids: Sequence[int]
@@ -147,18 +159,17 @@ class OutputText:
         """(text, tokens used, stop text). Token by token, so that none past the stop is counted."""
         shown = []
         for used, token_id in enumerate(token_ids, 1):
-            text, stop = search.feed(self._decoder.feed((token_id,)))
+            text, stop = self._decoder.feed((token_id,)), None
+            if self._unsearched:
+                self._unsearched -= 1
+            else:
+                text, stop = search.feed(text)
             shown.append(text)
             if stop is not None:
                 return "".join(shown), used, stop
         return "".join(shown), len(token_ids), None
 
-    def _finish(self) -> tuple[str, str | None]:
+    def _finish(self, search: StopSearch) -> tuple[str, str | None]:
         tail = self._decoder.flush()
-        if self._search is None:
-            return tail, None
-        text, stop = self._search.feed(tail) if tail else ("", None)
-        return text + self._search.flush(), stop
-
-    def _stop_reason(self, stop_token_id: int | None) -> int | None:
-        return stop_token_id if stop_token_id in self._params.stop_token_ids else None
+        text, stop = search.feed(tail) if tail else ("", None)
+        return (text, stop) if stop is not None else (text + search.flush(), None)

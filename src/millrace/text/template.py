@@ -20,8 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from millrace.errors import CheckpointError, RequestError
 from millrace.text.files import read_json
-
-Message = Mapping[str, Any]
+from millrace.text.messages import Message
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -70,7 +69,7 @@ class ChatTemplate:
     """One compiled template and the special tokens that it may name.
 
     takes_parts: whether it reads a message's content also as a list of parts; others get the parts
-    joined into one text.
+    joined into one text. takes_tools: whether it tells the model of tools.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
@@ -79,29 +78,40 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{name}, line {error.lineno}: {error.message}") from None
+        self.source = source
         self._tokens = dict(tokens)
         self.takes_parts = self._probe()
+        self.takes_tools = self._probe_tools()
 
     def render(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text; variables are the template's own, such as enable_thinking.
 
+        continue_final_message: it ends where the last message's content does.
         Raises RequestError if the template refuses the messages.
         """
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "continue_final_message needs add_generation_prompt: false",
+                param="continue_final_message",
+            )
         values = {"tools": None, "documents": None, **self._tokens, **(variables or {})}
         values["messages"] = [self._content(_named_reasoning(message)) for message in messages]
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            return self._template.render(values)
+            text = self._template.render(values)
         except Exception as error:  # a template is a program, and raises what it likes
             raise RequestError(
                 f"the chat template refuses these messages: {_one_line(error)}", param="messages"
             ) from None
+
+        return _until_content(text, values["messages"][-1]) if continue_final_message else text
 
     def _content(self, message: dict[str, Any]) -> dict[str, Any]:
         if self.takes_parts or not isinstance(message.get("content"), list):
@@ -118,6 +128,34 @@ class ChatTemplate:
             return listed == self.render([{"role": "user", "content": "leftright"}])
         except RequestError:
             return False
+
+    def _probe_tools(self) -> bool:
+        """Whether a tool's name shows up in the prompt."""
+        function = {"name": "probed_tool", "description": "", "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": function}]
+        try:
+            text = self.render([{"role": "user", "content": "text"}], variables={"tools": tools})
+        except RequestError:
+            return False
+        return "probed_tool" in text
+
+
+def _until_content(text: str, message: Mapping[str, Any]) -> str:
+    """The prompt up to the end of its last message's content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = content[-1]["text"] if content else ""
+    words = (content or "").strip()
+    at = text.rfind(words) if words else -1
+    if at < 0:
+        raise RequestError(
+            "continue_final_message needs a last message whose content the template shows",
+            param="continue_final_message",
+        )
+    # The template may have trimmed the content; what it kept is continued.
+    end = at + len(words)
+    ending = (content or "")[len((content or "").rstrip()) :]
+    return text[:end] + (ending if text.startswith(ending, end) else "")
 
 
 def _named_reasoning(message: Message) -> dict[str, Any]:

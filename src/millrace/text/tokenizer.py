@@ -92,6 +92,15 @@ class Tokenizer:
         """Token ids of a text. Special tokens written out in it are taken as such."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written so, None if there is none."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that form no character become U+FFFD."""
+        return self.token_bytes[token_id].decode(errors="replace")
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that form no character become U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()

@@ -1,0 +1,90 @@
+"""A conversation as templates read it: checked, and in one of the shapes that clients send it in.
+
+What a message must hold is told here with the place of the fault; what it means is the template's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from millrace.errors import RequestError
+
+Message = Mapping[str, Any]
+
+
+def readable(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages for a template. Raises RequestError for the first that none could read.
+
+    The role developer is the newer name of system; arguments of past tool calls become objects.
+    """
+    if not messages:
+        raise RequestError("messages is empty; give at least one", param="messages")
+    return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} must be an object with role and content", param=where)
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise RequestError(f"{where}.role must be a text such as user", param=f"{where}.role")
+    found = {**message, "role": "system" if role == "developer" else role}
+    found["content"] = _content(message.get("content"), role, f"{where}.content")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        found["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    return found
+
+
+def _content(content: Any, role: str, where: str) -> Any:
+    if isinstance(content, list):
+        return [_part(part, f"{where}[{at}]") for at, part in enumerate(content)]
+    if content is None and role != "assistant":
+        raise RequestError(f"{where} is missing", param=where)
+    if content is not None and not isinstance(content, str):
+        raise RequestError(f"{where} must be a text or a list of parts", param=where)
+    return content
+
+
+def _part(part: Any, where: str) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise RequestError(
+            f'{where} must be {{"type": "text", "text": ...}}; this model reads text only',
+            param=where,
+        )
+    return part
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise RequestError(f"{where} must be a list of calls", param=where)
+    return [_tool_call(call, f"{where}[{at}]") for at, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(
+            f'{where} must be {{"type": "function", "function": {{"name": ...}}}}', param=where
+        )
+    arguments = _arguments(function.get("arguments"), f"{where}.function.arguments")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(given: Any, where: str) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = msgspec.json.decode(given) if given.strip() else {}
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(f"{where} is not valid JSON: {error}", param=where) from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise RequestError(f"{where} must be a JSON object", param=where)
+    return given

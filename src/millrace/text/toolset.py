@@ -1,0 +1,164 @@
+"""The tools that a chat offers: checked once, with the types that their arguments have.
+
+Knows OpenAI's description of a function and JSON Schema's types; knows no model's way of calling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from millrace.errors import RequestError
+
+MAX_TOOLS = 128  # as OpenAI's API
+_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # nothing that could end a tag or a JSON text
+_TYPES = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """One function. given: as the client described it. parameters: the schema of its arguments."""
+
+    name: str
+    parameters: dict[str, Any]
+    given: dict[str, Any]
+
+    def property_types(self, key: str) -> frozenset[str]:
+        """JSON types that an argument may have; empty where the schema does not say."""
+        properties = self.parameters.get("properties")
+        schema = properties.get(key) if isinstance(properties, dict) else None
+        return frozenset(_types(schema, self.parameters, 0))
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """Which tools an answer may or must call. parallel: it may make several calls."""
+
+    mode: Literal["none", "auto", "required"]
+    tools: tuple[Tool, ...]  # in mode required: one of these
+    parallel: bool = True
+
+
+def read_tools(given: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
+    """The tools of a body. Raises RequestError that says which is wrong."""
+    given = given or []
+    if len(given) > MAX_TOOLS:
+        message = f"tools has {len(given)} entries; at most {MAX_TOOLS} work"
+        raise RequestError(message, param="tools")
+    tools = tuple(_tool(one, f"tools[{at}]") for at, one in enumerate(given))
+    names = [tool.name for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(f"tools has two functions called {name}", param="tools")
+    return tools
+
+
+def _tool(given: Mapping[str, Any], where: str) -> Tool:
+    function = given.get("function")
+    if given.get("type", "function") != "function" or not isinstance(function, Mapping):
+        raise RequestError(
+            f'{where} must be {{"type": "function", "function": {{"name": ...}}}}', param="tools"
+        )
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RequestError(
+            f"{where}.function.name must be 1 to 128 letters, digits or _ . : / -", param="tools"
+        )
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        message = f"{where}.function.parameters must be a JSON schema, an object"
+        raise RequestError(message, param="tools")
+    return Tool(name, parameters or {"type": "object", "properties": {}}, dict(given))
+
+
+def choose_tools(
+    tools: tuple[Tool, ...], choice: str | Mapping[str, Any] | None, parallel: bool = True
+) -> ToolChoice:
+    """What `tool_choice` says of the tools. Raises RequestError."""
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise _bad_choice(choice)
+        if choice == "required" and not tools:
+            raise RequestError("tool_choice required needs tools", param="tool_choice")
+        mode: Literal["none", "auto", "required"] = choice if tools else "none"  # type: ignore[assignment]
+        return ToolChoice(mode, tools, parallel)
+    if choice.get("type") == "allowed_tools":
+        return _allowed(tools, choice.get("allowed_tools"), parallel)
+    named = _named(tools, choice)
+    return ToolChoice("required", (named,), parallel=False)
+
+
+def _allowed(tools: tuple[Tool, ...], given: Any, parallel: bool) -> ToolChoice:
+    """{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}: some of the tools."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("tools"), list):
+        raise _bad_choice(given)
+    some = tuple(_named(tools, one) for one in given["tools"])
+    return choose_tools(some, given.get("mode", "auto"), parallel)
+
+
+def _named(tools: tuple[Tool, ...], choice: Any) -> Tool:
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise _bad_choice(choice)
+    for tool in tools:
+        if tool.name == name:
+            return tool
+    known = ", ".join(tool.name for tool in tools) or "none is"
+    raise RequestError(
+        f"tool_choice names {name}, which is not among the tools; {known} given",
+        param="tool_choice",
+    )
+
+
+def _bad_choice(choice: Any) -> RequestError:
+    return RequestError(
+        'tool_choice must be "none", "auto", "required" or '
+        f'{{"type": "function", "function": {{"name": ...}}}}, got {str(choice)[:100]!r}',
+        param="tool_choice",
+    )
+
+
+def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+    """Types that a schema allows, as far as it names them; depth ends circles of references."""
+    if not isinstance(schema, Mapping) or depth > 16:
+        return set()
+    if isinstance(schema.get("$ref"), str):
+        return _types(_resolve(schema["$ref"], root), root, depth + 1)
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return {one for one in named if isinstance(one, str)}
+    values = schema.get("enum") if isinstance(schema.get("enum"), list) else None
+    if values is None and "const" in schema:
+        values = [schema["const"]]
+    if values is not None:
+        return {_TYPES.get(type(value), "string") for value in values}
+    found: set[str] = set()
+    for key in ("anyOf", "oneOf", "allOf"):
+        options = schema.get(key)
+        for one in options if isinstance(options, list) else ():
+            found |= _types(one, root, depth + 1)
+    return found
+
+
+def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+    node: Any = root
+    if not reference.startswith("#/"):
+        return None
+    for step in reference[2:].split("/"):
+        name = step.replace("~1", "/").replace("~0", "~")
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
