@@ -27,7 +27,7 @@ from qwen27b import write_config
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
-from millrace.engine.process import build_engine
+from millrace.engine.replica import build_engine
 from millrace.protocol import AddRequest, SamplingParams
 
 VOCAB = 248_000

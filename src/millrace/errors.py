@@ -26,3 +26,7 @@ class RequestError(UserError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class RankError(Exception):
+    """The ranks of a group cannot go on together; the message names the one that is at fault."""

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from millrace.config import EngineArgs, engine_args
-from millrace.engine.process import build_engine
+from millrace.engine.replica import build_engine
 from millrace.errors import ConfigError, RequestError
 from millrace.models import find_model
 from millrace.protocol import AddRequest, Delta, EngineStats, FinishReason, SamplingParams

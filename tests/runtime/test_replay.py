@@ -16,13 +16,13 @@ OPTIONS = {"speculative_config": {"num_speculative_tokens": 2}, "enable_prefix_c
 RANK = """
 import sys
 from millrace.config import engine_args
-from millrace.engine import process
+from millrace.engine import replica
 from millrace.runtime.ranks import place
 from tests.support.engines import DEFAULTS, build, generate
 
 model, prompts = sys.argv[1], eval(sys.argv[2])
-if place(1)[0] > 0:
-    sys.exit(process.run_rank(engine_args(model=model, **DEFAULTS)))
+if place(1).rank > 0:
+    sys.exit(replica.run_rank(engine_args(model=model, **DEFAULTS)))
 engine = build(model)
 print("TOKENS", generate(engine, prompts))
 engine.close()

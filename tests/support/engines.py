@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from millrace.config import engine_args
-from millrace.engine import process
+from millrace.engine import replica
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
 from millrace.protocol import AddRequest, EngineStats, SamplingParams
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 
 def build(model: Path, **options: Any) -> Engine:
     """An engine of four sequences in fp32, with every invariant checked after each step."""
-    return process.build_engine(engine_args(**{"model": str(model), **DEFAULTS, **options}))
+    return replica.build_engine(engine_args(**{"model": str(model), **DEFAULTS, **options}))
 
 
 def with_few_pages(engine: Engine, pages: int) -> Engine:

@@ -6,6 +6,7 @@ copy alone; on a CPU they are there already.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,9 +32,15 @@ class StepOutput:
 
 
 class PendingStep:
-    """A launched step, to be read once it has run."""
+    """A launched step, to be read once it has run. wait: how the host waits for the device."""
 
-    def __init__(self, plan: StepPlan, output: StepOutput) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        output: StepOutput,
+        wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
+    ) -> None:
+        self._wait = wait
         self._step = plan.step
         self._slots = plan.sampled_slots
         self._num_decode = len(plan.decode)
@@ -47,7 +54,7 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for the step and read what it brought."""
         if self._ready is not None:
-            self._ready.synchronize()
+            self._wait(self._ready)
         out = self._output
         rows = [] if out.tokens is None else out.tokens.tolist()
         return StepResult(

@@ -73,6 +73,7 @@ class _Peer:
     """The other end of a connection: who it is, and what it last said."""
 
     def __init__(self, sock: socket.socket, hello: Hello) -> None:
+        sock.setblocking(False)
         self.sock = sock
         self.hello = hello
         self.heard = self.moved = time.monotonic()
@@ -90,14 +91,14 @@ class _Peer:
     def send(self, message: Message) -> None:
         """Send if that needs no waiting; a peer that does not read is noticed by its silence."""
         try:
-            self.sock.send(_frame(message), socket.MSG_DONTWAIT)
+            self.sock.send(_frame(message))
         except OSError:
             return
 
     def receive(self) -> tuple[list[Message], bool]:
         """(what has arrived, whether the connection still stands)."""
         try:
-            data = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
+            data = self.sock.recv(1 << 16)
         except BlockingIOError:
             return [], True
         except OSError:
@@ -339,7 +340,7 @@ def introduce(address: tuple[str, int], me: Hello, limit: float) -> _Peer:
         sock.settimeout(limit)
         sock.sendall(_frame(me))
         answer = _read_frame(sock)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
         raise RankError(
             f"rank 0 at {address[0]} port {address[1]} does not answer: {error}"
         ) from None

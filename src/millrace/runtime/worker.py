@@ -78,7 +78,7 @@ class Worker:
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
         """Start a step. masks: of rows that follow a grammar; only rank 0's draws count."""
         self.ranks.send(plan)
-        return PendingStep(plan, self._runner.run(plan, masks))
+        return PendingStep(plan, self._runner.run(plan, masks), self.ranks.wait)
 
     def follow(self) -> None:
         """A rank other than 0: run what rank 0 plans until it says stop."""
@@ -94,7 +94,7 @@ class Worker:
     def _plan_memory(self) -> MemoryPlan:
         config, args = self.config, self.config.args
         return plan_memory(
-            self._budget(),
+            self.ranks.smallest(self._budget()),
             self._costs(),
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -125,7 +125,7 @@ class Worker:
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             return int(free - (1.0 - args.gpu_memory_utilization) * total)
-        return min(int(_available_memory() * CPU_SHARE), CPU_MOST)
+        return min(int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
 
     # --- allocation -------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     if options.replicas > 1:
         _serve_replicas(args, options, ctx.meta["millrace.arguments"])
     elif int(os.environ.get("RANK", "0")) > 0:
-        from millrace.engine.process import run_rank
+        from millrace.engine.replica import run_rank
 
         ctx.exit(run_rank(args))
     else:
