@@ -113,6 +113,27 @@ def test_sample(device: str, filters: bool, noise: bool):
 
 
 @on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 brings many ties
+@pytest.mark.parametrize("vocab", [40, 1000, 4097])
+def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):
+    from millrace.kernels.gpu import sampling as gpu
+
+    torch.manual_seed(vocab)
+    top_k = torch.tensor([0, 1, 3, 20, 39, 40, 64, 500, 5000, 20, 0, 2], device=device)
+    top_p = torch.tensor([0.5, 1, 1, 0.95, 0.01, 1, 0.9, 1, 0.3, 0.999, 0.999, 0.0001])
+    heat = torch.tensor([1, 1, 0, 0.7, 1, 1, 2, 1, 1, 0.1, 3, 1], dtype=torch.float32)
+    logits = (torch.randn(12, vocab, device=device) * 3).to(dtype)
+    logits[4, 5:] = -torch.inf
+    want = sampling.keep_threshold(logits.float(), heat.to(device), top_p.to(device), top_k)
+    got = gpu.keep_threshold(logits, heat.to(device), top_p.to(device), top_k)
+    # Where top_p ends, sums that differ in their last bit may keep one token more or less.
+    kept = [(logits.float() >= floor[:, None]).sum(1) for floor in (want, got)]
+    ties = [(logits.float() == floor[:, None]).sum(1) for floor in (want, got)]
+    assert bool(((kept[0] - kept[1]).abs() <= torch.maximum(*ties) * (top_p.to(device) < 1)).all())
+    assert int((kept[0] != kept[1]).sum()) <= 1
+
+
+@on_each_device
 def test_noise_is_the_reference_noise(device: str):
     """Each token in turn is made the likely one, so that every noise value decides some draw."""
     from millrace.kernels.gpu import sampling as gpu
