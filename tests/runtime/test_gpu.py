@@ -6,14 +6,18 @@ The CPU twins of these tests are in test_metamorphic.py.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from millrace.model.tiny import TinyShape, write_checkpoint
+from millrace.protocol import Delta
+from tests.runtime.test_wishes import PATTERN, add, finish, regex, tokens_of
 from tests.support.engines import assert_same, build, generate, with_few_pages
 
 pytestmark = pytest.mark.gpu
@@ -109,3 +113,45 @@ def test_sampled_tokens_do_not_depend_on_drafts_or_graphs(model: Path) -> None:
         engine.close()
     same = [sum(a == b for a, b in zip(outputs[0], other, strict=True)) for other in outputs[1:]]
     assert min(same) >= 3, "fp32 rounding may flip a draw now and then, not as a rule"
+
+
+WISHES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"logit_bias": {7: 3.0, 900: 2.0}, "min_p": 0.05, "temperature": 0.7, "seed": 3},
+    {"allowed_token_ids": list(range(40, 400)), "logprobs": 3, "prompt_logprobs": 1},
+    {"bad_words": [[5], [6, 7]], "min_tokens": 4},
+    {},
+]
+
+
+def _with_wishes(model: Path, **options: Any) -> dict[str, list[Delta]]:
+    """Every prompt with one of the wishes, and some under a grammar."""
+    engine = build(model, max_num_seqs=8, **options)
+    for index, prompt in enumerate(PROMPTS):
+        add(engine, str(index), prompt, **WISHES[index % len(WISHES)])
+    for seed in range(3):
+        wishes = {"grammar": regex(PATTERN), "temperature": 1.0, "seed": seed, "max_tokens": 60}
+        add(engine, f"grammar-{seed}", PROMPTS[seed], **wishes)
+    found = finish(engine)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, mtp(1), mtp(3, enforce_eager=True)])
+def test_wishes_bring_the_cpus_tokens(model: Path, options: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    want = _with_wishes(model)
+    got = _with_wishes(model, device="cuda", **options)
+    same = sum(tokens_of(want[name]) == tokens_of(got[name]) for name in want)
+    assert same >= len(want) - 2, "fp32 rounding may flip a token now and then, not as a rule"
+    for seed in range(3):
+        text = tokenizer.decode(tokens_of(got[f"grammar-{seed}"]))
+        assert re.fullmatch(PATTERN, text), text
+    for name, deltas in want.items():
+        if tokens_of(deltas) == tokens_of(got[name]):
+            lines = [
+                [line for d in run for line in d.logprobs or []] for run in (deltas, got[name])
+            ]
+            for one, other in zip(*lines, strict=True):
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-2)
