@@ -1,0 +1,156 @@
+"""Two real ranks over Gloo, and every way that one of them can go wrong: named, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from millrace.config import engine_args
+from millrace.engine import launch
+from millrace.engine.replica import Replica
+from millrace.errors import ConfigError, RankError
+from millrace.protocol import AddRequest, Failed, FromEngine, Ready, SamplingParams
+from millrace.runtime import watch
+from tests.support.engines import DEFAULTS, build
+
+LIMIT = 30.0  # seconds in which everything must be over; it takes about two
+
+
+@pytest.fixture
+def pair(tiny_model: Path) -> Iterator[Replica]:
+    """A replica of two ranks with work under way."""
+    engine = build(tiny_model, tensor_parallel_size=2)
+    assert isinstance(engine, Replica)
+    begin(engine)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        assert not any(map(psutil.pid_exists, engine.children.pids))
+
+
+def begin(engine: Replica) -> None:
+    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+    engine.add(AddRequest(id="long", prompt=[5, 6, 7], params=params))
+    for _ in range(5):
+        engine.step()
+
+
+def failure(engine: Replica) -> str:
+    """The error with which a running engine stops, in time."""
+    began = time.monotonic()
+    with pytest.raises(RankError) as error:
+        while time.monotonic() - began < LIMIT:
+            engine.check()
+            engine.step()
+    with pytest.raises(RankError):
+        engine.check()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_killed_rank_is_named(pair: Replica) -> None:
+    (pid,) = pair.children.pids
+    os.kill(pid, signal.SIGKILL)
+    assert failure(pair) == f"rank 1 (pid {pid}) died with signal 9"
+
+
+def test_a_stopped_rank_is_named(pair: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "STOPPED_LIMIT", 1.0)
+    (pid,) = pair.children.pids
+    os.kill(pid, signal.SIGSTOP)
+    line = failure(pair)
+    assert line.startswith(f"rank 1 (pid {pid}) has not answered for ")
+    assert line.endswith("and is stopped")
+
+
+def test_another_plan_is_refused(pair: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is given other bytes than those that rank 0 runs."""
+    ranks = pair.ranks
+    send, spoiled = type(ranks)._broadcast, []
+
+    def spoil(self: object, data: object) -> None:
+        if self is ranks and not spoiled:
+            spoiled.append(1)
+            data = data.clone()  # type: ignore[attr-defined]
+            data[40] ^= 1  # type: ignore[index]
+        send(self, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(ranks), "_broadcast", spoil)
+    (pid,) = pair.children.pids
+    line = failure(pair)
+    assert line.startswith(f"rank 1 (pid {pid}) holds another plan: step ")
+    assert "with digest" in line
+
+
+def test_a_missed_plan_is_refused(pair: Replica) -> None:
+    (pid,) = pair.children.pids
+    step = pair.ranks._plans
+    pair.ranks._plans += 1
+    assert failure(pair) == (
+        f"rank 1 (pid {pid}) holds another plan: step {step + 1} where rank 0 has {step + 2}"
+    )
+
+
+def test_a_rank_that_cannot_start_is_named(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.sys, "executable", "/bin/false")
+    with pytest.raises(RankError, match="^rank 1 ended with status 1 before it had joined$"):
+        build(tiny_model, tensor_parallel_size=2)
+
+
+def test_other_options_are_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = launch.LocalRanks.start.__func__  # type: ignore[attr-defined]
+
+    def with_other_seed(cls: object, args: object, *rest: object) -> object:
+        return start(cls, msgspec.structs.replace(args, seed=7), *rest)  # type: ignore[type-var]
+
+    monkeypatch.setattr(launch.LocalRanks, "start", classmethod(with_other_seed))
+    with pytest.raises(ConfigError, match=r"rank 1 \(pid \d+\) has another seed: 7, where rank 0"):
+        build(tiny_model, tensor_parallel_size=2)
+
+
+def test_the_engine_process_reports_it(tiny_model: Path) -> None:
+    """As a server's engine: one message with the line, exit status 1, no process left."""
+    args = engine_args(model=str(tiny_model), tensor_parallel_size=2, **DEFAULTS)
+    with tempfile.TemporaryDirectory() as directory, zmq.Context() as context:
+        incoming = context.socket(zmq.PULL)
+        incoming.bind(f"ipc://{directory}/from-engine")
+        command = [sys.executable, "-m", "millrace.engine.process", "--socket-dir", directory]
+        command += ["--args", msgspec.json.encode(args).decode()]
+        command += ["--parent-pid", str(os.getpid())]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as engine:
+            wait_for(incoming, Ready)
+            (rank,) = psutil.Process(engine.pid).children()
+            rank.kill()
+            failed = wait_for(incoming, Failed)
+            assert isinstance(failed, Failed)
+            assert failed.message == f"rank 1 (pid {rank.pid}) died with signal 9"
+            _, log = engine.communicate(timeout=LIMIT)
+        incoming.close(linger=0)
+    assert engine.returncode == 1
+    assert log.count("died with signal 9") == 1
+    assert "Traceback" not in log
+
+
+def wait_for(socket: zmq.Socket[bytes], kind: type) -> object:
+    """The next message of that kind."""
+    deadline = time.monotonic() + 2 * LIMIT
+    while time.monotonic() < deadline:
+        if socket.poll(100):
+            message = msgspec.msgpack.decode(socket.recv(), type=FromEngine)
+            if isinstance(message, kind):
+                return message
+    raise AssertionError(f"no {kind.__name__} came")
