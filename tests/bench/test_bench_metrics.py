@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.bench.metrics import (
-    Record,
     distribution,
     full_window,
     meets,
@@ -19,6 +18,7 @@ from millrace.bench.metrics import (
     summarize,
     whole_window,
 )
+from millrace.bench.records import Record
 from millrace.bench.report import detail_fields, summary_fields
 
 MS = 1_000_000

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from millrace.bench.accuracy import Accuracy, measure_accuracy, read_accuracy
+from millrace.bench.options import BenchOptions
 from millrace.bench.scaling import (
     ScalingOptions,
     ScalingRow,
@@ -18,7 +19,6 @@ from millrace.bench.scaling import (
     scaling_fields,
     scaling_table,
 )
-from millrace.bench.serve import BenchOptions
 from millrace.bench.workload import RandomSpec
 from millrace.errors import UserError
 from millrace.eval.results import Answer, write_results

@@ -21,8 +21,8 @@ from click.testing import CliRunner, Result
 
 from millrace.bench.command import bench
 from millrace.bench.load import Job, Load
-from millrace.bench.metrics import Record
-from millrace.bench.serve import BenchOptions
+from millrace.bench.options import BenchOptions
+from millrace.bench.records import Record
 from millrace.bench.serve import run as run_bench
 from millrace.bench.workload import RandomSpec
 from millrace.errors import UserError

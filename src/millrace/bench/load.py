@@ -1,46 +1,70 @@
 """The driver: sends prepared requests when they are due and keeps what came back of each.
 
-Closed loop (a limit on requests in flight), open loop (arrival times), or both. Connections are
-kept alive and reused. It knows bytes and times; what to send and what the figures mean is for
-others.
+Closed loop (a limit on requests in flight), open loop (arrival times), or both; for a number of
+requests, or for a time. Connections are kept alive and reused. It knows bytes and times; what to
+send and what the figures mean is for others.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from time import perf_counter_ns
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from time import perf_counter_ns, thread_time_ns
 
 import msgspec
 
-from millrace.bench.metrics import Record
-from millrace.bench.stream import read_answer
-from millrace.http1 import Connection, Response, Target, connect
+from millrace.bench.records import Record
+from millrace.bench.stream import Answer, read_answer
+from millrace.bench.wire import Raw, TimedConnection, connect
+from millrace.http1 import Response, Target
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One request, ready to be written: its bytes, and the tokens its prompt was made of."""
+    """One request, ready to be written: its bytes, and the tokens its prompt was made of.
+
+    index: its place in the whole workload, -1 to be counted here. then: makes the next turn of a
+    conversation from the answer to this one, None at its end.
+    """
 
     request: bytes
     input_tokens: int
+    index: int = -1
+    turn: int = 0
+    then: Callable[[str], Job | None] | None = None
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    """A request that has its answer, not yet looked at."""
+
+    index: int
+    job: Job
+    scheduled_ns: int
+    start_ns: int
+    raw: Raw
 
 
 class Load:
     """One run against one server.
 
-    arrivals: seconds after the start at which each job is due (ascending). limit: the most
-    requests in flight, None for no limit. timeout: seconds that one request may take.
-    on_record is called with each request as it ends.
+    arrivals: seconds after the start at which each job is due (ascending); jobs and arrivals are
+    taken in step until either ends. limit: the most conversations in flight, None for no limit.
+    timeout: seconds that one request may take. until: seconds after which no more are sent; those
+    in flight are awaited. begin_ns: the moment to start from, now by default. on_record is called
+    with each request as it ends.
     """
 
     def __init__(
         self,
         target: Target,
-        jobs: Sequence[Job],
-        arrivals: Sequence[float],
+        jobs: Iterable[Job],
+        arrivals: Iterable[float],
         *,
         limit: int | None = None,
         timeout: float = 600.0,
+        until: float | None = None,
+        begin_ns: int | None = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> None:
         self._target = target
@@ -48,12 +72,22 @@ class Load:
         self._arrivals = arrivals
         self._slots = asyncio.Semaphore(limit) if limit else None
         self._timeout = timeout
+        self._until = until
+        self._begin_ns = begin_ns
         self._on_record = on_record
-        self._idle: list[Connection] = []
+        self._idle: list[TimedConnection] = []
         self._requests: set[asyncio.Task[None]] = set()
         self._dispatcher: asyncio.Task[None] | None = None
         self._fault: BaseException | None = None
+        self._unread: deque[_Sent] = deque()
         self.records: list[Record] = []
+        self.started = 0
+        self.parse_ns = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests (or conversations) not yet answered."""
+        return len(self._requests)
 
     async def run(self) -> list[Record]:
         """Send every job and return the records, in the order in which requests ended."""
@@ -62,11 +96,13 @@ class Load:
             await asyncio.wait([self._dispatcher])
             if not self._dispatcher.cancelled():
                 self._dispatcher.result()
-            if self._requests:
+            while self._requests:
                 await asyncio.wait(self._requests)
         finally:
             for connection in self._idle:
                 connection.close()
+        while self._unread:
+            self._read_one()
         if self._fault is not None:
             raise self._fault
         return self.records
@@ -79,23 +115,62 @@ class Load:
             request.cancel()
 
     async def _dispatch(self) -> None:
-        began = perf_counter_ns()
-        for index, (job, due) in enumerate(zip(self._jobs, self._arrivals, strict=True)):
+        began = self._begin_ns or perf_counter_ns()
+        last = None if self._until is None else began + round(self._until * 1e9)
+        for index, (job, due) in enumerate(zip(self._jobs, self._arrivals, strict=False)):
             scheduled = began + round(due * 1e9)
-            await asyncio.sleep(max(0.0, (scheduled - perf_counter_ns()) / 1e9))
-            if self._slots is not None:
-                await self._slots.acquire()
-            task = asyncio.create_task(self._request(index, job, scheduled if due else 0))
+            if (wait := scheduled - perf_counter_ns()) > 0:
+                await asyncio.sleep(wait / 1e9)
+            if self._slots is not None and not await self._slot(last):
+                return
+            if last is not None and perf_counter_ns() >= last:
+                return
+            number = index if job.index < 0 else job.index
+            task = asyncio.create_task(self._converse(number, job, scheduled if due else 0))
+            self.started += 1
             self._requests.add(task)
             task.add_done_callback(self._ended)
+
+    async def _slot(self, last: int | None) -> bool:
+        """Wait for a free place; False when `last` (ns) comes first."""
+        assert self._slots is not None
+        if last is None:
+            return await self._slots.acquire()
+        try:
+            async with asyncio.timeout(max(0.0, (last - perf_counter_ns()) / 1e9)):
+                return await self._slots.acquire()
+        except TimeoutError:
+            return False
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._requests.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             self._fault = fault
 
-    async def _request(self, index: int, job: Job, scheduled_ns: int) -> None:
-        connection: Connection | None = None
+    async def _converse(self, index: int, job: Job, scheduled_ns: int) -> None:
+        """One job, and the turns that follow from its answers; its place is held throughout."""
+        try:
+            following: Job | None = job
+            while following is not None:
+                job = following
+                sent = await self._request(index, job, scheduled_ns)
+                if job.then is None:
+                    break
+                answer = self._read(sent)
+                # A conversation with a failed turn has nothing to go on from.
+                following = None if answer is None or answer.error else job.then(answer.text)
+                scheduled_ns = 0
+        finally:
+            # The next request leaves before this one is parsed.
+            if self._slots is not None:
+                self._slots.release()
+        if job.then is None:
+            self._unread.append(sent)
+            if len(self._unread) == 1:
+                asyncio.get_running_loop().call_soon(self._read_next)
+
+    async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Sent:
+        connection: TimedConnection | None = None
         start_ns = perf_counter_ns()
         try:
             reused = connection = self._take_idle()
@@ -104,60 +179,79 @@ class Load:
             # Setting up a connection belongs to the client's own queueing, not to the server.
             start_ns = perf_counter_ns()
             async with asyncio.timeout(self._timeout):
-                response = await connection.send(job.request)
-                if reused and response.error and not response.status:
+                raw = await connection.send(job.request)
+                if reused and raw.error and not raw.begun:
                     # The server closed an idle connection as we wrote to it: HTTP's own race.
                     connection = await connect(self._target)
-                    response = await connection.send(job.request)
+                    raw = await connection.send(job.request)
         except OSError as error:
-            response = self._failure(error)
+            raw = self._failure(error)
         finally:
-            # The next request leaves before this one is parsed.
-            self._release(connection)
-        self._keep(index, job, scheduled_ns or start_ns, start_ns, response)
+            self._give_back(connection)
+        return _Sent(index, job, scheduled_ns or start_ns, start_ns, raw)
 
-    def _take_idle(self) -> Connection | None:
+    def _take_idle(self) -> TimedConnection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.open:
                 return connection
         return None
 
-    def _release(self, connection: Connection | None) -> None:
-        if connection is not None:
-            if connection.busy:
-                connection.close()
-            elif connection.open:
-                self._idle.append(connection)
-        if self._slots is not None:
-            self._slots.release()
+    def _give_back(self, connection: TimedConnection | None) -> None:
+        if connection is None:
+            return
+        if connection.busy:
+            connection.close()
+        elif connection.open:
+            self._idle.append(connection)
 
-    def _failure(self, error: OSError) -> Response:
-        response = Response()
+    def _failure(self, error: OSError) -> Raw:
+        raw = Raw()
         if isinstance(error, TimeoutError):
-            response.error = f"no complete answer within {self._timeout:g} s"
+            raw.end(f"no complete answer within {self._timeout:g} s")
         else:
-            response.error = f"cannot connect to {self._target}: {error}"
-        response.end_ns = perf_counter_ns()
-        return response
+            raw.end(f"cannot connect to {self._target}: {error}")
+        return raw
 
-    def _keep(
-        self, index: int, job: Job, scheduled_ns: int, start_ns: int, response: Response
-    ) -> None:
+    # --- reading answers -----------------------------------------------------------------------
+
+    def _read_next(self) -> None:
+        """Read one answer, then let the loop look at its sockets before the next one."""
+        if self._unread:
+            self._read_one()
+        if self._unread:
+            asyncio.get_running_loop().call_soon(self._read_next)
+
+    def _read_one(self) -> None:
+        self._read(self._unread.popleft())
+
+    def _read(self, sent: _Sent) -> Answer | None:
+        """Parse an answer and keep its record. None where there was no answer at all."""
+        began = thread_time_ns()
+        response = sent.raw.response()
         answer = read_answer(response) if response.status else None
+        self._keep(sent, response, answer)
+        self.parse_ns += thread_time_ns() - began
+        return answer
+
+    def _keep(self, sent: _Sent, response: Response, answer: Answer | None) -> None:
         chunk_ns = answer.chunk_ns if answer else []
         prompt_tokens = answer.prompt_tokens if answer else None
         output_tokens = answer.completion_tokens if answer else None
         record = Record(
-            index=index,
-            scheduled_ns=scheduled_ns,
-            start_ns=start_ns,
+            index=sent.index,
+            turn=sent.job.turn,
+            scheduled_ns=sent.scheduled_ns,
+            start_ns=sent.start_ns,
             end_ns=response.end_ns,
-            chunk_ns=chunk_ns,
-            input_tokens=job.input_tokens if prompt_tokens is None else prompt_tokens,
+            chunk_ns=array("q", chunk_ns),
+            input_tokens=sent.job.input_tokens if prompt_tokens is None else prompt_tokens,
             output_tokens=len(chunk_ns) if output_tokens is None else output_tokens,
             counted=output_tokens is not None,
+            cached_tokens=answer.cached_tokens if answer else -1,
             error=answer.error if answer else response.error,
+            received_ns=answer.received_ns if answer else 0,
+            sent_ns=array("q", answer.sent_ns if answer else []),
         )
         self.records.append(record)
         if self._on_record is not None:

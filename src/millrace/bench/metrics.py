@@ -8,54 +8,16 @@ several processes on a host can be pooled; percentiles are always taken over poo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
+from millrace.bench.records import Record
+
+Samples = NDArray[np.float64]
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen of one request.
-
-    scheduled_ns: when it was due; start_ns: just before it was written to its connection;
-    chunk_ns: when each chunk that carries a choice arrived; end_ns: when the stream had ended.
-    input_tokens and output_tokens: as the server counted them (`usage`), or, where it does not
-    say, as sent and as chunks (`counted` is then False). error: None for a success.
-    """
-
-    index: int
-    scheduled_ns: int
-    start_ns: int
-    end_ns: int
-    chunk_ns: list[int]
-    input_tokens: int
-    output_tokens: int
-    counted: bool = True
-    error: str | None = None
-
-    @property
-    def ttft(self) -> float:
-        """Seconds from start to the first chunk that carries a choice."""
-        return (self.chunk_ns[0] - self.start_ns) / 1e9
-
-    @property
-    def e2el(self) -> float:
-        """Seconds from start to the last chunk that carries a choice."""
-        return (self.chunk_ns[-1] - self.start_ns) / 1e9
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds an output token after the first; None for fewer than two tokens."""
-        if self.output_tokens < 2:
-            return None
-        return (self.e2el - self.ttft) / (self.output_tokens - 1)
-
-    @property
-    def itls(self) -> list[float]:
-        """Seconds between neighbouring chunks."""
-        return [(b - a) / 1e9 for a, b in pairwise(self.chunk_ns)]
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -100,10 +62,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     goodput: float | None
 
 
-def distribution(samples: Sequence[float], percentiles: Iterable[float]) -> Distribution:
+def distribution(samples: Sequence[float] | Samples, percentiles: Iterable[float]) -> Distribution:
     """Mean, median, population std and linearly interpolated percentiles (0..100)."""
     wanted = list(percentiles)
-    if not samples:
+    if len(samples) == 0:
         return Distribution(0, 0.0, 0.0, 0.0, dict.fromkeys(wanted, 0.0))
     values = np.asarray(samples, dtype=np.float64)
     found = np.percentile(values, wanted, method="linear")
@@ -164,7 +126,6 @@ def whole_window(records: Sequence[Record], percentiles: Sequence[float]) -> Win
     """The run as a whole, over its successes."""
     done = successes(records)
     begin, end = span(records)
-    tpots = [t for r in done if (t := r.tpot) is not None]
     return _window(
         (end - begin) / 1e9,
         len(done),
@@ -172,12 +133,22 @@ def whole_window(records: Sequence[Record], percentiles: Sequence[float]) -> Win
         sum(r.input_tokens for r in done),
         {
             "ttft": [r.ttft for r in done],
-            "tpot": tpots,
-            "itl": [gap for r in done for gap in r.itls],
+            "tpot": [t for r in done if (t := r.tpot) is not None],
+            "itl": pooled_gaps(done),
             "e2el": [r.e2el for r in done],
         },
         percentiles,
     )
+
+
+def pooled_gaps(records: Iterable[Record]) -> Samples:
+    """Seconds between neighbouring chunks of each request, those of all requests together."""
+    gaps = [np.diff(_times(r)) for r in records]
+    return np.concatenate(gaps) / 1e9 if gaps else np.empty(0)
+
+
+def _times(record: Record) -> NDArray[np.int64]:
+    return np.asarray(record.chunk_ns, dtype=np.int64)
 
 
 def partial_window(
@@ -190,10 +161,12 @@ def partial_window(
     """
     output, prompt, finished = 0.0, 0, 0
     samples: dict[str, list[float]] = {name: [] for name in LATENCIES}
+    gaps: list[Samples] = []
     for record in successes(records):
-        inside = [begin <= at < end for at in record.chunk_ns]
-        output += record.output_tokens * sum(inside) / len(inside)
-        samples["itl"] += [gap for gap, kept in zip(record.itls, inside[1:], strict=True) if kept]
+        times = _times(record)
+        inside = (begin <= times) & (times < end)
+        output += record.output_tokens * float(inside.mean())
+        gaps.append(np.diff(times)[inside[1:]] / 1e9)
         if inside[0]:
             prompt += record.input_tokens
             samples["ttft"].append(record.ttft)
@@ -202,7 +175,9 @@ def partial_window(
             samples["e2el"].append(record.e2el)
             if record.tpot is not None:
                 samples["tpot"].append(record.tpot)
-    return _window((end - begin) / 1e9, finished, output, prompt, samples, percentiles)
+    pooled: dict[str, Sequence[float] | Samples] = {**samples}
+    pooled["itl"] = np.concatenate(gaps) if gaps else np.empty(0)
+    return _window((end - begin) / 1e9, finished, output, prompt, pooled, percentiles)
 
 
 def _window(
@@ -210,7 +185,7 @@ def _window(
     completed: int,
     output: float,
     prompt: float,
-    samples: Mapping[str, Sequence[float]],
+    samples: Mapping[str, Sequence[float] | Samples],
     percentiles: Sequence[float],
 ) -> Window:
     def rate(amount: float) -> float:
@@ -223,7 +198,7 @@ def _window(
         output_throughput=rate(output),
         total_token_throughput=rate(output + prompt),
         latencies={
-            name: distribution([1e3 * value for value in values], percentiles)
+            name: distribution(1e3 * np.asarray(values, dtype=np.float64), percentiles)
             for name, values in samples.items()
         },
     )

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from millrace.bench.accuracy import Accuracy, measure_accuracy
-from millrace.bench.serve import BenchOptions, run
+from millrace.bench.options import BenchOptions
+from millrace.bench.serve import run
 from millrace.errors import UserError
 from millrace.fleet.process import ReplicaProcess, bring_up, free_port
 from millrace.fleet.shares import thread_limit, usable_cores, visible_gpus

@@ -16,15 +16,21 @@ from millrace.http1 import Response, error_text
 _DONE = b"[DONE]"
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
 
 
 class _Delta(msgspec.Struct):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[Any] | None = None
 
 
@@ -34,32 +40,52 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
     @property
-    def only_names_a_role(self) -> bool:
-        """A chat's opening chunk, which brings no token."""
+    def brings(self) -> bool:
+        """Whether there is anything to read in it, or to do."""
+        if self.text:
+            return True
         delta = self.delta
-        if delta is None or delta.role is None or self.finish_reason is not None:
-            return False
-        return not (delta.content or delta.reasoning_content or delta.tool_calls)
+        return delta is not None and bool(
+            delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls
+        )
+
+    @property
+    def only_names_a_role(self) -> bool:
+        """A chat's opening chunk."""
+        return self.delta is not None and self.delta.role is not None and not self.brings
 
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     error: Any = None
+    sent_ns: int = 0
+    received_ns: int = 0
 
 
 _chunks = msgspec.json.Decoder(_Chunk)
 
 
 class Answer(msgspec.Struct):
-    """What a response said. chunk_ns: arrival of each chunk that carries a choice; the token
-    counts are None where the server told no usage; error: one line, None for a whole answer."""
+    """What a response said.
+
+    chunk_ns: arrival of each chunk that carries a choice, from the first one that brings text, or
+    ends the answer: an opening chunk without text is no token. Where no chunk brings text at all
+    (a server that does not turn ids into text), every one counts but a chat's opening role. The
+    token counts are None where the server told no usage; cached_tokens is -1 then. text: all that
+    was said. sent_ns, received_ns: the stamps of a server that gives them. error: one line, None
+    for a whole answer.
+    """
 
     chunk_ns: list[int]
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int = -1
     finished: bool = False
     error: str | None = None
+    text: str = ""
+    sent_ns: list[int] = []
+    received_ns: int = 0
 
 
 def events(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -92,29 +118,68 @@ def read_answer(response: Response) -> Answer:
     """Parse a streamed response. Never raises: what broke stands in `error`."""
     if response.status and response.status != 200:
         return Answer([], error=f"status {response.status}: {error_text(response.body)}")
-    answer = Answer([])
+    reader = _Reader()
     try:
         for at, data in events(response.pieces):
-            _take(answer, at, data)
+            reader.take(at, data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        answer.error = f"a chunk that is not the JSON of a completion ({error})"
+        reader.answer.error = f"a chunk that is not the JSON of a completion ({error})"
+    answer = reader.close()
     answer.error = answer.error or response.error or _missing(answer)
     return answer
 
 
-def _take(answer: Answer, at: int, data: bytes) -> None:
-    if data == _DONE:
-        answer.finished = True
-        return
-    chunk = _chunks.decode(data)
-    if chunk.error is not None:
-        answer.error = f"an error in the stream: {error_text(data)}"
-    if chunk.usage is not None:
-        answer.prompt_tokens = chunk.usage.prompt_tokens
-        answer.completion_tokens = chunk.usage.completion_tokens
-    if chunk.choices and not chunk.choices[0].only_names_a_role:
+class _Reader:
+    """Takes the events of one stream and makes an Answer of them."""
+
+    def __init__(self) -> None:
+        self.answer = Answer([])
+        self._said: list[str] = []
+        self._opening: list[tuple[int, int]] = []  # (arrival, stamp) of chunks before any text
+
+    def take(self, at: int, data: bytes) -> None:
+        answer = self.answer
+        if data == _DONE:
+            answer.finished = True
+            return
+        chunk = _chunks.decode(data)
+        if chunk.choices:
+            self._take_choice(at, chunk.choices[0], chunk.sent_ns)
+        if chunk.received_ns:
+            answer.received_ns = chunk.received_ns
+        if chunk.error is not None:
+            answer.error = f"an error in the stream: {error_text(data)}"
+        if (usage := chunk.usage) is not None:
+            answer.prompt_tokens = usage.prompt_tokens
+            answer.completion_tokens = usage.completion_tokens
+            if (details := usage.prompt_tokens_details) is not None:
+                answer.cached_tokens = details.cached_tokens or 0
+
+    def _take_choice(self, at: int, choice: _Choice, sent_ns: int) -> None:
+        answer = self.answer
+        if choice.finish_reason is not None:
+            answer.finished = True
+        if choice.brings:
+            if choice.delta is None:
+                self._said.append(choice.text or "")
+            else:
+                self._said.append(choice.delta.content or "")
+        elif not self._said:
+            if not choice.only_names_a_role or choice.finish_reason is not None:
+                self._opening.append((at, sent_ns))
+            return
         answer.chunk_ns.append(at)
-        answer.finished |= chunk.choices[0].finish_reason is not None
+        if sent_ns:
+            answer.sent_ns.append(sent_ns)
+
+    def close(self) -> Answer:
+        """The answer, once there is nothing more to take."""
+        answer = self.answer
+        if not self._said:
+            answer.chunk_ns = [at for at, _ in self._opening]
+            answer.sent_ns = [sent for _, sent in self._opening if sent]
+        answer.text = "".join(self._said)
+        return answer
 
 
 def _missing(answer: Answer) -> str | None:

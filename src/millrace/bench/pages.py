@@ -1,0 +1,149 @@
+"""Reading metrics pages: what a replica counted, under its own names or under vLLM's. Pure.
+
+Counters are summed over the labels of a page; a page that tells a figure under two names (Millrace
+does) is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+# A figure's name behind the prefix; prefixes in order of preference.
+COUNTERS = (
+    "prompt_tokens",
+    "generation_tokens",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_preemptions",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+)
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
+_PREFIXES = ("vllm:", "millrace:", "millrace_")
+DCGM = {
+    "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "tensor_active",
+    "DCGM_FI_PROF_DRAM_ACTIVE": "dram_active",
+    "DCGM_FI_PROF_NVLINK_TX_BYTES": "nvlink_tx_bytes",
+    "DCGM_FI_PROF_NVLINK_RX_BYTES": "nvlink_rx_bytes",
+    "DCGM_FI_DEV_POWER_USAGE": "power_w",
+    "DCGM_FI_DEV_GPU_UTIL": "utilization",
+}
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What one page says: counters (totals), gauges, and drafts accepted by position."""
+
+    counters: dict[str, float] = {}
+    gauges: dict[str, float] = {}
+    accepted: dict[int, float] = {}
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What replicas did between two readings, all together. accepted: drafts by position."""
+
+    counters: dict[str, float] = {}
+    accepted: list[float] = []
+
+
+def read_page(text: str) -> Page:
+    """The figures of a page. What is not there is left out; a page that is none is empty."""
+    found: dict[str, float] = {}
+    accepted: dict[str, dict[int, float]] = {}
+    for name, labels, value in _samples(text, _PREFIXES):
+        name = name.removesuffix("_total")
+        found[name] = found.get(name, 0.0) + value
+        if name.endswith(PER_POSITION) and labels.get("position", "").isdigit():
+            by_position = accepted.setdefault(name, {})
+            position = int(labels["position"])
+            by_position[position] = by_position.get(position, 0.0) + value
+    return Page(
+        counters=_named(found, COUNTERS),
+        gauges=_named(found, GAUGES),
+        accepted=next(
+            (accepted[p + PER_POSITION] for p in _PREFIXES if p + PER_POSITION in accepted), {}
+        ),
+    )
+
+
+def _named(found: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    named = {}
+    for name in names:
+        first = next((p + name for p in _PREFIXES if p + name in found), None)
+        if first is not None:
+            named[name] = found[first]
+    return named
+
+
+def _samples(text: str, prefixes: tuple[str, ...]) -> Iterable[tuple[str, dict[str, str], float]]:
+    """Samples whose names begin so; the other lines are not even parsed."""
+    kept = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(prefixes))
+    try:
+        for family in text_string_to_metric_families(kept):
+            for sample in family.samples:
+                yield sample.name, sample.labels, sample.value
+    except ValueError:
+        return
+
+
+def difference(before: Sequence[Page], after: Sequence[Page]) -> Totals:
+    """What happened between two readings of the same replicas. A counter that fell (the replica
+    was started anew) counts from nothing."""
+    counters: dict[str, float] = {}
+    accepted: dict[int, float] = {}
+    for first, last in zip(before, after, strict=True):
+        for name, value in last.counters.items():
+            counters[name] = counters.get(name, 0.0) + _grown(first.counters.get(name, 0.0), value)
+        for position, value in last.accepted.items():
+            grown = _grown(first.accepted.get(position, 0.0), value)
+            accepted[position] = accepted.get(position, 0.0) + grown
+    most = max(accepted, default=-1)
+    return Totals(counters, [accepted.get(position, 0.0) for position in range(most + 1)])
+
+
+def _grown(before: float, after: float) -> float:
+    return after - before if after >= before else after
+
+
+def speculation(totals: Totals) -> dict[str, float | list[float]] | None:
+    """Acceptance: its length (1 + accepted / drafts), its rate over draft tokens, and by position.
+    None where nothing was drafted."""
+    drafts = totals.counters.get("spec_decode_num_drafts", 0.0)
+    if drafts <= 0:
+        return None
+    tokens = totals.counters.get("spec_decode_num_draft_tokens", 0.0)
+    accepted = totals.counters.get("spec_decode_num_accepted_tokens", sum(totals.accepted))
+    return {
+        "drafts": drafts,
+        "draft_tokens": tokens,
+        "accepted_tokens": accepted,
+        "acceptance_rate": accepted / tokens if tokens else 0.0,
+        "acceptance_length": 1 + accepted / drafts,
+        "acceptance_by_position": [count / drafts for count in totals.accepted],
+    }
+
+
+def prefix_hits(totals: Totals) -> dict[str, float] | None:
+    """Prompt tokens looked up and found in prefix caches; None where none was looked up."""
+    queries = totals.counters.get("prefix_cache_queries", 0.0)
+    if queries <= 0:
+        return None
+    hits = totals.counters.get("prefix_cache_hits", 0.0)
+    return {"queries": queries, "hits": hits, "hit_rate": hits / queries}
+
+
+def read_dcgm(text: str) -> dict[str, float]:
+    """A DCGM exporter's page: power and NVLink bytes summed over GPUs, the others their mean."""
+    values: dict[str, list[float]] = {}
+    for name, _, value in _samples(text, tuple(DCGM)):
+        if name in DCGM:
+            values.setdefault(DCGM[name], []).append(value)
+    summed = ("power_w", "nvlink_tx_bytes", "nvlink_rx_bytes")
+    return {
+        name: sum(seen) if name in summed else sum(seen) / len(seen)
+        for name, seen in values.items()
+    }

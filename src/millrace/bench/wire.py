@@ -1,0 +1,190 @@
+"""A connection for measuring: the clock is read first, and nothing is parsed while a stream runs.
+
+While chunks come, a piece costs a clock, an append and a look at its last bytes. The bytes are
+parsed when the response has ended, after the connection was given back (`Raw.response`). What is
+not a chunked stream (an error body, a stream without framing) is parsed as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from time import perf_counter_ns
+from typing import cast
+
+import httptools
+
+from millrace.http1 import Response, Target
+
+_LAST = b"0\r\n\r\n"  # the chunk that ends a chunked body
+_END = b"[DONE]\n\n\r\n" + _LAST
+_SHORT = len(_LAST)  # a piece no longer than this may be the torn end of a body
+
+
+class Raw:
+    """The pieces of one response, each with its time, and how far they have been parsed."""
+
+    __slots__ = ("_fed", "_now", "_parser", "_response", "chunked", "keep", "pieces", "whole")
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+        self.chunked = self.keep = self.whole = False
+        self._response = Response()
+        self._parser = httptools.HttpResponseParser(self)
+        self._fed = 0
+        self._now = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether any byte of an answer has come."""
+        return bool(self.pieces)
+
+    @property
+    def error(self) -> str | None:
+        """What broke, as far as it is known."""
+        return self._response.error
+
+    def parse(self) -> None:
+        """Parse the pieces that came since the last call; what is not HTTP becomes the error."""
+        pieces, self._fed, first = self.pieces, len(self.pieces), self._fed
+        try:
+            for self._now, piece in pieces[first:]:
+                self._parser.feed_data(piece)
+        except httptools.HttpParserError as error:
+            self.end(f"the server answered something that is not HTTP/1.1 ({error})")
+
+    def end(self, error: str | None) -> None:
+        """Note that nothing more comes. The first error is kept."""
+        self._response.error = self._response.error or error
+        self._response.end_ns = self.pieces[-1][0] if self.pieces else perf_counter_ns()
+
+    def response(self) -> Response:
+        """The parsed response; its pieces are those of the body."""
+        self.parse()
+        if not self.whole and self._response.error is None:
+            self._response.error = "the framing of the response does not match its end"
+        return self._response
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the body has neither a length nor chunks, and so ends with its connection."""
+        headers = self._response.headers
+        framed = "content-length" in headers or "transfer-encoding" in headers
+        return self._response.status != 0 and not framed
+
+    # --- httptools callbacks -------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._response.status = self._parser.get_status_code()
+        self.keep = self._parser.should_keep_alive()
+        coding = self._response.headers.get("transfer-encoding", "")
+        self.chunked = coding.lower().endswith("chunked")
+
+    def on_body(self, body: bytes) -> None:
+        self._response.pieces.append((self._now, body))
+
+    def on_message_complete(self) -> None:
+        self.whole = True
+
+
+class TimedConnection(asyncio.Protocol):
+    """A connection that carries one request at a time and is kept open between them."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[Raw] | None = None
+        self._raw = Raw()
+        self._pieces = self._raw.pieces
+        self._streaming = False
+
+    @property
+    def open(self) -> bool:
+        """Whether another request may be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is still awaited."""
+        return self._waiter is not None
+
+    def send(self, request: bytes) -> asyncio.Future[Raw]:
+        """Write one encoded request; the future resolves to what came back and never raises."""
+        assert self._waiter is None, "one request at a time"
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        self._raw = Raw()
+        self._pieces, self._streaming = self._raw.pieces, False
+        if self._transport is None or self._transport.is_closing():
+            self._finish("the connection was closed")
+        else:
+            self._transport.write(request)
+        return waiter
+
+    def close(self) -> None:
+        """Drop the connection; a response under way ends with an error."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._pieces.append((perf_counter_ns(), data))
+        if self._streaming and data[-5:] != _LAST and len(data) > _SHORT:
+            return
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiter is None:
+            return
+        raw = self._raw
+        raw.parse()
+        if raw.open_ended and exc is None:
+            raw.whole = True
+            self._finish(None)
+        elif raw.begun:
+            self._finish("the server closed the connection before the response was complete")
+        else:
+            self._finish("the server closed the connection without an answer")
+
+    def _look(self) -> None:
+        """See whether the response is whole."""
+        raw = self._raw
+        if self._waiter is None:  # bytes that nobody asked for
+            self.close()
+        elif self._streaming and self._ends_like_a_stream():
+            self._finish(None)  # parsed later; the next request leaves first
+        else:
+            raw.parse()
+            self._streaming = raw.chunked
+            if raw.whole or raw.error:
+                self._finish(None)
+        if self._waiter is None and not raw.keep:
+            self.close()
+
+    def _ends_like_a_stream(self) -> bool:
+        tail = self._pieces[-1][1]
+        if len(tail) < len(_END):
+            tail = self._pieces[-2][1] + tail
+        return tail.endswith(_END)
+
+    def _finish(self, error: str | None) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is None:
+            return
+        self._raw.end(error)
+        if not waiter.done():
+            waiter.set_result(self._raw)
+
+
+async def connect(target: Target) -> TimedConnection:
+    """An open connection. Raises OSError when there is none to be had."""
+    context = ssl.create_default_context() if target.tls else None
+    _, connection = await asyncio.get_running_loop().create_connection(
+        TimedConnection, target.host, target.port, ssl=context
+    )
+    return connection
