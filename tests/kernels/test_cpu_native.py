@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from millrace.kernels import activation, attention, gdn, gemm, norm
+from millrace.kernels.cpu import activation as cpu_activation
 from millrace.kernels.cpu import attention as cpu_attention
 from millrace.kernels.cpu import build, call
 from millrace.kernels.cpu import gdn as cpu_gdn
@@ -110,8 +112,8 @@ def test_attend_decode(
 @settings(max_examples=30, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
-    rows=st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20)), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 1)]),
+    rows=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 120)), min_size=1, max_size=3),
     first=st.integers(0, 1),
     seed=st.integers(0, 99),
 )
@@ -123,7 +125,7 @@ def test_attend_prefill(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    cache, table = pages(dtype, 3, 10, heads[1], 32)
+    cache, table = pages(dtype, 3, 68, heads[1], 32)
     for slot, (start, count) in enumerate(rows, 1):
         spoil(cache, table, slot, start + count)
     batch = prompt_rows(list(range(1, len(rows) + 1)), rows)
@@ -358,3 +360,29 @@ def test_dispatch_has_the_reference_within_reach() -> None:
         return x
 
     assert op(nothing).__wrapped__ is nothing  # type: ignore[attr-defined]
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+
+def test_any_number_of_threads_and_of_callers_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tasks are shared out in any order, and a second caller at the same time works alone."""
+    x, weight = draw(70, 64, dtype=torch.bfloat16), draw(999, 64, dtype=torch.bfloat16)
+    wide = draw(900, 128, dtype=torch.float32)
+    want = [run(*arguments).clone() for run, arguments in _products(x, weight, wide)]
+    for module in (cpu_gemm, cpu_activation):
+        monkeypatch.setattr(module, "threads", lambda: 4)
+
+    def check(_: int) -> None:
+        for _ in range(50):
+            for (run, arguments), expected in zip(_products(x, weight, wide), want, strict=True):
+                assert torch.equal(run(*arguments), expected)
+
+    with ThreadPoolExecutor(3) as callers:
+        list(callers.map(check, range(3)))
+
+
+def _products(x: Tensor, weight: Tensor, wide: Tensor) -> list[Any]:
+    return [(gemm.linear, (x, weight)), (activation.silu_mul, (wide,))]

@@ -26,11 +26,9 @@ log = logging.getLogger("millrace.kernels")
 
 SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = [SOURCE, *sorted(SOURCE.with_name("native").glob("*.h"))]
-# OpenMP's symbols are left open: they bind to the OpenMP that torch has loaded, so that both share
-# one pool of threads. Compiled and linked apart, for g++ would bind them to its own.
 COMPILE = (
-    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-c"),
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp-simd", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared"),
 )
 COMPILE_LIMIT = 120.0
 
@@ -46,9 +44,8 @@ def build() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            object_file, library = Path(directory, "native.o"), Path(directory, "native.so")
-            _run(_compiler(), *COMPILE, str(SOURCE), "-o", str(object_file))
-            _run(_compiler(), "-shared", str(object_file), "-o", str(library))
+            library = Path(directory, "native.so")
+            _run(_compiler(), *COMPILE, str(SOURCE), "-o", str(library))
             library.rename(path)
     return path
 

@@ -302,20 +302,15 @@ template <class U, class T, class K> void attend_many(const View<T>& view, Block
 
 template <class U, class T, class K> void attend_all(const Attention& a, int threads) {
     std::vector<Task> tasks = tasks_of(a);
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<int64_t> places;
-        std::vector<float> room;
-        Block<U> block(a.dim);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < tasks.size(); i++) {
-            View<T> view(a, tasks[i], places);
-            if (view.queries >= FEW) attend_many<U, T, K>(view, block);
-            else if (view.queries == 3) attend_few<3, T, K>(view, room);
-            else if (view.queries == 2) attend_few<2, T, K>(view, room);
-            else attend_few<1, T, K>(view, room);
-        }
-    }
+    share(int(tasks.size()), threads, [&](int i) {
+        static thread_local std::vector<int64_t> places;
+        static thread_local std::vector<float> room;
+        View<T> view(a, tasks[i], places);
+        if (view.queries >= FEW) attend_many<U, T, K>(view, room_of<Block<U>>(a.dim));
+        else if (view.queries == 3) attend_few<3, T, K>(view, room);
+        else if (view.queries == 2) attend_few<2, T, K>(view, room);
+        else attend_few<1, T, K>(view, room);
+    });
 }
 
 }  // namespace

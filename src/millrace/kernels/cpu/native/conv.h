@@ -1,7 +1,7 @@
 // The causal convolution of four taps with silu, and the inputs that it keeps.
 #pragma once
 
-#include "base.h"
+#include "pool.h"
 
 namespace {
 
@@ -39,15 +39,14 @@ void convolve_all(const T* x, int64_t stride, T* conv, int depth, int channels, 
     for (int c = 0; c < channels; c++)
         for (int j = 0; j < 4; j++) taps[j * channels + c] = get(weight[4 * c + j]);
     int blocks = (channels + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static) \
-    if (int64_t(offsets[rows]) * channels > SMALL)
-    for (int task = 0; task < rows * blocks; task++) {
+    int64_t work = int64_t(offsets[rows]) * channels;
+    share(rows * blocks, work > SMALL ? threads : 1, [&](int task) {
         int row = task / blocks, c = task % blocks * BLOCK;
         convolve(x + offsets[row] * stride, stride, conv + slots[row] * depth * channels, channels,
                  taps.data(), depth == 3 ? 0 : conv_offset[slots[row]],
                  offsets[row + 1] - offsets[row], keep, c, std::min(BLOCK, channels - c),
                  out + int64_t(offsets[row]) * channels);
-    }
+    });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "base.h"
+#include "pool.h"
 
 namespace {
 
@@ -93,18 +93,17 @@ void fold(float* state, int key_dim, int value_dim, const float* k, const float*
 
 struct Sizes {
     int key_heads, value_heads, key_dim, value_dim;
-    int channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
 // A thread's copies: keys and queries of n tokens, a window of w, and what they make together.
 struct Room {
     std::vector<float> probes, window_k, pairs, old, scaled, state, v, out, recent, weights,
         among, beta;
-    Room(const Sizes& z, int n, int w)
-        : probes(2 * n * z.key_dim), window_k(w * z.key_dim), pairs(2 * n * (w + n)),
-          old(2 * n * z.value_dim), scaled(std::max(n, w) * z.key_dim),
-          state(z.key_dim * z.value_dim), v(n * z.value_dim), out(n * z.value_dim),
-          recent(2 * n * z.value_dim), weights(2 * n * w), among(2 * n * n), beta(n) {}
+    Room(int key_dim, int value_dim, int n, int w)
+        : probes(2 * n * key_dim), window_k(w * key_dim), pairs(2 * n * (w + n)),
+          old(2 * n * value_dim), scaled(std::max(n, w) * key_dim), state(key_dim * value_dim),
+          v(n * value_dim), out(n * value_dim), recent(2 * n * value_dim), weights(2 * n * w),
+          among(2 * n * n), beta(n) {}
 };
 
 void normalise(float* x, int n, float scale) {
@@ -249,6 +248,64 @@ template <class S> void decode_task(const DecodeCall& c, int task, int next_task
     write(c.window_k, c.bf16_window, keys + w * z.key_dim, room.probes.data(), n * z.key_dim);
 }
 
+// --- prompts
+
+struct PrefillCall {
+    const void* qkv;
+    const float *g, *beta;
+    void* state;
+    const int64_t* slots;
+    const int32_t* offsets;
+    void* out;
+    int bf16_qkv, bf16_state;
+    int64_t qkv_stride, gate_stride;
+    Sizes z;
+};
+
+// The states of a key head's value heads stay in the second cache.
+struct PrefillRoom : Room {
+    std::vector<float> states, u;
+    PrefillRoom(int key_dim, int value_dim, int ratio)
+        : Room(key_dim, value_dim, CHUNK, 0), states(ratio * key_dim * value_dim),
+          u(CHUNK * value_dim) {}
+};
+
+// n tokens of one value head from its state s on, which then stands after them.
+void prefill_chunk(const PrefillCall& c, int64_t token, int n, int head, float* s,
+                   PrefillRoom& room) {
+    const Sizes& z = c.z;
+    float log_a[CHUNK], *u = room.u.data();
+    for (int t = 0; t < n; t++) {
+        int64_t gates = (token + t) * c.gate_stride + head;
+        log_a[t] = c.g[gates], room.beta[t] = c.beta[gates];
+        int64_t at = (token + t) * c.qkv_stride + 2 * z.key_heads * z.key_dim + head * z.value_dim;
+        read(c.qkv, c.bf16_qkv, at, room.v.data() + t * z.value_dim, z.value_dim);
+    }
+    advance(s, s, u, z, room, n, 0, u, log_a, room.beta.data(), room.out.data());
+    fold(s, z.key_dim, z.value_dim, room.probes.data(), u, log_a, n, room.scaled.data());
+    for (int t = 0; t < n; t++)
+        write(c.out, c.bf16_qkv, ((token + t) * z.value_heads + head) * z.value_dim,
+              room.out.data() + t * z.value_dim, z.value_dim);
+}
+
+// The value heads of one key head of one row.
+void prefill_task(const PrefillCall& c, int task) {
+    const Sizes& z = c.z;
+    int row = task / z.key_heads, kh = task % z.key_heads, ratio = z.value_heads / z.key_heads;
+    int tile = z.key_dim * z.value_dim;
+    PrefillRoom& room = room_of<PrefillRoom>(z.key_dim, z.value_dim, ratio);
+    int64_t first = (c.slots[row] * z.value_heads + kh * ratio) * tile;
+    read(c.state, c.bf16_state, first, room.states.data(), ratio * tile);
+    for (int token = c.offsets[row]; token < c.offsets[row + 1]; token += CHUNK) {
+        int n = std::min(CHUNK, c.offsets[row + 1] - token);
+        read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, room.probes.data());
+        pair_up(room, z.key_dim, n, 0, room.pairs.data());
+        for (int r = 0; r < ratio; r++)
+            prefill_chunk(c, token, n, kh * ratio + r, room.states.data() + r * tile, room);
+    }
+    write(c.state, c.bf16_state, first, room.states.data(), ratio * tile);
+}
+
 }  // namespace
 
 extern "C" {
@@ -264,16 +321,12 @@ void millrace_gdn_decode(const void* qkv, const void* a, const void* b, const fl
                  bf16_qkv, bf16_gates, bf16_state, bf16_window, rows, n, window, qkv_stride,
                  gate_stride, {key_heads, value_heads, key_dim, value_dim}};
     int tasks = rows * key_heads;
-#pragma omp parallel num_threads(threads)
-    {
-        Room room(c.z, n, window);
-#pragma omp for schedule(static)
-        for (int task = 0; task < tasks; task++) {
-            int next = std::min(task + 1, tasks - 1);
-            if (bf16_state) decode_task<bf16>(c, task, next, room);
-            else decode_task<float>(c, task, next, room);
-        }
-    }
+    share(tasks, threads, [&](int task) {
+        Room& room = room_of<Room>(key_dim, value_dim, n, window);
+        int next = std::min(task + threads, tasks - 1);
+        if (bf16_state) decode_task<bf16>(c, task, next, room);
+        else decode_task<float>(c, task, next, room);
+    });
 }
 
 void millrace_gdn_prefill(const void* qkv, const float* g, const float* beta, void* state,
@@ -281,45 +334,9 @@ void millrace_gdn_prefill(const void* qkv, const float* g, const float* beta, vo
                           int bf16_state, int rows, int64_t qkv_stride, int64_t gate_stride,
                           int key_heads, int value_heads, int key_dim, int value_dim,
                           int threads) {
-    Sizes z{key_heads, value_heads, key_dim, value_dim};
-    int ratio = value_heads / key_heads, tile = key_dim * value_dim;
-#pragma omp parallel num_threads(threads)
-    {
-        Room room(z, CHUNK, 0);
-        std::vector<float> states(ratio * tile), u(CHUNK * value_dim);
-        float log_a[CHUNK], betas[CHUNK];
-#pragma omp for schedule(dynamic, 1)
-        for (int task = 0; task < rows * key_heads; task++) {
-            int row = task / key_heads, kh = task % key_heads;
-            int64_t first = (slots[row] * value_heads + kh * ratio) * tile;
-            read(state, bf16_state, first, states.data(), ratio * tile);
-            for (int token = offsets[row]; token < offsets[row + 1]; token += CHUNK) {
-                int n = std::min(CHUNK, offsets[row + 1] - token);
-                read_probes(qkv, bf16_qkv, token, qkv_stride, kh, n, z, room.probes.data());
-                pair_up(room, key_dim, n, 0, room.pairs.data());
-                for (int r = 0; r < ratio; r++) {
-                    int vh = kh * ratio + r;
-                    int64_t values = 2 * key_heads * key_dim + vh * value_dim;
-                    for (int t = 0; t < n; t++) {
-                        log_a[t] = g[(token + t) * gate_stride + vh];
-                        betas[t] = beta[(token + t) * gate_stride + vh];
-                        read(qkv, bf16_qkv, (token + t) * qkv_stride + values,
-                             room.v.data() + t * value_dim, value_dim);
-                    }
-                    float* s = states.data() + r * tile;
-                    advance(s, s, u.data(), z, room, n, 0, u.data(), log_a, betas,
-                            room.out.data());
-                    fold(s, key_dim, value_dim, room.probes.data(), u.data(), log_a, n,
-                         room.scaled.data());
-                    for (int t = 0; t < n; t++)
-                        write(out, bf16_qkv,
-                              (int64_t(token + t) * value_heads + vh) * value_dim,
-                              room.out.data() + t * value_dim, value_dim);
-                }
-            }
-            write(state, bf16_state, first, states.data(), ratio * tile);
-        }
-    }
+    PrefillCall c{qkv, g, beta, state, slots, offsets, out, bf16_qkv, bf16_state, qkv_stride,
+                  gate_stride, {key_heads, value_heads, key_dim, value_dim}};
+    share(rows * key_heads, threads, [&](int task) { prefill_task(c, task); });
 }
 
 }  // extern "C"

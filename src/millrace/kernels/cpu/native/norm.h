@@ -1,7 +1,7 @@
 // Norms, gates, and rotary embedding on the way into the cache, each in one pass.
 #pragma once
 
-#include "base.h"
+#include "pool.h"
 
 namespace {
 
@@ -51,44 +51,39 @@ void norm_rope_store_all(const T* qkv, int64_t stride, const float* qw, const fl
                          const int64_t* positions, const float* cos_sin, int rotary, K* keys,
                          K* values, const int64_t* kv_rows, T* q, int tokens, int heads,
                          int kv_heads, int dim, int threads) {
-#pragma omp parallel num_threads(threads) if (int64_t(tokens) * heads * dim > SMALL)
-    {
-        std::vector<float> room(dim);
-        std::vector<T> key(dim);
-#pragma omp for schedule(static)
-        for (int t = 0; t < tokens; t++) {
-            const T *in = qkv + t * stride, *k = in + 2 * heads * dim, *v = k + kv_heads * dim;
-            const float* angles = cos_sin + positions[t] * rotary;
-            for (int h = 0; h < heads; h++)
-                norm_rope(in + h * dim, qw, eps, angles, rotary, dim, room.data(),
-                          q + (int64_t(t) * heads + h) * dim);
-            for (int h = 0; h < kv_heads; h++) {
-                int64_t at = (kv_rows[t] * kv_heads + h) * dim;
-                norm_rope(k + h * dim, kw, eps, angles, rotary, dim, room.data(), key.data());
-                for (int i = 0; i < dim; i++) put(keys + at + i, get(key[i]));
-                for (int i = 0; i < dim; i++) put(values + at + i, get(v[h * dim + i]));
-            }
+    share_rows(tokens, heads * dim, threads, [&](int64_t t) {
+        static thread_local std::vector<float> room;
+        static thread_local std::vector<T> key;
+        room.resize(dim), key.resize(dim);
+        const T *in = qkv + t * stride, *k = in + 2 * heads * dim, *v = k + kv_heads * dim;
+        const float* angles = cos_sin + positions[t] * rotary;
+        for (int h = 0; h < heads; h++)
+            norm_rope(in + h * dim, qw, eps, angles, rotary, dim, room.data(),
+                      q + (t * heads + h) * dim);
+        for (int h = 0; h < kv_heads; h++) {
+            int64_t at = (kv_rows[t] * kv_heads + h) * dim;
+            norm_rope(k + h * dim, kw, eps, angles, rotary, dim, room.data(), key.data());
+            for (int i = 0; i < dim; i++) put(keys + at + i, get(key[i]));
+            for (int i = 0; i < dim; i++) put(values + at + i, get(v[h * dim + i]));
         }
-    }
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-#define MILLRACE_ROWS(call_bf16, call_float)                                                 \
-    _Pragma("omp parallel for num_threads(threads) schedule(static) if (rows * int64_t(n) > SMALL)") \
-    for (int64_t r = 0; r < rows; r++) {                                                     \
-        if (is_bf16) { typedef bf16 T; call_bf16; }                                          \
-        else { typedef float T; call_float; }                                                \
-    }
-#define MILLRACE_EACH(call) MILLRACE_ROWS(call, call)
+#define MILLRACE_EACH(call)                           \
+    share_rows(rows, n, threads, [&](int64_t r) {     \
+        if (is_bf16) { typedef bf16 T; call; }        \
+        else { typedef float T; call; }               \
+    })
 
 void millrace_rms_norm(const void* x, const void* residual, const float* weight, float eps,
                        int64_t rows, int n, int64_t stride, void* total, void* out, int is_bf16,
                        int threads) {
     MILLRACE_EACH(norm_row((const T*)x + r * stride, residual ? (const T*)residual + r * n : nullptr,
-                           weight, eps, n, (T*)total + r * n, (T*)out + r * n))
+                           weight, eps, n, (T*)total + r * n, (T*)out + r * n));
 }
 // z: rows of `heads` heads, a token's heads together.
 void millrace_gated_rms_norm(const void* o, const void* z, int64_t z_stride, const float* weight,
@@ -96,16 +91,16 @@ void millrace_gated_rms_norm(const void* o, const void* z, int64_t z_stride, con
                              int threads) {
     MILLRACE_EACH(gated_row((const T*)o + r * n,
                             (const T*)z + r / heads * z_stride + r % heads * n, weight, eps, n,
-                            (T*)out + r * n))
+                            (T*)out + r * n));
 }
 void millrace_silu_mul(const void* gate_up, int64_t rows, int n, void* out, int is_bf16,
                        int threads) {
-    MILLRACE_EACH(silu_row((const T*)gate_up + r * 2 * n, n, (T*)out + r * n))
+    MILLRACE_EACH(silu_row((const T*)gate_up + r * 2 * n, n, (T*)out + r * n));
 }
 void millrace_sigmoid_gate(const void* x, const void* gate, int64_t gate_stride, int64_t rows,
                            int n, void* out, int is_bf16, int threads) {
     MILLRACE_EACH(sigmoid_row((const T*)x + r * n, (const T*)gate + r * gate_stride, n,
-                              (T*)out + r * n))
+                              (T*)out + r * n));
 }
 
 void millrace_norm_rope_store(const void* qkv, int64_t stride, const float* qw, const float* kw,

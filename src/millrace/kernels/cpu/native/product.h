@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "base.h"
+#include "pool.h"
 
 namespace {
 
@@ -120,29 +120,26 @@ inline void store_some(bf16* out, Floats x, int count) {
 extern "C" int millrace_linear(const void* x, const void* weight, int rows, int columns, int n,
                                void* out, int threads) {
 #ifdef __AVX512BF16__
-#pragma omp parallel num_threads(threads) if (int64_t(rows) * columns * n > 64 * SMALL)
-    {
+    int64_t work = int64_t(rows) * columns * n;
+    share((columns + PANEL - 1) / PANEL, work > 32 * SMALL ? threads : 1, [&](int task) {
         static thread_local std::vector<Words> room;
         room.resize(std::max(room.size(), size_t(n)));
         auto panel = (Words(*)[2])room.data();
-#pragma omp for schedule(static)
-        for (int c = 0; c < columns; c += PANEL) {
-            auto w = (const bf16*)weight + int64_t(c) * n;
-            int count = std::min(PANEL, columns - c);
-            int64_t ahead = c + 2 * PANEL <= columns ? int64_t(PANEL) * n * sizeof(bf16) : 0;
-            pack([&](int i) { return w + int64_t(i) * n; }, count, n / 2, ahead, panel);
-            in_runs(rows, [&](auto run, int first) {
-                constexpr int R = decltype(run)::value;
-                Floats total[R][2] = {};
-                meet<Pairs, R>((const bf16*)x + int64_t(first) * n, n, panel, n, total);
-                for (int r = 0; r < R; r++) {
-                    bf16* to = (bf16*)out + int64_t(first + r) * columns + c;
-                    store_some(to, total[r][0], count);
-                    store_some(to + LANES, total[r][1], count - LANES);
-                }
-            });
-        }
-    }
+        int c = task * PANEL, count = std::min(PANEL, columns - c);
+        auto w = (const bf16*)weight + int64_t(c) * n;
+        int64_t ahead = c + 2 * PANEL <= columns ? int64_t(PANEL) * n * sizeof(bf16) : 0;
+        pack([&](int i) { return w + int64_t(i) * n; }, count, n / 2, ahead, panel);
+        in_runs(rows, [&](auto run, int first) {
+            constexpr int R = decltype(run)::value;
+            Floats total[R][2] = {};
+            meet<Pairs, R>((const bf16*)x + int64_t(first) * n, n, panel, n, total);
+            for (int r = 0; r < R; r++) {
+                bf16* to = (bf16*)out + int64_t(first + r) * columns + c;
+                store_some(to, total[r][0], count);
+                store_some(to + LANES, total[r][1], count - LANES);
+            }
+        });
+    });
     return 1;
 #else
     return 0;
