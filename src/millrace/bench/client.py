@@ -1,9 +1,8 @@
 """The generator measured by itself: what it cost, how late it was, what error follows from that.
 
 Beacons are times written to each load process while it sends. How late one is read is how late the
-clock would have been read for a chunk that came at that moment. So the lateness of beacons is the
-error of TTFT (its first chunk is stamped that late), and the difference of two is that of a gap.
-Pure functions.
+clock was read for a chunk that came at that moment. So a first chunk's TTFT is off by the lateness
+of the beacon nearest to it, and a gap by the difference of two of them. Pure functions.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millrace.bench.metrics import Summary
-from millrace.bench.pool import Outcome
+from millrace.bench.metrics import Samples, Summary
+from millrace.bench.pool import Outcome, Part
 
 BUSY = 0.85  # of a core: from here on a process is late for want of time
 TOLERANCE = {"p50": 0.02, "p99": 0.05}  # relative error of a latency
@@ -54,12 +53,11 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> Client:
     """What the generator cost in a run. cores: that the load processes may use."""
-    pairs = zip(outcome.cpu_s, outcome.wall_s, strict=True)
-    shares = [cpu / wall if wall else 0.0 for cpu, wall in pairs]
-    lags = [np.asarray(lag, dtype=np.float64) / 1e6 for lag in outcome.lags_ns]
+    parts = outcome.parts
+    shares = [part.cpu_s / part.wall_s if part.wall_s else 0.0 for part in parts]
     delays = [1e3 * record.send_delay for record in outcome.records] or [0.0]
     chunks = max(1, sum(len(record.chunk_ns) for record in outcome.records))
-    errors = timing_errors(lags)
+    errors = timing_errors(parts)
     relative = relative_errors(errors, summary)
     reasons = bound_reasons(shares, errors, relative)
     starved = bool(reasons) and max(shares) < _COMFORT
@@ -67,10 +65,10 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> Client:
         processes=len(shares),
         cpu_share=max(shares),
         total_cpu_share=sum(shares),
-        us_per_chunk=1e6 * sum(outcome.cpu_s) / chunks,
-        parse_us_per_chunk=1e6 * sum(outcome.parse_s) / chunks,
-        beacons=sum(len(lag) for lag in lags),
-        lag_ms=_quantiles(np.concatenate(lags)),
+        us_per_chunk=1e6 * sum(part.cpu_s for part in parts) / chunks,
+        parse_us_per_chunk=1e6 * sum(part.parse_s for part in parts) / chunks,
+        beacons=sum(len(part.lag_ns) for part in parts),
+        lag_ms=_quantiles(np.concatenate([np.asarray(part.lag_ns) / 1e6 for part in parts])),
         median_send_delay_ms=float(np.median(delays)),
         p99_send_delay_ms=float(np.percentile(delays, 99)),
         max_send_delay_ms=max(delays),
@@ -82,11 +80,25 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> Client:
     )
 
 
-def timing_errors(lags: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """From the lateness of beacons (ms, by process): the error of TTFT, and that of a gap, which
-    is the difference of two latenesses in one process."""
-    gaps = [np.abs(np.diff(lag)) for lag in lags]
-    return {"ttft": _quantiles(np.concatenate(lags)), "itl": _quantiles(np.concatenate(gaps))}
+def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
+    """How far off the stamps of first chunks are, and the gaps between chunks, in ms."""
+    first, gaps = [np.empty(0)], [np.empty(0)]
+    for part in parts:
+        if len(part.lag_ns) == 0:
+            continue
+        for record in part.records:
+            if len(record.chunk_ns) and record.error is None:
+                late = lateness(part, record.chunk_ns)
+                first.append(late[:1])
+                gaps.append(np.abs(np.diff(late)))
+    return {"ttft": _quantiles(np.concatenate(first)), "itl": _quantiles(np.concatenate(gaps))}
+
+
+def lateness(part: Part, times: Sequence[int]) -> Samples:
+    """How late (ms) the clock was read at each of these times: as late as the next beacon."""
+    after = np.searchsorted(np.asarray(part.read_ns), np.asarray(times))
+    late = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
+    return late[np.minimum(after, len(late) - 1)]
 
 
 def _quantiles(values: Any) -> dict[str, float]:

@@ -68,13 +68,15 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     """What was recorded, and what it cost this process.
 
     cpu_s, wall_s: from the moment of begin to the end of the last request. parse_s: of the CPU
-    time, what reading ended answers took. lag_ns: int64 bytes, how late each beacon was read.
+    time, what reading ended answers took. read_ns, lag_ns: int64 bytes, when each beacon was read
+    and how late that was.
     """
 
     batch: Batch
     cpu_s: float
     wall_s: float
     parse_s: float
+    read_ns: bytes
     lag_ns: bytes
     started: int
 

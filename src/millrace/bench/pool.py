@@ -46,15 +46,24 @@ _SILENT_S = 60.0  # a process tells its progress twice a second
 _LEAD_NS = 50_000_000  # from the word to begin to the beginning
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """What all processes recorded, and the cost of each: CPU and wall seconds, parse seconds,
-    lags in ns. started: requests sent, those that were dropped too."""
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process recorded and what that cost it: CPU and wall seconds, of which parsing;
+    when each beacon was read and how late that was, in ns."""
 
     records: list[Record]
-    cpu_s: list[float]
-    wall_s: list[float]
-    parse_s: list[float]
-    lags_ns: list[Sequence[int]]
+    cpu_s: float
+    wall_s: float
+    parse_s: float
+    read_ns: Sequence[int]
+    lag_ns: Sequence[int]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What all processes recorded, each by itself and their records pooled. started: requests
+    sent, those that were dropped too."""
+
+    parts: list[Part]
+    records: list[Record]
     started: int
     interrupted: bool
 
@@ -186,20 +195,25 @@ class Pool:
 
 
 def _outcome(reports: Sequence[Report], interrupted: bool) -> Outcome:
-    lags = []
-    for report in reports:
-        lag = array("q")
-        lag.frombytes(report.lag_ns)
-        lags.append(lag)
-    return Outcome(
-        records=[record for report in reports for record in unpack(report.batch)],
-        cpu_s=[r.cpu_s for r in reports],
-        wall_s=[r.wall_s for r in reports],
-        parse_s=[r.parse_s for r in reports],
-        lags_ns=list(lags),
-        started=sum(r.started for r in reports),
-        interrupted=interrupted,
-    )
+    parts = [
+        Part(
+            records=unpack(report.batch),
+            cpu_s=report.cpu_s,
+            wall_s=report.wall_s,
+            parse_s=report.parse_s,
+            read_ns=_int64(report.read_ns),
+            lag_ns=_int64(report.lag_ns),
+        )
+        for report in reports
+    ]
+    pooled = [record for part in parts for record in part.records]
+    return Outcome(parts, pooled, sum(r.started for r in reports), interrupted)
+
+
+def _int64(data: bytes) -> array[int]:
+    values = array("q")
+    values.frombytes(data)
+    return values
 
 
 @asynccontextmanager

@@ -51,13 +51,18 @@ class _Orders(asyncio.Protocol):
         self.assignment: asyncio.Future[Assignment] = loop.create_future()
         self.begin: asyncio.Future[int] = loop.create_future()
         self.stop = asyncio.Event()
-        self.lag_ns = array("q")
+        self.forget()
         self._reader = FrameReader()
+
+    def forget(self) -> None:
+        """Drop the beacons so far."""
+        self.read_ns, self.lag_ns = array("q"), array("q")
 
     def data_received(self, data: bytes) -> None:
         now = perf_counter_ns()
         for message in self._reader.feed(data):
             if isinstance(message, Beacon):
+                self.read_ns.append(now)
                 self.lag_ns.append(now - message.at_ns)
             elif isinstance(message, Go):
                 self.begin.set_result(message.begin_ns)
@@ -146,7 +151,7 @@ async def _serve(out: int) -> None:
     gc.freeze()
     gc.disable()
     await asyncio.sleep(max(0.0, (begin_ns - perf_counter_ns()) / 1e9))
-    orders.lag_ns = array("q")  # those from before the run are no part of it
+    orders.forget()  # those from before the run are no part of it
     cpu, wall = time.process_time(), time.perf_counter()
     await _until_done(load, orders.stop, out, tally)
     _tell(
@@ -156,6 +161,7 @@ async def _serve(out: int) -> None:
             cpu_s=time.process_time() - cpu,
             wall_s=time.perf_counter() - wall,
             parse_s=load.parse_ns / 1e9,
+            read_ns=orders.read_ns.tobytes(),
             lag_ns=orders.lag_ns.tobytes(),
             started=load.started,
         ),
