@@ -38,7 +38,7 @@ def allocate_caches(
         return torch.full(shape, NAN, dtype=torch.float32).to(dtype)
 
     def kv() -> KVCache:
-        shape = (pages, page_size, c.num_kv_heads // ranks, c.head_dim)
+        shape = (pages, page_size, c.kv_heads_on_rank(ranks), c.head_dim)
         return KVCache(nan(*shape, dtype=kv_dtype or dtype), nan(*shape, dtype=kv_dtype or dtype))
 
     def gdn() -> GDNState:

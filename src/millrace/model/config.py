@@ -84,10 +84,14 @@ class ModelConfig:
         """Channels of the short convolution, in the order queries, keys, values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    def kv_heads_on_rank(self, ranks: int) -> int:
+        """KV heads that one rank holds: with more ranks than heads, some hold the same one."""
+        return max(1, self.num_kv_heads // ranks)
+
     def kv_bytes_per_token(self, dtype: str, ranks: int = 1, mtp: bool = False) -> int:
         """Bytes of keys and values of one token on one rank; mtp: the draft head's too."""
         layers = self.num_attention_layers + (self.mtp_layers if mtp else 0)
-        return 2 * layers * (self.num_kv_heads // ranks) * self.head_dim * DTYPE_BYTES[dtype]
+        return 2 * layers * self.kv_heads_on_rank(ranks) * self.head_dim * DTYPE_BYTES[dtype]
 
     def state_bytes(self, dtype: str, ranks: int = 1) -> int:
         """Bytes of one sequence's recurrent states S on one rank, all GDN layers."""

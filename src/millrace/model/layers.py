@@ -25,6 +25,7 @@ from millrace.kernels.gdn import (
 from millrace.kernels.gemm import fp8_linear, linear
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from millrace.kernels.quantize import (
+    GROUP,
     Quantized,
     gated_rms_norm_quantize,
     rms_norm_quantize,
@@ -34,8 +35,8 @@ from millrace.kernels.quantize import (
 from millrace.kernels.rope import rope_table
 from millrace.model.batch import Batch, Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
-from millrace.model.parallel import TensorParallel
-from millrace.model.parameter import Piece, fp8_parameters, parameter, whole
+from millrace.model.parallel import TILE, TensorParallel, mlp_unit
+from millrace.model.parameter import Piece, fits_blocks, fp8_parameters, parameter, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,15 @@ class Build:
 class Linear(nn.Module):
     """A product with one weight made of pieces, in the model dtype or in e4m3 with block scales.
 
-    An FP8 product takes its input quantised; a plain one that is handed to it is quantised first.
+    An e4m3 weight whose blocks this rank's share would cut is dequantised. An FP8 product takes its
+    input quantised; a plain one that is handed to it is quantised first.
     """
 
     def __init__(self, build: Build, pieces: list[Piece]) -> None:
         super().__init__()
         self.dtype = build.dtype
         self.weight_scale_inv: nn.Parameter | None = None
-        if build.keep_fp8 and pieces[0].quantized:
+        if build.keep_fp8 and pieces[0].quantized and fits_blocks(pieces):
             self.weight, self.weight_scale_inv = fp8_parameters(pieces, build.device)
         else:
             self.weight = parameter(pieces, build.dtype, build.device)
@@ -130,14 +132,15 @@ class Norm(nn.Module):
 class VocabTable(nn.Module):
     """Rows of the vocabulary shared out over the ranks: the embedding, or the output head.
 
-    The vocabulary is padded with rows of zeros to a multiple of the ranks.
+    The vocabulary is padded with rows of zeros, so that all ranks have as many, in whole tiles.
     """
 
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
         config, self.tp = build.config, build.tp
         self.vocab_size = config.vocab_size
-        self.rows = -(-self.vocab_size // self.tp.size)
+        tile = TILE if self.tp.size > 1 else 1
+        self.rows = -(-self.vocab_size // (self.tp.size * tile)) * tile
         self.start = min(self.tp.rank * self.rows, self.vocab_size)
         stop = min(self.start + self.rows, self.vocab_size)
         shape = (self.vocab_size, config.hidden_size)
@@ -192,7 +195,7 @@ class Attention(nn.Module):
         c, self.tp = build.config, build.tp
         self.rope, self.first = rope, first
         self.heads, self.head_dim = c.num_heads // self.tp.size, c.head_dim
-        self.kv_heads = c.num_kv_heads // self.tp.size
+        self.kv_heads = c.kv_heads_on_rank(self.tp.size)
         self.scale = c.head_dim**-0.5
         kv_width = self.kv_heads * c.head_dim
         self.widths = [self.heads * c.head_dim] * 2 + [kv_width] * 2
@@ -248,7 +251,8 @@ def _attention_pieces(build: Build, prefix: str) -> list[Piece]:
     heads = range(*build.tp.share(c.num_heads))
     queries = tuple((2 * h * dim, (2 * h + 1) * dim) for h in heads)
     gates = tuple(((2 * h + 1) * dim, (2 * h + 2) * dim) for h in heads)
-    kv_rows = (build.tp.share(c.num_kv_heads * dim),)
+    first_kv, last_kv = build.tp.kv_share(c.num_kv_heads)
+    kv_rows = ((first_kv * dim, last_kv * dim),)
     return [
         Piece(f"{prefix}.q_proj.weight", q_shape, queries, quantized=c.fp8),
         Piece(f"{prefix}.q_proj.weight", q_shape, gates, quantized=c.fp8),
@@ -313,7 +317,8 @@ class GatedDeltaNet(nn.Module):
         a, b = self.in_proj_ab(x.of(self.in_proj_ab)).chunk(2, dim=-1)
         o = self._recur(qkv, a, b, batch, cache, caches)
         z = z.unflatten(-1, (self.value_heads, self.value_dim))
-        norm = gated_rms_norm_quantize if self.out_proj.fp8 else gated_rms_norm
+        by_head = self.out_proj.fp8 and self.value_dim == GROUP  # else the product does it
+        norm = gated_rms_norm_quantize if by_head else gated_rms_norm
         return self.tp.all_reduce(self.out_proj(norm(o, z, self.norm.weight, self.eps)))
 
     def _recur(
@@ -345,20 +350,40 @@ def _channel_rows(build: Build) -> tuple[tuple[int, int], ...]:
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """down(silu(gate(x)) * up(x)), gate and up in one product.
+
+    A rank's share of the channels is filled up with zeros where they do not divide evenly.
+    """
 
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
-        shape, rows = (c.intermediate_size, c.hidden_size), (self.tp.share(c.intermediate_size),)
-        pieces = [
-            Piece(f"{prefix}.{name}_proj.weight", shape, rows, quantized=c.fp8)
-            for name in ("gate", "up")
-        ]
-        self.gate_up_proj = Linear(build, pieces)
-        self.down_proj = _row_parallel(
-            build, f"{prefix}.down_proj.weight", c.hidden_size, c.intermediate_size, c.fp8
+        unit = mlp_unit(c, self.tp.size, build.keep_fp8)
+        start, stop, length = self.tp.padded_share(c.intermediate_size, unit)
+        pad = length - (stop - start)
+        into, out = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+        self.gate_up_proj = Linear(
+            build,
+            [
+                Piece(
+                    f"{prefix}.{name}_proj.weight",
+                    into,
+                    ((start, stop),),
+                    quantized=c.fp8,
+                    pad_rows=pad,
+                )
+                for name in ("gate", "up")
+            ],
         )
+        down = Piece(
+            f"{prefix}.down_proj.weight",
+            out,
+            ((0, c.hidden_size),),
+            (start, stop),
+            c.fp8,
+            pad_columns=pad,
+        )
+        self.down_proj = Linear(build, [down])
 
     @property
     def inputs(self) -> list[Linear]:

@@ -1,6 +1,6 @@
 """How a model is cut over the ranks of one tensor-parallel group.
 
-Knows which sizes divide and what a rank's share is; how ranks talk is given as two functions.
+Knows which sizes work and what a rank's share is; how ranks talk is given as functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from millrace.errors import ConfigError
 from millrace.model.config import FP8_BLOCK, ModelConfig
 
 Collective = Callable[[Tensor], Tensor]
+TILE = 8  # channels: 16 bytes of bfloat16, what matrix products want rows to be a multiple of
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -37,39 +38,55 @@ class TensorParallel:
         each = total // self.size
         return self.rank * each, (self.rank + 1) * each
 
+    def kv_share(self, heads: int) -> tuple[int, int]:
+        """This rank's [start, stop) of the KV heads; with more ranks than heads some share one."""
+        if heads >= self.size:
+            return self.share(heads)
+        head = self.rank * heads // self.size
+        return head, head + 1
 
-def check_ranks(config: ModelConfig, ranks: int, keep_fp8: bool) -> None:
+    def padded_share(self, total: int, unit: int) -> tuple[int, int, int]:
+        """This rank's [start, stop) of `total`, cut between units, and the length of all shares.
+
+        Where the units do not divide evenly, the first ranks have one more, and the others' shares
+        are to be filled up with zeros.
+        """
+        units = -(-total // unit)
+        each, more = divmod(units, self.size)
+        first = self.rank * each + min(self.rank, more)
+        count = each + (self.rank < more)
+        length = (each + (more > 0)) * unit if self.size > 1 else total
+        return min(first * unit, total), min((first + count) * unit, total), length
+
+
+def mlp_unit(config: ModelConfig, ranks: int, keep_fp8: bool) -> int:
+    """Channels of the MLP that stay together: an FP8 block while there is one for each rank."""
+    blocks = -(-config.intermediate_size // FP8_BLOCK)
+    return FP8_BLOCK if keep_fp8 and blocks >= ranks else TILE
+
+
+def check_ranks(config: ModelConfig, ranks: int) -> None:
     """Raise ConfigError, naming the sizes that work, where the model cannot be cut over `ranks`."""
-    reasons = _obstacles(config, ranks, keep_fp8)
+    reasons = _obstacles(config, ranks)
     if reasons:
-        limit = max(ranks, config.num_heads)
-        working = [n for n in range(1, limit + 1) if not _obstacles(config, n, keep_fp8)]
+        working = [n for n in range(1, config.num_heads + 1) if not _obstacles(config, n)]
         raise ConfigError(
-            f"tensor_parallel_size {ranks} does not divide {', '.join(reasons)}; "
+            f"tensor_parallel_size {ranks} cannot share out {', '.join(reasons)}; "
             f"sizes that work: {', '.join(map(str, working))}"
         )
 
 
-def _obstacles(config: ModelConfig, ranks: int, keep_fp8: bool) -> list[str]:
+def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
+    """What cannot be cut so often. Heads are never cut; the MLP's channels are, with padding."""
     sizes = [
-        ("attention heads", config.num_heads),
-        ("KV heads", config.num_kv_heads),
-        ("GDN key heads", config.key_heads),
-        ("GDN value heads", config.value_heads),
-        ("intermediate_size", config.intermediate_size),
+        (config.num_heads, "attention heads"),
+        (config.key_heads, "GDN key heads"),
+        (config.value_heads, "GDN value heads"),
     ]
-    reasons = [f"{total} {what}" for what, total in sizes if total % ranks]
-    if not reasons and keep_fp8:
-        widths = [
-            ("intermediate_size", config.intermediate_size),
-            ("key and value width", config.num_kv_heads * config.head_dim),
-            ("query width", config.num_heads * config.head_dim),
-            ("GDN key width", config.key_heads * config.key_dim),
-            ("GDN value width", config.value_heads * config.value_dim),
-        ]
-        reasons = [
-            f"{what} {total} into blocks of {FP8_BLOCK}"
-            for what, total in widths
-            if total // ranks % FP8_BLOCK
-        ]
+    reasons = [f"{total} {what}" for total, what in sizes if total % ranks]
+    kv_heads = config.num_kv_heads
+    if kv_heads % ranks and ranks % kv_heads:
+        reasons.append(f"{kv_heads} KV heads")
+    if -(-config.intermediate_size // TILE) < ranks:
+        reasons.append(f"intermediate_size {config.intermediate_size} in tiles of {TILE}")
     return reasons

@@ -25,6 +25,7 @@ class Piece:
     name: as published in a flat checkpoint (`model.layers.0. ...`). shape: the whole tensor's.
     rows: the ranges [start, stop) of dimension 0 taken, in this order. columns: the range taken of
     dimension 1; None takes all. quantized: published as e4m3 with block scales beside it.
+    pad_rows, pad_columns: zeros that follow what is taken.
     """
 
     name: str
@@ -32,30 +33,73 @@ class Piece:
     rows: tuple[Range, ...]
     columns: Range | None = None
     quantized: bool = False
+    pad_rows: int = 0
+    pad_columns: int = 0
+
+    @property
+    def taken_rows(self) -> int:
+        return sum(stop - start for start, stop in self.rows)
 
     @property
     def num_rows(self) -> int:
-        return sum(stop - start for start, stop in self.rows)
+        """Rows in the parameter, zeros included."""
+        return self.taken_rows + self.pad_rows
+
+    @property
+    def num_columns(self) -> int:
+        """Columns in the parameter, zeros included; of tensors with two dimensions."""
+        start, stop = self.columns or (0, self.shape[1])
+        return stop - start + self.pad_columns
 
     @property
     def whole(self) -> bool:
         """Whether this is the published tensor as it is."""
         return self.rows == ((0, self.shape[0]),) and self.columns in (None, (0, self.shape[-1]))
 
-    def scale(self) -> Piece:
-        """The part of the block scales [ceil(rows/128), ceil(columns/128)] that belongs here."""
+    def scale(self) -> Piece | None:
+        """The part of the block scales [ceil(rows/128), ceil(columns/128)] that belongs here.
+
+        None where a block of 128 x 128 of what is taken would need more than one of them: then
+        this part can only be used dequantised.
+        """
+        rows = _blocks_of(self.rows)
+        columns = _blocks_of(((0, self.shape[1]) if self.columns is None else self.columns,))
+        if rows is None or columns is None:
+            return None
         return Piece(
             name=self.name + "_scale_inv",
             shape=tuple(_blocks(size) for size in self.shape),
-            rows=tuple((start // FP8_BLOCK, _blocks(stop)) for start, stop in self.rows),
-            columns=None
-            if self.columns is None
-            else (self.columns[0] // FP8_BLOCK, _blocks(self.columns[1])),
+            rows=tuple((block, block + 1) for block in rows),
+            columns=(columns[0], columns[-1] + 1) if columns else (0, 0),
+            pad_rows=_blocks(self.num_rows) - len(rows),
+            pad_columns=_blocks(self.num_columns) - len(columns),
         )
 
 
 def _blocks(size: int) -> int:
     return -(-size // FP8_BLOCK)
+
+
+def _blocks_of(ranges: tuple[Range, ...]) -> list[int] | None:
+    """For ranges laid side by side, the published block that each block of 128 comes from.
+
+    None where one would come from several.
+    """
+    found: dict[int, int] = {}
+    place = 0
+    for start, stop in ranges:
+        while start < stop:
+            step = min(stop - start, FP8_BLOCK - start % FP8_BLOCK, FP8_BLOCK - place % FP8_BLOCK)
+            if found.setdefault(place // FP8_BLOCK, start // FP8_BLOCK) != start // FP8_BLOCK:
+                return None
+            start, place = start + step, place + step
+    return list(found.values())
+
+
+def fits_blocks(pieces: list[Piece]) -> bool:
+    """Whether these pieces, one below the other, can stay e4m3 with a scale a block."""
+    edges = all(piece.num_rows % FP8_BLOCK == 0 for piece in pieces[:-1])
+    return edges and all(piece.scale() is not None for piece in pieces)
 
 
 def whole(name: str, *shape: int) -> Piece:
@@ -75,7 +119,7 @@ def parameter(
     """
     if shape is None:
         first = pieces[0]
-        rest = first.shape[1:] if first.columns is None else (first.columns[1] - first.columns[0],)
+        rest = first.shape[1:] if len(first.shape) != 2 else (first.num_columns,)
         shape = (sum(piece.num_rows for piece in pieces), *rest)
     made = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
     made.pieces = tuple(pieces)  # type: ignore[attr-defined]
@@ -83,13 +127,11 @@ def parameter(
 
 
 def fp8_parameters(pieces: list[Piece], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """The e4m3 weight made of `pieces` and its float32 block scales.
-
-    Every piece's ranges must start at a block's edge, and all but the last end at one.
-    """
+    """The e4m3 weight made of `pieces`, which fit, and its float32 block scales."""
     kept = [replace(piece, quantized=False) for piece in pieces]
     weight = parameter(kept, torch.float8_e4m3fn, device)
-    return weight, parameter([piece.scale() for piece in kept], torch.float32, device)
+    scales = [scale for piece in kept if (scale := piece.scale()) is not None]
+    return weight, parameter(scales, torch.float32, device)
 
 
 def pieces_of(param: Tensor) -> tuple[Piece, ...]:

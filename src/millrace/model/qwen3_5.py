@@ -111,11 +111,11 @@ def build_model(
 
     dtype: float32 or bfloat16. max_len: positions that the rotary table covers (default: all of
     the model's). mtp: with the draft head. keep_fp8: e4m3 weights stay e4m3, where the checkpoint
-    has them; else they become `dtype` when loaded. Raises ConfigError for a rank count that does
-    not divide the model.
+    has them; else they become `dtype` when loaded. Raises ConfigError for a rank count that
+    cannot share out the model.
     """
     tp = tp or TensorParallel()
     keep_fp8 = keep_fp8 and config.fp8
-    check_ranks(config, tp.size, keep_fp8)
+    check_ranks(config, tp.size)
     build = Build(config, tp, dtype, torch.device(device), keep_fp8)
     return Qwen3_5(build, max_len or config.max_positions, mtp and config.mtp_layers > 0).eval()

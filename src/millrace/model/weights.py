@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from millrace.errors import CheckpointError
 from millrace.kernels.gemm import dequantize
 from millrace.model.config import ModelConfig
-from millrace.model.parameter import Piece, parameters_with_pieces
+from millrace.model.parameter import Piece, parameters_with_pieces, whole
 from millrace.model.qwen3_5 import build_model
 
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,8 @@ def _expected(model: nn.Module) -> dict[str, Published]:
             fp8 = kept or piece.quantized
             found[piece.name] = Published(piece.shape, frozenset(FP8 if fp8 else FLOATS))
             if piece.quantized:
-                scale = piece.scale()
+                scale = whole(piece.name, *piece.shape).scale()
+                assert scale is not None
                 found[scale.name] = Published(scale.shape, frozenset(FLOATS))
     return found
 
@@ -117,7 +118,7 @@ class Checkpoint:
         return str(handle.get_slice(key).get_dtype())
 
     def read(self, piece: Piece) -> Tensor:
-        """The part of a tensor that `piece` names, its row ranges joined."""
+        """The part of a tensor that `piece` names, its row ranges joined, without its padding."""
         handle, key = self.tensors[piece.name]
         if piece.whole:
             return _as_tensor(handle.get_tensor(key))
@@ -131,7 +132,9 @@ class Checkpoint:
 
     def read_dequantized(self, piece: Piece) -> Tensor:
         """As read, in float32, from e4m3 and its block scales. Ranges need no block's edge."""
-        weight, scale = (_whole(p, self.shape(p.name)) for p in (piece, piece.scale()))
+        weight = whole(piece.name, *self.shape(piece.name))
+        scale = weight.scale()
+        assert scale is not None
         full = dequantize(self.read(weight), self.read(scale))
         rows = torch.cat([full[start:stop] for start, stop in piece.rows])
         return rows if piece.columns is None else rows[:, slice(*piece.columns)]
@@ -140,10 +143,6 @@ class Checkpoint:
 def _as_tensor(value: Any) -> Tensor:
     assert isinstance(value, Tensor)
     return value
-
-
-def _whole(piece: Piece, shape: tuple[int, ...]) -> Piece:
-    return Piece(piece.name, shape, ((0, shape[0]),))
 
 
 def _files(directory: Path) -> list[Path]:
@@ -177,11 +176,16 @@ def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) 
     """Copy the pieces, one below the other, into the parameter; rows left over become zero."""
     row = 0
     for piece in pieces:
+        target = param[row : row + piece.num_rows]
+        row += piece.num_rows
+        if piece.pad_rows or piece.pad_columns:
+            target.zero_()
+            target = target[: piece.taken_rows, : target.shape[1] - piece.pad_columns]
+        if not target.numel():
+            continue
         dequantize_it = piece.quantized and param.dtype != torch.float8_e4m3fn
         part = checkpoint.read_dequantized(piece) if dequantize_it else checkpoint.read(piece)
-        target = param[row : row + piece.num_rows]
         target.copy_(part.reshape(target.shape))
-        row += piece.num_rows
     if row < param.shape[0]:
         param[row:].zero_()
 

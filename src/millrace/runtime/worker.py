@@ -176,7 +176,7 @@ def allocate_caches(
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def kv() -> KVCache:
-        shape = (num_pages, config.page_size, model.num_kv_heads // ranks, model.head_dim)
+        shape = (num_pages, config.page_size, model.kv_heads_on_rank(ranks), model.head_dim)
         return KVCache(*(zeros(*shape, dtype=DTYPES[config.kv_dtype]) for _ in range(2)))
 
     def gdn() -> GDNState:
