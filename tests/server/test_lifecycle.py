@@ -26,8 +26,9 @@ SLOW = Behaviour(step=0.05)
 
 @pytest.fixture
 def slow(text_model: Path, tmp_path: Path) -> Iterator[LiveServer]:
-    """A server whose engine takes 25 s for `LONG`."""
-    with fake_server(text_model, tmp_path / "log", SLOW) as server:
+    """A server whose engine takes 25 s for `LONG`, that waits for nothing and restarts nothing."""
+    options = {"shutdown_timeout": 1, "max_engine_restarts": 0}
+    with fake_server(text_model, tmp_path / "log", SLOW, **options) as server:
         yield server
 
 
@@ -147,7 +148,8 @@ def test_an_engine_that_is_killed_ends_everything_cleanly(slow: LiveServer) -> N
 
 
 def test_an_engine_that_dies_by_itself(text_model: Path, tmp_path: Path) -> None:
-    with fake_server(text_model, tmp_path / "log", Behaviour(die_after=2)) as server:
+    behaviour = Behaviour(die_after=2)
+    with fake_server(text_model, tmp_path / "log", behaviour, max_engine_restarts=0) as server:
         assert post(server).status_code == 200
         answer = post(server)
         assert answer.status_code == 503

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import msgspec
 import zmq
 
 from millrace.config import EngineArgs
+from millrace.engine.watchdog import REPORT, Watchdog
 from millrace.protocol import (
     Abort,
     AddRequest,
@@ -38,7 +40,8 @@ class Behaviour(msgspec.Struct, frozen=True):
 
     fail: a message to fail with instead of getting ready. die_after: requests after which the
     process exits at once. refuse: token id that makes the engine refuse a prompt. deaf: ignore
-    Shutdown and SIGTERM's politeness alike. eos: the token that ends a text.
+    Shutdown and SIGTERM's politeness alike. eos: the token that ends a text. stuck: token id
+    that makes the step with it never end. mute: one that makes the process stop (SIGSTOP).
     """
 
     load: float = 0.0
@@ -50,6 +53,8 @@ class Behaviour(msgspec.Struct, frozen=True):
     refuse: int | None = None
     deaf: bool = False
     eos: int | None = None
+    stuck: int | None = None
+    mute: int | None = None
 
 
 class Echo:
@@ -92,6 +97,8 @@ class FakeEngine:
         self._outgoing.connect(f"ipc://{directory}/from-engine")
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
         self._behaviour = behaviour
+        self._directory = directory
+        self._step_timeout = args.step_timeout
         self._max_len = args.max_model_len or 1024
         self._seats = args.max_num_seqs or 64
         self._waiting: deque[Echo] = deque()
@@ -106,13 +113,18 @@ class FakeEngine:
             self._outgoing.close(linger=1000)
             return 2 if behaviour.user_error else 1
         self._send(Ready(self._max_len, self._seats, 100, 16, "fake engine: echoes prompts"))
+        watchdog = Watchdog(self._step_timeout, self._directory / REPORT)
+        heard = 0.0
         while os.getppid() == parent:
+            now = time.monotonic()
+            watchdog.beat(now)
             messages = self._receive()
             if any(isinstance(message, Shutdown) for message in messages) and not behaviour.deaf:
                 return 0
             deltas = [delta for message in messages for delta in self._take(message)]
             deltas += self._step()
-            if deltas or messages:
+            if deltas or messages or now - heard >= 1.0:
+                heard = now
                 self._send(Outputs(deltas, self._stats()))
         return 0
 
@@ -135,6 +147,10 @@ class FakeEngine:
                 os._exit(17)
             if self._behaviour.refuse in message.prompt:
                 return [Delta(message.id, [], "error", error="this prompt can never run")]
+            if self._behaviour.stuck in message.prompt:
+                time.sleep(1000)
+            if self._behaviour.mute in message.prompt:
+                os.kill(os.getpid(), signal.SIGSTOP)
             self._prompt_tokens += len(message.prompt)
             self._waiting.append(Echo(message, self._behaviour.eos))
         return []
@@ -181,8 +197,6 @@ def main() -> int:
     options = parser.parse_args()
     behaviour = msgspec.json.decode(os.environ.get(VARIABLE, "{}"), type=Behaviour)
     if behaviour.deaf:
-        import signal
-
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     args = msgspec.json.decode(options.args, type=EngineArgs)
     return FakeEngine(args, options.socket_dir, behaviour).run(options.parent_pid)

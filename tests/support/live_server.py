@@ -17,7 +17,6 @@ import psutil
 
 from millrace.config import EngineArgs
 from millrace.server.options import ServerOptions
-from millrace.text.reasoning import ReasoningParser
 from tests.support.fake_engine import VARIABLE, Behaviour
 
 SERVE_FAKE = Path(__file__).with_name("serve_fake.py")
@@ -37,7 +36,7 @@ class LiveServer:
     @property
     def url(self) -> str:
         """Where it listens; known once the engine is ready."""
-        found = re.search(r"at (http://\S+)\. Try", self.log)
+        found = re.search(r"at (https?://\S+)\. Try", self.log)
         assert found, f"the server is not ready:\n{self.log}"
         return found.group(1)
 
@@ -78,17 +77,17 @@ def fake_server(
     behaviour: Behaviour | None = None,
     *,
     ready: bool = True,
-    port: int = 0,
-    max_body_bytes: int = 1 << 20,
-    reasoning_parser: ReasoningParser = "auto",
-    **engine_options: object,
+    environment: dict[str, str] | None = None,
+    **given: object,
 ) -> Iterator[LiveServer]:
-    """A server over a fake engine. Its name for the model is `fake`."""
+    """A server over a fake engine. Its name for the model is `fake`.
+
+    given: fields of EngineArgs and of ServerOptions.
+    """
+    front = {name: given.pop(name) for name in ServerOptions.__struct_fields__ if name in given}
+    options = msgspec.convert({"port": 0, "max_body_bytes": 1 << 20, **front}, ServerOptions)
     args = msgspec.convert(
-        {"model": str(model), "served_model_name": ["fake", "alias"], **engine_options}, EngineArgs
-    )
-    options = ServerOptions(
-        port=port, max_body_bytes=max_body_bytes, reasoning_parser=reasoning_parser
+        {"model": str(model), "served_model_name": ["fake", "alias"], **given}, EngineArgs
     )
     command = [
         sys.executable,
@@ -96,7 +95,7 @@ def fake_server(
         *(msgspec.json.encode(o).decode() for o in (args, options)),
     ]
     encoded = msgspec.json.encode(behaviour or Behaviour()).decode()
-    with started(command, log, {VARIABLE: encoded}) as server:
+    with started(command, log, {VARIABLE: encoded, **(environment or {})}) as server:
         if ready:
             server.wait_ready()
         yield server

@@ -57,9 +57,14 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
 
 
 def _check(options: ServerOptions) -> None:
-    for name in ("replicas", "max_body_bytes"):
+    for name in ("replicas", "max_body_bytes", "max_header_bytes", "stream_interval"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} {getattr(options, name)}: use 1 or more")
+    for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
+    if options.replicas > 1 and options.ssl_certfile:
+        raise ConfigError("--ssl-certfile works with one replica; put a proxy before several")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"port {options.port}: use 0 to 65535")
 

@@ -1,23 +1,15 @@
 """The front's end of an engine: requests go in, streams of deltas come out.
 
-Two ZMQ sockets in a private directory carry the unions of `millrace.protocol`. The client notices
-at once when the engine process ends, and then fails every open stream with one clear error.
+The client notices at once when the engine process ends, or when it has gone silent, and then fails
+every open stream with one clear error. It outlives its engine: `restart` gives it another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import shutil
-import tempfile
-from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from time import monotonic
-
-import msgspec
-import zmq
 
 from millrace.config import EngineArgs
 from millrace.errors import UserError
@@ -29,20 +21,19 @@ from millrace.protocol import (
     FromEngine,
     Outputs,
     Ready,
+    ResetPrefixCache,
     Shutdown,
-    ToEngine,
 )
-from millrace.server.engine_process import ENGINE_PROGRAM, EngineProcess
+from millrace.server import record
+from millrace.server.engine_link import EngineLink
+from millrace.server.engine_process import ENGINE_PROGRAM
 from millrace.server.metrics import RequestMetrics
 from millrace.server.stream import Stream
 
 logger = logging.getLogger(__name__)
 
-RESEND_SECONDS = 0.005
-MAX_IPC_PATH = 90  # a Unix socket's name has at most 107 bytes
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(FromEngine).decode
+# A stuck engine's own watchdog says where it is, so the front gives it time to speak first.
+SILENCE_FACTOR, SILENCE_EXTRA = 1.25, 5.0
 
 
 class EngineDeadError(Exception):
@@ -50,36 +41,46 @@ class EngineDeadError(Exception):
 
 
 class EngineClient:
-    """One engine and the requests that are open in it.
+    """One engine after another and the requests that are open in it.
 
-    ready: what the engine said when it was, None before. stats: its latest figures.
+    ready: what the engine said when it was, None before. died: how it ended, None while it has
+    not. stats: its latest figures. draining: no new requests are wanted. stream_interval: tokens
+    that a stream's reader waits for.
     """
 
-    def __init__(self, metrics: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
         self.ready: Ready | None = None
-        self.stats = EngineStats()
         self.died: Exception | None = None
+        self.stats = EngineStats()
+        self.draining = False
         self._metrics = metrics
+        self._stream_interval = stream_interval
         self._streams: dict[str, Stream] = {}
-        self._outbox: deque[bytes] = deque()
         self._changed = asyncio.Event()  # set once the engine is ready or dead, again once dead
-        self._stopping = False
+        self._quiet_ticks = 0
+        self._silent: str | None = None
 
     async def start(self, args: EngineArgs, program: Sequence[str] = ENGINE_PROGRAM) -> None:
-        """Make the sockets and start the engine process; it loads while this returns."""
-        self._loop = asyncio.get_running_loop()
-        self._directory = _socket_directory()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._to_engine = context.socket(zmq.PUSH)
-        self._to_engine.setsockopt(zmq.SNDHWM, 0)  # the number of requests is bounded elsewhere
-        self._to_engine.bind(f"ipc://{self._directory}/to-engine")
-        self._from_engine = context.socket(zmq.PULL)
-        self._from_engine.setsockopt(zmq.RCVHWM, 0)
-        self._descriptor = int(self._from_engine.getsockopt(zmq.FD))
-        self._from_engine.bind(f"ipc://{self._directory}/from-engine")
-        self._loop.add_reader(self._descriptor, self._receive)
-        self._process = await EngineProcess.start(args, self._directory, program)
-        self._watch = self._loop.create_task(self._watch_process())
+        """Start the engine process; it loads while this returns."""
+        self._args, self._program = args, program
+        self._link = EngineLink(self._handle, self._ended)
+        await self._link.start(args, program)
+        self._silence = asyncio.get_running_loop().create_task(self._watch_silence())
+
+    async def restart(self) -> None:
+        """Start another engine in place of one that has died; this one may die at once."""
+        assert self.died is not None
+        await self._link.stop()
+        self.ready = self.died = None
+        self._quiet_ticks = 0
+        self._silent = None
+        self._metrics.restarts += 1
+        self._changed.clear()
+        self._link = EngineLink(self._handle, self._ended)
+        try:
+            await self._link.start(self._args, self._program)
+        except OSError as error:
+            self._die(EngineDeadError(f"the engine could not be started: {error}"))
 
     async def wait_ready(self) -> Ready:
         """Wait for the engine's first real step. Raises UserError or EngineDeadError."""
@@ -98,7 +99,7 @@ class EngineClient:
 
     @property
     def healthy(self) -> bool:
-        return self.ready is not None and self.died is None and not self._stopping
+        return self.ready is not None and self.died is None and not self.draining
 
     @property
     def open_requests(self) -> int:
@@ -106,57 +107,41 @@ class EngineClient:
 
     def open(self, request: AddRequest) -> Stream:
         """Hand a request to the engine. Whoever opens a stream closes it."""
-        stream = Stream(request, self._metrics)
+        stream = Stream(request, self._metrics, self._stream_interval)
+        if (seen := record.current.get()) is not None:
+            seen.streams.append(stream)
         if self.died is not None:
-            stream.fail(self.died)
+            stream.lose(EngineDeadError(str(self.died)))
             return stream
         self._streams[request.id] = stream
-        self._send(request)
+        self._link.send(request)
         return stream
 
     def close(self, stream: Stream) -> None:
         """Let go of a stream; what has not ended is aborted in the engine."""
         if self._streams.pop(stream.id, None) is not None and not stream.ended:
             stream.abandon()
-            self._send(Abort([stream.id]))
+            self._link.send(Abort([stream.id]))
 
     def fail_all(self, error: Exception) -> None:
         """Give every open request this error."""
         for stream in self._streams.values():
             stream.fail(error)
 
+    def reset_prefix_cache(self) -> None:
+        """Have the engine forget every cached prefix that no request uses."""
+        if self.died is None:
+            self._link.send(ResetPrefixCache())
+
     async def stop(self) -> None:
         """End the engine, by force if it must be, and remove what `start` made."""
-        self._stopping = True
-        self._send(Shutdown())
-        await self._process.end()
-        self._watch.cancel()
-        self._loop.remove_reader(self._descriptor)
-        self._to_engine.close(linger=0)
-        self._from_engine.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _send(self, message: ToEngine) -> None:
-        self._outbox.append(_encode(message))
-        self._flush()
-
-    def _flush(self) -> None:
-        """Send what waits. It waits only while the engine is not connected, which passes."""
-        while self._outbox and self.died is None:
-            try:
-                self._to_engine.send(self._outbox[0], zmq.NOBLOCK)
-            except zmq.Again:
-                self._loop.call_later(RESEND_SECONDS, self._flush)
-                return
-            self._outbox.popleft()
-
-    def _receive(self) -> None:
-        # The descriptor signals changes, not a state: read until there is nothing left.
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._handle(_decode(self._from_engine.recv(zmq.NOBLOCK)))
+        self.draining = True
+        self._silence.cancel()
+        self._link.send(Shutdown())
+        await self._link.stop()
 
     def _handle(self, message: FromEngine) -> None:
+        self._quiet_ticks = 0
         if isinstance(message, Outputs):
             self.stats = message.stats
             now = monotonic()
@@ -170,30 +155,39 @@ class EngineClient:
         else:
             self._die(_failure(message))
 
-    async def _watch_process(self) -> None:
-        status = await self._process.wait()
-        self._receive()  # its last words, if there are any
-        if not self._stopping:
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            self._die(EngineDeadError(f"the engine process ended with {how}"))
+    def _ended(self, reason: str) -> None:
+        self._die(EngineDeadError(self._silent or reason))
+
+    async def _watch_silence(self) -> None:
+        """Kill an engine that says nothing for so long that its own watchdog should have spoken.
+
+        Seconds are counted one by one in this loop: time in which the front itself stood still
+        does not count.
+        """
+        limit = self._args.step_timeout
+        if not limit:
+            return
+        while True:
+            await asyncio.sleep(1.0)
+            if self.ready is None or self.died is not None:
+                continue
+            self._quiet_ticks += 1
+            if self._quiet_ticks > limit * SILENCE_FACTOR + SILENCE_EXTRA:
+                self._silent = f"the engine was silent for {self._quiet_ticks} s and was killed"
+                self._link.kill()
 
     def _die(self, error: Exception) -> None:
-        if self.died is None:
-            self.died = error
-            if not isinstance(error, UserError):  # that one the command reports, in one line
-                logger.error("%s; %d requests were open", error, len(self._streams))
-            self.fail_all(EngineDeadError(str(error)))
-            self._changed.set()
+        if self.died is not None:
+            return
+        self.died = error
+        self.stats = EngineStats()
+        if not isinstance(error, UserError):  # that one the command reports, in one line
+            logger.error("%s; %d requests were open", error, len(self._streams))
+        for stream in self._streams.values():
+            stream.lose(EngineDeadError(str(error)))
+        self._streams.clear()
+        self._changed.set()
 
 
 def _failure(message: Failed) -> Exception:
     return UserError(message.message) if message.user_error else EngineDeadError(message.message)
-
-
-def _socket_directory() -> Path:
-    """A directory that only this user can enter, with a name short enough for a socket."""
-    directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    if len(str(directory)) > MAX_IPC_PATH:
-        directory.rmdir()
-        directory = Path(tempfile.mkdtemp(prefix="millrace-", dir="/tmp"))
-    return directory

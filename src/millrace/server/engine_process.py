@@ -7,6 +7,7 @@ engine in order. The other way round, the engine ends when the process named by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -47,6 +48,11 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def wait(self) -> int:
         """Exit status, once it has ended."""

@@ -1,15 +1,16 @@
 """What a replica reports at /metrics: the engine's totals and the latencies that the front sees.
 
 Every figure stands under Millrace's own name and, where vLLM has one with the same meaning, under
-vLLM's too, so that dashboards made for it keep working. Recording is a few list operations: it
-happens for every token that is streamed.
+vLLM's too, with its labels and its buckets, so that dashboards made for it keep working. Recording
+is a few list operations: it happens for every token that is streamed.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -21,32 +22,53 @@ from prometheus_client.core import (
 
 from millrace.protocol import EngineStats, FinishReason
 
-SECONDS = (
-    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
-    0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+# vLLM's buckets, in seconds, tokens and outputs.
+_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
 )  # fmt: skip
-TOKENS = tuple(float(2**power) for power in range(21))
+_TOKEN = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+)  # fmt: skip
+_REQUEST = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+_TOKENS = tuple(float(m * 10**power) for power in range(7) for m in (1, 2, 5))
+_OUTPUTS = (1.0, 2.0, 5.0, 10.0, 20.0)
+# What Millrace adds to them under its own names, where tokens come faster than vLLM's buckets see.
+_FINE = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04)
+_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 
 class Histogram:
-    """Counts of values up to each bound, and their sum."""
+    """Counts of values up to each bound, and their sum.
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    bounds: those that vLLM has. finer: bounds that are ours alone.
+    """
+
+    def __init__(self, bounds: Sequence[float], finer: Sequence[float] = ()) -> None:
+        self._vllm = frozenset(bounds)
+        self._bounds = sorted({*bounds, *finer})
+        self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, values up to it), as Prometheus counts them: cumulatively."""
-        names = [*map(str, self._bounds), "+Inf"]
+    def buckets(self, vllm: bool) -> list[tuple[str, float]]:
+        """(upper bound, values up to it), as Prometheus counts them: cumulatively.
+
+        vllm: only at the bounds that vLLM has.
+        """
         seen, rows = 0, []
-        for name, count in zip(names, self._counts, strict=True):
+        for bound, count in zip(self._bounds, self._counts, strict=False):
             seen += count
-            rows.append((name, float(seen)))
+            if not vllm or bound in self._vllm:
+                rows.append((str(bound), float(seen)))
+        rows.append(("+Inf", float(seen + self._counts[-1])))
         return rows
 
     @property
@@ -58,15 +80,22 @@ class RequestMetrics:
     """Latencies and ends of requests, in seconds and tokens."""
 
     def __init__(self) -> None:
-        self.time_to_first_token = Histogram(SECONDS)
-        self.queue_time = Histogram(SECONDS)
-        self.inter_token_latency = Histogram(SECONDS)
-        self.time_per_output_token = Histogram(SECONDS)
-        self.end_to_end = Histogram(SECONDS)
-        self.prompt_tokens = Histogram(TOKENS)
-        self.generation_tokens = Histogram(TOKENS)
-        self.finished: Counter[FinishReason] = Counter()
+        self.time_to_first_token = Histogram(_FIRST_TOKEN, _FINE)
+        self.inter_token_latency = Histogram(_TOKEN, _FINE)
+        self.time_per_output_token = Histogram(_TOKEN, _FINE)
+        self.queue_time = Histogram(_REQUEST, (*_FINE, *_TOKEN))
+        self.end_to_end = Histogram(_REQUEST, _TOKEN)
+        self.inference_time = Histogram(_REQUEST, _TOKEN)
+        self.prefill_time = Histogram(_REQUEST, (*_FINE, *_TOKEN))
+        self.decode_time = Histogram(_REQUEST, _TOKEN)
+        self.prompt_tokens = Histogram(_TOKENS)
+        self.generation_tokens = Histogram(_TOKENS)
+        self.max_tokens = Histogram(_TOKENS)
+        self.n = Histogram(_OUTPUTS)
+        self.finished: Counter[FinishReason] = Counter(dict.fromkeys(_REASONS, 0))
+        self.http: Counter[tuple[str, str, int]] = Counter()  # route, method, status
         self.rejected = 0
+        self.restarts = 0
 
 
 def _used(free: int, total: int) -> float:
@@ -83,6 +112,8 @@ _GAUGES: tuple[_Row, ...] = (
      lambda s: s.waiting),
     ("kv_cache_usage_perc", "kv_cache_usage_perc", "Share of KV pages in use; 1 is all.",
      lambda s: _used(s.free_pages, s.total_pages)),
+    ("kv_pages_free", None, "KV pages that nothing holds.", lambda s: s.free_pages),
+    ("kv_pages_total", None, "KV pages that there are.", lambda s: s.total_pages),
     ("snapshots_used", None, "State snapshots that the prefix cache holds.",
      lambda s: s.snapshots_used),
     ("snapshots_total", None, "State snapshots that there is room for.",
@@ -122,18 +153,37 @@ _HISTOGRAMS: tuple[tuple[str, str, str, Callable[[RequestMetrics], Histogram]], 
      lambda m: m.prompt_tokens),
     ("request_generation_tokens", "request_generation_tokens", "Tokens that a request generated.",
      lambda m: m.generation_tokens),
+    ("request_inference_time_seconds", "request_inference_time_seconds",
+     "From a request's admission to its end.", lambda m: m.inference_time),
+    ("request_prefill_time_seconds", "request_prefill_time_seconds",
+     "From a request's admission to its first token.", lambda m: m.prefill_time),
+    ("request_decode_time_seconds", "request_decode_time_seconds",
+     "From a request's first token to its last.", lambda m: m.decode_time),
+    ("request_params_max_tokens", "request_params_max_tokens", "The max_tokens of requests.",
+     lambda m: m.max_tokens),
+    ("request_params_n", "request_params_n", "Outputs asked for by a request.", lambda m: m.n),
 )  # fmt: skip
 
 
 class MetricsPage:
-    """The page that Prometheus reads. stats: gives the engine's latest figures."""
+    """The page that Prometheus reads.
+
+    stats: gives the engine's latest figures. config: facts of the engine that never change, once
+    they are known. gauges: further figures by name, each with what it is.
+    """
 
     def __init__(
-        self, model: str, requests: RequestMetrics, stats: Callable[[], EngineStats]
+        self,
+        model: str,
+        requests: RequestMetrics,
+        stats: Callable[[], EngineStats],
+        config: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self._model = model
+        self._labels = {"model_name": model, "engine": "0"}
         self._requests = requests
         self._stats = stats
+        self._config = config
+        self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -144,42 +194,67 @@ class MetricsPage:
     def collect(self) -> Iterator[Metric]:
         """Prometheus' way of asking for every figure."""
         stats = self._stats()
-        labels = ["model_name"]
         for name, vllm_name, text, value in _GAUGES:
             for full in _names(name, vllm_name):
-                gauge = GaugeMetricFamily(full, text, labels=labels)
-                gauge.add_metric([self._model], value(stats))
-                yield gauge
+                yield self._gauge(full, text, value(stats))
+        for name, (text, read) in self.gauges.items():
+            yield self._gauge(f"millrace:{name}", text, read())
         for name, vllm_name, text, value in _COUNTERS:
             for full in _names(name, vllm_name):
-                counter = CounterMetricFamily(full, text, labels=labels)
-                counter.add_metric([self._model], value(stats))
-                yield counter
+                yield self._counter(full, text, {(): value(stats)})
+        yield from self._histograms()
+        yield from self._labelled(stats)
+
+    def _histograms(self) -> Iterator[Metric]:
         for name, vllm_name, text, pick in _HISTOGRAMS:
             for full in _names(name, vllm_name):
                 histogram = pick(self._requests)
-                family = HistogramMetricFamily(full, text, labels=labels)
-                family.add_metric([self._model], histogram.buckets(), histogram.sum)
+                family = HistogramMetricFamily(full, text, labels=list(self._labels))
+                rows = histogram.buckets(vllm=full.startswith("vllm:"))
+                family.add_metric([*self._labels.values()], rows, histogram.sum)
                 yield family
-        yield from self._labelled(stats)
 
     def _labelled(self, stats: EngineStats) -> Iterator[Metric]:
-        """Counters with a label of their own."""
-        accepted = {str(at): count for at, count in enumerate(stats.accepted_per_position)}
-        finished = {str(reason): count for reason, count in self._requests.finished.items()}
+        """Figures with labels of their own."""
+        requests = self._requests
+        accepted = {(str(at),): count for at, count in enumerate(stats.accepted_per_position)}
+        finished = {(str(reason),): count for reason, count in requests.finished.items()}
         for name, vllm_name, text, label, counts in (
             ("spec_decode_num_accepted_tokens_per_pos", "spec_decode_num_accepted_tokens_per_pos",
              "Draft tokens accepted at each position.", "position", accepted),
             ("requests_finished", "request_success", "Requests ended, by how they did.",
              "finished_reason", finished),
             ("requests_rejected", None, "Requests refused because the queue was full.",
-             "reason", {"queue_full": self._requests.rejected}),
+             "reason", {("queue_full",): requests.rejected}),
         ):  # fmt: skip
             for full in _names(name, vllm_name):
-                family = CounterMetricFamily(full, text, labels=["model_name", label])
-                for key, count in counts.items():
-                    family.add_metric([self._model, key], count)
-                yield family
+                yield self._counter(full, text, counts, label)
+        http = {(route, method, str(code)): n for (route, method, code), n in requests.http.items()}
+        yield self._counter(
+            "millrace:http_requests", "HTTP requests.", http, "route", "method", "status"
+        )
+        restarts = {(): requests.restarts}
+        yield self._counter("millrace:engine_restarts", "Engines started again.", restarts)
+        config = self._config()
+        if config:
+            text = "Facts of the cache."
+            for full in _names("cache_config_info", "cache_config_info"):
+                yield self._gauge(full, text, 1.0, config)
+
+    def _gauge(
+        self, name: str, text: str, value: float, more: Mapping[str, str] | None = None
+    ) -> Metric:
+        labels = {**self._labels, **(more or {})}
+        family = GaugeMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
+
+    def _counter(self, name: str, text: str, counts: Mapping[Any, float], *labels: str) -> Metric:
+        """counts: by the values of `labels`, a tuple."""
+        family = CounterMetricFamily(name, text, labels=[*self._labels, *labels])
+        for values, count in counts.items():
+            family.add_metric([*self._labels.values(), *values], count)
+        return family
 
 
 def _names(name: str, vllm_name: str | None) -> Iterator[str]:

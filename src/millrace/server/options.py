@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from millrace.text.reasoning import ReasoningParser
+from millrace.text.tools import ToolCallParser
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
@@ -20,7 +21,26 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1
     generation_config: Literal["auto", "vllm"] = "auto"
     reasoning_parser: ReasoningParser = "auto"
+    tool_call_parser: ToolCallParser = "auto"
     max_body_bytes: int = 32 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    read_timeout: float = 30.0
+    api_key: list[str] = []
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    allowed_origins: list[str] = []
+    allowed_methods: list[str] = []
+    allowed_headers: list[str] = []
+    allow_credentials: bool = False
+    stream_interval: int = 1
+    shutdown_timeout: float = 10.0
+    max_engine_restarts: int = 3
+    enable_request_id_headers: bool = True
+    disable_uvicorn_access_log: bool = False
+    disable_access_log_for_endpoints: str = "/health,/ping,/metrics"
+    otlp_traces_endpoint: str | None = None
     uvicorn_log_level: LogLevel = "warning"
 
 
@@ -31,6 +51,27 @@ SERVER_HELP: Mapping[str, str] = {
     "generation_config": "auto takes the checkpoint's sampling defaults, vllm takes none.",
     "reasoning_parser": "How chat answers are split into reasoning and content; auto does it where "
     "the prompt opens a <think> block, none never.",
+    "tool_call_parser": "How calls of tools are found in chat answers; auto knows both of Qwen's "
+    "ways, XML (qwen3_coder) and JSON (hermes), none finds none.",
     "max_body_bytes": "Largest request body.",
-    "uvicorn_log_level": "Log level of the HTTP server; info logs every request.",
+    "max_header_bytes": "Largest request head.",
+    "read_timeout": "Seconds that a request's head may take, and each pause in its body.",
+    "api_key": "Key that requests must bring (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",
+    "ssl_keyfile": "File with the private key for HTTPS.",
+    "ssl_certfile": "File with the certificate for HTTPS.",
+    "ssl_ca_certs": "File with the authorities that may sign clients' certificates.",
+    "ssl_cert_reqs": "Whether clients bring a certificate: 0 no, 1 if they like, 2 they must.",
+    "allowed_origins": "Web page whose scripts may call the server; '*' is every page.",
+    "allowed_methods": "Method that such scripts may use (default: all).",
+    "allowed_headers": "Header that such scripts may send (default: all).",
+    "allow_credentials": "Let such scripts send cookies.",
+    "stream_interval": "Tokens that a chunk of a stream waits for, after the first one.",
+    "shutdown_timeout": "Seconds that open requests get when the server is told to stop.",
+    "max_engine_restarts": "Engines that may die in a row before the server ends too; 0: the first "
+    "that dies.",
+    "enable_request_id_headers": "Give every answer an X-Request-Id: the request's, or a new one.",
+    "disable_uvicorn_access_log": "Write no line for each request.",
+    "disable_access_log_for_endpoints": "Paths, with commas between, that get no such line.",
+    "otlp_traces_endpoint": "Where OpenTelemetry traces go, such as http://127.0.0.1:4318/v1/traces.",
+    "uvicorn_log_level": "Log level of the HTTP server.",
 }

@@ -8,39 +8,54 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
+import logging
+import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import uvicorn
 import uvloop
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from millrace.config import EngineArgs
-from millrace.errors import ConfigError, UserError
+from millrace.errors import UserError
 from millrace.models import find_model
 from millrace.protocol import Ready
 from millrace.server.app import Api
+from millrace.server.connection import connection_class
+from millrace.server.door import Door, Keys
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.engine_process import ENGINE_PROGRAM
 from millrace.server.errors import ApiError
-from millrace.server.metrics import RequestMetrics
+from millrace.server.keeper import Keeper
+from millrace.server.listening import BACKLOG, check_tls, listen, raise_file_limit
+from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.options import ServerOptions
+from millrace.server.tracing import Tracer
 from millrace.text.codec import Codec
 
-DRAIN_SECONDS = 5.0  # that open requests get when the server is told to stop
+logger = logging.getLogger(__name__)
+
 KEEP_ALIVE_SECONDS = 65  # longer than usual proxies keep theirs, so that they close first
+CUT_SECONDS = 2  # for answers to leave once nothing more is generated
+KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 
 
 def run_server(
     args: EngineArgs, options: ServerOptions, program: Sequence[str] = ENGINE_PROGRAM
 ) -> int:
-    """Serve until told to stop. Returns the exit status: 0, or 1 if the engine died.
+    """Serve until told to stop. Returns the exit status: 0, or 1 if the engine died for good.
 
     Raises UserError for options or a model that cannot work. program: what runs as the engine.
     """
-    listener = _listen(options.host, options.port)
+    check_tls(options)
+    raise_file_limit()
+    listener = listen(options.host, options.port)
     directory = find_model(args.model)
     names = args.served_model_name or [args.model]
     args = msgspec.structs.replace(args, model=str(directory))
@@ -56,108 +71,197 @@ async def _serve(
     program: Sequence[str],
 ) -> int:
     metrics = RequestMetrics()
-    client = EngineClient(metrics)
+    client = EngineClient(metrics, options.stream_interval)
+    tracer = Tracer.to(options.otlp_traces_endpoint)
     await client.start(args, program)
     try:
-        directory = Path(args.model)
-        tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
-        api = Api(
-            client,
-            Codec.load(directory, tokenizer, options.generation_config),
-            metrics,
-            names=names,
-            root=args.model,
-            reasoning_parser=options.reasoning_parser,
-            max_queue=args.max_queue,
-            max_body_bytes=options.max_body_bytes,
+        page = MetricsPage(
+            names[0], metrics, lambda: client.stats, lambda: _facts(args, client.ready)
         )
-        server = _Server(_uvicorn_config(api, options), client)
-        watch = asyncio.create_task(_watch(client, server, names[0], listener))
+        door = _door(_api(args, options, names, client, metrics, page), options, metrics, tracer)
+        server = _Server(_uvicorn_config(door, options), client, door, options.shutdown_timeout)
+        page.gauges.update(_gauges(door, server))
+        keeping = asyncio.create_task(_keep(client, options, server, names[0], listener))
         await server.serve(sockets=[listener])
-        watch.cancel()
+        keeping.cancel()
     finally:
         await client.stop()
+        tracer.close()
     if isinstance(client.died, UserError):
         raise client.died
     return 0 if client.died is None else 1
 
 
-async def _watch(
-    client: EngineClient, server: uvicorn.Server, name: str, listener: socket.socket
+def _api(
+    args: EngineArgs,
+    options: ServerOptions,
+    names: list[str],
+    client: EngineClient,
+    metrics: RequestMetrics,
+    page: MetricsPage,
+) -> ASGIApp:
+    directory = Path(args.model)
+    tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
+    api = Api(
+        client,
+        Codec.load(directory, tokenizer, options.generation_config),
+        metrics,
+        names=names,
+        root=args.model,
+        reasoning_parser=options.reasoning_parser,
+        tool_call_parser=options.tool_call_parser,
+        max_queue=args.max_queue,
+        max_body_bytes=options.max_body_bytes,
+        read_timeout=options.read_timeout,
+        page=page,
+        debug=args.debug,
+    )
+    return api.application()
+
+
+def _door(app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer) -> Door:
+    quiet = frozenset(options.disable_access_log_for_endpoints.split(","))
+    return Door(
+        app,
+        metrics,
+        Keys(_api_keys(options)),
+        show_ids=options.enable_request_id_headers,
+        quiet=None if options.disable_uvicorn_access_log else quiet,
+        on_end=[tracer.record] if tracer.active else [],
+    )
+
+
+def _api_keys(options: ServerOptions) -> list[str]:
+    keys = options.api_key or [os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)]
+    if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning(
+            "listening on %s without --api-key: whoever reaches it may use it", options.host
+        )
+    return keys
+
+
+def _gauges(door: Door, server: uvicorn.Server) -> dict[str, tuple[str, Callable[[], float]]]:
+    """The front's own figures, by which a leak would show."""
+    return {
+        "http_requests_open": ("HTTP requests that are being answered.", lambda: door.open),
+        "http_connections": (
+            "Connections of clients.", lambda: len(server.server_state.connections)
+        ),
+        "front_tasks": ("Tasks in the front's event loop.", lambda: len(asyncio.all_tasks())),
+    }  # fmt: skip
+
+
+def _facts(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
+    """The cache's facts, as vLLM's cache_config_info words them."""
+    if ready is None:
+        return {}
+    return {
+        "block_size": str(ready.page_size),
+        "num_gpu_blocks": str(ready.num_pages - 1),
+        "cache_dtype": args.kv_cache_dtype,
+        "enable_prefix_caching": str(args.enable_prefix_caching),
+        "gpu_memory_utilization": str(args.gpu_memory_utilization),
+    }
+
+
+async def _keep(
+    client: EngineClient,
+    options: ServerOptions,
+    server: uvicorn.Server,
+    name: str,
+    listener: socket.socket,
 ) -> None:
-    """Say when the engine is ready; end the server when it is dead."""
+    """Say when the engine is ready, keep it running, end the server when it is dead for good."""
     with contextlib.suppress(UserError, EngineDeadError):
         ready = await client.wait_ready()
-        print(_welcome(ready, name, listener), flush=True)
-    await client.wait_died()
+        scheme = "https" if options.ssl_certfile else "http"
+        print(_welcome(ready, name, scheme, listener), flush=True)
+    await Keeper(client, options.max_engine_restarts).keep()
     server.should_exit = True
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, ending as a program should: open requests get an answer, the exit status is ours."""
+    """uvicorn, ending as a program should.
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+    Told to stop, it goes on answering what is open, for `limit` seconds at most; new requests and
+    /health get 503 meanwhile. Told twice, it ends at once. The exit status is ours.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, client: EngineClient, door: Door, limit: float
+    ) -> None:
         super().__init__(config)
         self._client = client
+        self._door = door
+        self._limit = limit
+        self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn does it, but the signal is not raised again after the server has ended."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+            loop.add_signal_handler(number, self._stop)
+        faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
         yield
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping = ApiError(503, "the server is shutting down", code="shutting_down")
-        late = asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._client.fail_all, stopping)
-        await super().shutdown(sockets)
-        late.cancel()
+    def _stop(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._client.fail_all(_stopping())
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        self._client.draining = True
+        if self._door.open:
+            logger.warning(
+                "stopping: %d requests are open and have %g s to end; a second signal ends them",
+                self._door.open, self._limit,
+            )  # fmt: skip
+        if not await self._door.wait_empty(self._limit):
+            self._client.fail_all(_stopping())
+        self.should_exit = True
 
 
-def _uvicorn_config(api: Api, options: ServerOptions) -> uvicorn.Config:
-    level = options.uvicorn_log_level
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def _uvicorn_config(door: Door, options: ServerOptions) -> uvicorn.Config:
+    app: ASGIApp = door
+    if options.allowed_origins:
+        app = CORSMiddleware(
+            door,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods or ["*"],
+            allow_headers=options.allowed_headers or ["*"],
+            allow_credentials=options.allow_credentials,
+            expose_headers=["X-Request-Id"],
+        )
     return uvicorn.Config(
-        api.application(),
+        app,
         loop="uvloop",
-        http="httptools",
+        http=connection_class(options.read_timeout, options.max_header_bytes),
         ws="none",
         lifespan="off",
-        log_level=level,
-        access_log=level in ("info", "debug"),
+        log_level=options.uvicorn_log_level,
+        access_log=False,  # the door writes one line that says more
         server_header=False,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_certfile=options.ssl_certfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+        ssl_cert_reqs=options.ssl_cert_reqs,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
-        backlog=4096,
+        timeout_graceful_shutdown=CUT_SECONDS,
+        backlog=BACKLOG,
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ConfigError if that cannot be."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"host {host!r}: {error.strerror}") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(4096)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
-        ) from None
-    listener.setblocking(False)
-    return listener
-
-
-def _welcome(ready: Ready, name: str, listener: socket.socket) -> str:
+def _welcome(ready: Ready, name: str, scheme: str, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{port}"
+    url = f"{scheme}://{host}:{port}"
     example = msgspec.json.encode(
         {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
     ).decode()
