@@ -24,7 +24,7 @@ def test_it_serves_until_it_is_told_to_end() -> None:
     try:
         assert gateway.stdout is not None
         line = gateway.stdout.readline()
-        assert "1 of 2 replicas healthy, policy round_robin" in line
+        assert "1 of 2 replicas healthy, policy least_loaded" in line
         address = line.split()[2].rstrip(",")
         with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
             assert json.load(answer)["data"][0]["id"] == "mock"
@@ -42,7 +42,7 @@ def test_it_serves_until_it_is_told_to_end() -> None:
         ([], "name at least one replica"),
         (["--worker-urls", "ftp://x"], "use a form like http://127.0.0.1:8000"),
         (["--worker-urls", "http://127.0.0.1:9/v1"], "a replica's URL has no path"),
-        (["--worker-urls", "127.0.0.1:9", "--policy", "best"], "'round_robin', 'least_loaded'"),
+        (["--worker-urls", "127.0.0.1:9", "--policy", "best"], "'least_loaded', 'round_robin'"),
     ],
 )
 def test_bad_input_gets_one_line(arguments: list[str], expected: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.gateway.board import FAILURES, IN_FLIGHT
+from millrace.gateway.keeper import HealthPolicy
 from millrace.gateway.relay import Limits
-from millrace.gateway.replicas import HealthPolicy
-from millrace.http1 import Target, connect, encode_request, fetch, parse_url
+from millrace.http1 import Target, connect, encode_request, fetch
+from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import eventually, run
 
-FAST = HealthPolicy(interval=0.05, timeout=1.0, backoff=0.2)
 MOCK = Path(__file__).parents[1] / "support" / "mock_replica.py"
-
-
-@contextlib.asynccontextmanager
-async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Target]]:
-    options.setdefault("health", FAST)
-    made = Gateway(GatewayOptions(targets=[parse_url(u) for u in urls], port=0, **options))
-    await made.start()
-    try:
-        yield made, Target("127.0.0.1", made.port)
-    finally:
-        await made.stop()
 
 
 def completion(tokens: int = 4, **body: Any) -> bytes:
@@ -110,7 +97,7 @@ def test_a_response_passes_byte_for_byte(
             assert got_head.startswith(b"HTTP/1.1 200 Fine\r\nX-Odd-Case: Yes\r\n")
             assert b"Keep-Alive" not in got_head
             await eventually(lambda: made.relay.in_flight == 0)
-            assert made.relay.cut_off == 0
+            assert made.board.events()["cut_off"] == 0
         await server.stop()
 
     run(scenario())
@@ -122,13 +109,13 @@ def test_a_request_arrives_whole_without_the_clients_connection_headers() -> Non
         async with gateway(server.url) as (_, target):
             sent = (
                 b"POST /v1/x?q=1 HTTP/1.1\r\nHost: me\r\nAuthorization: Bearer k\r\n"
-                b"Connection: close, X-Mine\r\nX-Mine: no\r\nTE: trailers\r\n"
+                b"Connection: close, X-Mine\r\nX-Mine: no\r\nTE: trailers\r\nX-Request-ID: seven\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
             )
             assert (await raw(target, sent)).startswith(b"HTTP/1.1 204 Gone")
         assert server.requests == [
             b"POST /v1/x?q=1 HTTP/1.1\r\nHost: me\r\nAuthorization: Bearer k\r\n"
-            b"Content-Length: 5\r\n\r\nabcde"
+            b"X-Request-Id: seven\r\nContent-Length: 5\r\n\r\nabcde"
         ]
         await server.stop()
 
@@ -187,10 +174,10 @@ def test_a_head_request_ends_with_its_head() -> None:
         server = await ScriptedServer([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"]).start()
         async with gateway(server.url) as (made, target):
             ask = b"HEAD /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-            assert (await raw(target, ask)).endswith(
-                b"Content-Length: 5\r\nConnection: close\r\n\r\n"
-            )
-            assert made.relay.cut_off == 0
+            answer = await raw(target, ask)
+            assert b"\r\nContent-Length: 5\r\n" in answer
+            assert answer.endswith(b"\r\nConnection: close\r\n\r\n")
+            assert made.board.events()["cut_off"] == 0
         await server.stop()
 
     run(scenario())
@@ -207,7 +194,7 @@ def test_a_slow_client_holds_the_replica_back_and_loses_nothing() -> None:
             reader, writer = await asyncio.open_connection(target.host, target.port, limit=2**16)
             writer.write(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
             await asyncio.sleep(0.5)
-            held = made.replicas.all[0].relayed_bytes
+            held = made.replicas.all[0].bytes
             assert held < len(body) / 2, "the relay took everything while nobody read"
             await reader.readuntil(b"\r\n\r\n")
             assert await reader.readexactly(len(body)) == body
@@ -229,11 +216,11 @@ def test_before_the_first_byte_a_request_is_retried_elsewhere(behaviour: str) ->
             answers = [await post(target) for _ in range(6)]
             assert [a.status for a in answers] == [200] * 6
             assert {a.headers["x-replica"] for a in answers} == {"good"}
-            assert made.relay.retries >= 1
+            assert made.board.events()["retries"] >= 1
             assert made.relay.in_flight == 0
-            assert [r.in_flight for r in made.replicas.all] == [0, 0]
+            assert [row[IN_FLIGHT] for row in made.board.replica_sums(2)] == [0, 0]
             ejected = behaviour != "unavailable"
-            assert made.replicas.all[0].healthy is not ejected
+            assert (made.keeper.members[0].state == "up") is not ejected
         await bad.stop()
         await good.stop()
 
@@ -268,7 +255,7 @@ def test_an_ejected_replica_comes_back_after_its_backoff() -> None:
             await eventually(made.replicas.available)
             assert time.monotonic() - began > 0.1
             assert (await post(target)).status == 200
-            assert made.replicas.all[0].failures_in_row == 0
+            assert not made.keeper.members[0].failing
         await flaky.stop()
 
     run(scenario())
@@ -280,7 +267,7 @@ def test_a_response_that_breaks_off_is_seen_as_broken() -> None:
         async with gateway(cut.url) as (made, target):
             with pytest.raises(ConnectionError, match="before the response was complete"):
                 await post(target, completion(8))
-            assert made.relay.cut_off == 1
+            assert made.board.events()["cut_off"] == 1
             assert made.relay.in_flight == 0
         await cut.stop()
 
@@ -295,12 +282,12 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
             waiting = connection.send(
                 encode_request(target, "POST", "/v1/completions", completion(1000))
             )
-            await eventually(lambda: made.replicas.all[0].relayed_chunks > 3)
+            await eventually(lambda: made.replicas.all[0].chunks > 3)
             connection.close()
             assert (await waiting).error is not None
             await eventually(lambda: replica.disconnects == 1)
-            assert (made.relay.in_flight, made.relay.disconnects) == (0, 1)
-            assert made.replicas.all[0].healthy
+            assert (made.relay.in_flight, made.board.events()["disconnects"]) == (0, 1)
+            assert made.replicas.available()
         await replica.stop()
 
     run(scenario())
@@ -317,7 +304,7 @@ def test_a_stale_idle_connection_costs_no_request_and_no_ejection() -> None:
                 writer.transport.abort()
             assert side.open
             assert (await post(target)).status == 200
-            assert made.replicas.all[0].failures == 0
+            assert made.board.replica_sums(1)[0][FAILURES] == 0
         await replica.stop()
 
     run(scenario())
@@ -334,7 +321,7 @@ def test_kill_9_of_a_replica_loses_no_request_that_has_no_byte_yet() -> None:
             good = await MockReplica(name="good").start()
             async with gateway(f"127.0.0.1:{port}", good.url) as (made, target):
                 waiting = [asyncio.create_task(post(target)) for _ in range(10)]
-                await eventually(lambda: made.replicas.all[0].in_flight == 5)
+                await eventually(lambda: made.board.replica_sums(1)[0][IN_FLIGHT] == 5)
                 await asyncio.sleep(0.1)
                 process.send_signal(signal.SIGKILL)
                 answers = await asyncio.gather(*waiting)
@@ -386,7 +373,7 @@ def test_no_healthy_replica_gives_503_with_the_reason() -> None:
 def test_more_requests_than_may_be_in_flight_get_429() -> None:
     async def scenario() -> None:
         slow = await MockReplica(first_s=0.3).start()
-        async with gateway(slow.url, limits=Limits(max_in_flight=2)) as (_, target):
+        async with gateway(slow.url, limits=Limits(max_in_flight=2, queue=0)) as (_, target):
             answers = await asyncio.gather(*(post(target) for _ in range(5)))
             assert sorted(a.status for a in answers) == [200, 200, 429, 429, 429]
             refused = next(a for a in answers if a.status == 429)
@@ -413,7 +400,7 @@ def test_a_malformed_or_oversized_request_is_refused(sent: bytes, status: int) -
             head, _, body = (await raw(target, sent)).partition(b"\r\n\r\n")
             assert head.startswith(f"HTTP/1.1 {status} ".encode())
             assert json.loads(body)["error"]["code"] == status
-            assert made.relay.answered[status] == 1
+            assert made.board.statuses()[str(status)] == 1
         assert replica.bodies == []
         await replica.stop()
 
@@ -455,7 +442,10 @@ def test_status_and_metrics_count_what_passed() -> None:
             text = (await fetch(target, "/metrics")).body.decode()
             assert 'millrace_gateway_requests_total{status="200"} 10.0' in text
             port = replicas[0].port
-            assert f'millrace_gateway_picks_total{{replica="127.0.0.1:{port}"}} 3.0' in text
+            assert (
+                f'millrace_gateway_picks_total{{policy="least_loaded",replica="127.0.0.1:{port}"}} 3.0'
+                in text
+            )
             assert f'millrace_gateway_replica_healthy{{replica="127.0.0.1:{port}"}} 1.0' in text
         for replica in replicas:
             await replica.stop()

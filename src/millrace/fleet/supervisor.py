@@ -20,7 +20,10 @@ import uvloop
 from millrace.errors import ConfigError
 from millrace.fleet.process import ReplicaProcess, bring_up, free_port
 from millrace.fleet.shares import Device, device_shares, thread_limit, usable_cores, visible_gpus
-from millrace.gateway.app import Gateway, GatewayOptions, require_free_port
+from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
+from millrace.gateway.picker import DEFAULT_POLICY
+from millrace.gateway.worker import require_free_port
 from millrace.http1 import Target
 
 _LOOPBACK = "127.0.0.1"
@@ -39,7 +42,7 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     host: str = "127.0.0.1"
     port: int = 8000
-    policy: str = "round_robin"
+    policy: str = DEFAULT_POLICY
     device: Device = "auto"
     gpus_each: int = 1
     start_timeout: float = 900.0
@@ -47,6 +50,7 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     pause: float = 1.0
     pause_limit: float = 30.0
     settled: float = 60.0
+    health: HealthPolicy = HealthPolicy()
 
 
 class Supervisor:
@@ -79,10 +83,11 @@ class Supervisor:
         self._keepers: list[asyncio.Task[None]] = []
         self.gateway = Gateway(
             GatewayOptions(
-                targets=self._targets,
+                replicas=[ReplicaSpec(target=target) for target in self._targets],
                 host=options.host,
                 port=options.port,
                 policy=options.policy,
+                health=options.health,
             )
         )
 
@@ -153,7 +158,7 @@ def run_replicas(
     host: str,
     port: int,
     *,
-    policy: str = "round_robin",
+    policy: str = DEFAULT_POLICY,
     device: Device = "auto",
     gpus_each: int = 1,
     start_timeout: float = 900.0,

@@ -1,110 +1,142 @@
-"""The gateway as a whole: the relay on a port, the replicas watched, its own three paths.
-
-/health is 200 while at least one replica takes requests, /metrics are the gateway's own,
-/gateway/replicas tells how each replica is. Everything else is relayed.
-"""
+"""The gateway as a whole: the keeper, the sources of replicas, and one or several relays."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import socket
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable
 
-import msgspec
+from millrace.gateway.board import Board
+from millrace.gateway.desk import OwnDesk, health_answer, is_own
+from millrace.gateway.discovery import Discovery, FileSource, Source, parse_dns
+from millrace.gateway.keeper import Keeper
+from millrace.gateway.message import Answer, Request
+from millrace.gateway.processes import WorkerProcesses
+from millrace.gateway.relay import Relay
+from millrace.gateway.replicas import ReplicaSet
+from millrace.gateway.worker import GatewayOptions, Worker, check_log_file, check_options
 
-from millrace.errors import UserError
-from millrace.gateway.message import Answer, Request, answer, error_answer
-from millrace.gateway.metrics import exposition
-from millrace.gateway.picker import make_picker
-from millrace.gateway.relay import ClientSide, Limits, Relay
-from millrace.gateway.replicas import HealthPolicy, ReplicaSet
-from millrace.http1 import Target
-
-
-class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where to listen, what stands behind, and how to choose. port 0 takes any free one."""
-
-    targets: Sequence[Target]
-    host: str = "127.0.0.1"
-    port: int = 8000
-    policy: str = "round_robin"
-    limits: Limits = Limits()
-    health: HealthPolicy = HealthPolicy()
+__all__ = ["Gateway", "GatewayOptions"]
 
 
 class Gateway:
     """A gateway in the running event loop, between `start` and `stop`."""
 
-    def __init__(self, options: GatewayOptions) -> None:
-        for target in options.targets:
-            if target.prefix:
-                raise UserError(f"{target}: a replica's URL has no path; give http://host:port")
+    def __init__(
+        self,
+        options: GatewayOptions,
+        log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        check_options(options)
+        check_log_file(options.access_log)
         self._options = options
-        self.replicas = ReplicaSet(options.targets, options.health)
-        self.relay = Relay(
-            self.replicas, make_picker(options.policy), options.limits, self._own_answer
+        self.board = Board(options.processes)
+        self.keeper = Keeper(self.board, options.health, options.access.worker_key)
+        for spec in options.replicas:
+            self.keeper.add(spec)
+        sources: list[Source] = [parse_dns(text) for text in options.worker_dns]
+        if options.worker_file is not None:
+            from pathlib import Path
+
+            sources.append(FileSource(Path(options.worker_file)))
+        self._discovery = Discovery(self.keeper, sources, log)
+        self._desk = OwnDesk(
+            self.board,
+            self.keeper,
+            options.access,
+            policy=options.policy,
+            merge=options.merge_metrics,
+            label=lambda member: options.labels.get(str(member.target), member.target.authority),
+            workers=lambda: self.pids,
+            restarts=lambda: self._processes.restarts if self._processes else 0,
         )
-        self._server: asyncio.Server | None = None
-        self.port = 0
+        self._worker: Worker | None = None
+        self._processes: WorkerProcesses | None = None
+        if options.processes == 1:
+            self._worker = Worker(
+                options,
+                self.board,
+                0,
+                lambda replicas: _LocalDesk(self._desk, replicas),
+                self.keeper.report,
+            )
+            self.keeper.listeners.append(self._worker.replicas.apply)
+            self._worker.replicas.apply(self.keeper.members)
+        else:
+            self._processes = WorkerProcesses(
+                options, self.board, self.keeper, self._desk.answer, log
+            )
+            self.keeper.listeners.append(self._processes.tell)
+
+    # --- what stands in this process (one process only) ------------------------------------------
+
+    @property
+    def relay(self) -> Relay:
+        """The relay of a gateway of one process."""
+        assert self._worker is not None
+        return self._worker.relay
+
+    @property
+    def replicas(self) -> ReplicaSet:
+        """The replicas as the relay of a gateway of one process sees them."""
+        return self.relay.replicas
+
+    # --- the life of it --------------------------------------------------------------------------
+
+    @property
+    def port(self) -> int:
+        """Where it listens, once started."""
+        if self._worker is not None:
+            return self._worker.port
+        assert self._processes is not None
+        return self._processes.port
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that relay."""
+        return [os.getpid()] if self._processes is None else self._processes.pids
+
+    @property
+    def healthy(self) -> int:
+        """Replicas that take requests."""
+        return sum(member.state == "up" for member in self.keeper.members)
 
     async def start(self) -> None:
         """Check every replica once, then listen and go on watching.
 
-        Raises UserError when the port is taken.
+        Raises UserError when the port is taken, or a source of replicas cannot be read.
         """
-        loop, options = asyncio.get_running_loop(), self._options
-        await asyncio.gather(*(self.replicas.check(r) for r in self.replicas.all))
-        try:
-            self._server = await loop.create_server(
-                lambda: ClientSide(self.relay), options.host, options.port, backlog=4096
-            )
-        except OSError as error:
-            raise _cannot_listen(options.host, options.port, error) from None
-        self.port = self._server.sockets[0].getsockname()[1]
-        self.replicas.start()
+        await self._discovery.start()
+        await self.keeper.start()
+        if self._worker is not None:
+            await self._worker.start()
+        else:
+            assert self._processes is not None
+            await self._processes.start()
 
-    async def stop(self) -> None:
-        """Close the port and every connection."""
-        if self._server is not None:
-            self._server.close()
-            await self.replicas.stop()
-        self.relay.close()
-        await asyncio.sleep(0)  # let the closed connections say so
-
-    def _own_answer(self, request: Request) -> Answer | None:
-        if request.method != b"GET":
-            return None
-        path = request.path.partition(b"?")[0]
-        if path == b"/health":
-            return self._health()
-        if path == b"/metrics":
-            return answer(200, exposition(self.relay), "text/plain; version=0.0.4")
-        if path == b"/gateway/replicas":
-            states = [replica.status() for replica in self.replicas.all]
-            return answer(200, msgspec.json.encode({"replicas": states}))
-        return None
-
-    def _health(self) -> Answer:
-        healthy = len(self.replicas.available())
-        if not healthy:
-            reason = self.replicas.describe_outage()
-            return error_answer(503, f"no healthy replica: {reason}", retry_after=1)
-        counts = {"healthy": healthy, "total": len(self.replicas.all)}
-        return answer(200, msgspec.json.encode({"status": "ok", "replicas": counts}))
+    async def stop(self, drain: float = 0.0) -> None:
+        """Close the port, let requests under way end for `drain` seconds, close the rest."""
+        await self._discovery.stop()
+        if self._worker is not None:
+            await self._worker.stop(drain)
+        if self._processes is not None:
+            await self._processes.stop(drain)
+        await self.keeper.stop()
+        await asyncio.sleep(0)
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise UserError when nobody can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise _cannot_listen(host, port, error) from None
+class _LocalDesk:
+    """The desk of a gateway of one process."""
 
+    def __init__(self, desk: OwnDesk, replicas: ReplicaSet) -> None:
+        self._desk = desk
+        self._replicas = replicas
 
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    why = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
-    return UserError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port")
+    def owns(self, request: Request) -> bool:
+        return is_own(request)
+
+    async def answer(self, request: Request) -> Answer:
+        if request.path.partition(b"?")[0] == b"/health":
+            return health_answer(self._replicas)
+        return await self._desk.answer(request)

@@ -18,10 +18,13 @@ _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate")
 )
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
+_OURS = frozenset((b"x-request-id", b"authorization"))
+MAX_REQUEST_ID = 256
 
 
 class Request(msgspec.Struct):
-    """A whole request of a client. path: with the query, as the client wrote it."""
+    """A whole request of a client. path: with the query, as the client wrote it. id: its
+    X-Request-Id, or a new one. peer: the client's address."""
 
     method: bytes
     path: bytes
@@ -29,6 +32,16 @@ class Request(msgspec.Struct):
     headers: Headers
     body: bytes
     keep_alive: bool
+    id: bytes = b"-"
+    peer: str = "-"
+
+
+def header(headers: Headers, name: bytes) -> bytes:
+    """The first value of a header, b"" without one. name: in lower case."""
+    for key, value in headers:
+        if len(key) == len(name) and key.lower() == name:
+            return value
+    return b""
 
 
 def passed_on(headers: Headers) -> Headers:
@@ -43,19 +56,38 @@ def passed_on(headers: Headers) -> Headers:
     return [(key, value) for key, value in headers if key.lower() not in dropped]
 
 
-def request_bytes(request: Request) -> bytes:
+def request_bytes(
+    request: Request,
+    body: bytes | None = None,
+    *,
+    path: bytes | None = None,
+    authorization: bytes | None = None,
+) -> bytes:
     """The request for a replica. An HTTP/1.0 client's stays HTTP/1.0, so that the answer comes in
-    a framing which that client can read."""
-    kept = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in _FRAMING]
-    if request.body or request.method in (b"POST", b"PUT", b"PATCH"):
-        kept.append((b"Content-Length", str(len(request.body)).encode()))
-    start = b"%b %b HTTP/%b" % (request.method, request.path, request.version.encode())
-    return _head(start, kept) + request.body
+    a framing which that client can read.
+
+    body and path replace the request's own. authorization: sent instead of the client's; None
+    passes that on, b"" sends none.
+    """
+    dropped = _FRAMING | _OURS if authorization is not None else _FRAMING | {b"x-request-id"}
+    kept = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in dropped]
+    if authorization:
+        kept.append((b"Authorization", authorization))
+    kept.append((b"X-Request-Id", request.id))
+    body = request.body if body is None else body
+    if body or request.method in (b"POST", b"PUT", b"PATCH"):
+        kept.append((b"Content-Length", b"%d" % len(body)))
+    start = b"%b %b HTTP/%b" % (request.method, path or request.path, request.version.encode())
+    return _head(start, kept) + body
 
 
-def response_head(status: int, reason: bytes, headers: Headers, keep_alive: bool) -> bytes:
+def response_head(
+    status: int, reason: bytes, headers: Headers, keep_alive: bool, request_id: bytes
+) -> bytes:
     """The head of a relayed response, with the gateway's own word on its connection."""
     kept = passed_on(headers)
+    if not header(kept, b"x-request-id"):
+        kept.append((b"X-Request-Id", request_id))
     if not keep_alive:
         kept.append((b"Connection", b"close"))
     return _head(b"HTTP/1.1 %d %b" % (status, reason), kept)
@@ -66,35 +98,54 @@ def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A whole response of the gateway itself, as bytes."""
+    """A whole response of the gateway itself. close: its connection ends with it."""
 
     status: int
-    data: bytes
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    close: bool = False
+
+    def encode(self, request_id: bytes = b"", keep_alive: bool = True) -> bytes:
+        """Its bytes on the wire."""
+        fields = [("Content-Type", self.content_type), ("Content-Length", str(len(self.body)))]
+        encoded = [(k.encode(), v.encode()) for k, v in (*fields, *self.headers)]
+        if request_id:
+            encoded.append((b"X-Request-Id", request_id))
+        if self.close or not keep_alive:
+            encoded.append((b"Connection", b"close"))
+        start = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode()
+        return _head(start, encoded) + self.body
 
 
-def answer(
-    status: int,
-    body: bytes,
-    content_type: str = "application/json",
-    headers: Sequence[tuple[str, str]] = (),
-) -> Answer:
-    """An Answer with this body; it leaves the connection open."""
-    fields = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
-    encoded = [(name.encode(), value.encode()) for name, value in fields]
-    start = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
-    return Answer(status, _head(start, encoded) + body)
+_ERROR_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    502: "bad_gateway",
+    503: "unavailable",
+    504: "timeout",
+}
 
 
-_ERROR_TYPES = {429: "rate_limit_error", 502: "bad_gateway", 503: "unavailable", 504: "timeout"}
+def json_answer(status: int, value: object) -> Answer:
+    """An Answer whose body is this value as JSON."""
+    return Answer(status, msgspec.json.encode(value))
 
 
 def error_answer(
-    status: int, message: str, *, retry_after: int | None = None, close: bool = False
+    status: int,
+    message: str,
+    *,
+    retry_after: int | None = None,
+    close: bool = False,
+    code: str | None = None,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> Answer:
     """An error in OpenAI's shape. retry_after: seconds."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error")
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    headers = [] if retry_after is None else [("Retry-After", str(retry_after))]
-    if close:
-        headers.append(("Connection", "close"))
-    return answer(status, msgspec.json.encode({"error": error}), headers=headers)
+    error = {"message": message, "type": kind, "param": None, "code": code or status}
+    if retry_after is not None:
+        headers = [*headers, ("Retry-After", str(retry_after))]
+    body = msgspec.json.encode({"error": error})
+    return Answer(status, body, headers=tuple(headers), close=close)

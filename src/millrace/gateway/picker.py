@@ -1,74 +1,197 @@
 """Which replica takes a request: the policies, each a small class with one method.
 
 A picker is asked once a request (again after a failure, without the replica that failed), before
-anything is sent. It sees the replicas' load and the request, and no response.
+anything is sent. It sees the replicas' load and the request, and no response. Load is in tokens,
+over all gateway processes.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Protocol
 
 from millrace.errors import UserError
-from millrace.gateway.message import Request
-from millrace.gateway.replicas import Replica
+from millrace.gateway.ask import BYTES_PER_TOKEN, Ask
+from millrace.gateway.prefixes import BLOCK, PrefixTable, hash_chain
+from millrace.gateway.replicas import Replica, ReplicaSet
+
+_RING_POINTS = 64  # of a replica of weight 1
 
 
 class Picker(Protocol):
     """Chooses among replicas that can take the request; there is at least one."""
 
-    def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
-        """The replica for this request; `replicas` are in the order of their index."""
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        """The replica for this request; `replicas` are in the order of their slots."""
         ...
 
 
 class RoundRobin:
-    """Each in turn; one that is missing passes its turn to the next in order."""
+    """Each in turn, in proportion to its weight, spread as evenly as can be."""
 
-    def __init__(self) -> None:
+    def __init__(self, fleet: ReplicaSet) -> None:
+        self._fleet = fleet
         self._last = -1
+        self._credit: dict[int, float] = {}
 
-    def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
-        chosen = next((r for r in replicas if r.index > self._last), replicas[0])
-        self._last = chosen.index
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        shares = [self._fleet.share(r) for r in replicas]
+        if min(shares) == max(shares):
+            chosen = next((r for r in replicas if r.slot > self._last), replicas[0])
+        else:
+            chosen = self._by_credit(replicas, shares)
+        self._last = chosen.slot
+        return chosen
+
+    def _by_credit(self, replicas: Sequence[Replica], shares: Sequence[float]) -> Replica:
+        """Everybody earns its share a round; the richest is picked and pays for all (as nginx)."""
+        kept = {r.member.id: self._credit.get(r.member.id, 0.0) for r in replicas}
+        for replica, share in zip(replicas, shares, strict=True):
+            kept[replica.member.id] += share
+        chosen = max(replicas, key=lambda r: kept[r.member.id])
+        kept[chosen.member.id] -= sum(shares)
+        self._credit = kept
         return chosen
 
 
+class Random:
+    """One drawn at random, in proportion to its weight."""
+
+    def __init__(self, fleet: ReplicaSet, seed: int | None = None) -> None:
+        self._fleet = fleet
+        self._random = random.Random(seed)
+
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        weights = [self._fleet.share(r) for r in replicas]
+        return self._random.choices(replicas, weights)[0]
+
+
 class LeastLoaded:
-    """The one with the fewest requests in flight; among equals, each in turn."""
+    """The one that would carry the fewest tokens for its weight; among equals, each in turn."""
 
-    def __init__(self) -> None:
-        self._turn = RoundRobin()
+    def __init__(self, fleet: ReplicaSet) -> None:
+        self._fleet = fleet
+        self._last = -1
 
-    def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
-        least = min(r.in_flight for r in replicas)
-        return self._turn.pick([r for r in replicas if r.in_flight == least], request)
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        self._fleet.look(replicas)
+        after = [self.pressure(r, ask) for r in replicas]
+        least = min(after)
+        equals = [r for r, value in zip(replicas, after, strict=True) if value == least]
+        chosen = next((r for r in equals if r.slot > self._last), equals[0])
+        self._last = chosen.slot
+        return chosen
+
+    def pressure(self, replica: Replica, ask: Ask) -> float:
+        """Its load with this request, for its weight; `look` must have been called."""
+        return (replica.load + ask.prompt_tokens) / self._fleet.share(replica)
 
 
 class PowerOfTwo:
     """The less loaded of two drawn at random (Mitzenmacher, 2001): spreads load nearly as well as
-    looking at all, and does not herd when several gateways share the replicas."""
+    looking at all."""
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, fleet: ReplicaSet, seed: int | None = None) -> None:
+        self._least = LeastLoaded(fleet)
+        self._fleet = fleet
         self._random = random.Random(seed)
 
-    def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
         if len(replicas) == 1:
             return replicas[0]
-        first, second = self._random.sample(replicas, 2)
-        return first if first.in_flight <= second.in_flight else second
+        two = self._random.sample(replicas, 2)
+        self._fleet.look(two)
+        return min(two, key=lambda r: self._least.pressure(r, ask))
 
 
-POLICIES: Mapping[str, Callable[[], Picker]] = {
-    "round_robin": RoundRobin,
-    "least_loaded": LeastLoaded,
-    "power_of_two": PowerOfTwo,
+class PrefixAware:
+    """The replica that has seen the longest beginning of the prompt, while it carries at most
+    `gap` tokens more than the least loaded; else that one. Prompts nobody knows go there too."""
+
+    def __init__(self, fleet: ReplicaSet, table: PrefixTable, gap: int = 4096) -> None:
+        self._fleet = fleet
+        self._table = table
+        self._gap = gap
+        self._least = LeastLoaded(fleet)
+
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        least = self._least.pick(replicas, ask)
+        if not ask.prompt:
+            return least
+        chain = hash_chain(ask.prompt)
+        chosen = self._knowing(replicas, chain, ask, least)
+        self._table.learn(chosen.slot, chain)
+        return chosen
+
+    def _knowing(
+        self, replicas: Sequence[Replica], chain: list[int], ask: Ask, least: Replica
+    ) -> Replica:
+        blocks, slots = self._table.longest([r.slot for r in replicas], chain)
+        if not blocks:
+            return least
+        having = [r for r in replicas if r.slot in slots]
+        best = min(having, key=lambda r: self._least.pressure(r, ask))
+        gap = self._least.pressure(best, ask) - self._least.pressure(least, ask)
+        saved = blocks * BLOCK / BYTES_PER_TOKEN
+        return best if gap <= self._gap + saved else least
+
+
+class ConsistentHash:
+    """The replica that a key falls to: the session, the user, or how the prompt begins. When
+    replicas come and go only their own keys move (Karger, 1997)."""
+
+    def __init__(self, fleet: ReplicaSet) -> None:
+        self._fleet = fleet
+        self._made_for: tuple[object, ...] = ()
+        self._points: list[int] = []
+        self._owners: list[int] = []
+
+    def pick(self, replicas: Sequence[Replica], ask: Ask) -> Replica:
+        self._make_ring()
+        able = {r.member.id: r for r in replicas}
+        start = bisect_left(self._points, _hash(ask.key))
+        for step in range(len(self._points)):
+            owner = self._owners[(start + step) % len(self._points)]
+            if owner in able:
+                return able[owner]
+        return replicas[0]
+
+    def _make_ring(self) -> None:
+        members = tuple((r.member.id, r.target, r.member.weight) for r in self._fleet.all)
+        if members == self._made_for:
+            return
+        ring = sorted(
+            (_hash(f"{target} {point}".encode()), id)
+            for id, target, weight in members
+            for point in range(max(1, round(weight * _RING_POINTS)))
+        )
+        self._points = [point for point, _ in ring]
+        self._owners = [owner for _, owner in ring]
+        self._made_for = members
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+Make = Callable[[ReplicaSet, PrefixTable, int], Picker]
+
+POLICIES: Mapping[str, Make] = {
+    "least_loaded": lambda fleet, table, gap: LeastLoaded(fleet),
+    "round_robin": lambda fleet, table, gap: RoundRobin(fleet),
+    "random": lambda fleet, table, gap: Random(fleet),
+    "power_of_two": lambda fleet, table, gap: PowerOfTwo(fleet),
+    "prefix_aware": PrefixAware,
+    "consistent_hash": lambda fleet, table, gap: ConsistentHash(fleet),
 }
+DEFAULT_POLICY = "least_loaded"
 
 
-def make_picker(policy: str) -> Picker:
-    """The picker of that name. Raises UserError for an unknown one."""
+def make_picker(policy: str, fleet: ReplicaSet, table: PrefixTable, gap: int = 4096) -> Picker:
+    """The picker of that name. gap: tokens of prefix_aware. Raises UserError for an unknown one."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy!r}: use one of {', '.join(POLICIES)}")
-    return POLICIES[policy]()
+    return POLICIES[policy](fleet, table, gap)

@@ -1,130 +1,247 @@
-"""The replicas behind the gateway: which are there, how they are, what they carry.
+"""The replicas as one gateway process sees them: who takes requests, and what each carries.
 
-Health comes from two sides: checks in the background (GET /health), and failures that requests
-meet. A failed replica stays out for a time that doubles with each failure in a row, and comes back
-with the first good check after it. Nothing here knows how bytes are relayed.
+What is known of their health comes from the keeper (keeper.py), as a list of members; what they
+carry is counted here and on the board, and read from there over all processes. Nothing here knows
+how bytes are relayed or how health is found out.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from millrace.http1 import Target, error_text, fetch
+from millrace.gateway.ask import Ask, Kind
+from millrace.gateway.board import (
+    BYTES,
+    CHUNKS,
+    ENDED,
+    FAILURES,
+    IN_FLIGHT,
+    LOAD,
+    PICKS,
+    PROMPT_TOKENS,
+    RESIDENT,
+    Board,
+    Part,
+)
+from millrace.http1 import Target
+
+if TYPE_CHECKING:
+    from millrace.gateway.exchange import Exchange
+
+State = Literal["up", "down", "draining"]
+
+_FIRST_GUESS = 128.0  # output tokens, until answers have been seen
 
 
-class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds, all but `misses`: the checks in a row that may go unanswered before a replica
-    counts as down."""
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """What the keeper says of one replica.
 
-    interval: float = 1.0
-    timeout: float = 5.0
-    misses: int = 2
-    backoff: float = 1.0
-    backoff_limit: float = 30.0
-
-
-@dataclass(eq=False, slots=True)
-class Replica:
-    """One replica and what the gateway knows of it. Totals only ever grow.
-
-    in_flight: requests picked for it and not yet ended. ejected_until: `time.monotonic()`.
+    id: never given twice. slot: its row on the board. lost: it is down because it cannot be
+    reached, so what it has under way will not end. ramp_from: `time.monotonic()` of the moment
+    from which slow start counts, None for full weight at once. limit: requests at once, 0 for any.
     """
 
-    index: int
+    id: int
+    slot: int
     target: Target
-    healthy: bool = False
+    state: State = "down"
     reason: str = "not checked yet"
-    in_flight: int = 0
-    failures_in_row: int = 0
-    missed_checks: int = 0
-    ejected_until: float = 0.0
-    picks: int = 0
-    failures: int = 0
-    relayed_bytes: int = 0
-    relayed_chunks: int = 0
+    lost: bool = False
+    failing: bool = False
+    weight: float = 1.0
+    limit: int = 0
+    ramp_from: float | None = None
+    models: tuple[str, ...] = ()
+    kind: Kind = "other"
 
-    def status(self) -> dict[str, Any]:
-        """What /gateway/replicas says of it."""
-        return {
-            "url": str(self.target),
-            "healthy": self.healthy,
-            "reason": None if self.healthy else self.reason,
-            "in_flight": self.in_flight,
-            "picks": self.picks,
-            "failures": self.failures,
-            "relayed_bytes": self.relayed_bytes,
-        }
+
+class Replica:
+    """One replica in one process. Hot counters are plain attributes; `publish` copies them.
+
+    load and in_flight are over all processes, as of the last `ReplicaSet.look`. exchanges: those
+    of this process that it carries.
+    """
+
+    __slots__ = (
+        "_bytes", "_chunks", "bytes", "chunks", "exchanges", "in_flight", "load", "member",
+        "removed",
+    )  # fmt: skip
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.load = 0
+        self.in_flight = 0
+        self.removed = False
+        self.bytes = self.chunks = 0
+        self._bytes = self._chunks = 0
+        self.exchanges: set[Exchange] = set()
+
+    @property
+    def slot(self) -> int:
+        return self.member.slot
+
+    @property
+    def target(self) -> Target:
+        return self.member.target
+
+    @property
+    def full(self) -> bool:
+        """Whether it carries as many requests as it may."""
+        return 0 < self.member.limit <= self.in_flight
+
+    def publish(self, part: Part) -> None:
+        """Copy what was relayed since the last time to the board."""
+        if self.chunks != self._chunks:
+            part.add(self.slot, BYTES, self.bytes - self._bytes)
+            part.add(self.slot, CHUNKS, self.chunks - self._chunks)
+            self._bytes, self._chunks = self.bytes, self.chunks
 
 
 class ReplicaSet:
-    """The replicas in a fixed order, and the tasks that watch them."""
+    """All replicas, in the order of their slots, and this process's part of the board.
 
-    def __init__(self, targets: Sequence[Target], policy: HealthPolicy) -> None:
-        self.all = [Replica(index, target) for index, target in enumerate(targets)]
-        self._policy = policy
-        self._watchers: list[asyncio.Task[None]] = []
+    slow_start: seconds in which a new replica's weight grows from a tenth to the whole.
+    report: told of each failure that a request meets, and of the first success after it.
+    """
 
-    def available(self, tried: Collection[Replica] = ()) -> list[Replica]:
-        """Healthy replicas, in order, without those already tried."""
-        return [r for r in self.all if r.healthy and r not in tried]
+    def __init__(
+        self,
+        board: Board,
+        part: Part,
+        report: Callable[[int, str | None], None],
+        slow_start: float = 10.0,
+    ) -> None:
+        self.all: list[Replica] = []
+        self.part = part
+        self.on_lost: Callable[[Replica], None] = lambda replica: None
+        self.on_removed: Callable[[Replica], None] = lambda replica: None
+        self._board = board
+        self._report = report
+        self._slow_start = slow_start
+        self._rows = 0
+        self._ramping = False
+        self._mean_output = _FIRST_GUESS
+        self._out: dict[int, str] = {}  # failed here, and the keeper has not said so yet
 
-    def describe_outage(self) -> str:
+    # --- membership ------------------------------------------------------------------------------
+
+    def apply(self, members: Iterable[Member]) -> None:
+        """Take over what the keeper says."""
+        known = {replica.member.id: replica for replica in self.all}
+        gone = dict(known)
+        made = []
+        for member in members:
+            replica = known.get(member.id)
+            gone.pop(member.id, None)
+            if replica is None:
+                replica = Replica(member)
+            newly_lost = member.lost and not replica.member.lost
+            replica.member = member
+            made.append(replica)
+            if member.failing or member.state != "up":
+                self._out.pop(member.id, None)
+            if newly_lost:
+                self.on_lost(replica)
+        self.all = sorted(made, key=lambda replica: replica.slot)
+        self._rows = max((r.slot for r in made), default=-1) + 1
+        self._ramping = any(r.member.ramp_from is not None for r in made)
+        for replica in gone.values():
+            self._out.pop(replica.member.id, None)
+            replica.removed = True
+            self.on_removed(replica)
+
+    def models(self) -> set[str]:
+        """Names of the models that replicas offer, whatever their health."""
+        return {name for replica in self.all for name in replica.member.models}
+
+    def takes(self, replica: Replica) -> bool:
+        """Whether it may be given requests."""
+        return replica.member.state == "up" and replica.member.id not in self._out
+
+    def available(self, tried: Collection[Replica] = (), model: str | None = None) -> list[Replica]:
+        """Replicas that take requests for this model, without those already tried. One that does
+        not say what it serves is taken to serve everything."""
+        return [
+            r
+            for r in self.all
+            if self.takes(r)
+            and r not in tried
+            and (model is None or not r.member.models or model in r.member.models)
+        ]
+
+    def describe_outage(self, model: str | None = None) -> str:
         """Why no replica is available, for an error message."""
-        if not self.all:
+        asked = [r for r in self.all if model is None or model in (*r.member.models, model)]
+        if not asked:
             return "no replica is configured"
-        return "; ".join(f"{r.target}: {r.reason}" for r in self.all if not r.healthy)
+        return "; ".join(
+            f"{r.target}: {self._out.get(r.member.id) or r.member.reason or r.member.state}"
+            for r in asked
+            if not self.takes(r)
+        )
+
+    # --- load ------------------------------------------------------------------------------------
+
+    def look(self, replicas: Sequence[Replica]) -> None:
+        """Bring load and in_flight of these up to date, over all processes."""
+        rows = self._board.replica_sums(self._rows)
+        for replica in replicas:
+            row = rows[replica.slot]
+            replica.load, replica.in_flight = row[LOAD], row[IN_FLIGHT]
+
+    def share(self, replica: Replica) -> float:
+        """Its weight now: what it was given, less while it starts slowly."""
+        member = replica.member
+        if not self._ramping or member.ramp_from is None or self._slow_start <= 0:
+            return member.weight
+        age = time.monotonic() - member.ramp_from
+        return member.weight * min(1.0, max(0.1, age / self._slow_start))
+
+    def expected_output(self, ask: Ask) -> int:
+        """Output tokens to reckon with, from what answers had so far."""
+        mean = int(self._mean_output)
+        return min(mean, ask.max_tokens) if ask.max_tokens else mean
+
+    def learn_output(self, chunks: int) -> None:
+        """A stream has ended after so many chunks."""
+        self._mean_output += 0.05 * (chunks - self._mean_output)
+
+    def picked(self, replica: Replica, size: int, prompt: int) -> None:
+        """It carries one more request of `size` tokens, `prompt` of them known already."""
+        part, slot = self.part, replica.slot
+        part.add(slot, LOAD, size)
+        part.add(slot, RESIDENT, prompt)
+        part.add(slot, IN_FLIGHT, 1)
+        part.add(slot, PICKS, 1)
+        part.add(slot, PROMPT_TOKENS, prompt)
+
+    def grew(self, replica: Replica, load: int, resident: int) -> None:
+        """What it carries grew by tokens."""
+        self.part.add(replica.slot, LOAD, load)
+        self.part.add(replica.slot, RESIDENT, resident)
+
+    def released(self, replica: Replica, load: int, resident: int) -> None:
+        """It carries one request less; load and resident: what that one had been counted as."""
+        if replica.removed:
+            return  # its row may be another's by now
+        self.grew(replica, -load, -resident)
+        self.part.add(replica.slot, IN_FLIGHT, -1)
+        replica.publish(self.part)
+
+    # --- what requests meet ----------------------------------------------------------------------
 
     def failed(self, replica: Replica, reason: str) -> None:
-        """A request met a failure: take the replica out for a while."""
-        policy = self._policy
-        delay = min(policy.backoff * 2.0**replica.failures_in_row, policy.backoff_limit)
-        replica.failures += 1
-        replica.failures_in_row += 1
-        replica.healthy, replica.reason = False, reason
-        replica.ejected_until = time.monotonic() + delay
+        """A request met a failure: out at once here, and the keeper decides for how long."""
+        self.part.add(replica.slot, FAILURES, 1)
+        self._out[replica.member.id] = reason
+        self._report(replica.member.id, reason)
 
     def succeeded(self, replica: Replica) -> None:
         """A request was answered in full."""
-        replica.failures_in_row = 0
-
-    def start(self) -> None:
-        """Watch every replica until `stop`; needs a running loop."""
-        self._watchers = [asyncio.create_task(self._watch(r)) for r in self.all]
-
-    async def stop(self) -> None:
-        """End the watching."""
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-
-    async def _watch(self, replica: Replica) -> None:
-        while True:
-            await asyncio.sleep(self._policy.interval)
-            await self.check(replica)
-
-    async def check(self, replica: Replica) -> None:
-        """One health check; it changes health, never the load counters."""
-        try:
-            response = await fetch(replica.target, "/health", timeout=self._policy.timeout)
-        except TimeoutError:
-            replica.missed_checks += 1
-            if replica.missed_checks >= self._policy.misses:
-                self._down(replica, f"no answer to {replica.missed_checks} health checks in a row")
-            return
-        except OSError as error:
-            self._down(replica, f"health check failed ({error})")
-            return
-        replica.missed_checks = 0
-        if response.status != 200:
-            self._down(replica, f"/health says {response.status} ({error_text(response.body)})")
-        elif time.monotonic() >= replica.ejected_until:
-            replica.healthy, replica.reason = True, ""
-
-    def _down(self, replica: Replica, reason: str) -> None:
-        replica.healthy, replica.reason = False, reason
+        self.part.add(replica.slot, ENDED, 1)
+        if replica.member.failing:
+            self._report(replica.member.id, None)

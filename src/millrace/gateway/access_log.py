@@ -1,0 +1,64 @@
+"""A line of JSON for each request: who asked for what, who answered, how long it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from io import FileIO
+from typing import TYPE_CHECKING, BinaryIO
+
+import msgspec
+
+if TYPE_CHECKING:
+    from millrace.gateway.exchange import Exchange
+
+
+class AccessLog:
+    """Appends to a file, or to stderr for "-". Lines are written together, at the latest when
+    `flush` is called; each write is whole lines, so that processes can share a file."""
+
+    def __init__(self, path: str) -> None:
+        self._file: BinaryIO | FileIO = sys.stderr.buffer
+        if path != "-":
+            self._file = FileIO(path, "ab")
+        self._lines: list[bytes] = []
+
+    def write(self, exchange: Exchange, status: int) -> None:
+        """Note a request that has ended. Times in ms; status 499: the client left."""
+        request, ask, now = exchange.request, exchange.ask, time.perf_counter()
+        first = exchange.first_byte
+        line = {
+            "time": round(time.time(), 3),
+            "id": request.id.decode("latin-1"),
+            "client": request.peer,
+            "method": request.method.decode("latin-1"),
+            "path": request.path.decode("latin-1"),
+            "status": status,
+            "class": ask.service,
+            "model": ask.model,
+            "stream": ask.stream,
+            "replica": str(exchange.replica.target) if exchange.replica else None,
+            "prompt_tokens": ask.prompt_tokens if ask.for_text else None,
+            "chunks": exchange.chunks,
+            "bytes": exchange.bytes,
+            "first_byte_ms": None if first is None else round(first * 1e3, 2),
+            "total_ms": round((now - exchange.began) * 1e3, 2),
+            "retries": exchange.retries,
+            "resumed": exchange.moves,
+        }
+        self._lines.append(msgspec.json.encode(line) + b"\n")
+        if len(self._lines) >= 64:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._lines:
+            data, self._lines = b"".join(self._lines), []
+            self._file.write(data)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write the last lines."""
+        self.flush()
+        if self._file is not sys.stderr.buffer:
+            self._file.close()

@@ -1,0 +1,526 @@
+"""One request on its way through: from the pick to the response's last byte.
+
+Until the first byte has gone to the client, a failure moves the request to another replica. A
+stream that has begun is continued on another one from the last whole event (journal.py,
+continuation.py). Where that cannot be, the client's connection is cut, so that it cannot take a
+part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from millrace.gateway.ask import read_ask, worded
+from millrace.gateway.continuation import (
+    Continuation,
+    can_continue,
+    continuing_request,
+    whole_already,
+)
+from millrace.gateway.journal import Journal, Progress, read_progress
+from millrace.gateway.message import (
+    Answer,
+    Headers,
+    Request,
+    error_answer,
+    header,
+    request_bytes,
+    response_head,
+)
+from millrace.gateway.replica_side import ReplicaSide
+from millrace.gateway.replicas import Replica
+
+if TYPE_CHECKING:
+    from millrace.gateway.client_side import ClientSide
+    from millrace.gateway.relay import Relay
+
+_BUSY = (429, 503)  # a replica that says so is passed over while there is another
+_ERROR_EVENT = b'data: {"error":'
+_WAIT_STEP = 0.05  # seconds between looks for a replica that could go on with a stream
+
+
+class Exchange:
+    """One request. ask: its facts. status: of the response, 0 before its first byte."""
+
+    def __init__(self, relay: Relay, client: ClientSide, request: Request) -> None:
+        self._relay = relay
+        self._client = client
+        self.request = request
+        self._loop = asyncio.get_running_loop()
+        self.ask = read_ask(request)
+        self.began = time.perf_counter()
+        self.first_byte: float | None = None
+        self.status = 0
+        self.bytes = self.chunks = 0
+        self.retries = self.moves = 0
+        self.replica: Replica | None = None
+        self._tried: list[Replica] = []
+        self._failures = 0
+        self._upstream: ReplicaSide | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.TimerHandle | None = None
+        self._last_byte = self._loop.time()
+        self._placed = self._ended = False
+        self._keep_alive = False
+        self._delimited = True
+        self._last_failure = ""
+        # What this request is counted as at its replica: see ReplicaSet.picked.
+        self._size = self._resident = self._published = 0
+        self._journal: Journal | None = None
+        self._kept = 0
+        self._progress: Progress | None = None
+        self._continuation: Continuation | None = None
+        self._wait_until = 0.0
+
+    # --- from the client -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Find the request a place."""
+        relay, ask = self._relay, self.ask
+        relay.in_flight += 1
+        known = relay.replicas.models()
+        if ask.model is not None and known and ask.model not in known:
+            names = ", ".join(sorted(known))
+            message = f"no replica serves model {ask.model!r}; served are: {names}"
+            self._answer(error_answer(404, message, code="model_not_found"))
+            return
+        if not relay.replicas.available(model=ask.model):
+            self._refuse_for_want_of_replicas()
+            return
+        refusal = relay.admission.enter(self)
+        if refusal is not None:
+            wait = relay.admission.retry_after(ask.service)
+            self._answer(error_answer(429, f"{refusal}; try again later", retry_after=wait))
+        elif not self._placed and not self._ended:
+            self._timer = self._loop.call_later(relay.limits.queue_timeout, self._waited_too_long)
+
+    def has_room(self) -> bool:
+        """Whether a replica could take the request now; also when none is left to wait for."""
+        fleet = self._relay.replicas
+        able = fleet.available(model=self.ask.model)
+        if self._relay.limits.per_replica or any(r.member.limit for r in able):
+            fleet.look(able)
+            return not able or any(not self._full(r) for r in able)
+        return True
+
+    def admitted(self) -> None:
+        """The request has a place: pick a replica and send."""
+        self._placed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._relay.limits.timeout, self._look_at_clock)
+        self._attempt()
+
+    def cancel(self) -> None:
+        """The client has gone: the replica learns it by its connection closing."""
+        self._relay.part.event("disconnects")
+        self._end(499, reusable=False)
+
+    def pause(self) -> None:
+        """The client takes no more for now."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """The client takes bytes again."""
+        self._last_byte = self._loop.time()
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    # --- towards the replica -------------------------------------------------------------------
+
+    def _full(self, replica: Replica) -> bool:
+        limit = self._relay.limits.per_replica
+        return replica.full or 0 < limit <= replica.in_flight
+
+    def _attempt(self) -> None:
+        relay = self._relay
+        able = relay.replicas.available(self._tried, self.ask.model)
+        if self._progress is not None:
+            able = [r for r in able if can_continue(self.ask, self._progress, r.member.kind)]
+        if not able:
+            self._give_up()
+            return
+        free = able
+        if relay.limits.per_replica or any(r.member.limit for r in able):
+            relay.replicas.look(able)
+            free = [r for r in able if not self._full(r)] or able
+        began = time.perf_counter_ns()
+        replica = relay.picker.pick(free, self.ask)
+        self._last_byte = self._loop.time()
+        relay.part.event("relay_ns", time.perf_counter_ns() - began)
+        self._tried.append(replica)
+        self._take(replica)
+        idle = relay.take_idle(replica)
+        if idle is not None:
+            self._send(idle)
+        else:
+            self._opening = self._loop.create_task(self._open(replica))
+
+    def _take(self, replica: Replica) -> None:
+        """Count the request as one of this replica's."""
+        fleet, ask = self._relay.replicas, self.ask
+        self.replica = replica
+        replica.exchanges.add(self)
+        made = len(self._progress.token_ids) if self._progress else 0
+        self._resident = ask.prompt_tokens + made
+        self._size = ask.prompt_tokens + max(made, fleet.expected_output(ask))
+        self._published = self.chunks
+        fleet.picked(replica, self._size, self._resident)
+
+    def publish(self) -> None:
+        """Bring the tokens that this request is counted as up to date."""
+        new = self.chunks - self._published
+        if new and self.replica is not None and self.ask.stream:
+            self._published = self.chunks
+            self._resident += new
+            over = max(0, self._resident - self._size)
+            self._size += over
+            self._relay.replicas.grew(self.replica, over, new)
+
+    async def _open(self, replica: Replica) -> None:
+        target = replica.target
+        try:
+            async with asyncio.timeout(self._relay.limits.connect_timeout):
+                _, side = await self._loop.create_connection(
+                    lambda: ReplicaSide(self._relay, replica),
+                    target.host,
+                    target.port,
+                    ssl=self._relay.tls() if target.tls else None,
+                )
+        except OSError as error:
+            self._opening = None
+            self.failed(f"cannot connect ({error or 'timed out'})")
+            return
+        self._opening = None
+        self._send(side)
+
+    def _send(self, side: ReplicaSide) -> None:
+        self._upstream = side
+        kind = side.replica.member.kind
+        path: bytes | None = None
+        if self._progress is not None:
+            self._continuation = Continuation(self.ask, self._progress, kind)
+            path, body = continuing_request(self.ask, self._progress, kind)
+        else:
+            body = worded(self.ask, kind)
+        data = request_bytes(
+            self.request, body, path=path, authorization=self._relay.access.upstream
+        )
+        if self._client.paused:
+            side.pause()
+        headless = self.request.method == b"HEAD"
+        side.send(self, data, headless=headless, decode=self._progress is not None)
+
+    # --- from the replica ----------------------------------------------------------------------
+
+    def head(
+        self,
+        status: int,
+        reason: bytes,
+        headers: Headers,
+        delimited: bool,
+        chunked: bool,
+        first: bytes,
+    ) -> bool:
+        """The response's head has come, and `first`, how its body begins. False: the request goes
+        to another replica instead. delimited: the body's end is marked; chunked: by chunks."""
+        if status in _BUSY and self._other_replicas():
+            self._pass_over(f"answered {status}")
+            return False
+        if self._progress is not None:
+            if status == 200:
+                return True
+            self.failed(f"answered {status} to a request to go on", lost=status < 500)
+            return False
+        if status == 200 and chunked and _ERROR_EVENT in first[:64] and self._other_replicas():
+            self.failed("began its stream with an error")
+            return False
+        self.status, self._delimited = status, delimited
+        self.first_byte = time.perf_counter() - self.began
+        self._relay.part.first_byte(self.first_byte)
+        request = self.request
+        self._keep_alive = delimited and request.keep_alive and request.version == "1.1"
+        kind = header(headers, b"content-type")
+        streams = status == 200 and chunked and kind.startswith(b"text/event-stream")
+        if streams and self.ask.resumable and self._member_kind != "other":
+            self._journal = Journal(strip=not self.ask.wants_ids)
+        elif streams and self.ask.stream:
+            self._relay.part.event("unprotected")
+        self._client.write(response_head(status, reason, headers, self._keep_alive, request.id))
+        return True
+
+    @property
+    def _member_kind(self) -> str:
+        return self.replica.member.kind if self.replica is not None else "other"
+
+    def body(self, data: bytes) -> None:
+        """Pass bytes on to the client: as they are, or as the continuation words them."""
+        replica = self.replica
+        assert replica is not None
+        size = len(data)
+        replica.bytes += size
+        replica.chunks += 1
+        self.bytes += size
+        self.chunks += 1
+        self._last_byte = self._loop.time()
+        if self._continuation is not None:
+            self._continue(data)
+            return
+        journal = self._journal
+        if journal is not None:
+            if _ERROR_EVENT in data and self._error_came(journal, data):
+                return
+            data = journal.take(data)
+            if journal.broken or journal.size - self._kept > 16384:
+                data = self._account(journal, data)
+        if data:
+            self._client.write(data)
+
+    def _account(self, journal: Journal, data: bytes) -> bytes:
+        """Keep the bytes kept within their bounds; above them the guarantee is given up."""
+        limits, relay = self._relay.limits, self._relay
+        change = journal.size - self._kept
+        if (
+            journal.broken
+            or journal.size > limits.max_kept
+            or relay.kept + change > limits.all_kept
+        ):
+            data += journal.give_up()
+            self._journal = None
+            relay.part.event("unprotected")
+            change = -self._kept
+        self._kept += change
+        relay.kept += change
+        relay.part.live("kept_bytes", change)
+        return data
+
+    def _error_came(self, journal: Journal, data: bytes) -> bool:
+        """A stream that ends with an error of the replica's own is as good as a broken one: what
+        came before is passed on, the rest comes from elsewhere. False: it is passed on too."""
+        if b'"type":"invalid_request_error"' in data or not self._may_move():
+            return False
+        at = data.index(_ERROR_EVENT)
+        line = data.rfind(b"\r\n", 0, at)
+        begin = data.rfind(b"\n", 0, line) + 1 if line > 0 else 0
+        passed = journal.take(data[:begin]) if begin else b""
+        if passed:
+            self._client.write(passed)
+        self.failed("ended its stream with an error")
+        return True
+
+    def _continue(self, data: bytes) -> None:
+        assert self._continuation is not None
+        words = self._continuation.take(data)
+        if words:
+            self._failures = 0
+            self._client.write(words)
+        if self._continuation.failure is not None:
+            self.failed(self._continuation.failure)
+
+    def complete(self, data: bytes, reusable: bool) -> None:
+        """The response is whole with these bytes. reusable: its connection can carry another."""
+        replica = self.replica
+        assert replica is not None
+        if self._continuation is not None:
+            self.body(data)
+            if self.replica is not replica:
+                return  # it went elsewhere
+            if not self._progress_whole():
+                self.failed("ended a stream before its end")
+                return
+            self._client.write(b"0\r\n\r\n")
+        elif self._journal is not None:
+            if _ERROR_EVENT in data and self._error_came(self._journal, data):
+                return
+            replica.bytes += len(data)
+            replica.chunks += 1
+            self.chunks += 1
+            self._client.write(self._journal.rest(data))
+        elif data:
+            self.body(data)
+        self._relay.replicas.succeeded(replica)
+        if self.ask.stream and self.status == 200:
+            self._relay.replicas.learn_output(self.chunks)
+        self._end(self.status, reusable)
+        self._client.finished(self._keep_alive)
+
+    def _progress_whole(self) -> bool:
+        return self._progress is not None and self._progress.done
+
+    # --- failures ------------------------------------------------------------------------------
+
+    def failed(self, reason: str, *, stale: bool = False, lost: bool = False) -> None:
+        """The replica failed. stale: on a connection that had been idle, without a byte. lost: the
+        keeper found it out, so it need not be told."""
+        replica = self.replica
+        if replica is None or self._ended:
+            return
+        if stale:
+            self._upstream = None
+            self._opening = self._loop.create_task(self._open(replica))
+            return
+        if not lost:
+            self._relay.replicas.failed(replica, reason)
+        self._last_failure = f"{replica.target}: {reason}"
+        self._failures += 1
+        if not self.status:
+            self._leave(reusable=False)
+            self._retry()
+        elif self._may_move():
+            self._leave(reusable=False)
+            self._move()
+        else:
+            self._cut_off()
+
+    def _pass_over(self, reason: str) -> None:
+        """The replica is well but has no room."""
+        assert self.replica is not None
+        self._last_failure = f"{self.replica.target}: {reason}"
+        self._leave(reusable=False)
+        self._retry()
+
+    def _other_replicas(self) -> bool:
+        return bool(self._relay.replicas.available(self._tried, self.ask.model))
+
+    def _retry(self) -> None:
+        if self._failures > self._relay.limits.retries:
+            self._give_up()
+            return
+        self.retries += 1
+        self._relay.part.event("retries")
+        self._attempt()
+
+    def _may_move(self) -> bool:
+        """Whether the stream can be continued elsewhere, as far as this request goes."""
+        if self.moves >= self._relay.limits.moves:
+            return False
+        return self._journal is not None or self._progress is not None
+
+    def _move(self) -> None:
+        """Continue the stream on another replica."""
+        self.moves += 1
+        if self._progress is None:
+            assert self._journal is not None
+            self._progress = read_progress(self._journal.raw)
+            self._journal.give_up()
+            if self._progress is None or not self._progress.resumable:
+                self._cut_off()
+                return
+        progress, ask = self._progress, self.ask
+        if whole_already(ask, progress, "vllm" if progress.finished else "millrace"):
+            self._client.write(Continuation(ask, progress, "millrace").ending(ask.include_usage))
+            self._relay.part.event("resumed")
+            self._end(self.status, reusable=False)
+            self._client.finished(self._keep_alive)
+            return
+        self._relay.part.event("resumed")
+        self._continuation = None
+        self._tried = self._tried[-1:]  # earlier ones may have come back
+        self._wait_until = self._loop.time() + self._relay.limits.resume_wait
+        self._attempt()
+
+    # --- ends ----------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        """No replica is left to try."""
+        if self._progress is not None:
+            self._wait_for_a_replica()
+        elif self._last_failure:
+            message = f"every replica failed; the last: {self._last_failure}"
+            self._answer(error_answer(502, message, retry_after=1))
+        else:
+            self._refuse_for_want_of_replicas()
+
+    def _refuse_for_want_of_replicas(self) -> None:
+        outage = self._relay.replicas.describe_outage(self.ask.model)
+        message = f"no healthy replica: {outage}"
+        self._answer(error_answer(503, message, retry_after=1))
+
+    def _wait_for_a_replica(self) -> None:
+        """A stream has begun and nobody can go on with it now: somebody may come back."""
+        if self._loop.time() > self._wait_until:
+            self._cut_off()
+        else:
+            self._tried = []
+            self._last_byte = self._loop.time()
+            self._waiter = self._loop.call_later(_WAIT_STEP, self._attempt)
+
+    def _waited_too_long(self) -> None:
+        relay = self._relay
+        relay.admission.leave_queue(self)
+        seconds = relay.limits.queue_timeout
+        message = f"no place became free within {seconds:g} s; try again later"
+        wait = relay.admission.retry_after(self.ask.service)
+        self._answer(error_answer(429, message, retry_after=wait))
+
+    def _look_at_clock(self) -> None:
+        limit = self._relay.limits.timeout
+        left = self._last_byte + limit - self._loop.time()
+        if left > 0 or self._client.paused:
+            self._timer = self._loop.call_later(left if left > 0 else 1.0, self._look_at_clock)
+        elif self.status:
+            self._timer = self._loop.call_later(limit, self._look_at_clock)
+            self.failed(f"brought no byte for {limit:g} s")
+        else:
+            target = self.replica.target if self.replica else "a replica"
+            self._answer(error_answer(504, f"{target} brought no answer within {limit:g} s"))
+
+    def _answer(self, own: Answer) -> None:
+        self._end(own.status, reusable=False, counted=True)
+        self._client.answer(own, self.request)
+
+    def _cut_off(self) -> None:
+        part = self._relay.part
+        part.event("cut_off")
+        if self.moves:
+            part.event("resume_failed")
+        self._end(self.status, reusable=False)
+        if self._delimited:
+            self._client.finished(keep_alive=False)
+        else:
+            # Without a marked end a plain close would look like the end of the body.
+            self._client.close()
+
+    def _leave(self, reusable: bool) -> None:
+        """Let go of the replica and of its connection."""
+        if self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.release(reusable)
+        replica, self.replica = self.replica, None
+        if replica is not None:
+            replica.exchanges.discard(self)
+            self._relay.replicas.released(replica, self._size, self._resident)
+
+    def _end(self, status: int, reusable: bool, counted: bool = False) -> None:
+        """Let go of everything. counted: the answer counts itself."""
+        if self._ended:
+            return
+        self._ended = True
+        relay = self._relay
+        served_by = self.replica
+        self._leave(reusable)
+        relay.in_flight -= 1
+        for timer in (self._timer, self._waiter):
+            if timer is not None:
+                timer.cancel()
+        if self._kept:
+            relay.kept -= self._kept
+            relay.part.live("kept_bytes", -self._kept)
+        if not counted:
+            relay.part.answered(status)
+        relay.part.event("relayed_requests")
+        if relay.log is not None:
+            self.replica = served_by
+            relay.log(self, status)
+            self.replica = None
+        if self._placed:
+            relay.admission.leave(self.ask.service)
+        else:
+            relay.admission.leave_queue(self)

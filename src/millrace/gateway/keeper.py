@@ -1,0 +1,383 @@
+"""What is known of each replica: found out here, once for all gateway processes.
+
+Health comes from three sides: GET /health every second; a completion of one token, which needs a
+real step, before a replica is taken in, before it comes back, and when it has answered nothing for
+a while; and the failures that requests meet. A failed replica stays out for a time that doubles
+with each failure in a row. Reports of load correct what the gateway counts itself. Checks never
+touch those counters. The keeper says what it knows as a list of Members, to whoever listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from millrace.errors import UserError
+from millrace.gateway.ask import Kind
+from millrace.gateway.board import ENDED, IN_FLIGHT, MAX_REPLICAS, RESIDENT, Board
+from millrace.gateway.load_report import LoadReports
+from millrace.gateway.replicas import Member
+from millrace.http1 import Response, Target, error_text, fetch
+
+
+class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds, all but `misses`: the checks in a row that may go unanswered before a replica
+    counts as lost. idle_probe: a replica that has completed nothing for so long must prove a step;
+    0 for never. load_interval: between two load reports; 0 for none."""
+
+    interval: float = 1.0
+    timeout: float = 5.0
+    misses: int = 2
+    backoff: float = 1.0
+    backoff_limit: float = 30.0
+    idle_probe: float = 30.0
+    probe_timeout: float = 60.0
+    slow_start: float = 10.0
+    load_interval: float = 0.1
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica as somebody named it. source: who did, so that each source removes its own only.
+    models: empty to ask the replica itself."""
+
+    target: Target
+    weight: float = 1.0
+    limit: int = 0
+    models: tuple[str, ...] = ()
+    source: str = "flags"
+
+
+class _Watched:
+    """One replica and the keeper's notes on it."""
+
+    def __init__(self, spec: ReplicaSpec, member: Member) -> None:
+        self.spec = spec
+        self.member = member
+        self.failures_in_row = 0
+        self.missed = 0
+        self.ejected_until = 0.0
+        self.proven = False  # a step has been seen since it was last out
+        self.proven_at = 0.0
+        self.ended = 0
+        self.cards: list[dict[str, Any]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+
+class Keeper:
+    """All replicas, and the tasks that watch them. listeners: called with every new list."""
+
+    def __init__(self, board: Board, policy: HealthPolicy, worker_key: str | None = None) -> None:
+        self._board = board
+        self._policy = policy
+        self._headers = (("Authorization", f"Bearer {worker_key}"),) if worker_key else ()
+        self._watched: dict[int, _Watched] = {}
+        self._next_id = 0
+        self._next_slot = 0
+        self._running = False
+        self.listeners: list[Callable[[list[Member]], None]] = []
+
+    @property
+    def members(self) -> list[Member]:
+        """All replicas, in the order of their slots."""
+        return sorted((w.member for w in self._watched.values()), key=lambda m: m.slot)
+
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        """What healthy replicas say of their models, one entry a name."""
+        cards: dict[str, dict[str, Any]] = {}
+        for watched in self._watched.values():
+            for card in watched.cards if watched.member.state != "down" else ():
+                cards.setdefault(card["id"], card)
+        return list(cards.values())
+
+    # --- membership ------------------------------------------------------------------------------
+
+    def add(self, spec: ReplicaSpec) -> Member:
+        """Watch one more replica. Raises UserError when it is there already, or cannot be."""
+        if spec.target.prefix:
+            raise UserError(f"{spec.target}: a replica's URL has no path; give http://host:port")
+        if any(w.spec.target == spec.target for w in self._watched.values()):
+            raise UserError(f"{spec.target}: this replica is there already")
+        if not 0.0 < spec.weight <= 1000.0:
+            raise UserError(f"{spec.target}: weight {spec.weight}: use a number above 0, to 1000")
+        member = Member(
+            id=self._next_id,
+            slot=self._free_slot(),
+            target=spec.target,
+            weight=spec.weight,
+            limit=spec.limit,
+            models=spec.models,
+        )
+        self._next_id += 1
+        watched = self._watched[member.id] = _Watched(spec, member)
+        if self._running:
+            self._watch(watched)
+        self._publish()
+        return member
+
+    def remove(self, id: int) -> None:
+        """Forget a replica now; what it carries is continued elsewhere."""
+        watched = self._watched.pop(id)
+        for task in watched.tasks:
+            task.cancel()
+        self._publish()
+
+    def drain(self, id: int, *, then_remove: bool) -> None:
+        """Give a replica no more requests; remove it, if told, once it has none."""
+        watched = self._watched[id]
+        self._set(watched, state="draining", reason="draining")
+        if then_remove:
+            watched.tasks.append(asyncio.create_task(self._remove_when_empty(watched)))
+
+    def undrain(self, id: int) -> None:
+        """Give a drained replica requests again, once a check says that it is well."""
+        watched = self._watched[id]
+        if watched.member.state == "draining":
+            self._set(watched, state="down", reason="to be checked")
+
+    def set_weight(self, id: int, weight: float) -> None:
+        """Change a replica's share of the load. Raises UserError for a weight that cannot be."""
+        if not 0.0 < weight <= 1000.0:
+            raise UserError(f"weight {weight}: use a number above 0, to 1000")
+        self._set(self._watched[id], weight=weight)
+
+    def sync(self, source: str, specs: Sequence[ReplicaSpec]) -> None:
+        """Make this source's replicas exactly these: others of its own drain and go."""
+        wanted = {spec.target: spec for spec in specs}
+        for id, watched in list(self._watched.items()):
+            target = watched.spec.target
+            if target not in wanted:
+                if watched.spec.source == source and watched.member.state != "draining":
+                    self.drain(id, then_remove=True)
+            elif watched.spec.source == source:
+                if watched.member.state == "draining":
+                    self.undrain(id)
+                if wanted[target].weight != watched.member.weight:
+                    self.set_weight(id, wanted[target].weight)
+        there = {watched.spec.target for watched in self._watched.values()}
+        for target, spec in wanted.items():
+            if target not in there:
+                self.add(spec)
+
+    def find(self, id: int) -> Member | None:
+        """The replica of that id."""
+        watched = self._watched.get(id)
+        return watched.member if watched is not None else None
+
+    def _free_slot(self) -> int:
+        taken = {watched.member.slot for watched in self._watched.values()}
+        if len(taken) >= MAX_REPLICAS:
+            raise UserError(f"{MAX_REPLICAS} replicas are there, as many as one gateway takes")
+        # The slot freed longest ago: a process may still write to one freed just now.
+        while self._next_slot % MAX_REPLICAS in taken:
+            self._next_slot += 1
+        slot = self._next_slot % MAX_REPLICAS
+        self._next_slot += 1
+        self._board.clear_replica(slot)
+        return slot
+
+    async def _remove_when_empty(self, watched: _Watched) -> None:
+        member = watched.member
+        while self._under_way(member):
+            await asyncio.sleep(0.02)
+        if watched.member.state == "draining" and member.id in self._watched:
+            watched.tasks = [t for t in watched.tasks if t is not asyncio.current_task()]
+            self.remove(member.id)
+
+    def _under_way(self, member: Member) -> int:
+        return self._board.replica_sums(member.slot + 1)[member.slot][IN_FLIGHT]
+
+    def _set(self, watched: _Watched, **changes: Any) -> None:
+        changed = msgspec.structs.replace(watched.member, **changes)
+        if changed != watched.member:
+            watched.member = changed
+            self._publish()
+
+    def _publish(self) -> None:
+        members = self.members
+        for listener in self.listeners:
+            listener(members)
+
+    # --- what requests meet ----------------------------------------------------------------------
+
+    def report(self, id: int, reason: str | None) -> None:
+        """A request met a failure at a replica, or (None) was answered in full after one."""
+        watched = self._watched.get(id)
+        if watched is None:
+            return
+        if reason is None:
+            watched.failures_in_row = 0
+            self._set(watched, failing=False)
+            return
+        now, policy = time.monotonic(), self._policy
+        if now < watched.ejected_until:
+            return  # one death fails many requests; it counts once
+        delay = min(policy.backoff * 2.0**watched.failures_in_row, policy.backoff_limit)
+        watched.failures_in_row += 1
+        watched.ejected_until = now + delay
+        self._out(watched, reason, failing=True)
+
+    def _out(self, watched: _Watched, reason: str, **changes: Any) -> None:
+        watched.proven = False
+        if watched.member.state == "draining":
+            self._set(watched, **changes)
+        else:
+            self._set(watched, state="down", reason=reason, **changes)
+
+    # --- watching --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Check every replica once, then watch them until `stop`."""
+        await asyncio.gather(*(self.check(id, first=True) for id in list(self._watched)))
+        self._running = True
+        for watched in self._watched.values():
+            self._watch(watched)
+
+    async def stop(self) -> None:
+        """End the watching."""
+        self._running = False
+        tasks = [task for watched in self._watched.values() for task in watched.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _watch(self, watched: _Watched) -> None:
+        watched.tasks.append(asyncio.create_task(self._check_again_and_again(watched)))
+        if self._policy.load_interval > 0:
+            watched.tasks.append(asyncio.create_task(self._ask_for_load(watched)))
+
+    async def _check_again_and_again(self, watched: _Watched) -> None:
+        while True:
+            if watched.member.reason != "not checked yet":
+                await asyncio.sleep(self._policy.interval)
+            await self.check(watched.member.id)
+
+    async def check(self, id: int, *, first: bool = False) -> None:
+        """One health check; it changes health, never the load counters. first: the gateway itself
+        is starting, so there is nothing for a slow start to protect."""
+        watched = self._watched[id]
+        problem = await self._ask_health(watched)
+        if problem is None and time.monotonic() < watched.ejected_until:
+            return
+        if problem is None and self._must_prove(watched):
+            problem = await self._probe(watched)
+        if id not in self._watched:
+            return
+        if problem is not None:
+            if problem:
+                self._out(watched, problem, lost=self._is_lost(watched, problem))
+        elif watched.member.state == "down":
+            ramp = None if first else time.monotonic()
+            self._board.forget_prefixes(watched.member.slot)
+            self._set(watched, state="up", reason="", lost=False, ramp_from=ramp)
+
+    def _is_lost(self, watched: _Watched, problem: str) -> bool:
+        gone = "nobody listens" in problem or "health checks in a row" in problem
+        return watched.member.lost or gone
+
+    async def _ask_health(self, watched: _Watched) -> str | None:
+        """None if well, "" if nothing can be said yet, else what is wrong."""
+        try:
+            response = await self._fetch(watched, "/health", timeout=self._policy.timeout)
+        except TimeoutError:
+            watched.missed += 1
+            if watched.missed < self._policy.misses:
+                return ""
+            return f"no answer to {watched.missed} health checks in a row"
+        except ConnectionRefusedError as error:
+            return f"health check failed, nobody listens there ({error})"
+        except OSError as error:
+            return f"health check failed ({error})"
+        watched.missed = 0
+        if response.status != 200:
+            return f"/health says {response.status} ({error_text(response.body)})"
+        if not watched.cards:
+            await self._ask_models(watched)
+        return None
+
+    async def _ask_models(self, watched: _Watched) -> None:
+        """Learn which models it serves, and what kind of server it is."""
+        with contextlib.suppress(OSError, msgspec.DecodeError, TypeError, KeyError, AttributeError):
+            response = await self._fetch(watched, "/v1/models", timeout=self._policy.timeout)
+            if response.status != 200:
+                return
+            cards = msgspec.json.decode(response.body)["data"]
+            names = tuple(str(card["id"]) for card in cards)
+            owners = {card.get("owned_by") for card in cards}
+            kind: Kind = "other"
+            if "millrace" in owners:
+                kind = "millrace"
+            elif "vllm" in owners:
+                kind = "vllm"
+            watched.cards = cards
+            self._set(watched, models=watched.spec.models or names, kind=kind)
+
+    def _must_prove(self, watched: _Watched) -> bool:
+        ended = self._board.replica_sums(watched.member.slot + 1)[watched.member.slot][ENDED]
+        now = time.monotonic()
+        if ended != watched.ended and watched.proven:
+            watched.ended, watched.proven_at = ended, now
+        idle = self._policy.idle_probe
+        stale = 0 < idle < now - watched.proven_at and not self._under_way(watched.member)
+        return not watched.proven or stale
+
+    async def _probe(self, watched: _Watched) -> str | None:
+        """Have it complete one token: a green /health does not say that it can."""
+        name = watched.member.models[0] if watched.member.models else None
+        body = msgspec.json.encode(
+            {**({"model": name} if name else {}), "prompt": [1], "max_tokens": 1, "temperature": 0}
+        )
+        try:
+            response = await self._fetch(
+                watched, "/v1/completions", "POST", body, self._policy.probe_timeout
+            )
+        except OSError as error:
+            return f"a completion of one token failed ({error or 'no answer in time'})"
+        if response.status >= 500:
+            text = error_text(response.body)
+            return f"a completion of one token got {response.status} ({text})"
+        watched.proven, watched.proven_at = True, time.monotonic()
+        return None
+
+    async def _fetch(
+        self,
+        watched: _Watched,
+        path: str,
+        method: str = "GET",
+        body: bytes = b"",
+        timeout: float = 5.0,
+    ) -> Response:
+        headers = (*self._headers, ("X-Millrace-Probe", "1"))
+        return await fetch(
+            watched.spec.target, path, method=method, body=body, headers=headers, timeout=timeout
+        )
+
+    # --- load ------------------------------------------------------------------------------------
+
+    async def _ask_for_load(self, watched: _Watched) -> None:
+        """Correct the load that we count by what the replica says it carries."""
+        reports = LoadReports(watched.spec.target, self._headers)
+        slot = watched.member.slot
+        try:
+            while True:
+                await asyncio.sleep(reports.pause(self._policy.load_interval))
+                if watched.member.state == "down":
+                    self._board.correct(slot, 0)
+                    continue
+                before = self._board.replica_sums(slot + 1)[slot]
+                report = await reports.ask(watched.member.kind)
+                if report is not None:
+                    row = self._board.replica_sums(slot + 1)[slot]
+                    counted = (before[RESIDENT] + row[RESIDENT]) // 2
+                    requests = max(before[IN_FLIGHT], row[IN_FLIGHT])
+                    target = report.correction(counted, requests)
+                    # Half way each time: a request on its way there is not in the report yet.
+                    old = self._board.correction(slot)
+                    self._board.correct(slot, (old + target) // 2)
+        finally:
+            reports.close()

@@ -1,0 +1,83 @@
+"""What a replica says of its own load, asked at most ten times a second over one connection.
+
+A millrace replica answers GET /load from the front's own books, without asking its engine. Of a
+vllm replica, whose /metrics cost it more, two gauges are read once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+
+import msgspec
+
+from millrace.gateway.ask import Kind
+from millrace.http1 import Connection, Response, Target, connect, encode_request
+
+_TIMEOUT = 1.0
+_VLLM_PAUSE = 1.0
+_UNKNOWN_PAUSE = 30.0
+_GAUGE = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)", re.M)
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """requests: open in the replica. tokens: of these, prompt and output so far; None unknown."""
+
+    requests: int
+    tokens: int | None = None
+
+    def correction(self, counted: int, requests: int) -> int:
+        """Tokens by which what the gateway counted (tokens, requests) is wrong."""
+        if self.tokens is not None:
+            return self.tokens - counted
+        strangers = max(0, self.requests - requests)
+        return strangers * (counted // requests if requests else 512)
+
+
+class LoadReports:
+    """Asks one replica, again and again."""
+
+    def __init__(self, target: Target, headers: tuple[tuple[str, str], ...]) -> None:
+        self._target = target
+        self._headers = headers
+        self._connection: Connection | None = None
+        self._path = "/load"
+        self._pause = 0.0
+
+    def pause(self, interval: float) -> float:
+        """Seconds until the next question."""
+        return max(interval, self._pause)
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    async def ask(self, kind: Kind) -> LoadReport | None:
+        """Its report; None when it gives none now."""
+        path = "/metrics" if kind == "vllm" else "/load"
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                response = await self._get(path)
+        except OSError:
+            self.close()
+            return None
+        if response.status != 200 or response.error is not None:
+            self._pause = _UNKNOWN_PAUSE if response.status == 404 else _VLLM_PAUSE
+            return None
+        self._pause = _VLLM_PAUSE if kind == "vllm" else 0.0
+        if kind == "vllm":
+            found = [float(value) for value in _GAUGE.findall(response.body)]
+            return LoadReport(int(sum(found))) if found else None
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(response.body, type=LoadReport)
+        return None
+
+    async def _get(self, path: str) -> Response:
+        if self._connection is None or not self._connection.open or self._connection.busy:
+            self.close()
+            self._connection = await connect(self._target)
+        request = encode_request(self._target, "GET", path, headers=self._headers)
+        return await self._connection.send(request)

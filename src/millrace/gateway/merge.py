@@ -1,0 +1,45 @@
+"""Prometheus pages of several replicas as one: each sample gets a label that says whose it is.
+
+A family's HELP and TYPE stand once, with all its samples behind them, as the format demands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_SUFFIXES = ("_bucket", "_count", "_sum", "_total", "_created")
+_SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{(.*)\})? (.+)$")
+
+
+def merged(pages: Sequence[tuple[str, str]]) -> bytes:
+    """One page from (label, page) pairs. Lines that are no samples are left out."""
+    comments: dict[str, dict[str, str]] = {}
+    samples: dict[str, list[str]] = {}
+    for label, page in pages:
+        for line in page.splitlines():
+            if line.startswith("# "):
+                _, what, name, *_ = [*line.split(" ", 3), "", ""]
+                if what in ("HELP", "TYPE"):
+                    comments.setdefault(name, {}).setdefault(what, line)
+                    samples.setdefault(name, [])
+            elif found := _SAMPLE.match(line):
+                name, _, labels, value = found.groups()
+                family = _family(name, comments)
+                marked = f'replica="{label}"' + (f",{labels}" if labels else "")
+                samples.setdefault(family, []).append(f"{name}{{{marked}}} {value}")
+    lines = []
+    for family, rows in samples.items():
+        if rows:
+            lines += [*comments.get(family, {}).values(), *rows]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _family(name: str, known: dict[str, dict[str, str]]) -> str:
+    """The family that a sample belongs to, among those announced."""
+    if name in known:
+        return name
+    for suffix in _SUFFIXES:
+        if name.endswith(suffix) and name.removesuffix(suffix) in known:
+            return name.removesuffix(suffix)
+    return name

@@ -1,0 +1,26 @@
+"""A gateway in the test's own event loop, in front of mock replicas."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
+from millrace.http1 import Target, parse_url
+
+FAST = HealthPolicy(interval=0.05, timeout=1.0, backoff=0.2, slow_start=0.0)
+
+
+@contextlib.asynccontextmanager
+async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Target]]:
+    """A started gateway, checking health quickly, and where it listens."""
+    options.setdefault("health", FAST)
+    options.setdefault("replicas", [ReplicaSpec(target=parse_url(u)) for u in urls])
+    made = Gateway(GatewayOptions(port=0, **options), log=lambda line: None)
+    await made.start()
+    try:
+        yield made, Target("127.0.0.1", made.port)
+    finally:
+        await made.stop()
