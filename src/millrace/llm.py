@@ -27,18 +27,43 @@ from millrace.config import EngineArgs, engine_args
 from millrace.engine.replica import build_engine
 from millrace.errors import ConfigError, RequestError
 from millrace.models import find_model
-from millrace.protocol import AddRequest, Delta, EngineStats, FinishReason, SamplingParams
-from millrace.text.codec import Codec
+from millrace.protocol import (
+    AddRequest,
+    Delta,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
+from millrace.text.codec import Codec, copies
+from millrace.text.messages import Message
 from millrace.text.output import OutputText
-from millrace.text.template import Message
+from millrace.text.reasoning import begins_reasoning
 from millrace.text.tokenizer import Tokenizer
+from millrace.text.toolset import read_tools
 
 Prompt = str | list[int] | Mapping[str, Any]
 
 
 @dataclass
+class Logprob:
+    """One token at one position: its natural log-probability, its rank from 1, its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]  # of one position, the token that stands there first
+
+
+@dataclass
 class CompletionOutput:
-    """One output. stop_reason: the stop text or stop token id that ended it, if one did."""
+    """One output. stop_reason: the stop text or stop token id that ended it, if one did.
+
+    logprobs: one entry a token, where sampling_params.logprobs asks for them;
+    cumulative_logprob: the sum over the tokens themselves.
+    """
 
     index: int
     text: str
@@ -46,6 +71,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass
@@ -59,7 +85,10 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """One prompt and what came of it. prompt: its text, None if it was given as token ids."""
+    """One prompt and what came of it. prompt: its text, None if it was given as token ids.
+
+    prompt_logprobs: one entry a token, None for the first, where they are asked for.
+    """
 
     request_id: str
     prompt: str | None
@@ -68,6 +97,7 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     num_cached_tokens: int = 0
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 class LLM:
@@ -105,10 +135,10 @@ class LLM:
         """
         given = _as_list(prompts)
         params = self._params_for(len(given), sampling_params)
-        runs = [
-            self._run(*self._read(prompt), one) for prompt, one in zip(given, params, strict=True)
+        groups = [
+            self._runs(*self._read(prompt), one) for prompt, one in zip(given, params, strict=True)
         ]
-        return self._finish(runs, use_tqdm)
+        return self._finish(groups, use_tqdm)
 
     def chat(
         self,
@@ -117,26 +147,33 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. Otherwise as `generate`.
 
-        The text is all that the model wrote, its reasoning and `</think>` included.
+        The text is all that the model wrote: its reasoning and `</think>`, its calls of tools.
+        Structured outputs bind what comes behind the reasoning.
         """
+        offered = read_tools(tools)
         conversations = cast(
             Sequence[Sequence[Message]],
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
         )
         params = self._params_for(len(conversations), sampling_params)
-        runs = []
+        groups = []
         for conversation, one in zip(conversations, params, strict=True):
             text = self._codec.chat_prompt(
                 conversation,
+                tools=offered,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,
             )
-            runs.append(self._run(text, self._codec.encode(text, add_special_tokens=False), one))
-        return self._finish(runs, use_tqdm)
+            token_ids = self._codec.encode(text, add_special_tokens=False)
+            groups.append(self._runs(text, token_ids, one, begins_reasoning("auto", text)))
+        return self._finish(groups, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode and decode."""
@@ -149,6 +186,8 @@ class LLM:
             "temperature": defaults.temperature,
             "top_p": defaults.top_p,
             "top_k": defaults.top_k,
+            "min_p": defaults.min_p,
+            "repetition_penalty": defaults.repetition_penalty,
         }
         if defaults.max_tokens is not None:
             given["max_tokens"] = defaults.max_tokens
@@ -198,59 +237,102 @@ class LLM:
             return prompt, self._codec.encode(prompt)
         return None, list(prompt)
 
-    def _run(self, text: str | None, token_ids: list[int], params: SamplingParams) -> _Run:
+    def _runs(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, reasons: bool = False
+    ) -> list[_Run]:
+        """A prompt's outputs. reasons: they begin with reasoning."""
         self._count += 1
-        request = self._codec.request(str(self._count), token_ids, params, self._max_model_len)
-        return _Run(request, text, self._codec.output(params))
+        wanted = params.structured_outputs
+        grammar = None
+        if wanted is not None:
+            grammar = self._codec.structured(wanted, "structured_outputs", reasons)
+        request = self._codec.request(
+            str(self._count), token_ids, params, self._max_model_len, grammar=grammar
+        )
+        output = RequestOutput(
+            request_id=request.id,
+            prompt=text,
+            prompt_token_ids=request.prompt,
+            outputs=[],
+            metrics=RequestMetrics(arrival_time=request.arrival),
+        )
+        tokenizer = self._codec.tokenizer
+        return [_Run(one, output, self._codec.output(params), tokenizer) for one in copies(request)]
 
-    def _finish(self, runs: Sequence[_Run], show: bool) -> list[RequestOutput]:
+    def _finish(self, groups: Sequence[Sequence[_Run]], show: bool) -> list[RequestOutput]:
         """Run them all to their ends; none stays in the engine, whatever happens."""
+        runs = [run for group in groups for run in group]
         engine, open_runs = self._engine, {run.request.id: run for run in runs}
         console = Console(stderr=True)
         try:
             for run in runs:
                 engine.add(run.request)
             with Progress(console=console, disable=not (show and console.is_terminal)) as progress:
-                task = progress.add_task("prompts", total=len(runs))
+                task = progress.add_task("outputs", total=len(runs))
                 while open_runs:
                     ended = _take(open_runs, engine.step(), engine.abort)
                     progress.advance(task, ended)
         finally:
             engine.abort(list(open_runs))
-        return [run.output for run in runs]
+        return [group[0].output for group in groups]
 
 
 class _Run:
-    """One prompt on its way through the engine."""
+    """One output on its way through the engine; those of one prompt share a RequestOutput."""
 
-    def __init__(self, request: AddRequest, text: str | None, words: OutputText) -> None:
+    def __init__(
+        self, request: AddRequest, output: RequestOutput, words: OutputText, tokenizer: Tokenizer
+    ) -> None:
         self.request = request
-        self._words = words
+        self.output = output
+        self.done = False
+        self._text = words
+        self._tokenizer = tokenizer
         self._texts: list[str] = []
-        self.output = RequestOutput(
-            request_id=request.id,
-            prompt=text,
-            prompt_token_ids=request.prompt,
-            outputs=[CompletionOutput(index=0, text="", token_ids=[])],
-            metrics=RequestMetrics(arrival_time=request.arrival),
-        )
+        self._own = CompletionOutput(index=len(output.outputs), text="", token_ids=[])
+        if request.params.logprobs is not None:
+            self._own.logprobs, self._own.cumulative_logprob = [], 0.0
+        output.outputs.append(self._own)
 
     def take(self, delta: Delta, now: float) -> bool:
         """Add what a step brought. True if its text has ended it, and the engine must drop it."""
         if delta.error is not None:
             raise RequestError(delta.error)
-        piece = self._words.push(delta.token_ids, delta.finish_reason, delta.stop_token_id)
-        output, words = self.output, self.output.outputs[0]
+        piece = self._text.push(
+            delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
+        )
+        output, own = self.output, self._own
         self._texts.append(piece.text)
-        words.token_ids += piece.token_ids
-        words.finish_reason, words.stop_reason = piece.finish_reason, piece.stop_reason
+        own.token_ids += piece.token_ids
+        own.finish_reason, own.stop_reason = piece.finish_reason, piece.stop_reason
+        self._note_logprobs(piece.logprobs or (), delta.prompt_logprobs)
         output.num_cached_tokens = max(output.num_cached_tokens, delta.cached_tokens)
         output.metrics.first_token_time = output.metrics.first_token_time or now
         if piece.finish_reason is not None:
-            words.text = "".join(self._texts)
-            output.finished = True
+            own.text = "".join(self._texts)
+            self.done = True
+            output.finished = all(one.finish_reason is not None for one in output.outputs)
             output.metrics.finished_time = now
-        return self._words.ended_by_text and delta.finish_reason is None
+        return self._text.ended_by_text and delta.finish_reason is None
+
+    def _note_logprobs(
+        self, given: Sequence[TokenLogprobs], prompt: list[TokenLogprobs] | None
+    ) -> None:
+        own = self._own
+        if own.logprobs is not None and own.cumulative_logprob is not None:
+            own.logprobs += [_logprobs(one, self._tokenizer) for one in given]
+            own.cumulative_logprob += sum(one.logprobs[0] for one in given)
+        if prompt is not None and self.output.prompt_logprobs is None:
+            entries = [_logprobs(one, self._tokenizer) for one in prompt]
+            self.output.prompt_logprobs = [None, *entries]
+
+
+def _logprobs(position: TokenLogprobs, tokenizer: Tokenizer) -> Logprobs:
+    """vLLM's shape: the token itself with its rank, then the likeliest ones with theirs."""
+    found: Logprobs = {}
+    for at, (token, value) in enumerate(zip(position.token_ids, position.logprobs, strict=True)):
+        found.setdefault(token, Logprob(value, at or position.rank, tokenizer.token_text(token)))
+    return found
 
 
 def _take(
@@ -265,7 +347,7 @@ def _take(
             continue
         if run.take(delta, now):
             abort([delta.id])
-        if run.output.finished:
+        if run.done:
             del runs[delta.id]
     return before - len(runs)
 

@@ -100,7 +100,7 @@ def test_a_wrong_field_is_named(
         ({"prompt": [71] * 512}, "has 512 tokens"),
         ({"prompt": [71] * 600}, "at most 511 work"),
         ({"prompt": [71] * 500, "max_tokens": 100}, "max_tokens 12 works"),
-        ({"prompt": ["hello"] * 5000}, "5000 prompts in one request"),
+        ({"prompt": ["hello"] * 5000}, "5000 outputs in one request"),
         ({"prompt": "two words"}, "this prompt can never run"),
         ({"prompt": "two words", "stream": True}, "this prompt can never run"),
     ],
@@ -137,13 +137,9 @@ def test_what_would_change_the_answer_is_refused(http: httpx.Client, name: str) 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_changes_nothing_is_accepted(http: httpx.Client, name: str) -> None:
-    for neutral in (None, *REFUSED[name]):
+    for neutral in (None, *REFUSED[name][0]):
         answer = http.post(COMPLETIONS, json={"prompt": "hello", name: neutral})
         assert answer.status_code == 200, answer.text
-
-
-def test_zero_logprobs_are_not_no_logprobs(http: httpx.Client) -> None:
-    assert refused(http.post(COMPLETIONS, json={"prompt": "x", "logprobs": 0}), 400)
 
 
 def test_a_top_k_above_the_vocabulary_keeps_every_token(http: httpx.Client) -> None:

@@ -18,26 +18,28 @@ from starlette.types import ASGIApp
 
 from millrace import __version__
 from millrace.errors import RequestError
+from millrace.server.answers import Health, ModelCard, ModelList, Version
 from millrace.server.chat import Chat
 from millrace.server.completions import Completions
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.errors import ApiError, error_response
 from millrace.server.front import Front, unavailable
-from millrace.server.http import RequestIds
 from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.openapi import openapi_document
 from millrace.server.responses import json_response
-from millrace.server.schema import Health, ModelCard, ModelList, Version
 from millrace.text.codec import Codec
 from millrace.text.reasoning import ReasoningParser
+from millrace.text.tools import ToolCallParser
 
 
 class Api:
     """The endpoints of one replica.
 
     names: what the model may be called, the first being its name in answers. root: its directory.
-    reasoning_parser: how chats are split into reasoning and content.
-    max_queue: requests that may wait beyond those that the engine runs at once.
+    reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
+    model calls tools.
+    max_queue: requests that may wait beyond those that the engine runs at once. debug: also offer
+    what is only for tests of the engine.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class Api:
         names: Sequence[str],
         root: str,
         reasoning_parser: ReasoningParser,
+        tool_call_parser: ToolCallParser = "auto",
         max_queue: int,
         max_body_bytes: int,
+        read_timeout: float,
+        page: MetricsPage,
+        debug: bool = False,
     ) -> None:
         self._front = Front(
             client,
@@ -58,11 +64,14 @@ class Api:
             metrics,
             names=names,
             reasoning_parser=reasoning_parser,
+            tool_call_parser=tool_call_parser,
             max_queue=max_queue,
             max_body_bytes=max_body_bytes,
+            read_timeout=read_timeout,
         )
         self._client = client
-        self._page = MetricsPage(names[0], metrics, lambda: client.stats)
+        self._page = page
+        self._debug = debug
         self._names = names
         self._root = root
         self._vocab_size = codec.vocab_size
@@ -76,13 +85,16 @@ class Api:
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
+            Route("/ping", self.health, methods=["GET", "POST"]),
             Route("/metrics", self.metrics_page),
             Route("/version", self.version),
             Route("/openapi.json", self.openapi),
         ]
+        if self._debug:
+            routes.append(Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]))
         kinds = (ApiError, RequestError, EngineDeadError, HTTPException, Exception)
         handlers = dict.fromkeys(kinds, error_response)
-        return RequestIds(Starlette(routes=routes, exception_handlers=handlers))
+        return Starlette(routes=routes, exception_handlers=handlers)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
@@ -113,6 +125,11 @@ class Api:
     async def metrics_page(self, _: Request) -> Response:
         """GET /metrics"""
         return Response(self._page.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def reset_prefix_cache(self, _: Request) -> Response:
+        """POST /reset_prefix_cache: forget every cached prefix that no running request holds."""
+        self._client.reset_prefix_cache()
+        return Response(status_code=200)
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

@@ -1,19 +1,42 @@
-"""POST /v1/chat/completions: a conversation continued, through the checkpoint's chat template."""
+"""POST /v1/chat/completions: a conversation continued, through the checkpoint's chat template.
+
+`prepare` turns a chat's body into engine requests; the other families of chat APIs put theirs into
+the same body and use it too.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 from uuid import uuid4
 
+import msgspec
 from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from millrace.server.fields import sampling_params
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
+from millrace.server.fields import check_resume, sampling_params, structured_outputs
 from millrace.server.front import Front
-from millrace.server.replies import ChatReply
-from millrace.server.schema import ChatRequest
-from millrace.text.reasoning import ReasoningSplit, begins_reasoning
+from millrace.server.logprobs import LogprobWords
+from millrace.server.replies import ChatReply, Heading
+from millrace.server.schema import ChatRequest, StreamOptions
+from millrace.text.answer import AnswerParser
+from millrace.text.codec import copies
+from millrace.text.reasoning import START, ReasoningSplit, begins_reasoning
+from millrace.text.tools import ToolParser
+from millrace.text.toolset import ToolChoice, choose_tools, read_tools
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """A chat made ready for the engine. parsers: one for each of the requests."""
+
+    requests: list[AddRequest]
+    params: SamplingParams
+    parsers: list[AnswerParser]
 
 
 class Chat:
@@ -30,21 +53,106 @@ class Chat:
         front = self._front
         body = await front.body(request, ChatRequest)
         ready = front.check(body)
-        params = sampling_params(body, front.codec.defaults)
-        front.check_room(1, ready)
-        text = front.codec.chat_prompt(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
+        heading = Heading(
+            id=f"chatcmpl-{uuid4().hex}",
+            created=int(time.time()),
+            model=front.name(body),
+            with_ids=bool(body.return_token_ids),
+            options=body.stream_options or StreamOptions(),
         )
-        thinks = begins_reasoning(front.reasoning_parser, text, body.chat_template_kwargs)
-        reply = ChatReply(
-            f"chatcmpl-{uuid4().hex}",
-            int(time.time()),
-            front.name(body),
-            bool(body.return_token_ids),
-            ReasoningSplit() if thinks else None,
+        turn = await prepare(front, body, heading.id, ready)
+        words = LogprobWords(front.codec.tokenizer, bool(body.return_tokens_as_token_ids))
+        reply = ChatReply(heading, words, turn.parsers, shows_reasoning=body.include_reasoning)
+        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream))
+
+
+async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Turn:
+    """The engine requests of a chat. Raises RequestError or ApiError."""
+    params = sampling_params(body, front.codec.defaults)
+    check_resume(body, outputs=params.n)
+    front.check_room(params.n, ready)
+    choice = _tool_choice(front, body)
+    text = await front.apart(partial(chat_text, front, body, choice), len(body.messages) > 8)
+    ends_open = text.rstrip().endswith(START)
+    variables = _variables(front, body)
+    thinks = begins_reasoning(front.reasoning_parser, text, variables)
+    build = _grammar(front, body, choice, ends_open or thinks)
+    grammar = await front.apart(build, True) if build else None
+    token_ids = await front.token_ids(text, body.add_special_tokens)
+    request = front.codec.request(
+        id,
+        front.truncated(token_ids, body, params, ready),
+        params,
+        ready.max_model_len,
+        resume=body.resume_token_ids or (),
+        priority=body.priority or 0,
+        grammar=grammar,
+    )
+    requests = copies(request)
+    parser = partial(_parser, front, choice, thinks)
+    return Turn(requests, params, [parser() for _ in requests])
+
+
+def chat_text(front: Front, body: ChatRequest, choice: ToolChoice) -> str:
+    """The prompt's text. Raises RequestError."""
+    return front.codec.chat_prompt(
+        body.messages,
+        tools=choice.tools if choice.mode != "none" else (),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        variables=_variables(front, body),
+    )
+
+
+def _tool_choice(front: Front, body: ChatRequest) -> ToolChoice:
+    """Which tools the answer may call. A named one is called; the prompt tells of that one."""
+    tools = read_tools(body.tools)
+    choice = choose_tools(tools, body.tool_choice, body.parallel_tool_calls is not False)
+    if choice.mode == "required" and front.tool_call_parser == "none":
+        raise RequestError(
+            "tool_choice needs a --tool-call-parser; this server has none", param="tool_choice"
         )
-        token_ids = await front.token_ids(text, add_special_tokens=False)
-        engine_request = front.codec.request(reply.id, token_ids, params, ready.max_model_len)
-        return front.answer(body, [engine_request], params, reply, ready)
+    return choice
+
+
+def _variables(front: Front, body: ChatRequest) -> dict[str, Any]:
+    """The template's variables, those that have fields of their own among them."""
+    given: dict[str, Any] = {}
+    if body.documents is not None:
+        given["documents"] = body.documents
+    effort = body.reasoning_effort
+    template = front.codec.template
+    if effort is not None and template is not None and "reasoning_effort" in template.source:
+        given["reasoning_effort"] = effort
+    elif effort == "none":
+        given["enable_thinking"] = False
+    elif effort not in (None, "medium"):
+        raise RequestError(
+            f"reasoning_effort {effort!r} is not supported: the model reasons or does not; use "
+            '"none", or leave it out',
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return {**given, **(body.chat_template_kwargs or {})}
+
+
+def _grammar(
+    front: Front, body: ChatRequest, choice: ToolChoice, reasons: bool
+) -> Callable[[], Grammar] | None:
+    """What makes the grammar that the answer must match, if there is one."""
+    wanted = structured_outputs(body)
+    if choice.mode == "required":
+        if wanted is not None:
+            raise RequestError(
+                f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
+            )
+        return partial(front.codec.forced_call, choice, front.tool_call_parser, reasons)
+    return wanted and partial(front.codec.structured, *wanted, reasons)
+
+
+def _parser(front: Front, choice: ToolChoice, thinks: bool) -> AnswerParser:
+    calls = choice.mode != "none" and front.tool_call_parser != "none"
+    return AnswerParser(
+        ReasoningSplit() if thinks else None,
+        ToolParser(choice.tools, front.tool_call_parser) if calls else None,
+    )

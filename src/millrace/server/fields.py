@@ -15,59 +15,47 @@ from typing import Any, TypeVar
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.protocol import SamplingParams
-from millrace.server.schema import ChatRequest, CompletionRequest, GenerationRequest
+from millrace.protocol import SamplingParams, StructuredOutputs
+from millrace.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ModelRequest,
+)
 from millrace.text.files import SamplingDefaults
 
 logger = logging.getLogger(__name__)
 
 MAX_STOPS = 64
+MAX_BAD_WORDS = 256
+MAX_PRIORITY = 2**31
 
-# Not served: the values at which each field changes nothing (null never does).
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "logits_processors": ([],),
-    "truncate_prompt_tokens": (),
-    "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "documents": ([],),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "reasoning_effort": (),
-    "verbosity": ("medium",),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "priority": (0,),
-    "prompt_embeds": (),
-    "return_tokens_as_token_ids": (False,),
-}
+# Not served: the values at which each field changes nothing (null never does), and why.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "use_beam_search": ((False,), "outputs are sampled; n gives several"),
+    "length_penalty": ((1,), "it belongs to beam search"),
+    "suffix": (("",), "the model was not trained to fill gaps"),
+    "logits_processors": (([],), "code of a client is not run here; logit_bias may do"),
+    "spaces_between_special_tokens": ((True,), "tokens are shown as their own bytes"),
+    "functions": (([],), "use tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "chat_template": ((), "the checkpoint's is used; chat_template_kwargs sets its variables"),
+    "verbosity": (("medium",), "the model knows no such setting; say it in a message"),
+    "modalities": ((["text"],), "the model reads and writes text only"),
+    "audio": ((), "the model reads and writes text only"),
+    "prediction": ((), "the model drafts for itself"),
+    "web_search_options": ((), "the server fetches nothing; offer a tool"),
+    "prompt_embeds": ((), "prompts are text or token ids"),
+    "mm_processor_kwargs": (({},), "the model reads and writes text only"),
+    "thinking_token_budget": ((), "reasoning has no bound of its own; max_tokens bounds it all"),
+    "cache_salt": ((), "all clients share one prefix cache"),
+    "logprob_token_ids": ((), "logprobs reports the likeliest tokens"),
+    "kv_transfer_params": ((), "the replica keeps its caches to itself"),
+    "vllm_xargs": (({},), "the engine takes no arguments of extensions"),
+    "guided_decoding_backend": ((), "there is one, llguidance"),
+    "guided_whitespace_pattern": ((), "white space in JSON is the model's choice"),
+    "repetition_detection": ((), "use repetition_penalty or stop"),
+}  # fmt: skip
 
 # Known, and without influence on the answer.
 HARMLESS = frozenset(
@@ -79,13 +67,12 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",
         "request_id",
     }
 )
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`")
-_Body = TypeVar("_Body", bound=GenerationRequest)
+_Body = TypeVar("_Body", bound=ModelRequest)
 _warned: set[str] = set()
 
 
@@ -119,9 +106,10 @@ def _check_others(given: Mapping[str, msgspec.Raw], served: set[str]) -> None:
     for name in given.keys() - served:
         if name in REFUSED:
             value = msgspec.json.decode(given[name])
-            if value is not None and not any(_same(value, neutral) for neutral in REFUSED[name]):
+            neutrals, reason = REFUSED[name]
+            if value is not None and not any(_same(value, neutral) for neutral in neutrals):
                 raise RequestError(
-                    f"{name} is not supported by this server; leave it out",
+                    f"{name} is not supported: {reason}; leave it out",
                     param=name,
                     code="unsupported_parameter",
                 )
@@ -145,18 +133,44 @@ def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> Samp
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > MAX_STOPS:
         raise RequestError(f"stop has {len(stop)} texts; at most {MAX_STOPS} work", param="stop")
+    bad_words = body.bad_words or []
+    if len(bad_words) > MAX_BAD_WORDS:
+        message = f"bad_words has {len(bad_words)} texts; at most {MAX_BAD_WORDS} work"
+        raise RequestError(message, param="bad_words")
+    if abs(body.priority or 0) > MAX_PRIORITY:
+        raise RequestError("priority must be a 32-bit integer", param="priority")
     return SamplingParams(
+        n=_or(body.n, 1),
         temperature=_or(body.temperature, defaults.temperature),
         top_p=_or(body.top_p, defaults.top_p),
         top_k=_or(body.top_k, defaults.top_k),
+        min_p=_or(body.min_p, defaults.min_p),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=body.logit_bias or None,
+        allowed_token_ids=body.allowed_token_ids,
+        bad_words=bad_words,
         seed=body.seed,
         max_tokens=_max_tokens(body),
+        min_tokens=_or(body.min_tokens, 0),
         stop=stop,
         stop_token_ids=body.stop_token_ids or [],
         ignore_eos=body.ignore_eos,
+        logprobs=_logprobs(body),
+        prompt_logprobs=_prompt_logprobs(body),
         include_stop_str_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
     )
+
+
+def check_resume(body: GenerationRequest, outputs: int) -> None:
+    """Raise RequestError if tokens are to be resumed and it is not clear for which output."""
+    if body.resume_token_ids and outputs > 1:
+        raise RequestError(
+            "resume_token_ids belongs to one output; send one prompt and n 1",
+            param="resume_token_ids",
+        )
 
 
 def _max_tokens(body: GenerationRequest) -> int | None:
@@ -165,7 +179,86 @@ def _max_tokens(body: GenerationRequest) -> int | None:
         newer = body.max_completion_tokens
         return body.max_tokens if newer is None else newer
     assert isinstance(body, CompletionRequest)
-    return None if isinstance(body.max_tokens, msgspec.UnsetType) else body.max_tokens
+    if isinstance(body.max_tokens, msgspec.UnsetType):
+        return None
+    if body.max_tokens == 0 and body.echo:  # only the prompt is wanted
+        return 1
+    return body.max_tokens
+
+
+def _logprobs(body: GenerationRequest) -> int | None:
+    if isinstance(body, ChatRequest):
+        if not body.logprobs and body.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        return _or(body.top_logprobs, 0) if body.logprobs else None
+    assert isinstance(body, CompletionRequest)
+    if body.logprobs is None and _or(body.best_of, 1) > 1:
+        return 0  # the best ones are told by them
+    return body.logprobs
+
+
+def _prompt_logprobs(body: GenerationRequest) -> int | None:
+    """An echoed prompt is reported like the output."""
+    if isinstance(body, CompletionRequest) and body.echo and body.prompt_logprobs is None:
+        return body.logprobs
+    return body.prompt_logprobs
+
+
+def structured_outputs(body: GenerationRequest) -> tuple[StructuredOutputs, str] | None:
+    """What the answer must match, and the name of the field that says so. Raises RequestError."""
+    found = [
+        (name, wanted)
+        for name, wanted in (
+            ("response_format", _response_format(body.response_format)),
+            ("structured_outputs", body.structured_outputs),
+            *((f"guided_{kind}", _guided(body, kind)) for kind in _GUIDED),
+        )
+        if wanted is not None
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise RequestError(f"{names} exclude each other; give one", param=found[1][0])
+    name, wanted = found[0]
+    unknown = sorted(wanted.keys() - set(StructuredOutputs.__struct_fields__))
+    if unknown:
+        known = ", ".join(StructuredOutputs.__struct_fields__)
+        message = f"{name}.{unknown[0]} is not supported; {known} are"
+        raise RequestError(message, param=name, code="unsupported_parameter")
+    try:
+        return msgspec.convert(wanted, StructuredOutputs), name
+    except msgspec.ValidationError as error:
+        problem = _invalid_field(str(error))
+        raise RequestError(f"{name}: {problem}", param=name) from None
+
+
+_GUIDED = ("json", "regex", "choice", "grammar")
+
+
+def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
+    value = getattr(body, f"guided_{kind}")
+    return None if value is None else {kind: value}
+
+
+def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """OpenAI's three kinds in the words of structured_outputs."""
+    kind = (given or {}).get("type")
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        message = f"response_format.type must be text, json_object or json_schema, got {kind!r}"
+        raise RequestError(message, param="response_format")
+    described = given.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise RequestError(
+            "response_format.json_schema.schema must be a JSON schema, an object",
+            param="response_format",
+        )
+    return {"json": schema or {"type": ["object", "array", "string", "number", "boolean", "null"]}}
 
 
 _Number = TypeVar("_Number", int, float)

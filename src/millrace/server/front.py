@@ -7,7 +7,7 @@ and room, tokenising beside the event loop, and opening requests in the engine i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -26,20 +26,23 @@ from millrace.server.metrics import RequestMetrics
 from millrace.server.prompts import Prompt
 from millrace.server.replies import Reply
 from millrace.server.responses import EventStream, WholeAnswer
-from millrace.server.schema import GenerationRequest
+from millrace.server.schema import GenerationRequest, ModelRequest
 from millrace.text.codec import Codec
 from millrace.text.reasoning import ReasoningParser
+from millrace.text.tools import ToolCallParser
 
 LONG_TEXT = 2000  # characters; longer texts are tokenised beside the event loop
 
-_Body = TypeVar("_Body", bound=GenerationRequest)
+_Body = TypeVar("_Body", bound=ModelRequest)
+_Made = TypeVar("_Made")
 
 
 class Front:
     """One replica as its endpoints see it.
 
     names: what the model may be called, the first being its name in answers.
-    reasoning_parser: how chats are split into reasoning and content.
+    reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
+    model calls tools.
     max_queue: requests that may wait beyond those that the engine runs at once.
     """
 
@@ -51,27 +54,32 @@ class Front:
         *,
         names: Sequence[str],
         reasoning_parser: ReasoningParser,
+        tool_call_parser: ToolCallParser,
         max_queue: int,
         max_body_bytes: int,
+        read_timeout: float,
     ) -> None:
         self.client = client
         self.codec = codec
         self.names = names
         self.reasoning_parser = reasoning_parser
+        self.tool_call_parser = tool_call_parser
         self._metrics = metrics
         self._max_queue = max_queue
         self._max_body_bytes = max_body_bytes
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._read_timeout = read_timeout
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
 
     async def body(self, request: Request, kind: type[_Body]) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
-        return parse_body(await read_body(request, self._max_body_bytes), kind)
+        data = await read_body(request, self._max_body_bytes, self._read_timeout)
+        return parse_body(data, kind)
 
-    def check(self, body: GenerationRequest) -> Ready:
+    def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
         if body.model:
             self.check_name(body.model)
-        if body.stream_options is not None and not body.stream:
+        if isinstance(body, GenerationRequest) and body.stream_options and not body.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
         if self.client.ready is None or not self.client.healthy:
             raise unavailable(self.client)
@@ -91,9 +99,7 @@ class Front:
         """Raise ApiError unless `count` more requests may run or wait."""
         limit = ready.max_num_seqs + self._max_queue
         if count > limit:
-            raise RequestError(
-                f"{count} prompts in one request; at most {limit} work", param="prompt"
-            )
+            raise RequestError(f"{count} outputs in one request; at most {limit} work", param="n")
         if self.client.open_requests + count > limit:
             self._metrics.rejected += count
             raise ApiError(
@@ -104,7 +110,7 @@ class Front:
                 headers={"Retry-After": "1"},
             )
 
-    def name(self, body: GenerationRequest) -> str:
+    def name(self, body: ModelRequest) -> str:
         """What the model is called in the answer."""
         return body.model or self.names[0]
 
@@ -113,17 +119,36 @@ class Front:
         if not isinstance(prompt, str):
             return prompt
         encode = partial(self.codec.encode, prompt, add_special_tokens)
-        if len(prompt) < LONG_TEXT:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+        return await self.apart(encode, len(prompt) >= LONG_TEXT)
+
+    async def apart(self, work: Callable[[], _Made], long: bool) -> _Made:
+        """What `work` makes; beside the event loop if it may take long."""
+        if not long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def truncated(
+        self, prompt: list[int], body: GenerationRequest, params: SamplingParams, ready: Ready
+    ) -> list[int]:
+        """The last `truncate_prompt_tokens` of a prompt; -1: what leaves room for the output."""
+        kept = body.truncate_prompt_tokens
+        most = ready.max_model_len - (params.max_tokens or 1)
+        if kept is None or most < 1:  # the latter is refused with the prompt's length
+            return prompt
+        if not (kept == -1 or 1 <= kept <= most):
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 or from 1 to {most}, got {kept}",
+                param="truncate_prompt_tokens",
+            )
+        return prompt[-(most if kept == -1 else kept) :]
 
     def answer(
         self,
-        body: GenerationRequest,
         requests: list[AddRequest],
         params: SamplingParams,
         reply: Reply,
         ready: Ready,
+        stream: bool,
     ) -> ASGIApp:
         """The application that runs the requests and sends what `reply` makes of them."""
 
@@ -132,17 +157,22 @@ class Front:
             pairs = [(one, self.codec.output(params)) for one in requests]
             return Generations(self.client, pairs, receive)
 
-        if body.stream:
-            return EventStream(open_all, reply, body.stream_options)
-        return WholeAnswer(open_all, reply)
+        return EventStream(open_all, reply) if stream else WholeAnswer(open_all, reply)
 
 
 def unavailable(client: EngineClient) -> ApiError:
     """Why no request can be served now."""
     if client.died is not None:
-        return ApiError(503, f"the engine is gone: {client.died}", code="engine_dead")
+        return ApiError(
+            503,
+            f"the engine is gone: {client.died}",
+            code="engine_dead",
+            headers={"Retry-After": "2"},
+        )
     if client.ready is None:
         return ApiError(
             503, "the engine is loading", code="engine_loading", headers={"Retry-After": "2"}
         )
-    return ApiError(503, "the server is shutting down", code="shutting_down")
+    return ApiError(
+        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "2"}
+    )

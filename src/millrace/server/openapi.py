@@ -9,17 +9,16 @@ from typing import Any
 import msgspec
 
 from millrace import __version__
-from millrace.server.errors import ErrorBody
-from millrace.server.schema import (
+from millrace.server.answers import (
     ChatCompletion,
-    ChatRequest,
     Completion,
-    CompletionRequest,
     Health,
     ModelCard,
     ModelList,
     Version,
 )
+from millrace.server.errors import ErrorBody
+from millrace.server.schema import ChatRequest, CompletionRequest
 
 # (path, method, what it does, body, answer; None is plain text)
 _OPERATIONS: tuple[tuple[str, str, str, type | None, type | None], ...] = (

@@ -1,41 +1,61 @@
-"""How outputs are worded: as a chat or as a plain completion, whole or in chunks."""
+"""How OpenAI's API words outputs: as a chat or as a plain completion, whole or in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from millrace.server.generation import Generation
-from millrace.server.schema import (
+from millrace.protocol import TokenLogprobs
+from millrace.server.answers import (
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatLogprobs,
     ChatMessage,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
+    FinishReason,
+    PromptLogprobs,
+    ToolCall,
     Usage,
 )
+from millrace.server.errors import ApiError
+from millrace.server.generation import Generation
+from millrace.server.logprobs import LogprobWords
+from millrace.server.schema import StreamOptions
+from millrace.text.answer import AnswerParser, AnswerPart
 from millrace.text.output import Piece
-from millrace.text.reasoning import ReasoningSplit
+from millrace.text.tools import CallPart
+
+_encode = msgspec.json.Encoder().encode
 
 
 class Reply(Protocol):
-    """The wording of one answer."""
+    """The wording of one answer. Events are bytes as they go over the wire.
+
+    wants_counts: every event tells the token counts so far.
+    """
 
     id: str
+    wants_counts: bool
 
-    def chunk(
-        self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
-    ) -> msgspec.Struct:
+    def events(
+        self, one: Generation, piece: Piece, first: bool, usage: Usage | None
+    ) -> Iterable[bytes]:
         """What a piece looks like in a stream. first: it is the first of its choice."""
 
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
-        """The chunk without choices that ends a stream."""
+    def ending(self, usage: Usage) -> Iterable[bytes]:
+        """What follows the last piece of a stream."""
+
+    def failure(self, error: ApiError) -> Iterable[bytes]:
+        """What ends a stream that has begun and cannot go on."""
 
     def whole(
         self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
@@ -43,18 +63,89 @@ class Reply(Protocol):
         """The answer that is not streamed; each generation's output is one piece."""
 
 
-class _Heading:
-    """What every chunk repeats. with_ids: answers carry token ids."""
+class Heading(msgspec.Struct, frozen=True, kw_only=True):
+    """What every chunk repeats, and what the body asked to see beside the text."""
 
-    def __init__(self, id: str, created: int, model: str, with_ids: bool) -> None:
-        self.id = id
-        self._created = created
-        self._model = model
-        self._with_ids = with_ids
+    id: str
+    created: int
+    model: str
+    with_ids: bool = False
+    options: StreamOptions = StreamOptions()
 
 
-class CompletionReply(_Heading):
-    """Answers of /v1/completions."""
+def data_event(body: msgspec.Struct) -> bytes:
+    """A server-sent event without a name."""
+    return b"data: %b\n\n" % _encode(body)
+
+
+class _OpenAiReply:
+    """What both endpoints' streams have in common."""
+
+    def __init__(self, heading: Heading, logprobs: LogprobWords) -> None:
+        self.id = heading.id
+        self.wants_counts = heading.options.continuous_usage_stats
+        self._heading = heading
+        self._logprobs = logprobs
+
+    def chunk(
+        self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
+    ) -> msgspec.Struct:
+        raise NotImplementedError
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        raise NotImplementedError
+
+    def events(
+        self, one: Generation, piece: Piece, first: bool, usage: Usage | None
+    ) -> Iterable[bytes]:
+        return (data_event(self.chunk(one, piece, first, UNSET if usage is None else usage)),)
+
+    def ending(self, usage: Usage) -> Iterable[bytes]:
+        if self._heading.options.include_usage:
+            yield data_event(self.usage_chunk(usage))
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> Iterable[bytes]:
+        return data_event(error.body), b"data: [DONE]\n\n"
+
+    def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
+        return piece.token_ids if self._heading.with_ids else UNSET
+
+    def _prompt_ids(self, one: Generation) -> list[int] | UnsetType:
+        return one.request.prompt if self._heading.with_ids else UNSET
+
+    def _prompt_logprobs(self, one: Generation) -> PromptLogprobs | UnsetType:
+        if one.request.params.prompt_logprobs is None:
+            return UNSET
+        return self._logprobs.prompt(one.prompt_logprobs or ())
+
+
+class CompletionReply(_OpenAiReply):
+    """Answers of /v1/completions.
+
+    echoes: for each choice the prompt's text that precedes it, or nothing. prompt_only: the
+    output itself is not wanted. best: of each prompt's outputs so many are shown, the likeliest
+    ones; None shows all. shows_logprobs, shows_prompt: they are asked for, not just needed.
+    """
+
+    def __init__(
+        self,
+        heading: Heading,
+        logprobs: LogprobWords,
+        *,
+        echoes: Sequence[str] = (),
+        prompt_only: bool = False,
+        best: tuple[int, int] | None = None,
+        shows_logprobs: bool = False,
+        shows_prompt: bool = False,
+    ) -> None:
+        super().__init__(heading, logprobs)
+        self._echoes = echoes
+        self._prompt_only = prompt_only
+        self._best = best
+        self._shows_logprobs = shows_logprobs
+        self._shows_prompt = shows_prompt
+        self._offsets: dict[int, int] = {}  # of each choice, characters worded in logprobs so far
 
     def chunk(
         self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
@@ -67,96 +158,201 @@ class CompletionReply(_Heading):
     def whole(
         self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> Completion:
-        choices = [self._choice(one, piece, True) for one, piece in zip(ones, pieces, strict=True)]
+        kept = list(range(len(ones)))
+        if self._best is not None:
+            kept = _likeliest(pieces, *self._best)
+        choices = [self._choice(ones[at], pieces[at], True, index) for index, at in enumerate(kept)]
         return self._completion(choices, usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType) -> Completion:
+        head = self._heading
         return Completion(
-            id=self.id, created=self._created, model=self._model, choices=choices, usage=usage
+            id=head.id, created=head.created, model=head.model, choices=choices, usage=usage
         )
 
-    def _choice(self, one: Generation, piece: Piece, first: bool) -> CompletionChoice:
+    def _choice(
+        self, one: Generation, piece: Piece, first: bool, index: int | None = None
+    ) -> CompletionChoice:
+        echo = self._echoes[one.index] if first and self._echoes else ""
+        if self._prompt_only:
+            piece = msgspec.structs.replace(piece, text="", token_ids=[], logprobs=[])
         return CompletionChoice(
-            index=one.index,
-            text=piece.text,
+            index=one.index if index is None else index,
+            text=echo + piece.text,
+            logprobs=self._worded(one, piece, first) if self._shows_logprobs else None,
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
-            token_ids=piece.token_ids if self._with_ids else UNSET,
-            prompt_token_ids=one.request.prompt if self._with_ids and first else UNSET,
+            token_ids=self._token_ids(piece),
+            prompt_token_ids=self._prompt_ids(one) if first else UNSET,
+            prompt_logprobs=self._prompt_logprobs(one) if first and self._shows_prompt else UNSET,
         )
 
+    def _worded(self, one: Generation, piece: Piece, first: bool) -> CompletionLogprobs:
+        positions: list[TokenLogprobs] = list(piece.logprobs or ())
+        unpredicted = None
+        if first and self._echoes:
+            positions = [*(one.prompt_logprobs or ()), *positions]
+            unpredicted = one.request.prompt[0]
+        words, self._offsets[one.index] = self._logprobs.completion(
+            positions, self._offsets.get(one.index, 0), unpredicted
+        )
+        return words
 
-class ChatReply(_Heading):
-    """Answers of /v1/chat/completions. split: takes the reasoning off; None if there is none.
 
-    It splits one answer, so a chat has one choice.
-    """
+def _likeliest(pieces: Sequence[Piece], shown: int, made: int) -> list[int]:
+    """Of every `made` outputs the `shown` with the greatest mean log-probability, best first."""
+
+    def mean(at: int) -> float:
+        known = pieces[at].logprobs or ()
+        return sum(one.logprobs[0] for one in known) / max(len(known), 1)
+
+    groups = (range(start, start + made) for start in range(0, len(pieces), made))
+    return [at for group in groups for at in sorted(group, key=mean, reverse=True)[:shown]]
+
+
+class ChatReply(_OpenAiReply):
+    """Answers of /v1/chat/completions. parsers: one for each choice."""
 
     def __init__(
-        self, id: str, created: int, model: str, with_ids: bool, split: ReasoningSplit | None
+        self,
+        heading: Heading,
+        logprobs: LogprobWords,
+        parsers: Sequence[AnswerParser],
+        *,
+        shows_reasoning: bool = True,
     ) -> None:
-        super().__init__(id, created, model, with_ids)
-        self._split = split
+        super().__init__(heading, logprobs)
+        self._parsers = parsers
+        self._shows_reasoning = shows_reasoning
 
     def chunk(
         self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
     ) -> ChatChunk:
+        parser = self._parsers[one.index]
+        if first:
+            parser.feed(one.resumed)
+        part = parser.feed(piece.text, piece.finish_reason is not None)
         choice = ChatChunkChoice(
             index=one.index,
-            delta=self._delta(piece, first),
-            finish_reason=piece.finish_reason,
+            delta=self._delta(part, parser, first),
+            logprobs=self._worded(piece),
+            finish_reason=finish_reason(piece, parser),
             stop_reason=piece.stop_reason,
-            token_ids=piece.token_ids if self._with_ids else UNSET,
+            token_ids=self._token_ids(piece),
         )
-        return ChatChunk(
-            id=self.id,
-            created=self._created,
-            model=self._model,
-            choices=[choice],
-            usage=usage,
-            prompt_token_ids=one.request.prompt if self._with_ids and first else UNSET,
+        return self._chunk(
+            [choice],
+            usage,
+            self._prompt_ids(one) if first else UNSET,
+            self._prompt_logprobs(one) if first else UNSET,
         )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
+        return self._chunk([], usage)
+
+    def _chunk(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+        prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
+    ) -> ChatChunk:
+        head = self._heading
         return ChatChunk(
-            id=self.id, created=self._created, model=self._model, choices=[], usage=usage
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def whole(
         self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=one.index,
-                message=self._message(piece),
-                finish_reason=piece.finish_reason,
-                stop_reason=piece.stop_reason,
-                token_ids=piece.token_ids if self._with_ids else UNSET,
-            )
-            for one, piece in zip(ones, pieces, strict=True)
-        ]
+        head = self._heading
         return ChatCompletion(
-            id=self.id,
-            created=self._created,
-            model=self._model,
-            choices=choices,
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=[self._choice(one, piece) for one, piece in zip(ones, pieces, strict=True)],
             usage=usage,
-            prompt_token_ids=ones[0].request.prompt if self._with_ids else UNSET,
+            prompt_token_ids=self._prompt_ids(ones[0]),
+            prompt_logprobs=self._prompt_logprobs(ones[0]),
         )
 
-    def _delta(self, piece: Piece, first: bool) -> ChatDelta:
+    def _choice(self, one: Generation, piece: Piece) -> ChatChoice:
+        parser = self._parsers[one.index]
+        part, calls = whole_answer(parser, one, piece)
+        return ChatChoice(
+            index=one.index,
+            message=self._message(part, calls, parser),
+            logprobs=self._worded(piece),
+            finish_reason=finish_reason(piece, parser),
+            stop_reason=piece.stop_reason,
+            token_ids=self._token_ids(piece),
+        )
+
+    def _delta(self, part: AnswerPart, parser: AnswerParser, first: bool) -> ChatDelta:
         role: Literal["assistant"] | UnsetType = "assistant" if first else UNSET
-        if self._split is None:
-            return ChatDelta(role=role, content=piece.text)
-        reasoning, content = self._split.feed(piece.text, piece.finish_reason is not None)
-        thought = reasoning or UNSET
+        if not parser.splits:
+            return ChatDelta(role=role, content=part.content)
+        thought = part.reasoning if self._shows_reasoning and part.reasoning else UNSET
         return ChatDelta(
-            role=role, content=content or UNSET, reasoning_content=thought, reasoning=thought
+            role=role,
+            content=part.content or UNSET,
+            reasoning_content=thought,
+            reasoning=thought,
+            tool_calls=[_call_delta(one) for one in part.calls] or UNSET,
         )
 
-    def _message(self, piece: Piece) -> ChatMessage:
-        if self._split is None:
-            return ChatMessage(content=piece.text)
-        reasoning, content = self._split.feed(piece.text, last=True)
-        thought = reasoning or None
-        return ChatMessage(content=content or None, reasoning_content=thought, reasoning=thought)
+    def _message(
+        self, part: AnswerPart, calls: Sequence[ToolCall], parser: AnswerParser
+    ) -> ChatMessage:
+        if not parser.splits:
+            return ChatMessage(content=part.content)
+        thought: str | UnsetType | None = UNSET
+        if parser.reasons and self._shows_reasoning:
+            thought = part.reasoning or None
+        return ChatMessage(
+            content=part.content or None,
+            reasoning_content=thought,
+            reasoning=thought,
+            tool_calls=list(calls) or UNSET,
+        )
+
+    def _worded(self, piece: Piece) -> ChatLogprobs | None:
+        return None if piece.logprobs is None else self._logprobs.chat(piece.logprobs)
+
+
+def whole_answer(
+    parser: AnswerParser, one: Generation, piece: Piece
+) -> tuple[AnswerPart, list[ToolCall]]:
+    """An answer's parts and its calls. One begun in the resumed tokens is given whole."""
+    parser.feed(one.resumed)
+    part = parser.feed(piece.text, last=True)
+    touched = sorted({call.index for call in part.calls})
+    calls = [
+        ToolCall(
+            id=parser.calls[at].id,
+            type="function",
+            function=CalledFunction(
+                name=parser.calls[at].name, arguments=parser.calls[at].arguments
+            ),
+        )
+        for at in touched
+    ]
+    return part, calls
+
+
+def finish_reason(piece: Piece, parser: AnswerParser) -> FinishReason | None:
+    """Why the answer ended, in OpenAI's words."""
+    return "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
+
+
+def _call_delta(part: CallPart) -> ToolCall:
+    if part.id is None or part.name is None:
+        return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
+    function = CalledFunction(name=part.name, arguments=part.arguments)
+    return ToolCall(index=part.index, id=part.id, type="function", function=function)

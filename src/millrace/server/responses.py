@@ -1,22 +1,20 @@
 """The two ways an answer leaves: whole as JSON, or streamed as server-sent events.
 
 The status line waits for the first piece, so that a request which the engine refuses, or which
-dies with it, still gets a proper status. A later failure becomes an `error` event.
+dies with it, still gets a proper status. A later failure becomes an event of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
-from msgspec import UNSET
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from millrace.server.errors import ClientGoneError, as_api_error
 from millrace.server.generation import Generation, Generations
 from millrace.server.replies import Reply
-from millrace.server.schema import StreamOptions
 
 Open = Callable[[Receive], Generations]
 
@@ -27,7 +25,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # tells nginx to pass every chunk on at once
 ]
-_DONE = b"data: [DONE]\n\n"
 
 
 def json_response(body: msgspec.Struct) -> Response:
@@ -54,10 +51,9 @@ class WholeAnswer:
 class EventStream:
     """An ASGI application that sends each piece as it comes."""
 
-    def __init__(self, open_all: Open, reply: Reply, options: StreamOptions | None) -> None:
+    def __init__(self, open_all: Open, reply: Reply) -> None:
         self._open = open_all
         self._reply = reply
-        self._options = options or StreamOptions()
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,17 +62,14 @@ class EventStream:
             async with self._open(receive) as generations:
                 self._generations = generations
                 await generations.each(self._stream)
-                if self._options.include_usage:
-                    usage = generations.usage()
-                    await self._event(_encode(self._reply.usage_chunk(usage)))
-            await self._write(_DONE, more=False)
+                usage = generations.usage()
+            await self._write(self._reply.ending(usage), more=False)
         except ClientGoneError:
             return
         except Exception as error:
             if not self._started:
                 raise
-            await self._event(_encode(as_api_error(error).body))
-            await self._write(_DONE, more=False)
+            await self._write(self._reply.failure(as_api_error(error)), more=False)
 
     async def _stream(self, one: Generation) -> None:
         first = True
@@ -84,16 +77,16 @@ class EventStream:
             piece = await one.next()
             if not self._started:
                 await self._start()
-            usage = self._generations.usage() if self._options.continuous_usage_stats else UNSET
-            await self._event(_encode(self._reply.chunk(one, piece, first, usage)))
+            usage = self._generations.usage() if self._reply.wants_counts else None
+            await self._write(self._reply.events(one, piece, first, usage))
             first = False
 
     async def _start(self) -> None:
         self._started = True
         await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
 
-    async def _event(self, data: bytes) -> None:
-        await self._write(b"data: %b\n\n" % data)
-
-    async def _write(self, data: bytes, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+    async def _write(self, events: Iterable[bytes], more: bool = True) -> None:
+        """Send events at once. A client must not get half of one: each ends with a blank line."""
+        data = b"".join(events)
+        if data or not more:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -46,6 +46,11 @@ class AnswerParser:
         """Whether an answer may have other parts than words."""
         return self._reasoning is not None or self._tools is not None
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the answer begins with reasoning."""
+        return self._reasoning is not None
+
     def feed(self, text: str, last: bool = False) -> AnswerPart:
         """What the text adds. last: the answer ends here."""
         thought, words = ("", text) if self._reasoning is None else self._reasoning.feed(text, last)
