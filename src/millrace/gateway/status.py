@@ -55,15 +55,15 @@ async def read_status(url: str) -> dict[str, Any]:
 def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:
     """The table; rates are against `then`, `seconds` ago."""
     table = Table(title=_title(now), title_justify="left", expand=False)
-    table.add_column("replica")
-    table.add_column("state")
-    for name in ("in flight", "load tok", "picks", "req/s", "chunks/s", "failures", "weight"):
+    table.add_column("replica", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("open", "tokens", "picks", "req/s", "tok/s", "failed", "weight"):
         table.add_column(name, justify="right")
     before = {row["id"]: row for row in then["replicas"]} if then else {}
     for row in now["replicas"]:
         old = before.get(row["id"], row)
         table.add_row(
-            row["url"],
+            row["url"].removeprefix("http://"),
             Text(row["state"], style=_COLOURS[row["state"]]),
             str(row["in_flight"]),
             f"{row['load_tokens']:,}",
