@@ -24,7 +24,9 @@ from millrace.bench.scaling import (
     scaling_fields,
     scaling_table,
 )
+from millrace.bench.selftest import level_rows, selftest
 from millrace.bench.serve import Run, run
+from millrace.bench.tables import aligned
 from millrace.bench.workload import lengths, maker, workload_line
 from millrace.errors import UserError
 from millrace.http1 import Target
@@ -162,6 +164,43 @@ async def _interruptible(
     return outcome, accuracy
 
 
+# --- the generator itself ----------------------------------------------------------------------
+
+
+@bench.command("selftest")
+@click.option("--streams", default="16,64,256,1024", show_default=True, help="Levels.")
+@click.option("--processes", type=int, default=1, show_default=True, help="That send.")
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="A level.")
+@click.option("--chat", is_flag=True, help="Chat completions instead of completions.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the levels here.")
+def selftest_command(**flags: Any) -> None:
+    """Hold the generator against a mock that stamps what it sends; print its error.
+
+    The exit status is 1 when an error is beyond 2% at the median or 5% at the 99th percentile.
+    """
+    if flags["processes"] < 1 or not flags["seconds"] > 0:
+        raise UserError("--processes and --seconds: use numbers above 0")
+    streams = _counts(flags["streams"], "--streams")
+    levels = uvloop.run(
+        selftest(
+            streams,
+            processes=flags["processes"],
+            seconds=flags["seconds"],
+            chat=flags["chat"],
+            on_level=lambda level: click.echo(f"{level.streams} streams measured", err=True),
+        )
+    )
+    click.echo("\n".join(aligned(level_rows(levels))))
+    for level in levels:
+        if level.client["client_bound"]:
+            click.echo(f"{level.streams} streams: {level.client['advice']}", err=True)
+    if flags["json_path"]:
+        path = Path(flags["json_path"])
+        click.echo(f"written to {write_json(path, {'levels': levels, **provenance()})}")
+    if not all(level.within for level in levels):
+        raise click.exceptions.Exit(FAILED)
+
+
 # --- replicas ----------------------------------------------------------------------------------
 
 
@@ -191,7 +230,7 @@ def scaling(**flags: Any) -> None:
     """
     options = ScalingOptions(
         model=flags["model"],
-        counts=_counts(flags["replicas"]),
+        counts=_counts(flags["replicas"], "--replicas"),
         load=load_options(flags, Target("127.0.0.1", 0)),
         serve_arguments=flags["serve_arguments"],
         repeats=flags["repeats"],
@@ -221,11 +260,11 @@ def scaling(**flags: Any) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
-def _counts(text: str) -> list[int]:
+def _counts(text: str, flag: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise UserError(f"--replicas {text!r}: use counts from 1 on, as 1,2,3")
+        raise UserError(f"{flag} {text!r}: use counts from 1 on, as 1,2,3")
     return counts

@@ -20,6 +20,7 @@ from millrace.bench.options import BenchOptions
 from millrace.bench.pages import prefix_hits, speculation
 from millrace.bench.pool import Outcome
 from millrace.bench.records import Record
+from millrace.bench.tables import aligned
 from millrace.bench.watch import Observation
 from millrace.bench.workload import Lengths, RandomSpec
 
@@ -337,13 +338,7 @@ def benchy_table(results: Sequence[Mapping[str, Any]]) -> str:
     mean TTFT: from here nothing but the first token can be seen.
     """
     rows = [_BENCHY, *(row for result in results for row in _benchy_rows(result))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_BENCHY))]
-    lines = [
-        "| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    ruler = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], ruler, *lines[1:]])
+    return "\n".join(aligned(rows))
 
 
 def _benchy_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ import msgspec
 from millrace.bench.accuracy import Accuracy, measure_accuracy
 from millrace.bench.options import BenchOptions
 from millrace.bench.serve import run
+from millrace.bench.tables import aligned
 from millrace.errors import UserError
 from millrace.fleet.process import ReplicaProcess, bring_up, free_port
 from millrace.fleet.shares import thread_limit, usable_cores, visible_gpus
@@ -177,7 +178,7 @@ def scaling_table(rows: Sequence[ScalingRow]) -> str:
                 str(row.accuracy),
             )
         )
-    lines = _aligned(cells)
+    lines = aligned(cells)
     notes = {row.accuracy.reason for row in rows if row.accuracy.reason}
     lines += [f"accuracy n/a: {reason}" for reason in sorted(notes)]
     failed = sum(fields["failed"] for fields in scaling_fields(rows))
@@ -186,12 +187,3 @@ def scaling_table(rows: Sequence[ScalingRow]) -> str:
 
 def _latency_cell(fields: dict[str, Any], name: str) -> str:
     return " / ".join(f"{fields[f'{figure}_{name}_ms']:,.1f}" for figure in _FIGURES)
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    rows = [
-        "| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return [rows[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *rows[1:]]
