@@ -174,7 +174,8 @@ class Codec:
 
     def forced_call(self, choice: ToolChoice, parser: ToolCallParser, reasons: bool) -> Grammar:
         """The grammar of an answer that calls a tool."""
-        source = tools_source(choice, self._calls_in_json(parser), reasons)
+        in_json = self._calls_in_json(parser)
+        source = tools_source(choice, in_json, reasons, self.tokenizer.token_id)
         return Grammar(source, self._reasoning_end(reasons))
 
     def _calls_in_json(self, parser: ToolCallParser) -> bool:

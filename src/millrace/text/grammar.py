@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,10 @@ MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
 
 # Models put line breaks between the end of their reasoning and what the grammar is about.
 _GAP = r"/\n{0,2}/ "
+
+# Between the tokens of a JSON text: a line break and an indent. A model that is not sure what comes
+# next would else fill its output with white space, which every JSON grammar allows without end.
+_WHITE_SPACE = r"\n? {0,16}"
 
 
 def structured_source(wanted: StructuredOutputs, field: str, gap: bool) -> str:
@@ -39,9 +43,9 @@ def structured_source(wanted: StructuredOutputs, field: str, gap: bool) -> str:
 def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
     """(the right side of the main rule, further rules), in llguidance's Lark."""
     if wanted.json is not None:
-        return f"%json {json.dumps(_schema(wanted.json, field))}", ""
+        return f"%json {_compiled(_schema(wanted.json, field))}", ""
     if wanted.json_object:
-        return '%json {"type": "object"}', ""
+        return f"%json {_compiled({'type': 'object'})}", ""
     if wanted.regex is not None:
         return "PATTERN", f"PATTERN: {_slashed(wanted.regex)}\n"
     if wanted.choice is not None:
@@ -49,6 +53,13 @@ def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
             raise RequestError(f"{field}: a choice is empty", param=field)
         return " | ".join(_literal(text) for text in wanted.choice), ""
     return f"%lark {{\n{wanted.grammar}\n}}", ""
+
+
+def _compiled(schema: Any) -> str:
+    """A schema for the matcher, with white space as it is bound here."""
+    if isinstance(schema, dict):
+        schema = {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}, **schema}
+    return json.dumps(schema)
 
 
 def _schema(given: dict[str, Any] | str, field: str) -> Any:
@@ -76,24 +87,36 @@ def _refusal(wanted: StructuredOutputs, field: str, problem: str) -> RequestErro
 # --- tool calls ---------------------------------------------------------------------------------
 
 
-def tools_source(choice: ToolChoice, as_json: bool, gap: bool) -> str:
-    """The grammar of at least one call. as_json: in which of the two ways of `text.tools`."""
-    rules = []
-    for at, tool in enumerate(choice.tools):
-        rules.append(_json_call(at, tool) if as_json else _xml_call(at, tool))
+def tools_source(
+    choice: ToolChoice, as_json: bool, gap: bool, token_id: Callable[[str], int | None]
+) -> str:
+    """The grammar of at least one call. as_json: in which of the two ways of `text.tools`.
+
+    token_id: of a marker that is one token; the matcher knows such a token only by its id.
+    """
+    write = _json_call if as_json else _xml_call
     calls = " | ".join(f"call_{at}" for at in range(len(choice.tools)))
-    more = ' ("\\n" call)*' if choice.parallel else ""
-    source = f"start: {_GAP if gap else ''}call{more}\ncall: {calls}\n" + "".join(rules)
+    more = r' ("\n" call)*' if choice.parallel else ""
+    opening, closing = _marker(CALL, token_id), _marker(CALL_END, token_id)
+    source = (
+        f"start: {_GAP if gap else ''}call{more}\n"
+        rf'call: {opening} "\n" ({calls}) "\n" {closing}'
+        "\n" + "".join(write(at, tool) for at, tool in enumerate(choice.tools))
+    )
     problem = _problem(source)
     if problem:
         raise _tools_refusal(choice.tools, problem)
     return source
 
 
+def _marker(text: str, token_id: Callable[[str], int | None]) -> str:
+    known = token_id(text)
+    return _literal(text) if known is None else f"<[{known}]>"
+
+
 def _json_call(at: int, tool: Tool) -> str:
-    head = _literal(f'{CALL}\n{{"name": {json.dumps(tool.name)}, "arguments": ')
-    tail = _literal("}\n" + CALL_END)
-    return f"call_{at}: {head} %json {json.dumps(tool.parameters)} {tail}\n"
+    head = _literal(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
+    return f'call_{at}: {head} %json {_compiled(tool.parameters)} "}}"' + "\n"
 
 
 def _xml_call(at: int, tool: Tool) -> str:
@@ -102,12 +125,12 @@ def _xml_call(at: int, tool: Tool) -> str:
     required = tool.parameters.get("required")
     properties = properties if isinstance(properties, dict) else {}
     required = required if isinstance(required, list) else []
-    parts, rules = [_literal(f"{CALL}\n<function={tool.name}>\n")], ""
+    parts, rules = [_literal(f"<function={tool.name}>\n")], ""
     for number, (key, schema) in enumerate(properties.items()):
         name = f"argument_{at}_{number}"
         parts.append(name if key in required else f"{name}?")
         rules += _argument(name, key, schema, tool)
-    parts.append(_literal(f"{FUNCTION_END}\n{CALL_END}"))
+    parts.append(_literal(FUNCTION_END))
     return f"call_{at}: {' '.join(parts)}\n{rules}"
 
 
@@ -122,7 +145,7 @@ def _argument(name: str, key: str, schema: Any, tool: Tool) -> str:
         return f"{name}: {head} {value}\n{value}[suffix={_literal(tail)}]: /(?s:.*)/\n"
     definitions = {k: tool.parameters[k] for k in _SHARED if k in tool.parameters}
     whole = {**schema, **definitions} if isinstance(schema, dict) else schema
-    return f"{name}: {head} %json {json.dumps(whole)} {_literal(tail)}\n"
+    return f"{name}: {head} %json {_compiled(whole)} {_literal(tail)}\n"
 
 
 def _texts(schema: Any) -> list[str] | None:
