@@ -1,0 +1,162 @@
+"""Structured outputs as grammars: what they accept, and where a wrong one is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from millrace.errors import RequestError
+from millrace.protocol import StructuredOutputs
+from millrace.text.grammar import structured_source, tools_source
+from millrace.text.toolset import choose_tools, read_tools
+from tests.text.test_tools import SCHEMA, hermes, parse, xml
+
+
+class _Bytes:
+    """A tokenizer of one token a byte."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
+    special_token_ids = [256]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()))
+
+
+def accepts(source: str, text: str) -> bool:
+    matcher = LLMatcher(TOKENIZER, source)
+    assert not matcher.is_error(), matcher.get_error()
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        ({"json": PERSON}, '{"name": "A", "age": 3}', '{"name": "A"}'),
+        ({"json": json.dumps(PERSON)}, '{\n  "name": "A",\n  "age": 3\n}', "{}"),
+        ({"json_object": True}, '{"a": [1, null]}', "[1]"),
+        ({"regex": r"[0-9]{2}/\d"}, "12/3", "12/"),
+        ({"regex": r"a\/b\\"}, "a/b\\", "a/b"),
+        ({"choice": ["red", 'b"l\nue']}, 'b"l\nue', "blue"),
+        ({"grammar": 'start: "a" start "b" | "{}"'}, "aa{}bb", "aa{}b"),
+    ],
+)
+def test_what_matches(wanted: Any, right: str, wrong: str) -> None:
+    for gap in (False, True):
+        source = structured_source(StructuredOutputs(**wanted), "field", gap)
+        assert accepts(source, right)
+        assert not accepts(source, wrong)
+        assert accepts(source, "\n\n" + right) == gap
+
+
+def test_white_space_in_json_has_an_end() -> None:
+    source = structured_source(StructuredOutputs(json_object=True), "field", False)
+    assert not accepts(source, '{"a":' + "\n" * 20 + "1}")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"json": {"type": "objekt"}}, "f, schema: Invalid type: objekt"),
+        (
+            {"json": {"properties": {"a": {"items": {"anyOf": [{}, {"type": "strin"}]}}}}},
+            "f, schema.properties.a.items.anyOf[1]: Invalid type: strin",
+        ),
+        (
+            {"json": {"$defs": {"x": {"type": 7}}, "properties": {"a": {"$ref": "#/$defs/x"}}}},
+            "f, schema.$defs.x: ",
+        ),
+        ({"json": {"properties": {"a": {"$ref": "#/no"}}}}, "f, schema.properties.a: Pointer"),
+        ({"json": {"properties": 5}}, "f, schema: properties must be an object"),
+        ({"json": "{"}, "f: the schema is not valid JSON"),
+        ({"regex": "ab[c"}, "f.regex: unclosed character class, at character 3"),
+        ({"regex": "a(?=b)"}, "f.regex: look-around"),
+        ({"grammar": 'start: "a" ('}, "f.grammar: line 1, column 13: Expected token ')'"),
+        ({"grammar": "start: nothing"}, 'f.grammar: line 1, column 8: unknown name: "nothing"'),
+        ({"grammar": 'x\n}\nstart: "a"'}, "f.grammar: line 1, column 2"),
+        ({"choice": ["a", ""]}, "f: a choice is empty"),
+        ({"choice": ["x" * (1 << 18)]}, "at most 262144 work"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(wanted: Any, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        structured_source(StructuredOutputs(**wanted), "f", False)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.param == "f"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ["start: " + "(" * 100_000, "start: /" + "(" * 100_000 + "/", "\x00", "start: start"],
+)
+def test_a_hostile_grammar_is_refused_or_harmless(grammar: str) -> None:
+    with contextlib.suppress(RequestError):
+        structured_source(StructuredOutputs(grammar=grammar), "f", False)
+
+
+TOOLS = read_tools(
+    [
+        {
+            "type": "function",
+            "function": {"name": "weather", "parameters": {**SCHEMA, "required": ["city"]}},
+        },
+        {"type": "function", "function": {"name": "now"}},
+    ]
+)
+
+
+def source_of(choice: Any, as_json: bool, parallel: bool = True) -> str:
+    return tools_source(choose_tools(TOOLS, choice, parallel), as_json, False, lambda _: None)
+
+
+def test_a_forced_call_is_one_that_the_parser_reads() -> None:
+    text = xml("weather", city="São\nPaulo", days="3", metric="true", where="{}", unit="C")
+    assert accepts(source_of("required", False), text)
+    assert parse(text)[1][0][0] == "weather"
+    text = hermes("weather", city="Rio", days=3)
+    assert accepts(source_of("required", True), text)
+
+
+def test_a_forced_call_keeps_to_the_schema() -> None:
+    source = source_of("required", False)
+    assert not accepts(source, xml("weather", days="3"))  # city is required
+    assert not accepts(source, xml("weather", city="x", days="many"))
+    assert not accepts(source, xml("weather", city="x", unit="K"))
+    assert not accepts(source, xml("never"))
+    assert not accepts(source, "words")
+
+
+def test_one_call_or_several() -> None:
+    two = xml("now") + "\n" + xml("now")
+    assert accepts(source_of("required", False), two)
+    assert not accepts(source_of("required", False, parallel=False), two)
+    named = {"type": "function", "function": {"name": "now"}}
+    assert accepts(source_of(named, False), xml("now"))
+    assert not accepts(source_of(named, False), xml("weather", city="x"))
+
+
+def test_a_wrong_schema_of_a_tool_is_told_with_its_place() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "strin"}}}
+    tools = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
+    for as_json in (False, True):
+        with pytest.raises(RequestError) as caught:
+            tools_source(choose_tools(tools, "required"), as_json, False, lambda _: None)
+        assert "tools[0].function.parameters.properties.a: " in str(caught.value)
