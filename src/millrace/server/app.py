@@ -24,6 +24,7 @@ from millrace.server.completions import Completions
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.errors import ApiError, error_response
 from millrace.server.front import Front, unavailable
+from millrace.server.load import load_route
 from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.openapi import openapi_document
 from millrace.server.responses import json_response
@@ -87,6 +88,7 @@ class Api:
             Route("/health", self.health),
             Route("/ping", self.health, methods=["GET", "POST"]),
             Route("/metrics", self.metrics_page),
+            load_route(self._front.client),
             Route("/version", self.version),
             Route("/openapi.json", self.openapi),
         ]

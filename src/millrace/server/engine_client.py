@@ -105,6 +105,11 @@ class EngineClient:
     def open_requests(self) -> int:
         return len(self._streams)
 
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of open requests: their prompts, and what they have generated so far."""
+        return sum(one.prompt_len + one.tokens for one in self._streams.values())
+
     def open(self, request: AddRequest) -> Stream:
         """Hand a request to the engine. Whoever opens a stream closes it."""
         stream = Stream(request, self._metrics, self._stream_interval)

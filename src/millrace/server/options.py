@@ -39,7 +39,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_engine_restarts: int = 3
     enable_request_id_headers: bool = True
     disable_uvicorn_access_log: bool = False
-    disable_access_log_for_endpoints: str = "/health,/ping,/metrics"
+    disable_access_log_for_endpoints: str = "/health,/ping,/metrics,/load"
     otlp_traces_endpoint: str | None = None
     uvicorn_log_level: LogLevel = "warning"
 
