@@ -22,7 +22,7 @@ class _Bytes:
     eos_token_id = 256
     bos_token_id = None
     tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
-    special_token_ids = [256]
+    special_token_ids = [256]  # noqa: RUF012
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
