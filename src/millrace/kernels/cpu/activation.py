@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from millrace.kernels.cpu.call import at, function, is_bf16, plain, row_wise, threads
-from millrace.kernels.cpu.call import long as int64
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -15,7 +14,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return NotImplemented
     tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, n)
-    run(at(gate_up), int64(tokens), n, at(out), is_bf16(gate_up), threads())
+    run(at(gate_up), tokens, n, at(out), is_bf16(gate_up), threads())
     return out
 
 
@@ -25,6 +24,6 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     if run is None or not plain(x) or not row_wise(gate) or gate.dtype != x.dtype:
         return NotImplemented
     out, n = x.new_empty(x.shape), x.shape[1]
-    stride = int64(gate.stride(0))
-    run(at(x), at(gate), stride, int64(x.shape[0]), n, at(out), is_bf16(x), threads())
+    stride = gate.stride(0)
+    run(at(x), at(gate), stride, x.shape[0], n, at(out), is_bf16(x), threads())
     return out

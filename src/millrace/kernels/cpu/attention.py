@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, real, row_wise, threads
-from millrace.kernels.cpu.call import long as int64
+from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, row_wise, threads
 from millrace.model.batch import DecodeRows, KVCache, PrefillRows
 
 
@@ -45,7 +44,7 @@ def _attend(
         *(at(x) for x in (q, cache.keys, cache.values, block_table, slots, starts, offsets, out)),
         *(is_bf16(q), is_bf16(cache.keys)),
         *(slots.shape[0], q.shape[1], kv_heads, dim, page_size, block_table.shape[1], first),
-        *(real(scale), threads()),
+        *(scale, threads()),
     )
     return out
 
@@ -73,7 +72,7 @@ def norm_rope_store(
     q = qkv.new_empty(qkv.shape[0], heads, dim)
     positions, kv_rows = positions.contiguous(), kv_rows.contiguous()
     run(
-        *(at(qkv), int64(qkv.stride(0)), at(q_weight), at(k_weight), real(eps), at(positions)),
+        *(at(qkv), qkv.stride(0), at(q_weight), at(k_weight), eps, at(positions)),
         *(at(cos_sin), cos_sin.shape[1], at(cache.keys), at(cache.values), at(kv_rows), at(q)),
         *(is_bf16(qkv), is_bf16(cache.keys), qkv.shape[0], heads, kv_heads, dim, threads()),
     )

@@ -15,25 +15,43 @@ LANES = 16  # head sizes are multiples of it
 KINDS = (torch.float32, torch.bfloat16)
 
 
+# What each function takes: p a tensor's memory, l an int64_t, i an int, f a float.
+SIGNATURES = {
+    "attend": "pppppppp" + "ii" + "iiiiiii" + "fi",
+    "conv": "plpiipppp" + "ii" + "p" + "ii",
+    "gated_rms_norm": "ppl" + "pfl" + "ii" + "pii",
+    "gdn_decode": "ppppppppppp" + "p" + "iiii" + "iii" + "ll" + "iiiii",
+    "gdn_prefill": "ppppppp" + "iii" + "ll" + "iiiii",
+    "linear": "ppiii" + "pi",
+    "norm_rope_store": "plppfp" + "pipppp" + "iiiiiii",
+    "rms_norm": "pppflil" + "ppii",
+    "sigmoid_gate": "pplli" + "pii",
+    "silu_mul": "pli" + "pii",
+}
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+}
+_declared: dict[str, Callable[..., Any]] = {}
+
+
 def function(name: str) -> Callable[..., Any] | None:
     """A function of the library by its name without the prefix; None where there is none."""
     compiled = library()
-    return None if compiled is None else getattr(compiled, f"millrace_{name}")
+    if compiled is None:
+        return None
+    if name not in _declared:
+        declared = getattr(compiled, f"millrace_{name}")
+        declared.argtypes = [_TYPES[kind] for kind in SIGNATURES[name]]
+        _declared[name] = declared
+    return _declared[name]
 
 
-def at(x: Tensor | None) -> ctypes.c_void_p:
+def at(x: Tensor | None) -> int | None:
     """A tensor's memory."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def long(x: int) -> ctypes.c_int64:
-    """An int64_t argument."""
-    return ctypes.c_int64(x)
-
-
-def real(x: float) -> ctypes.c_float:
-    """A float argument."""
-    return ctypes.c_float(x)
+    return None if x is None else x.data_ptr()
 
 
 def is_bf16(x: Tensor) -> int:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.cpu.call import KINDS, LANES, at, function, is_bf16, plain, row_wise, threads
-from millrace.kernels.cpu.call import long as int64
 from millrace.model.batch import DecodeRows, GDNState, PrefillRows
 
 
@@ -43,7 +42,7 @@ def _conv(
     out = torch.empty(x.shape, dtype=x.dtype)
     slots = slots.contiguous()
     run(
-        *(at(x), int64(x.stride(0)), at(cache.conv), cache.conv.shape[1], x.shape[1], at(weight)),
+        *(at(x), x.stride(0), at(cache.conv), cache.conv.shape[1], x.shape[1], at(weight)),
         *(at(conv_offset), at(slots), at(offsets), slots.shape[0], keep, at(out)),
         *(is_bf16(x), threads()),
     )
@@ -91,7 +90,7 @@ def _decode(
         *(at(x) for x in (qkv, a, b, *gating, *buffers, fill, slots, out)),
         *(is_bf16(x) for x in (qkv, a, cache.state, cache.window_k)),
         *(slots.shape[0], decode.width, cache.window_k.shape[2]),
-        *(int64(qkv.stride(0)), int64(a.stride(0)), *sizes, threads()),
+        *(qkv.stride(0), a.stride(0), *sizes, threads()),
     )
     return out
 
@@ -108,7 +107,7 @@ def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: Pre
     run(
         *(at(x) for x in (qkv, g, beta, cache.state, slots, rows.offsets, out)),
         *(is_bf16(qkv), is_bf16(cache.state), slots.shape[0]),
-        *(int64(qkv.stride(0)), int64(g.stride(0)), *sizes, threads()),
+        *(qkv.stride(0), g.stride(0), *sizes, threads()),
     )
     return out
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millrace.kernels.cpu.call import KINDS, at, function, is_bf16, plain, real, threads
-from millrace.kernels.cpu.call import long as int64
+from millrace.kernels.cpu.call import KINDS, at, function, is_bf16, plain, threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,7 +32,7 @@ def _norm(
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     run(
-        *(at(x), at(residual), at(weight), real(eps), int64(x.numel() // n), n, int64(n)),
+        *(at(x), at(residual), at(weight), eps, x.numel() // n, n, n),
         *(at(total), at(out), is_bf16(x), threads()),
     )
     return out, total
@@ -49,7 +48,7 @@ def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
         return NotImplemented
     out = o.new_empty(tokens, heads * n)
     run(
-        *(at(o), at(z), int64(z.stride(0)), at(weight), real(eps), int64(tokens * heads)),
+        *(at(o), at(z), z.stride(0), at(weight), eps, tokens * heads),
         *(heads, n, at(out), is_bf16(o), threads()),
     )
     return out
