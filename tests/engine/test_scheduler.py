@@ -77,6 +77,7 @@ def assert_all_free(eng: Engine) -> None:
     budget=st.integers(24, 64),
     interval=st.sampled_from([0, 4, 8]),
     caching=st.booleans(),
+    mixed=st.sampled_from([0, 1, 7]),
 )
 def test_any_mix_gives_each_request_its_own_tokens(
     seed: int,
@@ -87,6 +88,7 @@ def test_any_mix_gives_each_request_its_own_tokens(
     budget: int,
     interval: int,
     caching: bool,
+    mixed: int,
 ) -> None:
     """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, requests that
     resume or wait for another's prompt: none of it changes a token.
@@ -100,6 +102,7 @@ def test_any_mix_gives_each_request_its_own_tokens(
         snapshot_interval=interval,
         prefix_caching=caching,
         priorities=True,
+        mixed_prefill_tokens=mixed,
     )
     eng = engine(lim, depth, seed)
     stems = [[rng.randint(1, 49) for _ in range(20)] for _ in range(2)]
@@ -240,6 +243,22 @@ def test_a_prompt_of_k_plus_1_tokens_is_a_prompt() -> None:
     assert plan is not None
     assert plan.decode == []
     assert [chunk.count for chunk in plan.chunks] == [4]
+
+
+def test_beside_decoding_rows_a_step_computes_few_prompt_tokens() -> None:
+    eng = engine(limits(mixed_prefill_tokens=5, drafts=0))
+    eng.add(request("a", [1] * 20, 20, ignore_eos=True))
+    eng.step()
+    eng.step()
+    for name in ("b", "c"):
+        eng.add(request(name, [ord(name)] * 20, 4))
+    seen = []
+    for _ in range(6):
+        eng.step()
+        plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+        assert plan.decode
+        seen.append(sum(chunk.count for chunk in plan.chunks))
+    assert seen == [5] * 6
 
 
 def test_abort_returns_everything_in_every_phase() -> None:

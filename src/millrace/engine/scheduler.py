@@ -42,6 +42,7 @@ _MASK64 = (1 << 64) - 1
 class Limits:
     """The sizes a scheduler works within; all are counts, lengths in tokens.
 
+    mixed_prefill_tokens: prompt tokens beside decode rows; 0 sets no limit of its own.
     num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
     """
 
@@ -54,6 +55,7 @@ class Limits:
     drafts: int
     prefix_caching: bool = True
     snapshot_interval: int = 0
+    mixed_prefill_tokens: int = 0
     priorities: bool = False
     vocab_size: int = 1 << 31
     eos_ids: frozenset[int] = frozenset()
@@ -227,6 +229,8 @@ class Scheduler:
         self._draining = False
         step = _Step(budget=self.limits.max_num_batched_tokens, now=now)
         self._plan_decode(step)
+        if step.decode and self.limits.mixed_prefill_tokens:
+            step.budget = min(step.budget, self.limits.mixed_prefill_tokens)
         self._plan_chunks(step)
         if not self._draining:
             self._plan_admissions(step)

@@ -62,6 +62,7 @@ class Worker:
         return Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            mixed_prefill_tokens=config.mixed_prefill_tokens,
             max_model_len=config.max_model_len,
             page_size=config.page_size,
             num_pages=self.memory.num_pages,
