@@ -18,6 +18,7 @@ import pytest
 
 from millrace.errors import UserError
 from millrace.fleet.supervisor import FleetOptions, Supervisor
+from millrace.gateway.app import GatewayOptions
 from millrace.http1 import Target, fetch
 from tests.support.gateways import FAST
 from tests.support.mock_replica import MockReplica
@@ -30,7 +31,7 @@ BODY = b'{"model": "mock", "prompt": [1], "max_tokens": 2}'
 @contextlib.asynccontextmanager
 async def supervised(lines: list[str], *extra: str, **options: Any) -> AsyncIterator[Supervisor]:
     options = {"count": 2, "port": 0, "pause": 0.1, "grace": 2.0, "device": "cpu", **options}
-    options.setdefault("health", FAST)
+    options.setdefault("gateway", GatewayOptions(health=FAST, merge_metrics=True))
     made = Supervisor(FleetOptions(command=[*MOCK, *extra], **options), lines.append)
     await made.start()
     try:

@@ -21,8 +21,7 @@ from millrace.errors import ConfigError
 from millrace.fleet.process import ReplicaProcess, bring_up, free_port
 from millrace.fleet.shares import Device, device_shares, thread_limit, usable_cores, visible_gpus
 from millrace.gateway.app import Gateway, GatewayOptions
-from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
-from millrace.gateway.picker import DEFAULT_POLICY
+from millrace.gateway.keeper import ReplicaSpec
 from millrace.gateway.worker import require_free_port
 from millrace.http1 import Target
 
@@ -35,14 +34,16 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     command: starts one replica when `--host H --port P` is added. start_timeout, grace, pause
     and pause_limit are seconds: until all are healthy, for a replica to end when asked, before
     the first restart in a row, and before any. A replica that lived for `settled` seconds starts
-    a new row.
+    a new row. hung: a replica that has answered no health check for so long is killed. drain: what
+    requests under way get when all is to stop. gateway: how it picks and who it lets in; its
+    replicas, host and port are set here.
     """
 
     command: Sequence[str]
     count: int
     host: str = "127.0.0.1"
     port: int = 8000
-    policy: str = DEFAULT_POLICY
+    gateway: GatewayOptions = GatewayOptions(merge_metrics=True)
     device: Device = "auto"
     gpus_each: int = 1
     start_timeout: float = 900.0
@@ -50,7 +51,8 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     pause: float = 1.0
     pause_limit: float = 30.0
     settled: float = 60.0
-    health: HealthPolicy = HealthPolicy()
+    hung: float = 60.0
+    drain: float = 10.0
 
 
 class Supervisor:
@@ -82,13 +84,14 @@ class Supervisor:
         ]
         self._keepers: list[asyncio.Task[None]] = []
         self.gateway = Gateway(
-            GatewayOptions(
+            msgspec.structs.replace(
+                options.gateway,
                 replicas=[ReplicaSpec(target=target) for target in self._targets],
+                labels={str(target): str(index) for index, target in enumerate(self._targets)},
                 host=options.host,
                 port=options.port,
-                policy=options.policy,
-                health=options.health,
-            )
+            ),
+            log,
         )
 
     async def start(self) -> None:
@@ -113,13 +116,15 @@ class Supervisor:
                 raise error.exceptions[0] from None
             raise
         self._keepers = [asyncio.create_task(self._keep(i)) for i in range(self._options.count)]
+        self._keepers.append(asyncio.create_task(self._kill_hung()))
 
     async def stop(self) -> None:
-        """Stop the gateway, then every replica; returns with all of them reaped."""
+        """Stop the gateway, once requests under way have ended or their time is over, then every
+        replica; returns with all of them reaped."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        await self.gateway.stop()
+        await self.gateway.stop(self._options.drain)
         await asyncio.gather(*(p.stop(self._options.grace) for p in self._processes))
 
     def kill(self) -> None:
@@ -151,6 +156,20 @@ class Supervisor:
             await asyncio.sleep(pause)
             await process.start()  # it ran before, so its command can be run
 
+    async def _kill_hung(self) -> None:
+        """Kill replicas that run and answer nothing; `_keep` restarts them."""
+        since: dict[int, float] = {}
+        while True:
+            await asyncio.sleep(min(1.0, self._options.hung / 4))
+            now = time.monotonic()
+            for index, member in enumerate(self.gateway.keeper.members[: self._options.count]):
+                if not (member.lost and self._processes[index].running):
+                    since.pop(index, None)
+                elif now - since.setdefault(index, now) > self._options.hung:
+                    self._log(f"replica {index} has been silent for {self._options.hung:g} s")
+                    self._processes[index].kill()
+                    del since[index]
+
 
 def run_replicas(
     command: Sequence[str],
@@ -158,7 +177,7 @@ def run_replicas(
     host: str,
     port: int,
     *,
-    policy: str = DEFAULT_POLICY,
+    gateway: GatewayOptions | None = None,
     device: Device = "auto",
     gpus_each: int = 1,
     start_timeout: float = 900.0,
@@ -175,7 +194,7 @@ def run_replicas(
         count=count,
         host=host,
         port=port,
-        policy=policy,
+        gateway=gateway or GatewayOptions(merge_metrics=True),
         device=device,
         gpus_each=gpus_each,
         start_timeout=start_timeout,
@@ -205,7 +224,7 @@ async def _run(options: FleetOptions) -> None:
     starting.result()
     _to_stderr(
         f"{options.count} replicas on http://{options.host}:{supervisor.gateway.port}, "
-        f"policy {options.policy}"
+        f"policy {options.gateway.policy}"
     )
     try:
         await stopping

@@ -15,7 +15,10 @@ from millrace.errors import CheckpointError
 
 LayerType = Literal["full_attention", "linear_attention"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
-SUPPORTED = "supported are dense Qwen3.5-class models (model_type qwen3_5 or qwen3_5_text)"
+SUPPORTED = (
+    "supported are dense Qwen3.5-class models (model_type qwen3_5 or qwen3_5_text); "
+    "--engine vllm serves others"
+)
 CONV_KERNEL = 4
 FP8_BLOCK = 128
 

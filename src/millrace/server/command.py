@@ -30,6 +30,13 @@ class _Remembering(click.Command):
         return super().parse_args(ctx, args)
 
 
+# What several replicas' gateway is told, and they are not.
+_GATEWAYS = (
+    *("--replicas", "--host", "--port", "--policy", "--gateway-processes", "--engine"),
+    *("--ssl-certfile", "--ssl-keyfile"),
+)
+
+
 @click.command(cls=_Remembering)
 @click.argument("model")
 @struct_options(ServerOptions, SERVER_HELP)
@@ -44,7 +51,9 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     options = msgspec.convert(given(values, ServerOptions), ServerOptions)
     _check(options)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    if options.replicas > 1:
+    if options.engine != "millrace":
+        _serve_others(args, options, values)
+    elif options.replicas > 1:
         _serve_replicas(args, options, ctx.meta["millrace.arguments"])
     elif int(os.environ.get("RANK", "0")) > 0:
         from millrace.engine.replica import run_rank
@@ -63,22 +72,53 @@ def _check(options: ServerOptions) -> None:
     for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
-    if options.replicas > 1 and options.ssl_certfile:
-        raise ConfigError("--ssl-certfile works with one replica; put a proxy before several")
+    if options.engine == "millrace" and (options.engine_args or options.engine_command):
+        raise ConfigError("--engine-args and --engine-command go with --engine vllm or sglang")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"port {options.port}: use 0 to 65535")
 
 
 def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
-    from millrace.fleet.supervisor import run_replicas
-
     find_model(args.model)
-    own = without_options(arguments, ("--replicas", "--host", "--port"))
+    own = without_options(arguments, _GATEWAYS)
+    _run_replicas([sys.executable, "-m", "millrace.cli", "serve", *own], args, options)
+
+
+def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, Any]) -> None:
+    """Another server's engines behind our gateway."""
+    from millrace.fleet.drivers import engine_command
+
+    told = {**given(values, EngineArgs), **given(values, ServerOptions)}
+    command = engine_command(
+        options.engine,
+        args.model,
+        told,
+        own=options.engine_args or "",
+        program=options.engine_command or "",
+    )
+    _run_replicas(command, args, options)
+
+
+def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
+    from millrace.fleet.supervisor import run_replicas
+    from millrace.gateway.app import GatewayOptions
+    from millrace.gateway.relay import Access
+    from millrace.server.run import api_keys
+
+    keys = tuple(api_keys(options))
     run_replicas(
-        [sys.executable, "-m", "millrace.cli", "serve", *own],
+        command,
         options.replicas,
         options.host,
         options.port,
+        gateway=GatewayOptions(
+            policy=options.policy,
+            processes=options.gateway_processes,
+            access=Access(api_keys=keys, worker_key=keys[0] if keys else None),
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+            merge_metrics=True,
+        ),
         device=args.device,
         gpus_each=args.tensor_parallel_size,
     )

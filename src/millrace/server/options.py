@@ -19,6 +19,13 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
+    engine: Literal["millrace", "vllm", "sglang"] = "millrace"
+    engine_command: str | None = None
+    engine_args: str | None = None
+    policy: Literal[
+        "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
+    ] = "least_loaded"
+    gateway_processes: int = 1
     generation_config: Literal["auto", "vllm"] = "auto"
     reasoning_parser: ReasoningParser = "auto"
     tool_call_parser: ToolCallParser = "auto"
@@ -47,7 +54,12 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 SERVER_HELP: Mapping[str, str] = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
-    "replicas": "Engines to start, with one relay in front of them.",
+    "replicas": "Engines to start, with one gateway in front of them.",
+    "engine": "What to start as replicas: Millrace's engine, or another server with these options.",
+    "engine_command": "The other server's program, where it is not on PATH.",
+    "engine_args": "More options for the other server, in its own words.",
+    "policy": "How the gateway picks among replicas.",
+    "gateway_processes": "Processes of the gateway.",
     "generation_config": "auto takes the checkpoint's sampling defaults, vllm takes none.",
     "reasoning_parser": "How chat answers are split into reasoning and content; auto does it where "
     "the prompt opens a <think> block, none never.",

@@ -124,14 +124,14 @@ def _door(app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer:
     return Door(
         app,
         metrics,
-        Keys(_api_keys(options)),
+        Keys(api_keys(options)),
         show_ids=options.enable_request_id_headers,
         quiet=None if options.disable_uvicorn_access_log else quiet,
         on_end=[tracer.record] if tracer.active else [],
     )
 
 
-def _api_keys(options: ServerOptions) -> list[str]:
+def api_keys(options: ServerOptions) -> list[str]:
     keys = options.api_key or [os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)]
     if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning(

@@ -1,0 +1,214 @@
+"""Replicas killed under load, again and again: no request may fail, no token may be wrong.
+
+Three real engines in fp32 behind `millrace serve --replicas 3`. Greedy answers are taken once in
+peace; then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a gateway process gets
+SIGKILL) every few seconds, and every answer is compared with the one from before.
+
+    python benchmarks/gateway_kill.py --seconds 120 --every 6 --what replica
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvloop
+
+from millrace.http1 import Target, fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+SUBJECTS = [
+    "a fox",
+    "the sea",
+    "an old mill",
+    "two friends",
+    "a lost key",
+    "winter",
+    "the moon",
+    "a small boat",
+]
+
+
+def request(index: int, model: str, tokens: int) -> tuple[str, bytes]:
+    """(path, body) of the request with this number; there are 16 different ones."""
+    subject = SUBJECTS[index % 8]
+    body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    if index % 16 < 8:
+        return "/v1/completions", json.dumps(
+            {**body, "prompt": f"Once there was {subject}"}
+        ).encode()
+    messages = [{"role": "user", "content": f"Tell me about {subject}."}]
+    return "/v1/chat/completions", json.dumps({**body, "messages": messages}).encode()
+
+
+def read(body: bytes) -> tuple[str, int]:
+    """(text, completion tokens) of a stream. Raises ValueError for one that has no end."""
+    text, count, done = "", -1, False
+    for line in body.split(b"\n\n"):
+        data = line.removeprefix(b"data: ")
+        if data == b"[DONE]":
+            done = True
+        elif data:
+            event = json.loads(data)
+            if "error" in event:
+                raise ValueError(str(event["error"]))
+            for choice in event["choices"]:
+                delta = choice.get("delta", {})
+                text += choice.get("text") or delta.get("reasoning_content") or ""
+                text += delta.get("content") or ""
+            if event.get("usage"):
+                count = event["usage"]["completion_tokens"]
+    if not done:
+        raise ValueError("no [DONE]")
+    return text, count
+
+
+async def answer(target: Target, index: int, model: str, tokens: int) -> tuple[str, int]:
+    path, body = request(index, model, tokens)
+    response = await fetch(target, path, method="POST", body=body, timeout=120)
+    if response.status != 200:
+        raise ValueError(f"status {response.status}: {response.body[:200]!r}")
+    return read(response.body)
+
+
+async def clients(
+    target: Target, options: argparse.Namespace, truth: list[tuple[str, int]], end: float
+) -> Counter[str]:
+    """Keep `streams` requests running until `end`."""
+    results: Counter[str] = Counter()
+
+    async def one(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            index = draw.randrange(16)
+            try:
+                got = await answer(target, index, options.model, options.tokens)
+            except (OSError, ValueError) as error:
+                results["failed"] += 1
+                print(f"failed: {error}", flush=True)
+                continue
+            results["answered"] += 1
+            if got != truth[index]:
+                results["different"] += 1
+                print(f"different: {got!r}\n     from: {truth[index]!r}", flush=True)
+
+    await asyncio.gather(*(one(seed) for seed in range(options.streams)))
+    return results
+
+
+async def murders(target: Target, options: argparse.Namespace, supervisor: int, end: float) -> int:
+    """Kill one every `every` seconds; the next only when all are healthy again."""
+    draw, count = random.Random(1), 0
+    await asyncio.sleep(options.every / 2)
+    while time.monotonic() < end - options.every:
+        state = json.loads((await fetch(target, "/gateway/status")).body)
+        if all(row["healthy"] for row in state["replicas"]):
+            count += 1
+            victim = draw.choice(victims(supervisor, state["workers"], options.what))
+            if options.what == "stop":
+                os.kill(victim, signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(15, _continue, victim)
+            else:
+                os.kill(victim, signal.SIGKILL)
+        await asyncio.sleep(options.every)
+    return count
+
+
+def _continue(pid: int) -> None:
+    if psutil.pid_exists(pid):
+        os.kill(pid, signal.SIGCONT)
+
+
+def victims(supervisor: int, workers: list[int], what: str) -> list[int]:
+    """Process ids to choose from: gateway processes, servers, or the engines behind them."""
+    if what == "gateway":
+        return workers
+    servers = [
+        child
+        for child in psutil.Process(supervisor).children()
+        if child.pid not in workers and "serve" in child.cmdline()
+    ]
+    if what == "engine":
+        return [child.pid for server in servers for child in server.children()]
+    return [server.pid for server in servers]
+
+
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    processes = 2 if options.what == "gateway" else 1
+    command = [
+        *(sys.executable, "-m", "millrace.cli", "serve", options.model, "--port", "0"),
+        *("--replicas", "3", "--dtype", "float32", "--max-model-len", "1024", "--device", "cpu"),
+        *("--gateway-processes", str(processes), "--kv-cache-memory-bytes", str(200 << 20)),
+    ]
+    supervisor = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        target = await _port(supervisor)
+        truth = [await answer(target, i, options.model, options.tokens) for i in range(16)]
+        end = time.monotonic() + options.seconds
+        results, killed = await asyncio.gather(
+            clients(target, options, truth, end), murders(target, options, supervisor.pid, end)
+        )
+        state = json.loads((await fetch(target, "/gateway/status")).body)
+    finally:
+        supervisor.send_signal(signal.SIGTERM)
+        await supervisor.wait()
+    events = {name: state["events"][name] for name in ("retries", "resumed", "cut_off")}
+    return {
+        "what": options.what,
+        "seconds": options.seconds,
+        "streams": options.streams,
+        "killed": killed,
+        **{name: results[name] for name in ("answered", "failed", "different")},
+        **events,
+        "worker_restarts": state["worker_restarts"],
+        "left": {r["url"]: r["in_flight"] + r["resident_tokens"] for r in state["replicas"]},
+    }
+
+
+async def _port(supervisor: asyncio.subprocess.Process) -> Target:
+    assert supervisor.stderr is not None
+    while line := (await supervisor.stderr.readline()).decode():
+        if line.startswith("3 replicas on"):
+            asyncio.create_task(_drain(supervisor.stderr))  # noqa: RUF006
+            return Target("127.0.0.1", int(line.split(":")[2].split(",")[0]))
+    raise SystemExit("the replicas did not come up")
+
+
+async def _drain(lines: asyncio.StreamReader) -> None:
+    while line := await lines.readline():
+        if line.startswith((b"replica", b"gateway process", b"Traceback")):
+            print(line.decode().rstrip(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="millrace-mini")
+    parser.add_argument(
+        "--what", choices=["replica", "engine", "stop", "gateway"], default="replica"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--every", type=float, default=6.0)
+    parser.add_argument("--streams", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = uvloop.run(run(options))
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    raise SystemExit(bool(result["failed"] or result["different"]) and options.what != "gateway")
+
+
+if __name__ == "__main__":
+    main()
