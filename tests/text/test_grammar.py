@@ -141,6 +141,7 @@ def test_a_forced_call_keeps_to_the_schema() -> None:
     assert not accepts(source, xml("weather", city="x", days="many"))
     assert not accepts(source, xml("weather", city="x", unit="K"))
     assert not accepts(source, xml("never"))
+    assert not accepts(source, xml("weather", city="a</parameter>b"))
     assert not accepts(source, "words")
 
 

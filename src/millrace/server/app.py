@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from millrace import __version__
 from millrace.errors import RequestError
 from millrace.server.answers import Health, ModelCard, ModelList, Version
+from millrace.server.anthropic import Anthropic
 from millrace.server.chat import Chat
 from millrace.server.completions import Completions
 from millrace.server.engine_client import EngineClient, EngineDeadError
@@ -28,6 +29,8 @@ from millrace.server.load import load_route
 from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.openapi import openapi_document
 from millrace.server.responses import json_response
+from millrace.server.responses_api import Responses
+from millrace.server.tokenize import Tokenize
 from millrace.text.codec import Codec
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tools import ToolCallParser
@@ -83,6 +86,9 @@ class Api:
         routes = [
             *Chat(self._front).routes(),
             *Completions(self._front).routes(),
+            *Anthropic(self._front).routes(),
+            *Responses(self._front).routes(),
+            *Tokenize(self._front).routes(),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),

@@ -30,6 +30,8 @@ from millrace.text.reasoning import START, ReasoningSplit, begins_reasoning
 from millrace.text.tools import ToolParser
 from millrace.text.toolset import ToolChoice, choose_tools, read_tools
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 
 class Turn(msgspec.Struct, frozen=True):
     """A chat made ready for the engine. parsers: one for each of the requests."""
@@ -71,7 +73,7 @@ async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Tur
     params = sampling_params(body, front.codec.defaults)
     check_resume(body, outputs=params.n)
     front.check_room(params.n, ready)
-    choice = _tool_choice(front, body)
+    choice = tool_choice(front, body)
     text = await front.apart(partial(chat_text, front, body, choice), len(body.messages) > 8)
     ends_open = text.rstrip().endswith(START)
     variables = _variables(front, body)
@@ -104,7 +106,7 @@ def chat_text(front: Front, body: ChatRequest, choice: ToolChoice) -> str:
     )
 
 
-def _tool_choice(front: Front, body: ChatRequest) -> ToolChoice:
+def tool_choice(front: Front, body: ChatRequest) -> ToolChoice:
     """Which tools the answer may call. A named one is called; the prompt tells of that one."""
     tools = read_tools(body.tools)
     choice = choose_tools(tools, body.tool_choice, body.parallel_tool_calls is not False)
@@ -124,15 +126,12 @@ def _variables(front: Front, body: ChatRequest) -> dict[str, Any]:
     template = front.codec.template
     if effort is not None and template is not None and "reasoning_effort" in template.source:
         given["reasoning_effort"] = effort
-    elif effort == "none":
-        given["enable_thinking"] = False
-    elif effort not in (None, "medium"):
-        raise RequestError(
-            f"reasoning_effort {effort!r} is not supported: the model reasons or does not; use "
-            '"none", or leave it out',
-            param="reasoning_effort",
-            code="unsupported_parameter",
-        )
+    elif effort is not None:  # the model reasons or does not; it knows no degrees
+        if effort not in EFFORTS:
+            known = ", ".join(EFFORTS)
+            message = f"reasoning_effort must be one of {known}, got {effort!r}"
+            raise RequestError(message, param="reasoning_effort")
+        given["enable_thinking"] = effort != "none"
     return {**given, **(body.chat_template_kwargs or {})}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 MAX_STOPS = 64
 MAX_BAD_WORDS = 256
 MAX_PRIORITY = 2**31
+
+
+class Rules(NamedTuple):
+    """What becomes of the fields of an API that no body here has.
+
+    refused: the values at which each changes nothing (null never does), and why others are not
+    served. harmless: known, and without influence on the answer.
+    """
+
+    refused: Mapping[str, tuple[tuple[Any, ...], str]]
+    harmless: frozenset[str]
+
 
 # Not served: the values at which each field changes nothing (null never does), and why.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -70,13 +82,14 @@ HARMLESS = frozenset(
         "request_id",
     }
 )
+OPENAI = Rules(REFUSED, HARMLESS)
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
 _warned: set[str] = set()
 
 
-def parse_body(data: bytes, kind: type[_Body]) -> _Body:
+def parse_body(data: bytes, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
     """A body as `kind`. Raises RequestError that names the field and what it must be."""
     try:
         body = msgspec.json.decode(data, type=kind)
@@ -85,7 +98,7 @@ def parse_body(data: bytes, kind: type[_Body]) -> _Body:
         raise _invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    _check_others(given, set(kind.__struct_fields__))
+    _check_others(given, set(kind.__struct_fields__), rules)
     return body
 
 
@@ -102,18 +115,18 @@ def _invalid_field(message: str) -> RequestError:
     return RequestError(f"the body must be a JSON object: {text}")
 
 
-def _check_others(given: Mapping[str, msgspec.Raw], served: set[str]) -> None:
+def _check_others(given: Mapping[str, msgspec.Raw], served: set[str], rules: Rules) -> None:
     for name in given.keys() - served:
-        if name in REFUSED:
+        if name in rules.refused:
             value = msgspec.json.decode(given[name])
-            neutrals, reason = REFUSED[name]
+            neutrals, reason = rules.refused[name]
             if value is not None and not any(_same(value, neutral) for neutral in neutrals):
                 raise RequestError(
                     f"{name} is not supported: {reason}; leave it out",
                     param=name,
                     code="unsupported_parameter",
                 )
-        elif name not in HARMLESS:
+        elif name not in rules.harmless:
             _warn_once(name)
 
 

@@ -19,7 +19,7 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.engine_client import EngineClient
 from millrace.server.errors import ApiError
-from millrace.server.fields import parse_body
+from millrace.server.fields import OPENAI, Rules, parse_body
 from millrace.server.generation import Generations
 from millrace.server.http import read_body
 from millrace.server.metrics import RequestMetrics
@@ -70,10 +70,10 @@ class Front:
         self._read_timeout = read_timeout
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
 
-    async def body(self, request: Request, kind: type[_Body]) -> _Body:
+    async def body(self, request: Request, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
         data = await read_body(request, self._max_body_bytes, self._read_timeout)
-        return parse_body(data, kind)
+        return parse_body(data, kind, rules)
 
     def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""

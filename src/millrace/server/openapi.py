@@ -15,15 +15,31 @@ from millrace.server.answers import (
     Health,
     ModelCard,
     ModelList,
+    Text,
+    Tokens,
     Version,
 )
+from millrace.server.anthropic import CountRequest, MessagesRequest, TokenCount
+from millrace.server.anthropic_reply import Message
 from millrace.server.errors import ErrorBody
-from millrace.server.schema import ChatRequest, CompletionRequest
+from millrace.server.responses_api import ResponsesRequest
+from millrace.server.responses_reply import ResponseBody
+from millrace.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 # (path, method, what it does, body, answer; None is plain text)
 _OPERATIONS: tuple[tuple[str, str, str, type | None, type | None], ...] = (
     ("/v1/chat/completions", "post", "Continue a chat", ChatRequest, ChatCompletion),
     ("/v1/completions", "post", "Continue a text", CompletionRequest, Completion),
+    ("/v1/responses", "post", "Answer an input", ResponsesRequest, ResponseBody),
+    ("/v1/messages", "post", "Continue a chat, in Anthropic's words", MessagesRequest, Message),
+    ("/v1/messages/count_tokens", "post", "Count a chat's tokens", CountRequest, TokenCount),
+    ("/tokenize", "post", "A prompt's tokens", TokenizeRequest, Tokens),
+    ("/detokenize", "post", "The text of tokens", DetokenizeRequest, Text),
     ("/v1/models", "get", "The model that is served", None, ModelList),
     ("/v1/models/{name}", "get", "One name of it", None, ModelCard),
     ("/health", "get", "Whether requests can be served", None, Health),
@@ -49,6 +65,7 @@ def openapi_document() -> bytes:
             by_kind[body] if body else None,
             by_kind[answer] if answer else None,
             by_kind[ErrorBody],
+            streams=hasattr(body, "stream"),
         )
     document = {
         "openapi": "3.1.0",
@@ -63,10 +80,12 @@ def _path_parameter(name: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-def _operation(path: str, summary: str, body: Any, answer: Any, error: Any) -> dict[str, Any]:
+def _operation(
+    path: str, summary: str, body: Any, answer: Any, error: Any, streams: bool
+) -> dict[str, Any]:
     plain = {"text/plain": {"schema": {"type": "string"}}}
     content = _json(answer) if answer else plain
-    if body:
+    if streams:
         content = {**content, "text/event-stream": {"schema": {"type": "string"}}}
     operation: dict[str, Any] = {
         "summary": summary,

@@ -117,11 +117,11 @@ class Codec:
         """
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        self._check_ids(prompt, "prompt")
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-        self._check_ids(list(params.logit_bias or ()), "logit_bias")
-        self._check_ids(params.allowed_token_ids or (), "allowed_token_ids")
-        self._check_ids(resume, "resume_token_ids")
+        self.check_ids(prompt, "prompt")
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_ids(list(params.logit_bias or ()), "logit_bias")
+        self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self.check_ids(resume, "resume_token_ids")
         params = self._settled(params, len(prompt), max_model_len, unsaid_max_tokens)
         if len(resume) > (params.max_tokens or 0):
             raise RequestError(
@@ -194,7 +194,8 @@ class Codec:
             )
         return token
 
-    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise RequestError for the first that is not in the vocabulary."""
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
             raise RequestError(

@@ -142,7 +142,8 @@ def _argument(name: str, key: str, schema: Any, tool: Tool) -> str:
         return f"{name}: {head} ({choices})\n"
     if tool.property_types(key) <= {"string"}:
         value = f"{name}_value"
-        return f"{name}: {head} {value}\n{value}[suffix={_literal(tail)}]: /(?s:.*)/\n"
+        ending = _literal(PARAMETER_END)  # the first one ends it, as the parser sees it
+        return f'{name}: {head} {value} "\\n"\n{value}[suffix={ending}]: /(?s:.*)/\n'
     definitions = {k: tool.parameters[k] for k in _SHARED if k in tool.parameters}
     whole = {**schema, **definitions} if isinstance(schema, dict) else schema
     return f"{name}: {head} %json {_compiled(whole)} {_literal(tail)}\n"
