@@ -192,7 +192,11 @@ def awake(server: Server) -> Iterator[None]:
 
 
 def servers(options: argparse.Namespace, model: Path) -> list[Server]:
-    """vLLM and Millrace as alike as their flags allow; Millrace also with MTP-1."""
+    """vLLM and Millrace as alike as their flags allow; Millrace also with MTP-1.
+
+    vLLM keeps the recurrent state of this model in bfloat16 (it has no float32 there); Millrace
+    keeps float32 unless told otherwise, so both are measured.
+    """
     shared = [
         *("--dtype", "bfloat16", "--max-model-len", str(options.max_model_len)),
         *("--max-num-seqs", str(options.concurrency), "--max-num-batched-tokens", "2048"),
@@ -219,6 +223,11 @@ def servers(options: argparse.Namespace, model: Path) -> list[Server]:
         }
         command = [*millrace, "--port", "8303", "--speculative-config", json.dumps(draft)]
         made.append(Server("millrace mtp-1", command, 8303, threads))
+    if options.bf16_state:
+        state = ("--mamba-ssm-cache-dtype", "bfloat16")
+        for server, port in list(zip(made[1:], (8304, 8305), strict=False)):
+            ported = [str(port) if word == str(server.port) else word for word in server.command]
+            made.append(Server(f"{server.name} bf16 state", [*ported, *state], port, threads))
     return [server for server in made if not options.only or server.name in options.only]
 
 
@@ -355,6 +364,7 @@ def parse_options() -> argparse.Namespace:
         "--threads", type=int, help="of Millrace's engine (default: its own choice)"
     )
     parser.add_argument("--mtp", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bf16-state", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--acceptance", type=float, default=0.9, help="of MTP drafts")
     parser.add_argument("--start-timeout", type=float, default=600.0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/cpu_vs_vllm.json")

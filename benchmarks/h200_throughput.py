@@ -2,289 +2,364 @@
 
 Seeded random weights (none of them zero by rounding), synthetic acceptance 0.9 with one draft,
 temperature 1, token-id prompts with lengths uniform in [512, 1024], outputs uniform in [256, 512],
-end tokens ignored: the workload that the figures of other engines in LEDGER.md were taken on. All
-phases run in one process over one set of weights. Writes JSON and prints a table.
+end tokens ignored: the workload that the figures of other engines in LEDGER.md were taken on.
 
-    python benchmarks/h200_throughput.py --out benchmarks/results/h200.json
+    python benchmarks/h200_throughput.py --phases default,throughput --repeats 3
+    python benchmarks/h200_throughput.py --phases wide --repeats 1
+    python benchmarks/h200_throughput.py --phases nomtp,long,start --repeats 1
+    python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
+
+Each phase is one engine (see ARRANGEMENTS); those named share a process and what it has compiled.
+What is found is merged into --out phase by phase, so that several calls share the work and a call
+that is cut short keeps what it has. Minutes on an H200: default 2 + 1.3 a repeat, throughput and
+bf16_state 0.7 + 1.3 a repeat, wide 1 + 2.2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from qwen27b import write_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from engine_runs import closed_run, decode_profile, prefill_profile, requests, synchronize
+from qwen27b import read_sizes, step_work, write_config
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
 from millrace.engine.replica import build_engine
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.model.tiny import TinyShape, config_json
 
-VOCAB = 248_000
+ROOT = Path(__file__).resolve().parents[1]
 BASE: dict[str, Any] = {
     "load_format": "dummy",
     "kv_cache_dtype": "fp8_e4m3",
     "max_model_len": 2560,
+    "max_num_batched_tokens": 8192,
     "gpu_memory_utilization": 0.92,
     "enable_prefix_caching": False,
     "block_size": 64,
+    "speculative_config": {"num_speculative_tokens": 1, "synthetic_acceptance": 0.9},
 }
-MTP1 = {"num_speculative_tokens": 1, "synthetic_acceptance": 0.9}
+# What each phase's engine has otherwise than BASE.
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "default": {"max_num_seqs": 256},
+    "throughput": {"max_num_seqs": 256, "mixed_prefill_tokens": 8192},
+    "wide": {"max_num_seqs": 448},
+    "nomtp": {"max_num_seqs": 256, "speculative_config": None},
+    "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
+    "long": {"max_num_seqs": 16, "max_model_len": 33280},
+}
 
 
-@dataclass
-class Trace:
-    """What a run showed, per step and per request; seconds."""
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is. lengths: of prompts and outputs, [low, high]."""
 
-    steps: list[tuple[float, int]] = field(default_factory=list)  # (duration, tokens brought)
-    added: dict[str, float] = field(default_factory=dict)
-    arrivals: dict[str, list[float]] = field(default_factory=dict)
-    tokens_in: int = 0
-    tokens_out: int = 0
-    duration: float = 0.0
-
-    def summary(self) -> dict[str, float]:
-        ttft = [times[0] - self.added[name] for name, times in self.arrivals.items()]
-        gaps = [b - a for times in self.arrivals.values() for a, b in pairwise(times)]
-        return {
-            "total_tok_s": (self.tokens_in + self.tokens_out) / self.duration,
-            "output_tok_s": self.tokens_out / self.duration,
-            "ttft_p50_ms": 1e3 * statistics.median(ttft),
-            "ttft_p99_ms": 1e3 * percentile(ttft, 99),
-            "itl_p50_ms": 1e3 * statistics.median(gaps) if gaps else 0.0,
-            "itl_p99_ms": 1e3 * percentile(gaps, 99) if gaps else 0.0,
-            "step_p50_ms": 1e3 * statistics.median(d for d, _ in self.steps),
-            "duration_s": self.duration,
-        }
+    inputs: tuple[int, int] = (512, 1024)
+    outputs: tuple[int, int] = (256, 512)
+    warmup: int = 64
+    batches: tuple[int, ...] = (1, 8, 32)
+    long: int = 32768
+    profiled: int = 12
+    vocab: int = 248_000
 
 
-def percentile(values: list[float], q: float) -> float:
-    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q / 100))
+TINY = Scale((16, 32), (8, 16), 4, (1, 2), 512, 2, 2000)
+TINY_ARGS: dict[str, Any] = {
+    "kv_cache_dtype": "auto",
+    "max_model_len": 640,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 1 << 28,
+    "block_size": 16,
+}
 
 
-def requests(
-    count: int, seed: int, inputs: tuple[int, int], outputs: tuple[int, int]
-) -> list[AddRequest]:
-    rng = random.Random(seed)
-    found = []
-    for number in range(count):
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(*inputs))]
-        params = SamplingParams(
-            temperature=1.0, max_tokens=rng.randint(*outputs), ignore_eos=True, seed=number
-        )
-        found.append(AddRequest(f"{seed}-{number}", prompt, params))
-    return found
+# --- ceilings ----------------------------------------------------------------------------------
 
 
-def closed_run(engine: Engine, todo: list[AddRequest], concurrency: int) -> Trace:
-    """Keep `concurrency` requests under way until all are done."""
-    trace, waiting = Trace(), list(reversed(todo))
-    torch.cuda.synchronize()
-    start = last = time.perf_counter()
-
-    def add() -> None:
-        request = waiting.pop()
-        trace.added[request.id] = time.perf_counter()
-        trace.tokens_in += len(request.prompt)
-        engine.add(request)
-
-    for _ in range(min(concurrency, len(waiting))):
-        add()
-    while engine.has_work():
-        deltas = engine.step()
-        now = time.perf_counter()
-        if deltas:
-            trace.steps.append((now - last, sum(len(d.token_ids) for d in deltas)))
-            last = now
-        for delta in deltas:
-            trace.arrivals.setdefault(delta.id, []).append(now)
-            trace.tokens_out += len(delta.token_ids)
-            if delta.finish_reason and waiting:
-                add()
-    trace.duration = time.perf_counter() - start
-    return trace
-
-
-def decode_profile(engine: Engine, rows: int, steps: int = 12) -> dict[str, Any]:
-    """Steady decode steps at `rows` rows: wall time a step, GPU time by kernel, idle share."""
-    for request in requests(rows, 77, (768, 768), (400, 400)):
-        engine.add(request)
-    while engine.stats().waiting or engine.stats().running < rows:
-        engine.step()
-    for _ in range(24):
-        engine.step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(2 * steps):
-        engine.step()
-    torch.cuda.synchronize()
-    wall = (time.perf_counter() - start) / (2 * steps)
-    found = profiled(engine, steps)
-    engine.abort([f"77-{number}" for number in range(rows)])
-    while engine.has_work():
-        engine.step()
-    return {"step_ms": wall * 1e3, **found}
-
-
-def prefill_profile(engine: Engine, steps: int = 3) -> dict[str, Any]:
-    """Full steps of prompt tokens alone: GPU time by kernel."""
-    for request in requests(64, 78, (1024, 1024), (1, 1)):
-        engine.add(request)
-    for _ in range(2):
-        engine.step()
-    found = profiled(engine, steps)
-    while engine.has_work():
-        engine.step()
-    return found
-
-
-def profiled(engine: Engine, steps: int) -> dict[str, Any]:
-    """Milliseconds a step by kernel (names cut short), their sum, and the GPU's idle share."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
-        for _ in range(steps):
-            engine.step()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - began
-    kernels: dict[str, float] = {}
-    for event in profile.key_averages():
-        if event.self_device_time_total > 0:
-            name = event.key[:72]
-            spent = event.self_device_time_total / steps / 1e3
-            kernels[name] = round(kernels.get(name, 0.0) + spent, 3)
-    busy = sum(kernels.values())
-    top = dict(sorted(kernels.items(), key=lambda item: -item[1])[:24])
-    idle = max(0.0, 1.0 - busy * steps / (wall * 1e3))
-    return {"busy_ms": busy, "idle_share": idle, "kernels_ms": top}
-
-
-def ceilings() -> dict[str, float]:
-    """What the device does at best: bytes/s of a large copy, FLOP/s of large products."""
-    a = torch.randn(1 << 30, dtype=torch.bfloat16, device="cuda")
+def ceilings(size: int) -> dict[str, float]:
+    """What the device does at best: bytes/s of a large copy, FLOP/s of bf16 and FP8 products."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(size**2 * 16, dtype=torch.bfloat16, device=device)
     b = torch.empty_like(a)
-    copy = timed(lambda: b.copy_(a))
-    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    product = timed(lambda: x @ x)
-    return {"copy_tb_s": 2 * a.nbytes / copy / 1e12, "bf16_tflop_s": 2 * 8192**3 / product / 1e12}
+    x = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    found = {
+        "copy_tb_s": 2 * a.nbytes / timed(lambda: b.copy_(a)) / 1e12,
+        "bf16_tflop_s": 2 * size**3 / timed(lambda: x @ x) / 1e12,
+    }
+    if device == "cuda":
+        from millrace.kernels.gpu.gemm import fp8_matmul
+        from millrace.kernels.gpu.quantize import quantize
+
+        q, scale = quantize(x), torch.rand(size // 128, size // 128, device=device) + 0.5
+        weight = x.to(torch.float8_e4m3fn)
+        product = timed(lambda: fp8_matmul(q, weight, scale, torch.bfloat16))
+        found["fp8_tflop_s"] = 2 * size**3 / product / 1e12
+    return found
 
 
-def timed(run: Any, repeats: int = 10) -> float:
+def timed(run: Callable[[], object], repeats: int = 10) -> float:
+    """Mean seconds of a call."""
     for _ in range(3):
         run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
+    synchronize()
+    began = time.perf_counter()
     for _ in range(repeats):
         run()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / repeats / 1e3
+    synchronize()
+    return (time.perf_counter() - began) / repeats
+
+
+def achieved(record: dict[str, Any], sizes: Any, context: float, drafts: int) -> dict[str, Any]:
+    """FLOP/s and bytes/s of the profiled decode step, by what the step must compute and move."""
+    decode = record["decode"]
+    work = step_work(sizes, decode["rows"], 1 + drafts, context)
+    seconds = decode["step_ms"] / 1e3
+    return {
+        "tflop_s": work.flops / seconds / 1e12,
+        "tb_s": work.bytes / seconds / 1e12,
+        "floor_ms": {name: 1e3 * value for name, value in work.floors().items()},
+    }
+
+
+# --- phases ------------------------------------------------------------------------------------
+
+
+def phase(name: str, options: argparse.Namespace, model: Path, record: dict[str, Any]) -> None:
+    """Fill `record` with what the phase's engine shows; it is written after each part."""
+    scale: Scale = options.scale
+    arguments = {**BASE, **ARRANGEMENTS[name]}
+    if options.tiny:
+        arguments |= TINY_ARGS
+    began = time.perf_counter()
+    engine = build_engine(engine_args(model=str(model), **arguments))
+    record["start_s"] = time.perf_counter() - began
+    limits = engine.scheduler.limits
+    record |= {"pages": limits.num_pages, "arguments": {k: str(v) for k, v in arguments.items()}}
+    print(f"-- {name}: ready after {record['start_s']:.1f} s", flush=True)
+    try:
+        if name == "long":
+            long_context(engine, scale, record)
+            return
+        rows = arguments["max_num_seqs"]
+        warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab)
+        closed_run(engine, warmup, scale.warmup)
+        if name == "default":
+            few_requests(engine, scale, record)
+            prefill_alone(engine, rows, scale, record)
+        drafts = 0 if arguments["speculative_config"] is None else 1
+        profile(engine, rows, drafts, scale, record, read_sizes(model))
+        throughput(engine, rows, options, record)
+    finally:
+        engine.close()
+        del engine
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def throughput(
+    engine: Engine, rows: int, options: argparse.Namespace, record: dict[str, Any]
+) -> None:
+    """Closed runs of three waves of requests."""
+    scale, runs = options.scale, record.setdefault("runs", [])
+    for repeat in range(options.repeats):
+        todo = requests(3 * rows, repeat, scale.inputs, scale.outputs, scale.vocab)
+        runs.append(closed_run(engine, todo, rows).summary())
+        print(json.dumps(runs[-1]), flush=True)
+        options.write()
+
+
+def profile(
+    engine: Engine, rows: int, drafts: int, scale: Scale, record: dict[str, Any], sizes: Any
+) -> None:
+    length = sum(scale.inputs) // 2
+    decode = decode_profile(engine, rows, scale.vocab, length, scale.profiled)
+    record["decode"] = decode
+    context = length + 4 * scale.profiled + 24
+    record["achieved"] = achieved(record, sizes, context, drafts)
+    print(json.dumps({"decode": decode, "achieved": record["achieved"]}, indent=1), flush=True)
+
+
+def prefill_alone(engine: Engine, rows: int, scale: Scale, record: dict[str, Any]) -> None:
+    length = scale.inputs[1]
+    record["prefill"] = prefill_profile(engine, rows // 4, length, scale.vocab, 3)
+    trace = closed_run(engine, requests(rows, 50, (length, length), (1, 1), scale.vocab), rows)
+    record["prefill_tok_s"] = sum(trace.prompts.values()) / (trace.end - trace.start)
+    print(json.dumps(record["prefill"], indent=1), flush=True)
+    print(f"prefill {record['prefill_tok_s']:.0f} tok/s", flush=True)
+
+
+def few_requests(engine: Engine, scale: Scale, record: dict[str, Any]) -> None:
+    """Output tok/s of a few requests at once, three times each."""
+    for rows in scale.batches:
+        rates = []
+        for repeat in range(3):
+            shape = ((scale.inputs[1],) * 2, (scale.outputs[0],) * 2)
+            todo = requests(rows, 60 + repeat, *shape, scale.vocab)
+            rates.append(closed_run(engine, todo, rows).summary()["output_tok_s"])
+        record[f"batch_{rows}_output_tok_s"] = rates
+        print(f"batch {rows}: {[round(rate) for rate in rates]} output tok/s", flush=True)
+
+
+def long_context(engine: Engine, scale: Scale, record: dict[str, Any]) -> None:
+    """One long prompt alone, then several at once: time to the first token, speed after it."""
+    for rows in (1, 4):
+        todo = requests(rows, 90 + rows, (scale.long,) * 2, (64, 64), scale.vocab)
+        found = closed_run(engine, todo, rows).summary()
+        record[f"{rows} x {scale.long}"] = found
+        print(json.dumps(found), flush=True)
+
+
+def start_up(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Seconds until an engine is ready, in new processes: nothing compiled yet, then all of it."""
+    with tempfile.TemporaryDirectory() as caches:
+        names = ("TRITON_CACHE_DIR", "DG_JIT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        names += ("XDG_CACHE_HOME", "CUDA_CACHE_PATH")
+        environment = os.environ | {name: str(Path(caches, name)) for name in names}
+        command = [sys.executable, __file__, "--phases", "ready", "--layers", str(options.layers)]
+        command += ["--tiny"] if options.tiny else []
+        for name in ("cold_s", "warm_s"):
+            began = time.perf_counter()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            record[name] = time.perf_counter() - began
+            if done.returncode:
+                raise SystemExit(f"no engine came up:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            print(f"start {name}: {record[name]:.1f} ({done.stdout.split()[-1]} s in it)")
+            options.write()
+
+
+def ready(options: argparse.Namespace, model: Path) -> None:
+    """What `start_up` runs: an engine that has completed a real step, and its time."""
+    began = time.perf_counter()
+    arguments = {**BASE, **ARRANGEMENTS["default"], **(TINY_ARGS if options.tiny else {})}
+    build_engine(engine_args(model=str(model), **arguments)).close()
+    print(f"{time.perf_counter() - began:.1f}")
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def headline(phases: dict[str, Any]) -> dict[str, Any]:
+    """The figures that people compare, medians over repeats."""
+    found: dict[str, Any] = {}
+    default, start = phases.get("default", {}), phases.get("start", {})
+    runs = default.get("runs", [])
+    for name in ("total_tok_s", "output_tok_s", "itl_p50_ms", "itl_p99_ms"):
+        if runs:
+            found[name] = round(statistics.median(run[name] for run in runs), 1)
+    steady = [run["steady"]["total_tok_s"] for run in runs if run["steady"]]
+    if steady:
+        found["steady_total_tok_s"] = round(statistics.median(steady), 1)
+    found |= {k: v for k, v in default.items() if k.startswith(("batch_", "prefill_tok"))}
+    if "decode" in default:
+        found["decode_step_ms"] = default["decode"]["step_ms"]
+        found["decode_idle_share"] = default["decode"]["idle_share"]
+    found |= {f"start_{name}": value for name, value in start.items() if name.endswith("_s")}
+    return found
+
+
+def table(phases: dict[str, Any]) -> str:
+    """One line a phase, as Markdown."""
+    lines = [
+        "| phase | total tok/s | min..max | steady | output tok/s | ITL p50 / p99 ms | decode ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, record in phases.items():
+        runs = record.get("runs")
+        if not runs:
+            continue
+        median = {
+            k: statistics.median(run[k] for run in runs)
+            for k in ("total_tok_s", "output_tok_s", "itl_p50_ms", "itl_p99_ms")
+        }
+        totals = [run["total_tok_s"] for run in runs]
+        steady = [run["steady"]["total_tok_s"] for run in runs if run["steady"]]
+        lines.append(
+            f"| {name} | {median['total_tok_s']:,.0f} | {min(totals):,.0f}..{max(totals):,.0f} "
+            f"| {statistics.median(steady) if steady else 0:,.0f} "
+            f"| {median['output_tok_s']:,.0f} "
+            f"| {median['itl_p50_ms']:.0f} / {median['itl_p99_ms']:.0f} "
+            f"| {record.get('decode', {}).get('step_ms', 0):.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip()
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def measure(options: argparse.Namespace, out: dict[str, Any]) -> None:
-    directory = write_config(Path(tempfile.mkdtemp()) / "qwen27b", options.layers)
-    for seqs in options.sequences:
-        began = time.perf_counter()
-        engine = build_engine(
-            engine_args(
-                model=str(directory),
-                max_num_seqs=seqs,
-                max_num_batched_tokens=options.chunk,
-                speculative_config=MTP1,
-                **BASE,
-            )
-        )
-        start = time.perf_counter() - began
-        print(f"-- {seqs} sequences: ready after {start:.1f} s", flush=True)
-        limits = engine.scheduler.limits
-        record: dict[str, Any] = {"start_s": start, "pages": limits.num_pages, "runs": []}
-        out["runs"][str(seqs)] = record
-        closed_run(engine, requests(64, 1000, (512, 1024), (32, 64)), 64)
-        for repeat in range(options.repeats):
-            count = 3 * seqs if options.requests is None else options.requests
-            todo = requests(count, repeat, (512, 1024), (256, 512))
-            record["runs"].append(closed_run(engine, todo, seqs).summary())
-            print(json.dumps(record["runs"][-1]), flush=True)
-        record["decode"] = decode_profile(engine, seqs)
-        print(json.dumps(record["decode"], indent=1), flush=True)
-        if options.extras and seqs == options.sequences[0]:
-            extras(engine, record)
-        engine.close()
-        del engine
-        torch.cuda.empty_cache()
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--phases", default=",".join([*ARRANGEMENTS, "start"]))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
+    options = parser.parse_args()
+    options.phases = options.phases.split(",")
+    known = {*ARRANGEMENTS, "start", "ready"}
+    if unknown := [name for name in options.phases if name not in known]:
+        parser.error(f"--phases: no {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    options.scale = TINY if options.tiny else Scale()
+    options.out = options.out or (
+        Path(tempfile.gettempdir(), "h200_tiny.json")
+        if options.tiny
+        else ROOT / "benchmarks" / "results" / "h200.json"
+    )
+    return options
 
 
-def extras(engine: Engine, record: dict[str, Any]) -> None:
-    """Prefill alone, and few requests at once."""
-    record["prefill"] = prefill_profile(engine)
-    print(json.dumps(record["prefill"], indent=1), flush=True)
-    prefill = closed_run(engine, requests(256, 50, (1024, 1024), (1, 1)), 256)
-    record["prefill_tok_s"] = prefill.tokens_in / prefill.duration
-    print(f"prefill {record['prefill_tok_s']:.0f} tok/s", flush=True)
-    for rows in (1, 8, 32):
-        rates = []
-        for repeat in range(3):
-            run = closed_run(engine, requests(rows, 60 + repeat, (1024, 1024), (256, 256)), rows)
-            rates.append(run.summary()["output_tok_s"])
-        record[f"batch_{rows}_output_tok_s"] = rates
-        print(f"batch {rows}: {[round(r) for r in rates]} output tok/s", flush=True)
-
-
-def headline(out: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the first arrangement that people compare, medians over its repeats."""
-    for record in out["runs"].values():
-        if record["runs"]:
-            return {
-                **{
-                    name: round(statistics.median(run[name] for run in record["runs"]), 1)
-                    for name in ("total_tok_s", "output_tok_s", "itl_p50_ms", "itl_p99_ms")
-                },
-                "prefill_tok_s": record.get("prefill_tok_s"),
-                "decode_step_ms": record.get("decode", {}).get("step_ms"),
-                "start_s": record["start_s"],
-            }
-    return {}
+def model_directory(options: argparse.Namespace, parent: Path) -> Path:
+    if not options.tiny:
+        return write_config(parent / "qwen27b", options.layers)
+    parent.joinpath("config.json").write_text(json.dumps(config_json(replace(TinyShape()))))
+    return parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200.json"))
-    parser.add_argument("--sequences", type=int, nargs="+", default=[256, 448])
-    parser.add_argument("--requests", type=int, help="requests a run (default: 3 x sequences)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=8192)
-    parser.add_argument("--no-extras", dest="extras", action="store_false")
-    options = parser.parse_args()
-    out: dict[str, Any] = {
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "ceilings": ceilings(),
-        "options": {k: str(v) for k, v in vars(options).items()},
-        "runs": {},
-    }
-    print(out["ceilings"], flush=True)
-    try:
-        measure(options, out)
-    finally:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**headline(out), **out}, indent=1))
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as parent:
+        model = model_directory(options, Path(parent))
+        if options.phases == ["ready"]:
+            ready(options, model)
+            return
+        out = json.loads(options.out.read_text()) if options.out.exists() else {}
+        out.setdefault("phases", {})
+
+        def write() -> None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({**headline(out["phases"]), **out}, indent=1) + "\n")
+
+        options.write = write
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        same = {"commit": commit(), "device": device, "torch": torch.__version__}
+        same["ceilings"] = ceilings(256 if options.tiny else 8192)
+        print(same, flush=True)
+        for name in options.phases:
+            record: dict[str, Any] = dict(same)
+            out["phases"][name] = record
+            if name == "start":
+                start_up(options, record)
+            else:
+                phase(name, options, model, record)
+            write()
+        print(table(out["phases"]))
+        print(f"written to {options.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

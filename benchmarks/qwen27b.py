@@ -1,4 +1,4 @@
-"""The shapes of Qwen3.5-27B-FP8 as a directory that an engine can be built from.
+"""The shapes of Qwen3.5-27B-FP8 as a directory that an engine can be built from, and their work.
 
 Only config.json is written; the weights are seeded random ones (`load_format="dummy"`).
 """
@@ -6,7 +6,12 @@ Only config.json is written; the weights are seeded random ones (`load_format="d
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from millrace.model.config import ModelConfig, read_config
+
+COPY, FP8, BF16 = 4.27e12, 1300e12, 790e12  # rates of one H200, as measured: bytes/s and FLOP/s
 
 
 def write_config(directory: Path, num_layers: int = 64) -> Path:
@@ -50,3 +55,61 @@ def write_config(directory: Path, num_layers: int = 64) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step must compute and move, by part."""
+
+    parts: dict[str, tuple[float, float, float]]  # FLOPs, their rate, bytes
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for flops, _, _ in self.parts.values())
+
+    @property
+    def bytes(self) -> float:
+        return sum(moved for _, _, moved in self.parts.values())
+
+    def floors(self) -> dict[str, float]:
+        """Seconds that each part takes at best on one H200, and their sum."""
+        found = {
+            name: max(flops / rate, moved / COPY)
+            for name, (flops, rate, moved) in self.parts.items()
+        }
+        return {**found, "all": sum(found.values())}
+
+
+def read_sizes(directory: Path) -> ModelConfig:
+    return read_config(directory)
+
+
+def step_work(c: ModelConfig, rows: int, width: int, context: float, window: int = 16) -> Work:
+    """A step of `rows` decoding rows of `width` tokens: FP8 products, heads, states, attention.
+
+    Contexts are `context` tokens each, KV is FP8, states are float32; a row's window is half full
+    and is folded every (window - width) / width steps.
+    """
+    tokens, h = rows * width, c.hidden_size
+    kinds = c.layer_types
+    gdn, full = kinds.count("linear_attention"), kinds.count("full_attention")
+    mlp = 3 * h * c.intermediate_size
+    attention = h * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    attention += c.num_heads * c.head_dim * h
+    values = c.value_heads * c.value_dim
+    recurrent = h * (c.conv_channels + values) + values * h
+    drafts = width - 1
+    weights = gdn * (recurrent + mlp) + (full + min(drafts, 1)) * (attention + mlp)
+    head = h * c.vocab_size
+    state = rows * c.value_heads * c.key_dim * c.value_dim * 4.0
+    folds = width / max(1, window - width)
+    recent = rows * (c.key_heads * c.key_dim + values) * 4.0 * (window / 2 + width)
+    kv = rows * context * 2 * c.num_kv_heads * c.head_dim * (full + min(drafts, 1))
+    return Work(
+        {
+            "products": (2.0 * weights * tokens, FP8, weights + 4.0 * tokens * h * len(kinds)),
+            "heads": (2.0 * head * (tokens + rows * drafts), BF16, 2.0 * head * (1 + drafts)),
+            "states": (gdn * 8.0 * state / 4 * width, BF16, gdn * (state * (1 + folds) + recent)),
+            "attention": (4.0 * kv / 2 / c.num_kv_heads * c.num_heads * width, BF16, 1.0 * kv),
+        }
+    )
