@@ -16,6 +16,8 @@ from millrace.config import EngineArgs
 
 # Options that may differ: they name things on one host, or concern rank 0 alone.
 _OWN = {"model", "tokenizer", "served_model_name", "tensor_parallel_size", "plan_log", "max_queue"}
+# What ranks run, as patterns within the package.
+_RUN = ("model/*.py", "runtime/*.py", "kernels/**/*.py", "protocol.py", "config.py")
 _SAMPLES, _SAMPLE = 16, 4096  # places read of each weight file, and bytes at each
 
 
@@ -52,9 +54,11 @@ def model_digest(directory: Path, weights: bool) -> str:
 
 
 def _source_digest() -> str:
+    """Of the parts that a rank runs."""
     root = Path(millrace.__file__).parent
     found = hashlib.blake2b(digest_size=4)
-    for path in sorted(root.rglob("*.py")):
+    files = [path for part in _RUN for path in root.glob(part)]
+    for path in sorted(files):
         found.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
     return found.hexdigest()
 

@@ -1,7 +1,8 @@
 """The layers of a Qwen3.5-class model, each a short forward over the ops in `millrace.kernels`.
 
 A layer knows its weights, its rank's share of them and the caches that it is handed; it knows no
-request and no device. Each mixer (attention, GDN) and each MLP ends in one sum over the ranks.
+request and no device. What a mixer (attention, GDN) or an MLP returns is this rank's part of a sum
+over the ranks; the norm that follows adds the parts up, with the residual, in one where it can.
 """
 
 from __future__ import annotations
@@ -105,17 +106,23 @@ class Norm(nn.Module):
 
     def __init__(self, build: Build, name: str, size: int) -> None:
         super().__init__()
-        self.eps = build.config.eps
+        self.tp, self.eps = build.tp, build.config.eps
         self.weight = parameter([whole(name, size)], torch.float32, build.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum); the first layer brings no residual yet."""
+        """(norm of the sum, the sum) of the residual and x, this rank's part over all ranks.
+
+        The first layer brings no residual yet; x is whole then.
+        """
         if residual is None:
             return self.forward(x), x
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        fused = self.tp.reduce_norm(x, residual, self.weight, self.eps, True, False)
+        if fused is not None and fused[0] is not None:
+            return fused[0], fused[2]
+        return add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
 
     def add_for(
         self, products: list[Linear], x: Tensor, residual: Tensor | None
@@ -125,6 +132,11 @@ class Norm(nn.Module):
             plain, total = self.add(x, residual)
             return Normed(plain, None), total
         keep = not all(product.fp8 for product in products)
+        if residual is not None:
+            fused = self.tp.reduce_norm(x, residual, self.weight, self.eps, keep, True)
+            if fused is not None:
+                return Normed(*fused[:2]), fused[2]
+            x = self.tp.all_reduce(x)
         kept, quantized, total = rms_norm_quantize(x, residual, self.weight, self.eps, keep)
         return Normed(kept, quantized), total
 
@@ -212,7 +224,7 @@ class Attention(nn.Module):
         return [self.qkv_proj]
 
     def forward(self, x: Normed, batch: Batch, cache: KVCache, caches: Caches) -> Tensor:
-        """x: [T, H]; returns [T, H]."""
+        """x: [T, H]; returns [T, H], this rank's part."""
         qkv = self.qkv_proj(x.of(self.qkv_proj))
         q = norm_rope_store(
             qkv,
@@ -225,10 +237,11 @@ class Attention(nn.Module):
             cache,
             batch.kv_rows,
         )
-        out = self._attend(q, batch, cache, caches.block_table).flatten(1)
+        attended = self._attend(q, batch, cache, caches.block_table).flatten(1)
         gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
-        gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(out, gate)
-        return self.tp.all_reduce(self.o_proj(gated))
+        gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(attended, gate)
+        out: Tensor = self.o_proj(gated)
+        return out
 
     def _attend(self, q: Tensor, batch: Batch, cache: KVCache, block_table: Tensor) -> Tensor:
         split, out = batch.num_decode_tokens, []
@@ -311,7 +324,7 @@ class GatedDeltaNet(nn.Module):
         return [self.in_proj_qkvz, self.in_proj_ab]
 
     def forward(self, x: Normed, batch: Batch, cache: GDNState, caches: Caches) -> Tensor:
-        """x: [T, H]; returns [T, H]."""
+        """x: [T, H]; returns [T, H], this rank's part."""
         projected = self.in_proj_qkvz(x.of(self.in_proj_qkvz))
         qkv, z = projected[:, : self.conv_channels], projected[:, self.conv_channels :]
         a, b = self.in_proj_ab(x.of(self.in_proj_ab)).chunk(2, dim=-1)
@@ -319,7 +332,8 @@ class GatedDeltaNet(nn.Module):
         z = z.unflatten(-1, (self.value_heads, self.value_dim))
         by_head = self.out_proj.fp8 and self.value_dim == GROUP  # else the product does it
         norm = gated_rms_norm_quantize if by_head else gated_rms_norm
-        return self.tp.all_reduce(self.out_proj(norm(o, z, self.norm.weight, self.eps)))
+        out: Tensor = self.out_proj(norm(o, z, self.norm.weight, self.eps))
+        return out
 
     def _recur(
         self, qkv: Tensor, a: Tensor, b: Tensor, batch: Batch, cache: GDNState, caches: Caches
@@ -391,10 +405,11 @@ class MLP(nn.Module):
         return [self.gate_up_proj]
 
     def forward(self, x: Normed) -> Tensor:
-        """x: [T, H]; returns [T, H]."""
+        """x: [T, H]; returns [T, H], this rank's part."""
         gate_up = self.gate_up_proj(x.of(self.gate_up_proj))
         act = silu_mul_quantize if self.down_proj.fp8 else silu_mul
-        return self.tp.all_reduce(self.down_proj(act(gate_up)))
+        out: Tensor = self.down_proj(act(gate_up))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -416,9 +431,10 @@ class DecoderLayer(nn.Module):
         cache: KVCache | GDNState,
         caches: Caches,
     ) -> tuple[Tensor, Tensor]:
-        """x: the last layer's output, residual: the stream without it, both [T, H]; returns both.
+        """x: this rank's part of the last layer's output, residual: the stream without it, both
+        [T, H]; returns both. Without a residual x is the whole stream.
 
-        The addition is left to the next norm, which is fused with it.
+        The sum over the ranks and the addition are left to the next norm, fused with it.
         """
         normed, residual = self.input_norm.add_for(self.mixer.inputs, x, residual)
         x = self.mixer(normed, batch, cache, caches)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from millrace.errors import ConfigError
+from millrace.kernels.quantize import Quantized
 from millrace.model.config import FP8_BLOCK, ModelConfig
 
 Collective = Callable[[Tensor], Tensor]
+Normed = tuple[Tensor | None, Quantized | None, Tensor]
+ReduceNorm = Callable[[Tensor, Tensor, Tensor, float, bool, bool], Normed | None]
 TILE = 8  # channels: 16 bytes of bfloat16, what matrix products want rows to be a multiple of
 
 
@@ -21,17 +24,24 @@ def _alone(x: Tensor) -> Tensor:
     return x
 
 
+def _never(*given: object) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """One rank of `size`. all_reduce: the sum over ranks, the same bits on each, in x's shape.
 
-    gather: the ranks' tensors joined along their last dimension, in rank order.
+    gather: the ranks' tensors joined along their last dimension, in rank order. reduce_norm, of
+    (x, residual, weight, eps, keep, quantized): the sum of x over ranks plus the residual, as
+    `(its norm if keep, that quantised if quantized, itself)`; None where nothing does that in one.
     """
 
     rank: int = 0
     size: int = 1
     all_reduce: Collective = _alone
     gather: Collective = _alone
+    reduce_norm: ReduceNorm = _never
 
     def share(self, total: int) -> tuple[int, int]:
         """This rank's [start, stop) of `total` things, which the size divides."""

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
-from millrace.engine.scheduler import Limits
+from millrace.engine.intake import Limits
 from millrace.model.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Masks, StepPlan, StopRanks
+from millrace.runtime.collectives import Collectives
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.ranks import Ranks
 from millrace.runtime.results import PendingStep
@@ -35,6 +36,7 @@ DTYPES = {
 # Without a limit of its own a CPU engine takes at most this share of the memory that is free.
 CPU_SHARE = 0.4
 CPU_MOST = 4 << 30
+LONGEST_MEASURED = 1024  # tokens of a message between ranks
 
 
 class Worker:
@@ -47,9 +49,11 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self._model_config = model_config
-        parallel = TensorParallel()
-        if ranks.size > 1:
-            parallel = TensorParallel(ranks.rank, ranks.size, ranks.all_reduce, ranks.gather)
+        self.collectives = Collectives.build(
+            ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
+        )
+        self.collectives.settle(_message_rows(config))
+        parallel = self.collectives.parallel()
         self._model = _load_model(config, model_config, directory, parallel)
         self.memory = self._plan_memory()
         self._runner = self._build_runner()
@@ -142,6 +146,16 @@ class Worker:
             caches, self.memory.num_snapshots, model.hidden_size, DTYPES[config.dtype]
         )
         return Runner(config, self._model, caches, slots, snapshots, self.ranks.broadcast)
+
+
+def _message_rows(config: EngineConfig) -> list[int]:
+    """Tokens of the messages that ranks exchange: of decode steps, small to large, and of chunks.
+
+    Longer ones than these are bound by the link, whichever way they take.
+    """
+    width = config.drafts + 1
+    rows = {n * width for n in (1, 8, 32, config.max_num_seqs)} | {config.max_num_batched_tokens}
+    return [n for n in sorted(rows) if n <= LONGEST_MEASURED]
 
 
 def _load_model(

@@ -1,0 +1,452 @@
+"""The ways to add up a tensor over the ranks, measured at the start; the fastest right one is used.
+
+Which way is fastest depends on the link, the driver and the size of the message, so nothing is
+assumed: each candidate is run at the model's own sizes, its results are compared with a reference
+and between the ranks, bit for bit, and every rank then makes the same choice. One that cannot be
+set up or is wrong is left out, with a line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.norm import add_rms_norm
+from millrace.model.parallel import Normed, TensorParallel
+from millrace.runtime.ranks import Ranks
+
+log = logging.getLogger("millrace.ranks")
+
+PEER_ROWS = 512  # tokens of a message, at most, that goes through peer memory of ours
+PEER_BYTES = 8 << 20  # of a message, at most, that goes through the library's
+_CHAIN = 20  # calls in a graph that is measured
+_REPEATS = 5
+_TRIAL_POLLS = 1 << 21  # about two seconds: a flag that does not come then never will
+_TRIES = 2  # different inputs that a candidate is checked with
+
+
+class Algorithm(Protocol):
+    """A way to add up. Called on every rank alike."""
+
+    @property
+    def name(self) -> str:
+        """What the table and the log call it."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can add up a message like x, [T, H]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in x or in a tensor of its own; x is not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSum:
+    """The library's own all-reduce: Gloo between hosts' memories, NCCL between GPUs."""
+
+    ranks: Ranks
+    name: str
+
+    def takes(self, x: Tensor) -> bool:
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ranks.all_reduce(x)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherSum:
+    """Everybody's part to everybody, added up in rank order: one exchange where a ring needs more,
+    at the price of more bytes."""
+
+    ranks: Ranks
+    name: str
+
+    def takes(self, x: Tensor) -> bool:
+        return x.nbytes * self.ranks.size <= PEER_BYTES
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, *others = self.ranks.gather_parts(x)
+        for other in others:
+            first += other
+        return first
+
+
+class LibraryPeers:
+    """PyTorch's one-shot or two-shot kernel over symmetric memory, without multicast."""
+
+    def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, two_shot: bool) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.name = name
+        self._two_shot = two_shot
+        self._group = ranks.tensors.group_name
+        self._buffer = _shared(PEER_BYTES // dtype.itemsize, dtype)
+        symmetric.rendezvous(self._buffer, self._group)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.numel() <= self._buffer.numel() and x.dtype == self._buffer.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ops, buffer = torch.ops.symm_mem, self._buffer[: x.numel()].view(x.shape)
+        if self._two_shot:
+            buffer.copy_(x)
+            ops.two_shot_all_reduce_out(buffer, "sum", self._group, x)
+            return x
+        out: Tensor = ops.one_shot_all_reduce_copy(buffer, x, "sum", self._group)
+        return out
+
+
+class OwnPeers:
+    """Our one-shot kernel over symmetric memory; it can go on to the residual add and the norm."""
+
+    def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, width: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        from millrace.kernels.gpu.all_reduce import PeerMemory
+
+        self.name = name
+        self._dtype = dtype
+        shared = [
+            _shared(2 * PEER_ROWS * width, dtype),
+            _shared(PEER_ROWS * ranks.size, torch.int32).zero_(),
+        ]
+        handles = [symmetric.rendezvous(one, ranks.tensors.group_name) for one in shared]
+        torch.cuda.synchronize()
+        ranks.smallest(0)  # nobody raises a flag before all flags are zero
+        addresses = [
+            torch.tensor([p + getattr(h, "offset", 0) for p in h.buffer_ptrs], device="cuda")
+            for h in handles
+        ]
+        calls = torch.zeros(PEER_ROWS, dtype=torch.int32, device="cuda")
+        buffers, flags = addresses
+        self.memory = PeerMemory(
+            *(ranks.rank, ranks.size, PEER_ROWS, width),
+            *(buffers, flags, calls),
+            keep=(shared, handles),
+            patience=_TRIAL_POLLS,
+        )
+
+    def trust(self) -> None:
+        """It has been found right: from now on wait for the other ranks as long as it takes."""
+        from millrace.kernels.gpu.all_reduce import EVER
+
+        self.memory.patience = EVER
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype == self._dtype and self.memory.takes(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from millrace.kernels.gpu.all_reduce import one_shot
+
+        return one_shot(x, self.memory)
+
+    def norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
+    ) -> Normed:
+        """(rms_norm(s), its quantised form, s) for s = the sum of x over the ranks + residual."""
+        from millrace.kernels.gpu.all_reduce import one_shot_norm
+
+        memory = self.memory
+        return one_shot_norm(x, residual, weight, eps, memory, keep=keep, quantized=quantized)
+
+
+def _shared(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory of this GPU that other ranks can map."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    return symmetric.empty([count], dtype=dtype, device=torch.device("cuda"))
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One algorithm at one size of message. Microseconds a call, the slowest rank's.
+
+    raw: each call made by the host. graph: within a CUDA graph. normed: the same with the residual
+    add and the norm that follow; None where there is no graph. problem: why it is not used.
+    """
+
+    bytes: int
+    algorithm: str
+    raw_us: float | None = None
+    graph_us: float | None = None
+    normed_us: float | None = None
+    problem: str | None = None
+    chosen: bool = False
+
+    @property
+    def cost(self) -> float:
+        """What the choice goes by: the time in the step's graph where there is one."""
+        return self.normed_us or self.graph_us or self.raw_us or float("inf")
+
+
+@dataclass(slots=True)
+class Collectives:
+    """The sums over the ranks of one model: messages are [T, width] of one dtype."""
+
+    ranks: Ranks
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    timings: list[Timing] = field(default_factory=list)
+    calls: int = 0  # sums so far, of calls that were made by the host
+    _candidates: list[Algorithm] = field(default_factory=list)
+    _bounds: list[int] = field(default_factory=list)
+    _chosen: list[Algorithm] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls, ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device
+    ) -> Collectives:
+        """All candidates that can be set up here. Called on every rank alike."""
+        found = cls(ranks, width, dtype, device)
+        if ranks.size > 1:
+            found._candidates = _candidates(ranks, width, dtype, device)
+        return found
+
+    def parallel(self) -> TensorParallel:
+        """This rank's part of a model, summed up as chosen."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            return TensorParallel()
+        return TensorParallel(
+            ranks.rank, ranks.size, self.all_reduce, ranks.gather, self.reduce_norm
+        )
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks; the same bits on every rank. x is not needed any more."""
+        self.calls += 1
+        return self._for(x)(x)
+
+    def reduce_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
+    ) -> Normed | None:
+        """The sum over ranks plus residual, and its norm, in one; None where that is slower."""
+        algorithm = self._for(x)
+        if not isinstance(algorithm, OwnPeers):
+            return None
+        self.calls += 1
+        return algorithm.norm(x, residual, weight, eps, keep, quantized)
+
+    def _for(self, x: Tensor) -> Algorithm:
+        place = bisect_left(self._bounds, x.nbytes)
+        if place < len(self._bounds) and self._chosen[place].takes(x):
+            return self._chosen[place]
+        return self._candidates[0]
+
+    def settle(self, rows: Sequence[int]) -> None:
+        """Measure messages of so many tokens and choose. Called on every rank alike."""
+        if self.ranks.size == 1:
+            return
+        self.timings = self.measure(rows)
+        self._bounds, self._chosen = [], []
+        names = {algorithm.name: algorithm for algorithm in self._candidates}
+        for timing in self.timings:
+            if timing.chosen:
+                self._bounds.append(timing.bytes)
+                self._chosen.append(names[timing.algorithm])
+        for algorithm in self._candidates:
+            if isinstance(algorithm, OwnPeers):
+                algorithm.trust()
+        if self.ranks.rank == 0:
+            log.info("all-reduce over %d ranks: %s", self.ranks.size, self.summary())
+
+    def summary(self) -> str:
+        """The choice by message size, in one line."""
+        chosen = [t for t in self.timings if t.chosen]
+        return ", ".join(f"{t.algorithm} to {_size(t.bytes)} ({t.cost:.0f} us)" for t in chosen)
+
+    def measure(self, rows: Sequence[int]) -> list[Timing]:
+        """Every candidate at every size, the fastest right one of each size marked as chosen."""
+        timings = []
+        for count in sorted(set(rows)):
+            tried = [self._try(algorithm, count) for algorithm in self._candidates]
+            best = min(tried, key=lambda timing: timing.cost)
+            timings += [replace(timing, chosen=timing is best) for timing in tried]
+        return timings
+
+    def _try(self, algorithm: Algorithm, rows: int) -> Timing:
+        x = torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
+        timing = Timing(x.nbytes, algorithm.name)
+        if not algorithm.takes(x):
+            return replace(timing, problem="not for messages of this size")
+        problem = self._fault(algorithm, rows)
+        if problem is not None:
+            log.warning("%s is not used for %s: %s", algorithm.name, _size(x.nbytes), problem)
+            return replace(timing, problem=problem)
+        if not x.is_cuda:
+            (raw,) = self.ranks.largest([_host_us(lambda: algorithm(x))])
+            return replace(timing, raw_us=raw)
+        raw, graph, normed = self.ranks.largest(_cuda_us(algorithm, x))
+        return replace(timing, raw_us=raw, graph_us=graph, normed_us=normed)
+
+    # --- checking ---------------------------------------------------------------------------
+
+    def _fault(self, algorithm: Algorithm, rows: int) -> str | None:
+        """What is wrong with an algorithm's sums; None if nothing is. The same on every rank."""
+        try:
+            problem = self._wrong_sum(algorithm, rows)
+        except (RuntimeError, ValueError, AttributeError, ImportError) as error:
+            self.ranks.check()
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if self.ranks.smallest(0 if problem else 1):
+            return None
+        return problem or "it failed on another rank"
+
+    def _wrong_sum(self, algorithm: Algorithm, rows: int) -> str | None:
+        """Random numbers, called by the host and from a graph: near the reference, alike on all."""
+        run: Callable[[Tensor], Tensor] = algorithm
+        if self.device.type == "cuda":
+            run = _Replayed(algorithm, torch.zeros_like(self._part(rows, 0, 0)))
+        marks: list[float] = []
+        problem = None
+        for seed in range(_TRIES):
+            parts = [self._part(rows, rank, seed) for rank in range(self.ranks.size)]
+            expected = torch.stack(parts).double().sum(0)
+            limit = torch.stack(parts).double().abs().sum(0) * torch.finfo(self.dtype).eps
+            for call in (algorithm, run):
+                got = call(parts[self.ranks.rank].clone())
+                if bool(((got.double() - expected).abs() > self.ranks.size * limit + 1e-30).any()):
+                    problem = "its sums are wrong"
+                marks.append(float(zlib.crc32(got.cpu().view(torch.uint8).numpy().tobytes())))
+        most, least = self.ranks.largest(marks), self.ranks.largest([-mark for mark in marks])
+        if any(a != -b for a, b in zip(most, least, strict=True)):
+            problem = problem or "its sums differ from rank to rank"
+        return problem
+
+    def _part(self, rows: int, rank: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + rank)
+        part = torch.randn(rows, self.width, generator=generator)
+        return part.to(self.dtype).to(self.device)
+
+
+class _Replayed:
+    """An algorithm within a CUDA graph, called as if it were outside."""
+
+    def __init__(self, algorithm: Algorithm, x: Tensor) -> None:
+        self._x = x
+        algorithm(x.clone())  # compiles what is used for the first time
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = algorithm(self._x.clone())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return self._out
+
+
+def _candidates(
+    ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device
+) -> list[Algorithm]:
+    """The group's own all-reduce first; then whatever else can be set up on all ranks."""
+    if device.type == "cpu":
+        return [GroupSum(ranks, "gloo"), GatherSum(ranks, "gloo one-shot")]
+    found: list[Algorithm] = [GroupSum(ranks, "nccl")]
+    for name, build in (
+        ("one-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=False)),
+        ("two-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=True)),
+        ("one-shot with norm", lambda name: OwnPeers(ranks, name, dtype, width)),
+    ):
+        made = _set_up(ranks, name, build)
+        if made is not None:
+            found.append(made)
+    return found
+
+
+def _set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
+    """What `build` makes, if it can on every rank."""
+    made, problem = None, "it cannot be set up on another rank"
+    try:
+        made = build(name)
+    except Exception as error:
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if ranks.smallest(0 if made is None else 1):
+        return made
+    log.warning("all-reduce by %s is left out: %s", name, problem)
+    return None
+
+
+# --- clocks ------------------------------------------------------------------------------------
+
+
+def _host_us(call: Callable[[], object], calls: int = 10) -> float:
+    """Microseconds a call; the best of a few repeats."""
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - began) / calls * 1e6)
+    return best
+
+
+def _cuda_us(algorithm: Algorithm, x: Tensor) -> list[float]:
+    """[called by the host, in a graph, in a graph with the add and the norm that follow]."""
+    residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
+
+    def normed() -> object:
+        if isinstance(algorithm, OwnPeers):
+            return algorithm.norm(x, residual, weight, 1e-6, True, False)
+        return add_rms_norm(algorithm(x), residual, weight, 1e-6)
+
+    raw = _event_us(lambda: [algorithm(x) for _ in range(_CHAIN)])
+    return [raw, _graph_us(lambda: algorithm(x)), _graph_us(normed)]
+
+
+def _graph_us(call: Callable[[], object]) -> float:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CHAIN):
+            call()
+    return _event_us(graph.replay)
+
+
+def _event_us(run: Callable[[], object]) -> float:
+    """Microseconds a call of `_CHAIN` calls that `run` makes: the median of a few repeats."""
+    run()
+    found = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) * 1e3 / _CHAIN)
+    return float(sorted(found)[_REPEATS // 2])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1048576:g} MiB" if count >= 1 << 20 else f"{count / 1024:g} KiB"
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """The timings as text (Markdown)."""
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:,.1f}"
+
+    lines = [
+        "| size | algorithm | raw us | in-graph us | with norm us | |",
+        "|--:|--|--:|--:|--:|--|",
+    ]
+    for t in timings:
+        note = "chosen" if t.chosen else t.problem or ""
+        cells = (_size(t.bytes), t.algorithm, cell(t.raw_us), cell(t.graph_us), cell(t.normed_us))
+        lines.append("| " + " | ".join((*cells, note)) + " |")
+    return "\n".join(lines)
