@@ -13,7 +13,8 @@ import time
 
 import msgspec
 
-from millrace.engine.scheduler import Limits, Scheduler
+from millrace.engine.intake import Limits
+from millrace.engine.scheduler import Scheduler
 from millrace.protocol import AddRequest, Outputs, SamplingParams, StepPlan, StepResult
 
 encode = msgspec.msgpack.Encoder().encode

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from millrace.engine import planlog
 from millrace.engine.engine import Engine
-from millrace.engine.scheduler import Limits, Scheduler
+from millrace.engine.intake import Limits
+from millrace.engine.scheduler import Scheduler
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
 from tests.support.fake_worker import EOS, FakeWorker, expected_output

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from millrace.engine.cache import NO_SNAPSHOT, NULL_PAGE, Pool, PrefixTree
+from millrace.engine.intake import Limits, check, make_request
+from millrace.engine.messages import admission, delta
 from millrace.engine.request import Phase, Request
 from millrace.errors import RequestError
 from millrace.protocol import (
@@ -25,41 +27,11 @@ from millrace.protocol import (
     Chunk,
     Delta,
     EngineStats,
-    Extras,
-    FinishReason,
     PageGrant,
     Save,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
-
-MAX_STOP_IDS = 16
-_MASK64 = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The sizes a scheduler works within; all are counts, lengths in tokens.
-
-    mixed_prefill_tokens: prompt tokens beside decode rows; 0 sets no limit of its own.
-    num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    page_size: int
-    num_pages: int
-    num_snapshots: int
-    drafts: int
-    prefix_caching: bool = True
-    snapshot_interval: int = 0
-    mixed_prefill_tokens: int = 0
-    priorities: bool = False
-    vocab_size: int = 1 << 31
-    eos_ids: frozenset[int] = frozenset()
-    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -122,14 +94,21 @@ class Scheduler:
 
         Returns its end, if the tokens that it resumes with are all it may have; else nothing.
         """
-        request = self._request(source)
+        self.check(source)
         self._ordinal += 1
+        request = make_request(source, self.limits, self._ordinal)
         if reason := request.finish_reason():
             stop_token = request.tokens[-1] if reason == "stop" else None
             return [Delta(request.id, [], reason, stop_token)]
         self._requests[request.id] = request
         insort(self._waiting, request, key=_rank)
         return []
+
+    def check(self, source: AddRequest) -> None:
+        """Raise RequestError for a request that can never run."""
+        if source.id in self._requests:
+            raise RequestError(f"request id {source.id!r} is in use", param="request_id")
+        check(source, self.limits)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests; what they hold is free once no launched step names them."""
@@ -151,71 +130,6 @@ class Scheduler:
     def in_flight(self) -> int:
         """Steps launched whose results are not known yet."""
         return len(self._launched)
-
-    def _request(self, source: AddRequest) -> Request:
-        params, length = source.params, len(source.prompt)
-        self.check(source)
-        stop_ids = frozenset(params.stop_token_ids)
-        # A finished grammar allows the end alone, so there the end always counts.
-        if not params.ignore_eos or source.grammar is not None:
-            stop_ids |= self.limits.eos_ids
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise RequestError(
-                f"{len(stop_ids)} stop tokens; at most {MAX_STOP_IDS} work", param="stop_token_ids"
-            )
-        longest = self.limits.max_model_len
-        wanted = longest if params.max_tokens is None else length + params.max_tokens
-        return Request(
-            id=source.id,
-            prompt_len=length,
-            tokens=source.prompt + source.resume,
-            max_total=min(wanted, longest),
-            stop_ids=stop_ids,
-            seed=_seed(params.seed, self.limits.seed, self._ordinal),
-            ordinal=self._ordinal,
-            source=source,
-        )
-
-    def check(self, source: AddRequest) -> None:
-        """Raise RequestError unless the request can run."""
-        limits, length = self.limits, len(source.prompt)
-        if source.id in self._requests:
-            raise RequestError(f"request id {source.id!r} is in use", param="request_id")
-        if length == 0:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        if length >= limits.max_model_len:
-            raise RequestError(
-                f"the prompt has {length} tokens; at most {limits.max_model_len - 1} fit into "
-                f"max_model_len {limits.max_model_len} with one token of output",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if length + len(source.resume) > limits.max_model_len:
-            raise RequestError(
-                f"the prompt and resume_token_ids have {length + len(source.resume)} tokens; "
-                f"max_model_len is {limits.max_model_len}",
-                param="resume_token_ids",
-                code="context_length_exceeded",
-            )
-        if source.priority and not limits.priorities:
-            raise RequestError(
-                "priority needs a server started with --scheduling-policy priority",
-                param="priority",
-            )
-        self._check_ids("prompt", source.prompt)
-        self._check_ids("resume_token_ids", source.resume)
-        self._check_ids("logit_bias", source.params.logit_bias or ())
-        self._check_ids("allowed_token_ids", source.params.allowed_token_ids or ())
-        self._check_ids("stop_token_ids", source.params.stop_token_ids)
-
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        largest = max(ids, default=0)
-        if largest >= self.limits.vocab_size:
-            raise RequestError(
-                f"{name} holds token {largest}; the model's tokens go from 0 to "
-                f"{self.limits.vocab_size - 1}",
-                param=name,
-            )
 
     # --- planning ---------------------------------------------------------------------------
 
@@ -373,7 +287,7 @@ class Scheduler:
         if shared:
             step.grants.append(PageGrant(request.slot, 0, shared))
         self._grant(request, missing, step)
-        step.admissions.append(_admission(request, match.snapshot if match else NO_SNAPSHOT))
+        step.admissions.append(admission(request, match.snapshot if match else NO_SNAPSHOT))
         request.phase = Phase.PREFILL
         insort(self._running, request, key=_rank)
         self._count_prompt(request, step.now)
@@ -462,7 +376,7 @@ class Scheduler:
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
                 self._count_accepted(len(tokens) - 1)
-            deltas.append(_delta(request, tokens, reason, result.logprobs.get(row), first))
+            deltas.append(delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
     def _count_accepted(self, accepted: int) -> None:
@@ -547,75 +461,3 @@ class Scheduler:
 def _rank(request: Request) -> tuple[int, int]:
     """Requests of a lower rank come first."""
     return request.source.priority, request.ordinal
-
-
-def _delta(
-    request: Request,
-    tokens: list[int],
-    reason: FinishReason | None,
-    logprobs: list[TokenLogprobs] | None,
-    first: bool,
-) -> Delta:
-    """What a step brought to a request; what concerns its prompt goes with its first tokens."""
-    return Delta(
-        request.id,
-        tokens,
-        reason,
-        stop_token_id=tokens[-1] if reason == "stop" else None,
-        cached_tokens=request.cached_tokens,
-        queued=request.queued if first else None,
-        logprobs=logprobs and logprobs[: len(tokens)],
-        prompt_logprobs=(request.prompt_logprobs or None) if first else None,
-    )
-
-
-def _extras(request: Request) -> Extras | None:
-    """The rare wishes of a request; None if it has none."""
-    params = request.source.params
-    extras = Extras(
-        prompt_len=request.prompt_len,
-        min_p=params.min_p,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        logit_bias=params.logit_bias or {},
-        allowed_token_ids=params.allowed_token_ids or [],
-        bad_words=request.source.bad_words,
-        min_total=request.prompt_len + params.min_tokens if params.min_tokens else 0,
-        logprobs=-1 if params.logprobs is None else params.logprobs,
-        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
-        masked=request.source.grammar is not None,
-    )
-    return None if extras == Extras(prompt_len=request.prompt_len) else extras
-
-
-def _admission(request: Request, snapshot: int) -> Admission:
-    params = request.source.params
-    return Admission(
-        slot=request.slot,
-        tokens=list(request.tokens),
-        start=request.computed,
-        snapshot=snapshot,
-        max_total=request.max_total,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=max(params.top_k, 0),
-        seed=request.seed,
-        stop_token_ids=sorted(request.stop_ids),
-        extras=_extras(request),
-    )
-
-
-def _seed(wanted: int | None, engine_seed: int, ordinal: int) -> int:
-    """A request's 64-bit sampling seed (signed): its own, or one mixed from its ordinal.
-
-    The mix is splitmix64's finaliser (Steele, Lea, Flood 2014), so that neighbours differ wholly.
-    """
-    if wanted is not None:
-        value = wanted & _MASK64
-    else:
-        value = (engine_seed + (ordinal + 1) * 0x9E3779B97F4A7C15) & _MASK64
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-        value ^= value >> 31
-    return value - (1 << 64) if value >> 63 else value

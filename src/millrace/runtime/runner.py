@@ -110,9 +110,9 @@ class Runner:
     def _forward(self, plan: StepPlan, batch: Batch) -> Tensor:
         """The hidden vectors of the step's tokens: [T, H]."""
         if self._forwards is not None and not plan.chunks:
-            hidden: Tensor = self._forwards.run(plan.decode, filters=False)
-            return hidden.flatten(0, 1)
-        hidden = self._model(self._ids(batch), batch, self._caches)
+            hidden: Tensor = self._forwards.run(plan.decode, filters=False).flatten(0, 1)
+        else:
+            hidden = self._model(self._ids(batch), batch, self._caches)
         return hidden
 
     def _after(

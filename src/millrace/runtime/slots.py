@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from millrace.engine.scheduler import MAX_STOP_IDS
+from millrace.engine.intake import MAX_STOP_IDS
 from millrace.protocol import Admission, PageGrant
 from millrace.runtime.upload import upload
 

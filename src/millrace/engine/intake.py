@@ -1,0 +1,133 @@
+"""What may enter: a request is checked against the engine's sizes once, and then takes its shape.
+
+Everything that cannot run is refused here, with the value that would work. It knows no other
+request; whether there is room now is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from millrace.engine.request import Request
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest
+
+MAX_STOP_IDS = 16
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The sizes a scheduler works within; all are counts, lengths in tokens.
+
+    mixed_prefill_tokens: prompt tokens beside decode rows; 0 sets no limit of its own.
+    num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    num_snapshots: int
+    drafts: int
+    prefix_caching: bool = True
+    snapshot_interval: int = 0
+    mixed_prefill_tokens: int = 0
+    priorities: bool = False
+    vocab_size: int = 1 << 31
+    eos_ids: frozenset[int] = frozenset()
+    seed: int = 0
+
+
+def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
+    """A checked request as the scheduler holds it. ordinal: requests are numbered as they come."""
+    params, length = source.params, len(source.prompt)
+    longest = limits.max_model_len
+    wanted = longest if params.max_tokens is None else length + params.max_tokens
+    return Request(
+        id=source.id,
+        prompt_len=length,
+        tokens=source.prompt + source.resume,
+        max_total=min(wanted, longest),
+        stop_ids=_stop_ids(source, limits),
+        seed=_seed(params.seed, limits.seed, ordinal),
+        ordinal=ordinal,
+        source=source,
+    )
+
+
+def check(source: AddRequest, limits: Limits) -> None:
+    """Raise RequestError unless the request can run."""
+    _check_lengths(source, limits)
+    if (count := len(_stop_ids(source, limits))) > MAX_STOP_IDS:
+        raise RequestError(
+            f"{count} stop tokens; at most {MAX_STOP_IDS} work", param="stop_token_ids"
+        )
+    if source.priority and not limits.priorities:
+        raise RequestError(
+            "priority needs a server started with --scheduling-policy priority", param="priority"
+        )
+    params = source.params
+    named = {
+        "prompt": source.prompt,
+        "resume_token_ids": source.resume,
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, ids in named.items():
+        _check_ids(name, ids, limits.vocab_size)
+
+
+def _check_lengths(source: AddRequest, limits: Limits) -> None:
+    length = len(source.prompt)
+    if length == 0:
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    if length >= limits.max_model_len:
+        raise RequestError(
+            f"the prompt has {length} tokens; at most {limits.max_model_len - 1} fit into "
+            f"max_model_len {limits.max_model_len} with one token of output",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if length + len(source.resume) > limits.max_model_len:
+        raise RequestError(
+            f"the prompt and resume_token_ids have {length + len(source.resume)} tokens; "
+            f"max_model_len is {limits.max_model_len}",
+            param="resume_token_ids",
+            code="context_length_exceeded",
+        )
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise RequestError(
+            f"{name} holds token {largest}; the model's tokens go from 0 to {vocab_size - 1}",
+            param=name,
+        )
+
+
+def _stop_ids(source: AddRequest, limits: Limits) -> frozenset[int]:
+    """Tokens that end the request."""
+    stop_ids = frozenset(source.params.stop_token_ids)
+    # A finished grammar allows the end alone, so there the end always counts.
+    if not source.params.ignore_eos or source.grammar is not None:
+        stop_ids |= limits.eos_ids
+    return stop_ids
+
+
+def _seed(wanted: int | None, engine_seed: int, ordinal: int) -> int:
+    """A request's 64-bit sampling seed (signed): its own, or one mixed from its ordinal.
+
+    The mix is splitmix64's finaliser (Steele, Lea, Flood 2014), so that neighbours differ wholly.
+    """
+    if wanted is not None:
+        value = wanted & _MASK64
+    else:
+        value = (engine_seed + (ordinal + 1) * 0x9E3779B97F4A7C15) & _MASK64
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+        value ^= value >> 31
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,63 @@
+"""What the scheduler says of a request: to the device at its admission, to the front as it goes."""
+
+from __future__ import annotations
+
+from millrace.engine.request import Request
+from millrace.protocol import Admission, Delta, Extras, FinishReason, TokenLogprobs
+
+
+def delta(
+    request: Request,
+    tokens: list[int],
+    reason: FinishReason | None,
+    logprobs: list[TokenLogprobs] | None,
+    first: bool,
+) -> Delta:
+    """What a step brought to a request; what concerns its prompt goes with its first tokens."""
+    return Delta(
+        request.id,
+        tokens,
+        reason,
+        stop_token_id=tokens[-1] if reason == "stop" else None,
+        cached_tokens=request.cached_tokens,
+        queued=request.queued if first else None,
+        logprobs=logprobs and logprobs[: len(tokens)],
+        prompt_logprobs=(request.prompt_logprobs or None) if first else None,
+    )
+
+
+def _extras(request: Request) -> Extras | None:
+    """The rare wishes of a request; None if it has none."""
+    params = request.source.params
+    extras = Extras(
+        prompt_len=request.prompt_len,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias or {},
+        allowed_token_ids=params.allowed_token_ids or [],
+        bad_words=request.source.bad_words,
+        min_total=request.prompt_len + params.min_tokens if params.min_tokens else 0,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        masked=request.source.grammar is not None,
+    )
+    return None if extras == Extras(prompt_len=request.prompt_len) else extras
+
+
+def admission(request: Request, snapshot: int) -> Admission:
+    params = request.source.params
+    return Admission(
+        slot=request.slot,
+        tokens=list(request.tokens),
+        start=request.computed,
+        snapshot=snapshot,
+        max_total=request.max_total,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        seed=request.seed,
+        stop_token_ids=sorted(request.stop_ids),
+        extras=_extras(request),
+    )
