@@ -13,10 +13,13 @@ import click
 import uvloop
 
 from millrace.bench.accuracy import Accuracy, accuracy_fields, accuracy_under_load
+from millrace.bench.compare import compare, comparison_table
 from millrace.bench.flags import load_flags, load_options, metric_names, serve_options, server_flags
 from millrace.bench.live import LiveProgress, remarks
 from millrace.bench.options import BenchOptions
+from millrace.bench.page import report_page
 from millrace.bench.report import benchy_table, error_lines, table
+from millrace.bench.results import load_results
 from millrace.bench.save import RawFormat, check_raw, default_name, provenance, save_run, write_json
 from millrace.bench.scaling import (
     ScalingOptions,
@@ -26,6 +29,7 @@ from millrace.bench.scaling import (
 )
 from millrace.bench.selftest import level_rows, selftest
 from millrace.bench.serve import Run, run
+from millrace.bench.sweep import grid, point_name, sweep_table
 from millrace.bench.tables import aligned
 from millrace.bench.workload import lengths, maker, workload_line
 from millrace.errors import UserError
@@ -53,52 +57,108 @@ _SERVE_DEFAULTS: dict[str, Any] = {
 }
 
 
+def _output_flags(command: Any) -> Any:
+    """What is kept, what else is measured, and what fails a run."""
+    flags = [
+        click.option("--save-result", is_flag=True, help="Write the figures as JSON."),
+        click.option("--save-detailed", is_flag=True, help="Also each request's times in it."),
+        click.option("--result-dir", type=click.Path(file_okay=False), default="."),
+        click.option("--result-filename", help="Name of the JSON file (default: from the run)."),
+        click.option("--raw", type=click.Choice(get_args(RawFormat)), default="auto",
+                     help="Raw data beside the JSON file."),
+        click.option("--num-runs", type=int, default=1, show_default=True, help="Repeats."),
+        click.option("--disable-tqdm", is_flag=True, help="Show no progress."),
+        click.option("--accuracy", help="Evaluate too, under the same load, as math,policy."),
+        click.option("--accuracy-items", type=int, default=50, show_default=True,
+                     help="Items of each task."),
+        click.option("--min-accuracy", type=float, help="Exit with 1 when a task is below."),
+        click.option("--max-failed", type=float, default=0.05, show_default=True,
+                     help="Share of requests that may fail."),
+        click.option("--refuse-client-bound", is_flag=True,
+                     help="Exit with 1 when the client bounds it."),
+        click.option("--llama-benchy", is_flag=True, help="Print llama-benchy's columns too."),
+    ]  # fmt: skip
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
 @bench.command()
 @server_flags()
-@click.option("--save-result", is_flag=True, help="Write the figures as JSON, raw data beside it.")
-@click.option("--save-detailed", is_flag=True, help="Also each request's times, in that file.")
-@click.option("--result-dir", type=click.Path(file_okay=False), default=".")
-@click.option("--result-filename", help="Name of the JSON file (default: from the run).")
-@click.option("--raw", type=click.Choice(get_args(RawFormat)), default="auto", help="Raw data.")
-@click.option("--num-runs", type=int, default=1, show_default=True, help="Measure so many times.")
-@click.option("--disable-tqdm", is_flag=True, help="Show no progress.")
-@click.option("--accuracy", help="Evaluate too, under the same load: tasks, as math,policy.")
-@click.option("--accuracy-items", type=int, default=50, show_default=True, help="Of each task.")
-@click.option("--min-accuracy", type=float, help="Exit with 1 when a task is below.")
-@click.option(
-    "--max-failed", type=float, default=0.05, show_default=True, help="Share of requests."
-)
-@click.option("--refuse-client-bound", is_flag=True, help="Exit with 1 when the client bounds it.")
-@click.option("--llama-benchy", is_flag=True, help="Print llama-benchy's columns too.")
+@_output_flags
 @load_flags(**_SERVE_DEFAULTS)
 def serve(**flags: Any) -> None:
     """Load a running server and print its figures."""
+    _check_output(flags)
     options = serve_options(flags)
-    check_raw(flags["raw"])
-    if flags["num_runs"] < 1:
-        raise UserError(f"--num-runs {flags['num_runs']}: use 1 or more")
     status = 0
     for number in range(flags["num_runs"]):
-        status = max(status, _measure_once(options, flags, number))
+        name = f"run{number + 1}" if flags["num_runs"] > 1 else ""
+        status = max(status, _measure_once(options, flags, name)[0])
         if status == INTERRUPTED:
             break
+    _exit(status)
+
+
+@bench.command()
+@server_flags()
+@_output_flags
+@load_flags(**_SERVE_DEFAULTS)
+@click.option("--over", multiple=True, required=True, help="FLAG=V1,V2: measure at each.")
+def sweep(**flags: Any) -> None:
+    """Load a running server at every point of a grid and print one table.
+
+    `--over max-concurrency=1,8,64` and `--over random-context-len=0,4096,16384` are typical; of
+    several, every combination is measured. With --num-runs all points are run, then all again.
+    """
+    _check_output(flags)
+    points = grid(click.get_current_context().command, flags["over"])
+    planned = [serve_options({**flags, **point, "over": tuple(point)}) for point in points]
+    results, status = [], 0
+    for number in range(flags["num_runs"]):
+        for point, options in zip(points, planned, strict=True):
+            click.echo(f"{point_name(point)}, run {number + 1} of {flags['num_runs']}", err=True)
+            name = f"{point_name(point)}-run{number + 1}"
+            ended, fields = _measure_once(options, {**flags, "quiet": True}, name)
+            results.append(fields)
+            status = max(status, ended)
+            if ended == INTERRUPTED:
+                break
+    click.echo(sweep_table(results))
+    if flags["llama_benchy"]:
+        click.echo(benchy_table(results))
+    _exit(status)
+
+
+def _check_output(flags: Mapping[str, Any]) -> None:
+    check_raw(flags["raw"])
+    metric_names(flags["percentile_metrics"])
+    if flags["num_runs"] < 1:
+        raise UserError(f"--num-runs {flags['num_runs']}: use 1 or more")
+
+
+def _exit(status: int) -> None:
     if status:
         raise click.exceptions.Exit(status)
 
 
-def _measure_once(options: BenchOptions, flags: Mapping[str, Any], number: int) -> int:
-    """One run with all that belongs to it; the exit status that it deserves."""
-    shown = metric_names(flags["percentile_metrics"])
+def _measure_once(
+    options: BenchOptions, flags: Mapping[str, Any], name: str
+) -> tuple[int, dict[str, Any]]:
+    """One run with all that belongs to it: the exit status that it deserves, and its fields.
+    name: what is added to the file's name."""
     outcome, accuracy = uvloop.run(_interruptible(options, flags))
     fields = {**outcome.fields, "accuracy": accuracy_fields(accuracy)}
-    click.echo(table(fields, shown, options.percentiles))
-    if flags["llama_benchy"]:
-        click.echo(benchy_table([fields]))
+    if not flags.get("quiet"):
+        click.echo(table(fields, metric_names(flags["percentile_metrics"]), options.percentiles))
+        if flags["llama_benchy"]:
+            click.echo(benchy_table([fields]))
     for line in [*error_lines(outcome.records), *remarks(fields)]:
         click.echo(line, err=True)
     if flags["save_result"] or flags["save_detailed"] or flags["result_filename"]:
-        _save(outcome, fields, flags, number)
-    return INTERRUPTED if outcome.interrupted else _verdict(fields, accuracy, flags)
+        _save(outcome, fields, flags, name)
+    status = INTERRUPTED if outcome.interrupted else _verdict(fields, accuracy, flags)
+    return status, fields
 
 
 def _verdict(
@@ -123,10 +183,10 @@ def _verdict(
     return FAILED if faults else 0
 
 
-def _save(outcome: Run, fields: dict[str, Any], flags: Mapping[str, Any], number: int) -> None:
+def _save(outcome: Run, fields: dict[str, Any], flags: Mapping[str, Any], part: str) -> None:
     name = flags["result_filename"] or default_name(fields)
-    if flags["num_runs"] > 1:
-        name = f"{name.removesuffix('.json')}-run{number + 1}.json"
+    if part:
+        name = f"{name.removesuffix('.json')}-{part}.json"
     fields = {**fields, "provenance": provenance(outcome.server_version)}
     paths = save_run(
         Path(flags["result_dir"]) / name,
@@ -162,6 +222,36 @@ async def _interruptible(
         click.echo(f"evaluating {', '.join(tasks)} under the same load", err=True)
         accuracy = await accuracy_under_load(options, tasks, flags["accuracy_items"], stop)
     return outcome, accuracy
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+@bench.command("compare")
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write it here too.")
+def compare_command(a: str, b: str, json_path: str | None) -> None:
+    """Ratios of B to A with 95% intervals; A and B are result files, or directories of repeats."""
+    comparisons = compare(load_results(a), load_results(b))
+    click.echo("\n\n".join(comparison_table(one) for one in comparisons))
+    if min(n for one in comparisons for n in one.runs) < 2:
+        click.echo("an interval needs two runs or more of each: use --num-runs 5", err=True)
+    if json_path:
+        click.echo(f"written to {write_json(Path(json_path), comparisons)}")
+
+
+@bench.command("report")
+@click.argument("directory")
+@click.option("--output", help="The HTML file [report.html in the directory].")
+def report_command(directory: str, output: str | None) -> None:
+    """Make one HTML file, self-contained, of the results in DIRECTORY."""
+    results = load_results(directory)
+    place = Path(directory) if Path(directory).is_dir() else Path(directory).parent
+    path = Path(output) if output else place / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report_page(results), encoding="utf-8")
+    click.echo(f"written to {path}")
 
 
 # --- the generator itself ----------------------------------------------------------------------

@@ -230,17 +230,18 @@ def with_preset(flags: Mapping[str, Any]) -> dict[str, Any]:
     if filled.get("preset") is None:
         return filled
     preset = PRESETS[filled["preset"]]
-    filled |= {name: value for name, value in preset.flags.items() if not _on_command_line(name)}
-    if preset.concurrency_per_gpu is not None and not _on_command_line("max_concurrency"):
+    chosen = {name for name in filled if _on_command_line(name)} | set(filled.get("over") or ())
+    filled |= {name: value for name, value in preset.flags.items() if name not in chosen}
+    if preset.concurrency_per_gpu is not None and "max_concurrency" not in chosen:
         filled["max_concurrency"] = preset.concurrency_per_gpu * (filled["gpus"] or 1)
     places = filled["max_concurrency"]
     if places is None:
         raise UserError(
             f"--preset {filled['preset']} counts by concurrency: give --max-concurrency"
         )
-    if not _on_command_line("num_prompts") and filled["duration"] is None:
+    if "num_prompts" not in chosen and filled["duration"] is None:
         filled["num_prompts"] = preset.prompts_per_place * places
-    if not _on_command_line("num_warmups"):
+    if "num_warmups" not in chosen:
         filled["num_warmups"] = preset.warmups_per_place * places
     return filled
 
