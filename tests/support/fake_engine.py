@@ -26,10 +26,12 @@ from millrace.protocol import (
     Delta,
     EngineStats,
     Failed,
+    FinishReason,
     Outputs,
     Ready,
     Shutdown,
     ToEngine,
+    TokenLogprobs,
 )
 
 VARIABLE = "MILLRACE_FAKE_ENGINE"
@@ -58,32 +60,63 @@ class Behaviour(msgspec.Struct, frozen=True):
 
 
 class Echo:
-    """One request. Its output token i is token i of the prompt, which starts over at its end."""
+    """One request. Its output token i is token i of the prompt, which starts over at its end.
+
+    Token t has the log-probability -(t % 8) / 8; beside it t + 1, t + 2, … are reported.
+    """
 
     def __init__(self, request: AddRequest, eos: int | None) -> None:
         self.id = request.id
         self._prompt = request.prompt
+        self._params = request.params
         self._limit = request.params.max_tokens or 1
         self._stops = set(request.params.stop_token_ids)
         if eos is not None and not request.params.ignore_eos:
             self._stops.add(eos)
-        self._sent = 0
+        self._sent = len(request.resume)
+        self._resumed = request.resume
+        self._first = True
 
     def step(self, count: int) -> Delta:
+        first, self._first = self._first, False
+        if first and self._resumed and (reason := self._ends(self._resumed[-1])):
+            return self._delta([], reason, first)
         tokens: list[int] = []
         while len(tokens) < count:
             token = self._prompt[self._sent % len(self._prompt)]
             tokens.append(token)
             self._sent += 1
-            if token in self._stops:
-                return Delta(self.id, tokens, "stop", token, self._cached())
-            if self._sent == self._limit:
-                return Delta(self.id, tokens, "length", None, self._cached())
-        return Delta(self.id, tokens, None, None, self._cached())
+            if reason := self._ends(token):
+                return self._delta(tokens, reason, first)
+        return self._delta(tokens, None, first)
 
-    def _cached(self) -> int:
-        """Half the prompt, told with the first tokens only."""
-        return len(self._prompt) // 2 if self._sent <= 1 else 0
+    def _ends(self, token: int) -> FinishReason | None:
+        if token in self._stops and self._sent >= self._params.min_tokens:
+            return "stop"
+        return "length" if self._sent == self._limit else None
+
+    def _delta(self, tokens: list[int], reason: FinishReason | None, first: bool) -> Delta:
+        """Half the prompt was cached; that is told with the first tokens only."""
+        params = self._params
+        prompt = None
+        if first and params.prompt_logprobs is not None:
+            prompt = [_logprobs(token, params.prompt_logprobs) for token in self._prompt[1:]]
+        return Delta(
+            self.id,
+            tokens,
+            reason,
+            (tokens or self._resumed)[-1] if reason == "stop" else None,
+            len(self._prompt) // 2 if first else 0,
+            logprobs=None
+            if params.logprobs is None
+            else [_logprobs(token, params.logprobs) for token in tokens],
+            prompt_logprobs=prompt,
+        )
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    tokens = [token, *range(token + 1, token + 1 + count)]
+    return TokenLogprobs(tokens, [-(t % 8) / 8 for t in tokens], 1)
 
 
 class FakeEngine:

@@ -45,6 +45,13 @@ THINKING = TEMPLATE.replace(  # as of models that reason unless told not to
     "    {%- else %}\n        {{- '<think>\\n' }}\n    {%- endif %}\n{%- endif %}\n",
 )
 
+# Tells of tools, behind the messages: an engine that echoes its prompt then begins with those.
+TOOLS = THINKING.replace(
+    "{%- if add_generation_prompt %}",
+    "{%- if tools %}{{- '<|im_start|>tools\\n' ~ tools | tojson ~ '<|im_end|>\\n' }}{%- endif %}"
+    "\n{%- if add_generation_prompt %}",
+)
+
 
 def write_text_model(directory: Path, template: str = TEMPLATE) -> Path:
     """Write config, tokenizer, template and sampling defaults into `directory`."""

@@ -84,7 +84,7 @@ HARMLESS = frozenset(
 )
 OPENAI = Rules(REFUSED, HARMLESS)
 
-_PATH = re.compile(r" - at `\$\.?([^`]*)`")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
 _warned: set[str] = set()
 
