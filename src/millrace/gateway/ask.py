@@ -82,8 +82,8 @@ class Ask(msgspec.Struct, kw_only=True):
         return bool(self.prompt)
 
 
-def read_ask(request: Request) -> Ask:
-    """The facts of a request; it never raises."""
+def read_ask(request: Request, keep: bool = True) -> Ask:
+    """The facts of a request; it never raises. keep: streams are kept, to be resumed."""
     path = request.path.partition(b"?")[0]
     service = header(request.headers, b"x-service-class")
     batch: ServiceClass = "batch" if service.lower() == b"batch" else "interactive"
@@ -96,7 +96,8 @@ def read_ask(request: Request) -> Ask:
         return Ask(request=request, service=batch, key=key)
     if path not in _GENERATION:
         return Ask(request=request, service=batch, key=key, model=body.model)
-    return _generation(request, body, _GENERATION[path], batch, key)
+    ask = _generation(request, body, _GENERATION[path], batch, key)
+    return ask if keep else msgspec.structs.replace(ask, resumable=False)
 
 
 def _generation(

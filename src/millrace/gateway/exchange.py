@@ -49,7 +49,7 @@ class Exchange:
         self._client = client
         self.request = request
         self._loop = asyncio.get_running_loop()
-        self.ask = read_ask(request)
+        self.ask = read_ask(request, keep=relay.limits.max_kept > 0)
         self.began = time.perf_counter()
         self.first_byte: float | None = None
         self.status = 0

@@ -56,18 +56,16 @@ def haproxy(specs: Sequence[ReplicaSpec], host: str, port: int) -> str:
     tls = " ssl verify required ca-file @system-ca" if _scheme(specs) == "https" else ""
     servers = "".join(
         f"  server replica{i} {s.target.authority} weight {min(256, _weight(s))} "
-        f"maxconn {s.limit or 65536} check{tls}\n"
+        f"{f'maxconn {s.limit} ' if s.limit else ''}check{tls}\n"
         for i, s in enumerate(specs)
     )
     return f"""# Made by `millrace gateway render haproxy`.
-global
-  maxconn 65536
 defaults
   mode http
   option http-no-delay
   option redispatch
   retries 3
-  retry-on conn-failure empty-response 503 429
+  retry-on conn-failure empty-response 503
   timeout connect 5s
   timeout client 600s
   timeout server 600s
