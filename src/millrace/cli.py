@@ -22,6 +22,7 @@ _COMMANDS = {
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
     "bench": ("millrace.bench.command", "bench", "Measure servers."),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
+    "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ from torch import Tensor
 
 from millrace.errors import ConfigError
 from millrace.kernels.gemm import dequantize
+from millrace.kernels.norm import add_rms_norm
+from millrace.kernels.quantize import quantize
 from millrace.model.config import read_config
 from millrace.model.layers import Linear
-from millrace.model.parallel import TensorParallel
+from millrace.model.parallel import Normed, TensorParallel
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches, make_batch
 
 SHAPE = replace(UNIT_TEST, num_heads=8, num_kv_heads=4, key_heads=4, value_heads=12, vocab_size=321)
+
+
+WIDE = replace(SHAPE, fp8=True, head_dim=128, key_dim=128, value_dim=128)
 
 
 class Meeting:
@@ -38,13 +44,31 @@ class Meeting:
         self.barrier.wait()
         return parts
 
-    def rank(self, rank: int) -> TensorParallel:
-        return TensorParallel(
+    def sum(self, rank: int, x: Tensor) -> Tensor:
+        return torch.stack(self.exchange(rank, x)).sum(0)
+
+    def rank(self, rank: int, fused: bool = False) -> TensorParallel:
+        """fused: sums come with the residual add and the norm, as a GPU's kernel does it."""
+        alone = TensorParallel(
             rank,
             len(self.parts),
-            lambda x: torch.stack(self.exchange(rank, x)).sum(0),
+            lambda x: self.sum(rank, x),
             lambda x: torch.cat(self.exchange(rank, x), dim=-1),
         )
+        return replace(alone, reduce_norm=partial(self.reduce_norm, rank)) if fused else alone
+
+    def reduce_norm(
+        self,
+        rank: int,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        keep: bool,
+        quantized: bool,
+    ) -> Normed:
+        normed, total = add_rms_norm(self.sum(rank, x), residual, weight, eps)
+        return normed if keep else None, quantize(normed) if quantized else None, total
 
 
 def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Tensor]:
@@ -66,11 +90,13 @@ def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Ten
         return [model.logits(prompt), model.logits(verified), drafted]
 
 
-def on_ranks(directory: Path, size: int, keep_fp8: bool = False) -> list[list[Tensor]]:
+def on_ranks(
+    directory: Path, size: int, keep_fp8: bool = False, fused: bool = False
+) -> list[list[Tensor]]:
     """What `run` returns on each of `size` ranks."""
     meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:
-        runs = [pool.submit(run, directory, meeting.rank(r), keep_fp8) for r in range(size)]
+        runs = [pool.submit(run, directory, meeting.rank(r, fused), keep_fp8) for r in range(size)]
         return [one.result(120) for one in runs]
 
 
@@ -98,6 +124,13 @@ def test_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]
     require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
 
 
+@pytest.mark.parametrize("keep_fp8", [False, True])
+def test_sums_fused_with_the_norm(tmp_path: Path, keep_fp8: bool) -> None:
+    directory = write_checkpoint(tmp_path, WIDE)
+    apart = on_ranks(directory, 2, keep_fp8)
+    require_same(on_ranks(directory, 2, keep_fp8, fused=True), apart[0], 1e-6)
+
+
 def working(size: int, tmp_path: Path, **changes: int) -> str:
     config = read_config(write_checkpoint(tmp_path, replace(SHAPE, **changes)))
     with pytest.raises(ConfigError) as error:
@@ -119,8 +152,6 @@ def test_sizes_that_do_not_work(tmp_path: Path) -> None:
 
 
 # --- FP8 weights -------------------------------------------------------------------------------
-
-WIDE = replace(SHAPE, fp8=True, head_dim=128, key_dim=128, value_dim=128)
 
 
 def dense(product: Linear) -> Tensor:

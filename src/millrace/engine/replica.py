@@ -162,6 +162,7 @@ class Replica(Engine):
 
     ranks: Ranks
     children: LocalRanks
+    worker: Worker
 
     def check(self) -> None:
         """Raise RankError if a rank has failed; an idle engine would not notice by itself."""
@@ -191,7 +192,7 @@ def _assemble(
         config=config,
         grammars=_grammars(config, model),
     )
-    engine.ranks, engine.children = ranks, children
+    engine.ranks, engine.children, engine.worker = ranks, children, worker
     gc.collect()
     gc.freeze()
     return engine

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.norm import add_rms_norm
+from millrace.model.config import ModelConfig
 from millrace.model.parallel import Normed, TensorParallel
 from millrace.runtime.ranks import Ranks
 
@@ -187,7 +188,7 @@ class Timing:
 
     @property
     def cost(self) -> float:
-        """What the choice goes by: the time in the step's graph where there is one."""
+        """What the choice goes by: the time in the step's graph, with the norm that follows."""
         return self.normed_us or self.graph_us or self.raw_us or float("inf")
 
 
@@ -261,6 +262,12 @@ class Collectives:
                 algorithm.trust()
         if self.ranks.rank == 0:
             log.info("all-reduce over %d ranks: %s", self.ranks.size, self.summary())
+
+    def cost_us(self, rows: int) -> float:
+        """Microseconds of a sum over a message of so many tokens, as measured and chosen."""
+        size = rows * self.width * self.dtype.itemsize
+        chosen = [timing for timing in self.timings if timing.chosen]
+        return next((t.cost for t in chosen if t.bytes >= size), chosen[-1].cost)
 
     def summary(self) -> str:
         """The choice by message size, in one line."""
@@ -433,6 +440,12 @@ def _event_us(run: Callable[[], object]) -> float:
 
 def _size(count: int) -> str:
     return f"{count / 1048576:g} MiB" if count >= 1 << 20 else f"{count / 1024:g} KiB"
+
+
+def budget(config: ModelConfig, drafts: int) -> int:
+    """Sums over the ranks in a step that decodes, with so many drafts: two a layer and one for the
+    embedding; each draft is a layer and an embedding more."""
+    return 1 + 2 * config.num_layers + 3 * drafts
 
 
 def table(timings: Sequence[Timing]) -> str:

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from millrace.errors import ConfigError, RankError
-from millrace.protocol import StepPlan, StopRanks, ToRank
+from millrace.protocol import ToRank
 from millrace.runtime.watch import (
     Fate,
     Hello,
@@ -39,8 +39,16 @@ from millrace.runtime.watch import (
     this_host,
 )
 
+
+class MeasureSums(msgspec.Struct, frozen=True, tag="measure"):
+    """Take part in measuring sums over messages of so many tokens."""
+
+    rows: list[int]
+
+
+Message = ToRank | MeasureSums
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(ToRank).decode
+_decode = msgspec.msgpack.Decoder(Message).decode
 
 JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
 STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
@@ -110,7 +118,7 @@ class Ranks:
 
     # --- plans ------------------------------------------------------------------------------
 
-    def send(self, message: ToRank) -> None:
+    def send(self, message: Message) -> None:
         """Rank 0: send a message to every other rank. Raises RankError if the group has failed."""
         if self.size == 1:
             return
@@ -124,7 +132,7 @@ class Ranks:
         if len(data) > _FIRST:
             self._broadcast(data[_FIRST:])
 
-    def receive(self) -> StepPlan | StopRanks:
+    def receive(self) -> Message:
         """Other ranks: wait for the next message of rank 0, and check that it is the next one."""
         self._broadcast(self._first)
         length, number, digest = _HEADER.unpack(bytes(self._first[: _HEADER.size].tolist()))
@@ -141,7 +149,7 @@ class Ranks:
             self._disagree(
                 f"{number} with digest {self._digest.hex()} where rank 0 has {digest.hex()}"
             )
-        message: StepPlan | StopRanks = _decode(raw)
+        message: Message = _decode(raw)
         return message
 
     def _advance(self, body: bytes) -> None:

@@ -20,9 +20,9 @@ from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Masks, StepPlan, StopRanks
-from millrace.runtime.collectives import Collectives
+from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
-from millrace.runtime.ranks import Ranks
+from millrace.runtime.ranks import MeasureSums, Ranks
 from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
 from millrace.runtime.slots import Slots
@@ -48,7 +48,7 @@ class Worker:
         self.config = config
         self.ranks = ranks
         self._device = torch.device(config.device)
-        self._model_config = model_config
+        self.model_config = model_config
         self.collectives = Collectives.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
@@ -74,9 +74,9 @@ class Worker:
             drafts=config.drafts,
             prefix_caching=config.args.enable_prefix_caching,
             snapshot_interval=config.snapshot_interval,
-            eos_ids=frozenset(self._model_config.eos_ids),
+            eos_ids=frozenset(self.model_config.eos_ids),
             seed=config.args.seed,
-            vocab_size=self._model_config.vocab_size,
+            vocab_size=self.model_config.vocab_size,
             priorities=config.args.scheduling_policy == "priority",
         )
 
@@ -87,8 +87,16 @@ class Worker:
 
     def follow(self) -> None:
         """A rank other than 0: run what rank 0 plans until it says stop."""
-        while not isinstance(plan := self.ranks.receive(), StopRanks):
-            self._runner.run(plan)
+        while not isinstance(message := self.ranks.receive(), StopRanks):
+            if isinstance(message, MeasureSums):
+                self.collectives.measure(message.rows)
+            else:
+                self._runner.run(message)
+
+    def measure_sums(self, rows: list[int]) -> list[Timing]:
+        """Every way to add up over the ranks, at messages of so many tokens."""
+        self.ranks.send(MeasureSums(rows))
+        return self.collectives.measure(rows)
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
@@ -110,7 +118,7 @@ class Worker:
         )
 
     def _costs(self) -> Costs:
-        config, model, ranks = self.config, self._model_config, self.ranks.size
+        config, model, ranks = self.config, self.model_config, self.ranks.size
         mtp = config.drafts > 0
         token = model.kv_bytes_per_token(config.kv_dtype, ranks, mtp)
         slot = model.slot_bytes(
@@ -135,7 +143,7 @@ class Worker:
     # --- allocation -------------------------------------------------------------------------
 
     def _build_runner(self) -> Runner:
-        config, model = self.config, self._model_config
+        config, model = self.config, self.model_config
         caches = allocate_caches(
             config, model, self.memory.num_pages, self.ranks.size, self._device
         )
