@@ -182,7 +182,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing, free everything, end the process."""
 
 
-ToEngine = AddRequest | Abort | Shutdown
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget every cached prefix; running requests keep what they hold."""
+
+
+ToEngine = AddRequest | Abort | ResetPrefixCache | Shutdown
 
 
 # --- engine -> front ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ import zmq
 from millrace.config import EngineArgs
 from millrace.engine.engine import Engine
 from millrace.engine.replica import Replica, build_engine, run_rank
+from millrace.engine.watchdog import REPORT, Watchdog
 from millrace.errors import RankError, RequestError, UserError
 from millrace.protocol import (
     Abort,
@@ -33,6 +35,7 @@ from millrace.protocol import (
     FromEngine,
     Outputs,
     Ready,
+    ResetPrefixCache,
     Shutdown,
     ToEngine,
 )
@@ -40,6 +43,7 @@ from millrace.protocol import (
 log = logging.getLogger("millrace.engine")
 
 IDLE_POLL_MS = 500
+HEARTBEAT = 1.0  # seconds after which the front hears of an engine that has nothing to say
 STUCK_LIMIT = 5.0  # seconds that the loop gets to notice by itself that its ranks have failed
 PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
@@ -94,10 +98,12 @@ class _Front:
 def serve(args: EngineArgs, directory: Path, parent: int) -> int:
     """Build an engine and run it for the front behind `directory`. Returns the exit status."""
     front = _Front(directory)
+    watchdog = Watchdog(args.step_timeout, directory / REPORT)
     try:
         engine = build_engine(args, on_failure=lambda why: _insist(front, why))
         front.send(_ready(engine))
-        _run(engine, front, parent)
+        _run(engine, front, parent, watchdog)
+        watchdog.close()
         engine.close()
         return 0
     except UserError as error:
@@ -122,9 +128,12 @@ def _insist(front: _Front, why: str) -> None:
     timer.start()
 
 
-def _run(engine: Replica, front: _Front, parent: int) -> None:
+def _run(engine: Replica, front: _Front, parent: int, watchdog: Watchdog) -> None:
     """Serve until told to stop, or until the front is gone."""
+    heard = 0.0
     while True:
+        now = time.monotonic()
+        watchdog.beat(now)
         busy = engine.has_work()
         messages = front.receive(0 if busy else IDLE_POLL_MS)
         refused: list[Delta] = []
@@ -133,12 +142,15 @@ def _run(engine: Replica, front: _Front, parent: int) -> None:
                 return
             if isinstance(message, Abort):
                 engine.abort(message.ids)
+            elif isinstance(message, ResetPrefixCache):
+                engine.reset_prefix_cache()
             else:
                 refused += _add(engine, message)
         engine.check()
         deltas = refused + (engine.step() if engine.has_work() else [])
-        if deltas or messages:
+        if deltas or messages or now - heard >= HEARTBEAT:
             front.send(Outputs(deltas, engine.stats()))
+            heard = now
         if os.getppid() != parent:
             return
 
@@ -200,6 +212,8 @@ def main() -> int:
     end_with_parent(options.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
     args = msgspec.json.decode(options.args, type=EngineArgs)
     if options.socket_dir is None:
         return run_rank(args)
