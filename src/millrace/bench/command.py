@@ -18,6 +18,7 @@ from millrace.bench.flags import load_flags, load_options, metric_names, serve_o
 from millrace.bench.live import LiveProgress, remarks
 from millrace.bench.options import BenchOptions
 from millrace.bench.page import report_page
+from millrace.bench.parallelism import parallelism
 from millrace.bench.report import benchy_table, error_lines, table
 from millrace.bench.results import load_results
 from millrace.bench.save import RawFormat, check_raw, default_name, provenance, save_run, write_json
@@ -348,6 +349,9 @@ def scaling(**flags: Any) -> None:
     click.echo(f"written to {write_json(path, report)}")
     if any(run["failed"] for row in rows for run in row.runs):
         raise click.exceptions.Exit(FAILED)
+
+
+bench.add_command(parallelism)
 
 
 def _counts(text: str, flag: str) -> list[int]:

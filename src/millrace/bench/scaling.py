@@ -79,11 +79,12 @@ async def measure_scaling(
                 row.runs.append(measured.fields)
                 if repeat == 0:
                     on_step(f"{row.replicas} replica(s), accuracy")
-                    row.accuracy = await _accuracy(options, target)
+                    row.accuracy = await check_accuracy(options, target)
     return rows
 
 
-async def _accuracy(options: ScalingOptions, target: Target) -> Accuracy:
+async def check_accuracy(options: ScalingOptions, target: Target) -> Accuracy:
+    """The accuracy of the server at `target`, or why there is none."""
     if not options.accuracy_items:
         return Accuracy(None, reason="not asked for")
     if "dummy" in " ".join(options.serve_arguments).replace("=", " ").split():
@@ -98,12 +99,18 @@ async def _accuracy(options: ScalingOptions, target: Target) -> Accuracy:
 
 
 @asynccontextmanager
-async def served(options: ScalingOptions, replicas: int) -> AsyncIterator[Target]:
-    """`millrace serve` with that many replicas, healthy, on a free port; reaped at the end."""
+async def served(
+    options: ScalingOptions, replicas: int, arguments: Sequence[str] = ()
+) -> AsyncIterator[Target]:
+    """`millrace serve` with that many replicas, healthy, on a free port; reaped at the end.
+
+    options.counts are the devices of each row. arguments: of this server alone.
+    """
     target = Target(_LOOPBACK, free_port(_LOOPBACK))
     command = [
         *(*options.serve_command, options.model),
         *("--replicas", str(replicas), "--host", target.host, "--port", str(target.port)),
+        *arguments,
         *options.serve_arguments,
     ]
     process = ReplicaProcess(command, replica_threads(options.counts), on_line=lambda line: None)
