@@ -66,6 +66,10 @@ class Board:
         self._replicas = everything[: ends[0]].reshape(processes, MAX_REPLICAS, _REPLICA_CELLS)
         self._processes = everything[ends[0] : ends[1]].reshape(processes, _PROCESS_CELLS)
         self._corrections = everything[ends[1] : ends[1] + MAX_REPLICAS]
+        # The same memory as plain views: for a few cells they are much quicker than arrays.
+        self._replica_cells = everything[: ends[0]].data.cast("B").cast("q")
+        self._process_cells = everything[ends[0] : ends[1]].data.cast("B").cast("q")
+        self._correction_cells = self._corrections.data.cast("B").cast("q")
         # (hash, replicas as bits): see prefixes.py
         self.prefixes = everything[ends[1] + MAX_REPLICAS :].view(np.uint64).reshape(-1, 2)
 
@@ -105,7 +109,16 @@ class Board:
 
     def live(self, name: str) -> int:
         """A gauge of LIVE, summed over processes."""
-        return int(self._processes[:, _LIVE_AT[name]].sum())
+        cells, at = self._process_cells, _LIVE_AT[name]
+        return sum(cells[i * _PROCESS_CELLS + at] for i in range(self.processes))
+
+    def carried(self, slot: int) -> tuple[int, int]:
+        """(load, requests in flight) of one replica, as `replica_sums` has them."""
+        cells, load, in_flight = self._replica_cells, self._correction_cells[slot], 0
+        for at in range(slot * _REPLICA_CELLS, len(cells), MAX_REPLICAS * _REPLICA_CELLS):
+            load += cells[at + LOAD]
+            in_flight += cells[at + IN_FLIGHT]
+        return max(0, load), in_flight
 
     # --- the keeper's own cells ------------------------------------------------------------------
 

@@ -63,12 +63,14 @@ class Exchange:
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.TimerHandle | None = None
         self._last_byte = self._loop.time()
+        self._chunks_seen = 0
         self._placed = self._ended = False
         self._keep_alive = False
         self._delimited = True
         self._last_failure = ""
         # What this request is counted as at its replica: see ReplicaSet.picked.
-        self._size = self._resident = self._published = 0
+        self._size = self._resident = 0
+        self._published = self._published_bytes = 0
         self._journal: Journal | None = None
         self._kept = 0
         self._progress: Progress | None = None
@@ -168,14 +170,18 @@ class Exchange:
         made = len(self._progress.token_ids) if self._progress else 0
         self._resident = ask.prompt_tokens + made
         self._size = ask.prompt_tokens + max(made, fleet.expected_output(ask))
-        self._published = self.chunks
+        self._published, self._published_bytes = self.chunks, self.bytes
         fleet.picked(replica, self._size, self._resident)
 
     def publish(self) -> None:
         """Bring the tokens that this request is counted as up to date."""
         new = self.chunks - self._published
-        if new and self.replica is not None and self.ask.stream:
+        if new and self.replica is not None:
             self._published = self.chunks
+            self.replica.chunks += new
+            self.replica.bytes += self.bytes - self._published_bytes
+            self._published_bytes = self.bytes
+        if new and self.replica is not None and self.ask.stream:
             self._resident += new
             over = max(0, self._resident - self._size)
             self._size += over
@@ -259,14 +265,8 @@ class Exchange:
 
     def body(self, data: bytes) -> None:
         """Pass bytes on to the client: as they are, or as the continuation words them."""
-        replica = self.replica
-        assert replica is not None
-        size = len(data)
-        replica.bytes += size
-        replica.chunks += 1
-        self.bytes += size
+        self.bytes += len(data)
         self.chunks += 1
-        self._last_byte = self._loop.time()
         if self._continuation is not None:
             self._continue(data)
             return
@@ -336,8 +336,7 @@ class Exchange:
         elif self._journal is not None:
             if _ERROR_EVENT in data and self._error_came(self._journal, data):
                 return
-            replica.bytes += len(data)
-            replica.chunks += 1
+            self.bytes += len(data)
             self.chunks += 1
             self._client.write(self._journal.rest(data))
         elif data:
@@ -459,6 +458,9 @@ class Exchange:
 
     def _look_at_clock(self) -> None:
         limit = self._relay.limits.timeout
+        if self.chunks != self._chunks_seen:
+            # A byte came since the last look: when is not noted, for that would cost each byte.
+            self._chunks_seen, self._last_byte = self.chunks, self._loop.time()
         left = self._last_byte + limit - self._loop.time()
         if left > 0 or self._client.paused:
             self._timer = self._loop.call_later(left if left > 0 else 1.0, self._look_at_clock)
@@ -493,6 +495,7 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.release(reusable)
+        self.publish()
         replica, self.replica = self.replica, None
         if replica is not None:
             replica.exchanges.discard(self)

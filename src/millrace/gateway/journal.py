@@ -15,6 +15,8 @@ import msgspec
 
 _EVENT_END = b"\n\n\r\n"  # of an event, and of the chunk that carries it
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d, ]*\]|null)')
+_IDS_KEY = b',"token_ids":['
+_PROMPT_IDS_KEY = b'"prompt_token_ids":'
 _MAX_TAIL = 4 << 20
 
 
@@ -73,6 +75,23 @@ class Journal:
 
     def _without_ids(self, data: bytes) -> bytes:
         """The chunks less the token ids in them, in frames of the new size."""
+        line = data.find(b"\r\n")
+        try:
+            alone = line + 4 + int(data[:line], 16) == len(data)
+        except ValueError:
+            self.broken = True
+            return data
+        if not alone:
+            return self._each_without_ids(data)
+        # By far the most common: one chunk with one event, its ids in one place.
+        at = data.find(_IDS_KEY, line)
+        end = data.find(b"]", at) + 1
+        if at < 0 or not end or _PROMPT_IDS_KEY in data:
+            return self._each_without_ids(data)
+        return b"%x\r\n%b%b" % (len(data) - line - 4 - end + at, data[line + 2 : at], data[end:])
+
+    def _each_without_ids(self, data: bytes) -> bytes:
+        """The same for any number of chunks, with prompts' ids too."""
         out: list[bytes] = []
         at = 0
         while at < len(data):

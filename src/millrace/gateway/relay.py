@@ -184,9 +184,9 @@ class Relay:
     def publish(self) -> None:
         """Bring this process's part of the board up to date; to be called every now and then."""
         for replica in self.replicas.all:
-            replica.publish(self.part)
             for exchange in replica.exchanges:
                 exchange.publish()
+            replica.publish(self.part)
         self.part.set_event("cpu_ns", time.process_time_ns())
 
     def sweep(self) -> None:

@@ -26,8 +26,8 @@ from millrace.gateway.prefixes import PrefixTable
 from millrace.gateway.relay import Access, Desk, Limits, Relay
 from millrace.gateway.replicas import ReplicaSet
 
-_PUBLISH_SECONDS = 0.05
-_SWEEP_EVERY = 40  # of these
+_PUBLISH_SECONDS = 0.2
+_SWEEP_EVERY = 10  # of these
 
 
 class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
