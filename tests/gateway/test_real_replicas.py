@@ -1,0 +1,86 @@
+"""Real engines behind the gateway: killed under load, nothing is lost and no token is wrong.
+
+The long variants are in benchmarks/gateway_kill.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from millrace.fleet.supervisor import FleetOptions, Supervisor
+from millrace.gateway.app import GatewayOptions
+from millrace.http1 import Target, fetch
+from tests.support.gateways import FAST
+from tests.support.running import eventually, run
+
+TOKENS = 96
+
+
+async def answer(target: Target, index: int) -> tuple[list[int], str, int]:
+    """(token ids, text, counted tokens) of one of four greedy streams, whole."""
+    body: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    body["stream_options"] = {"include_usage": True}
+    if index % 2:
+        path, more = "/v1/chat/completions", {"messages": [{"role": "user", "content": f"n{index}"}]}
+    else:
+        path, more = "/v1/completions", {"prompt": [index + 1, 2, 3]}
+    data = json.dumps({**body, **more}).encode()
+    response = await fetch(target, path, method="POST", body=data, timeout=60)
+    assert response.status == 200, response.body
+    lines = [line.removeprefix(b"data: ") for line in response.body.split(b"\n\n") if line]
+    assert lines[-1] == b"[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    choices = [choice for event in events for choice in event["choices"]]
+    ids = [token for choice in choices for token in choice["token_ids"]]
+    text = "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
+    return ids, text, events[-1]["usage"]["completion_tokens"]
+
+
+def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model: Path) -> None:
+    command = [sys.executable, "-m", "millrace.cli", "serve", str(small_model)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--device", "cpu"]
+    options = FleetOptions(
+        command=[*command, "--kv-cache-memory-bytes", str(64 << 20)],
+        count=3,
+        port=0,
+        device="cpu",
+        pause=0.1,
+        gateway=GatewayOptions(health=FAST),
+    )
+
+    async def scenario() -> None:
+        fleet = Supervisor(options, lambda line: None)
+        await fleet.start()
+        try:
+            target = Target("127.0.0.1", fleet.gateway.port)
+            truth = [await answer(target, index) for index in range(4)]
+            assert all(len(ids) == count == TOKENS for ids, _, count in truth)
+            for victim in range(2):
+                await _kill_in_mid_stream(fleet, target, truth, victim)
+            events = fleet.gateway.board.events()
+            assert events["resumed"] >= 2
+            assert events["cut_off"] == 0
+        finally:
+            await fleet.stop()
+
+    run(scenario(), timeout=240)
+
+
+async def _kill_in_mid_stream(
+    fleet: Supervisor, target: Target, truth: list[tuple[list[int], str, int]], victim: int
+) -> None:
+    """Twelve streams run, four of them on the victim; all answers are those from before."""
+    replica = fleet.gateway.replicas.all[victim]
+    before = replica.chunks
+    running = [asyncio.create_task(answer(target, index % 4)) for index in range(12)]
+    await eventually(lambda: replica.chunks > before and len(replica.exchanges) > 1, 30)
+    os.kill(fleet.pids[victim], signal.SIGKILL)
+    for index, got in enumerate(await asyncio.gather(*running)):
+        assert got == truth[index % 4]
