@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from millrace import LLM, SamplingParams
+from millrace import LLM, SamplingParams, StructuredOutputs
 from millrace.errors import CheckpointError, ConfigError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -156,6 +157,46 @@ def test_an_interrupt_leaves_the_engine_idle(llm: LLM, monkeypatch: pytest.Monke
         llm._engine.step()
     assert idle(llm)
     assert llm.generate(["hello"], GREEDY)[0].finished
+
+
+def test_n_outputs_share_one_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=8, ignore_eos=True)
+    (output,) = llm.generate(["hello"], params)
+    assert [one.index for one in output.outputs] == [0, 1, 2]
+    assert output.finished
+    assert len({tuple(one.token_ids) for one in output.outputs}) == 3
+    alone = SamplingParams(temperature=1.0, seed=6, max_tokens=8, ignore_eos=True)
+    assert llm.generate(["hello"], alone)[0].outputs[0].token_ids == output.outputs[2].token_ids
+
+
+def test_logprobs_have_vllms_shape(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1
+    )
+    (output,) = llm.generate(["hello"], params)
+    (one,) = output.outputs
+    assert one.logprobs is not None
+    for token, position in zip(one.token_ids, one.logprobs, strict=True):
+        assert next(iter(position)) == token
+        assert position[token].rank == 1  # greedy
+        assert position[token].decoded_token == llm.get_tokenizer().token_text(token)
+        assert max(entry.logprob for entry in position.values()) == position[token].logprob
+    total = sum(next(iter(position.values())).logprob for position in one.logprobs)
+    assert one.cumulative_logprob == pytest.approx(total)
+    known = output.prompt_logprobs
+    assert known is not None
+    assert known[0] is None
+    assert [next(iter(entry)) for entry in known[1:] if entry] == output.prompt_token_ids[1:]
+
+
+def test_structured_outputs_bind_the_text(llm: LLM) -> None:
+    wanted = StructuredOutputs(regex="[0-9]{3}-[a-c]+z")
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=100, structured_outputs=wanted)
+    (output,) = llm.generate(["hello"], params)
+    assert re.fullmatch("[0-9]{3}-[a-c]+z", output.outputs[0].text)
+    wrong = SamplingParams(structured_outputs=StructuredOutputs(regex="[0-9"))
+    with pytest.raises(RequestError, match="unclosed character class"):
+        llm.generate(["hello"], wrong)
 
 
 def test_nothing_to_do(llm: LLM) -> None:

@@ -1,7 +1,7 @@
 """Millrace: an inference engine and fleet for Qwen3.5-class hybrid language models.
 
-`LLM` and `SamplingParams` are loaded on first use, so that commands which need no engine
-(the gateway, the benchmark) never import PyTorch.
+`LLM`, `SamplingParams` and `StructuredOutputs` are loaded on first use, so that commands which need
+no engine (the gateway, the benchmark) never import PyTorch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from millrace.llm import LLM as LLM
     from millrace.protocol import SamplingParams as SamplingParams
+    from millrace.protocol import StructuredOutputs as StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from millrace.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from millrace.protocol import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputs"):
+        from millrace import protocol
 
-        return SamplingParams
+        return getattr(protocol, name)
     raise AttributeError(f"module 'millrace' has no attribute {name!r}")
