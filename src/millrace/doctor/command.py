@@ -15,24 +15,81 @@ from millrace.flags import given, struct_options
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--collectives",
     is_flag=True,
     help="Measure the sums over tensor-parallel ranks, and what share of a step they take.",
 )
-@click.option("--json", "file", type=Path, help="Also write the report to this file, as JSON.")
+@click.option(
+    "--json", "file", type=click.Path(allow_dash=True, path_type=Path),
+    help="Also write the report to this file, as JSON; - writes it to stdout instead of the text.",
+)  # fmt: skip
+@click.option("--host", default="127.0.0.1", help="Address that a server would listen on.")
+@click.option("--port", default=8000, help="Port that a server would listen on.")
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
-def doctor(model: str, collectives: bool, file: Path | None, **values: Any) -> None:
-    """Look at what this machine does with MODEL, started with the options of `serve`."""
-    args = engine_args(model=model, **given(values, EngineArgs))
-    if not collectives:
-        raise ConfigError("say what to look at: --collectives")
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    /,
+    model: str | None,
+    collectives: bool,
+    file: Path | None,
+    host: str,
+    port: int,
+    **values: Any,
+) -> None:
+    """Look at this machine, and at what it would do with MODEL under the options of `serve`.
+
+    The exit status is 1 if something keeps a server from working.
+    """
+    args = engine_args(model=model or "", **given(values, EngineArgs))
     logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
+    if collectives:
+        if model is None:
+            raise ConfigError("--collectives needs a MODEL to measure with")
+        _collectives(args, file)
+    else:
+        ctx.exit(_look(args, host, port, file))
+
+
+def _look(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
+    from rich.console import Console
+
+    from millrace.doctor import devices, machine, model
+    from millrace.doctor.finding import show
+
+    findings = [
+        *machine.versions(),
+        *machine.machine(),
+        *machine.limits(host, port),
+        *devices.devices(),
+        *devices.kernels(),
+        *model.shipped(),
+        *(model.model(args) if args.model else ()),
+    ]
+    ok = all(one.verdict != "fail" for one in findings)
+    if str(file) != "-":
+        show(findings, Console(highlight=False))
+    _write({"ok": ok, "findings": findings}, file)
+    return 0 if ok else 1
+
+
+def _collectives(args: EngineArgs, file: Path | None) -> None:
     from millrace.doctor.collectives import examine, report
 
     found = examine(args)
-    click.echo(report(found))
-    if file is not None:
+    if str(file) != "-":
+        click.echo(report(found))
+    _write(found, file)
+
+
+def _write(found: dict[str, Any], file: Path | None) -> None:
+    if file is None:
+        return
+    text = msgspec.json.format(msgspec.json.encode(found))
+    if str(file) == "-":
+        click.echo(text.decode())
+    else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(msgspec.json.format(msgspec.json.encode(found)))
+        file.write_bytes(text)

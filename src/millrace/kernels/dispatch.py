@@ -26,7 +26,7 @@ def op(reference: Callable[P, R]) -> Callable[P, R]:
 
     @functools.cache
     def fast_path(package: str) -> Callable[P, Any] | None:
-        return _find_fast_path(package, reference.__module__, reference.__name__)
+        return find_fast_path(package, reference.__module__, reference.__name__)
 
     @functools.wraps(reference)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,7 +40,8 @@ def op(reference: Callable[P, R]) -> Callable[P, R]:
     return dispatch
 
 
-def _find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | None:
+def find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | None:
+    """What runs op `name` of `module` on "cpu" or "gpu"; None: the reference does."""
     package, _, leaf = module.rpartition(".")
     fast_module = f"{package}.{device}.{leaf}"
     try:

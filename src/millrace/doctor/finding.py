@@ -1,0 +1,49 @@
+"""What a look at one thing found, and how findings are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+Verdict = Literal["ok", "warn", "fail"]
+
+_MARKS: dict[Verdict, tuple[str, str]] = {
+    "ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red"),
+}  # fmt: skip
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing. verdict: fail is what keeps a server from working, warn what may hurt it.
+
+    advice: what would help, where something would.
+    """
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    advice: str = ""
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """A line for each finding, topic by topic, and a last one with the sum."""
+    width = max(len(one.name) for one in findings)
+    for topic, group in groupby(findings, key=lambda one: one.topic):
+        console.print(Text(topic, style="bold"))
+        for one in group:
+            mark, style = _MARKS[one.verdict]
+            line = Text.assemble("  ", (f"{mark:4}", style), f"  {one.name:{width}}  {one.value}")
+            console.print(line, soft_wrap=True)
+            if one.advice:
+                console.print(Text(f"{'':{width + 10}}{one.advice}", style="dim"), soft_wrap=True)
+    fails = sum(one.verdict == "fail" for one in findings)
+    warnings = sum(one.verdict == "warn" for one in findings)
+    console.print(
+        f"{len(findings)} looked at: {fails} {'fails' if fails == 1 else 'fail'}, "
+        f"{warnings} {'warns' if warnings == 1 else 'warn'}"
+    )

@@ -1,0 +1,81 @@
+"""The model: whether its directory is whole, and whether it fits with these options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from millrace.config import EngineArgs, ModelFacts, resolve
+from millrace.doctor.finding import Finding
+from millrace.errors import UserError
+from millrace.models import find_model, shipped_models
+
+GiB = 1 << 30
+_WANTED = ("tokenizer.json", "tokenizer_config.json")
+
+
+def shipped() -> Iterator[Finding]:
+    """What can be served by name alone."""
+    found = shipped_models()
+    yield Finding("model", "by name", ", ".join(sorted(found)) or "none ships with this install")
+
+
+def model(args: EngineArgs) -> Iterator[Finding]:
+    """The directory, its files, its size against the memory, and the settled options."""
+    from millrace.model.config import read_config
+
+    try:
+        directory = find_model(args.model)
+        config = read_config(directory)
+    except UserError as error:
+        yield Finding("model", args.model, str(error), "fail")
+        return
+    yield Finding("model", "directory", str(directory))
+    yield Finding(
+        "model", "shape", f"{config.num_layers} layers of {config.hidden_size}, "
+        f"{config.dtype}, {config.max_positions} positions, {config.mtp_layers} MTP layers",
+    )  # fmt: skip
+    yield from _files(Path(args.tokenizer) if args.tokenizer else directory)
+    yield _weights(directory, args)
+    yield _settled(args, ModelFacts(config.max_positions, config.dtype, config.mtp_layers))
+
+
+def _files(directory: Path) -> Iterator[Finding]:
+    for name in _WANTED:
+        there = (directory / name).is_file()
+        yield Finding("model", name, "there" if there else "missing", "ok" if there else "fail")
+
+
+def _weights(directory: Path, args: EngineArgs) -> Finding:
+    import torch
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        fine = args.load_format == "dummy"
+        advice = "" if fine else "download them, or try --load-format dummy"
+        return Finding("model", "weights", "no *.safetensors", "ok" if fine else "fail", advice)
+    size = sum(file.stat().st_size for file in files) / args.tensor_parallel_size
+    if torch.cuda.is_available() and args.device != "cpu":
+        room = torch.cuda.mem_get_info()[1] * args.gpu_memory_utilization
+    else:
+        from millrace.doctor.machine import free_memory
+
+        room = free_memory()
+    value = f"{size / GiB:.2f} GiB a rank in {len(files)} files, {room / GiB:.1f} GiB of room"
+    if size < room:
+        return Finding("model", "weights", value)
+    return Finding("model", "weights", value, "fail", "raise --tensor-parallel-size")
+
+
+def _settled(args: EngineArgs, facts: ModelFacts) -> Finding:
+    import torch
+
+    try:
+        settled = resolve(args, facts, cuda=torch.cuda.is_available())
+    except UserError as error:
+        return Finding("model", "options", str(error), "fail")
+    return Finding(
+        "model", "options", f"{settled.dtype} on {settled.device}, max_model_len "
+        f"{settled.max_model_len}, max_num_seqs {settled.max_num_seqs}, "
+        f"{settled.drafts} draft tokens",
+    )  # fmt: skip

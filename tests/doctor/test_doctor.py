@@ -1,0 +1,107 @@
+"""What `millrace doctor` finds, and what it makes of machines that lack something."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millrace.cli import run
+from millrace.doctor import devices, machine
+from millrace.kernels.cpu import build
+
+
+def look(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit status, and the findings by topic and name."""
+    status = run(["doctor", *arguments, "--json", "-"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is (status == 0)
+    return status, {f"{one['topic']}: {one['name']}": one for one in report["findings"]}
+
+
+def test_a_good_machine_and_model(
+    capsys: pytest.CaptureFixture[str], small_model: Path, tmp_path: Path
+) -> None:
+    # The port is any free one: a server of somebody else may run on the default one.
+    status, found = look(capsys, str(small_model), "--port", "0", "--max-model-len", "128")
+    assert status == 0, [one for one in found.values() if one["verdict"] == "fail"]
+    assert found["versions: torch"]["value"].startswith("2.")
+    assert "GiB free" in found["machine: memory"]["value"]
+    assert "max_model_len 128" in found["model: options"]["value"]
+    for op in ("gdn.gdn_decode", "attention.attend_prefill", "sampling.sample"):
+        assert f"kernels: {op}" in found
+
+
+def test_the_report_as_text_and_in_a_file(
+    capsys: pytest.CaptureFixture[str], small_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "reports" / "doctor.json"
+    assert run(["doctor", str(small_model), "--port", "0", "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "native library" in text
+    assert "0 fail" in text
+    assert len(json.loads(file.read_text())["findings"]) > 20
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, found = look(capsys, "--port", str(taken.getsockname()[1]))
+    assert status == 1
+    assert found["limits: port"]["verdict"] == "fail"
+    assert "in use" in found["limits: port"]["value"]
+
+
+def test_what_is_wrong_with_a_model_is_said(
+    capsys: pytest.CaptureFixture[str], small_model: Path, tmp_path: Path
+) -> None:
+    status, found = look(capsys, "nonsense", "--port", "0")
+    assert status == 1
+    assert "neither a directory nor" in found["model: nonsense"]["value"]
+    broken = shutil.copytree(small_model, tmp_path / "broken")
+    (broken / "tokenizer.json").unlink()
+    for weights in broken.glob("*.safetensors"):
+        weights.unlink()
+    status, found = look(capsys, str(broken), "--port", "0", "--max-model-len", "100000000")
+    assert status == 1
+    assert found["model: tokenizer.json"]["value"] == "missing"
+    assert found["model: weights"]["verdict"] == "fail"
+    assert "is beyond the model's" in found["model: options"]["value"]
+
+
+def test_no_native_library(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("MILLRACE_NATIVE", "0")
+    status, found = look(capsys, "--port", "0")
+    assert status == 0
+    assert found["kernels: native library"]["verdict"] == "warn"
+    assert "torch reference" in found["kernels: gdn.gdn_decode"]["value"]
+
+
+def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise FileNotFoundError("no g++")
+
+    monkeypatch.delenv("MILLRACE_NATIVE", raising=False)
+    monkeypatch.setattr(build, "build", missing)
+    found = devices._native()
+    assert found.verdict == "warn"
+    assert "no g++" in found.value
+    assert "compiler" in found.advice
+
+
+def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = shutil.disk_usage("/")._replace(total=64 << 20, free=60 << 20)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: small)
+    found = machine._shared_memory()
+    assert found.verdict == "warn"
+    assert "--shm-size" in found.advice
+
+
+def test_collectives_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--collectives"]) == 2
+    assert "needs a MODEL" in capsys.readouterr().err
