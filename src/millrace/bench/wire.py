@@ -194,6 +194,7 @@ class TimedConnection(asyncio.Protocol):
         if waiter is None:
             return
         self._raw.end(error)
+        self._pieces, self._streaming = [], False  # what comes now is no part of it
         if not waiter.done():
             waiter.set_result(self._raw)
 

@@ -1,0 +1,93 @@
+"""The generator's measure of itself."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+
+from millrace.bench.client import bound_reasons, lateness, measure_client, timing_errors
+from millrace.bench.metrics import summarize
+from millrace.bench.pool import Outcome, Part
+from millrace.bench.records import Record
+
+MS = 1_000_000
+
+
+def part(beacons: list[tuple[float, float]], chunks: list[float], cpu: float = 0.1) -> Part:
+    """Beacons as (read at, late by) and one request's chunks, all in ms."""
+    record = Record(
+        index=0,
+        scheduled_ns=0,
+        start_ns=0,
+        end_ns=round(chunks[-1] * MS),
+        chunk_ns=array("q", [round(c * MS) for c in chunks]),
+        input_tokens=1,
+        output_tokens=len(chunks),
+    )
+    return Part(
+        records=[record],
+        cpu_s=cpu,
+        wall_s=1.0,
+        parse_s=cpu / 2,
+        read_ns=array("q", [round(at * MS) for at, _ in beacons]),
+        lag_ns=array("q", [round(late * MS) for _, late in beacons]),
+    )
+
+
+def outcome(*parts: Part) -> Outcome:
+    records = [record for one in parts for record in one.records]
+    return Outcome(list(parts), records, len(records), False)
+
+
+def test_a_chunk_is_as_late_as_the_beacon_read_next() -> None:
+    one = part([(10, 1), (20, 5), (30, 2)], [9, 10, 15, 31])
+    assert lateness(one, one.records[0].chunk_ns).tolist() == [1, 1, 5, 2]
+
+
+def test_first_chunks_and_gaps_are_off_by_the_lateness_at_their_times() -> None:
+    errors = timing_errors([part([(10, 1), (20, 5), (30, 2)], [9, 19, 29])])
+    assert errors["ttft"] == {"p50": 1, "p99": 1, "max": 1}
+    assert errors["itl"]["max"] == pytest.approx(4.0)  # from 1 to 5 ms late
+    assert errors["itl"]["p50"] == pytest.approx(3.5)
+
+
+def test_no_beacon_is_no_error_and_no_crash() -> None:
+    assert timing_errors([part([], [9, 19])])["ttft"]["max"] == 0
+
+
+def client(*parts: Part, cores: int = 16) -> Any:
+    made = outcome(*parts)
+    return measure_client(made, summarize(made.records), cores=cores)
+
+
+def test_a_client_with_time_to_spare_bounds_nothing() -> None:
+    one = client(part([(10, 0.1), (50, 0.1)], [50, 100, 150]))
+    assert (one.client_bound, one.advice, one.reasons) == (False, None, [])
+    assert one.us_per_chunk == pytest.approx(1e6 * 0.1 / 3)
+    assert one.parse_us_per_chunk == pytest.approx(1e6 * 0.05 / 3)
+
+
+def test_a_full_core_is_told_how_many_processes_to_use() -> None:
+    one = client(part([(10, 0.1)], [50, 100], cpu=0.97), part([(10, 0.1)], [50, 100], cpu=0.97))
+    assert one.client_bound
+    assert one.advice == "client-bound: use --processes 4"
+    assert "97% of a core" in one.reasons[0]
+    full = client(part([(10, 0.1)], [50, 100], cpu=0.97), cores=1)
+    assert full.advice.startswith("client-bound: use --processes 2, on a machine of its own")
+
+
+def test_late_without_work_is_somebody_elses_doing() -> None:
+    one = client(part([(40, 30), (200, 30)], [50, 100]))
+    assert one.client_bound
+    assert "others use the cores" in one.advice
+    assert any("TTFT p50 may be off by 30.0 ms" in reason for reason in one.reasons)
+
+
+def test_errors_that_no_server_shows_are_none() -> None:
+    """Half a ms on a gap of half a ms is 100%, and still no bound."""
+    errors = {"itl": {"p50": 0.5, "p99": 0.9, "max": 3.0}}
+    assert bound_reasons([0.1], errors, {"itl": {"p50": 1.0, "p99": 1.8}}) == []
+    errors = {"itl": {"p50": 2.0, "p99": 2.0, "max": 3.0}}
+    assert len(bound_reasons([0.1], errors, {"itl": {"p50": 0.03, "p99": 0.04}})) == 1
