@@ -120,21 +120,28 @@ def test_bf16_state_and_model(device: str, raw: bool):
 
 
 @on_each_device
-def test_prefill(device: str):
-    from millrace.kernels.gpu.gdn_prefill import gdn_prefill
+@pytest.mark.parametrize("alike", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("way", ["library", "blocks"])
+def test_prefill(device: str, way: str, alike: float, monkeypatch: pytest.MonkeyPatch):
+    """Lengths at the edges of chunks and blocks, and keys that resemble each other: nothing in the
+    solve may grow, not even where all keys are one and nothing decays."""
+    from millrace.kernels.gpu import gdn_prefill as gpu
 
     torch.manual_seed(3)
-    counts = (1, 64, 130, 15, 63, 65)
+    monkeypatch.setattr(gpu, "WAY", way)
+    counts = (1, 64, 81, 15, 33, 65)
     heads, dims = (1, 2), (32, 32)
     cache = make_cache(9, heads, dims, 16, 2, device)
     tokens = sum(counts)
-    qkv = torch.randn(tokens, cache.conv.shape[2], device=device)
-    qkv[:, dims[0] : 2 * dims[0]] += 1.0  # keys that resemble each other: the solve must not grow
+    qkv = torch.randn(tokens, cache.conv.shape[2] + 24, device=device)[:, 8:-16]
+    qkv[:, dims[0] : 2 * dims[0]] += alike
     g, beta = -0.1 * torch.rand(tokens, 2, device=device), torch.rand(tokens, 2, device=device)
+    if alike > 1:
+        g, beta = torch.zeros_like(g), torch.ones_like(beta)
     rows = make_prefill_rows(counts, [3, 1, 7, 2, 5, 8], device)
     expected = copy.deepcopy(cache)
     want = gdn.gdn_prefill.__wrapped__(qkv, g, beta, expected, rows)
-    got = gdn_prefill(qkv, g, beta, cache, rows)
+    got = gpu.gdn_prefill(qkv, g, beta, cache, rows)
     limit = 1e-5 if INTERPRETED else 2e-3  # compiled products are in tf32
     assert relative(got, want) < limit
     assert relative(cache.state, expected.state) < limit
@@ -166,10 +173,12 @@ def test_conv_decode(device: str, width: int):
 
 
 @on_each_device
-def test_conv_prefill(device: str):
+@pytest.mark.parametrize("way", ["tiles", "walk"])
+def test_conv_prefill(device: str, way: str, monkeypatch: pytest.MonkeyPatch):
     from millrace.kernels.gpu import conv
 
     torch.manual_seed(4)
+    monkeypatch.setattr(conv, "PREFILL", way)
     cache = make_cache(9, (1, 2), (32, 64), 16, 3, device)
     channels, counts = cache.conv.shape[2], (1, 2, 40, 3, 64)
     expected = copy.deepcopy(cache)

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.gpu.gdn_blocks import by_blocks
 from millrace.kernels.gpu.gdn_decode import L2_EPS, _dot
 from millrace.model.batch import GDNState, PrefillRows
 
 CHUNK = tl.constexpr(64)
 FLA_TOKENS = 6144
+WAY = "library"  # or "blocks": gdn_blocks.py for any number of tokens, not yet timed on a GPU
 
 
 @triton.jit
@@ -155,6 +157,8 @@ def gdn_prefill(
     and stages of the scan); None takes flash-linear-attention for many tokens, where it is
     installed: its many launches cost more than ours, its products less.
     """
+    if config is None and WAY == "blocks":
+        return by_blocks(qkv, g, beta, cache, rows)
     many = qkv.shape[0] >= FLA_TOKENS
     if config is None and many and qkv.dtype == torch.bfloat16 and _fla() is not None:
         return _by_fla(qkv, g, beta, cache, rows)

@@ -16,6 +16,7 @@ from millrace.kernels.quantize import GROUP, Quantized
 
 E4M3_MAX = tl.constexpr(448.0)
 COPY, SILU_MUL, SIGMOID_GATE, GATED_NORM = range(4)
+NORM = "padded"  # or "strips": no idle lanes where 1,024 divides the width; not yet timed on a GPU
 
 
 @triton.jit
@@ -87,6 +88,40 @@ def _norm_kernel(
         tl.store(at, scale, mask=group * 128 < width)
 
 
+@triton.jit
+def _norm_strips_kernel(
+    x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
+    scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,
+    STRIPS: tl.constexpr,
+):  # fmt: skip
+    """As _norm_kernel, in STRIPS pieces of [8, 128] channels that are held between two passes."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, 8)
+    channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    held = ()
+    square = tl.zeros((8, 128), tl.float32)
+    for i in tl.static_range(STRIPS):
+        at = i * 1024 + channel
+        value = tl.load(x + token * x_stride + at).to(tl.float32)
+        if ADD:
+            old = tl.load(residual + token * residual_stride + at)
+            total = (value + old.to(tl.float32)).to(sums.dtype.element_ty)
+            tl.store(sums + token * width + at, total)
+            value = total.to(tl.float32)
+        square += value * value
+        held = held + (value,)  # type: ignore[assignment]  # noqa: RUF005
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(square, axis=1), axis=0) / width + eps)
+    for i in tl.static_range(STRIPS):
+        at = i * 1024 + channel
+        value = held[i] * inverse * (1.0 + tl.load(weight + at).to(tl.float32))
+        if KEEP:
+            tl.store(normed + token * width + at, value.to(normed.dtype.element_ty))
+        if QUANTIZE:
+            quantized, scale = quantize_groups(value)
+            tl.store(values + token * width + at, quantized)
+            tl.store(scales + (i * 8 + group).to(tl.int64) * scale_stride + token, scale)
+
+
 def quantize(x: Tensor) -> Quantized:
     """x: [T, K], rows of any stride."""
     return _quantized(COPY, x, x, x.shape[1])
@@ -143,12 +178,16 @@ def norm(
     normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if keep else None
     q = _empty_quantized(tokens, width, x.device) if quantized else None
     if tokens:
+        strips = NORM == "strips" and width % 1024 == 0
         groups = triton.next_power_of_2(-(-width // GROUP))
-        _norm_kernel[(tokens,)](
+        warps = 4 if strips else max(1, min(8, groups // 4))
+        size = {"STRIPS": width // 1024} if strips else {"G": groups}
+        kernel = _norm_strips_kernel if strips else _norm_kernel
+        kernel[(tokens,)](
             x, _or(residual, x), weight, _or(sums, x), _or(normed, x),
             *(q or (x, x)), x.stride(0), _or(residual, x).stride(0), width,
             q.scales.stride(1) if q else 0, eps, ADD=residual is not None, KEEP=keep,
-            QUANTIZE=quantized, G=groups, num_warps=max(1, min(8, groups // 4)),
+            QUANTIZE=quantized, **size, num_warps=warps,
         )  # fmt: skip
     return normed, q, sums
 
