@@ -37,6 +37,7 @@ class ClientSide(asyncio.Protocol):
         self._since = asyncio.get_running_loop().time()
         self._peer = "-"
         self.paused = False
+        self._held = b""
         self._begin()
 
     def _begin(self) -> None:
@@ -139,8 +140,14 @@ class ClientSide(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client, or drop them when it has gone."""
+        if self._held:
+            data, self._held = self._held + data, b""
         if self._transport is not None:
             self._transport.write(data)
+
+    def hold(self, data: bytes) -> None:
+        """Send these bytes together with the next ones."""
+        self._held = data
 
     def answer(self, own: Answer, request: Request) -> None:
         """Send a whole answer of the gateway's own and go on."""

@@ -19,7 +19,8 @@ from millrace.gateway.continuation import (
     continuing_request,
     whole_already,
 )
-from millrace.gateway.journal import Journal, Progress, read_progress
+from millrace.gateway.journal import Progress
+from millrace.gateway.kept import ERROR_EVENT, KeptStream
 from millrace.gateway.message import (
     Answer,
     Headers,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from millrace.gateway.relay import Relay
 
 _BUSY = (429, 503)  # a replica that says so is passed over while there is another
-_ERROR_EVENT = b'data: {"error":'
 _WAIT_STEP = 0.05  # seconds between looks for a replica that could go on with a stream
 
 
@@ -71,8 +71,7 @@ class Exchange:
         # What this request is counted as at its replica: see ReplicaSet.picked.
         self._size = self._resident = 0
         self._published = self._published_bytes = 0
-        self._journal: Journal | None = None
-        self._kept = 0
+        self._kept: KeptStream | None = None
         self._progress: Progress | None = None
         self._continuation: Continuation | None = None
         self._wait_until = 0.0
@@ -242,7 +241,7 @@ class Exchange:
                 return True
             self.failed(f"answered {status} to a request to go on", lost=status < 500)
             return False
-        if status == 200 and chunked and _ERROR_EVENT in first[:64] and self._other_replicas():
+        if status == 200 and chunked and ERROR_EVENT in first[:64] and self._other_replicas():
             self.failed("began its stream with an error")
             return False
         self.status, self._delimited = status, delimited
@@ -253,10 +252,10 @@ class Exchange:
         kind = header(headers, b"content-type")
         streams = status == 200 and chunked and kind.startswith(b"text/event-stream")
         if streams and self.ask.resumable and self._member_kind != "other":
-            self._journal = Journal(strip=not self.ask.wants_ids)
+            self._kept = KeptStream(self._relay, strip=not self.ask.wants_ids)
         elif streams and self.ask.stream:
             self._relay.part.event("unprotected")
-        self._client.write(response_head(status, reason, headers, self._keep_alive, request.id))
+        self._client.hold(response_head(status, reason, headers, self._keep_alive, request.id))
         return True
 
     @property
@@ -269,46 +268,22 @@ class Exchange:
         self.chunks += 1
         if self._continuation is not None:
             self._continue(data)
-            return
-        journal = self._journal
-        if journal is not None:
-            if _ERROR_EVENT in data and self._error_came(journal, data):
-                return
-            data = journal.take(data)
-            if journal.broken or journal.size - self._kept > 16384:
-                data = self._account(journal, data)
-        if data:
+        elif self._kept is None:
             self._client.write(data)
+        elif not self._error_came(data):
+            passed = self._kept.take(data)
+            if passed:
+                self._client.write(passed)
 
-    def _account(self, journal: Journal, data: bytes) -> bytes:
-        """Keep the bytes kept within their bounds; above them the guarantee is given up."""
-        limits, relay = self._relay.limits, self._relay
-        change = journal.size - self._kept
-        if (
-            journal.broken
-            or journal.size > limits.max_kept
-            or relay.kept + change > limits.all_kept
-        ):
-            data += journal.give_up()
-            self._journal = None
-            relay.part.event("unprotected")
-            change = -self._kept
-        self._kept += change
-        relay.kept += change
-        relay.part.live("kept_bytes", change)
-        return data
-
-    def _error_came(self, journal: Journal, data: bytes) -> bool:
-        """A stream that ends with an error of the replica's own is as good as a broken one: what
-        came before is passed on, the rest comes from elsewhere. False: it is passed on too."""
-        if b'"type":"invalid_request_error"' in data or not self._may_move():
+    def _error_came(self, data: bytes) -> bool:
+        """Whether the replica ended its stream with an error, and the rest comes from elsewhere."""
+        if ERROR_EVENT not in data or self._kept is None or not self._may_move():
             return False
-        at = data.index(_ERROR_EVENT)
-        line = data.rfind(b"\r\n", 0, at)
-        begin = data.rfind(b"\n", 0, line) + 1 if line > 0 else 0
-        passed = journal.take(data[:begin]) if begin else b""
-        if passed:
-            self._client.write(passed)
+        before = self._kept.before_error(data)
+        if before is None:
+            return False
+        if before:
+            self._client.write(before)
         self.failed("ended its stream with an error")
         return True
 
@@ -333,13 +308,13 @@ class Exchange:
                 self.failed("ended a stream before its end")
                 return
             self._client.write(b"0\r\n\r\n")
-        elif self._journal is not None:
-            if _ERROR_EVENT in data and self._error_came(self._journal, data):
+        elif self._kept is not None:
+            if self._error_came(data):
                 return
             self.bytes += len(data)
             self.chunks += 1
-            self._client.write(self._journal.rest(data))
-        elif data:
+            self._client.write(self._kept.rest(data))
+        else:
             self.body(data)
         self._relay.replicas.succeeded(replica)
         if self.ask.stream and self.status == 200:
@@ -397,16 +372,15 @@ class Exchange:
         """Whether the stream can be continued elsewhere, as far as this request goes."""
         if self.moves >= self._relay.limits.moves:
             return False
-        return self._journal is not None or self._progress is not None
+        return self._progress is not None or (self._kept is not None and self._kept.resumable)
 
     def _move(self) -> None:
         """Continue the stream on another replica."""
         self.moves += 1
         if self._progress is None:
-            assert self._journal is not None
-            self._progress = read_progress(self._journal.raw)
-            self._journal.give_up()
-            if self._progress is None or not self._progress.resumable:
+            assert self._kept is not None
+            self._progress = self._kept.progress()
+            if self._progress is None:
                 self._cut_off()
                 return
         progress, ask = self._progress, self.ask
@@ -513,9 +487,8 @@ class Exchange:
         for timer in (self._timer, self._waiter):
             if timer is not None:
                 timer.cancel()
-        if self._kept:
-            relay.kept -= self._kept
-            relay.part.live("kept_bytes", -self._kept)
+        if self._kept is not None:
+            self._kept.close()
         if not counted:
             relay.part.answered(status)
         relay.part.event("relayed_requests")
