@@ -19,6 +19,7 @@ from millrace.errors import UserError
 # name -> (module, attribute, what it does)
 _COMMANDS = {
     "serve": ("millrace.server.command", "serve", "Serve a model over an OpenAI-compatible API."),
+    "chat": ("millrace.chat.command", "chat", "Talk with a model in the terminal."),
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
     "bench": ("millrace.bench.command", "bench", "Measure servers."),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),

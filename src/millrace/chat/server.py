@@ -1,0 +1,78 @@
+"""A server of the chat's own: started, waited for, and gone when the chat is."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+
+from millrace.errors import UserError
+from millrace.fleet.process import die_with_parent
+
+START_SECONDS = 900.0
+END_SECONDS = 20.0
+
+
+class OwnServer:
+    """`millrace serve` with these arguments, on a free port, as a context. url: where it is."""
+
+    url: str
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._command = [
+            sys.executable, "-m", "millrace.cli", "serve", *arguments, "--port=0",
+            "--disable-uvicorn-access-log", "--shutdown-timeout=1",
+        ]  # fmt: skip
+
+    def __enter__(self) -> OwnServer:
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # A session of its own: a Ctrl-C at the terminal is for the chat alone.
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+        try:
+            self.url = self._wait_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _wait_ready(self) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            ended = self._process.poll() is not None
+            self._log.seek(0)
+            text = self._log.read()
+            if found := re.search(r"^Millrace serves .* at (\S+)\. Try:$", text, re.MULTILINE):
+                return found.group(1)
+            if ended:
+                last = text.strip().splitlines()[-1:] or ["it said nothing"]
+                raise UserError(f"the server did not start: {last[0]}")
+            time.sleep(0.05)
+        raise UserError(f"the server was not ready within {START_SECONDS:g} s")
