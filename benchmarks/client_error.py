@@ -160,7 +160,7 @@ def aiperf(program: str) -> Callable[[Load], list[str]]:
             *("--synthetic-input-tokens-mean", str(INPUT)),
             *("--synthetic-input-tokens-stddev", "0", "--output-tokens-mean", str(load.tokens)),
             *("--output-tokens-stddev", "0", "--artifact-dir", str(load.directory / "aiperf")),
-            *("--ui", "none"),
+            *("--ui", "none", "--use-server-token-count"),
         ]
 
     return command

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.bench.schedule import arrivals
+from millrace.bench.schedule import Schedule, check_schedule, due_times
 from millrace.bench.workload import RandomSpec, length_range, random_prompts
 from millrace.errors import UserError
 
@@ -77,8 +77,14 @@ def test_sizes_below_one_are_refused_by_the_name_of_their_flag(field: str) -> No
         random_prompts(RandomSpec(**sizes))
 
 
-def test_an_infinite_rate_is_all_at_once() -> None:
-    assert arrivals(3, math.inf, 1.0, 0) == [0.0, 0.0, 0.0]
+def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float | None]:
+    schedule = Schedule(rate=rate, burstiness=burstiness, seed=seed)
+    check_schedule(schedule)
+    return list(itertools.islice(due_times(schedule), count))
+
+
+def test_without_a_rate_a_request_is_due_when_there_is_a_place() -> None:
+    assert arrivals(3, math.inf, 1.0, 0) == [None, None, None]
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])

@@ -20,6 +20,9 @@ from millrace.bench.stream import Answer, read_answer
 from millrace.bench.wire import Raw, TimedConnection, connect
 from millrace.http1 import Response, Target
 
+_AT_ONCE = 4  # requests sent before the loop looks at its sockets again
+_TOGETHER = 64  # connections opened at once
+
 
 class Job(msgspec.Struct, frozen=True):
     """One request, ready to be written: its bytes, and the tokens its prompt was made of.
@@ -48,23 +51,22 @@ class _Sent(msgspec.Struct, frozen=True):
 class Load:
     """One run against one server.
 
-    arrivals: seconds after the start at which each job is due (ascending); jobs and arrivals are
-    taken in step until either ends. limit: the most conversations in flight, None for no limit.
-    timeout: seconds that one request may take. until: seconds after which no more are sent; those
-    in flight are awaited. begin_ns: the moment to start from, now by default. on_record is called
-    with each request as it ends.
+    arrivals: seconds after the start at which each job is due (ascending), None for one that is due
+    when there is a place; jobs and arrivals are taken in step until either ends. limit: the most
+    conversations in flight, None for no limit. timeout: seconds that one request may take. until:
+    seconds after which no more are sent; those in flight are awaited. on_record is called with each
+    request as it ends.
     """
 
     def __init__(
         self,
         target: Target,
         jobs: Iterable[Job],
-        arrivals: Iterable[float],
+        arrivals: Iterable[float | None],
         *,
         limit: int | None = None,
         timeout: float = 600.0,
         until: float | None = None,
-        begin_ns: int | None = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> None:
         self._target = target
@@ -73,7 +75,7 @@ class Load:
         self._slots = asyncio.Semaphore(limit) if limit else None
         self._timeout = timeout
         self._until = until
-        self._begin_ns = begin_ns
+        self._begin_ns = 0
         self._on_record = on_record
         self._idle: list[TimedConnection] = []
         self._requests: set[asyncio.Task[None]] = set()
@@ -88,6 +90,22 @@ class Load:
     def in_flight(self) -> int:
         """Requests (or conversations) not yet answered."""
         return len(self._requests)
+
+    def begin_at(self, begin_ns: int) -> None:
+        """Count from that moment, and not from when `run` is called."""
+        self._begin_ns = begin_ns
+
+    async def open(self, count: int) -> None:
+        """Open connections before the run, so that its beginning is not spent on that. What fails
+        to open is left to the request that will want it."""
+        for first in range(0, count, _TOGETHER):
+            wanted = min(_TOGETHER, count - first)
+            opened = await asyncio.gather(
+                *(connect(self._target) for _ in range(wanted)), return_exceptions=True
+            )
+            self._idle += [one for one in opened if isinstance(one, TimedConnection)]
+            if len(self._idle) < first + wanted:
+                return
 
     async def run(self) -> list[Record]:
         """Send every job and return the records, in the order in which requests ended."""
@@ -118,15 +136,17 @@ class Load:
         began = self._begin_ns or perf_counter_ns()
         last = None if self._until is None else began + round(self._until * 1e9)
         for index, (job, due) in enumerate(zip(self._jobs, self._arrivals, strict=False)):
-            scheduled = began + round(due * 1e9)
+            scheduled = began + round((due or 0.0) * 1e9)
             if (wait := scheduled - perf_counter_ns()) > 0:
                 await asyncio.sleep(wait / 1e9)
+            elif index % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # chunks of those already sent must not wait for the rest
             if self._slots is not None and not await self._slot(last):
                 return
             if last is not None and perf_counter_ns() >= last:
                 return
             number = index if job.index < 0 else job.index
-            task = asyncio.create_task(self._converse(number, job, scheduled if due else 0))
+            task = asyncio.create_task(self._converse(number, job, 0 if due is None else scheduled))
             self.started += 1
             self._requests.add(task)
             task.add_done_callback(self._ended)

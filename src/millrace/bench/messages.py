@@ -1,8 +1,8 @@
 """What a run and its load processes say to each other: msgpack frames over their pipes.
 
-A frame is four bytes of length, then one message. To a process: its assignment, the moment to
-begin, beacons (the time at which each was written), the order to stop. Back: that it is ready, how
-far it is, and at last everything it recorded.
+A frame is four bytes of length, then one message. To a process: its assignment, the word to open
+connections, the moment to begin, beacons (the time at which each was written), the order to stop.
+Back: that it is ready, how far it is, and at last everything it recorded.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
     limit: int | None
 
 
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    """Open the connections that the run will want, and say when they are."""
+
+
 class Go(msgspec.Struct, frozen=True, tag=True):
     """Begin at this moment (ns of the monotonic clock)."""
 
@@ -46,7 +50,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Everything is prepared; the lengths of the prompts."""
+    """Done with what was asked (requests made, connections opened); the lengths of the prompts."""
 
     lengths: Lengths
 
@@ -88,7 +92,7 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
     refused: bool
 
 
-ToWorker = Assignment | Go | Beacon | Stop
+ToWorker = Assignment | Connect | Go | Beacon | Stop
 FromWorker = Ready | Progress | Report | Fault
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -22,6 +22,7 @@ from millrace.bench.messages import (
     HEADER,
     Assignment,
     Beacon,
+    Connect,
     Fault,
     FromWorker,
     Go,
@@ -142,12 +143,19 @@ class Pool:
         """Return when every process has made its requests."""
         self.lengths = merge_lengths(await asyncio.gather(*(p.ready() for p in self._processes)))
 
+    async def connect(self) -> None:
+        """Return when every process has opened its connections."""
+        for process in self._processes:
+            process.tell(Connect())
+        await asyncio.gather(*(process.ready() for process in self._processes))
+
     async def run(
         self,
         stop: asyncio.Event | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Outcome:
         """Begin, and wait for the end of all; `stop` ends it early."""
+        await self.connect()
         begin = perf_counter_ns() + _LEAD_NS
         for process in self._processes:
             process.tell(Go(begin))

@@ -76,15 +76,16 @@ def _check_ramp(schedule: Schedule) -> None:
         raise UserError("--ramp-up-start-rps 0: an exponential ramp needs a start above 0")
 
 
-def due_times(schedule: Schedule) -> Iterator[float]:
-    """Seconds after the start at which requests are due, ascending, the first 0 (but for a trace).
+def due_times(schedule: Schedule) -> Iterator[float | None]:
+    """Seconds after the start at which requests are due, ascending, the first 0.
 
-    Endless where the schedule itself has no end.
+    None, for ever, in a closed loop: a request is due when there is a place for it. Endless but
+    for a trace.
     """
     if schedule.times is not None:
         return iter([at / schedule.speed for at in schedule.times])
     if not schedule.open_loop:
-        return repeat(0.0)
+        return repeat(None)
     return _drawn(schedule)
 
 
@@ -116,10 +117,3 @@ def rate_at(schedule: Schedule, number: int) -> float:
         # A ramp from nothing begins at the rate of its first step, or it would never begin.
         return max(start + (end - start) * share, end / count)
     return float(start * (end / start) ** share)
-
-
-def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """The first `count` due times at one rate. Raises UserError for one that is not positive."""
-    schedule = Schedule(rate=rate, burstiness=burstiness, seed=seed)
-    check_schedule(schedule)
-    return [at for at, _ in zip(due_times(schedule), range(count), strict=False)]

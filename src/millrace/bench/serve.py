@@ -223,7 +223,7 @@ async def warm_up(options: BenchOptions, model: str) -> None:
         load = Load(
             options.target,
             part,
-            repeat(0.0),
+            repeat(None),
             limit=options.max_concurrency,
             timeout=options.timeout,
         )

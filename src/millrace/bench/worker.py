@@ -24,6 +24,7 @@ from millrace.bench.load import Job, Load
 from millrace.bench.messages import (
     Assignment,
     Beacon,
+    Connect,
     Fault,
     FrameReader,
     FromWorker,
@@ -50,6 +51,7 @@ class _Orders(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.assignment: asyncio.Future[Assignment] = loop.create_future()
         self.begin: asyncio.Future[int] = loop.create_future()
+        self.connect = asyncio.Event()
         self.stop = asyncio.Event()
         self.forget()
         self._reader = FrameReader()
@@ -68,6 +70,8 @@ class _Orders(asyncio.Protocol):
                 self.begin.set_result(message.begin_ns)
             elif isinstance(message, Assignment):
                 self.assignment.set_result(message)
+            elif isinstance(message, Connect):
+                self.connect.set()
             else:
                 self.stop.set()
 
@@ -81,10 +85,15 @@ class Share:
     def __init__(self, assignment: Assignment) -> None:
         self._options, self._model = assignment.options, assignment.model
         self._part = (assignment.process, assignment.processes)
+        self.connections = min(assignment.limit or 0, self._own_count())
         self._make = maker(self._options.workload, as_text=self._options.as_text)
         self._known: dict[int, Prompt] = {}
         self._jobs: dict[int, Job] = {}
         self._prepare()
+
+    def _own_count(self) -> int:
+        count, (process, processes) = self._options.workload.count, self._part
+        return sys.maxsize if count is None else len(range(process, count, processes))
 
     def _numbers(self) -> Iterator[int]:
         return indices(self._options.workload.count, *self._part)
@@ -102,7 +111,7 @@ class Share:
             job = self._jobs.pop(number, None)
             yield job or make_job(self._options, self._model, self._make(number), number)
 
-    def due(self) -> Iterator[float]:
+    def due(self) -> Iterator[float | None]:
         process, processes = self._part
         return islice(due_times(self._options.schedule), process, None, processes)
 
@@ -124,7 +133,7 @@ class _Tally:
             self.ttft_sum += record.ttft
 
 
-def _load(assignment: Assignment, share: Share, begin_ns: int, tally: _Tally) -> Load:
+def _load(assignment: Assignment, share: Share, tally: _Tally) -> Load:
     options = assignment.options
     return Load(
         options.target,
@@ -133,7 +142,6 @@ def _load(assignment: Assignment, share: Share, begin_ns: int, tally: _Tally) ->
         limit=assignment.limit,
         timeout=options.timeout,
         until=options.duration,
-        begin_ns=begin_ns,
         on_record=tally.take,
     )
 
@@ -143,10 +151,14 @@ async def _serve(out: int) -> None:
     _, orders = await loop.connect_read_pipe(_Orders, os.fdopen(0, "rb", buffering=0))
     assignment = await orders.assignment
     share = Share(assignment)
+    tally = _Tally()
+    load = _load(assignment, share, tally)
+    _tell(out, Ready(share.lengths))
+    await orders.connect.wait()
+    await load.open(share.connections)
     _tell(out, Ready(share.lengths))
     begin_ns = await orders.begin
-    tally = _Tally()
-    load = _load(assignment, share, begin_ns, tally)
+    load.begin_at(begin_ns)
     gc.collect()
     gc.freeze()
     gc.disable()
