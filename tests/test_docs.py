@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from millrace.config import EngineArgs
 from millrace.server.fields import HARMLESS, REFUSED
 from millrace.server.metrics import _COUNTERS, _GAUGES, _HISTOGRAMS
 from millrace.server.openapi import _OPERATIONS
+from millrace.server.options import ServerOptions
 from millrace.server.schema import ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 def section(text: str, title: str) -> str:
@@ -46,14 +49,14 @@ def test_every_path_is_documented() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    names = quoted(section(API, "Metrics"))
+    names = quoted(section(OPERATIONS, "Metrics"))
     for name, *_ in (*_GAUGES, *_HISTOGRAMS):
         assert name in names
     for name, *_ in _COUNTERS:
         assert f"{name}_total" in names
 
 
-@pytest.mark.parametrize("extra", [None, "test"])
+@pytest.mark.parametrize("extra", [None, "otel", "test"])
 def test_every_dependency_has_its_reason(extra: str | None) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
@@ -62,3 +65,10 @@ def test_every_dependency_has_its_reason(extra: str | None) -> None:
         r"^\| ([a-z0-9-]+) \|", section(page, f"Extra `{extra}`" if extra else "Base"), re.MULTILINE
     )
     assert {re.split(r"[><=]", one)[0] for one in wanted} == set(rows) - {"package"}
+
+
+def test_the_flags_of_the_operations_page_exist() -> None:
+    known = {*ServerOptions.__struct_fields__, *EngineArgs.__struct_fields__}
+    known |= {"json", "collectives", "base_url", "requests"}  # of other commands
+    flags = re.findall(r"`?--(?:no-)?([a-z][a-z-]+)", OPERATIONS)
+    assert {flag.replace("-", "_") for flag in flags} <= known
