@@ -1,12 +1,16 @@
 """Check and time every GPU op at the shapes of the 27B model, floors beside figures.
 
     python benchmarks/kernels_h200.py [--only gdn_decode,gemm] [--out results.json] [--warm 12]
+    TRITON_INTERPRET=1 python benchmarks/kernels_h200.py --dry-run   # a machine without a GPU
 
 Every variant that is timed is first compared with a reference in float64 or float32 on fresh random
 inputs. The floor is the larger of bytes / copy bandwidth and FLOPs / matrix rate, both ceilings
 measured by the same run. Times are medians over replays of a CUDA graph whose calls together
 touch more memory than the L2 cache holds, so they hold neither launch overhead nor cache hits.
---warm compiles in so many processes beforehand (Triton caches what it compiles).
+--warm compiles in so many processes beforehand (Triton caches what it compiles). Sections run in
+the order given, and what is found is merged into --out, so that several calls share the work. With
+--warm 14 all of them take some five minutes on an H200; --quick leaves out the variants that have
+lost before. --dry-run checks small float32 cases of the newer variants in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +34,15 @@ from millrace.kernels import attention, gdn, gemm, norm, sampling
 from millrace.kernels.gpu import attention as gpu_attention
 from millrace.kernels.gpu import conv as gpu_conv
 from millrace.kernels.gpu import gdn_decode as gpu_gdn
+from millrace.kernels.gpu import gdn_prefill as gpu_prefill
 from millrace.kernels.gpu import gemm as gpu_gemm
 from millrace.kernels.gpu import quantize as gpu_quantize
 from millrace.kernels.gpu import sampling as gpu_sampling
-from millrace.kernels.gpu.gdn_prefill import gdn_prefill as gpu_gdn_prefill
+from millrace.kernels.gpu.gdn_blocks import by_blocks
 from millrace.model.batch import DecodeRows, GDNState, KVCache, PrefillRows
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUICK = False
 SEQUENCES = 256
 HIDDEN, INTER, VOCAB = 5120, 17408, 248320
 KEY_HEADS, VALUE_HEADS, DIM, WINDOW = 16, 48, 128, 16
@@ -48,6 +55,8 @@ GEMM_SHAPES = {
     "down": (5120, 17408),
     "gdn_qkvz": (16384, 5120),
 }
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -269,14 +278,25 @@ def check_gdn_prefill(run: Callable[..., Tensor]) -> float:
     return relative(run(qkv, g, beta, cache, rows), torch.cat(truth))
 
 
+# (warps of the solve, value tile, warps and stages of the walk)
+BLOCKS = ((4, 64, 4, 2), (2, 64, 4, 2), (1, 64, 4, 2), (4, 32, 4, 2), (4, 64, 4, 1), (4, 64, 4, 3),
+          (4, 128, 8, 1), (4, 64, 8, 2))  # fmt: skip
+
+
 def gdn_prefill_cases() -> Iterator[Case]:
     bf16 = torch.bfloat16
-    configs = [None, (bf16, 64, 4, 4, 1), (bf16, 64, 8, 4, 1), (bf16, 64, 4, 8, 1),
-               (bf16, 32, 4, 4, 1), (torch.float32, 32, 4, 4, 1)]  # fmt: skip
+    configs = [None, (bf16, 64, 4, 4, 1), (bf16, 64, 4, 4, 2)]
+    if not QUICK:
+        configs += [(bf16, 64, 8, 4, 1), (bf16, 32, 4, 4, 1), (torch.float32, 32, 4, 4, 1)]
     ways: dict[str, Callable[..., Tensor]] = {
-        str(config or "default"): lambda *x, c=config: gpu_gdn_prefill(*x, c) for config in configs
+        str(config or "default"): lambda *x, c=config: gpu_prefill.gdn_prefill(*x, c)
+        for config in configs
     }
-    for counts in ((768,) * 21, (1024,), (16384,)):
+    for config in BLOCKS[: 4 if QUICK else None]:
+        ways[f"blocks {config}"] = lambda *x, c=config: by_blocks(*x, c)
+    if gpu_prefill._fla() is not None:
+        ways["library"] = gpu_prefill._by_fla
+    for counts in ((768,) * 21, (1024,), (1024,) * 8, (16384,)):
         tokens = sum(counts)
         for name, run in ways.items():
 
@@ -289,7 +309,7 @@ def gdn_prefill_cases() -> Iterator[Case]:
             yield Case(
                 f"{len(counts)}x{counts[0]} {name}", lambda run=run: check_gdn_prefill(run), 1e-2,
                 calls, tokens * (CHANNELS + VALUE_HEADS * DIM) * 2.0, tokens * 0.42e9 / 48,
-                captured=name != "default",
+                captured=name not in ("default", "library"),
             )  # fmt: skip
 
 
@@ -320,7 +340,7 @@ def gemm_cases() -> Iterator[Case]:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
     small = [(0, 64, True, 4, 6)]
     large = [(64, 128, False, 4, 4), (64, 128, False, 4, 3), (128, 128, False, 8, 3)]
-    for tokens in (2, 16, 64, 256, 512, 896, 8192):
+    for tokens in (64, 512, 1536, 8192) if QUICK else (2, 16, 64, 256, 512, 896, 1536, 8192):
         named = dict(ways)
         for config in small if tokens <= 64 else large:
             full = (max(16, tokens), *config[1:]) if tokens <= 64 else config
@@ -328,11 +348,11 @@ def gemm_cases() -> Iterator[Case]:
             def run(q, w, s, full=full):
                 return gpu_gemm.triton_matmul(q, w, s, torch.bfloat16, full)
 
-            if tokens < 8192 or config == large[2]:
+            if not QUICK and (tokens < 8192 or config == large[2]):
                 named[f"triton{config[1:] if tokens <= 64 else config}"] = run
         for name, (out, width) in GEMM_SHAPES.items():
             for way, run in named.items():
-                if tokens == 896 and way != "deepgemm":
+                if tokens in (896, 1536) and way not in ("deepgemm", "cublas"):
                     continue
 
                 def calls(run=run, tokens=tokens, out=out, width=width):
@@ -382,6 +402,8 @@ def attention_cases() -> Iterator[Case]:
     for rows, length in ((256, 960), (448, 960), (8, 960), (1, 1100), (1, 32768), (32, 960)):
         configs = [(64, 1, 4, 2), (64, 1, 4, 3), (64, 2, 4, 3), (64, 4, 4, 3), (32, 2, 4, 4),
                    (128, 1, 8, 2), (128, 2, 8, 2), (64, 2, 8, 3)]  # fmt: skip
+        if QUICK:
+            configs = configs[1:4]
         for config in configs if rows == 256 else [None, (64, 32, 4, 3)] if rows < 32 else [None]:
             for dtype in (
                 (torch.float8_e4m3fn, torch.bfloat16) if rows == 256 else (torch.float8_e4m3fn,)
@@ -442,6 +464,66 @@ def dequantized(q: gpu_quantize.Quantized) -> Tensor:
     return q.values.float() * q.scales.repeat_interleave(128, 1)[:, : q.values.shape[1]]
 
 
+def chosen(module: object, name: str, value: object, run: Callable[[], T]) -> Callable[[], T]:
+    """`run`, and the calls that it returns, with a module's choice set so."""
+
+    def setting(*_: object) -> T:
+        setattr(module, name, value)
+        made = run()
+        if isinstance(made, list):
+            made = [chosen(module, name, value, call) for call in made]  # type: ignore[assignment]
+        return made
+
+    return setting
+
+
+def prompt_cases(t: int = 8192) -> Iterator[Case]:
+    """What stands around the products of a step of prompt tokens."""
+    x, r = (torch.randn(t, HIDDEN, device=DEVICE).bfloat16() for _ in range(2))
+    w = torch.randn(HIDDEN, device=DEVICE)
+    wide = torch.randn(t, CHANNELS + VALUE_HEADS * DIM, device=DEVICE).bfloat16()[:, :CHANNELS]
+    weight = torch.randn(CHANNELS, 4, device=DEVICE).bfloat16()
+    counts = (1024,) * (t // 1024) or (t,)
+    rows = prefill_rows(counts)
+    offset = torch.zeros(len(counts) + 1, device=DEVICE).int()
+    buffer = torch.randn(len(counts) + 1, 4, CHANNELS, device=DEVICE).bfloat16()
+    cache = GDNState(*[x] * 4, buffer)
+
+    def normed():
+        return gpu_quantize.norm(x, r, w, 1e-6, keep=True, quantized=True)
+
+    def check_norm() -> float:
+        truth = norm.add_rms_norm.__wrapped__(x, r, w, 1e-6)
+        got, _, total = normed()
+        return max(relative(got, truth[0]), relative(total, truth[1]))
+
+    def check_conv() -> float:
+        own, twin = (GDNState(*[x] * 4, buffer.clone()) for _ in range(2))
+        got = gpu_conv.conv_prefill(wide, own, weight, rows, offset)
+        want = gdn.conv_prefill.__wrapped__(wide, twin, weight, rows, offset)
+        return max(relative(got, want), relative(own.conv, twin.conv))
+
+    for way in ("padded", "strips"):
+        yield Case(
+            f"{t} tokens: add_rms_norm_quantize {way}",
+            chosen(gpu_quantize, "NORM", way, check_norm), 4e-3,
+            chosen(gpu_quantize, "NORM", way, lambda: [normed] * 3), t * HIDDEN * 9,
+        )  # fmt: skip
+    for way in ("tiles", "walk"):
+        yield Case(
+            f"{t} tokens: conv_prefill {way}", chosen(gpu_conv, "PREFILL", way, check_conv), 5e-3,
+            chosen(
+                gpu_conv, "PREFILL", way,
+                lambda: [lambda: gpu_conv.conv_prefill(wide, cache, weight, rows, offset)] * 3,
+            ), t * CHANNELS * 4,
+        )  # fmt: skip
+    gate_up = torch.randn(t, 2 * INTER, device=DEVICE).bfloat16()
+    yield Case(
+        f"{t} tokens: silu_mul_quantize", lambda: 0.0, 1.0,
+        lambda: [lambda: gpu_quantize.silu_mul_quantize(gate_up)] * 3, t * INTER * 5,
+    )  # fmt: skip
+
+
 def fused_cases() -> Iterator[Case]:
     t = 512
     x, r = (torch.randn(t, HIDDEN, device=DEVICE).bfloat16() for _ in range(2))
@@ -466,11 +548,15 @@ def fused_cases() -> Iterator[Case]:
         exact = max(relative(normed, truth[0]), relative(total, truth[1])) * 10
         return max(exact, relative(dequantized(q), truth[0]))
 
-    for keep in (False, True):
-        yield Case(
-            f"add_rms_norm_quantize keep={keep}", check_norm, 0.04,
-            lambda keep=keep: [norm_quantize(keep)] * 10, t * HIDDEN * (7 + 2 * keep),
-        )  # fmt: skip
+    for way in ("padded", "strips"):
+        for keep in (False, True):
+            yield Case(
+                f"add_rms_norm_quantize keep={keep} {way}",
+                chosen(gpu_quantize, "NORM", way, check_norm), 0.04,
+                chosen(gpu_quantize, "NORM", way, lambda keep=keep: [norm_quantize(keep)] * 10),
+                t * HIDDEN * (7 + 2 * keep),
+            )  # fmt: skip
+    yield from prompt_cases()
     table: dict[str, tuple[Callable[[], gpu_quantize.Quantized], Callable[[], Tensor], float]] = {
         "quantize": (lambda: gpu_quantize.quantize(x), lambda: x, t * HIDDEN * 3),
         "silu_mul_quantize": (
@@ -559,9 +645,9 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def warm(workers: int, only: str) -> None:
+def warm(workers: int, only: str, quick: bool) -> None:
     """Compile every variant in parallel processes; failures show up in the real run."""
-    command = [sys.executable, __file__, "--only", only, "--shard"]
+    command = [sys.executable, __file__, "--only", only, *(["--quick"] if quick else []), "--shard"]
     running = [
         subprocess.Popen(
             [*command, f"{i}/{workers}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -602,23 +688,65 @@ def measure(case: Case, ceiling: dict[str, float]) -> dict[str, object]:
     return row
 
 
+def dry_run() -> int:
+    """The newer variants at small sizes in Triton's interpreter; the exit status."""
+    global KEY_HEADS, VALUE_HEADS, DIM, CHANNELS, HIDDEN, INTER
+    KEY_HEADS, VALUE_HEADS, DIM, HIDDEN, INTER = 1, 2, 32, 1024, 256
+    CHANNELS = 2 * KEY_HEADS * DIM + VALUE_HEADS * DIM
+    wrong = 0
+    plain = {"blocks": by_blocks, "two kernels": gpu_prefill.gdn_prefill}
+    for name, run in plain.items():
+        error = check_gdn_prefill(lambda q, *x, run=run: run(q.float(), *x))
+        print(f"gdn_prefill {name}: error {error:.1e}")
+        wrong += not error < 1e-4
+    counts, width = (1, 40, 3, 64), CHANNELS
+    rows, offset = prefill_rows(counts), torch.tensor([0, 1, 0, 1, 0]).int()
+    x, weight = torch.randn(sum(counts), width + 8)[:, :width], torch.randn(width, 4)
+    buffer = torch.randn(5, 4, width)
+    for way in ("tiles", "walk"):
+        gpu_conv.PREFILL = way
+        own, twin = (GDNState(*[x] * 4, buffer.clone()) for _ in range(2))
+        got = gpu_conv.conv_prefill(x, own, weight, rows, offset)
+        want = gdn.conv_prefill.__wrapped__(x, twin, weight, rows, offset)
+        error = max(relative(got, want), relative(own.conv, twin.conv))
+        print(f"conv_prefill {way}: error {error:.1e}")
+        wrong += not error < 1e-5
+    y, r, w = torch.randn(5, HIDDEN), torch.randn(5, HIDDEN), torch.randn(HIDDEN)
+    for way in ("padded", "strips"):
+        gpu_quantize.NORM = way
+        truth = norm.add_rms_norm.__wrapped__(y, r, w, 1e-6)[0]
+        error = relative(gpu_quantize.norm(y, r, w, 1e-6)[0], truth)
+        print(f"norm {way}: error {error:.1e}")
+        wrong += not error < 1e-5
+    return int(wrong > 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("kernels_h200.json"))
     parser.add_argument("--warm", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="without variants known to lose")
+    parser.add_argument("--dry-run", action="store_true", help="newer variants, interpreted")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     only = args.only.split(",")
+    if unknown := [section for section in only if section not in SECTIONS]:
+        parser.error(f"--only: no {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    if args.dry_run:
+        sys.exit(dry_run())
+    global QUICK
+    QUICK = args.quick
     if args.shard:
         compile_shard(args.shard, only)
         return
     if args.warm:
-        warm(args.warm, args.only)
+        warm(args.warm, args.only, args.quick)
     ceiling = ceilings()
     print({name: f"{value / 1e12:.2f}T" for name, value in ceiling.items()}, flush=True)
-    results: dict[str, object] = {"device": torch.cuda.get_device_name(), "ceilings": ceiling}
+    results: dict[str, object] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    results |= {"device": torch.cuda.get_device_name(), "ceilings": ceiling}
     for section in only:
         rows = []
         for case in SECTIONS[section]():
