@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from millrace.gateway.ask import read_ask, worded
+from millrace.gateway.carried import Carried
 from millrace.gateway.continuation import (
     Continuation,
     can_continue,
@@ -53,7 +54,7 @@ class Exchange:
         self.began = time.perf_counter()
         self.first_byte: float | None = None
         self.status = 0
-        self.bytes = self.chunks = 0
+        self.carried = Carried(relay.replicas)
         self.retries = self.moves = 0
         self.replica: Replica | None = None
         self._tried: list[Replica] = []
@@ -68,9 +69,6 @@ class Exchange:
         self._keep_alive = False
         self._delimited = True
         self._last_failure = ""
-        # What this request is counted as at its replica: see ReplicaSet.picked.
-        self._size = self._resident = 0
-        self._published = self._published_bytes = 0
         self._kept: KeptStream | None = None
         self._progress: Progress | None = None
         self._continuation: Continuation | None = None
@@ -154,37 +152,19 @@ class Exchange:
         self._last_byte = self._loop.time()
         relay.part.event("relay_ns", time.perf_counter_ns() - began)
         self._tried.append(replica)
-        self._take(replica)
+        self.replica = replica
+        made = len(self._progress.token_ids) if self._progress else 0
+        self.carried.begin(replica, self.ask, made, self)
         idle = relay.take_idle(replica)
         if idle is not None:
             self._send(idle)
         else:
             self._opening = self._loop.create_task(self._open(replica))
 
-    def _take(self, replica: Replica) -> None:
-        """Count the request as one of this replica's."""
-        fleet, ask = self._relay.replicas, self.ask
-        self.replica = replica
-        replica.exchanges.add(self)
-        made = len(self._progress.token_ids) if self._progress else 0
-        self._resident = ask.prompt_tokens + made
-        self._size = ask.prompt_tokens + max(made, fleet.expected_output(ask))
-        self._published, self._published_bytes = self.chunks, self.bytes
-        fleet.picked(replica, self._size, self._resident)
-
     def publish(self) -> None:
-        """Bring the tokens that this request is counted as up to date."""
-        new = self.chunks - self._published
-        if new and self.replica is not None:
-            self._published = self.chunks
-            self.replica.chunks += new
-            self.replica.bytes += self.bytes - self._published_bytes
-            self._published_bytes = self.bytes
-        if new and self.replica is not None and self.ask.stream:
-            self._resident += new
-            over = max(0, self._resident - self._size)
-            self._size += over
-            self._relay.replicas.grew(self.replica, over, new)
+        """Bring what this request is counted as at its replica up to date."""
+        if self.replica is not None:
+            self.carried.publish(self.replica, self.ask.stream)
 
     async def _open(self, replica: Replica) -> None:
         target = replica.target
@@ -264,8 +244,8 @@ class Exchange:
 
     def body(self, data: bytes) -> None:
         """Pass bytes on to the client: as they are, or as the continuation words them."""
-        self.bytes += len(data)
-        self.chunks += 1
+        self.carried.bytes += len(data)
+        self.carried.chunks += 1
         if self._continuation is not None:
             self._continue(data)
         elif self._kept is None:
@@ -311,14 +291,14 @@ class Exchange:
         elif self._kept is not None:
             if self._error_came(data):
                 return
-            self.bytes += len(data)
-            self.chunks += 1
+            self.carried.bytes += len(data)
+            self.carried.chunks += 1
             self._client.write(self._kept.rest(data))
         else:
             self.body(data)
         self._relay.replicas.succeeded(replica)
         if self.ask.stream and self.status == 200:
-            self._relay.replicas.learn_output(self.chunks)
+            self._relay.replicas.learn_output(self.carried.chunks)
         self._end(self.status, reusable)
         self._client.finished(self._keep_alive)
 
@@ -432,9 +412,9 @@ class Exchange:
 
     def _look_at_clock(self) -> None:
         limit = self._relay.limits.timeout
-        if self.chunks != self._chunks_seen:
+        if self.carried.chunks != self._chunks_seen:
             # A byte came since the last look: when is not noted, for that would cost each byte.
-            self._chunks_seen, self._last_byte = self.chunks, self._loop.time()
+            self._chunks_seen, self._last_byte = self.carried.chunks, self._loop.time()
         left = self._last_byte + limit - self._loop.time()
         if left > 0 or self._client.paused:
             self._timer = self._loop.call_later(left if left > 0 else 1.0, self._look_at_clock)
@@ -469,11 +449,9 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.release(reusable)
-        self.publish()
         replica, self.replica = self.replica, None
         if replica is not None:
-            replica.exchanges.discard(self)
-            self._relay.replicas.released(replica, self._size, self._resident)
+            self.carried.end(replica, self.ask.stream, self)
 
     def _end(self, status: int, reusable: bool, counted: bool = False) -> None:
         """Let go of everything. counted: the answer counts itself."""

@@ -1,0 +1,55 @@
+"""What one request weighs at the replica that carries it, and what it has brought so far."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from millrace.gateway.ask import Ask
+from millrace.gateway.replicas import Replica, ReplicaSet
+
+if TYPE_CHECKING:
+    from millrace.gateway.exchange import Exchange
+
+
+class Carried:
+    """A request's share of the load counters. bytes, chunks: of its response, over all replicas.
+
+    It weighs its prompt and the output that is to be expected; an output that grows beyond that
+    weighs what it has become. Chunks stand for tokens; load reports correct what that misses.
+    """
+
+    __slots__ = ("_bytes_told", "_chunks_told", "_fleet", "_resident", "_size", "bytes", "chunks")
+
+    def __init__(self, fleet: ReplicaSet) -> None:
+        self._fleet = fleet
+        self.bytes = self.chunks = 0
+        self._bytes_told = self._chunks_told = 0
+        self._size = self._resident = 0
+
+    def begin(self, replica: Replica, ask: Ask, made: int, exchange: Exchange) -> None:
+        """The replica carries the request now. made: output tokens that it goes on from."""
+        replica.exchanges.add(exchange)
+        self._resident = ask.prompt_tokens + made
+        self._size = ask.prompt_tokens + max(made, self._fleet.expected_output(ask))
+        self._bytes_told, self._chunks_told = self.bytes, self.chunks
+        self._fleet.picked(replica, self._size, self._resident)
+
+    def publish(self, replica: Replica, stream: bool) -> None:
+        """Bring the replica's counters up to date."""
+        new = self.chunks - self._chunks_told
+        if not new:
+            return
+        replica.chunks += new
+        replica.bytes += self.bytes - self._bytes_told
+        self._bytes_told, self._chunks_told = self.bytes, self.chunks
+        if stream:
+            self._resident += new
+            over = max(0, self._resident - self._size)
+            self._size += over
+            self._fleet.grew(replica, over, new)
+
+    def end(self, replica: Replica, stream: bool, exchange: Exchange) -> None:
+        """The replica carries it no more."""
+        self.publish(replica, stream)
+        replica.exchanges.discard(exchange)
+        self._fleet.released(replica, self._size, self._resident)
