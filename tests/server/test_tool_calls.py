@@ -5,6 +5,7 @@ The fake engine echoes the prompt up to the user's turn end, so the user's words
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -351,3 +352,78 @@ def test_a_response_that_is_cut_off_says_so(client: openai.OpenAI) -> None:
 def test_a_wrong_response_is_refused(client: openai.OpenAI, fields: Any, message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         client.responses.create(**{"model": "fake", "input": "hello", **fields})
+
+
+# --- bodies with something wrong in them --------------------------------------------------------
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "tool_calls": [{"id": "c", **TOOLS[1]}]},
+            {"role": "tool", "tool_call_id": "c", "content": "noon"},
+        ],
+        "tools": TOOLS,
+        "tool_choice": {"type": "function", "function": {"name": "now"}},
+        "max_tokens": 4,
+    },
+    "/v1/messages": {
+        "max_tokens": 4,
+        "system": [{"type": "text", "text": "s"}],
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"},
+                                              {"type": "tool_use", "name": "now", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "content": [
+                {"type": "text", "text": "r"}]}]},
+        ],
+        "tools": ANTHROPIC,
+        "tool_choice": {"type": "tool", "name": "now"},
+        "thinking": {"type": "enabled", "budget_tokens": 9},
+        "output_config": {"effort": "low"},
+    },
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
+            {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "noon"},
+        ],
+        "tools": FLAT,
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [FLAT[1]]},
+        "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "json_schema", "schema": SCHEMA}},
+        "max_output_tokens": 4,
+    },
+    "/tokenize": {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS},
+}  # fmt: skip
+ODD: list[Any] = [None, True, 0, -1, 2**70, 1e300, "", "x", "{", [], [None], [[]], {}, {"a": {}},
+                  {"type": "x"}, {"type": "text", "text": 3}]  # fmt: skip
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to everything in a body."""
+    inner = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in inner if isinstance(node, (dict, list)) else ():
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_nothing_wrong_in_a_body_makes_the_server_fail(http: httpx.Client, path: str) -> None:
+    """Each part of a rich body in turn is left out, and replaced by something odd."""
+    for at, place in enumerate(places(BODIES[path])):
+        for odd in ("missing", ODD[at % len(ODD)], ODD[(at * 7 + 3) % len(ODD)]):
+            body = copy.deepcopy(BODIES[path])
+            node: Any = body
+            for key in place[:-1]:
+                node = node[key]
+            if odd == "missing":
+                del node[place[-1]]
+            else:
+                node[place[-1]] = odd
+            answer = http.post(path, json=body)
+            assert answer.status_code in (200, 400, 404), (place, odd, answer.text)
+            if answer.status_code == 400:
+                assert "\n" not in answer.json()["error"]["message"]

@@ -93,6 +93,8 @@ def choose_tools(
             raise RequestError("tool_choice required needs tools", param="tool_choice")
         mode: Literal["none", "auto", "required"] = choice if tools else "none"  # type: ignore[assignment]
         return ToolChoice(mode, tools, parallel)
+    if not isinstance(choice, Mapping):
+        raise _bad_choice(choice)
     if choice.get("type") == "allowed_tools":
         return _allowed(tools, choice.get("allowed_tools"), parallel)
     named = _named(tools, choice)
