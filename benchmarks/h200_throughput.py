@@ -7,6 +7,7 @@ end tokens ignored: the workload that the figures of other engines in LEDGER.md 
     python benchmarks/h200_throughput.py --phases default,throughput --repeats 3
     python benchmarks/h200_throughput.py --phases wide --repeats 1
     python benchmarks/h200_throughput.py --phases nomtp,long,start --repeats 1
+    python benchmarks/h200_throughput.py --phases default --choose gdn_prefill=blocks,norm=strips
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
 Each phase is one engine (see ARRANGEMENTS); those named share a process and what it has compiled.
@@ -18,6 +19,7 @@ bf16_state 0.7 + 1.3 a repeat, wide 1 + 2.2 a repeat, nomtp 1 + 1.7 a repeat, lo
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,13 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
     "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
+}
+
+# Kernels in two forms: module and name of the choice, and what may be chosen.
+CHOICES = {
+    "gdn_prefill": ("millrace.kernels.gpu.gdn_prefill", "WAY", ("library", "blocks")),
+    "conv_prefill": ("millrace.kernels.gpu.conv", "PREFILL", ("tiles", "walk")),
+    "norm": ("millrace.kernels.gpu.quantize", "NORM", ("padded", "strips")),
 }
 
 
@@ -309,9 +318,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--phases", default=",".join([*ARRANGEMENTS, "start"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--choose", help="forms of kernels, such as gdn_prefill=blocks,norm=strips")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     options = parser.parse_args()
     options.phases = options.phases.split(",")
+    for choice in options.choose.split(",") if options.choose else []:
+        name, _, value = choice.partition("=")
+        if name not in CHOICES or value not in CHOICES[name][2]:
+            shown = "; ".join(f"{k}={'|'.join(v[2])}" for k, v in CHOICES.items())
+            parser.error(f"--choose: no {choice!r}; there are {shown}")
+        setattr(importlib.import_module(CHOICES[name][0]), CHOICES[name][1], value)
     known = {*ARRANGEMENTS, "start", "ready"}
     if unknown := [name for name in options.phases if name not in known]:
         parser.error(f"--phases: no {unknown[0]!r}; there are {', '.join(sorted(known))}")
@@ -327,7 +343,7 @@ def parse_options() -> argparse.Namespace:
 def model_directory(options: argparse.Namespace, parent: Path) -> Path:
     if not options.tiny:
         return write_config(parent / "qwen27b", options.layers)
-    parent.joinpath("config.json").write_text(json.dumps(config_json(replace(TinyShape()))))
+    parent.joinpath("config.json").write_text(json.dumps(config_json(TinyShape())))
     return parent
 
 
@@ -348,11 +364,12 @@ def main() -> None:
         options.write = write
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         same = {"commit": commit(), "device": device, "torch": torch.__version__}
+        same["choose"] = options.choose or ""
         same["ceilings"] = ceilings(256 if options.tiny else 8192)
         print(same, flush=True)
         for name in options.phases:
             record: dict[str, Any] = dict(same)
-            out["phases"][name] = record
+            out["phases"][f"{name} {options.choose}" if options.choose else name] = record
             if name == "start":
                 start_up(options, record)
             else:

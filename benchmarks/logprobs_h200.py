@@ -136,10 +136,11 @@ def published(directory: Path, fp8: bool) -> tuple[dict[str, Tensor], set[str]]:
                 part = param[at : at + stop - start]
                 whole[start:stop] = part.reshape(stop - start, *piece.shape[1:])
                 at += stop - start
+    found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp.")}
     quantized = {name for name in found if f"{name}_scale_inv" in found}
     for name in quantized:
         found[name] = dequantize(found[name], found.pop(f"{name}_scale_inv"))
-    return {k: v for k, v in found.items() if not k.startswith("mtp.")}, quantized
+    return found, quantized
 
 
 class Rounded(nn.Module):
