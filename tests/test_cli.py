@@ -67,12 +67,31 @@ def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str
         (["serve", "/tmp"], "/tmp: no config.json there"),
         (["serve", "/nowhere", "--replicas", "2"], "neither a directory nor a shipped model"),
         (["serve", "m", "--host", "no such host"], "host 'no such host'"),
+        (["serve", "m", "--stream-interval", "0"], "stream_interval 0: use 1 or more"),
+        (["serve", "m", "--shutdown-timeout", "-1"], "shutdown_timeout -1.0: use 0 or more"),
+        (["serve", "m", "--read-timeout", "inf"], "read_timeout inf: use 0 or more"),
+        (["serve", "m", "--ssl-keyfile", "k"], "--ssl-certfile is missing"),
+        (["serve", "m", "--ssl-certfile", "/nowhere"], "--ssl-certfile, --ssl-keyfile or"),
+        (["serve", "m", "--ssl-certfile", "/etc/hostname"], "--ssl-certfile /etc/hostname: "),
+        (["serve", "m", "--allowed-origins", "[1]"], "is not a JSON list of texts"),
     ],
 )
 def test_a_wrong_command_gets_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     assert said in complaint(capsys, *arguments)
+
+
+def test_a_list_is_repeated_or_written_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServerOptions] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(
+        "millrace.server.run.run_server", lambda args, options: seen.append(options) or 0
+    )
+    flags = ["--allowed-origins", '["https://a", "https://b"]', "--api-key", "x", "--api-key", "y"]
+    assert cli.run(["serve", "m", *flags]) == 0
+    assert seen[0].allowed_origins == ["https://a", "https://b"]
+    assert seen[0].api_key == ["x", "y"]
 
 
 def test_nothing_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +138,7 @@ def test_replicas_get_the_same_command_line(
     ((command, count, host, port), more) = seen[0]
     assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), "--dtype", "float32"]
     assert (count, host, port) == (2, "127.0.0.1", 81)
-    assert more == {"device": "auto", "gpus_each": 1}
+    assert (more["device"], more["gpus_each"]) == ("auto", 1)
 
 
 def test_options_with_values_are_cut_out() -> None:

@@ -46,7 +46,9 @@ def _option(field: msgspec.structs.FieldInfo, text: str) -> Callable[[_Command],
         names = f"{flag}/--no-{flag[2:]}"
         return click.option(names, field.name, default=None, help=text)
     if get_origin(inner) is list:
-        return click.option(flag, field.name, multiple=True, help=f"{text} May be repeated.")
+        return click.option(
+            flag, field.name, multiple=True, callback=_parse_list, help=f"{text} May be repeated."
+        )
     if get_origin(inner) is Literal:
         choice = click.Choice(get_args(inner))
         return click.option(flag, field.name, type=choice, default=None, help=text)
@@ -68,6 +70,22 @@ def _default_note(field: msgspec.structs.FieldInfo) -> str:
         return "  [default: on]"
     unsaid = default is None or default is False or default is msgspec.NODEFAULT
     return "" if unsaid else f"  [default: {default}]"
+
+
+def _parse_list(_: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
+    """What was repeated; a JSON list of texts counts as so many repetitions, as vLLM takes it."""
+    listed: list[str] = []
+    for value in values:
+        if not value.startswith("["):
+            listed.append(value)
+            continue
+        try:
+            listed += msgspec.json.decode(value, type=list[str])
+        except msgspec.DecodeError as error:
+            raise click.BadParameter(
+                f"{value!r} is not a JSON list of texts: {error}", param=param
+            ) from None
+    return tuple(listed)
 
 
 def _parse_json(_: click.Context, param: click.Parameter, value: str | None) -> Any:

@@ -157,17 +157,22 @@ class Supervisor:
             await process.start()  # it ran before, so its command can be run
 
     async def _kill_hung(self) -> None:
-        """Kill replicas that run and answer nothing; `_keep` restarts them."""
+        """Kill replicas that have answered and do no more; `_keep` restarts them."""
         since: dict[int, float] = {}
+        answered: dict[int, int] = {}  # replica -> the process of it that was seen to serve
         while True:
             await asyncio.sleep(min(1.0, self._options.hung / 4))
             now = time.monotonic()
             for index, member in enumerate(self.gateway.keeper.members[: self._options.count]):
-                if not (member.lost and self._processes[index].running):
+                process = self._processes[index]
+                if member.state == "up" and process.running:
+                    answered[index] = process.pid
+                silent = member.lost and process.running and answered.get(index) == process.pid
+                if not silent:
                     since.pop(index, None)
                 elif now - since.setdefault(index, now) > self._options.hung:
                     self._log(f"replica {index} has been silent for {self._options.hung:g} s")
-                    self._processes[index].kill()
+                    process.kill()
                     del since[index]
 
 
@@ -181,12 +186,14 @@ def run_replicas(
     device: Device = "auto",
     gpus_each: int = 1,
     start_timeout: float = 900.0,
+    grace: float = 15.0,
 ) -> None:
     """Run `count` replicas of `command` behind host:port until SIGINT or SIGTERM.
 
     command: starts one replica when `--host H --port P` is added; it must not hold these itself.
     device "auto" gives each replica `gpus_each` GPUs where there are any, else a share of the
-    cores. start_timeout: seconds until all are healthy. Lines of replicas go to stderr, prefixed.
+    cores. start_timeout: seconds until all are healthy. grace: seconds that a replica has to end.
+    Lines of replicas go to stderr, prefixed.
     Returns after a clean stop. Raises UserError when the replicas cannot be brought up.
     """
     options = FleetOptions(
@@ -198,6 +205,7 @@ def run_replicas(
         device=device,
         gpus_each=gpus_each,
         start_timeout=start_timeout,
+        grace=grace,
     )
     uvloop.run(_run(options))
 

@@ -21,6 +21,8 @@ from millrace.flags import given, struct_options
 from millrace.models import find_model
 from millrace.server.options import SERVER_HELP, ServerOptions
 
+ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
+
 
 class _Remembering(click.Command):
     """A command that keeps its arguments as they were written."""
@@ -121,6 +123,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
         ),
         device=args.device,
         gpus_each=args.tensor_parallel_size,
+        grace=options.shutdown_timeout + ENGINE_END_SECONDS,
     )
 
 
