@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from millrace import __version__
-from millrace.bench.results import ResultFile, grouped, load_words
+from millrace.bench.results import ResultFile, grouped, interactivity, load_words
 from millrace.bench.save import read_table
 from millrace.bench.svg import Series, binned, chart, cumulative, frontier
 from millrace.bench.sweep import sweep_rows
@@ -114,7 +114,7 @@ def _pareto(runs: Sequence[ResultFile]) -> str:
     figure = "total_token_throughput_per_gpu" if per_gpu else "total_token_throughput"
     points, labels = [], []
     for repeats in grouped(runs).values():
-        x = statistics.median(run.fields.get("interactivity") or 0.0 for run in repeats)
+        x = statistics.median(interactivity(run.fields) for run in repeats)
         points.append((x, statistics.median(run.fields[figure] for run in repeats)))
         users = repeats[0].fields.get("max_concurrency")
         labels.append(f"{users} users" if users else load_words(repeats[0].fields))

@@ -89,6 +89,21 @@ def load_key(fields: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def mean_lengths(fields: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean tokens in and out of a request: as asked, or, in another tool's file, as served."""
+    done = fields.get("completed") or 1
+    return (
+        float(fields.get("mean_input_len") or fields.get("total_input_tokens", 0) / done),
+        float(fields.get("mean_output_len") or fields.get("total_output_tokens", 0) / done),
+    )
+
+
+def interactivity(fields: Mapping[str, Any]) -> float:
+    """Tokens a second that one user sees: the inverse of the median TPOT."""
+    tpot = fields.get("median_tpot_ms") or 0.0
+    return 1e3 / tpot if tpot else 0.0
+
+
 def load_words(fields: Mapping[str, Any]) -> str:
     """What a run asked, in a few words."""
     parts = []
@@ -99,7 +114,7 @@ def load_words(fields: Mapping[str, Any]) -> str:
     if fields.get("ramp_up_strategy"):
         low, high = fields["ramp_up_start_rps"], fields["ramp_up_end_rps"]
         parts.append(f"{fields['ramp_up_strategy']} ramp {low:g} to {high:g} req/s")
-    mean = (fields.get("mean_input_len") or 0.0, fields.get("mean_output_len") or 0.0)
+    mean = mean_lengths(fields)
     parts.append(f"{mean[0]:.0f} in / {mean[1]:.0f} out")
     return ", ".join(parts)
 

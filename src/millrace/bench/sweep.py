@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from millrace.bench.results import interactivity, mean_lengths
 from millrace.bench.tables import aligned
 from millrace.errors import UserError
 
@@ -61,15 +62,14 @@ def _row(result: Mapping[str, Any], gpus: bool) -> tuple[str, ...]:
     cells = [
         str(result["max_concurrency"] or ""),
         "" if rate == "inf" else f"{rate:g}",
-        f"{result['mean_input_len']:.0f}",
-        f"{result['mean_output_len']:.0f}",
+        *(f"{length:.0f}" for length in mean_lengths(result)),
         f"{result['request_throughput']:.2f}",
         f"{result['total_token_throughput']:,.0f}",
         f"{result['output_throughput']:,.0f}",
     ]
     if gpus:
         cells.append(f"{result.get('total_token_throughput_per_gpu', 0.0):,.0f}")
-    cells.append(f"{result['interactivity']:.1f}")
+    cells.append(f"{interactivity(result):.1f}")
     for name in ("ttft", "tpot", "itl"):
         shown = [f"{figure}_{name}_ms" for figure in _FIGURES]
         cells.append(" / ".join(f"{result[key]:,.1f}" for key in shown if key in result))
