@@ -112,7 +112,7 @@ def test_strangers_are_turned_away() -> None:
 def test_rank_0_that_is_not_there() -> None:
     with listen("127.0.0.1") as listener:
         address = listener.getsockname()[:2]
-    with pytest.raises(RankError, match="rank 0 at 127.0.0.1 port .* does not answer"):
+    with pytest.raises(RankError, match=r"rank 0 at 127\.0\.0\.1 port .* does not answer"):
         introduce(address, hello(1), 1.0)
 
 
@@ -122,6 +122,7 @@ def test_a_lost_connection_is_told_to_all_and_to_the_owner() -> None:
         watches[1]._peers[0].sock.shutdown(socket.SHUT_RDWR)
         expected = "rank 1 (pid 1001) died with signal 9"
         assert failure(watches[0]) == failure(watches[2]) == expected
+        watches[0]._thread.join(LIMIT)
         assert told == [expected]
 
 

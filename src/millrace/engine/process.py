@@ -97,7 +97,7 @@ class _Front:
 
 def serve(args: EngineArgs, directory: Path, parent: int) -> int:
     """Build an engine and run it for the front behind `directory`. Returns the exit status."""
-    front = _Front(directory)
+    front, engine = _Front(directory), None
     watchdog = Watchdog(args.step_timeout, directory / REPORT)
     try:
         engine = build_engine(args, on_failure=lambda why: _insist(front, why))
@@ -110,15 +110,24 @@ def serve(args: EngineArgs, directory: Path, parent: int) -> int:
         front.send(Failed(str(error), user_error=True))
         return 2
     except RankError as error:
-        log.error("%s", error)
-        front.send(Failed(str(error), user_error=False))
-        return 1
+        _end_group(front, engine, str(error))
     except Exception as error:
         log.exception("the engine failed")
         front.send(Failed(f"{type(error).__name__}: {error}", user_error=False))
         return 1
     finally:
         front.close()
+
+
+def _end_group(front: _Front, engine: Replica | None, why: str) -> NoReturn:
+    """Say why the ranks cannot go on, and end at once: a collective in flight would hold us up."""
+    log.error("%s", why)
+    front.send(Failed(why, user_error=False))
+    front.close()
+    if engine is not None:
+        engine.children.stop(limit=0.0)
+    zmq.Context.instance().term()  # what was sent has gone out then
+    os._exit(1)
 
 
 def _insist(front: _Front, why: str) -> None:

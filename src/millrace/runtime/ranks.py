@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
 JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
+LEAVE_LIMIT = 5.0  # seconds for a group that has failed to be taken apart
 STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
 PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan as long as it takes
 _POLL = timedelta(seconds=0.25)
@@ -278,12 +280,20 @@ class Ranks:
         threads, and a thread that frees its last tensor while Python is being torn down aborts
         the process.
         """
-        if self.watch is not None:
-            self.watch.leave()
-            self.watch = None
-        if self.size > 1 and dist.is_initialized():
-            self.tensors = self.plans = None
+        if self.size == 1 or self.watch is None:
+            return
+        watch, self.watch = self.watch, None
+        watch.leave()
+        self.tensors = self.plans = None
+        if not dist.is_initialized():
+            return
+        if not watch.failed:
             dist.destroy_process_group()
+            return
+        # A collective that waits for a rank that is stopped may hold this up until it times out.
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_LIMIT)
 
 
 # --- meeting -----------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ class Watch:
         if self._failed.is_set():
             raise RankError(self._message)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the group has failed."""
+        return self._failed.is_set()
+
     def begin(self, step: int) -> None:
         """Note that this rank has begun its plan number `step`."""
         self._step = step
