@@ -19,6 +19,7 @@ import pytest
 from millrace.errors import UserError
 from millrace.fleet.supervisor import FleetOptions, Supervisor
 from millrace.gateway.app import GatewayOptions
+from millrace.gateway.keeper import HealthPolicy
 from millrace.http1 import Target, fetch
 from tests.support.gateways import FAST
 from tests.support.mock_replica import MockReplica
@@ -99,6 +100,36 @@ def test_a_killed_replica_is_restarted_and_meanwhile_the_other_answers() -> None
 
     run(scenario())
     assert any("replica 0 ended with status -9; restarting in 0.1 s" in line for line in lines)
+
+
+def test_a_replica_that_hangs_is_killed_and_restarted() -> None:
+    lines: list[str] = []
+    health = HealthPolicy(interval=0.05, timeout=0.2, slow_start=0.0)
+
+    async def scenario() -> None:
+        gateway = GatewayOptions(health=health)
+        async with supervised(lines, gateway=gateway, hung=0.3) as fleet:
+            before = fleet.pids[0]
+            await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
+            await asyncio.sleep(0.2)  # it is seen to serve
+            os.kill(before, signal.SIGSTOP)
+            await eventually(lambda: fleet.pids[0] != before)
+            await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
+
+    run(scenario())
+    assert any("replica 0 has been silent for 0.3 s" in line for line in lines)
+
+
+def test_metrics_of_all_replicas_are_on_one_page() -> None:
+    async def scenario() -> None:
+        async with supervised([]) as fleet:
+            page = await fetch(Target("127.0.0.1", fleet.gateway.port), "/metrics")
+            text = page.body.decode()
+            assert text.count("# TYPE mock_up gauge") == 1
+            assert [f'mock_up{{replica="{i}"}} 1' in text for i in (0, 1)] == [True, True]
+            assert "millrace_gateway_picks_total" in text
+
+    run(scenario())
 
 
 def test_a_replica_that_ends_at_once_fails_the_start_with_its_last_words() -> None:

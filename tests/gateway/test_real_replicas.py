@@ -28,7 +28,10 @@ async def answer(target: Target, index: int) -> tuple[list[int], str, int]:
     body |= {"ignore_eos": True, "return_token_ids": True}
     body["stream_options"] = {"include_usage": True}
     if index % 2:
-        path, more = "/v1/chat/completions", {"messages": [{"role": "user", "content": f"n{index}"}]}
+        path, more = (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": f"n{index}"}]},
+        )
     else:
         path, more = "/v1/completions", {"prompt": [index + 1, 2, 3]}
     data = json.dumps({**body, **more}).encode()

@@ -25,6 +25,10 @@ from millrace.gateway.replicas import Member
 from millrace.http1 import Response, Target, error_text, fetch
 
 
+# A few words: prompts of a single token take ways through some engines that fail.
+_PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperature": 0}
+
+
 class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds, all but `misses`: the checks in a row that may go unanswered before a replica
     counts as lost. idle_probe: a replica that has completed nothing for so long must prove a step;
@@ -330,7 +334,7 @@ class Keeper:
         """Have it complete one token: a green /health does not say that it can."""
         name = watched.member.models[0] if watched.member.models else None
         body = msgspec.json.encode(
-            {**({"model": name} if name else {}), "prompt": [1], "max_tokens": 1, "temperature": 0}
+            {**({"model": name} if name else {}), **_PROBE}
         )
         try:
             response = await self._fetch(
