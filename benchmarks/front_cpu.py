@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import uvloop
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.fake_engine import Behaviour
-from support.live_server import fake_server
-from support.text_model import write_text_model
+from tests.support.fake_engine import Behaviour
+from tests.support.live_server import fake_server
+from tests.support.text_model import write_text_model
 
 
 def request(tokens: int, chat: bool, stream: bool) -> bytes:
