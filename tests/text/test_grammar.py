@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
-from millrace.text.grammar import structured_source, tools_source
+from millrace.text.call_grammar import calls_source
+from millrace.text.grammar import structured_rules, structured_source
 from millrace.text.toolset import choose_tools, read_tools
 from tests.text.test_tools import SCHEMA, hermes, parse, xml
 
@@ -21,8 +23,8 @@ class _Bytes:
 
     eos_token_id = 256
     bos_token_id = None
-    tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
-    special_token_ids = [256]  # noqa: RUF012
+    tokens = [bytes([i]) for i in range(256)] + [b"<eos>", b"<tool_call>", b"</tool_call>"]
+    special_token_ids = [256, 257, 258]  # noqa: RUF012
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -31,10 +33,16 @@ class _Bytes:
 TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
-def accepts(source: str, text: str) -> bool:
+MARKERS = {"<tool_call>": 257, "</tool_call>": 258}
+
+
+def accepts(source: str, text: str, markers: bool = False) -> bool:
+    """markers: the two are tokens of their own."""
     matcher = LLMatcher(TOKENIZER, source)
     assert not matcher.is_error(), matcher.get_error()
-    data = list(text.encode())
+    data: list[int] = []
+    for part in re.split("(</?tool_call>)", text) if markers else [text]:
+        data += [MARKERS[part]] if markers and part in MARKERS else list(part.encode())
     return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
 
 
@@ -124,7 +132,7 @@ TOOLS = read_tools(
 
 
 def source_of(choice: Any, as_json: bool, parallel: bool = True) -> str:
-    return tools_source(choose_tools(TOOLS, choice, parallel), as_json, False, lambda _: None)
+    return calls_source(choose_tools(TOOLS, choice, parallel), as_json, False, lambda _: None)
 
 
 def test_a_forced_call_is_one_that_the_parser_reads() -> None:
@@ -154,10 +162,48 @@ def test_one_call_or_several() -> None:
     assert not accepts(source_of(named, False), xml("weather", city="x"))
 
 
+def test_words_are_free_and_the_calls_of_strict_tools_are_not() -> None:
+    given = [{**tool.given, "function": {**tool.given["function"]}} for tool in TOOLS]
+    given[0]["function"]["strict"] = True
+    choice = choose_tools(read_tools(given), "auto")
+    source = calls_source(choice, False, False, MARKERS.get)
+    good = xml("weather", city="x", days="3")
+    for text in ("", "words < alone", good, f"words\n{good} and {xml('now', any='thing')} more"):
+        assert accepts(source, text, markers=True), text
+    for text in (xml("weather", days="3"), xml("never"), "a <tool_call> b"):
+        assert not accepts(source, text, markers=True), text
+    one = calls_source(choose_tools(read_tools(given), "auto", False), False, False, MARKERS.get)
+    assert accepts(one, "words" + good, markers=True)
+    assert not accepts(one, good + good, markers=True)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_answer_is_calls_or_matches_its_schema(as_json: bool) -> None:
+    body = structured_rules(StructuredOutputs(json=PERSON), "field")
+    source = calls_source(choose_tools(TOOLS, "auto"), as_json, True, MARKERS.get, body)
+    call = hermes("now", any=1) if as_json else xml("now", any="1")
+    for text in (call, f"\n\n{call}\n{call}", '{"name": "A", "age": 3}'):
+        assert accepts(source, text, markers=True), text
+    for text in ("words", '{"name": "A"}', call + '{"name": "A", "age": 3}'):
+        assert not accepts(source, text, markers=True), text
+
+
+def test_what_the_matcher_cannot_bind_is_refused_for_strict_tools_alone() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    for strict in (False, True):
+        function = {"name": "f", "parameters": schema, "strict": strict}
+        choice = choose_tools(read_tools([{"type": "function", "function": function}]), "required")
+        if not strict:
+            assert accepts(calls_source(choice, False, False, lambda _: None), xml("f", a="[1, 1]"))
+            continue
+        with pytest.raises(RequestError, match=r"properties\.a: .*uniqueItems"):
+            calls_source(choice, False, False, lambda _: None)
+
+
 def test_a_wrong_schema_of_a_tool_is_told_with_its_place() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "strin"}}}
     tools = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
     for as_json in (False, True):
         with pytest.raises(RequestError) as caught:
-            tools_source(choose_tools(tools, "required"), as_json, False, lambda _: None)
+            calls_source(choose_tools(tools, "required"), as_json, False, lambda _: None)
         assert "tools[0].function.parameters.properties.a: " in str(caught.value)

@@ -139,14 +139,17 @@ def _grammar(
     front: Front, body: ChatRequest, choice: ToolChoice, reasons: bool
 ) -> Callable[[], Grammar] | None:
     """What makes the grammar that the answer must match, if there is one."""
+    codec, parser = front.codec, front.tool_call_parser
     wanted = structured_outputs(body)
-    if choice.mode == "required":
-        if wanted is not None:
-            raise RequestError(
-                f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
-            )
-        return partial(front.codec.forced_call, choice, front.tool_call_parser, reasons)
-    return wanted and partial(front.codec.structured, *wanted, reasons)
+    if choice.mode == "required" and wanted is not None:
+        raise RequestError(
+            f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
+        )
+    if choice.mode == "required" or (codec.binds_freely(choice) and wanted is None):
+        return partial(codec.calls, choice, parser, reasons)
+    if wanted is not None and choice.mode == "auto" and parser != "none":
+        return partial(codec.calls, choice, parser, reasons, wanted)
+    return wanted and partial(codec.structured, *wanted, reasons)
 
 
 def _parser(front: Front, choice: ToolChoice, thinks: bool) -> AnswerParser:

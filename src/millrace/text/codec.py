@@ -15,8 +15,9 @@ import msgspec
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
+from millrace.text.call_grammar import calls_source, can_bind_freely
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
-from millrace.text.grammar import structured_source, tools_source
+from millrace.text.grammar import structured_rules, structured_source
 from millrace.text.messages import Message, readable
 from millrace.text.output import OutputText
 from millrace.text.reasoning import END
@@ -172,11 +173,29 @@ class Codec:
         """
         return Grammar(structured_source(wanted, field, reasons), self._reasoning_end(reasons))
 
-    def forced_call(self, choice: ToolChoice, parser: ToolCallParser, reasons: bool) -> Grammar:
-        """The grammar of an answer that calls a tool."""
-        in_json = self._calls_in_json(parser)
-        source = tools_source(choice, in_json, reasons, self.tokenizer.token_id)
+    def calls(
+        self,
+        choice: ToolChoice,
+        parser: ToolCallParser,
+        reasons: bool,
+        wanted: tuple[StructuredOutputs, str] | None = None,
+    ) -> Grammar:
+        """The grammar of an answer that may or must call tools. wanted: what it must match where it
+        does not, and the field that says so. Otherwise as `structured`.
+        """
+        body = None
+        if wanted is not None:
+            self.structured(*wanted, reasons)  # for its message, should it be wrong
+            body = structured_rules(*wanted)
+        source = calls_source(
+            choice, self._calls_in_json(parser), reasons, self.tokenizer.token_id, body
+        )
         return Grammar(source, self._reasoning_end(reasons))
+
+    def binds_freely(self, choice: ToolChoice) -> bool:
+        """Whether calls are to be bound in an answer that may have none."""
+        strict = choice.mode == "auto" and any(tool.strict for tool in choice.tools)
+        return strict and can_bind_freely(self.tokenizer.token_id)
 
     def _calls_in_json(self, parser: ToolCallParser) -> bool:
         if parser == "auto":

@@ -27,11 +27,15 @@ _TYPES = {
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """One function. given: as the client described it. parameters: the schema of its arguments."""
+    """One function. given: as the client described it. parameters: the schema of its arguments.
+
+    strict: they must match it also where the model is free to call or not.
+    """
 
     name: str
     parameters: dict[str, Any]
     given: dict[str, Any]
+    strict: bool = False
 
     def property_types(self, key: str) -> frozenset[str]:
         """JSON types that an argument may have; empty where the schema does not say."""
@@ -77,7 +81,8 @@ def _tool(given: Mapping[str, Any], where: str) -> Tool:
     if parameters is not None and not isinstance(parameters, dict):
         message = f"{where}.function.parameters must be a JSON schema, an object"
         raise RequestError(message, param="tools")
-    return Tool(name, parameters or {"type": "object", "properties": {}}, dict(given))
+    schema = parameters or {"type": "object", "properties": {}}
+    return Tool(name, schema, dict(given), function.get("strict") is True)
 
 
 def choose_tools(
