@@ -348,7 +348,8 @@ def _benchy_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     depth = f" @ d{context}" if context else ""
     prompt, output = round(result["mean_input_len"]) - context, round(result["mean_output_len"])
     ttft = result["mean_ttft_ms"]
-    speed = 1e3 * result["mean_input_len"] / ttft if ttft else 0.0
+    served = result["total_input_tokens"] / max(1, result["completed"])
+    speed = 1e3 * served / ttft if ttft else 0.0
     steady = result["steady_state"] or result
     model, late = str(result["model_id"]), f"{ttft:.2f}"
     return [
