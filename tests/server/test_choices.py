@@ -222,8 +222,9 @@ def test_every_cut_of_a_stream_can_be_resumed(http: httpx.Client) -> None:
     tokens, text = joined(chunks)
     end = chunks[-1]["choices"][0]
     assert (end["finish_reason"], end["stop_reason"]) == ("stop", "sp")
-    for cut in range(len(tokens)):
-        before = joined_until(chunks, cut)
+    for shown in range(len(chunks)):  # a chunk may hold several tokens
+        before_tokens, before = joined(chunks[:shown])
+        cut = len(before_tokens)
         rest = events(http, COMPLETIONS, {**body, "resume_token_ids": tokens[:cut]})
         more, after = joined(rest)
         assert more == tokens[cut:]
@@ -271,18 +272,6 @@ def joined(chunks: list[dict[str, Any]]) -> tuple[list[int], str]:
     choices = [chunk["choices"][0] for chunk in chunks]
     tokens = [token for choice in choices for token in choice.get("token_ids", [])]
     return tokens, "".join(choice["text"] for choice in choices)
-
-
-def joined_until(chunks: list[dict[str, Any]], cut: int) -> str:
-    """The text that had been shown when the first `cut` tokens had come."""
-    text, seen = "", 0
-    for chunk in chunks:
-        (choice,) = chunk["choices"]
-        if seen + len(choice["token_ids"]) > cut:
-            break
-        seen += len(choice["token_ids"])
-        text += choice["text"]
-    return text
 
 
 # --- bounds of an output ------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def chat_text(front: Front, body: ChatRequest, choice: ToolChoice) -> str:
     """The prompt's text. Raises RequestError."""
     return front.codec.chat_prompt(
         body.messages,
-        tools=choice.tools if choice.mode != "none" else (),
+        tools=choice.offered,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         variables=_variables(front, body),
@@ -107,7 +107,7 @@ def chat_text(front: Front, body: ChatRequest, choice: ToolChoice) -> str:
 
 
 def tool_choice(front: Front, body: ChatRequest) -> ToolChoice:
-    """Which tools the answer may call. A named one is called; the prompt tells of that one."""
+    """Which tools the answer may call."""
     tools = read_tools(body.tools)
     choice = choose_tools(tools, body.tool_choice, body.parallel_tool_calls is not False)
     if choice.mode == "required" and front.tool_call_parser == "none":
@@ -156,5 +156,5 @@ def _parser(front: Front, choice: ToolChoice, thinks: bool) -> AnswerParser:
     calls = choice.mode != "none" and front.tool_call_parser != "none"
     return AnswerParser(
         ReasoningSplit() if thinks else None,
-        ToolParser(choice.tools, front.tool_call_parser) if calls else None,
+        ToolParser(choice.offered, front.tool_call_parser) if calls else None,
     )

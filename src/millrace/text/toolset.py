@@ -45,10 +45,15 @@ class Tool(msgspec.Struct, frozen=True):
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
-    """Which tools an answer may or must call. parallel: it may make several calls."""
+    """Which tools an answer may or must call. parallel: it may make several calls.
+
+    tools: those that may be called. offered: those that the prompt tells of, which stays the same
+    whichever of them must be called, so that it is found in the prefix cache.
+    """
 
     mode: Literal["none", "auto", "required"]
-    tools: tuple[Tool, ...]  # in mode required: one of these
+    tools: tuple[Tool, ...]
+    offered: tuple[Tool, ...]
     parallel: bool = True
 
 
@@ -97,13 +102,13 @@ def choose_tools(
         if choice == "required" and not tools:
             raise RequestError("tool_choice required needs tools", param="tool_choice")
         mode: Literal["none", "auto", "required"] = choice if tools else "none"  # type: ignore[assignment]
-        return ToolChoice(mode, tools, parallel)
+        return ToolChoice(mode, tools, () if mode == "none" else tools, parallel)
     if not isinstance(choice, Mapping):
         raise _bad_choice(choice)
     if choice.get("type") == "allowed_tools":
         return _allowed(tools, choice.get("allowed_tools"), parallel)
     named = _named(tools, choice)
-    return ToolChoice("required", (named,), parallel=False)
+    return ToolChoice("required", (named,), tools, parallel=False)
 
 
 def _allowed(tools: tuple[Tool, ...], given: Any, parallel: bool) -> ToolChoice:
