@@ -128,8 +128,10 @@ class ClientSide(asyncio.Protocol):
         self._waiting.append(request)
         if len(self._waiting) > self._relay.limits.max_pipelined:
             self.close()
-        else:
-            self._next()
+            return
+        self._next()
+        if self._waiting and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()  # until those before it have been answered
 
     def _grow_head(self, size: int) -> None:
         self._head_size += size
@@ -187,6 +189,8 @@ class ClientSide(asyncio.Protocol):
     def _next(self) -> None:
         while self._exchange is None and self._waiting and self._transport is not None:
             request = self._waiting.popleft()
+            if not self._waiting and not self._transport.is_closing():
+                self._transport.resume_reading()
             if isinstance(request, Answer):  # a refusal, the last thing said here
                 self._relay.part.answered(request.status)
                 self.write(request.encode())

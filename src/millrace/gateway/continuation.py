@@ -54,10 +54,11 @@ def continuing_request(ask: Ask, progress: Progress, kind: Kind) -> tuple[bytes 
     return _COMPLETIONS, msgspec.json.encode(body)
 
 
-def whole_already(ask: Ask, progress: Progress, kind: Kind) -> bool:
+def whole_already(ask: Ask, progress: Progress) -> bool:
     """Whether no token is missing, only the stream's end."""
-    spent = ask.max_tokens is not None and len(progress.token_ids) >= ask.max_tokens
-    return progress.finished or (kind == "vllm" and spent)
+    made = len(ask.given) + len(progress.token_ids)
+    spent = ask.max_tokens is not None and made >= ask.max_tokens
+    return progress.finished or spent
 
 
 class Continuation:

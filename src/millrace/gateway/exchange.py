@@ -12,16 +12,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from millrace.gateway.ask import read_ask, worded
+from millrace.gateway.ask import read_ask
 from millrace.gateway.carried import Carried
-from millrace.gateway.continuation import (
-    Continuation,
-    can_continue,
-    continuing_request,
-    whole_already,
-)
-from millrace.gateway.journal import Progress
-from millrace.gateway.kept import ERROR_EVENT, KeptStream
+from millrace.gateway.kept import ERROR_EVENT
 from millrace.gateway.message import (
     Answer,
     Headers,
@@ -33,6 +26,7 @@ from millrace.gateway.message import (
 )
 from millrace.gateway.replica_side import ReplicaSide
 from millrace.gateway.replicas import Replica
+from millrace.gateway.resumption import Resumption
 
 if TYPE_CHECKING:
     from millrace.gateway.client_side import ClientSide
@@ -55,7 +49,7 @@ class Exchange:
         self.first_byte: float | None = None
         self.status = 0
         self.carried = Carried(relay.replicas)
-        self.retries = self.moves = 0
+        self.retries = 0
         self.replica: Replica | None = None
         self._tried: list[Replica] = []
         self._failures = 0
@@ -69,9 +63,7 @@ class Exchange:
         self._keep_alive = False
         self._delimited = True
         self._last_failure = ""
-        self._kept: KeptStream | None = None
-        self._progress: Progress | None = None
-        self._continuation: Continuation | None = None
+        self._stream = Resumption(relay, self.ask)
         self._wait_until = 0.0
 
     # --- from the client -----------------------------------------------------------------------
@@ -137,9 +129,7 @@ class Exchange:
 
     def _attempt(self) -> None:
         relay = self._relay
-        able = relay.replicas.available(self._tried, self.ask.model)
-        if self._progress is not None:
-            able = [r for r in able if can_continue(self.ask, self._progress, r.member.kind)]
+        able = self._stream.able(relay.replicas.available(self._tried, self.ask.model))
         if not able:
             self._give_up()
             return
@@ -153,8 +143,7 @@ class Exchange:
         relay.part.event("relay_ns", time.perf_counter_ns() - began)
         self._tried.append(replica)
         self.replica = replica
-        made = len(self._progress.token_ids) if self._progress else 0
-        self.carried.begin(replica, self.ask, made, self)
+        self.carried.begin(replica, self.ask, self._stream.made, self)
         idle = relay.take_idle(replica)
         if idle is not None:
             self._send(idle)
@@ -185,20 +174,14 @@ class Exchange:
 
     def _send(self, side: ReplicaSide) -> None:
         self._upstream = side
-        kind = side.replica.member.kind
-        path: bytes | None = None
-        if self._progress is not None:
-            self._continuation = Continuation(self.ask, self._progress, kind)
-            path, body = continuing_request(self.ask, self._progress, kind)
-        else:
-            body = worded(self.ask, kind)
+        path, body = self._stream.question(side.replica.member.kind)
         data = request_bytes(
             self.request, body, path=path, authorization=self._relay.access.upstream
         )
         if self._client.paused:
             side.pause()
         headless = self.request.method == b"HEAD"
-        side.send(self, data, headless=headless, decode=self._progress is not None)
+        side.send(self, data, headless=headless, decode=self._stream.moving)
 
     # --- from the replica ----------------------------------------------------------------------
 
@@ -216,7 +199,7 @@ class Exchange:
         if status in _BUSY and self._other_replicas():
             self._pass_over(f"answered {status}")
             return False
-        if self._progress is not None:
+        if self._stream.moving:
             if status == 200:
                 return True
             self.failed(f"answered {status} to a request to go on", lost=status < 500)
@@ -232,11 +215,16 @@ class Exchange:
         kind = header(headers, b"content-type")
         streams = status == 200 and chunked and kind.startswith(b"text/event-stream")
         if streams and self.ask.resumable and self._member_kind != "other":
-            self._kept = KeptStream(self._relay, strip=not self.ask.wants_ids)
+            self._stream.keep()
         elif streams and self.ask.stream:
             self._relay.part.event("unprotected")
         self._client.hold(response_head(status, reason, headers, self._keep_alive, request.id))
         return True
+
+    @property
+    def moves(self) -> int:
+        """How often its stream has gone to another replica."""
+        return self._stream.moves
 
     @property
     def _member_kind(self) -> str:
@@ -246,20 +234,18 @@ class Exchange:
         """Pass bytes on to the client: as they are, or as the continuation words them."""
         self.carried.bytes += len(data)
         self.carried.chunks += 1
-        if self._continuation is not None:
-            self._continue(data)
-        elif self._kept is None:
-            self._client.write(data)
-        elif not self._error_came(data):
-            passed = self._kept.take(data)
-            if passed:
-                self._client.write(passed)
+        if ERROR_EVENT in data and self._error_came(data):
+            return
+        passed = self._stream.take(data)
+        if passed:
+            self._failures = 0
+            self._client.write(passed)
+        if self._stream.trouble is not None:
+            self.failed(self._stream.trouble)
 
     def _error_came(self, data: bytes) -> bool:
         """Whether the replica ended its stream with an error, and the rest comes from elsewhere."""
-        if ERROR_EVENT not in data or self._kept is None or not self._may_move():
-            return False
-        before = self._kept.before_error(data)
+        before = self._stream.before_error(data)
         if before is None:
             return False
         if before:
@@ -267,43 +253,24 @@ class Exchange:
         self.failed("ended its stream with an error")
         return True
 
-    def _continue(self, data: bytes) -> None:
-        assert self._continuation is not None
-        words = self._continuation.take(data)
-        if words:
-            self._failures = 0
-            self._client.write(words)
-        if self._continuation.failure is not None:
-            self.failed(self._continuation.failure)
-
     def complete(self, data: bytes, reusable: bool) -> None:
         """The response is whole with these bytes. reusable: its connection can carry another."""
         replica = self.replica
         assert replica is not None
-        if self._continuation is not None:
-            self.body(data)
-            if self.replica is not replica:
-                return  # it went elsewhere
-            if not self._progress_whole():
-                self.failed("ended a stream before its end")
-                return
-            self._client.write(b"0\r\n\r\n")
-        elif self._kept is not None:
-            if self._error_came(data):
-                return
-            self.carried.bytes += len(data)
-            self.carried.chunks += 1
-            self._client.write(self._kept.rest(data))
-        else:
-            self.body(data)
+        self.carried.bytes += len(data)
+        self.carried.chunks += 1
+        if ERROR_EVENT in data and self._error_came(data):
+            return
+        last = self._stream.finish(data)
+        if last is None:
+            self.failed(self._stream.trouble or "ended a stream before its end")
+            return
+        self._client.write(last)
         self._relay.replicas.succeeded(replica)
         if self.ask.stream and self.status == 200:
             self._relay.replicas.learn_output(self.carried.chunks)
         self._end(self.status, reusable)
         self._client.finished(self._keep_alive)
-
-    def _progress_whole(self) -> bool:
-        return self._progress is not None and self._progress.done
 
     # --- failures ------------------------------------------------------------------------------
 
@@ -324,7 +291,7 @@ class Exchange:
         if not self.status:
             self._leave(reusable=False)
             self._retry()
-        elif self._may_move():
+        elif self._stream.possible:
             self._leave(reusable=False)
             self._move()
         else:
@@ -348,30 +315,18 @@ class Exchange:
         self._relay.part.event("retries")
         self._attempt()
 
-    def _may_move(self) -> bool:
-        """Whether the stream can be continued elsewhere, as far as this request goes."""
-        if self.moves >= self._relay.limits.moves:
-            return False
-        return self._progress is not None or (self._kept is not None and self._kept.resumable)
-
     def _move(self) -> None:
-        """Continue the stream on another replica."""
-        self.moves += 1
-        if self._progress is None:
-            assert self._kept is not None
-            self._progress = self._kept.progress()
-            if self._progress is None:
-                self._cut_off()
-                return
-        progress, ask = self._progress, self.ask
-        if whole_already(ask, progress, "vllm" if progress.finished else "millrace"):
-            self._client.write(Continuation(ask, progress, "millrace").ending(ask.include_usage))
-            self._relay.part.event("resumed")
+        """Go on with the stream on another replica."""
+        if not self._stream.leave():
+            self._cut_off()
+            return
+        self._relay.part.event("resumed")
+        ending = self._stream.ending()
+        if ending is not None:
+            self._client.write(ending)
             self._end(self.status, reusable=False)
             self._client.finished(self._keep_alive)
             return
-        self._relay.part.event("resumed")
-        self._continuation = None
         self._tried = self._tried[-1:]  # earlier ones may have come back
         self._wait_until = self._loop.time() + self._relay.limits.resume_wait
         self._attempt()
@@ -380,7 +335,7 @@ class Exchange:
 
     def _give_up(self) -> None:
         """No replica is left to try."""
-        if self._progress is not None:
+        if self._stream.moving:
             self._wait_for_a_replica()
         elif self._last_failure:
             message = f"every replica failed; the last: {self._last_failure}"
@@ -432,7 +387,7 @@ class Exchange:
     def _cut_off(self) -> None:
         part = self._relay.part
         part.event("cut_off")
-        if self.moves:
+        if self._stream.moves:
             part.event("resume_failed")
         self._end(self.status, reusable=False)
         if self._delimited:
@@ -465,8 +420,7 @@ class Exchange:
         for timer in (self._timer, self._waiter):
             if timer is not None:
                 timer.cancel()
-        if self._kept is not None:
-            self._kept.close()
+        self._stream.close()
         if not counted:
             relay.part.answered(status)
         relay.part.event("relayed_requests")

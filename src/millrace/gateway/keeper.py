@@ -24,7 +24,6 @@ from millrace.gateway.load_report import LoadReports
 from millrace.gateway.replicas import Member
 from millrace.http1 import Response, Target, error_text, fetch
 
-
 # A few words: prompts of a single token take ways through some engines that fail.
 _PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperature": 0}
 
@@ -333,9 +332,7 @@ class Keeper:
     async def _probe(self, watched: _Watched) -> str | None:
         """Have it complete one token: a green /health does not say that it can."""
         name = watched.member.models[0] if watched.member.models else None
-        body = msgspec.json.encode(
-            {**({"model": name} if name else {}), **_PROBE}
-        )
+        body = msgspec.json.encode({**({"model": name} if name else {}), **_PROBE})
         try:
             response = await self._fetch(
                 watched, "/v1/completions", "POST", body, self._policy.probe_timeout

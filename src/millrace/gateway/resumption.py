@@ -1,0 +1,122 @@
+"""One stream's way over one replica or several: kept, read when a replica fails, gone on with.
+
+An exchange gives it what replicas say, and passes on what it returns. It decides nothing about who
+is picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from millrace.gateway.ask import Ask, Kind, worded
+from millrace.gateway.continuation import (
+    Continuation,
+    can_continue,
+    continuing_request,
+    whole_already,
+)
+from millrace.gateway.journal import Progress
+from millrace.gateway.kept import ERROR_EVENT, KeptStream
+from millrace.gateway.replicas import Replica
+
+if TYPE_CHECKING:
+    from millrace.gateway.relay import Relay
+
+
+class Resumption:
+    """moves: how often the stream has gone to another replica."""
+
+    def __init__(self, relay: Relay, ask: Ask) -> None:
+        self._relay = relay
+        self._ask = ask
+        self._kept: KeptStream | None = None
+        self._progress: Progress | None = None
+        self._continuation: Continuation | None = None
+        self.moves = 0
+
+    # --- before and between replicas -------------------------------------------------------------
+
+    @property
+    def moving(self) -> bool:
+        """Whether the stream has been read, to be gone on with elsewhere."""
+        return self._progress is not None
+
+    @property
+    def made(self) -> int:
+        """Output tokens that the next replica goes on from."""
+        return len(self._progress.token_ids) if self._progress is not None else 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether the stream can go on elsewhere, as far as it goes by itself."""
+        if self.moves >= self._relay.limits.moves:
+            return False
+        return self.moving or (self._kept is not None and self._kept.resumable)
+
+    def keep(self) -> None:
+        """A stream begins that can be resumed: keep it."""
+        self._kept = KeptStream(self._relay, strip=not self._ask.wants_ids)
+
+    def able(self, replicas: Sequence[Replica]) -> Sequence[Replica]:
+        """Those of the replicas that could go on."""
+        progress = self._progress
+        if progress is None:
+            return replicas
+        return [r for r in replicas if can_continue(self._ask, progress, r.member.kind)]
+
+    def question(self, kind: Kind) -> tuple[bytes | None, bytes]:
+        """(path, body) for the next replica; path None for the request's own."""
+        if self._progress is None:
+            return None, worded(self._ask, kind)
+        self._continuation = Continuation(self._ask, self._progress, kind)
+        return continuing_request(self._ask, self._progress, kind)
+
+    def leave(self) -> bool:
+        """The replica has failed: read what the client has. False: it is not known."""
+        self.moves += 1
+        self._continuation = None
+        if self._progress is None and self._kept is not None:
+            self._progress = self._kept.progress()
+        return self._progress is not None
+
+    def ending(self) -> bytes | None:
+        """The stream's end, if that is all that is missing."""
+        progress = self._progress
+        if progress is None or not whole_already(self._ask, progress):
+            return None
+        return Continuation(self._ask, progress, "millrace").ending(self._ask.include_usage)
+
+    def close(self) -> None:
+        """The stream is over."""
+        if self._kept is not None:
+            self._kept.close()
+
+    # --- from a replica --------------------------------------------------------------------------
+
+    def take(self, data: bytes) -> bytes:
+        """What the client gets now that this has come; see `trouble` afterwards."""
+        if self._continuation is not None:
+            return self._continuation.take(data)
+        return data if self._kept is None else self._kept.take(data)
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with what was taken."""
+        return self._continuation.failure if self._continuation is not None else None
+
+    def before_error(self, data: bytes) -> bytes | None:
+        """If this brings an error of the replica's own, and the stream can go on elsewhere: what
+        the client gets before it. Else None."""
+        if ERROR_EVENT not in data or self._kept is None or not self.possible or self.moving:
+            return None
+        return self._kept.before_error(data)
+
+    def finish(self, data: bytes) -> bytes | None:
+        """The response is whole with this: what the client gets. None: its end is missing."""
+        if self._continuation is None:
+            return data if self._kept is None else self._kept.rest(data)
+        words = self._continuation.take(data)
+        if self._progress is None or not self._progress.done:
+            return None
+        return words + b"0\r\n\r\n"
