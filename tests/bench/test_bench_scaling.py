@@ -105,6 +105,8 @@ def row(replicas: int, *totals: float, accuracy: Accuracy | None = None) -> Scal
         {
             "total_token_throughput": total,
             "output_throughput": total / 3,
+            "request_throughput": total / 100,
+            "max_concurrent_requests": 16,
             "completed": 5,
             "failed": 0,
             **latencies,
@@ -127,7 +129,19 @@ def test_the_table_says_why_there_is_no_accuracy() -> None:
     assert len({len(line) for line in lines[:4]}) == 1
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     latency = "1.0 / 2.0 / 3.0"
-    expected = ["1", "1,000", "1,000", "100.0%", "333", latency, latency, latency, "50.0%"]
+    expected = [
+        "1",
+        "1,000",
+        "1,000",
+        "100.0%",
+        "333",
+        "16",
+        "10.00",
+        latency,
+        latency,
+        latency,
+        "50.0%",
+    ]
     assert cells == expected
     assert lines[3].rstrip(" |").endswith("n/a")
     assert lines[-1] == "accuracy n/a: random"
