@@ -65,8 +65,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def send_delay(self) -> float:
-        """Seconds between the moment at which it was due and its start."""
-        return (self.start_ns - self.scheduled_ns) / 1e9
+        """Seconds between the moment at which it was due and its start. The loop's timers may wake
+        up to a ms early; that is no delay."""
+        return max(0, self.start_ns - self.scheduled_ns) / 1e9
 
 
 class Batch(msgspec.Struct, frozen=True):

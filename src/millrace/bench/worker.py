@@ -42,6 +42,7 @@ from millrace.errors import UserError
 _PREPARED = 20_000  # requests made before the run begins; more are made as it goes
 _SAMPLED = 256  # prompts whose lengths are told where a workload has no end
 _TELL_S = 0.5
+_OPENED = 32  # connections opened beforehand where there is no limit
 
 
 class _Orders(asyncio.Protocol):
@@ -85,7 +86,7 @@ class Share:
     def __init__(self, assignment: Assignment) -> None:
         self._options, self._model = assignment.options, assignment.model
         self._part = (assignment.process, assignment.processes)
-        self.connections = min(assignment.limit or 0, self._own_count())
+        self.connections = min(assignment.limit or _OPENED, self._own_count())
         self._make = maker(self._options.workload, as_text=self._options.as_text)
         self._known: dict[int, Prompt] = {}
         self._jobs: dict[int, Job] = {}
