@@ -42,6 +42,19 @@ def streaming(server: LiveServer, body: dict[str, Any] = LONG) -> Iterator[Itera
         yield lines
 
 
+@contextlib.contextmanager
+def sent(server: LiveServer, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A connection on which a request was sent, and whose answer nobody has read."""
+    data = json.dumps(body).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(data) + data
+        )
+        yield connection
+
+
 def post(server: LiveServer, body: dict[str, Any] = LONG) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
 
@@ -52,22 +65,16 @@ def post(server: LiveServer, body: dict[str, Any] = LONG) -> httpx.Response:
 def test_leaving_a_stream_aborts_the_request(slow: LiveServer) -> None:
     with streaming(slow):
         assert slow.open_in_engine() == 1
-    wait_for(lambda: slow.open_in_engine() == 0, 2)
+    wait_for(lambda: slow.open_in_engine() == 0)
     assert slow.metric("millrace:requests_finished_total") == 1
     assert "abort" in httpx.get(f"{slow.url}/metrics").text
     assert "Traceback" not in slow.log
 
 
 def test_leaving_before_the_answer_aborts_every_prompt(slow: LiveServer) -> None:
-    body = json.dumps({**LONG, "prompt": ["hello", "world", "END"]}).encode()
-    host, port = slow.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
-        )
-        wait_for(lambda: slow.open_in_engine() == 3, 2)
-    wait_for(lambda: slow.open_in_engine() == 0, 2)
+    with sent(slow, {**LONG, "prompt": ["hello", "world", "END"]}):
+        wait_for(lambda: slow.open_in_engine() == 3)
+    wait_for(lambda: slow.open_in_engine() == 0)
     assert "Traceback" not in slow.log
 
 
@@ -76,15 +83,8 @@ def test_a_client_that_does_not_read_costs_the_others_nothing(
 ) -> None:
     behaviour = Behaviour(step=0.0005, tokens=50)
     with fake_server(text_model, tmp_path / "log", behaviour, max_model_len=200_000) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        body = json.dumps(
-            {**LONG, "max_tokens": 150_000, "stream": True, "return_token_ids": True}
-        ).encode()
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
+        body = {**LONG, "max_tokens": 150_000, "stream": True, "return_token_ids": True}
+        with sent(server, body) as connection:
             wait_for(lambda: server.metric("millrace:generation_tokens_total") >= 150_000, 20)
             assert post(server, {"prompt": "hello", "max_tokens": 3}).status_code == 200
             received = b""
@@ -104,21 +104,19 @@ def test_a_client_that_does_not_read_costs_the_others_nothing(
 
 def test_a_full_queue_answers_429(text_model: Path, tmp_path: Path) -> None:
     options = {"max_num_seqs": 2, "max_queue": 3}
-    with (
-        fake_server(text_model, tmp_path / "log", SLOW, **options) as server,
-        concurrent.futures.ThreadPoolExecutor(5) as pool,
-    ):
-        body = {**LONG, "max_tokens": 20}
-        running = [pool.submit(post, server, body) for _ in range(5)]
-        wait_for(lambda: server.open_in_engine() == 5)
-        assert server.metric("vllm:num_requests_running") == 2
-        answer = post(server, body)
-        assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "1"
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert "5 requests are open" in answer.json()["error"]["message"]
-        assert server.metric("millrace:requests_rejected_total") == 1
-        assert [one.result().status_code for one in running] == [200] * 5
+    with fake_server(text_model, tmp_path / "log", SLOW, **options) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(sent(server, LONG))
+            wait_for(lambda: server.open_in_engine() == 5)
+            assert server.metric("vllm:num_requests_running") == 2
+            answer = post(server)
+            assert answer.status_code == 429
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert "5 requests are open" in answer.json()["error"]["message"]
+            assert server.metric("millrace:requests_rejected_total") == 1
+        wait_for(lambda: server.open_in_engine() == 0)
         assert post(server, {**LONG, "max_tokens": 1}).status_code == 200
 
 
@@ -135,7 +133,7 @@ def test_an_engine_that_is_killed_ends_everything_cleanly(slow: LiveServer) -> N
         began = time.monotonic()
         slow.engine().kill()
         rest = [line for line in lines if line]
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         error = json.loads(rest[-2].removeprefix("data: "))["error"]
         assert error["code"] == "engine_dead"
         assert "signal 9" in error["message"]
@@ -143,7 +141,7 @@ def test_an_engine_that_is_killed_ends_everything_cleanly(slow: LiveServer) -> N
         answer = waiting.result()
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_dead"
-    assert slow.process.wait(5) == 1
+    assert slow.process.wait(20) == 1
     assert "Traceback" not in slow.log
 
 
@@ -154,7 +152,7 @@ def test_an_engine_that_dies_by_itself(text_model: Path, tmp_path: Path) -> None
         answer = post(server)
         assert answer.status_code == 503
         assert "status 17" in answer.json()["error"]["message"]
-        assert server.process.wait(5) == 1
+        assert server.process.wait(20) == 1
 
 
 @pytest.mark.parametrize(("user_error", "status"), [(True, 2), (False, 1)])
@@ -194,7 +192,7 @@ def test_open_requests_may_end_after_sigterm(text_model: Path, tmp_path: Path) -
             rest = [line for line in lines if line]
         assert '"finish_reason":"length"' in rest[-2]
         assert rest[-1] == "data: [DONE]"
-        assert server.process.wait(5) == 0
+        assert server.process.wait(20) == 0
 
 
 def test_requests_that_take_too_long_are_told(slow: LiveServer) -> None:
@@ -204,8 +202,8 @@ def test_requests_that_take_too_long_are_told(slow: LiveServer) -> None:
         slow.process.send_signal(signal.SIGINT)
         rest = [line for line in lines if line]
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
-    assert slow.process.wait(5) == 0
-    assert time.monotonic() - began < 8
+    assert slow.process.wait(20) == 0
+    assert time.monotonic() - began < 15
     assert not engine.is_running()
     assert "Traceback" not in slow.log
 
@@ -237,7 +235,7 @@ def test_nothing_is_left_in_the_temporary_directory(
         with fake_server(text_model, tmp_path / "log") as server:
             assert len(list(short.iterdir())) == 1
             server.process.terminate()
-            assert server.process.wait(5) == 0
+            assert server.process.wait(20) == 0
         assert list(short.iterdir()) == []
     finally:
         short.rmdir()
