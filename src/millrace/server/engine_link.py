@@ -20,12 +20,13 @@ import zmq
 
 from millrace.config import EngineArgs
 from millrace.engine.watchdog import REPORT, where
-from millrace.protocol import FromEngine, ToEngine
+from millrace.protocol import Failed, FromEngine, ToEngine
 from millrace.server.engine_process import EngineProcess
 
 logger = logging.getLogger(__name__)
 
 RESEND_SECONDS = 0.005
+LAST_WORDS_SECONDS = 1.0  # for the message of an engine that has ended
 MAX_IPC_PATH = 90  # a Unix socket's name has at most 107 bytes
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -48,6 +49,7 @@ class EngineLink:
         self._on_end = on_end
         self._outbox: deque[bytes] = deque()
         self._closed = False
+        self._failed = False  # the engine has said that it ends, and why
         self._process: EngineProcess | None = None
 
     async def start(self, args: EngineArgs, program: Sequence[str]) -> None:
@@ -103,19 +105,29 @@ class EngineLink:
         # The descriptor signals changes, not a state: read until there is nothing left.
         with contextlib.suppress(zmq.Again):
             while not self._closed:
-                self._on_message(_decode(self._from_engine.recv(zmq.NOBLOCK)))
+                message = _decode(self._from_engine.recv(zmq.NOBLOCK))
+                self._failed = isinstance(message, Failed)
+                self._on_message(message)
 
     async def _watch_process(self, process: EngineProcess) -> None:
         status = await process.wait()
-        self._receive()  # its last words, if there are any
+        report = self._report()
+        if status > 0 and not report:
+            await self._hear_last_words()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         reason = f"the engine process ended with {how}"
-        report = self._report()
         if report:
             logger.error("the stacks of the engine when it was stuck:\n%s", report)
             reason = f"the engine was stuck in one step, {where(report)}"
         self._close()
         self._on_end(reason)
+
+    async def _hear_last_words(self) -> None:
+        """Say why it failed, if it did: its message may still be on its way when it has ended."""
+        deadline = self._loop.time() + LAST_WORDS_SECONDS
+        while not self._failed and self._loop.time() < deadline:
+            self._receive()
+            await asyncio.sleep(0.01)
 
     def _report(self) -> str:
         """What the engine's watchdog wrote before it ended the process, if it did."""
