@@ -149,6 +149,16 @@ def test_one_that_fails_on_one_rank_is_left_out_on_all(monkeypatch: pytest.Monke
     both = settled(monkeypatch, ways, {"group": 9, "quick": 1})
     assert [names(found) for found in both] == [["group", "group"]] * 2
 
+    def raising(ranks: Any) -> list[Way]:
+        def run(x: Tensor) -> Tensor:
+            total: Tensor = ranks.all_reduce(x)
+            return total if ranks.rank else total.view(3, -1)
+
+        return [Way("quick", ranks, run)]
+
+    both = settled(monkeypatch, raising, {"group": 9, "quick": 1})
+    assert [names(found) for found in both] == [["group", "group"]] * 2
+
 
 def test_one_that_cannot_be_set_up_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     meeting = Meeting(2)
@@ -163,7 +173,7 @@ def test_one_that_cannot_be_set_up_is_left_out(caplog: pytest.LogCaptureFixture)
 
     with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING):
         assert list(pool.map(set_up, range(2))) == [None, None]
-    assert "all-reduce by peers is left out: no such device\n" in caplog.text + "\n"
+    assert "all-reduce by peers is left out: OSError: no such device\n" in caplog.text + "\n"
 
 
 def test_every_candidate_of_a_cpu_adds_up() -> None:

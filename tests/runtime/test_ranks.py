@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,9 +21,10 @@ from millrace.config import engine_args
 from millrace.engine import launch
 from millrace.engine.replica import Replica
 from millrace.errors import ConfigError, RankError
+from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.protocol import AddRequest, Failed, FromEngine, Ready, SamplingParams
 from millrace.runtime import watch
-from tests.support.engines import DEFAULTS, build
+from tests.support.engines import DEFAULTS, assert_same, build, generate, run
 
 LIMIT = 30.0  # seconds in which everything must be over; it takes about two
 
@@ -139,6 +141,22 @@ def test_the_engine_process_reports_it(tiny_model: Path) -> None:
     assert not rank.is_running()
     assert log.count("has not answered") == 1
     assert "Traceback" not in log
+
+
+def test_the_tokens_of_one_rank_from_fp8_weights_of_awkward_width(tmp_path: Path) -> None:
+    """With drafts and the prefix cache; blocks and tiles do not divide by two."""
+    shape = replace(UNIT_TEST, fp8=True, intermediate_size=136, vocab_size=321)
+    model = write_checkpoint(tmp_path / "model", shape, seed=2)
+    spec = {"speculative_config": {"num_speculative_tokens": 2}, "enable_prefix_caching": True}
+    prompts = [[5, 9, 40, 77] * 6, [5, 9, 40, 77] * 6 + [8, 3], [11]]
+    alone, _ = run(model, prompts)
+    engine = build(model, tensor_parallel_size=2, **spec)
+    try:
+        for _ in range(2):
+            assert_same(model, prompts, alone, generate(engine, prompts))
+        assert engine.stats().prefix_hits > 0
+    finally:
+        engine.close()
 
 
 def wait_for(socket: zmq.Socket[bytes], kind: type) -> object:

@@ -1,0 +1,64 @@
+"""Two GPUs: the CPU's tokens, whichever way sums go; the CPU twin is test_metamorphic.py."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from millrace.model.tiny import TinyShape, write_checkpoint
+from millrace.runtime import collectives
+from tests.support.engines import assert_same, build, generate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+GPU_TIE = 1e-2
+_rng = random.Random(2)
+PROMPTS = [[_rng.randrange(3, 2000) for _ in range(n)] for n in (1, 2, 17, 64, 65, 129)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = replace(TinyShape(), intermediate_size=648)
+    return write_checkpoint(tmp_path_factory.mktemp("gpu") / "model", shape, seed=3)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(model: Path) -> list[list[int]]:
+    engine = build(model, max_num_seqs=8, debug=False)
+    out = generate(engine, PROMPTS, 32)
+    engine.close()
+    return out
+
+
+@pytest.mark.parametrize("way", ["chosen", "nccl", "one-shot", "two-shot", "one-shot with norm"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_the_cpus_tokens(
+    model: Path, on_cpu: list[list[int]], way: str, eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A way that is forced on rank 0 is forced on the others too: they follow its clock."""
+    if way != "chosen":
+        timed = collectives._cuda_us
+
+        def favour(algorithm: Any, x: Any) -> list[float]:
+            return timed(algorithm, x) if algorithm.name == way else [1e9] * 3
+
+        monkeypatch.setattr(collectives, "_cuda_us", favour)
+    spec = {"num_speculative_tokens": 2}
+    options = {"max_num_seqs": 8, "enforce_eager": eager, "speculative_config": spec}
+    engine = build(model, device="cuda", tensor_parallel_size=2, **options)
+    try:
+        if way != "chosen":
+            chosen = {t.algorithm for t in engine.worker.collectives.timings if t.chosen}
+            assert chosen == {way}
+        for _ in range(2):
+            assert_same(model, PROMPTS, on_cpu, generate(engine, PROMPTS, 32), GPU_TIE)
+    finally:
+        engine.close()
