@@ -3,6 +3,9 @@
     millrace serve millrace-mini --port 8000
     python benchmarks/client_agreement.py --port 8000 --vllm /path/to/vllm --repeats 4
 
+With `--echo SECONDS` the server is started here instead, with the tests' echo engine, whose steps
+take that long whatever the machine does besides.
+
 Prints, for every figure both report, the ratio of vLLM's to Millrace's with its 95% interval.
 """
 
@@ -16,8 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from millrace.bench.compare import HIGHER, LOWER, ratio_of
 from millrace.bench.tables import aligned
+from tests.support.fake_engine import Behaviour
+from tests.support.live_server import fake_server
+from tests.support.text_model import write_text_model
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ("--random-range-ratio", "0", "--ignore-eos", "--metric-percentiles", "99")
@@ -62,8 +70,23 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=32)
+    parser.add_argument("--echo", type=float, help="seconds a step of the echo engine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.echo is None:
+        report(options)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        model = write_text_model(Path(name) / "model")
+        engine = {"max_num_seqs": 2 * options.concurrency, "max_model_len": 4096}
+        behaviour = Behaviour(step=options.echo)
+        with fake_server(model, Path(name) / "log", behaviour, **engine) as server:
+            options.port = int(server.url.rsplit(":", 1)[1])
+            options.model = "fake"
+            report(options)
+
+
+def report(options: argparse.Namespace) -> None:
     ours = [sys.executable, "-m", "millrace.cli", "bench", "serve", "--raw", "none"]
     theirs = [options.vllm, "bench", "serve", "--backend", "openai", "--model", options.model]
     theirs += ["--endpoint", "/v1/completions", "--tokenizer", options.tokenizer]

@@ -16,17 +16,17 @@ from millrace.http1 import Response, error_text
 _DONE = b"[DONE]"
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _Details | None = None
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -34,7 +34,7 @@ class _Delta(msgspec.Struct):
     tool_calls: list[Any] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
@@ -55,7 +55,7 @@ class _Choice(msgspec.Struct):
         return self.delta is not None and self.delta.role is not None and not self.brings
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     error: Any = None
@@ -96,6 +96,11 @@ def events(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """
     rest, at = b"", 0
     for at, piece in pieces:
+        whole_event = piece[:6] == b"data: " and piece[-2:] == b"\n\n"
+        if whole_event and not rest and piece.find(b"\n") == len(piece) - 2:
+            if data := piece[6:-2]:
+                yield at, data  # as nearly all of them come
+            continue
         rest += piece
         if b"\r" in rest:
             rest = rest.replace(b"\r\n", b"\n")
@@ -143,6 +148,15 @@ class _Reader:
             answer.finished = True
             return
         chunk = _chunks.decode(data)
+        if chunk.usage is None and chunk.choices and chunk.error is None:
+            choice = chunk.choices[0]
+            if choice.text and choice.finish_reason is None:  # what nearly all of them are
+                self._said.append(choice.text)
+                answer.chunk_ns.append(at)
+                if chunk.sent_ns:
+                    answer.sent_ns.append(chunk.sent_ns)
+                    answer.received_ns = chunk.received_ns
+                return
         if chunk.choices:
             self._take_choice(at, chunk.choices[0], chunk.sent_ns)
         if chunk.received_ns:
