@@ -142,6 +142,26 @@ def test_what_changes_nothing_is_accepted(http: httpx.Client, name: str) -> None
         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "owner"),
+    [
+        (COMPLETIONS, {"tools": [{"type": "function"}]}, CHAT),
+        (COMPLETIONS, {"messages": MESSAGES}, CHAT),
+        (COMPLETIONS, {"top_logprobs": 2}, CHAT),
+        (CHAT, {"echo": True}, COMPLETIONS),
+        (CHAT, {"best_of": 2}, COMPLETIONS),
+        (CHAT, {"prompt": "hello"}, COMPLETIONS),
+    ],
+)
+def test_a_field_of_the_other_endpoint_is_refused(
+    http: httpx.Client, path: str, field: dict[str, Any], owner: str
+) -> None:
+    error = refused(http.post(path, json={**ASKED[path], **field}), 400)
+    assert f"it belongs to {owner}" in error["message"]
+    neutral = {"tools": None, "echo": False, "add_generation_prompt": True}
+    assert http.post(path, json={**ASKED[path], "max_tokens": 1, **neutral}).status_code == 200
+
+
 def test_a_top_k_above_the_vocabulary_keeps_every_token(http: httpx.Client) -> None:
     answer = http.post(COMPLETIONS, json={"prompt": "hello", "top_k": 2**70})
     assert answer.status_code == 200
@@ -183,14 +203,8 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 FIELDS = sorted({*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__, *REFUSED})
-PLAUSIBLE = {
-    "prompt": "hello",
-    "messages": MESSAGES,
-    "max_tokens": 3,
-    "max_completion_tokens": 3,
-    "model": "fake",
-    "stream": True,
-}
+PLAUSIBLE = {"max_tokens": 3, "model": "fake", "stream": True}
+ASKED: dict[str, Any] = {COMPLETIONS: {"prompt": "hello"}, CHAT: {"messages": MESSAGES}}
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
@@ -199,7 +213,7 @@ PLAUSIBLE = {
     odd=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3),
 )
 def test_no_body_makes_the_server_fail(http: httpx.Client, path: str, odd: dict[str, Any]) -> None:
-    answer = http.post(path, json={**PLAUSIBLE, **odd})
+    answer = http.post(path, json={**PLAUSIBLE, **ASKED[path], **odd})
     if answer.status_code != 200:
         assert answer.status_code in (400, 404)
         refused(answer, answer.status_code)

@@ -285,3 +285,35 @@ def test_nothing_is_left_behind(clients: list[httpx.Client]) -> None:
             found = re.search(rf"^millrace:num_requests_{name}\{{.*\}} (\S+)$", page, re.M)
             assert found
             assert float(found[1]) == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_other_families_say_what_a_chat_says(clients: list[httpx.Client], stream: bool) -> None:
+    body = {**CHAT, "temperature": 0, "max_tokens": 16}
+    del body["seed"]
+    (chat,) = everywhere(clients, "/v1/chat/completions", body)
+    asked = CHAT["messages"]
+    message = {"messages": asked, "max_tokens": 16, "temperature": 0, "stream": stream,
+               "thinking": {"type": "disabled"}}  # fmt: skip
+    response = {"input": asked, "max_output_tokens": 16, "temperature": 0, "stream": stream,
+                "reasoning": {"effort": "none"}}  # fmt: skip
+    for client in clients:
+        for path, other in (("/v1/messages", message), ("/v1/responses", response)):
+            answer = client.post(path, json=other)
+            assert answer.status_code == 200, answer.text
+            assert text_of(answer, path, stream) == chat.text
+
+
+def text_of(answer: httpx.Response, path: str, stream: bool) -> str:
+    """The words of a message or a response."""
+    if not stream:
+        body = answer.json()
+        blocks = body["content"] if path == "/v1/messages" else body["output"][0]["content"]
+        return str(blocks[0]["text"])
+    kind, where = {
+        "/v1/messages": ("content_block_delta", lambda event: event["delta"]["text"]),
+        "/v1/responses": ("response.output_text.delta", lambda event: event["delta"]),
+    }[path]
+    lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    found = [json.loads(line.removeprefix("data: ")) for line in lines]
+    return "".join(where(event) for event in found if event["type"] == kind)

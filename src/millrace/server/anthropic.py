@@ -21,13 +21,13 @@ from millrace.errors import RequestError
 from millrace.server.anthropic_reply import MessageReply, error_body
 from millrace.server.chat import chat_text, prepare, tool_choice
 from millrace.server.errors import as_api_error
-from millrace.server.fields import Rules
+from millrace.server.fields import Rules, rules_for
 from millrace.server.front import Front
 from millrace.server.responses import json_response
 from millrace.server.schema import ChatRequest, ModelRequest
 
 _TEXT_ONLY = "the model reads and writes text only"
-RULES = Rules(
+_OWN = Rules(
     refused={
         "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
         "container": ((), "the server runs no code"),
@@ -63,6 +63,9 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     stream: bool | None = False
 
 
+RULES = rules_for(MessagesRequest, _OWN)
+
+
 class TokenCount(msgspec.Struct, frozen=True):
     """Answer of /v1/messages/count_tokens."""
 
@@ -94,7 +97,7 @@ class Anthropic:
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
         front = self._front
-        body = await front.body(request, CountRequest, RULES)
+        body = await front.body(request, CountRequest, _OWN)
         front.check(body)
         chat = as_chat(body)
         work = partial(chat_text, front, chat, tool_choice(front, chat))

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
-from millrace.server.fields import check_resume, sampling_params, structured_outputs
+from millrace.server.fields import CHATS, check_resume, sampling_params, structured_outputs
 from millrace.server.front import Front
 from millrace.server.logprobs import LogprobWords
 from millrace.server.replies import ChatReply, Heading
@@ -53,7 +53,7 @@ class Chat:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
         front = self._front
-        body = await front.body(request, ChatRequest)
+        body = await front.body(request, ChatRequest, CHATS)
         ready = front.check(body)
         heading = Heading(
             id=f"chatcmpl-{uuid4().hex}",

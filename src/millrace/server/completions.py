@@ -13,7 +13,12 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
-from millrace.server.fields import check_resume, sampling_params, structured_outputs
+from millrace.server.fields import (
+    COMPLETIONS,
+    check_resume,
+    sampling_params,
+    structured_outputs,
+)
 from millrace.server.front import Front
 from millrace.server.logprobs import LogprobWords
 from millrace.server.prompts import Prompt, split_prompts
@@ -36,7 +41,7 @@ class Completions:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         front = self._front
-        body = await front.body(request, CompletionRequest)
+        body = await front.body(request, CompletionRequest, COMPLETIONS)
         ready = front.check(body)
         params = sampling_params(body, front.codec.defaults)
         made = _outputs(body, params)

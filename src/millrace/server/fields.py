@@ -84,6 +84,22 @@ HARMLESS = frozenset(
 )
 OPENAI = Rules(REFUSED, HARMLESS)
 
+
+def rules_for(kind: type[ModelRequest], own: Rules = OPENAI) -> Rules:
+    """What becomes of fields that `kind` has not. Those of OpenAI's other endpoints are refused."""
+    elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
+    for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
+        for field in msgspec.structs.fields(other):
+            if field.name not in kind.__struct_fields__:
+                neutral = () if field.required else (field.default,)
+                elsewhere[field.name] = (neutral, f"it belongs to {path}")
+    return Rules({**elsewhere, **own.refused}, own.harmless)
+
+
+_CHAT = "/v1/chat/completions"
+COMPLETIONS = rules_for(CompletionRequest)
+CHATS = rules_for(ChatRequest)
+
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
 _warned: set[str] = set()

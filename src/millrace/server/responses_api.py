@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.server.chat import prepare
-from millrace.server.fields import HARMLESS, REFUSED, Rules
+from millrace.server.fields import HARMLESS, REFUSED, Rules, rules_for
 from millrace.server.front import Front
 from millrace.server.responses_reply import ResponseReply
 from millrace.server.schema import ChatRequest, ModelRequest
@@ -26,7 +26,7 @@ _STATELESS = "the server keeps no conversations; send the whole input"
 _TEXT_ONLY = "the model reads and writes text only"
 _TEXTS = ("input_text", "output_text", "text")
 
-RULES = Rules(
+_OWN = Rules(
     refused={
         **REFUSED,
         "previous_response_id": ((), _STATELESS),
@@ -70,6 +70,9 @@ class ResponsesRequest(ModelRequest, frozen=True, kw_only=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+RULES = rules_for(ResponsesRequest, _OWN)
 
 
 class Responses:
