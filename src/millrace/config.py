@@ -203,8 +203,8 @@ def _check_choices(args: EngineArgs) -> None:
             f"{args.block_size}"
         )
     _positive("max_queue", args.max_queue)
-    if not 0.0 <= args.step_timeout < float("inf"):
-        raise ConfigError(f"step_timeout {args.step_timeout}: use seconds, or 0 for no limit")
+    if args.step_timeout != 0.0 and not 1.0 <= args.step_timeout < float("inf"):
+        raise ConfigError(f"step_timeout {args.step_timeout}: use 1 or more, or 0 for no limit")
 
 
 def _positive(name: str, value: int) -> None:

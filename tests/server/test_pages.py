@@ -67,7 +67,7 @@ def test_a_request_moves_the_metrics(http: httpx.Client, server: LiveServer) -> 
 
 def test_histogram_buckets_are_cumulative(http: httpx.Client) -> None:
     page = http.get("/metrics").text
-    pattern = r"^millrace:e2e_request_latency_seconds_bucket{le=\"(.*?)\".*} (\S+)$"
+    pattern = r"^millrace:e2e_request_latency_seconds_bucket{.*le=\"(.*?)\".*} (\S+)$"
     rows = [(float(le), float(count)) for le, count in re.findall(pattern, page, re.MULTILINE)]
     assert rows == sorted(rows)
     assert rows[-1][0] == math.inf
@@ -108,3 +108,43 @@ def test_every_reference_in_the_openapi_document_resolves(http: httpx.Client) ->
     text = http.get("/openapi.json").text
     names = set(http.get("/openapi.json").json()["components"]["schemas"])
     assert set(re.findall(r'"#/components/schemas/(.*?)"', text)) <= names
+
+
+# What dashboards and routers made for vLLM read, with the buckets that they expect.
+READ_ELSEWHERE = """
+    num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info
+    prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total prompt_tokens_total
+    generation_tokens_total request_success_total spec_decode_num_drafts_total
+    spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+    spec_decode_num_accepted_tokens_per_pos_total time_to_first_token_seconds_bucket
+    inter_token_latency_seconds_bucket request_time_per_output_token_seconds_bucket
+    e2e_request_latency_seconds_bucket request_queue_time_seconds_sum
+    request_inference_time_seconds_bucket request_prefill_time_seconds_sum
+    request_decode_time_seconds_sum request_prompt_tokens_bucket request_generation_tokens_bucket
+    request_params_n_bucket request_params_max_tokens_bucket
+"""
+
+
+@pytest.mark.parametrize("name", READ_ELSEWHERE.split())
+def test_what_dashboards_of_vllm_read_is_there(http: httpx.Client, name: str) -> None:
+    http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
+    rows = re.findall(rf"^vllm:{name}\{{(.*)\}} \S+$", http.get("/metrics").text, re.MULTILINE)
+    assert rows
+    assert all('engine="0"' in row and 'model_name="fake"' in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("time_to_first_token_seconds", "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5"),
+        ("inter_token_latency_seconds", "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75"),
+        ("e2e_request_latency_seconds", "0.3 0.5 0.8 1.0 1.5 2.0 2.5 5.0 10.0 15.0 20.0 30.0"),
+        ("request_prompt_tokens", "1.0 2.0 5.0 10.0 20.0 50.0 100.0 200.0 500.0 1000.0"),
+    ],
+)
+def test_buckets_are_those_of_vllm(http: httpx.Client, name: str, bounds: str) -> None:
+    page = http.get("/metrics").text
+    found = re.findall(rf'^vllm:{name}_bucket\{{.*?le="(.*?)"', page, re.MULTILINE)
+    assert found[: len(bounds.split())] == bounds.split()
+    counts = re.findall(rf"^(?:vllm|millrace):{name}_count\{{.*\}} (\S+)$", page, re.MULTILINE)
+    assert len(set(counts)) == 1

@@ -107,7 +107,7 @@ def test_too_many_deaths_in_a_row_end_the_server(text_model: Path, tmp_path: Pat
 
 def test_a_stuck_step_is_ended_and_placed(text_model: Path, tmp_path: Path) -> None:
     behaviour = Behaviour(stuck=token_id(text_model, "two words"))
-    with fake_server(text_model, tmp_path / "log", behaviour, step_timeout=0.5) as server:
+    with fake_server(text_model, tmp_path / "log", behaviour, step_timeout=1.0) as server:
         answer = post(server, {"prompt": "two words"})
         assert answer.status_code == 503
         message = answer.json()["error"]["message"]
