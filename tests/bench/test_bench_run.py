@@ -15,10 +15,10 @@ from click.testing import CliRunner
 
 from millrace.bench.accuracy import Accuracy, accuracy_fields, accuracy_under_load
 from millrace.bench.command import _verdict, bench
-from millrace.bench.flags import PRESETS
 from millrace.bench.live import progress_line, remarks
 from millrace.bench.messages import Progress
 from millrace.bench.options import BenchOptions
+from millrace.bench.presets import PRESETS
 from millrace.bench.serve import run as run_bench
 from millrace.bench.workload import RandomSpec
 from millrace.http1 import parse_url
