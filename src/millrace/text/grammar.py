@@ -17,6 +17,7 @@ from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
 
 MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
+MAX_CHECKS = 200  # parts of a wrong schema that are tried to find the fault
 
 # For a start rule: models put line breaks between the end of their reasoning and what follows.
 GAP = r"/\n{0,2}/ "
@@ -120,13 +121,16 @@ def schema_problem(schema: Any) -> str:
 def place_of(schema: Any, problem: str) -> str:
     """The path to the smallest part of a schema that is at fault, such as `.properties.age`.
 
-    problem: what `_schema_problem` says of the whole.
+    problem: what `schema_problem` says of the whole.
     """
     root = schema if isinstance(schema, Mapping) else {}
     shared = {key: root[key] for key in SHARED if key in root}
-    path = ""
-    while isinstance(schema, Mapping) and len(path) < 1000:
+    path, checks = "", 0
+    while isinstance(schema, Mapping):
         for step, part in _parts(schema):
+            checks += 1
+            if checks > MAX_CHECKS:
+                return path
             if isinstance(part, Mapping) and schema_problem({**shared, **part}) == problem:
                 path, schema = path + step, part
                 if step.startswith(_SHARED_STEPS):
