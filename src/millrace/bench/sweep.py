@@ -52,16 +52,18 @@ _FIGURES = ("mean", "median", "p99")
 def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Headings, then a row for each run: what was asked, what was served, how late."""
     gpus = any("gpus" in result for result in results)
-    head = ["users", "req/s asked", "in", "out", "req/s served", "total tok/s", "output tok/s"]
+    rates = any(result["request_rate"] != "inf" for result in results)
+    head = ["users", *(["req/s asked"] if rates else []), "in", "out", "req/s served"]
+    head += ["total tok/s", "output tok/s"]
     head += [*(["tok/s/GPU"] if gpus else []), "tok/s/user", "TTFT ms", "TPOT ms", "ITL ms"]
-    return [(*head, "failed"), *(_row(result, gpus) for result in results)]
+    return [(*head, "failed"), *(_row(result, rates, gpus) for result in results)]
 
 
-def _row(result: Mapping[str, Any], gpus: bool) -> tuple[str, ...]:
+def _row(result: Mapping[str, Any], rates: bool, gpus: bool) -> tuple[str, ...]:
     rate = result["request_rate"]
     cells = [
         str(result["max_concurrency"] or ""),
-        "" if rate == "inf" else f"{rate:g}",
+        *(["" if rate == "inf" else f"{rate:g}"] if rates else []),
         *(f"{length:.0f}" for length in mean_lengths(result)),
         f"{result['request_throughput']:.2f}",
         f"{result['total_token_throughput']:,.0f}",
