@@ -40,7 +40,8 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .grid { stroke: var(--line); } .axis, .tick { stroke: var(--soft); }
 .line { fill: none; stroke-width: 1.8; } .legend { font-size: 13px; color: var(--soft); }
 .key { margin-right: 14px; white-space: nowrap; }
-@media (max-width: 600px) { svg text { font-size: 17px; } .label { font-size: 15px; } }
+@media (max-width: 600px) { svg text { font-size: 16px; } .label { font-size: 15px; }
+  .side { display: none; } }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
 """ + "".join(
     f".line.s{n} {{ stroke: var(--s{n}); }} .dot.s{n} {{ fill: var(--s{n}); }}"

@@ -142,7 +142,7 @@ def _frame(across: Axis, up: Axis, x: str, y: str) -> str:
     middle = (left + WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" class="mid">{escape(x)}</text>')
     turned = f'transform="translate(12 {(floor + _TOP) / 2}) rotate(-90)"'
-    parts.append(f'<text {turned} class="mid">{escape(y)}</text>')
+    parts.append(f'<text {turned} class="mid side">{escape(y)}</text>')
     return "".join(parts)
 
 
