@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from millrace.protocol import AddRequest, Delta, SamplingParams
+from millrace.protocol import AddRequest, Delta, SamplingParams, TokenLogprobs
 from millrace.server.metrics import Histogram, RequestMetrics
 from millrace.server.stream import Stream
 from tests.support.running import run
@@ -24,6 +24,18 @@ def test_what_is_not_taken_is_merged() -> None:
         stream.put(Delta("r", [2, 3]), 12.0)
         stream.put(Delta("r", [4], "stop", 4), 13.0)
         assert await stream.take() == Delta("r", [1, 2, 3, 4], "stop", 4, 2)
+
+    run(body())
+
+
+def test_log_probabilities_are_merged_with_their_tokens() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        one, two, three = (TokenLogprobs([token], [-1.0], 1) for token in (1, 2, 3))
+        stream.put(Delta("r", [1], logprobs=[one], prompt_logprobs=[three]), 11.0)
+        stream.put(Delta("r", [2], logprobs=[two]), 12.0)
+        delta = await stream.take()
+        assert (delta.logprobs, delta.prompt_logprobs) == ([one, two], [three])
 
     run(body())
 
@@ -76,14 +88,14 @@ def test_latencies_are_those_of_the_clock() -> None:
     ):
         stream.put(delta, now)
     assert metrics.queue_time.sum == 0.25
-    assert metrics.queue_time.buckets()[-1] == ("+Inf", 1.0)
+    assert metrics.queue_time.buckets(vllm=True)[-1] == ("+Inf", 1.0)
     assert metrics.time_to_first_token.sum == 0.5
     assert metrics.inter_token_latency.sum == 1.0
-    assert metrics.inter_token_latency.buckets()[-1] == ("+Inf", 2.0)
+    assert metrics.inter_token_latency.buckets(vllm=True)[-1] == ("+Inf", 2.0)
     assert metrics.time_per_output_token.sum == 0.25
     assert metrics.end_to_end.sum == 1.5
     assert metrics.generation_tokens.sum == 5
-    assert metrics.finished == {"length": 1}
+    assert +metrics.finished == {"length": 1}
 
 
 def test_a_request_ends_once() -> None:
@@ -91,15 +103,17 @@ def test_a_request_ends_once() -> None:
     stream = new_stream(metrics)
     stream.put(Delta("r", [1], "stop"), 11.0)
     stream.abandon()
-    assert metrics.finished == {"stop": 1}
+    assert +metrics.finished == {"stop": 1}
     other = new_stream(metrics)
     other.abandon()
-    assert metrics.finished == {"stop": 1, "abort": 1}
+    assert +metrics.finished == {"stop": 1, "abort": 1}
 
 
 def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:
-    histogram = Histogram((1.0, 2.0))
+    histogram = Histogram((1.0, 2.0), finer=(0.5,))
     for value in (0.5, 1.0, 1.5, 99.0):
         histogram.observe(value)
-    assert histogram.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    rows = [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert histogram.buckets(vllm=True) == rows
+    assert histogram.buckets(vllm=False) == [("0.5", 1.0), *rows]
     assert histogram.sum == 102.0
