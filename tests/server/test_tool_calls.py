@@ -271,6 +271,16 @@ def test_a_wrong_message_is_refused(claude: anthropic.Anthropic, fields: Any, me
     assert body["error"]["type"] == "invalid_request_error"
 
 
+def test_hints_that_change_no_answer_are_accepted(http: httpx.Client) -> None:
+    hints = {
+        "metadata": {"user_id": "me"},
+        "service_tier": "auto",
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+    }
+    assert http.post("/v1/messages?beta=true", json={**ASKED, **hints}).status_code == 200
+
+
 def test_another_model_is_not_found(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.create(**{**ASKED, "model": "other"})

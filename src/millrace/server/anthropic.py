@@ -27,11 +27,15 @@ from millrace.server.responses import json_response
 from millrace.server.schema import ChatRequest, ModelRequest
 
 _TEXT_ONLY = "the model reads and writes text only"
+_NOTHING_CLEARED: tuple[Any, ...] = (
+    {"edits": []},
+    {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+)
 _OWN = Rules(
     refused={
         "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
         "container": ((), "the server runs no code"),
-        "context_management": ((), "the server keeps no conversations"),
+        "context_management": (_NOTHING_CLEARED, "the server leaves conversations as they are"),
         "speed": (("standard",), "there is one speed"),
     },
     harmless=frozenset(

@@ -15,6 +15,8 @@ from millrace.server.answers import (
 )
 from millrace.text.tokenizer import Tokenizer
 
+LEAST = -9999.0  # as vLLM says it
+
 
 class LogprobWords:
     """Words log-probabilities for one answer. as_ids: tokens are written `token_id:17`."""
@@ -28,21 +30,14 @@ class LogprobWords:
         return ChatLogprobs(content=[self._position(one) for one in positions])
 
     def _position(self, one: TokenLogprobs) -> TokenLogprob:
-        rows = list(zip(one.token_ids, one.logprobs, strict=True))
-        token, logprob = rows[0]
+        first, *others = [self._entry(*row) for row in _rows(one)]
         return TokenLogprob(
-            token=self._text(token),
-            logprob=logprob,
-            bytes=list(self._tokenizer.token_bytes[token]),
-            top_logprobs=[
-                TopLogprob(
-                    token=self._text(token),
-                    logprob=logprob,
-                    bytes=list(self._tokenizer.token_bytes[token]),
-                )
-                for token, logprob in rows[1:]
-            ],
+            token=first.token, logprob=first.logprob, bytes=first.bytes, top_logprobs=others
         )
+
+    def _entry(self, token: int, logprob: float) -> TopLogprob:
+        text = list(self._tokenizer.token_bytes[token])
+        return TopLogprob(token=self._text(token), logprob=logprob, bytes=text)
 
     def completion(
         self,
@@ -60,9 +55,9 @@ class LogprobWords:
             self._add(words, first, None, None, offset)
             offset += len(self._tokenizer.token_text(first))
         for one in positions:
-            rows = zip(one.token_ids, one.logprobs, strict=True)
-            top = {self._text(token): logprob for token, logprob in reversed(list(rows))}
-            self._add(words, one.token_ids[0], one.logprobs[0], top, offset)
+            rows = _rows(one)
+            top = {self._text(token): logprob for token, logprob in reversed(rows)}
+            self._add(words, *rows[0], top, offset)
             offset += len(self._tokenizer.token_text(one.token_ids[0]))
         return words, offset
 
@@ -85,7 +80,7 @@ class LogprobWords:
 
     def _ranked(self, one: TokenLogprobs) -> dict[int, Any]:
         found: dict[int, Any] = {}
-        for at, (token, value) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
+        for at, (token, value) in enumerate(_rows(one)):
             text = self._tokenizer.token_text(token)
             entry = {"logprob": value, "rank": at or one.rank, "decoded_token": text}
             found.setdefault(token, entry)
@@ -93,3 +88,11 @@ class LogprobWords:
 
     def _text(self, token: int) -> str:
         return f"token_id:{token}" if self._as_ids else self._tokenizer.token_text(token)
+
+
+def _rows(one: TokenLogprobs) -> list[tuple[int, float]]:
+    """(token, log-probability) of a position. JSON knows no infinity; what cannot be is -9999."""
+    return [
+        (token, max(logprob, LEAST))
+        for token, logprob in zip(one.token_ids, one.logprobs, strict=True)
+    ]
