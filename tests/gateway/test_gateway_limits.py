@@ -17,6 +17,7 @@ from millrace.gateway.ask import estimate_tokens, read_ask, worded
 from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
 from millrace.gateway.message import Request
 from millrace.gateway.relay import Access, Limits
+from millrace.gateway.status import read_status
 from millrace.http1 import Response, Target, fetch, parse_url
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica
@@ -43,13 +44,17 @@ async def post(target: Target, tokens: int = 2, *headers: tuple[str, str], **mor
 def test_a_gateway_with_keys_lets_in_who_has_one_and_keeps_it_to_itself() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        access = Access(api_keys=("one", "two"), worker_key="inner")
+        access = Access(api_keys=("one", "two"), worker_key="inner", admin_key="root")
         async with gateway(replica.url, health=QUIET, access=access) as (_, target):
             for headers in ((), (("Authorization", "Bearer no"),), (("Authorization", "two"),)):
                 refused = await post(target, 2, *headers)
                 assert refused.status == 401
                 assert json.loads(refused.body)["error"]["type"] == "authentication_error"
             assert (await fetch(target, "/v1/models")).status == 401
+            assert (await fetch(target, "/gateway/status")).status == 401
+            with pytest.raises(UserError, match="give it with --api-key"):
+                await read_status(str(target))
+            assert len((await read_status(str(target), "root"))["replicas"]) == 1
             assert (await fetch(target, "/health")).status == 200
             answer = await post(target, 2, ("Authorization", "Bearer two"))
             assert answer.status == 200

@@ -30,7 +30,6 @@ EVENTS = (
     "cut_off",
     "disconnects",
     "queue_refused",
-    "events_ahead",
     "relay_ns",
     "relayed_requests",
     "first_byte_ns",

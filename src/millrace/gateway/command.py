@@ -95,9 +95,12 @@ def gateway(ctx: click.Context, /, **flags: Any) -> None:
 @click.argument("url", default="http://127.0.0.1:8000")
 @click.option("--interval", type=float, default=1.0, show_default=True, help="Seconds.")
 @click.option("--once", is_flag=True, help="Print one table and end.")
-def status(url: str, interval: float, once: bool) -> None:
+@click.option(
+    "--api-key", envvar="MILLRACE_API_KEY", help="Key of the gateway's API, or for changes."
+)
+def status(url: str, interval: float, once: bool, api_key: str | None) -> None:
     """Show a running gateway's replicas, live."""
-    show_status(url, interval, once)
+    show_status(url, interval, once, api_key)
 
 
 @gateway.command(name="render")

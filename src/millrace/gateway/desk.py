@@ -107,6 +107,8 @@ class OwnDesk:
             if not self._access.admits(request):
                 return error_answer(401, "this API needs a key: send Authorization: Bearer KEY")
             return json_answer(200, {"object": "list", "data": self._keeper.cards})
+        if not (self._access.admits(request) or self._access.administers(request)):
+            return error_answer(401, "this needs a key: send Authorization: Bearer KEY")
         if request.method == b"GET" and path == "/gateway/replicas":
             return json_answer(200, {"replicas": self._rows()})
         if request.method == b"GET" and path == "/gateway/status":

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from millrace.errors import UserError
 from millrace.gateway.board import Board
 from millrace.gateway.keeper import Keeper
 from millrace.gateway.message import Answer, Request
@@ -149,6 +150,9 @@ class WorkerProcesses:
         self.port = self._held.getsockname()[1]
         self._options = msgspec.structs.replace(self._options, port=self.port)
         await asyncio.gather(*(self._spawn(i) for i in range(self._options.processes)))
+        if not all(one.listening.is_set() for one in self._running.values()):
+            await self.stop(0.0)
+            raise UserError("a gateway process did not start; what it said stands above")
         self._keepers = [asyncio.create_task(self._keep(i)) for i in range(self._options.processes)]
 
     async def stop(self, drain: float) -> None:

@@ -18,7 +18,7 @@ from millrace.http1 import fetch, parse_url
 _COLOURS = {"up": "green", "draining": "yellow", "down": "red"}
 
 
-def show_status(url: str, interval: float, once: bool) -> None:
+def show_status(url: str, interval: float, once: bool, key: str | None = None) -> None:
     """Draw the table every `interval` seconds until interrupted, or once.
 
     Raises UserError when nobody answers there, or somebody else than a gateway does.
@@ -26,7 +26,7 @@ def show_status(url: str, interval: float, once: bool) -> None:
     if interval <= 0:
         raise UserError(f"--interval {interval:g}: use a number of seconds above 0")
     console = Console()
-    now = asyncio.run(read_status(url))
+    now = asyncio.run(read_status(url, key))
     if once:
         console.print(draw(now, None, 1.0))
         return
@@ -34,15 +34,18 @@ def show_status(url: str, interval: float, once: bool) -> None:
         while True:
             began = time.monotonic()
             time.sleep(interval)
-            then, now = now, asyncio.run(read_status(url))
+            then, now = now, asyncio.run(read_status(url, key))
             live.update(draw(now, then, time.monotonic() - began))
 
 
-async def read_status(url: str) -> dict[str, Any]:
+async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
     """What the gateway there says of itself. Raises UserError."""
     target = parse_url(url)
     try:
-        response = await fetch(target, "/gateway/status")
+        headers = (("Authorization", f"Bearer {key}"),) if key else ()
+        response = await fetch(target, "/gateway/status", headers=headers)
+        if response.status == 401:
+            raise UserError(f"{target}: this gateway needs a key; give it with --api-key")
         if response.status == 200:
             return msgspec.json.decode(response.body, type=dict[str, Any])
     except OSError as error:
