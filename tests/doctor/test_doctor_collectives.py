@@ -51,6 +51,8 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| 0.25 KiB | gloo |" in text
 
 
-def test_what_to_look_at_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["doctor", "millrace-mini"]) == 2
-    assert capsys.readouterr().err == "millrace doctor: say what to look at: --collectives\n"
+def test_a_model_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--collectives"]) == 2
+    assert (
+        capsys.readouterr().err == "millrace doctor: --collectives needs a MODEL to measure with\n"
+    )
