@@ -19,10 +19,11 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
+from millrace.server.chat_reply import ChatReply
 from millrace.server.fields import CHATS, check_resume, sampling_params, structured_outputs
 from millrace.server.front import Front
 from millrace.server.logprobs import LogprobWords
-from millrace.server.replies import ChatReply, Heading
+from millrace.server.replies import Heading
 from millrace.server.schema import ChatRequest, StreamOptions
 from millrace.text.answer import AnswerParser
 from millrace.text.codec import copies
