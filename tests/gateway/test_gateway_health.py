@@ -120,6 +120,21 @@ def test_backoff_doubles_with_each_failure_in_a_row() -> None:
     run(scenario())
 
 
+def test_a_replica_that_answers_nothing_but_errors_is_taken_out() -> None:
+    async def scenario() -> None:
+        bad = await MockReplica(behaviour="error", name="bad").start()
+        good = await MockReplica(name="good").start()
+        async with gateway(bad.url, good.url, health=QUIET, policy="round_robin") as (made, target):
+            statuses = [(await post(target)).status for _ in range(16)]
+            assert (statuses.count(500), statuses.count(200)) == (5, 11)
+            assert states(made) == ["down", "up"]
+            assert "an error 5 times in a row" in made.keeper.members[0].reason
+        await bad.stop()
+        await good.stop()
+
+    run(scenario())
+
+
 # --- load reports ------------------------------------------------------------------------------
 
 

@@ -266,7 +266,7 @@ class Exchange:
             self.failed(self._stream.trouble or "ended a stream before its end")
             return
         self._client.write(last)
-        self._relay.replicas.succeeded(replica)
+        self._relay.replicas.answered(replica, self.status)
         if self.ask.stream and self.status == 200:
             self._relay.replicas.learn_output(self.carried.chunks)
         self._end(self.status, reusable)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 State = Literal["up", "down", "draining"]
 
 _FEW = 32  # replicas times processes: above, numpy sums quicker
+_ERRORS_IN_ROW = 5
 _FIRST_GUESS = 128.0  # output tokens, until answers have been seen
 
 
@@ -68,8 +69,8 @@ class Replica:
     """
 
     __slots__ = (
-        "_bytes", "_chunks", "bytes", "chunks", "exchanges", "in_flight", "load", "member",
-        "removed",
+        "_bytes", "_chunks", "bytes", "chunks", "errors_in_row", "exchanges", "in_flight", "load",
+        "member", "removed",
     )  # fmt: skip
 
     def __init__(self, member: Member) -> None:
@@ -77,6 +78,7 @@ class Replica:
         self.load = 0
         self.in_flight = 0
         self.removed = False
+        self.errors_in_row = 0
         self.bytes = self.chunks = 0
         self._bytes = self._chunks = 0
         self.exchanges: set[Exchange] = set()
@@ -245,8 +247,16 @@ class ReplicaSet:
         self._out[replica.member.id] = reason
         self._report(replica.member.id, reason)
 
-    def succeeded(self, replica: Replica) -> None:
-        """A request was answered in full."""
+    def answered(self, replica: Replica, status: int) -> None:
+        """A request was answered in full. One error of the server's is that request's; several in a
+        row are the replica's, which would otherwise draw all requests by being so quick."""
+        if status >= 500:
+            replica.errors_in_row += 1
+            if replica.errors_in_row >= _ERRORS_IN_ROW:
+                replica.errors_in_row = 0
+                self.failed(replica, f"answered {status}, an error {_ERRORS_IN_ROW} times in a row")
+            return
+        replica.errors_in_row = 0
         self.part.add(replica.slot, ENDED, 1)
         if replica.member.failing:
             self._report(replica.member.id, None)
