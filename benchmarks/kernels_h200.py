@@ -31,6 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from millrace.kernels import attention, gdn, gemm, norm, sampling
+from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
 from millrace.kernels.gpu import attention as gpu_attention
 from millrace.kernels.gpu import conv as gpu_conv
 from millrace.kernels.gpu import gdn_decode as gpu_gdn
@@ -39,7 +40,6 @@ from millrace.kernels.gpu import gemm as gpu_gemm
 from millrace.kernels.gpu import quantize as gpu_quantize
 from millrace.kernels.gpu import sampling as gpu_sampling
 from millrace.kernels.gpu.gdn_blocks import by_blocks
-from millrace.model.batch import DecodeRows, GDNState, KVCache, PrefillRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = False

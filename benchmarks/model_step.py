@@ -16,7 +16,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from millrace.model.batch import GDNState
+from millrace.kernels.batch import GDNState
 from millrace.model.config import read_config
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import write_checkpoint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from millrace.kernels.attention import attend_decode, attend_prefill, store_kv
-from millrace.model.batch import Caches, DecodeRows, KVCache, PrefillRows
+from millrace.kernels.batch import Caches, DecodeRows, KVCache, PrefillRows
 
 torch.set_num_threads(1)
 NAN = float("nan")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from millrace.kernels import activation, attention, gdn, gemm, norm
+from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
 from millrace.kernels.cpu import activation as cpu_activation
 from millrace.kernels.cpu import attention as cpu_attention
 from millrace.kernels.cpu import build, call
@@ -21,7 +22,6 @@ from millrace.kernels.cpu import gdn as cpu_gdn
 from millrace.kernels.cpu import gemm as cpu_gemm
 from millrace.kernels.dispatch import op
 from millrace.kernels.rope import rope_table
-from millrace.model.batch import DecodeRows, GDNState, KVCache, PrefillRows
 
 torch.set_num_threads(1)
 NAN = float("nan")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 from millrace.kernels.gdn import (
     Window,
     advance,
@@ -18,7 +19,6 @@ from millrace.kernels.gdn import (
     gdn_decode,
     gdn_prefill,
 )
-from millrace.model.batch import DecodeRows, GDNState, PrefillRows
 
 torch.set_num_threads(1)
 NAN = float("nan")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from millrace.kernels import attention, norm, rope
-from millrace.model.batch import DecodeRows, KVCache, PrefillRows
+from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
 from tests.kernels.gpu_support import INTERPRETED, on_each_device, relative
 
 PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 24

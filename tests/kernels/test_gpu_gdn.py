@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from millrace.kernels import gdn
-from millrace.model.batch import DecodeRows, GDNState, PrefillRows
+from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 from tests.kernels.gpu_support import INTERPRETED, on_each_device, relative
 
 

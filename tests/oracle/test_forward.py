@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from millrace.model.batch import GDNState
+from millrace.kernels.batch import GDNState
 from millrace.model.tiny import UNIT_TEST
 from tests.oracle.conftest import MakePair, Pair, random_shape
 from tests.support.driver import Driver

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from millrace.model.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
 from millrace.model.qwen3_5 import Qwen3_5
 
 NAN = float("nan")

@@ -24,3 +24,8 @@ async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Ta
         yield made, Target("127.0.0.1", made.port)
     finally:
         await made.stop()
+
+
+def streamed(made: Gateway, replica: int = 0) -> int:
+    """Pieces that have come of the responses which a replica has under way."""
+    return sum(e.carried.chunks for e in made.replicas.all[replica].exchanges)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
 from millrace.kernels.dispatch import op
 from millrace.kernels.norm import rms_norm
 from millrace.kernels.rope import apply_rope
-from millrace.model.batch import DecodeRows, KVCache, PrefillRows
 
 # Prefill rows of different lengths run as one padded batch up to this share of padding.
 MAX_PADDING = 0.25

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 from millrace.kernels.dispatch import op
-from millrace.model.batch import DecodeRows, GDNState, PrefillRows
 
 CHUNK = 64
 L2_EPS = 1e-6

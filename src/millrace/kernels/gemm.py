@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.kernels.dispatch import op
+from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.quantize import Quantized
-from millrace.model.config import FP8_BLOCK
 
 
 @op

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.dispatch import op
-from millrace.model.config import YarnScaling
+from millrace.kernels.formats import YarnScaling
 
 
 def rope_table(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from millrace.errors import CheckpointError
+from millrace.kernels.formats import FP8_BLOCK, YarnScaling
 
 LayerType = Literal["full_attention", "linear_attention"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
@@ -20,22 +21,6 @@ SUPPORTED = (
     "--engine vllm serves others"
 )
 CONV_KERNEL = 4
-FP8_BLOCK = 128
-
-
-@dataclass(frozen=True, slots=True)
-class YarnScaling:
-    """RoPE stretched to `factor` times the original context (YaRN, arXiv 2309.00071).
-
-    magnitude multiplies cosines and sines; truncate rounds the blended range outwards.
-    """
-
-    factor: float
-    original_max_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    magnitude: float = 1.0
-    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)

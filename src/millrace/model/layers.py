@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from millrace.kernels.activation import sigmoid_gate, silu_mul
 from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
+from millrace.kernels.batch import Batch, Caches, GDNState, KVCache
 from millrace.kernels.gdn import (
     conv_decode,
     conv_prefill,
@@ -34,7 +35,6 @@ from millrace.kernels.quantize import (
     silu_mul_quantize,
 )
 from millrace.kernels.rope import rope_table
-from millrace.model.batch import Batch, Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TILE, TensorParallel, mlp_unit
 from millrace.model.parameter import Piece, fits_blocks, fp8_parameters, parameter, whole

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from millrace.errors import ConfigError
+from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.quantize import Quantized
-from millrace.model.config import FP8_BLOCK, ModelConfig
+from millrace.model.config import ModelConfig
 
 Collective = Callable[[Tensor], Tensor]
 Normed = tuple[Tensor | None, Quantized | None, Tensor]

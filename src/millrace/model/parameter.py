@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from millrace.model.config import FP8_BLOCK
+from millrace.kernels.formats import FP8_BLOCK
 
 Range = tuple[int, int]
 

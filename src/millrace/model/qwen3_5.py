@@ -1,7 +1,7 @@
 """The dense Qwen3.5-class model and its MTP draft head, from token ids to logits.
 
 Knows the order of layers; what each computes stands in `layers.py`, and what memory each reads
-and writes is handed in with every call (`batch.py`).
+and writes is handed in with every call (`kernels/batch.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from millrace.model.batch import Batch, Caches
+from millrace.kernels.batch import Batch, Caches
 from millrace.model.config import ModelConfig
 from millrace.model.layers import (
     Attention,

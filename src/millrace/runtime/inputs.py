@@ -12,7 +12,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from millrace.model.batch import Batch, Caches, DecodeRows, PrefillRows
+from millrace.kernels.batch import Batch, Caches, DecodeRows, PrefillRows
 from millrace.protocol import Chunk, StepPlan
 from millrace.runtime.upload import upload
 

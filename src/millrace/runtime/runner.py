@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
-from millrace.model.batch import Batch, Caches
+from millrace.kernels.batch import Batch, Caches
 from millrace.model.qwen3_5 import Qwen3_5
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime import state as records

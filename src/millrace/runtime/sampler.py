@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
+from millrace.kernels.batch import Batch
 from millrace.kernels.sampling import gumbel, sample
-from millrace.model.batch import Batch
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.inputs import SampledRows
 from millrace.runtime.slots import Slots

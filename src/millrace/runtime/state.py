@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from millrace.model.batch import Caches, GDNState
+from millrace.kernels.batch import Caches, GDNState
 
 CONV_INPUTS = 3
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.engine.intake import Limits
-from millrace.model.batch import Caches, GDNState, KVCache
+from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model

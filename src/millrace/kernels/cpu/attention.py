@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
 from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, row_wise, threads
-from millrace.model.batch import DecodeRows, KVCache, PrefillRows
 
 
 def attend_decode(

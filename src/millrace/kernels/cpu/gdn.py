@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 from millrace.kernels.cpu.call import KINDS, LANES, at, function, is_bf16, plain, row_wise, threads
-from millrace.model.batch import DecodeRows, GDNState, PrefillRows
 
 
 def conv_decode(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.model.batch import DecodeRows, KVCache, PrefillRows
+from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
 
 LOG2_E = 1.4426950408889634
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.model.batch import DecodeRows, GDNState, PrefillRows
+from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 
 STRIP = 512
 PREFILL = "tiles"  # or "walk": each input is read once; not yet timed on a GPU

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from millrace.kernels.batch import DecodeRows, GDNState
 from millrace.kernels.gpu.conv import conv_decode, conv_prefill, gates
 from millrace.kernels.gpu.gdn_decode import launch
 from millrace.kernels.gpu.gdn_prefill import gdn_prefill
-from millrace.model.batch import DecodeRows, GDNState
 
 __all__ = [
     "conv_decode",

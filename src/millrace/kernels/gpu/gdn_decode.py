@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.model.batch import DecodeRows, GDNState
+from millrace.kernels.batch import DecodeRows, GDNState
 
 L2_EPS = tl.constexpr(1e-6)
 

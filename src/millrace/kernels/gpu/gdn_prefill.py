@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.batch import GDNState, PrefillRows
 from millrace.kernels.gpu.gdn_blocks import by_blocks
 from millrace.kernels.gpu.gdn_decode import L2_EPS, _dot
-from millrace.model.batch import GDNState, PrefillRows
 
 CHUNK = tl.constexpr(64)
 FLA_TOKENS = 6144
