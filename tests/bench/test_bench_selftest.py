@@ -56,7 +56,6 @@ def test_a_level_is_measured_against_the_mock() -> None:
     assert level.client["processes"] == 2
     # Sent before it was seen: the client never reports a chunk earlier than it left.
     assert level.errors["ttft"]["p50"] >= 0
-    assert level.errors["ttft"]["p50"] < 1  # this is no test of the machine's speed
     assert level.read_ms["p50"] >= 0
     head, row = level_rows([level])
     assert len(head) == len(row)
