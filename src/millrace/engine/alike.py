@@ -21,8 +21,11 @@ _RUN = ("model/*.py", "runtime/*.py", "kernels/**/*.py", "protocol.py", "config.
 _SAMPLES, _SAMPLE = 16, 4096  # places read of each weight file, and bytes at each
 
 
-def facts(args: EngineArgs, model: Path, device: str) -> dict[str, str]:
-    """Name -> value; device: what the ranks run on, such as "cpu" or a GPU's name."""
+def facts(args: EngineArgs, model: Path, device: str, one_install: bool) -> dict[str, str]:
+    """Name -> value; device: what the ranks run on, such as "cpu" or a GPU's name.
+
+    one_install: rank 0 started the others from its own files, which need no comparison.
+    """
     import torch
 
     options = {
@@ -31,7 +34,7 @@ def facts(args: EngineArgs, model: Path, device: str) -> dict[str, str]:
         if field.name not in _OWN
     }
     return {
-        "millrace": f"{millrace.__version__} (source {_source_digest()})",
+        "millrace": millrace.__version__ + ("" if one_install else f" ({_source_digest()})"),
         "torch": str(torch.__version__),
         "device": device,
         "model": f"{model.name} ({model_digest(model, args.load_format != 'dummy')})",
@@ -54,7 +57,7 @@ def model_digest(directory: Path, weights: bool) -> str:
 
 
 def _source_digest() -> str:
-    """Of the parts that a rank runs."""
+    """A digest of the source that a rank runs."""
     root = Path(millrace.__file__).parent
     found = hashlib.blake2b(digest_size=4)
     files = [path for part in _RUN for path in root.glob(part)]

@@ -17,6 +17,8 @@ import msgspec
 from millrace.config import EngineArgs
 from millrace.errors import ConfigError
 
+STARTED_HERE = "MILLRACE_STARTED_BY_RANK_0"  # set for the ranks that rank 0 starts
+
 
 class LocalRanks:
     """The ranks that rank 0 started: none where torchrun does that, or where there is but one."""
@@ -35,6 +37,7 @@ class LocalRanks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(size),
+            STARTED_HERE: "1",
         }
         return cls(
             {

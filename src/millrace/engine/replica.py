@@ -17,7 +17,7 @@ from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.alike import facts
 from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
-from millrace.engine.launch import LocalRanks, require_devices, threads
+from millrace.engine.launch import STARTED_HERE, LocalRanks, require_devices, threads
 from millrace.engine.scheduler import Scheduler
 from millrace.errors import RankError, UserError
 from millrace.models import find_model
@@ -133,7 +133,9 @@ def _join(config: EngineConfig, place: Place, **options: Any) -> Ranks:
     if device == "cuda" and place.size > 1:
         torch.cuda.set_device(place.local)
         device = torch.cuda.get_device_name()
-    known = facts(config.args, find_model(config.args.model), device) if place.size > 1 else {}
+    one_install = options.get("store") is not None or STARTED_HERE in os.environ
+    model = find_model(config.args.model)
+    known = facts(config.args, model, device, one_install) if place.size > 1 else {}
     return Ranks.join(place, "nccl" if config.device == "cuda" else "gloo", known, **options)
 
 
