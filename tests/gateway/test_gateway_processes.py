@@ -71,11 +71,12 @@ async def _kill_one_under_load(pids: list[int], target: Target) -> None:
         target,
         "POST",
         "/v1/completions",
-        json.dumps({**BODY, "max_tokens": 100}).encode(),
+        json.dumps({**BODY, "max_tokens": 250}).encode(),
     )
     running = [connection.send(request) for connection in connections]
-    await eventually(lambda: all(_owner(pids, c) for c in connections))
-    owners = [_owner(pids, connection) for connection in connections]
+    ports = [c._transport.get_extra_info("sockname")[1] for c in connections]  # type: ignore
+    await eventually(lambda: all(port in _owners(pids) for port in ports))
+    owners = [_owners(pids)[port] for port in ports]
     os.kill(pids[0], signal.SIGKILL)
     answers = await asyncio.gather(*running)
     for owner, answer in zip(owners, answers, strict=True):
@@ -87,12 +88,12 @@ async def _kill_one_under_load(pids: list[int], target: Target) -> None:
         connection.close()
 
 
-def _owner(pids: list[int], connection: Any) -> int | None:
-    """Which process has taken the other end of a connection."""
-    port = connection._transport.get_extra_info("sockname")[1]
+def _owners(pids: list[int]) -> dict[int, int]:
+    """Client's port -> the process that has taken the connection from it."""
+    found = {}
     for pid in pids:
         with contextlib.suppress(psutil.Error):
             for other in psutil.Process(pid).net_connections("tcp"):
-                if other.raddr and other.raddr.port == port:
-                    return pid
-    return None
+                if other.raddr:
+                    found[other.raddr.port] = pid
+    return found

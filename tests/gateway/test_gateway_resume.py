@@ -20,7 +20,7 @@ from millrace.gateway.journal import Journal, read_progress
 from millrace.gateway.keeper import HealthPolicy
 from millrace.gateway.relay import Limits
 from millrace.http1 import Response, Target, fetch
-from tests.support.gateways import gateway
+from tests.support.gateways import gateway, streamed
 from tests.support.mock_replica import MockReplica, ScriptedServer, next_token, word
 from tests.support.running import eventually, run
 
@@ -171,7 +171,7 @@ def test_a_replica_that_stops_answering_checks_loses_its_streams_to_others() -> 
                 f"127.0.0.1:{port}", good.url, health=health, policy="round_robin"
             ) as (made, target):
                 waiting = asyncio.create_task(ask(target, count=200))
-                await eventually(lambda: made.replicas.all[0].chunks > 3)
+                await eventually(lambda: streamed(made) > 3)
                 os.kill(process.pid, signal.SIGSTOP)
                 assert text(await waiting) == words(200)
                 assert "health checks in a row" in made.keeper.members[0].reason
