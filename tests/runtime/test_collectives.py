@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from millrace.runtime import collectives
-from millrace.runtime.collectives import Collectives, GatherSum, GroupSum, Timing, table
+from millrace.runtime.collectives import Collectives, Timing, table
+from millrace.runtime.ways import GatherSum, GroupSum
+from millrace.runtime.ways import set_up as set_up_way
 
 CPU = torch.device("cpu")
 
@@ -83,7 +85,7 @@ def settled(
 ) -> list[Collectives]:
     """Both ranks' choices for messages of 1 and 4 tokens; costs: what each way seems to take."""
     monkeypatch.setattr(
-        collectives, "_candidates", lambda ranks, *_: [GroupSum(ranks, "group"), *ways(ranks)]
+        collectives, "candidates", lambda ranks, *_: [GroupSum(ranks, "group"), *ways(ranks)]
     )
 
     def clock(call: Callable[[], object]) -> float:
@@ -169,7 +171,7 @@ def test_one_that_cannot_be_set_up_is_left_out(caplog: pytest.LogCaptureFixture)
                 raise OSError("no such device\nmore")
             return name
 
-        return collectives._set_up(ThreadRanks(rank, meeting), "peers", make)  # type: ignore[arg-type]
+        return set_up_way(ThreadRanks(rank, meeting), "peers", make)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING):
         assert list(pool.map(set_up, range(2))) == [None, None]

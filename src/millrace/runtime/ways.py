@@ -1,0 +1,192 @@
+"""The ways to add up a tensor over the ranks: what each needs, and what it takes.
+
+Which one is right and fastest is measured elsewhere (`collectives.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from millrace.model.parallel import Normed
+from millrace.runtime.ranks import Ranks
+
+log = logging.getLogger("millrace.ranks")
+
+PEER_ROWS = 512  # tokens of a message, at most, that goes through peer memory of ours
+PEER_BYTES = 8 << 20  # of a message, at most, that goes through the library's
+TRIAL_POLLS = 1 << 21  # about two seconds: a flag that does not come then never will
+
+
+class Algorithm(Protocol):
+    """A way to add up. Called on every rank alike."""
+
+    @property
+    def name(self) -> str:
+        """What the table and the log call it."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can add up a message like x, [T, H]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in x or in a tensor of its own; x is not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSum:
+    """The library's own all-reduce: Gloo between hosts' memories, NCCL between GPUs."""
+
+    ranks: Ranks
+    name: str
+
+    def takes(self, x: Tensor) -> bool:
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ranks.all_reduce(x)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherSum:
+    """Everybody's part to everybody, added up in rank order: one exchange where a ring needs more,
+    at the price of more bytes."""
+
+    ranks: Ranks
+    name: str
+
+    def takes(self, x: Tensor) -> bool:
+        return x.nbytes * self.ranks.size <= PEER_BYTES
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, *others = self.ranks.gather_parts(x)
+        for other in others:
+            first += other
+        return first
+
+
+class LibraryPeers:
+    """PyTorch's one-shot or two-shot kernel over symmetric memory, without multicast."""
+
+    def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, two_shot: bool) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.name = name
+        self._two_shot = two_shot
+        self._group = ranks.tensors.group_name
+        self._buffer = _shared(PEER_BYTES // dtype.itemsize, dtype)
+        symmetric.rendezvous(self._buffer, self._group)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.numel() <= self._buffer.numel() and x.dtype == self._buffer.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ops, buffer = torch.ops.symm_mem, self._buffer[: x.numel()].view(x.shape)
+        if self._two_shot:
+            buffer.copy_(x)
+            ops.two_shot_all_reduce_out(buffer, "sum", self._group, x)
+            return x
+        out: Tensor = ops.one_shot_all_reduce_copy(buffer, x, "sum", self._group)
+        return out
+
+
+class OwnPeers:
+    """Our one-shot kernel over symmetric memory; it can go on to the residual add and the norm."""
+
+    def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, width: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        from millrace.kernels.gpu.all_reduce import PeerMemory
+
+        self.name = name
+        self._dtype = dtype
+        shared = [
+            _shared(2 * PEER_ROWS * width, dtype),
+            _shared(PEER_ROWS * ranks.size, torch.int32).zero_(),
+        ]
+        handles = [symmetric.rendezvous(one, ranks.tensors.group_name) for one in shared]
+        torch.cuda.synchronize()
+        ranks.smallest(0)  # nobody raises a flag before all flags are zero
+        addresses = [
+            torch.tensor([p + getattr(h, "offset", 0) for p in h.buffer_ptrs], device="cuda")
+            for h in handles
+        ]
+        calls = torch.zeros(PEER_ROWS, dtype=torch.int32, device="cuda")
+        buffers, flags = addresses
+        self.memory = PeerMemory(
+            *(ranks.rank, ranks.size, PEER_ROWS, width),
+            *(buffers, flags, calls),
+            keep=(shared, handles),
+            patience=TRIAL_POLLS,
+        )
+
+    def trust(self) -> None:
+        """It has been found right: from now on wait for the other ranks as long as it takes."""
+        from millrace.kernels.gpu.all_reduce import EVER
+
+        self.memory.patience = EVER
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype == self._dtype and self.memory.takes(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from millrace.kernels.gpu.all_reduce import one_shot
+
+        return one_shot(x, self.memory)
+
+    def norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
+    ) -> Normed:
+        """(rms_norm(s), its quantised form, s) for s = the sum of x over the ranks + residual."""
+        from millrace.kernels.gpu.all_reduce import one_shot_norm
+
+        memory = self.memory
+        return one_shot_norm(x, residual, weight, eps, memory, keep=keep, quantized=quantized)
+
+
+def _shared(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory of this GPU that other ranks can map."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return symmetric.empty([count], dtype=dtype, device=device)
+
+
+def candidates(
+    ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device
+) -> list[Algorithm]:
+    """The group's own all-reduce first; then whatever else can be set up on all ranks."""
+    if device.type == "cpu":
+        return [GroupSum(ranks, "gloo"), GatherSum(ranks, "gloo one-shot")]
+    found: list[Algorithm] = [GroupSum(ranks, "nccl")]
+    for name, build in (
+        ("one-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=False)),
+        ("two-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=True)),
+        ("one-shot with norm", lambda name: OwnPeers(ranks, name, dtype, width)),
+    ):
+        made = set_up(ranks, name, build)
+        if made is not None:
+            found.append(made)
+    return found
+
+
+def set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
+    """What `build` makes, if it can on every rank."""
+    made, problem = None, "it cannot be set up on another rank"
+    try:
+        made = build(name)
+    except Exception as error:
+        problem = first_line(error)
+    if ranks.smallest(0 if made is None else 1):
+        return made
+    log.warning("all-reduce by %s is left out: %s", name, problem)
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
