@@ -97,8 +97,8 @@ def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
 def lateness(part: Part, times: Sequence[int]) -> Samples:
     """How late (ms) the clock was read at each of these times: as late as the next beacon."""
     after = np.searchsorted(np.asarray(part.read_ns), np.asarray(times))
-    late = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
-    return late[np.minimum(after, len(late) - 1)]
+    late: Samples = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
+    return np.take(late, np.minimum(after, len(late) - 1))
 
 
 def _quantiles(values: Any) -> dict[str, float]:
