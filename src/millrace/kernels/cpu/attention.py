@@ -8,6 +8,9 @@ from torch import Tensor
 from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
 from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, row_wise, threads
 
+# Numbers of `millrace_attend`.
+KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+
 
 def attend_decode(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0
@@ -36,13 +39,14 @@ def _attend(
     """rows: slots and starts int64 [R], offsets int32 [R + 1]."""
     run = function("attend")
     page_size, kv_heads, dim = cache.keys.shape[1:]
-    if run is None or dim % LANES or not plain(q, cache.keys, cache.values):
+    kind = KV_KINDS.get(cache.keys.dtype)
+    if run is None or kind is None or dim % LANES or not plain(q):
         return NotImplemented
     slots, starts, offsets = (x.contiguous() for x in rows)
     out = torch.empty_like(q)
     run(
         *(at(x) for x in (q, cache.keys, cache.values, block_table, slots, starts, offsets, out)),
-        *(is_bf16(q), is_bf16(cache.keys)),
+        *(is_bf16(q), kind),
         *(slots.shape[0], q.shape[1], kv_heads, dim, page_size, block_table.shape[1], first),
         *(scale, threads()),
     )

@@ -193,14 +193,23 @@ template <class U> inline void pack_keys(Block<U>& b, const typename U::Element*
         pack([&](int i) { return keys + places[p + i]; }, std::min(PANEL, count - p),
              b.dim / U::STEP, 0, b.key_panel(p / PANEL));
 }
-// Keys of the other dtype are copied first.
-inline void pack_keys(Block<Singles>& b, const bf16* keys, const int64_t* places, int count) {
+// Keys of another dtype are copied first.
+template <class K>
+void pack_copies(Block<Singles>& b, const K* keys, const int64_t* places, int count) {
     for (int p = 0; p < count; p += PANEL) {
         int n = std::min(PANEL, count - p);
         for (int i = 0; i < n; i++)
-            to_floats(keys + places[p + i], b.copy.data() + i * b.dim, b.dim);
+            for (int d = 0; d < b.dim; d += LANES)
+                store(b.copy.data() + i * b.dim + d, load(keys + places[p + i] + d));
         pack([&](int i) { return b.copy.data() + i * b.dim; }, n, b.dim, 0, b.key_panel(p / PANEL));
     }
+}
+
+inline void pack_keys(Block<Singles>& b, const bf16* keys, const int64_t* places, int count) {
+    pack_copies(b, keys, places, count);
+}
+inline void pack_keys(Block<Singles>& b, const e4m3* keys, const int64_t* places, int count) {
+    pack_copies(b, keys, places, count);
 }
 
 // Values are packed by channels: a word holds a channel of STEP positions.
@@ -315,18 +324,21 @@ template <class U, class T, class K> void attend_all(const Attention& a, int thr
 
 }  // namespace
 
+// kv_kind: 0 float32, 1 bfloat16, 2 e4m3 with scale 1.
 extern "C" void millrace_attend(const void* q, const void* keys, const void* values,
                                 const int32_t* table, const int64_t* slots, const int64_t* starts,
-                                const int32_t* offsets, void* out, int q_bf16, int kv_bf16,
+                                const int32_t* offsets, void* out, int q_bf16, int kv_kind,
                                 int rows, int heads, int kv_heads, int dim, int page_size,
                                 int max_pages, int first, float scale, int threads) {
     Attention a{q,     keys,     values, table,     slots,     starts, offsets, out, rows,
                 heads, kv_heads, dim,    page_size, max_pages, first,  scale};
 #ifdef __AVX512BF16__
-    if (q_bf16 && kv_bf16 && dim % PANEL == 0) return attend_all<Pairs, bf16, bf16>(a, threads);
+    if (q_bf16 && kv_kind == 1 && dim % PANEL == 0) return attend_all<Pairs, bf16, bf16>(a, threads);
 #endif
-    if (q_bf16 && kv_bf16) attend_all<Singles, bf16, bf16>(a, threads);
+    if (q_bf16 && kv_kind == 2) attend_all<Singles, bf16, e4m3>(a, threads);
+    else if (q_bf16 && kv_kind) attend_all<Singles, bf16, bf16>(a, threads);
     else if (q_bf16) attend_all<Singles, bf16, float>(a, threads);
-    else if (kv_bf16) attend_all<Singles, float, bf16>(a, threads);
+    else if (kv_kind == 2) attend_all<Singles, float, e4m3>(a, threads);
+    else if (kv_kind) attend_all<Singles, float, bf16>(a, threads);
     else attend_all<Singles, float, float>(a, threads);
 }

@@ -1,4 +1,4 @@
-// What every op needs: numbers in float32 and bfloat16, vectors of 16, exp, dot products.
+// What every op needs: numbers in float32, bfloat16 and e4m3, vectors of 16, exp, dot products.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,22 @@ constexpr int SMALL = 1 << 15;  // elements below which waking another thread co
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 struct bf16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };
 
 inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 inline Floats load(const bf16* p) {
     Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16;
     return (Floats)wide;
+}
+// Exponent and mantissa fall into float32's fields; the factor makes up for the other bias, and
+// makes float32's subnormals of e4m3's. All ones is a NaN.
+inline Floats load(const e4m3* p) {
+    Words wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Words);
+    Words size = wide & 0x7F;
+    Floats value = (Floats)(size << 20) * 0x1p120f;
+    return (Floats)((Words)value | (wide & 0x80) << 24 | ((Words)(size == 0x7F) & 0x7FC00000));
 }
 inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 
