@@ -129,6 +129,16 @@ def _groups_kernel(
 
 
 @triton.jit
+def _chosen_logits(base, chosen, at, span, V, GROUP: tl.constexpr):
+    """Logits at places `at` of the chosen groups' columns, and their keys; -inf and 0 beyond."""
+    g = tl.load(chosen + at // GROUP, mask=at < span, other=0)
+    v = g * GROUP + at % GROUP
+    live = (at < span) & (v < V)
+    x = tl.load(base + v, mask=live, other=-float("inf")).to(tl.float32)
+    return x, tl.where(live, _ordered(x), 0)
+
+
+@triton.jit
 def _floor_kernel(
     logits, tops, masses, chosen, temperature, top_p, top_k, floors, stride, V, groups,
     WIDTH: tl.constexpr, GROUP: tl.constexpr,
@@ -198,12 +208,7 @@ def _floor_kernel(
             limit = kept + (digit << shift)
             above = tl.zeros((WIDTH, 16), tl.int32)  # one sum at the end, none in the loop
             for start in range(0, span, WIDTH):
-                at = start + lane
-                g = tl.load(chosen + at // GROUP, mask=at < span, other=0)
-                v = g * GROUP + at % GROUP
-                live = (at < span) & (v < V)
-                x = tl.load(base + v, mask=live, other=-float("inf")).to(tl.float32)
-                key = tl.where(live, _ordered(x), 0)
+                _, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
                 above += (key[:, None] >= limit[None, :]).to(tl.int32)
             kept = tl.max(tl.where(tl.sum(above, axis=0) >= k, limit, 0), axis=0)
             shift -= 4
@@ -211,12 +216,8 @@ def _floor_kernel(
         if k > 0:  # of what top_k left
             sums = tl.zeros((WIDTH,), tl.float32)
             for start in range(0, span, WIDTH):
-                at = start + lane
-                g = tl.load(chosen + at // GROUP, mask=at < span, other=0)
-                v = g * GROUP + at % GROUP
-                live = (at < span) & (v < V)
-                x = tl.load(base + v, mask=live, other=-float("inf")).to(tl.float32)
-                sums += tl.where(live & (_ordered(x) >= kept), tl.exp((x - peak) / heat), 0.0)
+                x, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
+                sums += tl.where(key >= kept, tl.exp((x - peak) / heat), 0.0)
             total = tl.sum(sums, axis=0)
         wanted = p * total
         found = tl.zeros((), tl.uint32)
@@ -225,13 +226,8 @@ def _floor_kernel(
             limit = found + (digit << shift)
             mass = tl.zeros((WIDTH, 16), tl.float32)
             for start in range(0, span, WIDTH):
-                at = start + lane
-                g = tl.load(chosen + at // GROUP, mask=at < span, other=0)
-                v = g * GROUP + at % GROUP
-                live = (at < span) & (v < V)
-                x = tl.load(base + v, mask=live, other=-float("inf")).to(tl.float32)
-                key = tl.where(live, _ordered(x), 0)
-                weight = tl.where(live & (key >= kept), tl.exp((x - peak) / heat), 0.0)
+                x, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
+                weight = tl.where(key >= kept, tl.exp((x - peak) / heat), 0.0)
                 mass += tl.where(key[:, None] >= limit[None, :], weight[:, None], 0.0)
             found = tl.max(tl.where(tl.sum(mass, axis=0) >= wanted, limit, 0), axis=0)
             shift -= 4
