@@ -56,7 +56,6 @@ class _Candidate:
     """A candidate of a sampled row that asks for something. index: among all candidates."""
 
     index: int
-    slot: int
     wish: _Wish
 
 
@@ -76,11 +75,11 @@ class Wishes:
         if extras is None:
             self._by_slot.pop(admission.slot, None)
             return
-        allowed = extras.allowed_token_ids
-        words = upload(_words(allowed, self._vocab_size), self._device, torch.int32)
-        self._by_slot[admission.slot] = _Wish(
-            extras, admission.stop_token_ids, words if allowed else None
-        )
+        allowed = None
+        if extras.allowed_token_ids:
+            words = _words(extras.allowed_token_ids, self._vocab_size)
+            allowed = upload(words, self._device, torch.int32)
+        self._by_slot[admission.slot] = _Wish(extras, admission.stop_token_ids, allowed)
 
     def of_step(self, plan: StepPlan) -> StepWishes | None:
         """What the step's sampled rows ask for; None if that is nothing."""
@@ -91,7 +90,7 @@ class Wishes:
         for row, slot in enumerate(plan.sampled_slots):
             width = self._width if row < len(plan.decode) else 1
             if wish := self._by_slot.get(slot):
-                found += [_Candidate(index + place, slot, wish) for place in range(width)]
+                found += [_Candidate(index + place, wish) for place in range(width)]
             index += width
         return StepWishes(found, self._slots) if found else None
 
