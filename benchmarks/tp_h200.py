@@ -94,7 +94,8 @@ def child_sums(options: argparse.Namespace) -> Any:
         for rank in range(1, options.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks)}
             command = [sys.executable, *sys.argv]
-            others.append(subprocess.Popen(command, env={**os.environ, **shared, **own}))
+            env = {**os.environ, **shared, **own}
+            others.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL))
     if cuda:
         torch.cuda.set_device(mine.local)
     device = torch.device("cuda" if cuda else "cpu")
@@ -120,9 +121,9 @@ def between_graphs(ranks: Any, rows: list[int]) -> list[dict[str, float]]:
         piece, whole = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         ranks.all_reduce(x)
         torch.cuda.synchronize()
-        with torch.cuda.graph(piece):
+        with torch.cuda.graph(piece, capture_error_mode="thread_local"):
             x.mul_(0.5)
-        with torch.cuda.graph(whole):
+        with torch.cuda.graph(whole, capture_error_mode="thread_local"):
             for _ in range(20):
                 ranks.all_reduce(x.mul_(0.5))
 

@@ -223,7 +223,7 @@ class _Replayed:
             self._x = torch.zeros_like(x)
             self._graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._out = self._algorithm(self._x.clone())
         self._x.copy_(x)
         self._graph.replay()
@@ -262,7 +262,7 @@ def _graph_us(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads too
         for _ in range(_CHAIN):
             call()
     return _event_us(graph.replay)

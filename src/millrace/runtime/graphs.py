@@ -49,6 +49,9 @@ class DecodeGraphs:
         for rows in reversed(self._buckets):
             self._get(rows, filters=False)
 
+    def capture_largest(self, filters: bool) -> None:
+        self._get(self._buckets[-1], filters)
+
     def run(self, slots: list[int], filters: bool) -> Tensor:
         """The result of a step over `slots`: [len(slots), ...]. Valid until the next run."""
         rows = self._buckets[bisect_left(self._buckets, len(slots))]
@@ -69,7 +72,8 @@ class DecodeGraphs:
         self._step(slots, filters)  # compiles and tunes what is used for the first time
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, such as NCCL's, may query events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = self._step(slots, filters)
         self._pool = self._pool or graph.pool()
         return _Captured(graph, slots, out)

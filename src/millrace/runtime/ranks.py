@@ -52,7 +52,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
 JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
-LEAVE_LIMIT = 5.0  # seconds for a group that has failed to be taken apart
+LEAVE_LIMIT = 5.0  # seconds for a group to be taken apart
 STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
 PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan as long as it takes
 _POLL = timedelta(seconds=0.25)
@@ -278,7 +278,7 @@ class Ranks:
 
         The groups are dropped here, not at the interpreter's end: dropping one joins Gloo's
         threads, and a thread that frees its last tensor while Python is being torn down aborts
-        the process.
+        the process. CUDA graphs that hold collectives must be gone by now: NCCL waits for them.
         """
         if self.size == 1 or self.watch is None:
             return
@@ -287,10 +287,7 @@ class Ranks:
         self.tensors = self.plans = None
         if not dist.is_initialized():
             return
-        if not watch.failed:
-            dist.destroy_process_group()
-            return
-        # A collective that waits for a rank that is stopped may hold this up until it times out.
+        # A collective that waits for a rank that is stopped or gone may hold this up.
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(LEAVE_LIMIT)

@@ -81,12 +81,22 @@ class Runner:
         return replace(out, prompt=prompt)
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the decode step's graphs (on a GPU)."""
-        most = self._config.max_num_seqs
+    def capture(self, most: int, largest_only: bool = False) -> None:
+        """Capture the graphs of decode steps of up to `most` rows (on a GPU).
+
+        largest_only: one of each kind, to see what they take.
+        """
         self._graphs = DecodeGraphs(self._decode_step, most, self._device)
-        self._graphs.capture_all()
         self._forwards = DecodeGraphs(self._decode_forward, most, self._device)
+        if largest_only:
+            self._graphs.capture_largest(filters=True)
+            self._forwards.capture_largest(filters=False)
+        else:
+            self._graphs.capture_all()
+
+    def release(self) -> None:
+        """Drop the graphs; no step may follow."""
+        self._graphs = self._forwards = None
 
     def _decode_step(self, slots: Tensor, filters: bool) -> Tensor:
         """A step of decode rows only, from their slots alone."""

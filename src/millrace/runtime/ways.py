@@ -109,9 +109,8 @@ class OwnPeers:
             _shared(2 * PEER_ROWS * width, dtype),
             _shared(PEER_ROWS * ranks.size, torch.int32).zero_(),
         ]
+        torch.cuda.synchronize()  # before they meet: nobody raises a flag that is yet to be zero
         handles = [symmetric.rendezvous(one, ranks.tensors.group_name) for one in shared]
-        torch.cuda.synchronize()
-        ranks.smallest(0)  # nobody raises a flag before all flags are zero
         addresses = [
             torch.tensor([p + getattr(h, "offset", 0) for p in h.buffer_ptrs], device="cuda")
             for h in handles

@@ -6,6 +6,7 @@ step still runs, and the result is copied out on the side; on a CPU a launch is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from millrace.protocol import Masks, StepPlan, StopRanks
 from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.ranks import MeasureSums, Ranks
+from millrace.runtime.rehearsal import workspace_bytes
 from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
 from millrace.runtime.slots import Slots
 from millrace.runtime.state import CONV_INPUTS, Snapshots
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -56,9 +60,9 @@ class Worker:
         parallel = self.collectives.parallel()
         self._model = _load_model(config, model_config, directory, parallel)
         self.memory = self._plan_memory()
-        self._runner = self._build_runner()
+        self._runner = self._build_runner(config, self.memory.num_pages, self.memory.num_snapshots)
         if config.device == "cuda" and not config.args.enforce_eager:
-            self._runner.capture()
+            self._runner.capture(config.max_num_seqs)
 
     def limits(self) -> Limits:
         """What the scheduler has to work within."""
@@ -92,6 +96,7 @@ class Worker:
                 self.collectives.measure(message.rows)
             else:
                 self._runner.run(message)
+        self._runner.release()
 
     def measure_sums(self, rows: list[int]) -> list[Timing]:
         """Every way to add up over the ranks, at messages of so many tokens."""
@@ -100,6 +105,7 @@ class Worker:
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
+        self._runner.release()  # first: a group waits for graphs that hold its collectives
         self.ranks.leave()
 
     # --- memory -----------------------------------------------------------------------------
@@ -136,24 +142,23 @@ class Worker:
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
+            taken = workspace_bytes(self.config, lambda config: self._build_runner(config, 1, 0))
             free, total = torch.cuda.mem_get_info()
-            return int(free - (1.0 - args.gpu_memory_utilization) * total)
+            logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
+            return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
         return min(int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
 
     # --- allocation -------------------------------------------------------------------------
 
-    def _build_runner(self) -> Runner:
-        config, model = self.config, self.model_config
-        caches = allocate_caches(
-            config, model, self.memory.num_pages, self.ranks.size, self._device
-        )
+    def _build_runner(self, config: EngineConfig, pages: int, snapshots: int) -> Runner:
+        """A runner with slots for config.max_num_seqs."""
+        model = self.model_config
+        caches = allocate_caches(config, model, pages, self.ranks.size, self._device)
         slots = Slots.allocate(
             config.max_num_seqs, config.max_model_len, config.drafts, self._device
         )
-        snapshots = Snapshots.allocate(
-            caches, self.memory.num_snapshots, model.hidden_size, DTYPES[config.dtype]
-        )
-        return Runner(config, self._model, caches, slots, snapshots, self.ranks.broadcast)
+        pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
+        return Runner(config, self._model, caches, slots, pool, self.ranks.broadcast)
 
 
 def _message_rows(config: EngineConfig) -> list[int]:

@@ -31,7 +31,7 @@ def _aligned(address, kind: tl.constexpr):
     return tl.multiple_of(address.to(kind), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "patience"])
 def _one_shot_kernel(
     x, residual, weight, sums, normed, values, scales, buffers, flags, calls, rank, rows, width,
     patience, scale_stride, eps, SIZE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
