@@ -39,7 +39,6 @@ from millrace.kernels.gpu import gdn_prefill as gpu_prefill
 from millrace.kernels.gpu import gemm as gpu_gemm
 from millrace.kernels.gpu import quantize as gpu_quantize
 from millrace.kernels.gpu import sampling as gpu_sampling
-from millrace.kernels.gpu.gdn_blocks import by_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = False
@@ -279,23 +278,15 @@ def check_gdn_prefill(run: Callable[..., Tensor]) -> float:
 
 
 # (warps of the solve, value tile, warps and stages of the walk)
-BLOCKS = ((4, 64, 4, 2), (2, 64, 4, 2), (1, 64, 4, 2), (4, 32, 4, 2), (4, 64, 4, 1), (4, 64, 4, 3),
-          (4, 128, 8, 1), (4, 64, 8, 2))  # fmt: skip
+PREFILLS = ((1, 64, 4, 2), (1, 64, 4, 1), (1, 64, 4, 3), (1, 128, 8, 2), (1, 128, 8, 1),
+            (1, 64, 8, 2), (1, 32, 4, 2), (1, 32, 2, 3), (1, 32, 2, 2), (2, 64, 4, 2))  # fmt: skip
 
 
 def gdn_prefill_cases() -> Iterator[Case]:
-    bf16 = torch.bfloat16
-    configs = [None, (bf16, 64, 4, 4, 1), (bf16, 64, 4, 4, 2)]
-    if not QUICK:
-        configs += [(bf16, 64, 8, 4, 1), (bf16, 32, 4, 4, 1), (torch.float32, 32, 4, 4, 1)]
     ways: dict[str, Callable[..., Tensor]] = {
-        str(config or "default"): lambda *x, c=config: gpu_prefill.gdn_prefill(*x, c)
-        for config in configs
+        str(config): lambda *x, c=config: gpu_prefill.gdn_prefill(*x, c)
+        for config in PREFILLS[: 1 if QUICK else None]
     }
-    for config in BLOCKS[: 4 if QUICK else None]:
-        ways[f"blocks {config}"] = lambda *x, c=config: by_blocks(*x, c)
-    if gpu_prefill._fla() is not None:
-        ways["library"] = gpu_prefill._by_fla
     for counts in ((768,) * 21, (1024,), (1024,) * 8, (16384,)):
         tokens = sum(counts)
         for name, run in ways.items():
@@ -309,7 +300,6 @@ def gdn_prefill_cases() -> Iterator[Case]:
             yield Case(
                 f"{len(counts)}x{counts[0]} {name}", lambda run=run: check_gdn_prefill(run), 1e-2,
                 calls, tokens * (CHANNELS + VALUE_HEADS * DIM) * 2.0, tokens * 0.42e9 / 48,
-                captured=name not in ("default", "library"),
             )  # fmt: skip
 
 
@@ -477,6 +467,10 @@ def chosen(module: object, name: str, value: object, run: Callable[[], T]) -> Ca
     return setting
 
 
+PROMPT_TILES = ((32, 128, 4), (16, 128, 4), (64, 128, 4), (16, 256, 4), (32, 256, 4), (8, 512, 4),
+                (16, 512, 4), (64, 128, 8), (32, 256, 8), (64, 64, 4))  # fmt: skip
+
+
 def prompt_cases(t: int = 8192) -> Iterator[Case]:
     """What stands around the products of a step of prompt tokens."""
     x, r = (torch.randn(t, HIDDEN, device=DEVICE).bfloat16() for _ in range(2))
@@ -503,17 +497,15 @@ def prompt_cases(t: int = 8192) -> Iterator[Case]:
         want = gdn.conv_prefill.__wrapped__(wide, twin, weight, rows, offset)
         return max(relative(got, want), relative(own.conv, twin.conv))
 
-    for way in ("padded", "strips"):
+    yield Case(
+        f"{t} tokens: add_rms_norm_quantize", check_norm, 4e-3, lambda: [normed] * 3, t * HIDDEN * 9
+    )
+    for tile in PROMPT_TILES[: 1 if QUICK else None]:
         yield Case(
-            f"{t} tokens: add_rms_norm_quantize {way}",
-            chosen(gpu_quantize, "NORM", way, check_norm), 4e-3,
-            chosen(gpu_quantize, "NORM", way, lambda: [normed] * 3), t * HIDDEN * 9,
-        )  # fmt: skip
-    for way in ("tiles", "walk"):
-        yield Case(
-            f"{t} tokens: conv_prefill {way}", chosen(gpu_conv, "PREFILL", way, check_conv), 5e-3,
+            f"{t} tokens: conv_prefill {tile}",
+            chosen(gpu_conv, "PROMPT_TILE", tile, check_conv), 5e-3,
             chosen(
-                gpu_conv, "PREFILL", way,
+                gpu_conv, "PROMPT_TILE", tile,
                 lambda: [lambda: gpu_conv.conv_prefill(wide, cache, weight, rows, offset)] * 3,
             ), t * CHANNELS * 4,
         )  # fmt: skip
@@ -548,14 +540,11 @@ def fused_cases() -> Iterator[Case]:
         exact = max(relative(normed, truth[0]), relative(total, truth[1])) * 10
         return max(exact, relative(dequantized(q), truth[0]))
 
-    for way in ("padded", "strips"):
-        for keep in (False, True):
-            yield Case(
-                f"add_rms_norm_quantize keep={keep} {way}",
-                chosen(gpu_quantize, "NORM", way, check_norm), 0.04,
-                chosen(gpu_quantize, "NORM", way, lambda keep=keep: [norm_quantize(keep)] * 10),
-                t * HIDDEN * (7 + 2 * keep),
-            )  # fmt: skip
+    for keep in (False, True):
+        yield Case(
+            f"add_rms_norm_quantize keep={keep}", check_norm, 0.04,
+            lambda keep=keep: [norm_quantize(keep)] * 10, t * HIDDEN * (7 + 2 * keep),
+        )  # fmt: skip
     yield from prompt_cases()
     table: dict[str, tuple[Callable[[], gpu_quantize.Quantized], Callable[[], Tensor], float]] = {
         "quantize": (lambda: gpu_quantize.quantize(x), lambda: x, t * HIDDEN * 3),
@@ -694,30 +683,24 @@ def dry_run() -> int:
     KEY_HEADS, VALUE_HEADS, DIM, HIDDEN, INTER = 1, 2, 32, 1024, 256
     CHANNELS = 2 * KEY_HEADS * DIM + VALUE_HEADS * DIM
     wrong = 0
-    plain = {"blocks": by_blocks, "two kernels": gpu_prefill.gdn_prefill}
-    for name, run in plain.items():
-        error = check_gdn_prefill(lambda q, *x, run=run: run(q.float(), *x))
-        print(f"gdn_prefill {name}: error {error:.1e}")
-        wrong += not error < 1e-4
+    error = check_gdn_prefill(lambda q, *x: gpu_prefill.gdn_prefill(q.float(), *x))
+    print(f"gdn_prefill: error {error:.1e}")
+    wrong += not error < 1e-4
     counts, width = (1, 40, 3, 64), CHANNELS
     rows, offset = prefill_rows(counts), torch.tensor([0, 1, 0, 1, 0]).int()
     x, weight = torch.randn(sum(counts), width + 8)[:, :width], torch.randn(width, 4)
     buffer = torch.randn(5, 4, width)
-    for way in ("tiles", "walk"):
-        gpu_conv.PREFILL = way
-        own, twin = (GDNState(*[x] * 4, buffer.clone()) for _ in range(2))
-        got = gpu_conv.conv_prefill(x, own, weight, rows, offset)
-        want = gdn.conv_prefill.__wrapped__(x, twin, weight, rows, offset)
-        error = max(relative(got, want), relative(own.conv, twin.conv))
-        print(f"conv_prefill {way}: error {error:.1e}")
-        wrong += not error < 1e-5
+    own, twin = (GDNState(*[x] * 4, buffer.clone()) for _ in range(2))
+    got = gpu_conv.conv_prefill(x, own, weight, rows, offset)
+    want = gdn.conv_prefill.__wrapped__(x, twin, weight, rows, offset)
+    error = max(relative(got, want), relative(own.conv, twin.conv))
+    print(f"conv_prefill: error {error:.1e}")
+    wrong += not error < 1e-5
     y, r, w = torch.randn(5, HIDDEN), torch.randn(5, HIDDEN), torch.randn(HIDDEN)
-    for way in ("padded", "strips"):
-        gpu_quantize.NORM = way
-        truth = norm.add_rms_norm.__wrapped__(y, r, w, 1e-6)[0]
-        error = relative(gpu_quantize.norm(y, r, w, 1e-6)[0], truth)
-        print(f"norm {way}: error {error:.1e}")
-        wrong += not error < 1e-5
+    truth = norm.add_rms_norm.__wrapped__(y, r, w, 1e-6)[0]
+    error = relative(gpu_quantize.norm(y, r, w, 1e-6)[0], truth)
+    print(f"norm: error {error:.1e}")
+    wrong += not error < 1e-5
     return int(wrong > 0)
 
 

@@ -122,14 +122,12 @@ def test_bf16_state_and_model(device: str, raw: bool):
 
 @on_each_device
 @pytest.mark.parametrize("alike", [0.0, 1.0, 100.0])
-@pytest.mark.parametrize("way", ["library", "blocks"])
-def test_prefill(device: str, way: str, alike: float, monkeypatch: pytest.MonkeyPatch):
+def test_prefill(device: str, alike: float):
     """Lengths at the edges of chunks and blocks, and keys that resemble each other: nothing in the
     solve may grow, not even where all keys are one and nothing decays."""
-    from millrace.kernels.gpu import gdn_prefill as gpu
+    from millrace.kernels.gpu.gdn_prefill import gdn_prefill
 
     torch.manual_seed(3)
-    monkeypatch.setattr(gpu, "WAY", way)
     counts = (1, 64, 81, 15, 33, 65)
     heads, dims = (1, 2), (32, 32)
     cache = make_cache(9, heads, dims, 16, 2, device)
@@ -142,7 +140,7 @@ def test_prefill(device: str, way: str, alike: float, monkeypatch: pytest.Monkey
     rows = make_prefill_rows(counts, [3, 1, 7, 2, 5, 8], device)
     expected = copy.deepcopy(cache)
     want = gdn.gdn_prefill.__wrapped__(qkv, g, beta, expected, rows)
-    got = gpu.gdn_prefill(qkv, g, beta, cache, rows)
+    got = gdn_prefill(qkv, g, beta, cache, rows)
     limit = 1e-5 if INTERPRETED else 2e-3  # compiled products are in tf32
     assert relative(got, want) < limit
     assert relative(cache.state, expected.state) < limit
@@ -174,12 +172,10 @@ def test_conv_decode(device: str, width: int):
 
 
 @on_each_device
-@pytest.mark.parametrize("way", ["tiles", "walk"])
-def test_conv_prefill(device: str, way: str, monkeypatch: pytest.MonkeyPatch):
+def test_conv_prefill(device: str):
     from millrace.kernels.gpu import conv
 
     torch.manual_seed(4)
-    monkeypatch.setattr(conv, "PREFILL", way)
     cache = make_cache(9, (1, 2), (32, 64), 16, 3, device)
     channels, counts = cache.conv.shape[2], (1, 2, 40, 3, 64)
     expected = copy.deepcopy(cache)

@@ -12,14 +12,11 @@ no_fp8 = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no e4m3")
 
 
 @on_each_device
-@pytest.mark.parametrize("way", ["padded", "strips"])
-@pytest.mark.parametrize("width", [64, 640, 1000, 2048])
-def test_norms(device: str, width: int, way: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("width", [64, 640, 1000, 1024, 2048, 3000])
+def test_norms(device: str, width: int):
     from millrace.kernels.gpu import norm as gpu
-    from millrace.kernels.gpu import quantize
 
     torch.manual_seed(width)
-    monkeypatch.setattr(quantize, "NORM", way)
     x, residual = torch.randn(2, 5, width, device=device)
     weight = torch.randn(width, device=device)
     assert (

@@ -89,6 +89,20 @@ def test_preempted(model: Path, on_cpu: list[list[int]]) -> None:
     engine.close()
 
 
+def test_the_share_of_memory_holds_while_every_row_runs(model: Path) -> None:
+    """Workspaces and graphs are counted: a full engine stays below what it was given."""
+    share = 0.08
+    engine = build(
+        model, device="cuda", dtype="bfloat16", max_num_seqs=256, max_model_len=2048,
+        max_num_batched_tokens=16384, gpu_memory_utilization=share, debug=False, **mtp(1),
+    )  # fmt: skip
+    prompts = [[3 + (7 * i + j) % 2000 for j in range(700 + i)] for i in range(300)]
+    generate(engine, prompts, 40, temperature=1.0, top_p=0.9)
+    free, total = torch.cuda.mem_get_info()
+    engine.close()
+    assert total - free <= share * total
+
+
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"enable_prefix_caching": True}])
 def test_no_step_waits_for_the_device(
     model: Path, on_cpu: list[list[int]], options: dict[str, Any], no_sync: None

@@ -75,14 +75,13 @@ def _gpu_libraries() -> Iterator[Finding]:
     for name, package, needed in (
         ("triton", "triton", True),
         ("DeepGEMM", "deep_gemm", False),
-        ("flash-linear-attention", "fla", False),
     ):
         try:
             module = importlib.import_module(package)
         except ImportError as error:
             yield Finding(
                 "kernels", name, f"not there ({error})", "fail" if needed else "warn",
-                "" if needed else "pip install 'millrace[gpu]' makes FP8 and prefill faster",
+                "" if needed else "pip install 'millrace[gpu]' makes FP8 products faster",
             )  # fmt: skip
         else:
             yield Finding("kernels", name, str(getattr(module, "__version__", "there")))

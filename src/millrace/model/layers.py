@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from millrace.kernels.activation import sigmoid_gate, silu_mul
 from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
-from millrace.kernels.batch import Batch, Caches, GDNState, KVCache
+from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.beside import each_kind
 from millrace.kernels.gdn import (
     conv_decode,
     conv_prefill,
@@ -244,16 +245,15 @@ class Attention(nn.Module):
         return out
 
     def _attend(self, q: Tensor, batch: Batch, cache: KVCache, block_table: Tensor) -> Tensor:
-        split, out = batch.num_decode_tokens, []
-        if batch.decode is not None:
-            rows = batch.decode
-            out.append(attend_decode(q[:split], cache, block_table, rows, self.scale, self.first))
-        if batch.prefill is not None:
-            tokens = batch.prefill
-            out.append(
-                attend_prefill(q[split:], cache, block_table, tokens, self.scale, self.first)
-            )
-        return out[0] if len(out) == 1 else torch.cat(out)
+        split = batch.num_decode_tokens
+
+        def decode(rows: DecodeRows) -> Tensor:
+            return attend_decode(q[:split], cache, block_table, rows, self.scale, self.first)
+
+        def prefill(rows: PrefillRows) -> Tensor:
+            return attend_prefill(q[split:], cache, block_table, rows, self.scale, self.first)
+
+        return each_kind(batch, decode, prefill)
 
 
 def _attention_pieces(build: Build, prefix: str) -> list[Piece]:
@@ -339,17 +339,17 @@ class GatedDeltaNet(nn.Module):
         self, qkv: Tensor, a: Tensor, b: Tensor, batch: Batch, cache: GDNState, caches: Caches
     ) -> Tensor:
         """Convolution and recurrence of both kinds of rows: [T, value_heads, value_dim]."""
-        n, offset, out = batch.num_decode_tokens, caches.conv_offset, []
-        gating = (self.A_log, self.dt_bias)
-        if batch.decode is not None:
-            rows = batch.decode
+        n, offset, gating = batch.num_decode_tokens, caches.conv_offset, (self.A_log, self.dt_bias)
+
+        def decode(rows: DecodeRows) -> Tensor:
             x = conv_decode(qkv[:n], cache, self.conv_weight, rows, offset)
-            out.append(gdn_decode_raw(x, a[:n], b[:n], *gating, cache, caches.fill, rows))
-        if batch.prefill is not None:
-            x = conv_prefill(qkv[n:], cache, self.conv_weight, batch.prefill, offset)
-            g, beta = gates(a[n:], b[n:], *gating)
-            out.append(gdn_prefill(x, g, beta, cache, batch.prefill))
-        return out[0] if len(out) == 1 else torch.cat(out)
+            return gdn_decode_raw(x, a[:n], b[:n], *gating, cache, caches.fill, rows)
+
+        def prefill(rows: PrefillRows) -> Tensor:
+            x = conv_prefill(qkv[n:], cache, self.conv_weight, rows, offset)
+            return gdn_prefill(x, *gates(a[n:], b[n:], *gating), cache, rows)
+
+        return each_kind(batch, decode, prefill)
 
 
 def _channel_rows(build: Build) -> tuple[tuple[int, int], ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
 
 STRIP = 512
-PREFILL = "tiles"  # or "walk": each input is read once; not yet timed on a GPU
+PROMPT_TILE = (32, 128, 4)  # tokens, channels, warps
 
 
 @triton.jit
@@ -90,44 +90,6 @@ def _conv_prefill_kernel(
 
 
 @triton.jit
-def _conv_walk_kernel(
-    x, buffer, weight, slots, offsets, starts, out, x_stride, slot_stride, C,
-    BLOCK: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """As _conv_prefill_kernel: token by token, the last three inputs held."""
-    row = tl.program_id(2)
-    start = tl.load(starts + row)
-    count = tl.load(starts + row + 1) - start
-    first = tl.program_id(1) * BLOCK
-    if first < count:
-        c = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
-        mask = c < C
-        slot = tl.load(slots + row).to(tl.int64)
-        old = buffer + slot * slot_stride + tl.load(offsets + slot).to(tl.int64) * C + c
-        new = x + (start + first).to(tl.int64) * x_stride + c
-        w0, w1, w2, w3 = _taps(weight, c, mask, STRIP)
-        begins = mask & (first == 0)
-        goes_on = mask & (first > 0)
-        i0 = tl.load(old, mask=begins, other=0.0)
-        i1 = tl.load(old + C, mask=begins, other=0.0)
-        i2 = tl.load(old + 2 * C, mask=begins, other=0.0)
-        i0 += tl.load(new - 3 * x_stride, mask=goes_on, other=0.0)
-        i1 += tl.load(new - 2 * x_stride, mask=goes_on, other=0.0)
-        i2 += tl.load(new - x_stride, mask=goes_on, other=0.0)
-        to = out + (start + first).to(tl.int64) * C + c
-        for t in tl.static_range(BLOCK):
-            live = mask & (first + t < count)
-            i3 = tl.load(new + t * x_stride, mask=live, other=0.0)
-            y = i0.to(tl.float32) * w0 + i1.to(tl.float32) * w1
-            y = y + i2.to(tl.float32) * w2 + i3.to(tl.float32) * w3
-            y = y / (1.0 + tl.exp(-y))
-            tl.store(to + t * C, y.to(out.dtype.element_ty), mask=live)
-            i0 = i1
-            i1 = i2
-            i2 = i3
-
-
-@triton.jit
 def _keep_last_kernel(
     x, buffer, slots, offsets, starts, x_stride, slot_stride, C, STRIP: tl.constexpr
 ):
@@ -196,10 +158,8 @@ def conv_prefill(
     channels, count = x.shape[1], len(rows.counts)
     out = torch.empty(x.shape[0], channels, dtype=x.dtype, device=x.device)
     scalars = (x.stride(0), cache.conv.stride(0), channels)
-    walk = PREFILL == "walk"
-    block, strip, warps = (16, STRIP, 2) if walk else (32, 128, 4)
-    kernel = _conv_walk_kernel if walk else _conv_prefill_kernel
-    kernel[(triton.cdiv(channels, strip), triton.cdiv(rows.max_count, block), count)](
+    block, strip, warps = PROMPT_TILE
+    _conv_prefill_kernel[(triton.cdiv(channels, strip), triton.cdiv(rows.max_count, block), count)](
         x, cache.conv, weight, rows.slots, conv_offset, rows.offsets, out, *scalars,
         BLOCK=block, STRIP=strip, num_warps=warps,
     )  # fmt: skip

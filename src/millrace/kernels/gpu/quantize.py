@@ -16,7 +16,7 @@ from millrace.kernels.quantize import GROUP, Quantized
 
 E4M3_MAX = tl.constexpr(448.0)
 COPY, SILU_MUL, SIGMOID_GATE, GATED_NORM = range(4)
-NORM = "padded"  # or "strips": no idle lanes where 1,024 divides the width; not yet timed on a GPU
+NORM_STRIP = 1024  # channels that a norm holds as one piece: [8, GROUP]
 
 
 @triton.jit
@@ -63,38 +63,10 @@ def _pointwise_kernel(
 def _norm_kernel(
     x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
     scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,
-    G: tl.constexpr,
+    STRIPS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """rms_norm of one token, [G, 128] channels, after adding the residual where ADD."""
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, G)
-    channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = channel < width
-    value = tl.load(x + token * x_stride + channel, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        old = tl.load(residual + token * residual_stride + channel, mask=mask, other=0.0)
-        total = (value + old.to(tl.float32)).to(sums.dtype.element_ty)
-        tl.store(sums + token * width + channel, total, mask=mask)
-        value = total.to(tl.float32)
-    w = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, axis=1), axis=0) / width + eps)
-    value = value * inverse * (1.0 + w)
-    if KEEP:
-        tl.store(normed + token * width + channel, value.to(normed.dtype.element_ty), mask=mask)
-    if QUANTIZE:
-        quantized, scale = quantize_groups(value)
-        tl.store(values + token * width + channel, quantized, mask=mask)
-        at = scales + group.to(tl.int64) * scale_stride + token
-        tl.store(at, scale, mask=group * 128 < width)
-
-
-@triton.jit
-def _norm_strips_kernel(
-    x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
-    scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,
-    STRIPS: tl.constexpr,
-):  # fmt: skip
-    """As _norm_kernel, in STRIPS pieces of [8, 128] channels that are held between two passes."""
+    """rms_norm of one token after adding the residual where ADD, in STRIPS pieces of [8, 128]
+    channels that are held between two passes. RAGGED: the last one is not full."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, 8)
     channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -102,24 +74,30 @@ def _norm_strips_kernel(
     square = tl.zeros((8, 128), tl.float32)
     for i in tl.static_range(STRIPS):
         at = i * 1024 + channel
-        value = tl.load(x + token * x_stride + at).to(tl.float32)
+        mask = at < width if RAGGED else at >= 0
+        value = tl.load(x + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
         if ADD:
-            old = tl.load(residual + token * residual_stride + at)
+            old = tl.load(residual + token * residual_stride + at, mask=mask, other=0.0)
             total = (value + old.to(tl.float32)).to(sums.dtype.element_ty)
-            tl.store(sums + token * width + at, total)
+            tl.store(sums + token * width + at, total, mask=mask)
             value = total.to(tl.float32)
         square += value * value
         held = held + (value,)  # type: ignore[assignment]  # noqa: RUF005
     inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(square, axis=1), axis=0) / width + eps)
     for i in tl.static_range(STRIPS):
         at = i * 1024 + channel
-        value = held[i] * inverse * (1.0 + tl.load(weight + at).to(tl.float32))
+        mask = at < width if RAGGED else at >= 0
+        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        value = held[i] * inverse * (1.0 + w)
         if KEEP:
-            tl.store(normed + token * width + at, value.to(normed.dtype.element_ty))
+            to = normed + token * width + at
+            tl.store(to, value.to(normed.dtype.element_ty), mask=mask)
         if QUANTIZE:
             quantized, scale = quantize_groups(value)
-            tl.store(values + token * width + at, quantized)
-            tl.store(scales + (i * 8 + group).to(tl.int64) * scale_stride + token, scale)
+            tl.store(values + token * width + at, quantized, mask=mask)
+            block = i * 8 + group
+            to = scales + block.to(tl.int64) * scale_stride + token
+            tl.store(to, scale, mask=block * 128 < width)
 
 
 def quantize(x: Tensor) -> Quantized:
@@ -178,16 +156,12 @@ def norm(
     normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if keep else None
     q = _empty_quantized(tokens, width, x.device) if quantized else None
     if tokens:
-        strips = NORM == "strips" and width % 1024 == 0
-        groups = triton.next_power_of_2(-(-width // GROUP))
-        warps = 4 if strips else max(1, min(8, groups // 4))
-        size = {"STRIPS": width // 1024} if strips else {"G": groups}
-        kernel = _norm_strips_kernel if strips else _norm_kernel
-        kernel[(tokens,)](
+        _norm_kernel[(tokens,)](
             x, _or(residual, x), weight, _or(sums, x), _or(normed, x),
             *(q or (x, x)), x.stride(0), _or(residual, x).stride(0), width,
             q.scales.stride(1) if q else 0, eps, ADD=residual is not None, KEEP=keep,
-            QUANTIZE=quantized, **size, num_warps=warps,
+            QUANTIZE=quantized, STRIPS=-(-width // NORM_STRIP), RAGGED=width % NORM_STRIP > 0,
+            num_warps=4,
         )  # fmt: skip
     return normed, q, sums
 

@@ -208,7 +208,7 @@ def _floor_kernel(
             limit = kept + (digit << shift)
             above = tl.zeros((WIDTH, 16), tl.int32)  # one sum at the end, none in the loop
             for start in range(0, span, WIDTH):
-                _, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
+                key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)[1]
                 above += (key[:, None] >= limit[None, :]).to(tl.int32)
             kept = tl.max(tl.where(tl.sum(above, axis=0) >= k, limit, 0), axis=0)
             shift -= 4

@@ -1,0 +1,84 @@
+"""What a GPU's largest steps take beyond weights and caches, found by running them.
+
+Their rows run on scratch caches of one page: a block table of zeros sends every key and value to
+the null page, and decode rows all run on the null slot. So nothing is needed but the workspace that
+is measured, and what the steps compile is compiled before the first request. Ranks rehearse alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from millrace.config import EngineConfig
+from millrace.protocol import Admission, Chunk, StepPlan
+from millrace.runtime.runner import Runner
+
+
+def workspace_bytes(config: EngineConfig, build: Callable[[EngineConfig], Runner]) -> int:
+    """Bytes that the largest steps and the graphs take at once, on the current GPU.
+
+    build: a runner with caches of one page for the slots that a config asks for.
+    """
+    _collect()
+    runner = build(_few_slots(config))
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    rehearse(config, runner)
+    torch.cuda.synchronize()
+    steps = torch.cuda.max_memory_reserved() - before
+    graphs = 0
+    if not config.args.enforce_eager:
+        _collect()
+        before = torch.cuda.memory_reserved()
+        runner.capture(config.max_num_seqs, largest_only=True)
+        _collect()
+        graphs = torch.cuda.memory_reserved() - before
+    del runner
+    _collect()
+    return steps + graphs
+
+
+def rehearse(config: EngineConfig, runner: Runner) -> None:
+    """The largest step of prompts alone, and the largest of decode rows beside prompts."""
+    runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
+    runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
+
+
+def _few_slots(config: EngineConfig) -> EngineConfig:
+    return msgspec.structs.replace(
+        config, max_num_seqs=len(_chunks(config, config.max_num_batched_tokens))
+    )
+
+
+def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
+    """Whole prompts, as long as they may be, that fill a step; slot 0 is the null slot."""
+    longest = config.max_model_len - 1
+    counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    counts = counts[: config.max_num_seqs]
+    return [Chunk(slot, 0, count, last=True) for slot, count in enumerate(counts, 1)]
+
+
+def _step(chunks: list[Chunk], decode: list[int]) -> StepPlan:
+    longest = max(chunk.count for chunk in chunks)
+    admissions = [
+        Admission(
+            slot=chunk.slot, tokens=[0] * chunk.count, start=0, snapshot=-1,
+            max_total=longest + 1, temperature=1.0, top_p=0.9, top_k=0, seed=0,
+            stop_token_ids=[],
+        )
+        for chunk in chunks
+    ]  # fmt: skip
+    return StepPlan(
+        step=0, admissions=admissions, grants=[], decode=decode, chunks=chunks, saves=[],
+        context=longest + 1,
+    )  # fmt: skip
+
+
+def _collect() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
