@@ -23,7 +23,8 @@ from millrace.engine.replica import Replica
 from millrace.errors import ConfigError, RankError
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.protocol import AddRequest, Failed, FromEngine, Ready, SamplingParams
-from millrace.runtime import watch
+from millrace.runtime import collectives, watch
+from millrace.runtime.ways import GatherSum
 from tests.support.engines import DEFAULTS, assert_same, build, generate, run
 
 LIMIT = 30.0  # seconds in which everything must be over; it takes about two
@@ -98,6 +99,35 @@ def test_another_plan_is_refused(pair: Replica, monkeypatch: pytest.MonkeyPatch)
     line = failure(pair)
     assert line.startswith(f"rank 1 (pid {pid}) holds another plan: step ")
     assert "with digest" in line
+
+
+def test_a_way_to_add_up_that_hangs_ends_the_start(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it can be left out."""
+
+    def hang(self: GatherSum, x: object) -> object:
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            self.ranks.check()
+            time.sleep(0.01)
+        raise AssertionError("nobody ended it")
+
+    monkeypatch.setattr(collectives, "TRIAL_LIMIT", 1.0)
+    monkeypatch.setattr(GatherSum, "__call__", hang)
+    with pytest.raises(RankError) as error:
+        build(tiny_model, tensor_parallel_size=2)
+    line = str(error.value)
+    assert line.startswith(
+        f"rank 0 (pid {os.getpid()}) has been trying all-reduce by gloo one-shot"
+    )
+    assert line.endswith("; MILLRACE_SKIP_ALL_REDUCE='gloo one-shot' leaves that way out")
+    monkeypatch.setattr(collectives, "TRIAL_LIMIT", LIMIT)
+    monkeypatch.setenv("MILLRACE_SKIP_ALL_REDUCE", "gloo one-shot")
+    engine = build(tiny_model, tensor_parallel_size=2)
+    assert isinstance(engine, Replica)
+    assert {timing.algorithm for timing in engine.worker.collectives.timings} == {"gloo"}
+    engine.close()
 
 
 def test_a_rank_that_cannot_start_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -169,3 +170,13 @@ def test_a_collectives_error_is_explained_by_the_watch() -> None:
     with watching(2) as watches:
         error = watches[0].explain(RuntimeError("first line\nmore"), limit=0.0)
         assert str(error) == "rank 0: first line"
+
+
+def test_what_takes_too_long_names_who_does_it() -> None:
+    with watching(3) as watches:
+        with watches[2].limited("measuring", 60.0):
+            pass
+        with watches[1].limited("measuring", 0.2, "; leave it out"):
+            lines = {failure(one) for one in watches}
+    (line,) = lines
+    assert re.fullmatch(r"rank 1 \(pid 1001\) has been measuring for \d+ s; leave it out", line)

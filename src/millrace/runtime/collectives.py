@@ -23,12 +23,14 @@ from millrace.kernels.norm import add_rms_norm
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import Normed, TensorParallel
 from millrace.runtime.ranks import Ranks
-from millrace.runtime.ways import Algorithm, OwnPeers, candidates, first_line
+from millrace.runtime.ways import Algorithm, OwnPeers, advice, candidates, first_line
 
 log = logging.getLogger("millrace.ranks")
 
 _CHAIN = 20  # calls in a graph that is measured
 _REPEATS = 5
+_abandoned: list[Algorithm] = []  # whose memory cannot be freed: it may still be in use
+TRIAL_LIMIT = 40.0  # seconds for one way at one size, with what it compiles
 _TRIES = 2  # different inputs that a candidate is checked with
 
 
@@ -143,10 +145,22 @@ class Collectives:
         """Every candidate at every size, the fastest right one of each size marked as chosen."""
         timings = []
         for count in sorted(set(rows)):
-            tried = [self._try(algorithm, count) for algorithm in self._candidates]
+            tried = [self._timing(algorithm, count) for algorithm in self._candidates]
             best = min(tried, key=lambda timing: timing.cost)
             timings += [replace(timing, chosen=timing is best) for timing in tried]
         return timings
+
+    def _timing(self, algorithm: Algorithm, rows: int) -> Timing:
+        """One way at one size, within a limit of time: what hangs on a GPU cannot be undone, so the
+        group fails with a line that says which way it was."""
+        name, size = algorithm.name, _size(rows * self.width * self.dtype.itemsize)
+        helps = "" if algorithm is self._candidates[0] else advice(name)
+        try:
+            with self.ranks.limited(f"trying all-reduce by {name} of {size}", TRIAL_LIMIT, helps):
+                return self._try(algorithm, rows)
+        except RankError:
+            _abandoned.append(algorithm)
+            raise
 
     def _try(self, algorithm: Algorithm, rows: int) -> Timing:
         x = torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
@@ -161,7 +175,9 @@ class Collectives:
             (raw,) = self.ranks.largest([_host_us(lambda: algorithm(x))])
             return replace(timing, raw_us=raw)
         try:
-            mine = _cuda_us(algorithm, x)
+            mine = _cuda_us(algorithm, x, self.ranks.wait)
+        except RankError:
+            raise
         except Exception as error:
             log.warning("%s is not used for %s: %s", algorithm.name, _size(x.nbytes), error)
             mine = [float("inf")] * 3
@@ -176,7 +192,7 @@ class Collectives:
         """What is wrong with an algorithm's sums; None if nothing is. Alike on every rank."""
         ways: list[Callable[[Tensor], Tensor]] = [algorithm]
         if self.device.type == "cuda":
-            ways.append(_Replayed(algorithm))
+            ways.append(_Replayed(algorithm, self.ranks))
         problem = None
         for seed in range(_TRIES):
             parts = torch.stack([self._part(rows, rank, seed) for rank in range(self.ranks.size)])
@@ -189,6 +205,8 @@ class Collectives:
         mark, problem = -1.0, None
         try:
             got = way(parts[self.ranks.rank].clone())
+            if got.is_cuda:
+                self.ranks.settle()
             # A rounding for each addition, and one for the result.
             limit = parts.double().abs().sum(0) * torch.finfo(self.dtype).eps * self.ranks.size
             if bool(((got.double() - parts.double().sum(0)).abs() > limit + 1e-30).any()):
@@ -214,20 +232,20 @@ class Collectives:
 class _Replayed:
     """An algorithm in a CUDA graph, called as if it were outside; the first call captures it."""
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: Algorithm, ranks: Ranks) -> None:
         self._algorithm = algorithm
+        self._ranks = ranks
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._graph is None:
             self._x = torch.zeros_like(x)
             self._graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
+            self._ranks.settle()  # what follows waits for the device without looking up
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._out = self._algorithm(self._x.clone())
         self._x.copy_(x)
         self._graph.replay()
-        torch.cuda.synchronize()
         return self._out
 
 
@@ -245,7 +263,10 @@ def _host_us(call: Callable[[], object], calls: int = 10) -> float:
     return best
 
 
-def _cuda_us(algorithm: Algorithm, x: Tensor) -> list[float]:
+Wait = Callable[[torch.cuda.Event], None]
+
+
+def _cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
     """[called by the host, in a graph, in a graph with the add and the norm that follow]."""
     residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
 
@@ -254,21 +275,20 @@ def _cuda_us(algorithm: Algorithm, x: Tensor) -> list[float]:
             return algorithm.norm(x, residual, weight, 1e-6, True, False)
         return add_rms_norm(algorithm(x), residual, weight, 1e-6)
 
-    raw = _event_us(lambda: [algorithm(x) for _ in range(_CHAIN)])
-    return [raw, _graph_us(lambda: algorithm(x)), _graph_us(normed)]
+    raw = _event_us(lambda: [algorithm(x) for _ in range(_CHAIN)], wait)
+    return [raw, _graph_us(lambda: algorithm(x), wait), _graph_us(normed, wait)]
 
 
-def _graph_us(call: Callable[[], object]) -> float:
-    call()
-    torch.cuda.synchronize()
+def _graph_us(call: Callable[[], object], wait: Wait) -> float:
+    _event_us(call, wait)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads too
         for _ in range(_CHAIN):
             call()
-    return _event_us(graph.replay)
+    return _event_us(graph.replay, wait)
 
 
-def _event_us(run: Callable[[], object]) -> float:
+def _event_us(run: Callable[[], object], wait: Wait) -> float:
     """Microseconds a call of `_CHAIN` calls that `run` makes: the median of a few repeats."""
     run()
     found = []
@@ -277,7 +297,7 @@ def _event_us(run: Callable[[], object]) -> float:
         start.record()
         run()
         end.record()
-        end.synchronize()
+        wait(end)
         found.append(start.elapsed_time(end) * 1e3 / _CHAIN)
     return float(sorted(found)[_REPEATS // 2])
 

@@ -232,10 +232,28 @@ class Ranks:
         if self.watch is not None:
             self.watch.check()
 
+    @contextmanager
+    def limited(self, doing: str, seconds: float, advice: str = "") -> Iterator[None]:
+        """Have the group fail, this rank named, if what is within takes longer than that.
+
+        Waits within must be of the kinds below: they end when the group fails, others may not.
+        """
+        if self.watch is None:
+            yield
+            return
+        with self.watch.limited(doing, seconds, advice):
+            yield
+
     def fail(self, message: str) -> None:
         """Tell all ranks that the group cannot go on."""
         if self.watch is not None:
             self.watch.fail(message)
+
+    def settle(self) -> None:
+        """Wait for all that this rank has launched on its GPU's current stream."""
+        event = torch.cuda.Event()
+        event.record()
+        self.wait(event)
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Wait for the device, but not for ever. Raises RankError if the group has failed."""

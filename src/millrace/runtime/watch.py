@@ -15,7 +15,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -115,6 +117,16 @@ class _Peer:
         return STOPPED_LIMIT if is_stopped(self.hello.pid) else SILENT_LIMIT
 
 
+@dataclass(slots=True)
+class _Limit:
+    """What a rank does that must be over `seconds` after it began, and what helps if it is not."""
+
+    doing: str
+    seconds: float
+    advice: str
+    began: float
+
+
 class Watch:
     """This rank's end of the connections: rank 0 has one to each other rank, those one to rank 0.
 
@@ -133,6 +145,7 @@ class Watch:
         self._fate = fate
         self._on_failure = on_failure
         self._step = 0
+        self._limit: _Limit | None = None
         self._failed = threading.Event()
         self._message = ""
         self._leaving = False
@@ -155,6 +168,15 @@ class Watch:
     def begin(self, step: int) -> None:
         """Note that this rank has begun its plan number `step`."""
         self._step = step
+
+    @contextmanager
+    def limited(self, doing: str, seconds: float, advice: str = "") -> Iterator[None]:
+        """Have the group fail, this rank named, if what is within takes longer than that."""
+        self._limit = _Limit(doing, seconds, advice, time.monotonic())
+        try:
+            yield
+        finally:
+            self._limit = None
 
     def explain(self, error: BaseException, limit: float = 5.0) -> RankError:
         """What a collective's failure comes from: waits for the watch to find out who it was."""
@@ -223,6 +245,7 @@ class Watch:
         return "is gone: its connection has ended"
 
     def _tick(self, now: float, late: bool) -> None:
+        self._check_limit(now, late)
         for peer in self._peers:
             peer.send(Beat(self._step))
             if late:  # this process did not run; the others' words may still lie unread
@@ -240,6 +263,16 @@ class Watch:
                 )
             elif peer.step >= self._step:
                 peer.moved = now
+
+    def _check_limit(self, now: float, late: bool) -> None:
+        limit = self._limit
+        if limit is None:
+            return
+        if late:
+            limit.began = now
+        elif (spent := now - limit.began) > limit.seconds:
+            me = f"rank {self._me.rank} (pid {self._me.pid})"
+            self._fail(f"{me} has been {limit.doing} for {spent:.0f} s{limit.advice}")
 
     def _fail(self, message: str, tell_owner: bool = True) -> None:
         if self._failed.is_set():

@@ -1,11 +1,13 @@
 """The ways to add up a tensor over the ranks: what each needs, and what it takes.
 
-Which one is right and fastest is measured elsewhere (`collectives.py`).
+Which one is right and fastest is measured elsewhere (`collectives.py`). MILLRACE_SKIP_ALL_REDUCE
+names ways to leave alone, with commas between, where one hangs or harms.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from millrace.errors import RankError
 from millrace.model.parallel import Normed
 from millrace.runtime.ranks import Ranks
 
@@ -21,6 +24,8 @@ log = logging.getLogger("millrace.ranks")
 PEER_ROWS = 512  # tokens of a message, at most, that goes through peer memory of ours
 PEER_BYTES = 8 << 20  # of a message, at most, that goes through the library's
 TRIAL_POLLS = 1 << 21  # about two seconds: a flag that does not come then never will
+SET_UP_LIMIT = 60.0  # seconds for a way to be set up
+SKIP = "MILLRACE_SKIP_ALL_REDUCE"
 
 
 class Algorithm(Protocol):
@@ -160,14 +165,18 @@ def candidates(
     ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device
 ) -> list[Algorithm]:
     """The group's own all-reduce first; then whatever else can be set up on all ranks."""
+    ways: dict[str, Callable[[str], Algorithm]]
     if device.type == "cpu":
-        return [GroupSum(ranks, "gloo"), GatherSum(ranks, "gloo one-shot")]
-    found: list[Algorithm] = [GroupSum(ranks, "nccl")]
-    for name, build in (
-        ("one-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=False)),
-        ("two-shot", lambda name: LibraryPeers(ranks, name, dtype, two_shot=True)),
-        ("one-shot with norm", lambda name: OwnPeers(ranks, name, dtype, width)),
-    ):
+        first, ways = "gloo", {"gloo one-shot": lambda name: GatherSum(ranks, name)}
+    else:
+        first = "nccl"
+        ways = {
+            "one-shot": lambda name: LibraryPeers(ranks, name, dtype, two_shot=False),
+            "two-shot": lambda name: LibraryPeers(ranks, name, dtype, two_shot=True),
+            "one-shot with norm": lambda name: OwnPeers(ranks, name, dtype, width),
+        }
+    found: list[Algorithm] = [GroupSum(ranks, first)]
+    for name, build in ways.items():
         made = set_up(ranks, name, build)
         if made is not None:
             found.append(made)
@@ -178,13 +187,29 @@ def set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
     """What `build` makes, if it can on every rank."""
     made, problem = None, "it cannot be set up on another rank"
     try:
-        made = build(name)
+        if skipped(name):
+            problem = f"{SKIP} names it"
+        else:
+            with ranks.limited(f"setting up all-reduce by {name}", SET_UP_LIMIT, advice(name)):
+                made = build(name)
+    except RankError:
+        raise
     except Exception as error:
         problem = first_line(error)
     if ranks.smallest(0 if made is None else 1):
         return made
     log.warning("all-reduce by %s is left out: %s", name, problem)
     return None
+
+
+def skipped(name: str) -> bool:
+    """Whether a way has been named as one to leave alone."""
+    return name in [part.strip() for part in os.environ.get(SKIP, "").split(",")]
+
+
+def advice(name: str) -> str:
+    """What helps where a way hangs."""
+    return f"; {SKIP}='{name}' leaves that way out"
 
 
 def first_line(error: Exception) -> str:
