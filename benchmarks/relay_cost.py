@@ -152,9 +152,10 @@ def measure(
 ) -> dict[str, Any]:
     """One run. pid: the proxy; None for none."""
     idle = memory(pid) if pid else 0
-    words = [str(work / "client"), str(port), str(streams), str(options.seconds)]
-    ids = "1" if options.ask_ids else "0"
-    with subprocess.Popen([*words, str(options.prompt), ids], stdout=subprocess.PIPE) as client:
+    spread = (options.first + (options.chunks - 1) * options.gap) / 1000
+    asked = (port, streams, options.seconds, options.prompt, int(options.ask_ids), spread, 1.0)
+    words = [str(work / "client"), *map(str, asked)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
         client.stdout.readline()
         before = cpu(pid) if pid else 0.0

@@ -1,9 +1,11 @@
 /* Streams read as cheaply as can be, with what went wrong counted.
 
-   usage: client PORT STREAMS SECONDS PROMPT_BYTES ASK_IDS
-   Each stream is a connection that asks again as soon as its answer is whole. Prints one line of
-   JSON: chunks, requests, errors, percentiles of the time to the first chunk (ms), and the longest
-   time for which a stream brought nothing while it was under way (ms). */
+   usage: client PORT STREAMS SECONDS PROMPT_BYTES ASK_IDS SPREAD_SECONDS WARM_SECONDS
+   Each stream is a connection that asks again as soon as its answer is whole. They begin spread over
+   SPREAD_SECONDS (an answer's time, so that later requests come spread too); what comes then and in
+   the WARM_SECONDS after is not counted. Prints a line when it begins to count, and one of JSON at the
+   end: chunks, requests, errors, percentiles of the time to the first chunk (ms), the longest
+   time for which a stream brought nothing while it was under way (ms), and its own CPU time (s). */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -53,7 +55,7 @@ static void make_request(int port, int prompt, int ids) {
 static void ask(Stream *s) {
     s->asked = s->last = now_us();
     s->begun = s->tail_size = 0;
-    s->round++; /* the first answers come while streams are still being opened */
+    s->round++; /* the first asking is part of setting up */
     if (send(s->fd, request, request_size, MSG_NOSIGNAL) != (ssize_t)request_size) errors++;
 }
 
@@ -89,20 +91,42 @@ static void take(Stream *s, int go_on) {
     memcpy(s->tail, from + size - (size_t)s->tail_size, (size_t)s->tail_size);
 }
 
+static void read_until(int poll, int64_t end) {
+    struct epoll_event ready[512];
+    while (now_us() < end) {
+        int64_t left = (end - now_us()) / 1000;
+        int n = epoll_wait(poll, ready, 512, left > 20 ? 20 : left > 0 ? (int)left : 0);
+        for (int i = 0; i < n; i++) {
+            Stream *s = &streams[ready[i].data.u32];
+            if (s->fd >= 0) take(s, 1);
+        }
+    }
+}
+
+static double cpu_seconds(void) {
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
+         + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
 static int by_value(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
     return (x > y) - (x < y);
 }
 
 int main(int argc, char **argv) {
-    if (argc != 6) return 2;
+    if (argc != 8) return 2;
     int port = atoi(argv[1]), count = atoi(argv[2]), poll = epoll_create1(0), on = 1;
     struct rlimit many = {MOST, MOST};
     setrlimit(RLIMIT_NOFILE, &many);
     make_request(port, atoi(argv[4]), atoi(argv[5]));
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port)};
     at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int64_t opened = now_us();
+    double between = atof(argv[6]) * 1e6 / count;
     for (int i = 0; i < count; i++) {
+        read_until(poll, opened + (int64_t)(i * between));
         Stream *s = &streams[i];
         s->fd = socket(AF_INET, SOCK_STREAM, 0);
         if (connect(s->fd, (struct sockaddr *)&at, sizeof at)) { perror("client"); return 1; }
@@ -110,20 +134,14 @@ int main(int argc, char **argv) {
         struct epoll_event e = {.events = EPOLLIN, .data.u32 = (uint32_t)i};
         epoll_ctl(poll, EPOLL_CTL_ADD, s->fd, &e);
         ask(s);
-        usleep(500); /* spread the beats */
     }
+    read_until(poll, now_us() + (int64_t)(atof(argv[7]) * 1e6));
     printf("started\n");
     fflush(stdout);
-    int64_t begin = now_us(), end = begin + (int64_t)(atof(argv[3]) * 1e6), before = chunks;
-    int64_t first_sample = samples;
-    struct epoll_event ready[512];
-    while (now_us() < end) {
-        int n = epoll_wait(poll, ready, 512, 20);
-        for (int i = 0; i < n; i++) {
-            Stream *s = &streams[ready[i].data.u32];
-            if (s->fd >= 0) take(s, 1);
-        }
-    }
+    longest = 0;
+    int64_t begin = now_us(), before = chunks, asked = requests, first_sample = samples;
+    double used = cpu_seconds();
+    read_until(poll, begin + (int64_t)(atof(argv[3]) * 1e6));
     double seconds = (double)(now_us() - begin) / 1e6;
     int64_t silent = 0;
     for (int i = 0; i < count; i++)
@@ -132,8 +150,9 @@ int main(int argc, char **argv) {
     int64_t m = samples - first_sample;
     qsort(t, (size_t)m, sizeof *t, by_value);
     printf("{\"chunks\": %ld, \"seconds\": %.3f, \"requests\": %ld, \"errors\": %ld, \"silent\": %ld, "
-           "\"longest_gap_ms\": %.1f, \"ttft_p50_ms\": %.2f, \"ttft_p99_ms\": %.2f}\n",
-           (long)(chunks - before), seconds, (long)requests, (long)errors, (long)silent,
-           (double)longest / 1000.0, m ? t[m / 2] : -1.0f, m ? t[m * 99 / 100] : -1.0f);
+           "\"longest_gap_ms\": %.1f, \"ttft_p50_ms\": %.2f, \"ttft_p99_ms\": %.2f, \"cpu_s\": %.3f}\n",
+           (long)(chunks - before), seconds, (long)(requests - asked), (long)errors, (long)silent,
+           (double)longest / 1000.0, m ? t[m / 2] : -1.0f, m ? t[m * 99 / 100] : -1.0f,
+           cpu_seconds() - used);
     return 0;
 }

@@ -38,6 +38,7 @@ from millrace.bench.records import Record, pack
 from millrace.bench.schedule import due_times
 from millrace.bench.workload import Prompt, lengths, maker
 from millrace.errors import UserError
+from millrace.open_files import raise_file_limit
 
 _PREPARED = 20_000  # requests made before the run begins; more are made as it goes
 _SAMPLED = 256  # prompts whose lengths are told where a workload has no end
@@ -207,6 +208,7 @@ def _tell(out: int, message: FromWorker) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_file_limit()
     out = os.dup(1)
     os.dup2(2, 1)  # what anybody prints must not fall between the frames
     try:

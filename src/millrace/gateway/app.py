@@ -16,6 +16,7 @@ from millrace.gateway.processes import WorkerProcesses
 from millrace.gateway.relay import Relay
 from millrace.gateway.replicas import ReplicaSet
 from millrace.gateway.worker import GatewayOptions, Worker, check_log_file, check_options
+from millrace.open_files import raise_file_limit
 
 __all__ = ["Gateway", "GatewayOptions"]
 
@@ -107,6 +108,7 @@ class Gateway:
 
         Raises UserError when the port is taken, or a source of replicas cannot be read.
         """
+        raise_file_limit()  # two connections a request
         await self._discovery.start()
         await self.keeper.start()
         if self._worker is not None:

@@ -1,20 +1,15 @@
-"""What the server asks of the machine before it serves: a port, file handles, certificates."""
+"""What the server asks of the machine before it serves: a port, certificates."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import resource
 import socket
 import ssl
 
 from millrace.errors import ConfigError
 from millrace.server.options import ServerOptions
 
-logger = logging.getLogger(__name__)
-
 BACKLOG = 4096
-FILES_WANTED = 65536
 # A client that is gone without a word, or that reads nothing for so long, is given up.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}  # seconds, probes
 UNREAD_SECONDS = 600
@@ -52,19 +47,6 @@ def _give_up_on_silence(listener: socket.socket) -> None:
         if option is not None:
             with contextlib.suppress(OSError):
                 listener.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def raise_file_limit() -> None:
-    """Let the process have as many open files as it may, each connection being one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = FILES_WANTED
-    wanted = min(hard, FILES_WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:
-            logger.warning("at most %d open files: %s", soft, error)
 
 
 def check_tls(options: ServerOptions) -> None:

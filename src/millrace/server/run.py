@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.models import find_model
+from millrace.open_files import raise_file_limit
 from millrace.protocol import Ready
 from millrace.server.app import Api
 from millrace.server.connection import connection_class
@@ -33,7 +34,7 @@ from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.engine_process import ENGINE_PROGRAM
 from millrace.server.errors import ApiError
 from millrace.server.keeper import Keeper
-from millrace.server.listening import BACKLOG, check_tls, listen, raise_file_limit
+from millrace.server.listening import BACKLOG, check_tls, listen
 from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.options import ServerOptions
 from millrace.server.tracing import Tracer
