@@ -1,9 +1,9 @@
 """FP8 products with block-scaled weights: activations in e4m3 by groups of 128, sums in float32.
 
-Three ways, all with the same rounding: our Triton kernel (always there), cuBLAS's block-scaled
-product through torch, and DeepGEMM where it is installed. `fp8_linear` takes the one that measured
-fastest for the number of tokens, and quantises its input first; `fp8_matmul` starts from
-activations that a fused op has quantised already.
+Four ways, all with the same rounding: our Triton kernel (always there), our CUDA kernel for few
+tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is installed.
+`fp8_linear` takes the one that measured fastest for the number of tokens, and quantises its input
+first; `fp8_matmul` starts from activations that a fused op has quantised already.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
+
+FEW_TOKENS = 0  # up to so many tokens our own kernel reads the weight; not yet timed on a GPU
 
 
 @triton.jit
@@ -133,9 +136,18 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     outputs, width = weight.shape
     if outputs % 128 or width % 128 or dtype != torch.bfloat16 or not _is_hopper():
         return triton_matmul(x, weight, scale, dtype)
+    if _suits_few(len(x.values)):
+        out = few_matmul(x, weight, scale.float())
+        if out is not None:
+            return out
     if _deep_gemm() is None or _suits_cublas(len(x.values), outputs):
         return cublas_matmul(x, weight, scale.float())
     return deep_gemm_matmul(x, weight, scale.float())
+
+
+def _suits_few(tokens: int) -> bool:
+    """Where `few_matmul` beats the libraries on an H200."""
+    return tokens <= min(FEW_TOKENS, MAX_TOKENS)
 
 
 def _suits_cublas(tokens: int, outputs: int) -> bool:

@@ -1,0 +1,179 @@
+// Products of a few tokens with an FP8 weight [OUT, K] that streams once from memory to registers.
+// Compile-time: WARPS of a block, TILES of 16 weight rows a warp, DEPTH groups of 128 channels that
+// a warp has in flight, TOKEN_TILES of 8 tokens, BLOCKS that share a multiprocessor.
+//
+// Warps of a block share its rows and take every WARPS-th group of 128 channels; their sums are
+// added in the order of the warps. So a token's result depends on WARPS and on nothing else: not on
+// how many tokens there are, nor on what the others hold.
+//
+// Products are m16n8k16 in float16, which holds every e4m3 value, with the weight as the operand of
+// 16 rows; sums are float32. (Hopper's own e4m3 form of mma.sync is the same two steps, made by the
+// assembler, which converts the weight anew for every 8 tokens.) Which channel an inner index stands
+// for is ours to choose: lane = 4 g + l holds rows g and g + 8 of a tile and token g, bytes
+// 16 l .. 16 l + 15 of either half of a group, of which word i goes into product i of 4.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+constexpr int GROUP = 128, ROWS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
+
+#ifndef EMULATED  // what the CPU twin in the tests stands in for
+// 16 bytes that nobody reads again.
+__device__ __forceinline__ uint4 stream(const u8* at) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(at));
+  return x;
+}
+
+__device__ __forceinline__ uint4 load(const u8* at) {
+  return __ldg(reinterpret_cast<const uint4*>(at));
+}
+
+// Two e4m3 to two float16.
+__device__ __forceinline__ u32 widen(u16 pair) {
+  u32 d;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(pair));
+  return d;
+}
+
+__device__ __forceinline__ void mma(float* d, const u32* a, const u32* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+#endif
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) {  // i is known when this is compiled
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// A lane's part of one group: rows g and g + 8 of each tile, and the scale of the whole block.
+struct Weights {
+  uint4 upper[TILES][2], lower[TILES][2];
+  float scale;
+};
+
+// at: row g of the first tile, at the group's byte 16 l.
+__device__ __forceinline__ void fetch(Weights& part, const u8* at, const float* scale, int K) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u8* here = at + (i64)(16 * tile) * K + 64 * half;
+      part.upper[tile][half] = stream(here);
+      part.lower[tile][half] = stream(here + (i64)8 * K);
+    }
+  }
+  part.scale = *scale;
+}
+
+// acc += the products of one group, scaled. acc[tile][token tile]: rows g, g, g + 8, g + 8 of the
+// tile for tokens 2 l, 2 l + 1, 2 l, 2 l + 1. x, scales: the group's, of T tokens; others are zero.
+__device__ __forceinline__ void multiply(float (*acc)[TOKEN_TILES][4], const Weights& w,
+                                         const u8* x, const float* scales, int T, int K, int g,
+                                         int l) {
+  float sum[TILES][TOKEN_TILES][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint4 values[TOKEN_TILES];
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; t++) {
+      const int token = 8 * t + g;
+      values[t] = make_uint4(0, 0, 0, 0);
+      if (token < T) values[t] = load(x + (i64)token * K + 64 * half + 16 * l);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      u32 b[TOKEN_TILES][2];
+#pragma unroll
+      for (int t = 0; t < TOKEN_TILES; t++) {
+        const u32 raw = word(values[t], i);
+        b[t][0] = widen((u16)raw), b[t][1] = widen((u16)(raw >> 16));
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        const u32 upper = word(w.upper[tile][half], i), lower = word(w.lower[tile][half], i);
+        const u32 a[4] = {widen((u16)upper), widen((u16)lower), widen((u16)(upper >> 16)),
+                          widen((u16)(lower >> 16))};
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; t++) mma(sum[tile][t], a, b[t]);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKEN_TILES; t++) {
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const int token = 8 * t + 2 * l + side;
+      const float scale = token < T ? w.scale * scales[token] : 0.f;
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        acc[tile][t][side] += sum[tile][t][side] * scale;
+        acc[tile][t][side + 2] += sum[tile][t][side + 2] * scale;
+      }
+    }
+  }
+}
+
+// x: e4m3 [T, K], T <= TOKENS; sx: its scales, a token's neighbours, groups sx_stride apart.
+// w: e4m3 [OUT, K], 16 bytes aligned; sw: [OUT / 128, K / 128], rows sw_stride apart.
+// out: bfloat16 [T, OUT]. K and OUT are multiples of 128; blockIdx.x takes ROWS of OUT.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    gemm_few(const u8* x, const float* sx, const u8* w, const float* sw, u16* out, int T, int OUT,
+             int K, int sx_stride, int sw_stride) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
+  const int first_row = blockIdx.x * ROWS, groups = K / GROUP;
+  const u8* rows = w + (i64)(first_row + g) * K + 16 * l;
+  const float* row_scales = sw + (i64)(first_row / 128) * sw_stride;
+
+  Weights held[DEPTH];
+#pragma unroll
+  for (int s = 0; s < DEPTH; s++) {
+    const int group = warp + s * WARPS;
+    if (group < groups) fetch(held[s], rows + group * GROUP, row_scales + group, K);
+  }
+  float acc[TILES][TOKEN_TILES][4] = {};
+  for (int first = warp; first < groups; first += DEPTH * WARPS) {
+#pragma unroll
+    for (int s = 0; s < DEPTH; s++) {
+      const int group = first + s * WARPS, next = group + DEPTH * WARPS;
+      if (group < groups) {
+        multiply(acc, held[s], x + group * GROUP, sx + (i64)group * sx_stride, T, K, g, l);
+        if (next < groups) fetch(held[s], rows + next * GROUP, row_scales + next, K);
+      }
+    }
+  }
+
+  __shared__ float sums[WARPS][ROWS][TOKENS];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; t++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        sums[warp][16 * tile + g + 8 * (e / 2)][8 * t + 2 * l + e % 2] = acc[tile][t][e];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < T * ROWS / 2; i += 32 * WARPS) {
+    const int token = i / (ROWS / 2), row = i % (ROWS / 2) * 2;
+    float a = 0.f, b = 0.f;
+#pragma unroll
+    for (int other = 0; other < WARPS; other++) {
+      a += sums[other][row][token], b += sums[other][row + 1][token];
+    }
+    *reinterpret_cast<u32*>(out + (i64)token * OUT + first_row + row) = pack(a, b);
+  }
+}

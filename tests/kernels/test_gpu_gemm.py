@@ -1,0 +1,203 @@
+"""FP8 products of few tokens: the CUDA kernel on a GPU, and its index arithmetic on a CPU.
+
+Without a GPU the same source runs through g++, its warps emulated (cuda_on_cpu.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from millrace.kernels.gemm import dequantize
+from millrace.kernels.gpu import gemm_few
+from millrace.kernels.gpu.gemm_few import Variant
+from millrace.kernels.quantize import Quantized, quantize
+from tests.kernels.gpu_support import INTERPRETED, relative
+
+HERE = Path(__file__).parent
+ENTRY = """
+#include "cuda_on_cpu.h"
+{source}
+static const u8 *X, *W;
+static const float *SX, *SW;
+static u16* OUTPUT;
+static int COUNT, OUTPUTS, WIDTH, X_STRIDE, W_STRIDE;
+static void one() {{
+  gemm_few(X, SX, W, SW, OUTPUT, COUNT, OUTPUTS, WIDTH, X_STRIDE, W_STRIDE);
+}}
+extern "C" void run(const u8* x, const float* sx, const u8* w, const float* sw, u16* out, int t,
+                    int outputs, int width, int x_stride, int w_stride) {{
+  X = x, SX = sx, W = w, SW = sw, OUTPUT = out, COUNT = t, OUTPUTS = outputs, WIDTH = width;
+  X_STRIDE = x_stride, W_STRIDE = w_stride;
+  launch(outputs / ROWS, 32 * WARPS, one);
+}}
+"""
+
+
+class Emulated:
+    """The kernel's variants on the CPU, compiled when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.built: dict[tuple[Variant, int], ctypes.CDLL] = {}
+
+    def build(self, variant: Variant, tiles: int) -> ctypes.CDLL:
+        stem = self.directory / f"gemm{len(self.built)}"
+        text = ENTRY.format(source=gemm_few.source(variant, tiles))
+        stem.with_suffix(".cpp").write_text(text)
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-o"]
+        subprocess.run([*command, f"{stem}.so", f"{stem}.cpp"], check=True, timeout=120)
+        return ctypes.CDLL(f"{stem}.so")
+
+    def __call__(self, x: Quantized, weight: Tensor, scale: Tensor, variant: Variant) -> Tensor:
+        key = (variant, gemm_few.token_tiles(len(x.values)))
+        if key not in self.built:
+            self.built[key] = self.build(*key)
+        (tokens, width), outputs = x.values.shape, len(weight)
+        out = torch.full((tokens, outputs), torch.nan, dtype=torch.bfloat16)
+        tensors = (x.values, x.scales, weight, scale, out)
+        self.built[key].run(
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+            tokens, outputs, width, x.scales.stride(1), scale.stride(0),
+        )  # fmt: skip
+        return out
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(tmp_path_factory.mktemp("gemm"))
+
+
+def some_weight(outputs: int, width: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    weight = torch.randn(outputs, width, device=device).mul_(64).to(torch.float8_e4m3fn)
+    return weight, torch.rand(outputs // 128, width // 128, device=device) + 0.1
+
+
+def some_tokens(tokens: int, width: int, device: str = "cpu") -> Quantized:
+    """Random ones; scales lie group by group, as the GPU ops leave them."""
+    values, scales = quantize.__wrapped__(torch.randn(tokens, width, device=device))
+    padded = torch.full((width // 128, -(-tokens // 4) * 4), torch.nan, device=device)
+    padded[:, :tokens] = scales.t()
+    return Quantized(values, padded.t()[:tokens])
+
+
+def exact(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.dequantize().double() @ dequantize(weight, scale).double().t()
+
+
+def rows_of(x: Quantized, first: int, last: int) -> Quantized:
+    """Those tokens alone, with scales laid out anew."""
+    count = last - first
+    padded = torch.full((x.scales.shape[1], -(-count // 4) * 4), torch.nan, device=x.scales.device)
+    padded[:, :count] = x.scales[first:last].t()
+    return Quantized(x.values[first:last].clone(), padded.t()[:count])
+
+
+ONE, WIDE, DEEP = Variant(4, 1, 4, 4), Variant(4, 2, 2, 4), Variant(8, 1, 2, 3)
+on_cpu = pytest.mark.skipif(INTERPRETED, reason="runs without Triton")
+
+
+@on_cpu
+@pytest.mark.parametrize("variant", [ONE, WIDE, DEEP], ids=["one", "wide", "deep"])
+@pytest.mark.parametrize(("tokens", "width"), [(3, 128), (8, 640), (9, 1792)])
+def test_emulated_product(emulated: Emulated, tokens: int, width: int, variant: Variant):
+    torch.manual_seed(tokens)
+    x, (weight, scale) = some_tokens(tokens, width), some_weight(128, width)
+    got = emulated(x, weight, scale, variant)
+    assert relative(got, exact(x, weight, scale)) < 3e-3
+
+
+@on_cpu
+def test_emulated_rows_do_not_depend_on_their_number(emulated: Emulated):
+    torch.manual_seed(1)
+    x, (weight, scale) = some_tokens(32, 768), some_weight(384, 768)
+    whole = emulated(x, weight, scale, ONE)
+    assert relative(whole, exact(x, weight, scale)) < 3e-3
+    for first, last in ((0, 1), (3, 5), (7, 16), (9, 26)):
+        got = emulated(rows_of(x, first, last), weight, scale, ONE)
+        assert torch.equal(got, whole[first:last]), (first, last)
+
+
+@on_cpu
+def test_every_channel_meets_its_own(emulated: Emulated):
+    """Identity tokens against a weight of distinct bytes: an exchanged channel would show."""
+    width = 256
+    bytes_ = torch.arange(128 * width, dtype=torch.int32).mul(37).remainder(251).to(torch.uint8)
+    bytes_[(bytes_ & 127) == 127] = 1  # NaN
+    weight, scale = bytes_.view(torch.float8_e4m3fn).view(128, width), torch.ones(1, 2)
+    for first in range(0, width, 32):
+        values = torch.eye(width)[first : first + 32].to(torch.float8_e4m3fn)
+        got = emulated(Quantized(values, torch.ones(2, 32).t()), weight, scale, ONE)
+        assert torch.equal(got.float(), weight.float().t()[first : first + 32])
+
+
+@pytest.mark.parametrize("shape", [(128, 100), (100, 128)])
+def test_refuses_ragged_weights(shape: tuple[int, int]):
+    weight, scale = torch.zeros(shape).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    x = Quantized(torch.zeros(1, shape[1]).to(torch.float8_e4m3fn), torch.ones(1, 1))
+    assert gemm_few.few_matmul(x, weight, scale) is None
+
+
+def on_gpu(x: Quantized, weight: Tensor, scale: Tensor, variant: Variant | None = None) -> Tensor:
+    out = gemm_few.few_matmul(x, weight, scale, variant)
+    assert out is not None
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outputs", [128, 384, 5120])
+@pytest.mark.parametrize("width", [128, 640, 5248])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 16, 17, 32])
+def test_product(tokens: int, width: int, outputs: int):
+    torch.manual_seed(tokens)
+    x, (weight, scale) = some_tokens(tokens, width, "cuda"), some_weight(outputs, width, "cuda")
+    want = exact(x, weight, scale)
+    for variant in (None, ONE, WIDE, DEEP):
+        assert relative(on_gpu(x, weight, scale, variant), want) < 3e-3
+
+
+@pytest.mark.gpu
+def test_rows_do_not_depend_on_their_number():
+    torch.manual_seed(1)
+    x, (weight, scale) = some_tokens(32, 5248, "cuda"), some_weight(640, 5248, "cuda")
+    whole = on_gpu(x, weight, scale)
+    for first, last in ((0, 1), (3, 5), (7, 15), (7, 16), (9, 26), (0, 32)):
+        got = on_gpu(rows_of(x, first, last), weight, scale)
+        assert torch.equal(got, whole[first:last]), (first, last)
+
+
+@pytest.mark.gpu
+def test_extreme_scales_and_a_row_of_nan():
+    torch.manual_seed(2)
+    x, (weight, scale) = some_tokens(5, 1024, "cuda"), some_weight(384, 1024, "cuda")
+    x.scales[1] *= 1e-30
+    x.scales[2] *= 1e20
+    scale[0], scale[1] = scale[0] * 1e-5, scale[1] * 1e5
+    values = x.values.view(torch.uint8).clone()
+    values[4] = 0x7F  # NaN, as a padded row may hold
+    x = Quantized(values.view(torch.float8_e4m3fn), x.scales)
+    got = on_gpu(x, weight, scale)
+    want = exact(x, weight, scale)
+    assert bool(got[4].isnan().all())
+    for row in range(4):
+        for block in range(3):
+            columns = slice(128 * block, 128 * block + 128)
+            assert relative(got[row, columns], want[row, columns]) < 4e-3, (row, block)
+
+
+@pytest.mark.gpu
+def test_product_in_a_graph():
+    torch.manual_seed(3)
+    x, (weight, scale) = some_tokens(2, 1024, "cuda"), some_weight(384, 1024, "cuda")
+    want = on_gpu(x, weight, scale).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = on_gpu(x, weight, scale)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
