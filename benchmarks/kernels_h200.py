@@ -37,6 +37,7 @@ from millrace.kernels.gpu import conv as gpu_conv
 from millrace.kernels.gpu import gdn_decode as gpu_gdn
 from millrace.kernels.gpu import gdn_prefill as gpu_prefill
 from millrace.kernels.gpu import gemm as gpu_gemm
+from millrace.kernels.gpu import gemm_few
 from millrace.kernels.gpu import quantize as gpu_quantize
 from millrace.kernels.gpu import sampling as gpu_sampling
 
@@ -325,9 +326,11 @@ def check_gemm(run: Callable[..., Tensor], tokens: int, out: int, width: int) ->
 
 
 def gemm_cases() -> Iterator[Case]:
-    ways: dict[str, Callable[..., Tensor]] = {"cublas": gpu_gemm.cublas_matmul}
+    ways: dict[str, Callable[..., Tensor]] = {}
     if gpu_gemm._deep_gemm() is not None:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
+    if not (QUICK and ways):
+        ways["cublas"] = gpu_gemm.cublas_matmul
     small = [(0, 64, True, 4, 6)]
     large = [(64, 128, False, 4, 4), (64, 128, False, 4, 3), (128, 128, False, 8, 3)]
     for tokens in (64, 512, 1536, 8192) if QUICK else (2, 16, 64, 256, 512, 896, 1536, 8192):
@@ -350,6 +353,48 @@ def gemm_cases() -> Iterator[Case]:
                     x = torch.randn(tokens, width, device=DEVICE).bfloat16()
                     q = gpu_quantize.quantize(x)
                     return [lambda w=w: run(q, *w) for w in copies]
+
+                yield Case(
+                    f"{name} M={tokens} {way}",
+                    lambda run=run, t=tokens, o=out, k=width: check_gemm(run, t, o, k), 3e-3,
+                    calls, out * width + tokens * (width + 2 * out),
+                    2.0 * tokens * out * width, "fp8",
+                )  # fmt: skip
+
+
+def few_ways(tokens: int) -> dict[str, Callable[..., Tensor]]:
+    """Ways to multiply so few tokens: the library's, and variants of our own kernel."""
+    ways: dict[str, Callable[..., Tensor]] = {}
+    if gpu_gemm._deep_gemm() is not None:
+        ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
+    if not (QUICK and ways):
+        ways["cublas"] = gpu_gemm.cublas_matmul
+    small = [(4, 1, 4, 4), (4, 1, 6, 3), (8, 1, 2, 3), (8, 1, 4, 2), (16, 1, 2, 1), (4, 2, 2, 4),
+             (4, 2, 3, 3), (8, 2, 2, 2)]  # fmt: skip
+    large = [(4, 1, 4, 3), (4, 1, 2, 4), (4, 2, 2, 3), (8, 1, 2, 2), (8, 1, 4, 1), (8, 2, 2, 1)]
+    if tokens > gemm_few.MAX_TOKENS:
+        return ways
+    kinds = [gemm_few.Variant(*v) for v in (small if tokens <= 16 else large)]
+    ways["few"] = gemm_few.few_matmul  # type: ignore[assignment]
+    if not QUICK:
+        for kind in kinds:
+            name = f"few {kind.warps}x{kind.tiles} deep {kind.depth} of {kind.blocks}"
+            ways[name] = lambda *x, kind=kind: gemm_few.few_matmul(*x, kind)
+    return ways
+
+
+def gemm_few_cases() -> Iterator[Case]:
+    """Few tokens, a dozen calls to a graph. The kernel should take its floor and 2.5 us: some 20 us
+    for qkv_gate, 10 for attn_o, 45 for gate_up, 24 for down, 22 for gdn_qkvz, at up to 16 tokens;
+    at 32 a tenth more, where tokens come from the L2 cache as often as weights from memory."""
+    for tokens in (2, 4, 16, 32, 64):
+        for name, (out, width) in GEMM_SHAPES.items():
+            for way, run in few_ways(tokens).items():
+
+                def calls(run=run, tokens=tokens, out=out, width=width):
+                    copies = [fp8_weight(out, width) for _ in range(2 if out > 6000 else 4)]
+                    q = gpu_quantize.quantize(torch.randn(tokens, width, device=DEVICE).bfloat16())
+                    return [lambda w=w: run(q, *w) for w in copies] * (12 // len(copies))
 
                 yield Case(
                     f"{name} M={tokens} {way}",
@@ -628,6 +673,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "gdn_decode": gdn_decode_cases,
     "gdn_prefill": gdn_prefill_cases,
     "gemm": gemm_cases,
+    "gemm_few": gemm_few_cases,
     "attention": attention_cases,
     "fused": fused_cases,
     "sampling": sampling_cases,
