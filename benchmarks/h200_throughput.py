@@ -4,22 +4,21 @@ Seeded random weights (none of them zero by rounding), synthetic acceptance 0.9 
 temperature 1, token-id prompts with lengths uniform in [512, 1024], outputs uniform in [256, 512],
 end tokens ignored: the workload that the figures of other engines in LEDGER.md were taken on.
 
-    python benchmarks/h200_throughput.py --phases default,throughput --repeats 3
-    python benchmarks/h200_throughput.py --phases wide --repeats 1
-    python benchmarks/h200_throughput.py --phases nomtp,long,start --repeats 1
-    python benchmarks/h200_throughput.py --phases default --choose gdn_prefill=blocks,norm=strips
+    python benchmarks/h200_throughput.py --phases default,throughput,bf16_state,warm --repeats 1
+    python benchmarks/h200_throughput.py --phases wide,nomtp,long --repeats 1
+    python benchmarks/h200_throughput.py --phases start
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
-Each phase is one engine (see ARRANGEMENTS); those named share a process and what it has compiled.
-What is found is merged into --out phase by phase, so that several calls share the work and a call
-that is cut short keeps what it has. Minutes on an H200: default 2 + 1.3 a repeat, throughput and
-bf16_state 0.7 + 1.3 a repeat, wide 1 + 2.2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2.
+Each phase is one arrangement (see ARRANGEMENTS); those named share a process and what it has
+compiled, and neighbours that differ in the scheduler alone share an engine. What is found is merged
+into --out phase by phase, so that several calls share the work and a call that is cut short keeps
+what it has. Minutes on an H200: default 2.5 + 1.2 a repeat, throughput 1.2 a repeat, bf16_state
+0.7 + 1.2 a repeat, wide 1 + 2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2, warm 0.5.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -28,10 +27,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -42,6 +42,7 @@ from qwen27b import read_sizes, step_work, write_config
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
 from millrace.engine.replica import build_engine
+from millrace.engine.scheduler import Scheduler
 from millrace.model.tiny import TinyShape, config_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ BASE: dict[str, Any] = {
     "load_format": "dummy",
     "kv_cache_dtype": "fp8_e4m3",
     "max_model_len": 2560,
-    "max_num_batched_tokens": 8192,
+    "max_num_batched_tokens": 16384,
     "gpu_memory_utilization": 0.92,
     "enable_prefix_caching": False,
     "block_size": 64,
@@ -58,19 +59,15 @@ BASE: dict[str, Any] = {
 # What each phase's engine has otherwise than BASE.
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "default": {"max_num_seqs": 256},
-    "throughput": {"max_num_seqs": 256, "mixed_prefill_tokens": 8192},
+    "throughput": {"max_num_seqs": 256},
+    "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
     "wide": {"max_num_seqs": 448},
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
-    "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
 }
-
-# Kernels in two forms: module and name of the choice, and what may be chosen.
-CHOICES = {
-    "gdn_prefill": ("millrace.kernels.gpu.gdn_prefill", "WAY", ("library", "blocks")),
-    "conv_prefill": ("millrace.kernels.gpu.conv", "PREFILL", ("tiles", "walk")),
-    "norm": ("millrace.kernels.gpu.quantize", "NORM", ("padded", "strips")),
-}
+# And what its scheduler has otherwise than the engine was built with.
+LIMITS: dict[str, dict[str, Any]] = {"throughput": {"mixed_prefill_tokens": 16384}}
+STARTS = ("start", "warm")
 
 
 @dataclass(frozen=True)
@@ -148,36 +145,60 @@ def achieved(record: dict[str, Any], sizes: Any, context: float, drafts: int) ->
 # --- phases ------------------------------------------------------------------------------------
 
 
-def phase(name: str, options: argparse.Namespace, model: Path, record: dict[str, Any]) -> None:
-    """Fill `record` with what the phase's engine shows; it is written after each part."""
+class Engines:
+    """One engine at a time, kept while phases ask for the same."""
+
+    def __init__(self, options: argparse.Namespace, model: Path) -> None:
+        self._options, self._model = options, model
+        self._engine: Engine | None = None
+        self._limits: Any = None
+        self._built: dict[str, Any] = {}
+
+    def of(self, name: str, record: dict[str, Any]) -> Engine:
+        """An idle engine as phase `name` wants it."""
+        arguments = {**BASE, **ARRANGEMENTS[name], **(TINY_ARGS if self._options.tiny else {})}
+        if self._engine is None or arguments != self._built:
+            self.close()
+            began = time.perf_counter()
+            self._engine = build_engine(engine_args(model=str(self._model), **arguments))
+            self._limits, self._built = self._engine.scheduler.limits, arguments
+            record["start_s"] = time.perf_counter() - began
+            record["since_process_start_s"] = time.time() - psutil.Process().create_time()
+            print(f"-- {name}: ready after {record['start_s']:.1f} s", flush=True)
+        limits = replace(self._limits, **LIMITS.get(name, {}))
+        self._engine.scheduler = Scheduler(limits)
+        record |= {"pages": limits.num_pages, "mixed_prefill_tokens": limits.mixed_prefill_tokens}
+        record["arguments"] = {k: str(v) for k, v in arguments.items()}
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def phase(
+    name: str, engine: Engine, options: argparse.Namespace, model: Path, record: dict[str, Any]
+) -> None:
+    """Fill `record` with what the phase shows; it is written after each part."""
     scale: Scale = options.scale
-    arguments = {**BASE, **ARRANGEMENTS[name]}
-    if options.tiny:
-        arguments |= TINY_ARGS
-    began = time.perf_counter()
-    engine = build_engine(engine_args(model=str(model), **arguments))
-    record["start_s"] = time.perf_counter() - began
-    limits = engine.scheduler.limits
-    record |= {"pages": limits.num_pages, "arguments": {k: str(v) for k, v in arguments.items()}}
-    print(f"-- {name}: ready after {record['start_s']:.1f} s", flush=True)
-    try:
-        if name == "long":
-            long_context(engine, scale, record)
-            return
-        rows = arguments["max_num_seqs"]
-        warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab)
-        closed_run(engine, warmup, scale.warmup)
-        if name == "default":
-            few_requests(engine, scale, record)
-            prefill_alone(engine, rows, scale, record)
-        drafts = 0 if arguments["speculative_config"] is None else 1
-        profile(engine, rows, drafts, scale, record, read_sizes(model))
-        throughput(engine, rows, options, record)
-    finally:
-        engine.close()
-        del engine
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if name == "long":
+        long_context(engine, scale, record)
+        return
+    rows = engine.scheduler.limits.max_num_seqs
+    warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab)
+    closed_run(engine, warmup, scale.warmup)
+    throughput(engine, rows, options, record)
+    if name == "throughput":
+        return
+    drafts = engine.scheduler.limits.drafts
+    profile(engine, rows, drafts, scale, record, read_sizes(model))
+    options.write()
+    if name == "default":
+        few_requests(engine, scale, record)
+        prefill_alone(engine, rows, scale, record)
 
 
 def throughput(
@@ -233,21 +254,23 @@ def long_context(engine: Engine, scale: Scale, record: dict[str, Any]) -> None:
         print(json.dumps(found), flush=True)
 
 
-def start_up(options: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Seconds until an engine is ready, in new processes: nothing compiled yet, then all of it."""
+def start_up(name: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Seconds until an engine is ready, in new processes. "start": nothing compiled yet, then all
+    of it; "warm": only the latter, with what this machine has compiled."""
+    command = [sys.executable, __file__, "--phases", "ready", "--layers", str(options.layers)]
+    command += ["--tiny"] if options.tiny else []
     with tempfile.TemporaryDirectory() as caches:
         names = ("TRITON_CACHE_DIR", "DG_JIT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
         names += ("XDG_CACHE_HOME", "CUDA_CACHE_PATH")
-        environment = os.environ | {name: str(Path(caches, name)) for name in names}
-        command = [sys.executable, __file__, "--phases", "ready", "--layers", str(options.layers)]
-        command += ["--tiny"] if options.tiny else []
-        for name in ("cold_s", "warm_s"):
+        fresh = {key: str(Path(caches, key)) for key in names} if name == "start" else {}
+        for figure in ("cold_s", "warm_s") if name == "start" else ("warm_s",):
             began = time.perf_counter()
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            record[name] = time.perf_counter() - began
+            done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True)
+            record[figure] = time.perf_counter() - began
             if done.returncode:
                 raise SystemExit(f"no engine came up:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-            print(f"start {name}: {record[name]:.1f} ({done.stdout.split()[-1]} s in it)")
+            record[f"{figure[:-2]}_engine_s"] = float(done.stdout.split()[-1])
+            print(f"start {figure}: {record[figure]:.1f} ({done.stdout.split()[-1]} s of engine)")
             options.write()
 
 
@@ -265,7 +288,8 @@ def ready(options: argparse.Namespace, model: Path) -> None:
 def headline(phases: dict[str, Any]) -> dict[str, Any]:
     """The figures that people compare, medians over repeats."""
     found: dict[str, Any] = {}
-    default, start = phases.get("default", {}), phases.get("start", {})
+    default = phases.get("default", {})
+    start = {**phases.get("warm", {}), **phases.get("start", {})}
     runs = default.get("runs", [])
     for name in ("total_tok_s", "output_tok_s", "itl_p50_ms", "itl_p99_ms"):
         if runs:
@@ -277,7 +301,9 @@ def headline(phases: dict[str, Any]) -> dict[str, Any]:
     if "decode" in default:
         found["decode_step_ms"] = default["decode"]["step_ms"]
         found["decode_idle_share"] = default["decode"]["idle_share"]
-    found |= {f"start_{name}": value for name, value in start.items() if name.endswith("_s")}
+    found |= {f"start_{name}": start[name] for name in ("cold_s", "warm_s") if name in start}
+    if "cold_s" not in start and "since_process_start_s" in default:
+        found["start_cold_s"] = default["since_process_start_s"]  # on a machine that was bare
     return found
 
 
@@ -318,17 +344,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--phases", default=",".join([*ARRANGEMENTS, "start"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=64)
-    parser.add_argument("--choose", help="forms of kernels, such as gdn_prefill=blocks,norm=strips")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     options = parser.parse_args()
     options.phases = options.phases.split(",")
-    for choice in options.choose.split(",") if options.choose else []:
-        name, _, value = choice.partition("=")
-        if name not in CHOICES or value not in CHOICES[name][2]:
-            shown = "; ".join(f"{k}={'|'.join(v[2])}" for k, v in CHOICES.items())
-            parser.error(f"--choose: no {choice!r}; there are {shown}")
-        setattr(importlib.import_module(CHOICES[name][0]), CHOICES[name][1], value)
-    known = {*ARRANGEMENTS, "start", "ready"}
+    known = {*ARRANGEMENTS, *STARTS, "ready"}
     if unknown := [name for name in options.phases if name not in known]:
         parser.error(f"--phases: no {unknown[0]!r}; there are {', '.join(sorted(known))}")
     options.scale = TINY if options.tiny else Scale()
@@ -364,17 +383,19 @@ def main() -> None:
         options.write = write
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         same = {"commit": commit(), "device": device, "torch": torch.__version__}
-        same["choose"] = options.choose or ""
         same["ceilings"] = ceilings(256 if options.tiny else 8192)
         print(same, flush=True)
+        engines = Engines(options, model)
         for name in options.phases:
             record: dict[str, Any] = dict(same)
-            out["phases"][f"{name} {options.choose}" if options.choose else name] = record
-            if name == "start":
-                start_up(options, record)
+            out["phases"][name] = record
+            if name in STARTS:
+                engines.close()
+                start_up(name, options, record)
             else:
-                phase(name, options, model, record)
+                phase(name, engines.of(name, record), options, model, record)
             write()
+        engines.close()
         print(table(out["phases"]))
         print(f"written to {options.out}", file=sys.stderr)
 
