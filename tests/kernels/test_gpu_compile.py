@@ -196,6 +196,7 @@ def sampling(shape: Shape) -> None:
 
     floats, integers = empty(DECODE, dtype=F32), empty(DECODE, dtype=torch.int64)
     logits = empty(DECODE, shape.vocabulary, dtype=F32)
+    gpu.best(logits, floats, integers, integers, 8)
     for noise, filters in ((False, False), (True, True)):
         gpu.sample(
             logits, floats, floats, integers, integers, integers, noise=noise, filters=filters

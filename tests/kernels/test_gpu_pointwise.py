@@ -113,6 +113,34 @@ def test_sample(device: str, filters: bool, noise: bool):
 
 
 @on_each_device
+@pytest.mark.parametrize("noise", [False, True])
+def test_best_of_a_part(device: str, noise: bool):
+    from millrace.kernels.gpu import sampling as gpu
+
+    torch.manual_seed(9)
+    logits = torch.randn(4, 9000, device=device)
+    logits[0, [4095, 4096, 8500]] = 9.0
+    logits[1] = -torch.inf
+    logits[2] = -logits[2].abs()
+    logits[2, [5000, 6000]] = torch.tensor([-0.0, 0.0], device=device)
+    heat = torch.tensor([0.0, 0, 0, 1], device=device)
+    seed = torch.tensor([1, -2, 3, 2**62], device=device)
+    given = (heat, seed, seed * 7)
+    parts = [(0, 4096), (4096, 8999), (8999, 9000), (9000, 9000)]
+    found = []
+    for start, stop in parts:
+        part = logits[:, start:stop]
+        found.append(gpu.best(part, *given, start, noise=noise))
+        want = sampling.best.__wrapped__(part, *given, start, noise=noise)
+        assert sampling.token_of(found[-1]).tolist() == sampling.token_of(want).tolist()
+        if not noise:
+            assert found[-1].tolist() == want.tolist()
+    ones, zeros = torch.ones_like(heat), torch.zeros_like(seed)
+    all_at_once = gpu.sample(logits, heat, ones, zeros, seed, seed * 7, noise=noise, filters=False)
+    assert sampling.token_of(torch.stack(found).amax(0)).tolist() == all_at_once.tolist()
+
+
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 brings many ties
 @pytest.mark.parametrize("vocab", [40, 1000, 4097])
 def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):

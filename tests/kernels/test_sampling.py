@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from millrace.kernels.sampling import gumbel, keep_threshold, sample
+from millrace.kernels.sampling import NOTHING, best, gumbel, keep_threshold, sample, token_of
 
 M = 0xFFFFFFFF
 
@@ -94,6 +95,28 @@ def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     order = torch.tensor([5, 3, 1])
     apart = sample(logits[order], **{name: value[order] for name, value in args.items()})
     assert together[order].tolist() == apart.tolist()
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_the_best_of_the_parts_is_the_best_of_all(noise: bool) -> None:
+    torch.manual_seed(8)
+    logits = torch.randn(6, 300).bfloat16()
+    logits[0, [40, 41, 250]] = 9.0
+    logits[1] = -torch.inf
+    logits[2] = -logits[2].abs()
+    logits[2, [120, 240]] = torch.tensor([-0.0, 0.0]).bfloat16()
+    logits[3, :100] = -torch.inf
+    logits[4] = -100.0
+    args = {**rows(6), "temperature": torch.tensor([0.0, 0, 0, 1, 1, 1])}
+    want = sample(logits, **args, noise=noise, filters=False)
+    given = [args[name] for name in ("temperature", "seed", "position")]
+    for cuts in ([0, 150, 300], [0, 41, 104, 232, 300], [0, 300, 300]):
+        parts = [
+            best(logits[:, start:stop], *given, start, noise=noise)
+            for start, stop in itertools.pairwise(cuts)
+        ]
+        assert token_of(torch.stack(parts).amax(0)).tolist() == want.tolist()
+    assert best(logits[:, :0], *given, 300).tolist() == [NOTHING] * 6
 
 
 def test_top_k_keeps_k_and_ties() -> None:

@@ -16,8 +16,9 @@ from millrace.errors import ConfigError
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.norm import add_rms_norm
 from millrace.kernels.quantize import quantize
+from millrace.kernels.sampling import best, token_of
 from millrace.model.config import read_config
-from millrace.model.layers import Linear
+from millrace.model.layers import Build, Linear, VocabTable
 from millrace.model.parallel import Normed, TensorParallel
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
@@ -69,6 +70,30 @@ class Meeting:
     ) -> Normed:
         normed, total = add_rms_norm(self.sum(rank, x), residual, weight, eps)
         return normed if keep else None, quantize(normed) if quantized else None, total
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path, size: int) -> None:
+    """All real logits are negative, those of padding 0; the best two are equal, ranks apart."""
+    config = read_config(write_checkpoint(tmp_path / "model", SHAPE))
+    meeting, cpu = Meeting(size), torch.device("cpu")
+    hidden, row = torch.ones(1, config.hidden_size), torch.zeros(1, dtype=torch.int64)
+    weight = -1.0 - torch.rand(321, config.hidden_size)
+    weight[[37, 320]] = -0.5
+
+    def one(rank: int) -> tuple[int, int]:
+        build = Build(config, meeting.rank(rank), torch.float32, cpu, keep_fp8=False)
+        head = VocabTable(build, "lm_head.weight")
+        share = weight[head.start : head.start + head.rows]
+        head.weight.data.zero_()[: len(share)] = share
+        with torch.inference_mode():
+            found = best(head.local_logits(hidden), row.float(), row, row, head.start)
+            return int(head.logits(hidden).argmax()), int(found)
+
+    with ThreadPoolExecutor(size) as pool:
+        both = list(pool.map(one, range(size)))
+    assert {whole for whole, _ in both} == {37}
+    assert token_of(torch.tensor([max(found for _, found in both)])).tolist() == [37]
 
 
 def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Tensor]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -24,6 +25,7 @@ from millrace.errors import ConfigError, RankError
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.protocol import AddRequest, Failed, FromEngine, Ready, SamplingParams
 from millrace.runtime import collectives, watch
+from millrace.runtime.ranks import Ranks
 from millrace.runtime.ways import GatherSum
 from tests.support.engines import DEFAULTS, assert_same, build, generate, run
 
@@ -187,6 +189,50 @@ def test_the_tokens_of_one_rank_from_fp8_weights_of_awkward_width(tmp_path: Path
         assert engine.stats().prefix_hits > 0
     finally:
         engine.close()
+
+
+DRAWS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 1.0, "seed": 6, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 7, "presence_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_ranks_draw_the_tokens_of_one(
+    odd_model: Path, alone: list[list[list[int]]], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a rank sees the whole vocabulary only where a request needs it."""
+    gather, gathered = Ranks.gather, []
+    monkeypatch.setattr(Ranks, "gather", lambda *given: gathered.append(1) or gather(*given))
+    spec = {"num_speculative_tokens": k} if k else None
+    engine = build(odd_model, tensor_parallel_size=2, speculative_config=spec)
+    try:
+        for draws, tokens in zip(DRAWS, alone, strict=True):
+            gathered.clear()
+            assert generate(engine, ODD_PROMPTS, 16, **draws) == tokens
+            assert bool(gathered) == (draws is not DRAWS[0] and draws is not DRAWS[1])
+    finally:
+        engine.close()
+
+
+ODD_PROMPTS = [[5, 9, 40, 77] * 6, [11], [8, 3, 300]]
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its vocabulary does not divide into tiles for two ranks."""
+    shape = replace(UNIT_TEST, vocab_size=321)
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "model", shape, seed=4)
+
+
+@pytest.fixture(scope="module")
+def alone(odd_model: Path) -> list[list[list[int]]]:
+    engine = build(odd_model)
+    out = [generate(engine, ODD_PROMPTS, 16, **draws) for draws in DRAWS]
+    engine.close()
+    return out
 
 
 def wait_for(socket: zmq.Socket[bytes], kind: type) -> object:

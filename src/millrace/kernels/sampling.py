@@ -15,6 +15,9 @@ The noise, in 32-bit unsigned arithmetic (`mix` is the finaliser of MurmurHash3)
     w = min((float32(x) + 0.5) * 2**-32, 1 - 2**-24)
     noise = -log(-log1p(-w))
 
+Where ranks hold a part of the vocabulary each, every one names the best of its own part (`best`),
+as a number whose order is the rule's: the largest of these numbers names the token (`token_of`).
+
 `w` is small where the noise is large, so float32 resolves the tail that decides a draw.
 """
 
@@ -30,15 +33,17 @@ _STRIDE = -0x61C8864F  # 0x9E3779B1
 _MUL_A = -0x7A143595  # 0x85EBCA6B
 _MUL_B = -0x3D4D51CB  # 0xC2B2AE35
 _LARGEST = 1.0 - 2.0**-24
+_LAST = (1 << 31) - 1
+NOTHING = -(1 << 63)  # what `best` says of no tokens at all
 
 
-def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise for every token of each row.
+def gumbel(seed: Tensor, position: Tensor, vocab: int, start: int = 0) -> Tensor:
+    """Standard Gumbel noise for tokens start .. start + vocab of each row.
 
     seed, position: int64 [R]. Returns float32 [R, vocab], finite.
     """
     key_a, key_b = row_keys(seed, position)
-    x = torch.arange(vocab, dtype=torch.int32, device=seed.device) * _STRIDE
+    x = torch.arange(start, start + vocab, dtype=torch.int32, device=seed.device) * _STRIDE
     x = x ^ key_a[:, None]
     x = (x ^ _shift(x, 16)).mul_(_MUL_A).bitwise_xor_(key_b[:, None])
     x = (x ^ _shift(x, 13)).mul_(_MUL_B)
@@ -82,6 +87,36 @@ def sample(
         drawn = gumbel(seed, position, logits.shape[1])
         logits = torch.addcmul(logits, drawn, temperature[:, None])
     return logits.argmax(dim=1)
+
+
+@op
+def best(
+    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, start: int,
+    *, noise: bool = True,
+) -> Tensor:  # fmt: skip
+    """The best token of each row among tokens start .. start + n: int64 [R].
+
+    logits: float [R, n] of these tokens; the rest as in `sample`, without filters. High word: the
+    score's bits as a number of the same order; low word: 2^31 - 1 less the token, so that of equal
+    scores the lowest id is the largest. NOTHING if n is 0.
+    """
+    rows, count = logits.shape
+    if count == 0:
+        return torch.full((rows,), NOTHING, dtype=torch.int64, device=logits.device)
+    scores = logits.float()
+    if noise:
+        drawn = gumbel(seed, position, count, start)
+        scores = torch.addcmul(scores, drawn, temperature[:, None])
+    place = scores.argmax(dim=1, keepdim=True)
+    score = scores.gather(1, place) + 0.0  # so that -0.0 equals 0.0
+    bits = score.view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ _LAST, bits).to(torch.int64)
+    return ((ordered << 32) | (_LAST - start - place))[:, 0]
+
+
+def token_of(found: Tensor) -> Tensor:
+    """The token that a result of `best` names: int64, of its shape."""
+    return _LAST - (found & 0xFFFFFFFF)
 
 
 def keep_threshold(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:

@@ -178,6 +178,11 @@ class VocabTable(nn.Module):
         local = linear(hidden, self.weight)
         return self.tp.gather(local)[:, : self.vocab_size]
 
+    def local_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns those of this rank's tokens, from `start` on, without padding."""
+        count = max(0, min(self.rows, self.vocab_size - self.start))
+        return linear(hidden, self.weight)[:, :count]
+
 
 class Rope(nn.Module):
     """The rotary table, shared by all attention layers."""

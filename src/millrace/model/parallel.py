@@ -33,15 +33,17 @@ def _never(*given: object) -> None:
 class TensorParallel:
     """One rank of `size`. all_reduce: the sum over ranks, the same bits on each, in x's shape.
 
-    gather: the ranks' tensors joined along their last dimension, in rank order. reduce_norm, of
-    (x, residual, weight, eps, keep, quantized): the sum of x over ranks plus the residual, as
-    `(its norm if keep, that quantised if quantized, itself)`; None where nothing does that in one.
+    gather: the ranks' tensors joined along their last dimension, in rank order. largest: number by
+    number the largest of the ranks' int64 tensors, on each rank. reduce_norm, of (x, residual,
+    weight, eps, keep, quantized): the sum of x over ranks plus the residual, as `(its norm if keep,
+    that quantised if quantized, itself)`; None where nothing does that in one.
     """
 
     rank: int = 0
     size: int = 1
     all_reduce: Collective = _alone
     gather: Collective = _alone
+    largest: Collective = _alone
     reduce_norm: ReduceNorm = _never
 
     def share(self, total: int) -> tuple[int, int]:

@@ -89,7 +89,8 @@ class Collectives:
         if ranks.size == 1:
             return TensorParallel()
         return TensorParallel(
-            ranks.rank, ranks.size, self.all_reduce, ranks.gather, self.reduce_norm
+            *(ranks.rank, ranks.size, self.all_reduce),
+            *(ranks.gather, ranks.maximum, self.reduce_norm),
         )
 
     def all_reduce(self, x: Tensor) -> Tensor:

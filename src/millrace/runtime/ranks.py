@@ -180,6 +180,15 @@ class Ranks:
                 self._finish(self.tensors.allreduce([x]))
         return x
 
+    def maximum(self, x: Tensor) -> Tensor:
+        """The largest over ranks, number by number, in place."""
+        with self._explained():
+            if x.is_cuda:
+                dist.all_reduce(x, dist.ReduceOp.MAX, group=self.tensors)
+            else:
+                self._finish(self.tensors.allreduce([x], _reduction(dist.ReduceOp.MAX)))
+        return x
+
     def gather(self, x: Tensor) -> Tensor:
         """Every rank's x [..., n] side by side in rank order: [..., size * n]."""
         return torch.cat(self.gather_parts(x), dim=-1)
@@ -219,8 +228,7 @@ class Ranks:
         if self.size == 1:
             return values
         found = torch.tensor(values, dtype=torch.float64)
-        options = dist.AllreduceOptions()
-        options.reduceOp = op
+        options = _reduction(op)
         with self._explained():
             self._finish(self.plans.allreduce([found], options))
         return [float(x) for x in found.tolist()]
@@ -371,6 +379,12 @@ def _meet(
 def _from_rank_0() -> Any:
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
+    return options
+
+
+def _reduction(op: Any) -> Any:
+    options = dist.AllreduceOptions()
+    options.reduceOp = op
     return options
 
 

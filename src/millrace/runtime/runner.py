@@ -57,7 +57,7 @@ class Runner:
         self._snapshots = snapshots
         self._width = config.drafts + 1
         self._device = slots.length.device
-        self._sampler = Sampler(config, slots, model.logits, broadcast)
+        self._sampler = Sampler(config, slots, model.head, broadcast)
         self._wishes = Wishes(slots, self._width, model.config.vocab_size)
         self._graphs: DecodeGraphs | None = None  # of whole decode steps
         self._forwards: DecodeGraphs | None = None  # of their forwards alone

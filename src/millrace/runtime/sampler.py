@@ -5,6 +5,9 @@ and the position, and a draft stands if it equals what the target draws there. S
 tokens are the same with any number of drafts, and drafting changes speed alone. The draft head
 draws with the same noise, which makes the two agree as often as their distributions allow.
 
+Ranks hold a part of the vocabulary each. Where no row needs to see all of it (for top_k, top_p or
+wishes), each finds the best token of its own part, and only these are compared between ranks.
+
 A row's candidates are its last known token and its drafts; the token drawn at one of them takes the
 position behind it.
 """
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch
-from millrace.kernels.sampling import gumbel, sample
+from millrace.kernels.sampling import best, gumbel, sample, token_of
+from millrace.model.layers import VocabTable
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.inputs import SampledRows
 from millrace.runtime.slots import Slots
@@ -29,7 +33,7 @@ _SYNTHETIC = 1 << 40
 
 
 class Sampler:
-    """Draws for one rank's rows. head: hidden [T, H] to logits [T, V].
+    """Draws for one rank's rows. head: from hidden [T, H] to logits [T, V], or its part of them.
 
     broadcast: rank 0's tensor for every rank; the same one alone.
     """
@@ -38,7 +42,7 @@ class Sampler:
         self,
         config: EngineConfig,
         slots: Slots,
-        head: Callable[[Tensor], Tensor],
+        head: VocabTable,
         broadcast: Callable[[Tensor], Tensor],
     ) -> None:
         self._config = config
@@ -78,12 +82,15 @@ class Sampler:
         slots, positions = batch.token_slots, batch.positions
         if rows.candidates is not None:
             hidden, slots, positions = (x[rows.candidates] for x in (hidden, slots, positions))
-        logits, ends = self._head(hidden), positions + 1
-        if wishes is not None:
+        ends, logprobs = positions + 1, None
+        if wishes is None:
+            drawn = self._draw(hidden, slots, ends, rows)
+        else:
+            logits = self._head.logits(hidden)
             given = masks() if masks is not None and wishes.masked else None
             logits = wishes.adjust(logits, slots, ends, batch.max_context, given)
-        drawn = self._sample(logits, slots, ends, rows)
-        logprobs = None if wishes is None else wishes.logprobs(drawn)
+            drawn = self._sample(logits, slots, ends, rows)
+            logprobs = wishes.logprobs(drawn)
         verified = rows.num_decode * self._width
         last = drawn[verified:, None]
         padded = torch.nn.functional.pad(last, (0, self._width - 1), value=-1)
@@ -93,7 +100,17 @@ class Sampler:
         """What the draft head guesses for each row's position: int64 [R], by temperature,
         top_k and top_p alone.
         """
-        return self._sample(self._head(hidden), rows.slots, positions, rows)
+        return self._draw(hidden, rows.slots, positions, rows)
+
+    def _draw(self, hidden: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
+        """A token for each row, int64 [R], by temperature, top_k and top_p alone."""
+        head, s = self._head, self._slots
+        if head.tp.size == 1 or rows.filters:
+            return self._sample(head.logits(hidden), slots, positions, rows)
+        logits = head.local_logits(hidden)
+        heat, seed = s.temperature[slots], s.seed[slots]
+        mine = best(logits, heat, seed, positions, head.start, noise=rows.noise)
+        return token_of(head.tp.largest(mine))
 
     def _sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows

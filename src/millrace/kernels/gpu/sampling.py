@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.sampling import NOTHING
+
 BLOCK = 4096
 GROUP = 64
 
@@ -63,7 +65,7 @@ def _noise(seed, position, token):
 
 @triton.jit
 def _best_kernel(
-    logits, temperature, floors, seed, position, best, where, stride, V, pieces,
+    logits, temperature, floors, seed, position, best, where, stride, V, start, pieces,
     NOISE: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
@@ -75,22 +77,30 @@ def _best_kernel(
     if NOISE:
         heat = tl.load(temperature + row)
         if heat > 0:
-            noise = _noise(tl.load(seed + row), tl.load(position + row), v.to(tl.uint32))
+            token = (start + v).to(tl.uint32)
+            noise = _noise(tl.load(seed + row), tl.load(position + row), token)
             score = score + heat * noise
     top = tl.max(score, axis=0)
     tl.store(best + row * pieces + tl.program_id(0), top)
-    first = tl.min(tl.where(score == top, v, 0x7FFFFFFF), axis=0)
+    first = tl.min(tl.where(score == top, start + v, 0x7FFFFFFF), axis=0)
     tl.store(where + row * pieces + tl.program_id(0), first)
 
 
 @triton.jit
-def _pick_kernel(best, where, out, pieces, PB: tl.constexpr):
+def _pick_kernel(best, where, out, pieces, start, NAMED: tl.constexpr, PB: tl.constexpr):
+    """NAMED: as `best` names it; otherwise the token alone."""
     row = tl.program_id(0)
     p = tl.arange(0, PB)
     score = tl.load(best + row * pieces + p, mask=p < pieces, other=-float("inf"))
     token = tl.load(where + row * pieces + p, mask=p < pieces, other=0x7FFFFFFF)
-    first = tl.min(tl.where(score == tl.max(score, axis=0), token, 0x7FFFFFFF), axis=0)
-    tl.store(out + row, tl.where(first == 0x7FFFFFFF, 0, first).to(tl.int64))
+    top = tl.max(score, axis=0)
+    first = tl.min(tl.where(score == top, token, 0x7FFFFFFF), axis=0)
+    first = tl.where(first == 0x7FFFFFFF, start, first).to(tl.int64)
+    if NAMED:
+        bits = tl.where(top == 0.0, 0.0, top).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        first = (ordered << 32) | (0x7FFFFFFF - first)
+    tl.store(out + row, first)
 
 
 @triton.jit
@@ -247,19 +257,40 @@ def sample(
     filters: bool = True,
 ) -> Tensor:
     """As the reference, but for the rounding of logarithms."""
+    floors = keep_threshold(logits, temperature, top_p, top_k) if filters else None
+    return _best(logits, temperature, floors, seed, position, 0, noise, named=False)
+
+
+def best(
+    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, start: int,
+    *, noise: bool = True,
+) -> Tensor:  # fmt: skip
+    """As the reference, but for the rounding of logarithms; the very scores that `sample` has."""
+    return _best(logits, temperature, None, seed, position, start, noise, named=True)
+
+
+def _best(
+    logits: Tensor, temperature: Tensor, floors: Tensor | None, seed: Tensor, position: Tensor,
+    start: int, noise: bool, named: bool,
+) -> Tensor:  # fmt: skip
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    floors = keep_threshold(logits, temperature, top_p, top_k) if filters else temperature
+    if vocab == 0:
+        return out.fill_(NOTHING)
     pieces = triton.cdiv(vocab, BLOCK)
-    best = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
+    scores = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
     where = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     _best_kernel[(pieces, rows)](
-        logits, temperature, floors, seed, position, best, where, logits.stride(0), vocab, pieces,
-        NOISE=noise, FILTER=filters, BLOCK=BLOCK, num_warps=4,
+        logits, temperature, temperature if floors is None else floors, seed, position, scores,
+        where, logits.stride(0), vocab, start, pieces,
+        NOISE=noise, FILTER=floors is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    _pick_kernel[(rows,)](best, where, out, pieces, PB=triton.next_power_of_2(pieces), num_warps=1)
+    _pick_kernel[(rows,)](
+        scores, where, out, pieces, start,
+        NAMED=named, PB=triton.next_power_of_2(pieces), num_warps=1,
+    )  # fmt: skip
     return out
 
 
