@@ -1,16 +1,20 @@
-"""Every Triton kernel compiles for a Hopper GPU, at the arguments that the launchers give it.
+"""Every kernel compiles for a Hopper GPU, at the arguments that the launchers give it.
 
 Needs no GPU: the launchers run on tensors without memory, and each launch ends after compilation.
-The interpreter, in which the other tests run these kernels on a CPU, takes programs that the
-compiler refuses.
+CUDA sources go through NVIDIA's run-time compiler, as they do where they are used. Triton's
+interpreter, in which the other tests run its kernels on a CPU, takes programs that its compiler
+refuses.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,3 +235,77 @@ def test_no_kernel_is_left_out(compiler: Compiler):
         if isinstance(member, triton.JITFunction) and name.endswith("_kernel")
     }
     assert kernels == set(compiler.shared)
+
+
+class Nvrtc:
+    """NVIDIA's run-time compiler, from its wheel."""
+
+    def __init__(self, folder: Path) -> None:
+        builtins, library = folder.glob("libnvrtc-builtins.so.*"), folder.glob("libnvrtc.so.*")
+        for path in builtins:  # found by name, once it is loaded
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.call = ctypes.CDLL(str(next(library)))
+
+    def compile(self, text: str) -> str:
+        """What the compiler says about registers and memory; raises ValueError with its errors."""
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = [b"--gpu-architecture=sm_90", b"--ptxas-options=-v"]
+        array = (ctypes.c_char_p * len(options))(*options)
+        encoded = text.encode()
+        assert not self.call.nvrtcCreateProgram(
+            ctypes.byref(program), encoded, b"kernel.cu", 0, None, None
+        )
+        failed = self.call.nvrtcCompileProgram(program, len(options), array)
+        self.call.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        self.call.nvrtcGetProgramLog(program, log)
+        self.call.nvrtcDestroyProgram(ctypes.byref(program))
+        if failed:
+            raise ValueError(log.value.decode())
+        return log.value.decode()
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Nvrtc:
+    spec = importlib.util.find_spec("nvidia")
+    folders = [
+        Path(place) / "cu13" / "lib" for place in (spec and spec.submodule_search_locations) or ()
+    ]
+    found = [folder for folder in folders if any(folder.glob("libnvrtc.so.*"))]
+    if not found:
+        pytest.skip("needs the package nvidia-cuda-nvrtc")
+    return Nvrtc(found[0])
+
+
+def spilled(log: str) -> int:
+    """Bytes of registers that did not fit, and went to memory."""
+    return sum(
+        int(line.split(" bytes spill stores")[0].split()[-1])
+        for line in log.splitlines()
+        if "spill stores" in line
+    )
+
+
+def test_a_fault_in_cuda_is_found(nvrtc: Nvrtc):
+    with pytest.raises(ValueError, match="undefined"):
+        nvrtc.compile('extern "C" __global__ void kernel(int* x) { *x = y; }')
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_gemm_few(nvrtc: Nvrtc, tokens: int):
+    from millrace.kernels.gpu import gemm_few
+
+    for outputs in (5120, 34816):
+        text = gemm_few.source(gemm_few.choose(tokens, outputs), gemm_few.token_tiles(tokens))
+        assert spilled(nvrtc.compile(text)) == 0
+
+
+@pytest.mark.parametrize("state", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_gdn_decode(nvrtc: Nvrtc, width: int, state: torch.dtype):
+    from millrace.kernels.gpu import cuda_source
+    from millrace.kernels.gpu.gdn_decode import _Shape
+
+    low = state == BF16
+    shape = _Shape(width, 16, 128, 128, 3, True, True, low, low, True)
+    assert nvrtc.compile(cuda_source.read("gdn_decode.cu", asdict(shape)))

@@ -15,10 +15,8 @@ kernel, which overwrites them. `millrace.kernels.gdn` has the equations.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import resources
 
 import torch
 import triton
@@ -26,10 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState
+from millrace.kernels.gpu import cuda_source
 
 L2_EPS = tl.constexpr(1e-6)
-
-logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -251,17 +248,9 @@ class _Shape:
 @functools.cache
 def _native(shape: _Shape, name: str) -> Callable[..., None] | None:
     """A kernel of gdn_decode.cu, compiled at run time; None where that cannot be done."""
-    compiler = getattr(torch.cuda, "_compile_kernel", None)
-    if compiler is None or shape.DK % 32 or shape.DV % 32 or shape.N > 8:
+    if shape.DK % 32 or shape.DV % 32 or shape.N > 8:
         return None
-    head = "".join(f"#define {key} {int(value)}\n" for key, value in asdict(shape).items())
-    source = resources.files(__package__).joinpath("gdn_decode.cu").read_text()
-    try:
-        kernel: Callable[..., None] = compiler(head + source, name)
-    except (RuntimeError, OSError) as error:  # no compiler library on this machine
-        logger.warning("GDN decode runs its slower Triton form: %s", error)
-        return None
-    return kernel
+    return cuda_source.compiled(cuda_source.read("gdn_decode.cu", asdict(shape)), name)
 
 
 def _native_shape(qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int) -> _Shape | None:

@@ -8,19 +8,16 @@ tokens beside it, bit for bit: not on their number, nor on what they hold.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import resources
 
 import torch
 from torch import Tensor
 
+from millrace.kernels.gpu import cuda_source
 from millrace.kernels.quantize import GROUP, Quantized
 
 MAX_TOKENS = 32
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +70,7 @@ def token_tiles(tokens: int) -> int:
 
 def source(variant: Variant, tiles: int) -> str:
     """The kernel `gemm_few` for so many tiles of tokens."""
-    names = {**asdict(variant), "token_tiles": tiles}
-    head = "".join(f"#define {name.upper()} {value}\n" for name, value in names.items())
-    return head + resources.files(__package__).joinpath("gemm_few.cu").read_text()
+    return cuda_source.read("gemm_few.cu", {**asdict(variant), "token_tiles": tiles})
 
 
 def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
@@ -92,12 +87,6 @@ def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
 @functools.cache
 def _compiled(variant: Variant, tiles: int) -> Callable[..., None] | None:
     """None where there is no compiler, or no conversion of e4m3 in hardware."""
-    compiler = getattr(torch.cuda, "_compile_kernel", None)
-    if compiler is None or torch.cuda.get_device_capability() < (8, 9):
+    if torch.cuda.get_device_capability() < (8, 9):
         return None
-    try:
-        kernel: Callable[..., None] = compiler(source(variant, tiles), "gemm_few")
-    except (RuntimeError, OSError) as error:  # no compiler library on this machine
-        logger.warning("products of few tokens run without their own kernel: %s", error)
-        return None
-    return kernel
+    return cuda_source.compiled(source(variant, tiles), "gemm_few")
