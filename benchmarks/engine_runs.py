@@ -232,6 +232,29 @@ def decode_profile(engine: Engine, rows: int, vocab: int, length: int, steps: in
     return {"rows": rows, "step_ms": wall * 1e3, **found}
 
 
+def mixed_profile(engine: Engine, rows: int, vocab: int, length: int, steps: int) -> Any:
+    """Steps in which `rows` rows decode beside one prompt of `length` tokens each: device time by
+    kernel. Their wall time is that of steps with the profiler on."""
+    todo = requests(rows, 79, (length, length), (16 * steps + 80,) * 2, vocab)
+    for request in todo:
+        engine.add(request)
+    while engine.stats().waiting or engine.stats().running < rows:
+        engine.step()
+    prompts = iter(requests(2 * steps + 8, 80, (length, length), (1, 1), vocab))
+
+    def step() -> None:
+        engine.add(next(prompts))
+        engine.step()
+
+    for _ in range(4):
+        step()
+    found = profiled(engine, steps, step)
+    engine.abort([request.id for request in todo])
+    while engine.has_work():
+        engine.step()
+    return {"rows": rows, "prompt_tokens": length, **found}
+
+
 def prefill_profile(engine: Engine, count: int, length: int, vocab: int, steps: int) -> Any:
     """Full steps of prompt tokens alone: device time by kernel."""
     for request in requests(count, 78, (length, length), (1, 1), vocab):
@@ -244,15 +267,21 @@ def prefill_profile(engine: Engine, count: int, length: int, vocab: int, steps: 
     return found
 
 
-def profiled(engine: Engine, steps: int) -> dict[str, Any]:
-    """Milliseconds a step by kernel (names cut short), their sum, and the device's idle share."""
+def profiled(
+    engine: Engine, steps: int, step: Callable[[], object] | None = None
+) -> dict[str, Any]:
+    """Milliseconds a step by kernel (names cut short), their sum, and the device's idle share.
+
+    The sum is larger than a step where kernels run side by side.
+    """
+    step = step or engine.step
     cuda = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     synchronize()
     with torch.profiler.profile(activities=[kind]) as profile:
         began = time.perf_counter()
         for _ in range(steps):
-            engine.step()
+            step()
         synchronize()
         wall = time.perf_counter() - began
     kernels: dict[str, float] = {}
@@ -264,4 +293,4 @@ def profiled(engine: Engine, steps: int) -> dict[str, Any]:
     busy = sum(kernels.values())
     top = dict(sorted(kernels.items(), key=lambda item: -item[1])[:24])
     idle = max(0.0, 1.0 - busy * steps / (wall * 1e3))
-    return {"busy_ms": busy, "idle_share": idle, "kernels_ms": top}
+    return {"busy_ms": busy, "idle_share": idle, "wall_ms": wall / steps * 1e3, "kernels_ms": top}

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -36,7 +37,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from engine_runs import closed_run, decode_profile, prefill_profile, requests, synchronize
+from engine_runs import (
+    closed_run,
+    decode_profile,
+    mixed_profile,
+    prefill_profile,
+    requests,
+    synchronize,
+)
 from qwen27b import read_sizes, step_work, write_config
 
 from millrace.config import engine_args
@@ -197,6 +205,10 @@ def phase(
     profile(engine, rows, drafts, scale, record, read_sizes(model))
     options.write()
     if name == "default":
+        record["mixed"] = mixed_profile(
+            engine, rows - rows // 32 - 1, scale.vocab, scale.inputs[1], 6
+        )
+        print(json.dumps({"mixed": record["mixed"]}, indent=1), flush=True)
         few_requests(engine, scale, record)
         prefill_alone(engine, rows, scale, record)
 
@@ -368,6 +380,8 @@ def model_directory(options: argparse.Namespace, parent: Path) -> Path:
 
 def main() -> None:
     options = parse_options()
+    logging.basicConfig(format="%(name)s %(message)s")
+    logging.getLogger("millrace").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory() as parent:
         model = model_directory(options, Path(parent))
         if options.phases == ["ready"]:

@@ -7,7 +7,9 @@ step still runs, and the result is copied out on the side; on a CPU a launch is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,11 +60,15 @@ class Worker:
         )
         self.collectives.settle(_message_rows(config))
         parallel = self.collectives.parallel()
-        self._model = _load_model(config, model_config, directory, parallel)
-        self.memory = self._plan_memory()
-        self._runner = self._build_runner(config, self.memory.num_pages, self.memory.num_snapshots)
+        with _timed("weights"):
+            self._model = _load_model(config, model_config, directory, parallel)
+        with _timed("memory"):
+            self.memory = self._plan_memory()
+            pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
+            self._runner = self._build_runner(config, pages, snapshots)
         if config.device == "cuda" and not config.args.enforce_eager:
-            self._runner.capture(config.max_num_seqs)
+            with _timed("graphs"):
+                self._runner.capture(config.max_num_seqs)
 
     def limits(self) -> Limits:
         """What the scheduler has to work within."""
@@ -159,6 +165,14 @@ class Worker:
         )
         pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
         return Runner(config, self._model, caches, slots, pool, self.ranks.broadcast)
+
+
+@contextmanager
+def _timed(part: str) -> Iterator[None]:
+    """Note how long a part of the start took."""
+    began = time.perf_counter()
+    yield
+    logger.info("%s: %.1f s", part, time.perf_counter() - began)
 
 
 def _message_rows(config: EngineConfig) -> list[int]:
