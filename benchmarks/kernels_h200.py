@@ -369,9 +369,9 @@ def few_ways(tokens: int) -> dict[str, Callable[..., Tensor]]:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
     if not (QUICK and ways):
         ways["cublas"] = gpu_gemm.cublas_matmul
-    small = [(4, 1, 4, 4), (4, 1, 6, 3), (8, 1, 2, 3), (8, 1, 4, 2), (4, 2, 2, 4), (4, 2, 3, 3),
-             (8, 2, 2, 2)]  # fmt: skip
-    large = [(4, 1, 4, 3), (4, 1, 2, 4), (4, 2, 2, 3), (8, 1, 2, 2), (8, 1, 4, 1), (8, 2, 2, 1)]
+    small = [(4, 1, 4, 4), (4, 1, 6, 3), (8, 1, 2, 3), (8, 1, 4, 2), (4, 2, 2, 3), (4, 2, 3, 3),
+             (8, 2, 2, 1)]  # fmt: skip
+    large = [(4, 1, 4, 3), (4, 1, 2, 4), (4, 2, 3, 2), (8, 1, 2, 2), (8, 1, 4, 1), (8, 2, 2, 1)]
     if tokens > gemm_few.MAX_TOKENS:
         return ways
     kinds = [gemm_few.Variant(*v) for v in (small if tokens <= 16 else large)]

@@ -119,7 +119,7 @@ inline uint4 load(const uint8_t* at) {
   memcpy(&x, at, 16);
   return x;
 }
-inline uint4 stream(const uint8_t* at) { return load(at); }
+inline uint4 stream(const uint8_t* at, bool live) { return live ? load(at) : uint4{}; }
 
 inline uint32_t rounded(float x) {  // bfloat16, to nearest even
   const uint32_t b = bits(x);

@@ -20,12 +20,15 @@ typedef long long i64;
 constexpr int GROUP = 128, ROWS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
-// 16 bytes that nobody reads again.
-__device__ __forceinline__ uint4 stream(const u8* at) {
+// 16 bytes that nobody reads again; anything, unread, unless live. No branch, so that the load may
+// move up among the products that still use its registers' neighbours.
+__device__ __forceinline__ uint4 stream(const u8* at, bool live) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(at));
+  asm volatile(
+      "{ .reg .pred live; setp.ne.u32 live, %5, 0;"
+      "@live ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(at), "r"((u32)live));
   return x;
 }
 
@@ -65,17 +68,18 @@ struct Weights {
 };
 
 // at: row g of the first tile, at the group's byte 16 l.
-__device__ __forceinline__ void fetch(Weights& part, const u8* at, const float* scale, int K) {
+__device__ __forceinline__ void fetch(Weights& part, const u8* at, const float* scale, int K,
+                                      bool live) {
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u8* here = at + (i64)(16 * tile) * K + 64 * half;
-      part.upper[tile][half] = stream(here);
-      part.lower[tile][half] = stream(here + (i64)8 * K);
+      part.upper[tile][half] = stream(here, live);
+      part.lower[tile][half] = stream(here + (i64)8 * K, live);
     }
   }
-  part.scale = *scale;
+  part.scale = live ? *scale : 0.f;
 }
 
 // acc += the products of one group, scaled. acc[tile][token tile]: rows g, g, g + 8, g + 8 of the
@@ -141,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 #pragma unroll
   for (int s = 0; s < DEPTH; s++) {
     const int group = warp + s * WARPS;
-    if (group < groups) fetch(held[s], rows + group * GROUP, row_scales + group, K);
+    fetch(held[s], rows + group * GROUP, row_scales + group, K, group < groups);
   }
   float acc[TILES][TOKEN_TILES][4] = {};
   for (int first = warp; first < groups; first += DEPTH * WARPS) {
@@ -150,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       const int group = first + s * WARPS, next = group + DEPTH * WARPS;
       if (group < groups) {
         multiply(acc, held[s], x + group * GROUP, sx + (i64)group * sx_stride, T, K, g, l);
-        if (next < groups) fetch(held[s], rows + next * GROUP, row_scales + next, K);
+        fetch(held[s], rows + next * GROUP, row_scales + next, K, next < groups);
       }
     }
   }
