@@ -201,3 +201,25 @@ def test_product_in_a_graph():
     got.zero_()
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_who_multiplies_few_tokens(monkeypatch: pytest.MonkeyPatch):
+    from millrace.kernels.gpu import gemm
+
+    torch.manual_seed(4)
+    x, (weight, scale) = some_tokens(17, 1024, "cuda"), some_weight(384, 1024, "cuda")
+    seen: list[int] = []
+
+    def noted(few: Quantized, *others: Tensor) -> Tensor:
+        seen.append(len(few.values))
+        return on_gpu(few, *others)
+
+    monkeypatch.setattr(gemm, "few_matmul", noted)
+    monkeypatch.setattr(gemm, "FEW_TOKENS", 16)
+    for count in (1, 16, 17):
+        some = rows_of(x, 0, count)
+        got = gemm.fp8_matmul(some, weight, scale, torch.bfloat16)
+        assert got.shape == (count, 384)
+        assert relative(got, exact(some, weight, scale)) < 3e-3
+    assert seen == ([1, 16] if gemm._is_hopper() else [])
