@@ -38,6 +38,11 @@ OURS = [sys.executable, "-m", "millrace.cli", "gateway"]
 POLICIES = ("least_loaded", "round_robin", "random", "power_of_two", "prefix_aware")
 
 
+def on_core(core: int | None, words: Sequence[str]) -> list[str]:
+    """The command, kept on one core if one is named."""
+    return list(words) if core is None else ["taskset", "-c", str(core), *words]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,12 +50,17 @@ def free_port() -> int:
 
 
 def build(directory: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise SystemExit("a C compiler named cc or gcc is needed to build mock and client")
     for name in ("mock", "client"):
         source = str(HERE / "relay" / f"{name}.c")
-        subprocess.run(["cc", "-O2", "-o", str(directory / name), source], check=True)
+        subprocess.run([compiler, "-O2", "-o", str(directory / name), source], check=True)
 
 
-def command(name: str, port: int, replicas: Sequence[int], peers: Path, work: Path) -> list[str]:
+def command(
+    name: str, port: int, replicas: Sequence[int], work: Path, options: argparse.Namespace
+) -> list[str]:
     """How a proxy is started; [] for one that is not installed here."""
     urls = [f"http://127.0.0.1:{replica}" for replica in replicas]
     specs = [ReplicaSpec(target=Target("127.0.0.1", replica)) for replica in replicas]
@@ -62,11 +72,12 @@ def command(name: str, port: int, replicas: Sequence[int], peers: Path, work: Pa
         }
         policy = ["--policy", name.rpartition(" ")[2]] if name.startswith("millrace policy") else []
         urls_said = ["--worker-urls", ",".join(urls)]
-        return [*OURS, "--port", str(port), *urls_said, *more.get(name, policy)]
+        found = ["env", f"PYTHONPATH={options.before}"] if name == "millrace before" else []
+        return [*found, *OURS, "--port", str(port), *urls_said, *more.get(name, policy)]
     if name in ("nginx", "haproxy", "envoy"):
         config = work / f"{name}.{'json' if name == 'envoy' else 'conf'}"
         config.write_text(render(name, specs, "127.0.0.1", port))
-        program = shutil.which(name) or shutil.which(name, path=f"/usr/sbin:{peers}")
+        program = shutil.which(name) or shutil.which(name, path=f"/usr/sbin:{options.peers}")
         if program is None:
             return []
         words = {
@@ -90,7 +101,7 @@ def command(name: str, port: int, replicas: Sequence[int], peers: Path, work: Pa
             ],
         }
         return [program, *words[name]]
-    program = str(peers / name)
+    program = str(options.peers / name)
     if not Path(program).exists():
         return []
     launch = [program, "launch"] if name == "sglang-router" else [program]
@@ -155,7 +166,7 @@ def measure(
     spread = (options.first + (options.chunks - 1) * options.gap) / 1000
     asked = (port, streams, options.seconds, options.prompt, int(options.ask_ids), spread, 1.0)
     words = [str(work / "client"), *map(str, asked)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as client:
+    with subprocess.Popen(on_core(options.pin[1], words), stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
         client.stdout.readline()
         before = cpu(pid) if pid else 0.0
@@ -182,13 +193,15 @@ def one_run(
     replicas, port = [free_port(), free_port()], free_port()
     # No words for the mock's kind makes the gateway keep nothing; the others do not look at it.
     mock = [str(work / "mock"), *map(str, replicas), str(options.first), str(options.gap)]
-    with running([*mock, str(options.chunks), "millrace"], work / "mock.log"):
+    mock = on_core(options.pin[1], [*mock, str(options.chunks), "millrace"])
+    with running(mock, work / "mock.log"):
         time.sleep(0.2)
         if name == "direct":
             return measure(work, replicas[0], None, streams, options)
-        words = command(name, port, replicas, options.peers, work)
+        words = command(name, port, replicas, work, options)
         if not words:
             return None
+        words = on_core(options.pin[0], words)
         with running(words, work / f"{name.split(',')[0]}.log") as proxy:
             wait_until_up(port)
             time.sleep(options.settle)
@@ -220,10 +233,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--policies", action="store_true", help="compare our policies instead")
     parser.add_argument("--ask-ids", action="store_true", help="the client asks for token ids")
+    parser.add_argument(
+        "--pin", action="store_true", help="the proxy on core 1, the rest on core 0"
+    )
+    parser.add_argument("--before", type=Path, help="another checkout's src, measured too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.pin = (1, 0) if options.pin else (None, None)
     names = ["direct", "millrace", "millrace, nothing kept", "nginx", "haproxy", "envoy"]
     names += ["sglang-router", "vllm-router"]
+    if options.before:
+        names.append("millrace before")
     if options.policies:
         names = [f"millrace policy {policy}" for policy in POLICIES]
     names = [name for name in names if options.only is None or name in options.only]

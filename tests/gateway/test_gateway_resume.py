@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,15 +232,18 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 RECORDED = run(_recorded(20))
 HEAD, _, BODY = RECORDED.partition(b"\r\n\r\n")
 CARD = {"id": "mock", "owned_by": "millrace"}
+CHUNK_ENDS = [found.end() for found in re.finditer(rb"\n\n\r\n", RECORDED)]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cuts=st.lists(st.integers(0, 9999), max_size=12))
-def test_a_protected_stream_passes_byte_for_byte(cuts: list[int]) -> None:
-    """A client that asked for token ids gets the replica's bytes, wherever TCP cuts them."""
+@given(cuts=st.lists(st.integers(0, 9999), max_size=12), events=st.booleans())
+def test_a_protected_stream_passes_byte_for_byte(cuts: list[int], events: bool) -> None:
+    """A client that asked for token ids gets the replica's bytes, wherever TCP cuts them; also
+    where most pieces are one event."""
+    pieces = split(RECORDED, cuts + CHUNK_ENDS * events)
 
     async def scenario() -> None:
-        server = await ScriptedServer(split(RECORDED, cuts), pause_s=0.0005, card=CARD).start()
+        server = await ScriptedServer(pieces, pause_s=0.0005, card=CARD).start()
         async with gateway(server.url, health=QUIET) as (_, target):
             reader, writer = await asyncio.open_connection(target.host, target.port)
             data = b'{"prompt": [1], "stream": true, "return_token_ids": true}'
@@ -253,13 +257,21 @@ def test_a_protected_stream_passes_byte_for_byte(cuts: list[int]) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cuts=st.lists(st.integers(0, 9999), max_size=8), cut=st.integers(0, 9999))
-def test_wherever_a_stream_breaks_the_client_has_all_tokens_once(cuts: list[int], cut: int) -> None:
+@given(
+    cuts=st.lists(st.integers(0, 9999), max_size=8),
+    cut=st.integers(0, 9999),
+    events=st.booleans(),
+)
+def test_wherever_a_stream_breaks_the_client_has_all_tokens_once(
+    cuts: list[int], cut: int, events: bool
+) -> None:
     """The connection breaks at any byte, the pieces before it come in any sizes."""
     broken = RECORDED[: len(HEAD) + 4 + cut % len(BODY)]
+    edges = cuts + [end for end in CHUNK_ENDS if end < len(broken)] * events
+    pieces = split(broken, edges)
 
     async def scenario() -> None:
-        bad = await ScriptedServer(split(broken, cuts), close=True, card=CARD).start()
+        bad = await ScriptedServer(pieces, pause_s=0.0005, close=True, card=CARD).start()
         good = await MockReplica(kind="millrace").start()
         async with gateway(bad.url, good.url, health=QUIET, policy="round_robin") as (_, target):
             answer = await ask(target, count=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
@@ -146,6 +147,11 @@ class ClientSide(asyncio.Protocol):
             data, self._held = self._held + data, b""
         if self._transport is not None:
             self._transport.write(data)
+
+    @property
+    def writer(self) -> Callable[[bytes], None] | None:
+        """What takes bytes straight to the client, as `write` does once nothing is held."""
+        return self._transport.write if self._transport is not None and not self._held else None
 
     def hold(self, data: bytes) -> None:
         """Send these bytes together with the next ones."""

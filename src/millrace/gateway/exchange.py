@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from millrace.gateway.ask import read_ask
 from millrace.gateway.carried import Carried
 from millrace.gateway.kept import ERROR_EVENT
+from millrace.gateway.lane import Lane
 from millrace.gateway.message import (
     Answer,
     Headers,
@@ -242,6 +243,13 @@ class Exchange:
             self._client.write(passed)
         if self._stream.trouble is not None:
             self.failed(self._stream.trouble)
+
+    def lane(self) -> Lane | None:
+        """The short way for the pieces to come, from between two events. None: there is none."""
+        write = self._client.writer
+        if write is None or self._ended or self._upstream is None:
+            return None
+        return self._stream.lane(self.carried, write)
 
     def _error_came(self, data: bytes) -> bool:
         """Whether the replica ended its stream with an error, and the rest comes from elsewhere."""

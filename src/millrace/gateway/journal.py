@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-_EVENT_END = b"\n\n\r\n"  # of an event, and of the chunk that carries it
+EVENT_END = b"\n\n\r\n"  # of an event, and of the chunk that carries it
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d, ]*\]|null)')
 _IDS_KEY = b',"token_ids":['
 _PROMPT_IDS_KEY = b'"prompt_token_ids":'
@@ -21,44 +21,54 @@ _MAX_TAIL = 4 << 20
 
 
 class Journal:
-    """The raw body bytes that have gone to one client. size: bytes held.
+    """The raw body bytes that have gone to one client.
 
     strip: the client did not ask for token ids, so they are taken out on the way. broken: the
-    framing is not the one that can be followed.
+    framing is not the one that can be followed. note: keeps a piece of whole events that has taken
+    another way to the client.
     """
 
-    __slots__ = ("_pieces", "_strip", "_tail", "broken", "size")
+    __slots__ = ("_measured", "_pieces", "_size", "_tail", "broken", "note", "strip")
 
     def __init__(self, strip: bool) -> None:
         self._pieces: list[bytes] = []
         self._tail = b""
-        self._strip = strip
-        self.size = 0
+        self._size = self._measured = 0
+        self.note = self._pieces.append
+        self.strip = strip
         self.broken = False
+
+    @property
+    def size(self) -> int:
+        """Bytes kept."""
+        new = self._pieces[self._measured :]
+        self._measured += len(new)
+        self._size += sum(map(len, new))
+        return self._size
 
     def take(self, data: bytes) -> bytes:
         """Bytes have come: what of them, and of those held back, the client gets now."""
         if self._tail:
             data, self._tail = self._tail + data, b""
-        if not data.endswith(_EVENT_END):
-            cut = data.rfind(_EVENT_END)
+        if not data.endswith(EVENT_END):
+            cut = data.rfind(EVENT_END)
             if cut < 0:
                 return self._hold(data)
             self._tail = data[cut + 4 :]
             data = data[: cut + 4]
         self._pieces.append(data)
-        self.size += len(data)
-        return self._without_ids(data) if self._strip else data
+        return self._without_ids(data) if self.strip else data
 
     def rest(self, data: bytes) -> bytes:
         """The response is whole with this data: everything that the client has not got."""
         data, self._tail = self._tail + data, b""
-        return self._without_ids(data) if self._strip else data
+        return self._without_ids(data) if self.strip else data
 
     def give_up(self) -> bytes:
         """Keep nothing any more; returns what was held back."""
         tail, self._tail = self._tail, b""
-        self._pieces, self.size = [], 0
+        self._pieces.clear()
+        self._size = self._measured = 0
         return tail
 
     @property

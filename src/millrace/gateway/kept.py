@@ -33,6 +33,11 @@ class KeptStream:
         """Whether everything that the client has is kept."""
         return self._journal is not None
 
+    @property
+    def journal(self) -> Journal | None:
+        """What keeps it; None once nothing is kept any more."""
+        return self._journal
+
     def take(self, data: bytes) -> bytes:
         """What the client gets now that this has come."""
         journal = self._journal

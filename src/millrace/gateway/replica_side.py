@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
+from millrace.gateway.journal import EVENT_END
+from millrace.gateway.lane import Lane
 from millrace.gateway.message import Headers, header
 from millrace.gateway.replicas import Replica
 
@@ -61,6 +63,8 @@ class ReplicaSide(asyncio.Protocol):
         self._surplus = False
         self._keep = False
         self._hold_whole = False
+        self._between = False
+        self._lane: Lane | None = None
 
     @property
     def open(self) -> bool:
@@ -82,7 +86,7 @@ class ReplicaSide(asyncio.Protocol):
 
     def release(self, reusable: bool) -> None:
         """The exchange lets go: keep the connection for another request, or close it."""
-        self._exchange = None
+        self._exchange = self._lane = None
         self._used = True
         if reusable and self.open:
             self.resume()
@@ -114,6 +118,11 @@ class ReplicaSide(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._lane is None or not self._lane.take(data):
+            self._take_the_long_way(data)
+
+    def _take_the_long_way(self, data: bytes) -> None:
+        self._lane = None
         exchange = self._exchange
         if exchange is None:
             self.close()  # nothing was asked
@@ -148,6 +157,12 @@ class ReplicaSide(asyncio.Protocol):
             self._fail("closed the connection before its response was complete")
 
     # --- httptools callbacks; without on_body, so bodies are not copied -------------------------
+
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
 
     def on_message_begin(self) -> None:
         self._surplus = self._whole
@@ -194,6 +209,9 @@ class ReplicaSide(asyncio.Protocol):
             exchange.complete(data, self._keep)
         else:
             exchange.body(data)
+            # Outside a chunk, behind a line's end that did not begin one: so between two chunks.
+            if self._between and data.endswith(EVENT_END) and self._exchange is exchange:
+                self._lane = exchange.lane()
 
     def _pass_head(self, exchange: Exchange, ended: bool) -> None:
         """Pass the head on together with the body's first bytes. Servers send heads before they

@@ -6,7 +6,7 @@ is picked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from millrace.gateway.ask import Ask, Kind, worded
@@ -18,9 +18,11 @@ from millrace.gateway.continuation import (
 )
 from millrace.gateway.journal import Progress
 from millrace.gateway.kept import ERROR_EVENT, KeptStream
+from millrace.gateway.lane import Lane
 from millrace.gateway.replicas import Replica
 
 if TYPE_CHECKING:
+    from millrace.gateway.carried import Carried
     from millrace.gateway.relay import Relay
 
 
@@ -99,6 +101,12 @@ class Resumption:
         if self._continuation is not None:
             return self._continuation.take(data)
         return data if self._kept is None else self._kept.take(data)
+
+    def lane(self, carried: Carried, write: Callable[[bytes], None]) -> Lane | None:
+        """The short way for the pieces to come, from between two events. None: there is none."""
+        if self._continuation is not None:
+            return None
+        return Lane(carried, write, self._kept.journal if self._kept is not None else None)
 
     @property
     def trouble(self) -> str | None:

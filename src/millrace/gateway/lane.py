@@ -1,0 +1,84 @@
+"""The short way of a stream: for pieces that are one whole HTTP chunk of whole events, as most are.
+
+Such a piece leaves a parser of the response where it was, so it need not be parsed: the first
+bytes say the size, and the size is right. What is kept is noted, token ids that the client did not
+ask for are taken out, and the rest is written. Any other piece is refused, and takes the long way
+(replica_side.py), which says when the stream is between two events again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from millrace.gateway.journal import EVENT_END
+from millrace.gateway.kept import ERROR_EVENT
+
+if TYPE_CHECKING:
+    from millrace.gateway.carried import Carried
+    from millrace.gateway.journal import Journal
+
+_IDS_BEGIN = b',"token_ids":['
+_IDS_NAME = b"token_ids"
+_LONGEST = 4096  # bytes of a piece
+_LOOK_EVERY = 64  # pieces between two looks at the bounds on what is kept
+
+SIZE_LINES = [b"%x\r\n" % size for size in range(_LONGEST)]
+
+
+def _lines_by_length() -> list[bytes]:
+    """For each length of a piece, how it begins if it is one chunk."""
+    lines = [b"no piece is so long"] * _LONGEST
+    for size, line in enumerate(SIZE_LINES):
+        length = len(line) + size + 2
+        if size and length < _LONGEST:
+            lines[length] = line
+    return lines
+
+
+_LINES = _lines_by_length()
+
+
+class Lane:
+    """One stream between its replica and its client. write: the client's. journal: keeps each
+    piece and says whether token ids are to be taken out; None where nothing is kept."""
+
+    __slots__ = ("_carried", "_keep", "_look_at", "_strip", "_write")
+
+    def __init__(
+        self,
+        carried: Carried,
+        write: Callable[[bytes], None],
+        journal: Journal | None,
+    ) -> None:
+        self._carried = carried
+        self._write = write
+        self._keep = journal.note if journal is not None else None
+        self._strip = journal is not None and journal.strip
+        self._look_at = carried.chunks + _LOOK_EVERY
+
+    def take(self, data: bytes) -> bool:
+        """Pass a piece on. False: it must take the long way, nothing has been done with it."""
+        length = len(data)
+        if length >= _LONGEST:
+            return False
+        line = _LINES[length]
+        if not data.startswith(line) or not data.endswith(EVENT_END) or ERROR_EVENT in data:
+            return False
+        passed = data
+        if self._strip:
+            at = data.rfind(_IDS_BEGIN)
+            end = data.find(b"]", at) + 1
+            if at < 0 or not end or data.count(_IDS_NAME) != 1:
+                return False
+            line_now = SIZE_LINES[length - len(line) - 2 - end + at]
+            passed = b"%b%b%b" % (line_now, data[len(line) : at], data[end:])
+        carried = self._carried
+        if self._keep is not None:
+            if carried.chunks >= self._look_at:
+                return False
+            self._keep(data)
+        carried.chunks += 1
+        carried.bytes += length
+        self._write(passed)
+        return True
