@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,12 +86,10 @@ def sums(options: argparse.Namespace, result: Result) -> None:
     dtype = torch.bfloat16 if cuda else torch.float32
     ways = Collectives.build(ranks, SUM_WIDTH, dtype, device)
     table: list[Any] = []
-    between: list[Any] = []
     for rows in [2**n for n in range(11)] if cuda else [1, 8]:
         table += [asdict(timing) for timing in ways.measure([rows])]
-        between += [_between_graphs(ranks, rows)] if cuda else []
         if mine.rank == 0:
-            result.note(table=table, between_graphs=between)
+            result.note(table=table)
     ranks.leave()
     for other in others:
         other.wait(30)
@@ -102,40 +99,6 @@ def _other_rank(rank: int, size: int, port: int) -> Any:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     return subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **env})
-
-
-def _between_graphs(ranks: Any, count: int) -> dict[str, float]:
-    """NCCL called by the host between graphs of one small kernel, and both in one graph: us."""
-    x = torch.zeros(count, SUM_WIDTH, dtype=torch.bfloat16, device="cuda")
-    piece, whole = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    ranks.all_reduce(x)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(piece, capture_error_mode="thread_local"):
-        x.mul_(0.5)
-    with torch.cuda.graph(whole, capture_error_mode="thread_local"):
-        for _ in range(20):
-            ranks.all_reduce(x.mul_(0.5))
-
-    def apart() -> None:
-        for _ in range(20):
-            piece.replay()
-            ranks.all_reduce(x)
-
-    figures = ranks.largest([_event_us(apart) / 20, _event_us(whole.replay) / 20])
-    return {"bytes": x.nbytes, "between_us": figures[0], "in_graph_us": figures[1]}
-
-
-def _event_us(run: Callable[[], object]) -> float:
-    run()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
 
 
 # --- outputs -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Phases, each in processes of its own (`tp_children.py`) with a limit of time. Th
 GPUs run side by side; whatever is found is in --out as soon as its process has ended:
 
   sums         every all-reduce at 4 KiB .. 4 MiB, over 2 ranks and over all: raw, in a CUDA graph,
-               with the norm; and NCCL between graphs
+               with the norm; and NCCL between graphs of the norm
   correctness  log-probabilities and greedy tokens of TP against one GPU, beside one GPU's noise
   shapes       27B-FP8 shapes on seeded random weights, one draft accepted at 0.9: steady decoding
                at batch 1, 8, 32 and 256 for TP = 1 and 2, side by side, then 4
@@ -153,9 +153,6 @@ def phase_sums(bench: Bench) -> None:
         bench.keep("sums", found)
         print(f"{ranks} ranks", flush=True)
         print(table([Timing(**row) for row in found[str(ranks)].get("table", [])]), flush=True)
-        for row in found[str(ranks)].get("between_graphs", []):
-            us = f"between graphs {row['between_us']:.1f} us, in one {row['in_graph_us']:.1f} us"
-            print(f"nccl and a small kernel, {row['bytes']} bytes: {us}", flush=True)
 
 
 def phase_correctness(bench: Bench) -> None:

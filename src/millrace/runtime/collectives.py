@@ -149,7 +149,20 @@ class Collectives:
             tried = [self._timing(algorithm, count) for algorithm in self._candidates]
             best = min(tried, key=lambda timing: timing.cost)
             timings += [replace(timing, chosen=timing is best) for timing in tried]
+            if self.device.type == "cuda":
+                timings.append(self._between_graphs(count))
         return timings
+
+    def _between_graphs(self, rows: int) -> Timing:
+        """What the library's own sum would cost if it were called by the host between two graphs,
+        each of the norm that follows. To compare with: a step is one graph."""
+        library = self._candidates[0]
+        x = torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
+        with self.ranks.limited(f"calling {library.name} between graphs", TRIAL_LIMIT):
+            mine = _between_us(library, x, self.ranks.wait)
+            (found,) = self.ranks.largest([mine])
+        name = f"{library.name} between graphs"
+        return Timing(x.nbytes, name, normed_us=found, problem="to compare; a step is one graph")
 
     def _timing(self, algorithm: Algorithm, rows: int) -> Timing:
         """One way at one size, within a limit of time: what hangs on a GPU cannot be undone, so the
@@ -278,6 +291,22 @@ def _cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
 
     raw = _event_us(lambda: [algorithm(x) for _ in range(_CHAIN)], wait)
     return [raw, _graph_us(lambda: algorithm(x), wait), _graph_us(normed, wait)]
+
+
+def _between_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> float:
+    """A call by the host and the graph of a norm, in turn."""
+    residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
+    add_rms_norm(x, residual, weight, 1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        add_rms_norm(x, residual, weight, 1e-6)
+
+    def run() -> None:
+        for _ in range(_CHAIN):
+            algorithm(x)
+            graph.replay()
+
+    return _event_us(run, wait)
 
 
 def _graph_us(call: Callable[[], object], wait: Wait) -> float:
