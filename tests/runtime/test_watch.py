@@ -14,7 +14,8 @@ import pytest
 
 from millrace.errors import ConfigError, RankError
 from millrace.runtime import watch
-from millrace.runtime.watch import Hello, Watch, gather, introduce, listen, this_host
+from millrace.runtime.meeting import gather, introduce, listen
+from millrace.runtime.watch import Hello, Watch, this_host
 
 FACTS = {"torch": "2.13", "max_num_seqs": "4"}
 LIMIT = 20.0

@@ -1,4 +1,4 @@
-"""The ranks of one replica: how they find each other, and how a plan reaches them.
+"""The ranks of one replica: the groups they form, and how a plan reaches them.
 
 Rank 0 schedules and sends each plan; every rank runs it and takes part in the tensor collectives.
 Plans are msgpack bytes over a Gloo group of their own, each with its number and a digest of all so
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import struct
 import threading
 import time
@@ -29,16 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from millrace.errors import ConfigError, RankError
 from millrace.protocol import ToRank
-from millrace.runtime.watch import (
-    Fate,
-    Hello,
-    Watch,
-    gather,
-    introduce,
-    listen,
-    no_fate,
-    this_host,
-)
+from millrace.runtime.meeting import meet
+from millrace.runtime.watch import Fate, Watch, no_fate
 
 
 class MeasureSums(msgspec.Struct, frozen=True, tag="measure"):
@@ -52,6 +43,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
 JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
+GROUP_LIMIT = 90.0  # seconds for ranks that have met to set up their groups
 LEAVE_LIMIT = 5.0  # seconds for a group to be taken apart
 STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
 PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan as long as it takes
@@ -110,9 +102,13 @@ class Ranks:
         address = "127.0.0.1" if store else os.environ.get("MASTER_ADDR", "127.0.0.1")
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"millrace-{attempt}", store or _store(place))
-        watch = _meet(place, address, store, facts, fate, on_failure)
+        watch = meet(
+            *(place.rank, place.size, address, store),
+            *(facts, fate, on_failure, JOIN_LIMIT),
+        )
         try:
-            return cls(place.rank, place.size, *_groups(place, backend, store), watch)
+            with watch.limited(f"setting up {backend}", GROUP_LIMIT):
+                return cls(place.rank, place.size, *_groups(place, backend, store), watch)
         except BaseException as error:
             watch.fail(f"rank {place.rank} could not join: {error}")
             watch.leave()
@@ -352,28 +348,6 @@ def _store(place: Place) -> Store:
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"the ranks cannot meet: {str(error).splitlines()[0]}") from None
     return found[0]
-
-
-def _meet(
-    place: Place,
-    address: str,
-    store: Store,
-    facts: dict[str, str],
-    fate: Fate,
-    on_failure: Callable[[str], None] | None,
-) -> Watch:
-    """Connect to all other ranks (rank 0) or to rank 0 at `address`, and compare notes."""
-    if place.rank == 0:
-        token = secrets.token_hex(16)
-        with listen(address) as listener:
-            store.set("watch", f"{listener.getsockname()[1]} {token}")
-            me = Hello(0, os.getpid(), this_host(), token, facts)
-            peers = gather(listener, me, place.size, JOIN_LIMIT, fate)
-    else:
-        port, token = store.get("watch").decode().split()
-        me = Hello(place.rank, os.getpid(), this_host(), token, facts)
-        peers = [introduce((address, int(port)), me, JOIN_LIMIT)]
-    return Watch(me, peers, fate, on_failure)
 
 
 def _from_rank_0() -> Any:

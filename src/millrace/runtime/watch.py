@@ -1,28 +1,26 @@
 """Which ranks are alive: a TCP connection of each to rank 0, watched by a thread on both ends.
 
-Ranks meet here before anything else, and are compared: all must run the same program with the same
-options on the same model. Afterwards each says twice a second which step it has begun. A rank that
+Ranks that have met (`meeting.py`) each say twice a second which step they have begun. A rank that
 dies, stops, falls behind or gives up is named in one line that every other rank gets; what then
 ends is the owners' business (`on_failure`). Knows no tensor and no plan.
 """
 
 from __future__ import annotations
 
-import hmac
 import os
 import selectors
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from millrace.errors import ConfigError, RankError
+from millrace.errors import RankError
 
 BEAT = 0.5  # seconds between signs of life
 STOPPED_LIMIT = 5.0  # of silence, for a process that the kernel says is stopped
@@ -71,7 +69,7 @@ def no_fate(rank: int) -> str | None:
     return None
 
 
-class _Peer:
+class Peer:
     """The other end of a connection: who it is, and what it last said."""
 
     def __init__(self, sock: socket.socket, hello: Hello) -> None:
@@ -93,7 +91,7 @@ class _Peer:
     def send(self, message: Message) -> None:
         """Send if that needs no waiting; a peer that does not read is noticed by its silence."""
         try:
-            self.sock.send(_frame(message))
+            self.sock.send(frame(message))
         except OSError:
             return
 
@@ -136,7 +134,7 @@ class Watch:
     def __init__(
         self,
         me: Hello,
-        peers: list[_Peer],
+        peers: list[Peer],
         fate: Fate = no_fate,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -211,14 +209,14 @@ class Watch:
             while not (self._leaving or self._failed.is_set()):
                 due = last + BEAT - time.monotonic()
                 for key, _ in selector.select(max(0.0, due)):
-                    if isinstance(key.data, _Peer) and not self._hear(key.data):
+                    if isinstance(key.data, Peer) and not self._hear(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
                 if now >= last + BEAT:
                     self._tick(now, late=now - last > _LATE)
                     last = now
 
-    def _hear(self, peer: _Peer) -> bool:
+    def _hear(self, peer: Peer) -> bool:
         """Take in what a peer sent. False once its connection has ended."""
         messages, stands = peer.receive()
         peer.heard = time.monotonic()
@@ -234,7 +232,7 @@ class Watch:
             self._fail(f"{peer.name} {self._end_of(peer)}")
         return stands
 
-    def _end_of(self, peer: _Peer) -> str:
+    def _end_of(self, peer: Peer) -> str:
         """How a rank ended whose connection is gone. Its exit status may be a moment behind."""
         if self._fate is not no_fate:
             deadline = time.monotonic() + 1.0
@@ -285,109 +283,6 @@ class Watch:
             self._on_failure(message)
 
 
-# --- meeting -----------------------------------------------------------------------------------
-
-
-def listen(address: str) -> socket.socket:
-    """A listening socket on that host name or address if it is ours, else on all interfaces."""
-    for host in (address, ""):
-        try:
-            return socket.create_server((host, 0))
-        except OSError:
-            continue
-    raise ConfigError(f"cannot listen on {address}; set MASTER_ADDR to an address of this host")
-
-
-def gather(
-    listener: socket.socket, me: Hello, size: int, limit: float, fate: Fate = no_fate
-) -> list[_Peer]:
-    """Rank 0: wait for all others, and compare them with ourselves.
-
-    Raises RankError for a rank that ended or did not come within `limit` seconds, ConfigError for
-    one that is unlike this one; the others are told.
-    """
-    found: dict[int, _Peer] = {}
-    deadline = time.monotonic() + limit
-    listener.settimeout(0.1)
-    try:
-        while len(found) < size - 1:
-            _require_coming(range(1, size), found, fate, deadline, limit)
-            peer = _accept(listener, me)
-            if peer is not None:
-                found[peer.hello.rank] = peer
-        peers = [found[rank] for rank in sorted(found)]
-        _compare(me, peers)
-    except Exception as error:
-        for peer in found.values():
-            peer.send(Fault(str(error)))
-            peer.sock.close()
-        raise
-    for peer in peers:
-        peer.send(me)
-    return peers
-
-
-def _require_coming(
-    ranks: range, found: Mapping[int, _Peer], fate: Fate, deadline: float, limit: float
-) -> None:
-    missing = [rank for rank in ranks if rank not in found]
-    for rank in missing:
-        if (end := fate(rank)) is not None:
-            raise RankError(f"rank {rank} {end} before it had joined")
-    if time.monotonic() > deadline:
-        names = ", ".join(f"rank {rank}" for rank in missing)
-        raise RankError(f"{names} did not join within {limit:.0f} s")
-
-
-def _accept(listener: socket.socket, me: Hello) -> _Peer | None:
-    """The next rank that knows the token; None if nobody, or a stranger, came."""
-    try:
-        sock, _ = listener.accept()
-    except TimeoutError:
-        return None
-    try:
-        sock.settimeout(5.0)
-        hello = _read_frame(sock)
-    except (OSError, ValueError, msgspec.MsgspecError):
-        sock.close()
-        return None
-    if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, me.token):
-        sock.close()
-        return None
-    return _Peer(sock, hello)
-
-
-def _compare(me: Hello, peers: list[_Peer]) -> None:
-    for peer in peers:
-        for name, ours in me.facts.items():
-            theirs = peer.hello.facts.get(name, "nothing")
-            if theirs != ours:
-                raise ConfigError(
-                    f"{peer.name} has another {name}: {theirs}, where rank 0 has {ours}; "
-                    "start all ranks alike"
-                )
-
-
-def introduce(address: tuple[str, int], me: Hello, limit: float) -> _Peer:
-    """Other ranks: connect to rank 0 and wait until it has met everybody.
-
-    Raises RankError with rank 0's reason if the group does not come together.
-    """
-    try:
-        sock = socket.create_connection(address, timeout=limit)
-        sock.settimeout(limit)
-        sock.sendall(_frame(me))
-        answer = _read_frame(sock)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        raise RankError(
-            f"rank 0 at {address[0]} port {address[1]} does not answer: {error}"
-        ) from None
-    if isinstance(answer, Hello):
-        return _Peer(sock, answer)
-    sock.close()
-    raise RankError(answer.message if isinstance(answer, Fault) else "rank 0 has left")
-
-
 # --- small things ------------------------------------------------------------------------------
 
 
@@ -409,7 +304,8 @@ def is_stopped(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
 
-def _frame(message: Message) -> bytes:
+def frame(message: Message) -> bytes:
+    """A message as it goes over the connection."""
     body = _encode(message)
     return _LENGTH.pack(len(body)) + body
 
@@ -427,8 +323,8 @@ def _take_frame(received: bytearray) -> Message | None:
     return message
 
 
-def _read_frame(sock: socket.socket) -> Message:
-    """The next message, waited for. Raises OSError, or ValueError for what is none."""
+def read_frame(sock: socket.socket) -> Message:
+    """The next message, waited for. Raises OSError, or ValueError or MsgspecError for no message."""
     (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
     if length > _LONGEST:
         raise ValueError("not a message of a rank")
