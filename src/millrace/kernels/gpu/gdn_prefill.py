@@ -244,7 +244,7 @@ def gdn_prefill(
     """As the reference. config: (warps of the solve, value tile, warps and stages of the walk)."""
     tokens, (key_heads, _, key_dim) = qkv.shape[0], cache.window_k.shape[1:]
     _, value_heads, _, value_dim = cache.state.shape
-    solve_warps, tile, warps, stages = config or _config(qkv.dtype)
+    solve_warps, tile, warps, stages = config or _config(qkv.dtype, len(rows.counts))
     tile, device = min(tile, value_dim), qkv.device
     t = torch.empty(tokens, value_heads, CHUNK.value, dtype=qkv.dtype, device=device)
     out = torch.empty(tokens, value_heads, value_dim, dtype=qkv.dtype, device=device)
@@ -262,6 +262,10 @@ def gdn_prefill(
     return out
 
 
-def _config(dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """float32 takes twice the shared memory, so smaller tiles and no second stage."""
-    return (4, 32, 4, 1) if dtype == torch.float32 else (1, 64, 4, 2)
+def _config(dtype: torch.dtype, prompts: int) -> tuple[int, int, int, int]:
+    """A few prompts leave multiprocessors idle, so their walks fetch ahead; many share them, and
+    what a second stage would hold in shared memory is better spent on one more walk. float32 takes
+    twice the shared memory."""
+    if dtype == torch.float32:
+        return 4, 32, 4, 1
+    return 1, 64, 4, 2 if prompts <= 2 else 1

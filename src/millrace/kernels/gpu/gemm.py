@@ -20,7 +20,7 @@ from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
 
-FEW_TOKENS = 0  # up to so many tokens our own kernel reads the weight; not yet timed on a GPU
+FEW_TOKENS, FEW_OUTPUTS = 8, 8192  # up to here our own kernel is the fastest on an H200
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     outputs, width = weight.shape
     if outputs % 128 or width % 128 or dtype != torch.bfloat16 or not _is_hopper():
         return triton_matmul(x, weight, scale, dtype)
-    if _suits_few(len(x.values)):
+    if _suits_few(len(x.values), outputs):
         out = few_matmul(x, weight, scale.float())
         if out is not None:
             return out
@@ -145,9 +145,9 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     return deep_gemm_matmul(x, weight, scale.float())
 
 
-def _suits_few(tokens: int) -> bool:
-    """Where `few_matmul` beats the libraries on an H200."""
-    return tokens <= min(FEW_TOKENS, MAX_TOKENS)
+def _suits_few(tokens: int, outputs: int) -> bool:
+    """Where `few_matmul` beats the libraries on an H200: they keep too few blocks at work there."""
+    return tokens <= min(FEW_TOKENS, MAX_TOKENS) and outputs <= FEW_OUTPUTS
 
 
 def _suits_cublas(tokens: int, outputs: int) -> bool:
