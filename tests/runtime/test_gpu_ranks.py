@@ -63,3 +63,17 @@ def test_the_cpus_tokens(
             assert_same(model, PROMPTS, on_cpu, generate(engine, PROMPTS, 32), GPU_TIE)
     finally:
         engine.close()
+
+
+def test_the_best_of_the_ranks_is_the_best_of_all_logits(model: Path) -> None:
+    """A top_k that cuts nothing has all logits gathered; the draws are the same, bit for bit."""
+    spec = {"num_speculative_tokens": 2}
+    engine = build(
+        model, device="cuda", tensor_parallel_size=2, max_num_seqs=8, speculative_config=spec
+    )
+    try:
+        for draws in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
+            apart = generate(engine, PROMPTS, 32, **draws)
+            assert apart == generate(engine, PROMPTS, 32, **draws, top_k=2048)
+    finally:
+        engine.close()

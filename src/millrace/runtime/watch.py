@@ -324,7 +324,7 @@ def _take_frame(received: bytearray) -> Message | None:
 
 
 def read_frame(sock: socket.socket) -> Message:
-    """The next message, waited for. Raises OSError, or ValueError or MsgspecError for no message."""
+    """The next message, waited for. Raises OSError; ValueError or MsgspecError for what is none."""
     (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
     if length > _LONGEST:
         raise ValueError("not a message of a rank")
