@@ -72,7 +72,7 @@ def test_the_best_of_the_ranks_is_the_best_of_all_logits(model: Path) -> None:
         model, device="cuda", tensor_parallel_size=2, max_num_seqs=8, speculative_config=spec
     )
     try:
-        for draws in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3}):
+        for draws in ({"temperature": 0.5, "seed": 4}, {"temperature": 1.0, "seed": 3}):
             apart = generate(engine, PROMPTS, 32, **draws)
             assert apart == generate(engine, PROMPTS, 32, **draws, top_k=2048)
     finally:
