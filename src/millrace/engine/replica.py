@@ -77,6 +77,7 @@ def run_rank(args: EngineArgs) -> int:
     from millrace.runtime import ranks
 
     place = ranks.place(args.tensor_parallel_size)
+    logging.getLogger("millrace").setLevel(logging.WARNING)  # the rest is said by rank 0
     joined = None
     try:
         config, model = _resolve(args)
