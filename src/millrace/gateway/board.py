@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from bisect import bisect_left
 
 import numpy as np
 
@@ -108,16 +109,19 @@ class Board:
 
     def live(self, name: str) -> int:
         """A gauge of LIVE, summed over processes."""
-        cells, at = self._process_cells, _LIVE_AT[name]
-        return sum(cells[i * _PROCESS_CELLS + at] for i in range(self.processes))
+        return sum(self._process_cells[_LIVE_AT[name] :: _PROCESS_CELLS])
 
     def carried(self, slot: int) -> tuple[int, int]:
         """(load, requests in flight) of one replica, as `replica_sums` has them."""
-        cells, load, in_flight = self._replica_cells, self._correction_cells[slot], 0
-        for at in range(slot * _REPLICA_CELLS, len(cells), MAX_REPLICAS * _REPLICA_CELLS):
-            load += cells[at + LOAD]
-            in_flight += cells[at + IN_FLIGHT]
-        return max(0, load), in_flight
+        load = self.total(slot, LOAD) + self._correction_cells[slot]
+        return max(0, load), self.total(slot, IN_FLIGHT)
+
+    def total(self, slot: int, cell: int) -> int:
+        """One replica's cell, summed over processes."""
+        cells = self._replica_cells
+        if self.processes == 1:
+            return cells[slot * _REPLICA_CELLS + cell]
+        return sum(cells[slot * _REPLICA_CELLS + cell :: MAX_REPLICAS * _REPLICA_CELLS])
 
     # --- the keeper's own cells ------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class Part:
 
     def first_byte(self, seconds: float) -> None:
         """Count a request by the time to its first byte."""
-        at = sum(seconds > bound for bound in FIRST_BYTE_BOUNDS)
+        at = bisect_left(FIRST_BYTE_BOUNDS, seconds)
         self._process[_BUCKETS_AT + at] += 1
         self.event("first_byte_ns", int(seconds * 1e9))
 

@@ -18,23 +18,27 @@ class Carried:
     weighs what it has become. Chunks stand for tokens; load reports correct what that misses.
     """
 
-    __slots__ = ("_bytes_told", "_chunks_told", "_fleet", "_resident", "_size", "bytes", "chunks")
+    __slots__ = (
+        "_bytes_told", "_chunks_told", "_fleet", "_grows", "_resident", "_size", "bytes", "chunks",
+    )  # fmt: skip
 
     def __init__(self, fleet: ReplicaSet) -> None:
         self._fleet = fleet
         self.bytes = self.chunks = 0
         self._bytes_told = self._chunks_told = 0
         self._size = self._resident = 0
+        self._grows = False
 
     def begin(self, replica: Replica, ask: Ask, made: int, exchange: Exchange) -> None:
         """The replica carries the request now. made: output tokens that it goes on from."""
         replica.exchanges.add(exchange)
+        self._grows = ask.stream
         self._resident = ask.prompt_tokens + made
         self._size = ask.prompt_tokens + max(made, self._fleet.expected_output(ask))
         self._bytes_told, self._chunks_told = self.bytes, self.chunks
         self._fleet.picked(replica, self._size, self._resident)
 
-    def publish(self, replica: Replica, stream: bool) -> None:
+    def publish(self, replica: Replica) -> None:
         """Bring the replica's counters up to date."""
         new = self.chunks - self._chunks_told
         if not new:
@@ -42,14 +46,15 @@ class Carried:
         replica.chunks += new
         replica.bytes += self.bytes - self._bytes_told
         self._bytes_told, self._chunks_told = self.bytes, self.chunks
-        if stream:
+        if self._grows:
             self._resident += new
-            over = max(0, self._resident - self._size)
-            self._size += over
-            self._fleet.grew(replica, over, new)
+            replica.resident_growth += new
+            if self._resident > self._size:
+                replica.load_growth += self._resident - self._size
+                self._size = self._resident
 
-    def end(self, replica: Replica, stream: bool, exchange: Exchange) -> None:
+    def end(self, replica: Replica, exchange: Exchange) -> None:
         """The replica carries it no more."""
-        self.publish(replica, stream)
+        self.publish(replica)
         replica.exchanges.discard(exchange)
         self._fleet.released(replica, self._size, self._resident)

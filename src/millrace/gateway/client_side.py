@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from random import getrandbits
 from typing import TYPE_CHECKING, cast
-from uuid import uuid4
 
 import httptools
 
@@ -35,7 +35,8 @@ class ClientSide(asyncio.Protocol):
         self._exchange: Exchange | OwnAnswer | None = None
         self._refused = False
         self._closing = False
-        self._since = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
         self._peer = "-"
         self.paused = False
         self._held = b""
@@ -60,7 +61,7 @@ class ClientSide(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._since = asyncio.get_running_loop().time()
+        self._since = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -122,7 +123,7 @@ class ClientSide(asyncio.Protocol):
             headers=self._headers,
             body=b"".join(self._body),
             keep_alive=self._parser.should_keep_alive(),
-            id=given if 0 < len(given) <= MAX_REQUEST_ID else uuid4().hex.encode(),
+            id=given if 0 < len(given) <= MAX_REQUEST_ID else b"%032x" % getrandbits(128),
             peer=self._peer,
         )
         self._begin()
@@ -167,7 +168,7 @@ class ClientSide(asyncio.Protocol):
     def finished(self, keep_alive: bool) -> None:
         """The request under way has been answered: take the next, or close."""
         self._exchange = None
-        self._since = asyncio.get_running_loop().time()
+        self._since = self._loop.time()
         if (self._closing or not keep_alive) and self._transport is not None:
             self._transport.close()
         else:
@@ -201,7 +202,7 @@ class ClientSide(asyncio.Protocol):
                 self._relay.part.answered(request.status)
                 self.write(request.encode())
                 # Read on for a moment: closing on unread bytes would take the answer back.
-                asyncio.get_running_loop().call_later(0.5, self._close_politely)
+                self._loop.call_later(0.5, self._close_politely)
             else:
                 self._handle(request)
 

@@ -18,6 +18,7 @@ from millrace.gateway.picker import DEFAULT_POLICY, POLICIES
 from millrace.gateway.relay import Access, Limits
 from millrace.gateway.render import RENDERERS, render
 from millrace.gateway.status import show_status
+from millrace.gateway.worker import stay_as_they_are
 
 _LIMITS, _HEALTH = Limits(), HealthPolicy()
 
@@ -196,6 +197,7 @@ async def _serve(options: GatewayOptions, drain: float) -> None:
         loop.add_signal_handler(number, stop_or_hurry)
     relay = Gateway(options)
     await relay.start()
+    stay_as_they_are()
     members = relay.keeper.members
     scheme = "https" if options.ssl_certfile else "http"
     several = f", {options.processes} processes" if options.processes > 1 else ""

@@ -151,11 +151,6 @@ class Exchange:
         else:
             self._opening = self._loop.create_task(self._open(replica))
 
-    def publish(self) -> None:
-        """Bring what this request is counted as at its replica up to date."""
-        if self.replica is not None:
-            self.carried.publish(self.replica, self.ask.stream)
-
     async def _open(self, replica: Replica) -> None:
         target = replica.target
         try:
@@ -414,7 +409,7 @@ class Exchange:
             upstream.release(reusable)
         replica, self.replica = self.replica, None
         if replica is not None:
-            self.carried.end(replica, self.ask.stream, self)
+            self.carried.end(replica, self)
 
     def _end(self, status: int, reusable: bool, counted: bool = False) -> None:
         """Let go of everything. counted: the answer counts itself."""

@@ -41,7 +41,7 @@ class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
     idle_probe: float = 30.0
     probe_timeout: float = 60.0
     slow_start: float = 10.0
-    load_interval: float = 0.1
+    load_interval: float = 0.2
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,7 +193,7 @@ class Keeper:
             self.remove(member.id)
 
     def _under_way(self, member: Member) -> int:
-        return self._board.replica_sums(member.slot + 1)[member.slot][IN_FLIGHT]
+        return self._board.total(member.slot, IN_FLIGHT)
 
     def _set(self, watched: _Watched, **changes: Any) -> None:
         changed = msgspec.structs.replace(watched.member, **changes)
@@ -321,7 +321,7 @@ class Keeper:
             self._set(watched, models=watched.spec.models or names, kind=kind)
 
     def _must_prove(self, watched: _Watched) -> bool:
-        ended = self._board.replica_sums(watched.member.slot + 1)[watched.member.slot][ENDED]
+        ended = self._board.total(watched.member.slot, ENDED)
         now = time.monotonic()
         if ended != watched.ended and watched.proven:
             watched.ended, watched.proven_at = ended, now
@@ -363,22 +363,20 @@ class Keeper:
     async def _ask_for_load(self, watched: _Watched) -> None:
         """Correct the load that we count by what the replica says it carries."""
         reports = LoadReports(watched.spec.target, self._headers)
-        slot = watched.member.slot
+        board, slot = self._board, watched.member.slot
         try:
             while True:
                 await asyncio.sleep(reports.pause(self._policy.load_interval))
                 if watched.member.state == "down":
-                    self._board.correct(slot, 0)
+                    board.correct(slot, 0)
                     continue
-                before = self._board.replica_sums(slot + 1)[slot]
+                tokens, requests = board.total(slot, RESIDENT), board.total(slot, IN_FLIGHT)
                 report = await reports.ask(watched.member.kind)
                 if report is not None:
-                    row = self._board.replica_sums(slot + 1)[slot]
-                    counted = (before[RESIDENT] + row[RESIDENT]) // 2
-                    requests = max(before[IN_FLIGHT], row[IN_FLIGHT])
+                    counted = (tokens + board.total(slot, RESIDENT)) // 2
+                    requests = max(requests, board.total(slot, IN_FLIGHT))
                     target = report.correction(counted, requests)
                     # Half way each time: a request on its way there is not in the report yet.
-                    old = self._board.correction(slot)
-                    self._board.correct(slot, (old + target) // 2)
+                    board.correct(slot, (board.correction(slot) + target) // 2)
         finally:
             reports.close()

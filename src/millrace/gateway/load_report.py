@@ -1,4 +1,4 @@
-"""What a replica says of its own load, asked at most ten times a second over one connection.
+"""What a replica says of its own load, asked a few times a second over one connection.
 
 A millrace replica answers GET /load from the front's own books, without asking its engine. Of a
 vllm replica, whose /metrics cost it more, two gauges are read once a second.
@@ -35,14 +35,19 @@ class LoadReport(msgspec.Struct, frozen=True):
         return strangers * (counted // requests if requests else 512)
 
 
+_DECODER = msgspec.json.Decoder(LoadReport)
+
+
 class LoadReports:
     """Asks one replica, again and again."""
 
     def __init__(self, target: Target, headers: tuple[tuple[str, str], ...]) -> None:
         self._target = target
-        self._headers = headers
         self._connection: Connection | None = None
-        self._path = "/load"
+        self._questions = {
+            path: encode_request(target, "GET", path, headers=headers)
+            for path in ("/load", "/metrics")
+        }
         self._pause = 0.0
 
     def pause(self, interval: float) -> float:
@@ -72,12 +77,11 @@ class LoadReports:
             found = [float(value) for value in _GAUGE.findall(response.body)]
             return LoadReport(int(sum(found))) if found else None
         with contextlib.suppress(msgspec.DecodeError):
-            return msgspec.json.decode(response.body, type=LoadReport)
+            return _DECODER.decode(response.body)
         return None
 
     async def _get(self, path: str) -> Response:
         if self._connection is None or not self._connection.open or self._connection.busy:
             self.close()
             self._connection = await connect(self._target)
-        request = encode_request(self._target, "GET", path, headers=self._headers)
-        return await self._connection.send(request)
+        return await self._connection.send(self._questions[path])

@@ -185,7 +185,7 @@ class Relay:
         """Bring this process's part of the board up to date; to be called every now and then."""
         for replica in self.replicas.all:
             for exchange in replica.exchanges:
-                exchange.publish()
+                exchange.carried.publish(replica)
             replica.publish(self.part)
         self.part.set_event("cpu_ns", time.process_time_ns())
 

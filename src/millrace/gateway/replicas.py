@@ -62,7 +62,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replica:
-    """One replica in one process. Hot counters are plain attributes; `publish` copies them.
+    """One replica in one process. Hot counters are plain attributes; `publish` copies them: bytes
+    and chunks relayed, and by what its load and what it holds (tokens) grew since the last time.
 
     load and in_flight are over all processes, as of the last `ReplicaSet.look`. exchanges: those
     of this process that it carries.
@@ -70,7 +71,7 @@ class Replica:
 
     __slots__ = (
         "_bytes", "_chunks", "bytes", "chunks", "errors_in_row", "exchanges", "in_flight", "load",
-        "member", "removed",
+        "load_growth", "member", "removed", "resident_growth",
     )  # fmt: skip
 
     def __init__(self, member: Member) -> None:
@@ -81,6 +82,7 @@ class Replica:
         self.errors_in_row = 0
         self.bytes = self.chunks = 0
         self._bytes = self._chunks = 0
+        self.load_growth = self.resident_growth = 0
         self.exchanges: set[Exchange] = set()
 
     @property
@@ -102,6 +104,9 @@ class Replica:
             part.add(self.slot, BYTES, self.bytes - self._bytes)
             part.add(self.slot, CHUNKS, self.chunks - self._chunks)
             self._bytes, self._chunks = self.bytes, self.chunks
+            part.add(self.slot, LOAD, self.load_growth)
+            part.add(self.slot, RESIDENT, self.resident_growth)
+            self.load_growth = self.resident_growth = 0
 
 
 class ReplicaSet:
@@ -226,16 +231,12 @@ class ReplicaSet:
         part.add(slot, PICKS, 1)
         part.add(slot, PROMPT_TOKENS, prompt)
 
-    def grew(self, replica: Replica, load: int, resident: int) -> None:
-        """What it carries grew by tokens."""
-        self.part.add(replica.slot, LOAD, load)
-        self.part.add(replica.slot, RESIDENT, resident)
-
     def released(self, replica: Replica, load: int, resident: int) -> None:
         """It carries one request less; load and resident: what that one had been counted as."""
         if replica.removed:
             return  # its row may be another's by now
-        self.grew(replica, -load, -resident)
+        self.part.add(replica.slot, LOAD, -load)
+        self.part.add(replica.slot, RESIDENT, -resident)
         self.part.add(replica.slot, IN_FLIGHT, -1)
         replica.publish(self.part)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ from millrace.gateway.prefixes import PrefixTable
 from millrace.gateway.relay import Access, Desk, Limits, Relay
 from millrace.gateway.replicas import ReplicaSet
 
-_PUBLISH_SECONDS = 0.2
-_SWEEP_EVERY = 10  # of these
+_PUBLISH_SECONDS = 0.5
+_SWEEP_EVERY = 4  # of these
 
 
 class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +184,13 @@ def cannot_listen(host: str, port: int, error: OSError) -> UserError:
     """The error that says so."""
     why = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
     return UserError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port")
+
+
+def stay_as_they_are() -> None:
+    """Have garbage collections pass over every object that is there now: a process that has
+    started keeps them, and walking through them would hold streams up."""
+    gc.collect()
+    gc.freeze()
 
 
 def check_log_file(path: str | None) -> None:

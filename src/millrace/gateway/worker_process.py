@@ -30,7 +30,7 @@ from millrace.gateway.processes import (
     Stop,
 )
 from millrace.gateway.replicas import ReplicaSet
-from millrace.gateway.worker import GatewayOptions, Worker
+from millrace.gateway.worker import GatewayOptions, Worker, stay_as_they_are
 
 _ANSWER_SECONDS = 10.0
 
@@ -87,6 +87,7 @@ async def _run(index: int, channel_fd: int, board_fd: int, options: GatewayOptio
             if not listening:
                 await worker.start(shared_port=True)
                 listening = True
+                stay_as_they_are()
                 channel.send(Listening())
         elif isinstance(message, OwnReply):
             desks[0].reply(message)

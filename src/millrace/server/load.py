@@ -1,4 +1,4 @@
-"""GET /load: what this replica carries, for a gateway that asks ten times a second.
+"""GET /load: what this replica carries, for a gateway that asks a few times a second.
 
 It is read from the front's own books of open requests: the engine is not asked, and does not wait.
 """
