@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from millrace.engine.engine import Engine
 from millrace.protocol import AddRequest, Masks, SamplingParams, StepPlan, StepResult
+
+
+def commit() -> str:
+    """The commit of this tree; a copy without history names it in a file COMMIT."""
+    root = Path(__file__).resolve().parents[1]
+    if (note := root / "COMMIT").exists():
+        return note.read_text().strip()
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def synchronize() -> None:
@@ -210,15 +221,37 @@ def closed_run(engine: Engine, todo: Iterable[AddRequest], concurrency: int) -> 
 # --- where a step's time goes ------------------------------------------------------------------
 
 
-def decode_profile(engine: Engine, rows: int, vocab: int, length: int, steps: int) -> Any:
-    """Steady decode steps at `rows` rows: wall time a step, device time by kernel, idle share."""
-    todo = requests(rows, 77, (length, length), (8 * steps + 80,) * 2, vocab)
+def all_decoding(
+    engine: Engine, rows: int, vocab: int, length: int, steps: int, seed: int
+) -> list[AddRequest]:
+    """Requests that all decode by now, on `rows` rows, and will for `steps` steps.
+
+    Raises RuntimeError where the engine cannot hold them so long, which would never end else.
+    """
+    limits = engine.scheduler.limits
+    ramp = -(-rows * length // limits.mixed_prefill_tokens) + rows // 8 + 8  # steps until all run
+    output = (limits.drafts + 1) * (ramp + steps)
+    todo = requests(rows, seed, (length, length), (output, output), vocab)
+    if length + output > limits.max_model_len:
+        raise RuntimeError(f"{rows} rows need {length + output} tokens of max_model_len")
     for request in todo:
         engine.add(request)
-    while engine.stats().waiting or engine.stats().running < rows:
+    for _ in range(ramp):
         engine.step()
-    for _ in range(24):
+    if engine.stats().waiting or engine.stats().running < rows:
+        raise RuntimeError(f"{rows} rows of {length} tokens do not decode after {ramp} steps")
+    return todo
+
+
+def abort_all(engine: Engine, todo: list[AddRequest]) -> None:
+    engine.abort([request.id for request in todo])
+    while engine.has_work():
         engine.step()
+
+
+def decode_profile(engine: Engine, rows: int, vocab: int, length: int, steps: int) -> Any:
+    """Steady decode steps at `rows` rows: wall time a step, device time by kernel, idle share."""
+    todo = all_decoding(engine, rows, vocab, length, 3 * steps + 2, 77)
     synchronize()
     start = time.perf_counter()
     for _ in range(2 * steps):
@@ -226,21 +259,15 @@ def decode_profile(engine: Engine, rows: int, vocab: int, length: int, steps: in
     synchronize()
     wall = (time.perf_counter() - start) / (2 * steps)
     found = profiled(engine, steps)
-    engine.abort([request.id for request in todo])
-    while engine.has_work():
-        engine.step()
+    abort_all(engine, todo)
     return {"rows": rows, "step_ms": wall * 1e3, **found}
 
 
 def mixed_profile(engine: Engine, rows: int, vocab: int, length: int, steps: int) -> Any:
     """Steps in which `rows` rows decode beside one prompt of `length` tokens each: device time by
     kernel. Their wall time is that of steps with the profiler on."""
-    todo = requests(rows, 79, (length, length), (16 * steps + 80,) * 2, vocab)
-    for request in todo:
-        engine.add(request)
-    while engine.stats().waiting or engine.stats().running < rows:
-        engine.step()
-    prompts = iter(requests(2 * steps + 8, 80, (length, length), (1, 1), vocab))
+    todo = all_decoding(engine, rows, vocab, length, steps + 6, 79)
+    prompts = iter(requests(steps + 4, 80, (length, length), (1, 1), vocab))
 
     def step() -> None:
         engine.add(next(prompts))
@@ -249,9 +276,7 @@ def mixed_profile(engine: Engine, rows: int, vocab: int, length: int, steps: int
     for _ in range(4):
         step()
     found = profiled(engine, steps, step)
-    engine.abort([request.id for request in todo])
-    while engine.has_work():
-        engine.step()
+    abort_all(engine, todo)
     return {"rows": rows, "prompt_tokens": length, **found}
 
 

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import (
     closed_run,
+    commit,
     decode_profile,
     mixed_profile,
     prefill_profile,
@@ -201,16 +202,16 @@ def phase(
     throughput(engine, rows, options, record)
     if name == "throughput":
         return
-    drafts = engine.scheduler.limits.drafts
-    profile(engine, rows, drafts, scale, record, read_sizes(model))
-    options.write()
     if name == "default":
-        record["mixed"] = mixed_profile(
-            engine, rows - rows // 32 - 1, scale.vocab, scale.inputs[1], 6
-        )
-        print(json.dumps({"mixed": record["mixed"]}, indent=1), flush=True)
         few_requests(engine, scale, record)
         prefill_alone(engine, rows, scale, record)
+        options.write()
+    drafts = engine.scheduler.limits.drafts
+    profile(engine, rows, drafts, scale, record, read_sizes(model))
+    if name == "default":
+        decoding, prompt = rows - rows // 32 - 1, scale.inputs[1]
+        record["mixed"] = mixed_profile(engine, decoding, scale.vocab, prompt, 6)
+        print(json.dumps({"mixed": record["mixed"]}, indent=1), flush=True)
 
 
 def throughput(
@@ -238,7 +239,7 @@ def profile(
 
 def prefill_alone(engine: Engine, rows: int, scale: Scale, record: dict[str, Any]) -> None:
     length = scale.inputs[1]
-    record["prefill"] = prefill_profile(engine, rows // 4, length, scale.vocab, 3)
+    record["prefill"] = prefill_profile(engine, rows // 2, length, scale.vocab, 3)
     trace = closed_run(engine, requests(rows, 50, (length, length), (1, 1), scale.vocab), rows)
     record["prefill_tok_s"] = sum(trace.prompts.values()) / (trace.end - trace.start)
     print(json.dumps(record["prefill"], indent=1), flush=True)
@@ -343,11 +344,6 @@ def table(phases: dict[str, Any]) -> str:
             f"| {record.get('decode', {}).get('step_ms', 0):.1f} |"
         )
     return "\n".join(lines)
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def parse_options() -> argparse.Namespace:

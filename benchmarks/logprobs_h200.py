@@ -20,9 +20,9 @@ import gc
 import json
 import logging
 import random
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from engine_runs import closed_run
+from engine_runs import closed_run, commit
 from qwen27b import write_config
 
 from millrace.config import engine_args
@@ -45,7 +45,6 @@ from millrace.model.tiny import TinyShape, config_json
 from millrace.model.weights import random_weights
 from millrace.protocol import AddRequest, SamplingParams
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 0
 LIMIT = 1.5  # times the noise, at the median and at the 99th percentile
@@ -161,6 +160,7 @@ def oracle(
     directory: Path, weights: dict[str, Tensor], quantized: set[str], dtype: torch.dtype
 ) -> Any:
     """The model of transformers with these weights."""
+    sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # it tunes anew at every length
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
@@ -217,16 +217,25 @@ def differences(got: Tensor, truth: Tensor) -> dict[str, float]:
 
 def compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     fp8 = DEVICE == "cuda"
+    began = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
+
     drawn, ran = served(options, directory)
+    say("served")
     gc.collect()
     if fp8:
         torch.cuda.empty_cache()
     weights, quantized = published(directory, fp8)
+    say("weights dequantised")
     ours = torch.tensor([x for _, _, logprobs in drawn.values() for x in logprobs])
     found: dict[str, Tensor] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = oracle(directory, weights, quantized, dtype)
+        say(f"{dtype} built")
         found[str(dtype)] = forced(model, drawn)
+        say(f"{dtype} forced")
         del model
         gc.collect()
     truth = found["torch.float32"]
@@ -269,8 +278,7 @@ def main() -> None:
         else:
             write_config(directory, options.layers)
         found = compare(options, directory)
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found["commit"] = commit()
     found["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     text = json.dumps(found, indent=1)
     print(text)
