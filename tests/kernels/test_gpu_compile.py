@@ -291,13 +291,10 @@ def test_a_fault_in_cuda_is_found(nvrtc: Nvrtc):
         nvrtc.compile('extern "C" __global__ void kernel(int* x) { *x = y; }')
 
 
-@pytest.mark.parametrize("tokens", [8, 16, 32])
-def test_gemm_few(nvrtc: Nvrtc, tokens: int):
+def test_gemm_few(nvrtc: Nvrtc):
     from millrace.kernels.gpu import gemm_few
 
-    for outputs in (5120, 34816):
-        text = gemm_few.source(gemm_few.choose(tokens, outputs), gemm_few.token_tiles(tokens))
-        assert spilled(nvrtc.compile(text)) == 0
+    assert spilled(nvrtc.compile(gemm_few.source())) == 0
 
 
 @pytest.mark.parametrize("state", [BF16, F32], ids=["bf16", "f32"])

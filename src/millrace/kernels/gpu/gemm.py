@@ -20,8 +20,6 @@ from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
 
-FEW_TOKENS, FEW_OUTPUTS = 8, 8192  # up to here our own kernel is the fastest on an H200
-
 
 @triton.jit
 def _matmul_kernel(
@@ -136,18 +134,13 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     outputs, width = weight.shape
     if outputs % 128 or width % 128 or dtype != torch.bfloat16 or not _is_hopper():
         return triton_matmul(x, weight, scale, dtype)
-    if _suits_few(len(x.values), outputs):
+    if len(x.values) <= MAX_TOKENS:  # where `few_matmul` is the fastest on an H200
         out = few_matmul(x, weight, scale.float())
         if out is not None:
             return out
     if _deep_gemm() is None or _suits_cublas(len(x.values), outputs):
         return cublas_matmul(x, weight, scale.float())
     return deep_gemm_matmul(x, weight, scale.float())
-
-
-def _suits_few(tokens: int, outputs: int) -> bool:
-    """Where `few_matmul` beats the libraries on an H200: they keep too few blocks at work there."""
-    return tokens <= min(FEW_TOKENS, MAX_TOKENS) and outputs <= FEW_OUTPUTS
 
 
 def _suits_cublas(tokens: int, outputs: int) -> bool:

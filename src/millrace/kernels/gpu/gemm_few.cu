@@ -1,23 +1,23 @@
-// Products of a few tokens with an FP8 weight [OUT, K] that streams once from memory to registers.
-// Compile-time: WARPS of a block, TILES of 16 weight rows a warp, DEPTH groups of 128 channels that
-// a warp has in flight, TOKEN_TILES of 8 tokens, BLOCKS that share a multiprocessor.
+// Products of up to 8 tokens with an FP8 weight [OUT, K] that streams once from memory to registers.
 //
-// Warps of a block share its rows and take every WARPS-th group of 128 channels; their sums are
+// WARPS of a block share its 16 rows and take every WARPS-th group of 128 channels; their sums are
 // added in the order of the warps. So a token's result depends on WARPS and on nothing else: not on
-// how many tokens there are, nor on what the others hold.
+// how many tokens there are, nor on what the others hold. A warp asks for its next group as it works
+// on the last; the 32 warps of a multiprocessor then have enough in flight. Two groups a warp need
+// registers of which more warps make better use: that measured slower, and so did two tiles of rows.
 //
 // Products are m16n8k16 in float16, which holds every e4m3 value, with the weight as the operand of
 // 16 rows; sums are float32. (Hopper's own e4m3 form of mma.sync is the same two steps, made by the
-// assembler, which converts the weight anew for every 8 tokens.) Which channel an inner index stands
-// for is ours to choose: lane = 4 g + l holds rows g and g + 8 of a tile and token g, bytes
-// 16 l .. 16 l + 15 of either half of a group, of which word i goes into product i of 4.
+// assembler.) Which channel an inner index stands for is ours to choose: lane = 4 g + l holds rows g
+// and g + 8 and token g, bytes 16 l .. 16 l + 15 of either half of a group, of which word i goes into
+// product i of 4.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef long long i64;
 
-constexpr int GROUP = 128, ROWS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
+constexpr int GROUP = 128, ROWS = 16, TOKENS = 8;  // WARPS is given
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
 // 16 bytes that nobody reads again; anything, unread, unless live. No branch, so that the load may
@@ -61,79 +61,56 @@ __device__ __forceinline__ u32 word(const uint4& v, int i) {  // i is known when
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// A lane's part of one group: rows g and g + 8 of each tile, and the scale of the whole block.
+// A lane's part of one group: rows g and g + 8, either half, and the scale of the whole block.
 struct Weights {
-  uint4 upper[TILES][2], lower[TILES][2];
+  uint4 upper[2], lower[2];
   float scale;
 };
 
-// at: row g of the first tile, at the group's byte 16 l.
+// at: row g, at the group's byte 16 l.
 __device__ __forceinline__ void fetch(Weights& part, const u8* at, const float* scale, int K,
                                       bool live) {
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u8* here = at + (i64)(16 * tile) * K + 64 * half;
-      part.upper[tile][half] = stream(here, live);
-      part.lower[tile][half] = stream(here + (i64)8 * K, live);
-    }
+  for (int half = 0; half < 2; half++) {
+    part.upper[half] = stream(at + 64 * half, live);
+    part.lower[half] = stream(at + 64 * half + (i64)8 * K, live);
   }
   part.scale = live ? *scale : 0.f;
 }
 
-// acc += the products of one group, scaled. acc[tile][token tile]: rows g, g, g + 8, g + 8 of the
-// tile for tokens 2 l, 2 l + 1, 2 l, 2 l + 1. x, scales: the group's, of T tokens; others are zero.
-__device__ __forceinline__ void multiply(float (*acc)[TOKEN_TILES][4], const Weights& w,
-                                         const u8* x, const float* scales, int T, int K, int g,
-                                         int l) {
-  float sum[TILES][TOKEN_TILES][4] = {};
+// acc += the products of one group, scaled. acc: rows g, g, g + 8, g + 8 for tokens 2 l, 2 l + 1,
+// 2 l, 2 l + 1. x, scales: the group's, of T tokens; others are zero.
+__device__ __forceinline__ void multiply(float* acc, const Weights& w, const u8* x,
+                                         const float* scales, int T, int K, int g, int l) {
+  float sum[4] = {};
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    uint4 values[TOKEN_TILES];
-#pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++) {
-      const int token = 8 * t + g;
-      values[t] = make_uint4(0, 0, 0, 0);
-      if (token < T) values[t] = load(x + (i64)token * K + 64 * half + 16 * l);
-    }
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (g < T) values = load(x + (i64)g * K + 64 * half + 16 * l);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      u32 b[TOKEN_TILES][2];
-#pragma unroll
-      for (int t = 0; t < TOKEN_TILES; t++) {
-        const u32 raw = word(values[t], i);
-        b[t][0] = widen((u16)raw), b[t][1] = widen((u16)(raw >> 16));
-      }
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const u32 upper = word(w.upper[tile][half], i), lower = word(w.lower[tile][half], i);
-        const u32 a[4] = {widen((u16)upper), widen((u16)lower), widen((u16)(upper >> 16)),
-                          widen((u16)(lower >> 16))};
-#pragma unroll
-        for (int t = 0; t < TOKEN_TILES; t++) mma(sum[tile][t], a, b[t]);
-      }
+      const u32 token = word(values, i), upper = word(w.upper[half], i),
+                lower = word(w.lower[half], i);
+      const u32 a[4] = {widen((u16)upper), widen((u16)lower), widen((u16)(upper >> 16)),
+                        widen((u16)(lower >> 16))};
+      const u32 b[2] = {widen((u16)token), widen((u16)(token >> 16))};
+      mma(sum, a, b);
     }
   }
 #pragma unroll
-  for (int t = 0; t < TOKEN_TILES; t++) {
-#pragma unroll
-    for (int side = 0; side < 2; side++) {
-      const int token = 8 * t + 2 * l + side;
-      const float scale = token < T ? w.scale * scales[token] : 0.f;
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        acc[tile][t][side] += sum[tile][t][side] * scale;
-        acc[tile][t][side + 2] += sum[tile][t][side + 2] * scale;
-      }
-    }
+  for (int side = 0; side < 2; side++) {
+    const int token = 2 * l + side;
+    const float scale = token < T ? w.scale * scales[token] : 0.f;
+    acc[side] += sum[side] * scale;
+    acc[side + 2] += sum[side + 2] * scale;
   }
 }
 
 // x: e4m3 [T, K], T <= TOKENS; sx: its scales, a token's neighbours, groups sx_stride apart.
 // w: e4m3 [OUT, K], 16 bytes aligned; sw: [OUT / 128, K / 128], rows sw_stride apart.
 // out: bfloat16 [T, OUT]. K and OUT are multiples of 128; blockIdx.x takes ROWS of OUT.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+// Four blocks must find room on a multiprocessor, which leaves a thread 64 registers.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
     gemm_few(const u8* x, const float* sx, const u8* w, const float* sw, u16* out, int T, int OUT,
              int K, int sx_stride, int sw_stride) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
@@ -141,35 +118,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const u8* rows = w + (i64)(first_row + g) * K + 16 * l;
   const float* row_scales = sw + (i64)(first_row / 128) * sw_stride;
 
-  Weights held[DEPTH];
-#pragma unroll
-  for (int s = 0; s < DEPTH; s++) {
-    const int group = warp + s * WARPS;
-    fetch(held[s], rows + group * GROUP, row_scales + group, K, group < groups);
-  }
-  float acc[TILES][TOKEN_TILES][4] = {};
-  for (int first = warp; first < groups; first += DEPTH * WARPS) {
-#pragma unroll
-    for (int s = 0; s < DEPTH; s++) {
-      const int group = first + s * WARPS, next = group + DEPTH * WARPS;
-      if (group < groups) {
-        multiply(acc, held[s], x + group * GROUP, sx + (i64)group * sx_stride, T, K, g, l);
-        fetch(held[s], rows + next * GROUP, row_scales + next, K, next < groups);
-      }
-    }
+  Weights held;
+  fetch(held, rows + warp * GROUP, row_scales + warp, K, warp < groups);
+  float acc[4] = {};
+  for (int next = warp + WARPS; next - WARPS < groups; next += WARPS) {
+    const int group = next - WARPS;
+    multiply(acc, held, x + group * GROUP, sx + (i64)group * sx_stride, T, K, g, l);
+    fetch(held, rows + next * GROUP, row_scales + next, K, next < groups);
   }
 
   __shared__ float sums[WARPS][ROWS][TOKENS];
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        sums[warp][16 * tile + g + 8 * (e / 2)][8 * t + 2 * l + e % 2] = acc[tile][t][e];
-      }
-    }
-  }
+  for (int e = 0; e < 4; e++) sums[warp][g + 8 * (e / 2)][2 * l + e % 2] = acc[e];
   __syncthreads();
   for (int i = threadIdx.x; i < T * ROWS / 2; i += 32 * WARPS) {
     const int token = i / (ROWS / 2), row = i % (ROWS / 2) * 2;

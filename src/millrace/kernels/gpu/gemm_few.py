@@ -1,4 +1,4 @@
-"""FP8 products of at most 32 tokens, by a CUDA kernel that is compiled at run time.
+"""FP8 products of at most 8 tokens, by a CUDA kernel that is compiled at run time.
 
 So few tokens cost what reading the weight costs. gemm_few.cu keeps a multiprocessor's share of the
 memory bandwidth in flight in registers, and says how. A token's result does not depend on the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -17,60 +16,34 @@ from torch import Tensor
 from millrace.kernels.gpu import cuda_source
 from millrace.kernels.quantize import GROUP, Quantized
 
-MAX_TOKENS = 32
+MAX_TOKENS = 8
+ROWS = 16  # of the weight, a block
+WARPS = 8  # a block; their number is part of the order of a sum
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Constants of the kernel. warps: of a block, which share its rows and divide the channels;
-    tiles: of 16 rows; depth: groups of 128 channels a warp has in flight; blocks: that a
-    multiprocessor must have the registers for. Only warps changes the order of a sum."""
-
-    warps: int
-    tiles: int
-    depth: int
-    blocks: int
-
-
-def few_matmul(
-    x: Quantized, weight: Tensor, scale: Tensor, variant: Variant | None = None
-) -> Tensor | None:
+def few_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor | None:
     """x @ weight^T in bfloat16; None where the kernel does not take these, or cannot be compiled.
 
     weight: e4m3 [out, in], both multiples of 128; scale: float32 [out / 128, in / 128].
     """
-    values, scales = x
-    tokens, (outputs, width) = len(values), weight.shape
-    if not _takes(x, weight, scale):
-        return None
-    variant = variant or choose(tokens, outputs)
-    kernel = _compiled(variant, token_tiles(tokens))
+    kernel = _compiled() if _takes(x, weight, scale) else None
     if kernel is None:
         return None
+    values, scales = x
+    tokens, (outputs, width) = len(values), weight.shape
     out = torch.empty(tokens, outputs, dtype=torch.bfloat16, device=weight.device)
     if tokens:
         kernel(
-            grid=(outputs // (16 * variant.tiles), 1, 1), block=(32 * variant.warps, 1, 1),
+            grid=(outputs // ROWS, 1, 1), block=(32 * WARPS, 1, 1),
             args=[values, scales, weight, scale, out, tokens, outputs, width, scales.stride(1),
                   scale.stride(0)],
         )  # fmt: skip
     return out
 
 
-def choose(tokens: int, outputs: int) -> Variant:
-    """The variant for this many tokens. Its warps depend on the weight alone."""
-    del outputs
-    return Variant(8, 1, 2, 3) if tokens <= 8 else Variant(8, 1, 2, 2)
-
-
-def token_tiles(tokens: int) -> int:
-    """Tiles of 8 tokens that the kernel is compiled for: 1, 2 or 4."""
-    return 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-
-
-def source(variant: Variant, tiles: int) -> str:
-    """The kernel `gemm_few` for so many tiles of tokens."""
-    return cuda_source.read("gemm_few.cu", {**asdict(variant), "token_tiles": tiles})
+def source() -> str:
+    """The kernel `gemm_few`."""
+    return cuda_source.read("gemm_few.cu", {"warps": WARPS})
 
 
 def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
@@ -85,8 +58,8 @@ def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
 
 
 @functools.cache
-def _compiled(variant: Variant, tiles: int) -> Callable[..., None] | None:
+def _compiled() -> Callable[..., None] | None:
     """None where there is no compiler, or no conversion of e4m3 in hardware."""
     if torch.cuda.get_device_capability() < (8, 9):
         return None
-    return cuda_source.compiled(source(variant, tiles), "gemm_few")
+    return cuda_source.compiled(source(), "gemm_few")
