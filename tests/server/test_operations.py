@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -80,6 +81,17 @@ def test_clients_know_a_refused_key_by_its_status(guarded: LiveServer) -> None:
     client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="no", max_retries=0)
     with pytest.raises(openai.AuthenticationError, match="incorrect API key"):
         client.models.list()
+
+
+def test_anthropics_client_is_refused_in_its_own_words(guarded: LiveServer) -> None:
+    client = anthropic.Anthropic(base_url=guarded.url, api_key="no", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError, match="incorrect API key") as refused:
+        client.messages.create(
+            model="fake", max_tokens=1, messages=[{"role": "user", "content": "x"}]
+        )
+    body: Any = refused.value.body
+    assert body["type"] == "error"
+    assert body["error"]["type"] == "authentication_error"
 
 
 @pytest.mark.parametrize("variable", ["MILLRACE_API_KEY", "VLLM_API_KEY"])

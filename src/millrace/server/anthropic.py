@@ -119,7 +119,8 @@ class _Shaped:
         try:
             await self._app(scope, receive, send)
         except Exception as error:  # raised only before the answer has begun
-            await _error_response(error)(scope, receive, send)
+            answer = await message_error(Request(scope), error)
+            await answer(scope, receive, send)
 
 
 def _shaped(
@@ -129,12 +130,13 @@ def _shaped(
         try:
             return _Shaped(await endpoint(request))
         except Exception as error:
-            return _error_response(error)
+            return await message_error(request, error)
 
     return run
 
 
-def _error_response(error: Exception) -> Response:
+async def message_error(request: Request, error: Exception) -> Response:
+    """As `errors.error_response`, in Anthropic's shape."""
     told = as_api_error(error)
     return Response(
         msgspec.json.encode(error_body(told)),

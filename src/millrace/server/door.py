@@ -11,12 +11,13 @@ import hashlib
 import hmac
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from uuid import uuid4
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from millrace.server.errors import ApiError, error_response
@@ -28,6 +29,7 @@ logger = logging.getLogger("millrace.access")
 # What answers without a key: what says nothing but that there is a server, and how it fares.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
+Refusal = Callable[[Request, Exception], Awaitable[Response]]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -62,7 +64,8 @@ class Door:
     """Wraps the application.
 
     quiet: paths whose requests get no line in the log; None: none gets one. on_end is called with
-    each record when its request has ended.
+    each record when its request has ended. refusals: how requests without a key are answered where
+    a path begins so; elsewhere as OpenAI does.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Door:
         show_ids: bool = True,
         quiet: frozenset[str] | None = frozenset(),
         on_end: Sequence[Callable[[Record], None]] = (),
+        refusals: Mapping[str, Refusal] | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -81,6 +85,7 @@ class Door:
         self._show_ids = show_ids
         self._quiet = quiet
         self._on_end = on_end
+        self._refusals = refusals or {}
         self.open = 0
         self._empty = asyncio.Event()
 
@@ -126,7 +131,9 @@ class Door:
         try:
             self._keys.check(scope)
         except ApiError as error:
-            answer = await error_response(Request(scope), error)
+            path = scope["path"]
+            shapes = (refuse for start, refuse in self._refusals.items() if path.startswith(start))
+            answer = await next(shapes, error_response)(Request(scope), error)
             await answer(scope, receive, send)
         else:
             await self._app(scope, receive, send)

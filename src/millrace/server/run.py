@@ -27,6 +27,7 @@ from millrace.errors import UserError
 from millrace.models import find_model
 from millrace.open_files import raise_file_limit
 from millrace.protocol import Ready
+from millrace.server.anthropic import message_error
 from millrace.server.app import Api
 from millrace.server.connection import connection_class
 from millrace.server.door import Door, Keys
@@ -129,6 +130,7 @@ def _door(app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer:
         show_ids=options.enable_request_id_headers,
         quiet=None if options.disable_uvicorn_access_log else quiet,
         on_end=[tracer.record] if tracer.active else [],
+        refusals={"/v1/messages": message_error},
     )
 
 
