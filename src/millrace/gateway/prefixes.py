@@ -2,9 +2,9 @@
 
 A block is 256 bytes of the prompt's JSON. The hash of a block covers all blocks before it, so two
 prompts share a hash as far as they begin alike. It is a checksum, which goes on from block to block
-for next to nothing. The table maps a hash to a set of replicas, a bit each; it has a fixed size, lies
-in memory that all gateway processes share, and forgets by being overwritten. A wrong entry, even one
-made on purpose, costs a missed hint, never an answer.
+for next to nothing. The table maps a hash to a set of replicas, a bit each; it has a fixed size,
+lies in memory that all gateway processes share, and forgets by being overwritten. A wrong entry,
+even one made on purpose, costs a missed hint, never an answer.
 """
 
 from __future__ import annotations
