@@ -25,6 +25,7 @@ from millrace.server.completions import Completions
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.errors import ApiError, error_response
 from millrace.server.front import Front, unavailable
+from millrace.server.http import Bodies
 from millrace.server.load import load_route
 from millrace.server.metrics import MetricsPage, RequestMetrics
 from millrace.server.openapi import openapi_document
@@ -57,8 +58,7 @@ class Api:
         reasoning_parser: ReasoningParser,
         tool_call_parser: ToolCallParser = "auto",
         max_queue: int,
-        max_body_bytes: int,
-        read_timeout: float,
+        bodies: Bodies,
         page: MetricsPage,
         debug: bool = False,
     ) -> None:
@@ -70,8 +70,7 @@ class Api:
             reasoning_parser=reasoning_parser,
             tool_call_parser=tool_call_parser,
             max_queue=max_queue,
-            max_body_bytes=max_body_bytes,
-            read_timeout=read_timeout,
+            bodies=bodies,
         )
         self._client = client
         self._page = page

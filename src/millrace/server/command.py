@@ -68,7 +68,8 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
 
 
 def _check(options: ServerOptions) -> None:
-    for name in ("replicas", "max_body_bytes", "max_header_bytes", "stream_interval"):
+    counts = ("replicas", "max_body_bytes", "max_bodies_bytes", "max_header_bytes")
+    for name in (*counts, "stream_interval"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} {getattr(options, name)}: use 1 or more")
     for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts"):

@@ -2,7 +2,7 @@
 
 A request's head must be there within a time and a size, or the connection ends with 408 or 431; a
 request that is no HTTP gets an error of the same shape as every other. What a body may cost is
-`http.read_body`'s business.
+`http.Bodies`'s business.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from millrace.server.engine_client import EngineClient
 from millrace.server.errors import ApiError
 from millrace.server.fields import OPENAI, Rules, parse_body
 from millrace.server.generation import Generations
-from millrace.server.http import read_body
+from millrace.server.http import Bodies
 from millrace.server.metrics import RequestMetrics
 from millrace.server.prompts import Prompt
 from millrace.server.replies import Reply
@@ -56,8 +56,7 @@ class Front:
         reasoning_parser: ReasoningParser,
         tool_call_parser: ToolCallParser,
         max_queue: int,
-        max_body_bytes: int,
-        read_timeout: float,
+        bodies: Bodies,
     ) -> None:
         self.client = client
         self.codec = codec
@@ -66,14 +65,12 @@ class Front:
         self.tool_call_parser = tool_call_parser
         self._metrics = metrics
         self._max_queue = max_queue
-        self._max_body_bytes = max_body_bytes
-        self._read_timeout = read_timeout
+        self._bodies = bodies
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
 
     async def body(self, request: Request, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
-        data = await read_body(request, self._max_body_bytes, self._read_timeout)
-        return parse_body(data, kind, rules)
+        return parse_body(await self._bodies.read(request), kind, rules)
 
     def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""

@@ -3,47 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
 
 from millrace.server.errors import ApiError
 
 
-async def read_body(request: Request, limit: int, pause: float = 30.0) -> bytes:
-    """The JSON body. Raises ApiError: 413 above `limit` bytes, 415 for another content type, 408
-    when nothing more comes for `pause` seconds.
-    """
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, f"content type {kind!r}; send application/json")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
-    body = bytearray()
-    now = asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(pause) as clock:
+@dataclass(slots=True)
+class Bodies:
+    """Bodies on their way in: each of at most `each` bytes, all together of at most `together`;
+    one of which nothing more comes for `pause` seconds is given up."""
+
+    each: int
+    together: int
+    pause: float
+    _held: int = field(default=0, init=False)
+
+    async def read(self, request: Request) -> bytes:
+        """A JSON body. Raises ApiError: 413 for too large a body, 415 for another content type, 408
+        for a pause, 429 while others take all the room.
+        """
+        kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise ApiError(415, f"content type {kind!r}; send application/json")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > self.each:
+            raise self._too_large()
+        body = bytearray()
+        try:
+            await self._fill(body, request)
+        except ClientDisconnect:
+            raise ApiError(400, "the body ended early") from None
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"no more of the body came for {self.pause:g} s",
+                code="request_timeout",
+                headers={"Connection": "close"},
+            ) from None
+        finally:
+            self._held -= len(body)
+        return bytes(body)
+
+    async def _fill(self, body: bytearray, request: Request) -> None:
+        now = asyncio.get_running_loop().time
+        async with asyncio.timeout(self.pause) as clock:
             async for part in request.stream():
-                clock.reschedule(now() + pause)
+                clock.reschedule(now() + self.pause)
+                if self._held + len(part) > self.together:
+                    raise self._no_room()
                 body += part
-                if len(body) > limit:
-                    raise _too_large(limit)
-    except ClientDisconnect:
-        raise ApiError(400, "the body ended early") from None
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"no more of the body came for {pause:g} s",
-            code="request_timeout",
+                self._held += len(part)
+                if len(body) > self.each:
+                    raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is larger than {self.each} bytes; --max-body-bytes sets the limit",
+            code="body_too_large",
             headers={"Connection": "close"},
-        ) from None
-    return bytes(body)
+        )
 
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the body is larger than {limit} bytes; --max-body-bytes sets the limit",
-        code="body_too_large",
-        headers={"Connection": "close"},
-    )
+    def _no_room(self) -> ApiError:
+        return ApiError(
+            429,
+            f"bodies of {self.together} bytes are being read already, as many as "
+            "--max-bodies-bytes allows; retry later",
+            code="too_many_bytes",
+            headers={"Connection": "close", "Retry-After": "1"},
+        )

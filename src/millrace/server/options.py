@@ -30,6 +30,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: ReasoningParser = "auto"
     tool_call_parser: ToolCallParser = "auto"
     max_body_bytes: int = 32 * 2**20
+    max_bodies_bytes: int = 2**30
     max_header_bytes: int = 64 * 2**10
     read_timeout: float = 30.0
     api_key: list[str] = []
@@ -66,6 +67,7 @@ SERVER_HELP: Mapping[str, str] = {
     "tool_call_parser": "How calls of tools are found in chat answers; auto knows both of Qwen's "
     "ways, XML (qwen3_coder) and JSON (hermes), none finds none.",
     "max_body_bytes": "Largest request body.",
+    "max_bodies_bytes": "Most bytes of bodies that are being read at one time.",
     "max_header_bytes": "Largest request head.",
     "read_timeout": "Seconds that a request's head may take, and each pause in its body.",
     "api_key": "Key that requests must bring (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",

@@ -34,6 +34,7 @@ from millrace.server.door import Door, Keys
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.engine_process import ENGINE_PROGRAM
 from millrace.server.errors import ApiError
+from millrace.server.http import Bodies
 from millrace.server.keeper import Keeper
 from millrace.server.listening import BACKLOG, check_tls, listen
 from millrace.server.metrics import MetricsPage, RequestMetrics
@@ -113,8 +114,7 @@ def _api(
         reasoning_parser=options.reasoning_parser,
         tool_call_parser=options.tool_call_parser,
         max_queue=args.max_queue,
-        max_body_bytes=options.max_body_bytes,
-        read_timeout=options.read_timeout,
+        bodies=Bodies(options.max_body_bytes, options.max_bodies_bytes, options.read_timeout),
         page=page,
         debug=args.debug,
     )
