@@ -90,17 +90,55 @@ class Response:
         return b"".join(piece for _, piece in self.pieces)
 
 
+class Reading:
+    """A response while it is read. got: what has come; whole: nothing is missing; keep: the
+    connection may carry another request; chunked: how the body is framed."""
+
+    __slots__ = ("_now", "_parser", "chunked", "got", "keep", "whole")
+
+    def __init__(self) -> None:
+        self.got = Response()
+        self.whole = self.keep = self.chunked = False
+        self._now = 0
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, now: int, data: bytes) -> None:
+        """Take bytes that came at that time. Raises httptools.HttpParserError."""
+        self._now = now
+        self._parser.feed_data(data)
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the body has neither a length nor chunks, and so ends with its connection."""
+        headers = self.got.headers
+        framed = "content-length" in headers or "transfer-encoding" in headers
+        return self.got.status != 0 and not framed
+
+    # --- httptools callbacks -------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.got.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.got.status = self._parser.get_status_code()
+        self.keep = self._parser.should_keep_alive()
+        coding = self.got.headers.get("transfer-encoding", "")
+        self.chunked = coding.lower().endswith("chunked")
+
+    def on_body(self, body: bytes) -> None:
+        self.got.pieces.append((self._now, body))
+
+    def on_message_complete(self) -> None:
+        self.whole = True
+
+
 class Connection(asyncio.Protocol):
     """A connection that carries one request at a time and is kept open between them."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._parser: httptools.HttpResponseParser | None = None
-        self._response = Response()
+        self._reading = Reading()
         self._waiter: asyncio.Future[Response] | None = None
-        self._now = 0
-        self._whole = False
-        self._keep = False
 
     @property
     def open(self) -> bool:
@@ -116,9 +154,7 @@ class Connection(asyncio.Protocol):
         """Write one encoded request; the future resolves to its response and never raises."""
         assert self._waiter is None, "one request at a time"
         waiter = self._waiter = asyncio.get_running_loop().create_future()
-        self._response = Response()
-        self._parser = httptools.HttpResponseParser(self)
-        self._now, self._whole = 0, False
+        self._reading = Reading()
         if self._transport is None or self._transport.is_closing():
             self._finish("the connection was closed")
         else:
@@ -136,60 +172,39 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._now = perf_counter_ns()
-        if self._parser is None:
+        now = perf_counter_ns()
+        if self._waiter is None:  # bytes that nobody asked for
             self.close()
             return
+        reading = self._reading
         try:
-            self._parser.feed_data(data)
+            reading.feed(now, data)
         except httptools.HttpParserError as error:
             self._finish(f"the server answered something that is not HTTP/1.1 ({error})")
             self.close()
             return
-        if self._whole:
-            self._finish(None)
-            if not self._keep:
+        if reading.whole:
+            self._finish(None, now)
+            if not reading.keep:
                 self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._now = perf_counter_ns()
-        # A body without a length ends with its connection; the parser then cannot keep it alive.
-        open_ended = (
-            self._response.status != 0
-            and "content-length" not in self._response.headers
-            and "transfer-encoding" not in self._response.headers
-        )
-        if open_ended and exc is None:
+        if self._reading.open_ended and exc is None:
             self._finish(None)
-        elif self._response.status:
+        elif self._reading.got.status:
             self._finish("the server closed the connection before the response was complete")
         else:
             self._finish("the server closed the connection without an answer")
 
-    # --- httptools callbacks -------------------------------------------------------------------
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        assert self._parser is not None
-        self._response.status = self._parser.get_status_code()
-        self._keep = self._parser.should_keep_alive()
-
-    def on_body(self, body: bytes) -> None:
-        self._response.pieces.append((self._now, body))
-
-    def on_message_complete(self) -> None:
-        self._whole = True
-
-    def _finish(self, error: str | None) -> None:
-        waiter, self._waiter, self._parser = self._waiter, None, None
+    def _finish(self, error: str | None, now: int | None = None) -> None:
+        waiter, self._waiter = self._waiter, None
         if waiter is None:
             return
-        self._response.error = error
-        self._response.end_ns = self._now or perf_counter_ns()
+        response = self._reading.got
+        response.error = error
+        response.end_ns = now or perf_counter_ns()
         if not waiter.done():
-            waiter.set_result(self._response)
+            waiter.set_result(response)
 
 
 async def connect(target: Target) -> Connection:

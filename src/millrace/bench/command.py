@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import uvloop
 
 from millrace.bench.accuracy import Accuracy, accuracy_fields, accuracy_under_load
 from millrace.bench.compare import compare, comparison_table
-from millrace.bench.flags import load_flags, load_options, metric_names, serve_options, server_flags
+from millrace.bench.compared import compared_flags, compared_options, finish, tell_step
+from millrace.bench.flags import load_flags, metric_names, serve_options, server_flags
 from millrace.bench.live import LiveProgress, remarks
 from millrace.bench.options import BenchOptions
 from millrace.bench.page import report_page
@@ -22,19 +22,12 @@ from millrace.bench.parallelism import parallelism
 from millrace.bench.report import benchy_table, error_lines, table
 from millrace.bench.results import load_results
 from millrace.bench.save import RawFormat, check_raw, default_name, provenance, save_run, write_json
-from millrace.bench.scaling import (
-    ScalingOptions,
-    measure_scaling,
-    scaling_fields,
-    scaling_table,
-)
+from millrace.bench.scaling import measure_scaling, scaling_fields, scaling_table
 from millrace.bench.selftest import level_rows, selftest
 from millrace.bench.serve import Run, run
 from millrace.bench.sweep import grid, point_name, sweep_table
 from millrace.bench.tables import aligned
-from millrace.bench.workload import lengths, maker, workload_line
 from millrace.errors import UserError
-from millrace.http1 import Target
 
 INTERRUPTED = 130
 FAILED = 1
@@ -296,59 +289,17 @@ def selftest_command(**flags: Any) -> None:
 
 
 @bench.command()
-@click.argument("model")
-@click.argument("serve_arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--replicas", default="1,2,3", show_default=True, help="Counts to compare.")
-@click.option("--repeats", type=int, default=1, show_default=True, help="Interleaved; medians.")
-@click.option("--accuracy-task", default="math", show_default=True)
-@click.option("--accuracy-items", type=int, default=50, show_default=True, help="0 for no check.")
-@click.option("--start-timeout", type=float, default=900.0, help="Seconds for a server to start.")
-@click.option("--result-dir", type=click.Path(file_okay=False), default="bench-results")
-@click.option("--result-filename", help="Name of the JSON file (default: from the run).")
-@load_flags(
-    num_prompts=64,
-    input_len=128,
-    output_len=64,
-    range_ratio=0.5,
-    concurrency=16,
-    ignore_eos=True,
-    warmups=16,
-)
+@compared_flags
 def scaling(**flags: Any) -> None:
     """Serve MODEL on 1, 2 and 3 replicas and print how throughput grows, accuracy beside it.
 
     What stands behind `--` goes to `millrace serve` as it is.
     """
-    options = ScalingOptions(
-        model=flags["model"],
-        counts=_counts(flags["replicas"], "--replicas"),
-        load=load_options(flags, Target("127.0.0.1", 0)),
-        serve_arguments=flags["serve_arguments"],
-        repeats=flags["repeats"],
-        accuracy_task=flags["accuracy_task"],
-        accuracy_items=flags["accuracy_items"],
-        start_timeout=flags["start_timeout"],
-    )
-    spec = options.load.workload
-    make = maker(spec, as_text=options.load.as_text)
-    drawn = lengths([make(index) for index in range(spec.count or 0)])
-    click.echo(workload_line(spec, drawn), err=True)
-    rows = uvloop.run(measure_scaling(options, lambda step: click.echo(step, err=True)))
+    options = compared_options(flags, _counts(flags["replicas"], "--replicas"))
+    rows = uvloop.run(measure_scaling(options, tell_step))
     click.echo(scaling_table(rows))
-    date = rows[0].runs[0]["date"]
-    report = {
-        "date": date,
-        "model": options.model,
-        "serve_arguments": options.serve_arguments,
-        "cores": len(os.sched_getaffinity(0)),
-        "provenance": provenance(),
-        "table": scaling_fields(rows),
-        "rows": rows,
-    }
-    path = Path(flags["result_dir"]) / (flags["result_filename"] or f"scaling-{date}.json")
-    click.echo(f"written to {write_json(path, report)}")
-    if any(run["failed"] for row in rows for run in row.runs):
-        raise click.exceptions.Exit(FAILED)
+    finish("scaling", flags, options, rows, scaling_fields(rows))
 
 
 bench.add_command(parallelism)

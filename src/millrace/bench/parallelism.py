@@ -7,9 +7,7 @@ that says why, since that is an answer too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,8 +15,7 @@ import msgspec
 import uvloop
 
 from millrace.bench.accuracy import Accuracy
-from millrace.bench.flags import load_flags, load_options
-from millrace.bench.save import provenance, write_json
+from millrace.bench.compared import compared_flags, compared_options, finish, tell_step
 from millrace.bench.scaling import (
     ScalingOptions,
     ScalingRow,
@@ -28,12 +25,9 @@ from millrace.bench.scaling import (
 )
 from millrace.bench.serve import run
 from millrace.bench.tables import aligned
-from millrace.bench.workload import lengths, maker, workload_line
 from millrace.errors import UserError
 from millrace.fleet.shares import usable_cores, visible_gpus
-from millrace.http1 import Target
 
-FAILED = 1
 MOST_CORES = 4  # of a host without GPUs that are tried as devices unless more are asked for
 
 
@@ -181,24 +175,8 @@ def read_arrangements(text: str | None, devices: int) -> list[tuple[int, int]]:
 
 
 @click.command()
-@click.argument("model")
-@click.argument("serve_arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--arrangements", help="TPxDP to compare, as 1x1,1x2,2x1 (default: all that fit).")
-@click.option("--repeats", type=int, default=1, show_default=True, help="Interleaved; medians.")
-@click.option("--accuracy-task", default="math", show_default=True)
-@click.option("--accuracy-items", type=int, default=50, show_default=True, help="0 for no check.")
-@click.option("--start-timeout", type=float, default=900.0, help="Seconds for a server to start.")
-@click.option("--result-dir", type=click.Path(file_okay=False), default="bench-results")
-@click.option("--result-filename", help="Name of the JSON file (default: from the run).")
-@load_flags(
-    num_prompts=64,
-    input_len=128,
-    output_len=64,
-    range_ratio=0.5,
-    concurrency=16,
-    ignore_eos=True,
-    warmups=16,
-)
+@compared_flags
 def parallelism(**flags: Any) -> None:
     """Serve MODEL in every arrangement of tensor parallelism and replicas that this host can hold.
 
@@ -207,35 +185,7 @@ def parallelism(**flags: Any) -> None:
     """
     devices = len(visible_gpus()) or min(usable_cores(), MOST_CORES)
     arrangements = read_arrangements(flags["arrangements"], devices)
-    options = ScalingOptions(
-        model=flags["model"],
-        counts=[1],
-        load=load_options(flags, Target("127.0.0.1", 0)),
-        serve_arguments=flags["serve_arguments"],
-        repeats=flags["repeats"],
-        accuracy_task=flags["accuracy_task"],
-        accuracy_items=flags["accuracy_items"],
-        start_timeout=flags["start_timeout"],
-    )
-    spec = options.load.workload
-    make = maker(spec, as_text=options.load.as_text)
-    drawn = lengths([make(index) for index in range(spec.count or 0)])
-    click.echo(workload_line(spec, drawn), err=True)
-    told = lambda step: click.echo(step, err=True)  # noqa: E731
-    rows = uvloop.run(measure_parallelism(options, arrangements, told))
+    options = compared_options(flags, counts=[1])
+    rows = uvloop.run(measure_parallelism(options, arrangements, tell_step))
     click.echo(parallelism_table(rows))
-    date = next(row.runs[0]["date"] for row in rows if row.runs)
-    report = {
-        "date": date,
-        "model": options.model,
-        "serve_arguments": options.serve_arguments,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": len(visible_gpus()),
-        "provenance": provenance(),
-        "table": parallelism_fields(rows),
-        "rows": rows,
-    }
-    path = Path(flags["result_dir"]) / (flags["result_filename"] or f"parallelism-{date}.json")
-    click.echo(f"written to {write_json(path, report)}")
-    if any(one["failed"] for row in rows for one in row.runs):
-        raise click.exceptions.Exit(FAILED)
+    finish("parallelism", flags, options, rows, parallelism_fields(rows))

@@ -15,25 +15,22 @@ from typing import cast
 
 import httptools
 
-from millrace.http1 import Response, Target
+from millrace.http1 import Reading, Response, Target
 
 _LAST = b"0\r\n\r\n"  # the chunk that ends a chunked body
 _END = b"[DONE]\n\n\r\n" + _LAST
 _SHORT = len(_LAST)  # a piece no longer than this may be the torn end of a body
 
 
-class Raw:
+class Raw(Reading):
     """The pieces of one response, each with its time, and how far they have been parsed."""
 
-    __slots__ = ("_fed", "_now", "_parser", "_response", "chunked", "keep", "pieces", "whole")
+    __slots__ = ("_fed", "pieces")
 
     def __init__(self) -> None:
+        super().__init__()
         self.pieces: list[tuple[int, bytes]] = []
-        self.chunked = self.keep = self.whole = False
-        self._response = Response()
-        self._parser = httptools.HttpResponseParser(self)
         self._fed = 0
-        self._now = 0
 
     @property
     def begun(self) -> bool:
@@ -43,52 +40,28 @@ class Raw:
     @property
     def error(self) -> str | None:
         """What broke, as far as it is known."""
-        return self._response.error
+        return self.got.error
 
     def parse(self) -> None:
         """Parse the pieces that came since the last call; what is not HTTP becomes the error."""
-        pieces, self._fed, first = self.pieces, len(self.pieces), self._fed
+        first, self._fed = self._fed, len(self.pieces)
         try:
-            for self._now, piece in pieces[first:]:
-                self._parser.feed_data(piece)
+            for now, piece in self.pieces[first:]:
+                self.feed(now, piece)
         except httptools.HttpParserError as error:
             self.end(f"the server answered something that is not HTTP/1.1 ({error})")
 
     def end(self, error: str | None) -> None:
         """Note that nothing more comes. The first error is kept."""
-        self._response.error = self._response.error or error
-        self._response.end_ns = self.pieces[-1][0] if self.pieces else perf_counter_ns()
+        self.got.error = self.got.error or error
+        self.got.end_ns = self.pieces[-1][0] if self.pieces else perf_counter_ns()
 
     def response(self) -> Response:
         """The parsed response; its pieces are those of the body."""
         self.parse()
-        if not self.whole and self._response.error is None:
-            self._response.error = "the framing of the response does not match its end"
-        return self._response
-
-    @property
-    def open_ended(self) -> bool:
-        """Whether the body has neither a length nor chunks, and so ends with its connection."""
-        headers = self._response.headers
-        framed = "content-length" in headers or "transfer-encoding" in headers
-        return self._response.status != 0 and not framed
-
-    # --- httptools callbacks -------------------------------------------------------------------
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        self._response.status = self._parser.get_status_code()
-        self.keep = self._parser.should_keep_alive()
-        coding = self._response.headers.get("transfer-encoding", "")
-        self.chunked = coding.lower().endswith("chunked")
-
-    def on_body(self, body: bytes) -> None:
-        self._response.pieces.append((self._now, body))
-
-    def on_message_complete(self) -> None:
-        self.whole = True
+        if not self.whole and self.got.error is None:
+            self.got.error = "the framing of the response does not match its end"
+        return self.got
 
 
 class TimedConnection(asyncio.Protocol):
