@@ -149,6 +149,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 # --- front -> engine ---------------------------------------------------------------------------
 
 
+class ReasoningBound(msgspec.Struct, frozen=True, array_like=True):
+    """Token `end` closes the reasoning that an output begins with; where it has not come among the
+    first `tokens`, it comes next."""
+
+    tokens: int
+    end: int
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """A request enters the engine.
 
@@ -170,6 +178,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     priority: int = 0
     bad_words: list[list[int]] = []
     grammar: Grammar | None = None
+    reasoning: ReasoningBound | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -275,6 +284,7 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int = -1
     prompt_logprobs: int = -1
     masked: bool = False
+    reasoning: ReasoningBound | None = None
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):

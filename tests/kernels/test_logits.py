@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from millrace.kernels.logits import (
     apply_masks,
+    close_reasoning,
     completes,
     drop_improbable,
     penalise,
@@ -46,6 +47,26 @@ def test_penalties_count_what_the_context_holds(
             count = context[prompt_len:].count(token)
             want -= frequency * count + presence * (count > 0)
             assert math.isclose(float(got[row, token]), want, rel_tol=1e-4, abs_tol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(contexts, st.integers(0, 12), st.integers(0, 6)), min_size=1))
+def test_reasoning_ends_when_it_is_due(rows: list[tuple[list[int], int, int]]) -> None:
+    end = 3
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(4))
+    tapes = torch.full((len(rows), 16), end)  # what lies behind the context must not count
+    for row, (context, _, _) in enumerate(rows):
+        tapes[row, : len(context)] = torch.tensor(context)
+    ends = torch.tensor([len(context) for context, _, _ in rows])
+    begin = torch.tensor([prompt_len for _, prompt_len, _ in rows])
+    limit = begin + torch.tensor([budget for _, _, budget in rows])
+    got = close_reasoning(logits, tapes, ends, begin, limit, torch.full_like(ends, end))
+    for row, (context, prompt_len, budget) in enumerate(rows):
+        generated = len(context) - prompt_len
+        if generated >= budget and end not in context[prompt_len:]:
+            assert torch.isfinite(got[row]).nonzero().flatten().tolist() == [end]
+        else:
+            assert torch.equal(got[row], logits[row])
 
 
 def test_min_p_keeps_what_is_probable_enough() -> None:

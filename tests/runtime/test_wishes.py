@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace.engine import planlog
 from millrace.engine.engine import Engine
-from millrace.protocol import AddRequest, Delta, Grammar, SamplingParams
+from millrace.protocol import AddRequest, Delta, Grammar, ReasoningBound, SamplingParams
 from tests.support.engines import build, draft_well
 
 PROMPTS = [[5, 9, 40, 77, 120, 6, 9, 9], [3, 4]]
@@ -123,6 +123,17 @@ def only(tokens: list[int]) -> Rule:
     return rule
 
 
+def closed_after(budget: int, end: int) -> Rule:
+    """`end` and nothing else, if it has not come before `budget` tokens were generated."""
+
+    def rule(logits: Tensor, context: list[int], prompt_len: int) -> Tensor:
+        generated = context[prompt_len:]
+        due = len(generated) >= budget and end not in generated
+        return only([end])(logits, context, prompt_len) if due else logits
+
+    return rule
+
+
 def unlike(first: list[int]) -> Rule:
     """Neither first[2] anywhere nor first[5], first[6] in a row."""
 
@@ -176,6 +187,24 @@ def test_rules(
     tiny_model: Path, oracle: Oracle, rule: Rule, wishes: dict[str, Any], options: dict[str, Any]
 ) -> None:
     check(tiny_model, oracle, rule, options, **wishes)
+
+
+@pytest.mark.parametrize("options", RUNS)
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_reasoning_is_closed_when_its_budget_is_spent(
+    tiny_model: Path, oracle: Oracle, options: dict[str, Any], budget: int
+) -> None:
+    """Drafts count, a token of the prompt does not, and once closed it is closed."""
+    end = PROMPTS[0][1]
+    found = check(
+        tiny_model,
+        oracle,
+        closed_after(budget, end),
+        options,
+        reasoning=ReasoningBound(budget, end),
+    )
+    for index in range(len(PROMPTS)):
+        assert end in tokens_of(found[str(index)])[: budget + 1]
 
 
 @pytest.mark.parametrize("options", RUNS)

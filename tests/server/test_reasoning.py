@@ -108,3 +108,14 @@ def test_the_model_that_ships_answers_without_its_marker(tmp_path: Path) -> None
     assert content.startswith("Hello")
     assert "think>" not in content
     assert streamed(chunks, "content") == content
+
+
+@pytest.mark.parametrize("budget", [0, 5, 2**70])
+def test_a_budget_is_taken(client: openai.OpenAI, budget: int) -> None:
+    answer = ask(client, "so it is", extra_body={"thinking_token_budget": budget})
+    assert answer.choices[0].message.content or answer.choices[0].message.reasoning
+
+
+def test_a_budget_below_zero_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
+        ask(client, "x", extra_body={"thinking_token_budget": -1})

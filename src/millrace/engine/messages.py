@@ -42,6 +42,7 @@ def _extras(request: Request) -> Extras | None:
         logprobs=-1 if params.logprobs is None else params.logprobs,
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
         masked=request.source.grammar is not None,
+        reasoning=request.source.reasoning,
     )
     return None if extras == Extras(prompt_len=request.prompt_len) else extras
 

@@ -70,6 +70,21 @@ def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
     return ((before < 0) | ((places >= 0) & (found == before))).all(1)
 
 
+def close_reasoning(
+    logits: Tensor, tapes: Tensor, ends: Tensor, begin: Tensor, limit: Tensor, token: Tensor
+) -> Tensor:
+    """The logits with nothing but `token` left where it is due: it would stand at `limit` or behind
+    it, and stands nowhere from `begin` on.
+
+    logits: float32 [R, V]; tapes: int64 [R, L], known up to ends; the others int64 [R].
+    """
+    places = torch.arange(tapes.shape[1], device=tapes.device)
+    written = (places >= begin[:, None]) & (places < ends[:, None])
+    closed = ((tapes == token[:, None]) & written).any(1)
+    alone = torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0.0)
+    return torch.where(((ends >= limit) & ~closed)[:, None], alone, logits)
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens' log-probabilities and ranks, with the `top` likeliest of each row.
 

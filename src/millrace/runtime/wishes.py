@@ -16,6 +16,7 @@ from torch import Tensor
 
 from millrace.kernels.logits import (
     apply_masks,
+    close_reasoning,
     completes,
     drop_improbable,
     penalise,
@@ -150,6 +151,7 @@ class StepWishes:
         self._ban_words(logits, slots, ends)
         self._penalise(logits, slots, ends, context)
         self._drop_improbable(logits, slots)
+        self._close_reasoning(logits, slots, ends, context)
         return logits
 
     def logprobs(self, drawn: Tensor) -> Logprobs | None:
@@ -246,6 +248,19 @@ class StepWishes:
         least = upload([c.wish.extras.min_p for c in chosen], self._device, torch.float32)
         heat = self._slots.temperature[slots[rows]]
         logits[rows] = drop_improbable(logits[rows], least, heat)
+
+    def _close_reasoning(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
+        terms = [
+            (c.index, c.wish.extras.prompt_len, bound.tokens, bound.end)
+            for c in self._candidates
+            if (bound := c.wish.extras.reasoning) is not None
+        ]
+        if not terms:
+            return
+        rows, begin, budget, token = upload(list(zip(*terms, strict=True)), self._device)
+        tapes = self._slots.tokens[:, :context][slots[rows]]
+        limit = begin + budget
+        logits[rows] = close_reasoning(logits[rows], tapes, ends[rows], begin, limit, token)
 
     def _add(
         self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], values: Tensor

@@ -167,6 +167,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
         continue_final_message=prefilled,
         response_format=_response_format(body.output_config),
         chat_template_kwargs=_thinking(body.thinking),
+        thinking_token_budget=_budget(body.thinking),
     )
     if not isinstance(body, MessagesRequest):
         return chat
@@ -280,7 +281,7 @@ def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] 
 
 
 def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """On or off. Said nothing, the template decides; a budget is no bound here."""
+    """On or off. Said nothing, the template decides."""
     if given is None:
         return None
     kind = given.get("type")
@@ -288,6 +289,17 @@ def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
         message = f"thinking.type must be enabled, adaptive or disabled, got {kind!r}"
         raise RequestError(message, param="thinking")
     return {"enable_thinking": kind != "disabled"}
+
+
+def _budget(given: Mapping[str, Any] | None) -> int | None:
+    """Tokens that the reasoning may have."""
+    budget = (given or {}).get("budget_tokens")
+    if budget is None:
+        return None
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        message = f"thinking.budget_tokens must be an integer of at least 1, got {budget!r}"
+        raise RequestError(message, param="thinking")
+    return budget
 
 
 def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -59,7 +59,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "the server fetches nothing; offer a tool"),
     "prompt_embeds": ((), "prompts are text or token ids"),
     "mm_processor_kwargs": (({},), "the model reads and writes text only"),
-    "thinking_token_budget": ((), "reasoning has no bound of its own; max_tokens bounds it all"),
     "cache_salt": ((), "all clients share one prefix cache"),
     "logprob_token_ids": ((), "logprobs reports the likeliest tokens"),
     "kv_transfer_params": ((), "the replica keeps its caches to itself"),

@@ -93,6 +93,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = None
     include_reasoning: bool = True
+    thinking_token_budget: int | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

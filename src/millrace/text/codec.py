@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
+from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
 from millrace.text.call_grammar import calls_source, can_bind_freely
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
 from millrace.text.grammar import structured_rules, structured_source
@@ -108,6 +108,7 @@ class Codec:
         resume: Sequence[int] = (),
         priority: int = 0,
         grammar: Grammar | None = None,
+        reasoning: ReasoningBound | None = None,
     ) -> AddRequest:
         """A request that fits, with max_tokens settled and turn ends marked.
 
@@ -139,7 +140,25 @@ class Codec:
             priority=priority,
             bad_words=[ids for word in params.bad_words for ids in self._spellings(word)],
             grammar=grammar,
+            reasoning=reasoning,
         )
+
+    def reasoning_bound(self, tokens: int | None) -> ReasoningBound | None:
+        """What closes the reasoning after so many tokens. Raises RequestError."""
+        if tokens is None:
+            return None
+        if tokens < 0:
+            raise RequestError(
+                f"thinking_token_budget must be at least 0, got {tokens}",
+                param="thinking_token_budget",
+            )
+        end = self.tokenizer.token_id(END)
+        if end is None:
+            raise RequestError(
+                f"{END} is no token of this model, so that reasoning cannot be ended with it",
+                param="thinking_token_budget",
+            )
+        return ReasoningBound(min(tokens, 2**31), end)
 
     def _settled(
         self, params: SamplingParams, prompt_len: int, limit: int, unsaid_max_tokens: int | None
