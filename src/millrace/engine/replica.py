@@ -19,9 +19,10 @@ from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
 from millrace.engine.launch import STARTED_HERE, LocalRanks, require_devices, threads
 from millrace.engine.scheduler import Scheduler
+from millrace.engine.stuck import RANK_FAILED, StuckGuard
 from millrace.errors import RankError, UserError
 from millrace.models import find_model
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.protocol import AddRequest, Delta, SamplingParams
 
 if TYPE_CHECKING:
     from millrace.model.config import ModelConfig
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("millrace.engine")
 
 RANK_STOP_LIMIT = 10.0
-RANK_FAILED = 3  # exit status of a rank whose group has failed
 
 
 def _wait_passively() -> None:
@@ -48,7 +48,8 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
 
     With tensor_parallel_size > 1 the other ranks are started here, unless torchrun has done so.
     on_failure: told on another thread, and once, why the ranks cannot go on; the engine raises
-    RankError for the same reason, as soon as what runs lets it.
+    RankError for the same reason, as soon as what runs lets it. Without it a process that is stuck
+    in a call to the GPU, and cannot raise, is ended with that line.
     """
     _wait_passively()
     from millrace.runtime import ranks
@@ -58,12 +59,18 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
         place, children, store = ranks.place(args.tensor_parallel_size), LocalRanks(), None
     else:
         place, children, store = _start_here(args, config)
+    guard = StuckGuard()
+    told = on_failure or guard.failed
     try:
-        joined = _join(config, place, store=store, fate=children.fate, on_failure=on_failure)
+        joined = _join(config, place, store=store, fate=children.fate, on_failure=told)
         try:
-            return _assemble(config, model, joined, children)
+            with guard:
+                replica = _assemble(config, model, joined, children)
+            replica.guard = guard
+            return replica
         except BaseException as error:
             joined.fail(f"rank 0 could not start: {error}")
+            children.stop(limit=0.0)  # first, so that no collective waits for them
             joined.leave()
             raise
     except BaseException:
@@ -166,6 +173,11 @@ class Replica(Engine):
     ranks: Ranks
     children: LocalRanks
     worker: Worker
+    guard: StuckGuard
+
+    def step(self) -> list[Delta]:
+        with self.guard:
+            return super().step()
 
     def check(self) -> None:
         """Raise RankError if a rank has failed; an idle engine would not notice by itself."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +159,14 @@ def _files(directory: Path) -> list[Path]:
     return found
 
 
-def load(model: nn.Module, directory: str | Path) -> None:
+def _go_on() -> None:
+    """Nothing speaks against loading on."""
+
+
+def load(model: nn.Module, directory: str | Path, check: Callable[[], None] = _go_on) -> None:
     """Fill every parameter of `model` from the checkpoint in `directory`.
 
+    check: called before each parameter; what it raises ends the loading.
     Flat and nested names are taken, one file or many; `model.visual.*` is skipped, and so is the
     draft head where the model has none. Raises one CheckpointError that names every missing,
     unexpected, misshapen or wrongly typed tensor, before anything is read.
@@ -169,6 +174,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
     with Checkpoint(directory) as checkpoint, torch.no_grad():
         _check(checkpoint, model, directory)
         for param, pieces in parameters_with_pieces(model):
+            check()
             _fill(param, pieces, checkpoint)
 
 
@@ -223,13 +229,15 @@ def _ignored(name: str, expected: dict[str, Published]) -> bool:
 # --- random weights ----------------------------------------------------------------------------
 
 
-def random_weights(model: nn.Module, seed: int) -> None:
+def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _go_on) -> None:
     """Fill every parameter with seeded random numbers of the scales that trained weights have.
 
     Made on the parameters' device. No weight is zero but by rounding, so speed measured on them
     is that of real ones. Ranks agree on what they share, and differ where each has its own part.
+    check: as for `load`.
     """
     for param, pieces in parameters_with_pieces(model):
+        check()
         first = pieces[0]
         generator = torch.Generator(device=param.device)
         key = f"{seed} {first.name} {first.rows} {first.columns}"

@@ -33,12 +33,18 @@ class DecodeGraphs:
     """Captures `step` for each bucket of rows, and replays it.
 
     step: (slots int64 [rows], filters) -> the step's result [rows, ...], without host or sync.
+    settle: waits for the device, and not for ranks that are gone.
     """
 
     def __init__(
-        self, step: Callable[[Tensor, bool], Tensor], max_rows: int, device: torch.device
+        self,
+        step: Callable[[Tensor, bool], Tensor],
+        max_rows: int,
+        device: torch.device,
+        settle: Callable[[], None],
     ) -> None:
         self._step = step
+        self._settle = settle
         self._device = device
         self._buckets = bucket_sizes(max_rows)
         self._captured: dict[tuple[int, bool], _Captured] = {}
@@ -70,7 +76,7 @@ class DecodeGraphs:
     def _capture(self, rows: int, filters: bool) -> _Captured:
         slots = torch.full((rows,), NULL_SLOT, dtype=torch.int64, device=self._device)
         self._step(slots, filters)  # compiles and tunes what is used for the first time
-        torch.cuda.synchronize(self._device)
+        self._settle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's, may query events meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

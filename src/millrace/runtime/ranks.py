@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from millrace.errors import ConfigError, RankError
 from millrace.protocol import ToRank
+from millrace.runtime.apart import apart
 from millrace.runtime.meeting import meet
 from millrace.runtime.watch import Fate, Watch, no_fate
 
@@ -108,11 +109,16 @@ class Ranks:
         )
         try:
             with watch.limited(f"setting up {backend}", GROUP_LIMIT):
-                return cls(place.rank, place.size, *_groups(place, backend, store), watch)
+                groups = apart(lambda: _groups(place, backend, store), watch.check)
+                return cls(place.rank, place.size, *groups, watch)
         except BaseException as error:
+            if isinstance(error, RuntimeError):  # a library's: it knows the call, not the rank
+                error = watch.explain(error)
             watch.fail(f"rank {place.rank} could not join: {error}")
             watch.leave()
-            raise
+            if not dist.is_initialized():  # groups are named by their number, on all ranks alike
+                dist.distributed_c10d._world.group_count = 0
+            raise error from None
 
     # --- plans ------------------------------------------------------------------------------
 
@@ -254,7 +260,11 @@ class Ranks:
             self.watch.fail(message)
 
     def settle(self) -> None:
-        """Wait for all that this rank has launched on its GPU's current stream."""
+        """Wait for all that this rank has launched on its GPU's current stream.
+
+        Whatever else waits for the device (a capture's beginning, freed memory) does so without
+        looking up: with a collective in flight and a rank gone it would never return.
+        """
         event = torch.cuda.Event()
         event.record()
         self.wait(event)
@@ -280,8 +290,11 @@ class Ranks:
                 work.wait(_POLL)
                 return
             except RuntimeError:
-                if work.is_completed():  # it failed, and was not just slow
-                    raise
+                # The end may have come just behind the limit of this wait, so its error says
+                # nothing of the work itself; that is for a wait that has nothing to wait for.
+                if work.is_completed():
+                    work.wait()
+                    return
                 self.check()
 
     @contextmanager

@@ -18,27 +18,30 @@ from millrace.protocol import Admission, Chunk, StepPlan
 from millrace.runtime.runner import Runner
 
 
-def workspace_bytes(config: EngineConfig, build: Callable[[EngineConfig], Runner]) -> int:
+def workspace_bytes(
+    config: EngineConfig, build: Callable[[EngineConfig], Runner], settle: Callable[[], None]
+) -> int:
     """Bytes that the largest steps and the graphs take at once, on the current GPU.
 
-    build: a runner with caches of one page for the slots that a config asks for.
+    build: a runner with caches of one page for the slots that a config asks for. settle: waits for
+    the device, and not for ranks that are gone.
     """
-    _collect()
+    _collect(settle)
     runner = build(_few_slots(config))
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     rehearse(config, runner)
-    torch.cuda.synchronize()
+    settle()
     steps = torch.cuda.max_memory_reserved() - before
     graphs = 0
     if not config.args.enforce_eager:
-        _collect()
+        _collect(settle)
         before = torch.cuda.memory_reserved()
         runner.capture(config.max_num_seqs, largest_only=True)
-        _collect()
+        _collect(settle)
         graphs = torch.cuda.memory_reserved() - before
     del runner
-    _collect()
+    _collect(settle)
     return steps + graphs
 
 
@@ -78,7 +81,7 @@ def _step(chunks: list[Chunk], decode: list[int]) -> StepPlan:
     )  # fmt: skip
 
 
-def _collect() -> None:
+def _collect(settle: Callable[[], None]) -> None:
+    settle()  # first: what frees memory waits for the device
     gc.collect()
-    torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ from millrace.runtime.inputs import (
     shifted,
     single_batch,
 )
+from millrace.runtime.ranks import Ranks
 from millrace.runtime.results import StepOutput
 from millrace.runtime.sampler import Sampler
 from millrace.runtime.slots import Slots, grant_pages
@@ -48,7 +49,7 @@ class Runner:
         caches: Caches,
         slots: Slots,
         snapshots: Snapshots,
-        broadcast: Callable[[Tensor], Tensor],
+        ranks: Ranks,
     ) -> None:
         self._config = config
         self._model = model
@@ -57,7 +58,8 @@ class Runner:
         self._snapshots = snapshots
         self._width = config.drafts + 1
         self._device = slots.length.device
-        self._sampler = Sampler(config, slots, model.head, broadcast)
+        self._sampler = Sampler(config, slots, model.head, ranks.broadcast)
+        self._settle = ranks.settle
         self._wishes = Wishes(slots, self._width, model.config.vocab_size)
         self._graphs: DecodeGraphs | None = None  # of whole decode steps
         self._forwards: DecodeGraphs | None = None  # of their forwards alone
@@ -86,8 +88,9 @@ class Runner:
 
         largest_only: one of each kind, to see what they take.
         """
-        self._graphs = DecodeGraphs(self._decode_step, most, self._device)
-        self._forwards = DecodeGraphs(self._decode_forward, most, self._device)
+        device, settle = self._device, self._settle
+        self._graphs = DecodeGraphs(self._decode_step, most, device, settle)
+        self._forwards = DecodeGraphs(self._decode_forward, most, device, settle)
         if largest_only:
             self._graphs.capture_largest(filters=True)
             self._forwards.capture_largest(filters=False)

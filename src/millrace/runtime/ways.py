@@ -17,6 +17,7 @@ from torch import Tensor
 
 from millrace.errors import RankError
 from millrace.model.parallel import Normed
+from millrace.runtime.apart import ended_after
 from millrace.runtime.ranks import Ranks
 
 log = logging.getLogger("millrace.ranks")
@@ -25,6 +26,7 @@ PEER_ROWS = 512  # tokens of a message, at most, that goes through peer memory o
 PEER_BYTES = 8 << 20  # of a message, at most, that goes through the library's
 TRIAL_POLLS = 1 << 21  # about two seconds: a flag that does not come then never will
 SET_UP_LIMIT = 60.0  # seconds for a way to be set up
+MAPPING_LIMIT = 20.0  # seconds for ranks to map each other's memory once all are there
 SKIP = "MILLRACE_SKIP_ALL_REDUCE"
 
 
@@ -78,13 +80,10 @@ class LibraryPeers:
     """PyTorch's one-shot or two-shot kernel over symmetric memory, without multicast."""
 
     def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, two_shot: bool) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
         self.name = name
         self._two_shot = two_shot
         self._group = ranks.tensors.group_name
-        self._buffer = _shared(PEER_BYTES // dtype.itemsize, dtype)
-        symmetric.rendezvous(self._buffer, self._group)
+        (self._buffer,), _ = _shared(ranks, (PEER_BYTES // dtype.itemsize, dtype))
 
     def takes(self, x: Tensor) -> bool:
         return x.is_cuda and x.numel() <= self._buffer.numel() and x.dtype == self._buffer.dtype
@@ -104,27 +103,21 @@ class OwnPeers:
     """Our one-shot kernel over symmetric memory; it can go on to the residual add and the norm."""
 
     def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, width: int) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
         from millrace.kernels.gpu.all_reduce import PeerMemory
 
         self.name = name
         self._dtype = dtype
-        shared = [
-            _shared(2 * PEER_ROWS * width, dtype),
-            _shared(PEER_ROWS * ranks.size, torch.int32).zero_(),
-        ]
-        torch.cuda.synchronize()  # before they meet: nobody raises a flag that is yet to be zero
-        handles = [symmetric.rendezvous(one, ranks.tensors.group_name) for one in shared]
+        values, flags = (2 * PEER_ROWS * width, dtype), (PEER_ROWS * ranks.size, torch.int32)
+        shared, handles = _shared(ranks, values, flags)
         addresses = [
             torch.tensor([p + getattr(h, "offset", 0) for p in h.buffer_ptrs], device="cuda")
             for h in handles
         ]
         calls = torch.zeros(PEER_ROWS, dtype=torch.int32, device="cuda")
-        buffers, flags = addresses
+        buffers, counts = addresses
         self.memory = PeerMemory(
             *(ranks.rank, ranks.size, PEER_ROWS, width),
-            *(buffers, flags, calls),
+            *(buffers, counts, calls),
             keep=(shared, handles),
             patience=TRIAL_POLLS,
         )
@@ -153,12 +146,26 @@ class OwnPeers:
         return one_shot_norm(x, residual, weight, eps, memory, keep=keep, quantized=quantized)
 
 
-def _shared(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory of this GPU that other ranks can map."""
+def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor], list[Any]]:
+    """(zeroed memory of this GPU, the handles by which every rank reaches the others').
+
+    The exchange holds Python's lock while it waits, so that no watch of ours could end it. It is
+    begun once all ranks have their memory; one that dies within is left to a clock of C's own.
+    """
     import torch.distributed._symmetric_memory as symmetric
 
+    memory: list[Tensor] = []
+    problem: Exception | None = None
     device = torch.device("cuda", torch.cuda.current_device())
-    return symmetric.empty([count], dtype=dtype, device=device)
+    try:
+        memory = [symmetric.empty([n], dtype=dtype, device=device).zero_() for n, dtype in sizes]
+        ranks.settle()  # nobody raises a flag that is yet to be zero
+    except RuntimeError as error:
+        problem = error
+    if not ranks.smallest(0 if problem else 1):
+        raise problem or RuntimeError("another rank has no memory for it")
+    with ended_after(MAPPING_LIMIT):
+        return memory, [symmetric.rendezvous(one, ranks.tensors.group_name) for one in memory]
 
 
 def candidates(
@@ -185,13 +192,13 @@ def candidates(
 
 def set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
     """What `build` makes, if it can on every rank."""
+    if not ranks.smallest(0 if skipped(name) else 1):
+        log.warning("all-reduce by %s is left out: %s names it", name, SKIP)
+        return None
     made, problem = None, "it cannot be set up on another rank"
     try:
-        if skipped(name):
-            problem = f"{SKIP} names it"
-        else:
-            with ranks.limited(f"setting up all-reduce by {name}", SET_UP_LIMIT, advice(name)):
-                made = build(name)
+        with ranks.limited(f"setting up all-reduce by {name}", SET_UP_LIMIT, advice(name)):
+            made = build(name)
     except RankError:
         raise
     except Exception as error:

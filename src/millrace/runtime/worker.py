@@ -61,7 +61,7 @@ class Worker:
         self.collectives.settle(_message_rows(config))
         parallel = self.collectives.parallel()
         with _timed("weights"):
-            self._model = _load_model(config, model_config, directory, parallel)
+            self._model = _load_model(config, model_config, directory, parallel, ranks.check)
         with _timed("memory"):
             self.memory = self._plan_memory()
             pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
@@ -148,7 +148,9 @@ class Worker:
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
-            taken = workspace_bytes(self.config, lambda config: self._build_runner(config, 1, 0))
+            taken = workspace_bytes(
+                self.config, lambda config: self._build_runner(config, 1, 0), self.ranks.settle
+            )
             free, total = torch.cuda.mem_get_info()
             logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
             return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
@@ -164,7 +166,7 @@ class Worker:
             config.max_num_seqs, config.max_model_len, config.drafts, self._device
         )
         pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
-        return Runner(config, self._model, caches, slots, pool, self.ranks.broadcast)
+        return Runner(config, self._model, caches, slots, pool, self.ranks)
 
 
 @contextmanager
@@ -186,9 +188,16 @@ def _message_rows(config: EngineConfig) -> list[int]:
 
 
 def _load_model(
-    config: EngineConfig, model_config: ModelConfig, directory: Path, parallel: TensorParallel
+    config: EngineConfig,
+    model_config: ModelConfig,
+    directory: Path,
+    parallel: TensorParallel,
+    check: Callable[[], None],
 ) -> Qwen3_5:
-    """The model with its weights. FP8 weights stay FP8 where the device can multiply them."""
+    """The model with its weights. FP8 weights stay FP8 where the device can multiply them.
+
+    check: called all along; raises where loading on makes no sense.
+    """
     fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     model = build_model(
         model_config,
@@ -200,9 +209,9 @@ def _load_model(
         keep_fp8=fp8,
     )
     if config.args.load_format == "dummy":
-        random_weights(model, config.args.seed)
+        random_weights(model, config.args.seed, check)
     else:
-        load(model, directory)
+        load(model, directory, check)
     return model
 
 

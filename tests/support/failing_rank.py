@@ -1,0 +1,101 @@
+"""A rank that fails at a stage of its start, for tests/runtime/test_starts.py.
+
+Run as `python -m tests.support.failing_rank STAGE WAY NOTE ...`, a rank's own arguments behind; as
+it fails it writes the time into the file NOTE.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STAGES = ("groups", "measuring", "weights", "rehearsal", "capture", "first step")
+WAYS = ("kill", "stop", "raise")
+AFTER = 3  # sums of a stage that still go well, where it has sums
+
+
+def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Have CPU ranks rehearse and capture, as those on GPUs do; a captured step just runs."""
+    from millrace.runtime import graphs, rehearsal
+    from millrace.runtime.ranks import Ranks
+    from millrace.runtime.worker import Worker
+
+    class Graph:
+        def pool(self) -> None:
+            return None
+
+    @contextmanager
+    def graph(*given: object, **options: object) -> Any:
+        yield
+
+    plan_memory = Worker._plan_memory
+
+    def plan(self: Worker) -> Any:
+        scratch = self._build_runner(rehearsal._few_slots(self.config), 1, 0)
+        rehearsal.rehearse(self.config, scratch)
+        scratch.capture(self.config.max_num_seqs)
+        return plan_memory(self)
+
+    set_attribute(Worker, "_plan_memory", plan)
+    set_attribute(Ranks, "settle", Ranks.check)
+    set_attribute(graphs.torch.cuda, "CUDAGraph", Graph)
+    set_attribute(graphs.torch.cuda, "graph", graph)
+
+
+def fail_at(stage: str, fail: Callable[[], None]) -> None:
+    """Have this process fail at a stage: at its beginning, or among its sums."""
+    from millrace.runtime import ranks, rehearsal, runner, worker
+
+    owner, name = {
+        "groups": (ranks, "_groups"),
+        "measuring": (worker.Collectives, "measure"),
+        "weights": (worker, "_load_model"),
+        "rehearsal": (rehearsal, "rehearse"),
+        "capture": (runner.Runner, "capture"),
+        "first step": (worker.Worker, "follow"),
+    }[stage]
+    original, add_up = getattr(owner, name), ranks.Ranks.all_reduce
+    left = [AFTER]
+
+    def counted(self: ranks.Ranks, x: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            fail()
+        return add_up(self, x)
+
+    def begin(*given: Any) -> Any:
+        if stage in ("groups", "weights"):
+            fail()
+        ranks.Ranks.all_reduce = counted  # type: ignore[method-assign]
+        return original(*given)
+
+    setattr(owner, name, begin)
+
+
+def main() -> int:
+    stage, way, note = sys.argv[1:4]
+    sys.argv[1:4] = []
+
+    def fail() -> None:
+        Path(note).write_text(str(time.time()))
+        if way == "raise":
+            raise OSError("out of luck")
+        os.kill(os.getpid(), signal.SIGKILL if way == "kill" else signal.SIGSTOP)
+
+    as_on_a_gpu()
+    fail_at(stage, fail)
+    from millrace.engine.process import main as be_a_rank
+
+    return be_a_rank()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
