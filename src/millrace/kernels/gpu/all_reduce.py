@@ -1,8 +1,9 @@
 """One-shot all-reduce over peer memory, alone or with the residual add and the norm that follow.
 
 Every rank puts its part where all others can read it, raises a flag at each of them, waits for
-theirs and adds all parts up in rank order, in float32: the same bits everywhere. A program does one
-token and waits for the programs of the same number on the other ranks only. No multicast.
+theirs and adds all parts up in rank order, then the residual, in float32: the same bits everywhere,
+rounded once. A program does one token and waits for the programs of the same number on the other
+ranks only. No multicast.
 
 What a call wrote is read by peers until they have finished that call; so calls alternate between
 two halves of the buffer, and a rank that has passed the flags of one call knows that all have
@@ -70,7 +71,6 @@ def _one_shot_kernel(
         theirs = _aligned(tl.load(buffers + peer), kind) + place
         total += tl.load(theirs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     tl.store(calls + token, call)
-    total = total.to(x.dtype.element_ty).to(tl.float32)  # as an all-reduce would hand it on
     if NORM:
         total += tl.load(residual + here, mask=mask, other=0.0).to(tl.float32)
     total = total.to(sums.dtype.element_ty)
