@@ -2,7 +2,9 @@
 
 Three real engines in fp32 behind `millrace serve --replicas 3`. Greedy answers are taken once in
 peace; then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a gateway process gets
-SIGKILL) every few seconds, and every answer is compared with the one from before.
+SIGKILL) every few seconds, and every answer is compared with the one from before. A gateway process
+takes its own connections along: it is stopped first, and they are noted, so that a failure on any
+other connection is told apart.
 
     python benchmarks/gateway_kill.py --seconds 120 --every 6 --what replica
 """
@@ -24,8 +26,9 @@ from typing import Any
 import psutil
 import uvloop
 
-from millrace.http1 import Target, fetch
+from millrace.http1 import Connection, Target, connect, encode_request, fetch
 
+_COUNTED = ("answered", "failed", "failed_with_process", "different")
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECTS = [
     "a fox",
@@ -74,29 +77,50 @@ def read(body: bytes) -> tuple[str, int]:
     return text, count
 
 
-async def answer(target: Target, index: int, model: str, tokens: int) -> tuple[str, int]:
+async def answer(
+    connection: Connection, target: Target, index: int, model: str, tokens: int
+) -> tuple[str, int]:
     path, body = request(index, model, tokens)
-    response = await fetch(target, path, method="POST", body=body, timeout=120)
+    async with asyncio.timeout(120):
+        response = await connection.send(encode_request(target, "POST", path, body))
+    if response.error is not None:
+        raise ValueError(response.error)
     if response.status != 200:
         raise ValueError(f"status {response.status}: {response.body[:200]!r}")
     return read(response.body)
 
 
+async def asked_alone(target: Target, index: int, model: str, tokens: int) -> tuple[str, int]:
+    connection = await connect(target)
+    try:
+        return await answer(connection, target, index, model, tokens)
+    finally:
+        connection.close()
+
+
 async def clients(
-    target: Target, options: argparse.Namespace, truth: list[tuple[str, int]], end: float
+    target: Target,
+    options: argparse.Namespace,
+    truth: list[tuple[str, int]],
+    end: float,
+    doomed: set[int],
 ) -> Counter[str]:
-    """Keep `streams` requests running until `end`."""
+    """Keep `streams` requests running until `end`, each on a connection of its own. doomed: ports
+    of connections that a killed gateway process held."""
     results: Counter[str] = Counter()
 
     async def one(seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < end:
-            index = draw.randrange(16)
+            index, port = draw.randrange(16), 0
             try:
-                got = await answer(target, index, options.model, options.tokens)
+                connection = await connect(target)
+                port = connection.local_port
+                got = await answer(connection, target, index, options.model, options.tokens)
+                connection.close()
             except (OSError, ValueError) as error:
-                results["failed"] += 1
-                print(f"failed: {error}", flush=True)
+                results["failed_with_process" if port in doomed else "failed"] += 1
+                print(f"failed: {error}{', on a doomed connection' * (port in doomed)}", flush=True)
                 continue
             results["answered"] += 1
             if got != truth[index]:
@@ -107,7 +131,9 @@ async def clients(
     return results
 
 
-async def murders(target: Target, options: argparse.Namespace, supervisor: int, end: float) -> int:
+async def murders(
+    target: Target, options: argparse.Namespace, supervisor: int, end: float, doomed: set[int]
+) -> int:
     """Kill one every `every` seconds; the next only when all are healthy again."""
     draw, count = random.Random(1), 0
     await asyncio.sleep(options.every / 2)
@@ -120,9 +146,23 @@ async def murders(target: Target, options: argparse.Namespace, supervisor: int, 
                 os.kill(victim, signal.SIGSTOP)
                 asyncio.get_running_loop().call_later(15, _continue, victim)
             else:
+                if options.what == "gateway":
+                    os.kill(victim, signal.SIGSTOP)  # so that it accepts no more meanwhile
+                    doomed |= clients_of(victim, target.port)
                 os.kill(victim, signal.SIGKILL)
         await asyncio.sleep(options.every)
     return count
+
+
+def clients_of(pid: int, port: int) -> set[int]:
+    """Ports of those connected to `port` at this process, and of those it has not accepted yet."""
+    held = psutil.Process(pid).net_connections("tcp")
+    waiting = [one for one in psutil.net_connections("tcp") if one.pid is None]
+    return {
+        one.raddr.port
+        for one in (*held, *waiting)
+        if one.raddr and one.laddr.port == port and one.status == psutil.CONN_ESTABLISHED
+    }
 
 
 def _continue(pid: int) -> None:
@@ -154,10 +194,12 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     supervisor = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
         target = await _port(supervisor)
-        truth = [await answer(target, i, options.model, options.tokens) for i in range(16)]
+        truth = [await asked_alone(target, i, options.model, options.tokens) for i in range(16)]
+        doomed: set[int] = set()
         end = time.monotonic() + options.seconds
         results, killed = await asyncio.gather(
-            clients(target, options, truth, end), murders(target, options, supervisor.pid, end)
+            clients(target, options, truth, end, doomed),
+            murders(target, options, supervisor.pid, end, doomed),
         )
         state = json.loads((await fetch(target, "/gateway/status")).body)
     finally:
@@ -169,7 +211,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": options.seconds,
         "streams": options.streams,
         "killed": killed,
-        **{name: results[name] for name in ("answered", "failed", "different")},
+        **{name: results[name] for name in _COUNTED},
         **events,
         "worker_restarts": state["worker_restarts"],
         "left": {r["url"]: r["in_flight"] + r["resident_tokens"] for r in state["replicas"]},
@@ -207,7 +249,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
-    raise SystemExit(bool(result["failed"] or result["different"]) and options.what != "gateway")
+    raise SystemExit(bool(result["failed"] or result["different"]))
 
 
 if __name__ == "__main__":

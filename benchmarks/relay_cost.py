@@ -225,8 +225,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--first", type=int, default=50, help="ms to the first chunk")
-    parser.add_argument("--gap", type=int, default=50, help="ms between chunks")
-    parser.add_argument("--chunks", type=int, default=32)
+    each = "one, or one for each of --streams"
+    parser.add_argument("--gap", type=int, nargs="+", default=[50], help=f"ms, {each}")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64], help=f"an answer; {each}")
     parser.add_argument("--prompt", type=int, default=4096, help="bytes")
     parser.add_argument("--settle", type=float, default=1.0)
     parser.add_argument("--peers", type=Path, default=Path(sys.executable).parent)
@@ -247,12 +248,16 @@ def main() -> None:
     if options.policies:
         names = [f"millrace policy {policy}" for policy in POLICIES]
     names = [name for name in names if options.only is None or name in options.only]
+    levels = len(options.streams)
+    gaps, lengths = ((x * levels)[:levels] for x in (options.gap, options.chunks))
+    options.levels = list(zip(options.streams, gaps, lengths, strict=True))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         build(work)
         for _ in range(options.rounds):
-            for streams in options.streams:
+            for streams, gap, chunks in zip(options.streams, gaps, lengths, strict=True):
+                options.gap, options.chunks = gap, chunks
                 for name in random.sample(names, len(names)):
                     for _ in range(2):  # once more after a rejected run
                         run = one_run(name, streams, work, options)

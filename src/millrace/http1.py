@@ -146,6 +146,12 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     @property
+    def local_port(self) -> int:
+        """The port of our end; 0 when it is closed."""
+        name = self._transport.get_extra_info("sockname") if self._transport else None
+        return int(name[1]) if name else 0
+
+    @property
     def busy(self) -> bool:
         """Whether a response is still awaited."""
         return self._waiter is not None
