@@ -32,9 +32,20 @@ def _client(server: LiveServer) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    with _server(tmp_path_factory.mktemp("thinking")) as server:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("thinking")
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[openai.OpenAI]:
+    with _server(folder) as server:
         yield _client(server)
+
+
+@pytest.fixture
+def end(client: openai.OpenAI, folder: Path) -> int:
+    """The token that ends reasoning."""
+    return token_id(folder / "model", "</think>")
 
 
 def ask(client: openai.OpenAI, words: str, **more: Any) -> Any:
@@ -110,10 +121,28 @@ def test_the_model_that_ships_answers_without_its_marker(tmp_path: Path) -> None
     assert streamed(chunks, "content") == content
 
 
+def closed_at(answer: Any, end: int) -> int | None:
+    """How many tokens stand before the end of the reasoning."""
+    ids = answer.choices[0].token_ids
+    return ids.index(end) if end in ids else None
+
+
 @pytest.mark.parametrize("budget", [0, 5, 2**70])
-def test_a_budget_is_taken(client: openai.OpenAI, budget: int) -> None:
-    answer = ask(client, "so it is", extra_body={"thinking_token_budget": budget})
-    assert answer.choices[0].message.content or answer.choices[0].message.reasoning
+def test_a_budget_is_taken(client: openai.OpenAI, end: int, budget: int) -> None:
+    wanted = {"thinking_token_budget": budget, "return_token_ids": True}
+    answer = ask(client, "so it is", extra_body=wanted)
+    assert closed_at(answer, end) == (budget if budget < 100 else None)
+    assert (answer.choices[0].message.content is None) == (budget > 100)
+    assert bool(answer.choices[0].message.reasoning) == (budget > 0)
+    off = ask(client, "so it is", extra_body={**wanted, **OFF})
+    assert closed_at(off, end) is None
+
+
+def test_a_budget_holds_where_reasoning_is_not_told_apart(tmp_path: Path) -> None:
+    with _server(tmp_path, reasoning_parser="none") as server:
+        wanted = {"thinking_token_budget": 3, "return_token_ids": True}
+        answer = ask(_client(server), "so it is", extra_body=wanted)
+    assert closed_at(answer, token_id(tmp_path / "model", "</think>")) == 3
 
 
 def test_a_budget_below_zero_is_refused(client: openai.OpenAI) -> None:

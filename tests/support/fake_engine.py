@@ -1,8 +1,9 @@
 """An engine without a model, for tests of the front: it echoes each prompt, round and round.
 
 It speaks the same messages over the same sockets as the real one, and keeps the same promises:
-max_tokens, stop tokens, aborts, a bounded number of running requests. How it behaves comes as JSON
-in the environment variable MILLRACE_FAKE_ENGINE, with the fields of `Behaviour`.
+max_tokens, stop tokens, bounds of reasoning, aborts, a bounded number of running requests. How it
+behaves comes as JSON in the environment variable MILLRACE_FAKE_ENGINE, with the fields of
+`Behaviour`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ class Echo:
             self._stops.add(eos)
         self._sent = len(request.resume)
         self._resumed = request.resume
+        self._bound = request.reasoning
+        if self._bound is not None and self._bound.end in self._resumed:
+            self._bound = None
         self._first = True
 
     def step(self, count: int) -> Delta:
@@ -83,12 +87,20 @@ class Echo:
             return self._delta([], reason, first)
         tokens: list[int] = []
         while len(tokens) < count:
-            token = self._prompt[self._sent % len(self._prompt)]
+            token = self._next()
             tokens.append(token)
             self._sent += 1
             if reason := self._ends(token):
                 return self._delta(tokens, reason, first)
         return self._delta(tokens, None, first)
+
+    def _next(self) -> int:
+        token = self._prompt[self._sent % len(self._prompt)]
+        if self._bound is not None and self._sent >= self._bound.tokens:
+            token = self._bound.end
+        if self._bound is not None and token == self._bound.end:
+            self._bound = None
+        return token
 
     def _ends(self, token: int) -> FinishReason | None:
         if token in self._stops and self._sent >= self._params.min_tokens:

@@ -76,10 +76,10 @@ async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Tur
     front.check_room(params.n, ready)
     choice = tool_choice(front, body)
     text = await front.apart(partial(chat_text, front, body, choice), len(body.messages) > 8)
-    ends_open = text.rstrip().endswith(START)
     variables = _variables(front, body)
     thinks = begins_reasoning(front.reasoning_parser, text, variables)
-    build = _grammar(front, body, choice, ends_open or thinks)
+    reasons = thinks or text.rstrip().endswith(START)  # also where nobody tells it apart
+    build = _grammar(front, body, choice, reasons)
     grammar = await front.apart(build, True) if build else None
     token_ids = await front.token_ids(text, body.add_special_tokens)
     request = front.codec.request(
@@ -90,7 +90,7 @@ async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Tur
         resume=body.resume_token_ids or (),
         priority=body.priority or 0,
         grammar=grammar,
-        reasoning=front.codec.reasoning_bound(body.thinking_token_budget) if thinks else None,
+        reasoning=front.codec.reasoning_bound(body.thinking_token_budget) if reasons else None,
     )
     requests = copies(request)
     parser = partial(_parser, front, choice, thinks)
