@@ -60,6 +60,7 @@ def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str
         (["serve", "m", "--port", "70000"], "port 70000: use 0 to 65535"),
         (["serve", "m", "--replicas", "0"], "replicas 0: use 1 or more"),
         (["serve", "m", "--max-body-bytes", "0"], "max_body_bytes 0: use 1 or more"),
+        (["serve", "m", "--max-bodies-bytes", "9"], "at least max_body_bytes, 33554432"),
         (["serve", "m", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32'"),
         (["serve", "m", "--speculative-config", "{"], "'{' is not a JSON object"),
         (["serve", "m", "--speculative-config", '{"k": 1}'], "unknown field `k`"),

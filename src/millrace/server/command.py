@@ -72,6 +72,11 @@ def _check(options: ServerOptions) -> None:
     for name in (*counts, "stream_interval"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} {getattr(options, name)}: use 1 or more")
+    if options.max_bodies_bytes < options.max_body_bytes:
+        raise ConfigError(
+            f"max_bodies_bytes {options.max_bodies_bytes}: use at least max_body_bytes, "
+            f"{options.max_body_bytes}, or a body of that size is never taken"
+        )
     for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
