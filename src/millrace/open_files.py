@@ -13,9 +13,7 @@ WANTED = 65536
 def raise_file_limit() -> None:
     """Let this process, and those it starts, have as many open files as they may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = WANTED
-    wanted = min(hard, WANTED)
+    wanted = WANTED if hard == resource.RLIM_INFINITY else min(hard, WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
