@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 
 import torch  # noqa: E402
+from engine_runs import commit  # noqa: E402
 from qwen27b import write_config  # noqa: E402
 
 from millrace.bench.tables import aligned  # noqa: E402
@@ -250,15 +251,16 @@ def shapes_table(found: dict[str, Any], correctness: dict[str, Any]) -> str:
 
 
 def accuracy(name: str, correctness: dict[str, Any]) -> str:
-    """What the small model of FP8 blocks showed for this many ranks."""
+    """What a small model showed for this many ranks: that of FP8 blocks, or else millrace-mini."""
     if name == "TP=1":
         return "reference"
-    row = correctness.get(f"wide {name}", {"error": "not measured"})
-    if "error" in row:
-        return str(row["error"])
+    rows = [(model, correctness.get(f"{model} {name}", {})) for model in ("wide", "mini")]
+    model, row = next(((m, row) for m, row in rows if "tp" in row), rows[0])
+    if "tp" not in row:
+        return str(row.get("error", "not measured"))
     tp, noise = row["tp"], row["noise"]
     return (
-        f"logprobs off by {tp['median_logprob']:.2g} (one GPU's noise {noise['median_logprob']:.2g}"
+        f"{model}: logprobs off by {tp['median_logprob']:.2g} (one GPU's noise {noise['median_logprob']:.2g}"
         f"), {tp['equal_outputs']:.0%} of outputs equal ({noise['equal_outputs']:.0%})"
     )
 
@@ -347,6 +349,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--dp-alone", action="store_true", help="measure one engine alone for dp")
     parser.add_argument("--batches")
+    parser.add_argument("--commit", help="what is measured, in a copy without history")
     options = parser.parse_args()
     options.batches = options.batches or ("1,2" if options.dry_run else "1,8,32,256")
     unknown = [name for name in options.phases.split(",") if name not in PHASES]
@@ -360,15 +363,12 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     device = "cpu" if options.dry_run else torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         bench = Bench(options, make_models(scratch, options.dry_run), scratch)
         bench.out = json.loads(options.out.read_text()) if options.out.exists() else {}
-        bench.out |= {"commit": commit, "device": device, "torch": torch.__version__}
+        bench.out |= {"commit": commit(), "device": device, "torch": torch.__version__}
         for phase in options.phases.split(","):
             began = time.perf_counter()
             print(f"-- {phase}", flush=True)
