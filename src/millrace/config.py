@@ -154,8 +154,9 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
     dtype = _dtype(args, facts)
     drafts, acceptance = _drafts(args, facts)
     max_len = _max_model_len(args, facts)
-    max_seqs = args.max_num_seqs or (256 if device == "cuda" else 64)
-    batched = args.max_num_batched_tokens or (8192 if device == "cuda" else 2048)
+    max_seqs = _or(args.max_num_seqs, 256 if device == "cuda" else 64)
+    batched = _or(args.max_num_batched_tokens, 8192 if device == "cuda" else 2048)
+    mixed = min(batched, GPU_MIXED_TOKENS) if device == "cuda" else batched
     _positive("max_num_seqs", max_seqs)
     if batched < max_seqs * (drafts + 1):
         raise ConfigError(
@@ -171,8 +172,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         max_model_len=max_len,
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
-        mixed_prefill_tokens=args.mixed_prefill_tokens
-        or (min(batched, GPU_MIXED_TOKENS) if device == "cuda" else batched),
+        mixed_prefill_tokens=_or(args.mixed_prefill_tokens, mixed),
         page_size=args.block_size,
         drafts=drafts,
         acceptance=acceptance,
@@ -205,6 +205,10 @@ def _check_choices(args: EngineArgs) -> None:
     _positive("max_queue", args.max_queue)
     if args.step_timeout != 0.0 and not 1.0 <= args.step_timeout < float("inf"):
         raise ConfigError(f"step_timeout {args.step_timeout}: use 1 or more, or 0 for no limit")
+
+
+def _or(given: int | None, default: int) -> int:
+    return default if given is None else given
 
 
 def _positive(name: str, value: int) -> None:
@@ -249,7 +253,10 @@ def _max_model_len(args: EngineArgs, facts: ModelFacts) -> int:
     limit = facts.max_position_embeddings
     if args.max_model_len is None:
         return limit
-    _positive("max_model_len", args.max_model_len)
+    if args.max_model_len < 2:
+        raise ConfigError(
+            f"max_model_len {args.max_model_len}: use 2 or more, for a prompt and its answer"
+        )
     if args.max_model_len > limit:
         raise ConfigError(
             f"max_model_len {args.max_model_len} is beyond the model's {limit} positions; "

@@ -59,7 +59,7 @@ def _few_slots(config: EngineConfig) -> EngineConfig:
 
 def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
     """Whole prompts, as long as they may be, that fill a step; slot 0 is the null slot."""
-    longest = max(config.max_model_len - 1, 1)
+    longest = config.max_model_len - 1
     counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     counts = counts[: config.max_num_seqs]
     return [Chunk(slot, 0, count, last=True) for slot, count in enumerate(counts, 1)]
