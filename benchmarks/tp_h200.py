@@ -259,9 +259,10 @@ def accuracy(name: str, correctness: dict[str, Any]) -> str:
     if "tp" not in row:
         return str(row.get("error", "not measured"))
     tp, noise = row["tp"], row["noise"]
+    off, own = tp["median_logprob"], noise["median_logprob"]
     return (
-        f"{model}: logprobs off by {tp['median_logprob']:.2g} (one GPU's noise {noise['median_logprob']:.2g}"
-        f"), {tp['equal_outputs']:.0%} of outputs equal ({noise['equal_outputs']:.0%})"
+        f"{model}: logprobs off by {off:.2g} (one GPU's noise {own:.2g}), "
+        f"{tp['equal_outputs']:.0%} of outputs equal ({noise['equal_outputs']:.0%})"
     )
 
 
@@ -349,7 +350,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--dp-alone", action="store_true", help="measure one engine alone for dp")
     parser.add_argument("--batches")
-    parser.add_argument("--commit", help="what is measured, in a copy without history")
     options = parser.parse_args()
     options.batches = options.batches or ("1,2" if options.dry_run else "1,8,32,256")
     unknown = [name for name in options.phases.split(",") if name not in PHASES]

@@ -121,4 +121,6 @@ def report(found: dict[str, Any]) -> str:
             f"{share.sums_per_step} | {share.sums_per_token:.1f} | {share.sum_us:,.1f} | "
             f"{share.share:.1%} |"
         )
+    if any(timing.normed_us is not None for timing in timings):
+        lines += ["", "sum us: of the way that is used, with the residual add and norm behind it"]
     return "\n".join(lines)
