@@ -155,14 +155,15 @@ async def murders(
 
 
 def clients_of(pid: int, port: int) -> set[int]:
-    """Ports of those connected to `port` at this process, and of those it has not accepted yet."""
+    """Ports of those connected to `port` at this process, which is stopped, and of those that wait
+    to be accepted. The latter are read last, for more come all the time."""
     held = psutil.Process(pid).net_connections("tcp")
-    waiting = [one for one in psutil.net_connections("tcp") if one.pid is None]
-    return {
-        one.raddr.port
-        for one in (*held, *waiting)
-        if one.raddr and one.laddr.port == port and one.status == psutil.CONN_ESTABLISHED
-    }
+    ports = {one.raddr.port for one in held if one.raddr and one.laddr.port == port}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, ours, theirs, state, *rest = line.split()
+        if state == "01" and rest[5] == "0" and int(ours.rpartition(":")[2], 16) == port:
+            ports.add(int(theirs.rpartition(":")[2], 16))
+    return ports
 
 
 def _continue(pid: int) -> None:
