@@ -162,6 +162,32 @@ def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):
 
 
 @on_each_device
+@pytest.mark.parametrize("kind", ["flat", "peaky", "equal", "rounded"])
+def test_keep_threshold_of_many_tokens(device: str, kind: str):
+    """Rows of which nearly all, a few, or equal tokens are looked at again."""
+    from millrace.kernels.gpu import threshold as gpu
+
+    torch.manual_seed(3)
+    top_p = torch.tensor([0.9, 0.2, 0.9, 0.5, 1, 0.9999], device=device)
+    top_k = torch.tensor([0, 0, 5000, 20, 3000, 6000], device=device)
+    logits = torch.randn(6, 6000, device=device)
+    if kind == "peaky":
+        logits *= 8
+    elif kind == "equal":
+        logits.fill_(1.5)
+    elif kind == "rounded":
+        logits = (logits * 2).bfloat16().float()
+    heat = torch.tensor([1, 1, 1, 1, 0.5, 2], device=device)
+    want = sampling.keep_threshold(logits, heat, top_p, top_k)
+    got = gpu.keep_threshold(logits, heat, top_p, top_k)
+    # Sums that differ in their last bits may end top_p some tokens earlier or later.
+    ranks = [(logits > floor[:, None]).sum(1) for floor in (want, got)]
+    ties = [(logits == floor[:, None]).sum(1) for floor in (want, got)]
+    assert bool((torch.stack(ties) > 0).all())
+    assert bool(((ranks[0] - ranks[1]).abs() <= 2 * torch.maximum(*ties) * (top_p < 1)).all())
+
+
+@on_each_device
 def test_noise_is_the_reference_noise(device: str):
     """Each token in turn is made the likely one, so that every noise value decides some draw."""
     from millrace.kernels.gpu import sampling as gpu

@@ -1,14 +1,7 @@
 """Choosing tokens in one pass over the logits. See `millrace.kernels.sampling` for the rule.
 
 The vocabulary of a row is cut into pieces, a program each, whose best candidates a second kernel
-compares.
-
-top_k and top_p need the smallest kept logit first. A first pass takes the largest logit of every
-GROUP neighbours, and their mass. The k-th largest of these is a lower bound of the k-th largest of
-all; and tokens less probable than (1 - p) / V, of the likeliest, are together too light to matter
-for top_p. So only groups that reach the greater of the two bounds are looked at again: there the
-exact limit is found 4 bits at a time, from the largest, by measuring how much lies at or above
-each of 16 limits.
+compares. What top_k and top_p keep is found before, in `threshold`.
 """
 
 from __future__ import annotations
@@ -18,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.gpu.threshold import keep_threshold
 from millrace.kernels.sampling import NOTHING
 
 BLOCK = 4096
-GROUP = 64
 
 
 @triton.jit
@@ -103,148 +96,6 @@ def _pick_kernel(best, where, out, pieces, start, NAMED: tl.constexpr, PB: tl.co
     tl.store(out + row, first)
 
 
-@triton.jit
-def _ordered(x):
-    """float32 as uint32 of the same order."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-
-
-@triton.jit
-def _unordered(key):
-    """The float32 of such a uint32."""
-    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _groups_kernel(
-    logits, temperature, tops, masses, stride, V, groups,
-    MASS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Each group's largest logit and, with MASS, its mass relative to that."""
-    row = tl.program_id(1)
-    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row.to(tl.int64) * stride + v, mask=v < V, other=-float("inf"))
-    x = tl.reshape(x.to(tl.float32), (BLOCK // GROUP, GROUP))
-    top = tl.max(x, axis=1)
-    g = tl.program_id(0) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-    tl.store(tops + row * groups + g, top, mask=g < groups)
-    if MASS:
-        heat = tl.load(temperature + row)
-        heat = tl.where(heat > 0, heat, 1.0)
-        peak = tl.where(top == -float("inf"), 0.0, top)
-        mass = tl.sum(tl.exp((x - peak[:, None]) / heat), axis=1)
-        tl.store(masses + row * groups + g, mass, mask=g < groups)
-
-
-@triton.jit
-def _chosen_logits(base, chosen, at, span, V, GROUP: tl.constexpr):
-    """Logits at places `at` of the chosen groups' columns, and their keys; -inf and 0 beyond."""
-    g = tl.load(chosen + at // GROUP, mask=at < span, other=0)
-    v = g * GROUP + at % GROUP
-    live = (at < span) & (v < V)
-    x = tl.load(base + v, mask=live, other=-float("inf")).to(tl.float32)
-    return x, tl.where(live, _ordered(x), 0)
-
-
-@triton.jit
-def _floor_kernel(
-    logits, tops, masses, chosen, temperature, top_p, top_k, floors, stride, V, groups,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """The smallest logit of a row that top_k, then top_p keep. chosen: int32 [rows, groups]."""
-    row = tl.program_id(0)
-    base = logits + row.to(tl.int64) * stride
-    tops += row * groups
-    masses += row * groups
-    chosen += row * groups
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
-    heat = tl.load(temperature + row)
-    heat = tl.where(heat > 0, heat, 1.0)
-    cut = (k > 0) & (k < V)
-    lane = tl.arange(0, WIDTH)
-    digit = tl.arange(0, 16).to(tl.uint32)
-
-    # The likeliest token, and the mass of all.
-    best = tl.full((WIDTH,), -float("inf"), tl.float32)
-    for start in range(0, groups, WIDTH):
-        g = start + lane
-        best = tl.maximum(best, tl.load(tops + g, mask=g < groups, other=-float("inf")))
-    peak = tl.max(best, axis=0)
-    total = tl.zeros((), tl.float32)
-    if (p < 1.0) & (k <= 0):
-        sums = tl.zeros((WIDTH,), tl.float32)
-        for start in range(0, groups, WIDTH):
-            g = start + lane
-            top = tl.load(tops + g, mask=g < groups, other=-float("inf"))
-            mass = tl.load(masses + g, mask=g < groups, other=0.0)
-            sums += tl.where(top > -float("inf"), mass * tl.exp((top - peak) / heat), 0.0)
-        total = tl.sum(sums, axis=0)
-
-    # A bound that the limit cannot lie below, and the groups that reach it.
-    bound = tl.zeros((), tl.uint32)
-    if cut & (k <= groups):
-        shift = tl.full((16,), 28, tl.uint32)
-        for _ in range(8):
-            limit = bound + (digit << shift)
-            above = tl.zeros((WIDTH, 16), tl.int32)
-            for start in range(0, groups, WIDTH):
-                g = start + lane
-                top = tl.load(tops + g, mask=g < groups, other=-float("inf"))
-                key = tl.where(g < groups, _ordered(top), 0)
-                above += (key[:, None] >= limit[None, :]).to(tl.int32)
-            bound = tl.max(tl.where(tl.sum(above, axis=0) >= k, limit, 0), axis=0)
-            shift -= 4
-    if p < 1.0:
-        light = tl.log((1.0 - p) / V) - 0.01  # the margin covers rounding
-        bound = tl.maximum(bound, _ordered(peak + heat * light))
-    count = tl.zeros((), tl.int32)
-    for start in range(0, groups, WIDTH):
-        g = start + lane
-        top = tl.load(tops + g, mask=g < groups, other=-float("inf"))
-        reaches = (g < groups) & (_ordered(top) >= bound)
-        place = count + tl.cumsum(reaches.to(tl.int32), axis=0) - 1
-        tl.store(chosen + place, g, mask=reaches)
-        count += tl.sum(reaches.to(tl.int32), axis=0)
-    tl.debug_barrier()  # what follows reads what other threads stored
-    span = count * GROUP
-
-    kept = tl.zeros((), tl.uint32)  # nothing cut
-    if cut:
-        shift = tl.full((16,), 28, tl.uint32)
-        for _ in range(8):
-            limit = kept + (digit << shift)
-            above = tl.zeros((WIDTH, 16), tl.int32)  # one sum at the end, none in the loop
-            for start in range(0, span, WIDTH):
-                key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)[1]
-                above += (key[:, None] >= limit[None, :]).to(tl.int32)
-            kept = tl.max(tl.where(tl.sum(above, axis=0) >= k, limit, 0), axis=0)
-            shift -= 4
-    if p < 1.0:
-        if k > 0:  # of what top_k left
-            sums = tl.zeros((WIDTH,), tl.float32)
-            for start in range(0, span, WIDTH):
-                x, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
-                sums += tl.where(key >= kept, tl.exp((x - peak) / heat), 0.0)
-            total = tl.sum(sums, axis=0)
-        wanted = p * total
-        found = tl.zeros((), tl.uint32)
-        shift = tl.full((16,), 28, tl.uint32)
-        for _ in range(8):
-            limit = found + (digit << shift)
-            mass = tl.zeros((WIDTH, 16), tl.float32)
-            for start in range(0, span, WIDTH):
-                x, key = _chosen_logits(base, chosen, start + lane, span, V, GROUP)
-                weight = tl.where(key >= kept, tl.exp((x - peak) / heat), 0.0)
-                mass += tl.where(key[:, None] >= limit[None, :], weight[:, None], 0.0)
-            found = tl.max(tl.where(tl.sum(mass, axis=0) >= wanted, limit, 0), axis=0)
-            shift -= 4
-        kept = tl.maximum(kept, found)
-    tl.store(floors + row, tl.where(kept == 0, -float("inf"), _unordered(kept)))
-
-
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -292,23 +143,3 @@ def _best(
         NAMED=named, PB=triton.next_power_of_2(pieces), num_warps=1,
     )  # fmt: skip
     return out
-
-
-def keep_threshold(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """As the reference, with the mass of top_p summed in float32."""
-    rows, vocab = logits.shape
-    groups = triton.cdiv(vocab, GROUP)
-    device = logits.device
-    tops = torch.empty(rows, groups, dtype=torch.float32, device=device)
-    masses = torch.empty(rows, groups, dtype=torch.float32, device=device)
-    chosen = torch.empty(rows, groups, dtype=torch.int32, device=device)
-    floors = torch.empty(rows, dtype=torch.float32, device=device)
-    _groups_kernel[(triton.cdiv(vocab, BLOCK), rows)](
-        logits, temperature, tops, masses, logits.stride(0), vocab, groups,
-        MASS=True, BLOCK=BLOCK, GROUP=GROUP, num_warps=4,
-    )  # fmt: skip
-    _floor_kernel[(rows,)](
-        logits, tops, masses, chosen, temperature, top_p, top_k, floors, logits.stride(0), vocab,
-        groups, WIDTH=512, GROUP=GROUP, num_warps=8,
-    )  # fmt: skip
-    return floors
