@@ -60,7 +60,11 @@ def test_reasoning_ends_when_it_is_due(rows: list[tuple[list[int], int, int]]) -
     ends = torch.tensor([len(context) for context, _, _ in rows])
     begin = torch.tensor([prompt_len for _, prompt_len, _ in rows])
     limit = begin + torch.tensor([budget for _, _, budget in rows])
-    got = close_reasoning(logits, tapes, ends, begin, limit, torch.full_like(ends, end))
+    got = torch.cat([logits, logits]).flip(0)  # rows in any order, among others
+    at = torch.arange(2 * len(rows) - 1, -1, -1)[: len(rows)]
+    close_reasoning(got, at, tapes, ends, begin, limit, torch.full_like(ends, end))
+    assert torch.equal(got[: len(rows)], logits.flip(0))
+    got = got[at]
     for row, (context, prompt_len, budget) in enumerate(rows):
         generated = len(context) - prompt_len
         if generated >= budget and end not in context[prompt_len:]:

@@ -367,6 +367,30 @@ def test_a_grammar_may_start_behind_a_token(tiny_model: Path, options: dict[str,
         assert re.fullmatch("(ab|cd){2}", text), text
 
 
+@pytest.mark.parametrize("options", RUNS)
+def test_a_grammar_starts_behind_reasoning_that_was_closed(
+    tiny_model: Path, options: dict[str, Any]
+) -> None:
+    """Whole, and gone on with from before, at and behind the token that was forced."""
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    engine = build(tiny_model, **options)
+    wishes: dict[str, Any] = {
+        "grammar": regex("(ab|cd){2}", after=44), "reasoning": ReasoningBound(5, 44),
+        "temperature": 1.0, "seed": 2, "max_tokens": 40, "logit_bias": {44: -100.0}, "logprobs": 1,
+    }  # fmt: skip
+    add(engine, "whole", PROMPTS[0], **wishes)
+    whole = tokens_of(finish(engine)["whole"])
+    assert whole.index(44) == 5
+    assert re.fullmatch("(ab|cd){2}", tokenizer.decode(whole[6:])), whole
+    cuts = range(1, len(whole))
+    for cut in cuts:
+        add(engine, str(cut), PROMPTS[0], resume=whole[:cut], **wishes)
+    found = finish(engine)
+    engine.close()
+    for cut in cuts:
+        assert tokens_of(found[str(cut)]) == whole[cut:]
+
+
 def test_a_resumed_grammar_goes_on(tiny_model: Path) -> None:
     engine = build(tiny_model, speculative_config={"num_speculative_tokens": 2})
     wishes: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 60}

@@ -71,18 +71,22 @@ def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
 
 
 def close_reasoning(
-    logits: Tensor, tapes: Tensor, ends: Tensor, begin: Tensor, limit: Tensor, token: Tensor
-) -> Tensor:
-    """The logits with nothing but `token` left where it is due: it would stand at `limit` or behind
-    it, and stands nowhere from `begin` on.
+    logits: Tensor, rows: Tensor, tapes: Tensor, ends: Tensor, begin: Tensor, limit: Tensor,
+    token: Tensor,
+) -> None:  # fmt: skip
+    """Leave nothing but `token` to those of the rows where it is due: it would stand at `limit` or
+    behind it, and stands nowhere from `begin` on. In place: a copy would be a step's largest tensor.
 
-    logits: float32 [R, V]; tapes: int64 [R, L], known up to ends; the others int64 [R].
+    logits: float32 [C, V]; rows: int64 [R], none twice. tapes: int64 [R, L], known up to ends; the
+    others int64 [R].
     """
     places = torch.arange(tapes.shape[1], device=tapes.device)
     written = (places >= begin[:, None]) & (places < ends[:, None])
     closed = ((tapes == token[:, None]) & written).any(1)
-    alone = torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0.0)
-    return torch.where(((ends >= limit) & ~closed)[:, None], alone, logits)
+    due = (ends >= limit) & ~closed
+    every = torch.zeros_like(logits[:, 0], dtype=torch.bool).index_put_((rows,), due)
+    logits.masked_fill_(every[:, None], -torch.inf)
+    logits[rows, token] = torch.where(due, 0.0, logits[rows, token])
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -141,7 +141,7 @@ class StepWishes:
         logits: [C, V] as the model has them. slots, ends: int64 [C], each candidate's slot and the
         position its token will take. context: no end is greater. masks: of the step's grammars.
         """
-        logits = logits.float().clone()
+        logits = logits.to(torch.float32, copy=True)
         self._keep_raw(logits)
         if masks is not None:
             self._apply_masks(logits, masks)
@@ -259,8 +259,7 @@ class StepWishes:
             return
         rows, begin, budget, token = upload(list(zip(*terms, strict=True)), self._device)
         tapes = self._slots.tokens[:, :context][slots[rows]]
-        limit = begin + budget
-        logits[rows] = close_reasoning(logits[rows], tapes, ends[rows], begin, limit, token)
+        close_reasoning(logits, rows, tapes, ends[rows], begin, begin + budget, token)
 
     def _add(
         self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], values: Tensor
