@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,3 +82,41 @@ def test_the_best_of_the_ranks_is_the_best_of_all_logits(model: Path) -> None:
             assert apart == generate(engine, PROMPTS, 32, **draws, top_k=2048)
     finally:
         engine.close()
+
+
+START = """
+import sys
+from pathlib import Path
+import pytest
+from tests.runtime.test_starts import start_failing_ranks
+from tests.support.engines import build
+with pytest.MonkeyPatch.context() as patch:
+    start_failing_ranks(patch, *sys.argv[2:4], Path(sys.argv[4]))
+    build(sys.argv[1], device="cuda", tensor_parallel_size=2)
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "way"),
+    [
+        ("measuring", "kill"),
+        ("rehearsal", "kill"),
+        ("rehearsal", "raise"),
+        ("capture", "kill"),
+        ("capture", "raise"),
+        ("first step", "kill"),
+    ],
+)
+def test_a_rank_that_fails_while_kernels_wait_for_it(
+    model: Path, stage: str, way: str, tmp_path: Path
+) -> None:
+    """Rank 0 raises, or ends where its GPU lets it do nothing else; it says why either way."""
+    note = tmp_path / "failed"
+    command = [sys.executable, "-c", START, str(model), stage, way, str(note)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    spent = time.time() - float(note.read_text())
+    assert ended.returncode, ended.stderr
+    assert re.search(r"rank 1 \(pid \d+\) (died with signal 9|ends: out of luck)", ended.stderr)
+    assert spent < 30.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -120,6 +121,20 @@ def test_only_who_stays_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
         guard.failed("stuck")
         assert told.wait(LIMIT)
     assert ended == ["stuck"]
+
+
+AT_THE_END = """
+import atexit, time
+from millrace.engine import stuck
+atexit.register(time.sleep, 60)  # what comes first ends last
+stuck.EXIT_LIMIT = 0.5
+stuck.StuckGuard().failed("gone")
+"""
+
+
+def test_a_program_whose_ranks_failed_does_not_hang_as_it_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], timeout=LIMIT)
+    assert done.returncode == -signal.SIGALRM
 
 
 def test_calls_apart() -> None:

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 STAGES = ("groups", "measuring", "weights", "rehearsal", "capture", "first step")
 WAYS = ("kill", "stop", "raise")
 AFTER = 3  # sums of a stage that still go well, where it has sums
@@ -24,7 +22,9 @@ AFTER = 3  # sums of a stage that still go well, where it has sums
 
 def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> None:
     """Have CPU ranks rehearse and capture, as those on GPUs do; a captured step just runs."""
-    from millrace.runtime import graphs, rehearsal
+    import torch
+
+    from millrace.runtime import rehearsal
     from millrace.runtime.ranks import Ranks
     from millrace.runtime.worker import Worker
 
@@ -46,8 +46,8 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
 
     set_attribute(Worker, "_plan_memory", plan)
     set_attribute(Ranks, "settle", Ranks.check)
-    set_attribute(graphs.torch.cuda, "CUDAGraph", Graph)
-    set_attribute(graphs.torch.cuda, "graph", graph)
+    set_attribute(torch.cuda, "CUDAGraph", Graph)
+    set_attribute(torch.cuda, "graph", graph)
 
 
 def fail_at(stage: str, fail: Callable[[], None]) -> None:
@@ -62,20 +62,22 @@ def fail_at(stage: str, fail: Callable[[], None]) -> None:
         "capture": (runner.Runner, "capture"),
         "first step": (worker.Worker, "follow"),
     }[stage]
-    original, add_up = getattr(owner, name), ranks.Ranks.all_reduce
-    left = [AFTER]
+    original = getattr(owner, name)
+    # A sum that is measured is called by itself, any other is given a way first.
+    sums = (ranks.Ranks, "all_reduce") if stage == "measuring" else (worker.Collectives, "_for")
+    add_up, left = getattr(*sums), [AFTER]
 
-    def counted(self: ranks.Ranks, x: torch.Tensor) -> torch.Tensor:
+    def counted(*given: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             fail()
-        return add_up(self, x)
+        return add_up(*given)
 
-    def begin(*given: Any) -> Any:
+    def begin(*given: Any, **named: Any) -> Any:
         if stage in ("groups", "weights"):
             fail()
-        ranks.Ranks.all_reduce = counted  # type: ignore[method-assign]
-        return original(*given)
+        setattr(*sums, counted)
+        return original(*given, **named)
 
     setattr(owner, name, begin)
 
@@ -90,7 +92,8 @@ def main() -> int:
             raise OSError("out of luck")
         os.kill(os.getpid(), signal.SIGKILL if way == "kill" else signal.SIGSTOP)
 
-    as_on_a_gpu()
+    if '"cuda"' not in " ".join(sys.argv):
+        as_on_a_gpu()
     fail_at(stage, fail)
     from millrace.engine.process import main as be_a_rank
 

@@ -19,7 +19,7 @@ from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
 from millrace.engine.launch import STARTED_HERE, LocalRanks, require_devices, threads
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.stuck import RANK_FAILED, StuckGuard
+from millrace.engine.stuck import RANK_FAILED, StuckGuard, limit_exit
 from millrace.errors import RankError, UserError
 from millrace.models import find_model
 from millrace.protocol import AddRequest, Delta, SamplingParams
@@ -70,6 +70,8 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
             return replica
         except BaseException as error:
             joined.fail(f"rank 0 could not start: {error}")
+            if isinstance(error, RankError):
+                limit_exit()
             children.stop(limit=0.0)  # first, so that no collective waits for them
             joined.leave()
             raise

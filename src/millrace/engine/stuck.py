@@ -6,8 +6,10 @@ to stop from here. Waits that can notice by themselves do, and are given time to
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from types import TracebackType
 log = logging.getLogger("millrace.engine")
 
 STUCK_LIMIT = 5.0  # seconds to notice by oneself that the ranks have failed
+EXIT_LIMIT = 10.0  # seconds for Python's own end, once the ranks have failed
 RANK_FAILED = 3  # exit status of a process whose group has failed
 _GLANCE = 0.1
 
@@ -24,6 +27,17 @@ def end(why: str) -> None:
     """End this process with the reason as its last line."""
     log.error("%s", why)
     os._exit(RANK_FAILED)
+
+
+def limit_exit() -> None:
+    """Have this process end soon after its program: what it frees then may wait for the GPU."""
+    atexit.unregister(_end_soon)
+    atexit.register(_end_soon)
+
+
+def _end_soon() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, EXIT_LIMIT)
 
 
 class StuckGuard:
@@ -50,6 +64,7 @@ class StuckGuard:
 
     def failed(self, why: str) -> None:
         """The group has failed; returns at once."""
+        limit_exit()
         threading.Thread(target=self._see_out, args=[why], daemon=True).start()
 
     def _see_out(self, why: str) -> None:
