@@ -162,7 +162,7 @@ def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):
 
 
 @on_each_device
-@pytest.mark.parametrize("kind", ["flat", "peaky", "equal", "rounded"])
+@pytest.mark.parametrize("kind", ["flat", "even", "peaky", "equal", "rounded"])
 def test_keep_threshold_of_many_tokens(device: str, kind: str):
     """Rows of which nearly all, a few, or equal tokens are looked at again."""
     from millrace.kernels.gpu import threshold as gpu
@@ -171,7 +171,9 @@ def test_keep_threshold_of_many_tokens(device: str, kind: str):
     top_p = torch.tensor([0.9, 0.2, 0.9, 0.5, 1, 0.9999], device=device)
     top_k = torch.tensor([0, 0, 5000, 20, 3000, 6000], device=device)
     logits = torch.randn(6, 6000, device=device)
-    if kind == "peaky":
+    if kind == "even":  # many share 12 bits, few 16
+        logits = logits * 0.1 + 1.06
+    elif kind == "peaky":
         logits *= 8
     elif kind == "equal":
         logits.fill_(1.5)

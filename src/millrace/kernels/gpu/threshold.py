@@ -91,18 +91,18 @@ def _limit(
 ):  # fmt: skip
     """The largest key with at least `wanted` of the weight at or above it; 0 if none has so much.
 
-    After 3 of 8 digits the keys that still can be the limit are listed, if there is room for them,
-    and only they are looked at again.
+    After 3 of 8 digits, or 4, the keys that still can be the limit are listed, if there is room for
+    them, and only they are looked at again.
     """
     lane = tl.arange(0, WIDTH)
     digit = tl.arange(0, 16).to(tl.uint32)
-    shift = tl.full((16,), 28, tl.uint32)
+    step = tl.full((), 1 << 28, tl.uint32)
     found = tl.zeros((), tl.uint32)
     above = tl.zeros((), tl.float32)  # the weight above all that are listed
     listed = tl.zeros((), tl.int32)
     for turn in range(8):
-        if turn == 3:
-            end = found + (1 << 20)
+        if ((turn == 3) | (turn == 4)) & (listed == 0):
+            end = found + 16 * step
             count = tl.zeros((), tl.int32)
             sums = tl.zeros((4 * WIDTH,), tl.float32)
             for start in range(0, span, 4 * WIDTH):
@@ -119,14 +119,14 @@ def _limit(
                 above = tl.sum(sums, axis=0)
                 span = count
                 listed += 1
-        limit = found + (digit << shift)
+        limit = found + digit * step
         sums = tl.zeros((16, WIDTH), tl.float32)  # added up once, not in the loop
         for start in range(0, span, WIDTH):
             key = _key(base, chosen, keys, listed, start + lane, span, V, GROUP)
             weight = _weight(key, kept, peak, heat, MASS)
             sums += tl.where(key[None, :] >= limit[:, None], weight[None, :], 0.0)
         found = tl.max(tl.where(above + tl.sum(sums, axis=1) >= wanted, limit, found), axis=0)
-        shift -= 4
+        step = step >> 4
     return found
 
 
@@ -167,9 +167,9 @@ def _floor_kernel(
     # A bound that the limit cannot lie below, to 16 bits, and the groups that reach it.
     bound = tl.zeros((), tl.uint32)
     if (cut & (k <= groups)) | ((cut == 0) & (p < 1.0)):
-        shift = tl.full((16,), 28, tl.uint32)
+        step = tl.full((), 1 << 28, tl.uint32)
         for _ in range(4):
-            limit = bound + (digit << shift)
+            limit = bound + digit * step
             light = (GROUP - 1) * tl.exp((_unordered(limit) - peak) / heat)
             above = tl.zeros((16, WIDTH), tl.float32)
             for start in range(0, groups, WIDTH):
@@ -179,7 +179,7 @@ def _floor_kernel(
                 above += tl.where(key[None, :] >= limit[:, None], least, 0.0)
             enough = tl.sum(above, axis=1) >= wanted * tl.where(cut, 1.0, 1.00001)
             bound = tl.max(tl.where(enough, limit, bound), axis=0)
-            shift -= 4
+            step = step >> 4
     count = tl.zeros((), tl.int32)
     for start in range(0, groups, WIDTH):
         g = start + lane
