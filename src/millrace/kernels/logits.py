@@ -75,7 +75,7 @@ def close_reasoning(
     token: Tensor,
 ) -> None:  # fmt: skip
     """Leave nothing but `token` to those of the rows where it is due: it would stand at `limit` or
-    behind it, and stands nowhere from `begin` on. In place: a copy would be a step's largest tensor.
+    behind it, and stands nowhere from `begin` on. In place: no tensor of a step is larger.
 
     logits: float32 [C, V]; rows: int64 [R], none twice. tapes: int64 [R, L], known up to ends; the
     others int64 [R].
