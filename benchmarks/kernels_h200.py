@@ -636,18 +636,19 @@ def sampling_cases() -> Iterator[Case]:
         want = sampling.sample.__wrapped__(logits, **args, filters=bool(cut))
         return (got != want).float().mean().item()
 
-    for rows, noise, cut in (
-        (512, False, {}), (512, True, {}), (2, True, {}),
-        (512, True, {"top_k": 50}), (512, True, {"top_p": 0.9}),
+    for rows, noise, cut, spread in (
+        (512, False, {}, 1), (512, True, {}, 1), (2, True, {}, 1),
+        (512, True, {"top_k": 50}, 1), (512, True, {"top_k": 20, "top_p": 0.95}, 1),
+        (512, True, {"top_p": 0.9}, 1), (512, True, {"top_p": 0.9}, 6), (2, True, {"top_p": 0.9}, 6),
     ):  # fmt: skip
 
-        def calls(rows=rows, noise=noise, cut=cut):
-            logits = torch.randn(rows, VOCAB, device=DEVICE)
+        def calls(rows=rows, noise=noise, cut=cut, spread=spread):
+            logits = torch.randn(rows, VOCAB, device=DEVICE) * spread
             args = inputs(rows, **cut)
             return [lambda: gpu_sampling.sample(logits, **args, noise=noise, filters=bool(cut))] * 2
 
         yield Case(
-            f"{rows} rows noise={noise} {cut}", lambda cut=cut: check(**cut), 0.02, calls,
+            f"{rows} rows noise={noise} {cut}" + f" spread {spread}" * (spread > 1), lambda cut=cut: check(**cut), 0.02, calls,
             rows * VOCAB * 4.0,
         )  # fmt: skip
 
