@@ -639,7 +639,8 @@ def sampling_cases() -> Iterator[Case]:
     for rows, noise, cut, spread in (
         (512, False, {}, 1), (512, True, {}, 1), (2, True, {}, 1),
         (512, True, {"top_k": 50}, 1), (512, True, {"top_k": 20, "top_p": 0.95}, 1),
-        (512, True, {"top_p": 0.9}, 1), (512, True, {"top_p": 0.9}, 6), (2, True, {"top_p": 0.9}, 6),
+        (512, True, {"top_p": 0.9}, 1), (512, True, {"top_p": 0.9}, 6),
+        (2, True, {"top_p": 0.9}, 6),
     ):  # fmt: skip
 
         def calls(rows=rows, noise=noise, cut=cut, spread=spread):
@@ -647,9 +648,9 @@ def sampling_cases() -> Iterator[Case]:
             args = inputs(rows, **cut)
             return [lambda: gpu_sampling.sample(logits, **args, noise=noise, filters=bool(cut))] * 2
 
+        name = f"{rows} rows noise={noise} {cut}" + f" spread {spread}" * (spread > 1)
         yield Case(
-            f"{rows} rows noise={noise} {cut}" + f" spread {spread}" * (spread > 1), lambda cut=cut: check(**cut), 0.02, calls,
-            rows * VOCAB * 4.0,
+            name, lambda cut=cut: check(**cut), 0.02, calls, rows * VOCAB * 4.0,
         )  # fmt: skip
 
 
