@@ -20,8 +20,10 @@ from torch import Tensor
 from millrace.engine import planlog
 from millrace.engine.engine import Engine
 from millrace.protocol import AddRequest, Delta, Grammar, ReasoningBound, SamplingParams
+from millrace.runtime import wishes
 from tests.support.engines import build, draft_well
 
+AT_ONCE = 3  # candidates, so that rules meet them in parts
 PROMPTS = [[5, 9, 40, 77, 120, 6, 9, 9], [3, 4]]
 LENGTH = 20
 RUNS = [
@@ -70,6 +72,11 @@ def oracle(tiny_model: Path) -> Iterator[Oracle]:
     oracle = Oracle(tiny_model)
     yield oracle
     oracle.close()
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wishes, "AT_ONCE", AT_ONCE)
 
 
 def add(engine: Engine, name: str, prompt: list[int], **given: Any) -> None:
@@ -205,6 +212,32 @@ def test_reasoning_is_closed_when_its_budget_is_spent(
     )
     for index in range(len(PROMPTS)):
         assert end in tokens_of(found[str(index)])[: budget + 1]
+
+
+def test_no_rule_takes_many_rows_at_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each needs several times the memory of the logits that it is given."""
+    sizes: dict[str, set[int]] = {}
+
+    def noted(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+        def run(logits: Tensor, *rest: Any) -> Any:
+            sizes.setdefault(name, set()).add(len(logits))
+            return rule(logits, *rest)
+
+        return run
+
+    names = {"penalise", "drop_improbable", "apply_masks", "token_logprobs"}
+    for name in names:
+        monkeypatch.setattr(wishes, name, noted(name, getattr(wishes, name)))
+    engine = build(tiny_model, speculative_config={"num_speculative_tokens": 3})
+    for number in range(2):
+        add(
+            engine, str(number), PROMPTS[number], presence_penalty=0.5, min_p=0.1, logprobs=2,
+            temperature=1.0, allowed_token_ids=[3, 4, 5], max_tokens=6,
+        )  # fmt: skip
+    finish(engine)
+    engine.close()
+    assert sizes.keys() == names
+    assert {max(found) for found in sizes.values()} == {AT_ONCE}
 
 
 @pytest.mark.parametrize("options", RUNS)

@@ -28,6 +28,9 @@ from millrace.runtime.upload import upload
 
 # Rows of prompt log-probabilities computed at once: their logits are the largest tensor of a step.
 PROMPT_ROWS = 128
+# And of a step's candidates that one rule works on: it may take eight times the size of their
+# logits, in float32, and no memory was set aside for that.
+AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,8 @@ class StepWishes:
         logits: [C, V] as the model has them. slots, ends: int64 [C], each candidate's slot and the
         position its token will take. context: no end is greater. masks: of the step's grammars.
         """
+        self._raw = logits if self._wanting_logprobs() else None  # before any rule
         logits = logits.to(torch.float32, copy=True)
-        self._keep_raw(logits)
         if masks is not None:
             self._apply_masks(logits, masks)
         self._allow(logits)
@@ -159,17 +162,15 @@ class StepWishes:
         if self._raw is None:
             return None
         wanting = self._wanting_logprobs()
-        rows = [c.index for c in wanting]
+        indices = [c.index for c in wanting]
         top = max(c.wish.extras.logprobs for c in wanting)
-        tokens = drawn[upload(rows, self._device)]
-        return Logprobs(rows, *token_logprobs(self._raw, tokens, top))
+        found = [
+            token_logprobs(self._raw[rows].float(), drawn[rows], top)
+            for rows in upload(indices, self._device).split(AT_ONCE)
+        ]
+        return Logprobs(indices, *(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     # --- one rule each, in the order in which they apply --------------------------------------
-
-    def _keep_raw(self, logits: Tensor) -> None:
-        """Log-probabilities are the model's own, before any rule."""
-        if wanting := self._wanting_logprobs():
-            self._raw = logits[upload([c.index for c in wanting], self._device)]
 
     def _wanting_logprobs(self) -> list[_Candidate]:
         return [c for c in self._candidates if c.wish.extras.logprobs >= 0]
@@ -181,13 +182,14 @@ class StepWishes:
         if self._device.type != "cpu":
             words = words.pin_memory().to(self._device, non_blocking=True)
         rows = upload(indices, self._device)
-        logits[rows] = apply_masks(logits[rows], words)
+        _revise(logits, rows, lambda some, part: apply_masks(some, words[part]))
 
     def _allow(self, logits: Tensor) -> None:
         chosen = [(c.index, c.wish.allowed) for c in self._candidates if c.wish.allowed is not None]
         if chosen:
             rows = upload([index for index, _ in chosen], self._device)
-            logits[rows] = apply_masks(logits[rows], torch.stack([words for _, words in chosen]))
+            words = torch.stack([words for _, words in chosen])
+            _revise(logits, rows, lambda some, part: apply_masks(some, words[part]))
 
     def _add_bias(self, logits: Tensor) -> None:
         terms = [
@@ -235,10 +237,14 @@ class StepWishes:
             [e.presence_penalty for e in extras],
             [e.frequency_penalty for e in extras],
         ]
-        rows = table[0]
-        tapes = self._slots.tokens[:, :context][slots[rows]]
+        rows, tapes = table[0], self._slots.tokens[:, :context]
         penalties = upload(rates, self._device, torch.float32)
-        logits[rows] = penalise(logits[rows], tapes, ends[rows], table[1], *penalties.unbind())
+
+        def rule(some: Tensor, part: slice) -> Tensor:
+            known, end = tapes[slots[rows[part]]], ends[rows[part]]
+            return penalise(some, known, end, table[1, part], *penalties[:, part].unbind())
+
+        _revise(logits, rows, rule)
 
     def _drop_improbable(self, logits: Tensor, slots: Tensor) -> None:
         chosen = [c for c in self._candidates if c.wish.extras.min_p > 0]
@@ -247,7 +253,7 @@ class StepWishes:
         rows = upload([c.index for c in chosen], self._device)
         least = upload([c.wish.extras.min_p for c in chosen], self._device, torch.float32)
         heat = self._slots.temperature[slots[rows]]
-        logits[rows] = drop_improbable(logits[rows], least, heat)
+        _revise(logits, rows, lambda some, part: drop_improbable(some, least[part], heat[part]))
 
     def _close_reasoning(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
         terms = [
@@ -267,6 +273,14 @@ class StepWishes:
         """Add values at (row, token); places named twice get both."""
         at = upload([list(rows), list(tokens)], self._device)
         logits.index_put_((at[0], at[1]), values, accumulate=True)
+
+
+def _revise(logits: Tensor, rows: Tensor, rule: Callable[[Tensor, slice], Tensor]) -> None:
+    """Put what the rule makes of these rows in their place, some at a time. rule: of their logits
+    and of which part of the rows they are."""
+    for start in range(0, len(rows), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        logits[rows[part]] = rule(logits[rows[part]], part)
 
 
 def _penalised(extras: Extras) -> bool:
