@@ -50,7 +50,20 @@ def test_first_chunks_and_gaps_are_off_by_the_lateness_at_their_times() -> None:
     errors = timing_errors([part([(10, 1), (20, 5), (30, 2)], [9, 19, 29])])
     assert errors["ttft"] == {"p50": 1, "p99": 1, "max": 1}
     assert errors["itl"]["max"] == pytest.approx(4.0)  # from 1 to 5 ms late
-    assert errors["itl"]["p50"] == pytest.approx(3.5)
+    # Gaps of 10 ms were seen, where 6 and 13 ms had been: their median was 9.5.
+    assert errors["itl"]["p50"] == pytest.approx(0.5)
+
+
+def test_lateness_that_moves_no_percentile_is_no_error_of_it() -> None:
+    """One chunk of a hundred is 3 ms late: its two gaps are off, the figures hardly."""
+    chunks = [50.0 + 20 * i for i in range(100)]
+    beacons = [(at, 3.0 if i == 50 else 0.0) for i, at in enumerate(chunks)]
+    chunks[50] += 3
+    beacons[50] = (chunks[50], 3.0)
+    errors = timing_errors([part(beacons, chunks)])
+    assert errors["itl"]["max"] == pytest.approx(3.0)
+    assert errors["itl"]["p50"] == pytest.approx(0.0, abs=1e-6)
+    assert errors["itl"]["p99"] < 0.5
 
 
 def test_no_beacon_is_no_error_and_no_crash() -> None:

@@ -2,7 +2,8 @@
 
 Beacons are times written to each load process while it sends. How late one is read is how late the
 clock was read for a chunk that came at that moment. So a first chunk's TTFT is off by the lateness
-of the beacon nearest to it, and a gap by the difference of two of them. Pure functions.
+of the beacon nearest to it, and a gap by the difference of two of them; what the figures would be
+without that, held against what they are, is their error. Pure functions.
 """
 
 from __future__ import annotations
@@ -81,17 +82,31 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> Client:
 
 
 def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
-    """How far off the stamps of first chunks are, and the gaps between chunks, in ms."""
-    first, gaps = [np.empty(0)], [np.empty(0)]
+    """How far off the percentiles of TTFT and ITL are, and at most one of either, in ms."""
+    first, first_late = [np.empty(0)], [np.empty(0)]
+    gaps, gaps_late = [np.empty(0)], [np.empty(0)]
     for part in parts:
         if len(part.lag_ns) == 0:
             continue
         for record in part.records:
             if len(record.chunk_ns) and record.error is None:
                 late = lateness(part, record.chunk_ns)
-                first.append(late[:1])
-                gaps.append(np.abs(np.diff(late)))
-    return {"ttft": _quantiles(np.concatenate(first)), "itl": _quantiles(np.concatenate(gaps))}
+                times = np.asarray(record.chunk_ns, dtype=np.int64) - record.start_ns
+                first.append(times[:1] / 1e6)
+                first_late.append(late[:1])
+                gaps.append(np.diff(times) / 1e6)
+                gaps_late.append(np.diff(late))
+    return {
+        "ttft": _figure_errors(np.concatenate(first), np.concatenate(first_late)),
+        "itl": _figure_errors(np.concatenate(gaps), np.concatenate(gaps_late)),
+    }
+
+
+def _figure_errors(seen: Samples, late: Samples) -> dict[str, float]:
+    """Percentiles of what was seen, less those of what would have been seen without lateness."""
+    is_, would_be = _quantiles(seen), _quantiles(seen - late)
+    most = float(np.abs(late).max()) if len(late) else 0.0
+    return {**{p: abs(is_[p] - would_be[p]) for p in ("p50", "p99")}, "max": most}
 
 
 def lateness(part: Part, times: Sequence[int]) -> Samples:
