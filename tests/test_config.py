@@ -28,6 +28,8 @@ def test_a_gpu_and_a_cpu_have_their_own_defaults() -> None:
     assert (on_gpu.async_scheduling, on_cpu.async_scheduling) == (True, False)
     assert resolved(cuda=True, device="cpu").device == "cpu"
     assert resolved(cuda=True, max_num_batched_tokens=1000).mixed_prefill_tokens == 1000
+    both = {"mixed_prefill_tokens": 5000, "max_num_batched_tokens": 1000}
+    assert resolved(cuda=True, **both).mixed_prefill_tokens == 1000  # no step takes more
 
 
 @pytest.mark.parametrize("checkpoint", ["bfloat16", "float32"])

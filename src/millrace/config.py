@@ -172,7 +172,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         max_model_len=max_len,
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
-        mixed_prefill_tokens=_or(args.mixed_prefill_tokens, mixed),
+        mixed_prefill_tokens=min(batched, _or(args.mixed_prefill_tokens, mixed)),
         page_size=args.block_size,
         drafts=drafts,
         acceptance=acceptance,
