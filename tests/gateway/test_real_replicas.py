@@ -1,4 +1,4 @@
-"""Real engines behind the gateway: killed under load, nothing is lost and no token is wrong.
+"""Real engines behind the gateway: killed under load, read slowly: no token is lost or wrong.
 
 The long variants are in benchmarks/gateway_kill.py.
 """
@@ -9,21 +9,25 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from millrace.fleet.supervisor import FleetOptions, Supervisor
 from millrace.gateway.app import GatewayOptions
-from millrace.http1 import Target, fetch
+from millrace.http1 import Reading, Target, encode_request, fetch
 from tests.support.gateways import FAST, streamed
 from tests.support.running import eventually, run
 
 TOKENS = 300
 
 
-async def answer(target: Target, index: int) -> tuple[list[int], str, int]:
-    """(token ids, text, counted tokens) of one of four greedy streams, whole."""
+Answer = tuple[list[int], str, int]  # token ids, text, counted tokens
+
+
+def question(index: int) -> tuple[str, bytes]:
+    """(path, body) of one of four greedy streams."""
     body: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True, "return_token_ids": True}
     body["stream_options"] = {"include_usage": True}
@@ -34,10 +38,39 @@ async def answer(target: Target, index: int) -> tuple[list[int], str, int]:
         )
     else:
         path, more = "/v1/completions", {"prompt": [index + 1, 2, 3]}
-    data = json.dumps({**body, **more}).encode()
+    return path, json.dumps({**body, **more}).encode()
+
+
+async def answer(target: Target, index: int) -> Answer:
+    """One of the four, whole."""
+    path, data = question(index)
     response = await fetch(target, path, method="POST", body=data, timeout=60)
     assert response.status == 200, response.body
-    lines = [line.removeprefix(b"data: ") for line in response.body.split(b"\n\n") if line]
+    return read(response.body)
+
+
+async def read_slowly(target: Target, index: int, others: list[Answer]) -> Answer:
+    """The same by a client that reads nothing until others have their answers, then in morsels."""
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.setblocking(False)
+    loop, reading = asyncio.get_running_loop(), Reading()
+    try:
+        await loop.sock_connect(slow, (target.host, target.port))
+        await loop.sock_sendall(slow, encode_request(target, "POST", *question(index)))
+        assert [await answer(target, i) for i in range(4)] == others
+        while not reading.whole:
+            data = await asyncio.wait_for(loop.sock_recv(slow, 700), 30)
+            assert data, "the stream broke off"
+            reading.feed(0, data)
+    finally:
+        slow.close()
+    return read(reading.got.body)
+
+
+def read(body: bytes) -> Answer:
+    """What a whole stream says."""
+    lines = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line]
     assert lines[-1] == b"[DONE]"
     events = [json.loads(line) for line in lines[:-1]]
     choices = [choice for event in events for choice in event["choices"]]
@@ -65,6 +98,7 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
             target = Target("127.0.0.1", fleet.gateway.port)
             truth = [await answer(target, index) for index in range(4)]
             assert all(len(ids) == count == TOKENS for ids, _, count in truth)
+            assert await read_slowly(target, 0, truth) == truth[0]
             for victim in range(2):
                 await _kill_in_mid_stream(fleet, target, truth, victim)
             events = fleet.gateway.board.events()
@@ -77,7 +111,7 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
 
 
 async def _kill_in_mid_stream(
-    fleet: Supervisor, target: Target, truth: list[tuple[list[int], str, int]], victim: int
+    fleet: Supervisor, target: Target, truth: list[Answer], victim: int
 ) -> None:
     """Twelve streams run, four of them on the victim; all answers are those from before."""
     running = [asyncio.create_task(answer(target, index % 4)) for index in range(12)]
