@@ -162,6 +162,19 @@ def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):
 
 
 @on_each_device
+@pytest.mark.parametrize("top_p", [1e-46, 1e-38, 1e-9])
+def test_a_tiny_top_p_keeps_the_likeliest(device: str, top_p: float):
+    """In float32 it may be 0, of which no logit has as much."""
+    from millrace.kernels.gpu import sampling as gpu
+
+    torch.manual_seed(8)
+    logits, ones = torch.randn(3, 300, device=device) * 3, torch.ones(3, device=device)
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+    drawn = gpu.sample(logits, ones, ones * top_p, zeros, zeros, zeros, noise=True, filters=True)
+    assert drawn.tolist() == logits.argmax(1).tolist()
+
+
+@on_each_device
 @pytest.mark.parametrize("kind", ["flat", "even", "peaky", "equal", "rounded"])
 def test_keep_threshold_of_many_tokens(device: str, kind: str):
     """Rows of which nearly all, a few, or equal tokens are looked at again."""

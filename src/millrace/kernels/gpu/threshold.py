@@ -144,7 +144,7 @@ def _floor_kernel(
     chosen += row * groups
     keys += row.to(tl.int64) * room
     k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
+    p = tl.maximum(tl.load(top_p + row), 1e-30)  # no mass at all would name no limit
     heat = tl.load(temperature + row)
     heat = tl.where(heat > 0, heat, 1.0)
     cut = (k > 0) & (k < V)
