@@ -46,17 +46,33 @@ def test_a_chunk_is_as_late_as_the_beacon_read_next() -> None:
     assert lateness(one, one.records[0].chunk_ns).tolist() == [1, 1, 5, 2]
 
 
+def test_a_backlog_is_worked_off_behind_the_beacons_that_showed_it() -> None:
+    one = part([(10, 0), (50, 20), (50, 16), (54, 0)], [50, 51, 53, 60])
+    assert lateness(one, one.records[0].chunk_ns).tolist() == [20, 19, 17, 0]
+
+
 def test_first_chunks_and_gaps_are_off_by_the_lateness_at_their_times() -> None:
     errors = timing_errors([part([(10, 1), (20, 5), (30, 2)], [9, 19, 29])])
     assert errors["ttft"] == {"p50": 1, "p99": 1, "max": 1}
-    assert errors["itl"]["max"] == pytest.approx(4.0)  # from 1 to 5 ms late
-    # Gaps of 10 ms were seen, where 6 and 13 ms had been: their median was 9.5.
-    assert errors["itl"]["p50"] == pytest.approx(0.5)
+    assert errors["itl"]["max"] == pytest.approx(5.0)
+    # No gap was on time: of 10 ms seen, at worst 5 and 5 had been there.
+    assert errors["itl"]["p50"] == pytest.approx(5.0)
+
+
+def test_gaps_on_time_say_what_the_others_would_have_been() -> None:
+    chunks = [50.0 + 20 * i for i in range(100)]
+    beacons = [(at, 0.1) for at in chunks]
+    for i in range(50, 60, 2):  # five chunks come 15 ms late, so ten gaps are off
+        chunks[i] += 15
+        beacons[i] = (chunks[i], 15.0)
+    errors = timing_errors([part(beacons, chunks)])
+    assert errors["itl"]["p50"] == pytest.approx(0.0, abs=1e-6)
+    assert errors["itl"]["p99"] == pytest.approx(15.0)
 
 
 def test_lateness_that_moves_no_percentile_is_no_error_of_it() -> None:
-    """One chunk of a hundred is 3 ms late: its two gaps are off, the figures hardly."""
-    chunks = [50.0 + 20 * i for i in range(100)]
+    """One chunk of 400 is 3 ms late: its two gaps are off, the figures hardly."""
+    chunks = [50.0 + 20 * i for i in range(400)]
     beacons = [(at, 3.0 if i == 50 else 0.0) for i, at in enumerate(chunks)]
     chunks[50] += 3
     beacons[50] = (chunks[50], 3.0)

@@ -1,9 +1,9 @@
 """The generator measured by itself: what it cost, how late it was, what error follows from that.
 
 Beacons are times written to each load process while it sends. How late one is read is how late the
-clock was read for a chunk that came at that moment. So a first chunk's TTFT is off by the lateness
-of the beacon nearest to it, and a gap by the difference of two of them; what the figures would be
-without that, held against what they are, is their error. Pure functions.
+clock was read for a chunk that came at that moment. The error of a figure is the figure, less what
+it would be without that: with first chunks as early as they came, and over the gaps that nothing was
+late for. Pure functions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from millrace.bench.pool import Outcome, Part
 BUSY = 0.85  # of a core: from here on a process is late for want of time
 TOLERANCE = {"p50": 0.02, "p99": 0.05}  # relative error of a latency
 FLOOR_MS = 1.0  # an error below this is none that a server's figures could show
+_ON_TIME_MS = 0.5
+_ENOUGH = 0.05  # of the gaps: if fewer were on time, they say too little
 _COMFORT = 0.5  # of a core: what a process is to have when more of them are advised
 _STARVED = (
     "client-bound: its processes had little to do and were late all the same, because others use "
@@ -95,25 +97,37 @@ def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
                 first.append(times[:1] / 1e6)
                 first_late.append(late[:1])
                 gaps.append(np.diff(times) / 1e6)
-                gaps_late.append(np.diff(late))
+                gaps_late.append(np.maximum(late[:-1], late[1:]))
+    seen, late = np.concatenate(first), np.concatenate(first_late)
+    seen_gaps, late_gaps = np.concatenate(gaps), np.concatenate(gaps_late)
+    # A gap's two ends are late by roughly known times, and their difference would be noise; but
+    # the gaps of which neither end was late say what there was to see.
+    on_time = seen_gaps[late_gaps <= _ON_TIME_MS]
+    enough = len(on_time) >= _ENOUGH * len(seen_gaps)
     return {
-        "ttft": _figure_errors(np.concatenate(first), np.concatenate(first_late)),
-        "itl": _figure_errors(np.concatenate(gaps), np.concatenate(gaps_late)),
+        "ttft": _figure_errors(seen, seen - late, late),
+        "itl": _figure_errors(seen_gaps, on_time if enough else seen_gaps - late_gaps, late_gaps),
     }
 
 
-def _figure_errors(seen: Samples, late: Samples) -> dict[str, float]:
-    """Percentiles of what was seen, less those of what would have been seen without lateness."""
-    is_, would_be = _quantiles(seen), _quantiles(seen - late)
+def _figure_errors(seen: Samples, other: Samples, late: Samples) -> dict[str, float]:
+    """How far the percentiles of both lie apart; max: the largest lateness of one."""
+    here, there = _quantiles(seen), _quantiles(other)
     most = float(np.abs(late).max()) if len(late) else 0.0
-    return {**{p: abs(is_[p] - would_be[p]) for p in ("p50", "p99")}, "max": most}
+    return {**{p: abs(here[p] - there[p]) for p in ("p50", "p99")}, "max": most}
 
 
 def lateness(part: Part, times: Sequence[int]) -> Samples:
-    """How late (ms) the clock was read at each of these times: as late as the next beacon."""
-    after = np.searchsorted(np.asarray(part.read_ns), np.asarray(times))
+    """How late (ms) the clock was read at each of these times: as late as the next beacon, or as
+    what is left of the backlog that the last ones showed, which were read all at once."""
+    read, at = np.asarray(part.read_ns), np.asarray(times)
     late: Samples = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
-    return np.take(late, np.minimum(after, len(late) - 1))
+    after = np.searchsorted(read, at)
+    before = np.searchsorted(read, read[np.maximum(after - 1, 0)])  # the oldest read at that moment
+    backlog: Samples = late[before] - np.maximum(at - read[before], 0) / 1e6
+    following: Samples = late[np.minimum(after, len(late) - 1)]
+    known: Samples = np.maximum(following, np.where(after > 0, backlog, 0.0))
+    return known
 
 
 def _quantiles(values: Any) -> dict[str, float]:
