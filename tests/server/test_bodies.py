@@ -60,3 +60,20 @@ def test_whoever_fails_gives_its_room_back() -> None:
         assert await bodies.read(Upload(b"z" * 80, b"").request) == b"z" * 80
 
     asyncio.run(run())
+
+
+def test_a_body_that_only_drips_is_given_up() -> None:
+    async def drip(upload: Upload) -> None:
+        while True:
+            upload.parts.put_nowait(b"x")
+            await asyncio.sleep(0.02)
+
+    async def run() -> None:
+        bodies, upload = Bodies(each=80_000, together=80_000, pause=0.2), Upload()
+        dripping = asyncio.create_task(drip(upload))
+        error = await asyncio.wait_for(refused(bodies, upload), 30)
+        dripping.cancel()
+        assert error.status == 408
+        assert await bodies.read(Upload(b"z" * 80_000, b"").request) == b"z" * 80_000
+
+    asyncio.run(run())

@@ -10,10 +10,14 @@ from starlette.requests import ClientDisconnect, Request
 from millrace.server.errors import ApiError
 
 
+PAUSES = 4  # that a body may take in all, and
+LEAST_RATE = 16 * 2**10  # the bytes a second that it must bring to take longer
+
+
 @dataclass(slots=True)
 class Bodies:
     """Bodies on their way in: each of at most `each` bytes, all together of at most `together`;
-    one of which nothing more comes for `pause` seconds is given up."""
+    one of which nothing more comes for `pause` seconds, or only drops, is given up."""
 
     each: int
     together: int
@@ -38,7 +42,7 @@ class Bodies:
         except TimeoutError:
             raise ApiError(
                 408,
-                f"no more of the body came for {self.pause:g} s",
+                f"no more of the body came for {self.pause:g} s, or only drops",
                 code="request_timeout",
                 headers={"Connection": "close"},
             ) from None
@@ -48,9 +52,10 @@ class Bodies:
 
     async def _fill(self, body: bytearray, request: Request) -> None:
         now = asyncio.get_running_loop().time
+        last = now() + PAUSES * self.pause
         async with asyncio.timeout(self.pause) as clock:
             async for part in request.stream():
-                clock.reschedule(now() + self.pause)
+                clock.reschedule(min(now() + self.pause, last + len(body) / LEAST_RATE))
                 if self._held + len(part) > self.together:
                     raise self._no_room()
                 body += part
