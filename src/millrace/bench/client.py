@@ -2,8 +2,8 @@
 
 Beacons are times written to each load process while it sends. How late one is read is how late the
 clock was read for a chunk that came at that moment. The error of a figure is the figure, less what
-it would be without that: with first chunks as early as they came, and over the gaps that nothing was
-late for. Pure functions.
+it would be without that: with first chunks as early as they came, and over the gaps between chunks
+that were read on time. Pure functions.
 """
 
 from __future__ import annotations
