@@ -9,7 +9,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from millrace.server.errors import ApiError
 
-
 PAUSES = 4  # that a body may take in all, and
 LEAST_RATE = 16 * 2**10  # the bytes a second that it must bring to take longer
 
