@@ -100,12 +100,18 @@ class Reading:
         self.got = Response()
         self.whole = self.keep = self.chunked = False
         self._now = 0
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     def feed(self, now: int, data: bytes) -> None:
         """Take bytes that came at that time. Raises httptools.HttpParserError."""
+        assert self._parser is not None, "nothing is read any more"
         self._now = now
         self._parser.feed_data(data)
+
+    def release(self) -> None:
+        """Nothing more is read. The parser and this hold each other, and nobody may be collecting
+        garbage."""
+        self._parser = None
 
     @property
     def open_ended(self) -> bool:
@@ -120,6 +126,7 @@ class Reading:
         self.got.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        assert self._parser is not None
         self.got.status = self._parser.get_status_code()
         self.keep = self._parser.should_keep_alive()
         coding = self.got.headers.get("transfer-encoding", "")
@@ -209,6 +216,7 @@ class Connection(asyncio.Protocol):
         response = self._reading.got
         response.error = error
         response.end_ns = now or perf_counter_ns()
+        self._reading.release()
         if not waiter.done():
             waiter.set_result(response)
 

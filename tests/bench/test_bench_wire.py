@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -141,3 +142,23 @@ def test_a_large_request_arrives_whole() -> None:
         return len(replica.bodies[0]["prompt"])
 
     assert run(scenario()) == 8_000_000
+
+
+def test_an_answer_goes_when_nobody_holds_it() -> None:
+    """Nobody collects garbage while a run measures."""
+    freed: list[int] = []
+
+    class Noted(Raw):
+        def __del__(self) -> None:
+            freed.append(len(self.pieces))
+
+    gc.collect()
+    gc.disable()
+    try:
+        raw = Noted()
+        raw.pieces.append((1, stream(["a", "b"])))
+        assert raw.response().error is None
+        del raw
+        assert freed == [1]
+    finally:
+        gc.enable()

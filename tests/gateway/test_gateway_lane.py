@@ -80,11 +80,16 @@ def test_ids_in_several_places_take_the_long_way() -> None:
 
 
 def test_the_bounds_are_looked_at_now_and_then() -> None:
-    one = way(Journal(strip=False))
-    taken = [one.lane.take(chunk(PLAIN)) for _ in range(200)]
-    assert 0 < taken.count(True) < 200
-    free = way()
-    assert all(free.lane.take(chunk(PLAIN)) for _ in range(200))
+    """Every 16 KiB, in however large pieces they come."""
+    large = chunk(b'data: {"choices":[{"text":"%b"}]}\n\n' % (b"x" * 4000))
+    for piece in (chunk(PLAIN), large):
+        one = way(Journal(strip=False))
+        count = 24000 // len(piece) + 1
+        taken = [one.lane.take(piece) for _ in range(count)]
+        assert 0 < sum(taken) < count
+        assert one.carried.bytes < 16384 + len(piece)
+        free = way()
+        assert all(free.lane.take(piece) for _ in range(count))
 
 
 @given(

@@ -302,3 +302,10 @@ def test_text_that_looks_like_token_ids_stays() -> None:
     chunk = b"%x\r\n%b\r\n" % (len(said), said)
     left = b'data: {"text":"a,\\"token_ids\\":[1]"}\n\n'
     assert Journal(strip=True).take(chunk) == b"%x\r\n%b\r\n" % (len(left), left)
+
+
+def test_every_event_of_a_chunk_loses_its_token_ids() -> None:
+    with_ids = b'data: {"choices":[{"text":"a","token_ids":[1, 22]}]}\n\n' * 3
+    without = b'data: {"choices":[{"text":"a"}]}\n\n' * 3
+    passed = Journal(strip=True).take(b"%x\r\n%b\r\n" % (len(with_ids), with_ids))
+    assert passed == b"%x\r\n%b\r\n" % (len(without), without)

@@ -59,6 +59,7 @@ class Raw(Reading):
     def response(self) -> Response:
         """The parsed response; its pieces are those of the body."""
         self.parse()
+        self.release()
         if not self.whole and self.got.error is None:
             self.got.error = "the framing of the response does not match its end"
         return self.got

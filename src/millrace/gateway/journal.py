@@ -16,7 +16,7 @@ import msgspec
 EVENT_END = b"\n\n\r\n"  # of an event, and of the chunk that carries it
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d, ]*\]|null)')
 _IDS_KEY = b',"token_ids":['
-_PROMPT_IDS_KEY = b'"prompt_token_ids":'
+_IDS_NAME = b"token_ids"
 _MAX_TAIL = 4 << 20
 
 
@@ -96,7 +96,7 @@ class Journal:
         # By far the most common: one chunk with one event, its ids in one place.
         at = data.find(_IDS_KEY, line)
         end = data.find(b"]", at) + 1
-        if at < 0 or not end or _PROMPT_IDS_KEY in data:
+        if at < 0 or not end or data.count(_IDS_NAME) != 1:
             return self._each_without_ids(data)
         return b"%x\r\n%b%b" % (len(data) - line - 4 - end + at, data[line + 2 : at], data[end:])
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _IDS_BEGIN = b',"token_ids":['
 _IDS_NAME = b"token_ids"
 _LONGEST = 4096  # bytes of a piece
-_LOOK_EVERY = 64  # pieces between two looks at the bounds on what is kept
+_LOOK_EVERY = 16 * 2**10  # bytes between two looks at the bounds on what is kept
 
 SIZE_LINES = [b"%x\r\n" % size for size in range(_LONGEST)]
 
@@ -55,7 +55,7 @@ class Lane:
         self._write = write
         self._keep = journal.note if journal is not None else None
         self._strip = journal is not None and journal.strip
-        self._look_at = carried.chunks + _LOOK_EVERY
+        self._look_at = carried.bytes + _LOOK_EVERY
 
     def take(self, data: bytes) -> bool:
         """Pass a piece on. False: it must take the long way, nothing has been done with it."""
@@ -75,7 +75,7 @@ class Lane:
             passed = b"%b%b%b" % (line_now, data[len(line) : at], data[end:])
         carried = self._carried
         if self._keep is not None:
-            if carried.chunks >= self._look_at:
+            if carried.bytes >= self._look_at:
                 return False
             self._keep(data)
         carried.chunks += 1
