@@ -173,10 +173,6 @@ class Part:
         """Count an event of EVENTS."""
         self._process[_EVENT_AT[name]] += value
 
-    def event_count(self, name: str) -> int:
-        """An event's count, this process's share."""
-        return self._process[_EVENT_AT[name]]
-
     def first_byte(self, seconds: float) -> None:
         """Count a request by the time to its first byte."""
         at = bisect_left(FIRST_BYTE_BOUNDS, seconds)

@@ -177,10 +177,6 @@ class Relay:
 
     # --- the whole -------------------------------------------------------------------------------
 
-    def keep(self, change: int) -> None:
-        """Bytes kept for resuming have changed."""
-        self.kept += change
-
     def publish(self) -> None:
         """Bring this process's part of the board up to date; to be called every now and then."""
         for replica in self.replicas.all:

@@ -90,7 +90,7 @@ async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Tur
         resume=body.resume_token_ids or (),
         priority=body.priority or 0,
         grammar=grammar,
-        reasoning=front.codec.reasoning_bound(body.thinking_token_budget) if reasons else None,
+        reasoning=front.codec.reasoning_bound(body.thinking_token_budget, reasons),
     )
     requests = copies(request)
     parser = partial(_parser, front, choice, thinks)

@@ -143,15 +143,15 @@ class Codec:
             reasoning=reasoning,
         )
 
-    def reasoning_bound(self, tokens: int | None) -> ReasoningBound | None:
-        """What closes the reasoning after so many tokens. Raises RequestError."""
-        if tokens is None:
-            return None
-        if tokens < 0:
+    def reasoning_bound(self, tokens: int | None, reasons: bool) -> ReasoningBound | None:
+        """What closes the reasoning after so many tokens, if there is any. Raises RequestError."""
+        if tokens is not None and tokens < 0:
             raise RequestError(
                 f"thinking_token_budget must be at least 0, got {tokens}",
                 param="thinking_token_budget",
             )
+        if tokens is None or not reasons:
+            return None
         end = self.tokenizer.token_id(END)
         if end is None:
             raise RequestError(
