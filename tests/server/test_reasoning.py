@@ -148,3 +148,5 @@ def test_a_budget_holds_where_reasoning_is_not_told_apart(tmp_path: Path) -> Non
 def test_a_budget_below_zero_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
         ask(client, "x", extra_body={"thinking_token_budget": -1})
+    with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
+        ask(client, "x", extra_body={"thinking_token_budget": -1, **OFF})
