@@ -93,7 +93,7 @@ def test_https_for_clients(tmp_path: Path) -> None:
             )
             body = b'{"prompt": [1], "max_tokens": 8, "stream": true}'
             writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 48\r\n\r\n" + body)
-            answer = await reader.readuntil(b"0\r\n\r\n")
+            answer = await reader.readuntil(b"\r\n0\r\n\r\n")
             assert answer.count(b'"text":"w') == 8
             assert made.board.events()["resumed"] == 1
             writer.close()

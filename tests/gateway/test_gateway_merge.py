@@ -114,7 +114,7 @@ def test_a_slow_client_of_a_kept_stream_costs_bounded_memory() -> None:
                 await asyncio.sleep(0.5)
             assert 0 < seen <= made.relay.limits.max_kept
             got = b""
-            while not got.endswith(b"0\r\n\r\n"):
+            while not got.endswith(b"\r\n0\r\n\r\n"):
                 got = got[-16:] + await reader.read(1 << 20)
             assert made.board.events()["cut_off"] == 0
             writer.close()
