@@ -129,3 +129,16 @@ def test_without_a_prefix_cache_nothing_is_kept_or_told(text_model: Path, tmp_pa
         assert http.post("/v1/completions", json={"prompt": [1, 2]}).status_code == 200
         answer = http.get("/load", params={"prefixes_since": "0"})
         assert answer.json() == {"requests": 0, "tokens": 0}
+
+
+def test_a_cache_that_was_reset_holds_nothing(text_model: Path, tmp_path: Path) -> None:
+    with (
+        fake_server(text_model, tmp_path / "log", debug=True) as server,
+        httpx.Client(base_url=server.url, timeout=20) as http,
+    ):
+        assert http.post("/v1/completions", json={"prompt": [1, 2]}).status_code == 200
+        before = told(http)
+        assert http.post("/reset_prefix_cache").status_code == 200
+        after = told(http, before["since"])
+        assert (len(before["hashes"]), after["hashes"]) == (1, [])
+        assert after["epoch"] != before["epoch"]
