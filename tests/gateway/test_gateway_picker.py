@@ -26,9 +26,10 @@ from millrace.gateway.picker import (
     RoundRobin,
     make_picker,
 )
-from millrace.gateway.prefixes import BLOCK, PrefixTable, hash_chain
+from millrace.gateway.prefixes import PrefixTable
 from millrace.gateway.replicas import Member, ReplicaSet
 from millrace.http1 import Target
+from millrace.prefix_hash import BLOCK, hash_chain
 
 
 def fleet(

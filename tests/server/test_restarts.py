@@ -31,6 +31,12 @@ def health(server: LiveServer) -> httpx.Response:
     return httpx.get(f"{server.url}/health", timeout=20)
 
 
+def prefixes(server: LiveServer) -> str:
+    """The epoch of what it says it holds."""
+    report = httpx.get(f"{server.url}/load?prefixes_since=0", timeout=20).json()["prefixes"]
+    return str(report["epoch"])
+
+
 def error_of(line: str) -> dict[str, Any]:
     error: dict[str, Any] = json.loads(line.removeprefix("data: "))["error"]
     return error
@@ -77,7 +83,7 @@ def test_an_engine_that_dies_is_replaced(text_model: Path, tmp_path: Path) -> No
         with concurrent.futures.ThreadPoolExecutor(1) as pool, streaming(server) as lines:
             waiting = pool.submit(post, server)
             wait_for(lambda: server.open_in_engine() == 2)
-            first = server.engine()
+            first, held = server.engine(), prefixes(server)
             first.kill()
             rest = [line for line in lines if line]
             assert error_of(rest[-2])["code"] == "engine_dead"
@@ -89,6 +95,7 @@ def test_an_engine_that_dies_is_replaced(text_model: Path, tmp_path: Path) -> No
         refused = post(server, SHORT)
         assert refused.status_code in (503, 200)  # 200 if the next one is there already
         wait_for(lambda: health(server).status_code == 200, 30)
+        assert prefixes(server) != held
         assert post(server, SHORT).status_code == 200
         assert server.engine().pid != first.pid
         assert server.metric("millrace:engine_restarts_total") == 1

@@ -60,11 +60,12 @@ class MockReplica:
     kind: str = "other"
     cut_after: int | None = None
     probe_status: int = 200
-    load: dict[str, int] | None = None
+    load: dict[str, Any] | None = None
     model: str = "mock"
     name: str = "mock"
     healthy: bool = True
     port: int = 0
+    load_questions: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     connections: int = 0
@@ -129,7 +130,8 @@ class MockReplica:
             card = {"id": self.model, "object": "model", "vocab_size": 500}
             card["owned_by"] = self.kind
             status, answer = 200, {"object": "list", "data": [card]}
-        elif path == "/load" and self.load is not None:
+        elif path.partition("?")[0] == "/load" and self.load is not None:
+            self.load_questions.append(path)
             status, answer = 200, self.load
         elif path == "/metrics":
             self._text(writer, "# HELP mock_up Whether.\n# TYPE mock_up gauge\nmock_up 1\n")

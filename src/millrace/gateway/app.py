@@ -12,6 +12,7 @@ from millrace.gateway.desk import OwnDesk, health_answer, is_own
 from millrace.gateway.discovery import Discovery, FileSource, Source, parse_dns
 from millrace.gateway.keeper import Keeper
 from millrace.gateway.message import Answer, Request
+from millrace.gateway.picker import BY_PREFIX
 from millrace.gateway.processes import WorkerProcesses
 from millrace.gateway.relay import Relay
 from millrace.gateway.replicas import ReplicaSet
@@ -33,7 +34,12 @@ class Gateway:
         check_log_file(options.access_log)
         self._options = options
         self.board = Board(options.processes)
-        self.keeper = Keeper(self.board, options.health, options.access.worker_key)
+        self.keeper = Keeper(
+            self.board,
+            options.health,
+            options.access.worker_key,
+            by_prefix=options.policy in BY_PREFIX,
+        )
         for spec in options.replicas:
             self.keeper.add(spec)
         sources: list[Source] = [parse_dns(text) for text in options.worker_dns]

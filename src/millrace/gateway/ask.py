@@ -152,4 +152,5 @@ def worded(ask: Ask, kind: Kind, resume: Sequence[int] = ()) -> bytes:
             extra["resume_token_ids"] = [*ask.given, *resume]
     if ask.plain:
         return msgspec.json.encode(extra)[:-1] + b"," + body[body.index(b"{") + 1 :]
-    return msgspec.json.encode({**msgspec.json.decode(body), **extra})
+    said = msgspec.json.decode(body, type=dict[str, Raw])  # the prompt stays as it was hashed
+    return msgspec.json.encode({**said, **extra})

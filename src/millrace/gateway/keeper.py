@@ -21,6 +21,7 @@ from millrace.errors import UserError
 from millrace.gateway.ask import Kind
 from millrace.gateway.board import ENDED, IN_FLIGHT, MAX_REPLICAS, RESIDENT, Board
 from millrace.gateway.load_report import LoadReports
+from millrace.gateway.prefixes import Heard
 from millrace.gateway.replicas import Member
 from millrace.http1 import Response, Target, error_text, fetch
 
@@ -58,9 +59,10 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
 class _Watched:
     """One replica and the keeper's notes on it."""
 
-    def __init__(self, spec: ReplicaSpec, member: Member) -> None:
+    def __init__(self, spec: ReplicaSpec, member: Member, heard: Heard) -> None:
         self.spec = spec
         self.member = member
+        self.heard = heard
         self.failures_in_row = 0
         self.missed = 0
         self.ejected_until = 0.0
@@ -72,12 +74,21 @@ class _Watched:
 
 
 class Keeper:
-    """All replicas, and the tasks that watch them. listeners: called with every new list."""
+    """All replicas, and the tasks that watch them. listeners: called with every new list.
+    by_prefix: requests are picked by prefixes, so replicas are asked for theirs."""
 
-    def __init__(self, board: Board, policy: HealthPolicy, worker_key: str | None = None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        policy: HealthPolicy,
+        worker_key: str | None = None,
+        *,
+        by_prefix: bool = False,
+    ) -> None:
         self._board = board
         self._policy = policy
         self._headers = (("Authorization", f"Bearer {worker_key}"),) if worker_key else ()
+        self._by_prefix = by_prefix
         self._watched: dict[int, _Watched] = {}
         self._next_id = 0
         self._next_slot = 0
@@ -117,7 +128,8 @@ class Keeper:
             models=spec.models,
         )
         self._next_id += 1
-        watched = self._watched[member.id] = _Watched(spec, member)
+        heard = Heard(self._board, member.slot)
+        watched = self._watched[member.id] = _Watched(spec, member, heard)
         if self._running:
             self._watch(watched)
         self._publish()
@@ -276,7 +288,7 @@ class Keeper:
                 self._out(watched, problem, lost=self._is_lost(watched, problem))
         elif watched.member.state == "down":
             ramp = None if first else time.monotonic()
-            self._board.forget_prefixes(watched.member.slot)
+            watched.heard.forget()
             self._set(watched, state="up", reason="", lost=False, ramp_from=ramp)
 
     def _is_lost(self, watched: _Watched, problem: str) -> bool:
@@ -361,7 +373,7 @@ class Keeper:
     # --- load ------------------------------------------------------------------------------------
 
     async def _ask_for_load(self, watched: _Watched) -> None:
-        """Correct the load that we count by what the replica says it carries."""
+        """Correct the load that we count by what it says it carries; learn what it holds."""
         reports = LoadReports(watched.spec.target, self._headers)
         board, slot = self._board, watched.member.slot
         try:
@@ -371,7 +383,10 @@ class Keeper:
                     board.correct(slot, 0)
                     continue
                 tokens, requests = board.total(slot, RESIDENT), board.total(slot, IN_FLIGHT)
-                report = await reports.ask(watched.member.kind)
+                since = watched.heard.since if self._by_prefix else None
+                report = await reports.ask(watched.member.kind, since)
+                if report is not None and report.prefixes is not None:
+                    watched.heard.take(report.prefixes, since)
                 if report is not None:
                     counted = (tokens + board.total(slot, RESIDENT)) // 2
                     requests = max(requests, board.total(slot, IN_FLIGHT))

@@ -1,7 +1,8 @@
 """What a replica says of its own load, asked a few times a second over one connection.
 
 A millrace replica answers GET /load from the front's own books, without asking its engine. Of a
-vllm replica, whose /metrics cost it more, two gauges are read once a second.
+vllm replica, whose /metrics cost it more, two gauges are read once a second. Who picks by prefixes
+also asks a millrace replica which ones came since the last time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from millrace.gateway.ask import Kind
 from millrace.http1 import Connection, Response, Target, connect, encode_request
+from millrace.prefix_hash import PrefixReport
 
 _TIMEOUT = 1.0
 _VLLM_PAUSE = 1.0
@@ -22,10 +24,12 @@ _GAUGE = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """requests: open in the replica. tokens: of these, prompt and output so far; None unknown."""
+    """requests: open in the replica. tokens: of these, prompt and output so far; None unknown.
+    prefixes: where they were asked for, and it keeps any."""
 
     requests: int
     tokens: int | None = None
+    prefixes: PrefixReport | None = None
 
     def correction(self, counted: int, requests: int) -> int:
         """Tokens by which what the gateway counted (tokens, requests) is wrong."""
@@ -44,10 +48,7 @@ class LoadReports:
     def __init__(self, target: Target, headers: tuple[tuple[str, str], ...]) -> None:
         self._target = target
         self._connection: Connection | None = None
-        self._questions = {
-            path: encode_request(target, "GET", path, headers=headers)
-            for path in ("/load", "/metrics")
-        }
+        self._headers = headers
         self._pause = 0.0
 
     def pause(self, interval: float) -> float:
@@ -60,9 +61,11 @@ class LoadReports:
             self._connection.close()
             self._connection = None
 
-    async def ask(self, kind: Kind) -> LoadReport | None:
-        """Its report; None when it gives none now."""
+    async def ask(self, kind: Kind, prefixes_since: str | None = None) -> LoadReport | None:
+        """Its report; None when it gives none now. prefixes_since: a cursor; None asks for none."""
         path = "/metrics" if kind == "vllm" else "/load"
+        if kind == "millrace" and prefixes_since is not None:
+            path += f"?prefixes_since={prefixes_since}"
         try:
             async with asyncio.timeout(_TIMEOUT):
                 response = await self._get(path)
@@ -84,4 +87,5 @@ class LoadReports:
         if self._connection is None or not self._connection.open or self._connection.busy:
             self.close()
             self._connection = await connect(self._target)
-        return await self._connection.send(self._questions[path])
+        question = encode_request(self._target, "GET", path, headers=self._headers)
+        return await self._connection.send(question)

@@ -15,8 +15,9 @@ from typing import Protocol
 
 from millrace.errors import UserError
 from millrace.gateway.ask import BYTES_PER_TOKEN, Ask
-from millrace.gateway.prefixes import BLOCK, PrefixTable, hash_chain
+from millrace.gateway.prefixes import PrefixTable
 from millrace.gateway.replicas import Replica, ReplicaSet
+from millrace.prefix_hash import BLOCK, hash_chain
 
 _RING_POINTS = 64  # of a replica of weight 1
 
@@ -188,6 +189,7 @@ POLICIES: Mapping[str, Make] = {
     "consistent_hash": lambda fleet, table, gap: ConsistentHash(fleet),
 }
 DEFAULT_POLICY = "least_loaded"
+BY_PREFIX = frozenset({"prefix_aware"})  # those that look into the prefix table
 
 
 def make_picker(policy: str, fleet: ReplicaSet, table: PrefixTable, gap: int = 4096) -> Picker:

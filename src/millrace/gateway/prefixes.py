@@ -1,35 +1,18 @@
-"""Which replicas have seen how much of a prompt: a hash chain over its blocks, and a table.
+"""Which replicas have seen how much of a prompt: a table of hashes, and what replicas report.
 
-A block is 256 bytes of the prompt's JSON. The hash of a block covers all blocks before it, so two
-prompts share a hash as far as they begin alike. It is a checksum, which goes on from block to block
-for next to nothing. The table maps a hash to a set of replicas, a bit each; it has a fixed size,
-lies in memory that all gateway processes share, and forgets by being overwritten. A wrong entry,
-even one made on purpose, costs a missed hint, never an answer.
+The table maps a hash (prefix_hash.py) to a set of replicas, a bit each; it has a fixed size, lies
+in memory that all gateway processes share, and forgets by being overwritten. A wrong entry, even
+one made on purpose, costs a missed hint, never an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from zlib import crc32
 
 import numpy as np
 
-BLOCK = 256
-MAX_BLOCKS = 64
-
-
-def hash_chain(prompt: bytes) -> list[int]:
-    """One hash (its depth, and 32 bits) for each whole block of the prompt's beginning, at most
-    MAX_BLOCKS.
-
-    The last, partial block of a short prompt counts as one, so that repeats of it are found.
-    """
-    chain, so_far = [], 0
-    end = min(len(prompt), BLOCK * MAX_BLOCKS)
-    for start in range(0, max(1, end - end % BLOCK), BLOCK):
-        so_far = crc32(prompt[start : start + BLOCK], so_far)
-        chain.append(start + BLOCK << 32 | so_far)
-    return chain
+from millrace.gateway.board import Board
+from millrace.prefix_hash import PrefixReport
 
 
 class PrefixTable:
@@ -70,3 +53,29 @@ class PrefixTable:
             if having:
                 return depth, having
         return 0, []
+
+
+class Heard:
+    """What one replica has reported of its prefixes, and how far. since: the cursor to name."""
+
+    def __init__(self, board: Board, slot: int) -> None:
+        self._board = board
+        self._slot = slot
+        self._table = PrefixTable(board.prefixes)
+        self._epoch = ""
+        self.since = "0"
+
+    def forget(self) -> None:
+        """The replica may have lost its cache: let it tell all that it still holds."""
+        self._board.forget_prefixes(self._slot)
+        self._epoch, self.since = "", "0"
+
+    def take(self, report: PrefixReport, asked: str | None) -> None:
+        """Learn what it told when asked with that cursor; nothing if all was forgotten since. One
+        with another epoch holds nothing of what was known before."""
+        if asked != self.since:
+            return
+        if self._epoch not in ("", report.epoch):
+            self._board.forget_prefixes(self._slot)
+        self._epoch, self.since = report.epoch, report.since
+        self._table.learn(self._slot, report.hashes)

@@ -54,7 +54,7 @@ class Chat:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
         front = self._front
-        body = await front.body(request, ChatRequest, CHATS)
+        body, chain = await front.prompted(request, ChatRequest, CHATS, chat=True)
         ready = front.check(body)
         heading = Heading(
             id=f"chatcmpl-{uuid4().hex}",
@@ -66,7 +66,7 @@ class Chat:
         turn = await prepare(front, body, heading.id, ready)
         words = LogprobWords(front.codec.tokenizer, bool(body.return_tokens_as_token_ids))
         reply = ChatReply(heading, words, turn.parsers, shows_reasoning=body.include_reasoning)
-        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream))
+        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream), chain)
 
 
 async def prepare(front: Front, body: ChatRequest, id: str, ready: Ready) -> Turn:

@@ -41,7 +41,7 @@ class Completions:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         front = self._front
-        body = await front.body(request, CompletionRequest, COMPLETIONS)
+        body, chain = await front.prompted(request, CompletionRequest, COMPLETIONS, chat=False)
         ready = front.check(body)
         params = sampling_params(body, front.codec.defaults)
         made = _outputs(body, params)
@@ -65,7 +65,7 @@ class Completions:
             )
         ]
         reply = self._reply(heading, body, params, prompts, made)
-        return front.answer(requests, params, reply, ready, bool(body.stream))
+        return front.answer(requests, params, reply, ready, bool(body.stream), chain)
 
     async def _grammar(self, body: CompletionRequest) -> Grammar | None:
         wanted = structured_outputs(body)

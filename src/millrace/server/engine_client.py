@@ -27,6 +27,7 @@ from millrace.protocol import (
 from millrace.server import record
 from millrace.server.engine_link import EngineLink
 from millrace.server.engine_process import ENGINE_PROGRAM
+from millrace.server.held_prefixes import HeldPrefixes
 from millrace.server.metrics import RequestMetrics
 from millrace.server.stream import Stream
 
@@ -44,14 +45,15 @@ class EngineClient:
     """One engine after another and the requests that are open in it.
 
     ready: what the engine said when it was, None before. died: how it ended, None while it has
-    not. stats: its latest figures. draining: no new requests are wanted. stream_interval: tokens
-    that a stream's reader waits for.
+    not. stats: its latest figures. held_prefixes: of prompts that went to it. draining: no new
+    requests are wanted. stream_interval: tokens that a stream's reader waits for.
     """
 
     def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
         self.ready: Ready | None = None
         self.died: Exception | None = None
         self.stats = EngineStats()
+        self.held_prefixes = HeldPrefixes()
         self.draining = False
         self._metrics = metrics
         self._stream_interval = stream_interval
@@ -63,6 +65,7 @@ class EngineClient:
     async def start(self, args: EngineArgs, program: Sequence[str] = ENGINE_PROGRAM) -> None:
         """Start the engine process; it loads while this returns."""
         self._args, self._program = args, program
+        self.held_prefixes.on = args.enable_prefix_caching
         self._link = EngineLink(self._handle, self._ended)
         await self._link.start(args, program)
         self._silence = asyncio.get_running_loop().create_task(self._watch_silence())
@@ -137,6 +140,7 @@ class EngineClient:
         """Have the engine forget every cached prefix that no request uses."""
         if self.died is None:
             self._link.send(ResetPrefixCache())
+            self.held_prefixes.forget()
 
     async def stop(self) -> None:
         """End the engine, by force if it must be, and remove what `start` made."""
@@ -186,6 +190,7 @@ class EngineClient:
             return
         self.died = error
         self.stats = EngineStats()
+        self.held_prefixes.forget()
         if not isinstance(error, UserError):  # that one the command reports, in one line
             logger.error("%s; %d requests were open", error, len(self._streams))
         for stream in self._streams.values():

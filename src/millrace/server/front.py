@@ -72,6 +72,14 @@ class Front:
         """The request's body. Raises RequestError or ApiError."""
         return parse_body(await self._bodies.read(request), kind, rules)
 
+    async def prompted(
+        self, request: Request, kind: type[_Body], rules: Rules, *, chat: bool
+    ) -> tuple[_Body, list[int]]:
+        """The body of a request for text, and the hashes of its prompt as gateways have them.
+        Raises RequestError or ApiError."""
+        data = await self._bodies.read(request)
+        return parse_body(data, kind, rules), self.client.held_prefixes.chain(data, chat=chat)
+
     def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
         if body.model:
@@ -146,11 +154,14 @@ class Front:
         reply: Reply,
         ready: Ready,
         stream: bool,
+        chain: Sequence[int] = (),
     ) -> ASGIApp:
-        """The application that runs the requests and sends what `reply` makes of them."""
+        """The application that runs the requests and sends what `reply` makes of them. chain: the
+        hashes of their prompt."""
 
         def open_all(receive: Receive) -> Generations:
             self.check_room(len(requests), ready)  # again: tokenising took its time
+            self.client.held_prefixes.note(chain)
             pairs = [(one, self.codec.output(params)) for one in requests]
             return Generations(self.client, pairs, receive)
 

@@ -5,17 +5,31 @@ It is read from the front's own books of open requests: the engine is not asked,
 
 from __future__ import annotations
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
+from millrace.prefix_hash import PrefixReport
 from millrace.server.engine_client import EngineClient
+from millrace.server.responses import json_response
+
+
+class Load(msgspec.Struct, frozen=True, omit_defaults=True):
+    """requests: open ones. tokens: their prompts and outputs so far. prefixes: told to who asks
+    for them with `?prefixes_since=CURSOR`, 0 at first, where there is a prefix cache."""
+
+    requests: int
+    tokens: int
+    prefixes: PrefixReport | None = None
 
 
 def load_route(client: EngineClient) -> Route:
-    """The route. `requests`: open ones; `tokens`: their prompts and outputs so far."""
+    """The route."""
 
-    async def load(_: Request) -> JSONResponse:
-        return JSONResponse({"requests": client.open_requests, "tokens": client.open_tokens})
+    async def load(request: Request) -> Response:
+        cursor = request.query_params.get("prefixes_since")
+        prefixes = None if cursor is None else client.held_prefixes.report(cursor)
+        return json_response(Load(client.open_requests, client.open_tokens, prefixes))
 
     return Route("/load", load)

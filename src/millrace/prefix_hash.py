@@ -1,0 +1,45 @@
+"""How gateway and replica name the beginnings of prompts alike: a hash chain over blocks of bytes.
+
+A block is 256 bytes of the prompt's JSON, as the client wrote it. The hash of a block covers all
+blocks before it, so two prompts share a hash as far as they begin alike. It is a checksum, which
+goes on from block to block for next to nothing; prompts that collide, even on purpose, cost a
+missed hint, never an answer. Who holds which prefix is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from zlib import crc32
+
+import msgspec
+
+BLOCK = 256
+MAX_BLOCKS = 64
+
+Hash = Annotated[int, msgspec.Meta(ge=0, le=(BLOCK * MAX_BLOCKS + 1 << 32) - 1)]
+
+
+class PrefixReport(msgspec.Struct, frozen=True):
+    """What a replica says of the prefixes it holds, to one who names a cursor.
+
+    epoch: another one once its cache has been lost. since: the cursor to name next. hashes: of
+    what came after the cursor named, oldest first; maybe not all.
+    """
+
+    epoch: str
+    since: Annotated[str, msgspec.Meta(pattern="^[0-9a-z.]{1,64}$")]  # it goes into a URL
+    hashes: list[Hash]
+
+
+def hash_chain(prompt: bytes) -> list[int]:
+    """One hash (its depth, and 32 bits) for each whole block of the prompt's beginning, at most
+    MAX_BLOCKS.
+
+    The last, partial block of a short prompt counts as one, so that repeats of it are found.
+    """
+    chain, so_far = [], 0
+    end = min(len(prompt), BLOCK * MAX_BLOCKS)
+    for start in range(0, max(1, end - end % BLOCK), BLOCK):
+        so_far = crc32(prompt[start : start + BLOCK], so_far)
+        chain.append(start + BLOCK << 32 | so_far)
+    return chain
