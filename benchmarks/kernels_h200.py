@@ -328,6 +328,24 @@ def check_gemm(run: Callable[..., Tensor], tokens: int, out: int, width: int) ->
     return relative(run(q, weight, scale)[rows], truth)
 
 
+def product_case(
+    name: str, tokens: int, way: str, run: Callable[..., Tensor | None], calls: int = 0
+) -> Case:
+    """A product of GEMM_SHAPES. calls: to a graph; 0: one for each copy of the weight, of which
+    there are enough to fall out of the L2 cache."""
+    out, width = GEMM_SHAPES[name]
+
+    def made() -> list[Callable[[], object]]:
+        copies = [fp8_weight(out, width) for _ in range(2 if out > 6000 else 4)]
+        q = gpu_quantize.quantize(torch.randn(tokens, width, device=DEVICE).bfloat16())
+        return [lambda w=w: run(q, *w) for w in copies] * max(1, calls // len(copies))
+
+    return Case(
+        f"{name} M={tokens} {way}", lambda: check_gemm(run, tokens, out, width), 3e-3, made,
+        out * width + tokens * (width + 2 * out), 2.0 * tokens * out * width, "fp8",
+    )  # fmt: skip
+
+
 def gemm_cases() -> Iterator[Case]:
     ways: dict[str, Callable[..., Tensor]] = {}
     if gpu_gemm._deep_gemm() is not None:
@@ -346,23 +364,10 @@ def gemm_cases() -> Iterator[Case]:
 
             if not QUICK and (tokens < 8192 or config == large[2]):
                 named[f"triton{config[1:] if tokens <= 64 else config}"] = run
-        for name, (out, width) in GEMM_SHAPES.items():
+        for name in GEMM_SHAPES:
             for way, run in named.items():
-                if tokens in (896, 1536) and way not in ("deepgemm", "cublas"):
-                    continue
-
-                def calls(run=run, tokens=tokens, out=out, width=width):
-                    copies = [fp8_weight(out, width) for _ in range(2 if out > 6000 else 4)]
-                    x = torch.randn(tokens, width, device=DEVICE).bfloat16()
-                    q = gpu_quantize.quantize(x)
-                    return [lambda w=w: run(q, *w) for w in copies]
-
-                yield Case(
-                    f"{name} M={tokens} {way}",
-                    lambda run=run, t=tokens, o=out, k=width: check_gemm(run, t, o, k), 3e-3,
-                    calls, out * width + tokens * (width + 2 * out),
-                    2.0 * tokens * out * width, "fp8",
-                )  # fmt: skip
+                if tokens not in (896, 1536) or way in ("deepgemm", "cublas"):
+                    yield product_case(name, tokens, way, run)
 
 
 def gemm_few_cases() -> Iterator[Case]:
@@ -374,20 +379,9 @@ def gemm_few_cases() -> Iterator[Case]:
     if not (QUICK and len(ways) > 1):
         ways["cublas"] = gpu_gemm.cublas_matmul
     for tokens in (1, 2, 4, 8):
-        for name, (out, width) in GEMM_SHAPES.items():
+        for name in GEMM_SHAPES:
             for way, run in ways.items():
-
-                def calls(run=run, tokens=tokens, out=out, width=width):
-                    copies = [fp8_weight(out, width) for _ in range(2 if out > 6000 else 4)]
-                    q = gpu_quantize.quantize(torch.randn(tokens, width, device=DEVICE).bfloat16())
-                    return [lambda w=w: run(q, *w) for w in copies] * (12 // len(copies))
-
-                yield Case(
-                    f"{name} M={tokens} {way}",
-                    lambda run=run, t=tokens, o=out, k=width: check_gemm(run, t, o, k), 3e-3,
-                    calls, out * width + tokens * (width + 2 * out),
-                    2.0 * tokens * out * width, "fp8",
-                )  # fmt: skip
+                yield product_case(name, tokens, way, run, calls=12)
 
 
 # --- attention ---------------------------------------------------------------------------------

@@ -152,17 +152,11 @@ def shapes(options: argparse.Namespace, result: Result) -> None:
 
 def steady(engine: Any, rows: int, tiny: bool) -> dict[str, float]:
     """Milliseconds a step and output tokens a second with `rows` requests decoding all along."""
-    from engine_runs import requests, synchronize
+    from engine_runs import abort_all, all_decoding, synchronize
 
     length, steps, repeats = (16, 6, 2) if tiny else (256, 16, 3)
-    most, vocab = (220, 2000) if tiny else (400, 248_000)
-    todo = list(requests(rows, 77, (length, length), (most, most), vocab))
-    for request in todo:
-        engine.add(request)
-    while engine.stats().waiting or engine.stats().running < rows:
-        engine.step()
-    for _ in range(4 if tiny else 8):
-        engine.step()
+    vocab = 2000 if tiny else 248_000
+    todo = all_decoding(engine, rows, vocab, length, repeats * steps + 2, 77)
     rates, times = [], []
     for _ in range(repeats):
         synchronize()
@@ -173,9 +167,7 @@ def steady(engine: Any, rows: int, tiny: bool) -> dict[str, float]:
         spent = time.perf_counter() - began
         rates.append(tokens / spent)
         times.append(spent / steps * 1e3)
-    engine.abort([request.id for request in todo])
-    while engine.has_work():
-        engine.step()
+    abort_all(engine, todo)
     return {"step_ms": statistics.median(times), "output_tok_s": statistics.median(rates)}
 
 

@@ -13,7 +13,13 @@ import uvloop
 
 from millrace.bench.accuracy import Accuracy, accuracy_fields, accuracy_under_load
 from millrace.bench.compare import compare, comparison_table
-from millrace.bench.compared import compared_flags, compared_options, finish, tell_step
+from millrace.bench.compared import (
+    FAILED,
+    compared_flags,
+    compared_options,
+    finish,
+    tell_step,
+)
 from millrace.bench.flags import load_flags, metric_names, serve_options, server_flags
 from millrace.bench.live import LiveProgress, remarks
 from millrace.bench.options import BenchOptions
@@ -30,7 +36,6 @@ from millrace.bench.tables import aligned
 from millrace.errors import UserError
 
 INTERRUPTED = 130
-FAILED = 1
 
 
 @click.group()

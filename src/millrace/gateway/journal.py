@@ -20,6 +20,16 @@ _IDS_NAME = b"token_ids"
 _MAX_TAIL = 4 << 20
 
 
+def without_ids(chunk: bytes, line: int) -> bytes | None:
+    """One HTTP chunk less the token ids in it, in a frame of the new size; None where they are not
+    in one place. line: the length of its size line, less the line's end."""
+    at = chunk.find(_IDS_KEY, line)
+    end = chunk.find(b"]", at) + 1
+    if at < 0 or not end or chunk.count(_IDS_NAME) != 1:
+        return None
+    return b"%x\r\n%b%b" % (len(chunk) - line - 4 - end + at, chunk[line + 2 : at], chunk[end:])
+
+
 class Journal:
     """The raw body bytes that have gone to one client.
 
@@ -91,14 +101,9 @@ class Journal:
         except ValueError:
             self.broken = True
             return data
-        if not alone:
-            return self._each_without_ids(data)
         # By far the most common: one chunk with one event, its ids in one place.
-        at = data.find(_IDS_KEY, line)
-        end = data.find(b"]", at) + 1
-        if at < 0 or not end or data.count(_IDS_NAME) != 1:
-            return self._each_without_ids(data)
-        return b"%x\r\n%b%b" % (len(data) - line - 4 - end + at, data[line + 2 : at], data[end:])
+        passed = without_ids(data, line) if alone else None
+        return self._each_without_ids(data) if passed is None else passed
 
     def _each_without_ids(self, data: bytes) -> bytes:
         """The same for any number of chunks, with prompts' ids too."""

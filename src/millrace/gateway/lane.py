@@ -11,27 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from millrace.gateway.journal import EVENT_END
+from millrace.gateway.journal import EVENT_END, without_ids
 from millrace.gateway.kept import ERROR_EVENT
 
 if TYPE_CHECKING:
     from millrace.gateway.carried import Carried
     from millrace.gateway.journal import Journal
 
-_IDS_BEGIN = b',"token_ids":['
-_IDS_NAME = b"token_ids"
 _LONGEST = 4096  # bytes of a piece
 _LOOK_EVERY = 16 * 2**10  # bytes between two looks at the bounds on what is kept
-
-SIZE_LINES = [b"%x\r\n" % size for size in range(_LONGEST)]
 
 
 def _lines_by_length() -> list[bytes]:
     """For each length of a piece, how it begins if it is one chunk."""
     lines = [b"no piece is so long"] * _LONGEST
-    for size, line in enumerate(SIZE_LINES):
+    for size in range(1, _LONGEST):
+        line = b"%x\r\n" % size
         length = len(line) + size + 2
-        if size and length < _LONGEST:
+        if length < _LONGEST:
             lines[length] = line
     return lines
 
@@ -65,14 +62,9 @@ class Lane:
         line = _LINES[length]
         if not data.startswith(line) or not data.endswith(EVENT_END) or ERROR_EVENT in data:
             return False
-        passed = data
-        if self._strip:
-            at = data.rfind(_IDS_BEGIN)
-            end = data.find(b"]", at) + 1
-            if at < 0 or not end or data.count(_IDS_NAME) != 1:
-                return False
-            line_now = SIZE_LINES[length - len(line) - 2 - end + at]
-            passed = b"%b%b%b" % (line_now, data[len(line) : at], data[end:])
+        passed = without_ids(data, len(line) - 2) if self._strip else data
+        if passed is None:
+            return False
         carried = self._carried
         if self._keep is not None:
             if carried.bytes >= self._look_at:
