@@ -1,8 +1,9 @@
 """The scheduler: from its state and a token budget to the plan of the next step.
 
-Pure bookkeeping. It knows requests, slots, pages and snapshots as numbers, and learns what the
-device did only through `commit`. Up to `depth` steps may be planned ahead of the last known result;
-until a result is known, the host works with upper bounds of every length.
+Pure bookkeeping: who runs, and what each step does for them. What they hold of the device's memory
+is kept in holdings.py; what the device did is learnt only through `commit`. Up to `depth` steps may
+be planned ahead of the last known result; until then the host works with upper bounds of every
+length.
 
 A step is: decode rows (each verifies its drafts), then chunks of prompts, then new requests while
 slots, pages and budget last. Requests are ranked by priority, then age. Out of pages it gives up
@@ -12,47 +13,17 @@ snapshots first, and then the request of the last rank, which waits again and is
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from millrace.engine.cache import NO_SNAPSHOT, NULL_PAGE, Pool, PrefixTree
+from millrace.engine.holdings import Holdings
 from millrace.engine.intake import Limits, check, make_request
 from millrace.engine.messages import admission, delta
 from millrace.engine.request import Phase, Request
+from millrace.engine.step import Step
 from millrace.errors import RequestError
-from millrace.protocol import (
-    AddRequest,
-    Admission,
-    Chunk,
-    Delta,
-    EngineStats,
-    PageGrant,
-    Save,
-    StepPlan,
-    StepResult,
-)
-
-
-@dataclass(slots=True)
-class _Step:
-    """A plan in the making, with the requests behind its rows. now: seconds, when it is made."""
-
-    budget: int
-    now: float
-    context: int = 0
-    admissions: list[Admission] = field(default_factory=list)
-    grants: list[PageGrant] = field(default_factory=list)
-    decode: list[Request] = field(default_factory=list)
-    chunks: list[tuple[Request, Chunk]] = field(default_factory=list)
-    saves: list[tuple[Request, int, int]] = field(default_factory=list)  # request, depth, snapshot
-
-    def requests(self) -> list[Request]:
-        return self.decode + [request for request, _ in self.chunks]
-
-    def sampled(self) -> list[Request]:
-        """Whose rows bring new tokens, in the order of StepPlan.sampled_slots."""
-        return self.decode + [request for request, chunk in self.chunks if chunk.last]
+from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -74,14 +45,11 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._pages = Pool(limits.num_pages - 1, first=NULL_PAGE + 1)
-        self._snapshots = Pool(limits.num_snapshots)
-        self._tree = PrefixTree(limits.page_size, self._pages, self._snapshots)
-        self._slots = Pool(limits.max_num_seqs, first=1)
+        self._holdings = Holdings(limits)
         self._waiting: list[Request] = []  # these two are sorted by rank
         self._running: list[Request] = []
         self._requests: dict[str, Request] = {}
-        self._launched: deque[tuple[StepPlan, _Step]] = deque()
+        self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
         self._totals = _Totals(accepted=[0] * limits.drafts)
         self._width = limits.drafts + 1
@@ -141,7 +109,7 @@ class Scheduler:
         if self._draining and self._launched:
             return None
         self._draining = False
-        step = _Step(budget=self.limits.max_num_batched_tokens, now=now)
+        step = Step(budget=self.limits.max_num_batched_tokens, now=now)
         self._plan_decode(step)
         if step.decode and self.limits.mixed_prefill_tokens:
             step.budget = min(step.budget, self.limits.mixed_prefill_tokens)
@@ -152,7 +120,8 @@ class Scheduler:
             return None
         return self._seal(step)
 
-    def _plan_decode(self, step: _Step) -> None:
+    def _plan_decode(self, step: Step) -> None:
+        page_size = self.limits.page_size
         for request in list(self._running):
             if self._draining:
                 break
@@ -161,7 +130,7 @@ class Scheduler:
             # A row writes draft rows up to 2k past its own length (the head drafts ahead of the
             # longest acceptance); none beyond the request's end is ever read.
             reach = min(request.upper + 2 * self.limits.drafts + 1, request.max_total)
-            if not self._grow(request, reach, step):
+            if reach > len(request.pages) * page_size and not self._grow(request, reach, step):
                 continue
             request.upper += self._width
             step.context = max(step.context, request.upper)
@@ -174,12 +143,10 @@ class Scheduler:
         """Each launched step brings at least one token, so no further step can be needed."""
         return len(request.tokens) + request.in_flight >= request.max_total
 
-    def _grow(self, request: Request, length: int, step: _Step) -> bool:
-        """Make sure that the request's pages hold `length` tokens; False: it cannot run now."""
-        missing = -(-length // self.limits.page_size) - len(request.pages)
-        if missing <= 0:
-            return True
-        while not self._free_pages(missing):
+    def _grow(self, request: Request, length: int, step: Step) -> bool:
+        """Give the request the pages missing for `length` tokens; False: it cannot run now."""
+        missing = self._holdings.missing(request, length)
+        while not self._holdings.free_pages(missing):
             if self._launched:
                 self._draining = True
                 return False
@@ -188,37 +155,25 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        self._grant(request, missing, step)
+        step.grants.append(self._holdings.grant(request, missing))
         return True
-
-    def _free_pages(self, count: int) -> bool:
-        """Make `count` pages free, at the cost of snapshots if need be."""
-        while self._pages.free < count:
-            if not self._tree.evict():
-                return False
-        return True
-
-    def _grant(self, request: Request, count: int, step: _Step) -> None:
-        pages = self._pages.take(count)
-        step.grants.append(PageGrant(request.slot, len(request.pages), pages))
-        request.pages.extend(pages)
 
     def _preempt(self, request: Request) -> None:
         """Wait again; no launched step names it, so all its tokens are known."""
         self._totals.preemptions += 1
         self._running.remove(request)
-        self._free(request)
+        self._holdings.release(request)
         request.phase = Phase.WAITING
         insort(self._waiting, request, key=_rank)
 
-    def _plan_chunks(self, step: _Step) -> None:
+    def _plan_chunks(self, step: Step) -> None:
         for request in self._running:
             if step.budget <= 0:
                 return
             if request.phase is Phase.PREFILL:
                 self._chunk(request, step)
 
-    def _chunk(self, request: Request, step: _Step) -> None:
+    def _chunk(self, request: Request, step: Step) -> None:
         """The next chunk of a prompt: up to the budget, its end, or the next snapshot boundary."""
         start, total = request.computed, len(request.tokens)
         while request.boundaries and request.boundaries[-1] <= start:
@@ -233,17 +188,12 @@ class Scheduler:
         if last:
             request.phase = Phase.DECODE
         elif end == target:
-            self._plan_save(request, end, step)
+            snapshot = self._holdings.take_snapshot(request, end)
+            if snapshot is not None:
+                step.saves.append((request, end, snapshot))
 
-    def _plan_save(self, request: Request, depth: int, step: _Step) -> None:
-        if self._tree.has_snapshot(request.tokens, depth):
-            return
-        if self._snapshots.free == 0 and not self._tree.evict():
-            return  # every snapshot is about to be written by a launched step
-        step.saves.append((request, depth, self._snapshots.take(1)[0]))
-
-    def _plan_admissions(self, step: _Step) -> None:
-        while self._slots.free and step.budget > 0:
+    def _plan_admissions(self, step: Step) -> None:
+        while self._holdings.slots.free and step.budget > 0:
             request = next((r for r in self._waiting if not self._held_back(r)), None)
             if request is None or not self._admit(request, step):
                 return
@@ -257,52 +207,25 @@ class Scheduler:
             leader is not None
             and leader.ordinal < request.ordinal  # so that no two wait for each other
             and not leader.prompt_cached
-            and self.limits.num_snapshots > 0
-            and self._caches(request)
-            and self._tree.aligned(request.prompt_len - 1) > 0
+            and self._holdings.will_cache(request)
         )
 
-    def _caches(self, request: Request) -> bool:
-        """Whether its prompt may come from the cache: not if every position's logits are wanted."""
-        return self.limits.prefix_caching and request.source.params.prompt_logprobs is None
-
-    def _admit(self, request: Request, step: _Step) -> bool:
+    def _admit(self, request: Request, step: Step) -> bool:
         """Give a waiting request its slot, prefix and pages; False if its pages are not there."""
-        limits, length = self.limits, len(request.tokens)
-        match = self._tree.match(request.tokens) if self._caches(request) else None
-        shared = match.pages if match else []
-        for page in shared:
-            self._pages.hold(page)
-        reach = min(length + self._width, request.max_total)
-        missing = -(-reach // limits.page_size) - len(shared)
+        match = self._holdings.match(request)
+        reach = min(len(request.tokens) + self._width, request.max_total)
         # A page in hand for each running request keeps admissions from causing preemptions.
-        if not self._free_pages(missing + len(self._running)):
-            for page in shared:
-                self._pages.drop(page)
+        grants = self._holdings.admit(request, match, reach, spare=len(self._running))
+        if grants is None:
             return False
-        request.slot = self._slots.take(1)[0]
-        request.pages = list(shared)
-        request.computed = match.tokens if match else 0
-        request.boundaries = self._boundaries(request, match.shared if match else 0)
-        if shared:
-            step.grants.append(PageGrant(request.slot, 0, shared))
-        self._grant(request, missing, step)
-        step.admissions.append(admission(request, match.snapshot if match else NO_SNAPSHOT))
+        step.grants += grants
+        request.computed = match.tokens
+        request.boundaries = self._holdings.boundaries(request, match.shared)
+        step.admissions.append(admission(request, match.snapshot))
         request.phase = Phase.PREFILL
         insort(self._running, request, key=_rank)
         self._count_prompt(request, step.now)
         return True
-
-    def _boundaries(self, request: Request, shared: int) -> list[int]:
-        """Where this prompt's prefill stops for snapshots, nearest last."""
-        limits = self.limits
-        if not limits.prefix_caching or limits.num_snapshots == 0:
-            return []
-        end = self._tree.aligned(len(request.tokens) - 1)
-        wanted = {end, shared, *(self._tree.aligned(b) for b in request.source.boundaries)}
-        if limits.snapshot_interval:
-            wanted.update(range(limits.snapshot_interval, end, limits.snapshot_interval))
-        return sorted((b for b in wanted if request.computed < b <= end), reverse=True)
 
     def _count_prompt(self, request: Request, now: float) -> None:
         if request.counted:
@@ -312,23 +235,15 @@ class Scheduler:
         request.cached_tokens = request.computed
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
-            self._tree.remember(request.tokens)
+            self._holdings.tree.remember(request.tokens)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.computed
 
-    def _seal(self, step: _Step) -> StepPlan:
+    def _seal(self, step: Step) -> StepPlan:
         self._totals.steps += 1
         for request in step.requests():
             request.in_flight += 1
-        plan = StepPlan(
-            step=self._totals.steps,
-            admissions=step.admissions,
-            grants=step.grants,
-            decode=[request.slot for request in step.decode],
-            chunks=[chunk for _, chunk in step.chunks],
-            saves=[Save(request.slot, snapshot) for request, _, snapshot in step.saves],
-            context=step.context,
-        )
+        plan = step.plan(self._totals.steps)
         self._launched.append((plan, step))
         return plan
 
@@ -342,8 +257,7 @@ class Scheduler:
         for request in step.requests():
             request.in_flight -= 1
         for request, depth, snapshot in step.saves:
-            pages = request.pages[: depth // self.limits.page_size]
-            self._tree.publish(request.tokens[:depth], pages, snapshot)
+            self._holdings.publish(request, depth, snapshot)
         for request, chunk in step.chunks:
             request.prompt_cached |= chunk.last
         self._take_prompt_logprobs(step, result)
@@ -353,7 +267,7 @@ class Scheduler:
                 self._release(request)
         return deltas
 
-    def _take_prompt_logprobs(self, step: _Step, result: StepResult) -> None:
+    def _take_prompt_logprobs(self, step: Step, result: StepResult) -> None:
         by_slot = {request.slot: request for request, _ in step.chunks}
         for part in result.prompt_logprobs:
             request = by_slot[part.slot]
@@ -361,7 +275,7 @@ class Scheduler:
             # A request that was preempted computes its prompt again; what is there stays.
             request.prompt_logprobs += part.rows[have - (part.start - 1) :]
 
-    def _take_tokens(self, step: _Step, result: StepResult) -> list[Delta]:
+    def _take_tokens(self, step: Step, result: StepResult) -> list[Delta]:
         deltas = []
         for row, (request, tokens) in enumerate(zip(step.sampled(), result.tokens, strict=True)):
             if request.phase is Phase.DONE or not tokens:
@@ -394,14 +308,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         if self._requests.pop(request.id, None) is not None:
-            self._free(request)
-
-    def _free(self, request: Request) -> None:
-        for page in request.pages:
-            self._pages.drop(page)
-        request.pages = []
-        self._slots.drop(request.slot)
-        request.slot = 0
+            self._holdings.release(request)
 
     # --- what others may ask ----------------------------------------------------------------
 
@@ -412,15 +319,15 @@ class Scheduler:
         return [(row, r.id) for row, r in enumerate(sampled) if r.source.grammar is not None]
 
     def stats(self) -> EngineStats:
-        totals, limits = self._totals, self.limits
+        totals, pages, snapshots = self._totals, self._holdings.pages, self._holdings.snapshots
         return EngineStats(
             steps=totals.steps,
             running=len(self._running),
             waiting=len(self._waiting),
-            free_pages=self._pages.free,
-            total_pages=self._pages.size,
-            snapshots_used=limits.num_snapshots - self._snapshots.free,
-            snapshots_total=limits.num_snapshots,
+            free_pages=pages.free,
+            total_pages=pages.size,
+            snapshots_used=snapshots.size - snapshots.free,
+            snapshots_total=snapshots.size,
             preemptions=totals.preemptions,
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
@@ -432,30 +339,16 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; running requests keep what they hold."""
-        self._tree.clear()
+        self._holdings.tree.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""
-        self._tree.check()
         assert self._waiting == sorted(self._waiting, key=_rank), "waiting requests by rank"
         assert self._running == sorted(self._running, key=_rank), "running requests by rank"
-        held = Counter(self._tree.held_pages())
-        owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
-        for request in owners:
-            held.update(request.pages)
-        for page in range(NULL_PAGE + 1, self.limits.num_pages):
-            assert self._pages.holders(page) == held[page], f"holders of page {page}"
-        slots = [request.slot for request in owners]
-        assert len(set(slots)) == len(slots) == self._slots.size - self._slots.free, "slots"
         for _, step in self._launched:
             assert all(request.slot for request in step.requests()), "launched rows keep their slot"
-        saving = sum(len(step.saves) for _, step in self._launched)
-        kept = self._tree.num_snapshots
-        assert kept + saving == self._snapshots.size - self._snapshots.free, "snapshots"
-        for request in owners:
-            assert len(request.pages) * self.limits.page_size >= min(
-                request.computed, request.max_total
-            ), "pages cover what was computed"
+        owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
+        self._holdings.check(owners, saving=sum(len(step.saves) for _, step in self._launched))
 
 
 def _rank(request: Request) -> tuple[int, int]:
