@@ -70,11 +70,12 @@ class Result:
 def sums(options: argparse.Namespace, result: Result) -> None:
     """One rank of the table of sums. Rank 0 starts the others and keeps the figures."""
     from millrace.runtime.collectives import Collectives
-    from millrace.runtime.ranks import Place, Ranks, launched_by_torchrun, open_store, place
+    from millrace.runtime.groups import Place, launched_by_torchrun, open_store, torchrun_place
+    from millrace.runtime.ranks import Ranks
 
     cuda, others, store = not options.dry_run, [], None
     if launched_by_torchrun():
-        mine = place(options.ranks)
+        mine = torchrun_place(options.ranks)
     else:
         mine, store = Place(0, options.ranks, 0), open_store()
         others = [_other_rank(rank, options.ranks, store.port) for rank in range(1, options.ranks)]

@@ -17,11 +17,11 @@ RANK = """
 import sys
 from millrace.config import engine_args
 from millrace.engine import replica
-from millrace.runtime.ranks import place
+from millrace.runtime.groups import torchrun_place
 from tests.support.engines import DEFAULTS, build, generate
 
 model, prompts = sys.argv[1], eval(sys.argv[2])
-if place(1).rank > 0:
+if torchrun_place(1).rank > 0:
     sys.exit(replica.run_rank(engine_args(model=model, **DEFAULTS)))
 engine = build(model)
 print("TOKENS", generate(engine, prompts))

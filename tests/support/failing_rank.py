@@ -55,7 +55,7 @@ def fail_at(stage: str, fail: Callable[[], None]) -> None:
     from millrace.runtime import ranks, rehearsal, runner, worker
 
     owner, name = {
-        "groups": (ranks, "_groups"),
+        "groups": (ranks, "form_groups"),
         "measuring": (worker.Collectives, "measure"),
         "weights": (worker, "_load_model"),
         "rehearsal": (rehearsal, "rehearse"),

@@ -26,7 +26,8 @@ from millrace.protocol import AddRequest, Delta, SamplingParams
 
 if TYPE_CHECKING:
     from millrace.model.config import ModelConfig
-    from millrace.runtime.ranks import Place, Ranks
+    from millrace.runtime.groups import Place
+    from millrace.runtime.ranks import Ranks
     from millrace.runtime.worker import Worker
 
 log = logging.getLogger("millrace.engine")
@@ -52,11 +53,11 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
     in a call to the GPU, and cannot raise, is ended with that line.
     """
     _wait_passively()
-    from millrace.runtime import ranks
+    from millrace.runtime.groups import launched_by_torchrun, torchrun_place
 
     config, model = _resolve(args)
-    if ranks.launched_by_torchrun():
-        place, children, store = ranks.place(args.tensor_parallel_size), LocalRanks(), None
+    if launched_by_torchrun():
+        place, children, store = torchrun_place(args.tensor_parallel_size), LocalRanks(), None
     else:
         place, children, store = _start_here(args, config)
     guard = StuckGuard()
@@ -83,9 +84,9 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
 def run_rank(args: EngineArgs) -> int:
     """Be a rank other than 0 (RANK and WORLD_SIZE are set) until rank 0 says stop. Exit status."""
     _wait_passively()
-    from millrace.runtime import ranks
+    from millrace.runtime.groups import torchrun_place
 
-    place = ranks.place(args.tensor_parallel_size)
+    place = torchrun_place(args.tensor_parallel_size)
     logging.getLogger("millrace").setLevel(logging.WARNING)  # the rest is said by rank 0
     joined = None
     try:
@@ -120,7 +121,7 @@ def _start_here(args: EngineArgs, config: EngineConfig) -> tuple[Place, LocalRan
     """(our place, the other ranks, the store to meet them in)."""
     import torch
 
-    from millrace.runtime.ranks import Place, open_store
+    from millrace.runtime.groups import Place, open_store
 
     size = args.tensor_parallel_size
     if size == 1:

@@ -1,72 +1,37 @@
-"""The ranks of one replica: the groups they form, and how a plan reaches them.
+"""The ranks of one replica: a plan reaches all of them, and their tensors come together.
 
-Rank 0 schedules and sends each plan; every rank runs it and takes part in the tensor collectives.
-Plans are msgpack bytes over a Gloo group of their own, each with its number and a digest of all so
-far, so that a rank that missed or misread one says so instead of running it. No wait on the host is
-blind: every one looks at the watch (`watch.py`), which knows when a rank is gone.
+Rank 0 schedules and sends each plan (as `plans.py` words it) over a Gloo group of its own; every
+rank runs it and takes part in the tensor collectives. No wait on the host is blind: every one looks
+at the watch (`watch.py`), which knows when a rank is gone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import PrefixStore, Store
 
-from millrace.errors import ConfigError, RankError
-from millrace.protocol import ToRank
+from millrace.errors import RankError
 from millrace.runtime.apart import apart
+from millrace.runtime.groups import JOIN_LIMIT, STEP_LIMIT, Place, find_store, form_groups
 from millrace.runtime.meeting import meet
+from millrace.runtime.plans import FIRST, Message, OtherPlanError, Plans
 from millrace.runtime.watch import Fate, Watch, no_fate
 
-
-class MeasureSums(msgspec.Struct, frozen=True, tag="measure"):
-    """Take part in measuring sums over messages of so many tokens."""
-
-    rows: list[int]
-
-
-Message = ToRank | MeasureSums
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Message).decode
-
-JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
 GROUP_LIMIT = 90.0  # seconds for ranks that have met to set up their groups
 LEAVE_LIMIT = 5.0  # seconds for a group to be taken apart
-STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
-PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan as long as it takes
 _POLL = timedelta(seconds=0.25)
 _GLANCE = 0.0005  # seconds between looks at a device step that has taken longer than most
-# A plan's first message: its length, its number, a digest of all plans so far, its first bytes.
-_HEADER = struct.Struct("<IQ8s")
-_FIRST = 2048
-_NO_MULTICAST = {  # NVLink multicast stays off in every library that would use it
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which of `size` ranks this process is; local: its number on its own host, so its GPU."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
 
 
 @dataclass(slots=True)
@@ -78,9 +43,8 @@ class Ranks:
     tensors: Any = None  # dist.ProcessGroup
     plans: Any = None
     watch: Watch | None = None
-    _plans: int = 0  # sent or received so far
-    _digest: bytes = bytes(8)  # of all of them
-    _first: Tensor = field(default_factory=lambda: torch.zeros(_FIRST, dtype=torch.uint8))
+    _messages: Plans = field(default_factory=Plans)
+    _first: Tensor = field(default_factory=lambda: torch.zeros(FIRST, dtype=torch.uint8))
 
     @classmethod
     def join(
@@ -102,14 +66,14 @@ class Ranks:
             return cls()
         address = "127.0.0.1" if store else os.environ.get("MASTER_ADDR", "127.0.0.1")
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"millrace-{attempt}", store or _store(place))
+        store = PrefixStore(f"millrace-{attempt}", store or find_store(place))
         watch = meet(
             *(place.rank, place.size, address, store),
             *(facts, fate, on_failure, JOIN_LIMIT),
         )
         try:
             with watch.limited(f"setting up {backend}", GROUP_LIMIT):
-                groups = apart(lambda: _groups(place, backend, store), watch.check)
+                groups = apart(lambda: form_groups(place, backend, store), watch.check)
                 return cls(place.rank, place.size, *groups, watch)
         except BaseException as error:
             if isinstance(error, RuntimeError):  # a library's: it knows the call, not the rank
@@ -126,43 +90,34 @@ class Ranks:
         """Rank 0: send a message to every other rank. Raises RankError if the group has failed."""
         if self.size == 1:
             return
-        body = _encode(message)
-        self._advance(body)
-        header = _HEADER.pack(len(body), self._plans, self._digest)
-        data = torch.frombuffer(bytearray(header + body), dtype=torch.uint8)
-        first = data[:_FIRST]
+        data = torch.frombuffer(self._messages.pack(message), dtype=torch.uint8)
+        self._begin()
+        first = data[:FIRST]
         self._first[: len(first)] = first
         self._broadcast(self._first)
-        if len(data) > _FIRST:
-            self._broadcast(data[_FIRST:])
+        if len(data) > FIRST:
+            self._broadcast(data[FIRST:])
 
     def receive(self) -> Message:
         """Other ranks: wait for the next message of rank 0, and check that it is the next one."""
         self._broadcast(self._first)
-        length, number, digest = _HEADER.unpack(bytes(self._first[: _HEADER.size].tolist()))
-        body = self._first[_HEADER.size :][:length]
-        if (rest := length - len(body)) > 0:
-            data = torch.empty(rest, dtype=torch.uint8)
-            self._broadcast(data)
-            body = torch.cat([body, data])
-        raw = body.numpy().tobytes()
-        self._advance(raw)
-        if number != self._plans:
-            self._disagree(f"{self._plans} where rank 0 has {number}")
-        if digest != self._digest:
-            self._disagree(
-                f"{number} with digest {self._digest.hex()} where rank 0 has {digest.hex()}"
-            )
-        message: Message = _decode(raw)
+        data = self._first.numpy().tobytes()
+        if rest := self._messages.rest(data):
+            more = torch.empty(rest, dtype=torch.uint8)
+            self._broadcast(more)
+            data += more.numpy().tobytes()
+        try:
+            message = self._messages.unpack(data)
+        except OtherPlanError as other:
+            self._disagree(str(other))
+        self._begin()
         return message
 
-    def _advance(self, body: bytes) -> None:
-        self._plans += 1
-        self._digest = hashlib.blake2b(self._digest + body, digest_size=8).digest()
+    def _begin(self) -> None:
         if self.watch is not None:
-            self.watch.begin(self._plans)
+            self.watch.begin(self._messages.number)
 
-    def _disagree(self, what: str) -> None:
+    def _disagree(self, what: str) -> NoReturn:
         error = RankError(f"rank {self.rank} (pid {os.getpid()}) holds another plan: step {what}")
         self.fail(str(error))
         raise error
@@ -280,7 +235,9 @@ class Ranks:
                 continue
             self.check()
             if spent > STEP_LIMIT.total_seconds():
-                raise RankError(f"step {self._plans} has not ended within {spent:.0f} s on a rank")
+                raise RankError(
+                    f"step {self._messages.number} has not ended within {spent:.0f} s on a rank"
+                )
             time.sleep(_GLANCE)
 
     def _finish(self, work: Any) -> None:
@@ -328,41 +285,6 @@ class Ranks:
         leaving.join(LEAVE_LIMIT)
 
 
-# --- meeting -----------------------------------------------------------------------------------
-
-
-def launched_by_torchrun() -> bool:
-    """Whether RANK and WORLD_SIZE name this process's place already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def place(tensor_parallel_size: int) -> Place:
-    """This process's place under torchrun. Raises ConfigError where flag and launcher disagree."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if tensor_parallel_size not in (1, size):
-        raise ConfigError(
-            f"tensor_parallel_size {tensor_parallel_size}, but torchrun started {size} processes; "
-            f"leave it out or give {size}"
-        )
-    return Place(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
-
-
-def open_store() -> TCPStore:
-    """Where ranks of this host find each other: a store of ours on a free port."""
-    return TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-
-
-def _store(place: Place) -> Store:
-    """The store at MASTER_ADDR:MASTER_PORT."""
-    try:
-        found: tuple[Store, int, int] = next(
-            rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_LIMIT))
-        )
-    except (ValueError, dist.DistError) as error:
-        raise ConfigError(f"the ranks cannot meet: {str(error).splitlines()[0]}") from None
-    return found[0]
-
-
 def _from_rank_0() -> Any:
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
@@ -373,22 +295,3 @@ def _reduction(op: Any) -> Any:
     options = dist.AllreduceOptions()
     options.reduceOp = op
     return options
-
-
-def _groups(place: Place, backend: str, store: Store) -> tuple[Any, Any]:
-    """(the group of the tensors, the group of the plans)."""
-    device = None
-    if backend == "nccl":
-        for name, value in _NO_MULTICAST.items():
-            os.environ.setdefault(name, value)
-        device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=place.rank,
-        world_size=place.size,
-        timeout=STEP_LIMIT,
-        device_id=device,
-    )
-    plans = dist.new_group(backend="gloo", timeout=PLAN_LIMIT)
-    return dist.group.WORLD, plans

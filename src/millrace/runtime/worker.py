@@ -25,7 +25,8 @@ from millrace.model.weights import load, random_weights
 from millrace.protocol import Masks, StepPlan, StopRanks
 from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
-from millrace.runtime.ranks import MeasureSums, Ranks
+from millrace.runtime.plans import MeasureSums
+from millrace.runtime.ranks import Ranks
 from millrace.runtime.rehearsal import workspace_bytes
 from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
