@@ -15,6 +15,7 @@ import torch
 
 from millrace.config import EngineConfig
 from millrace.protocol import Admission, Chunk, StepPlan
+from millrace.runtime.graphs import bucket_sizes
 from millrace.runtime.runner import Runner
 
 
@@ -49,6 +50,24 @@ def rehearse(config: EngineConfig, runner: Runner) -> None:
     """The largest step of prompts alone, and the largest of decode rows beside prompts."""
     runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
     runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
+
+
+def token_counts(config: EngineConfig) -> list[int]:
+    """Tokens that a step's products may have: the rehearsal's, and those of the steps to come.
+
+    Steps with prompts may have any number. Kernels are tiled by 16 and 32 tokens and by multiples
+    of 64, so those numbers stand for the ones below them; large ones differ little.
+    """
+    width, batched = config.drafts + 1, config.max_num_batched_tokens
+    alone, beside = (
+        sum(chunk.count for chunk in _chunks(config, tokens))
+        for tokens in (batched, config.mixed_prefill_tokens)
+    )
+    counts = {alone, beside + config.max_num_seqs * width}
+    if not config.args.enforce_eager:
+        counts |= {rows * width for rows in bucket_sizes(config.max_num_seqs)}
+        counts |= {16, 32, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
+    return sorted(counts)
 
 
 def _few_slots(config: EngineConfig) -> EngineConfig:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.gpu.quantize import _empty_quantized, quantize_groups
+from millrace.kernels.gpu.quantize import empty_quantized, quantize_groups
 from millrace.kernels.quantize import GROUP, Quantized
 
 EVER = 2**31 - 1  # polls: longer than any step may take; a group that hangs is ended by its watch
@@ -131,7 +131,7 @@ def one_shot_norm(
     x, residual = x.contiguous(), residual.contiguous()
     sums = torch.empty_like(x)
     normed = torch.empty_like(x) if keep else None
-    q = _empty_quantized(x.shape[0], x.shape[1], x.device) if quantized else None
+    q = empty_quantized(x.shape[0], x.shape[1], x.device) if quantized else None
     _launch(x, residual, weight, sums, normed, q, eps, memory, norm=True)
     return normed, q, sums
 

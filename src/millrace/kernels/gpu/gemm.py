@@ -143,6 +143,13 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
     return deep_gemm_matmul(x, weight, scale.float())
 
 
+def takes_deep_gemm(tokens: int, outputs: int, width: int) -> bool:
+    """Whether DeepGEMM is what `fp8_matmul` takes on this GPU, in bfloat16 and float32 scales."""
+    if outputs % 128 or width % 128 or tokens <= MAX_TOKENS or not _is_hopper():
+        return False
+    return _deep_gemm() is not None and not _suits_cublas(tokens, outputs)
+
+
 def _suits_cublas(tokens: int, outputs: int) -> bool:
     """Where cuBLAS beats DeepGEMM on an H200, of the shapes in benchmarks/kernels_h200.py."""
     if 128 < tokens <= 384:

@@ -154,7 +154,7 @@ def norm(
     tokens, width = x.shape
     sums = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if keep else None
-    q = _empty_quantized(tokens, width, x.device) if quantized else None
+    q = empty_quantized(tokens, width, x.device) if quantized else None
     if tokens:
         _norm_kernel[(tokens,)](
             x, _or(residual, x), weight, _or(sums, x), _or(normed, x),
@@ -169,7 +169,7 @@ def norm(
 def _quantized(
     op: int, x: Tensor, y: Tensor, width: int, weight: Tensor | None = None, eps: float = 0.0
 ) -> Quantized:
-    q = _empty_quantized(x.shape[0], width, x.device)
+    q = empty_quantized(x.shape[0], width, x.device)
     _launch_pointwise(op, x, y, width, q.values, q.scales, GROUP, weight, eps)
     return q
 
@@ -191,7 +191,8 @@ def _launch_pointwise(
     )  # fmt: skip
 
 
-def _empty_quantized(tokens: int, width: int, device: torch.device) -> Quantized:
+def empty_quantized(tokens: int, width: int, device: torch.device) -> Quantized:
+    """Of these sizes and in the order of scales that products want, with memory as it is found."""
     groups, padded = -(-width // GROUP), -(-tokens // 4) * 4
     scales = torch.empty(groups, padded, dtype=torch.float32, device=device).t()[:tokens]
     return Quantized(torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device=device), scales)
