@@ -181,3 +181,16 @@ def test_what_takes_too_long_names_who_does_it() -> None:
             lines = {failure(one) for one in watches}
     (line,) = lines
     assert re.fullmatch(r"rank 1 \(pid 1001\) has been measuring for \d+ s; leave it out", line)
+
+
+def test_a_limit_holds_within_and_after_another() -> None:
+    with watching() as watches:
+        first, one = watches
+        with one.limited("trying", 60.0), one.limited("starting", 0.2):
+            with one.limited("measuring", 60.0):
+                pass
+            assert re.search(r"rank 1 .* starting for", failure(first))
+    with watching() as watches:
+        first, one = watches
+        with one.limited("starting", 0.2), one.limited("measuring", 60.0):
+            assert re.search(r"rank 1 .* starting for", failure(first))

@@ -143,7 +143,7 @@ class Watch:
         self._fate = fate
         self._on_failure = on_failure
         self._step = 0
-        self._limit: _Limit | None = None
+        self._limits: tuple[_Limit, ...] = ()  # innermost first
         self._failed = threading.Event()
         self._message = ""
         self._leaving = False
@@ -169,12 +169,16 @@ class Watch:
 
     @contextmanager
     def limited(self, doing: str, seconds: float, advice: str = "") -> Iterator[None]:
-        """Have the group fail, this rank named, if what is within takes longer than that."""
-        self._limit = _Limit(doing, seconds, advice, time.monotonic())
+        """Have the group fail, this rank named, if what is within takes longer than that.
+
+        Limits may stand within each other, on one thread: each holds for itself.
+        """
+        around = self._limits
+        self._limits = (_Limit(doing, seconds, advice, time.monotonic()), *around)
         try:
             yield
         finally:
-            self._limit = None
+            self._limits = around
 
     def explain(self, error: BaseException, limit: float = 5.0) -> RankError:
         """What a collective's failure comes from: waits for the watch to find out who it was."""
@@ -243,7 +247,7 @@ class Watch:
         return "is gone: its connection has ended"
 
     def _tick(self, now: float, late: bool) -> None:
-        self._check_limit(now, late)
+        self._check_limits(now, late)
         for peer in self._peers:
             peer.send(Beat(self._step))
             if late:  # this process did not run; the others' words may still lie unread
@@ -262,15 +266,13 @@ class Watch:
             elif peer.step >= self._step:
                 peer.moved = now
 
-    def _check_limit(self, now: float, late: bool) -> None:
-        limit = self._limit
-        if limit is None:
-            return
-        if late:
-            limit.began = now
-        elif (spent := now - limit.began) > limit.seconds:
-            me = f"rank {self._me.rank} (pid {self._me.pid})"
-            self._fail(f"{me} has been {limit.doing} for {spent:.0f} s{limit.advice}")
+    def _check_limits(self, now: float, late: bool) -> None:
+        for limit in self._limits:
+            if late:
+                limit.began = now
+            elif (spent := now - limit.began) > limit.seconds:
+                me = f"rank {self._me.rank} (pid {self._me.pid})"
+                self._fail(f"{me} has been {limit.doing} for {spent:.0f} s{limit.advice}")
 
     def _fail(self, message: str, tell_owner: bool = True) -> None:
         if self._failed.is_set():
