@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from millrace.runtime.rehearsal import _few_slots, rehearse
+from millrace.kernels.gpu import prebuild
+from millrace.model.config import read_config
+from millrace.model.qwen3_5 import build_model
+from millrace.model.tiny import TinyShape, write_checkpoint
+from millrace.runtime.graphs import bucket_sizes
+from millrace.runtime.rehearsal import _few_slots, rehearse, token_counts
+from millrace.runtime.worker import _compile_beside
 from tests.support.engines import build
 
+SIZES: list[dict[str, Any]] = [
+    {},
+    {"max_num_seqs": 64, "max_num_batched_tokens": 700, "mixed_prefill_tokens": 300},
+    {"speculative_config": {"num_speculative_tokens": 3}, "enable_prefix_caching": True},
+    {"max_num_seqs": 1, "max_model_len": 17, "max_num_batched_tokens": 64},
+]
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_num_seqs": 64, "max_num_batched_tokens": 700, "mixed_prefill_tokens": 300},
-        {"speculative_config": {"num_speculative_tokens": 3}, "enable_prefix_caching": True},
-        {"max_num_seqs": 1, "max_model_len": 17, "max_num_batched_tokens": 64},
-    ],
-)
+
+@pytest.mark.parametrize("options", SIZES)
 def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, Any]) -> None:
     worker: Any = build(tiny_model, **options)._worker
     config = worker.config
@@ -40,3 +48,51 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
     assert tokens[0] == min(config.max_num_batched_tokens, most)
     decoding = config.max_num_seqs * (config.drafts + 1)
     assert tokens[1] == decoding + min(config.mixed_prefill_tokens, most)
+    assert set(tokens) <= set(token_counts(config))
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_the_token_counts_of_graphs_are_known_before(
+    tiny_model: Path, options: dict[str, Any]
+) -> None:
+    config = build(tiny_model, **options)._worker.config  # type: ignore[attr-defined]
+    rows = bucket_sizes(config.max_num_seqs)  # and the draft head has one token of each
+    counts = token_counts(config)
+    assert {*rows, *(n * (config.drafts + 1) for n in rows)} <= set(counts)
+    assert len(counts) < 120
+    args = msgspec.structs.replace(config.args, enforce_eager=True)
+    assert len(token_counts(msgspec.structs.replace(config, args=args))) <= 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_compiled_beside_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Every FP8 weight's shape, where products are in bfloat16."""
+    asked: list[tuple[set[tuple[int, int]], list[int]]] = []
+    ended: list[bool] = []
+
+    @contextmanager
+    def compiling(shapes: set[tuple[int, int]], counts: list[int]) -> Iterator[None]:
+        asked.append((shapes, counts))
+        yield
+        ended.append(True)
+
+    monkeypatch.setattr(prebuild, "compiling", compiling)
+    directory = write_checkpoint(tmp_path / "fp8", TinyShape(fp8=True))
+    model = build_model(read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True)
+    config = build(directory, dtype="float32")._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
+    with ExitStack() as beside:
+        _compile_beside(config, model, beside)
+        assert not ended
+    if dtype == "float32":
+        assert not asked
+        return
+    ((shapes, counts),) = asked
+    assert counts == token_counts(config)
+    assert ended == [True]
+    e4m3 = [p for p in model.parameters() if p.dtype == torch.float8_e4m3fn]
+    assert e4m3
+    keys_and_values = (2 * 2 * 256, 256)  # of TinyShape, for the draft head
+    assert shapes == {*(tuple(p.shape) for p in e4m3), keys_and_values}

@@ -65,7 +65,7 @@ def token_counts(config: EngineConfig) -> list[int]:
     )
     counts = {alone, beside + config.max_num_seqs * width}
     if not config.args.enforce_eager:
-        counts |= {rows * width for rows in bucket_sizes(config.max_num_seqs)}
+        counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
         counts |= {16, 32, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
     return sorted(counts)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from millrace.config import EngineConfig
 from millrace.engine.intake import Limits
 from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
+from millrace.model.layers import Attention, Linear
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.weights import load, random_weights
@@ -27,7 +28,7 @@ from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.plans import MeasureSums
 from millrace.runtime.ranks import Ranks
-from millrace.runtime.rehearsal import workspace_bytes
+from millrace.runtime.rehearsal import token_counts, workspace_bytes
 from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
 from millrace.runtime.slots import Slots
@@ -60,13 +61,15 @@ class Worker:
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
         self.collectives.settle(_message_rows(config))
-        parallel = self.collectives.parallel()
-        with _timed("weights"):
-            self._model = _load_model(config, model_config, directory, parallel, ranks.check)
-        with _timed("memory"):
-            self.memory = self._plan_memory()
-            pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
-            self._runner = self._build_runner(config, pages, snapshots)
+        self._model = _empty_model(config, model_config, self.collectives.parallel())
+        with ExitStack() as self._beside:  # what takes GPU memory until that is shared out
+            with _timed("weights"):
+                _compile_beside(config, self._model, self._beside)
+                _load_model(config, self._model, directory, ranks.check)
+            with _timed("memory"):
+                self.memory = self._plan_memory()
+        pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
+        self._runner = self._build_runner(config, pages, snapshots)
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):
                 self._runner.capture(config.max_num_seqs)
@@ -152,6 +155,7 @@ class Worker:
             taken = workspace_bytes(
                 self.config, lambda config: self._build_runner(config, 1, 0), self.ranks.settle
             )
+            self._beside.close()
             free, total = torch.cuda.mem_get_info()
             logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
             return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
@@ -188,19 +192,12 @@ def _message_rows(config: EngineConfig) -> list[int]:
     return [n for n in sorted(rows) if n <= LONGEST_MEASURED]
 
 
-def _load_model(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    directory: Path,
-    parallel: TensorParallel,
-    check: Callable[[], None],
+def _empty_model(
+    config: EngineConfig, model_config: ModelConfig, parallel: TensorParallel
 ) -> Qwen3_5:
-    """The model with its weights. FP8 weights stay FP8 where the device can multiply them.
-
-    check: called all along; raises where loading on makes no sense.
-    """
+    """The model without weights. FP8 ones will stay FP8 where the device can multiply them."""
     fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
-    model = build_model(
+    return build_model(
         model_config,
         dtype=DTYPES[config.dtype],
         device=config.device,
@@ -209,11 +206,36 @@ def _load_model(
         mtp=config.drafts > 0,
         keep_fp8=fp8,
     )
+
+
+def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> None:
+    """Until `beside` is closed, compile what the model's FP8 products need in other processes."""
+    if config.device != "cuda" or config.dtype != "bfloat16":
+        return
+    from millrace.kernels.gpu.prebuild import compiling  # imports what only GPUs have
+
+    beside.enter_context(compiling(_fp8_shapes(model), token_counts(config)))
+
+
+def _fp8_shapes(model: Qwen3_5) -> set[tuple[int, int]]:
+    """Of e4m3 weights in products, [out, in]."""
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
+    shapes = {(linear.weight.shape[0], linear.weight.shape[1]) for linear in linears}
+    mixer = None if model.mtp is None else model.mtp.layer.mixer
+    if isinstance(mixer, Attention) and mixer.qkv_proj.fp8:
+        # Of most tokens the draft head wants no more than keys and values.
+        shapes.add((sum(mixer.widths[2:]), mixer.qkv_proj.weight.shape[1]))
+    return shapes
+
+
+def _load_model(
+    config: EngineConfig, model: Qwen3_5, directory: Path, check: Callable[[], None]
+) -> None:
+    """Fill in the weights. check: called all along; raises where loading on makes no sense."""
     if config.args.load_format == "dummy":
         random_weights(model, config.args.seed, check)
     else:
         load(model, directory, check)
-    return model
 
 
 def allocate_caches(
