@@ -160,8 +160,9 @@ def prompt_rows(slots: list[int], rows: list[tuple[int, int]]) -> PrefillRows:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotary"), [(32, 8), (256, 64), (24, 24)])
-def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int) -> None:
-    heads, kv_heads = 4, 2
+@pytest.mark.parametrize("heads", [4, 0], ids=["", "no-queries"])
+def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int, heads: int) -> None:
+    kv_heads = 2
     widths = [heads * dim, heads * dim, kv_heads * dim, kv_heads * dim]
     qkv = draw(7, sum(widths), dtype=dtype)
     table = rope_table(dim, rotary, 1e4, 64, None, "cpu")
@@ -178,8 +179,10 @@ def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int) -> None:
             strict=True,
         )
     ]
+    assert out[0].shape == (7, heads, dim)
     close(*out)
     close(caches[0].keys, caches[1].keys)
+    assert bool((caches[0].keys != 7.0).any(-1).sum() == 7 * kv_heads)
     assert bool((caches[0].values == caches[1].values).all())
 
 

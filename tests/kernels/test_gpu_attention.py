@@ -75,7 +75,8 @@ def test_prefill(device: str, first: int):
 
 @on_each_device
 def test_norm_rope_store(device: str):
-    """The fused form equals the ops one after another, and store_kv alone the reference."""
+    """The fused form equals the ops one after another, and store_kv alone the reference; without
+    queries it stores the same."""
     from millrace.kernels.gpu import attention as gpu
     from millrace.kernels.gpu import rope as gpu_rope
 
@@ -107,6 +108,12 @@ def test_norm_rope_store(device: str):
     )
     assert relative(got_q, want_q) < 1e-5
     assert relative(fused.keys, want.keys) < 1e-5
+    only, widths = empty(), [0, 0, *widths[2:]]
+    none = gpu.norm_rope_store(
+        qkv[:, -sum(widths) :], widths, q_weight, k_weight, 1e-6, positions, table, only, place
+    )
+    assert none.shape == (tokens, 0, dim)
     for got, wanted in ((fused.values, want.values), (alone.keys, want.keys),
-                        (alone.values, want.values)):  # fmt: skip
+                        (alone.values, want.values), (only.keys, fused.keys),
+                        (only.values, want.values)):  # fmt: skip
         assert torch.equal(got, wanted)

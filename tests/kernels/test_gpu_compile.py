@@ -153,6 +153,10 @@ def attention(shape: Shape) -> None:
     q = gpu.norm_rope_store(
         empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
     )
+    widths[:2] = 0, 0  # keys and values alone
+    gpu.norm_rope_store(
+        empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
+    )
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16)
     for width in (1, 2) if shape is LARGE else (2,):
         gpu.attend_decode(q[: DECODE * width], cache, table, decode_rows(width), 1 / 16)

@@ -137,6 +137,26 @@ def test_head_equals_its_definition(make_pair: MakePair, shape: TinyShape) -> No
     torch.testing.assert_close(ours.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_remembering_is_enough_for_those_behind(make_pair: MakePair) -> None:
+    """Tokens whose keys and values alone were computed are seen as if all of them were; what they
+    brought into the layer is enough to guess at some of them afterwards."""
+    pair = make_pair()
+    assert pair.model.mtp is not None
+    ids, driver = pair.ids(20), pair.driver()
+    ends = {1: 19, 2: 11, 3: 7}
+    _, hidden = driver.step(prefill=[(slot, ids[: end + 1]) for slot, end in ends.items()])
+    rows = [(slot, ids[1 : end + 1]) for slot, end in ends.items()]
+    tokens, batch = make_batch(driver.caches, torch.tensor([0, 1, 1, 1]), [], rows)
+    known = torch.cat([one[:-1] for one in hidden])
+    x = pair.model.mtp.remember(tokens, known, batch, driver.caches)
+    last = [(slot, ids[end : end + 1]) for slot, end in ends.items()]
+    _, at = make_batch(driver.caches, torch.tensor([0, *ends.values()]), last, [])
+    guessed = pair.model.mtp.guess(x[[18, 29, 36]], at, driver.caches)
+    whole = WrittenOutHead(pair.directory, pair.model.config).drafts(ids[1:], [*hidden[0][:-1]])
+    expected = torch.stack([whole[end - 1] for end in ends.values()])
+    torch.testing.assert_close(guessed.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rejected_drafts_leave_no_trace(make_pair: MakePair) -> None:
     """Rows written for drafts that fell are overwritten before anything may read them."""
     pair = make_pair()

@@ -51,15 +51,15 @@ def norm_rope_store(
 ) -> Tensor:
     """All that stands between the attention projection and attention.
 
-    qkv: [T, sum(widths)], the (query, gate, key, value) parts of the projection. Norms and rotates
-    queries and keys by head, stores keys and values at kv_rows, and returns the queries
-    [T, query_heads, head_dim].
+    qkv: [T, sum(widths)], the (query, gate, key, value) parts of the projection; queries and gates
+    may be left out, with widths of 0. Norms and rotates queries and keys by head, stores keys and
+    values at kv_rows, and returns the queries [T, query_heads, head_dim].
     """
     kv_heads, dim = cache.keys.shape[2:]
     q, _, k, v = qkv.split(widths, dim=-1)
     q, k = (
-        apply_rope(rms_norm(x.unflatten(-1, (-1, dim)), weight, eps), positions, cos_sin)
-        for x, weight in ((q, q_weight), (k, k_weight))
+        apply_rope(rms_norm(x.unflatten(-1, (heads, dim)), weight, eps), positions, cos_sin)
+        for x, weight, heads in ((q, q_weight, widths[0] // dim), (k, k_weight, kv_heads))
     )
     store_kv(k, v.unflatten(-1, (kv_heads, dim)), cache, kv_rows)
     return q

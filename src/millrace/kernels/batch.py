@@ -74,6 +74,7 @@ class Batch:
 
     token_slots: int64 [T]. positions: int64 [T], place of each token in its sequence. kv_rows:
     int64 [T], the flat row (page * page_size + offset) that takes each token's keys and values.
+    Tokens that are only remembered, and attend to nothing, need no rows.
     """
 
     token_slots: Tensor

@@ -18,6 +18,7 @@ from millrace.kernels.activation import sigmoid_gate, silu_mul
 from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
 from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
 from millrace.kernels.beside import each_kind
+from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gdn import (
     conv_decode,
     conv_prefill,
@@ -81,6 +82,18 @@ class Linear(nn.Module):
             return fp8_linear(x, self.weight, self.weight_scale_inv, self.dtype)
         assert isinstance(x, Tensor)
         return linear(x, self.weight)
+
+    def outputs_from(self, first: int, x: Tensor | Quantized) -> Tensor:
+        """As forward, the outputs from `first` on alone, which is where one of the pieces begins.
+
+        Pieces of a weight that stays e4m3 begin where blocks do.
+        """
+        if self.weight_scale_inv is not None:
+            assert first % FP8_BLOCK == 0
+            scales = self.weight_scale_inv[first // FP8_BLOCK :]
+            return fp8_linear(x, self.weight[first:], scales, self.dtype)
+        assert isinstance(x, Tensor)
+        return linear(x, self.weight[first:])
 
 
 def _row_parallel(build: Build, name: str, out: int, total_in: int, quantized: bool) -> Linear:
@@ -232,9 +245,22 @@ class Attention(nn.Module):
     def forward(self, x: Normed, batch: Batch, cache: KVCache, caches: Caches) -> Tensor:
         """x: [T, H]; returns [T, H], this rank's part."""
         qkv = self.qkv_proj(x.of(self.qkv_proj))
-        q = norm_rope_store(
+        q = self._store(qkv, self.widths, batch, cache)
+        attended = self._attend(q, batch, cache, caches.block_table).flatten(1)
+        gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
+        gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(attended, gate)
+        out: Tensor = self.o_proj(gated)
+        return out
+
+    def remember(self, x: Normed, batch: Batch, cache: KVCache) -> None:
+        """Store what others see of x: keys and values, which are all that is computed."""
+        kv = self.qkv_proj.outputs_from(sum(self.widths[:2]), x.of(self.qkv_proj))
+        self._store(kv, [0, 0, *self.widths[2:]], batch, cache)
+
+    def _store(self, qkv: Tensor, widths: list[int], batch: Batch, cache: KVCache) -> Tensor:
+        return norm_rope_store(
             qkv,
-            self.widths,
+            widths,
             self.q_norm.weight,
             self.k_norm.weight,
             self.q_norm.eps,
@@ -243,11 +269,6 @@ class Attention(nn.Module):
             cache,
             batch.kv_rows,
         )
-        attended = self._attend(q, batch, cache, caches.block_table).flatten(1)
-        gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
-        gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(attended, gate)
-        out: Tensor = self.o_proj(gated)
-        return out
 
     def _attend(self, q: Tensor, batch: Batch, cache: KVCache, block_table: Tensor) -> Tensor:
         split = batch.num_decode_tokens
@@ -445,3 +466,9 @@ class DecoderLayer(nn.Module):
         x = self.mixer(normed, batch, cache, caches)
         normed, residual = self.mlp_norm.add_for(self.mlp.inputs, x, residual)
         return self.mlp(normed), residual
+
+    def remember(self, x: Tensor, batch: Batch, cache: KVCache) -> None:
+        """Store the keys and values of x, the whole stream [T, H], and compute no more."""
+        assert isinstance(self.mixer, Attention)
+        normed, _ = self.input_norm.add_for(self.mixer.inputs, x, None)
+        self.mixer.remember(normed, batch, cache)

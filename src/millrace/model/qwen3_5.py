@@ -28,7 +28,7 @@ from millrace.model.parameter import whole
 class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
     """One rank's share of the model. Weights are empty until loaded (`weights.py`).
 
-    mtp: the draft head, called as `model.mtp(ids, hidden, batch, caches)`, or None.
+    mtp: the draft head, or None.
     """
 
     def __init__(self, build: Build, max_len: int, mtp: bool) -> None:
@@ -62,7 +62,11 @@ class MTPHead(nn.Module):
     """Drafts: from token j and the hidden of token j - 1, a hidden whose logits guess token j + 1.
 
     One attention layer with keys and values of its own, whose row j belongs to token j; there is
-    no row 0.
+    no row 0. It remembers every token, and computes the rest of the layer only where it guesses:
+
+        x = mtp.remember(ids, hidden, places, caches)  # of all tokens
+        out = mtp.guess(x[rows], batch, caches)  # at a few of them
+        out = mtp(drafted, out, further, caches)  # both, of further tokens
     """
 
     def __init__(self, build: Build, embedding: VocabTable, rope: Rope) -> None:
@@ -76,17 +80,34 @@ class MTPHead(nn.Module):
         self.norm = Norm(build, "mtp.norm.weight", hidden)
 
     def forward(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        """ids: int64 [T], tokens at batch.positions j; hidden: [T, H], of tokens j - 1.
+        """Remember and guess at every token: [T, H]. Arguments as of `remember`."""
+        return self.guess(self._joined(ids, hidden), batch, caches)
 
-        hidden is the model's, after its final norm, or this head's own of the draft before.
-        Returns [T, H] after `mtp.norm`. Writes caches.mtp.
+    def remember(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
+        """Write the tokens' rows of caches.mtp; returns the layer's input x, [T, H].
+
+        ids: int64 [T], tokens at batch.positions j; hidden: [T, H], of tokens j - 1: the model's,
+        after its final norm, or this head's own of the draft before. Of batch it needs no rows.
         """
         assert caches.mtp is not None, "the draft head runs with keys and values of its own"
-        embedded = self.embedding_norm(self.embedding.embed(ids))
-        x = self.fc(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1))
+        x = self._joined(ids, hidden)
+        self.layer.remember(x, batch, caches.mtp)
+        return x
+
+    def guess(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
+        """x: [R, H] of `remember`, at the tokens of batch; returns [R, H] after `mtp.norm`.
+
+        All tokens before them must be remembered; their own rows of caches.mtp it writes itself.
+        """
+        assert caches.mtp is not None, "the draft head runs with keys and values of its own"
         x, residual = self.layer(x, None, batch, caches.mtp, caches)
         out, _ = self.norm.add(x, residual)
         return out
+
+    def _joined(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        embedded = self.embedding_norm(self.embedding.embed(ids))
+        x: Tensor = self.fc(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1))
+        return x
 
 
 def _decoder_layer(

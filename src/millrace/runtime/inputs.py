@@ -128,19 +128,13 @@ def chunk_ends(plan: StepPlan, batch: Batch) -> list[int]:
 
 
 def shifted(batch: Batch, caches: Caches) -> Batch:
-    """The same rows one position on: where the draft head sits while it reads this batch."""
-    positions = batch.positions + 1
-    decode, prefill = batch.decode, batch.prefill
-    if decode is not None:
-        decode = replace(decode, starts=decode.starts + 1, max_context=decode.max_context + 1)
-    if prefill is not None:
-        prefill = replace(
-            prefill,
-            starts=prefill.starts + 1,
-            host_starts=tuple(start + 1 for start in prefill.host_starts),
-        )
-    kv_rows = caches.kv_rows(batch.token_slots, positions)
-    return Batch(batch.token_slots, positions, kv_rows, decode, prefill)
+    """The tokens one position on, where the draft head remembers them with this batch's hidden."""
+    return places(batch.token_slots, batch.positions + 1, caches)
+
+
+def places(slots: Tensor, positions: Tensor, caches: Caches) -> Batch:
+    """Tokens that are remembered and attend to nothing. slots, positions: int64 [T]."""
+    return Batch(slots, positions, caches.kv_rows(slots, positions), None, None)
 
 
 def single_batch(slots: Tensor, positions: Tensor, context: int, caches: Caches) -> Batch:

@@ -25,6 +25,7 @@ from millrace.runtime.inputs import (
     decode_sampled,
     mixed_batch,
     mixed_sampled,
+    places,
     shifted,
     single_batch,
 )
@@ -172,14 +173,11 @@ class Runner:
         """Restore snapshots, and the draft head's first row after them, which they do not hold:
         it depends on the token that follows, and that may differ from request to request.
         """
-        places = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
-        slots, index = upload(places, self._device)
+        table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
+        slots, index = upload(table, self._device)
         hidden = self._snapshots.restore(self._caches, slots, index)
         if self._config.drafts:
-            starts = self._slots.length[slots]
-            context = max(a.start for a in admissions) + 1
-            batch = single_batch(slots, starts, context, self._caches)
-            self._draft_head(self._ids(batch), hidden, batch)
+            self._remember(places(slots, self._slots.length[slots], self._caches), hidden)
 
     def _poison(self, plan: StepPlan) -> None:
         if plan.admissions:
@@ -223,32 +221,38 @@ class Runner:
     def _draft(
         self, hidden: Tensor, batch: Batch, rows: SampledRows | None, count: Tensor | None
     ) -> None:
-        """Run the draft head over the step's tokens, then on from each row's last for k drafts."""
-        ahead = shifted(batch, self._caches)
-        out = self._draft_head(self._ids(ahead), hidden, ahead)
+        """The draft head remembers the step's tokens, then guesses on from each row's last, which
+        stands one position on: k drafts. A row that had ended guesses as if its first had stood.
+        """
+        mtp, caches, drafts = self._model.mtp, self._caches, self._config.drafts
+        assert mtp is not None
+        ahead = shifted(batch, caches)
+        x = self._remember(ahead, hidden)
         if rows is None or count is None:
             return
-        feed = out[rows.first + (count - 1).clamp(min=0)]
-        position = rows.base + count
-        for step in range(self._config.drafts):
+        last = rows.first + (count - 1).clamp(min=0)
+        position, reach = ahead.positions[last], batch.max_context + 1
+        feed = mtp.guess(x[last], single_batch(rows.slots, position, reach, caches), caches)
+        for step in range(1, drafts + 1):
             position = position + 1
             drawn = self._sampler.draft(feed, position, rows)
             self._slots.tokens[rows.slots, position] = drawn
-            if step + 1 < self._config.drafts:
-                reach = batch.max_context + self._width + step + 1
-                row = single_batch(rows.slots, position, reach, self._caches)
-                feed = self._draft_head(drawn, feed, row)
+            if step < drafts:
+                row = single_batch(rows.slots, position, reach + step, caches)
+                feed = mtp(drawn, feed, row, caches)
 
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
         """The drafts that wait behind each row's last token: int64 [R, k]."""
         ahead = 1 + torch.arange(self._config.drafts, device=self._device)
         return self._slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
 
-    def _draft_head(self, ids: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
-        """The draft head over tokens at batch.positions: the hidden [T, H] that guess the next."""
+    def _remember(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """The draft head remembers the tape's tokens at batch.positions; returns its input there.
+
+        hidden: [T, H], of the tokens before them.
+        """
         assert self._model.mtp is not None
-        out: Tensor = self._model.mtp(ids, hidden, batch, self._caches)
-        return out
+        return self._model.mtp.remember(self._ids(batch), hidden, batch, self._caches)
 
     def _save(self, plan: StepPlan, batch: Batch, hidden: Tensor) -> None:
         if not plan.saves:

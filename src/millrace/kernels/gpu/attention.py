@@ -286,8 +286,9 @@ def norm_rope_store(
 ) -> Tensor:  # fmt: skip
     """All between the attention projection and attention, in one pass.
 
-    qkv: [T, sum(widths)], the projection's (query, gate, key, value) parts. Norms and rotates
-    queries and keys, stores keys and values, returns the queries [T, query_heads, head_dim].
+    qkv: [T, sum(widths)], the projection's (query, gate, key, value) parts, of which queries and
+    gates may be left out, with widths of 0. Norms and rotates queries and keys, stores keys and
+    values, returns the queries [T, query_heads, head_dim].
     """
     kv_heads, dim = cache.keys.shape[2:]
     heads = widths[0] // dim

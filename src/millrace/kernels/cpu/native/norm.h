@@ -51,7 +51,7 @@ void norm_rope_store_all(const T* qkv, int64_t stride, const float* qw, const fl
                          const int64_t* positions, const float* cos_sin, int rotary, K* keys,
                          K* values, const int64_t* kv_rows, T* q, int tokens, int heads,
                          int kv_heads, int dim, int threads) {
-    share_rows(tokens, heads * dim, threads, [&](int64_t t) {
+    share_rows(tokens, (heads + kv_heads) * dim, threads, [&](int64_t t) {
         static thread_local std::vector<float> room;
         static thread_local std::vector<T> key;
         room.resize(dim), key.resize(dim);
