@@ -246,6 +246,7 @@ def main(parent: int, device: str, memory: int) -> None:
         multiply_nothing(_RECORD.unpack(record), torch.device(device))
         if device != "cpu":
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # else the next product's sizes might not fit between these
 
 
 def multiply_nothing(product: Product, device: torch.device) -> None:
