@@ -199,6 +199,33 @@ def test_no_more_children_than_memory_and_cores_allow(monkeypatch: pytest.Monkey
     assert prebuild.start(large, "cpu", 0, Path("/nowhere/at/all")) is None
 
 
+def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its free memory, its number and what kernels on it depend on."""
+    asked: list[Any] = []
+    free = [140 << 30]
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(__version__="1"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 141 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(prebuild, "start", lambda *given: asked.append(given))
+    prebuild.on_this_gpu(PRODUCTS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    prebuild.on_this_gpu(PRODUCTS)
+    monkeypatch.setenv("DG_JIT_USE_NVRTC", "1")
+    prebuild.on_this_gpu(PRODUCTS)
+    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(__version__="2"))
+    prebuild.on_this_gpu(PRODUCTS)
+    assert [given[:3] for given in asked] == 4 * [(PRODUCTS, "cuda:3", prebuild.MOST)]
+    markers = [given[3] for given in asked]
+    assert markers[0] == markers[1]
+    assert len(set(markers)) == 3
+    free[0] = prebuild.LEAST_FREE - 1
+    assert prebuild.on_this_gpu(PRODUCTS) is None
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_products_are_those_that_go_to_deep_gemm(
     monkeypatch: pytest.MonkeyPatch, installed: bool

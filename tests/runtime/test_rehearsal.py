@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from millrace.model.config import read_config
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.graphs import bucket_sizes
+from millrace.runtime.ranks import Ranks
 from millrace.runtime.rehearsal import _few_slots, rehearse, token_counts
-from millrace.runtime.worker import _compile_beside
+from millrace.runtime.worker import Worker, _compile_beside
 from tests.support.engines import build
 
 SIZES: list[dict[str, Any]] = [
@@ -96,3 +97,26 @@ def test_what_is_compiled_beside_a_start(
     assert e4m3
     keys_and_values = (2 * 2 * 256, 256)  # of TinyShape, for the draft head
     assert shapes == {*(tuple(p.shape) for p in e4m3), keys_and_values}
+
+
+def test_memory_is_measured_once_compilers_are_gone(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(what: str, found: Any) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            order.append(what)
+            return found
+
+        return run
+
+    monkeypatch.setattr("millrace.runtime.worker.workspace_bytes", noted("rehearsed", 10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", noted("measured", (100, 200)))
+    worker: Any = object.__new__(Worker)
+    worker.config = build(tiny_model, gpu_memory_utilization=0.75)._worker.config  # type: ignore[attr-defined]
+    worker.ranks, worker._device = Ranks(), torch.device("cuda")
+    with ExitStack() as worker._beside:
+        worker._beside.callback(noted("gone", None))
+        assert worker._budget() == 100 - 10 - 50
+    assert order == ["rehearsed", "gone", "measured"]

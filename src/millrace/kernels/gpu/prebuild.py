@@ -39,6 +39,7 @@ Product = tuple[int, int, int]  # outputs, inputs, tokens
 
 MOST = 8  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
+REAP_LIMIT = 5.0  # and for one that was killed
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 4  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
@@ -140,7 +141,7 @@ def start(products: list[Product], device: str, count: int, marker: Path) -> Chi
 def _claim(path: Path) -> IO[bytes] | None:
     """The marker, locked until it is closed; None if it is complete, or somebody else's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    marker = path.open("a+b")
+    marker = path.open("a+b", buffering=0)
     try:
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         marker.seek(0)
@@ -196,7 +197,6 @@ class Children:
         if not late + failed:
             with contextlib.suppress(OSError):  # without it the next start looks again
                 self._marker.write(b"complete\n")
-                self._marker.flush()
             logger.info("waited %.1f s for DeepGEMM's kernels", time.monotonic() - began)
         else:
             total = len(self.processes)
@@ -214,7 +214,8 @@ class Children:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
         for process in self.processes:
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REAP_LIMIT)  # a driver that hangs may keep even the killed
 
     def _last_line(self) -> str:
         size = self._output.seek(0, os.SEEK_END)
