@@ -95,7 +95,7 @@ def test_what_is_compiled_beside_a_start(
     assert ended == [True]
     e4m3 = [p for p in model.parameters() if p.dtype == torch.float8_e4m3fn]
     assert e4m3
-    keys_and_values = (2 * 2 * 256, 256)  # of TinyShape, for the draft head
+    keys_and_values = (2 * 2 * 256, 256)  # of TinyShape
     assert shapes == {*(tuple(p.shape) for p in e4m3), keys_and_values}
 
 

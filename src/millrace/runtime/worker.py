@@ -221,10 +221,10 @@ def _fp8_shapes(model: Qwen3_5) -> set[tuple[int, int]]:
     """Of e4m3 weights in products, [out, in]."""
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
     shapes = {(linear.weight.shape[0], linear.weight.shape[1]) for linear in linears}
-    mixer = None if model.mtp is None else model.mtp.layer.mixer
-    if isinstance(mixer, Attention) and mixer.qkv_proj.fp8:
-        # Of most tokens the draft head wants no more than keys and values.
-        shapes.add((sum(mixer.widths[2:]), mixer.qkv_proj.weight.shape[1]))
+    for module in model.modules():
+        if isinstance(module, Attention) and module.qkv_proj.fp8:
+            # Of tokens that only others attend to, no more than keys and values is computed.
+            shapes.add((sum(module.widths[2:]), module.qkv_proj.weight.shape[1]))
     return shapes
 
 
