@@ -7,6 +7,7 @@ or has a compiler hang where FAKE_WAY says so. The children are real, on the CPU
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -224,6 +225,36 @@ def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     free[0] = prebuild.LEAST_FREE - 1
     assert prebuild.on_this_gpu(PRODUCTS) is None
     assert len(asked) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("deep_gemm") is None,
+    reason="needs a CUDA device and DeepGEMM",
+)
+def test_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kernels are in the cache, GPU memory is as free as before, and a second start has no work."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("DeepGEMM is taken on Hopper alone")
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
+    shapes, counts = {(2048, 5120), (5120, 6144)}, [16, 64, 4096]
+    free, _ = torch.cuda.mem_get_info()
+    with prebuild.compiling(shapes, counts):
+        (marker,) = (tmp_path / "millrace").iterdir()
+    assert not caplog.records
+    assert marker.read_text()
+    kernels = set((tmp_path / "cache").glob("kernel.*"))
+    assert kernels
+    assert torch.cuda.mem_get_info()[0] > free - (256 << 20)
+    monkeypatch.setattr(prebuild, "Children", None)  # nobody may ask for them
+    with prebuild.compiling(shapes, counts):
+        pass
+    assert not caplog.records
+    for product in prebuild.deep_gemm_products(shapes, counts):
+        prebuild.multiply_nothing(product, torch.device("cuda"))
+    assert set((tmp_path / "cache").glob("kernel.*")) == kernels
 
 
 @pytest.mark.parametrize("installed", [True, False])
