@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from millrace.errors import UserError
+from millrace.gateway.access import Access
 from millrace.gateway.app import Gateway
 from millrace.gateway.board import IN_FLIGHT, LOAD
 from millrace.gateway.discovery import FileSource, parse_dns
 from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
 from millrace.gateway.load_report import LoadReport
-from millrace.gateway.relay import Access
 from millrace.http1 import Response, Target, fetch, parse_url
 from tests.support.gateways import FAST, gateway, streamed
 from tests.support.mock_replica import MockReplica

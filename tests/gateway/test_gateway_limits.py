@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from millrace.errors import UserError
+from millrace.gateway.access import Access
 from millrace.gateway.app import Gateway, GatewayOptions
 from millrace.gateway.ask import estimate_tokens, read_ask, worded
 from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
+from millrace.gateway.limits import Limits
 from millrace.gateway.message import Request
-from millrace.gateway.relay import Access, Limits
 from millrace.gateway.status import read_status
 from millrace.http1 import Response, Target, fetch, parse_url
 from tests.support.gateways import gateway

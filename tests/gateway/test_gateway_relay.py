@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from millrace.gateway.board import FAILURES, IN_FLIGHT
 from millrace.gateway.keeper import HealthPolicy
-from millrace.gateway.relay import Limits
+from millrace.gateway.limits import Limits
 from millrace.http1 import Target, connect, encode_request, fetch
 from tests.support.gateways import gateway, streamed
 from tests.support.mock_replica import MockReplica, ScriptedServer
@@ -294,13 +296,35 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
     run(scenario())
 
 
+def test_a_request_leaves_nothing_behind_for_a_garbage_collection() -> None:
+    """Walking through what circles leave would hold up every stream of the process."""
+
+    async def scenario() -> None:
+        replica = await MockReplica(kind="millrace").start()
+        ended = []
+        async with gateway(replica.url) as (made, target):
+            made.relay.log = lambda exchange, status: ended.append(weakref.ref(exchange))
+            for body in (b"", completion(stream=True), b'{"model": "none"}'):
+                await post(target, body)
+            await eventually(lambda: len(ended) == 3)
+            await asyncio.sleep(0)
+            assert [one() for one in ended] == [None] * 3
+        await replica.stop()
+
+    gc.disable()
+    try:
+        run(scenario())
+    finally:
+        gc.enable()
+
+
 def test_a_stale_idle_connection_costs_no_request_and_no_ejection() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
         async with gateway(replica.url, health=HealthPolicy(interval=60)) as (made, target):
             assert (await post(target)).status == 200
             # The relay's idle connection dies in the very moment in which it is used again.
-            side = next(iter(made.relay._idle.values()))[0]
+            side = next(iter(made.relay.pool._idle.values()))[0]
             for writer in list(replica._writers):
                 writer.transport.abort()
             assert side.open

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from millrace.gateway.journal import Journal, read_progress
 from millrace.gateway.keeper import HealthPolicy
-from millrace.gateway.relay import Limits
+from millrace.gateway.limits import Limits
 from millrace.http1 import Response, Target, fetch
 from tests.support.gateways import gateway, streamed
 from tests.support.mock_replica import MockReplica, ScriptedServer, next_token, word

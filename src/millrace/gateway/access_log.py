@@ -5,12 +5,32 @@ from __future__ import annotations
 import sys
 import time
 from io import FileIO
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, Protocol
 
 import msgspec
 
-if TYPE_CHECKING:
-    from millrace.gateway.exchange import Exchange
+from millrace.gateway.ask import Ask
+from millrace.gateway.carried import Carried
+from millrace.gateway.message import Request
+from millrace.gateway.replicas import Replica
+
+
+class Relayed(Protocol):
+    """A request that has been relayed (exchange.py). began: by `time.perf_counter()`. first_byte:
+    seconds from then, None if none came. retries, moves: to another replica, before and after."""
+
+    request: Request
+    ask: Ask
+    carried: Carried
+    replica: Replica | None
+    began: float
+    first_byte: float | None
+    retries: int
+
+    @property
+    def moves(self) -> int:
+        """How often its stream has gone to another replica."""
+        ...
 
 
 class AccessLog:
@@ -23,7 +43,7 @@ class AccessLog:
             self._file = FileIO(path, "ab")
         self._lines: list[bytes] = []
 
-    def write(self, exchange: Exchange, status: int) -> None:
+    def write(self, exchange: Relayed, status: int) -> None:
         """Note a request that has ended. Times in ms; status 499: the client left."""
         request, ask, now = exchange.request, exchange.ask, time.perf_counter()
         first = exchange.first_byte

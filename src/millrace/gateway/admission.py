@@ -11,17 +11,28 @@ import asyncio
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from millrace.gateway.ask import ServiceClass
+from millrace.gateway.ask import Ask, ServiceClass
 from millrace.gateway.board import Board, Part
-
-if TYPE_CHECKING:
-    from millrace.gateway.exchange import Exchange
-    from millrace.gateway.relay import Limits
+from millrace.gateway.limits import Limits
 
 CLASSES: tuple[ServiceClass, ...] = ("interactive", "batch")
 _POLL = 0.005  # seconds between looks while somebody waits: places become free elsewhere too
+
+
+class Applicant(Protocol):
+    """A request that wants a place (exchange.py)."""
+
+    ask: Ask
+
+    def has_room(self) -> bool:
+        """Whether a replica could take it now; also when none is left to wait for."""
+        ...
+
+    def admitted(self) -> None:
+        """It has a place."""
+        ...
 
 
 class Admission:
@@ -32,7 +43,7 @@ class Admission:
         self._part = part
         self._limit = {"interactive": limits.max_in_flight, "batch": limits.max_batch}
         self._room = {"interactive": limits.queue, "batch": limits.batch_queue}
-        self._queues: dict[ServiceClass, deque[Exchange]] = {name: deque() for name in CLASSES}
+        self._queues: dict[ServiceClass, deque[Applicant]] = {name: deque() for name in CLASSES}
         self._timer: asyncio.TimerHandle | None = None
         self._pumping = False
         self._rate = 1.0  # requests that end in a second, smoothed
@@ -46,7 +57,7 @@ class Admission:
         """Requests of this class that have a place, over all processes."""
         return self._board.live(service)
 
-    def enter(self, exchange: Exchange) -> str | None:
+    def enter(self, exchange: Applicant) -> str | None:
         """Let a request in, now or later: `exchange.admitted()` is called once it has a place.
         Returns the reason why it may not even wait, else None."""
         service = exchange.ask.service
@@ -62,7 +73,7 @@ class Admission:
         self._look_again()
         return None
 
-    def leave_queue(self, exchange: Exchange) -> None:
+    def leave_queue(self, exchange: Applicant) -> None:
         """It waits no longer."""
         service = exchange.ask.service
         if exchange in self._queues[service]:
@@ -97,7 +108,7 @@ class Admission:
 
     def _pump_class(self, service: ServiceClass) -> None:
         queue = self._queues[service]
-        blocked: list[Exchange] = []
+        blocked: list[Applicant] = []
         models: set[str | None] = set()
         while queue:
             exchange = queue.popleft()
@@ -108,7 +119,7 @@ class Admission:
                     break
         queue.extendleft(reversed(blocked))
 
-    def _admit(self, exchange: Exchange, service: ServiceClass, queued: bool = False) -> bool:
+    def _admit(self, exchange: Applicant, service: ServiceClass, queued: bool = False) -> bool:
         if self._board.live(service) >= self._limit[service] or not exchange.has_room():
             return False
         if queued:

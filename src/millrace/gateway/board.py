@@ -31,12 +31,21 @@ EVENTS = (
     "cut_off",
     "disconnects",
     "queue_refused",
+    "body_refused",
     "relay_ns",
     "relayed_requests",
     "first_byte_ns",
     "cpu_ns",
 )
-LIVE = ("interactive", "batch", "queued_interactive", "queued_batch", "clients", "kept_bytes")
+LIVE = (
+    "interactive",
+    "batch",
+    "queued_interactive",
+    "queued_batch",
+    "clients",
+    "kept_bytes",
+    "body_bytes",
+)
 FIRST_BYTE_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # s
 
 _STATUS_AT = {status: at for at, status in enumerate(STATUSES)}

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from millrace.gateway.ask import Ask
-from millrace.gateway.replicas import Replica, ReplicaSet
-
-if TYPE_CHECKING:
-    from millrace.gateway.exchange import Exchange
+from millrace.gateway.replicas import Replica, ReplicaSet, UnderWay
 
 
 class Carried:
@@ -29,7 +24,7 @@ class Carried:
         self._size = self._resident = 0
         self._grows = False
 
-    def begin(self, replica: Replica, ask: Ask, made: int, exchange: Exchange) -> None:
+    def begin(self, replica: Replica, ask: Ask, made: int, exchange: UnderWay) -> None:
         """The replica carries the request now. made: output tokens that it goes on from."""
         replica.exchanges.add(exchange)
         self._grows = ask.stream
@@ -53,7 +48,7 @@ class Carried:
                 replica.load_growth += self._resident - self._size
                 self._size = self._resident
 
-    def end(self, replica: Replica, exchange: Exchange) -> None:
+    def end(self, replica: Replica, exchange: UnderWay) -> None:
         """The replica carries it no more."""
         self.publish(replica)
         replica.exchanges.discard(exchange)

@@ -6,10 +6,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from random import getrandbits
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import httptools
 
+from millrace.gateway.bodies import Bodies
 from millrace.gateway.exchange import Exchange
 from millrace.gateway.message import (
     MAX_REQUEST_ID,
@@ -19,9 +20,9 @@ from millrace.gateway.message import (
     error_answer,
     header,
 )
+from millrace.gateway.relay import Relay
 
-if TYPE_CHECKING:
-    from millrace.gateway.relay import Relay
+_LEAST_RATE = 16 << 10  # bytes a second that a request must bring to take longer than others
 
 
 class ClientSide(asyncio.Protocol):
@@ -36,7 +37,8 @@ class ClientSide(asyncio.Protocol):
         self._refused = False
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self._since = self._loop.time()
+        self._since = self._begun = self._loop.time()
+        self._bodies = Bodies(relay.bodies)
         self._peer = "-"
         self.paused = False
         self._held = b""
@@ -45,8 +47,6 @@ class ClientSide(asyncio.Protocol):
     def _begin(self) -> None:
         self._path = b""
         self._headers: Headers = []
-        self._body: list[bytes] = []
-        self._body_size = 0
         self._head_size = 0
 
     # --- asyncio.Protocol ----------------------------------------------------------------------
@@ -69,8 +69,8 @@ class ClientSide(asyncio.Protocol):
             self._parser = httptools.HttpRequestParser(self)
             self.data_received(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            if not self._refused:
-                self._refuse(400, f"this is not an HTTP/1.1 request ({error})")
+            message = f"this is not an HTTP/1.1 request ({error})"
+            self._refuse(error_answer(400, message, close=True))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._relay.clients.discard(self)
@@ -80,6 +80,7 @@ class ClientSide(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.cancel()
             self._exchange = None
+        self._bodies.close()
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -92,6 +93,9 @@ class ClientSide(asyncio.Protocol):
             self._exchange.resume()
 
     # --- httptools callbacks -------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._begun = self._loop.time()
 
     def on_url(self, url: bytes) -> None:
         self._path += url
@@ -106,11 +110,10 @@ class ClientSide(asyncio.Protocol):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
-        self._body_size += len(body)
-        if self._body_size > self._relay.limits.max_body:
-            self._refuse(413, f"the body is larger than {self._relay.limits.max_body} bytes")
-        else:
-            self._body.append(body)
+        if not self._refused:
+            refusal = self._bodies.take(body)
+            if refusal is not None:
+                self._refuse(refusal)
 
     def on_message_complete(self) -> None:
         if self._refused:
@@ -121,7 +124,7 @@ class ClientSide(asyncio.Protocol):
             path=self._path,
             version=self._parser.get_http_version(),
             headers=self._headers,
-            body=b"".join(self._body),
+            body=self._bodies.end(),
             keep_alive=self._parser.should_keep_alive(),
             id=given if 0 < len(given) <= MAX_REQUEST_ID else b"%032x" % getrandbits(128),
             peer=self._peer,
@@ -138,7 +141,8 @@ class ClientSide(asyncio.Protocol):
     def _grow_head(self, size: int) -> None:
         self._head_size += size
         if self._head_size > self._relay.limits.max_head:
-            self._refuse(431, f"the head is larger than {self._relay.limits.max_head} bytes")
+            message = f"the head is larger than {self._relay.limits.max_head} bytes"
+            self._refuse(error_answer(431, message, close=True))
 
     # --- answering -----------------------------------------------------------------------------
 
@@ -168,6 +172,7 @@ class ClientSide(asyncio.Protocol):
     def finished(self, keep_alive: bool) -> None:
         """The request under way has been answered: take the next, or close."""
         self._exchange = None
+        self._bodies.answered()
         self._since = self._loop.time()
         if (self._closing or not keep_alive) and self._transport is not None:
             self._transport.close()
@@ -187,11 +192,14 @@ class ClientSide(asyncio.Protocol):
 
     def close_if_silent_since(self, moment: float) -> None:
         """Close if the client owes us a request and has sent nothing since then."""
-        if self._exchange is None and self._since < moment and self._transport is not None:
-            if self._body_size or self._head_size:
-                self._refuse(408, "the request did not arrive in time")
-            else:
-                self._transport.close()
+        if self._exchange is not None or self._transport is None:
+            return
+        coming = self._bodies.size or self._head_size
+        slow = coming and self._begun + self._bodies.size / _LEAST_RATE < moment
+        if coming and (slow or self._since < moment):
+            self._refuse(error_answer(408, "the request did not arrive in time", close=True))
+        elif self._since < moment:
+            self._transport.close()
 
     def _next(self) -> None:
         while self._exchange is None and self._waiting and self._transport is not None:
@@ -220,10 +228,12 @@ class ClientSide(asyncio.Protocol):
             exchange = self._exchange = Exchange(relay, self, request)
             exchange.start()
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, answer: Answer) -> None:
+        """Answer so once those before have been answered, and read nothing more."""
         if not self._refused:
             self._refused = True
-            self._waiting.append(error_answer(status, message, close=True))
+            self._bodies.drop()
+            self._waiting.append(answer)
             self._next()
 
     def _close_politely(self) -> None:

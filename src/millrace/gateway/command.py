@@ -11,11 +11,12 @@ import click
 import uvloop
 
 from millrace.errors import UserError
+from millrace.gateway.access import Access
 from millrace.gateway.app import Gateway, GatewayOptions
 from millrace.gateway.discovery import parse_spec
 from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
+from millrace.gateway.limits import Limits
 from millrace.gateway.picker import DEFAULT_POLICY, POLICIES
-from millrace.gateway.relay import Access, Limits
 from millrace.gateway.render import RENDERERS, render
 from millrace.gateway.status import show_status
 from millrace.gateway.worker import stay_as_they_are
@@ -57,6 +58,13 @@ _LIMITS, _HEALTH = Limits(), HealthPolicy()
     "--request-timeout", type=float, default=_LIMITS.timeout, help="Seconds without a byte."
 )
 @click.option("--max-body-bytes", type=int, default=_LIMITS.max_body, show_default=True)
+@click.option(
+    "--max-bodies-bytes",
+    type=int,
+    default=_LIMITS.all_bodies,
+    show_default=True,
+    help="Bytes of all bodies that a process holds, those of requests under way among them.",
+)
 @click.option(
     "--max-kept-bytes",
     type=int,
@@ -130,6 +138,11 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
     for name in ("max_concurrent_requests", "max_concurrent_batch", "max_body_bytes"):
         if flags[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: use 1 or more")
+    if flags["max_bodies_bytes"] < flags["max_body_bytes"]:
+        raise UserError(
+            f"--max-bodies-bytes {flags['max_bodies_bytes']}: use at least --max-body-bytes, "
+            f"{flags['max_body_bytes']}, or a body of that size is never taken"
+        )
     return GatewayOptions(
         replicas=specs,
         host=flags["host"],
@@ -169,6 +182,7 @@ def _limits(flags: dict[str, Any]) -> Limits:
         queue_timeout=flags["queue_timeout"],
         timeout=flags["request_timeout"],
         max_body=flags["max_body_bytes"],
+        all_bodies=flags["max_bodies_bytes"],
         max_kept=flags["max_kept_bytes"],
     )
 

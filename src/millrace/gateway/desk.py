@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import msgspec
 
 from millrace.errors import UserError
+from millrace.gateway.access import Access
 from millrace.gateway.board import (
     BYTES,
     CHUNKS,
@@ -31,7 +32,6 @@ from millrace.gateway.keeper import Keeper, ReplicaSpec
 from millrace.gateway.merge import merged
 from millrace.gateway.message import Answer, Request, error_answer, json_answer
 from millrace.gateway.metrics import exposition
-from millrace.gateway.relay import Access
 from millrace.gateway.replicas import Member, ReplicaSet
 from millrace.http1 import fetch, parse_url
 

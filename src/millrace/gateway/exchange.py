@@ -1,5 +1,8 @@
 """One request on its way through: from the pick to the response's last byte.
 
+It joins a client's connection to a replica's, and decides what a failure comes to. Who is picked is
+search.py's business, what of a stream is kept and gone on with is resumption.py's.
+
 Until the first byte has gone to the client, a failure moves the request to another replica. A
 stream that has begun is continued on another one from the last whole event (journal.py,
 continuation.py). Where that cannot be, the client's connection is cut, so that it cannot take a
@@ -10,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
 
 from millrace.gateway.ask import read_ask
 from millrace.gateway.carried import Carried
@@ -25,13 +27,12 @@ from millrace.gateway.message import (
     request_bytes,
     response_head,
 )
+from millrace.gateway.relay import Client, Relay
 from millrace.gateway.replica_side import ReplicaSide
 from millrace.gateway.replicas import Replica
 from millrace.gateway.resumption import Resumption
-
-if TYPE_CHECKING:
-    from millrace.gateway.client_side import ClientSide
-    from millrace.gateway.relay import Relay
+from millrace.gateway.search import Search
+from millrace.gateway.silence import Silence
 
 _BUSY = (429, 503)  # a replica that says so is passed over while there is another
 _WAIT_STEP = 0.05  # seconds between looks for a replica that could go on with a stream
@@ -40,7 +41,7 @@ _WAIT_STEP = 0.05  # seconds between looks for a replica that could go on with a
 class Exchange:
     """One request. ask: its facts. status: of the response, 0 before its first byte."""
 
-    def __init__(self, relay: Relay, client: ClientSide, request: Request) -> None:
+    def __init__(self, relay: Relay, client: Client, request: Request) -> None:
         self._relay = relay
         self._client = client
         self.request = request
@@ -52,19 +53,18 @@ class Exchange:
         self.carried = Carried(relay.replicas)
         self.retries = 0
         self.replica: Replica | None = None
-        self._tried: list[Replica] = []
+        self._search = Search(relay.replicas, relay.picker, self.ask, relay.limits.per_replica)
         self._failures = 0
         self._upstream: ReplicaSide | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiter: asyncio.TimerHandle | None = None
-        self._last_byte = self._loop.time()
-        self._chunks_seen = 0
+        self._waiter: asyncio.TimerHandle | None = None  # for a place, or for a replica
+        self._silence = Silence(
+            self.carried, relay.limits.timeout, lambda: client.paused, self._brought_nothing
+        )
         self._placed = self._ended = False
         self._keep_alive = False
         self._delimited = True
-        self._last_failure = ""
-        self._stream = Resumption(relay, self.ask)
+        self._stream = Resumption(self.ask, relay.kept, relay.limits.moves)
         self._wait_until = 0.0
 
     # --- from the client -----------------------------------------------------------------------
@@ -73,37 +73,27 @@ class Exchange:
         """Find the request a place."""
         relay, ask = self._relay, self.ask
         relay.in_flight += 1
-        known = relay.replicas.models()
-        if ask.model is not None and known and ask.model not in known:
-            names = ", ".join(sorted(known))
-            message = f"no replica serves model {ask.model!r}; served are: {names}"
-            self._answer(error_answer(404, message, code="model_not_found"))
-            return
-        if not relay.replicas.available(model=ask.model):
-            self._refuse_for_want_of_replicas()
+        none = self._search.refusal()
+        if none is not None:
+            self._answer(none)
             return
         refusal = relay.admission.enter(self)
         if refusal is not None:
             wait = relay.admission.retry_after(ask.service)
             self._answer(error_answer(429, f"{refusal}; try again later", retry_after=wait))
         elif not self._placed and not self._ended:
-            self._timer = self._loop.call_later(relay.limits.queue_timeout, self._waited_too_long)
+            self._waiter = self._loop.call_later(relay.limits.queue_timeout, self._waited_too_long)
 
     def has_room(self) -> bool:
         """Whether a replica could take the request now; also when none is left to wait for."""
-        fleet = self._relay.replicas
-        able = fleet.available(model=self.ask.model)
-        if self._relay.limits.per_replica or any(r.member.limit for r in able):
-            fleet.look(able)
-            return not able or any(not self._full(r) for r in able)
-        return True
+        return self._search.has_room()
 
     def admitted(self) -> None:
         """The request has a place: pick a replica and send."""
         self._placed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self._relay.limits.timeout, self._look_at_clock)
+        if self._waiter is not None:
+            self._waiter.cancel()
+        self._silence.watch()
         self._attempt()
 
     def cancel(self) -> None:
@@ -118,49 +108,29 @@ class Exchange:
 
     def resume(self) -> None:
         """The client takes bytes again."""
-        self._last_byte = self._loop.time()
+        self._silence.restart()
         if self._upstream is not None:
             self._upstream.resume()
 
     # --- towards the replica -------------------------------------------------------------------
 
-    def _full(self, replica: Replica) -> bool:
-        limit = self._relay.limits.per_replica
-        return replica.full or 0 < limit <= replica.in_flight
-
     def _attempt(self) -> None:
-        relay = self._relay
-        able = self._stream.able(relay.replicas.available(self._tried, self.ask.model))
+        able = self._stream.able(self._search.untried())
         if not able:
             self._give_up()
             return
-        free = able
-        if relay.limits.per_replica or any(r.member.limit for r in able):
-            relay.replicas.look(able)
-            free = [r for r in able if not self._full(r)] or able
-        began = time.perf_counter_ns()
-        replica = relay.picker.pick(free, self.ask)
-        self._last_byte = self._loop.time()
-        relay.part.event("relay_ns", time.perf_counter_ns() - began)
-        self._tried.append(replica)
-        self.replica = replica
+        replica = self.replica = self._search.pick(able)
+        self._silence.restart()
         self.carried.begin(replica, self.ask, self._stream.made, self)
-        idle = relay.take_idle(replica)
+        idle = self._relay.pool.take(replica)
         if idle is not None:
             self._send(idle)
         else:
             self._opening = self._loop.create_task(self._open(replica))
 
     async def _open(self, replica: Replica) -> None:
-        target = replica.target
         try:
-            async with asyncio.timeout(self._relay.limits.connect_timeout):
-                _, side = await self._loop.create_connection(
-                    lambda: ReplicaSide(self._relay, replica),
-                    target.host,
-                    target.port,
-                    ssl=self._relay.tls() if target.tls else None,
-                )
+            side = await self._relay.pool.open(replica)
         except OSError as error:
             self._opening = None
             self.failed(f"cannot connect ({error or 'timed out'})")
@@ -190,9 +160,8 @@ class Exchange:
         chunked: bool,
         first: bytes,
     ) -> bool:
-        """The response's head has come, and `first`, how its body begins. False: the request goes
-        to another replica instead. delimited: the body's end is marked; chunked: by chunks."""
-        if status in _BUSY and self._other_replicas():
+        """As `replica_side.Asker` has it. False: the request goes to another replica instead."""
+        if status in _BUSY and self._search.untried():
             self._pass_over(f"answered {status}")
             return False
         if self._stream.moving:
@@ -200,7 +169,7 @@ class Exchange:
                 return True
             self.failed(f"answered {status} to a request to go on", lost=status < 500)
             return False
-        if status == 200 and chunked and ERROR_EVENT in first[:64] and self._other_replicas():
+        if status == 200 and chunked and ERROR_EVENT in first[:64] and self._search.untried():
             self.failed("began its stream with an error")
             return False
         self.status, self._delimited = status, delimited
@@ -216,6 +185,10 @@ class Exchange:
             self._relay.part.event("unprotected")
         self._client.hold(response_head(status, reason, headers, self._keep_alive, request.id))
         return True
+
+    def publish(self, replica: Replica) -> None:
+        """Bring the counters of the replica that carries it up to date."""
+        self.carried.publish(replica)
 
     @property
     def moves(self) -> int:
@@ -289,7 +262,7 @@ class Exchange:
             return
         if not lost:
             self._relay.replicas.failed(replica, reason)
-        self._last_failure = f"{replica.target}: {reason}"
+        self._search.failed(replica, reason)
         self._failures += 1
         if not self.status:
             self._leave(reusable=False)
@@ -303,12 +276,9 @@ class Exchange:
     def _pass_over(self, reason: str) -> None:
         """The replica is well but has no room."""
         assert self.replica is not None
-        self._last_failure = f"{self.replica.target}: {reason}"
+        self._search.failed(self.replica, reason)
         self._leave(reusable=False)
         self._retry()
-
-    def _other_replicas(self) -> bool:
-        return bool(self._relay.replicas.available(self._tried, self.ask.model))
 
     def _retry(self) -> None:
         if self._failures > self._relay.limits.retries:
@@ -330,7 +300,7 @@ class Exchange:
             self._end(self.status, reusable=False)
             self._client.finished(self._keep_alive)
             return
-        self._tried = self._tried[-1:]  # earlier ones may have come back
+        self._search.again(but_last=True)
         self._wait_until = self._loop.time() + self._relay.limits.resume_wait
         self._attempt()
 
@@ -340,24 +310,16 @@ class Exchange:
         """No replica is left to try."""
         if self._stream.moving:
             self._wait_for_a_replica()
-        elif self._last_failure:
-            message = f"every replica failed; the last: {self._last_failure}"
-            self._answer(error_answer(502, message, retry_after=1))
         else:
-            self._refuse_for_want_of_replicas()
-
-    def _refuse_for_want_of_replicas(self) -> None:
-        outage = self._relay.replicas.describe_outage(self.ask.model)
-        message = f"no healthy replica: {outage}"
-        self._answer(error_answer(503, message, retry_after=1))
+            self._answer(self._search.nobody())
 
     def _wait_for_a_replica(self) -> None:
         """A stream has begun and nobody can go on with it now: somebody may come back."""
         if self._loop.time() > self._wait_until:
             self._cut_off()
         else:
-            self._tried = []
-            self._last_byte = self._loop.time()
+            self._search.again(but_last=False)
+            self._silence.restart()
             self._waiter = self._loop.call_later(_WAIT_STEP, self._attempt)
 
     def _waited_too_long(self) -> None:
@@ -368,16 +330,9 @@ class Exchange:
         wait = relay.admission.retry_after(self.ask.service)
         self._answer(error_answer(429, message, retry_after=wait))
 
-    def _look_at_clock(self) -> None:
+    def _brought_nothing(self) -> None:
         limit = self._relay.limits.timeout
-        if self.carried.chunks != self._chunks_seen:
-            # A byte came since the last look: when is not noted, for that would cost each byte.
-            self._chunks_seen, self._last_byte = self.carried.chunks, self._loop.time()
-        left = self._last_byte + limit - self._loop.time()
-        if left > 0 or self._client.paused:
-            self._timer = self._loop.call_later(left if left > 0 else 1.0, self._look_at_clock)
-        elif self.status:
-            self._timer = self._loop.call_later(limit, self._look_at_clock)
+        if self.status:
             self.failed(f"brought no byte for {limit:g} s")
         else:
             target = self.replica.target if self.replica else "a replica"
@@ -420,9 +375,9 @@ class Exchange:
         served_by = self.replica
         self._leave(reusable)
         relay.in_flight -= 1
-        for timer in (self._timer, self._waiter):
-            if timer is not None:
-                timer.cancel()
+        self._silence.stop()
+        if self._waiter is not None:
+            self._waiter.cancel()
         self._stream.close()
         if not counted:
             relay.part.answered(status)

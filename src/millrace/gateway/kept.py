@@ -6,25 +6,45 @@ it cannot be resumed then, and that is counted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from millrace.gateway.board import Part
 from millrace.gateway.journal import Journal, Progress, read_progress
-
-if TYPE_CHECKING:
-    from millrace.gateway.relay import Relay
+from millrace.gateway.limits import Limits
 
 ERROR_EVENT = b'data: {"error":'
 _CLIENTS_FAULT = b'"type":"invalid_request_error"'
 _STEP = 16384  # bytes after which the bounds are looked at again
 
 
+class KeptRoom:
+    """What may be kept of one stream, and of all streams of this process. held: bytes kept now."""
+
+    def __init__(self, limits: Limits, part: Part) -> None:
+        self.held = 0
+        self._limits = limits
+        self._part = part
+
+    def takes(self, size: int, more: int) -> bool:
+        """Whether a stream may grow by so many bytes, to that size."""
+        limits = self._limits
+        return size <= limits.max_kept and self.held + more <= limits.all_kept
+
+    def add(self, change: int) -> None:
+        """A stream keeps so many bytes more, or fewer."""
+        self.held += change
+        self._part.live("kept_bytes", change)
+
+    def given_up(self) -> None:
+        """A stream is kept no longer while it runs."""
+        self._part.event("unprotected")
+
+
 class KeptStream:
     """One stream. strip: the client did not ask for token ids."""
 
-    __slots__ = ("_counted", "_journal", "_relay")
+    __slots__ = ("_counted", "_journal", "_room")
 
-    def __init__(self, relay: Relay, strip: bool) -> None:
-        self._relay = relay
+    def __init__(self, room: KeptRoom, strip: bool) -> None:
+        self._room = room
         self._journal: Journal | None = Journal(strip)
         self._counted = 0
 
@@ -74,16 +94,14 @@ class KeptStream:
 
     def _count(self, journal: Journal) -> bytes:
         """Look at the bounds; returns what was held back if they are passed."""
-        limits, more = self._relay.limits, journal.size - self._counted
-        full = journal.size > limits.max_kept or self._relay.kept + more > limits.all_kept
-        if not (full or journal.broken):
+        more = journal.size - self._counted
+        if self._room.takes(journal.size, more) and not journal.broken:
             self._add(more)
             return b""
-        self._relay.part.event("unprotected")
+        self._room.given_up()
         self.close()
         return journal.give_up()
 
     def _add(self, change: int) -> None:
         self._counted += change
-        self._relay.kept += change
-        self._relay.part.live("kept_bytes", change)
+        self._room.add(change)

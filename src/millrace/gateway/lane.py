@@ -9,14 +9,10 @@ ask for are taken out, and the rest is written. Any other piece is refused, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from millrace.gateway.journal import EVENT_END, without_ids
+from millrace.gateway.carried import Carried
+from millrace.gateway.journal import EVENT_END, Journal, without_ids
 from millrace.gateway.kept import ERROR_EVENT
-
-if TYPE_CHECKING:
-    from millrace.gateway.carried import Carried
-    from millrace.gateway.journal import Journal
 
 _LONGEST = 4096  # bytes of a piece
 _LOOK_EVERY = 16 * 2**10  # bytes between two looks at the bounds on what is kept

@@ -26,6 +26,7 @@ _EVENTS = {
     "cut_off": "Responses that broke off before their end.",
     "disconnects": "Requests whose client left early.",
     "queue_refused": "Requests refused because the queue was full.",
+    "body_refused": "Requests refused because bodies took all the room there is for them.",
 }
 _SECONDS = {
     "relay": ("relay_ns", "Seconds spent on picking replicas."),
@@ -93,6 +94,7 @@ class BoardCollector(Collector):
             yield family
         yield _gauge("client_connections", "Connections of clients.", value=live("clients"))
         yield _gauge("kept_bytes", "Bytes kept to continue streams.", value=live("kept_bytes"))
+        yield _gauge("body_bytes", "Bytes of requests' bodies held.", value=live("body_bytes"))
 
     def _by_replica(self) -> Iterator[Metric]:
         members = self._members

@@ -7,20 +7,62 @@ they are. Only where an exchange asks for it (`decode`) are bodies taken out of 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import httptools
 
 from millrace.gateway.journal import EVENT_END
 from millrace.gateway.lane import Lane
+from millrace.gateway.limits import Limits
 from millrace.gateway.message import Headers, header
 from millrace.gateway.replicas import Replica
 
-if TYPE_CHECKING:
-    from millrace.gateway.exchange import Exchange
-    from millrace.gateway.relay import Relay
-
 _BODILESS = frozenset((204, 304))
+
+
+class Asker(Protocol):
+    """Who a response goes to: the exchange that has asked."""
+
+    def head(
+        self,
+        status: int,
+        reason: bytes,
+        headers: Headers,
+        delimited: bool,
+        chunked: bool,
+        first: bytes,
+    ) -> bool:
+        """The response's head has come, and `first`, how its body begins. False: the request goes
+        to another replica instead. delimited: the body's end is marked; chunked: by chunks."""
+        ...
+
+    def body(self, data: bytes) -> None:
+        """More of the body has come."""
+        ...
+
+    def lane(self) -> Lane | None:
+        """The short way for the pieces to come, from between two events. None: there is none."""
+        ...
+
+    def complete(self, data: bytes, reusable: bool) -> None:
+        """The response is whole with these bytes. reusable: its connection can carry another."""
+        ...
+
+    def failed(self, reason: str, *, stale: bool = False) -> None:
+        """There will be no more. stale: on a connection that had been idle, without a byte."""
+        ...
+
+
+class Shelf(Protocol):
+    """Where connections without a request wait (pool.py)."""
+
+    def keep(self, side: ReplicaSide) -> None:
+        """Keep it for another request."""
+        ...
+
+    def drop(self, side: ReplicaSide) -> None:
+        """It has closed."""
+        ...
 
 
 class _Decoding:
@@ -38,12 +80,13 @@ class _Decoding:
 class ReplicaSide(asyncio.Protocol):
     """One connection. decoded: body pieces of the current response, if they were asked for."""
 
-    def __init__(self, relay: Relay, replica: Replica) -> None:
+    def __init__(self, shelf: Shelf, limits: Limits, replica: Replica) -> None:
         self.replica = replica
         self.decoded: list[bytes] = []
-        self._relay = relay
+        self._shelf = shelf
+        self._limits = limits
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
+        self._exchange: Asker | None = None
         self._used = False
         self._paused = False
         self._parser = httptools.HttpResponseParser(self)
@@ -71,7 +114,7 @@ class ReplicaSide(asyncio.Protocol):
         """Whether a request can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, exchange: Exchange, data: bytes, *, headless: bool, decode: bool) -> None:
+    def send(self, exchange: Asker, data: bytes, *, headless: bool, decode: bool) -> None:
         """Write a request; its response goes to the exchange. headless: it has no body."""
         assert self._exchange is None
         self._exchange = exchange
@@ -90,7 +133,7 @@ class ReplicaSide(asyncio.Protocol):
         self._used = True
         if reusable and self.open:
             self.resume()
-            self._relay.keep_idle(self)
+            self._shelf.keep(self)
         else:
             self.close()
 
@@ -141,13 +184,13 @@ class ReplicaSide(asyncio.Protocol):
             self._held_size += len(data)
             if self._head_whole:
                 self._pass_head(exchange, ended=self._whole)
-            elif self._held_size > self._relay.limits.max_head:
+            elif self._held_size > self._limits.max_head:
                 self._fail("answered with a head that is too large")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._exchange is None:
-            self._relay.drop_idle(self)
+            self._shelf.drop(self)
         elif self._head_whole and not self._delimited and exc is None:
             if self._head_passed:
                 self._exchange.complete(b"", reusable=False)
@@ -180,7 +223,7 @@ class ReplicaSide(asyncio.Protocol):
         self._keep = self._parser.should_keep_alive()
         if self._head_whole:
             length = header(self._headers, b"content-length")
-            self._hold_whole = length.isdigit() and int(length) <= self._relay.limits.max_kept
+            self._hold_whole = length.isdigit() and int(length) <= self._limits.max_kept
 
     def on_message_complete(self) -> None:
         if self._status >= 200:
@@ -201,7 +244,7 @@ class ReplicaSide(asyncio.Protocol):
         names = {name.lower() for name, _ in self._headers}
         return self._bodiless or b"content-length" in names or b"transfer-encoding" in names
 
-    def _pass(self, exchange: Exchange, data: bytes) -> None:
+    def _pass(self, exchange: Asker, data: bytes) -> None:
         if self._decode:
             data = b"".join(self.decoded)
             self.decoded.clear()
@@ -213,7 +256,7 @@ class ReplicaSide(asyncio.Protocol):
             if self._between and data.endswith(EVENT_END) and self._exchange is exchange:
                 self._lane = exchange.lane()
 
-    def _pass_head(self, exchange: Exchange, ended: bool) -> None:
+    def _pass_head(self, exchange: Asker, ended: bool) -> None:
         """Pass the head on together with the body's first bytes. Servers send heads before they
         have a token, and an answer of known length passes as a whole: until then another replica
         can still take over."""

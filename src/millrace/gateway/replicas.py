@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -28,9 +28,6 @@ from millrace.gateway.board import (
     Part,
 )
 from millrace.http1 import Target
-
-if TYPE_CHECKING:
-    from millrace.gateway.exchange import Exchange
 
 State = Literal["up", "down", "draining"]
 
@@ -61,6 +58,18 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind = "other"
 
 
+class UnderWay(Protocol):
+    """A request that a replica carries (exchange.py)."""
+
+    def publish(self, replica: Replica) -> None:
+        """Bring the replica's counters up to date."""
+        ...
+
+    def failed(self, reason: str, *, lost: bool = False) -> None:
+        """Nothing more will come from the replica. lost: the keeper found it out."""
+        ...
+
+
 class Replica:
     """One replica in one process. Hot counters are plain attributes; `publish` copies them: bytes
     and chunks relayed, and by what its load and what it holds (tokens) grew since the last time.
@@ -83,7 +92,7 @@ class Replica:
         self.bytes = self.chunks = 0
         self._bytes = self._chunks = 0
         self.load_growth = self.resident_growth = 0
-        self.exchanges: set[Exchange] = set()
+        self.exchanges: set[UnderWay] = set()
 
     @property
     def slot(self) -> int:

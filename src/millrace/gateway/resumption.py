@@ -7,9 +7,9 @@ is picked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from millrace.gateway.ask import Ask, Kind, worded
+from millrace.gateway.carried import Carried
 from millrace.gateway.continuation import (
     Continuation,
     can_continue,
@@ -17,21 +17,18 @@ from millrace.gateway.continuation import (
     whole_already,
 )
 from millrace.gateway.journal import Progress
-from millrace.gateway.kept import ERROR_EVENT, KeptStream
+from millrace.gateway.kept import ERROR_EVENT, KeptRoom, KeptStream
 from millrace.gateway.lane import Lane
 from millrace.gateway.replicas import Replica
 
-if TYPE_CHECKING:
-    from millrace.gateway.carried import Carried
-    from millrace.gateway.relay import Relay
-
 
 class Resumption:
-    """moves: how often the stream has gone to another replica."""
+    """most: moves that the stream may take. moves: how often it has gone to another replica."""
 
-    def __init__(self, relay: Relay, ask: Ask) -> None:
-        self._relay = relay
+    def __init__(self, ask: Ask, room: KeptRoom, most: int) -> None:
         self._ask = ask
+        self._room = room
+        self._most = most
         self._kept: KeptStream | None = None
         self._progress: Progress | None = None
         self._continuation: Continuation | None = None
@@ -52,13 +49,13 @@ class Resumption:
     @property
     def possible(self) -> bool:
         """Whether the stream can go on elsewhere, as far as it goes by itself."""
-        if self.moves >= self._relay.limits.moves:
+        if self.moves >= self._most:
             return False
         return self.moving or (self._kept is not None and self._kept.resumable)
 
     def keep(self) -> None:
         """A stream begins that can be resumed: keep it."""
-        self._kept = KeptStream(self._relay, strip=not self._ask.wants_ids)
+        self._kept = KeptStream(self._room, strip=not self._ask.wants_ids)
 
     def able(self, replicas: Sequence[Replica]) -> Sequence[Replica]:
         """Those of the replicas that could go on."""

@@ -17,14 +17,16 @@ from pathlib import Path
 import msgspec
 
 from millrace.errors import UserError
+from millrace.gateway.access import Access
 from millrace.gateway.access_log import AccessLog
 from millrace.gateway.admission import Admission
 from millrace.gateway.board import Board
 from millrace.gateway.client_side import ClientSide
 from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
+from millrace.gateway.limits import Limits
 from millrace.gateway.picker import DEFAULT_POLICY, POLICIES, make_picker
 from millrace.gateway.prefixes import PrefixTable
-from millrace.gateway.relay import Access, Desk, Limits, Relay
+from millrace.gateway.relay import Desk, Relay
 from millrace.gateway.replicas import ReplicaSet
 
 _PUBLISH_SECONDS = 0.5

@@ -109,8 +109,8 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
 
 def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
     from millrace.fleet.supervisor import run_replicas
+    from millrace.gateway.access import Access
     from millrace.gateway.app import GatewayOptions
-    from millrace.gateway.relay import Access
     from millrace.server.run import api_keys
 
     keys = tuple(api_keys(options))
