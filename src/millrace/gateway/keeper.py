@@ -3,14 +3,14 @@
 Health comes from three sides: GET /health every second; a completion of one token, which needs a
 real step, before a replica is taken in, before it comes back, and when it has answered nothing for
 a while; and the failures that requests meet. A failed replica stays out for a time that doubles
-with each failure in a row. Reports of load correct what the gateway counts itself. Checks never
-touch those counters. The keeper says what it knows as a list of Members, to whoever listens.
+with each failure in a row. Reports of load correct what the gateway counts itself. How replicas are
+asked is known in checkup.py and load_report.py. The keeper says what it knows as a list of Members,
+to whoever listens.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,15 +18,12 @@ from typing import Any
 import msgspec
 
 from millrace.errors import UserError
-from millrace.gateway.ask import Kind
 from millrace.gateway.board import ENDED, IN_FLIGHT, MAX_REPLICAS, RESIDENT, Board
+from millrace.gateway.checkup import DOUBT, Checkup, Problem
 from millrace.gateway.load_report import LoadReports
 from millrace.gateway.prefixes import Heard
 from millrace.gateway.replicas import Member
-from millrace.http1 import Response, Target, error_text, fetch
-
-# A few words: prompts of a single token take ways through some engines that fail.
-_PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperature": 0}
+from millrace.http1 import Target
 
 
 class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,12 +56,12 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
 class _Watched:
     """One replica and the keeper's notes on it."""
 
-    def __init__(self, spec: ReplicaSpec, member: Member, heard: Heard) -> None:
+    def __init__(self, spec: ReplicaSpec, member: Member, heard: Heard, checkup: Checkup) -> None:
         self.spec = spec
         self.member = member
         self.heard = heard
+        self.checkup = checkup
         self.failures_in_row = 0
-        self.missed = 0
         self.ejected_until = 0.0
         self.proven = False  # a step has been seen since it was last out
         self.proven_at = 0.0
@@ -129,7 +126,8 @@ class Keeper:
         )
         self._next_id += 1
         heard = Heard(self._board, member.slot)
-        watched = self._watched[member.id] = _Watched(spec, member, heard)
+        watched = _Watched(spec, member, heard, self._checkup(spec.target))
+        self._watched[member.id] = watched
         if self._running:
             self._watch(watched)
         self._publish()
@@ -195,6 +193,16 @@ class Keeper:
         self._next_slot += 1
         self._board.clear_replica(slot)
         return slot
+
+    def _checkup(self, target: Target) -> Checkup:
+        policy = self._policy
+        return Checkup(
+            target,
+            self._headers,
+            timeout=policy.timeout,
+            probe_timeout=policy.probe_timeout,
+            misses=policy.misses,
+        )
 
     async def _remove_when_empty(self, watched: _Watched) -> None:
         member = watched.member
@@ -276,61 +284,32 @@ class Keeper:
         """One health check; it changes health, never the load counters. first: the gateway itself
         is starting, so there is nothing for a slow start to protect."""
         watched = self._watched[id]
-        problem = await self._ask_health(watched)
-        if problem is None and time.monotonic() < watched.ejected_until:
+        problem = await watched.checkup.problem()
+        if problem is DOUBT:
             return
-        if problem is None and self._must_prove(watched):
-            problem = await self._probe(watched)
+        if problem is None:
+            if not watched.cards:
+                await self._ask_models(watched)
+            if time.monotonic() < watched.ejected_until:
+                return
+            if self._must_prove(watched):
+                problem = await self._probe(watched)
         if id not in self._watched:
             return
         if problem is not None:
-            if problem:
-                self._out(watched, problem, lost=self._is_lost(watched, problem))
+            self._out(watched, problem.text, lost=watched.member.lost or problem.lost)
         elif watched.member.state == "down":
             ramp = None if first else time.monotonic()
             watched.heard.forget()
             self._set(watched, state="up", reason="", lost=False, ramp_from=ramp)
 
-    def _is_lost(self, watched: _Watched, problem: str) -> bool:
-        gone = "nobody listens" in problem or "health checks in a row" in problem
-        return watched.member.lost or gone
-
-    async def _ask_health(self, watched: _Watched) -> str | None:
-        """None if well, "" if nothing can be said yet, else what is wrong."""
-        try:
-            response = await self._fetch(watched, "/health", timeout=self._policy.timeout)
-        except TimeoutError:
-            watched.missed += 1
-            if watched.missed < self._policy.misses:
-                return ""
-            return f"no answer to {watched.missed} health checks in a row"
-        except ConnectionRefusedError as error:
-            return f"health check failed, nobody listens there ({error})"
-        except OSError as error:
-            return f"health check failed ({error})"
-        watched.missed = 0
-        if response.status != 200:
-            return f"/health says {response.status} ({error_text(response.body)})"
-        if not watched.cards:
-            await self._ask_models(watched)
-        return None
-
     async def _ask_models(self, watched: _Watched) -> None:
         """Learn which models it serves, and what kind of server it is."""
-        with contextlib.suppress(OSError, msgspec.DecodeError, TypeError, KeyError, AttributeError):
-            response = await self._fetch(watched, "/v1/models", timeout=self._policy.timeout)
-            if response.status != 200:
-                return
-            cards = msgspec.json.decode(response.body)["data"]
-            names = tuple(str(card["id"]) for card in cards)
-            owners = {card.get("owned_by") for card in cards}
-            kind: Kind = "other"
-            if "millrace" in owners:
-                kind = "millrace"
-            elif "vllm" in owners:
-                kind = "vllm"
-            watched.cards = cards
-            self._set(watched, models=watched.spec.models or names, kind=kind)
+        offer = await watched.checkup.offer()
+        if offer is not None:
+            watched.cards = offer.cards
+            names = watched.spec.models or offer.names
+            self._set(watched, models=names, kind=offer.kind)
 
     def _must_prove(self, watched: _Watched) -> bool:
         ended = self._board.total(watched.member.slot, ENDED)
@@ -341,34 +320,13 @@ class Keeper:
         stale = 0 < idle < now - watched.proven_at and not self._under_way(watched.member)
         return not watched.proven or stale
 
-    async def _probe(self, watched: _Watched) -> str | None:
-        """Have it complete one token: a green /health does not say that it can."""
-        name = watched.member.models[0] if watched.member.models else None
-        body = msgspec.json.encode({**({"model": name} if name else {}), **_PROBE})
-        try:
-            response = await self._fetch(
-                watched, "/v1/completions", "POST", body, self._policy.probe_timeout
-            )
-        except OSError as error:
-            return f"a completion of one token failed ({error or 'no answer in time'})"
-        if response.status >= 500:
-            text = error_text(response.body)
-            return f"a completion of one token got {response.status} ({text})"
-        watched.proven, watched.proven_at = True, time.monotonic()
-        return None
-
-    async def _fetch(
-        self,
-        watched: _Watched,
-        path: str,
-        method: str = "GET",
-        body: bytes = b"",
-        timeout: float = 5.0,
-    ) -> Response:
-        headers = (*self._headers, ("X-Millrace-Probe", "1"))
-        return await fetch(
-            watched.spec.target, path, method=method, body=body, headers=headers, timeout=timeout
-        )
+    async def _probe(self, watched: _Watched) -> Problem | None:
+        """Have it prove that it can run a step. None if it did."""
+        models = watched.member.models
+        problem = await watched.checkup.probe(models[0] if models else None)
+        if problem is None:
+            watched.proven, watched.proven_at = True, time.monotonic()
+        return problem
 
     # --- load ------------------------------------------------------------------------------------
 
