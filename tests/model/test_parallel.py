@@ -105,6 +105,7 @@ def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Ten
     assert not bool(padding.any())
     driver = Driver(model, allocate_caches(model, 2, 30, drafts=1, ranks=tp.size))
     driver.admit(1)
+    driver.admit(2)
     ids = [(11 * i) % config.vocab_size for i in range(70)]
     _, [prompt] = driver.step(prefill=[(1, ids[:66])])
     [verified], _ = driver.step(decode=[(1, ids[66:68])], padded=1)
@@ -116,7 +117,9 @@ def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Ten
         guessed = model.mtp.guess(x[-1:], last, driver.caches)
         drafted = model.mtp(token, prompt[:65], batch, driver.caches)
         torch.testing.assert_close(guessed, drafted[-1:], rtol=1e-5, atol=1e-5)
-        return [model.logits(prompt), model.logits(verified), drafted, guessed]
+    _, [prompt_end] = driver.step(prefill=[(2, ids)], ends=True)
+    ends = model.logits(prompt_end[-1:])
+    return [model.logits(prompt), model.logits(verified), drafted, guessed, ends]
 
 
 def on_ranks(

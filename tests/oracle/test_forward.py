@@ -110,6 +110,28 @@ def test_prompt_of_k_plus_1_tokens(make_pair: MakePair, drafts: int) -> None:
     decode(pair, driver, 1, ids, drafts, random.Random(1))
 
 
+@pytest.mark.parametrize("last", ["full_attention", "linear_attention"])
+def test_only_the_ends_of_prompts_are_asked_for(make_pair: MakePair, last: str) -> None:
+    """They are right, and so is what they see of the others, whose own hidden are not computed."""
+    types = ("full_attention", "linear_attention", "linear_attention", last)
+    pair = make_pair(dataclasses.replace(UNIT_TEST, layer_types=types))
+    driver, ids = pair.driver(drafts=1), pair.ids(60)
+    reference = pair.reference(ids)
+    for stops in ({1: 20, 2: 1}, {1: 40, 3: 33}, {2: 35, 3: 36}, {2: 37}):
+        starts = driver.lengths.tolist()
+        verify = [(1, ids[40:42])] if starts[1] == 40 else []
+        prompts = [(slot, ids[starts[slot] : stop]) for slot, stop in stops.items()]
+        verified, prefilled = driver.step(verify, prompts, padded=1, ends=True)
+        for hidden in verified:
+            assert_close(pair, hidden, reference[40:42])
+            driver.accept(1, 1, 2)
+        for stop, hidden in zip(stops.values(), prefilled, strict=True):
+            assert_close(pair, hidden[-1:], reference[stop - 1 : stop])
+            skipped = hidden[:-1].isnan()
+            assert bool((skipped if last == "full_attention" else ~skipped).all())
+    decode(pair, driver, 2, ids, 1, random.Random(0))
+
+
 def test_padded_rows_change_nothing(make_pair: MakePair) -> None:
     """With NaN in the null slot and page, results and live memory are the same bits."""
     pair, ids = make_pair(), make_pair().ids(30)

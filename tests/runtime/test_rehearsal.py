@@ -40,7 +40,7 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
     def noted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         tokens.append(len(ids))
         hidden: torch.Tensor = forward(ids, *rest)
-        assert hidden.isfinite().all()
+        assert hidden[-1].isfinite().all()  # without drafts only ends are asked for
         return hidden
 
     runner._model.forward = noted

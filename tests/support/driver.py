@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.batch import Asked, Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
 from millrace.model.qwen3_5 import Qwen3_5
 
 NAN = float("nan")
@@ -111,6 +111,16 @@ def _prefill_rows(rows: Sequence[Row], lengths: Tensor) -> PrefillRows:
     )
 
 
+def ask_for_ends(caches: Caches, batch: Batch) -> Asked:
+    """All tokens of decode rows, and the last of each prefill row."""
+    offsets = batch.prefill.offsets[1:].long() if batch.prefill else torch.zeros(0).long()
+    verified = batch.num_decode_tokens
+    tokens = torch.cat([torch.arange(verified), verified + offsets - 1])
+    slots, positions = batch.token_slots[tokens], batch.positions[tokens]
+    rows = DecodeRows(slots, positions, 1, batch.max_context)
+    return Asked(tokens, Batch(slots, positions, batch.kv_rows[tokens], rows, None))
+
+
 class Driver:
     """A model with its caches and the lengths that a runtime would keep."""
 
@@ -127,14 +137,20 @@ class Driver:
 
     @torch.inference_mode()
     def step(
-        self, decode: Sequence[Row] = (), prefill: Sequence[Row] = (), padded: int = 0
+        self,
+        decode: Sequence[Row] = (),
+        prefill: Sequence[Row] = (),
+        padded: int = 0,
+        ends: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Hidden [count, H] of each decode row and of each prefill row.
 
-        Prefill rows are longer afterwards; decode rows only once `accept` says by how much.
+        Prefill rows are longer afterwards; decode rows only once `accept` says by how much. ends:
+        of prefill rows only the last token is asked for.
         """
         ids, batch = make_batch(self.caches, self.lengths, decode, prefill, padded)
-        hidden = self.model(ids, batch, self.caches)
+        asked = ask_for_ends(self.caches, batch) if ends else None
+        hidden = self.model(ids, batch, self.caches, asked)
         for slot, tokens in prefill:
             self.lengths[slot] += len(tokens)
             self.caches.conv_offset[slot] = 0

@@ -93,6 +93,17 @@ class Batch:
         return 0 if self.decode is None else self.decode.slots.shape[0] * self.decode.width
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Some of a batch's tokens: all whose hidden vectors are asked for.
+
+    tokens: int64 [R], in ascending order. batch: the same tokens, each a decode row of its own.
+    """
+
+    tokens: Tensor
+    batch: Batch
+
+
 @dataclass(slots=True)
 class KVCache:
     """Keys and values of one attention layer: each [pages, page_size, kv_heads, head_dim].

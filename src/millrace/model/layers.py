@@ -467,8 +467,14 @@ class DecoderLayer(nn.Module):
         normed, residual = self.mlp_norm.add_for(self.mlp.inputs, x, residual)
         return self.mlp(normed), residual
 
-    def remember(self, x: Tensor, batch: Batch, cache: KVCache) -> None:
-        """Store the keys and values of x, the whole stream [T, H], and compute no more."""
+    def remember(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cache: KVCache | GDNState
+    ) -> Tensor:
+        """Of attention: store keys and values, and compute no more. Returns the whole stream
+        [T, H], with any rows of which `forward` goes on, without a residual.
+        """
         assert isinstance(self.mixer, Attention)
-        normed, _ = self.input_norm.add_for(self.mixer.inputs, x, None)
+        assert isinstance(cache, KVCache)
+        normed, stream = self.input_norm.add_for(self.mixer.inputs, x, residual)
         self.mixer.remember(normed, batch, cache)
+        return stream

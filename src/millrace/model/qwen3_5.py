@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from millrace.kernels.batch import Batch, Caches
+from millrace.kernels.batch import Asked, Batch, Caches, KVCache
 from millrace.model.config import ModelConfig
 from millrace.model.layers import (
     Attention,
@@ -45,13 +45,25 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
         self.head = self.embedding if tied else VocabTable(build, "lm_head.weight")
         self.mtp = MTPHead(build, self.embedding, rope) if mtp else None
 
-    def forward(self, ids: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        """ids: int64 [T]; returns the hidden [T, H] after the final norm. Writes the caches."""
+    def forward(
+        self, ids: Tensor, batch: Batch, caches: Caches, asked: Asked | None = None
+    ) -> Tensor:
+        """ids: int64 [T]; returns the hidden [T, H] after the final norm. Writes the caches.
+
+        asked: the tokens whose hidden are read. That of others is NaN where the last layer is of
+        attention, which then keeps their keys and values and computes no more of them.
+        """
         x, residual = self.embedding.embed(ids), None
-        for layer, cache in zip(self.layers, caches.layers, strict=True):
-            x, residual = layer(x, residual, batch, cache, caches)
-        hidden, _ = self.norm.add(x, residual)
-        return hidden
+        *layers, (last, cache) = zip(self.layers, caches.layers, strict=True)
+        for layer, memory in layers:
+            x, residual = layer(x, residual, batch, memory, caches)
+        if asked is None or not isinstance(cache, KVCache):
+            hidden, _ = self.norm.add(*last(x, residual, batch, cache, caches))
+            return hidden
+        assert isinstance(last, DecoderLayer)
+        stream = last.remember(x, residual, batch, cache)
+        found, _ = self.norm.add(*last(stream[asked.tokens], None, asked.batch, cache, caches))
+        return torch.full_like(stream, torch.nan).index_copy_(0, asked.tokens, found)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H], of the model or its draft head; returns [R, vocab_size], model dtype."""
@@ -91,7 +103,7 @@ class MTPHead(nn.Module):
         """
         assert caches.mtp is not None, "the draft head runs with keys and values of its own"
         x = self._joined(ids, hidden)
-        self.layer.remember(x, batch, caches.mtp)
+        self.layer.remember(x, None, batch, caches.mtp)
         return x
 
     def guess(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:

@@ -12,7 +12,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from millrace.kernels.batch import Batch, Caches, DecodeRows, PrefillRows
+from millrace.kernels.batch import Asked, Batch, Caches, DecodeRows, PrefillRows
 from millrace.protocol import Chunk, StepPlan
 from millrace.runtime.upload import upload
 
@@ -125,6 +125,16 @@ def chunk_ends(plan: StepPlan, batch: Batch) -> list[int]:
     """The flat token that each of the plan's chunks ends with."""
     counts = [chunk.count for chunk in plan.chunks]
     return [end - 1 for end in accumulate(counts, initial=batch.num_decode_tokens)][1:]
+
+
+def row_ends(plan: StepPlan, batch: Batch, caches: Caches) -> Asked:
+    """The last token of every row, of decode rows all. A step without prompt log-probabilities and
+    drafts reads the hidden of no other.
+    """
+    ends = [*range(batch.num_decode_tokens), *chunk_ends(plan, batch)]
+    tokens = upload(ends, batch.positions.device)
+    slots, positions = batch.token_slots[tokens], batch.positions[tokens]
+    return Asked(tokens, single_batch(slots, positions, batch.max_context, caches))
 
 
 def shifted(batch: Batch, caches: Caches) -> Batch:

@@ -26,6 +26,7 @@ from millrace.runtime.inputs import (
     mixed_batch,
     mixed_sampled,
     places,
+    row_ends,
     shifted,
     single_batch,
 )
@@ -122,11 +123,13 @@ class Runner:
         return decode_batch(slots, self._slots.length, self._caches, self._width, context)
 
     def _forward(self, plan: StepPlan, batch: Batch) -> Tensor:
-        """The hidden vectors of the step's tokens: [T, H]."""
+        """The hidden vectors of the step's tokens: [T, H], of those at least that are read."""
         if self._forwards is not None and not plan.chunks:
             hidden: Tensor = self._forwards.run(plan.decode, filters=False).flatten(0, 1)
         else:
-            hidden = self._model(self._ids(batch), batch, self._caches)
+            every = self._config.drafts or not plan.chunks or self._wishes.reads_prompts(plan)
+            asked = None if every else row_ends(plan, batch, self._caches)
+            hidden = self._model(self._ids(batch), batch, self._caches, asked)
         return hidden
 
     def _after(

@@ -98,6 +98,11 @@ class Wishes:
             index += width
         return StepWishes(found, self._slots) if found else None
 
+    def reads_prompts(self, plan: StepPlan) -> bool:
+        """Whether `prompt_logprobs` reads the hidden of this plan's chunks."""
+        wishes = (self._by_slot.get(chunk.slot) for chunk in plan.chunks)
+        return any(wish is not None and wish.extras.prompt_logprobs >= 0 for wish in wishes)
+
     def prompt_logprobs(
         self, plan: StepPlan, hidden: Tensor, offset: int, head: Callable[[Tensor], Tensor]
     ) -> list[tuple[int, int, Logprobs]]:
