@@ -12,7 +12,9 @@ import pytest
 from millrace.gateway.ask import read_ask, worded
 from millrace.gateway.message import Request
 from millrace.prefix_hash import BLOCK, MAX_BLOCKS, hash_chain
+from millrace.server.fields import COMPLETIONS, parse_body
 from millrace.server.held_prefixes import ENOUGH, PROMPTS, HeldPrefixes
+from millrace.server.schema import CompletionRequest
 from tests.support.live_server import fake_server
 
 CHAT = b"/v1/chat/completions"
@@ -57,7 +59,9 @@ def test_a_request_that_a_gateway_words_anew_keeps_its_hashes() -> None:
     ask = read_ask(Request(b"POST", TEXT, "1.1", [], body, True))
     sent = worded(ask, "millrace", [4, 5])
     assert json.loads(sent)["resume_token_ids"] == [4, 5]
-    assert HeldPrefixes(on=True).chain(sent, chat=False) == as_gateway(TEXT, body)
+    _, given = parse_body(sent, CompletionRequest, COMPLETIONS)
+    assert HeldPrefixes(on=True).chain(given["prompt"]) == as_gateway(TEXT, body)
+    assert HeldPrefixes(on=False).chain(given["prompt"]) == []
 
 
 def test_only_those_who_ask_are_told_and_a_refused_request_is_no_prefix(http: httpx.Client) -> None:

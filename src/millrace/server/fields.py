@@ -104,8 +104,12 @@ _Body = TypeVar("_Body", bound=ModelRequest)
 _warned: set[str] = set()
 
 
-def parse_body(data: bytes, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
-    """A body as `kind`. Raises RequestError that names the field and what it must be."""
+def parse_body(
+    data: bytes, kind: type[_Body], rules: Rules = OPENAI
+) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
+    """A body as `kind`, and the JSON of each field as the client wrote it. Raises RequestError that
+    names the field and what it must be.
+    """
     try:
         body = msgspec.json.decode(data, type=kind)
         given = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
@@ -114,7 +118,7 @@ def parse_body(data: bytes, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     _check_others(given, set(kind.__struct_fields__), rules)
-    return body
+    return body, given
 
 
 def _invalid_field(message: str) -> RequestError:

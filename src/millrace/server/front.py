@@ -70,15 +70,16 @@ class Front:
 
     async def body(self, request: Request, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
-        return parse_body(await self._bodies.read(request), kind, rules)
+        body, _ = parse_body(await self._bodies.read(request), kind, rules)
+        return body
 
     async def prompted(
-        self, request: Request, kind: type[_Body], rules: Rules, *, chat: bool
+        self, request: Request, kind: type[_Body], rules: Rules, *, prompt: str
     ) -> tuple[_Body, list[int]]:
         """The body of a request for text, and the hashes of its prompt as gateways have them.
-        Raises RequestError or ApiError."""
-        data = await self._bodies.read(request)
-        return parse_body(data, kind, rules), self.client.held_prefixes.chain(data, chat=chat)
+        prompt: the field that holds it. Raises RequestError or ApiError."""
+        body, given = parse_body(await self._bodies.read(request), kind, rules)
+        return body, self.client.held_prefixes.chain(given[prompt])
 
     def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""

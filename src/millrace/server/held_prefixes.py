@@ -11,21 +11,12 @@ from collections.abc import Sequence
 from itertools import islice
 from uuid import uuid4
 
-import msgspec
 from msgspec import Raw
 
 from millrace.prefix_hash import BLOCK, MAX_BLOCKS, PrefixReport, hash_chain
 
 PROMPTS = 256  # remembered
 ENOUGH = 2048  # hashes in a reply, after which it tells of no further prompt
-
-
-class _Body(msgspec.Struct):
-    prompt: Raw = Raw(b"")
-    messages: Raw = Raw(b"")
-
-
-_decode = msgspec.json.Decoder(_Body).decode
 
 
 class HeldPrefixes:
@@ -43,13 +34,11 @@ class HeldPrefixes:
         self._chains.clear()
         self._count = 0
 
-    def chain(self, body: bytes, *, chat: bool) -> list[int]:
-        """The hashes of the prompt in a body that has been found to be good JSON."""
+    def chain(self, prompt: Raw) -> list[int]:
+        """The hashes of a prompt, from its JSON."""
         if not self.on:
             return []
-        asked = _decode(body)
-        prompt = memoryview(asked.messages if chat else asked.prompt)
-        return hash_chain(bytes(prompt[: BLOCK * MAX_BLOCKS]))
+        return hash_chain(bytes(memoryview(prompt)[: BLOCK * MAX_BLOCKS]))
 
     def note(self, chain: Sequence[int]) -> None:
         """A prompt with these hashes goes to the engine."""
