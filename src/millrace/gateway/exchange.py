@@ -20,8 +20,8 @@ from millrace.gateway.kept import ERROR_EVENT
 from millrace.gateway.lane import Lane
 from millrace.gateway.message import (
     Answer,
-    Headers,
     Request,
+    ResponseHead,
     error_answer,
     header,
     request_bytes,
@@ -151,16 +151,10 @@ class Exchange:
 
     # --- from the replica ----------------------------------------------------------------------
 
-    def head(
-        self,
-        status: int,
-        reason: bytes,
-        headers: Headers,
-        delimited: bool,
-        chunked: bool,
-        first: bytes,
-    ) -> bool:
-        """As `replica_side.Asker` has it. False: the request goes to another replica instead."""
+    def head(self, head: ResponseHead, first: bytes) -> bool:
+        """The response's head has come, and `first`, how its body begins. False: the request goes
+        to another replica instead."""
+        status = head.status
         if status in _BUSY and self._search.untried():
             self._pass_over(f"answered {status}")
             return False
@@ -169,21 +163,21 @@ class Exchange:
                 return True
             self.failed(f"answered {status} to a request to go on", lost=status < 500)
             return False
-        if status == 200 and chunked and ERROR_EVENT in first[:64] and self._search.untried():
+        if status == 200 and head.chunked and ERROR_EVENT in first[:64] and self._search.untried():
             self.failed("began its stream with an error")
             return False
-        self.status, self._delimited = status, delimited
+        self.status, self._delimited = status, head.delimited
         self.first_byte = time.perf_counter() - self.began
         self._relay.part.first_byte(self.first_byte)
         request = self.request
-        self._keep_alive = delimited and request.keep_alive and request.version == "1.1"
-        kind = header(headers, b"content-type")
-        streams = status == 200 and chunked and kind.startswith(b"text/event-stream")
+        self._keep_alive = head.delimited and request.keep_alive and request.version == "1.1"
+        kind = header(head.headers, b"content-type")
+        streams = status == 200 and head.chunked and kind.startswith(b"text/event-stream")
         if streams and self.ask.resumable and self._member_kind != "other":
             self._stream.keep()
         elif streams and self.ask.stream:
             self._relay.part.event("unprotected")
-        self._client.hold(response_head(status, reason, headers, self._keep_alive, request.id))
+        self._client.hold(response_head(head, self._keep_alive, request.id))
         return True
 
     def publish(self, replica: Replica) -> None:

@@ -81,16 +81,25 @@ def request_bytes(
     return _head(start, kept) + body
 
 
-def response_head(
-    status: int, reason: bytes, headers: Headers, keep_alive: bool, request_id: bytes
-) -> bytes:
+class ResponseHead(msgspec.Struct, frozen=True):
+    """What a replica says before its body. delimited: the body's end is marked; chunked: by its
+    chunks."""
+
+    status: int
+    reason: bytes
+    headers: Headers
+    delimited: bool
+    chunked: bool
+
+
+def response_head(head: ResponseHead, keep_alive: bool, request_id: bytes) -> bytes:
     """The head of a relayed response, with the gateway's own word on its connection."""
-    kept = passed_on(headers)
+    kept = passed_on(head.headers)
     if not header(kept, b"x-request-id"):
         kept.append((b"X-Request-Id", request_id))
     if not keep_alive:
         kept.append((b"Connection", b"close"))
-    return _head(b"HTTP/1.1 %d %b" % (status, reason), kept)
+    return _head(b"HTTP/1.1 %d %b" % (head.status, head.reason), kept)
 
 
 def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:

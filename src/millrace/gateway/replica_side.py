@@ -14,7 +14,7 @@ import httptools
 from millrace.gateway.journal import EVENT_END
 from millrace.gateway.lane import Lane
 from millrace.gateway.limits import Limits
-from millrace.gateway.message import Headers, header
+from millrace.gateway.message import Headers, ResponseHead, header
 from millrace.gateway.replicas import Replica
 
 _BODILESS = frozenset((204, 304))
@@ -23,17 +23,9 @@ _BODILESS = frozenset((204, 304))
 class Asker(Protocol):
     """Who a response goes to: the exchange that has asked."""
 
-    def head(
-        self,
-        status: int,
-        reason: bytes,
-        headers: Headers,
-        delimited: bool,
-        chunked: bool,
-        first: bytes,
-    ) -> bool:
+    def head(self, head: ResponseHead, first: bytes) -> bool:
         """The response's head has come, and `first`, how its body begins. False: the request goes
-        to another replica instead. delimited: the body's end is marked; chunked: by chunks."""
+        to another replica instead."""
         ...
 
     def body(self, data: bytes) -> None:
@@ -268,9 +260,8 @@ class ReplicaSide(asyncio.Protocol):
             return
         self._held, self._head_passed = [], True
         chunked = header(self._headers, b"transfer-encoding").lower() == b"chunked"
-        if not exchange.head(
-            self._status, self._reason, self._headers, self._delimited, chunked, rest
-        ):
+        head = ResponseHead(self._status, self._reason, self._headers, self._delimited, chunked)
+        if not exchange.head(head, rest):
             return
         if not ended or self._decode:
             self._pass(exchange, rest)

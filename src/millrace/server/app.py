@@ -7,7 +7,6 @@ they are put together with the pages that only tell something.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,62 +21,27 @@ from millrace.server.answers import Health, ModelCard, ModelList, Version
 from millrace.server.anthropic import Anthropic
 from millrace.server.chat import Chat
 from millrace.server.completions import Completions
-from millrace.server.engine_client import EngineClient, EngineDeadError
+from millrace.server.engine_client import EngineDeadError
 from millrace.server.errors import ApiError, error_response
 from millrace.server.front import Front, unavailable
-from millrace.server.http import Bodies
 from millrace.server.load import load_route
-from millrace.server.metrics import MetricsPage, RequestMetrics
+from millrace.server.metrics import MetricsPage
 from millrace.server.openapi import openapi_document
 from millrace.server.responses import json_response
 from millrace.server.responses_api import Responses
 from millrace.server.tokenize import Tokenize
-from millrace.text.codec import Codec
-from millrace.text.reasoning import ReasoningParser
-from millrace.text.tools import ToolCallParser
 
 
 class Api:
-    """The endpoints of one replica.
+    """The endpoints of one replica. root: the model's directory. debug: also offer what is only for
+    tests of the engine."""
 
-    names: what the model may be called, the first being its name in answers. root: its directory.
-    reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
-    model calls tools.
-    max_queue: requests that may wait beyond those that the engine runs at once. debug: also offer
-    what is only for tests of the engine.
-    """
-
-    def __init__(
-        self,
-        client: EngineClient,
-        codec: Codec,
-        metrics: RequestMetrics,
-        *,
-        names: Sequence[str],
-        root: str,
-        reasoning_parser: ReasoningParser,
-        tool_call_parser: ToolCallParser = "auto",
-        max_queue: int,
-        bodies: Bodies,
-        page: MetricsPage,
-        debug: bool = False,
-    ) -> None:
-        self._front = Front(
-            client,
-            codec,
-            metrics,
-            names=names,
-            reasoning_parser=reasoning_parser,
-            tool_call_parser=tool_call_parser,
-            max_queue=max_queue,
-            bodies=bodies,
-        )
-        self._client = client
+    def __init__(self, front: Front, page: MetricsPage, *, root: str, debug: bool = False) -> None:
+        self._front = front
+        self._client = front.client
         self._page = page
-        self._debug = debug
-        self._names = names
         self._root = root
-        self._vocab_size = codec.vocab_size
+        self._debug = debug
         self._created = int(time.time())
 
     def application(self) -> ASGIApp:
@@ -105,7 +69,7 @@ class Api:
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
-        return json_response(ModelList(data=[self._card(name) for name in self._names]))
+        return json_response(ModelList(data=[self._card(name) for name in self._front.names]))
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
@@ -120,7 +84,7 @@ class Api:
             created=self._created,
             root=self._root,
             max_model_len=ready.max_model_len if ready else None,
-            vocab_size=self._vocab_size,
+            vocab_size=self._front.codec.vocab_size,
         )
 
     async def health(self, _: Request) -> Response:

@@ -34,6 +34,7 @@ from millrace.server.door import Door, Keys
 from millrace.server.engine_client import EngineClient, EngineDeadError
 from millrace.server.engine_process import ENGINE_PROGRAM
 from millrace.server.errors import ApiError
+from millrace.server.front import Front
 from millrace.server.http import Bodies
 from millrace.server.keeper import Keeper
 from millrace.server.listening import BACKLOG, check_tls, listen
@@ -105,20 +106,17 @@ def _api(
 ) -> ASGIApp:
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
-    api = Api(
+    front = Front(
         client,
         Codec.load(directory, tokenizer, options.generation_config),
         metrics,
         names=names,
-        root=args.model,
         reasoning_parser=options.reasoning_parser,
         tool_call_parser=options.tool_call_parser,
         max_queue=args.max_queue,
         bodies=Bodies(options.max_body_bytes, options.max_bodies_bytes, options.read_timeout),
-        page=page,
-        debug=args.debug,
     )
-    return api.application()
+    return Api(front, page, root=args.model, debug=args.debug).application()
 
 
 def _door(app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer) -> Door:
