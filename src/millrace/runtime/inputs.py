@@ -127,14 +127,20 @@ def chunk_ends(plan: StepPlan, batch: Batch) -> list[int]:
     return [end - 1 for end in accumulate(counts, initial=batch.num_decode_tokens)][1:]
 
 
-def row_ends(plan: StepPlan, batch: Batch, caches: Caches) -> Asked:
+def row_ends(plan: StepPlan, batch: Batch) -> Asked:
     """The last token of every row, of decode rows all. A step without prompt log-probabilities and
     drafts reads the hidden of no other.
     """
     ends = [*range(batch.num_decode_tokens), *chunk_ends(plan, batch)]
     tokens = upload(ends, batch.positions.device)
+    return Asked(tokens, singles(batch, tokens, batch.max_context))
+
+
+def singles(batch: Batch, tokens: Tensor, context: int) -> Batch:
+    """Some of a batch's tokens, int64 [R], each a row; context: bound on their positions + 1."""
     slots, positions = batch.token_slots[tokens], batch.positions[tokens]
-    return Asked(tokens, single_batch(slots, positions, batch.max_context, caches))
+    rows = DecodeRows(slots, positions, 1, context)
+    return Batch(slots, positions, batch.kv_rows[tokens], rows, None)
 
 
 def shifted(batch: Batch, caches: Caches) -> Batch:

@@ -29,6 +29,7 @@ from millrace.runtime.inputs import (
     row_ends,
     shifted,
     single_batch,
+    singles,
 )
 from millrace.runtime.ranks import Ranks
 from millrace.runtime.results import StepOutput
@@ -128,7 +129,7 @@ class Runner:
             hidden: Tensor = self._forwards.run(plan.decode, filters=False).flatten(0, 1)
         else:
             every = self._config.drafts or not plan.chunks or self._wishes.reads_prompts(plan)
-            asked = None if every else row_ends(plan, batch, self._caches)
+            asked = None if every else row_ends(plan, batch)
             hidden = self._model(self._ids(batch), batch, self._caches, asked)
         return hidden
 
@@ -234,8 +235,9 @@ class Runner:
         if rows is None or count is None:
             return
         last = rows.first + (count - 1).clamp(min=0)
-        position, reach = ahead.positions[last], batch.max_context + 1
-        feed = mtp.guess(x[last], single_batch(rows.slots, position, reach, caches), caches)
+        reach = batch.max_context + 1
+        row = singles(ahead, last, reach)
+        feed, position = mtp.guess(x[last], row, caches), row.positions
         for step in range(1, drafts + 1):
             position = position + 1
             drawn = self._sampler.draft(feed, position, rows)
