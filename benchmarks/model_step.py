@@ -1,4 +1,4 @@
-"""What a forward of the model costs on this CPU: a decode step, and a long prompt.
+"""What a forward of the model costs on this CPU: a decode step, a long prompt, the draft head.
 
     python -m benchmarks.model_step --threads 2 --dtype bfloat16 [--profile]
 
@@ -59,21 +59,57 @@ def decode(model: Qwen3_5, drafts: int, shuffled: bool) -> list[float]:
     return times
 
 
-def prefill(model: Qwen3_5, rows: int, tokens: int) -> list[float]:
-    """Milliseconds of one step over `rows` prompts of `tokens` each."""
+def prefill(model: Qwen3_5, rows: int, tokens: int, ends: bool = False) -> list[float]:
+    """Milliseconds of one step over `rows` prompts of `tokens` each.
+
+    ends: only the hidden of each prompt's last token is asked for, as the engine does.
+    """
     driver = Driver(model, allocate_caches(model, rows, tokens // 16 + 2, page_size=16))
     times = []
     for _ in range(5):
         for slot in range(1, rows + 1):
             driver.admit(slot)
         start = time.perf_counter()
-        driver.step(prefill=[(slot, [7] * tokens) for slot in range(1, rows + 1)])
+        driver.step(prefill=[(slot, [7] * tokens) for slot in range(1, rows + 1)], ends=ends)
         times.append(1e3 * (time.perf_counter() - start))
     return times
 
 
+@torch.inference_mode()
+def draft_head(model: Qwen3_5, rows: int, tokens: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of the draft head over `rows` rows of `tokens` each, in turn: through its layer
+    at all of them, and at each row's last.
+    """
+    caches = allocate_caches(model, rows, (PROMPT + tokens) // 16 + 2, page_size=16)
+    starts = torch.full((rows + 1,), 1 if tokens > PROMPT else PROMPT)
+    for pages in (caches.mtp.keys, caches.mtp.values):
+        pages.zero_()
+    steps = [(slot, [7] * tokens) for slot in range(1, rows + 1)]
+    kinds = ([], steps) if tokens > PROMPT else (steps, [])
+    ids, batch = make_batch(caches, starts, *kinds)
+    hidden = torch.randn(len(ids), model.config.hidden_size, dtype=next(model.parameters()).dtype)
+    last = torch.arange(1, rows + 1) * tokens - 1
+    ends = [(slot, [7]) for slot in range(1, rows + 1)]
+    _, singles = make_batch(caches, starts + tokens - 1, ends, [])
+
+    def whole() -> None:
+        model.mtp(ids, hidden, batch, caches)
+
+    def at_the_last() -> None:
+        x = model.mtp.remember(ids, hidden, batch, caches)
+        model.mtp.guess(x[last], singles, caches)
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(STEPS):
+        for run, found in zip((whole, at_the_last), times, strict=True):
+            start = time.perf_counter()
+            run()
+            found.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
 def report(name: str, times: list[float]) -> None:
-    print(f"{name:42} median {statistics.median(times):8.1f} ms   least {min(times):8.1f} ms")
+    print(f"{name:46} median {statistics.median(times):8.2f} ms   least {min(times):8.2f} ms")
 
 
 def main() -> None:
@@ -85,7 +121,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(directory)
-        model = build_model(read_config(directory), dtype=getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        model = build_model(read_config(directory), dtype=dtype, mtp=True)
         load(model, directory)
     print(f"torch {torch.__version__}, {options.threads} threads, {options.dtype}")
     for drafts in (0, 1):
@@ -93,6 +130,11 @@ def main() -> None:
     report(f"decode step, {ROWS} rows in any order, k = 0", decode(model, 0, shuffled=True))
     report("prefill, 16 prompts of 128", prefill(model, 16, 128))
     report("prefill, 1 prompt of 2048", prefill(model, 1, 2048))
+    report("prefill, 1 prompt of 2048, its end asked for", prefill(model, 1, 2048, ends=True))
+    for rows, tokens in ((1, 2048), (ROWS, 2), (1, 2)):
+        whole, at_the_last = draft_head(model, rows, tokens)
+        report(f"draft head, {rows} x {tokens} tokens, whole", whole)
+        report(f"draft head, {rows} x {tokens} tokens, at the last", at_the_last)
     if options.profile:
         with profile(activities=[ProfilerActivity.CPU]) as measured:
             decode(model, 0, shuffled=False)
