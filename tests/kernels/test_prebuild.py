@@ -31,9 +31,13 @@ from millrace.kernels.gpu import prebuild  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0  # seconds for what takes some of them on a quiet machine
-PRODUCTS = [(128, 256, tokens) for tokens in range(9, 200)]
+PRODUCTS = [(128, 256, tokens, 120 + tokens % 3) for tokens in range(9, 200)]
 FAKE = '''
 import os, subprocess, time
+
+def set_num_sms(count):
+    global multiprocessors
+    multiprocessors = count
 
 def fp8_gemm_nt(x, weight, out):
     """Note the sizes and this process; x's scales must lie as a product's on a GPU do."""
@@ -48,7 +52,7 @@ def fp8_gemm_nt(x, weight, out):
         note.write(f"{os.getpid()} {compiler.pid}\\n")
         note.close()
         time.sleep(600)
-    note.write(f"{outputs} {inputs} {tokens}\\n")
+    note.write(f"{outputs} {inputs} {tokens} {multiprocessors}\\n")
     note.close()
 '''
 
@@ -140,7 +144,7 @@ def test_children_die_with_their_parent(notes: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FAKE_WAY", "hang")
     program = (
         "import time; from pathlib import Path; from millrace.kernels.gpu import prebuild\n"
-        f"a = prebuild.start([(128, 128, 9)], 'cpu', 1, Path({str(notes)!r} + '.marker'))\n"
+        f"a = prebuild.start([(128, 128, 9, 132)], 'cpu', 1, Path({str(notes)!r} + '.marker'))\n"
         "time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
@@ -178,7 +182,7 @@ def test_a_start_goes_on_without_them(
     children = SimpleNamespace(
         finish=lambda limit: calls.append("finish"), close=lambda: calls.append("close")
     )
-    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda shapes, counts: [(1, 1, 1)])
+    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda shapes, counts: [(1, 1, 1, 0)])
     monkeypatch.setattr(prebuild, "on_this_gpu", lambda products: children)
     with prebuild.compiling([], []):
         pass
@@ -189,7 +193,7 @@ def test_a_start_goes_on_without_them(
 
 def test_no_more_children_than_memory_and_cores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    large = [(34816, 5120, 16384), *PRODUCTS]
+    large = [(34816, 5120, 16384, 0), *PRODUCTS]
     assert 1 << 30 < prebuild.tensor_bytes(large) < 2 << 30
     assert prebuild.how_many(large, 140 << 30) == prebuild.MOST
     assert prebuild.how_many(large, 30 << 30) == 3
@@ -261,19 +265,20 @@ def test_on_a_gpu(
 def test_products_are_those_that_go_to_deep_gemm(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    """`takes_deep_gemm` says what `fp8_matmul` does, and each product is there once."""
+    """`deep_gemm_way` says what `fp8_matmul` does, and each product is there once."""
     from millrace.kernels.gpu import gemm
 
-    taken: list[str] = []
+    taken: list[tuple[str, Any]] = []
 
     def way(name: str) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
-            taken.append(name)
+            taken.append((name, given[-1]))
             return name
 
         return run
 
     monkeypatch.setattr(gemm, "_is_hopper", lambda: True)
+    monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(gemm, "_deep_gemm", lambda: SimpleNamespace() if installed else None)
     for name in ("triton_matmul", "few_matmul", "cublas_matmul", "deep_gemm_matmul"):
         monkeypatch.setattr(gemm, name, way(name))
@@ -286,8 +291,9 @@ def test_products_are_those_that_go_to_deep_gemm(
         for tokens in counts:
             x: Any = SimpleNamespace(values=range(tokens))
             gemm.fp8_matmul(x, weight, scale, torch.bfloat16)
-            if taken.pop() == "deep_gemm_matmul":
-                wanted.add((*shape, tokens))
+            name, last = taken.pop()
+            if name == "deep_gemm_matmul":
+                wanted.add((*shape, tokens, last))
     found = prebuild.deep_gemm_products(shapes, counts)
     assert len(found) == len(set(found))
     assert set(found) == wanted

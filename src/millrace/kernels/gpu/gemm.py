@@ -2,8 +2,8 @@
 
 Four ways, all with the same rounding: our Triton kernel (always there), our CUDA kernel for few
 tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is installed.
-`fp8_linear` takes the one that measured fastest for the number of tokens, and quantises its input
-first; `fp8_matmul` starts from activations that a fused op has quantised already.
+`fp8_linear` takes the one that measured fastest (`gemm_choice`) and quantises its input first;
+`fp8_matmul` starts from activations that a fused op has quantised already.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.gpu.gemm_choice import CUBLAS, Way, choose
 from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
@@ -101,11 +102,14 @@ def _deep_gemm() -> ModuleType | None:
     return module
 
 
-def deep_gemm_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
-    """x @ weight^T by DeepGEMM, in bfloat16; scale: float32."""
+def deep_gemm_matmul(
+    x: Quantized, weight: Tensor, scale: Tensor, multiprocessors: int = 0
+) -> Tensor:
+    """x @ weight^T by DeepGEMM, in bfloat16; scale: float32. multiprocessors: 0 for all."""
     library = _deep_gemm()
     assert library is not None
     out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
+    library.set_num_sms(multiprocessors or _all_multiprocessors())
     library.fp8_gemm_nt(tuple(x), (weight, scale), out)
     return out
 
@@ -138,23 +142,34 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
         out = few_matmul(x, weight, scale.float())
         if out is not None:
             return out
-    if _deep_gemm() is None or _suits_cublas(len(x.values), outputs):
+    way = _way(len(x.values), outputs, width)
+    if way.library == "cublas":
         return cublas_matmul(x, weight, scale.float())
-    return deep_gemm_matmul(x, weight, scale.float())
+    return deep_gemm_matmul(x, weight, scale.float(), way.multiprocessors)
 
 
-def takes_deep_gemm(tokens: int, outputs: int, width: int) -> bool:
-    """Whether DeepGEMM is what `fp8_matmul` takes on this GPU, in bfloat16 and float32 scales."""
+def deep_gemm_way(tokens: int, outputs: int, width: int) -> Way | None:
+    """How `fp8_matmul` takes DeepGEMM on this GPU, in bfloat16 and float32 scales; None: not."""
     if outputs % 128 or width % 128 or tokens <= MAX_TOKENS or not _is_hopper():
-        return False
-    return _deep_gemm() is not None and not _suits_cublas(tokens, outputs)
+        return None
+    way = _way(tokens, outputs, width)
+    return way if way.library == "deep_gemm" else None
 
 
-def _suits_cublas(tokens: int, outputs: int) -> bool:
-    """Where cuBLAS beats DeepGEMM on an H200, of the shapes in benchmarks/kernels_h200.py."""
-    if 128 < tokens <= 384:
-        return 12288 <= outputs < 32768
-    return 384 < tokens <= 640 and outputs >= 32768
+def _way(tokens: int, outputs: int, width: int) -> Way:
+    if _deep_gemm() is None:
+        return CUBLAS
+    return choose(tokens, outputs, width, _device_name())
+
+
+@functools.cache
+def _device_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+@functools.cache
+def _all_multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 def fp8_linear(

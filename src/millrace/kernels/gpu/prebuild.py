@@ -35,7 +35,7 @@ from millrace.kernels.quantize import GROUP, Quantized
 
 logger = logging.getLogger(__name__)
 
-Product = tuple[int, int, int]  # outputs, inputs, tokens
+Product = tuple[int, int, int, int]  # outputs, inputs, tokens, multiprocessors or 0 for all
 
 MOST = 8  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
@@ -43,7 +43,7 @@ REAP_LIMIT = 5.0  # and for one that was killed
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 4  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
-_RECORD = struct.Struct("<3i")
+_RECORD = struct.Struct("<4i")
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
@@ -80,13 +80,13 @@ def deep_gemm_products(
 
     Neighbours share kernels, which two children would then compile at once.
     """
-    from millrace.kernels.gpu.gemm import takes_deep_gemm
+    from millrace.kernels.gpu.gemm import deep_gemm_way
 
     products = [
-        (*shape, tokens)
+        (*shape, tokens, way.multiprocessors)
         for shape in sorted(set(shapes))
         for tokens in sorted(set(counts))
-        if takes_deep_gemm(tokens, *shape)
+        if (way := deep_gemm_way(tokens, *shape))
     ]
     random.Random(0).shuffle(products)
     return products
@@ -118,7 +118,7 @@ def how_many(products: list[Product], free: int) -> int:
 
 def tensor_bytes(products: list[Product]) -> int:
     """GPU memory that a child's tensors may take, in bytes: the largest product's, and a margin."""
-    most = max(o * i + tokens * (i + 2 * o) for o, i, tokens in products)
+    most = max(o * i + tokens * (i + 2 * o) for o, i, tokens, _ in products)
     return most + most // 4 + (64 << 20)
 
 
@@ -255,11 +255,11 @@ def multiply_nothing(product: Product, device: torch.device) -> None:
     from millrace.kernels.gpu.gemm import deep_gemm_matmul
     from millrace.kernels.gpu.quantize import empty_quantized
 
-    outputs, inputs, tokens = product
+    outputs, inputs, tokens, multiprocessors = product
     x: Quantized = empty_quantized(tokens, inputs, device)
     weight = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(outputs // GROUP, inputs // GROUP, dtype=torch.float32, device=device)
-    deep_gemm_matmul(x, weight, scale)
+    deep_gemm_matmul(x, weight, scale, multiprocessors)
 
 
 if __name__ == "__main__":
