@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,45 +46,84 @@ def on_cpu(model: Path) -> list[list[int]]:
     return out
 
 
-@pytest.mark.parametrize("way", ["chosen", "nccl", "one-shot", "two-shot", "one-shot with norm"])
-@pytest.mark.parametrize("eager", [False, True])
-def test_the_cpus_tokens(
-    model: Path, on_cpu: list[list[int]], way: str, eager: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A way that is forced on rank 0 is forced on the others too: they follow its clock."""
+def in_a_process(case: Callable[..., Any], *given: Any) -> Any:
+    """What `case` returns in a process of its own: GPUs share memory between ranks once in each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(case, *given).result(timeout=240)
+
+
+def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list[int]]]]:
+    """The ways that sums go by, and the same prompts' tokens twice.
+
+    A way that is forced on rank 0 is forced on the others too: they follow its clock.
+    """
+    timed = collectives._cuda_us
+
+    def favour(algorithm: Any, *given: Any) -> list[float]:
+        found = timed(algorithm, *given)  # always: the other ranks take part in it
+        return found if algorithm.name == way else [1e9] * 3
+
     if way != "chosen":
-        timed = collectives._cuda_us
-
-        def favour(algorithm: Any, *given: Any) -> list[float]:
-            found = timed(algorithm, *given)  # always: the other ranks take part in it
-            return found if algorithm.name == way else [1e9] * 3
-
-        monkeypatch.setattr(collectives, "_cuda_us", favour)
+        collectives._cuda_us = favour
     spec = {"num_speculative_tokens": 2}
     options = {"max_num_seqs": 8, "enforce_eager": eager, "speculative_config": spec}
     engine = build(model, device="cuda", tensor_parallel_size=2, **options)
     try:
-        if way != "chosen":
-            chosen = {t.algorithm for t in engine.worker.collectives.timings if t.chosen}
-            assert chosen == {way}
-        for _ in range(2):
-            assert_same(model, PROMPTS, on_cpu, generate(engine, PROMPTS, 32), GPU_TIE)
+        chosen = {t.algorithm for t in engine.worker.collectives.timings if t.chosen}
+        return chosen, [generate(engine, PROMPTS, 32) for _ in range(2)]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("way", "eager"),
+    [
+        ("chosen", False),
+        ("chosen", True),
+        ("nccl", False),
+        ("one-shot", False),
+        ("two-shot", False),
+        ("one-shot with norm", False),
+    ],
+)
+def test_the_cpus_tokens(model: Path, on_cpu: list[list[int]], way: str, eager: bool) -> None:
+    chosen, runs = in_a_process(served, model, way, eager)
+    assert way in ("chosen", *chosen)
+    for run in runs:
+        assert_same(model, PROMPTS, on_cpu, run, GPU_TIE)
+
+
+def drawn(model: Path) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Draws from the ranks' parts of the logits, and from all of them gathered."""
+    spec = {"num_speculative_tokens": 2}
+    engine = build(
+        model, device="cuda", tensor_parallel_size=2, max_num_seqs=8, speculative_config=spec
+    )
+    try:
+        return [
+            (generate(engine, PROMPTS, 32, **how), generate(engine, PROMPTS, 32, **how, top_k=2048))
+            for how in ({"temperature": 0.5, "seed": 4}, {"temperature": 1.0, "seed": 3})
+        ]
     finally:
         engine.close()
 
 
 def test_the_best_of_the_ranks_is_the_best_of_all_logits(model: Path) -> None:
     """A top_k that cuts nothing has all logits gathered; the draws are the same, bit for bit."""
-    spec = {"num_speculative_tokens": 2}
-    engine = build(
-        model, device="cuda", tensor_parallel_size=2, max_num_seqs=8, speculative_config=spec
-    )
-    try:
-        for draws in ({"temperature": 0.5, "seed": 4}, {"temperature": 1.0, "seed": 3}):
-            apart = generate(engine, PROMPTS, 32, **draws)
-            assert apart == generate(engine, PROMPTS, 32, **draws, top_k=2048)
-    finally:
-        engine.close()
+    for apart, gathered in in_a_process(drawn, model):
+        assert apart == gathered
+
+
+def served_again(model: Path) -> list[list[list[int]]]:
+    return [served(model, "chosen", False)[1][0] for _ in range(2)]
+
+
+def test_a_second_engine_of_a_process_leaves_shared_memory_out(
+    model: Path, on_cpu: list[list[int]]
+) -> None:
+    for run in in_a_process(served_again, model):
+        assert_same(model, PROMPTS, on_cpu, run, GPU_TIE)
 
 
 START = """

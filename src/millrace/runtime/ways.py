@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -149,6 +150,8 @@ class OwnPeers:
 def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor], list[Any]]:
     """(zeroed memory of this GPU, the handles by which every rank reaches the others').
 
+    Raises RuntimeError where a process has done so for an earlier group: PyTorch counts exchanges
+    by process, so one that has counted before and one that has not would wait for each other.
     The exchange holds Python's lock while it waits, so that no watch of ours could end it. It is
     begun once all ranks have their memory; one that dies within is left to a clock of C's own.
     """
@@ -158,6 +161,7 @@ def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor]
     problem: Exception | None = None
     device = torch.device("cuda", torch.cuda.current_device())
     try:
+        _claim(ranks)
         memory = [symmetric.empty([n], dtype=dtype, device=device).zero_() for n, dtype in sizes]
         ranks.settle()  # nobody raises a flag that is yet to be zero
     except RuntimeError as error:
@@ -166,6 +170,16 @@ def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor]
         raise problem or RuntimeError("another rank has no memory for it")
     with ended_after(MAPPING_LIMIT):
         return memory, [symmetric.rendezvous(one, ranks.tensors.group_name) for one in memory]
+
+
+_claimed: weakref.ReferenceType[Ranks] | None = None  # whose memory this process shares
+
+
+def _claim(ranks: Ranks) -> None:
+    global _claimed
+    if _claimed is not None and _claimed() is not ranks:
+        raise RuntimeError("this process has shared memory with the ranks of an earlier engine")
+    _claimed = weakref.ref(ranks)
 
 
 def candidates(
