@@ -34,7 +34,7 @@ _POLL = timedelta(seconds=0.25)
 _GLANCE = 0.0005  # seconds between looks at a device step that has taken longer than most
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Ranks:
     """This process's place among `size` ranks, and their groups (None alone)."""
 
