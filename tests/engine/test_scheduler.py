@@ -262,6 +262,29 @@ def test_beside_decoding_rows_a_step_computes_few_prompt_tokens() -> None:
     assert seen == [5] * 6
 
 
+def test_long_prompts_beside_decoding_rows_fill_whole_tiles() -> None:
+    """The decoding rows' tokens count too, and the last piece is as long as it is."""
+    eng = engine(
+        limits(
+            mixed_prefill_tokens=1100, max_num_batched_tokens=4000, max_model_len=6000,
+            num_pages=4000, num_snapshots=0, drafts=1,
+        )
+    )  # fmt: skip
+    for number in range(3):
+        eng.add(request(f"r{number}", [number + 1] * 20, 200, ignore_eos=True))
+    eng.step()
+    eng.step()
+    eng.add(request("long", [7] * 5000, 4))
+    seen = []
+    while sum(seen) < 5000:
+        eng.step()
+        plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+        seen.append(sum(chunk.count for chunk in plan.chunks))
+        assert len(plan.decode) == 3
+    assert {count + 3 * 2 for count in seen[:-1]} == {1024}
+    assert seen[-1] == 5000 % 1018
+
+
 def test_abort_returns_everything_in_every_phase() -> None:
     for steps in range(8):
         for depth in (0, 1):

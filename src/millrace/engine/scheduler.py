@@ -40,6 +40,9 @@ class _Totals:
     accepted: list[int] = field(default_factory=list)
 
 
+TILE = 128  # tokens: a product of a few more than a multiple takes as long as of the next one
+
+
 class Scheduler:
     """Plans steps and takes their results. One per replica; ranks only carry plans out."""
 
@@ -113,6 +116,7 @@ class Scheduler:
         self._plan_decode(step)
         if step.decode and self.limits.mixed_prefill_tokens:
             step.budget = min(step.budget, self.limits.mixed_prefill_tokens)
+            step.budget = _to_whole_tiles(step.budget, len(step.decode) * self._width)
         self._plan_chunks(step)
         if not self._draining:
             self._plan_admissions(step)
@@ -349,6 +353,11 @@ class Scheduler:
             assert all(request.slot for request in step.requests()), "launched rows keep their slot"
         owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
         self._holdings.check(owners, saving=sum(len(step.saves) for _, step in self._launched))
+
+
+def _to_whole_tiles(budget: int, beside: int) -> int:
+    """A large budget cut so that prompts and the tokens beside them fill whole tiles."""
+    return budget - (budget + beside) % TILE if budget >= 8 * TILE else budget
 
 
 def _rank(request: Request) -> tuple[int, int]:

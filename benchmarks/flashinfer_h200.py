@@ -1,0 +1,195 @@
+"""FlashInfer's attention and GDN prefill beside ours, on one GPU, at the shapes of Qwen3.5-27B.
+
+    python benchmarks/flashinfer_h200.py [--only attention,gdn] [--out FILE]
+
+Needs flashinfer-python and a compiler: it builds what it runs, which takes minutes. Both sides see
+the same inputs; `apart` is the relative difference of what they give. Times are medians of calls
+one behind the other, with what each side needs around its kernel (see the notes in the output).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from engine_runs import commit
+
+from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.gpu.attention import attend_decode, attend_prefill
+from millrace.kernels.gpu.gdn_prefill import gdn_prefill
+
+HEADS, KV_HEADS, DIM, PAGE = 24, 4, 256, 64
+KEY_HEADS, VALUE_HEADS, STATE_DIM = 16, 48, 128
+DEVICE = "cuda"
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(15):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(4):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / 4)
+    return round(statistics.median(times), 1)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    a, b = a.float(), b.float()
+    return float((a - b).norm() / b.norm())
+
+
+def compared(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "ours_us": microseconds(ours)}
+    try:
+        began = time.perf_counter()
+        found["apart"] = apart(theirs(), ours())
+        found["built_s"] = round(time.perf_counter() - began, 1)
+        found["flashinfer_us"] = microseconds(theirs)
+    except Exception as error:
+        found["flashinfer"] = f"{type(error).__name__}: {error}"[:400]
+    return found
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def pages(rows: int, length: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+    """Keys and values of `rows` rows in pages of any order, and the table [rows + 1, pages]."""
+    count = -(-length // PAGE)
+    shape = (rows * count + 1, PAGE, KV_HEADS, DIM)
+    cache = KVCache(*(torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)))
+    table = torch.randperm(rows * count, device=DEVICE).view(rows, count) + 1
+    return cache, torch.cat([torch.zeros_like(table[:1]), table]).int()
+
+
+def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Rows of `length` tokens, of which the last `queries` ask: prompts where that is all."""
+    import flashinfer
+
+    cache, table = pages(rows, length, dtype)
+    q = torch.randn(rows * queries, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.arange(1, rows + 1, device=DEVICE)
+    starts = torch.full((rows,), length - queries, dtype=torch.int64, device=DEVICE)
+    offsets = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * queries
+    if queries <= 8:
+        some = DecodeRows(slots, starts, queries, length)
+        ours = lambda: attend_decode(q, cache, table, some, DIM**-0.5)  # noqa: E731
+    else:
+        counts, begins = (queries,) * rows, (length - queries,) * rows
+        many = PrefillRows(slots, starts, offsets, counts, begins)
+        ours = lambda: attend_prefill(q, cache, table, many, DIM**-0.5)  # noqa: E731
+    space = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
+    per_row = table.shape[1]
+
+    def theirs() -> Tensor:
+        if not planned:
+            wrapper.plan(
+                offsets,
+                torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * per_row,
+                table[1:].flatten().contiguous(),
+                torch.full((rows,), (length - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
+                HEADS, KV_HEADS, DIM, PAGE,
+                causal=True, q_data_type=torch.bfloat16, kv_data_type=dtype,
+            )  # fmt: skip
+            planned.append(True)
+        out: Tensor = wrapper.run(q, (cache.keys, cache.values))
+        return out
+
+    planned: list[bool] = []
+    return compared(f"attention {rows} x {length}, {queries} queries, {dtype}", ours, theirs)
+
+
+# --- GDN ---------------------------------------------------------------------------------------
+
+
+def gdn(rows: int, length: int) -> dict[str, Any]:
+    """Prompts from zero states. FlashInfer takes normed queries and keys, contiguous and apart, and
+    decays as factors; making these of our tensors is not in its time."""
+    from flashinfer import chunk_gated_delta_rule
+
+    tokens, width = rows * length, STATE_DIM
+    qkv = torch.randn(tokens, (2 * KEY_HEADS + VALUE_HEADS) * width, device=DEVICE).bfloat16()
+    g = -torch.rand(tokens, VALUE_HEADS, device=DEVICE) * 0.2
+    beta = torch.rand(tokens, VALUE_HEADS, device=DEVICE)
+
+    def state() -> Tensor:
+        return torch.zeros(rows + 1, VALUE_HEADS, width, width, device=DEVICE)
+
+    cache = GDNState(
+        state(), *(torch.zeros(rows + 1, KEY_HEADS, 16, width, device=DEVICE) for _ in range(4))
+    )
+    slots = torch.arange(1, rows + 1, device=DEVICE)
+    offsets = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * length
+    prompts = PrefillRows(slots, torch.zeros_like(slots), offsets, (length,) * rows, (0,) * rows)
+    q, k, v = qkv.split([KEY_HEADS * width, KEY_HEADS * width, VALUE_HEADS * width], dim=1)
+    q, k = (
+        torch.nn.functional.normalize(x.view(tokens, KEY_HEADS, width).float(), dim=-1).bfloat16()
+        for x in (q, k)
+    )
+    v = v.reshape(tokens, VALUE_HEADS, width).contiguous()
+    alpha, last = g.exp(), torch.empty_like(cache.state[1:])
+
+    def ours() -> Tensor:
+        cache.state.zero_()
+        return gdn_prefill(qkv, g, beta, cache, prompts)
+
+    def theirs() -> Tensor:
+        out, _ = chunk_gated_delta_rule(
+            q, k, v, alpha, beta, None, torch.zeros_like(last), True, offsets, output_state=last
+        )
+        return out  # type: ignore[no-any-return]
+
+    return compared(f"GDN prefill {rows} x {length}", ours, theirs)
+
+
+def cases(only: list[str]) -> Iterator[Callable[[], dict[str, Any]]]:
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    if "attention" in only:
+        for shape in ((256, 2, 960), (8, 1024, 1024), (1, 16384, 16384), (1, 16384, 32768)):
+            for dtype in (fp8, bf16):
+                yield lambda shape=shape, dtype=dtype: attention(*shape, dtype)  # type: ignore[misc]
+    if "gdn" in only:
+        for shape in ((1, 1024), (8, 1024), (1, 16384)):
+            yield lambda shape=shape: gdn(*shape)  # type: ignore[misc]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="attention,gdn")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "commit": commit(),
+        "cases": [],
+    }
+    for case in cases(options.only.split(",")):
+        found["cases"].append(case())
+        print(json.dumps(found["cases"][-1]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
