@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from millrace.config import HELP, EngineArgs, EngineConfig, ModelFacts, engine_args, resolve
@@ -58,6 +59,25 @@ def test_pages_hold_the_longest_sequence_and_its_drafts() -> None:
     assert config.max_pages_per_request == 11
 
 
+@pytest.mark.parametrize(
+    ("said", "rounded"),
+    [
+        ({}, None),
+        ({"quantization": None}, False),
+        ({"quantization": "none"}, False),
+        ({"quantization": "fp8"}, True),
+    ],
+)
+def test_what_is_not_said_of_the_draft_output_differs_from_none(
+    said: dict[str, Any], rounded: bool | None
+) -> None:
+    """Also after the way to another rank."""
+    args = engine_args(model="m", speculative_config={"num_speculative_tokens": 1, **said})
+    sent = msgspec.json.decode(msgspec.json.encode(args), type=EngineArgs)
+    assert [resolve(one, FACTS, True).draft_fp8 for one in (args, sent)] == [rounded, rounded]
+    assert resolved().draft_fp8 is None
+
+
 def test_one_rate_of_acceptance_counts_for_every_position() -> None:
     def acceptance(rates: Any) -> tuple[float, ...] | None:
         spec = {"num_speculative_tokens": 2, "synthetic_acceptance": rates}
@@ -92,6 +112,12 @@ def test_one_rate_of_acceptance_counts_for_every_position() -> None:
         ({"speculative_config": {"num_speculative_tokens": 6}}, "use 0 to 5"),
         ({"speculative_config": {"method": "eagle"}}, "engine options"),
         ({"speculative_config": {"tokens": 1}}, "engine options"),
+        (
+            {"speculative_config": {"quantization": "int4"}},
+            'speculative_config.quantization "int4": use "fp8" or "none"',
+        ),
+        ({"speculative_config": {"quantization": ""}}, 'quantization "": use "fp8" or "none"'),
+        ({"speculative_config": {"quantization": 8}}, "$.speculative_config.quantization"),
         ({"speculative_config": {"synthetic_acceptance": 1.5}}, "use one rate in [0, 1]"),
         ({"speculative_config": {"synthetic_acceptance": [0.5, 0.5]}}, "or 1 of them"),
         ({"kv_cache_dtype": "int8"}, "use one of auto, float32, bfloat16, fp8, fp8_e4m3"),

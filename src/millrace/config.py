@@ -29,12 +29,16 @@ GPU_MIXED_TOKENS = 2048
 class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Drafting by the model's own MTP head.
 
-    synthetic_acceptance: with random weights no draft is ever right; a rate here accepts each
-    draft with that probability instead (one rate for all positions, or one a position).
+    quantization: "fp8" rounds a copy of the output head, and makes drafts with it; null or "none"
+    makes them with the head itself. Not said: "fp8" where the checkpoint's weights are, and stay so
+    on the device. synthetic_acceptance: with random weights no draft is ever right; a rate here
+    accepts each draft with that probability instead (one rate for all positions, or one a
+    position).
     """
 
     method: Literal["mtp"] = "mtp"
     num_speculative_tokens: int = 1
+    quantization: str | msgspec.UnsetType | None = msgspec.UNSET
     synthetic_acceptance: float | list[float] | None = None
 
 
@@ -91,7 +95,9 @@ HELP: Mapping[str, str] = {
     "enable_prefix_caching": "Reuse pages and states of prompts that begin alike.",
     "snapshot_interval": "Also take a snapshot every so many prompt tokens (default: by size).",
     "num_snapshots": "States kept for the prefix cache (default: by memory).",
-    "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}.',
+    "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; with '
+    '"quantization": "fp8" or "none" for the output head that drafts are made with (default: fp8 '
+    "where the weights are).",
     "tensor_parallel_size": "Ranks that share the model.",
     "async_scheduling": "Plan a step while the one before runs (default: on a GPU).",
     "scheduling_policy": "fcfs serves in order of arrival; priority lets requests bring a rank.",
@@ -116,7 +122,8 @@ class ModelFacts(msgspec.Struct, frozen=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine needs to know before it sees its device's free memory.
 
-    drafts: k, the drafts verified a step; a step emits 1 .. k + 1 tokens a row.
+    drafts: k, the drafts verified a step; a step emits 1 .. k + 1 tokens a row. draft_fp8: whether
+    the output head is rounded to FP8 for them; None: if the device keeps the weights in FP8.
     window: rows W of the recurrent window. snapshot_interval: 0 takes none at fixed distances.
     """
 
@@ -131,6 +138,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     mixed_prefill_tokens: int
     page_size: int
     drafts: int
+    draft_fp8: bool | None
     acceptance: tuple[float, ...] | None
     window: int
     snapshot_interval: int
@@ -175,6 +183,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         mixed_prefill_tokens=min(batched, _or(args.mixed_prefill_tokens, mixed)),
         page_size=args.block_size,
         drafts=drafts,
+        draft_fp8=_draft_fp8(args),
         acceptance=acceptance,
         window=max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
@@ -247,6 +256,14 @@ def _drafts(args: EngineArgs, facts: ModelFacts) -> tuple[int, tuple[float, ...]
     if len(listed) != k or not all(0.0 <= rate <= 1.0 for rate in listed):
         raise ConfigError(f"synthetic_acceptance {rates}: use one rate in [0, 1], or {k} of them")
     return k, tuple(listed)
+
+
+def _draft_fp8(args: EngineArgs) -> bool | None:
+    spec = args.speculative_config
+    wanted = msgspec.UNSET if spec is None else spec.quantization
+    if wanted not in (msgspec.UNSET, None, "none", "fp8"):
+        raise ConfigError(f'speculative_config.quantization "{wanted}": use "fp8" or "none"')
+    return None if wanted is msgspec.UNSET else wanted == "fp8"
 
 
 def _max_model_len(args: EngineArgs, facts: ModelFacts) -> int:

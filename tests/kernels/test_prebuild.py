@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,15 +167,15 @@ def test_a_start_goes_on_without_them(
 ) -> None:
     """Where they cannot be started or are not needed, and when it fails itself beside them."""
 
-    def broken(shapes: object, counts: object) -> list[prebuild.Product]:
+    def broken(sizes: object) -> list[prebuild.Product]:
         raise AssertionError("no compiler was found")  # what importing the library may do
 
     done = []
     monkeypatch.setattr(prebuild, "deep_gemm_products", broken)
-    with prebuild.compiling([(128, 128)], [64]):
+    with prebuild.compiling([(128, 128, 64)]):
         done.append(1)
-    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda shapes, counts: [])
-    with caplog.at_level(logging.WARNING), prebuild.compiling([], []):
+    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda sizes: [])
+    with caplog.at_level(logging.WARNING), prebuild.compiling([]):
         done.append(2)
     assert done == [1, 2]
     assert "not all compiled ahead" in caplog.text
@@ -182,11 +183,11 @@ def test_a_start_goes_on_without_them(
     children = SimpleNamespace(
         finish=lambda limit: calls.append("finish"), close=lambda: calls.append("close")
     )
-    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda shapes, counts: [(1, 1, 1, 0)])
+    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda sizes: [(1, 1, 1, 0)])
     monkeypatch.setattr(prebuild, "on_this_gpu", lambda products: children)
-    with prebuild.compiling([], []):
+    with prebuild.compiling([]):
         pass
-    with contextlib.suppress(KeyError), prebuild.compiling([], []):
+    with contextlib.suppress(KeyError), prebuild.compiling([]):
         raise KeyError
     assert calls == ["finish", "close", "close"]
 
@@ -243,9 +244,9 @@ def test_on_a_gpu(
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("DeepGEMM is taken on Hopper alone")
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
-    shapes, counts = {(2048, 5120), (5120, 6144)}, [16, 64, 4096]
+    sizes = list(product([2048, 5120], [5120, 6144], [16, 64, 4096]))
     free, _ = torch.cuda.mem_get_info()
-    with prebuild.compiling(shapes, counts):
+    with prebuild.compiling(sizes):
         (marker,) = (tmp_path / "millrace").iterdir()
     assert not caplog.records
     assert marker.read_text()
@@ -253,11 +254,11 @@ def test_on_a_gpu(
     assert kernels
     assert torch.cuda.mem_get_info()[0] > free - (256 << 20)
     monkeypatch.setattr(prebuild, "Children", None)  # nobody may ask for them
-    with prebuild.compiling(shapes, counts):
+    with prebuild.compiling(sizes):
         pass
     assert not caplog.records
-    for product in prebuild.deep_gemm_products(shapes, counts):
-        prebuild.multiply_nothing(product, torch.device("cuda"))
+    for one in prebuild.deep_gemm_products(sizes):
+        prebuild.multiply_nothing(one, torch.device("cuda"))
     assert set((tmp_path / "cache").glob("kernel.*")) == kernels
 
 
@@ -294,7 +295,7 @@ def test_products_are_those_that_go_to_deep_gemm(
             name, last = taken.pop()
             if name == "deep_gemm_matmul":
                 wanted.add((*shape, tokens, last))
-    found = prebuild.deep_gemm_products(shapes, counts)
+    found = prebuild.deep_gemm_products([(*shape, n) for shape in shapes for n in counts])
     assert len(found) == len(set(found))
     assert set(found) == wanted
     assert bool(wanted) == installed

@@ -9,7 +9,7 @@ import torch
 
 from millrace.kernels.activation import sigmoid_gate, silu_mul
 from millrace.kernels.dispatch import op
-from millrace.kernels.gemm import dequantize, fp8_linear, linear
+from millrace.kernels.gemm import dequantize, fp8_linear, linear, quantize_blocks
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from millrace.kernels.rope import apply_rope, rope_table
 
@@ -82,6 +82,27 @@ def test_fp8_linear(rows: int, columns: int) -> None:
     assert bool((dequantize(weight, scale) == exact).all())
     x = torch.randn(5, columns)
     torch.testing.assert_close(fp8_linear(x, weight, scale, x.dtype), linear(x, exact))
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (130, 65), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_rounded_each_by_its_largest(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Half of the last of e4m3's 4 bits of a value, or of what is tiny beside its block's largest;
+    blocks far larger, zero, and cut off by an edge among them."""
+    weight = torch.randn(shape)
+    weight[:, 128:256] *= 1e6
+    weight[128:, :128] = 0.0
+    weight = weight.to(dtype)
+    rounded, scale = quantize_blocks(weight)
+    assert (rounded.dtype, rounded.shape) == (torch.float8_e4m3fn, weight.shape)
+    assert scale.shape == tuple(-(-size // 128) for size in shape)
+    largest = (scale * 448).repeat_interleave(128, 0).repeat_interleave(128, 1)
+    largest = largest[: shape[0], : shape[1]]
+    error = (dequantize(rounded, scale) - weight.float()).abs()
+    allowed = torch.maximum(weight.float().abs() / 16, largest / 448 * 2**-10)
+    assert bool((error <= allowed * 1.0001).all())
+    assert float(largest[0, 0]) == pytest.approx(float(weight[:128, :128].abs().max()), rel=1e-6)
+    assert bool((rounded.float().abs() == 448).any())
 
 
 def test_cpu_tensors_run_the_reference() -> None:

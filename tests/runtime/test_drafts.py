@@ -6,23 +6,32 @@ through its layer at a row's last token only. None of that may show.
 
 from __future__ import annotations
 
+import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from millrace.engine.engine import Engine
+from millrace.errors import ConfigError
 from millrace.eval.ask import InProcess, Request
 from millrace.eval.tasks import TASKS
 from millrace.kernels.batch import Caches
+from millrace.model.config import read_config
+from millrace.model.layers import RoundedHead
+from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5
+from millrace.model.tiny import UNIT_TEST, write_checkpoint
+from millrace.runtime import worker
 from millrace.runtime.inputs import SampledRows
+from millrace.runtime.worker import _empty_model
 from tests.support.driver import Driver, allocate_caches, make_batch
-from tests.support.engines import TIE, build, generate, run
+from tests.support.engines import TIE, assert_same, build, generate, run
 
 MINI = Path(__file__).resolve().parents[2] / "models" / "millrace-mini"
 
@@ -140,12 +149,106 @@ def test_drafts_are_those_of_a_whole_head(
 )
 def test_a_trained_head_is_nearly_always_right(k: int, options: dict[str, Any]) -> None:
     """The model that ships was trained until its head knew every token of these answers."""
+    _, drafts, accepted = answered(k, **options)
+    assert drafts > 20
+    assert min(accepted) > 0.97 * drafts
+
+
+@functools.cache
+def answered(
+    k: int, temperature: float = 0.0, quantization: str = "none", **options: Any
+) -> tuple[list[str], int, list[int]]:
+    """What the model that ships says, and its rows of drafts with those that stood by position."""
     items = [TASKS[task].make(index, 0, "heldout") for task in ("math", "chat") for index in (0, 1)]
     options = {"dtype": "float32", "max_model_len": 1024, **options}
-    speculative = {"method": "mtp", "num_speculative_tokens": k}
+    speculative = {"num_speculative_tokens": k, "quantization": quantization}
     model = InProcess(str(MINI), concurrency=3, speculative_config=speculative, **options)
-    assert len(list(model.ask(items, Request()))) == len(items)
+    said = sorted((one.index, one.text) for one in model.ask(items, Request(temperature)))
+    assert len(said) == len(items)
     stats = model.stats()
     model.close()
-    assert stats.drafts > 20
-    assert min(stats.accepted_per_position) > 0.97 * stats.drafts
+    return [text for _, text in said], stats.drafts, stats.accepted_per_position
+
+
+# --- an output head in FP8 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature", "options"),
+    [
+        pytest.param(1, 0.0, {}, id="1"),
+        pytest.param(3, 1.0, {}, id="3-drawn"),
+        pytest.param(1, 0.0, {"tensor_parallel_size": 2}, id="1-ranks"),
+    ],
+)
+def test_with_an_output_head_in_fp8_as_many_drafts_stand(
+    k: int, temperature: float, options: dict[str, Any]
+) -> None:
+    """Within 0.2% of those that the exact one makes on one rank, and what is said is the same."""
+    exact, drafts, accepted = answered(k, temperature)
+    said, rounded_drafts, stood = answered(k, temperature, "fp8", **options)
+    assert said == exact
+    assert abs(rounded_drafts - drafts) <= 0.002 * drafts
+    assert all(abs(a - b) <= 0.002 * drafts for a, b in zip(accepted, stood, strict=True))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With an output head of its own; neither 320 tokens nor half of them are whole blocks."""
+    directory = tmp_path_factory.mktemp("untied") / "model"
+    return write_checkpoint(directory, replace(UNIT_TEST, tied=False), seed=2)
+
+
+@pytest.mark.parametrize(("tied", "ranks"), [(True, 1), (False, 1), (False, 2)])
+def test_an_output_head_in_fp8_changes_no_token(
+    tiny_model: Path, untied: Path, tied: bool, ranks: int
+) -> None:
+    """Greedy ones, drawn ones, and those drawn from a part of the vocabulary."""
+    model = tiny_model if tied else untied
+    ways: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}]
+    ways += [{"temperature": 0.8, "seed": 4, "top_k": 40, "top_p": 0.9}]
+    outputs = []
+    for speculative in (None, {"num_speculative_tokens": 2, "quantization": "fp8"}):
+        size = ranks if speculative else 1
+        engine = build(model, speculative_config=speculative, tensor_parallel_size=size)
+        outputs.append([generate(engine, PROMPTS, TOKENS, **way) for way in ways])
+        head = engine._worker._runner._model.draft_output  # type: ignore[attr-defined]
+        assert isinstance(head, RoundedHead) == (speculative is not None)
+        engine.close()
+    assert_same(model, PROMPTS, outputs[0][0], outputs[1][0])
+    assert outputs[0][1:] == outputs[1][1:]
+
+
+def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
+    """Spoiled, it makes none that stands, and costs nothing but time."""
+    prompts, outputs, stood = [[5, 90, 17, 300], [44] * 9], [], []
+    for spoiled in (False, True):
+        speculative = {"num_speculative_tokens": 1, "quantization": "fp8"}
+        engine = build(MINI, speculative_config=speculative)
+        head = engine._worker._runner._model.draft_output  # type: ignore[attr-defined]
+        if spoiled:
+            head.scale.neg_()  # the worst token becomes the best
+        outputs.append(generate(engine, prompts, 40))
+        stood.append(engine.stats().accepted_per_position[0])
+        engine.close()
+    assert outputs[0] == outputs[1]
+    assert stood[0] > 20 > 2 >= stood[1]
+
+
+def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and only where FP8 is asked for."""
+    config = build(MINI)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, device="cuda", drafts=1, draft_fp8=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ConfigError, match='cannot multiply FP8; use "none"'):
+        _empty_model(config, read_config(MINI), TensorParallel())
+    built: list[dict[str, Any]] = []
+    monkeypatch.setattr(worker, "build_model", lambda *given, **named: built.append(named))
+    for changed in ({"draft_fp8": None}, {"draft_fp8": False}, {"drafts": 0}):
+        few = msgspec.structs.replace(config, **changed)
+        _empty_model(few, read_config(MINI), TensorParallel())
+    assert [(named["keep_fp8"], named["draft_fp8"]) for named in built] == [
+        (False, None),
+        (False, False),
+        (False, True),
+    ]

@@ -17,7 +17,7 @@ from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.graphs import bucket_sizes
 from millrace.runtime.ranks import Ranks
-from millrace.runtime.rehearsal import _few_slots, rehearse, token_counts
+from millrace.runtime.rehearsal import _few_slots, rehearse, row_counts, token_counts
 from millrace.runtime.worker import Worker, _compile_beside
 from tests.support.engines import build
 
@@ -44,12 +44,17 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
         return hidden
 
     runner._model.forward = noted
+    drafted: list[int] = []
+    draft = runner._sampler.draft
+    runner._sampler.draft = lambda *given: drafted.append(len(given[0])) or draft(*given)
     rehearse(config, runner)
     most = config.max_num_seqs * (config.max_model_len - 1)
     assert tokens[0] == min(config.max_num_batched_tokens, most)
     decoding = config.max_num_seqs * (config.drafts + 1)
     assert tokens[1] == decoding + min(config.mixed_prefill_tokens, most)
     assert set(tokens) <= set(token_counts(config))
+    assert len(drafted) == 2 * config.drafts
+    assert set(drafted) <= set(row_counts(config))
 
 
 @pytest.mark.parametrize("options", SIZES)
@@ -58,31 +63,36 @@ def test_the_token_counts_of_graphs_are_known_before(
 ) -> None:
     config = build(tiny_model, **options)._worker.config  # type: ignore[attr-defined]
     rows = bucket_sizes(config.max_num_seqs)  # and the draft head has one token of each
+    assert set(rows) <= set(row_counts(config))
     counts = token_counts(config)
     assert {*rows, *(n * (config.drafts + 1) for n in rows)} <= set(counts)
     assert len(counts) < 120
     args = msgspec.structs.replace(config.args, enforce_eager=True)
-    assert len(token_counts(msgspec.structs.replace(config, args=args))) <= 2
+    eager = msgspec.structs.replace(config, args=args)
+    assert len(token_counts(eager)) <= 2
+    assert len(row_counts(eager)) <= 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_compiled_beside_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Every FP8 weight's shape, where products are in bfloat16."""
-    asked: list[tuple[set[tuple[int, int]], list[int]]] = []
+    """Every FP8 weight's shape, where products are in bfloat16; for drafts' logits by rows."""
+    asked: list[set[tuple[int, int, int]]] = []
     ended: list[bool] = []
 
     @contextmanager
-    def compiling(shapes: set[tuple[int, int]], counts: list[int]) -> Iterator[None]:
-        asked.append((shapes, counts))
+    def compiling(sizes: set[tuple[int, int, int]]) -> Iterator[None]:
+        asked.append(sizes)
         yield
         ended.append(True)
 
     monkeypatch.setattr(prebuild, "compiling", compiling)
     directory = write_checkpoint(tmp_path / "fp8", TinyShape(fp8=True))
-    model = build_model(read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True)
-    config = build(directory, dtype="float32")._worker.config  # type: ignore[attr-defined]
+    model = build_model(
+        read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True, draft_fp8=None
+    )
+    config = build(directory, dtype="float32", max_num_seqs=20)._worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
     with ExitStack() as beside:
         _compile_beside(config, model, beside)
@@ -90,13 +100,15 @@ def test_what_is_compiled_beside_a_start(
     if dtype == "float32":
         assert not asked
         return
-    ((shapes, counts),) = asked
-    assert counts == token_counts(config)
+    (sizes,) = asked
     assert ended == [True]
     e4m3 = [p for p in model.parameters() if p.dtype == torch.float8_e4m3fn]
     assert e4m3
     keys_and_values = (2 * 2 * 256, 256)  # of TinyShape
-    assert shapes == {*(tuple(p.shape) for p in e4m3), keys_and_values}
+    shapes = {*(tuple(p.shape) for p in e4m3), keys_and_values}
+    wanted = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
+    assert max(row_counts(config)) < 40 < max(token_counts(config))
+    assert sizes == wanted | {(2048, 256, rows) for rows in row_counts(config)}
 
 
 def test_memory_is_measured_once_compilers_are_gone(

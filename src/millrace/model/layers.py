@@ -20,18 +20,18 @@ from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache,
 from millrace.kernels.beside import each_kind
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gdn import (
-    conv_decode,
     conv_prefill,
     gates,
-    gdn_decode_raw,
+    gdn_decode_conv,
     gdn_prefill,
 )
-from millrace.kernels.gemm import fp8_linear, linear
+from millrace.kernels.gemm import fp8_linear, linear, quantize_blocks
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from millrace.kernels.quantize import (
     GROUP,
     Quantized,
     gated_rms_norm_quantize,
+    quantize,
     rms_norm_quantize,
     sigmoid_gate_quantize,
     silu_mul_quantize,
@@ -40,6 +40,8 @@ from millrace.kernels.rope import rope_table
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TILE, TensorParallel, mlp_unit
 from millrace.model.parameter import Piece, fits_blocks, fp8_parameters, parameter, whole
+
+_ROWS_AT_ONCE = 32 * FP8_BLOCK  # of a table, which are float32 while they are rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,27 +157,43 @@ class Norm(nn.Module):
         return Normed(kept, quantized), total
 
 
-class VocabTable(nn.Module):
-    """Rows of the vocabulary shared out over the ranks: the embedding, or the output head.
+class OutputHead(nn.Module):
+    """From hidden vectors to logits, by rows of the vocabulary shared out over the ranks.
+
+    rows: of this rank, those of padding included, `start` on; all ranks have as many.
+    """
+
+    def __init__(self, tp: TensorParallel, vocab_size: int, rows: int) -> None:
+        super().__init__()
+        self.tp, self.vocab_size, self.rows = tp, vocab_size, rows
+        self.start = min(tp.rank * rows, vocab_size)
+        self.stop = min(self.start + rows, vocab_size)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns [R, rows] of the model dtype, of this rank alone."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns [R, vocab_size] of the model dtype on every rank."""
+        return self.tp.gather(self.product(hidden).contiguous())[:, : self.vocab_size]
+
+    def local_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns those of this rank's tokens, from `start` on, without padding."""
+        return self.product(hidden)[:, : self.stop - self.start]
+
+
+class VocabTable(OutputHead):
+    """Rows of the vocabulary as they are published: the embedding, or the output head.
 
     The vocabulary is padded with rows of zeros, so that all ranks have as many, in whole tiles.
     """
 
     def __init__(self, build: Build, name: str) -> None:
-        super().__init__()
-        config, self.tp = build.config, build.tp
-        self.vocab_size = config.vocab_size
-        tile = TILE if self.tp.size > 1 else 1
-        self.rows = -(-self.vocab_size // (self.tp.size * tile)) * tile
-        self.start = min(self.tp.rank * self.rows, self.vocab_size)
-        stop = min(self.start + self.rows, self.vocab_size)
-        shape = (self.vocab_size, config.hidden_size)
-        self.weight = parameter(
-            [Piece(name, shape, ((self.start, stop),))],
-            build.dtype,
-            build.device,
-            (self.rows, config.hidden_size),
-        )
+        vocab_size, hidden = build.config.vocab_size, build.config.hidden_size
+        tile = TILE if build.tp.size > 1 else 1
+        super().__init__(build.tp, vocab_size, -(-vocab_size // (build.tp.size * tile)) * tile)
+        piece = Piece(name, (vocab_size, hidden), ((self.start, self.stop),))
+        self.weight = parameter([piece], build.dtype, build.device, (self.rows, hidden))
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids: int64 [T]; returns [T, H] on every rank."""
@@ -186,15 +204,42 @@ class VocabTable(nn.Module):
         found = F.embedding(torch.where(mine, local, 0), self.weight)
         return self.tp.all_reduce(torch.where(mine.unsqueeze(1), found, 0.0))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H]; returns [R, vocab_size] of the model dtype on every rank."""
-        local = linear(hidden, self.weight)
-        return self.tp.gather(local)[:, : self.vocab_size]
+    def product(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight)
 
-    def local_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H]; returns those of this rank's tokens, from `start` on, without padding."""
-        count = max(0, min(self.rows, self.vocab_size - self.start))
-        return linear(hidden, self.weight)[:, :count]
+
+class RoundedHead(OutputHead):
+    """An output head's rows once more, in e4m3 with block scales: half the bytes to read.
+
+    Nothing is loaded into it; once the table has its weights, `derive` makes it. It has rows in
+    whole blocks, which products in FP8 want, and the last ones may be more than the table's.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, table: VocabTable) -> None:
+        super().__init__(table.tp, table.vocab_size, table.rows)
+        self.table = table
+        (rows, width), device = table.weight.shape, table.weight.device
+        blocks = -(-rows // FP8_BLOCK), -(-width // FP8_BLOCK)
+        weight = torch.empty(blocks[0] * FP8_BLOCK, width, dtype=torch.float8_e4m3fn, device=device)
+        self.register_buffer("weight", weight, persistent=False)
+        scale = torch.empty(*blocks, dtype=torch.float32, device=device)
+        self.register_buffer("scale", scale, persistent=False)
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """Round the table's rows, some at a time."""
+        for first in range(0, len(self.weight), _ROWS_AT_ONCE):
+            last = first + _ROWS_AT_ONCE
+            values, scale = quantize_blocks(self.table.weight[first:last])
+            self.weight[first:last].zero_()[: len(values)] = values
+            self.scale[first // FP8_BLOCK : last // FP8_BLOCK] = scale
+
+    def product(self, hidden: Tensor) -> Tensor:
+        rounded = quantize(hidden)
+        return fp8_linear(rounded, self.weight, self.scale, hidden.dtype)[:, : self.rows]
 
 
 class Rope(nn.Module):
@@ -368,8 +413,8 @@ class GatedDeltaNet(nn.Module):
         n, offset, gating = batch.num_decode_tokens, caches.conv_offset, (self.A_log, self.dt_bias)
 
         def decode(rows: DecodeRows) -> Tensor:
-            x = conv_decode(qkv[:n], cache, self.conv_weight, rows, offset)
-            return gdn_decode_raw(x, a[:n], b[:n], *gating, cache, caches.fill, rows)
+            x, weight, fill = qkv[:n], self.conv_weight, caches.fill
+            return gdn_decode_conv(x, weight, a[:n], b[:n], *gating, cache, fill, offset, rows)
 
         def prefill(rows: PrefillRows) -> Tensor:
             x = conv_prefill(qkv[n:], cache, self.conv_weight, rows, offset)

@@ -18,7 +18,9 @@ from millrace.model.layers import (
     GatedDeltaNet,
     Linear,
     Norm,
+    OutputHead,
     Rope,
+    RoundedHead,
     VocabTable,
 )
 from millrace.model.parallel import TensorParallel, check_ranks
@@ -28,10 +30,11 @@ from millrace.model.parameter import whole
 class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
     """One rank's share of the model. Weights are empty until loaded (`weights.py`).
 
-    mtp: the draft head, or None.
+    mtp: the draft head, or None. draft_output: what makes logits of its hidden vectors: the output
+    head, or the same rounded to FP8, which needs `derive` once there are weights.
     """
 
-    def __init__(self, build: Build, max_len: int, mtp: bool) -> None:
+    def __init__(self, build: Build, max_len: int, mtp: bool, draft_fp8: bool) -> None:
         super().__init__()
         self.config = build.config
         self.embedding = VocabTable(build, "model.embed_tokens.weight")
@@ -44,6 +47,8 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
         tied = build.config.tied
         self.head = self.embedding if tied else VocabTable(build, "lm_head.weight")
         self.mtp = MTPHead(build, self.embedding, rope) if mtp else None
+        rounded = mtp and draft_fp8
+        self.draft_output: OutputHead = RoundedHead(self.head) if rounded else self.head
 
     def forward(
         self, ids: Tensor, batch: Batch, caches: Caches, asked: Asked | None = None
@@ -64,6 +69,13 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
         stream = last.remember(x, residual, batch, cache)
         found, _ = self.norm.add(*last(stream[asked.tokens], None, asked.batch, cache, caches))
         return torch.full_like(stream, torch.nan).index_copy_(0, asked.tokens, found)
+
+    def derive(self) -> int:
+        """Make what is made of loaded weights, once these are there; returns the bytes it takes."""
+        if not isinstance(self.draft_output, RoundedHead):
+            return 0
+        self.draft_output.derive()
+        return sum(made.nbytes for made in self.draft_output.buffers())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H], of the model or its draft head; returns [R, vocab_size], model dtype."""
@@ -139,16 +151,20 @@ def build_model(
     max_len: int | None = None,
     mtp: bool = False,
     keep_fp8: bool = False,
+    draft_fp8: bool | None = False,
 ) -> Qwen3_5:
     """One rank's model with empty weights.
 
     dtype: float32 or bfloat16. max_len: positions that the rotary table covers (default: all of
     the model's). mtp: with the draft head. keep_fp8: e4m3 weights stay e4m3, where the checkpoint
-    has them; else they become `dtype` when loaded. Raises ConfigError for a rank count that
-    cannot share out the model.
+    has them; else they become `dtype` when loaded. draft_fp8: drafts are made with an output head
+    in FP8, whatever the checkpoint is; None: where e4m3 weights stay e4m3. Raises ConfigError for
+    a rank count that cannot share out the model.
     """
     tp = tp or TensorParallel()
     keep_fp8 = keep_fp8 and config.fp8
     check_ranks(config, tp.size)
     build = Build(config, tp, dtype, torch.device(device), keep_fp8)
-    return Qwen3_5(build, max_len or config.max_positions, mtp and config.mtp_layers > 0).eval()
+    draft_fp8 = keep_fp8 if draft_fp8 is None else draft_fp8
+    mtp = mtp and config.mtp_layers > 0
+    return Qwen3_5(build, max_len or config.max_positions, mtp, draft_fp8).eval()

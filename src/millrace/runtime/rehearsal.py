@@ -70,6 +70,18 @@ def token_counts(config: EngineConfig) -> list[int]:
     return sorted(counts)
 
 
+def row_counts(config: EngineConfig) -> list[int]:
+    """Rows that a step may draft for, as `token_counts` has tokens."""
+    alone, beside = (
+        len(_chunks(config, tokens))
+        for tokens in (config.max_num_batched_tokens, config.mixed_prefill_tokens)
+    )
+    counts = {alone, beside + config.max_num_seqs}
+    if not config.args.enforce_eager:
+        counts |= set(bucket_sizes(config.max_num_seqs))
+    return sorted(counts)
+
+
 def _few_slots(config: EngineConfig) -> EngineConfig:
     return msgspec.structs.replace(
         config, max_num_seqs=len(_chunks(config, config.max_num_batched_tokens))

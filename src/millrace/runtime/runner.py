@@ -61,7 +61,8 @@ class Runner:
         self._snapshots = snapshots
         self._width = config.drafts + 1
         self._device = slots.length.device
-        self._sampler = Sampler(config, slots, model.head, ranks.broadcast)
+        heads = model.head, model.draft_output
+        self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
         self._settle = ranks.settle
         self._wishes = Wishes(slots, self._width, model.config.vocab_size)
         self._graphs: DecodeGraphs | None = None  # of whole decode steps

@@ -22,7 +22,7 @@ from torch import Tensor
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch
 from millrace.kernels.sampling import best, gumbel, sample, token_of
-from millrace.model.layers import VocabTable
+from millrace.model.layers import OutputHead
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.inputs import SampledRows
 from millrace.runtime.slots import Slots
@@ -35,19 +35,22 @@ _SYNTHETIC = 1 << 40
 class Sampler:
     """Draws for one rank's rows. head: from hidden [T, H] to logits [T, V], or its part of them.
 
-    broadcast: rank 0's tensor for every rank; the same one alone.
+    draft_head: the same for drafts, and may round more. broadcast: rank 0's tensor for every rank;
+    the same one alone.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         slots: Slots,
-        head: VocabTable,
+        head: OutputHead,
+        draft_head: OutputHead,
         broadcast: Callable[[Tensor], Tensor],
     ) -> None:
         self._config = config
         self._slots = slots
         self._head = head
+        self._draft_head = draft_head
         self._broadcast = broadcast
         self._width = config.drafts + 1
         self._device = slots.length.device
@@ -84,7 +87,7 @@ class Sampler:
             hidden, slots, positions = (x[rows.candidates] for x in (hidden, slots, positions))
         ends, logprobs = positions + 1, None
         if wishes is None:
-            drawn = self._draw(hidden, slots, ends, rows)
+            drawn = self._draw(self._head, hidden, slots, ends, rows)
         else:
             logits = self._head.logits(hidden)
             given = masks() if masks is not None and wishes.masked else None
@@ -100,11 +103,18 @@ class Sampler:
         """What the draft head guesses for each row's position: int64 [R], by temperature,
         top_k and top_p alone.
         """
-        return self._draw(hidden, rows.slots, positions, rows)
+        return self._draw(self._draft_head, hidden, rows.slots, positions, rows)
 
-    def _draw(self, hidden: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
+    def _draw(
+        self,
+        head: OutputHead,
+        hidden: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        rows: SampledRows,
+    ) -> Tensor:
         """A token for each row, int64 [R], by temperature, top_k and top_p alone."""
-        head, s = self._head, self._slots
+        s = self._slots
         if head.tp.size == 1 or rows.filters:
             return self._sample(head.logits(hidden), slots, positions, rows)
         logits = head.local_logits(hidden)

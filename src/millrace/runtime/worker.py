@@ -17,9 +17,10 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.engine.intake import Limits
+from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
-from millrace.model.layers import Attention, Linear
+from millrace.model.layers import Attention, Linear, RoundedHead
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.weights import load, random_weights
@@ -28,7 +29,7 @@ from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.plans import MeasureSums
 from millrace.runtime.ranks import Ranks
-from millrace.runtime.rehearsal import token_counts, workspace_bytes
+from millrace.runtime.rehearsal import row_counts, token_counts, workspace_bytes
 from millrace.runtime.results import PendingStep
 from millrace.runtime.runner import Runner
 from millrace.runtime.slots import Slots
@@ -197,6 +198,10 @@ def _empty_model(
 ) -> Qwen3_5:
     """The model without weights. FP8 ones will stay FP8 where the device can multiply them."""
     fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    if config.device == "cuda" and config.drafts and config.draft_fp8 and not fp8:
+        raise ConfigError(
+            'speculative_config.quantization "fp8": this GPU cannot multiply FP8; use "none"'
+        )
     return build_model(
         model_config,
         dtype=DTYPES[config.dtype],
@@ -205,6 +210,7 @@ def _empty_model(
         max_len=config.max_model_len + 2 * (config.drafts + 1),
         mtp=config.drafts > 0,
         keep_fp8=fp8,
+        draft_fp8=config.draft_fp8,
     )
 
 
@@ -214,18 +220,22 @@ def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> 
         return
     from millrace.kernels.gpu.prebuild import compiling  # imports what only GPUs have
 
-    beside.enter_context(compiling(_fp8_shapes(model), token_counts(config)))
+    beside.enter_context(compiling(_fp8_sizes(config, model)))
 
 
-def _fp8_shapes(model: Qwen3_5) -> set[tuple[int, int]]:
-    """Of e4m3 weights in products, [out, in]."""
+def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]]:
+    """Of products with e4m3 weights: outputs, inputs, tokens."""
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
     shapes = {(linear.weight.shape[0], linear.weight.shape[1]) for linear in linears}
     for module in model.modules():
         if isinstance(module, Attention) and module.qkv_proj.fp8:
             # Of tokens that only others attend to, no more than keys and values is computed.
             shapes.add((sum(module.widths[2:]), module.qkv_proj.weight.shape[1]))
-    return shapes
+    sizes = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
+    if isinstance(model.draft_output, RoundedHead):
+        outputs, inputs = model.draft_output.weight.shape
+        sizes |= {(outputs, inputs, rows) for rows in row_counts(config)}
+    return sizes
 
 
 def _load_model(
@@ -236,6 +246,9 @@ def _load_model(
         random_weights(model, config.args.seed, check)
     else:
         load(model, directory, check)
+    taken = model.derive()
+    if taken:
+        logger.info("the output head in FP8, for drafts, takes %.2f GiB", taken / 2**30)
 
 
 def allocate_caches(

@@ -35,7 +35,8 @@ from millrace.kernels.quantize import GROUP, Quantized
 
 logger = logging.getLogger(__name__)
 
-Product = tuple[int, int, int, int]  # outputs, inputs, tokens, multiprocessors or 0 for all
+Size = tuple[int, int, int]  # outputs and inputs of an e4m3 weight, tokens
+Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for all
 
 MOST = 8  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
@@ -51,15 +52,15 @@ _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 @contextlib.contextmanager
-def compiling(shapes: Collection[tuple[int, int]], counts: Collection[int]) -> Iterator[None]:
+def compiling(sizes: Collection[Size]) -> Iterator[None]:
     """Compile what products of these sizes need, beside what is within; over when that ends.
 
-    shapes: of e4m3 weights, [out, in]. counts: of tokens. At the end the children are waited for,
-    up to LIMIT; if what is within raises, they are killed. Raises nothing of its own.
+    At the end the children are waited for, up to LIMIT; if what is within raises, they are killed.
+    Raises nothing of its own.
     """
     children = None
     try:
-        products = deep_gemm_products(shapes, counts)
+        products = deep_gemm_products(sizes)
         if products:
             children = on_this_gpu(products)
     except Exception as error:
@@ -73,9 +74,7 @@ def compiling(shapes: Collection[tuple[int, int]], counts: Collection[int]) -> I
             children.close()
 
 
-def deep_gemm_products(
-    shapes: Collection[tuple[int, int]], counts: Collection[int]
-) -> list[Product]:
+def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
     """Those of the products that go to DeepGEMM on this GPU, neighbours in size far apart.
 
     Neighbours share kernels, which two children would then compile at once.
@@ -83,10 +82,9 @@ def deep_gemm_products(
     from millrace.kernels.gpu.gemm import deep_gemm_way
 
     products = [
-        (*shape, tokens, way.multiprocessors)
-        for shape in sorted(set(shapes))
-        for tokens in sorted(set(counts))
-        if (way := deep_gemm_way(tokens, *shape))
+        (outputs, inputs, tokens, way.multiprocessors)
+        for outputs, inputs, tokens in sorted(set(sizes))
+        if (way := deep_gemm_way(tokens, outputs, inputs))
     ]
     random.Random(0).shuffle(products)
     return products
