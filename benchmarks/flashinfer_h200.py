@@ -32,6 +32,8 @@ from millrace.kernels.gpu.gdn_prefill import gdn_prefill
 HEADS, KV_HEADS, DIM, PAGE = 24, 4, 256, 64
 KEY_HEADS, VALUE_HEADS, STATE_DIM = 16, 48, 128
 DEVICE = "cuda"
+# Query tile, block of keys, warps, stages.
+CONFIGS = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 1), (128, 128, 8, 1)]
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -47,6 +49,13 @@ def microseconds(run: Callable[[], object]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / 4)
     return round(statistics.median(times), 1)
+
+
+def microseconds_or_why(run: Callable[[], object]) -> float | str:
+    try:
+        return microseconds(run)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:120]
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -117,7 +126,18 @@ def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[
         return out
 
     planned: list[bool] = []
-    return compared(f"attention {rows} x {length}, {queries} queries, {dtype}", ours, theirs)
+    found = compared(f"attention {rows} x {length}, {queries} queries, {dtype}", ours, theirs)
+    if queries > 8:
+        found["ours_by_config_us"] = {
+            f"{config} {'widened' if widen else 'paged'}": microseconds_or_why(
+                lambda config=config, widen=widen: attend_prefill(  # type: ignore[misc]
+                    q, cache, table, many, DIM**-0.5, config=config, widen=widen
+                )
+            )
+            for widen in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
+            for config in CONFIGS
+        }
+    return found
 
 
 # --- GDN ---------------------------------------------------------------------------------------

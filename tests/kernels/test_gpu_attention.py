@@ -74,6 +74,33 @@ def test_prefill(device: str, first: int):
 
 
 @on_each_device
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "rows", [((1, 18, 16, 33), (36, 0, 20, 1)), ((37,), (0,)), ((5, 3), (0, 40))]
+)
+def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int, ...], ...]):
+    """The same bits as from pages, which the products see as the same numbers."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(3)
+    counts, starts = rows
+    lengths = [s + c for s, c in zip(starts, counts, strict=True)]
+    narrow = torch.float16 if INTERPRETED else torch.float8_e4m3fn
+    cache, table = make_cache(lengths, device, narrow)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    slots = torch.arange(1, len(counts) + 1, device=device)
+    some = PrefillRows(slots, torch.tensor(starts, device=device), offsets, counts, starts)
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, DIM, device=device).bfloat16()
+    config = (16, 16, 4, 1)
+    got = gpu.attend_prefill(q, cache, table, some, 0.2, first, config, widen=True)
+    want = gpu.attend_prefill(q, cache, table, some, 0.2, first, config, widen=False)
+    seen = torch.ones(sum(counts), dtype=torch.bool, device=device)
+    starting = [sum(counts[:i]) for i, s in enumerate(starts) if s == 0]
+    seen[starting] = first == 0  # position 0 sees nothing when the first row is 1
+    assert torch.equal(got[seen], want[seen])
+
+
+@on_each_device
 def test_norm_rope_store(device: str):
     """The fused form equals the ops one after another, and store_kv alone the reference; without
     queries it stores the same."""

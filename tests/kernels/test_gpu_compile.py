@@ -158,6 +158,7 @@ def attention(shape: Shape) -> None:
         empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
     )
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16)
+    gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16, widen=False)
     for width in (1, 2) if shape is LARGE else (2,):
         gpu.attend_decode(q[: DECODE * width], cache, table, decode_rows(width), 1 / 16)
     k, v = empty(PROMPT, 2 * kv_heads, dim).split(kv_heads, 1)
@@ -301,12 +302,39 @@ def test_gemm_few(nvrtc: Nvrtc):
     assert spilled(nvrtc.compile(gemm_few.source())) == 0
 
 
+def registers(log: str) -> int:
+    """Of a thread, in the kernel that takes most of them."""
+    return max(
+        int(line.split("Used ")[1].split()[0]) for line in log.splitlines() if "Used" in line
+    )
+
+
+@pytest.mark.parametrize("convolve", [True, False], ids=["convolve", "convolved"])
 @pytest.mark.parametrize("state", [BF16, F32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("width", [1, 2])
-def test_gdn_decode(nvrtc: Nvrtc, width: int, state: torch.dtype):
-    from millrace.kernels.gpu import cuda_source
-    from millrace.kernels.gpu.gdn_decode import _Shape
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_gdn_decode(nvrtc: Nvrtc, width: int, state: torch.dtype, convolve: bool):
+    """At the 27B model's shapes, with room for as many blocks as hide what they wait for."""
+    from millrace.kernels.gpu.gdn_decode import Shape as GDNShape
+    from millrace.kernels.gpu.gdn_decode import source
 
     low = state == BF16
-    shape = _Shape(width, 16, 128, 128, 3, True, True, low, low, True)
-    assert nvrtc.compile(cuda_source.read("gdn_decode.cu", asdict(shape)))
+    shape = GDNShape(width, 16, 128, 128, 3, True, True, low, low, True, convolve)
+    log = nvrtc.compile(source(shape, "gdn_prepare"))
+    assert spilled(log) == 0
+    assert registers(log) <= 64
+    if not convolve:
+        log = nvrtc.compile(source(shape, "gdn_answer"))
+        assert spilled(log) == 0
+        assert registers(log) <= 168
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gdn_decode_of_other_models(nvrtc: Nvrtc, dim: int, ratio: int):
+    """Few heads a key, and float32 throughout."""
+    from millrace.kernels.gpu.gdn_decode import Shape as GDNShape
+    from millrace.kernels.gpu.gdn_decode import source
+
+    shape = GDNShape(3, 16, dim, dim, ratio, False, False, False, False, False, True)
+    for kernel in ("gdn_prepare", "gdn_answer"):
+        assert spilled(nvrtc.compile(source(shape, kernel))) == 0
