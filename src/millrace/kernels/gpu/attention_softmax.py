@@ -14,8 +14,8 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _operand(Q, keys):
     """Queries in the type of the products: an e4m3 cache converts fastest, and exactly, to fp16."""
-    KEY: tl.constexpr = keys.dtype.element_ty
-    narrow: tl.constexpr = (KEY == tl.float8e4nv) | (KEY == tl.float16)
+    dtype: tl.constexpr = keys.dtype.element_ty
+    narrow: tl.constexpr = (dtype == tl.float8e4nv) | (dtype == tl.float16)
     if narrow & (Q.dtype == tl.bfloat16):  # noqa: SIM108
         operand = Q.to(tl.float16)
     else:
