@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from millrace.cli import run
 from millrace.doctor import devices, machine
 from millrace.kernels.cpu import build
+from millrace.model.tiny import TinyShape, config_json
 
 
 def look(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -72,6 +75,21 @@ def test_what_is_wrong_with_a_model_is_said(
     assert found["model: tokenizer.json"]["value"] == "missing"
     assert found["model: weights"]["verdict"] == "fail"
     assert "is beyond the model's" in found["model: options"]["value"]
+
+
+def test_the_output_head_for_drafts_takes_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """1.12 GiB of it beside a file that is nearly empty."""
+    config = {**config_json(TinyShape()), "hidden_size": 1200, "vocab_size": 1_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"none": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for more, said in (({"quantization": "fp8"}, "1.12 GiB"), ({}, "0.00 GiB")):
+        options = json.dumps({"num_speculative_tokens": 1, **more})
+        _, found = look(capsys, str(tmp_path), "--port", "0", "--speculative-config", options)
+        value = found["model: weights"]["value"]
+        assert value.startswith(f"{said} a rank in 1 files")
+        assert ("and an FP8 head for drafts" in value) == bool(more)
 
 
 def test_no_native_library(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

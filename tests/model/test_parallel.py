@@ -18,10 +18,11 @@ from millrace.kernels.norm import add_rms_norm
 from millrace.kernels.quantize import quantize
 from millrace.kernels.sampling import best, token_of
 from millrace.model.config import read_config
-from millrace.model.layers import Build, Linear, VocabTable
+from millrace.model.layers import Build, Linear
 from millrace.model.parallel import Normed, TensorParallel
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
+from millrace.model.vocabulary import VocabTable
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches, make_batch
 

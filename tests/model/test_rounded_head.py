@@ -10,13 +10,14 @@ import torch
 
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
-from millrace.model import layers
+from millrace.model import vocabulary
 from millrace.model.config import read_config
-from millrace.model.layers import Build, RoundedHead, VocabTable
+from millrace.model.layers import Build
 from millrace.model.parallel import TensorParallel
 from millrace.model.parameter import pieces_of
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
+from millrace.model.vocabulary import RoundedHead, VocabTable
 from millrace.model.weights import load, random_weights
 
 SHAPES = [replace(UNIT_TEST, vocab_size=321, tied=tied) for tied in (True, False)]
@@ -50,7 +51,7 @@ def test_logits_are_those_of_the_head_but_for_rounding(
     torch.testing.assert_close(logits, values @ dequantize(head.weight, head.scale)[:321].t())
     assert torch.equal(head.local_logits(hidden), logits)
     whole = head.weight.float(), head.scale.clone()
-    monkeypatch.setattr(layers, "_ROWS_AT_ONCE", 128)
+    monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", 128)
     head.weight.view(torch.uint8).fill_(255)
     model.derive()
     assert torch.equal(head.weight.float(), whole[0])

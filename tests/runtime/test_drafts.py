@@ -23,10 +23,10 @@ from millrace.eval.ask import InProcess, Request
 from millrace.eval.tasks import TASKS
 from millrace.kernels.batch import Caches
 from millrace.model.config import read_config
-from millrace.model.layers import RoundedHead
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
+from millrace.model.vocabulary import RoundedHead
 from millrace.runtime import worker
 from millrace.runtime.inputs import SampledRows
 from millrace.runtime.worker import _empty_model

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from millrace.config import EngineArgs, ModelFacts, resolve
 from millrace.doctor.finding import Finding
 from millrace.errors import UserError
 from millrace.models import find_model, shipped_models
+
+if TYPE_CHECKING:
+    from millrace.model.config import ModelConfig
 
 GiB = 1 << 30
 _WANTED = ("tokenizer.json", "tokenizer_config.json")
@@ -36,8 +40,28 @@ def model(args: EngineArgs) -> Iterator[Finding]:
         f"{config.dtype}, {config.max_positions} positions, {config.mtp_layers} MTP layers",
     )  # fmt: skip
     yield from _files(Path(args.tokenizer) if args.tokenizer else directory)
-    yield _weights(directory, args)
-    yield _settled(args, ModelFacts(config.max_positions, config.dtype, config.mtp_layers))
+    yield _weights(directory, args, _rounded_head(config, args))
+    yield _settled(args, _facts(config))
+
+
+def _facts(config: ModelConfig) -> ModelFacts:
+    return ModelFacts(config.max_positions, config.dtype, config.mtp_layers)
+
+
+def _rounded_head(config: ModelConfig, args: EngineArgs) -> int:
+    """Bytes of the output head in FP8 that drafts are made with, of all ranks; 0 if there is none.
+
+    Nor is there any with options that cannot be settled, which is another finding.
+    """
+    import torch
+
+    try:
+        settled = resolve(args, _facts(config), cuda=torch.cuda.is_available())
+    except UserError:
+        return 0
+    kept = config.fp8 and settled.device == "cuda"
+    wanted = kept if settled.draft_fp8 is None else settled.draft_fp8
+    return config.vocab_size * config.hidden_size if settled.drafts and wanted else 0
 
 
 def _files(directory: Path) -> Iterator[Finding]:
@@ -46,7 +70,8 @@ def _files(directory: Path) -> Iterator[Finding]:
         yield Finding("model", name, "there" if there else "missing", "ok" if there else "fail")
 
 
-def _weights(directory: Path, args: EngineArgs) -> Finding:
+def _weights(directory: Path, args: EngineArgs, more: int) -> Finding:
+    """more: bytes beside those of the files."""
     import torch
 
     files = sorted(directory.glob("*.safetensors"))
@@ -54,14 +79,17 @@ def _weights(directory: Path, args: EngineArgs) -> Finding:
         fine = args.load_format == "dummy"
         advice = "" if fine else "download them, or try --load-format dummy"
         return Finding("model", "weights", "no *.safetensors", "ok" if fine else "fail", advice)
-    size = sum(file.stat().st_size for file in files) / args.tensor_parallel_size
+    size = (sum(file.stat().st_size for file in files) + more) / args.tensor_parallel_size
+    drafts = " and an FP8 head for drafts" if more else ""
     if torch.cuda.is_available() and args.device != "cpu":
         room = torch.cuda.mem_get_info()[1] * args.gpu_memory_utilization
     else:
         from millrace.doctor.machine import free_memory
 
         room = free_memory()
-    value = f"{size / GiB:.2f} GiB a rank in {len(files)} files, {room / GiB:.1f} GiB of room"
+    value = (
+        f"{size / GiB:.2f} GiB a rank in {len(files)} files{drafts}, {room / GiB:.1f} GiB of room"
+    )
     if size < room:
         return Finding("model", "weights", value)
     return Finding("model", "weights", value, "fail", "raise --tensor-parallel-size")

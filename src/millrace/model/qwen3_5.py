@@ -18,13 +18,11 @@ from millrace.model.layers import (
     GatedDeltaNet,
     Linear,
     Norm,
-    OutputHead,
     Rope,
-    RoundedHead,
-    VocabTable,
 )
 from millrace.model.parallel import TensorParallel, check_ranks
 from millrace.model.parameter import whole
+from millrace.model.vocabulary import OutputHead, RoundedHead, VocabTable
 
 
 class Qwen3_5(nn.Module):  # noqa: N801, the model's own name

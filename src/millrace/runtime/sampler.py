@@ -22,7 +22,7 @@ from torch import Tensor
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch
 from millrace.kernels.sampling import best, gumbel, sample, token_of
-from millrace.model.layers import OutputHead
+from millrace.model.vocabulary import OutputHead
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.inputs import SampledRows
 from millrace.runtime.slots import Slots

@@ -20,9 +20,10 @@ from millrace.engine.intake import Limits
 from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
-from millrace.model.layers import Attention, Linear, RoundedHead
+from millrace.model.layers import Attention, Linear
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
+from millrace.model.vocabulary import RoundedHead
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Masks, StepPlan, StopRanks
 from millrace.runtime.collectives import Collectives, Timing
