@@ -1,0 +1,100 @@
+"""Attention over FP8 and bfloat16 pages: decoding rows, and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernel_cases.case import Case, relative
+from kernel_cases.gdn_inputs import prefill_rows
+from kernel_cases.shapes import DEVICE, HEAD_DIM, HEADS, KV_HEADS, PAGE
+from millrace.kernels import attention
+from millrace.kernels.batch import DecodeRows, KVCache
+from millrace.kernels.gpu import attention as gpu_attention
+
+
+def kv_cache(rows: int, longest: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+    pages = -(-longest // PAGE)
+    shape = (rows * pages + 1, PAGE, KV_HEADS, HEAD_DIM)
+    keys, values = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+    table = torch.randperm(rows * pages, device=DEVICE).view(rows, pages) + 1
+    null = torch.zeros(1, pages, dtype=table.dtype, device=DEVICE)
+    return KVCache(keys, values), torch.cat([null, table]).int()
+
+
+def check_attention(n: int, dtype: torch.dtype, config: tuple[int, ...] | None) -> float:
+    """Against float64 at lengths around page edges; what lies past a row's end is NaN."""
+    starts = torch.tensor([0, PAGE - n, PAGE, 3 * PAGE + 1, 700, 1023, 0], device=DEVICE)
+    slots = torch.tensor([3, 1, 6, 2, 5, 4, 0], device=DEVICE)
+    cache, table = kv_cache(6, 1100, dtype)
+    for slot, start in zip(slots.tolist()[:-1], starts.tolist()[:-1], strict=True):
+        for place in range(start + n, table.shape[1] * PAGE):
+            for x in (cache.keys, cache.values):
+                x.view(torch.uint8)[table[slot, place // PAGE], place % PAGE] = 0x7F
+    q = torch.randn(len(slots) * n, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+    rows = DecodeRows(slots, starts, n, 1024 + n)
+    wide = KVCache(cache.keys.double(), cache.values.double())
+    truth = attention.attend_decode.__wrapped__(q.double(), wide, table, rows, 1 / 16)
+    got = gpu_attention.attend_decode(q, cache, table, rows, 1 / 16, 0, config)
+    return relative(got[:-n], truth[:-n])
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for rows, length in ((256, 960), (448, 960), (8, 960), (1, 1100), (1, 32768), (32, 960)):
+        configs = [(64, 1, 4, 2), (64, 1, 4, 3), (64, 2, 4, 3), (64, 4, 4, 3), (32, 2, 4, 4),
+                   (128, 1, 8, 2), (128, 2, 8, 2), (64, 2, 8, 3)]  # fmt: skip
+        if quick:
+            configs = configs[1:4]
+        for config in configs if rows == 256 else [None, (64, 32, 4, 3)] if rows < 32 else [None]:
+            for dtype in (
+                (torch.float8_e4m3fn, torch.bfloat16) if rows == 256 else (torch.float8_e4m3fn,)
+            ):
+
+                def calls(rows=rows, length=length, config=config, dtype=dtype):
+                    cache, table = kv_cache(rows, length + 520, dtype)
+                    spread = min(length // 2, 400) if rows > 1 else 0
+                    starts = length + torch.randint(-spread, spread + 1, (rows,), device=DEVICE)
+                    slots = torch.arange(1, rows + 1, device=DEVICE)
+                    decode = DecodeRows(slots, starts, 2, length + spread + 2)
+                    q = torch.randn(rows * 2, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+                    return [
+                        lambda: gpu_attention.attend_decode(
+                            q, cache, table, decode, 1 / 16, 0, config
+                        )
+                    ] * 3
+
+                size = torch.finfo(dtype).bits // 8
+                yield Case(
+                    f"decode {rows}x{length} {str(dtype)[6:]} {config}",
+                    lambda c=config, d=dtype: check_attention(2, d, c), 4e-3, calls,
+                    2.0 * rows * length * KV_HEADS * HEAD_DIM * size
+                    + 4.0 * rows * HEADS * HEAD_DIM * 2,
+                    4.0 * rows * length * 2 * HEADS * HEAD_DIM,
+                )  # fmt: skip
+    for config in [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3)]:
+
+        def calls(config=config):
+            cache, table = kv_cache(8, 1024, torch.float8_e4m3fn)
+            rows = prefill_rows((1024,) * 8)
+            q = torch.randn(8 * 1024, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+            return [
+                lambda: gpu_attention.attend_prefill(q, cache, table, rows, 1 / 16, 0, config)
+            ] * 3
+
+        yield Case(
+            f"prefill 8x1024 e4m3 {config}", lambda c=config: check_prefill_attention(c), 4e-3,
+            calls, 8 * 1024 * HEAD_DIM * (4 * HEADS + 2 * KV_HEADS),
+            4 * 8 * HEADS * HEAD_DIM * 1024 * 1025 / 2,
+        )  # fmt: skip
+
+
+def check_prefill_attention(config: tuple[int, ...]) -> float:
+    cache, table = kv_cache(4, 700, torch.float8_e4m3fn)
+    rows = prefill_rows((1, 129, 300, 64), (0, 0, 333, 636))
+    q = torch.randn(sum(rows.counts), HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+    got = gpu_attention.attend_prefill(q, cache, table, rows, 1 / 16, 0, config)
+    wide = KVCache(cache.keys.double(), cache.values.double())
+    truth = attention.attend_prefill.__wrapped__(q.double(), wide, table, rows, 1 / 16)
+    return relative(got, truth)
