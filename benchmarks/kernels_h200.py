@@ -4,10 +4,11 @@
     TRITON_INTERPRET=1 python benchmarks/kernels_h200.py --dry-run   # a machine without a GPU
 
 The cases stand in kernel_cases/, a module for each section. Every variant that is timed is first
-compared with a reference in float64 or float32 on fresh random inputs. The floor is the larger of bytes / copy bandwidth and FLOPs / matrix rate; both ceilings are
-measured by the same run, but FP8's, which is taken as 1,300 TFLOP/s. Times are medians over replays
-of a CUDA graph whose calls together touch more memory than the L2 cache holds, so they hold neither
-launch overhead nor cache hits.
+compared with a reference in float64 or float32 on fresh random inputs. The floor is the larger of
+bytes / copy bandwidth and FLOPs / matrix rate; both ceilings are measured by the same run, but
+FP8's, which is taken as 1,300 TFLOP/s. Times are medians over replays of a CUDA graph whose calls
+together touch more memory than the L2 cache holds, so they hold neither launch overhead nor cache
+hits.
 --warm compiles in so many processes beforehand (Triton caches what it compiles). Sections run in
 the order given, and what is found is merged into --out, so that several calls share the work. With
 --warm 14 all of them take some five minutes on an H200; --quick leaves out the variants that have
