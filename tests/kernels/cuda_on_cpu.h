@@ -1,12 +1,15 @@
 // Runs a CUDA kernel on a CPU, to prove its index arithmetic: blocks one after the other, a block's
-// threads as fibers that take turns at barriers. A product across a warp follows the fragment
-// layout of m16n8k16 in the PTX ISA. A 16-bit operand holds the upper half of a float32.
+// threads as fibers that take turns at barriers. Products across a warp follow the fragment layouts
+// of m16n8k16 and of m16n8k8 (tf32) in the PTX ISA. A 16-bit operand holds the upper half of a float32.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define EMULATED
@@ -15,14 +18,25 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+using std::max;
+using std::min;
 
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Place {
-  int x;
+  int x, y;
 };
 static Place threadIdx, blockIdx;
 
@@ -39,6 +53,7 @@ struct Fiber {
 struct Warp {
   Barrier barrier;
   uint32_t a[32][4], b[32][2];
+  float value[32];
 };
 
 static ucontext_t scheduler;
@@ -63,10 +78,12 @@ inline void run_fiber() {
   fibers[threadIdx.x].done = true;
 }
 
-// Each block of `threads` threads runs `kernel`, which reads threadIdx and blockIdx.
-inline void launch(int grid, int threads, void (*kernel)()) {
+// Each block of `threads` threads runs `kernel`, which reads threadIdx and blockIdx. Shared memory
+// keeps what the block before left there.
+inline void launch(int columns, int threads, void (*kernel)(), int rows = 1) {
   body = kernel;
-  for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+  for (int block = 0; block < columns * rows; block++) {
+    blockIdx.x = block % columns, blockIdx.y = block / columns;
     fibers = std::vector<Fiber>(threads);
     warps = std::vector<Warp>(threads / 32);
     for (Fiber& fiber : fibers) {
@@ -90,8 +107,8 @@ inline void launch(int grid, int threads, void (*kernel)()) {
   }
 }
 
-inline float wide(uint32_t half) {
-  half <<= 16;
+inline float wide(uint32_t half, uint32_t lower = 0) {
+  half = half << 16 | lower;
   float x;
   memcpy(&x, &half, 4);
   return x;
@@ -143,4 +160,60 @@ inline void mma(float* d, const uint32_t* a, const uint32_t* b) {
     }
   }
   wait(warp.barrier, 32);
+}
+
+inline void mma(float* d, const float* a, float b0, float b1) {
+  const int lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
+  Warp& warp = warps[threadIdx.x / 32];
+  const auto tf32 = [](float x) { return bits(x) & 0xffffe000u; };
+  for (int i = 0; i < 4; i++) warp.a[lane][i] = tf32(a[i]);
+  warp.b[lane][0] = tf32(b0), warp.b[lane][1] = tf32(b1);
+  wait(warp.barrier, 32);
+  for (int e = 0; e < 4; e++) {
+    for (int k = 0; k < 8; k++) {
+      const uint32_t left = warp.a[4 * g + k % 4][e / 2 + k / 4 * 2];
+      const uint32_t right = warp.b[4 * (2 * l + e % 2) + k % 4][k / 4];
+      d[e] += wide(left >> 16, left & 0xffff) * wide(right >> 16, right & 0xffff);
+    }
+  }
+  wait(warp.barrier, 32);
+}
+
+// What lane `from` of the warp has as `mine`; all lanes call it together.
+inline float exchange(float mine, int from) {
+  Warp& warp = warps[threadIdx.x / 32];
+  warp.value[threadIdx.x % 32] = mine;
+  wait(warp.barrier, 32);
+  const float theirs = warp.value[from];
+  wait(warp.barrier, 32);
+  return theirs;
+}
+
+inline float __shfl_sync(uint32_t, float x, int from) { return exchange(x, from); }
+inline float __shfl_up_sync(uint32_t, float x, int by, int width) {
+  const int lane = threadIdx.x % 32;
+  return exchange(x, lane % width < by ? lane : lane - by);
+}
+
+inline float __uint_as_float(uint32_t x) { return wide(x >> 16, x & 0xffff); }
+inline uint32_t __float_as_uint(float x) { return bits(x); }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float silu(float x) { return x / (1 + expf(-x)); }
+inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
+inline void wait_copies() {}
+
+// Call `kernel` for each thread of these blocks; arguments: the address of each of its arguments.
+template <typename... P, size_t... I>
+void call(void (*kernel)(P...), void** arguments, int columns, int rows, int threads,
+          std::index_sequence<I...>) {
+  static void (*chosen)(P...);
+  static void** given;
+  chosen = kernel, given = arguments;
+  launch(columns, threads, [] { chosen(*static_cast<P*>(given[I])...); }, rows);
+}
+template <typename... P>
+void call(void (*kernel)(P...), void** arguments, int columns, int rows, int threads) {
+  call(kernel, arguments, columns, rows, threads, std::index_sequence_for<P...>{});
 }

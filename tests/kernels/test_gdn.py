@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from millrace.kernels.gdn import (
     fold,
     gates,
     gdn_decode,
+    gdn_decode_conv,
     gdn_prefill,
 )
 
@@ -310,3 +313,24 @@ def test_decode_writes_its_rows_alone(width: int) -> None:
         expected[1, 3 : 3 + width] = True
         expected[2, 18 - width :] = True
         assert bool((rows == expected).all())
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_decode_with_its_convolution(width: int) -> None:
+    """The op of both is one after the other: gates of the projection, offsets of the slots."""
+    torch.manual_seed(width)
+    cache = empty_cache(4, 1, 2, 8, width - 1)
+    for buffer in (cache.state, cache.window_k, cache.window_u, cache.window_g, cache.conv):
+        buffer.copy_(torch.randn(buffer.shape) * 0.1)
+    fill = torch.tensor([0, 3, 8, 2], dtype=torch.int32)
+    offset = torch.tensor([0, width - 1, 0, 0], dtype=torch.int32)
+    channels, rows = cache.conv.shape[2], decode_rows([1, 2], width)
+    x, weight = torch.randn(2 * width, channels), torch.randn(channels, 4)
+    a, b, (a_log, bias) = torch.randn(2 * width, 2), torch.randn(2 * width, 2), torch.rand(2, 2)
+    twin = copy.deepcopy(cache)
+    qkv = conv_decode(x, twin, weight, rows, offset)
+    want = gdn_decode(qkv, *gates(a, b, a_log, bias), twin, fill, rows)
+    got = gdn_decode_conv(x, weight, a, b, a_log, bias, cache, fill, offset, rows)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for name in ("state", "window_k", "window_u", "window_g", "conv"):
+        torch.testing.assert_close(getattr(cache, name), getattr(twin, name), rtol=1e-5, atol=1e-6)

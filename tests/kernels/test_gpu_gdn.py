@@ -70,6 +70,42 @@ def test_decode(device: str, width: int, config: tuple[int, int] | None, raw: bo
 
 
 @on_each_device
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2] if INTERPRETED else [1, 2, 4, 6])
+def test_decode_with_its_convolution(device: str, width: int, model: torch.dtype):
+    """One op does what two do, to the bit, for tokens that are a slice of a wider projection."""
+    from millrace.kernels.gpu import gdn as gpu
+
+    torch.manual_seed(width)
+    heads, dims, window, slots = (2, 6), (64, 64), 16, 9
+    if INTERPRETED:
+        heads, dims = (1, 2), (32, 32)
+    cache = make_cache(slots, heads, dims, window, width, device)
+    cache.conv = cache.conv.to(model)
+    fill = torch.randint(0, window + 1, (slots,), dtype=torch.int32)
+    order = torch.tensor([6, 1, 8, 0, 0, 3, 4], device=device)
+    fill[[6, 1, 8, 3]] = torch.tensor([0, window, window - width, window - width + 1]).int()
+    fill_windows(cache, fill)
+    tokens, channels = len(order) * width, cache.conv.shape[2]
+    x = torch.randn(tokens + 5, channels + 40, device=device).to(model)[:tokens, :channels]
+    weight = torch.randn(channels, 4, device=device).to(model)
+    a, b = torch.randn(tokens, 2 * heads[1], device=device).to(model).split(heads[1], -1)
+    gating = torch.rand(2, heads[1], device=device).unbind()
+    fill = fill.to(device)
+    offset = torch.randint(0, width, (slots,), dtype=torch.int32, device=device)
+    rows = DecodeRows(order, torch.zeros_like(order), width, 1)
+    twin = copy.deepcopy(cache)
+    qkv = gpu.conv_decode(x, twin, weight, rows, offset)
+    want = gpu.gdn_decode_raw(qkv, a, b, *gating, twin, fill, rows)
+    got = gpu.gdn_decode_conv(x, weight, a, b, *gating, cache, fill, offset, rows)
+    live = (order != 0).repeat_interleave(width)
+    assert torch.equal(got[live], want[live])
+    for name in ("state", "conv", "window_k", "window_u", "window_g"):
+        mine, theirs = (getattr(found, name)[1:].nan_to_num(9.0) for found in (cache, twin))
+        assert torch.equal(mine, theirs), name
+
+
+@on_each_device
 def test_null_rows_do_not_reach_live_ones(device: str):
     from millrace.kernels.gpu import gdn_decode as gpu
 

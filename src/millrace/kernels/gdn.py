@@ -246,6 +246,27 @@ def gdn_decode_raw(
     return gdn_decode(qkv, g, beta, cache, fill, rows)
 
 
+@op
+def gdn_decode_conv(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    conv_offset: Tensor,
+    rows: DecodeRows,
+) -> Tensor:
+    """`conv_decode` and `gdn_decode_raw` in one: the whole of a decode step between products.
+
+    x: [D * width, C], of the projection; weight: [C, 4], of the convolution.
+    """
+    qkv = conv_decode(x, cache, weight, rows, conv_offset)
+    return gdn_decode_raw(qkv, a, b, A_log, dt_bias, cache, fill, rows)
+
+
 def _slot_index(rows: DecodeRows) -> slice | Tensor:
     """The rows' slots; a slice where they are neighbours, which reads states without a copy."""
     if rows.contiguous_from is None:

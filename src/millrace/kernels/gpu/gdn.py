@@ -14,6 +14,7 @@ __all__ = [
     "conv_prefill",
     "gates",
     "gdn_decode",
+    "gdn_decode_conv",
     "gdn_decode_raw",
     "gdn_prefill",
 ]
@@ -38,3 +39,20 @@ def gdn_decode_raw(
 ) -> Tensor:
     """`gates` and `gdn_decode` in one: a, b [D * width, value_heads], slices of one projection."""
     return launch(qkv, a, b, (A_log, dt_bias), cache, fill, rows)
+
+
+def gdn_decode_conv(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    conv_offset: Tensor,
+    rows: DecodeRows,
+) -> Tensor:
+    """As the reference; x, a and b may be slices of projections."""
+    conv = (weight, conv_offset)
+    return launch(x, a, b, (A_log, dt_bias), cache, fill, rows, conv=conv)

@@ -3,9 +3,11 @@
 Two kernels. The first, a program per row and key head, does all that does not touch the state: it
 takes the products of the tokens' keys and queries (the probes) with the window's keys and with each
 other, turns these with norms and decays into coefficients, and writes the window's new keys and
-log A. The second, for each row, value head and tile of value channels, reads its tile of the state,
+log A. The convolution before it can be part of it: its channels are divided as the heads are. The
+second, for each row, value head and tile of value channels, reads its tile of the state,
 meets it with the probes, and adds what window and new tokens give by the coefficients. Both come
-in two forms: CUDA (gdn_decode.cu, compiled at run time), which keeps pace with memory, and Triton.
+in two forms: CUDA (gdn_prepare.cu and gdn_answer.cu, compiled at run time), which keeps pace with
+memory, and Triton, which convolves by a kernel of its own.
 
 A row whose window would overflow is answered from its window all the same and then folded, in the
 second kernel: the tile is there already and goes back once. Its old keys are set aside by the first
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState
 from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu.conv import conv_decode
 
 L2_EPS = tl.constexpr(1e-6)
 
@@ -229,8 +232,14 @@ def _answer_kernel(
         tl.store(u_at + (place + t) * DV, new_u[t])
 
 
+Kernel = Callable[..., None]
+Pair = tuple[Tensor, Tensor]
+ALIGNED = 16  # bytes, of what the CUDA forms read
+MOST_THREADS = 1024
+
+
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What the CUDA kernels are compiled for; fields in the order of the names they define."""
 
     N: int
@@ -243,74 +252,158 @@ class _Shape:
     STATE_BF16: bool
     KEY_BF16: bool
     GATE_BF16: bool
+    CONV: bool
+
+    @property
+    def threads(self) -> int:
+        """Of a block of the first kernel: one for four channels."""
+        return -(-(2 * self.DK + self.RATIO * self.DV) // 128) * 32
+
+
+def source(shape: Shape, name: str) -> str:
+    """The kernel `name`, gdn_prepare or gdn_answer."""
+    return cuda_source.read("gdn_decode.cu", asdict(shape)) + cuda_source.read(f"{name}.cu", {})
 
 
 @functools.cache
-def _native(shape: _Shape, name: str) -> Callable[..., None] | None:
-    """A kernel of gdn_decode.cu, compiled at run time; None where that cannot be done."""
-    if shape.DK % 32 or shape.DV % 32 or shape.N > 8:
+def _compiled(shape: Shape) -> tuple[Kernel, Kernel] | None:
+    """Both CUDA kernels; None where they cannot be had."""
+    if shape.DK % 32 or shape.DV % 32 or shape.N > 8 or shape.threads > MOST_THREADS:
         return None
-    return cuda_source.compiled(cuda_source.read("gdn_decode.cu", asdict(shape)), name)
+    answer = _answer(replace(shape, RAW=False, CONV=False))
+    prepare = answer and cuda_source.compiled(source(shape, "gdn_prepare"), "gdn_prepare")
+    return (prepare, answer) if prepare and answer else None
 
 
-def _native_shape(qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int) -> _Shape | None:
+@functools.cache
+def _answer(shape: Shape) -> Kernel | None:
+    return cuda_source.compiled(source(shape, "gdn_answer"), "gdn_answer")
+
+
+def _native_shape(
+    qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int, conv: bool
+) -> Shape | None:
     """The CUDA form for these tensors; None where it does not apply."""
     kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
     known = {torch.float32: False, torch.bfloat16: True}
-    if not qkv.is_cuda or qkv.stride(0) % 8 or any(kind not in known for kind in kinds):
+    if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED or any(kind not in known for kind in kinds):
         return None
     key_heads, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
     dims = (key_dim, value_dim, value_heads // key_heads)
-    return _Shape(width, window, *dims, raw, *(known[kind] for kind in kinds))
+    return Shape(width, window, *dims, raw, *(known[kind] for kind in kinds), CONV=conv)
+
+
+def _can_convolve(qkv: Tensor, cache: GDNState, weight: Tensor) -> bool:
+    """Whether the CUDA form of the first kernel takes these inputs, buffer and weight."""
+    alike = qkv.dtype == cache.conv.dtype == weight.dtype
+    return alike and weight.is_contiguous() and cache.conv.is_contiguous()
 
 
 def launch(
     qkv: Tensor,
     g: Tensor,
     beta: Tensor,
-    raw: tuple[Tensor, Tensor] | None,
+    raw: Pair | None,
     cache: GDNState,
     fill: Tensor,
     rows: DecodeRows,
     config: tuple[int, int] | None = None,
+    conv: Pair | None = None,
 ) -> Tensor:
     """Run the kernels for `gdn_decode`; see there for the arguments.
 
     raw: (A_log, dt_bias) when g and beta are the projections a and b instead, of any row stride.
     config: (value tile, warps) of the second kernel's Triton form; None takes the CUDA forms where
-    they apply.
+    they apply. conv: (weight, conv_offset) when qkv is the projection, still to be convolved.
     """
+    if rows.slots.shape[0] == 0:
+        return _output(qkv, cache)
+    shape = kernels = None
+    if qkv.is_cuda and config is None:
+        fused = conv is not None and _can_convolve(qkv, cache, conv[0])
+        shape = _native_shape(qkv, g, raw is not None, cache, rows.width, fused)
+        kernels = _compiled(shape) if shape else None
+    if conv is not None and not (kernels and shape and shape.CONV):
+        qkv, conv = conv_decode(qkv, cache, conv[0], rows, conv[1]), None
+    gates = (g, beta, *(raw or (g, g)))
+    if kernels and shape:
+        return launch_native(kernels, shape.threads, qkv, gates, cache, fill, rows, conv)
+    return _launch_triton(qkv, gates, raw is not None, cache, fill, rows, config)
+
+
+def _output(qkv: Tensor, cache: GDNState) -> Tensor:
+    heads, _, dim = cache.state.shape[1:]
+    return torch.empty(qkv.shape[0], heads, dim, dtype=qkv.dtype, device=qkv.device)
+
+
+def _between(cache: GDNState, rows: DecodeRows) -> Pair:
+    """What the first kernel leaves for the second: coefficients as in _layout, and old keys."""
+    count, n = rows.slots.shape[0], rows.width
+    key_heads, window, key_dim = cache.window_k.shape[1:]
+    size = 2 * n * (window + n + 1) + n + window + 1
+    coefs = cache.window_g.new_empty(count, cache.state.shape[1], size)
+    return coefs, cache.window_g.new_empty(count, key_heads, window, key_dim)
+
+
+def launch_native(
+    kernels: tuple[Kernel, Kernel],
+    threads: int,
+    qkv: Tensor,
+    gates: tuple[Tensor, ...],
+    cache: GDNState,
+    fill: Tensor,
+    rows: DecodeRows,
+    conv: Pair | None,
+) -> Tensor:
+    """Both kernels in CUDA. threads: of a block of the first, which convolves if `conv` is given.
+
+    gates: g, beta, A_log, dt_bias, of which the last two may be anything unless they are used.
+    """
+    out, between = _output(qkv, cache), _between(cache, rows)
+    key_heads, value_heads, value_dim = cache.window_k.shape[1], *cache.state.shape[1::2]
+    count, heads = rows.slots.shape[0], (key_heads, value_heads)
+    weight, offset = conv or (qkv, fill)
+    probes = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if conv else qkv
+    prepare, answer = kernels
+    prepare(
+        grid=(key_heads, count, 1), block=(threads, 1, 1),
+        args=[qkv, weight, cache.conv, offset, probes, *gates, cache.window_k, cache.window_g, fill,
+              rows.slots, *between, qkv.stride(0), cache.conv.stride(0), gates[0].stride(0),
+              *heads],
+    )  # fmt: skip
+    answer(
+        grid=(value_heads, count, 1), block=(value_dim, 1, 1),
+        args=[probes, cache.state, cache.window_u, fill, rows.slots, *between, out,
+              probes.stride(0), *heads],
+    )  # fmt: skip
+    return out
+
+
+def _launch_triton(
+    qkv: Tensor,
+    gates: tuple[Tensor, ...],
+    raw: bool,
+    cache: GDNState,
+    fill: Tensor,
+    rows: DecodeRows,
+    config: tuple[int, int] | None,
+) -> Tensor:
+    out, between = _output(qkv, cache), _between(cache, rows)
     count, n = rows.slots.shape[0], rows.width
     key_heads, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
-    out = torch.empty(count * n, value_heads, value_dim, dtype=qkv.dtype, device=qkv.device)
-    if count == 0:
-        return out
-    f32 = torch.float32
-    size = 2 * n * (window + n + 1) + n + window + 1  # as in _layout
-    coefs = torch.empty(count, value_heads, size, dtype=f32, device=qkv.device)
-    old_keys = torch.empty(count, key_heads, window, key_dim, dtype=f32, device=qkv.device)
-    gates = (g, beta, *(raw or (g, g)))
-    strides = (qkv.stride(0), g.stride(0), key_heads, value_heads)
-    first = [qkv, *gates, cache.window_k, cache.window_g, fill, rows.slots, coefs, old_keys,
-             *strides]  # fmt: skip
-    second = [qkv, cache.state, cache.window_u, fill, rows.slots, coefs, old_keys, out,
-              qkv.stride(0), key_heads, value_heads]  # fmt: skip
-    native = _native_shape(qkv, g, raw is not None, cache, n) if config is None else None
-    prepare = _native(native, "gdn_prepare") if native else None
-    answer = _native(native, "gdn_answer") if native else None
-    if prepare is not None and answer is not None:
-        prepare(grid=(key_heads, count, 1), block=(128, 1, 1), args=first)
-        answer(grid=(value_heads, count, 1), block=(value_dim, 1, 1), args=second)
-        return out
     shape = {"N": n, "W": window, "WB": max(16, triton.next_power_of_2(window)), "DK": key_dim}
     shape["RATIO"] = value_heads // key_heads
     _prepare_kernel[(key_heads, count)](
-        *first, **shape, NB=max(8, triton.next_power_of_2(n)), RAW=raw is not None, num_warps=2
-    )
+        qkv, *gates, cache.window_k, cache.window_g, fill, rows.slots, *between,
+        qkv.stride(0), gates[0].stride(0), key_heads, value_heads,
+        **shape, NB=max(8, triton.next_power_of_2(n)), RAW=raw, num_warps=2,
+    )  # fmt: skip
     tile, warps = config or (min(16, value_dim), 1)
     _answer_kernel[(value_heads * (value_dim // tile), count)](
-        *second, **shape, DV=value_dim, BV=tile, num_warps=warps
-    )
+        qkv, cache.state, cache.window_u, fill, rows.slots, *between, out,
+        qkv.stride(0), key_heads, value_heads,
+        **shape, DV=value_dim, BV=tile, num_warps=warps,
+    )  # fmt: skip
     return out
