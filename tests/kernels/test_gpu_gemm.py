@@ -211,3 +211,20 @@ def test_who_multiplies_few_tokens(monkeypatch: pytest.MonkeyPatch):
         assert got.shape == (count, 384)
         assert relative(got, exact(some, weight, scale)) < 3e-3
     assert seen == ([1, 8] if gemm._is_hopper() else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 9, 256, 8800])
+def test_a_large_vocabulary(tokens: int):
+    """The draft head's output of the 27B model; of 8,800 tokens it has more than 2^31 numbers."""
+    from millrace.kernels.gpu import gemm
+
+    torch.manual_seed(5)
+    x, (weight, scale) = some_tokens(tokens, 5120, "cuda"), some_weight(248320, 5120, "cuda")
+    for product in (gemm.fp8_matmul, gemm.triton_matmul):
+        got = product(x, weight, scale, torch.bfloat16)
+        assert got.shape == (tokens, 248320)
+        for block in (0, 970, 1939):
+            rows = slice(128 * block, 128 * block + 128)
+            want = exact(x, weight[rows], scale[block : block + 1])
+            assert relative(got[:, rows], want) < 3e-3, (product.__name__, block)
