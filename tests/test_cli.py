@@ -134,12 +134,14 @@ def test_replicas_get_the_same_command_line(
     monkeypatch.setattr(
         "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append((args, more))
     )
-    arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", "--dtype", "float32"]
+    bodies = ["--max-bodies-bytes", str(99 << 20)]
+    arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", *bodies]
     assert cli.run(arguments) == 0
     ((command, count, host, port), more) = seen[0]
-    assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), "--dtype", "float32"]
+    assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), *bodies]
     assert (count, host, port) == (2, "127.0.0.1", 81)
     assert (more["device"], more["gpus_each"]) == ("auto", 1)
+    assert more["gateway"].limits.all_bodies == 99 << 20
 
 
 def test_options_with_values_are_cut_out() -> None:

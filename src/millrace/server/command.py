@@ -111,6 +111,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
     from millrace.fleet.supervisor import run_replicas
     from millrace.gateway.access import Access
     from millrace.gateway.app import GatewayOptions
+    from millrace.gateway.limits import Limits
     from millrace.server.run import api_keys
 
     keys = tuple(api_keys(options))
@@ -122,6 +123,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
         gateway=GatewayOptions(
             policy=options.policy,
             processes=options.gateway_processes,
+            limits=Limits(max_body=options.max_body_bytes, all_bodies=options.max_bodies_bytes),
             access=Access(api_keys=keys, worker_key=keys[0] if keys else None),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
