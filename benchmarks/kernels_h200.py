@@ -34,6 +34,7 @@ from kernel_cases.dry_run import dry_run
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gdn_decode": gdn_decode.cases,
+    "gdn_step": gdn_decode.step_cases,
     "gdn_prefill": gdn_prefill.cases,
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,

@@ -1,15 +1,23 @@
-"""GDN decode: rows that read their state once and write a window row for each token."""
+"""GDN decode: rows that read their state once and write a window row for each token.
+
+`cases` are its two kernels after the convolution, `step_cases` all of a layer between its products,
+with the convolution as a kernel of its own and as part of the first of the two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from kernel_cases.case import Case, relative
 from kernel_cases.gdn_inputs import gdn_cache, gdn_inputs, gdn_truth
 from kernel_cases.shapes import DEVICE, FULL, SEQUENCES, WINDOW
 from millrace.kernels.batch import DecodeRows, GDNState
+from millrace.kernels.gpu import gdn as gpu
 from millrace.kernels.gpu import gdn_decode as gpu_gdn
 
 
@@ -98,4 +106,107 @@ def cases(quick: bool) -> Iterator[Case]:
                 lambda n=n, calls=calls: calls(n, 4 if n == 6 else -1, None),
                 state * (1 + (1 / 7 if n < 6 else 0)) + row * (7 + n),
             )  # fmt: skip
+    torch.cuda.empty_cache()
+
+
+# --- with the convolution ----------------------------------------------------------------------
+
+FEW = (1, 8, 32, SEQUENCES)
+
+
+class Step:
+    """A decode step of one layer, over slots in any order; every seventh row folds."""
+
+    def __init__(self, rows: int, n: int, state: torch.dtype) -> None:
+        self.cache, slots = gdn_cache(rows + 1, n, state), torch.randperm(rows, device=DEVICE) + 1
+        self.cache.window_k = self.cache.window_k.to(state)
+        self.fill = torch.full((rows + 1,), 7, device=DEVICE, dtype=torch.int32)
+        self.fill[::7] = WINDOW - 1
+        self.rows = DecodeRows(slots, torch.zeros_like(slots), n, 1)
+        self.offset = torch.randint(0, n, (rows + 1,), device=DEVICE).int()
+        wide = torch.randn(rows * n, FULL.projected, device=DEVICE).bfloat16()
+        self.x, gates = wide[:, : FULL.channels], torch.randn(rows * n, 2 * FULL.value_heads)
+        self.a, self.b = gates.to(DEVICE).bfloat16().chunk(2, -1)
+        self.gating = torch.rand(2, FULL.value_heads, device=DEVICE).unbind()
+        self.weight = torch.randn(FULL.channels, 4, device=DEVICE).bfloat16()
+
+    def fused(self) -> Tensor:
+        return gpu.gdn_decode_conv(
+            self.x, self.weight, self.a, self.b, *self.gating, self.cache, self.fill, self.offset,
+            self.rows,
+        )  # fmt: skip
+
+    def convolved(self) -> Tensor:
+        return gpu.conv_decode(self.x, self.cache, self.weight, self.rows, self.offset)
+
+    def apart(self) -> Tensor:
+        return gpu.gdn_decode_raw(
+            self.convolved(), self.a, self.b, *self.gating, self.cache, self.fill, self.rows
+        )
+
+    def first_half(self, fused: bool) -> object:
+        """Everything before the pass over the state."""
+        x = self.x if fused else self.convolved()
+        conv = (self.weight, self.offset) if fused else None
+        shape = gpu_gdn.native_shape(x, self.a, True, self.cache, self.rows.width, fused)
+        kernels = shape and gpu_gdn.compiled(shape)
+        if not shape or not kernels:
+            raise RuntimeError("the CUDA form does not apply")
+        return gpu_gdn.launch_native(
+            (kernels[0], lambda **_: None), shape.threads, x, (self.a, self.b, *self.gating),
+            self.cache, self.fill, self.rows, conv,
+        )  # fmt: skip
+
+
+@functools.cache
+def check_step(n: int, state: torch.dtype) -> float:
+    """Error of outputs and folded states against float64 from the convolved tokens on; infinite
+    where fusing changes a bit of anything."""
+    step = Step(33, n, state)
+    twin = copy.deepcopy(step)
+    qkv, before = copy.deepcopy(step).convolved(), copy.deepcopy(step.cache)
+    got, want = step.fused(), twin.apart()
+    names = ("state", "conv", "window_k", "window_u", "window_g")
+    pairs = [(getattr(step.cache, name), getattr(twin.cache, name)) for name in names]
+    if not all(torch.equal(a, b) for a, b in [(got, want), *pairs]):
+        return float("inf")
+    g, beta = gpu.gates(step.a, step.b, *step.gating)
+    errors = []
+    for row, slot in enumerate(step.rows.slots.tolist()):
+        tokens = slice(row * n, row * n + n)
+        o, _, folded, _ = gdn_truth(before, step.fill, slot, qkv[tokens], g[tokens], beta[tokens])
+        errors.append(relative(got[tokens], o))
+        if int(step.fill[slot]) + n > WINDOW:
+            errors.append(relative(step.cache.state[slot], folded))
+    return max(errors)
+
+
+def step_cases(quick: bool) -> Iterator[Case]:
+    for state in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        name, size, n = ("fp32" if state == torch.float32 else "bf16"), state.itemsize, 2
+        ways: dict[str, Callable[[Step], object]] = {
+            "first half, fused": lambda step: step.first_half(True),
+            "first half, apart": lambda step: step.first_half(False),
+            "all, fused": Step.fused,
+            "all, apart": Step.apart,
+        }
+        held = 7 + 8 / 7  # rows of a window on average: one in seven has 15 and folds
+        first = 2 * FULL.channels * (n + 3 + n + 2 + n)  # inputs, kept ones, new ones, convolved
+        first += (
+            (held + n) * FULL.keys * size + 4 * FULL.value_heads * 95 + held / 7 * FULL.keys * 4
+        )
+        rest = FULL.values * FULL.dim * size * 8 / 7 + (held + n) * FULL.values * 4
+        rest += 4 * n * FULL.values + 2 * n * FULL.channels + 4 * FULL.value_heads * 95
+        for rows in FEW:
+            for way, run in ways.items():
+
+                def calls(rows=rows, run=run, state=state, n=n):
+                    steps = [Step(rows, n, state) for _ in range(max(2, SEQUENCES // rows))]
+                    return [lambda step=step: run(step) for step in steps]
+
+                moved = rows * (first + (rest if way.startswith("all") else 0))
+                yield Case(
+                    f"{name} n={n} {rows} rows: {way}",
+                    lambda state=state, n=n: check_step(n, state), 5e-3, calls, moved,
+                )  # fmt: skip
     torch.cuda.empty_cache()

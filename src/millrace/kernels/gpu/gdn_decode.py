@@ -266,7 +266,7 @@ def source(shape: Shape, name: str) -> str:
 
 
 @functools.cache
-def _compiled(shape: Shape) -> tuple[Kernel, Kernel] | None:
+def compiled(shape: Shape) -> tuple[Kernel, Kernel] | None:
     """Both CUDA kernels; None where they cannot be had."""
     if shape.DK % 32 or shape.DV % 32 or shape.N > 8 or shape.threads > MOST_THREADS:
         return None
@@ -280,18 +280,21 @@ def _answer(shape: Shape) -> Kernel | None:
     return cuda_source.compiled(source(shape, "gdn_answer"), "gdn_answer")
 
 
-def _native_shape(
+def native_shape(
     qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int, conv: bool
 ) -> Shape | None:
     """The CUDA form for these tensors; None where it does not apply."""
-    kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
     known = {torch.float32: False, torch.bfloat16: True}
+    kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
     if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED or any(kind not in known for kind in kinds):
         return None
-    key_heads, window, key_dim = cache.window_k.shape[1:]
+    _, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
-    dims = (key_dim, value_dim, value_heads // key_heads)
-    return Shape(width, window, *dims, raw, *(known[kind] for kind in kinds), CONV=conv)
+    ratio = value_heads // cache.window_k.shape[1]
+    qkv_low, state_low, key_low, gate_low = (known[kind] for kind in kinds)
+    return Shape(
+        width, window, key_dim, value_dim, ratio, raw, qkv_low, state_low, key_low, gate_low, conv
+    )
 
 
 def _can_convolve(qkv: Tensor, cache: GDNState, weight: Tensor) -> bool:
@@ -322,8 +325,8 @@ def launch(
     shape = kernels = None
     if qkv.is_cuda and config is None:
         fused = conv is not None and _can_convolve(qkv, cache, conv[0])
-        shape = _native_shape(qkv, g, raw is not None, cache, rows.width, fused)
-        kernels = _compiled(shape) if shape else None
+        shape = native_shape(qkv, g, raw is not None, cache, rows.width, fused)
+        kernels = compiled(shape) if shape else None
     if conv is not None and not (kernels and shape and shape.CONV):
         qkv, conv = conv_decode(qkv, cache, conv[0], rows, conv[1]), None
     gates = (g, beta, *(raw or (g, g)))
