@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
-from millrace.kernels.gpu.attention import attend_decode, attend_prefill
+from millrace.kernels.gpu.attention_decode import _decode_config, attend_decode
+from millrace.kernels.gpu.attention_prefill import attend_prefill
 from millrace.kernels.gpu.gdn_prefill import gdn_prefill
 
 HEADS, KV_HEADS, DIM, PAGE = 24, 4, 256, 64
@@ -34,6 +35,13 @@ KEY_HEADS, VALUE_HEADS, STATE_DIM = 16, 48, 128
 DEVICE = "cuda"
 # Query tile, block of keys, warps, stages.
 CONFIGS = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 1), (128, 128, 8, 1)]
+# Block of keys, parts of a row, warps, stages.
+DECODE_CONFIGS = [
+    *((64, 1, 4, stages) for stages in (3, 5, 7)),
+    *((32, 1, 4, stages) for stages in (3, 5, 7)),
+    *((64, 2, 4, stages) for stages in (3, 5)),
+    (128, 1, 8, 3), (64, 1, 2, 3), (32, 1, 2, 5),
+]  # fmt: skip
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -137,6 +145,17 @@ def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[
             for widen in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
             for config in CONFIGS
         }
+    else:
+        found["ours_by_config_us"] = {
+            f"{config} {'pairs' if pairs else 'single'}": microseconds_or_why(
+                lambda config=config, pairs=pairs: attend_decode(  # type: ignore[misc]
+                    q, cache, table, some, DIM**-0.5, config=config, pairs=pairs
+                )
+            )
+            for pairs in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
+            for config in DECODE_CONFIGS
+        }
+        found["default_config"] = _decode_config(rows * KV_HEADS, length)
     return found
 
 
@@ -186,7 +205,13 @@ def gdn(rows: int, length: int) -> dict[str, Any]:
 def cases(only: list[str]) -> Iterator[Callable[[], dict[str, Any]]]:
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
     if "attention" in only:
-        for shape in ((256, 2, 960), (8, 1024, 1024), (1, 16384, 16384), (1, 16384, 32768)):
+        for shape in (
+            (256, 2, 960),
+            (32, 2, 960),
+            (8, 1024, 1024),
+            (1, 16384, 16384),
+            (1, 16384, 32768),
+        ):
             for dtype in (fp8, bf16):
                 yield lambda shape=shape, dtype=dtype: attention(*shape, dtype)  # type: ignore[misc]
     if "gdn" in only:

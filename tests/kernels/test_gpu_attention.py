@@ -12,17 +12,19 @@ from tests.kernels.gpu_support import INTERPRETED, on_each_device, relative
 PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 24
 
 
-def make_cache(ends: list[int], device: str, dtype: torch.dtype) -> tuple[KVCache, torch.Tensor]:
+def make_cache(
+    ends: list[int], device: str, dtype: torch.dtype, dim: int = DIM
+) -> tuple[KVCache, torch.Tensor]:
     """Slot s holds ends[s - 1] live rows on shuffled pages; every other row is NaN."""
     per_slot = -(-max(ends) // PAGE) + 1
     pages = len(ends) * per_slot + 1
     table = torch.zeros(len(ends) + 1, per_slot, dtype=torch.int32)
     table[1:] = (torch.randperm(pages - 1) + 1).view(len(ends), per_slot).int()
-    keys, values = (torch.full((pages, PAGE, KV_HEADS, DIM), torch.nan) for _ in range(2))
+    keys, values = (torch.full((pages, PAGE, KV_HEADS, dim), torch.nan) for _ in range(2))
     for slot, end in enumerate(ends, 1):
         for place in range(end):
             at = (table[slot, place // PAGE], place % PAGE)
-            keys[at], values[at] = torch.randn(2, KV_HEADS, DIM)
+            keys[at], values[at] = torch.randn(2, KV_HEADS, dim)
     cache = KVCache(keys.to(device, dtype), values.to(device, dtype))
     return cache, table.to(device)
 
@@ -51,6 +53,28 @@ def test_decode(
     got = gpu.attend_decode(q, cache, table, rows, 0.2, first, config)
     assert want[:-width].isfinite().all()
     assert relative(got[:-width], want[:-width]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("config", [(16, 1, 4, 1), (32, 1, 4, 3), (16, 3, 4, 5)])
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_decode_of_values_in_pairs(width: int, config: tuple[int, ...], first: int):
+    """The same sums as of values one by one. Machine code is in it, so no interpreter runs it."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(width)
+    starts, dim = [1, PAGE, 2 * PAGE - 1, 70], 64
+    cache, table = make_cache([s + width for s in starts], "cuda", torch.float8_e4m3fn, dim)
+    slots = torch.tensor([4, 1, 3, 2], device="cuda")
+    at = torch.tensor([starts[s - 1] for s in slots.tolist()], device="cuda")
+    rows = DecodeRows(slots, at, width, 80)
+    q = torch.randn(len(slots) * width, KV_HEADS * GROUP, dim, device="cuda").bfloat16()
+    got = gpu.attend_decode(q, cache, table, rows, 0.2, first, config, pairs=True)
+    want = gpu.attend_decode(q, cache, table, rows, 0.2, first, config, pairs=False)
+    assert want.isfinite().all()
+    assert relative(got, want) < 1e-3
 
 
 @on_each_device

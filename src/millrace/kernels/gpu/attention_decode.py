@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, KVCache
-from millrace.kernels.gpu.attention_softmax import LOG2_E, _attend_range, _operand
+from millrace.kernels.gpu.attention_softmax import (
+    LOG2_E,
+    _attend_range,
+    _attend_range_of_pairs,
+    _operand,
+)
 
 
 @triton.jit
@@ -22,7 +27,9 @@ def _decode_kernel(
     HEADS, KV_HEADS, FIRST: tl.constexpr,
     N: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """PAIRS: an e4m3 cache, whose values come as int16 pairs of channels."""
     kh = tl.program_id(0)
     row = tl.program_id(1)
     piece = tl.program_id(2)
@@ -40,10 +47,17 @@ def _decode_kernel(
     size = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
     low = piece * size
     high = tl.minimum(low + size, length)
-    m, mass, acc = _attend_range(
-        Q, keys, values, block_table + slot * table_stride, low, high, start + 1, start + token,
-        kh, scale, KV_HEADS, FIRST, PAGE, D, DB, BN, STAGES,
-    )  # fmt: skip
+    table = block_table + slot * table_stride
+    if PAIRS:
+        m, mass, acc = _attend_range_of_pairs(
+            Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
+            FIRST, PAGE, D, BN, STAGES,
+        )  # fmt: skip
+    else:
+        m, mass, acc = _attend_range(
+            Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
+            FIRST, PAGE, D, DB, BN, STAGES,
+        )  # fmt: skip
     if PARTS == 1:
         safe = tl.where(mass > 0, mass, 1.0)
         tl.store(out + q_at, (acc / safe[:, None]).to(out.dtype.element_ty), mask=q_mask)
@@ -76,9 +90,10 @@ def _join_kernel(part, part_ml, out, D: tl.constexpr, DB: tl.constexpr, PARTS: t
 
 def attend_decode(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0,
-    config: tuple[int, int, int, int] | None = None,
+    config: tuple[int, int, int, int] | None = None, pairs: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """As the reference. config: (block, parts, warps, stages); None takes the measured one."""
+    """As the reference. config: (block, parts, warps, stages); None takes the measured one. pairs:
+    whether values are read as pairs of channels; None: where they can be."""
     count, n = rows.slots.shape[0], rows.width
     page, kv_heads, dim = cache.keys.shape[1:]
     heads = q.shape[1]
@@ -90,18 +105,26 @@ def attend_decode(
     part = torch.empty(partial, dim, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(partial, 2, dtype=torch.float32, device=q.device)
     group, wide = heads // kv_heads, triton.next_power_of_2(dim)
+    pairs = _pairs(q, cache) if pairs is None else pairs
+    values = cache.values.view(torch.int16) if pairs else cache.values
     _decode_kernel[(kv_heads, count, parts)](
-        q.contiguous(), cache.keys, cache.values, block_table, rows.slots, rows.starts, out, part,
+        q.contiguous(), cache.keys, values, block_table, rows.slots, rows.starts, out, part,
         part_ml, block_table.stride(0), scale * LOG2_E, heads, kv_heads, FIRST=first,
         N=n, GROUP=group,
         M=max(16, triton.next_power_of_2(n * group)), PAGE=page, D=dim, DB=wide, BN=block,
-        PARTS=parts, STAGES=stages, num_warps=warps,
+        PARTS=parts, STAGES=stages, PAIRS=pairs, num_warps=warps,
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(count * n * heads,)](
             part, part_ml, out, D=dim, DB=wide, PARTS=parts, num_warps=2
         )
     return out
+
+
+def _pairs(q: Tensor, cache: KVCache) -> bool:
+    dim = cache.values.shape[-1]
+    narrow = cache.values.dtype == torch.float8_e4m3fn and q.dtype == torch.bfloat16
+    return narrow and dim == triton.next_power_of_2(dim)
 
 
 def _decode_config(programs: int, max_context: int) -> tuple[int, int, int, int]:
