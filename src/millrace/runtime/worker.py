@@ -249,7 +249,7 @@ def _load_model(
         load(model, directory, check)
     taken = model.derive()
     if taken:
-        logger.info("the output head in FP8, for drafts, takes %.2f GiB", taken / 2**30)
+        logger.info("the output head in FP8, for drafts, takes %.0f MiB", taken / 2**20)
 
 
 def allocate_caches(
