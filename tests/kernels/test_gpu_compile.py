@@ -61,6 +61,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self.shared: dict[str, int] = {}  # bytes a block of each kernel takes, at most
+        self.forms: dict[str, set[str]] = {}  # by kernel: what was compiled of it
 
     def get_current_device(self) -> int:
         return -1  # no other test's
@@ -76,6 +77,7 @@ class Compiler:
     def note(self, kernel: Any) -> None:
         name, shared = kernel.metadata.name, kernel.metadata.shared
         self.shared[name] = max(self.shared.get(name, 0), shared)
+        self.forms.setdefault(name, set()).add(kernel.hash)
 
 
 @pytest.fixture
@@ -103,9 +105,9 @@ def decode_rows(width: int) -> DecodeRows:
     return DecodeRows(rows, rows, width, 1000)
 
 
-def prefill_rows() -> PrefillRows:
-    rows = empty(1, dtype=torch.int64)
-    return PrefillRows(rows, rows, empty(2, dtype=torch.int32), (PROMPT,), (0,))
+def prefill_rows(prompts: int = 1) -> PrefillRows:
+    rows, offsets = empty(prompts, dtype=torch.int64), empty(prompts + 1, dtype=torch.int32)
+    return PrefillRows(rows, rows, offsets, (PROMPT,) * prompts, (0,) * prompts)
 
 
 def gdn_state(shape: Shape, width: int, window: int = 16) -> GDNState:
@@ -221,6 +223,21 @@ def test_compiles(part: Callable[[Shape], None], shape: Shape, compiler: Compile
     part(shape)
     assert compiler.shared
     assert {n: size for n, size in compiler.shared.items() if size > SHARED_MEMORY} == {}
+
+
+def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
+    """Else the first step of so many waits for a compiler."""
+    from millrace.kernels.gpu import attention as gpu
+
+    pages = empty(50, 64, LARGE.kv_heads, LARGE.head_dim, dtype=FP8)
+    cache, table = KVCache(pages, pages), empty(9, 16, dtype=torch.int32)
+    for prompts in (1, 3, 70):
+        q = empty(prompts * PROMPT, LARGE.heads, LARGE.head_dim)
+        gpu.attend_prefill(q, cache, table, prefill_rows(prompts), 1 / 16, widen=True)
+    assert {name: len(forms) for name, forms in compiler.forms.items()} == {
+        "_prefill_kernel": 1,
+        "_widen_kernel": 1,
+    }
 
 
 def test_no_kernel_is_left_out(compiler: Compiler):

@@ -52,8 +52,9 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
     assert tokens[0] == min(config.max_num_batched_tokens, most)
     decoding = config.max_num_seqs * (config.drafts + 1)
     assert tokens[1] == decoding + min(config.mixed_prefill_tokens, most)
+    assert 0 < tokens[2] <= min(48, most)
     assert set(tokens) <= set(token_counts(config))
-    assert len(drafted) == 2 * config.drafts
+    assert len(drafted) == 3 * config.drafts
     assert set(drafted) <= set(row_counts(config))
 
 
@@ -69,8 +70,8 @@ def test_the_token_counts_of_graphs_are_known_before(
     assert len(counts) < 120
     args = msgspec.structs.replace(config.args, enforce_eager=True)
     eager = msgspec.structs.replace(config, args=args)
-    assert len(token_counts(eager)) <= 2
-    assert len(row_counts(eager)) <= 2
+    assert len(token_counts(eager)) <= 3
+    assert len(row_counts(eager)) <= 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

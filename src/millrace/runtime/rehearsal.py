@@ -18,6 +18,9 @@ from millrace.protocol import Admission, Chunk, StepPlan
 from millrace.runtime.graphs import bucket_sizes
 from millrace.runtime.runner import Runner
 
+SHORT = 16  # tokens of a short prompt
+SEVERAL = 3  # prompts that make several
+
 
 def workspace_bytes(
     config: EngineConfig, build: Callable[[EngineConfig], Runner], settle: Callable[[], None]
@@ -47,9 +50,13 @@ def workspace_bytes(
 
 
 def rehearse(config: EngineConfig, runner: Runner) -> None:
-    """The largest step of prompts alone, and the largest of decode rows beside prompts."""
+    """The largest step of prompts alone, and the largest of decode rows beside prompts.
+
+    Then several short prompts, for which other kernels are compiled.
+    """
     runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
     runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
+    runner.run(_step(_short(config), []))
 
 
 def token_counts(config: EngineConfig) -> list[int]:
@@ -59,11 +66,15 @@ def token_counts(config: EngineConfig) -> list[int]:
     of 64, so those numbers stand for the ones below them; large ones differ little.
     """
     width, batched = config.drafts + 1, config.max_num_batched_tokens
-    alone, beside = (
-        sum(chunk.count for chunk in _chunks(config, tokens))
-        for tokens in (batched, config.mixed_prefill_tokens)
+    alone, beside, short = (
+        sum(chunk.count for chunk in chunks)
+        for chunks in (
+            _chunks(config, batched),
+            _chunks(config, config.mixed_prefill_tokens),
+            _short(config),
+        )
     )
-    counts = {alone, beside + config.max_num_seqs * width}
+    counts = {alone, beside + config.max_num_seqs * width, short}
     if not config.args.enforce_eager:
         counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
         counts |= {16, 32, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
@@ -76,16 +87,16 @@ def row_counts(config: EngineConfig) -> list[int]:
         len(_chunks(config, tokens))
         for tokens in (config.max_num_batched_tokens, config.mixed_prefill_tokens)
     )
-    counts = {alone, beside + config.max_num_seqs}
+    counts = {alone, beside + config.max_num_seqs, len(_short(config))}
     if not config.args.enforce_eager:
         counts |= set(bucket_sizes(config.max_num_seqs))
     return sorted(counts)
 
 
 def _few_slots(config: EngineConfig) -> EngineConfig:
-    return msgspec.structs.replace(
-        config, max_num_seqs=len(_chunks(config, config.max_num_batched_tokens))
-    )
+    """As many slots as prompts of a step."""
+    largest = _chunks(config, config.max_num_batched_tokens)
+    return msgspec.structs.replace(config, max_num_seqs=max(len(largest), len(_short(config))))
 
 
 def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
@@ -94,6 +105,12 @@ def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
     counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     counts = counts[: config.max_num_seqs]
     return [Chunk(slot, 0, count, last=True) for slot, count in enumerate(counts, 1)]
+
+
+def _short(config: EngineConfig) -> list[Chunk]:
+    count = min(SHORT, config.max_model_len - 1)
+    prompts = min(SEVERAL, config.max_num_seqs, config.max_num_batched_tokens // count)
+    return [Chunk(slot, 0, count, last=True) for slot in range(1, max(prompts, 1) + 1)]
 
 
 def _step(chunks: list[Chunk], decode: list[int]) -> StepPlan:

@@ -18,6 +18,7 @@ from millrace.kernels.gpu.attention_softmax import LOG2_E, _attend_range, _opera
 
 TILE = 128  # queries; with fewer a row there is too little to share
 WIDENED_MOST = 32768  # keys, over all rows of a step: 128 MiB at 4 heads of 256
+MANY = 256  # rows; up to so many are one kernel, for compiling another takes seconds of a step
 
 
 @triton.jit
@@ -108,11 +109,16 @@ def attend_prefill(
     _prefill_kernel[(heads, len(rows.counts), triton.cdiv(rows.max_count, tile))](
         q, cache.keys, cache.values, block_table, rows.slots, rows.starts, rows.offsets, out,
         block_table.stride(0), q.stride(0), scale * LOG2_E, heads, kv_heads, FIRST=first,
-        ROWS=triton.next_power_of_2(len(rows.counts)) if page == 0 else 1,
+        ROWS=_most_rows(rows) if page == 0 else 1,
         GROUP=heads // kv_heads, M=tile, PAGE=page, D=dim, DB=triton.next_power_of_2(dim),
         BN=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def _most_rows(rows: PrefillRows) -> int:
+    most: int = max(MANY, triton.next_power_of_2(len(rows.counts)))
+    return most
 
 
 def _widens(cache: KVCache, rows: PrefillRows) -> bool:
@@ -134,7 +140,7 @@ def _widened(cache: KVCache, block_table: Tensor, rows: PrefillRows) -> KVCache:
     )
     _widen_kernel[(triton.cdiv(rows.max_context, 16), count)](
         cache.keys, cache.values, block_table, rows.slots, rows.starts, rows.offsets, wide.keys,
-        wide.values, block_table.stride(0), kv_heads * dim, ROWS=triton.next_power_of_2(count),
+        wide.values, block_table.stride(0), kv_heads * dim, ROWS=_most_rows(rows),
         PAGE=page, BN=16, STRIP=min(1024, triton.next_power_of_2(kv_heads * dim)), num_warps=4,
     )  # fmt: skip
     return wide
