@@ -6,6 +6,7 @@ from importlib import resources
 import pytest
 
 from millrace.kernels.gpu.gemm_choice import CUBLAS, DEEP_GEMM, Way, choose
+from tests.kernels.gpu_support import HAS_TRITON
 
 MEASURED = resources.files("millrace.kernels.gpu").joinpath("measured")
 TABLES = sorted(file.name for file in MEASURED.iterdir() if file.name.endswith(".json"))
@@ -47,6 +48,24 @@ def test_a_table_is_whole(name: str) -> None:
         for low, (bound, way) in zip([8, *bounds], lines, strict=False):
             for tokens in (low + 1, bound):
                 assert choose(tokens, outputs, width, device) == Way.parse(way)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(("there", "taken"), [(132, 124), (124, 124), (66, 0)])
+def test_a_part_of_a_gpu_gives_no_more_multiprocessors_than_it_has(
+    monkeypatch: pytest.MonkeyPatch, there: int, taken: int
+) -> None:
+    from millrace.kernels.gpu import gemm
+
+    for name, found in (
+        ("_deep_gemm", gemm),
+        ("_is_hopper", True),
+        ("_device_name", "a GPU"),
+        ("_all_multiprocessors", there),
+    ):
+        monkeypatch.setattr(gemm, name, lambda found=found: found)
+    monkeypatch.setattr(gemm, "choose", lambda *_: Way("deep_gemm", 124))
+    assert gemm.deep_gemm_way(512, 5120, 5120) == Way("deep_gemm", taken)
 
 
 def test_the_h200_has_a_table() -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.gpu.gemm_choice import CUBLAS, Way, choose
+from millrace.kernels.gpu.gemm_choice import CUBLAS, DEEP_GEMM, Way, choose
 from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
@@ -159,7 +159,10 @@ def deep_gemm_way(tokens: int, outputs: int, width: int) -> Way | None:
 def _way(tokens: int, outputs: int, width: int) -> Way:
     if _deep_gemm() is None:
         return CUBLAS
-    return choose(tokens, outputs, width, _device_name())
+    way = choose(tokens, outputs, width, _device_name())
+    if way.multiprocessors and way.multiprocessors > _all_multiprocessors():
+        return DEEP_GEMM  # this process has a part of the GPU that was measured; more is refused
+    return way
 
 
 @functools.cache
