@@ -148,14 +148,13 @@ class Step:
         """Everything before the pass over the state."""
         x = self.x if fused else self.convolved()
         conv = (self.weight, self.offset) if fused else None
-        shape = gpu_gdn.native_shape(x, self.a, True, self.cache, self.rows.width, fused)
-        kernels = shape and gpu_gdn.compiled(shape)
-        if not shape or not kernels:
+        weight = self.weight if fused else None
+        form = gpu_gdn.native(x, self.a, True, self.cache, self.rows.width, weight)
+        if form is None:
             raise RuntimeError("the CUDA form does not apply")
-        return gpu_gdn.launch_native(
-            (kernels[0], lambda **_: None), shape.threads, x, (self.a, self.b, *self.gating),
-            self.cache, self.fill, self.rows, conv,
-        )  # fmt: skip
+        form = form._replace(answer=lambda **_: None)
+        gates = (self.a, self.b, *self.gating)
+        return gpu_gdn.launch_native(form, x, gates, self.cache, self.fill, self.rows, conv)
 
 
 @functools.cache

@@ -54,7 +54,7 @@ class Form:
     @property
     def shape(self) -> gpu.Shape:
         low = [kind == BF16 for kind in (self.model, self.state, self.state, self.gates)]
-        return gpu.Shape(self.width, self.window, *self.dims, self.ratio, True, *low, True)
+        return gpu.Shape(self.width, self.window, *self.dims, self.ratio, True, True, *low)
 
 
 FORMS = [
@@ -148,17 +148,16 @@ class Step:
         )  # fmt: skip
 
     def run(self, kernels: dict[str, Emulated]) -> Tensor:
-        chosen, conv = (kernels["fused"], kernels["answer"]), (self.weight, self.offset)
-        threads = self.form.shape.threads
-        return gpu.launch_native(
-            chosen, threads, self.x, self.gates, self.cache, self.fill, self.rows, conv
-        )
+        return self._launch("fused", kernels, self.x, (self.weight, self.offset))
 
     def run_convolved(self, kernels: dict[str, Emulated], qkv: Tensor) -> Tensor:
-        chosen, threads = (kernels["plain"], kernels["answer"]), self.form.shape.threads
-        return gpu.launch_native(
-            chosen, threads, qkv, self.gates, self.cache, self.fill, self.rows, None
-        )
+        return self._launch("plain", kernels, qkv, None)
+
+    def _launch(
+        self, first: str, kernels: dict[str, Emulated], qkv: Tensor, conv: gpu.Pair | None
+    ) -> Tensor:
+        form = gpu.Native(kernels[first], kernels["answer"], self.form.shape.threads)
+        return gpu.launch_native(form, qkv, self.gates, self.cache, self.fill, self.rows, conv)
 
 
 def live(step: Step, cache: GDNState) -> dict[str, Tensor]:

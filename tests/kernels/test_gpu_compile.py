@@ -335,7 +335,7 @@ def test_gdn_decode(nvrtc: Nvrtc, width: int, state: torch.dtype, convolve: bool
     from millrace.kernels.gpu.gdn_decode import source
 
     low = state == BF16
-    shape = GDNShape(width, 16, 128, 128, 3, True, True, low, low, True, convolve)
+    shape = GDNShape(width, 16, 128, 128, 3, True, convolve, True, low, low, True)
     log = nvrtc.compile(source(shape, "gdn_prepare"))
     assert spilled(log) == 0
     assert registers(log) <= 64
@@ -352,6 +352,6 @@ def test_gdn_decode_of_other_models(nvrtc: Nvrtc, dim: int, ratio: int):
     from millrace.kernels.gpu.gdn_decode import Shape as GDNShape
     from millrace.kernels.gpu.gdn_decode import source
 
-    shape = GDNShape(3, 16, dim, dim, ratio, False, False, False, False, False, True)
+    shape = GDNShape(3, 16, dim, dim, ratio, False, True, False, False, False, False)
     for kernel in ("gdn_prepare", "gdn_answer"):
         assert spilled(nvrtc.compile(source(shape, kernel))) == 0

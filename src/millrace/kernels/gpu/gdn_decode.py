@@ -4,10 +4,10 @@ Two kernels. The first, a program per row and key head, does all that does not t
 takes the products of the tokens' keys and queries (the probes) with the window's keys and with each
 other, turns these with norms and decays into coefficients, and writes the window's new keys and
 log A. The convolution before it can be part of it: its channels are divided as the heads are. The
-second, for each row, value head and tile of value channels, reads its tile of the state,
-meets it with the probes, and adds what window and new tokens give by the coefficients. Both come
-in two forms: CUDA (gdn_prepare.cu and gdn_answer.cu, compiled at run time), which keeps pace with
-memory, and Triton, which convolves by a kernel of its own.
+second, for each row, value head and tile of value channels, reads its tile of the state, meets it
+with the probes, and adds what window and new tokens give by the coefficients. Both come in two
+forms: CUDA (gdn_prepare.cu and gdn_answer.cu, compiled at run time), which keeps pace with memory,
+and Triton (gdn_decode_triton.py), before which the convolution is a kernel of its own.
 
 A row whose window would overflow is answered from its window all the same and then folded, in the
 second kernel: the tile is there already and goes back once. Its old keys are set aside by the first
@@ -19,218 +19,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState
 from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu import gdn_decode_triton as triton_form
 from millrace.kernels.gpu.conv import conv_decode
-
-L2_EPS = tl.constexpr(1e-6)
-
-
-@triton.jit
-def _dot(a, b):
-    """a @ b in float32 accuracy for float32 operands."""
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
-def _layout(N: tl.constexpr, W: tl.constexpr):
-    """Where the coefficients of a row and value head lie, in floats: what each probe takes from the
-    window [2N, W], from new tokens [2N, N] and from the state [2N], beta [N], the shares of the
-    window's rows in a fold [W], and the state's own share [1], which is last."""
-    NEW: tl.constexpr = 2 * N * W
-    STATE: tl.constexpr = NEW + 2 * N * N
-    return NEW, STATE, STATE + 2 * N, STATE + 3 * N, STATE + 3 * N + W
-
-
-@triton.jit
-def _gates(g, beta, a_log, dt_bias, at, vh, mask, RAW: tl.constexpr):
-    """g and beta of tokens whose flat index is `at`; RAW: from the projections a and b."""
-    g_t = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
-    beta_t = tl.load(beta + at, mask=mask, other=0.0).to(tl.float32)
-    if RAW:
-        x = g_t + tl.load(dt_bias + vh)
-        soft = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
-        g_t = tl.where(mask, -tl.exp(tl.load(a_log + vh)) * soft, 0.0)
-        beta_t = tl.where(mask, 1.0 / (1.0 + tl.exp(-beta_t)), 0.0)
-    return g_t, beta_t
-
-
-@triton.jit
-def _products(x_at, x_mask, keys_at, in_window, STRIP: tl.constexpr, DK: tl.constexpr):
-    """Of raw probes x [P, DK] and window keys [WB, DK]: x x^T, x keys^T and the squares of x."""
-    s = tl.arange(0, STRIP)
-    pair = tl.zeros((x_at.shape[0], x_at.shape[0]), tl.float32)
-    old_pair = tl.zeros((x_at.shape[0], keys_at.shape[0]), tl.float32)
-    square = tl.zeros((x_at.shape[0],), tl.float32)
-    for c in range(0, DK, STRIP):
-        x = tl.load(x_at[:, None] + (c + s)[None, :], mask=x_mask[:, None], other=0.0)
-        k = tl.load(keys_at[:, None] + (c + s)[None, :], mask=in_window[:, None], other=0.0)
-        x = x.to(tl.float32)
-        square += tl.sum(x * x, axis=1)
-        pair += _dot(x, tl.trans(x))
-        old_pair += _dot(x, tl.trans(k.to(tl.float32)))
-    return pair, old_pair, square
-
-
-@triton.jit
-def _replace_keys(
-    k_at, k_mask, scale, old_at, in_window, aside_at, new_at, full, STRIP: tl.constexpr,
-    DK: tl.constexpr,
-):  # fmt: skip
-    """Set a full window's keys aside, then write the new ones, normalised by `scale`."""
-    s = tl.arange(0, STRIP)
-    for c in range(0, DK, STRIP):
-        at = (c + s)[None, :]
-        if full:
-            old = tl.load(old_at[:, None] + at, mask=in_window[:, None], other=0.0)
-            tl.store(aside_at[:, None] + at, old.to(tl.float32), mask=in_window[:, None])
-        tl.debug_barrier()  # every warp has read before any overwrites
-        k = tl.load(k_at[:, None] + at, mask=k_mask[:, None], other=0.0).to(tl.float32)
-        k = (k * scale[:, None]).to(new_at.dtype.element_ty)
-        tl.store(new_at[:, None] + at, k, mask=k_mask[:, None])
-
-
-@triton.jit
-def _prepare_kernel(
-    qkv, g, beta, a_log, dt_bias, window_k, window_g, fill, slots, coef_out, old_keys,
-    qkv_stride, gate_stride, HK, HV,
-    N: tl.constexpr, NB: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DK: tl.constexpr,
-    RATIO: tl.constexpr, RAW: tl.constexpr,
-):  # fmt: skip
-    """Coefficients of one row and key head; the window's new keys and log A.
-
-    Index r of a probe: the keys of the tokens stand at 0 .. N - 1, the queries from NB on.
-    """
-    STRIP: tl.constexpr = min(DK, 32)
-    kh = tl.program_id(0)
-    row = tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    filled = tl.minimum(tl.load(fill + slot), W)
-    full = filled + N > W
-    place = tl.where(full, 0, filled)
-    NEW, STATE, BETA, SHARE, OWN = _layout(N, W)
-
-    r = tl.arange(0, 2 * NB)
-    c = tl.arange(0, 2 * NB)
-    i = tl.arange(0, WB)
-    t = r % NB
-    is_query = r >= NB
-    in_window = i < filled
-    x_at = qkv + (row * N).to(tl.int64) * qkv_stride
-    x_at += t * qkv_stride + tl.where(is_query, kh, HK + kh) * DK
-    keys_at = window_k + (slot * HK + kh) * W * DK + i * DK
-    pair, old_pair, square = _products(x_at, t < N, keys_at, in_window, STRIP, DK)
-    norm_r = 1.0 / tl.sqrt(square + L2_EPS)
-    diagonal = tl.sum(tl.where(r[:, None] == c[None, :], pair, 0.0), axis=0)
-    norm_c = 1.0 / tl.sqrt(diagonal + L2_EPS)
-    scale = tl.where(is_query, norm_r * (DK**-0.5), norm_r)
-    pair = pair * scale[:, None] * norm_c[None, :]  # column j < NB: the key of token j
-    old_pair = old_pair * scale[:, None]
-    aside_at = old_keys + (row * HK + kh).to(tl.int64) * W * DK + i * DK
-    new_at = window_k + ((slot * HK + kh) * W + place) * DK + r * DK
-    _replace_keys(x_at, r < N, scale, keys_at, in_window, aside_at, new_at, full, STRIP, DK)
-
-    p = tl.where(is_query, N, 0) + t
-    for j in tl.static_range(RATIO):
-        vh = kh * RATIO + j
-        log_at = window_g + (slot * HV + vh) * W
-        old_log = tl.load(log_at + i, mask=in_window, other=0.0)
-        gate_at = row * N * gate_stride + vh
-        g_r, beta_r = _gates(g, beta, a_log, dt_bias, gate_at + t * gate_stride, vh, t < N, RAW)
-        g_c, _ = _gates(g, beta, a_log, dt_bias, gate_at + c * gate_stride, vh, c < N, RAW)
-        # Log A before the row, and after each of its tokens: along rows and along columns.
-        decay = tl.sum(tl.where(i == filled - 1, old_log, 0.0), axis=0)
-        log_r = decay + tl.sum(tl.where(c[None, :] <= t[:, None], g_c[None, :], 0.0), axis=1)
-        upto = (r[:, None] <= c[None, :]) & (r < NB)[:, None]
-        log_c = decay + tl.sum(tl.where(upto, g_r[:, None], 0.0), axis=0)
-
-        coef = coef_out + (row * HV + vh).to(tl.int64) * (OWN + 1)
-        gap = tl.where(in_window[None, :], log_r[:, None] - old_log[None, :], -float("inf"))
-        at = p[:, None] * W + i[None, :]
-        tl.store(coef + at, tl.exp(gap) * old_pair, mask=(t < N)[:, None] & (i < W)[None, :])
-        among = (c[None, :] < t[:, None]) | (is_query[:, None] & (c[None, :] == t[:, None]))
-        from_new = tl.exp(tl.where(among, log_r[:, None] - log_c[None, :], -float("inf")))
-        at = NEW + p[:, None] * N + c[None, :]
-        tl.store(coef + at, from_new * pair, mask=(t < N)[:, None] & (c < N)[None, :])
-        tl.store(coef + STATE + p, tl.exp(log_r) * scale, mask=t < N)
-        tl.store(coef + BETA + r, beta_r, mask=r < N)
-        tl.store(coef + SHARE + i, tl.exp(decay - old_log), mask=in_window)
-        tl.store(coef + OWN, tl.exp(decay))
-        tl.debug_barrier()  # old_log is read before new rows take its place
-        tl.store(log_at + place + r, tl.where(full, log_r - decay, log_r), mask=r < N)
-
-
-@triton.jit
-def _meet(S, old_u, probe_at, coef, p: tl.constexpr, STATE: tl.constexpr, i, W: tl.constexpr):
-    """What state and window answer to probe p: [BV]. probe_at: the raw key or query."""
-    share = tl.load(coef + p * W + i, mask=i < W, other=0.0)
-    probe = tl.load(probe_at).to(tl.float32)
-    from_state = tl.sum(S * probe[:, None], axis=0) * tl.load(coef + STATE + p)
-    return from_state + tl.sum(old_u * share[:, None], axis=0)
-
-
-@triton.jit
-def _answer_kernel(
-    qkv, state, window_u, fill, slots, coefs, old_keys, out, qkv_stride, HK, HV,
-    N: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BV: tl.constexpr, RATIO: tl.constexpr,
-):  # fmt: skip
-    """Outputs and window rows u of one row, value head and tile of BV value channels."""
-    TILES: tl.constexpr = DV // BV
-    vh = tl.program_id(0) // TILES
-    kh = vh // RATIO
-    row = tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    d = tl.arange(0, DK)
-    v = (tl.program_id(0) % TILES) * BV + tl.arange(0, BV)
-    head = slot * HV + vh
-    state_at = state + (head * DK + d)[:, None] * DV + v[None, :]
-    S = tl.load(state_at).to(tl.float32)
-    filled = tl.minimum(tl.load(fill + slot), W)
-    NEW, STATE, BETA, SHARE, OWN = _layout(N, W)
-    coef = coefs + (row * HV + vh).to(tl.int64) * (OWN + 1)
-    u_at = window_u + head * W * DV + v
-    i = tl.arange(0, WB)
-    old_u = tl.load(u_at[None, :] + i[:, None] * DV, mask=(i < filled)[:, None], other=0.0)
-
-    token = (row * N).to(tl.int64)
-    value_at = qkv + token * qkv_stride + 2 * HK * DK + vh * DV + v
-    out_at = out + (token * HV + vh) * DV + v
-    query_at = qkv + token * qkv_stride + kh * DK + d
-    key_at = query_at + HK * DK
-    new_u = ()
-    for t in tl.static_range(N):
-        y = _meet(S, old_u, key_at + t * qkv_stride, coef, t, STATE, i, W)
-        u = tl.load(value_at + t * qkv_stride).to(tl.float32) - y
-        for s in tl.static_range(t):
-            u -= tl.load(coef + NEW + t * N + s) * new_u[s]
-        u *= tl.load(coef + BETA + t)
-        new_u = new_u + (u,)  # type: ignore[assignment]  # noqa: RUF005
-    for t in tl.static_range(N):
-        y = _meet(S, old_u, query_at + t * qkv_stride, coef, N + t, STATE, i, W)
-        for s in tl.static_range(t + 1):
-            y += tl.load(coef + NEW + (N + t) * N + s) * new_u[s]
-        tl.store(out_at + t * HV * DV, y.to(out.dtype.element_ty))
-
-    place = filled
-    if filled + N > W:
-        place = filled * 0
-        old_key_at = old_keys + (row * HK + kh).to(tl.int64) * W * DK + d
-        S = S * tl.load(coef + OWN)
-        for j in range(filled):
-            k_j = tl.load(old_key_at + j * DK) * tl.load(coef + SHARE + j)
-            S += k_j[:, None] * tl.load(u_at + j * DV)[None, :]
-        tl.store(state_at, S.to(state.dtype.element_ty))
-    tl.debug_barrier()  # every warp has read the old rows before any is overwritten
-    for t in tl.static_range(N):
-        tl.store(u_at + (place + t) * DV, new_u[t])
-
 
 Kernel = Callable[..., None]
 Pair = tuple[Tensor, Tensor]
@@ -248,16 +45,24 @@ class Shape:
     DV: int
     RATIO: int
     RAW: bool
+    CONV: bool
     QKV_BF16: bool
     STATE_BF16: bool
     KEY_BF16: bool
     GATE_BF16: bool
-    CONV: bool
 
     @property
     def threads(self) -> int:
         """Of a block of the first kernel: one for four channels."""
         return -(-(2 * self.DK + self.RATIO * self.DV) // 128) * 32
+
+
+class Native(NamedTuple):
+    """The CUDA form: its kernels, and threads of a block of the first."""
+
+    prepare: Kernel
+    answer: Kernel
+    threads: int
 
 
 def source(shape: Shape, name: str) -> str:
@@ -266,13 +71,13 @@ def source(shape: Shape, name: str) -> str:
 
 
 @functools.cache
-def compiled(shape: Shape) -> tuple[Kernel, Kernel] | None:
-    """Both CUDA kernels; None where they cannot be had."""
+def _compiled(shape: Shape) -> Native | None:
+    """None where there is no such kernel, or no compiler."""
     if shape.DK % 32 or shape.DV % 32 or shape.N > 8 or shape.threads > MOST_THREADS:
         return None
     answer = _answer(replace(shape, RAW=False, CONV=False))
     prepare = answer and cuda_source.compiled(source(shape, "gdn_prepare"), "gdn_prepare")
-    return (prepare, answer) if prepare and answer else None
+    return Native(prepare, answer, shape.threads) if prepare and answer else None
 
 
 @functools.cache
@@ -280,27 +85,25 @@ def _answer(shape: Shape) -> Kernel | None:
     return cuda_source.compiled(source(shape, "gdn_answer"), "gdn_answer")
 
 
-def native_shape(
-    qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int, conv: bool
-) -> Shape | None:
-    """The CUDA form for these tensors; None where it does not apply."""
+def native(
+    qkv: Tensor, g: Tensor, raw: bool, cache: GDNState, width: int, conv_weight: Tensor | None
+) -> Native | None:
+    """The CUDA form for these tensors, which convolves where a weight is given; None where it does
+    not apply."""
     known = {torch.float32: False, torch.bfloat16: True}
     kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
     if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED or any(kind not in known for kind in kinds):
         return None
-    _, window, key_dim = cache.window_k.shape[1:]
+    if conv_weight is not None:
+        alike = qkv.dtype == cache.conv.dtype == conv_weight.dtype
+        if not (alike and conv_weight.is_contiguous() and cache.conv.is_contiguous()):
+            return None
+    key_heads, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
-    ratio = value_heads // cache.window_k.shape[1]
-    qkv_low, state_low, key_low, gate_low = (known[kind] for kind in kinds)
-    return Shape(
-        width, window, key_dim, value_dim, ratio, raw, qkv_low, state_low, key_low, gate_low, conv
-    )
-
-
-def _can_convolve(qkv: Tensor, cache: GDNState, weight: Tensor) -> bool:
-    """Whether the CUDA form of the first kernel takes these inputs, buffer and weight."""
-    alike = qkv.dtype == cache.conv.dtype == weight.dtype
-    return alike and weight.is_contiguous() and cache.conv.is_contiguous()
+    low = (known[kind] for kind in kinds)
+    dims = (key_dim, value_dim, value_heads // key_heads)
+    convolves = conv_weight is not None
+    return _compiled(Shape(width, window, *dims, raw, convolves, *low))
 
 
 def launch(
@@ -321,37 +124,25 @@ def launch(
     they apply. conv: (weight, conv_offset) when qkv is the projection, still to be convolved.
     """
     if rows.slots.shape[0] == 0:
-        return _output(qkv, cache)
-    shape = kernels = None
-    if qkv.is_cuda and config is None:
-        fused = conv is not None and _can_convolve(qkv, cache, conv[0])
-        shape = native_shape(qkv, g, raw is not None, cache, rows.width, fused)
-        kernels = compiled(shape) if shape else None
-    if conv is not None and not (kernels and shape and shape.CONV):
+        return triton_form.buffers(qkv, cache, rows)[0]
+    has_cuda = qkv.is_cuda and config is None
+
+    def found() -> Native | None:
+        weight = conv[0] if conv else None
+        return native(qkv, g, raw is not None, cache, rows.width, weight) if has_cuda else None
+
+    form = found()
+    if form is None and conv is not None:
         qkv, conv = conv_decode(qkv, cache, conv[0], rows, conv[1]), None
+        form = found()
     gates = (g, beta, *(raw or (g, g)))
-    if kernels and shape:
-        return launch_native(kernels, shape.threads, qkv, gates, cache, fill, rows, conv)
-    return _launch_triton(qkv, gates, raw is not None, cache, fill, rows, config)
-
-
-def _output(qkv: Tensor, cache: GDNState) -> Tensor:
-    heads, _, dim = cache.state.shape[1:]
-    return torch.empty(qkv.shape[0], heads, dim, dtype=qkv.dtype, device=qkv.device)
-
-
-def _between(cache: GDNState, rows: DecodeRows) -> Pair:
-    """What the first kernel leaves for the second: coefficients as in _layout, and old keys."""
-    count, n = rows.slots.shape[0], rows.width
-    key_heads, window, key_dim = cache.window_k.shape[1:]
-    size = 2 * n * (window + n + 1) + n + window + 1
-    coefs = cache.window_g.new_empty(count, cache.state.shape[1], size)
-    return coefs, cache.window_g.new_empty(count, key_heads, window, key_dim)
+    if form is None:
+        return triton_form.launch(qkv, gates, raw is not None, cache, fill, rows, config)
+    return launch_native(form, qkv, gates, cache, fill, rows, conv)
 
 
 def launch_native(
-    kernels: tuple[Kernel, Kernel],
-    threads: int,
+    form: Native,
     qkv: Tensor,
     gates: tuple[Tensor, ...],
     cache: GDNState,
@@ -359,54 +150,24 @@ def launch_native(
     rows: DecodeRows,
     conv: Pair | None,
 ) -> Tensor:
-    """Both kernels in CUDA. threads: of a block of the first, which convolves if `conv` is given.
+    """Both kernels in CUDA. conv: the weight and conv_offset, for a form that convolves.
 
     gates: g, beta, A_log, dt_bias, of which the last two may be anything unless they are used.
     """
-    out, between = _output(qkv, cache), _between(cache, rows)
+    out, *between = triton_form.buffers(qkv, cache, rows)
     key_heads, value_heads, value_dim = cache.window_k.shape[1], *cache.state.shape[1::2]
     count, heads = rows.slots.shape[0], (key_heads, value_heads)
     weight, offset = conv or (qkv, fill)
     probes = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if conv else qkv
-    prepare, answer = kernels
-    prepare(
-        grid=(key_heads, count, 1), block=(threads, 1, 1),
+    form.prepare(
+        grid=(key_heads, count, 1), block=(form.threads, 1, 1),
         args=[qkv, weight, cache.conv, offset, probes, *gates, cache.window_k, cache.window_g, fill,
               rows.slots, *between, qkv.stride(0), cache.conv.stride(0), gates[0].stride(0),
               *heads],
     )  # fmt: skip
-    answer(
+    form.answer(
         grid=(value_heads, count, 1), block=(value_dim, 1, 1),
         args=[probes, cache.state, cache.window_u, fill, rows.slots, *between, out,
               probes.stride(0), *heads],
-    )  # fmt: skip
-    return out
-
-
-def _launch_triton(
-    qkv: Tensor,
-    gates: tuple[Tensor, ...],
-    raw: bool,
-    cache: GDNState,
-    fill: Tensor,
-    rows: DecodeRows,
-    config: tuple[int, int] | None,
-) -> Tensor:
-    out, between = _output(qkv, cache), _between(cache, rows)
-    count, n = rows.slots.shape[0], rows.width
-    key_heads, window, key_dim = cache.window_k.shape[1:]
-    value_heads, _, value_dim = cache.state.shape[1:]
-    shape = {"N": n, "W": window, "WB": max(16, triton.next_power_of_2(window)), "DK": key_dim}
-    shape["RATIO"] = value_heads // key_heads
-    _prepare_kernel[(key_heads, count)](
-        qkv, *gates, cache.window_k, cache.window_g, fill, rows.slots, *between,
-        qkv.stride(0), gates[0].stride(0), key_heads, value_heads,
-        **shape, NB=max(8, triton.next_power_of_2(n)), RAW=raw, num_warps=2,
-    )  # fmt: skip
-    tile, warps = config or (min(16, value_dim), 1)
-    _answer_kernel[(value_heads * (value_dim // tile), count)](
-        qkv, cache.state, cache.window_u, fill, rows.slots, *between, out,
-        qkv.stride(0), key_heads, value_heads,
-        **shape, DV=value_dim, BV=tile, num_warps=warps,
     )  # fmt: skip
     return out

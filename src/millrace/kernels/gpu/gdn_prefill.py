@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import GDNState, PrefillRows
-from millrace.kernels.gpu.gdn_decode import L2_EPS, _dot
+from millrace.kernels.gpu.gdn_decode_triton import L2_EPS, _dot
 
 CHUNK = tl.constexpr(64)
 
