@@ -3,9 +3,9 @@
 // and decays make of these, the coefficients. It also writes the window's new keys and log A.
 //
 // A block owns one row and key head: RATIO value heads, whose channels are its own in the slot's
-// buffer of past inputs. A thread has four of these channels. Instructions bound this kernel, not
-// bytes, so products are on tensor cores, 16 window keys or probes by 8 probes: lane = 4 g + l holds
-// rows g and g + 8 and column g, channels 16 j + 4 l .. + 3 of each.
+// buffer of past inputs. A thread has four of these channels. Sums across lanes would make this a
+// kernel bound by instructions, so products are on tensor cores, 16 window keys or probes by 8
+// probes: lane = 4 g + l holds rows g and g + 8 and column g, channels 16 j + 4 l .. + 3 of each.
 
 constexpr int OWNED = 2 * DK + RATIO * DV;  // channels of a block
 constexpr int THREADS = (OWNED / 4 + 31) / 32 * 32, WARPS = THREADS / 32;
@@ -97,9 +97,9 @@ __device__ __forceinline__ void meet(float (*d)[4], const T* left, const qkv_t* 
 
 // log A after each token of a row, and its beta, of value heads first .. first + 3: lane 8 j + t.
 __device__ __forceinline__ void gate(const gate_t* g, const gate_t* beta, const float* a_log,
-                                     const float* dt_bias, const float* window_g, float (*logs)[LOGS],
-                                     float* coefs, int token, int gate_stride, int head, int filled,
-                                     int first, int lane) {
+                                     const float* dt_bias, const float* window_g,
+                                     float (*logs)[LOGS], float* coefs, int token, int gate_stride,
+                                     int head, int filled, int first, int lane) {
   const int j = first + lane / 8, t = lane % 8, vh = head + j;
   const bool live = j < RATIO && t < N;
   float step = 0.f, b = 0.f, before = 0.f;
@@ -134,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const u32 me = threadIdx.x, lane = me % 32, warp = me / 32;
   const int token = row * N, head = kh * RATIO;
   __shared__ __align__(16) key_t keys[WT][ROW];
-  __shared__ __align__(16) qkv_t probe[PT][ROW];  // the key of token p for p < N, the query of p - N
-  __shared__ float dots[WT + 16][PT], scale[PT];  // raw products, which `scale` normalises
-  __shared__ float logs[RATIO][LOGS];             // log A of the window's rows, then of the tokens
+  __shared__ __align__(16) qkv_t probe[PT][ROW];      // key of token p for p < N, query of p - N
+  __shared__ float dots[WT + 16][PT + 1], scale[PT];  // raw products, which `scale` normalises
+  __shared__ float logs[RATIO][LOGS];                 // log A of the window's rows, then of tokens
 
   // What does not wait for the slot is asked for first.
   const u32 mine = 4 * me, part = mine / DK;  // 0: a query's channels, 1: a key's, else values'
