@@ -280,6 +280,7 @@ def test_products_are_those_that_go_to_deep_gemm(
 
     monkeypatch.setattr(gemm, "_is_hopper", lambda: True)
     monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(gemm, "_all_multiprocessors", lambda: 132)
     monkeypatch.setattr(gemm, "_deep_gemm", lambda: SimpleNamespace() if installed else None)
     for name in ("triton_matmul", "few_matmul", "cublas_matmul", "deep_gemm_matmul"):
         monkeypatch.setattr(gemm, name, way(name))
