@@ -155,7 +155,9 @@ def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[
             for pairs in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
             for config in DECODE_CONFIGS
         }
-        found["default_config"] = _decode_config(rows * KV_HEADS, length)
+        found["default_config"] = _decode_config(
+            rows * KV_HEADS, length, dtype == torch.float8_e4m3fn
+        )
     return found
 
 

@@ -124,6 +124,19 @@ def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int,
     assert torch.equal(got[seen], want[seen])
 
 
+def test_rows_are_widened_as_many_at_a_time_as_may_be(monkeypatch: pytest.MonkeyPatch):
+    from millrace.kernels.gpu import attention_prefill as gpu
+
+    monkeypatch.setattr(gpu, "WIDENED_MOST", 100)
+    counts, starts = (10, 20, 5, 1, 30, 60), (40, 30, 0, 200, 0, 40)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    slots = torch.arange(1, 7)
+    groups = gpu._groups(PrefillRows(slots, torch.tensor(starts), offsets, counts, starts))
+    assert [some.slots.tolist() for some in groups] == [[1, 2], [3], [4], [5], [6]]
+    assert [some.offsets.tolist() for some in groups[:2]] == [[0, 10, 30], [30, 35]]
+    assert [some.host_starts for some in groups] == [(40, 30), (0,), (200,), (0,), (40,)]
+
+
 @on_each_device
 def test_norm_rope_store(device: str):
     """The fused form equals the ops one after another, and store_kv alone the reference; without

@@ -52,11 +52,14 @@ def workspace_bytes(
 def rehearse(config: EngineConfig, runner: Runner) -> None:
     """The largest step of prompts alone, and the largest of decode rows beside prompts.
 
-    Then several short prompts, for which other kernels are compiled.
+    Then several short prompts, and a row beside one token at ever longer contexts, for which other
+    kernels are compiled.
     """
     runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
     runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
     runner.run(_step(_short(config), []))
+    for context in _contexts(config):
+        runner.run(_step([Chunk(1, 0, 1, last=True)], [0], context))
 
 
 def token_counts(config: EngineConfig) -> list[int]:
@@ -74,7 +77,7 @@ def token_counts(config: EngineConfig) -> list[int]:
             _short(config),
         )
     )
-    counts = {alone, beside + config.max_num_seqs * width, short}
+    counts = {alone, beside + config.max_num_seqs * width, short, 1 + width}
     if not config.args.enforce_eager:
         counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
         counts |= {16, 32, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
@@ -87,7 +90,7 @@ def row_counts(config: EngineConfig) -> list[int]:
         len(_chunks(config, tokens))
         for tokens in (config.max_num_batched_tokens, config.mixed_prefill_tokens)
     )
-    counts = {alone, beside + config.max_num_seqs, len(_short(config))}
+    counts = {alone, beside + config.max_num_seqs, len(_short(config)), 2}
     if not config.args.enforce_eager:
         counts |= set(bucket_sizes(config.max_num_seqs))
     return sorted(counts)
@@ -110,11 +113,21 @@ def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
 def _short(config: EngineConfig) -> list[Chunk]:
     count = min(SHORT, config.max_model_len - 1)
     prompts = min(SEVERAL, config.max_num_seqs, config.max_num_batched_tokens // count)
-    return [Chunk(slot, 0, count, last=True) for slot in range(1, max(prompts, 1) + 1)]
+    start = config.max_model_len - 1 - count  # as far as may be, since kernels differ there too
+    return [Chunk(slot, start, count, last=True) for slot in range(1, max(prompts, 1) + 1)]
 
 
-def _step(chunks: list[Chunk], decode: list[int]) -> StepPlan:
-    longest = max(chunk.count for chunk in chunks)
+def _contexts(config: EngineConfig) -> list[int]:
+    """One for each number of parts that attention cuts a decode row's keys into, by its length.
+
+    Graphs are captured at the greatest context alone.
+    """
+    return [100 << i for i in range(7) if 100 << i <= config.max_model_len]
+
+
+def _step(chunks: list[Chunk], decode: list[int], context: int = 0) -> StepPlan:
+    """context: of the decode rows; 0: the longest chunk's."""
+    longest = max(chunk.start + chunk.count for chunk in chunks)
     admissions = [
         Admission(
             slot=chunk.slot, tokens=[0] * chunk.count, start=0, snapshot=-1,
@@ -125,7 +138,7 @@ def _step(chunks: list[Chunk], decode: list[int]) -> StepPlan:
     ]  # fmt: skip
     return StepPlan(
         step=0, admissions=admissions, grants=[], decode=decode, chunks=chunks, saves=[],
-        context=longest + 1,
+        context=context or longest + 1,
     )  # fmt: skip
 
 

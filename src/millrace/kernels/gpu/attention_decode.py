@@ -100,12 +100,14 @@ def attend_decode(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if count == 0:
         return out
-    block, parts, warps, stages = config or _decode_config(count * kv_heads, rows.max_context)
+    pairs = _pairs(q, cache) if pairs is None else pairs
+    block, parts, warps, stages = config or _decode_config(
+        count * kv_heads, rows.max_context, pairs
+    )
     partial = count * n * heads * parts if parts > 1 else 0
     part = torch.empty(partial, dim, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(partial, 2, dtype=torch.float32, device=q.device)
     group, wide = heads // kv_heads, triton.next_power_of_2(dim)
-    pairs = _pairs(q, cache) if pairs is None else pairs
     values = cache.values.view(torch.int16) if pairs else cache.values
     _decode_kernel[(kv_heads, count, parts)](
         q.contiguous(), cache.keys, values, block_table, rows.slots, rows.starts, out, part,
@@ -127,9 +129,9 @@ def _pairs(q: Tensor, cache: KVCache) -> bool:
     return narrow and dim == triton.next_power_of_2(dim)
 
 
-def _decode_config(programs: int, max_context: int) -> tuple[int, int, int, int]:
+def _decode_config(programs: int, max_context: int, pairs: bool) -> tuple[int, int, int, int]:
     """(block, parts, warps, stages): parts enough for every multiprocessor, none too short."""
     parts = 1
     while parts < 64 and programs * parts < 1024 and max_context > 128 * parts:
         parts *= 2
-    return 64, parts, 4, 3
+    return (32, 1, 2, 5) if pairs and parts == 1 else (64, parts, 4, 3)
