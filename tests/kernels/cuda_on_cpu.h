@@ -1,6 +1,7 @@
 // Runs a CUDA kernel on a CPU, to prove its index arithmetic: blocks one after the other, a block's
 // threads as fibers that take turns at barriers. Products across a warp follow the fragment layouts
-// of m16n8k16 and of m16n8k8 (tf32) in the PTX ISA. A 16-bit operand holds the upper half of a float32.
+// of m16n8k16 and of m16n8k8 (tf32) in the PTX ISA. A 16-bit operand holds the upper half of a
+// float32.
 #pragma once
 #include <ucontext.h>
 

@@ -1,11 +1,11 @@
 // The pass over the state, once the coefficients are there (gdn_prepare.cu).
 //
-// A warp owns 32 value channels of one row and value head, a block all of the head's. Rows 0..7 of a
-// product are the keys of the row's tokens, rows 8..15 their queries. Which channel an index of a
+// A warp owns 32 value channels of one row and value head, a block all of the head's. Rows 0..7 of
+// a product are the keys of the row's tokens, rows 8..15 their queries. Which channel an index of a
 // fragment stands for is ours to choose:
-//   lane = 4 g + l; inner index (step, l, h) is row (l * rows / 4 + 2 * step + h) of the operand, so
-//   that a lane's probes are neighbours in memory; column n of tile j is value channel 4 n + j, so
-//   that a lane loads four tiles' entries at once and its results are channels 8 l .. 8 l + 7.
+//   lane = 4 g + l; inner index (step, l, h) is row (l * rows / 4 + 2 * step + h) of the operand,
+//   so that a lane's probes are neighbours in memory; column n of tile j is value channel 4 n + j,
+//   so that a lane loads four tiles' entries at once and its results are channels 8 l .. 8 l + 7.
 
 constexpr int WP = (W + 7) / 8 * 8;  // window rows, padded
 

@@ -1,8 +1,8 @@
 // What the two kernels of GDN decode share: gdn_prepare.cu makes the coefficients of one step's
 // tokens, gdn_answer.cu passes over the state. gdn_decode.py says what goes between them; it puts
 // this file before either. Compile-time: N tokens, W window rows, DK, DV, RATIO, QKV_BF16,
-// STATE_BF16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV (so do queries,
-// keys and values, and the convolution is still to be done).
+// STATE_BF16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV (queries, keys
+// and values come as the projection, and are still to be convolved).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
