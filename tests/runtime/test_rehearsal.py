@@ -17,8 +17,15 @@ from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.graphs import bucket_sizes
 from millrace.runtime.ranks import Ranks
-from millrace.runtime.rehearsal import _few_slots, rehearse, row_counts, token_counts
+from millrace.runtime.rehearsal import (
+    _contexts,
+    _few_slots,
+    rehearse,
+    row_counts,
+    token_counts,
+)
 from millrace.runtime.worker import Worker, _compile_beside
+from tests.kernels.gpu_support import HAS_TRITON
 from tests.support.engines import build
 
 SIZES: list[dict[str, Any]] = [
@@ -54,7 +61,9 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
     assert tokens[1] == decoding + min(config.mixed_prefill_tokens, most)
     assert 0 < tokens[2] <= min(48, most)
     assert set(tokens) <= set(token_counts(config))
-    assert len(drafted) == 3 * config.drafts
+    beside = tokens[3:]
+    assert beside == [config.drafts + 2] * len(_contexts(config))
+    assert len(drafted) == len(tokens) * config.drafts
     assert set(drafted) <= set(row_counts(config))
 
 
@@ -70,8 +79,8 @@ def test_the_token_counts_of_graphs_are_known_before(
     assert len(counts) < 120
     args = msgspec.structs.replace(config.args, enforce_eager=True)
     eager = msgspec.structs.replace(config, args=args)
-    assert len(token_counts(eager)) <= 3
-    assert len(row_counts(eager)) <= 3
+    assert len(token_counts(eager)) <= 4
+    assert len(row_counts(eager)) <= 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -133,3 +142,20 @@ def test_memory_is_measured_once_compilers_are_gone(
         worker._beside.callback(noted("gone", None))
         assert worker._budget() == 100 - 10 - 50
     assert order == ["rehearsed", "gone", "measured"]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_steps_find_attention_of_decode_rows_compiled(tiny_model: Path, heads: int) -> None:
+    """Into however many parts it cuts them, which depends on rows and context."""
+    from millrace.kernels.gpu import attention_decode
+
+    def parts(rows: int, context: int) -> int:
+        return attention_decode._decode_config(rows * heads, context, False)[1]
+
+    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, max_model_len=262144)
+    contexts = _contexts(config)
+    for drafts in (0, 1, 6):  # the last draft's row stands so much further
+        known = {parts(1, context + drafts) for context in contexts}
+        assert known == {parts(n, c) for n in (1, 30, 256) for c in range(50, 20000, 50)}
