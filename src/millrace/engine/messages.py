@@ -21,9 +21,15 @@ def delta(
         stop_token_id=tokens[-1] if reason == "stop" else None,
         cached_tokens=request.cached_tokens,
         queued=request.queued if first else None,
-        logprobs=logprobs and logprobs[: len(tokens)],
+        logprobs=logprobs and _wanted(request, logprobs[: len(tokens)]),
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
     )
+
+
+def _wanted(request: Request, found: list[TokenLogprobs]) -> list[TokenLogprobs]:
+    """As many tokens as the request asks for; a step finds as many for all as one of them wants."""
+    most = 1 + (request.source.params.logprobs or 0)
+    return [TokenLogprobs(one.token_ids[:most], one.logprobs[:most], one.rank) for one in found]
 
 
 def _extras(request: Request) -> Extras | None:
