@@ -87,12 +87,9 @@ def _prefill_tokens(chunks: list[Chunk]) -> list[list[int]]:
 def _prefill_rows(chunks: list[Chunk], device: torch.device) -> PrefillRows:
     counts = tuple(chunk.count for chunk in chunks)
     starts = tuple(chunk.start for chunk in chunks)
-    # Both rows begin at a multiple of 16 bytes: for any other place kernels are compiled once more.
-    spare = [0] * (len(chunks) % 2)
-    table = upload([[*(chunk.slot for chunk in chunks), *spare], [*starts, *spare]], device)
-    slots, first = table[:, : len(chunks)]
+    table = upload([[chunk.slot for chunk in chunks], list(starts)], device)
     offsets = upload(list(accumulate(counts, initial=0)), device, torch.int32)
-    return PrefillRows(slots, first, offsets, counts, starts)
+    return PrefillRows(table[0], table[1], offsets, counts, starts)
 
 
 def _neighbours(slots: list[int]) -> int | None:
