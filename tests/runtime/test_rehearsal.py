@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from millrace.runtime.rehearsal import (
 )
 from millrace.runtime.worker import Worker, _compile_beside
 from tests.kernels.gpu_support import HAS_TRITON
+from tests.kernels.test_gemm_choice import MEASURED, TABLES
 from tests.support.engines import build
 
 SIZES: list[dict[str, Any]] = [
@@ -81,6 +83,15 @@ def test_the_token_counts_of_graphs_are_known_before(
     eager = msgspec.structs.replace(config, args=args)
     assert len(token_counts(eager)) <= 4
     assert len(row_counts(eager)) <= 4
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_products_are_compiled_at_every_bound_of_their_ways(tiny_model: Path, name: str) -> None:
+    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, max_num_batched_tokens=8192, max_num_seqs=1)
+    table = json.loads(MEASURED.joinpath(name).read_text())["fp8_products"]
+    bounds = {bound for lines in table.values() for bound, _ in lines}
+    assert bounds <= set(token_counts(config))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

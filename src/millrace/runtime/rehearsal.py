@@ -20,6 +20,7 @@ from millrace.runtime.runner import Runner
 
 SHORT = 16  # tokens of a short prompt
 SEVERAL = 3  # prompts that make several
+BETWEEN = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 
 def workspace_bytes(
@@ -66,7 +67,8 @@ def token_counts(config: EngineConfig) -> list[int]:
     """Tokens that a step's products may have: the rehearsal's, and those of the steps to come.
 
     Steps with prompts may have any number. Kernels are tiled by 16 and 32 tokens and by multiples
-    of 64, so those numbers stand for the ones below them; large ones differ little.
+    of 64, and the ways of products (kernels/gpu/gemm_choice.py) change there and at a few numbers
+    between, so those stand for the ones below them; large ones differ little.
     """
     width, batched = config.drafts + 1, config.max_num_batched_tokens
     alone, beside, short = (
@@ -80,7 +82,7 @@ def token_counts(config: EngineConfig) -> list[int]:
     counts = {alone, beside + config.max_num_seqs * width, short, 1 + width}
     if not config.args.enforce_eager:
         counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
-        counts |= {16, 32, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
+        counts |= {*BETWEEN, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
     return sorted(counts)
 
 
