@@ -24,6 +24,7 @@ MAX_DRAFTS = 5
 # A step of 256 decoding rows of the 27B takes 50 ms on an H200, and 2,048 prompt tokens 110 more.
 # In a steady state of 768 tokens in and 384 out, such a step is offered fewer than 1,000.
 GPU_MIXED_TOKENS = 2048
+GPU_MOST_TOKENS = 65535  # of a step: a kernel that has one block a token can start no more
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,6 +171,10 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         raise ConfigError(
             f"max_num_batched_tokens {batched} is too small for max_num_seqs {max_seqs} with "
             f"{drafts} draft tokens; at least {max_seqs * (drafts + 1)} works"
+        )
+    if device == "cuda" and batched > GPU_MOST_TOKENS:
+        raise ConfigError(
+            f"max_num_batched_tokens {batched}: a GPU takes at most {GPU_MOST_TOKENS}"
         )
     return EngineConfig(
         args=args,
