@@ -30,7 +30,7 @@ def test_a_gpu_and_a_cpu_have_their_own_defaults() -> None:
     assert resolved(cuda=True, device="cpu").device == "cpu"
     assert resolved(cuda=True, max_num_batched_tokens=1000).mixed_prefill_tokens == 1000
     assert resolved(cuda=False, max_num_batched_tokens=70000).max_num_batched_tokens == 70000
-    with pytest.raises(ConfigError, match="max_num_batched_tokens 70000: .* at most 65535"):
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens 70000: .* at most 65535"):
         resolved(cuda=True, max_num_batched_tokens=70000)
     both = {"mixed_prefill_tokens": 5000, "max_num_batched_tokens": 1000}
     assert resolved(cuda=True, **both).mixed_prefill_tokens == 1000  # no step takes more
