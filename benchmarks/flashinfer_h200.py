@@ -10,6 +10,7 @@ one behind the other, with what each side needs around its kernel (see the notes
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
-from millrace.kernels.gpu.attention_decode import _decode_config, attend_decode
+from millrace.kernels.gpu.attention_decode import attend_decode
 from millrace.kernels.gpu.attention_prefill import attend_prefill
 from millrace.kernels.gpu.gdn_prefill import gdn_prefill
 
@@ -86,10 +87,6 @@ def compared(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]
 # --- attention ---------------------------------------------------------------------------------
 
 
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
-
-
 def pages(rows: int, length: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
     """Keys and values of `rows` rows in pages of any order, and the table [rows + 1, pages]."""
     count = -(-length // PAGE)
@@ -99,66 +96,67 @@ def pages(rows: int, length: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
     return cache, torch.cat([torch.zeros_like(table[:1]), table]).int()
 
 
-def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+class Attention:
     """Rows of `length` tokens, of which the last `queries` ask: prompts where that is all."""
-    import flashinfer
 
-    cache, table = pages(rows, length, dtype)
-    q = torch.randn(rows * queries, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
-    slots = torch.arange(1, rows + 1, device=DEVICE)
-    starts = torch.full((rows,), length - queries, dtype=torch.int64, device=DEVICE)
-    offsets = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * queries
-    if queries <= 8:
-        some = DecodeRows(slots, starts, queries, length)
-        ours = lambda: attend_decode(q, cache, table, some, DIM**-0.5)  # noqa: E731
-    else:
+    def __init__(self, rows: int, queries: int, length: int, dtype: torch.dtype) -> None:
+        self.name = f"attention {rows} x {length}, {queries} queries, {dtype}"
+        self.shape, self.dtype = (rows, queries, length), dtype
+        self.cache, self.table = pages(rows, length, dtype)
+        self.q = torch.randn(rows * queries, HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.slots = torch.arange(1, rows + 1, device=DEVICE)
+        self.starts = torch.full_like(self.slots, length - queries)
+        self.offsets = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * queries
+        self._wrapper: Any = None
+
+    @property
+    def decodes(self) -> bool:
+        return self.shape[1] <= 8
+
+    def ours(self, config: Any = None, special: bool | None = None) -> Tensor:
+        """special: values in pairs of channels for decode rows, widened keys for prompts."""
+        (rows, queries, length), given = self.shape, (self.q, self.cache, self.table)
+        if self.decodes:
+            some = DecodeRows(self.slots, self.starts, queries, length)
+            return attend_decode(*given, some, DIM**-0.5, config=config, pairs=special)
         counts, begins = (queries,) * rows, (length - queries,) * rows
-        many = PrefillRows(slots, starts, offsets, counts, begins)
-        ours = lambda: attend_prefill(q, cache, table, many, DIM**-0.5)  # noqa: E731
-    space = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
-    per_row = table.shape[1]
+        many = PrefillRows(self.slots, self.starts, self.offsets, counts, begins)
+        return attend_prefill(*given, many, DIM**-0.5, config=config, widen=special)
 
-    def theirs() -> Tensor:
-        if not planned:
-            wrapper.plan(
-                offsets,
-                torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * per_row,
-                table[1:].flatten().contiguous(),
-                torch.full((rows,), (length - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
-                HEADS, KV_HEADS, DIM, PAGE,
-                causal=True, q_data_type=torch.bfloat16, kv_data_type=dtype,
-            )  # fmt: skip
-            planned.append(True)
-        out: Tensor = wrapper.run(q, (cache.keys, cache.values))
+    def theirs(self) -> Tensor:
+        self._wrapper = self._wrapper or self._planned()
+        out: Tensor = self._wrapper.run(self.q, (self.cache.keys, self.cache.values))
         return out
 
-    planned: list[bool] = []
-    found = compared(f"attention {rows} x {length}, {queries} queries, {dtype}", ours, theirs)
-    if queries > 8:
-        found["ours_by_config_us"] = {
-            f"{config} {'widened' if widen else 'paged'}": microseconds_or_why(
-                lambda config=config, widen=widen: attend_prefill(  # type: ignore[misc]
-                    q, cache, table, many, DIM**-0.5, config=config, widen=widen
-                )
+    def _planned(self) -> Any:
+        import flashinfer
+
+        space = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
+        rows, _, length = self.shape
+        each = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+        wrapper.plan(
+            self.offsets, each * self.table.shape[1], self.table[1:].flatten().contiguous(),
+            torch.full_like(each[1:], (length - 1) % PAGE + 1), HEADS, KV_HEADS, DIM, PAGE,
+            causal=True, q_data_type=torch.bfloat16, kv_data_type=self.dtype,
+        )  # fmt: skip
+        return wrapper
+
+    def by_config(self) -> dict[str, float | str]:
+        forms = (True, False) if self.dtype == torch.float8_e4m3fn else (False,)
+        return {
+            f"{config} {'special' if special else 'plain'}": microseconds_or_why(
+                functools.partial(self.ours, config, special)
             )
-            for widen in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
-            for config in CONFIGS
+            for special in forms
+            for config in (DECODE_CONFIGS if self.decodes else CONFIGS)
         }
-    else:
-        found["ours_by_config_us"] = {
-            f"{config} {'pairs' if pairs else 'single'}": microseconds_or_why(
-                lambda config=config, pairs=pairs: attend_decode(  # type: ignore[misc]
-                    q, cache, table, some, DIM**-0.5, config=config, pairs=pairs
-                )
-            )
-            for pairs in ((True, False) if dtype == torch.float8_e4m3fn else (False,))
-            for config in DECODE_CONFIGS
-        }
-        found["default_config"] = _decode_config(
-            rows * KV_HEADS, length, dtype == torch.float8_e4m3fn
-        )
-    return found
+
+
+def attention(rows: int, queries: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    case = Attention(rows, queries, length, dtype)
+    found = compared(case.name, case.ours, case.theirs)
+    return {**found, "ours_by_config_us": case.by_config()}
 
 
 # --- GDN ---------------------------------------------------------------------------------------
