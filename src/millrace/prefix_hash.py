@@ -1,13 +1,15 @@
 """How gateway and replica name the beginnings of prompts alike: a hash chain over blocks of bytes.
 
-A block is 256 bytes of the prompt's JSON, as the client wrote it. The hash of a block covers all
-blocks before it, so two prompts share a hash as far as they begin alike. It is a checksum, which
-goes on from block to block for next to nothing; prompts that collide, even on purpose, cost a
-missed hint, never an answer. Who holds which prefix is not known here.
+A block is 256 bytes of the prompt's JSON, as the client wrote it; where several fields make the
+prompt, one stands behind the other. The hash of a block covers all blocks before it, so two prompts
+share a hash as far as they begin alike. It is a checksum, which goes on from block to block for
+next to nothing; prompts that collide, even on purpose, cost a missed hint, never an answer. Who
+holds which prefix is not known here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 from zlib import crc32
 
@@ -15,6 +17,13 @@ import msgspec
 
 BLOCK = 256
 MAX_BLOCKS = 64
+# By path: the fields of a request for text that make its prompt, in the order in which it is read.
+PROMPT_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "/v1/completions": ("prompt",),
+    "/v1/chat/completions": ("messages",),
+    "/v1/responses": ("instructions", "input"),
+    "/v1/messages": ("system", "messages"),
+}
 
 Hash = Annotated[int, msgspec.Meta(ge=0, le=(BLOCK * MAX_BLOCKS + 1 << 32) - 1)]
 

@@ -272,6 +272,36 @@ def test_a_request_is_worded_for_its_replica() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "prompt", "most"),
+    [
+        (
+            b"/v1/messages",
+            b'{"max_tokens": 5, "messages": [{"role": "user"}], "system": "s", "stream": true}',
+            b'"s"[{"role": "user"}]',
+            5,
+        ),
+        (b"/v1/messages?beta=true", b'{"messages": [{"a": 1}]}', b'[{"a": 1}]', None),
+        (
+            b"/v1/responses",
+            b'{"input": "what?", "instructions": "s", "max_output_tokens": 7, "stream": true}',
+            b'"s""what?"',
+            7,
+        ),
+    ],
+)
+def test_every_api_for_text_is_understood(
+    path: bytes, body: bytes, prompt: bytes, most: int | None
+) -> None:
+    """Their tokens count and their prompts have prefixes; only their streams cannot be resumed."""
+    one = asked(body, path)
+    assert one.for_text
+    assert (one.prompt, one.max_tokens) == (prompt, most)
+    assert one.prompt_tokens == max(1, len(prompt) // 4)
+    assert not one.resumable
+    assert worded(one, "millrace") == body
+
+
+@pytest.mark.parametrize(
     "body",
     [b"", b"[]", b"nonsense", b'{"prompt": 5, "stream": "yes"}', b'{"model": 3}', b"\xff\xfe"],
 )

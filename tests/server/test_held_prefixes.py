@@ -38,10 +38,21 @@ BODIES = [
     (TEXT, b'{"max_tokens": 2, "prompt": [%s]}' % b", ".join([b"7"] * 300)),
     (TEXT, b'{"max_tokens": 1, "prompt": ["a b", "c d"]}'),
     (CHAT, b'{"messages": [{"role": "user", %s "content": "hi"}], "max_tokens": 2}' % (b" " * 600)),
+    (
+        b"/v1/messages",
+        b'{"messages": [ %s {"role": "user", "content": "hi"}], "max_tokens": 2, "system": "hm"}'
+        % (b" " * 600),
+    ),
+    (b"/v1/messages", b'{"max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}'),
+    (
+        b"/v1/responses",
+        b'{"input": "what of it?", "instructions": "be brief", "max_output_tokens": 2}',
+    ),
 ]
+NAMES = ["text", "ids", "texts", "chat", "messages", "messages alone", "responses"]
 
 
-@pytest.mark.parametrize(("path", "body"), BODIES, ids=["text", "ids", "texts", "chat"])
+@pytest.mark.parametrize(("path", "body"), BODIES, ids=NAMES)
 def test_both_sides_hash_a_prompt_alike(http: httpx.Client, path: bytes, body: bytes) -> None:
     before = told(http)
     while (more := told(http, before["since"]))["since"] != before["since"]:
@@ -60,8 +71,8 @@ def test_a_request_that_a_gateway_words_anew_keeps_its_hashes() -> None:
     sent = worded(ask, "millrace", [4, 5])
     assert json.loads(sent)["resume_token_ids"] == [4, 5]
     _, given = parse_body(sent, CompletionRequest, COMPLETIONS)
-    assert HeldPrefixes(on=True).chain(given["prompt"]) == as_gateway(TEXT, body)
-    assert HeldPrefixes(on=False).chain(given["prompt"]) == []
+    assert HeldPrefixes(on=True).chain([given["prompt"]]) == as_gateway(TEXT, body)
+    assert HeldPrefixes(on=False).chain([given["prompt"]]) == []
 
 
 def test_only_those_who_ask_are_told_and_a_refused_request_is_no_prefix(http: httpx.Client) -> None:

@@ -2,6 +2,9 @@
 
 A body is decoded once, and only the few fields that picking and resuming need; whatever cannot be
 decoded is relayed as it is, for the replica to judge. Responses never come here.
+
+All APIs for text are understood alike, but only streams of OpenAI's completions and chats can be
+resumed on another replica.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from millrace.gateway.message import Request, header
+from millrace.prefix_hash import PROMPT_FIELDS
 
 ServiceClass = Literal["interactive", "batch"]
 Kind = Literal["millrace", "vllm", "other"]
 
 BYTES_PER_TOKEN = 4  # of English text under today's vocabularies; load reports correct the sum
-_GENERATION = {b"/v1/completions": False, b"/v1/chat/completions": True}
+_COMPLETIONS, _CHATS = "/v1/completions", "/v1/chat/completions"
 _NOTHING = Raw(b"")
 
 
@@ -35,8 +39,12 @@ class _Body(msgspec.Struct):
     echo: bool | None = False
     prompt: Raw = _NOTHING
     messages: Raw = _NOTHING
+    system: Raw = _NOTHING
+    instructions: Raw = _NOTHING
+    input: Raw = _NOTHING
     tools: Raw = _NOTHING
     max_tokens: int | None = None
+    max_output_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | UnsetType | None = UNSET
     return_token_ids: bool | UnsetType | None = UNSET
@@ -53,7 +61,7 @@ _decode = msgspec.json.Decoder(_Body).decode
 class Ask(msgspec.Struct, kw_only=True):
     """The facts of one request. For what is no request for text all but `request` keep defaults.
 
-    prompt: the JSON of prompt or messages. prompt_tokens: estimated from its bytes.
+    prompt: the JSON of the fields that make it. prompt_tokens: estimated from its bytes.
     max_tokens: None where the client set no bound. key: what consistent hashing goes by.
     resumable: a stream that another replica can go on with, if it tells token ids.
     seed: drawn here when the client named none, so that a continuation draws the same noise.
@@ -84,26 +92,26 @@ class Ask(msgspec.Struct, kw_only=True):
 
 def read_ask(request: Request, keep: bool = True) -> Ask:
     """The facts of a request; it never raises. keep: streams are kept, to be resumed."""
-    path = request.path.partition(b"?")[0]
+    path = request.path.partition(b"?")[0].decode("latin-1")
     service = header(request.headers, b"x-service-class")
     batch: ServiceClass = "batch" if service.lower() == b"batch" else "interactive"
     key = header(request.headers, b"x-session-id")
-    if request.method != b"POST" or not path.startswith(b"/v1/"):
+    if request.method != b"POST" or not path.startswith("/v1/"):
         return Ask(request=request, service=batch, key=key)
     try:
         body = _decode(request.body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return Ask(request=request, service=batch, key=key)
-    if path not in _GENERATION:
+    if path not in PROMPT_FIELDS:
         return Ask(request=request, service=batch, key=key, model=body.model)
-    ask = _generation(request, body, _GENERATION[path], batch, key)
+    ask = _generation(request, body, path, batch, key)
     return ask if keep else msgspec.structs.replace(ask, resumable=False)
 
 
-def _generation(
-    request: Request, body: _Body, chat: bool, service: ServiceClass, key: bytes
-) -> Ask:
-    prompt = bytes(body.messages if chat else body.prompt)
+def _generation(request: Request, body: _Body, path: str, service: ServiceClass, key: bytes) -> Ask:
+    prompt = b"".join(bytes(getattr(body, name)) for name in PROMPT_FIELDS[path])
+    chat, known = path == _CHATS, path in (_COMPLETIONS, _CHATS)
+    bound = body.max_completion_tokens or body.max_tokens or body.max_output_tokens
     named = body.prompt_cache_key or body.user
     single = body.n in (None, 1) and body.best_of in (None, 1) and not body.echo
     return Ask(
@@ -113,10 +121,10 @@ def _generation(
         stream=bool(body.stream),
         prompt=prompt,
         prompt_tokens=estimate_tokens(prompt),
-        max_tokens=body.max_completion_tokens or body.max_tokens or (None if chat else 16),
+        max_tokens=bound or (16 if path == _COMPLETIONS else None),
         key=key or (named.encode() if named else prompt[:1024]),
         service="batch" if body.service_tier in ("flex", "batch") else service,
-        resumable=bool(body.stream) and single and _one_prompt(prompt, chat),
+        resumable=known and bool(body.stream) and single and _one_prompt(prompt, chat),
         wants_ids=body.return_token_ids is True,
         given=tuple(body.resume_token_ids or ()),
         seed=random.getrandbits(48) if body.seed is UNSET else None,

@@ -91,12 +91,12 @@ class Anthropic:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/messages"""
         front = self._front
-        body = await front.body(request, MessagesRequest, RULES)
+        body, chain = await front.prompted(request, MessagesRequest, RULES)
         ready = front.check(body)
         id = f"msg_{uuid4().hex}"
         turn = await prepare(front, as_chat(body), id, ready)
         reply = MessageReply(id, front.name(body), turn.parsers[0], len(turn.requests[0].prompt))
-        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream))
+        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream), chain)
 
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""

@@ -54,7 +54,7 @@ class Chat:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
         front = self._front
-        body, chain = await front.prompted(request, ChatRequest, CHATS, prompt="messages")
+        body, chain = await front.prompted(request, ChatRequest, CHATS)
         ready = front.check(body)
         heading = Heading(
             id=f"chatcmpl-{uuid4().hex}",

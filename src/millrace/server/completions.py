@@ -41,7 +41,7 @@ class Completions:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         front = self._front
-        body, chain = await front.prompted(request, CompletionRequest, COMPLETIONS, prompt="prompt")
+        body, chain = await front.prompted(request, CompletionRequest, COMPLETIONS)
         ready = front.check(body)
         params = sampling_params(body, front.codec.defaults)
         made = _outputs(body, params)

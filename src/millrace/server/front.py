@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive
 
 from millrace.errors import RequestError
+from millrace.prefix_hash import PROMPT_FIELDS
 from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.engine_client import EngineClient
 from millrace.server.errors import ApiError
@@ -74,12 +75,14 @@ class Front:
         return body
 
     async def prompted(
-        self, request: Request, kind: type[_Body], rules: Rules, *, prompt: str
+        self, request: Request, kind: type[_Body], rules: Rules
     ) -> tuple[_Body, list[int]]:
         """The body of a request for text, and the hashes of its prompt as gateways have them.
-        prompt: the field that holds it. Raises RequestError or ApiError."""
+        Raises RequestError or ApiError."""
         body, given = parse_body(await self._bodies.read(request), kind, rules)
-        return body, self.client.held_prefixes.chain(given[prompt])
+        fields = PROMPT_FIELDS[request.scope["path"]]
+        pieces = [given[name] for name in fields if name in given]
+        return body, self.client.held_prefixes.chain(pieces)
 
     def check(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""

@@ -34,11 +34,12 @@ class HeldPrefixes:
         self._chains.clear()
         self._count = 0
 
-    def chain(self, prompt: Raw) -> list[int]:
-        """The hashes of a prompt, from its JSON."""
+    def chain(self, prompt: Sequence[Raw]) -> list[int]:
+        """The hashes of a prompt, from the JSON of the fields that make it."""
         if not self.on:
             return []
-        return hash_chain(bytes(memoryview(prompt)[: BLOCK * MAX_BLOCKS]))
+        most = BLOCK * MAX_BLOCKS
+        return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt))
 
     def note(self, chain: Sequence[int]) -> None:
         """A prompt with these hashes goes to the engine."""

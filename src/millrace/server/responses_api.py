@@ -87,7 +87,7 @@ class Responses:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/responses"""
         front = self._front
-        body = await front.body(request, ResponsesRequest, RULES)
+        body, chain = await front.prompted(request, ResponsesRequest, RULES)
         ready = front.check(body)
         id = f"resp_{uuid4().hex}"
         turn = await prepare(front, as_chat(body), id, ready)
@@ -111,7 +111,7 @@ class Responses:
             "store": False,
         }
         reply = ResponseReply(heading, turn.parsers[0], front.codec.tokenizer)
-        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream))
+        return front.answer(turn.requests, turn.params, reply, ready, bool(body.stream), chain)
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
