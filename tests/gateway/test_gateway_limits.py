@@ -257,6 +257,12 @@ def test_prompt_tokens_are_estimated(body: bytes, tokens: int) -> None:
     assert estimate_tokens(body) == tokens
 
 
+def test_of_a_long_prompt_only_the_beginning_is_kept_twice() -> None:
+    one = asked(b'{"prompt": [%s]}' % b",".join([b"7"] * 100_000))
+    assert one.prompt_tokens == 100_000
+    assert len(one.prompt) == 16384
+
+
 def test_a_request_is_worded_for_its_replica() -> None:
     one = asked(b' {"prompt": "hi", "stream": true, "seed": 5}')
     assert one.resumable

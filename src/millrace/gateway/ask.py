@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from millrace.gateway.message import Request, header
-from millrace.prefix_hash import PROMPT_FIELDS
+from millrace.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS
 
 ServiceClass = Literal["interactive", "batch"]
 Kind = Literal["millrace", "vllm", "other"]
@@ -61,7 +61,8 @@ _decode = msgspec.json.Decoder(_Body).decode
 class Ask(msgspec.Struct, kw_only=True):
     """The facts of one request. For what is no request for text all but `request` keep defaults.
 
-    prompt: the JSON of the fields that make it. prompt_tokens: estimated from its bytes.
+    prompt: the JSON of the fields that make it, as far as it is hashed. prompt_tokens: estimated from
+    all its bytes.
     max_tokens: None where the client set no bound. key: what consistent hashing goes by.
     resumable: a stream that another replica can go on with, if it tells token ids.
     seed: drawn here when the client named none, so that a continuation draws the same noise.
@@ -119,7 +120,7 @@ def _generation(request: Request, body: _Body, path: str, service: ServiceClass,
         chat=chat,
         model=body.model,
         stream=bool(body.stream),
-        prompt=prompt,
+        prompt=prompt[: BLOCK * MAX_BLOCKS],
         prompt_tokens=estimate_tokens(prompt),
         max_tokens=bound or (16 if path == _COMPLETIONS else None),
         key=key or (named.encode() if named else prompt[:1024]),
