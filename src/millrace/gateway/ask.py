@@ -61,9 +61,9 @@ _decode = msgspec.json.Decoder(_Body).decode
 class Ask(msgspec.Struct, kw_only=True):
     """The facts of one request. For what is no request for text all but `request` keep defaults.
 
-    prompt: the JSON of the fields that make it, as far as it is hashed. prompt_tokens: estimated from
-    all its bytes.
-    max_tokens: None where the client set no bound. key: what consistent hashing goes by.
+    prompt: the JSON of the fields that make it, as far as it is hashed. prompt_tokens: estimated
+    from all its bytes. max_tokens: None where the client set no bound. key: what consistent hashing
+    goes by.
     resumable: a stream that another replica can go on with, if it tells token ids.
     seed: drawn here when the client named none, so that a continuation draws the same noise.
     """
