@@ -145,6 +145,8 @@ def _groups(rows: PrefillRows) -> list[PrefillRows]:
             cuts.append(row)
             keys = 0
         keys += count + start
+    if len(cuts) == 1:
+        return [rows]  # nearly always, and every attention layer of a step asks
     return [
         PrefillRows(
             rows.slots[a:b], rows.starts[a:b], rows.offsets[a : b + 1],
