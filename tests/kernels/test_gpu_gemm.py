@@ -63,13 +63,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 
 def some_weight(outputs: int, width: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     weight = torch.randn(outputs, width, device=device).mul_(64).to(torch.float8_e4m3fn)
-    return weight, torch.rand(outputs // 128, width // 128, device=device) + 0.1
+    return weight, torch.rand(-(-outputs // 128), -(-width // 128), device=device) + 0.1
 
 
 def some_tokens(tokens: int, width: int, device: str = "cpu") -> Quantized:
     """Random ones; scales lie group by group, as the GPU ops leave them."""
     values, scales = quantize.__wrapped__(torch.randn(tokens, width, device=device))
-    padded = torch.full((width // 128, -(-tokens // 4) * 4), torch.nan, device=device)
+    padded = torch.full((-(-width // 128), -(-tokens // 4) * 4), torch.nan, device=device)
     padded[:, :tokens] = scales.t()
     return Quantized(values, padded.t()[:tokens])
 

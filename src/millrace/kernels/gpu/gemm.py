@@ -50,7 +50,7 @@ def _matmul_kernel(
         inside = (step * 128 + k < K)[None, :]
         a = tl.load(x_at + step * 128, mask=inside, other=0.0)
         b = tl.load(w_at + step * 128, mask=inside, other=0.0)
-        scale = tl.load(sx_at + step.to(tl.int64) * sx_stride) * tl.load(sw_at + step).to(
+        scale = tl.load(sx_at + tl.cast(step, tl.int64) * sx_stride) * tl.load(sw_at + step).to(
             tl.float32
         )
         if SWAP:
@@ -115,7 +115,10 @@ def deep_gemm_matmul(
 
 
 def cublas_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
-    """x @ weight^T by cuBLAS, in bfloat16; scale: float32 [out / 128, in / 128]."""
+    """x @ weight^T by cuBLAS, in bfloat16; scale: float32 [out / 128, in / 128].
+
+    weight: [out, in], both multiples of 128; x's scales lie as `quantize` on a GPU leaves them.
+    """
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
     tokens = x.values.shape[0]
@@ -126,11 +129,23 @@ def cublas_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
         values = values.view(torch.float8_e4m3fn)
         scales = scales.as_strided((tokens + padded, scales.shape[1]), scales.stride())
     out: Tensor = scaled_mm(
-        values, weight.t(), scales, ScalingType.BlockWise1x128, scale.t(),
+        values, weight.t(), scales, ScalingType.BlockWise1x128, _for_cublas(scale),
         ScalingType.BlockWise128x128, SwizzleType.NO_SWIZZLE, SwizzleType.NO_SWIZZLE,
         output_dtype=torch.bfloat16,
     )  # fmt: skip
     return out[:tokens]
+
+
+def _for_cublas(scale: Tensor) -> Tensor:
+    """Block scales [out / 128, in / 128] as cuBLAS reads them: [in / 128, out / 128], the blocks of
+    one output row side by side in memory, their number rounded up to a multiple of 4.
+
+    Widths that are no multiple of 512 need zeros in the places that are added.
+    """
+    added = -scale.shape[1] % 4
+    if added:
+        return torch.nn.functional.pad(scale, (0, added)).t()
+    return scale.flatten().view(scale.shape).t()  # a single row has its own stride even then
 
 
 def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
