@@ -36,6 +36,22 @@ def test_a_gpu_and_a_cpu_have_their_own_defaults() -> None:
     assert resolved(cuda=True, **both).mixed_prefill_tokens == 1000  # no step takes more
 
 
+def test_long_prompts_are_computed_one_at_a_time_unless_said() -> None:
+    def prefills(**options: Any) -> tuple[int, int, int]:
+        config = resolved(**options)
+        partial, long = config.max_num_partial_prefills, config.max_long_partial_prefills
+        return config.long_prefill_token_threshold, partial, long
+
+    assert (prefills(), prefills(cuda=True)) == ((512, 0, 1), (2048, 0, 1))
+    assert prefills(long_prefill_token_threshold=0, max_num_partial_prefills=3) == (0, 3, 1)
+    assert prefills(max_num_partial_prefills=3, max_long_partial_prefills=2) == (512, 3, 2)
+
+
+def test_the_largest_step_with_both_kinds_of_rows() -> None:
+    assert resolved(cuda=True).most_mixed_tokens == 2048 + 256
+    assert resolved().most_mixed_tokens == 2048  # no step is larger
+
+
 @pytest.mark.parametrize("checkpoint", ["bfloat16", "float32"])
 def test_types_follow_the_checkpoint_unless_said(checkpoint: str) -> None:
     facts = ModelFacts(4096, checkpoint, 1)
@@ -103,6 +119,12 @@ def test_one_rate_of_acceptance_counts_for_every_position() -> None:
         ({"max_num_batched_tokens": 0}, "at least 64 works"),
         ({"max_num_batched_tokens": 63}, "at least 64 works"),
         ({"mixed_prefill_tokens": 0}, "mixed_prefill_tokens 0: use 1 or more"),
+        ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold -1: use 0 or more"),
+        ({"max_num_partial_prefills": 0}, "max_num_partial_prefills 0: use 1 or more"),
+        (
+            {"max_num_partial_prefills": 2, "max_long_partial_prefills": 3},
+            "max_long_partial_prefills 3: use at most max_num_partial_prefills 2",
+        ),
         ({"block_size": 24}, "use a power of two from 1 to 128"),
         ({"gpu_memory_utilization": 0.0}, "use (0, 1]"),
         ({"gpu_memory_utilization": 1.1}, "use (0, 1]"),

@@ -25,6 +25,13 @@ MAX_DRAFTS = 5
 # In a steady state of 768 tokens in and 384 out, such a step is offered fewer than 1,000.
 GPU_MIXED_TOKENS = 2048
 GPU_MOST_TOKENS = 65535  # of a step: a kernel that has one block a token can start no more
+# A step computes no more of one long prompt: 100 ms on such an H200, tens of ms of a small model on
+# a CPU. A prompt that comes meanwhile waits until such a step has ended.
+GPU_LONG_TOKENS, CPU_LONG_TOKENS = 2048, 512
+# Steps with prompts are cut to these numbers of tokens where they can be: a GEMM computes whole
+# tiles of TILE tokens.
+TILE = 128
+SMALL_BUCKETS = (16, 32, 64)
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +63,9 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     mixed_prefill_tokens: int | None = None
+    long_prefill_token_threshold: int | None = None
+    max_num_partial_prefills: int | None = None
+    max_long_partial_prefills: int | None = None
     block_size: int = 16
     kv_cache_dtype: KVCacheDType = "auto"
     mamba_ssm_cache_dtype: StateDType = "auto"
@@ -88,6 +98,12 @@ HELP: Mapping[str, str] = {
     "max_num_batched_tokens": "Tokens that one step may compute.",
     "mixed_prefill_tokens": "Prompt tokens that one step computes beside decoding rows, so that "
     "streams do not stall (default: 2048 on a GPU, else as max_num_batched_tokens).",
+    "long_prefill_token_threshold": "A prompt with more tokens left to compute is long; a step "
+    "computes at most so many of it. 0: none is long (default: 2048 on a GPU, else 512).",
+    "max_num_partial_prefills": "Prompts that may be computed piece by piece at the same time "
+    "(default: any number).",
+    "max_long_partial_prefills": "Of those, how many may be long; shorter ones then overtake "
+    "(default: 1).",
     "block_size": "Tokens in a page of the KV cache.",
     "kv_cache_dtype": "Data type of keys and values (auto: the model's; fp8 has scale 1.0).",
     "mamba_ssm_cache_dtype": "Data type of the recurrent state (auto: float32).",
@@ -126,6 +142,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     drafts: k, the drafts verified a step; a step emits 1 .. k + 1 tokens a row. draft_fp8: whether
     the output head is rounded to FP8 for them; None: if the device keeps the weights in FP8.
     window: rows W of the recurrent window. snapshot_interval: 0 takes none at fixed distances.
+    long_prefill_token_threshold: 0: no prompt is long. max_num_partial_prefills: 0 sets no bound.
     """
 
     args: EngineArgs
@@ -137,6 +154,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     mixed_prefill_tokens: int
+    long_prefill_token_threshold: int
+    max_num_partial_prefills: int
+    max_long_partial_prefills: int
     page_size: int
     drafts: int
     draft_fp8: bool | None
@@ -149,6 +169,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def max_pages_per_request(self) -> int:
         """Pages that the longest sequence needs, its last unverified drafts included."""
         return -(-(self.max_model_len + self.drafts + 1) // self.page_size)
+
+    @property
+    def most_mixed_tokens(self) -> int:
+        """Tokens of the largest step that has decode rows and prompts."""
+        rows = self.max_num_seqs * (self.drafts + 1)
+        return min(self.max_num_batched_tokens, self.mixed_prefill_tokens + rows)
+
+
+def token_buckets(most: int) -> list[int]:
+    """The numbers of tokens that steps are cut to, ascending; the last is the first >= `most`."""
+    last = bucket_above(most)
+    small = [bucket for bucket in SMALL_BUCKETS if bucket <= last]
+    return [*small, *range(TILE, last + 1, TILE)]
+
+
+def bucket_above(tokens: int) -> int:
+    """The least bucket that `tokens` fit into."""
+    found = next((bucket for bucket in SMALL_BUCKETS if bucket >= tokens), None)
+    return found or -(-tokens // TILE) * TILE
+
+
+def bucket_below(tokens: int) -> int:
+    """The greatest bucket of at most `tokens`; 0 where there is none."""
+    if tokens >= TILE:
+        return tokens // TILE * TILE
+    return max((bucket for bucket in SMALL_BUCKETS if bucket <= tokens), default=0)
 
 
 def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
@@ -166,6 +212,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
     max_seqs = _or(args.max_num_seqs, 256 if device == "cuda" else 64)
     batched = _or(args.max_num_batched_tokens, 8192 if device == "cuda" else 2048)
     mixed = min(batched, GPU_MIXED_TOKENS) if device == "cuda" else batched
+    long = GPU_LONG_TOKENS if device == "cuda" else CPU_LONG_TOKENS
     _positive("max_num_seqs", max_seqs)
     if batched < max_seqs * (drafts + 1):
         raise ConfigError(
@@ -186,6 +233,9 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
         mixed_prefill_tokens=min(batched, _or(args.mixed_prefill_tokens, mixed)),
+        long_prefill_token_threshold=_or(args.long_prefill_token_threshold, long),
+        max_num_partial_prefills=_or(args.max_num_partial_prefills, 0),
+        max_long_partial_prefills=_or(args.max_long_partial_prefills, 1),
         page_size=args.block_size,
         drafts=drafts,
         draft_fp8=_draft_fp8(args),
@@ -205,9 +255,18 @@ def _check_choices(args: EngineArgs) -> None:
         raise ConfigError(f"gpu_memory_utilization {args.gpu_memory_utilization}: use (0, 1]")
     if args.tensor_parallel_size < 1:
         raise ConfigError(f"tensor_parallel_size {args.tensor_parallel_size}: use 1 or more")
-    if args.mixed_prefill_tokens is not None:
-        _positive("mixed_prefill_tokens", args.mixed_prefill_tokens)
-    for name in ("snapshot_interval", "num_snapshots", "kv_cache_memory_bytes"):
+    for name in ("mixed_prefill_tokens", "max_num_partial_prefills", "max_long_partial_prefills"):
+        if (value := getattr(args, name)) is not None:
+            _positive(name, value)
+    partial, long = args.max_num_partial_prefills, args.max_long_partial_prefills
+    if partial is not None and long is not None and long > partial:
+        raise ConfigError(
+            f"max_long_partial_prefills {long}: use at most max_num_partial_prefills {partial}"
+        )
+    for name in (
+        "long_prefill_token_threshold", "snapshot_interval", "num_snapshots",
+        "kv_cache_memory_bytes",
+    ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 0:
             raise ConfigError(f"{name} {value}: use 0 or more")

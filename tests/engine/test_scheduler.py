@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from millrace.engine import planlog
 from millrace.engine.engine import Engine
 from millrace.engine.intake import Limits
+from millrace.engine.prompt_budget import least_piece
 from millrace.engine.scheduler import Scheduler
+from millrace.engine.waiting_line import OVERTAKES
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
@@ -79,6 +81,9 @@ def assert_all_free(eng: Engine) -> None:
     interval=st.sampled_from([0, 4, 8]),
     caching=st.booleans(),
     mixed=st.sampled_from([0, 1, 7]),
+    threshold=st.sampled_from([0, 1, 6, 20]),
+    partial=st.integers(0, 2),
+    long=st.integers(0, 2),
 )
 def test_any_mix_gives_each_request_its_own_tokens(
     seed: int,
@@ -90,6 +95,9 @@ def test_any_mix_gives_each_request_its_own_tokens(
     interval: int,
     caching: bool,
     mixed: int,
+    threshold: int,
+    partial: int,
+    long: int,
 ) -> None:
     """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, requests that
     resume or wait for another's prompt: none of it changes a token.
@@ -104,6 +112,9 @@ def test_any_mix_gives_each_request_its_own_tokens(
         prefix_caching=caching,
         priorities=True,
         mixed_prefill_tokens=mixed,
+        long_prefill_token_threshold=threshold,
+        max_num_partial_prefills=partial,
+        max_long_partial_prefills=long,
     )
     eng = engine(lim, depth, seed)
     stems = [[rng.randint(1, 49) for _ in range(20)] for _ in range(2)]
@@ -283,6 +294,134 @@ def test_long_prompts_beside_decoding_rows_fill_whole_tiles() -> None:
         assert len(plan.decode) == 3
     assert {count + 3 * 2 for count in seen[:-1]} == {1024}
     assert seen[-1] == 5000 % 1018
+
+
+def roomy(**changes: object) -> Limits:
+    """Sizes at which neither pages nor slots are short, of long prompts too."""
+    sizes: dict[str, object] = {
+        "max_num_seqs": 16, "max_num_batched_tokens": 2048, "mixed_prefill_tokens": 1024,
+        "max_model_len": 40_000, "page_size": 16, "num_pages": 20_000, "num_snapshots": 0,
+        "long_prefill_token_threshold": 512, "max_long_partial_prefills": 1, "drafts": 0,
+    }  # fmt: skip
+    return limits(**{**sizes, **changes})
+
+
+def unchecked(lim: Limits) -> Engine:
+    """An engine for long prompts, whose worker does not look at every token behind them."""
+    worker = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, checks=False)
+    return Engine(Scheduler(lim), worker, check=True)
+
+
+def pieces(eng: Engine) -> list[int]:
+    """Prompt tokens of the last step by request, as planned."""
+    plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+    return [chunk.count for chunk in plan.chunks]
+
+
+def test_a_short_prompt_does_not_wait_behind_long_ones() -> None:
+    eng = unchecked(roomy())
+    for number in range(4):
+        eng.add(request(f"long{number}", [number + 1] * 4000))
+    eng.step()
+    assert pieces(eng) == [512]
+    eng.add(request("short", [9] * 64, 1))
+    assert [delta.id for delta in eng.step()] == ["short"]
+    assert pieces(eng) == [64, 64]  # 128 tokens in all: a quarter for the long one, whole tiles
+
+
+def test_what_counts_is_what_is_left_to_compute() -> None:
+    """A long prompt of which all but its end is cached is a short one."""
+    eng = unchecked(roomy(num_snapshots=8))
+    prompt = [1 + n % 40 for n in range(4000)]
+    eng.add(request("first", prompt, 1))
+    run(eng)
+    for number in range(2):
+        eng.add(request(f"long{number}", [41 + number] * 4000))
+    eng.step()
+    eng.add(request("again", [*prompt, 5, 6, 7], 1))
+    assert [delta.id for delta in eng.step() + eng.step()] == ["again"]
+
+
+def test_the_first_of_several_long_prompts_ends_first() -> None:
+    eng = unchecked(roomy(max_long_partial_prefills=2, max_num_partial_prefills=2))
+    for number in range(3):
+        eng.add(request(f"long{number}", [number + 1] * 2000, 1))
+    seen, ended = [], []
+    while eng.has_work():
+        ended += [delta.id for delta in eng.step()]
+        seen.append(pieces(eng))
+    assert ended == ["long0", "long1", "long2"]
+    assert seen[:3] == [[512, 512]] * 3  # two at a time
+    assert seen[3] == [464, 464, 480]  # the ends of two make room for the third
+
+
+def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
+    eng = unchecked(roomy(priorities=True, mixed_prefill_tokens=0))
+    eng.add(msgspec.structs.replace(request("low", [1] * 4000), priority=1))
+    eng.step()
+    for name, priority in (("short", 2), ("high", 0)):
+        source = request(name, [ord(name[0])] * (64 if name == "short" else 3000), 1)
+        eng.add(msgspec.structs.replace(source, priority=priority))
+    running = {r.id: r for r in eng.scheduler._running}
+    eng.step()
+    assert "short" not in running
+    assert pieces(eng) == [512, 64]  # one long prompt at a time, and the short one
+    assert running["low"].computed == 512
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    length=st.integers(600, 4000),
+    threshold=st.sampled_from([0, 64, 500]),
+    depth=st.integers(0, 2),
+    interval=st.sampled_from([0, 256]),
+    decoding=st.integers(0, 6),
+)
+def test_a_long_prompt_ends_however_many_short_ones_come(
+    seed: int, length: int, threshold: int, depth: int, interval: int, decoding: int
+) -> None:
+    """It gets `least_piece` tokens of each step, but where it stops for a snapshot."""
+    rng = random.Random(seed)
+    lim = roomy(long_prefill_token_threshold=threshold, snapshot_interval=interval, num_snapshots=4)
+    worker = FakeWorker(lim.page_size, 0, lim.max_num_batched_tokens, checks=False)
+    eng = Engine(Scheduler(lim), worker, depth=depth, check=True)
+    for number in range(decoding):
+        eng.add(request(f"row{number}", [rng.randint(1, 49)], 4000, ignore_eos=True))
+    eng.step()
+    eng.add(request("long", [rng.randint(1, 49) for _ in range(length)], 1))
+    smallest = min(lim.max_num_batched_tokens - 16, lim.mixed_prefill_tokens)
+    # Spread over steps a budget is halved at most; the first step may have been planned before.
+    least = least_piece(lim, smallest // 2)
+    stops = length // interval + 2 if interval else 2
+    bound = -(-length // least) + stops + depth
+    for step in range(bound + 1):
+        for number in range(rng.randint(1, 8)):
+            prompt = [rng.randint(1, 49) for _ in range(rng.randint(1, 200))]
+            eng.add(request(f"s{step}.{number}", prompt, rng.randint(1, 3)))
+        if any(delta.id == "long" for delta in eng.step()):
+            return
+    raise AssertionError(f"{bound} steps were not enough")
+
+
+def test_a_request_that_lacks_pages_is_passed_a_bounded_number_of_times() -> None:
+    """Small ones that keep coming use what is free, and then let it in."""
+    lim = limits(max_num_seqs=8, num_pages=13, max_model_len=48, drafts=0, prefix_caching=False)
+    eng = engine(lim)
+    for number in range(3):
+        eng.add(request(f"early{number}", [number + 1] * 4, 8, ignore_eos=True))
+    eng.step()
+    eng.add(request("big", [7] * 40, 4))
+    passed, number = set(), 0
+    while not any(r.id == "big" for r in eng.scheduler._running):
+        eng.add(request(f"late{number}", [number % 40 + 1] * 3, 4, ignore_eos=True))
+        number += 1
+        eng.step()
+        passed |= {r.id for r in eng.scheduler._running if r.id.startswith("late")}
+        assert number < 200
+    assert 1 < len(passed) <= 1 + OVERTAKES  # one in the step that found it to lack pages
+    assert run(eng)["big"] == expected_output([7] * 40, 44, lim.eos_ids)
+    assert_all_free(eng)
 
 
 def test_abort_returns_everything_in_every_phase() -> None:

@@ -93,6 +93,7 @@ class PrefixTree:
     """Prompts by their pages of tokens, with snapshots to resume from.
 
     Holds pages through `pages` and snapshots through `snapshots`. At most `max_nodes` nodes.
+    version: grows whenever a snapshot comes or goes.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class PrefixTree:
         self._pages = pages
         self._snapshots = snapshots
         self._max_nodes = max_nodes
+        self.version = 0
         self._root = Node(parent=None, key=(), depth=0)
         self._count = 0
         self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, oldest first
@@ -119,6 +121,11 @@ class PrefixTree:
             if node in self._recent:
                 self._recent.move_to_end(node)
         return Match(path[-1].depth, [n.page for n in path], path[-1].snapshot, shared)
+
+    def cached(self, tokens: Sequence[int]) -> int:
+        """How many tokens `match` would find now; nothing counts as used by it."""
+        path = self._walk(tokens, self.aligned(len(tokens) - 1))
+        return next((n.depth for n in reversed(path) if n.snapshot != NO_SNAPSHOT), 0)
 
     def has_snapshot(self, tokens: Sequence[int], depth: int) -> bool:
         """Whether tokens[:depth] can be resumed from already."""
@@ -138,6 +145,7 @@ class PrefixTree:
         if node is self._root or node.snapshot != NO_SNAPSHOT:
             self._snapshots.drop(snapshot)
             return
+        self.version += 1
         node.snapshot = snapshot
         self._recent[node] = None
         self._ghosts.pop(node, None)
@@ -151,6 +159,7 @@ class PrefixTree:
         """Give up the snapshot used longest ago, with the pages only it needs. False: none left."""
         if not self._recent:
             return False
+        self.version += 1
         node, _ = self._recent.popitem(last=False)
         self._snapshots.drop(node.snapshot)
         node.snapshot = NO_SNAPSHOT

@@ -84,6 +84,11 @@ class Holdings:
         """Whether its prompt may come from the cache: not if every position's logits are wanted."""
         return self._limits.prefix_caching and request.source.params.prompt_logprobs is None
 
+    def look(self, request: Request) -> None:
+        """Note how much of a waiting request's prompt the cache has by now."""
+        request.looked = self.tree.version
+        request.found = self.tree.cached(request.tokens) if self.caches(request) else 0
+
     def will_cache(self, request: Request) -> bool:
         """Whether another request's snapshots could save it some of its prompt."""
         return (

@@ -22,6 +22,9 @@ class Limits:
     """The sizes a scheduler works within; all are counts, lengths in tokens.
 
     mixed_prefill_tokens: prompt tokens beside decode rows; 0 sets no limit of its own.
+    long_prefill_token_threshold: of a prompt with more left, a step computes no more; 0: none is
+    long. max_num_partial_prefills, max_long_partial_prefills: prompts, and long ones among them,
+    that a step may compute a piece of; 0 sets no limit.
     num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
     """
 
@@ -35,6 +38,9 @@ class Limits:
     prefix_caching: bool = True
     snapshot_interval: int = 0
     mixed_prefill_tokens: int = 0
+    long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+    max_long_partial_prefills: int = 0
     priorities: bool = False
     vocab_size: int = 1 << 31
     eos_ids: frozenset[int] = frozenset()

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import merge, nsmallest
+from itertools import groupby
 
 from millrace.engine.holdings import Holdings
 from millrace.engine.intake import Limits, check, make_request
 from millrace.engine.messages import admission, delta
+from millrace.engine.prompt_budget import PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
+from millrace.engine.waiting_line import WaitingLine, rank
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, StepPlan, StepResult
 
@@ -40,7 +44,7 @@ class _Totals:
     accepted: list[int] = field(default_factory=list)
 
 
-TILE = 128  # tokens: a product of a few more than a multiple takes as long as of the next one
+LOOKS = 4  # waiting prompts that a step looks up in the prefix cache
 
 
 class Scheduler:
@@ -49,8 +53,8 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._holdings = Holdings(limits)
-        self._waiting: list[Request] = []  # these two are sorted by rank
-        self._running: list[Request] = []
+        self._waiting = WaitingLine()
+        self._running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
@@ -72,7 +76,7 @@ class Scheduler:
             stop_token = request.tokens[-1] if reason == "stop" else None
             return [Delta(request.id, [], reason, stop_token)]
         self._requests[request.id] = request
-        insort(self._waiting, request, key=_rank)
+        self._waiting.add(request)
         return []
 
     def check(self, source: AddRequest) -> None:
@@ -112,14 +116,9 @@ class Scheduler:
         if self._draining and self._launched:
             return None
         self._draining = False
-        step = Step(budget=self.limits.max_num_batched_tokens, now=now)
+        step = Step(now=now)
         self._plan_decode(step)
-        if step.decode and self.limits.mixed_prefill_tokens:
-            step.budget = min(step.budget, self.limits.mixed_prefill_tokens)
-            step.budget = _to_whole_tiles(step.budget, len(step.decode) * self._width)
-        self._plan_chunks(step)
-        if not self._draining:
-            self._plan_admissions(step)
+        self._plan_prompts(step)
         if not step.decode and not step.chunks:
             return None
         return self._seal(step)
@@ -141,7 +140,6 @@ class Scheduler:
             step.decode.append(request)
         # In slot order neighbouring rows lie side by side in the device's memory.
         step.decode.sort(key=lambda request: request.slot)
-        step.budget -= len(step.decode) * self._width
 
     def _surely_done(self, request: Request) -> bool:
         """Each launched step brings at least one token, so no further step can be needed."""
@@ -168,25 +166,65 @@ class Scheduler:
         self._running.remove(request)
         self._holdings.release(request)
         request.phase = Phase.WAITING
-        insort(self._waiting, request, key=_rank)
+        self._waiting.add(request)
 
-    def _plan_chunks(self, step: Step) -> None:
-        for request in self._running:
-            if step.budget <= 0:
-                return
-            if request.phase is Phase.PREFILL:
-                self._chunk(request, step)
+    def _plan_prompts(self, step: Step) -> None:
+        """Pieces of prompts, begun or new, as the budget has tokens for them."""
+        prompts = self._prompts()
+        beside = len(step.decode) * self._width
+        missing = sum(request.missing for request in prompts)
+        budget = PromptBudget(self.limits, step_tokens(self.limits, beside, missing), beside)
+        for _, level in groupby(prompts, key=lambda request: request.source.priority):
+            budget.open()
+            others = [r for r in level if not self._compute_whole(r, step, budget)]
+            for request in others:
+                self._compute_in_turn(request, step, budget)
 
-    def _chunk(self, request: Request, step: Step) -> None:
-        """The next chunk of a prompt: up to the budget, its end, or the next snapshot boundary."""
+    def _prompts(self) -> list[Request]:
+        """Requests whose prompts may be computed now, by rank: running ones, and waiting ones."""
+        begun = [request for request in self._running if request.phase is Phase.PREFILL]
+        if self._draining or not self._holdings.slots.free:
+            return begun
+        waiting = self._waiting.candidates(self._held_back)
+        self._look(waiting)
+        return list(merge(begun, waiting, key=rank))
+
+    def _look(self, waiting: list[Request]) -> None:
+        """Look up in the cache those that have waited longest for it; a few, as it takes time."""
+        version = self._holdings.tree.version
+        stale = [request for request in waiting if request.looked != version]
+        for request in nsmallest(LOOKS, stale, key=lambda request: request.looked):
+            self._holdings.look(request)
+
+    def _compute_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
+        """Plan all of a prompt that no step has cut, if it fits. False: it did not."""
+        if request.cut or not budget.whole(request.missing):
+            return False
+        if request.phase is Phase.WAITING and not self._admit(request, step, budget.whole):
+            return False
+        budget.spend_whole(self._chunk(request, request.missing, step))
+        return True
+
+    def _compute_in_turn(self, request: Request, step: Step, budget: PromptBudget) -> None:
+        """Plan what the budget has for a prompt whose turn it is."""
+        if not budget.in_turn(request.missing):
+            return
+        if request.phase is Phase.WAITING and not self._admit(request, step, budget.in_turn):
+            return
+        missing = request.missing
+        offered = budget.in_turn(missing)
+        request.cut |= offered < missing
+        budget.spend_in_turn(missing, offered, self._chunk(request, offered, step))
+
+    def _chunk(self, request: Request, most: int, step: Step) -> int:
+        """A prompt's next `most` tokens, or those up to a snapshot boundary; how many they are."""
         start, total = request.computed, len(request.tokens)
         while request.boundaries and request.boundaries[-1] <= start:
             request.boundaries.pop()
         target = request.boundaries[-1] if request.boundaries else total
-        end = min(start + step.budget, target)
+        end = min(start + most, target)
         last = end == total
         step.chunks.append((request, Chunk(request.slot, start, end - start, last)))
-        step.budget -= end - start
         step.context = max(step.context, end + self._width)
         request.computed = request.upper = end
         if last:
@@ -195,14 +233,7 @@ class Scheduler:
             snapshot = self._holdings.take_snapshot(request, end)
             if snapshot is not None:
                 step.saves.append((request, end, snapshot))
-
-    def _plan_admissions(self, step: Step) -> None:
-        while self._holdings.slots.free and step.budget > 0:
-            request = next((r for r in self._waiting if not self._held_back(r)), None)
-            if request is None or not self._admit(request, step):
-                return
-            self._waiting.remove(request)
-            self._chunk(request, step)
+        return end - start
 
     def _held_back(self, request: Request) -> bool:
         """Whether the request does better to wait until another one's prompt is cached."""
@@ -214,20 +245,31 @@ class Scheduler:
             and self._holdings.will_cache(request)
         )
 
-    def _admit(self, request: Request, step: Step) -> bool:
-        """Give a waiting request its slot, prefix and pages; False if its pages are not there."""
+    def _admit(self, request: Request, step: Step, offer: Callable[[int], int]) -> bool:
+        """Give a waiting request its slot, prefix and pages. False: it waits on.
+
+        offer: what the step has for so many missing tokens; the cache may have less of the prompt
+        by now than when it was looked up.
+        """
+        if not self._waiting.may_enter(request, self._holdings.slots.free):
+            return False
         match = self._holdings.match(request)
+        request.found = match.tokens
+        if not offer(request.missing):
+            return False
         reach = min(len(request.tokens) + self._width, request.max_total)
         # A page in hand for each running request keeps admissions from causing preemptions.
         grants = self._holdings.admit(request, match, reach, spare=len(self._running))
         if grants is None:
+            self._waiting.refused(request)
             return False
         step.grants += grants
         request.computed = match.tokens
         request.boundaries = self._holdings.boundaries(request, match.shared)
         step.admissions.append(admission(request, match.snapshot))
-        request.phase = Phase.PREFILL
-        insort(self._running, request, key=_rank)
+        self._waiting.admitted(request)
+        request.phase, request.cut = Phase.PREFILL, False
+        insort(self._running, request, key=rank)
         self._count_prompt(request, step.now)
         return True
 
@@ -347,19 +389,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""
-        assert self._waiting == sorted(self._waiting, key=_rank), "waiting requests by rank"
-        assert self._running == sorted(self._running, key=_rank), "running requests by rank"
+        assert list(self._waiting) == sorted(self._waiting, key=rank), "waiting requests by rank"
+        assert self._running == sorted(self._running, key=rank), "running requests by rank"
         for _, step in self._launched:
             assert all(request.slot for request in step.requests()), "launched rows keep their slot"
         owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
         self._holdings.check(owners, saving=sum(len(step.saves) for _, step in self._launched))
-
-
-def _to_whole_tiles(budget: int, beside: int) -> int:
-    """A large budget cut so that prompts and the tokens beside them fill whole tiles."""
-    return budget - (budget + beside) % TILE if budget >= 8 * TILE else budget
-
-
-def _rank(request: Request) -> tuple[int, int]:
-    """Requests of a lower rank come first."""
-    return request.source.priority, request.ordinal

@@ -13,10 +13,9 @@ from millrace.protocol import Admission, Chunk, PageGrant, Save, StepPlan
 
 @dataclass(slots=True)
 class Step:
-    """budget: tokens that may still be planned. now: seconds, when it is made. context: tokens of
-    its longest row. saves: of a request, how many of its tokens, into which snapshot."""
+    """now: seconds, when it is made. context: tokens of its longest row. saves: of a request, how
+    many of its tokens, into which snapshot."""
 
-    budget: int
     now: float
     context: int = 0
     admissions: list[Admission] = field(default_factory=list)

@@ -1,0 +1,190 @@
+"""A short prompt behind long ones: time to first token, and what it costs in throughput.
+
+Two servers take turns, round by round, with the same prompts: one with this tree's code, one with
+the code in BEFORE (the `src` folder of another commit). In each round: a prompt of 64 tokens alone;
+four of 4,000 tokens alone; the four with short ones that come meanwhile, one at a time; and a mix
+of prompts of 64 to 1,024 tokens that all decode. Medians over the rounds, and ratios.
+
+    git archive COMMIT src | tar -x -C /tmp/before
+    python benchmarks/short_behind_long.py models/millrace-mini --before /tmp/before/src --rounds 5
+
+Further words after -- go to both servers; --ours and --theirs take words for one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+VOCABULARY = 3000  # token ids below are plain ones in every model that ships
+SHORT, LONG, SEVERAL = 64, 4000, 4
+MIX = 24  # requests
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Seconds to the first token and to the end; tokens in and out."""
+
+    first: float
+    whole: float
+    tokens: int
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(model: str, src: Path, words: Sequence[str]) -> Iterator[int]:
+    """A server with the code in `src`; its port. It is ended with the block."""
+    port = free_port()
+    command = [sys.executable, "-m", "millrace.cli", "serve", model, "--port", str(port), *words]
+    env = os.environ | {"PYTHONPATH": str(src)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    try:
+        await_ready(port, process)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def await_ready(port: int, process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"the server on port {port} did not get ready")
+
+
+def ask(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
+    """One streamed completion."""
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": outputs, "stream": True,
+        "temperature": 0.0, "ignore_eos": True,
+    }  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    start = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()
+    if response.status != 200:
+        raise SystemExit(f"status {response.status}: {response.read().decode()}")
+    first = 0.0
+    for line in response:
+        if not first and line.startswith(b"data:"):
+            first = time.perf_counter() - start
+    connection.close()
+    return Answer(first, time.perf_counter() - start, len(prompt) + outputs)
+
+
+class Client:
+    """Asks one server. Every prompt is new, so that no prefix is cached."""
+
+    def __init__(self, port: int, model: str, seed: int) -> None:
+        self._port, self._model = port, model
+        self._rng = random.Random(seed)
+        self._pool = ThreadPoolExecutor(MIX + SEVERAL)
+
+    def prompt(self, length: int) -> list[int]:
+        return [self._rng.randrange(3, VOCABULARY) for _ in range(length)]
+
+    def send(self, length: int, outputs: int) -> Future[Answer]:
+        return self._pool.submit(ask, self._port, self._model, self.prompt(length), outputs)
+
+    def alone(self) -> dict[str, float]:
+        answer = self.send(SHORT, 8).result()
+        return {"64 alone, TTFT ms": 1e3 * answer.first}
+
+    def long(self) -> dict[str, float]:
+        start = time.perf_counter()
+        answers = [future.result() for future in [self.send(LONG, 8) for _ in range(SEVERAL)]]
+        spent = time.perf_counter() - start
+        return {
+            "4 x 4,000 alone, tok/s": sum(answer.tokens for answer in answers) / spent,
+            "4 x 4,000 alone, mean TTFT ms": 1e3 * statistics.mean(a.first for a in answers),
+        }
+
+    def behind(self) -> dict[str, float]:
+        start = time.perf_counter()
+        longs = [self.send(LONG, 8) for _ in range(SEVERAL)]
+        time.sleep(0.05 + 0.1 * self._rng.random())
+        shorts = []
+        while not all(future.done() for future in longs):
+            shorts.append(self.send(SHORT, 8).result())
+        answers = [future.result() for future in longs]
+        spent = time.perf_counter() - start
+        return {
+            "64 behind, first one's TTFT ms": 1e3 * shorts[0].first,
+            "64 behind, median TTFT ms": 1e3 * statistics.median(a.first for a in shorts),
+            "64 behind, how many meanwhile": len(shorts),
+            "4 x 4,000 with them, tok/s": sum(a.tokens for a in answers + shorts) / spent,
+            "4 x 4,000 with them, mean TTFT ms": 1e3 * statistics.mean(a.first for a in answers),
+        }
+
+    def mix(self) -> dict[str, float]:
+        start = time.perf_counter()
+        lengths = [self._rng.randint(64, 1024) for _ in range(MIX)]
+        answers = [future.result() for future in [self.send(length, 32) for length in lengths]]
+        spent = time.perf_counter() - start
+        return {"mix, tok/s": sum(answer.tokens for answer in answers) / spent}
+
+    def round(self) -> dict[str, float]:
+        return self.alone() | self.long() | self.behind() | self.mix()
+
+
+def report(before: list[dict[str, float]], now: list[dict[str, float]]) -> None:
+    print("| | before | now | now / before |")
+    print("|---|---|---|---|")
+    for name in now[0]:
+        old, new = (statistics.median(one[name] for one in rounds) for rounds in (before, now))
+        ratio = statistics.median(n[name] / o[name] for o, n in zip(before, now, strict=True))
+        print(f"| {name} | {old:,.0f} | {new:,.0f} | {ratio:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--before", type=Path, required=True, help="src folder of another commit")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ours", type=shlex.split, default=[], help="words for this tree's server")
+    parser.add_argument("--theirs", type=shlex.split, default=[], help="words for the other")
+    options, words = parser.parse_known_args()
+    words = [word for word in words if word != "--"]
+    before: list[dict[str, float]] = []
+    now: list[dict[str, float]] = []
+    with (
+        server(options.model, options.before, [*words, *options.theirs]) as old,
+        server(options.model, SRC, [*words, *options.ours]) as new,
+    ):
+        for number in range(options.rounds + 1):
+            sides = [(before, old), (now, new)]
+            for rounds, port in sides if number % 2 else reversed(sides):
+                found = Client(port, options.model, seed=number).round()
+                rounds += [found] if number else []  # the first round warms up
+    report(before, now)
+
+
+if __name__ == "__main__":
+    main()

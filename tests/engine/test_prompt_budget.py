@@ -1,0 +1,145 @@
+"""How a step's prompt tokens are shared out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.config import TILE, bucket_above, bucket_below, token_buckets
+from millrace.engine.intake import Limits
+from millrace.engine.prompt_budget import PromptBudget, least_piece, step_tokens
+
+
+def limits(**changes: Any) -> Limits:
+    values: dict[str, Any] = {
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "max_model_len": 40_000,
+        "page_size": 16,
+        "num_pages": 10_000,
+        "num_snapshots": 0,
+        "drafts": 1,
+        "mixed_prefill_tokens": 2048,
+        "long_prefill_token_threshold": 2048,
+        "max_long_partial_prefills": 1,
+    }
+    return Limits(**{**values, **changes})
+
+
+def opened(tokens: int = 2048, beside: int = 0, **changes: Any) -> PromptBudget:
+    budget = PromptBudget(limits(**changes), tokens, beside)
+    budget.open()
+    return budget
+
+
+@given(st.integers(1, 70_000))
+def test_buckets_enclose_every_number_of_tokens(tokens: int) -> None:
+    buckets = token_buckets(tokens)
+    assert buckets == sorted(set(buckets))
+    assert bucket_above(tokens) == buckets[-1] >= tokens
+    assert bucket_below(tokens) == max((b for b in buckets if b <= tokens), default=0)
+    assert all(bucket % TILE == 0 for bucket in buckets if bucket > 64)
+
+
+def test_half_of_the_budget_is_for_prompts_that_fit_into_it() -> None:
+    budget = opened(2048)
+    assert budget.whole(1025) == 0
+    assert budget.whole(1000) == 1000
+    budget.spend_whole(1000)
+    assert (budget.whole(25), budget.whole(24)) == (0, 24)
+    assert budget.in_turn(1048) == 1048
+
+
+def test_a_long_prompt_gets_a_quarter_where_others_wait_for_the_step() -> None:
+    assert opened(8192).in_turn(30_000) == 2048
+    budget = opened(8192)
+    budget.spend_whole(64)
+    assert budget.in_turn(30_000) == 512 - 64  # 512 tokens in all
+    assert budget.in_turn(2048) == 2048  # not long
+
+
+def test_what_a_snapshot_stops_is_left_for_others() -> None:
+    budget = opened(2048)
+    budget.spend_whole(48)
+    assert (budget.left, budget.whole(976), budget.whole(977)) == (2000, 976, 0)
+    budget = opened(2048)
+    budget.spend_in_turn(30_000, 2048, 100)
+    assert budget.left == 1948
+
+
+def test_without_a_threshold_no_prompt_is_long() -> None:
+    budget = opened(8192, long_prefill_token_threshold=0)
+    assert budget.in_turn(30_000) == 8192
+
+
+def test_few_prompts_are_computed_piece_by_piece_at_the_same_time() -> None:
+    budget = opened(8192, max_long_partial_prefills=2, max_num_partial_prefills=2)
+    budget.spend_in_turn(30_000, 2048, 2048)
+    assert budget.in_turn(20_000) == 2048
+    budget.spend_in_turn(20_000, 2048, 2048)
+    assert budget.in_turn(20_000) == 0
+    assert budget.in_turn(2000) == 2000
+    budget.spend_in_turn(2000, 2000, 2000)
+    assert budget.left == 2096
+    budget.spend_in_turn(1900, 1900, 1900)
+    assert budget.in_turn(196) == 196
+    assert budget.in_turn(1000) == 0  # a third piece
+
+
+@pytest.mark.parametrize(
+    ("beside", "missing", "tokens"),
+    [
+        (0, 100_000, 8192),
+        (452, 64, 1980),  # all of it: nothing is cut, so nothing is rounded
+        (452, 1980, 1980),
+        (452, 1984, 1084),  # two steps of 1,536 tokens, not one of 2,432 and one of 580
+        (452, 100_000, 1980),  # 2,432 = 19 tiles
+    ],
+)
+def test_prompts_are_spread_evenly_over_steps_of_whole_tiles(
+    beside: int, missing: int, tokens: int
+) -> None:
+    assert step_tokens(limits(), beside, missing) == tokens
+
+
+@given(
+    beside=st.integers(0, 600),
+    mixed=st.integers(0, 3000),
+    missing=st.integers(1, 50_000),
+    batched=st.integers(601, 9000),
+)
+def test_steps_stay_within_their_bounds_and_take_no_more_of_them(
+    beside: int, mixed: int, missing: int, batched: int
+) -> None:
+    sizes = limits(max_num_batched_tokens=batched, mixed_prefill_tokens=mixed)
+    tokens = step_tokens(sizes, beside, missing)
+    most = batched - beside
+    if beside and mixed:
+        most = min(most, mixed)
+    assert 0 < tokens <= most
+    if beside:
+        largest = step_tokens(sizes, beside, 10**9)
+        assert 2 * largest >= most
+        assert -(-missing // tokens) == -(-missing // largest)
+
+
+@given(
+    tokens=st.integers(1, 9000),
+    beside=st.integers(0, 600),
+    threshold=st.integers(0, 3000),
+    shorts=st.lists(st.integers(1, 500), max_size=20),
+    missing=st.integers(1, 50_000),
+)
+def test_the_first_in_turn_always_gets_its_least_piece(
+    tokens: int, beside: int, threshold: int, shorts: list[int], missing: int
+) -> None:
+    budget = opened(tokens, beside, long_prefill_token_threshold=threshold)
+    for short in shorts:
+        if budget.whole(short):
+            budget.spend_whole(short)
+    given_now = budget.in_turn(missing)
+    least = least_piece(limits(long_prefill_token_threshold=threshold), tokens)
+    assert min(missing, least) <= given_now <= min(missing, budget.left)
