@@ -201,6 +201,9 @@ def test_a_resumed_request_that_has_all_its_tokens_ends_at_once() -> None:
         eng.add(msgspec.structs.replace(request("a", [1, 2], 2), resume=resume))
         assert [d.finish_reason for d in eng.step()] == [reason]
         assert not eng.has_work()
+    eng.add(msgspec.structs.replace(request("a", [1, 2], 2), resume=[4, 5]))
+    eng.abort(["a"])
+    assert not eng.has_work()
 
 
 def test_preemption_happens_and_loses_nothing() -> None:

@@ -80,6 +80,7 @@ class Engine:
     def abort(self, ids: Iterable[str]) -> None:
         """End requests, known or not; they bring no further Delta."""
         ids = list(ids)
+        self._early = [delta for delta in self._early if delta.id not in ids]
         for request_id in ids:
             self._preparing.pop(request_id, None)
             self._forget(request_id)
