@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from millrace.common import optional
 from tests.support.text_model import write_text_model
 
 # An example's time says how busy the machine is, not whether it is right.
@@ -26,6 +29,38 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from millrace.model.tiny import UNIT_TEST, write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("small") / "model", UNIT_TEST, seed=3)
+
+
+@pytest.fixture
+def replace_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str | None], None]]:
+    """A function (module, source): from now on importing the module runs the source; None makes it
+    a module that is not installed. The real one is back after the test."""
+
+    replaced: list[str] = []
+
+    def replace(module: str, source: str | None) -> None:
+        replaced.append(module)
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{module}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        if source is None:
+            monkeypatch.setitem(sys.modules, module, None)
+        else:
+            folder = tmp_path / "packages"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{module}.py").write_text(source)
+            monkeypatch.syspath_prepend(folder)
+        forget()
+
+    def forget() -> None:
+        optional.probe.cache_clear()
+        optional.available.cache_clear()
+
+    yield replace
+    for module in replaced:
+        sys.modules.pop(module, None)  # the test's own
+    forget()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -111,10 +110,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("raw", ["parquet", "jsonl"])
 def test_raw_data_come_back_as_they_were(tmp_path: Path, raw: Any) -> None:
-    if raw == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        with pytest.raises(UserError, match="millrace\\[bench\\]"):
-            check_raw("parquet")
-        return
+    assert check_raw(raw) == ""
     paths = save_run(
         tmp_path / "a.json", fields(), some_records(), SAMPLES, detailed=False, raw=raw
     )

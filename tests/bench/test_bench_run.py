@@ -200,10 +200,11 @@ def test_what_a_reader_must_know_is_remarked() -> None:
             "advice": "client-bound: use --processes 8",
             "reasons": ["busy"],
         },
+        "server": {"notes": ["power of GPUs is left out"]},
     }
     lines = remarks(fields)
-    assert len(lines) == 3
-    assert lines[2] == "client-bound: use --processes 8 (busy)"
+    assert len(lines) == 4
+    assert lines[2:] == ["client-bound: use --processes 8 (busy)", "power of GPUs is left out"]
 
 
 def test_an_open_loop_counts_from_when_requests_were_due(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import psutil
 import pytest
 import torch
 
+from millrace.common.optional import probe
 from tests.kernels.gpu_support import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton")
@@ -192,7 +193,9 @@ def test_a_start_goes_on_without_them(
     assert calls == ["finish", "close", "close"]
 
 
-def test_no_more_children_than_memory_and_cores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_children_than_memory_and_cores_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     large = [(34816, 5120, 16384, 0), *PRODUCTS]
     assert 1 << 30 < prebuild.tensor_bytes(large) < 2 << 30
@@ -202,7 +205,12 @@ def test_no_more_children_than_memory_and_cores_allow(monkeypatch: pytest.Monkey
     assert prebuild.how_many(PRODUCTS[:2], 140 << 30) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
     assert prebuild.how_many(large, 140 << 30) == 0
-    assert prebuild.start(large, "cpu", 0, Path("/nowhere/at/all")) is None
+    assert prebuild.start(large, "cpu", 0, tmp_path / "marker") is None
+    assert "no core" in caplog.text
+    caplog.clear()
+    (tmp_path / "marker").write_text("complete")
+    assert prebuild.start(large, "cpu", 0, tmp_path / "marker") is None
+    assert not caplog.text
 
 
 def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +219,7 @@ def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     free = [140 << 30]
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(__version__="1"))
+    probe.cache_clear()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 141 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -222,14 +231,16 @@ def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DG_JIT_USE_NVRTC", "1")
     prebuild.on_this_gpu(PRODUCTS)
     monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(__version__="2"))
+    probe.cache_clear()
     prebuild.on_this_gpu(PRODUCTS)
     assert [given[:3] for given in asked] == 4 * [(PRODUCTS, "cuda:3", prebuild.MOST)]
     markers = [given[3] for given in asked]
     assert markers[0] == markers[1]
     assert len(set(markers)) == 3
     free[0] = prebuild.LEAST_FREE - 1
-    assert prebuild.on_this_gpu(PRODUCTS) is None
-    assert len(asked) == 4
+    prebuild.on_this_gpu(PRODUCTS)
+    assert asked[4][2] == 0
+    probe.cache_clear()
 
 
 @pytest.mark.gpu

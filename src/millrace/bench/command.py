@@ -130,7 +130,9 @@ def sweep(**flags: Any) -> None:
 
 
 def _check_output(flags: Mapping[str, Any]) -> None:
-    check_raw(flags["raw"])
+    note = check_raw(flags["raw"])
+    if note and (flags["save_result"] or flags["save_detailed"] or flags["result_filename"]):
+        click.echo(note, err=True)
     metric_names(flags["percentile_metrics"])
     if flags["num_runs"] < 1:
         raise UserError(f"--num-runs {flags['num_runs']}: use 1 or more")

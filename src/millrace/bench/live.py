@@ -90,4 +90,4 @@ def remarks(fields: dict[str, Any]) -> list[str]:
     client = fields["client"]
     if client["client_bound"]:
         lines.append(f"{client['advice']} ({'; '.join(client['reasons'])})")
-    return lines
+    return [*lines, *fields["server"]["notes"]]

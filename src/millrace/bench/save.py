@@ -7,7 +7,6 @@ the same columns.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -22,6 +21,7 @@ from millrace import __version__
 from millrace.bench.records import NUMBERS, Record
 from millrace.bench.report import DETAIL
 from millrace.bench.watch import Sample
+from millrace.common.optional import probe, require
 from millrace.errors import UserError
 
 RawFormat = Literal["auto", "parquet", "jsonl", "none"]
@@ -67,12 +67,17 @@ def save_run(
     return [write_json(path, kept), *written]
 
 
-def check_raw(raw: RawFormat) -> None:
-    """Raise UserError when that format cannot be written here."""
-    if raw == "parquet" and not _has_pyarrow():
-        raise UserError(
-            "--raw parquet needs pyarrow: pip install 'millrace[bench]', or use --raw jsonl"
-        )
+def check_raw(raw: RawFormat) -> str:
+    """What "auto" comes to where that is less than it might be; empty where it is not.
+
+    Raises UserError when that format cannot be written here.
+    """
+    if raw not in ("auto", "parquet"):
+        return ""
+    found = probe("pyarrow")
+    if raw == "parquet" and found.problem:
+        raise UserError(f"--raw parquet: {found.problem}; {found.remedy}, or use --raw jsonl")
+    return found.problem and f"raw data will be JSON Lines: {found.problem}; {found.remedy}"
 
 
 def request_columns(records: Sequence[Record]) -> dict[str, list[Any]]:
@@ -100,7 +105,7 @@ def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 def _write_table(path: Path, columns: Mapping[str, list[Any]], raw: RawFormat) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if raw == "parquet" or (raw == "auto" and _has_pyarrow()):
+    if raw == "parquet" or (raw == "auto" and not probe("pyarrow").problem):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -117,18 +122,13 @@ def _write_table(path: Path, columns: Mapping[str, list[Any]], raw: RawFormat) -
 def read_table(path: Path) -> dict[str, list[Any]]:
     """The columns of a raw data file, of either kind. Raises UserError when it cannot be read."""
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise UserError(f"{path}: reading it needs pyarrow (millrace[bench])") from None
+        require("pyarrow", str(path))
+        import pyarrow.parquet as pq
+
         table: dict[str, list[Any]] = pq.read_table(path).to_pydict()
         return table
     rows = [msgspec.json.decode(line, type=dict[str, Any]) for line in path.open("rb")]
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
-
-
-def _has_pyarrow() -> bool:
-    return importlib.util.find_spec("pyarrow") is not None
 
 
 # --- where it came from ------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -15,11 +16,13 @@ import msgspec
 
 from millrace.bench.options import BenchOptions
 from millrace.bench.pages import Page, Totals, difference, read_dcgm, read_page
+from millrace.common.optional import probe
 from millrace.errors import UserError
 from millrace.http1 import Target, fetch, parse_url
 
 _EVERY_S = 1.0
 _LIMIT_S = 2.0  # for one page
+_DRIVER = Path("/proc/driver/nvidia")  # there where the host has NVIDIA's driver
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -149,25 +152,31 @@ def _together(pages: list[Page]) -> dict[str, float]:
 
 
 class Gpus:
-    """This host's GPUs through NVML; without the library or without GPUs there are none."""
+    """This host's GPUs through NVML. Without the library there are none, with a note if there is
+    a driver; without GPUs there are none."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.notes: list[str] = []
         self._handles: list[Any] = []
+        found, driver = probe("pynvml"), _DRIVER.exists()
+        self._nvml: Any = found.module
+        if found.module is None:
+            if driver or found.state == "broken":
+                self.notes.append(f"power of GPUs is left out: {found.problem}; {found.remedy}")
+            return
         try:
-            import pynvml
+            self._find()
+        except Exception as error:
+            if driver:
+                self.notes.append(f"power of GPUs is left out: {type(error).__name__}: {error}")
 
-            pynvml.nvmlInit()
-        except ImportError:
-            return  # `pip install millrace[bench]` brings it
-        except Exception:
-            return  # no driver: no GPUs
-        self._nvml = pynvml
-        self._handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
-        self.names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in self._handles]
+    def _find(self) -> None:
+        nvml = self._nvml
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        self.names = [str(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+        self._handles = handles
 
     def _each(self, read: str, *arguments: Any) -> list[Any]:
         """What each GPU answers; one that does not know (GB10 counts no memory) is left out."""

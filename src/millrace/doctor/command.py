@@ -56,13 +56,14 @@ def doctor(
 def _look(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
     from rich.console import Console
 
-    from millrace.doctor import devices, machine, model
+    from millrace.doctor import devices, machine, model, packages
     from millrace.doctor.finding import show
 
     findings = [
         *machine.versions(),
         *machine.machine(),
         *machine.limits(host, port),
+        *packages.packages(devices.has_hopper()),
         *devices.devices(),
         *devices.kernels(),
         *model.shipped(),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import subprocess
 from collections.abc import Iterator
-from types import FunctionType, ModuleType
 
 from millrace.doctor.finding import Finding
 
@@ -36,20 +34,30 @@ def devices() -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def has_hopper() -> bool:
+    """Whether the GPU that an engine would take is of that generation."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def kernels() -> Iterator[Finding]:
     """For each op, what runs it on the device that an engine would take."""
     import torch
 
+    from millrace.kernels.dispatch import all_ops
+
     if torch.cuda.is_available():
-        yield from _gpu_libraries()
+        triton = _triton()
+        yield triton
+        yield from _backends() if triton.verdict == "ok" else ()
         device, native = "gpu", True
     else:
         compiled = _native()
         yield compiled
         device, native = "cpu", compiled.verdict == "ok"
-    for module in _op_modules():
-        for name in _ops(module):
-            yield _path(device, native, module.__name__, name)
+    for module, name in all_ops():
+        yield _path(device, native, module, name)
 
 
 def _native() -> Finding:
@@ -70,40 +78,27 @@ def _native() -> Finding:
     return Finding("kernels", "native library", str(path))
 
 
-def _gpu_libraries() -> Iterator[Finding]:
-    """What the fast paths import; without an optional one another path runs."""
-    for name, package, needed in (
-        ("triton", "triton", True),
-        ("DeepGEMM", "deep_gemm", False),
-    ):
-        try:
-            module = importlib.import_module(package)
-        except ImportError as error:
-            yield Finding(
-                "kernels", name, f"not there ({error})", "fail" if needed else "warn",
-                "" if needed else "pip install 'millrace[gpu]' makes FP8 products faster",
-            )  # fmt: skip
-        else:
-            yield Finding("kernels", name, str(getattr(module, "__version__", "there")))
+def _triton() -> Finding:
+    """The fast paths on a GPU are written in it."""
+    try:
+        module = importlib.import_module("triton")
+    except ImportError as error:
+        advice = "install the CUDA build of PyTorch, which brings it"
+        return Finding("kernels", "triton", f"cannot be imported ({error})", "fail", advice)
+    return Finding("kernels", "triton", str(module.__version__))
 
 
-def _op_modules() -> Iterator[ModuleType]:
-    import millrace.kernels
+def _backends() -> Iterator[Finding]:
+    """What runs those ops that have more than one form on this GPU, at the 27B model's shapes."""
+    import torch
 
-    for found in pkgutil.iter_modules(millrace.kernels.__path__):
-        if not found.ispkg and found.name != "dispatch":
-            yield importlib.import_module(f"millrace.kernels.{found.name}")
+    from millrace.kernels.gpu import report
+    from millrace.kernels.gpu.gdn_decode import Shape
 
-
-def _ops(module: ModuleType) -> list[str]:
-    """The ops of one module: its functions that `dispatch.op` has wrapped."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, FunctionType)
-        and hasattr(value, "__wrapped__")
-        and value.__module__ == module.__name__
-    ]
+    low = (True,) * 6
+    for choice in report.backends(torch.bfloat16, Shape(2, 16, 128, 128, 3, *low)):
+        value = choice.backend + (f"; {choice.reason}" if choice.reason else "")
+        yield Finding("kernels", choice.op, value, "warn" if choice.remedy else "ok", choice.remedy)
 
 
 def _path(device: str, native: bool, module: str, name: str) -> Finding:

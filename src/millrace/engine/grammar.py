@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.common.optional import available
 from millrace.errors import ConfigError, RequestError
 from millrace.protocol import AddRequest, Masks, StepPlan
 
@@ -152,13 +153,13 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        try:
-            from llguidance import LLTokenizer
-        except ImportError:
+        if not available("llguidance"):
             raise RequestError(
-                "structured outputs need the package llguidance on the server",
+                "structured outputs need llguidance, which the server cannot import; see its log",
                 param="structured_outputs",
-            ) from None
+            )
+        from llguidance import LLTokenizer
+
         if not self._path.exists():
             raise ConfigError(f"structured outputs need {self._path}")
         return LLTokenizer(

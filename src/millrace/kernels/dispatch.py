@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from types import FunctionType
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class BackendChoice(NamedTuple):
+    """Which backend runs an op on this machine, and why no faster one does.
+
+    backend: the library or kernel. reason: why a faster backend is not used; empty if there is
+    none. remedy: a command that makes the faster one available; empty if there is none.
+    """
+
+    op: str
+    backend: str
+    reason: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.op}: {self.backend}" + (f"; {self.reason}" if self.reason else "")
+        return f"{text} ({self.remedy})" if self.remedy else text
 
 
 def op(reference: Callable[P, R]) -> Callable[P, R]:
@@ -50,4 +69,22 @@ def find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | 
         if error.name not in (fast_module, f"{package}.{device}"):
             raise  # the fast path is there, but something that it needs is not
         return None
+    return found
+
+
+def all_ops() -> list[tuple[str, str]]:
+    """Every op: its module, by the whole name, and its own name. Imports the references."""
+    package, _, own = __name__.rpartition(".")
+    found = []
+    for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if entry.ispkg or entry.name == own:
+            continue
+        module = importlib.import_module(f"{package}.{entry.name}")
+        found += [
+            (module.__name__, name)
+            for name, value in vars(module).items()
+            if isinstance(value, FunctionType)
+            and hasattr(value, "__wrapped__")
+            and value.__module__ == module.__name__
+        ]
     return found

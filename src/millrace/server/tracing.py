@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from millrace.common.optional import require
 from millrace.errors import ConfigError
 from millrace.server.record import Record
 
@@ -30,7 +31,7 @@ class Tracer:
     def to(cls, endpoint: str | None) -> Tracer:
         """A tracer that sends to this OTLP/HTTP URL; None: one that does nothing.
 
-        Raises ConfigError where OpenTelemetry is not installed.
+        Raises ConfigError where OpenTelemetry is not installed, or is broken.
         """
         if endpoint is None:
             return cls()
@@ -39,15 +40,12 @@ class Tracer:
                 f"--otlp-traces-endpoint {endpoint!r}: use a URL of OTLP over HTTP, such as "
                 "http://127.0.0.1:4318/v1/traces"
             )
-        try:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError:
-            raise ConfigError(
-                "--otlp-traces-endpoint needs OpenTelemetry: pip install 'millrace[otel]'"
-            ) from None
+        require("opentelemetry", "--otlp-traces-endpoint")
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
         provider = TracerProvider(
             resource=Resource.create({SERVICE_NAME: "millrace"}), shutdown_on_exit=False
         )

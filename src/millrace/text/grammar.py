@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from millrace.common.optional import available
 from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
 
@@ -103,12 +104,12 @@ def problem_of(source: str) -> str:
 
 @lru_cache(maxsize=64)
 def _checked(source: str) -> str:
-    try:
-        from llguidance import LLMatcher
-    except ImportError:
+    if not available("llguidance"):
         raise RequestError(
-            "structured output needs the package llguidance, which is not installed here"
-        ) from None
+            "structured outputs need llguidance, which the server cannot import; see its log"
+        )
+    from llguidance import LLMatcher
+
     return str(LLMatcher.validate_grammar(source))
 
 

@@ -25,10 +25,15 @@ def compiled(text: str, name: str) -> Callable[..., None] | None:
     """The kernel `name` of a source; None, and a warning, where this machine cannot compile it."""
     compiler = getattr(torch.cuda, "_compile_kernel", None)
     if compiler is None:
+        _warn(name, f"PyTorch {torch.__version__} has no torch.cuda._compile_kernel")
         return None
     try:
         kernel: Callable[..., None] = compiler(text, name)
     except (RuntimeError, OSError) as error:  # no compiler library on this machine
-        logger.warning("the kernel %s cannot be compiled; a slower one runs: %s", name, error)
+        _warn(name, error)
         return None
     return kernel
+
+
+def _warn(name: str, why: object) -> None:
+    logger.warning("the kernel %s cannot be compiled; a slower one runs: %s", name, why)

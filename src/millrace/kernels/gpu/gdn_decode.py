@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState
+from millrace.kernels.dispatch import BackendChoice
 from millrace.kernels.gpu import cuda_source
 from millrace.kernels.gpu import gdn_decode_triton as triton_form
 from millrace.kernels.gpu.conv import conv_decode
@@ -33,6 +34,7 @@ Kernel = Callable[..., None]
 Pair = tuple[Tensor, Tensor]
 ALIGNED = 16  # bytes, of what the CUDA forms read
 MOST_THREADS = 1024
+MOST_TOKENS = 8  # a row
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,29 @@ def source(shape: Shape, name: str) -> str:
     return cuda_source.read("gdn_decode.cu", asdict(shape)) + cuda_source.read(f"{name}.cu", {})
 
 
+def unsupported(shape: Shape) -> str:
+    """Why the CUDA form has no kernel for a shape; empty where it has."""
+    if shape.DK % 32 or shape.DV % 32:
+        return f"heads of {shape.DK} and {shape.DV} channels are no multiples of 32"
+    if shape.N > MOST_TOKENS:
+        return f"a row has {shape.N} tokens, more than {MOST_TOKENS}"
+    if shape.threads > MOST_THREADS:
+        return f"a key head and its value heads need {shape.threads} threads, more than a block has"
+    return ""
+
+
+def decode_backend(shape: Shape) -> BackendChoice:
+    """Which form runs at a shape; a CUDA one is compiled now."""
+    why = unsupported(shape) or ("" if _compiled(shape) else "they cannot be compiled here")
+    if why:
+        return BackendChoice("GDN decode", "Triton kernels", f"no CUDA kernels: {why}")
+    return BackendChoice("GDN decode", "CUDA kernels")
+
+
 @functools.cache
 def _compiled(shape: Shape) -> Native | None:
     """None where there is no such kernel, or no compiler."""
-    if shape.DK % 32 or shape.DV % 32 or shape.N > 8 or shape.threads > MOST_THREADS:
+    if unsupported(shape):
         return None
     answer = _answer(replace(shape, RAW=False, CONV=False))
     prepare = answer and cuda_source.compiled(source(shape, "gdn_prepare"), "gdn_prepare")

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.common.optional import probe
+from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.gpu import gemm_choice, gemm_few
 from millrace.kernels.gpu.gemm_choice import CUBLAS, DEEP_GEMM, Way, choose
 from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
@@ -86,20 +89,38 @@ def _config(tokens: int, outputs: int) -> tuple[int, int, bool, int, int]:
     return 64, 128, False, 4, 4
 
 
+def fp8_backends(dtype: torch.dtype) -> list[BackendChoice]:
+    """Who multiplies FP8 weights on this GPU, with results in dtype: of few tokens, and of more."""
+    many = _fp8_backend(dtype)
+    if not _is_hopper() or dtype != torch.bfloat16:
+        return [many]
+    few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
+    why = "" if few else "the CUDA kernel cannot be compiled here"
+    return [BackendChoice(name, "CUDA kernel" if few else many.backend, why), many]
+
+
+def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
+    name, device = "FP8 GEMM", _device_name()
+    if not _is_hopper() or dtype != torch.bfloat16:
+        why = f"DeepGEMM and cuBLAS do it on Hopper in bfloat16, not on {device} in {dtype}"
+        return BackendChoice(name, "Triton kernel", why)
+    found = probe("deep_gemm")
+    if found.module is None:
+        return BackendChoice(name, "cuBLAS", found.problem, found.remedy)
+    both = f"DeepGEMM {found.version} or cuBLAS"
+    if gemm_choice.is_measured(device):
+        return BackendChoice(name, f"{both}, by what was measured on {device}")
+    return BackendChoice(name, f"{both}, by a rule", f"nothing was measured on {device}")
+
+
 @functools.cache
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
-@functools.cache
 def _deep_gemm() -> ModuleType | None:
-    """The DeepGEMM library, where it is installed."""
-    try:
-        import deep_gemm
-    except ImportError:
-        return None
-    module: ModuleType = deep_gemm
-    return module
+    """The DeepGEMM library, where it can be imported; `fp8_backends` says why it cannot."""
+    return probe("deep_gemm").module
 
 
 def deep_gemm_matmul(

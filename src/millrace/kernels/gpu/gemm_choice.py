@@ -43,6 +43,11 @@ def choose(tokens: int, outputs: int, width: int, device: str) -> Way:
     return ways[at] if at < len(ways) else _rule(tokens, outputs)
 
 
+def is_measured(device: str) -> bool:
+    """Whether there is a table for this device."""
+    return bool(_table(device))
+
+
 def _rule(tokens: int, outputs: int) -> Way:
     """What held for the shapes of Qwen3.5-27B on one H200, before each was measured."""
     if 128 < tokens <= 384:

@@ -41,6 +41,11 @@ def few_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor | None:
     return out
 
 
+def is_compiled() -> bool:
+    """Whether this machine has the kernel; it is compiled now."""
+    return _compiled() is not None
+
+
 def source() -> str:
     """The kernel `gemm_few`."""
     return cuda_source.read("gemm_few.cu", {"warps": WARPS})

@@ -31,6 +31,7 @@ from typing import IO
 
 import torch
 
+from millrace.common.optional import probe
 from millrace.kernels.quantize import GROUP, Quantized
 
 logger = logging.getLogger(__name__)
@@ -92,19 +93,16 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
 
 def on_this_gpu(products: list[Product]) -> Children | None:
     """Children for these on the current GPU; None where that has no room or nothing is to do."""
-    import deep_gemm
-
     free, _ = torch.cuda.mem_get_info()
-    if free < LEAST_FREE:
-        return None
     compiler = sorted(
         (name, value)
         for name, value in os.environ.items()
         if name.startswith("DG_JIT_") or name in ("CUDA_HOME", "CUDA_PATH")
     )
-    facts = (deep_gemm.__version__, torch.version.cuda, torch.cuda.get_device_name(), compiler)
+    facts = (probe("deep_gemm").version, torch.version.cuda, torch.cuda.get_device_name(), compiler)
     device = f"cuda:{torch.cuda.current_device()}"
-    return start(products, device, how_many(products, free), marker_of(products, facts))
+    count = how_many(products, free) if free >= LEAST_FREE else 0
+    return start(products, device, count, marker_of(products, facts))
 
 
 def how_many(products: list[Product], free: int) -> int:
@@ -129,7 +127,11 @@ def marker_of(products: list[Product], facts: object) -> Path:
 
 def start(products: list[Product], device: str, count: int, marker: Path) -> Children | None:
     """Start `count` children; None if the marker says that they are not needed. Raises OSError."""
-    claimed = _claim(marker) if count else None
+    if not count:
+        if not (marker.is_file() and marker.stat().st_size):
+            _warn("there is no core, or no GPU memory, for another process")
+        return None
+    claimed = _claim(marker)
     if claimed is None:
         return None
     logger.info("%d products of DeepGEMM are compiled by %d processes", len(products), count)

@@ -1,0 +1,1 @@
+"""What every part may use: it knows no model, no request and no replica."""
