@@ -72,7 +72,8 @@ def command(
         }
         policy = ["--policy", name.rpartition(" ")[2]] if name.startswith("millrace policy") else []
         urls_said = ["--worker-urls", ",".join(urls)]
-        found = ["env", f"PYTHONPATH={options.before}"] if name == "millrace before" else []
+        path = os.pathsep.join(filter(None, [options.before, os.environ.get("PYTHONPATH")]))
+        found = ["env", f"PYTHONPATH={path}"] if name == "millrace before" else []
         return [*found, *OURS, "--port", str(port), *urls_said, *more.get(name, policy)]
     if name in ("nginx", "haproxy", "envoy"):
         config = work / f"{name}.{'json' if name == 'envoy' else 'conf'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from millrace.cli import run
-from millrace.doctor import devices, machine
+from millrace.doctor import devices, machine, packages
 from millrace.kernels.cpu import build
 from millrace.model.tiny import TinyShape, config_json
+
+Replace = Callable[[str, str | None], None]
 
 
 def look(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -118,6 +121,58 @@ def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine._shared_memory()
     assert found.verdict == "warn"
     assert "--shm-size" in found.advice
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "has_hopper", lambda: True)
+
+
+def test_a_broken_package_fails_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], hopper: None, replace_package: Replace
+) -> None:
+    replace_package("deep_gemm", "raise ImportError('undefined symbol: TVMFFIErrorMove')")
+    replace_package("pyarrow", "raise ImportError('built for another numpy')")
+    status, found = look(capsys, "--port", "0")
+    assert status == 1
+    one = found["packages: DeepGEMM"]
+    assert one["verdict"] == "fail"
+    assert "cannot be imported (ImportError: undefined symbol: TVMFFIErrorMove)" in one["value"]
+    assert "'sgl-deep-gemm==0.1.3' 'apache-tvm-ffi==0.1.9'" in one["advice"]
+    assert found["packages: pyarrow"]["verdict"] == "fail"
+
+
+def test_packages_that_are_not_installed(
+    capsys: pytest.CaptureFixture[str], hopper: None, replace_package: Replace
+) -> None:
+    """DeepGEMM's absence costs speed, llguidance is no option, others are a choice."""
+    for name in ("deep_gemm", "llguidance", "pynvml"):
+        replace_package(name, None)
+    _, found = look(capsys, "--port", "0")
+    verdicts = {name: one["verdict"] for name, one in found.items() if name.startswith("packages")}
+    assert verdicts["packages: DeepGEMM"] == "warn"
+    assert verdicts["packages: llguidance"] == "fail"
+    assert verdicts["packages: nvidia-ml-py"] == "ok"
+    assert found["packages: DeepGEMM"]["advice"] == "pip install 'millrace[gpu]'"
+
+
+def test_a_pinned_package_of_another_version(
+    monkeypatch: pytest.MonkeyPatch, hopper: None, replace_package: Replace
+) -> None:
+    replace_package("deep_gemm", "__version__ = '0.1.3'")
+    installed = {"sgl-deep-gemm": "0.1.3", "apache-tvm-ffi": "0.1.9"}
+    monkeypatch.setattr(packages.metadata, "version", installed.__getitem__)
+    assert next(iter(packages.packages(hopper=True))).value == "0.1.3"
+    installed["apache-tvm-ffi"] = "0.1.15"
+    found = next(iter(packages.packages(hopper=True)))
+    assert (found.verdict, found.value) == ("warn", "loads, but with apache-tvm-ffi 0.1.15")
+    assert found.advice == "pip install 'apache-tvm-ffi==0.1.9'"
+
+
+def test_other_machines_do_not_import_deep_gemm(replace_package: Replace) -> None:
+    replace_package("deep_gemm", "raise ImportError('no CUDA here')")
+    found = next(iter(packages.packages(hopper=False)))
+    assert (found.name, found.verdict) == ("DeepGEMM", "ok")
 
 
 def test_collectives_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:

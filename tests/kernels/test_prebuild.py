@@ -26,12 +26,12 @@ import torch
 
 from millrace.common.optional import probe
 from tests.kernels.gpu_support import HAS_TRITON
+from tests.support.child_environment import python_path
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton")
 
 from millrace.kernels.gpu import prebuild  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0  # seconds for what takes some of them on a quiet machine
 PRODUCTS = [(128, 256, tokens, 120 + tokens % 3) for tokens in range(9, 200)]
 FAKE = '''
@@ -64,8 +64,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the stand-in writes; children find it as the module deep_gemm."""
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake/deep_gemm.py").write_text(FAKE)
-    path = os.pathsep.join([str(tmp_path / "fake"), str(ROOT / "src")])
-    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "fake"))
     monkeypatch.setenv("FAKE_NOTES", str(tmp_path / "notes"))
     monkeypatch.setenv("FAKE_WAY", "well")
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))

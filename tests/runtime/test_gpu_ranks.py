@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import re
 import subprocess
@@ -20,6 +19,7 @@ import torch
 
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime import collectives
+from tests.support.child_environment import child_environment
 from tests.support.engines import assert_same, build, generate
 
 pytestmark = [
@@ -136,7 +136,6 @@ with pytest.MonkeyPatch.context() as patch:
     start_failing_ranks(patch, *sys.argv[2:4], Path(sys.argv[4]))
     build(sys.argv[1], device="cuda", tensor_parallel_size=2)
 """
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,7 @@ def test_a_rank_that_fails_while_kernels_wait_for_it(
     """Rank 0 raises, or ends where its GPU lets it do nothing else; it says why either way."""
     note = tmp_path / "failed"
     command = [sys.executable, "-c", START, str(model), stage, way, str(note)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    env = child_environment()
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     spent = time.time() - float(note.read_text())
     assert ended.returncode, ended.stderr

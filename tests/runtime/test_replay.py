@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from millrace.engine import planlog
+from tests.support.child_environment import ROOT, child_environment
 from tests.support.engines import build, generate
 
 PROMPTS = [[5, 9, 40, 77, 120, 6] * 5, [5, 9, 40, 77, 120, 6] * 5 + [8], [11]]
@@ -48,10 +48,9 @@ def test_torchrun_starts_the_ranks_that_llm_starts_itself(tiny_model: Path, tmp_
     script.write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(script), str(tiny_model), repr(PROMPTS)]
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    env = child_environment(OMP_NUM_THREADS="1")
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=root, env=env, check=False
+        command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     engine = build(tiny_model)

@@ -23,12 +23,12 @@ from millrace.errors import RankError
 from millrace.runtime import watch
 from millrace.runtime.apart import apart, ended_after
 from millrace.runtime.ranks import Ranks
+from tests.support.child_environment import ROOT, child_environment, python_path
 from tests.support.engines import build
 from tests.support.failing_rank import STAGES, WAYS, as_on_a_gpu
 
 NOTICED = 10.0  # seconds from the failure until rank 0 has raised; it takes about one
 LIMIT = 30.0
-ROOT = Path(__file__).resolve().parents[2]
 LINES = {
     "kill": r"rank 1 \(pid \d+\) died with signal 9",
     "stop": r"rank 1 \(pid \d+\) has not answered for \d+ s and is stopped",
@@ -55,9 +55,8 @@ def start_failing_ranks(
     def popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         at = command.index("millrace.engine.process")
         failing = ["tests.support.failing_rank", stage, way, str(note)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "src"), env.get("PYTHONPATH", "")])
         command = [*command[:at], *failing, *command[at + 1 :]]
-        started.append(subprocess.Popen(command, env={**env, "PYTHONPATH": path}))
+        started.append(subprocess.Popen(command, env={**env, "PYTHONPATH": python_path()}))
         return started[-1]
 
     one = SimpleNamespace(Popen=popen, TimeoutExpired=subprocess.TimeoutExpired)
@@ -101,7 +100,7 @@ with pytest.MonkeyPatch.context() as patch:
 def test_a_process_that_cannot_notice_is_ended(tiny_model: Path, tmp_path: Path) -> None:
     """Rank 0 is in a call that never returns, as a driver's may be."""
     command = [sys.executable, "-c", STUCK, str(tiny_model), str(tmp_path / "failed")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    env = child_environment()
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=2 * LIMIT)
     assert ended.returncode == stuck.RANK_FAILED, ended.stderr
     assert re.search(r"rank 1 \(pid \d+\) died with signal 9$", ended.stderr, re.M)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from millrace.engine.grammar import Grammars
 from millrace.errors import RequestError
-from millrace.protocol import StructuredOutputs
+from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
 from millrace.text.call_grammar import calls_source
 from millrace.text.grammar import structured_rules, structured_source
 from millrace.text.toolset import choose_tools, read_tools
@@ -207,3 +210,24 @@ def test_a_wrong_schema_of_a_tool_is_told_with_its_place() -> None:
         with pytest.raises(RequestError) as caught:
             calls_source(choose_tools(tools, "required"), as_json, False, lambda _: None)
         assert "tools[0].function.parameters.properties.a: " in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, "raise ImportError('no ABI')"])
+def test_a_server_without_llguidance_says_so(
+    source: str | None,
+    tmp_path: Path,
+    replace_package: Callable[[str, str | None], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The client learns what the server lacks, and the server's log why."""
+    replace_package("llguidance", source)
+    with pytest.raises(RequestError, match="llguidance, which the server cannot import"):
+        structured_source(StructuredOutputs(regex=f"alone {source}"), "f", False)
+    grammars = Grammars(tmp_path / "tokenizer.json", 300, [2], 1)
+    request = AddRequest("a", [1], SamplingParams(), grammar=Grammar('start: "a"'))
+    with pytest.raises(RequestError, match="llguidance, which the server cannot import"):
+        grammars.prepare(request).result(10)
+    grammars.close()
+    (record,) = caplog.records
+    assert record.message.startswith("llguidance is ")
+    assert ("no ABI" in record.message) == (source is not None)

@@ -136,6 +136,11 @@ class Grammars:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, request: AddRequest) -> Follower:
+        if not available("llguidance"):
+            raise RequestError(
+                "structured outputs need llguidance, which the server cannot import; see its log",
+                param="structured_outputs",
+            )
         from llguidance import LLMatcher
 
         assert request.grammar is not None
@@ -153,11 +158,6 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        if not available("llguidance"):
-            raise RequestError(
-                "structured outputs need llguidance, which the server cannot import; see its log",
-                param="structured_outputs",
-            )
         from llguidance import LLTokenizer
 
         if not self._path.exists():

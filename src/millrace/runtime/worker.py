@@ -67,7 +67,7 @@ class Worker:
         with ExitStack() as self._beside:  # what takes GPU memory until that is shared out
             with _timed("weights"):
                 _compile_beside(config, self._model, self._beside)
-                _log_backends(config, model_config, self._model)
+                log_backends(config, model_config, self._model)
                 _load_model(config, self._model, directory, ranks.check)
             with _timed("memory"):
                 self.memory = self._plan_memory()
@@ -228,7 +228,7 @@ def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> 
     beside.enter_context(compiling(_fp8_sizes(config, model)))
 
 
-def _log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5) -> None:
+def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5) -> None:
     """Log what runs each op on a GPU, and where FP8 weights are widened for want of FP8 GEMMs."""
     fp8 = any(module.fp8 for module in model.modules() if isinstance(module, Linear))
     if model_config.fp8 and not fp8:
