@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,12 +13,12 @@ from millrace.server.tracing import Tracer
 
 @pytest.mark.parametrize(("source", "words"), [
     (None, "OpenTelemetry is not installed; pip install 'millrace[otel]'"),
-    ("raise ImportError('protobuf')", r"cannot be imported \(ImportError: protobuf\); pip install"),
+    ("raise ImportError('protobuf')", "cannot be imported (ImportError: protobuf); pip install"),
 ])  # fmt: skip
 def test_without_opentelemetry(
     source: str | None, words: str, replace_package: Callable[[str, str | None], None]
 ) -> None:
     replace_package("opentelemetry", source)
-    with pytest.raises(ConfigError, match=f"^--otlp-traces-endpoint: .*{words}"):
+    with pytest.raises(ConfigError, match=f"^--otlp-traces-endpoint: .*{re.escape(words)}"):
         Tracer.to("http://127.0.0.1:4318/v1/traces")
     assert not Tracer.to(None).active
