@@ -28,8 +28,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 VOCABULARY = 3000  # token ids below are plain ones in every model that ships
@@ -46,6 +48,17 @@ class Answer:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Server:
+    port: int
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """What its processes have used so far; other work on the machine disturbs it little."""
+        times = [p.cpu_times() for p in (self.process, *self.process.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,15 +66,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(model: str, src: Path, words: Sequence[str]) -> Iterator[int]:
-    """A server with the code in `src`; its port. It is ended with the block."""
+def server(model: str, src: Path, words: Sequence[str]) -> Iterator[Server]:
+    """A server with the code in `src`. It is ended with the block."""
     port = free_port()
     command = [sys.executable, "-m", "millrace.cli", "serve", model, "--port", str(port), *words]
     env = os.environ | {"PYTHONPATH": str(src)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     try:
         await_ready(port, process)
-        yield port
+        yield Server(port, psutil.Process(process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -99,11 +112,17 @@ def ask(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
     return Answer(first, time.perf_counter() - start, len(prompt) + outputs)
 
 
+@dataclass
+class Measured:
+    tokens: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+
+
 class Client:
     """Asks one server. Every prompt is new, so that no prefix is cached."""
 
-    def __init__(self, port: int, model: str, seed: int) -> None:
-        self._port, self._model = port, model
+    def __init__(self, server: Server, model: str, seed: int) -> None:
+        self._server, self._model = server, model
         self._rng = random.Random(seed)
         self._pool = ThreadPoolExecutor(MIX + SEVERAL)
 
@@ -111,47 +130,63 @@ class Client:
         return [self._rng.randrange(3, VOCABULARY) for _ in range(length)]
 
     def send(self, length: int, outputs: int) -> Future[Answer]:
-        return self._pool.submit(ask, self._port, self._model, self.prompt(length), outputs)
+        return self._pool.submit(ask, self._server.port, self._model, self.prompt(length), outputs)
 
     def alone(self) -> dict[str, float]:
         answer = self.send(SHORT, 8).result()
         return {"64 alone, TTFT ms": 1e3 * answer.first}
 
     def long(self) -> dict[str, float]:
-        start = time.perf_counter()
-        answers = [future.result() for future in [self.send(LONG, 8) for _ in range(SEVERAL)]]
-        spent = time.perf_counter() - start
-        return {
-            "4 x 4,000 alone, tok/s": sum(answer.tokens for answer in answers) / spent,
-            "4 x 4,000 alone, mean TTFT ms": 1e3 * statistics.mean(a.first for a in answers),
-        }
+        with self._measured("4 x 4,000") as found:
+            answers = [future.result() for future in self._send_long()]
+            found.tokens = sum(answer.tokens for answer in answers)
+        return found.rates | {"4 x 4,000, mean TTFT ms": mean_first(answers)}
 
     def behind(self) -> dict[str, float]:
-        start = time.perf_counter()
-        longs = [self.send(LONG, 8) for _ in range(SEVERAL)]
-        time.sleep(0.05 + 0.1 * self._rng.random())
-        shorts = []
-        while not all(future.done() for future in longs):
-            shorts.append(self.send(SHORT, 8).result())
-        answers = [future.result() for future in longs]
-        spent = time.perf_counter() - start
+        with self._measured("4 x 4,000 and short ones") as found:
+            longs = self._send_long()
+            time.sleep(0.05 + 0.1 * self._rng.random())
+            shorts = []
+            while not all(future.done() for future in longs):
+                shorts.append(self.send(SHORT, 8).result())
+            answers = [future.result() for future in longs]
+            found.tokens = sum(answer.tokens for answer in answers + shorts)
         return {
-            "64 behind, first one's TTFT ms": 1e3 * shorts[0].first,
-            "64 behind, median TTFT ms": 1e3 * statistics.median(a.first for a in shorts),
-            "64 behind, how many meanwhile": len(shorts),
-            "4 x 4,000 with them, tok/s": sum(a.tokens for a in answers + shorts) / spent,
-            "4 x 4,000 with them, mean TTFT ms": 1e3 * statistics.mean(a.first for a in answers),
+            "64 behind them, the first one's TTFT ms": 1e3 * shorts[0].first,
+            "64 behind them, median TTFT ms": 1e3 * statistics.median(a.first for a in shorts),
+            "64 behind them, how many ended meanwhile": len(shorts),
+            **found.rates,
+            "4 x 4,000 and short ones, the long ones' mean TTFT ms": mean_first(answers),
         }
 
     def mix(self) -> dict[str, float]:
-        start = time.perf_counter()
         lengths = [self._rng.randint(64, 1024) for _ in range(MIX)]
-        answers = [future.result() for future in [self.send(length, 32) for length in lengths]]
-        spent = time.perf_counter() - start
-        return {"mix, tok/s": sum(answer.tokens for answer in answers) / spent}
+        with self._measured("mix") as found:
+            answers = [future.result() for future in [self.send(n, 32) for n in lengths]]
+            found.tokens = sum(answer.tokens for answer in answers)
+        return found.rates | {"mix, mean TTFT ms": mean_first(answers)}
 
     def round(self) -> dict[str, float]:
         return self.alone() | self.long() | self.behind() | self.mix()
+
+    def _send_long(self) -> list[Future[Answer]]:
+        return [self.send(LONG, 8) for _ in range(SEVERAL)]
+
+    @contextlib.contextmanager
+    def _measured(self, name: str) -> Iterator[Measured]:
+        """Rates of the block, which says how many tokens it had served."""
+        found, cpu, start = Measured(), self._server.cpu_seconds(), time.perf_counter()
+        yield found
+        spent, cpu = time.perf_counter() - start, self._server.cpu_seconds() - cpu
+        found.rates = {
+            f"{name}, total tok/s": found.tokens / spent,
+            f"{name}, total tok a CPU second": found.tokens / cpu,
+        }
+
+
+def mean_first(answers: Sequence[Answer]) -> float:
+    """Milliseconds."""
+    return 1e3 * statistics.mean(answer.first for answer in answers)
 
 
 def report(before: list[dict[str, float]], now: list[dict[str, float]]) -> None:
@@ -180,8 +215,8 @@ def main() -> None:
     ):
         for number in range(options.rounds + 1):
             sides = [(before, old), (now, new)]
-            for rounds, port in sides if number % 2 else reversed(sides):
-                found = Client(port, options.model, seed=number).round()
+            for rounds, side in sides if number % 2 else reversed(sides):
+                found = Client(side, options.model, seed=number).round()
                 rounds += [found] if number else []  # the first round warms up
     report(before, now)
 

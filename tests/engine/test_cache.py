@@ -27,6 +27,24 @@ def test_pool_counts_holders() -> None:
         pool.take(3)
 
 
+def test_pool_knows_what_eviction_would_free() -> None:
+    pool = Pool(3)
+    pool.take(2)
+    pool.keep(0)
+    pool.keep(1)
+    assert pool.evictable == 0  # both have another holder
+    pool.drop(0)
+    assert pool.evictable == 1
+    pool.hold(0)
+    assert pool.evictable == 0
+    pool.drop(0)
+    pool.evict(1)
+    pool.drop(1)
+    assert (pool.evictable, pool.free) == (1, 2)
+    pool.evict(0)
+    assert (pool.evictable, pool.free) == (0, 3)
+
+
 def _tree(
     pages: int = 64, snapshots: int = 8, max_nodes: int = 1 << 16
 ) -> tuple[PrefixTree, Pool, Pool]:
@@ -45,8 +63,8 @@ def _publish(tree: PrefixTree, pages: Pool, snapshots: Pool, tokens: list[int]) 
 def test_a_prompt_is_never_matched_whole() -> None:
     tree, pages, snapshots = _tree()
     _publish(tree, pages, snapshots, [1, 2, 3, 4])
-    assert tree.match([1, 2, 3, 4]).tokens == 0
-    assert tree.match([1, 2, 3, 4, 5]).tokens == 4
+    assert tree.match([1, 2, 3, 4]).tokens == tree.cached([1, 2, 3, 4]) == 0
+    assert tree.match([1, 2, 3, 4, 5]).tokens == tree.cached([1, 2, 3, 4, 5]) == 4
 
 
 def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_third() -> None:
@@ -78,6 +96,18 @@ def test_eviction_takes_what_was_used_longest_ago() -> None:
     tree.evict()
     assert tree.match([1, 2, 5]).tokens == 2
     assert tree.match([3, 4, 5]).tokens == 0
+
+
+def test_a_look_at_the_cache_is_no_use_of_it() -> None:
+    tree, pages, snapshots = _tree()
+    before = tree.version
+    _publish(tree, pages, snapshots, [1, 2])
+    _publish(tree, pages, snapshots, [3, 4])
+    assert tree.version == before + 2
+    assert tree.cached([1, 2, 5]) == 2
+    tree.evict()
+    assert tree.version == before + 3
+    assert (tree.cached([1, 2, 5]), tree.cached([3, 4, 5])) == (0, 2)
 
 
 def test_a_second_snapshot_of_the_same_prefix_is_given_back() -> None:

@@ -52,6 +52,22 @@ def test_a_request_that_does_not_fit_is_given_nothing() -> None:
     assert held.slots.free == 2
 
 
+def test_no_snapshot_is_given_up_where_that_would_not_do() -> None:
+    held, limits = holdings(pages=5)
+    first = request(limits, list(range(12)))
+    admitted(held, first)
+    snapshot = held.take_snapshot(first, 4)
+    assert snapshot is not None
+    held.publish(first, 4, snapshot)
+    assert not held.free_pages(3)
+    assert held.tree.num_snapshots == 1
+    held.release(first)
+    assert (held.pages.free, held.pages.evictable) == (4, 1)
+    assert not held.free_pages(6)
+    assert held.free_pages(5)
+    assert held.tree.num_snapshots == 0
+
+
 def test_a_prefix_is_shared_and_its_pages_outlive_their_request() -> None:
     held, limits = holdings()
     first = request(limits, list(range(12)))
@@ -81,7 +97,9 @@ def test_pages_are_freed_at_the_cost_of_snapshots() -> None:
     held.publish(first, 4, snapshot)
     held.release(first)
     assert held.pages.free == 2
-    assert not held.free_pages(4)  # more than there are
+    assert not held.free_pages(4)  # more than there are: nothing is given up for it
+    assert held.pages.free == 2
+    assert held.free_pages(3)
     assert held.pages.free == 3
     held.check([], saving=0)
 

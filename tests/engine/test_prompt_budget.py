@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from millrace.config import TILE, bucket_above, bucket_below, token_buckets
 from millrace.engine.intake import Limits
-from millrace.engine.prompt_budget import PromptBudget, least_piece, step_tokens
+from millrace.engine.prompt_budget import PromptBudget, min_chunk, step_tokens
 
 
 def limits(**changes: Any) -> Limits:
@@ -29,9 +29,9 @@ def limits(**changes: Any) -> Limits:
     return Limits(**{**values, **changes})
 
 
-def opened(tokens: int = 2048, beside: int = 0, **changes: Any) -> PromptBudget:
-    budget = PromptBudget(limits(**changes), tokens, beside)
-    budget.open()
+def opened(tokens: int = 2048, decode_tokens: int = 0, **changes: Any) -> PromptBudget:
+    budget = PromptBudget(limits(**changes), tokens, decode_tokens)
+    budget.start_priority()
     return budget
 
 
@@ -50,15 +50,15 @@ def test_half_of_the_budget_is_for_prompts_that_fit_into_it() -> None:
     assert budget.whole(1000) == 1000
     budget.spend_whole(1000)
     assert (budget.whole(25), budget.whole(24)) == (0, 24)
-    assert budget.in_turn(1048) == 1048
+    assert budget.chunk(1048) == 1048
 
 
 def test_a_long_prompt_gets_a_quarter_where_others_wait_for_the_step() -> None:
-    assert opened(8192).in_turn(30_000) == 2048
+    assert opened(8192).chunk(30_000) == 2048
     budget = opened(8192)
     budget.spend_whole(64)
-    assert budget.in_turn(30_000) == 512 - 64  # 512 tokens in all
-    assert budget.in_turn(2048) == 2048  # not long
+    assert budget.chunk(30_000) == 512 - 64  # 512 tokens in all
+    assert budget.chunk(2048) == 2048  # not long
 
 
 def test_what_a_snapshot_stops_is_left_for_others() -> None:
@@ -66,31 +66,31 @@ def test_what_a_snapshot_stops_is_left_for_others() -> None:
     budget.spend_whole(48)
     assert (budget.left, budget.whole(976), budget.whole(977)) == (2000, 976, 0)
     budget = opened(2048)
-    budget.spend_in_turn(30_000, 2048, 100)
+    budget.spend_chunk(30_000, 2048, 100)
     assert budget.left == 1948
 
 
 def test_without_a_threshold_no_prompt_is_long() -> None:
     budget = opened(8192, long_prefill_token_threshold=0)
-    assert budget.in_turn(30_000) == 8192
+    assert budget.chunk(30_000) == 8192
 
 
 def test_few_prompts_are_computed_piece_by_piece_at_the_same_time() -> None:
     budget = opened(8192, max_long_partial_prefills=2, max_num_partial_prefills=2)
-    budget.spend_in_turn(30_000, 2048, 2048)
-    assert budget.in_turn(20_000) == 2048
-    budget.spend_in_turn(20_000, 2048, 2048)
-    assert budget.in_turn(20_000) == 0
-    assert budget.in_turn(2000) == 2000
-    budget.spend_in_turn(2000, 2000, 2000)
+    budget.spend_chunk(30_000, 2048, 2048)
+    assert budget.chunk(20_000) == 2048
+    budget.spend_chunk(20_000, 2048, 2048)
+    assert budget.chunk(20_000) == 0
+    assert budget.chunk(2000) == 2000
+    budget.spend_chunk(2000, 2000, 2000)
     assert budget.left == 2096
-    budget.spend_in_turn(1900, 1900, 1900)
-    assert budget.in_turn(196) == 196
-    assert budget.in_turn(1000) == 0  # a third piece
+    budget.spend_chunk(1900, 1900, 1900)
+    assert budget.chunk(196) == 196
+    assert budget.chunk(1000) == 0  # a third piece
 
 
 @pytest.mark.parametrize(
-    ("beside", "missing", "tokens"),
+    ("decode_tokens", "missing", "tokens"),
     [
         (0, 100_000, 8192),
         (452, 64, 1980),  # all of it: nothing is cut, so nothing is rounded
@@ -100,46 +100,46 @@ def test_few_prompts_are_computed_piece_by_piece_at_the_same_time() -> None:
     ],
 )
 def test_prompts_are_spread_evenly_over_steps_of_whole_tiles(
-    beside: int, missing: int, tokens: int
+    decode_tokens: int, missing: int, tokens: int
 ) -> None:
-    assert step_tokens(limits(), beside, missing) == tokens
+    assert step_tokens(limits(), decode_tokens, missing) == tokens
 
 
 @given(
-    beside=st.integers(0, 600),
+    decode_tokens=st.integers(0, 600),
     mixed=st.integers(0, 3000),
     missing=st.integers(1, 50_000),
     batched=st.integers(601, 9000),
 )
 def test_steps_stay_within_their_bounds_and_take_no_more_of_them(
-    beside: int, mixed: int, missing: int, batched: int
+    decode_tokens: int, mixed: int, missing: int, batched: int
 ) -> None:
     sizes = limits(max_num_batched_tokens=batched, mixed_prefill_tokens=mixed)
-    tokens = step_tokens(sizes, beside, missing)
-    most = batched - beside
-    if beside and mixed:
+    tokens = step_tokens(sizes, decode_tokens, missing)
+    most = batched - decode_tokens
+    if decode_tokens and mixed:
         most = min(most, mixed)
     assert 0 < tokens <= most
-    if beside:
-        largest = step_tokens(sizes, beside, 10**9)
+    if decode_tokens:
+        largest = step_tokens(sizes, decode_tokens, 10**9)
         assert 2 * largest >= most
         assert -(-missing // tokens) == -(-missing // largest)
 
 
 @given(
     tokens=st.integers(1, 9000),
-    beside=st.integers(0, 600),
+    decode_tokens=st.integers(0, 600),
     threshold=st.integers(0, 3000),
     shorts=st.lists(st.integers(1, 500), max_size=20),
     missing=st.integers(1, 50_000),
 )
-def test_the_first_in_turn_always_gets_its_least_piece(
-    tokens: int, beside: int, threshold: int, shorts: list[int], missing: int
+def test_the_first_in_turn_always_gets_its_min_chunk(
+    tokens: int, decode_tokens: int, threshold: int, shorts: list[int], missing: int
 ) -> None:
-    budget = opened(tokens, beside, long_prefill_token_threshold=threshold)
+    budget = opened(tokens, decode_tokens, long_prefill_token_threshold=threshold)
     for short in shorts:
         if budget.whole(short):
             budget.spend_whole(short)
-    given_now = budget.in_turn(missing)
-    least = least_piece(limits(long_prefill_token_threshold=threshold), tokens)
+    given_now = budget.chunk(missing)
+    least = min_chunk(limits(long_prefill_token_threshold=threshold), tokens)
     assert min(missing, least) <= given_now <= min(missing, budget.left)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from millrace.engine import planlog
 from millrace.engine.engine import Engine
 from millrace.engine.intake import Limits
-from millrace.engine.prompt_budget import least_piece
+from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.waiting_line import OVERTAKES
+from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
@@ -315,7 +315,7 @@ def unchecked(lim: Limits) -> Engine:
     return Engine(Scheduler(lim), worker, check=True)
 
 
-def pieces(eng: Engine) -> list[int]:
+def chunk_sizes(eng: Engine) -> list[int]:
     """Prompt tokens of the last step by request, as planned."""
     plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
     return [chunk.count for chunk in plan.chunks]
@@ -326,10 +326,13 @@ def test_a_short_prompt_does_not_wait_behind_long_ones() -> None:
     for number in range(4):
         eng.add(request(f"long{number}", [number + 1] * 4000))
     eng.step()
-    assert pieces(eng) == [512]
+    assert chunk_sizes(eng) == [512]
     eng.add(request("short", [9] * 64, 1))
     assert [delta.id for delta in eng.step()] == ["short"]
-    assert pieces(eng) == [64, 64]  # 128 tokens in all: a quarter for the long one, whole tiles
+    assert chunk_sizes(eng) == [
+        64,
+        64,
+    ]  # 128 tokens in all: a quarter for the long one, whole tiles
 
 
 def test_what_counts_is_what_is_left_to_compute() -> None:
@@ -352,7 +355,7 @@ def test_the_first_of_several_long_prompts_ends_first() -> None:
     seen, ended = [], []
     while eng.has_work():
         ended += [delta.id for delta in eng.step()]
-        seen.append(pieces(eng))
+        seen.append(chunk_sizes(eng))
     assert ended == ["long0", "long1", "long2"]
     assert seen[:3] == [[512, 512]] * 3  # two at a time
     assert seen[3] == [464, 464, 480]  # the ends of two make room for the third
@@ -368,7 +371,7 @@ def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
     running = {r.id: r for r in eng.scheduler._running}
     eng.step()
     assert "short" not in running
-    assert pieces(eng) == [512, 64]  # one long prompt at a time, and the short one
+    assert chunk_sizes(eng) == [512, 64]  # one long prompt at a time, and the short one
     assert running["low"].computed == 512
 
 
@@ -384,7 +387,7 @@ def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
 def test_a_long_prompt_ends_however_many_short_ones_come(
     seed: int, length: int, threshold: int, depth: int, interval: int, decoding: int
 ) -> None:
-    """It gets `least_piece` tokens of each step, but where it stops for a snapshot."""
+    """It gets `min_chunk` tokens of each step, fewer only where it saves a snapshot."""
     rng = random.Random(seed)
     lim = roomy(long_prefill_token_threshold=threshold, snapshot_interval=interval, num_snapshots=4)
     worker = FakeWorker(lim.page_size, 0, lim.max_num_batched_tokens, checks=False)
@@ -395,7 +398,7 @@ def test_a_long_prompt_ends_however_many_short_ones_come(
     eng.add(request("long", [rng.randint(1, 49) for _ in range(length)], 1))
     smallest = min(lim.max_num_batched_tokens - 16, lim.mixed_prefill_tokens)
     # Spread over steps a budget is halved at most; the first step may have been planned before.
-    least = least_piece(lim, smallest // 2)
+    least = min_chunk(lim, smallest // 2)
     stops = length // interval + 2 if interval else 2
     bound = -(-length // least) + stops + depth
     for step in range(bound + 1):
@@ -407,7 +410,7 @@ def test_a_long_prompt_ends_however_many_short_ones_come(
     raise AssertionError(f"{bound} steps were not enough")
 
 
-def test_a_request_that_lacks_pages_is_passed_a_bounded_number_of_times() -> None:
+def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times() -> None:
     """Small ones that keep coming use what is free, and then let it in."""
     lim = limits(max_num_seqs=8, num_pages=13, max_model_len=48, drafts=0, prefix_caching=False)
     eng = engine(lim)
@@ -415,14 +418,14 @@ def test_a_request_that_lacks_pages_is_passed_a_bounded_number_of_times() -> Non
         eng.add(request(f"early{number}", [number + 1] * 4, 8, ignore_eos=True))
     eng.step()
     eng.add(request("big", [7] * 40, 4))
-    passed, number = set(), 0
+    overtook, number = set(), 0
     while not any(r.id == "big" for r in eng.scheduler._running):
         eng.add(request(f"late{number}", [number % 40 + 1] * 3, 4, ignore_eos=True))
         number += 1
         eng.step()
-        passed |= {r.id for r in eng.scheduler._running if r.id.startswith("late")}
+        overtook |= {r.id for r in eng.scheduler._running if r.id.startswith("late")}
         assert number < 200
-    assert 1 < len(passed) <= 1 + OVERTAKES  # one in the step that found it to lack pages
+    assert 1 < len(overtook) <= 1 + MAX_OVERTAKES  # one in the step that found it to lack pages
     assert run(eng)["big"] == expected_output([7] * 40, 44, lim.eos_ids)
     assert_all_free(eng)
 

@@ -42,6 +42,9 @@ def mtp(k: int, **options: Any) -> dict[str, Any]:
         pytest.param({"max_num_batched_tokens": 13}, id="chunks-of-13"),
         pytest.param({"max_num_batched_tokens": 64}, id="chunks-of-64"),
         pytest.param({"max_num_batched_tokens": 65, "block_size": 1}, id="pages-of-1"),
+        pytest.param(
+            {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 20}, id="long-prompts"
+        ),
         pytest.param({"enable_prefix_caching": True}, id="prefix-cache"),
         pytest.param(
             {"enable_prefix_caching": True, "block_size": 4, "snapshot_interval": 8},
@@ -53,6 +56,17 @@ def mtp(k: int, **options: Any) -> dict[str, Any]:
         *(pytest.param(mtp(k), id=f"mtp-{k}") for k in range(1, 6)),
         pytest.param(mtp(1, async_scheduling=True), id="mtp-1-pipelined"),
         pytest.param(mtp(5, max_num_batched_tokens=29), id="mtp-5-chunks-of-29"),
+        pytest.param(
+            mtp(
+                2,
+                mixed_prefill_tokens=30,
+                long_prefill_token_threshold=9,
+                max_long_partial_prefills=2,
+                async_scheduling=True,
+                enable_prefix_caching=True,
+            ),
+            id="mtp-2-long-prompts-pipelined",
+        ),
         pytest.param(
             mtp(2, enable_prefix_caching=True, block_size=4, snapshot_interval=8),
             id="mtp-2-prefix-cache",

@@ -21,17 +21,27 @@ NO_SNAPSHOT = -1
 
 
 class Pool:
-    """Numbers first .. first + size - 1, each free or held by a count of holders."""
+    """Numbers first .. first + size - 1, each free or held by a count of holders.
+
+    The prefix cache is a holder too, by `keep` and `evict`.
+    """
 
     def __init__(self, size: int, first: int = 0) -> None:
         self.size = size
         self._first = first
         self._holders = [0] * size
+        self._kept = bytearray(size)  # 1 where the prefix cache is one of the holders
+        self._evictable = 0
         self._free = list(range(first + size - 1, first - 1, -1))
 
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def evictable(self) -> int:
+        """Numbers that the prefix cache alone holds."""
+        return self._evictable
 
     def take(self, count: int) -> list[int]:
         """`count` free numbers, lowest first on a fresh pool. The caller has checked `free`."""
@@ -47,16 +57,35 @@ class Pool:
         index = number - self._first
         if self._holders[index] < 1:
             raise RuntimeError(f"pool: {number} is free and cannot be shared")
-        self._holders[index] += 1
+        self._count(index, 1)
 
     def drop(self, number: int) -> None:
         """One holder fewer; the last one frees the number."""
         index = number - self._first
         if self._holders[index] < 1:
             raise RuntimeError(f"pool: {number} freed twice")
-        self._holders[index] -= 1
+        self._count(index, -1)
         if self._holders[index] == 0:
             self._free.append(number)
+
+    def keep(self, number: int) -> None:
+        """`hold` by the prefix cache, which does so once."""
+        self.hold(number)
+        self._kept[number - self._first] = 1
+
+    def evict(self, number: int) -> None:
+        """`drop` by the prefix cache."""
+        index = number - self._first
+        self._evictable -= self._holders[index] == 1
+        self._kept[index] = 0
+        self.drop(number)
+
+    def _count(self, index: int, change: int) -> None:
+        """Count a holder that comes or goes."""
+        kept = self._kept[index]
+        self._evictable -= kept and self._holders[index] == 1
+        self._holders[index] += change
+        self._evictable += kept and self._holders[index] == 1
 
     def holders(self, number: int) -> int:
         return self._holders[number - self._first]
@@ -152,7 +181,7 @@ class PrefixTree:
         for above in _path(node):
             if above.live == 0:
                 above.page = pages[above.depth // self._page_size - 1]
-                self._pages.hold(above.page)
+                self._pages.keep(above.page)
             above.live += 1
 
     def evict(self) -> bool:
@@ -166,7 +195,7 @@ class PrefixTree:
         for above in _path(node):
             above.live -= 1
             if above.live == 0:
-                self._pages.drop(above.page)
+                self._pages.evict(above.page)
                 above.page = NULL_PAGE
         if not node.children:
             self._ghosts[node] = None

@@ -34,10 +34,11 @@ class Holdings:
         return -(-length // self._limits.page_size) - len(request.pages)
 
     def free_pages(self, count: int) -> bool:
-        """Make `count` pages free, at the cost of snapshots if need be."""
+        """Make `count` pages free, at the cost of snapshots if need be; of none if in vain."""
+        if self.pages.free + self.pages.evictable < count:
+            return False
         while self.pages.free < count:
-            if not self.tree.evict():
-                return False
+            self.tree.evict()
         return True
 
     def grant(self, request: Request, count: int) -> PageGrant:
@@ -84,10 +85,10 @@ class Holdings:
         """Whether its prompt may come from the cache: not if every position's logits are wanted."""
         return self._limits.prefix_caching and request.source.params.prompt_logprobs is None
 
-    def look(self, request: Request) -> None:
-        """Note how much of a waiting request's prompt the cache has by now."""
-        request.looked = self.tree.version
-        request.found = self.tree.cached(request.tokens) if self.caches(request) else 0
+    def estimate_cached(self, request: Request) -> None:
+        """Look up how much of a waiting request's prompt the prefix cache has by now."""
+        request.estimate_version = self.tree.version
+        request.cached_estimate = self.tree.cached(request.tokens) if self.caches(request) else 0
 
     def will_cache(self, request: Request) -> bool:
         """Whether another request's snapshots could save it some of its prompt."""
@@ -129,15 +130,19 @@ class Holdings:
         """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: who
         holds slots and pages. saving: snapshots that launched steps write."""
         self.tree.check()
-        held = Counter(self.tree.held_pages())
+        kept = self.tree.held_pages()
+        held = Counter(kept)
         for request in owners:
             held.update(request.pages)
         for page in range(NULL_PAGE + 1, self._limits.num_pages):
             assert self.pages.holders(page) == held[page], f"holders of page {page}"
+        alone = sum(held[page] == 1 for page in kept)
+        assert self.pages.evictable == alone, "pages that only the prefix cache holds"
         slots = [request.slot for request in owners]
         assert len(set(slots)) == len(slots) == self.slots.size - self.slots.free, "slots"
-        kept = self.tree.num_snapshots
-        assert kept + saving == self.snapshots.size - self.snapshots.free, "snapshots"
+        assert self.tree.num_snapshots + saving == self.snapshots.size - self.snapshots.free, (
+            "snapshots"
+        )
         for request in owners:
             covered = len(request.pages) * self._limits.page_size
             needed = min(request.computed, request.max_total)

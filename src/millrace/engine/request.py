@@ -30,9 +30,9 @@ class Request:
     done. in_flight: launched steps that name the request. boundaries: positions, in whole pages,
     where prefill stops for a snapshot, nearest last. ordinal: requests are numbered as they come.
     prompt_cached: its prompt has run to the end, so another request may find it in the cache.
-    cut: a step had tokens for a piece of its prompt only. found: tokens of it that the cache had
-    when last looked up, at the tree's version `looked`. overtaken: requests of later rank admitted
-    while this one was the first of those that lack pages.
+    split: a step's budget had tokens for a part of its prompt only. cached_estimate: prompt tokens
+    that the prefix cache had at its version `estimate_version`. overtaken: requests of later rank
+    admitted while this one was the first of those that lack pages.
     answered: a delta has gone out. prompt_logprobs: of the prompt, from its second token on.
     """
 
@@ -51,9 +51,9 @@ class Request:
     upper: int = 0
     in_flight: int = 0
     boundaries: list[int] = field(default_factory=list)
-    cut: bool = False
-    found: int = 0
-    looked: int = -1
+    split: bool = False
+    cached_estimate: int = 0
+    estimate_version: int = -1
     overtaken: int = 0
     cached_tokens: int = 0
     queued: float = 0.0  # seconds from its arrival to its first admission
@@ -64,8 +64,8 @@ class Request:
 
     @property
     def missing(self) -> int:
-        """Tokens still to compute before it decodes; an upper bound while it waits."""
-        done = self.found if self.phase is Phase.WAITING else self.computed
+        """Prompt tokens left to compute; an estimate while the request waits."""
+        done = self.cached_estimate if self.phase is Phase.WAITING else self.computed
         return len(self.tokens) - done
 
     @property

@@ -5,8 +5,9 @@ is kept in holdings.py; what the device did is learnt only through `commit`. Up 
 be planned ahead of the last known result; until then the host works with upper bounds of every
 length.
 
-A step is: decode rows (each verifies its drafts), then chunks of prompts, then new requests while
-slots, pages and budget last. Requests are ranked by priority, then age. Out of pages it gives up
+A step is: decode rows (each verifies its drafts), then chunks of prompts, while tokens, slots and
+pages last. How prompts share the tokens is in prompt_budget.py, which waiting request may overtake
+another in waiting_queue.py. Requests are ranked by priority, then age. Out of pages it gives up
 snapshots first, and then the request of the last rank, which waits again and is computed again.
 """
 
@@ -25,7 +26,7 @@ from millrace.engine.messages import admission, delta
 from millrace.engine.prompt_budget import PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
-from millrace.engine.waiting_line import WaitingLine, rank
+from millrace.engine.waiting_queue import WaitingQueue, rank
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, StepPlan, StepResult
 
@@ -44,7 +45,7 @@ class _Totals:
     accepted: list[int] = field(default_factory=list)
 
 
-LOOKS = 4  # waiting prompts that a step looks up in the prefix cache
+LOOKUPS = 4  # waiting prompts that a step looks up in the prefix cache
 
 
 class Scheduler:
@@ -53,7 +54,7 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._holdings = Holdings(limits)
-        self._waiting = WaitingLine()
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepPlan, Step]] = deque()
@@ -169,54 +170,52 @@ class Scheduler:
         self._waiting.add(request)
 
     def _plan_prompts(self, step: Step) -> None:
-        """Pieces of prompts, begun or new, as the budget has tokens for them."""
-        prompts = self._prompts()
-        beside = len(step.decode) * self._width
-        missing = sum(request.missing for request in prompts)
-        budget = PromptBudget(self.limits, step_tokens(self.limits, beside, missing), beside)
-        for _, level in groupby(prompts, key=lambda request: request.source.priority):
-            budget.open()
-            others = [r for r in level if not self._compute_whole(r, step, budget)]
+        """Chunks of running and waiting prompts, as the budget has tokens for them."""
+        running = [request for request in self._running if request.phase is Phase.PREFILL]
+        waiting = self._candidates()
+        ready = running + waiting[: self._holdings.slots.free]
+        decode_tokens = len(step.decode) * self._width
+        tokens = step_tokens(self.limits, decode_tokens, sum(r.missing for r in ready))
+        budget = PromptBudget(self.limits, tokens, decode_tokens)
+        prompts = merge(running, waiting, key=rank)
+        for _, group in groupby(prompts, key=lambda request: request.source.priority):
+            budget.start_priority()
+            others = [r for r in group if not self._plan_whole(r, step, budget)]
             for request in others:
-                self._compute_in_turn(request, step, budget)
+                self._plan_chunk(request, step, budget)
 
-    def _prompts(self) -> list[Request]:
-        """Requests whose prompts may be computed now, by rank: running ones, and waiting ones."""
-        begun = [request for request in self._running if request.phase is Phase.PREFILL]
+    def _candidates(self) -> list[Request]:
+        """Waiting requests that this step may admit, by rank."""
         if self._draining or not self._holdings.slots.free:
-            return begun
+            return []
         waiting = self._waiting.candidates(self._held_back)
-        self._look(waiting)
-        return list(merge(begun, waiting, key=rank))
-
-    def _look(self, waiting: list[Request]) -> None:
-        """Look up in the cache those that have waited longest for it; a few, as it takes time."""
         version = self._holdings.tree.version
-        stale = [request for request in waiting if request.looked != version]
-        for request in nsmallest(LOOKS, stale, key=lambda request: request.looked):
-            self._holdings.look(request)
+        stale = [request for request in waiting if request.estimate_version != version]
+        for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
+            self._holdings.estimate_cached(request)
+        return waiting
 
-    def _compute_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
-        """Plan all of a prompt that no step has cut, if it fits. False: it did not."""
-        if request.cut or not budget.whole(request.missing):
+    def _plan_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
+        """Round 1: all of a prompt that was never split, if it fits. False: it is not planned."""
+        if request.split or not budget.whole(request.missing):
             return False
         if request.phase is Phase.WAITING and not self._admit(request, step, budget.whole):
             return False
-        budget.spend_whole(self._chunk(request, request.missing, step))
+        budget.spend_whole(self._compute(request, request.missing, step))
         return True
 
-    def _compute_in_turn(self, request: Request, step: Step, budget: PromptBudget) -> None:
-        """Plan what the budget has for a prompt whose turn it is."""
-        if not budget.in_turn(request.missing):
+    def _plan_chunk(self, request: Request, step: Step, budget: PromptBudget) -> None:
+        """Round 2: as much of a prompt as the budget has for it."""
+        if not budget.chunk(request.missing):
             return
-        if request.phase is Phase.WAITING and not self._admit(request, step, budget.in_turn):
+        if request.phase is Phase.WAITING and not self._admit(request, step, budget.chunk):
             return
         missing = request.missing
-        offered = budget.in_turn(missing)
-        request.cut |= offered < missing
-        budget.spend_in_turn(missing, offered, self._chunk(request, offered, step))
+        chunk = budget.chunk(missing)
+        request.split |= chunk < missing
+        budget.spend_chunk(missing, chunk, self._compute(request, chunk, step))
 
-    def _chunk(self, request: Request, most: int, step: Step) -> int:
+    def _compute(self, request: Request, most: int, step: Step) -> int:
         """A prompt's next `most` tokens, or those up to a snapshot boundary; how many they are."""
         start, total = request.computed, len(request.tokens)
         while request.boundaries and request.boundaries[-1] <= start:
@@ -246,29 +245,29 @@ class Scheduler:
         )
 
     def _admit(self, request: Request, step: Step, offer: Callable[[int], int]) -> bool:
-        """Give a waiting request its slot, prefix and pages. False: it waits on.
+        """Give a waiting request its slot, cached prefix and pages. False: it still waits.
 
-        offer: what the step has for so many missing tokens; the cache may have less of the prompt
-        by now than when it was looked up.
+        offer: tokens that the step has for a prompt, from those it is missing. These are known
+        only now: the prefix cache may have changed since the estimate.
         """
-        if not self._waiting.may_enter(request, self._holdings.slots.free):
+        if not self._waiting.may_admit(request, self._holdings.slots.free):
             return False
         match = self._holdings.match(request)
-        request.found = match.tokens
+        request.cached_estimate = match.tokens
         if not offer(request.missing):
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
         # A page in hand for each running request keeps admissions from causing preemptions.
         grants = self._holdings.admit(request, match, reach, spare=len(self._running))
         if grants is None:
-            self._waiting.refused(request)
+            self._waiting.lacks_pages(request)
             return False
         step.grants += grants
         request.computed = match.tokens
         request.boundaries = self._holdings.boundaries(request, match.shared)
         step.admissions.append(admission(request, match.snapshot))
         self._waiting.admitted(request)
-        request.phase, request.cut = Phase.PREFILL, False
+        request.phase, request.split = Phase.PREFILL, False
         insort(self._running, request, key=rank)
         self._count_prompt(request, step.now)
         return True

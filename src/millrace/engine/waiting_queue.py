@@ -1,0 +1,86 @@
+"""The requests that wait for admission, by rank, and which of them may overtake an earlier one.
+
+A later request may be admitted first while the step has no tokens for an earlier one, or the KV
+cache no pages. Two rules keep the earlier one from waiting for ever:
+
+- The last free slot is for the first in the queue.
+- While a request is the first of those that lack pages, at most MAX_OVERTAKES later ones are
+  admitted. Then running requests end, their pages come free, and it is the next to be admitted.
+
+The queue knows no page and no budget; the scheduler tells it who lacked pages.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from millrace.engine.request import Phase, Request
+
+WINDOW = 256  # requests at the head of the queue that a step considers
+MAX_OVERTAKES = 16
+MAX_FAILURES = 4  # admissions of one step that lack pages; each costs a prefix cache lookup
+
+
+class WaitingQueue:
+    """Waiting requests, sorted by rank."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._candidates: deque[Request] = deque()  # of this step, from the first that still waits
+        self._blocked: Request | None = None  # the first of those that lack pages
+        self._failures = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        insort(self._requests, request, key=rank)
+
+    def remove(self, request: Request) -> None:
+        self._requests.remove(request)
+        if self._blocked is request:
+            self._blocked = None
+
+    def candidates(self, held_back: Callable[[Request], bool]) -> list[Request]:
+        """The requests that a new step considers, by rank, without those that are held back."""
+        found = [request for request in islice(self._requests, WINDOW) if not held_back(request)]
+        self._candidates, self._failures = deque(found), 0
+        return found
+
+    def may_admit(self, request: Request, free_slots: int) -> bool:
+        """Whether one of the step's candidates may be admitted before those that still wait."""
+        while self._candidates and self._candidates[0].phase is not Phase.WAITING:
+            self._candidates.popleft()
+        if request is self._candidates[0]:
+            return free_slots > 0
+        if free_slots < 2 or self._failures == MAX_FAILURES:
+            return False
+        return not self._overtakes(request, MAX_OVERTAKES)
+
+    def admitted(self, request: Request) -> None:
+        """The request leaves the queue for a slot."""
+        if self._blocked is not None and self._overtakes(request, 0):
+            self._blocked.overtaken += 1
+        self.remove(request)
+
+    def lacks_pages(self, request: Request) -> None:
+        """The request could not be admitted for want of pages."""
+        self._failures += 1
+        if self._blocked is None or rank(request) < rank(self._blocked):
+            self._blocked = request
+
+    def _overtakes(self, request: Request, times: int) -> bool:
+        """Whether it comes after the blocked request, and that was overtaken `times` or more."""
+        blocked = self._blocked
+        return blocked is not None and rank(blocked) < rank(request) and blocked.overtaken >= times
+
+
+def rank(request: Request) -> tuple[int, int]:
+    """Requests of a lower rank come first: by priority, then by age."""
+    return request.source.priority, request.ordinal
