@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -42,13 +42,16 @@ def shape(tokens: int = 2, dim: int = 128) -> object:
 
 
 def logged(
-    caplog: pytest.LogCaptureFixture, dtype: torch.dtype | None, gdn: object = None
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    gdn: object = None,
+    fp8: Sequence[tuple[int, int]] = ((5120, 6144),),
 ) -> list[tuple[int, str]]:
     from millrace.kernels.gpu import report
 
     caplog.clear()
     with caplog.at_level(logging.INFO, "millrace.kernels"):
-        report.log_backends(report.backends(dtype, gdn))  # type: ignore[arg-type]
+        report.log_backends(report.backends(dtype, fp8, gdn))  # type: ignore[arg-type]
     return [(record.levelno, record.message) for record in caplog.records]
 
 
@@ -135,7 +138,7 @@ def test_no_compiler_for_cuda(
 def test_a_shape_without_cuda_kernels(
     hopper: None, caplog: pytest.LogCaptureFixture, gdn: tuple[int, int], reason: str
 ) -> None:
-    line = logged(caplog, None, shape(*gdn))[0][1]
+    line = logged(caplog, torch.bfloat16, shape(*gdn), ())[0][1]
     assert line == f"GDN decode: Triton kernels; no CUDA kernels: {reason}"
 
 
@@ -147,6 +150,31 @@ def test_a_pytorch_without_a_compiler_is_a_warning(
     monkeypatch.delattr(torch.cuda, "_compile_kernel", raising=False)
     assert cuda_source.compiled("", "gdn_answer") is None
     assert "gdn_answer cannot be compiled" in caplog.text
+
+
+def test_weights_of_odd_shapes_use_triton(hopper: None, caplog: pytest.LogCaptureFixture) -> None:
+    lines = logged(caplog, torch.bfloat16, fp8=[(5120, 6144), (200, 128), (128, 300)])
+    assert lines[2][1] == (
+        "FP8 GEMM, 128x300, 200x128: Triton kernel; other backends need multiples of 128"
+    )
+
+
+def test_tensors_that_the_cuda_kernels_do_not_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from millrace.kernels.batch import GDNState
+    from millrace.kernels.gpu import gdn_decode
+
+    gdn_decode._declined.cache_clear()
+    empty = torch.empty
+    cache = GDNState(empty(1, 1, 32, 32), empty(1, 1, 4, 32), empty(0), empty(0), empty(0))
+    for _ in range(2):
+        assert gdn_decode.native(empty(2, 99), empty(2, 1), True, cache, 1, None) is None
+    half = empty(2, 96, dtype=torch.float16)
+    assert gdn_decode.native(half, empty(2, 1), True, cache, 1, None) is None
+    rows, kinds = caplog.records
+    assert "rows of 99 channels are not aligned to 16 bytes" in rows.message
+    assert "not torch.float16, torch.float32" in kinds.message
 
 
 @pytest.mark.gpu

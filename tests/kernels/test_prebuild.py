@@ -7,7 +7,6 @@ or has a compiler hang where FAKE_WAY says so. The children are real, on the CPU
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import signal
@@ -243,16 +242,14 @@ def test_what_is_asked_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("deep_gemm") is None,
-    reason="needs a CUDA device and DeepGEMM",
-)
 def test_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Kernels are in the cache, GPU memory is as free as before, and a second start has no work."""
     if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("DeepGEMM is taken on Hopper alone")
+        pytest.skip("DeepGEMM is used on Hopper alone")
+    if problem := probe("deep_gemm").problem:
+        pytest.skip(problem)
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path))
     sizes = list(product([2048, 5120], [5120, 6144], [16, 64, 4096]))
     free, _ = torch.cuda.mem_get_info()

@@ -230,8 +230,8 @@ def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> 
 
 def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5) -> None:
     """Log what runs each op on a GPU, and where FP8 weights are widened for want of FP8 GEMMs."""
-    fp8 = any(module.fp8 for module in model.modules() if isinstance(module, Linear))
-    if model_config.fp8 and not fp8:
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
+    if model_config.fp8 and not linears:
         device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
         level = logging.WARNING if config.device == "cuda" else logging.INFO
         logger.log(level, "FP8 weights become %s: %s has no FP8 GEMM", config.dtype, device)
@@ -239,7 +239,7 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         return
     from millrace.kernels.gpu import gdn_decode, report  # import what only GPUs have
 
-    fp8 = fp8 or isinstance(model.draft_output, RoundedHead)
+    shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
     dtype, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
     shape = gdn_decode.Shape(
         N=config.drafts + 1, W=config.window, DK=model_config.key_dim, DV=model_config.value_dim,
@@ -247,7 +247,7 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         QKV_BF16=dtype, STATE_BF16=state, KEY_BF16=dtype, GATE_BF16=dtype,
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
-    report.log_backends(report.backends(DTYPES[config.dtype] if fp8 else None, gdn))
+    report.log_backends(report.backends(DTYPES[config.dtype], shapes, gdn))
 
 
 def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]]:

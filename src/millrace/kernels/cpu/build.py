@@ -114,6 +114,7 @@ def _start() -> None:
     if there:
         _slot.fill()
         return
+    log.info("native CPU kernels are being compiled; torch's run until they are there")
     _slot.maker = threading.Thread(target=_slot.fill, name="native-build", daemon=True)
     _slot.maker.start()
 

@@ -17,6 +17,7 @@ kernel, which overwrites them. `millrace.kernels.gdn` has the equations.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from millrace.kernels.dispatch import BackendChoice
 from millrace.kernels.gpu import cuda_source
 from millrace.kernels.gpu import gdn_decode_triton as triton_form
 from millrace.kernels.gpu.conv import conv_decode
+
+logger = logging.getLogger("millrace.kernels")
 
 Kernel = Callable[..., None]
 Pair = tuple[Tensor, Tensor]
@@ -113,8 +116,10 @@ def native(
     not apply."""
     known = {torch.float32: False, torch.bfloat16: True}
     kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
-    if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED or any(kind not in known for kind in kinds):
-        return None
+    if any(kind not in known for kind in kinds):
+        return _declined(f"they take float32 and bfloat16, not {', '.join(map(str, kinds))}")
+    if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED:
+        return _declined(f"rows of {qkv.stride(0)} channels are not aligned to {ALIGNED} bytes")
     if conv_weight is not None:
         alike = qkv.dtype == cache.conv.dtype == conv_weight.dtype
         if not (alike and conv_weight.is_contiguous() and cache.conv.is_contiguous()):
@@ -125,6 +130,12 @@ def native(
     dims = (key_dim, value_dim, value_heads // key_heads)
     convolves = conv_weight is not None
     return _compiled(Shape(width, window, *dims, raw, convolves, *low))
+
+
+@functools.cache
+def _declined(reason: str) -> None:
+    """Log, once, that a model's tensors keep the CUDA form away."""
+    logger.warning("GDN decode: Triton kernels; no CUDA kernels: %s", reason)
 
 
 def launch(

@@ -9,6 +9,7 @@ tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is in
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -22,7 +23,7 @@ from millrace.kernels.gpu import gemm_choice, gemm_few
 from millrace.kernels.gpu.gemm_choice import CUBLAS, DEEP_GEMM, Way, choose
 from millrace.kernels.gpu.gemm_few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import quantize
-from millrace.kernels.quantize import Quantized
+from millrace.kernels.quantize import GROUP, Quantized
 
 
 @triton.jit
@@ -89,14 +90,20 @@ def _config(tokens: int, outputs: int) -> tuple[int, int, bool, int, int]:
     return 64, 128, False, 4, 4
 
 
-def fp8_backends(dtype: torch.dtype) -> list[BackendChoice]:
-    """Who multiplies FP8 weights on this GPU, with results in dtype: of few tokens, and of more."""
+def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> list[BackendChoice]:
+    """The backends of GEMMs with FP8 weights on this GPU: for few tokens, for more, and for odd
+    shapes. dtype: of the outputs; shapes: (outputs, inputs) of the weights."""
     many = _fp8_backend(dtype)
     if not _is_hopper() or dtype != torch.bfloat16:
         return [many]
     few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
-    why = "" if few else "the CUDA kernel cannot be compiled here"
-    return [BackendChoice(name, "CUDA kernel" if few else many.backend, why), many]
+    reason = "" if few else "the CUDA kernel cannot be compiled here"
+    found = [BackendChoice(name, "CUDA kernel" if few else many.backend, reason), many]
+    odd = [f"{a}x{b}" for a, b in sorted(set(shapes)) if a % GROUP or b % GROUP]
+    if odd:
+        reason = f"other backends need multiples of {GROUP}"
+        found.append(BackendChoice(f"FP8 GEMM, {', '.join(odd)}", "Triton kernel", reason))
+    return found
 
 
 def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
@@ -172,7 +179,7 @@ def _for_cublas(scale: Tensor) -> Tensor:
 def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ dequantised weight^T in dtype, by the way that measured fastest for this shape."""
     outputs, width = weight.shape
-    if outputs % 128 or width % 128 or dtype != torch.bfloat16 or not _is_hopper():
+    if outputs % GROUP or width % GROUP or dtype != torch.bfloat16 or not _is_hopper():
         return triton_matmul(x, weight, scale, dtype)
     if len(x.values) <= MAX_TOKENS:  # where `few_matmul` is the fastest on an H200
         out = few_matmul(x, weight, scale.float())
@@ -186,7 +193,7 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
 
 def deep_gemm_way(tokens: int, outputs: int, width: int) -> Way | None:
     """How `fp8_matmul` takes DeepGEMM on this GPU, in bfloat16 and float32 scales; None: not."""
-    if outputs % 128 or width % 128 or tokens <= MAX_TOKENS or not _is_hopper():
+    if outputs % GROUP or width % GROUP or tokens <= MAX_TOKENS or not _is_hopper():
         return None
     way = _way(tokens, outputs, width)
     return way if way.library == "deep_gemm" else None

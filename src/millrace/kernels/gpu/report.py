@@ -7,7 +7,7 @@ single backend share one line.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import triton
@@ -18,13 +18,15 @@ from millrace.kernels.gpu import gdn_decode, gemm
 logger = logging.getLogger("millrace.kernels")
 
 
-def backends(fp8: torch.dtype | None, gdn: gdn_decode.Shape | None) -> Iterator[BackendChoice]:
-    """fp8: output dtype of GEMMs with FP8 weights; None for a model without them.
+def backends(
+    dtype: torch.dtype, fp8: Collection[tuple[int, int]], gdn: gdn_decode.Shape | None
+) -> Iterator[BackendChoice]:
+    """dtype: the model's. fp8: (outputs, inputs) of its FP8 weights.
 
-    gdn: shape of the GDN decode kernels; None for a model without GDN layers.
+    gdn: shape of its GDN decode kernels; None for a model without GDN layers.
     """
-    if fp8 is not None:
-        yield from gemm.fp8_backends(fp8)
+    if fp8:
+        yield from gemm.fp8_backends(dtype, fp8)
     if gdn is not None:
         yield gdn_decode.decode_backend(gdn)
     plain = [f"{m.rpartition('.')[2]}.{n}" for m, n in all_ops() if not find_fast_path("gpu", m, n)]
