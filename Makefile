@@ -27,7 +27,7 @@ lint: $(VENV)/.installed
 
 # The GPU kernels run in Triton's interpreter first; in the second run they are skipped.
 test: $(VENV)/.installed lint  ## lint, types and every test that needs no GPU
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/test_gpu_*.py
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/gpu
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 bench: $(VENV)/.installed  ## serve 1, 2 and 3 replicas and print the scaling table

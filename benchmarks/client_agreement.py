@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from millrace.bench.compare import HIGHER, LOWER, ratio_of
-from millrace.bench.tables import aligned
+from millrace.bench.report.compare import HIGHER, LOWER, ratio_of
+from millrace.bench.report.tables import aligned
 from tests.support.fake_engine import Behaviour
 from tests.support.live_server import fake_server
 from tests.support.text_model import write_text_model
@@ -107,8 +107,8 @@ def report(options: argparse.Namespace) -> None:
             rows.append((figure, f"{r.a:.2f}", f"{r.b:.2f}", f"{r.ratio:.3f}", interval, told))
     print("\n".join(aligned(rows)))
     if options.json:
-        kept = {"requests": options.requests, "concurrency": options.concurrency, "runs": runs}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        buffer = {"requests": options.requests, "concurrency": options.concurrency, "runs": runs}
+        options.json.write_text(json.dumps(buffer, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -331,9 +331,9 @@ def main() -> None:
     results = run(options)
     print(table(results))
     if options.json:
-        kept = {k: str(v) for k, v in vars(options).items() if k not in ("json",)}
+        buffer = {k: str(v) for k, v in vars(options).items() if k not in ("json",)}
         rows = [asdict(result) for result in results]
-        options.json.write_text(json.dumps({"options": kept, "results": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"options": buffer, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace import LLM, SamplingParams
-from millrace.eval.tasks import TASKS
 from millrace.model.layers import Build
 from millrace.model.parallel import TensorParallel
-from millrace.model.vocabulary import OutputHead, RoundedHead, VocabTable
+from millrace.model.vocabulary import Fp8DraftHead, OutputHead, VocabTable
+from millrace.tasks import TASKS
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -64,10 +64,10 @@ def noise(llm: LLM, count: int, temperature: float) -> list[list[int]]:
     return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, params)]
 
 
-def acceptance(model: str, k: int, temperature: float, ask: Any, args: Any) -> dict[str, Any]:
+def acceptance(model: str, k: int, temperature: float, info: Any, args: Any) -> dict[str, Any]:
     """One line of the table: rows of drafts and the share that stood, by position, either head."""
     line: dict[str, Any] = {
-        "model": model, "ask": ask.__name__, "drafts": k, "temperature": temperature,
+        "model": model, "ask": info.__name__, "drafts": k, "temperature": temperature,
     }  # fmt: skip
     said = []
     for head in HEADS:
@@ -76,7 +76,7 @@ def acceptance(model: str, k: int, temperature: float, ask: Any, args: Any) -> d
             str(MODELS / model), device=args.device, dtype=args.dtype, max_model_len=1024,
             max_num_seqs=32, gpu_memory_utilization=0.3, speculative_config=speculative,
         ) as llm:  # fmt: skip
-            said.append(ask(llm, args.count, temperature))
+            said.append(info(llm, args.count, temperature))
             stats = llm.stats()
         rates = [round(n / stats.drafts, 4) for n in stats.accepted_per_position]
         line[head] = {"rows": stats.drafts, "stood": rates}
@@ -110,7 +110,7 @@ def product() -> list[dict[str, Any]]:
     build = Build(shape, TensorParallel(), torch.bfloat16, torch.device("cuda"), keep_fp8=True)
     table = VocabTable(build, "lm_head.weight")
     table.weight.data.normal_(0, 5120**-0.5)
-    rounded = RoundedHead(table)
+    rounded = Fp8DraftHead(table)
     torch.cuda.synchronize()
     began = time.perf_counter()
     rounded.derive()
@@ -140,11 +140,11 @@ def main() -> None:
         found |= {"device": torch.cuda.get_device_name(), "product": product()}
     else:
         found["acceptance"] = [
-            acceptance(model, k, temperature, ask, args)
+            acceptance(model, k, temperature, info, args)
             for model in ("millrace-mini", "millrace-mini-fp8")
             for k in (1, 3)
             for temperature in (0.0, 1.0)
-            for ask in (tasks, noise)
+            for info in (tasks, noise)
         ]
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

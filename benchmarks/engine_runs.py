@@ -76,7 +76,7 @@ class _WatchedStep:
         return result
 
 
-def watch(engine: Engine) -> Watched:
+def heartbeat(engine: Engine) -> Watched:
     """Have an engine's steps noted from here on."""
     if not isinstance(engine._worker, Watched):
         engine._worker = Watched(engine._worker)  # type: ignore[assignment]
@@ -189,7 +189,7 @@ def requests(
 
 def closed_run(engine: Engine, todo: Iterable[AddRequest], concurrency: int) -> Trace:
     """Keep `concurrency` requests under way until all are done."""
-    waiting, watched = deque(todo), watch(engine)
+    waiting, watched = deque(todo), heartbeat(engine)
     watched.steps = []
     synchronize()
     trace = Trace(concurrency, time.perf_counter())

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
-from millrace.kernels.gpu.attention_decode import attend_decode
-from millrace.kernels.gpu.attention_prefill import attend_prefill
-from millrace.kernels.gpu.gdn_prefill import gdn_prefill
+from millrace.kernels.gpu.attention.decode import attend_decode
+from millrace.kernels.gpu.attention.prefill import attend_prefill
+from millrace.kernels.gpu.gdn.prefill import gdn_prefill
 
 HEADS, KV_HEADS, DIM, PAGE = 24, 4, 256, 64
 KEY_HEADS, VALUE_HEADS, STATE_DIM = 16, 48, 128

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import uvloop
 
-from millrace.http1 import Connection, Target, connect, encode_request, fetch
+from millrace.common.http_client import Connection, Target, connect, encode_request, fetch
 
 _COUNTED = ("answered", "failed", "failed_with_process", "different")
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import commit
 
-from millrace.kernels.gpu import gemm, gemm_choice
-from millrace.kernels.gpu.gemm_choice import Way
-from millrace.kernels.gpu.prebuild import multiply_nothing
+from millrace.kernels.gpu.gemm import choice, fp8
+from millrace.kernels.gpu.gemm.choice import GemmBackend
+from millrace.kernels.gpu.gemm.prebuild import multiply_nothing
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
 
-MEASURED = Path(gemm_choice.__file__).parent / "measured"
+MEASURED = Path(choice.__file__).parent / "measured"
 # Of Qwen3.5-27B: GDN and attention inputs, their outputs, MLP, keys and values alone, vocabulary.
 SHAPES = [(16384, 5120), (14336, 5120), (5120, 6144), (34816, 5120), (5120, 17408), (2048, 5120)]
 VOCABULARY = (248320, 5120)  # of drafts, one token a row
@@ -49,14 +49,14 @@ Run = Callable[[Quantized, Tensor, Tensor], Tensor]
 Shape = tuple[int, int]  # outputs, inputs
 
 
-def run_of(way: Way) -> Run:
+def run_of(way: GemmBackend) -> Run:
     if way.library == "cublas":
-        return gemm.cublas_matmul
-    return lambda x, w, s: gemm.deep_gemm_matmul(x, w, s, way.multiprocessors)
+        return fp8.cublas_matmul
+    return lambda x, w, s: fp8.deep_gemm_matmul(x, w, s, way.multiprocessors)
 
 
-def candidates() -> list[Way]:
-    return [*(Way("deep_gemm", count) for count in MULTIPROCESSORS), gemm_choice.CUBLAS]
+def candidates() -> list[GemmBackend]:
+    return [*(GemmBackend("deep_gemm", count) for count in MULTIPROCESSORS), choice.CUBLAS]
 
 
 def weight(outputs: int, width: int) -> tuple[Tensor, Tensor]:
@@ -120,12 +120,14 @@ def microseconds(replay: Callable[[], object], calls: int, repeats: int) -> floa
     return begin.elapsed_time(end) * 1e3 / calls / repeats
 
 
-def measure(shape: Shape, tokens: int, copies: list[tuple[Tensor, Tensor]]) -> dict[Way, float]:
+def measure(
+    shape: Shape, tokens: int, copies: list[tuple[Tensor, Tensor]]
+) -> dict[GemmBackend, float]:
     """Microseconds of each way, the median of five turns. Raises SystemExit if one is wrong."""
     outputs, width = shape
     x = activations(tokens, width)
     calls = max(4, len(copies))
-    reference = gemm.cublas_matmul(x, *copies[0]).float()
+    reference = fp8.cublas_matmul(x, *copies[0]).float()
     replays = {}
     for way in candidates():
         run = run_of(way)
@@ -133,7 +135,7 @@ def measure(shape: Shape, tokens: int, copies: list[tuple[Tensor, Tensor]]) -> d
         if not error < 5e-3:
             raise SystemExit(f"{way} is wrong at {tokens} tokens of {shape}: {error:.2g}")
         replays[way] = graph_of(run, x, copies, calls)
-    times: dict[Way, list[float]] = {way: [] for way in replays}
+    times: dict[GemmBackend, list[float]] = {way: [] for way in replays}
     for _ in range(6):
         for way, replay in replays.items():
             repeats = max(1, int(4e-3 / (calls * 2.0 * tokens * outputs * width / 1e15)))
@@ -141,12 +143,12 @@ def measure(shape: Shape, tokens: int, copies: list[tuple[Tensor, Tensor]]) -> d
     return {way: statistics.median(found[1:]) for way, found in times.items()}
 
 
-def fastest(times: dict[Way, float], default: Way) -> Way:
+def fastest(times: dict[GemmBackend, float], default: GemmBackend) -> GemmBackend:
     best = min(times, key=lambda way: times[way])
     return best if times[best] < GAIN * times[default] else default
 
 
-def text_of(way: Way) -> str:
+def text_of(way: GemmBackend) -> str:
     return f"{way.library}:{way.multiprocessors}" if way.multiprocessors else way.library
 
 
@@ -162,7 +164,7 @@ def table_of(shape: Shape, tokens: list[int]) -> list[tuple[int, str]]:
     lines = []
     for count in tokens:
         times = measure(shape, count, copies)
-        default = gemm_choice._rule(count, outputs)
+        default = choice._rule(count, outputs)
         way = fastest(times, default)
         lines.append((count, text_of(way)))
         shown = {text_of(w): round(t, 1) for w, t in times.items()}

@@ -50,9 +50,9 @@ from qwen27b import read_sizes, step_work, write_config
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
-from millrace.engine.replica import build_engine
 from millrace.engine.scheduler import Scheduler
 from millrace.model.tiny import TinyShape, config_json
+from millrace.replica.build import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE: dict[str, Any] = {
@@ -117,7 +117,7 @@ def ceilings(size: int) -> dict[str, float]:
         "bf16_tflop_s": 2 * size**3 / timed(lambda: x @ x) / 1e12,
     }
     if device == "cuda":
-        from millrace.kernels.gpu.gemm import fp8_matmul
+        from millrace.kernels.gpu.gemm.fp8 import fp8_matmul
         from millrace.kernels.gpu.quantize import quantize
 
         q, scale = quantize(x), torch.rand(size // 128, size // 128, device=device) + 0.5

@@ -35,7 +35,6 @@ from engine_runs import closed_run, commit
 from qwen27b import write_config
 
 from millrace.config import engine_args
-from millrace.engine.replica import build_engine
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
 from millrace.model.config import read_config
@@ -44,6 +43,7 @@ from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, config_json
 from millrace.model.weights import random_weights
 from millrace.protocol import AddRequest, SamplingParams
+from millrace.replica.build import build_engine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 0

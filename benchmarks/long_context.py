@@ -28,7 +28,7 @@ import psutil
 
 from millrace import LLM, SamplingParams
 from millrace.model.config import read_config
-from millrace.models import find_model
+from millrace.model_lookup import find_model
 
 ORIGINAL, FACTOR = 4096, 9  # positions: 36,864
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -129,8 +129,8 @@ def plot(rows: list[dict[str, float]], page_bytes: int, file: Path) -> None:
     axes[1].plot(lengths, [OUTPUT / r["cached_cpu_s"] for r in rows], "s-", label="output")
     axes[1].set(title="tokens a second of CPU time", yscale="log")
     axes[1].legend()
-    kept = [row["pages"] * page_bytes / 1e6 for row in rows]
-    axes[2].plot(lengths, kept, "o-", label="KV pages of the prompt")
+    buffer = [row["pages"] * page_bytes / 1e6 for row in rows]
+    axes[2].plot(lengths, buffer, "o-", label="KV pages of the prompt")
     axes[2].plot(
         lengths, [r["resident_mb"] - rows[0]["resident_mb"] for r in rows], "s-",
         label="growth of the process",

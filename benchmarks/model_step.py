@@ -96,8 +96,8 @@ def draft_head(model: Qwen3_5, rows: int, tokens: int) -> tuple[list[float], lis
         model.mtp(ids, hidden, batch, caches)
 
     def at_the_last() -> None:
-        x = model.mtp.remember(ids, hidden, batch, caches)
-        model.mtp.guess(x[last], singles, caches)
+        x = model.mtp.write_kv(ids, hidden, batch, caches)
+        model.mtp.draft_hidden(x[last], singles, caches)
 
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(STEPS):

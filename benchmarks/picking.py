@@ -24,7 +24,7 @@ from typing import Any
 
 import uvloop
 
-from millrace.http1 import Target, fetch
+from millrace.common.http_client import Target, fetch
 
 WORDS = [
     "the",

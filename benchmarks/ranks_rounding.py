@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine import launch
 from millrace.kernels.norm import rms_norm
-from millrace.runtime.collectives import Collectives
+from millrace.replica import rank_launcher
+from millrace.runtime.ranks.allreduce import AllReduce
 
 SUMS = "RANKS_ROUNDING_SUMS"  # "once" or "twice", for a rank that this script starts
 PROMPTS = [[(7 * i * (k + 3) + k) % 250 for i in range(40 + 31 * k)] for k in range(8)]
@@ -42,7 +42,7 @@ def add_up(how: str) -> None:
     """Have this process's sums rounded as said."""
 
     def reduce_norm(
-        self: Collectives, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *_: bool
+        self: AllReduce, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *_: bool
     ) -> Any:
         total = torch.stack(self.ranks.gather_parts(x)).float().sum(0)
         if how == "twice":
@@ -50,11 +50,11 @@ def add_up(how: str) -> None:
         stream = (total + residual.float()).to(x.dtype)
         return rms_norm(stream, weight, eps), None, stream
 
-    Collectives.reduce_norm = reduce_norm  # type: ignore[method-assign]
+    AllReduce.reduce_norm = reduce_norm  # type: ignore[method-assign]
 
 
 def start_rank(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-    at = command.index("millrace.engine.process") + 1
+    at = command.index("millrace.replica.process") + 1
     return subprocess.Popen([sys.executable, __file__, "rank", *command[at:]], env=env)
 
 
@@ -78,13 +78,13 @@ def logprobs(name: str) -> list[float]:
 
 def main() -> int:
     if sys.argv[1:2] == ["rank"]:
-        from millrace.engine.process import main as be_a_rank
+        from millrace.replica.process import main as be_a_rank
 
         add_up(os.environ[SUMS])
         del sys.argv[1]
         return be_a_rank()
     stand_in = SimpleNamespace(Popen=start_rank, TimeoutExpired=subprocess.TimeoutExpired)
-    launch.subprocess = stand_in  # type: ignore[assignment]
+    rank_launcher.subprocess = stand_in  # type: ignore[assignment]
     found = {name: logprobs(name) for name in RUNS}
     exact, alone = found["one rank, float32"], found["one rank"]
     print("median difference of log-probabilities from: one rank in float32, in bfloat16")

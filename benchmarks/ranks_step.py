@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from millrace.config import engine_args
-from millrace.engine.replica import build_engine
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.protocol import AddRequest, SamplingParams
+from millrace.replica.build import build_engine
 
 REQUESTS, TOKENS = 16, 60
 

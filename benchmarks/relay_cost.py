@@ -29,9 +29,9 @@ from typing import Any
 
 import psutil
 
-from millrace.gateway.keeper import ReplicaSpec
-from millrace.gateway.render import render
-from millrace.http1 import Target
+from millrace.common.http_client import Target
+from millrace.gateway.health.health_monitor import ReplicaSpec
+from millrace.gateway.proxy_config import render
 
 HERE = Path(__file__).resolve().parent
 OURS = [sys.executable, "-m", "millrace.cli", "gateway"]

@@ -92,7 +92,7 @@ def await_ready(port: int, process: subprocess.Popen[bytes], seconds: float = 12
     raise SystemExit(f"the server on port {port} did not get ready")
 
 
-def ask(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
+def info(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
     """One streamed completion."""
     body = {
         "model": model, "prompt": prompt, "max_tokens": outputs, "stream": True,
@@ -118,7 +118,7 @@ class Measured:
     rates: dict[str, float] = field(default_factory=dict)
 
 
-class Client:
+class ClientOverhead:
     """Asks one server. Every prompt is new, so that no prefix is cached."""
 
     def __init__(self, server: Server, model: str, seed: int) -> None:
@@ -130,7 +130,7 @@ class Client:
         return [self._rng.randrange(3, VOCABULARY) for _ in range(length)]
 
     def send(self, length: int, outputs: int) -> Future[Answer]:
-        return self._pool.submit(ask, self._server.port, self._model, self.prompt(length), outputs)
+        return self._pool.submit(info, self._server.port, self._model, self.prompt(length), outputs)
 
     def alone(self) -> dict[str, float]:
         answer = self.send(SHORT, 8).result()
@@ -216,7 +216,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             sides = [(before, old), (now, new)]
             for rounds, side in sides if number % 2 else reversed(sides):
-                found = Client(side, options.model, seed=number).round()
+                found = ClientOverhead(side, options.model, seed=number).round()
                 rounds += [found] if number else []  # the first round warms up
     report(before, now)
 

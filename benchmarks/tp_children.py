@@ -69,9 +69,14 @@ class Result:
 
 def sums(options: argparse.Namespace, result: Result) -> None:
     """One rank of the table of sums. Rank 0 starts the others and keeps the figures."""
-    from millrace.runtime.collectives import Collectives
-    from millrace.runtime.groups import Place, launched_by_torchrun, open_store, torchrun_place
-    from millrace.runtime.ranks import Ranks
+    from millrace.runtime.ranks.allreduce import AllReduce
+    from millrace.runtime.ranks.process_groups import (
+        Place,
+        launched_by_torchrun,
+        open_store,
+        torchrun_place,
+    )
+    from millrace.runtime.ranks.ranks import Ranks
 
     cuda, others, store = not options.dry_run, [], None
     if launched_by_torchrun():
@@ -85,7 +90,7 @@ def sums(options: argparse.Namespace, result: Result) -> None:
     end = None if mine.rank == 0 else lambda why: os._exit(3)
     ranks = Ranks.join(mine, "nccl" if cuda else "gloo", {}, store=store, on_failure=end)
     dtype = torch.bfloat16 if cuda else torch.float32
-    ways = Collectives.build(ranks, SUM_WIDTH, dtype, device)
+    ways = AllReduce.build(ranks, SUM_WIDTH, dtype, device)
     table: list[Any] = []
     for rows in [2**n for n in range(11)] if cuda else [1, 8]:
         table += [asdict(timing) for timing in ways.measure([rows])]
@@ -132,8 +137,8 @@ def outputs(options: argparse.Namespace, result: Result) -> None:
 
 def shapes(options: argparse.Namespace, result: Result) -> None:
     """Steady decoding of the 27B shapes at each batch size, and what its sums take of a step."""
-    from millrace.engine.replica import build_engine
-    from millrace.runtime.collectives import budget
+    from millrace.replica.build import build_engine
+    from millrace.runtime.ranks.allreduce import budget
 
     began = time.perf_counter()
     args = {**(TINY if options.dry_run else FULL), "tensor_parallel_size": options.ranks}

@@ -43,7 +43,7 @@ import torch  # noqa: E402
 from engine_runs import commit  # noqa: E402
 from qwen27b import write_config  # noqa: E402
 
-from millrace.bench.tables import aligned  # noqa: E402
+from millrace.bench.report.tables import aligned  # noqa: E402
 from millrace.model.tiny import TinyShape, write_checkpoint  # noqa: E402
 
 ENVIRONMENT = {
@@ -143,7 +143,7 @@ class Bench:
 
 
 def phase_sums(bench: Bench) -> None:
-    from millrace.runtime.collectives import Timing, table
+    from millrace.runtime.ranks.allreduce import Timing, table
 
     found: dict[str, Any] = {}
     for ranks in sorted({2, bench.options.gpus}, reverse=True):
@@ -292,7 +292,7 @@ def phase_dp(bench: Bench) -> None:
 def phase_parallelism(bench: Bench) -> None:
     from msgspec import convert
 
-    from millrace.bench.parallelism import ParallelRow, parallelism_fields, parallelism_table
+    from millrace.bench.runs.parallelism import ParallelRow, parallelism_fields, parallelism_table
 
     if bench.options.gpus >= 4:
         waves = [[("1x1", [2]), ("2x1", [0, 1])], [("1x4", range(4))], [("2x2", range(4))]]

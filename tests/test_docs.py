@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from millrace.config import EngineArgs
-from millrace.server.fields import HARMLESS, REFUSED
-from millrace.server.metrics import _COUNTERS, _GAUGES, _HISTOGRAMS
+from millrace.server.api.fields import HARMLESS, REFUSED
+from millrace.server.api.request_schema import ChatRequest, CompletionRequest
 from millrace.server.openapi import _OPERATIONS
 from millrace.server.options import ServerOptions
-from millrace.server.schema import ChatRequest, CompletionRequest
+from millrace.server.telemetry.metrics import _COUNTERS, _GAUGES, _HISTOGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

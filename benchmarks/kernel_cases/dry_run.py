@@ -10,9 +10,9 @@ from kernel_cases.gdn_inputs import prefill_rows
 from kernel_cases.shapes import SMALL
 from millrace.kernels import gdn, norm
 from millrace.kernels.batch import GDNState
-from millrace.kernels.gpu import conv as gpu_conv
-from millrace.kernels.gpu import gdn_prefill as gpu_prefill
 from millrace.kernels.gpu import quantize as gpu_quantize
+from millrace.kernels.gpu.gdn import conv as gpu_conv
+from millrace.kernels.gpu.gdn import prefill as gpu_prefill
 
 
 def dry_run() -> int:

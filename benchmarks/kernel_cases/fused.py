@@ -13,8 +13,8 @@ from kernel_cases.gdn_inputs import prefill_rows
 from kernel_cases.shapes import DEVICE, FULL, HEAD_DIM, HEADS
 from millrace.kernels import gdn, norm
 from millrace.kernels.batch import DecodeRows, GDNState
-from millrace.kernels.gpu import conv as gpu_conv
 from millrace.kernels.gpu import quantize as gpu_quantize
+from millrace.kernels.gpu.gdn import conv as gpu_conv
 
 T = TypeVar("T")
 

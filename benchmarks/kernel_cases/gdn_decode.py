@@ -18,7 +18,7 @@ from kernel_cases.gdn_inputs import gdn_cache, gdn_inputs, gdn_truth
 from kernel_cases.shapes import DEVICE, FULL, SEQUENCES, WINDOW
 from millrace.kernels.batch import DecodeRows, GDNState
 from millrace.kernels.gpu import gdn as gpu
-from millrace.kernels.gpu import gdn_decode as gpu_gdn
+from millrace.kernels.gpu.gdn import decode as gpu_gdn
 
 
 def check_gdn(n: int, dtype: torch.dtype, config: tuple[int, int] | None) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernel_cases.case import Case, relative
 from kernel_cases.gdn_inputs import gdn_cache, gdn_inputs, gdn_truth, prefill_rows
 from kernel_cases.shapes import FULL, Sizes
-from millrace.kernels.gpu import gdn_prefill as gpu_prefill
+from millrace.kernels.gpu.gdn import prefill as gpu_prefill
 
 
 def check(run: Callable[..., Tensor], sizes: Sizes = FULL) -> float:

@@ -10,9 +10,9 @@ from torch import Tensor
 from kernel_cases.case import Case, relative
 from kernel_cases.shapes import DEVICE
 from millrace.kernels import gemm
-from millrace.kernels.gpu import gemm as gpu_gemm
-from millrace.kernels.gpu import gemm_few
 from millrace.kernels.gpu import quantize as gpu_quantize
+from millrace.kernels.gpu.gemm import few
+from millrace.kernels.gpu.gemm import fp8 as gpu_gemm
 
 GEMM_SHAPES = {
     "qkv_gate": (14336, 5120),
@@ -86,7 +86,7 @@ def cases(quick: bool) -> Iterator[Case]:
 def few_cases(quick: bool) -> Iterator[Case]:
     """At most 8 tokens, a dozen calls to a graph. Our kernel should take its floor and 2.5 us: some
     20 us for qkv_gate, 10 for attn_o, 45 for gate_up, 24 for down, 22 for gdn_qkvz."""
-    ways: dict[str, Callable[..., Tensor | None]] = {"few": gemm_few.few_matmul}
+    ways: dict[str, Callable[..., Tensor | None]] = {"few": few.few_matmul}
     if gpu_gemm._deep_gemm() is not None:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
     if not (quick and len(ways) > 1):

@@ -17,9 +17,9 @@ import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 
-from millrace.eval.tasks import arithmetic, chat, policy
-from millrace.eval.tasks.items import Item
-from millrace.eval.tasks.wording import SYSTEMS
+from millrace.tasks import arithmetic, chat, policy
+from millrace.tasks.items import Item
+from millrace.tasks.wording import SYSTEMS
 
 HERE = Path(__file__).parent
 END = "<|im_end|>\n"

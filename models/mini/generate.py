@@ -14,8 +14,8 @@ from model import CHUNK, Attention, DeltaNet, Layer, Mini, Packing
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from millrace.eval.tasks import TASKS, make_items
-from millrace.eval.tasks.items import Item
+from millrace.tasks import TASKS, make_items
+from millrace.tasks.items import Item
 
 Cache = list[tuple[Tensor, Tensor]]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from data import HERE, draw_pieces, template
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from millrace.eval.tasks import wording
+from millrace.tasks import wording
 
 VOCAB_SIZE = 4096
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

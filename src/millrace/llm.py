@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from millrace.config import EngineArgs, engine_args
-from millrace.engine.replica import build_engine
 from millrace.errors import ConfigError, RequestError
-from millrace.models import find_model
+from millrace.model_lookup import find_model
 from millrace.protocol import (
     AddRequest,
     Delta,
@@ -35,12 +34,13 @@ from millrace.protocol import (
     SamplingParams,
     TokenLogprobs,
 )
-from millrace.text.codec import Codec, copies
+from millrace.replica.build import build_engine
+from millrace.text.detokenizer import Detokenizer
 from millrace.text.messages import Message
-from millrace.text.output import OutputText
+from millrace.text.processor import TextProcessor, copies
 from millrace.text.reasoning import begins_reasoning
 from millrace.text.tokenizer import Tokenizer
-from millrace.text.toolset import read_tools
+from millrace.text.tool_schema import read_tools
 
 Prompt = str | list[int] | Mapping[str, Any]
 
@@ -113,7 +113,7 @@ class LLM:
         args = _resolved(engine_args(model=str(model), **options))
         directory = Path(args.model)
         tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
-        self._codec = Codec.load(directory, tokenizer, generation_config)
+        self._processor = TextProcessor.load(directory, tokenizer, generation_config)
         self._engine = build_engine(args)
         self._close = weakref.finalize(self, self._engine.close)  # at the latest when Python ends
         config = self._engine.config
@@ -164,24 +164,24 @@ class LLM:
         params = self._params_for(len(conversations), sampling_params)
         groups = []
         for conversation, one in zip(conversations, params, strict=True):
-            text = self._codec.chat_prompt(
+            text = self._processor.chat_prompt(
                 conversation,
                 tools=offered,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,
             )
-            token_ids = self._codec.encode(text, add_special_tokens=False)
+            token_ids = self._processor.encode(text, add_special_tokens=False)
             groups.append(self._runs(text, token_ids, one, begins_reasoning("auto", text)))
         return self._finish(groups, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode and decode."""
-        return self._codec.tokenizer
+        return self._processor.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a prompt without sampling_params gets."""
-        defaults = self._codec.defaults
+        defaults = self._processor.defaults
         given = {
             "temperature": defaults.temperature,
             "top_p": defaults.top_p,
@@ -234,7 +234,7 @@ class LLM:
                 raise RequestError('a prompt is {"prompt": text} or {"prompt_token_ids": ids}')
             prompt = cast(str, prompt["prompt"])
         if isinstance(prompt, str):
-            return prompt, self._codec.encode(prompt)
+            return prompt, self._processor.encode(prompt)
         return None, list(prompt)
 
     def _runs(
@@ -245,8 +245,8 @@ class LLM:
         wanted = params.structured_outputs
         grammar = None
         if wanted is not None:
-            grammar = self._codec.structured(wanted, "structured_outputs", reasons)
-        request = self._codec.request(
+            grammar = self._processor.structured(wanted, "structured_outputs", reasons)
+        request = self._processor.request(
             str(self._count), token_ids, params, self._max_model_len, grammar=grammar
         )
         output = RequestOutput(
@@ -256,8 +256,10 @@ class LLM:
             outputs=[],
             metrics=RequestMetrics(arrival_time=request.arrival),
         )
-        tokenizer = self._codec.tokenizer
-        return [_Run(one, output, self._codec.output(params), tokenizer) for one in copies(request)]
+        tokenizer = self._processor.tokenizer
+        return [
+            _Run(one, output, self._processor.output(params), tokenizer) for one in copies(request)
+        ]
 
     def _finish(self, groups: Sequence[Sequence[_Run]], show: bool) -> list[RequestOutput]:
         """Run them all to their ends; none stays in the engine, whatever happens."""
@@ -281,7 +283,7 @@ class _Run:
     """One output on its way through the engine; those of one prompt share a RequestOutput."""
 
     def __init__(
-        self, request: AddRequest, output: RequestOutput, words: OutputText, tokenizer: Tokenizer
+        self, request: AddRequest, output: RequestOutput, words: Detokenizer, tokenizer: Tokenizer
     ) -> None:
         self.request = request
         self.output = output

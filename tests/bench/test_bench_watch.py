@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from millrace.bench import watch
-from millrace.bench.save import check_raw
+from millrace.bench.measure import telemetry
+from millrace.bench.report.save import check_raw
 from millrace.errors import UserError
 
 Replace = Callable[[str, str | None], None]
@@ -23,17 +23,17 @@ def nvmlDeviceGetName(handle): return "NVIDIA H200"
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_DRIVER", tmp_path)
+    monkeypatch.setattr(telemetry, "_DRIVER", tmp_path)
 
 
 @pytest.fixture
 def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(telemetry, "_DRIVER", tmp_path / "none")
 
 
 def test_gpus_that_can_be_read(driver: None, replace_package: Replace) -> None:
     replace_package("pynvml", ONE_GPU)
-    found = watch.Gpus()
+    found = telemetry.Gpus()
     assert (found.names, found.notes) == (["NVIDIA H200"], [])
 
 
@@ -46,7 +46,7 @@ def test_gpus_that_cannot(
     driver: None, replace_package: Replace, source: str | None, words: str
 ) -> None:
     replace_package("pynvml", source)
-    found = watch.Gpus()
+    found = telemetry.Gpus()
     (note,) = found.notes
     assert note.startswith("power of GPUs is left out: ")
     assert words in note
@@ -58,7 +58,7 @@ def test_a_host_without_gpus_says_nothing(
     no_driver: None, replace_package: Replace, source: str | None
 ) -> None:
     replace_package("pynvml", source)
-    assert watch.Gpus().notes == []
+    assert telemetry.Gpus().notes == []
 
 
 @pytest.mark.parametrize(("source", "words"), [

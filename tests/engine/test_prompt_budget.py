@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.config import TILE, bucket_above, bucket_below, token_buckets
-from millrace.engine.intake import Limits
 from millrace.engine.prompt_budget import PromptBudget, min_chunk, step_tokens
+from millrace.engine.validation import Limits
 
 
 def limits(**changes: Any) -> Limits:

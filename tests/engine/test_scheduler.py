@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.engine import planlog
+from millrace.engine import plan_log
 from millrace.engine.engine import Engine
-from millrace.engine.intake import Limits
 from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
+from millrace.engine.validation import Limits
 from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
@@ -480,18 +480,18 @@ def test_plan_log_replays(tmp_path: Path) -> None:
         eng.add(request(f"r{number}", [number + 1, 2, 3, 4, 5, 6], 9))
     run(eng)
     eng.close()
-    entries = list(planlog.read(path))
+    entries = list(plan_log.read(path))
     assert sum(isinstance(e, StepPlan) for e in entries) == sum(
         isinstance(e, StepResult) for e in entries
     )
     again = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=3)
-    assert planlog.replay(path, again) == []
+    assert plan_log.replay(path, again) == []
     other = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=4)
     with pytest.raises(AssertionError):  # other acceptance: the plans no longer fit
-        assert planlog.replay(path, other) == []
+        assert plan_log.replay(path, other) == []
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="not a whole plan log"):
-        list(planlog.read(path))
+        list(plan_log.read(path))
 
 
 def test_results_out_of_order_are_refused() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from millrace.engine.intake import Limits, make_request
 from millrace.engine.request import Phase, Request
+from millrace.engine.validation import Limits, make_request
 from millrace.engine.waiting_queue import MAX_FAILURES, MAX_OVERTAKES, WINDOW, WaitingQueue
 from millrace.protocol import AddRequest, SamplingParams
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import millrace
 from millrace.eval.command import eval_command, make_all
-from millrace.eval.tasks import Item
+from millrace.tasks import Item
 
 ANSWERS = {
     item.messages[-1]["content"]: item for item in make_all(["policy", "math", "chat"], 30, 0)

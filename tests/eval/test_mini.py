@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from millrace.eval.ask import InProcess, Request
-from millrace.eval.tasks import TASKS, Item
+from millrace.tasks import TASKS, Item
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MINI, FP8 = MODELS / "millrace-mini", MODELS / "millrace-mini-fp8"

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from millrace.common.http_client import Reading, Target, encode_request, fetch
 from millrace.fleet.supervisor import FleetOptions, Supervisor
 from millrace.gateway.app import GatewayOptions
-from millrace.http1 import Reading, Target, encode_request, fetch
 from tests.support.gateways import FAST, streamed
 from tests.support.running import eventually, run
 
@@ -101,7 +101,7 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
             assert await read_slowly(target, 0, truth) == truth[0]
             for victim in range(2):
                 await _kill_in_mid_stream(fleet, target, truth, victim)
-            events = fleet.gateway.board.events()
+            events = fleet.gateway.counters.events()
             assert events["resumed"] >= 2
             assert events["cut_off"] == 0
         finally:

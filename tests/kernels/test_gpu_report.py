@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from tests.kernels.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
@@ -19,7 +19,9 @@ BROKEN = "raise ImportError('libtvm_ffi.so: undefined symbol')"
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as an H200 that compiles what it is asked to."""
-    from millrace.kernels.gpu import cuda_source, gdn_decode, gemm
+    from millrace.kernels.gpu import cuda_source
+    from millrace.kernels.gpu.gdn import decode
+    from millrace.kernels.gpu.gemm import fp8 as gemm
 
     monkeypatch.setattr(gemm, "_is_hopper", lambda: True)
     monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA H200")
@@ -27,8 +29,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_source, "compiled", lambda text, name: print)
 
     def forget() -> None:
-        gdn_decode._compiled.cache_clear()
-        gdn_decode._answer.cache_clear()
+        decode._compiled.cache_clear()
+        decode._answer.cache_clear()
 
     forget()
     yield
@@ -36,7 +38,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def shape(tokens: int = 2, dim: int = 128) -> object:
-    from millrace.kernels.gpu.gdn_decode import Shape
+    from millrace.kernels.gpu.gdn.decode import Shape
 
     return Shape(tokens, 16, dim, dim, 3, *(True,) * 6)
 
@@ -76,7 +78,7 @@ def test_deep_gemm_that_cannot(
     hopper: None, replace_package: Replace, caplog: pytest.LogCaptureFixture,
     source: str | None, reason: str, remedy: str,
 ) -> None:  # fmt: skip
-    from millrace.kernels.gpu import gemm
+    from millrace.kernels.gpu.gemm import fp8 as gemm
 
     replace_package("deep_gemm", source)
     level, line = logged(caplog, torch.bfloat16)[1]
@@ -94,7 +96,7 @@ def test_a_gpu_on_which_nothing_was_measured(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from millrace.kernels.gpu import gemm
+    from millrace.kernels.gpu.gemm import fp8 as gemm
 
     replace_package("deep_gemm", "__version__ = '0.1.3'")
     monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA GH200")
@@ -104,7 +106,7 @@ def test_a_gpu_on_which_nothing_was_measured(
 def test_other_gpus_and_dtypes_use_triton(
     hopper: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from millrace.kernels.gpu import gemm
+    from millrace.kernels.gpu.gemm import fp8 as gemm
 
     assert "not on NVIDIA H200 in torch.float32" in logged(caplog, torch.float32)[0][1]
     monkeypatch.setattr(gemm, "_is_hopper", lambda: False)
@@ -119,7 +121,8 @@ def test_no_compiler_for_cuda(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from millrace.kernels.gpu import cuda_source, gemm
+    from millrace.kernels.gpu import cuda_source
+    from millrace.kernels.gpu.gemm import fp8 as gemm
 
     replace_package("deep_gemm", "__version__ = '0.1.3'")
     monkeypatch.setattr(gemm.gemm_few, "is_compiled", lambda: False)
@@ -163,15 +166,15 @@ def test_tensors_that_the_cuda_kernels_do_not_take(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from millrace.kernels.batch import GDNState
-    from millrace.kernels.gpu import gdn_decode
+    from millrace.kernels.gpu.gdn import decode
 
-    gdn_decode._declined.cache_clear()
+    decode._declined.cache_clear()
     empty = torch.empty
     cache = GDNState(empty(1, 1, 32, 32), empty(1, 1, 4, 32), empty(0), empty(0), empty(0))
     for _ in range(2):
-        assert gdn_decode.native(empty(2, 99), empty(2, 1), True, cache, 1, None) is None
+        assert decode.native(empty(2, 99), empty(2, 1), True, cache, 1, None) is None
     half = empty(2, 96, dtype=torch.float16)
-    assert gdn_decode.native(half, empty(2, 1), True, cache, 1, None) is None
+    assert decode.native(half, empty(2, 1), True, cache, 1, None) is None
     rows, kinds = caplog.records
     assert "rows of 99 channels are not aligned to 16 bytes" in rows.message
     assert "not torch.float16, torch.float32" in kinds.message

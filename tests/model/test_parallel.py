@@ -113,9 +113,9 @@ def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Ten
     token, batch = make_batch(driver.caches, torch.tensor([0, 1, 0]), [], [(1, ids[1:66])])
     assert model.mtp is not None
     with torch.inference_mode():
-        x = model.mtp.remember(token, prompt[:65], batch, driver.caches)
+        x = model.mtp.write_kv(token, prompt[:65], batch, driver.caches)
         _, last = make_batch(driver.caches, torch.tensor([0, 65, 0]), [(1, ids[65:66])], [])
-        guessed = model.mtp.guess(x[-1:], last, driver.caches)
+        guessed = model.mtp.draft_hidden(x[-1:], last, driver.caches)
         drafted = model.mtp(token, prompt[:65], batch, driver.caches)
         torch.testing.assert_close(guessed, drafted[-1:], rtol=1e-5, atol=1e-5)
     _, [prompt_end] = driver.step(prefill=[(2, ids)], ends=True)

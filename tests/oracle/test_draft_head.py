@@ -148,10 +148,10 @@ def test_remembering_is_enough_for_those_behind(make_pair: MakePair) -> None:
     rows = [(slot, ids[1 : end + 1]) for slot, end in ends.items()]
     tokens, batch = make_batch(driver.caches, torch.tensor([0, 1, 1, 1]), [], rows)
     known = torch.cat([one[:-1] for one in hidden])
-    x = pair.model.mtp.remember(tokens, known, batch, driver.caches)
+    x = pair.model.mtp.write_kv(tokens, known, batch, driver.caches)
     last = [(slot, ids[end : end + 1]) for slot, end in ends.items()]
     _, at = make_batch(driver.caches, torch.tensor([0, *ends.values()]), last, [])
-    guessed = pair.model.mtp.guess(x[[18, 29, 36]], at, driver.caches)
+    guessed = pair.model.mtp.draft_hidden(x[[18, 29, 36]], at, driver.caches)
     whole = WrittenOutHead(pair.directory, pair.model.config).drafts(ids[1:], [*hidden[0][:-1]])
     expected = torch.stack([whole[end - 1] for end in ends.values()])
     torch.testing.assert_close(guessed.double(), expected, rtol=1e-4, atol=1e-4)

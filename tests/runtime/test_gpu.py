@@ -16,11 +16,11 @@ import torch
 from tokenizers import Tokenizer
 
 from millrace.eval.ask import InProcess, Request
-from millrace.eval.tasks import TASKS
 from millrace.model.tiny import TinyShape, write_checkpoint
-from millrace.model.vocabulary import RoundedHead
+from millrace.model.vocabulary import Fp8DraftHead
 from millrace.protocol import Delta
-from tests.runtime.test_wishes import PATTERN, add, finish, regex, tokens_of
+from millrace.tasks import TASKS
+from tests.runtime.step.test_logits_processors import PATTERN, add, finish, regex, tokens_of
 from tests.support.engines import assert_same, build, generate, with_few_pages
 
 pytestmark = pytest.mark.gpu
@@ -172,7 +172,7 @@ def test_where_the_output_head_is_rounded(name: str, head: str | None, rounded: 
         gpu_memory_utilization=0.1, speculative_config=speculative,
     )  # fmt: skip
     found = engine._worker._runner._model.draft_output  # type: ignore[attr-defined]
-    assert isinstance(found, RoundedHead) == rounded
+    assert isinstance(found, Fp8DraftHead) == rounded
     engine.close()
 
 
@@ -192,8 +192,8 @@ def _with_wishes(model: Path, **options: Any) -> dict[str, list[Delta]]:
     for index, prompt in enumerate(PROMPTS):
         add(engine, str(index), prompt, **WISHES[index % len(WISHES)])
     for seed in range(3):
-        wishes = {"grammar": regex(PATTERN), "temperature": 1.0, "seed": seed, "max_tokens": 60}
-        add(engine, f"grammar-{seed}", PROMPTS[seed], **wishes)
+        processors = {"grammar": regex(PATTERN), "temperature": 1.0, "seed": seed, "max_tokens": 60}
+        add(engine, f"grammar-{seed}", PROMPTS[seed], **processors)
     found = finish(engine)
     engine.close()
     return found

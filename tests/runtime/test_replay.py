@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from millrace.engine import planlog
+from millrace.engine import plan_log
 from tests.support.child_environment import ROOT, child_environment
 from tests.support.engines import build, generate
 
@@ -16,8 +16,8 @@ OPTIONS = {"speculative_config": {"num_speculative_tokens": 2}, "enable_prefix_c
 RANK = """
 import sys
 from millrace.config import engine_args
-from millrace.engine import replica
-from millrace.runtime.groups import torchrun_place
+from millrace.replica import build as replica
+from millrace.runtime.ranks.process_groups import torchrun_place
 from tests.support.engines import DEFAULTS, build, generate
 
 model, prompts = sys.argv[1], eval(sys.argv[2])
@@ -38,8 +38,8 @@ def test_a_real_run_replays(tiny_model: Path, tmp_path: Path) -> None:
     assert engine.stats().prefix_hits > 0
     engine.close()
     fresh = build(tiny_model, **OPTIONS)
-    assert len(list(planlog.read(log))) > 20
-    assert planlog.replay(log, fresh._worker) == []
+    assert len(list(plan_log.read(log))) > 20
+    assert plan_log.replay(log, fresh._worker) == []
     fresh.close()
 
 

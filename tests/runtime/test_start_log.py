@@ -15,7 +15,7 @@ from millrace.model.config import ModelConfig, read_config
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.worker import log_backends
-from tests.kernels.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON
 from tests.support.engines import build
 
 Started = tuple[EngineConfig, ModelConfig, Qwen3_5]
@@ -39,12 +39,13 @@ def test_a_gpu_without_deep_gemm(
     caplog: pytest.LogCaptureFixture,
     replace_package: Callable[[str, str | None], None],
 ) -> None:
-    from millrace.kernels.gpu import cuda_source, gemm
+    from millrace.kernels.gpu import cuda_source
+    from millrace.kernels.gpu.gemm import fp8
 
     replace_package("deep_gemm", source)
-    monkeypatch.setattr(gemm, "_is_hopper", lambda: True)
-    monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gemm.gemm_few, "is_compiled", lambda: True)
+    monkeypatch.setattr(fp8, "_is_hopper", lambda: True)
+    monkeypatch.setattr(fp8, "_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(fp8.gemm_few, "is_compiled", lambda: True)
     monkeypatch.setattr(cuda_source, "compiled", lambda *_: None)
     with caplog.at_level(logging.INFO):
         log_backends(*fp8_model(tmp_path, "cuda", keep_fp8=True))

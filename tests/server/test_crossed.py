@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.test_choices import events
+from tests.server.api.test_choices import events
 from tests.support.live_server import started
 from tests.support.text_model import TOOLS as TEMPLATE
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from millrace.errors import ConfigError
-from millrace.server.tracing import Tracer
+from millrace.server.http.tracing import Tracer
 
 
 @pytest.mark.parametrize(("source", "words"), [

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from millrace.kernels.batch import Asked, Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.batch import (
+    Batch,
+    Caches,
+    DecodeRows,
+    GDNState,
+    KVCache,
+    PrefillRows,
+    SelectedTokens,
+)
 from millrace.model.qwen3_5 import Qwen3_5
 
 NAN = float("nan")
@@ -111,14 +119,14 @@ def _prefill_rows(rows: Sequence[Row], lengths: Tensor) -> PrefillRows:
     )
 
 
-def ask_for_ends(caches: Caches, batch: Batch) -> Asked:
+def ask_for_ends(caches: Caches, batch: Batch) -> SelectedTokens:
     """All tokens of decode rows, and the last of each prefill row."""
     offsets = batch.prefill.offsets[1:].long() if batch.prefill else torch.zeros(0).long()
     verified = batch.num_decode_tokens
     tokens = torch.cat([torch.arange(verified), verified + offsets - 1])
     slots, positions = batch.token_slots[tokens], batch.positions[tokens]
     rows = DecodeRows(slots, positions, 1, batch.max_context)
-    return Asked(tokens, Batch(slots, positions, batch.kv_rows[tokens], rows, None))
+    return SelectedTokens(tokens, Batch(slots, positions, batch.kv_rows[tokens], rows, None))
 
 
 class Driver:

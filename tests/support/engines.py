@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from millrace.config import engine_args
-from millrace.engine import replica
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
 from millrace.protocol import AddRequest, EngineStats, SamplingParams
+from millrace.replica import build as replica
 
 TIE = 1e-4  # two runs may differ only where the two best logits are closer than this
 

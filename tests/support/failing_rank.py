@@ -1,4 +1,4 @@
-"""A rank that fails at a stage of its start, for tests/runtime/test_starts.py.
+"""A rank that fails at a stage of its start, for tests/runtime/ranks/test_starts.py.
 
 Run as `python -m tests.support.failing_rank STAGE WAY NOTE ...`, a rank's own arguments behind; as
 it fails it writes the time into the file NOTE.
@@ -24,8 +24,8 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
     """Have CPU ranks rehearse and capture, as those on GPUs do; a captured step just runs."""
     import torch
 
-    from millrace.runtime import rehearsal
-    from millrace.runtime.ranks import Ranks
+    from millrace.runtime import profile_run
+    from millrace.runtime.ranks.ranks import Ranks
     from millrace.runtime.worker import Worker
 
     class Graph:
@@ -39,8 +39,8 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
     plan_memory = Worker._plan_memory
 
     def plan(self: Worker) -> Any:
-        scratch = self._build_runner(rehearsal._few_slots(self.config), 1, 0)
-        rehearsal.rehearse(self.config, scratch)
+        scratch = self._build_runner(profile_run._few_slots(self.config), 1, 0)
+        profile_run.run_largest_steps(self.config, scratch)
         scratch.capture(self.config.max_num_seqs)
         return plan_memory(self)
 
@@ -52,19 +52,21 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
 
 def fail_at(stage: str, fail: Callable[[], None]) -> None:
     """Have this process fail at a stage: at its beginning, or among its sums."""
-    from millrace.runtime import ranks, rehearsal, runner, worker
+    from millrace.runtime import profile_run, worker
+    from millrace.runtime.ranks import ranks
+    from millrace.runtime.step import runner
 
     owner, name = {
         "groups": (ranks, "form_groups"),
-        "measuring": (worker.Collectives, "measure"),
+        "measuring": (worker.AllReduce, "measure"),
         "weights": (worker, "_load_model"),
-        "rehearsal": (rehearsal, "rehearse"),
+        "rehearsal": (profile_run, "rehearse"),
         "capture": (runner.Runner, "capture"),
         "first step": (worker.Worker, "follow"),
     }[stage]
     original = getattr(owner, name)
     # A sum that is measured is called by itself, any other is given a way first.
-    sums = (ranks.Ranks, "all_reduce") if stage == "measuring" else (worker.Collectives, "_for")
+    sums = (ranks.Ranks, "all_reduce") if stage == "measuring" else (worker.AllReduce, "_for")
     add_up, left = getattr(*sums), [AFTER]
 
     def counted(*given: Any) -> Any:
@@ -95,7 +97,7 @@ def main() -> int:
     if '"cuda"' not in " ".join(sys.argv):
         as_on_a_gpu()
     fail_at(stage, fail)
-    from millrace.engine.process import main as be_a_rank
+    from millrace.replica.process import main as be_a_rank
 
     return be_a_rank()
 

@@ -20,7 +20,6 @@ import msgspec
 import zmq
 
 from millrace.config import EngineArgs
-from millrace.engine.watchdog import REPORT, Watchdog
 from millrace.protocol import (
     Abort,
     AddRequest,
@@ -34,6 +33,7 @@ from millrace.protocol import (
     ToEngine,
     TokenLogprobs,
 )
+from millrace.replica.watchdog import REPORT, Watchdog
 
 VARIABLE = "MILLRACE_FAKE_ENGINE"
 

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from millrace.common.http_client import Target, parse_url
 from millrace.gateway.app import Gateway, GatewayOptions
-from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
-from millrace.http1 import Target, parse_url
+from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 
 FAST = HealthPolicy(interval=0.05, timeout=1.0, backoff=0.2, slow_start=0.0)
 
@@ -28,4 +28,4 @@ async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Ta
 
 def streamed(made: Gateway, replica: int = 0) -> int:
     """Pieces that have come of the responses which a replica has under way."""
-    return sum(e.carried.chunks for e in made.replicas.all[replica].exchanges)
+    return sum(e.account.chunks for e in made.replicas.all[replica].exchanges)

@@ -84,8 +84,8 @@ def fake_server(
 
     given: fields of EngineArgs and of ServerOptions.
     """
-    front = {name: given.pop(name) for name in ServerOptions.__struct_fields__ if name in given}
-    options = msgspec.convert({"port": 0, "max_body_bytes": 1 << 20, **front}, ServerOptions)
+    context = {name: given.pop(name) for name in ServerOptions.__struct_fields__ if name in given}
+    options = msgspec.convert({"port": 0, "max_body_bytes": 1 << 20, **context}, ServerOptions)
     args = msgspec.convert(
         {"model": str(model), "served_model_name": ["fake", "alias"], **given}, EngineArgs
     )

@@ -15,10 +15,10 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from millrace.engine.grammar import Grammars
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
-from millrace.text.call_grammar import calls_source
 from millrace.text.grammar import structured_rules, structured_source
-from millrace.text.toolset import choose_tools, read_tools
-from tests.text.test_tools import SCHEMA, hermes, parse, xml
+from millrace.text.tool_grammar import calls_source
+from millrace.text.tool_schema import choose_tools, read_tools
+from tests.text.test_tool_parser import SCHEMA, hermes, parse, xml
 
 
 class _Bytes:

@@ -11,28 +11,35 @@ from typing import Any, get_args
 import click
 import uvloop
 
-from millrace.bench.accuracy import Accuracy, accuracy_fields, accuracy_under_load
-from millrace.bench.compare import compare, comparison_table
-from millrace.bench.compared import (
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.report.compare import compare, comparison_table
+from millrace.bench.report.html_report import report_page
+from millrace.bench.report.live import LiveProgress, remarks
+from millrace.bench.report.results import load_results
+from millrace.bench.report.run_report import benchy_table, error_lines, table
+from millrace.bench.report.save import (
+    RawFormat,
+    check_raw,
+    default_name,
+    provenance,
+    save_run,
+    write_json,
+)
+from millrace.bench.report.sweep import grid, point_name, sweep_table
+from millrace.bench.report.tables import aligned
+from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
+from millrace.bench.runs.cli_common import (
     FAILED,
     compared_flags,
     compared_options,
     finish,
     tell_step,
 )
-from millrace.bench.flags import load_flags, metric_names, serve_options, server_flags
-from millrace.bench.live import LiveProgress, remarks
-from millrace.bench.options import BenchOptions
-from millrace.bench.page import report_page
-from millrace.bench.parallelism import parallelism
-from millrace.bench.report import benchy_table, error_lines, table
-from millrace.bench.results import load_results
-from millrace.bench.save import RawFormat, check_raw, default_name, provenance, save_run, write_json
-from millrace.bench.scaling import measure_scaling, scaling_fields, scaling_table
-from millrace.bench.selftest import level_rows, selftest
-from millrace.bench.serve import Run, run
-from millrace.bench.sweep import grid, point_name, sweep_table
-from millrace.bench.tables import aligned
+from millrace.bench.runs.flags import load_flags, metric_names, serve_options, server_flags
+from millrace.bench.runs.parallelism import parallelism
+from millrace.bench.runs.scaling import measure_scaling, scaling_fields, scaling_table
+from millrace.bench.runs.selftest import level_rows, selftest
+from millrace.bench.runs.serve import Run, run
 from millrace.errors import UserError
 
 INTERRUPTED = 130

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from millrace.common.http_client import Target, error_text, parse_url
 from millrace.errors import UserError
-from millrace.http1 import Target, error_text, parse_url
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0  # without a byte

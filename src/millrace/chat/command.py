@@ -15,7 +15,7 @@ from millrace.chat.client import Client
 from millrace.chat.server import OwnServer
 from millrace.chat.session import Session
 from millrace.errors import ConfigError
-from millrace.models import find_model
+from millrace.model_lookup import find_model
 
 BLOCK = '"""'
 

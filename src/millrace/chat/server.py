@@ -14,7 +14,7 @@ from functools import partial
 from types import TracebackType
 
 from millrace.errors import UserError
-from millrace.fleet.process import die_with_parent
+from millrace.fleet.replica_process import die_with_parent
 
 START_SECONDS = 900.0
 END_SECONDS = 20.0

@@ -9,9 +9,9 @@ from typing import Any
 import click
 import msgspec
 
+from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
-from millrace.flags import given, struct_options
 
 
 @click.command()
@@ -77,7 +77,7 @@ def _look(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
 
 
 def _collectives(args: EngineArgs, file: Path | None) -> None:
-    from millrace.doctor.collectives import examine, report
+    from millrace.doctor.allreduce import examine, report
 
     found = examine(args)
     if str(file) != "-":

@@ -93,7 +93,7 @@ def _backends() -> Iterator[Finding]:
     import torch
 
     from millrace.kernels.gpu import report
-    from millrace.kernels.gpu.gdn_decode import Shape
+    from millrace.kernels.gpu.gdn.decode import Shape
 
     low = (True,) * 6
     for choice in report.backends(torch.bfloat16, [(5120, 5120)], Shape(2, 16, 128, 128, 3, *low)):

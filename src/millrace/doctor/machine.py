@@ -15,8 +15,8 @@ from pathlib import Path
 
 from millrace import __version__
 from millrace.doctor.finding import Finding
-from millrace.fleet.shares import usable_cores
-from millrace.server.engine_link import MAX_IPC_PATH
+from millrace.fleet.device_assignment import usable_cores
+from millrace.server.engine_link.link import MAX_IPC_PATH
 
 GiB = 1 << 30
 FILES_NEEDED = 4096

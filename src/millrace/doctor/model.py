@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from millrace.config import EngineArgs, ModelFacts, resolve
 from millrace.doctor.finding import Finding
 from millrace.errors import UserError
-from millrace.models import find_model, shipped_models
+from millrace.model_lookup import find_model, shipped_models
 
 if TYPE_CHECKING:
     from millrace.model.config import ModelConfig

@@ -20,9 +20,9 @@ from time import monotonic
 
 from millrace.config import EngineConfig
 from millrace.engine.grammar import Follower, Grammars
-from millrace.engine.planlog import PlanLog
+from millrace.engine.plan_log import PlanLog
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.worker import Pending, Worker
+from millrace.engine.worker_protocol import Pending, Worker
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, EngineStats, Masks, StepPlan, StepResult
 

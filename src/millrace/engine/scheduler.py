@@ -1,8 +1,8 @@
 """The scheduler: from its state and a token budget to the plan of the next step.
 
 Pure bookkeeping: who runs, and what each step does for them. What they hold of the device's memory
-is kept in holdings.py; what the device did is learnt only through `commit`. Up to `depth` steps may
-be planned ahead of the last known result; until then the host works with upper bounds of every
+is kept in kv_manager.py; what the device did is learnt only through `commit`. Up to `depth` steps
+may be planned ahead of the last known result; until then the host works with upper bounds of every
 length.
 
 A step is: decode rows (each verifies its drafts), then chunks of prompts, while tokens, slots and
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from heapq import merge, nsmallest
 from itertools import groupby
 
-from millrace.engine.holdings import Holdings
-from millrace.engine.intake import Limits, check, make_request
-from millrace.engine.messages import admission, delta
+from millrace.engine.kv_manager import KVManager
+from millrace.engine.plan_builders import admission, delta
 from millrace.engine.prompt_budget import PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
+from millrace.engine.validation import Limits, check, make_request
 from millrace.engine.waiting_queue import WaitingQueue, rank
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, StepPlan, StepResult
@@ -53,7 +53,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._holdings = Holdings(limits)
+        self._kv_manager = KVManager(limits)
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
@@ -148,8 +148,8 @@ class Scheduler:
 
     def _grow(self, request: Request, length: int, step: Step) -> bool:
         """Give the request the pages missing for `length` tokens; False: it cannot run now."""
-        missing = self._holdings.missing(request, length)
-        while not self._holdings.free_pages(missing):
+        missing = self._kv_manager.missing(request, length)
+        while not self._kv_manager.free_pages(missing):
             if self._launched:
                 self._draining = True
                 return False
@@ -158,14 +158,14 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        step.grants.append(self._holdings.grant(request, missing))
+        step.grants.append(self._kv_manager.grant(request, missing))
         return True
 
     def _preempt(self, request: Request) -> None:
         """Wait again; no launched step names it, so all its tokens are known."""
         self._totals.preemptions += 1
         self._running.remove(request)
-        self._holdings.release(request)
+        self._kv_manager.release(request)
         request.phase = Phase.WAITING
         self._waiting.add(request)
 
@@ -173,7 +173,7 @@ class Scheduler:
         """Chunks of running and waiting prompts, as the budget has tokens for them."""
         running = [request for request in self._running if request.phase is Phase.PREFILL]
         waiting = self._candidates()
-        ready = running + waiting[: self._holdings.slots.free]
+        ready = running + waiting[: self._kv_manager.slots.free]
         decode_tokens = len(step.decode) * self._width
         tokens = step_tokens(self.limits, decode_tokens, sum(r.missing for r in ready))
         budget = PromptBudget(self.limits, tokens, decode_tokens)
@@ -186,13 +186,13 @@ class Scheduler:
 
     def _candidates(self) -> list[Request]:
         """Waiting requests that this step may admit, by rank."""
-        if self._draining or not self._holdings.slots.free:
+        if self._draining or not self._kv_manager.slots.free:
             return []
         waiting = self._waiting.candidates(self._held_back)
-        version = self._holdings.tree.version
+        version = self._kv_manager.tree.version
         stale = [request for request in waiting if request.estimate_version != version]
         for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
-            self._holdings.estimate_cached(request)
+            self._kv_manager.estimate_cached(request)
         return waiting
 
     def _plan_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
@@ -229,7 +229,7 @@ class Scheduler:
         if last:
             request.phase = Phase.DECODE
         elif end == target:
-            snapshot = self._holdings.take_snapshot(request, end)
+            snapshot = self._kv_manager.take_snapshot(request, end)
             if snapshot is not None:
                 step.saves.append((request, end, snapshot))
         return end - start
@@ -241,7 +241,7 @@ class Scheduler:
             leader is not None
             and leader.ordinal < request.ordinal  # so that no two wait for each other
             and not leader.prompt_cached
-            and self._holdings.will_cache(request)
+            and self._kv_manager.will_cache(request)
         )
 
     def _admit(self, request: Request, step: Step, offer: Callable[[int], int]) -> bool:
@@ -250,21 +250,21 @@ class Scheduler:
         offer: tokens that the step has for a prompt, from those it is missing. These are known
         only now: the prefix cache may have changed since the estimate.
         """
-        if not self._waiting.may_admit(request, self._holdings.slots.free):
+        if not self._waiting.may_admit(request, self._kv_manager.slots.free):
             return False
-        match = self._holdings.match(request)
+        match = self._kv_manager.match(request)
         request.cached_estimate = match.tokens
         if not offer(request.missing):
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
         # A page in hand for each running request keeps admissions from causing preemptions.
-        grants = self._holdings.admit(request, match, reach, spare=len(self._running))
+        grants = self._kv_manager.admit(request, match, reach, spare=len(self._running))
         if grants is None:
             self._waiting.lacks_pages(request)
             return False
         step.grants += grants
         request.computed = match.tokens
-        request.boundaries = self._holdings.boundaries(request, match.shared)
+        request.boundaries = self._kv_manager.boundaries(request, match.shared)
         step.admissions.append(admission(request, match.snapshot))
         self._waiting.admitted(request)
         request.phase, request.split = Phase.PREFILL, False
@@ -280,7 +280,7 @@ class Scheduler:
         request.cached_tokens = request.computed
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
-            self._holdings.tree.remember(request.tokens)
+            self._kv_manager.tree.remember(request.tokens)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.computed
 
@@ -302,7 +302,7 @@ class Scheduler:
         for request in step.requests():
             request.in_flight -= 1
         for request, depth, snapshot in step.saves:
-            self._holdings.publish(request, depth, snapshot)
+            self._kv_manager.publish(request, depth, snapshot)
         for request, chunk in step.chunks:
             request.prompt_cached |= chunk.last
         self._take_prompt_logprobs(step, result)
@@ -353,7 +353,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         if self._requests.pop(request.id, None) is not None:
-            self._holdings.release(request)
+            self._kv_manager.release(request)
 
     # --- what others may ask ----------------------------------------------------------------
 
@@ -364,7 +364,7 @@ class Scheduler:
         return [(row, r.id) for row, r in enumerate(sampled) if r.source.grammar is not None]
 
     def stats(self) -> EngineStats:
-        totals, pages, snapshots = self._totals, self._holdings.pages, self._holdings.snapshots
+        totals, pages, snapshots = self._totals, self._kv_manager.pages, self._kv_manager.snapshots
         return EngineStats(
             steps=totals.steps,
             running=len(self._running),
@@ -384,7 +384,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; running requests keep what they hold."""
-        self._holdings.tree.clear()
+        self._kv_manager.tree.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""
@@ -393,4 +393,4 @@ class Scheduler:
         for _, step in self._launched:
             assert all(request.slot for request in step.requests()), "launched rows keep their slot"
         owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]
-        self._holdings.check(owners, saving=sum(len(step.saves) for _, step in self._launched))
+        self._kv_manager.check(owners, saving=sum(len(step.saves) for _, step in self._launched))

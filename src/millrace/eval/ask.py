@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from millrace.errors import UserError
-from millrace.eval.tasks import TASKS, Item
-from millrace.eval.tasks.chat import call_text
 from millrace.protocol import EngineStats
+from millrace.tasks import TASKS, Item
+from millrace.tasks.chat import call_text
 
 ATTEMPTS = 4  # a server may close an idle connection, or have its queue of new ones full
 PATIENCE = 60.0  # seconds in which a server may finish loading, or find room

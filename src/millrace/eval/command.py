@@ -26,7 +26,7 @@ from millrace.eval.results import (
     summary_table,
     write_results,
 )
-from millrace.eval.tasks import TASKS, Item, find_task, make_items
+from millrace.tasks import TASKS, Item, find_task, make_items
 
 Answered = Callable[[Answer], None]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from millrace.errors import UserError
 from millrace.eval.statistics import Paired, compare, wilson
-from millrace.eval.tasks import Grade, Item
+from millrace.tasks import Grade, Item
 
 FORMAT = 1
 

@@ -17,13 +17,19 @@ from collections.abc import Callable, Sequence
 import msgspec
 import uvloop
 
+from millrace.common.http_client import Target
 from millrace.errors import ConfigError
-from millrace.fleet.process import ReplicaProcess, bring_up, free_port
-from millrace.fleet.shares import Device, device_shares, thread_limit, usable_cores, visible_gpus
+from millrace.fleet.device_assignment import (
+    Device,
+    device_shares,
+    thread_limit,
+    usable_cores,
+    visible_gpus,
+)
+from millrace.fleet.replica_process import ReplicaProcess, bring_up, free_port
 from millrace.gateway.app import Gateway, GatewayOptions
-from millrace.gateway.keeper import ReplicaSpec
-from millrace.gateway.worker import require_free_port
-from millrace.http1 import Target
+from millrace.gateway.health.health_monitor import ReplicaSpec
+from millrace.gateway.processes.worker import require_free_port
 
 _LOOPBACK = "127.0.0.1"
 
@@ -121,8 +127,8 @@ class Supervisor:
     async def stop(self) -> None:
         """Stop the gateway, once requests under way have ended or their time is over, then every
         replica; returns with all of them reaped."""
-        for keeper in self._keepers:
-            keeper.cancel()
+        for monitor in self._keepers:
+            monitor.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await self.gateway.stop(self._options.drain)
         await asyncio.gather(*(p.stop(self._options.grace) for p in self._processes))
@@ -163,7 +169,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(min(1.0, self._options.hung / 4))
             now = time.monotonic()
-            for index, member in enumerate(self.gateway.keeper.members[: self._options.count]):
+            for index, member in enumerate(self.gateway.monitor.members[: self._options.count]):
                 process = self._processes[index]
                 if member.state == "up" and process.running:
                     answered[index] = process.pid

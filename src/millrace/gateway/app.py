@@ -7,17 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 
-from millrace.gateway.board import Board
-from millrace.gateway.desk import OwnDesk, health_answer, is_own
-from millrace.gateway.discovery import Discovery, FileSource, Source, parse_dns
-from millrace.gateway.keeper import Keeper
-from millrace.gateway.message import Answer, Request
-from millrace.gateway.picker import BY_PREFIX
-from millrace.gateway.processes import WorkerProcesses
-from millrace.gateway.relay import Relay
-from millrace.gateway.replicas import ReplicaSet
-from millrace.gateway.worker import GatewayOptions, Worker, check_log_file, check_options
-from millrace.open_files import raise_file_limit
+from millrace.common.open_files import raise_file_limit
+from millrace.gateway.admin.api import AdminApi, health_answer, is_own
+from millrace.gateway.common.shared_counters import SharedCounters
+from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
+from millrace.gateway.health.health_monitor import HealthMonitor
+from millrace.gateway.http.message import Answer, Request
+from millrace.gateway.processes.supervisor import WorkerProcesses
+from millrace.gateway.processes.worker import GatewayOptions, Worker, check_log_file, check_options
+from millrace.gateway.relay.relay import Relay
+from millrace.gateway.routing.policies import BY_PREFIX
+from millrace.gateway.routing.replicas import ReplicaSet
 
 __all__ = ["Gateway", "GatewayOptions"]
 
@@ -33,24 +33,24 @@ class Gateway:
         check_options(options)
         check_log_file(options.access_log)
         self._options = options
-        self.board = Board(options.processes)
-        self.keeper = Keeper(
-            self.board,
+        self.counters = SharedCounters(options.processes)
+        self.monitor = HealthMonitor(
+            self.counters,
             options.health,
             options.access.worker_key,
             by_prefix=options.policy in BY_PREFIX,
         )
         for spec in options.replicas:
-            self.keeper.add(spec)
+            self.monitor.add(spec)
         sources: list[Source] = [parse_dns(text) for text in options.worker_dns]
         if options.worker_file is not None:
             from pathlib import Path
 
             sources.append(FileSource(Path(options.worker_file)))
-        self._discovery = Discovery(self.keeper, sources, log)
-        self._desk = OwnDesk(
-            self.board,
-            self.keeper,
+        self._discovery = Discovery(self.monitor, sources, log)
+        self._admin = AdminApi(
+            self.counters,
+            self.monitor,
             options.access,
             policy=options.policy,
             merge=options.merge_metrics,
@@ -63,18 +63,18 @@ class Gateway:
         if options.processes == 1:
             self._worker = Worker(
                 options,
-                self.board,
+                self.counters,
                 0,
-                lambda replicas: _LocalDesk(self._desk, replicas),
-                self.keeper.report,
+                lambda replicas: _LocalAdminApi(self._admin, replicas),
+                self.monitor.report,
             )
-            self.keeper.listeners.append(self._worker.replicas.apply)
-            self._worker.replicas.apply(self.keeper.members)
+            self.monitor.listeners.append(self._worker.replicas.apply)
+            self._worker.replicas.apply(self.monitor.members)
         else:
             self._processes = WorkerProcesses(
-                options, self.board, self.keeper, self._desk.answer, log
+                options, self.counters, self.monitor, self._admin.answer, log
             )
-            self.keeper.listeners.append(self._processes.tell)
+            self.monitor.listeners.append(self._processes.tell)
 
     # --- what stands in this process (one process only) ------------------------------------------
 
@@ -107,7 +107,7 @@ class Gateway:
     @property
     def healthy(self) -> int:
         """Replicas that take requests."""
-        return sum(member.state == "up" for member in self.keeper.members)
+        return sum(member.state == "up" for member in self.monitor.members)
 
     async def start(self) -> None:
         """Check every replica once, then listen and go on watching.
@@ -116,7 +116,7 @@ class Gateway:
         """
         raise_file_limit()  # two connections a request
         await self._discovery.start()
-        await self.keeper.start()
+        await self.monitor.start()
         if self._worker is not None:
             await self._worker.start()
         else:
@@ -130,15 +130,15 @@ class Gateway:
             await self._worker.stop(drain)
         if self._processes is not None:
             await self._processes.stop(drain)
-        await self.keeper.stop()
+        await self.monitor.stop()
         await asyncio.sleep(0)
 
 
-class _LocalDesk:
+class _LocalAdminApi:
     """The desk of a gateway of one process."""
 
-    def __init__(self, desk: OwnDesk, replicas: ReplicaSet) -> None:
-        self._desk = desk
+    def __init__(self, admin: AdminApi, replicas: ReplicaSet) -> None:
+        self._admin = admin
         self._replicas = replicas
 
     def owns(self, request: Request) -> bool:
@@ -147,4 +147,4 @@ class _LocalDesk:
     async def answer(self, request: Request) -> Answer:
         if request.path.partition(b"?")[0] == b"/health":
             return health_answer(self._replicas)
-        return await self._desk.answer(request)
+        return await self._admin.answer(request)

@@ -11,17 +11,17 @@ import click
 import uvloop
 
 from millrace.errors import UserError
-from millrace.gateway.access import Access
+from millrace.gateway.admin.status import show_status
 from millrace.gateway.app import Gateway, GatewayOptions
-from millrace.gateway.discovery import parse_spec
-from millrace.gateway.keeper import HealthPolicy, ReplicaSpec
-from millrace.gateway.limits import Limits
-from millrace.gateway.picker import DEFAULT_POLICY, POLICIES
-from millrace.gateway.render import RENDERERS, render
-from millrace.gateway.status import show_status
-from millrace.gateway.worker import stay_as_they_are
+from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.health.discovery import parse_spec
+from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
+from millrace.gateway.processes.worker import stay_as_they_are
+from millrace.gateway.proxy_config import RENDERERS, render
+from millrace.gateway.relay.access import Access
+from millrace.gateway.routing.policies import DEFAULT_POLICY, POLICIES
 
-_LIMITS, _HEALTH = Limits(), HealthPolicy()
+_LIMITS, _HEALTH = GatewayLimits(), HealthPolicy()
 
 
 @click.group(invoke_without_command=True)
@@ -172,8 +172,8 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
     )
 
 
-def _limits(flags: dict[str, Any]) -> Limits:
-    return Limits(
+def _limits(flags: dict[str, Any]) -> GatewayLimits:
+    return GatewayLimits(
         max_in_flight=flags["max_concurrent_requests"],
         max_batch=flags["max_concurrent_batch"],
         per_replica=flags["max_requests_per_replica"],
@@ -212,7 +212,7 @@ async def _serve(options: GatewayOptions, drain: float) -> None:
     relay = Gateway(options)
     await relay.start()
     stay_as_they_are()
-    members = relay.keeper.members
+    members = relay.monitor.members
     scheme = "https" if options.ssl_certfile else "http"
     several = f", {options.processes} processes" if options.processes > 1 else ""
     click.echo(

@@ -94,7 +94,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SelectedTokens:
     """Some of a batch's tokens: all whose hidden vectors are asked for.
 
     tokens: int64 [R], in ascending order. batch: the same tokens, each a decode row of its own.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from millrace.kernels.activation import sigmoid_gate, silu_mul
 from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
 from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
-from millrace.kernels.beside import each_kind
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gdn import (
     conv_prefill,
@@ -26,6 +25,7 @@ from millrace.kernels.gdn import (
 )
 from millrace.kernels.gemm import fp8_linear, linear
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from millrace.kernels.overlap import each_kind
 from millrace.kernels.quantize import (
     GROUP,
     Quantized,
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(gated)
         return out
 
-    def remember(self, x: Normed, batch: Batch, cache: KVCache) -> None:
+    def write_kv(self, x: Normed, batch: Batch, cache: KVCache) -> None:
         """Store what others see of x: keys and values, which are all that is computed."""
         kv = self.qkv_proj.outputs_from(sum(self.widths[:2]), x.of(self.qkv_proj))
         self._store(kv, [0, 0, *self.widths[2:]], batch, cache)
@@ -423,7 +423,7 @@ class DecoderLayer(nn.Module):
         normed, residual = self.mlp_norm.add_for(self.mlp.inputs, x, residual)
         return self.mlp(normed), residual
 
-    def remember(
+    def write_kv(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: KVCache | GDNState
     ) -> Tensor:
         """Of attention: store keys and values, and compute no more. Returns the whole stream
@@ -432,5 +432,5 @@ class DecoderLayer(nn.Module):
         assert isinstance(self.mixer, Attention)
         assert isinstance(cache, KVCache)
         normed, stream = self.input_norm.add_for(self.mixer.inputs, x, residual)
-        self.mixer.remember(normed, batch, cache)
+        self.mixer.write_kv(normed, batch, cache)
         return stream

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from millrace.kernels.batch import Asked, Batch, Caches, KVCache
+from millrace.kernels.batch import Batch, Caches, KVCache, SelectedTokens
 from millrace.model.config import ModelConfig
 from millrace.model.layers import (
     Attention,
@@ -22,7 +22,7 @@ from millrace.model.layers import (
 )
 from millrace.model.parallel import TensorParallel, check_ranks
 from millrace.model.parameter import whole
-from millrace.model.vocabulary import OutputHead, RoundedHead, VocabTable
+from millrace.model.vocabulary import Fp8DraftHead, OutputHead, VocabTable
 
 
 class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
@@ -46,10 +46,10 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
         self.head = self.embedding if tied else VocabTable(build, "lm_head.weight")
         self.mtp = MTPHead(build, self.embedding, rope) if mtp else None
         rounded = mtp and draft_fp8
-        self.draft_output: OutputHead = RoundedHead(self.head) if rounded else self.head
+        self.draft_output: OutputHead = Fp8DraftHead(self.head) if rounded else self.head
 
     def forward(
-        self, ids: Tensor, batch: Batch, caches: Caches, asked: Asked | None = None
+        self, ids: Tensor, batch: Batch, caches: Caches, asked: SelectedTokens | None = None
     ) -> Tensor:
         """ids: int64 [T]; returns the hidden [T, H] after the final norm. Writes the caches.
 
@@ -64,13 +64,13 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
             hidden, _ = self.norm.add(*last(x, residual, batch, cache, caches))
             return hidden
         assert isinstance(last, DecoderLayer)
-        stream = last.remember(x, residual, batch, cache)
+        stream = last.write_kv(x, residual, batch, cache)
         found, _ = self.norm.add(*last(stream[asked.tokens], None, asked.batch, cache, caches))
         return torch.full_like(stream, torch.nan).index_copy_(0, asked.tokens, found)
 
     def derive(self) -> int:
         """Make what is made of loaded weights, once these are there; returns the bytes it takes."""
-        if not isinstance(self.draft_output, RoundedHead):
+        if not isinstance(self.draft_output, Fp8DraftHead):
             return 0
         self.draft_output.derive()
         return sum(made.nbytes for made in self.draft_output.buffers())
@@ -102,10 +102,10 @@ class MTPHead(nn.Module):
         self.norm = Norm(build, "mtp.norm.weight", hidden)
 
     def forward(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        """Remember and guess at every token: [T, H]. Arguments as of `remember`."""
-        return self.guess(self._joined(ids, hidden), batch, caches)
+        """Remember and guess at every token: [T, H]. Arguments as of `write_kv`."""
+        return self.draft_hidden(self._joined(ids, hidden), batch, caches)
 
-    def remember(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
+    def write_kv(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
         """Write the tokens' rows of caches.mtp; returns the layer's input x, [T, H].
 
         ids: int64 [T], tokens at batch.positions j; hidden: [T, H], of tokens j - 1: the model's,
@@ -113,11 +113,11 @@ class MTPHead(nn.Module):
         """
         assert caches.mtp is not None, "the draft head runs with keys and values of its own"
         x = self._joined(ids, hidden)
-        self.layer.remember(x, None, batch, caches.mtp)
+        self.layer.write_kv(x, None, batch, caches.mtp)
         return x
 
-    def guess(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
-        """x: [R, H] of `remember`, at the tokens of batch; returns [R, H] after `mtp.norm`.
+    def draft_hidden(self, x: Tensor, batch: Batch, caches: Caches) -> Tensor:
+        """x: [R, H] of `write_kv`, at the tokens of batch; returns [R, H] after `mtp.norm`.
 
         All tokens before them must be remembered; their own rows of caches.mtp it writes itself.
         """

@@ -71,7 +71,7 @@ class VocabTable(OutputHead):
         return linear(hidden, self.weight)
 
 
-class RoundedHead(OutputHead):
+class Fp8DraftHead(OutputHead):
     """An output head's rows once more, in e4m3 with block scales: half the bytes to read.
 
     Nothing is loaded into it; once the table has its weights, `derive` makes it. It has rows in

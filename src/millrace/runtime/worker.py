@@ -16,25 +16,25 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
-from millrace.engine.intake import Limits
+from millrace.engine.validation import Limits
 from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
 from millrace.model.layers import Attention, Linear
 from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
-from millrace.model.vocabulary import RoundedHead
+from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Masks, StepPlan, StopRanks
-from millrace.runtime.collectives import Collectives, Timing
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
-from millrace.runtime.plans import MeasureSums
-from millrace.runtime.ranks import Ranks
-from millrace.runtime.rehearsal import row_counts, token_counts, workspace_bytes
-from millrace.runtime.results import PendingStep
-from millrace.runtime.runner import Runner
-from millrace.runtime.slots import Slots
-from millrace.runtime.state import CONV_INPUTS, Snapshots
+from millrace.runtime.profile_run import row_counts, token_counts, workspace_bytes
+from millrace.runtime.ranks.allreduce import AllReduce, Timing
+from millrace.runtime.ranks.plan_codec import MeasureSums
+from millrace.runtime.ranks.ranks import Ranks
+from millrace.runtime.step.results import PendingStep
+from millrace.runtime.step.runner import Runner
+from millrace.runtime.step.slots import Slots
+from millrace.runtime.step.snapshots import CONV_INPUTS, Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self.model_config = model_config
-        self.collectives = Collectives.build(
+        self.collectives = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
         self.collectives.settle(_message_rows(config))
@@ -223,7 +223,7 @@ def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> 
     """Until `beside` is closed, compile what the model's FP8 products need in other processes."""
     if config.device != "cuda" or config.dtype != "bfloat16":
         return
-    from millrace.kernels.gpu.prebuild import compiling  # imports what only GPUs have
+    from millrace.kernels.gpu.gemm.prebuild import compiling  # imports what only GPUs have
 
     beside.enter_context(compiling(_fp8_sizes(config, model)))
 
@@ -237,11 +237,12 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         logger.log(level, "FP8 weights become %s: %s has no FP8 GEMM", config.dtype, device)
     if config.device != "cuda":
         return
-    from millrace.kernels.gpu import gdn_decode, report  # import what only GPUs have
+    from millrace.kernels.gpu import report  # import what only GPUs have
+    from millrace.kernels.gpu.gdn import decode  # import what only GPUs have
 
     shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
     dtype, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
-    shape = gdn_decode.Shape(
+    shape = decode.Shape(
         N=config.drafts + 1, W=config.window, DK=model_config.key_dim, DV=model_config.value_dim,
         RATIO=model_config.value_heads // model_config.key_heads, RAW=True, CONV=True,
         QKV_BF16=dtype, STATE_BF16=state, KEY_BF16=dtype, GATE_BF16=dtype,
@@ -259,7 +260,7 @@ def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]
             # Of tokens that only others attend to, no more than keys and values is computed.
             shapes.add((sum(module.widths[2:]), module.qkv_proj.weight.shape[1]))
     sizes = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
-    if isinstance(model.draft_output, RoundedHead):
+    if isinstance(model.draft_output, Fp8DraftHead):
         outputs, inputs = model.draft_output.weight.shape
         sizes |= {(outputs, inputs, rows) for rows in row_counts(config)}
     return sizes

@@ -17,28 +17,30 @@ from starlette.types import ASGIApp
 
 from millrace import __version__
 from millrace.errors import RequestError
-from millrace.server.answers import Health, ModelCard, ModelList, Version
-from millrace.server.anthropic import Anthropic
-from millrace.server.chat import Chat
-from millrace.server.completions import Completions
-from millrace.server.engine_client import EngineDeadError
-from millrace.server.errors import ApiError, error_response
-from millrace.server.front import Front, unavailable
-from millrace.server.load import load_route
-from millrace.server.metrics import MetricsPage
+from millrace.server.api.anthropic.endpoint import Anthropic
+from millrace.server.api.chat.endpoint import Chat
+from millrace.server.api.completions.endpoint import Completions
+from millrace.server.api.context import ApiContext, unavailable
+from millrace.server.api.load_report import load_route
+from millrace.server.api.openai_responses.endpoint import Responses
+from millrace.server.api.response_schema import Health, ModelCard, ModelList, Version
+from millrace.server.api.tokenize.endpoint import Tokenize
+from millrace.server.api.transport import json_response
+from millrace.server.engine_link.client import EngineDeadError
+from millrace.server.http.errors import ApiError, error_response
 from millrace.server.openapi import openapi_document
-from millrace.server.responses import json_response
-from millrace.server.responses_api import Responses
-from millrace.server.tokenize import Tokenize
+from millrace.server.telemetry.metrics import MetricsPage
 
 
 class Api:
     """The endpoints of one replica. root: the model's directory. debug: also offer what is only for
     tests of the engine."""
 
-    def __init__(self, front: Front, page: MetricsPage, *, root: str, debug: bool = False) -> None:
-        self._front = front
-        self._client = front.client
+    def __init__(
+        self, context: ApiContext, page: MetricsPage, *, root: str, debug: bool = False
+    ) -> None:
+        self._context = context
+        self._client = context.client
         self._page = page
         self._root = root
         self._debug = debug
@@ -47,17 +49,17 @@ class Api:
     def application(self) -> ASGIApp:
         """The ASGI application."""
         routes = [
-            *Chat(self._front).routes(),
-            *Completions(self._front).routes(),
-            *Anthropic(self._front).routes(),
-            *Responses(self._front).routes(),
-            *Tokenize(self._front).routes(),
+            *Chat(self._context).routes(),
+            *Completions(self._context).routes(),
+            *Anthropic(self._context).routes(),
+            *Responses(self._context).routes(),
+            *Tokenize(self._context).routes(),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
             Route("/ping", self.health, methods=["GET", "POST"]),
             Route("/metrics", self.metrics_page),
-            load_route(self._front.client),
+            load_route(self._context.client),
             Route("/version", self.version),
             Route("/openapi.json", self.openapi),
         ]
@@ -69,12 +71,12 @@ class Api:
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
-        return json_response(ModelList(data=[self._card(name) for name in self._front.names]))
+        return json_response(ModelList(data=[self._card(name) for name in self._context.names]))
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
         name = request.path_params["name"]
-        self._front.check_name(name)
+        self._context.check_name(name)
         return json_response(self._card(name))
 
     def _card(self, name: str) -> ModelCard:
@@ -84,7 +86,7 @@ class Api:
             created=self._created,
             root=self._root,
             max_model_len=ready.max_model_len if ready else None,
-            vocab_size=self._front.codec.vocab_size,
+            vocab_size=self._context.processor.vocab_size,
         )
 
     async def health(self, _: Request) -> Response:

@@ -15,10 +15,10 @@ from typing import Any
 import click
 import msgspec
 
+from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
-from millrace.flags import given, struct_options
-from millrace.models import find_model
+from millrace.model_lookup import find_model
 from millrace.server.options import SERVER_HELP, ServerOptions
 
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
@@ -58,7 +58,7 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     elif options.replicas > 1:
         _serve_replicas(args, options, ctx.meta["millrace.arguments"])
     elif int(os.environ.get("RANK", "0")) > 0:
-        from millrace.engine.replica import run_rank
+        from millrace.replica.build import run_rank
 
         ctx.exit(run_rank(args))
     else:
@@ -109,9 +109,9 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
 
 def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
     from millrace.fleet.supervisor import run_replicas
-    from millrace.gateway.access import Access
     from millrace.gateway.app import GatewayOptions
-    from millrace.gateway.limits import Limits
+    from millrace.gateway.common.limits import GatewayLimits
+    from millrace.gateway.relay.access import Access
     from millrace.server.run import api_keys
 
     keys = tuple(api_keys(options))
@@ -123,7 +123,9 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
         gateway=GatewayOptions(
             policy=options.policy,
             processes=options.gateway_processes,
-            limits=Limits(max_body=options.max_body_bytes, all_bodies=options.max_bodies_bytes),
+            limits=GatewayLimits(
+                max_body=options.max_body_bytes, all_bodies=options.max_bodies_bytes
+            ),
             access=Access(api_keys=keys, worker_key=keys[0] if keys else None),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,

@@ -9,7 +9,17 @@ from typing import Any
 import msgspec
 
 from millrace import __version__
-from millrace.server.answers import (
+from millrace.server.api.anthropic.endpoint import CountRequest, MessagesRequest, TokenCount
+from millrace.server.api.anthropic.formatter import Message
+from millrace.server.api.openai_responses.endpoint import ResponsesRequest
+from millrace.server.api.openai_responses.formatter import ResponseBody
+from millrace.server.api.request_schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from millrace.server.api.response_schema import (
     ChatCompletion,
     Completion,
     Health,
@@ -19,17 +29,7 @@ from millrace.server.answers import (
     Tokens,
     Version,
 )
-from millrace.server.anthropic import CountRequest, MessagesRequest, TokenCount
-from millrace.server.anthropic_reply import Message
-from millrace.server.errors import ErrorBody
-from millrace.server.responses_api import ResponsesRequest
-from millrace.server.responses_reply import ResponseBody
-from millrace.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from millrace.server.http.errors import ErrorBody
 
 # (path, method, what it does, body, answer; None is plain text)
 _OPERATIONS: tuple[tuple[str, str, str, type | None, type | None], ...] = (

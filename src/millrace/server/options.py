@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from millrace.text.reasoning import ReasoningParser
-from millrace.text.tools import ToolCallParser
+from millrace.text.tool_parser import ToolCallParser
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 

@@ -22,26 +22,26 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from millrace.common.open_files import raise_file_limit
 from millrace.config import EngineArgs
 from millrace.errors import UserError
-from millrace.models import find_model
-from millrace.open_files import raise_file_limit
+from millrace.model_lookup import find_model
 from millrace.protocol import Ready
-from millrace.server.anthropic import message_error
+from millrace.server.api.anthropic.endpoint import message_error
+from millrace.server.api.context import ApiContext
 from millrace.server.app import Api
-from millrace.server.connection import connection_class
-from millrace.server.door import Door, Keys
-from millrace.server.engine_client import EngineClient, EngineDeadError
-from millrace.server.engine_process import ENGINE_PROGRAM
-from millrace.server.errors import ApiError
-from millrace.server.front import Front
-from millrace.server.http import Bodies
-from millrace.server.keeper import Keeper
-from millrace.server.listening import BACKLOG, check_tls, listen
-from millrace.server.metrics import MetricsPage, RequestMetrics
+from millrace.server.engine_link.client import EngineClient, EngineDeadError
+from millrace.server.engine_link.process import ENGINE_PROGRAM
+from millrace.server.engine_link.restarter import Restarter
+from millrace.server.http.bodies import BodyReader
+from millrace.server.http.connection import connection_class
+from millrace.server.http.errors import ApiError
+from millrace.server.http.listening import BACKLOG, check_tls, listen
+from millrace.server.http.middleware import Keys, Middleware
+from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions
-from millrace.server.tracing import Tracer
-from millrace.text.codec import Codec
+from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
+from millrace.text.processor import TextProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,13 @@ async def _serve(
         page = MetricsPage(
             names[0], metrics, lambda: client.stats, lambda: _facts(args, client.ready)
         )
-        door = _door(_api(args, options, names, client, metrics, page), options, metrics, tracer)
-        server = _Server(_uvicorn_config(door, options), client, door, options.shutdown_timeout)
-        page.gauges.update(_gauges(door, server))
+        middleware = _middleware(
+            _api(args, options, names, client, metrics, page), options, metrics, tracer
+        )
+        server = _Server(
+            _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
+        )
+        page.gauges.update(_gauges(middleware, server))
         keeping = asyncio.create_task(_keep(client, options, server, names[0], listener))
         await server.serve(sockets=[listener])
         keeping.cancel()
@@ -106,22 +110,26 @@ def _api(
 ) -> ASGIApp:
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
-    front = Front(
+    context = ApiContext(
         client,
-        Codec.load(directory, tokenizer, options.generation_config),
+        TextProcessor.load(directory, tokenizer, options.generation_config),
         metrics,
         names=names,
         reasoning_parser=options.reasoning_parser,
         tool_call_parser=options.tool_call_parser,
         max_queue=args.max_queue,
-        bodies=Bodies(options.max_body_bytes, options.max_bodies_bytes, options.read_timeout),
+        body_reader=BodyReader(
+            options.max_body_bytes, options.max_bodies_bytes, options.read_timeout
+        ),
     )
-    return Api(front, page, root=args.model, debug=args.debug).application()
+    return Api(context, page, root=args.model, debug=args.debug).application()
 
 
-def _door(app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer) -> Door:
+def _middleware(
+    app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer
+) -> Middleware:
     quiet = frozenset(options.disable_access_log_for_endpoints.split(","))
-    return Door(
+    return Middleware(
         app,
         metrics,
         Keys(api_keys(options)),
@@ -141,10 +149,12 @@ def api_keys(options: ServerOptions) -> list[str]:
     return keys
 
 
-def _gauges(door: Door, server: uvicorn.Server) -> dict[str, tuple[str, Callable[[], float]]]:
+def _gauges(
+    middleware: Middleware, server: uvicorn.Server
+) -> dict[str, tuple[str, Callable[[], float]]]:
     """The front's own figures, by which a leak would show."""
     return {
-        "http_requests_open": ("HTTP requests that are being answered.", lambda: door.open),
+        "http_requests_open": ("HTTP requests that are being answered.", lambda: middleware.open),
         "http_connections": (
             "Connections of clients.", lambda: len(server.server_state.connections)
         ),
@@ -177,7 +187,7 @@ async def _keep(
         ready = await client.wait_ready()
         scheme = "https" if options.ssl_certfile else "http"
         print(_welcome(ready, name, scheme, listener), flush=True)
-    await Keeper(client, options.max_engine_restarts).keep()
+    await Restarter(client, options.max_engine_restarts).keep()
     server.should_exit = True
 
 
@@ -189,11 +199,11 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, client: EngineClient, door: Door, limit: float
+        self, config: uvicorn.Config, client: EngineClient, middleware: Middleware, limit: float
     ) -> None:
         super().__init__(config)
         self._client = client
-        self._door = door
+        self._middleware = middleware
         self._limit = limit
         self._draining: asyncio.Task[None] | None = None
 
@@ -215,12 +225,12 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         self._client.draining = True
-        if self._door.open:
+        if self._middleware.open:
             logger.warning(
                 "stopping: %d requests are open and have %g s to end; a second signal ends them",
-                self._door.open, self._limit,
+                self._middleware.open, self._limit,
             )  # fmt: skip
-        if not await self._door.wait_empty(self._limit):
+        if not await self._middleware.wait_empty(self._limit):
             self._client.fail_all(_stopping())
         self.should_exit = True
 
@@ -229,11 +239,11 @@ def _stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
-def _uvicorn_config(door: Door, options: ServerOptions) -> uvicorn.Config:
-    app: ASGIApp = door
+def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.Config:
+    app: ASGIApp = middleware
     if options.allowed_origins:
         app = CORSMiddleware(
-            door,
+            middleware,
             allow_origins=options.allowed_origins,
             allow_methods=options.allowed_methods or ["*"],
             allow_headers=options.allowed_headers or ["*"],

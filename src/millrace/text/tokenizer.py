@@ -2,7 +2,7 @@
 
 Only byte-level BPE is known (every Qwen model has it): there a token is a fixed string of bytes,
 so that decoding needs no look at its neighbours. What becomes of bytes that end in the middle of a
-character is the business of `millrace.text.output`.
+character is the business of `millrace.text.detokenizer`.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ import torch
 import triton
 
 from millrace.kernels.dispatch import BackendChoice, all_ops, find_fast_path
-from millrace.kernels.gpu import gdn_decode, gemm
+from millrace.kernels.gpu.gdn import decode
+from millrace.kernels.gpu.gemm import fp8 as gemm
 
 logger = logging.getLogger("millrace.kernels")
 
 
 def backends(
-    dtype: torch.dtype, fp8: Collection[tuple[int, int]], gdn: gdn_decode.Shape | None
+    dtype: torch.dtype, fp8: Collection[tuple[int, int]], gdn: decode.Shape | None
 ) -> Iterator[BackendChoice]:
     """dtype: the model's. fp8: (outputs, inputs) of its FP8 weights.
 
@@ -28,7 +29,7 @@ def backends(
     if fp8:
         yield from gemm.fp8_backends(dtype, fp8)
     if gdn is not None:
-        yield gdn_decode.decode_backend(gdn)
+        yield decode.decode_backend(gdn)
     plain = [f"{m.rpartition('.')[2]}.{n}" for m, n in all_ops() if not find_fast_path("gpu", m, n)]
     by_torch = f"; PyTorch for {', '.join(plain)}" if plain else ""
     yield BackendChoice("other ops", f"Triton {triton.__version__}{by_torch}")

@@ -1,0 +1,278 @@
+"""The driver: sends prepared requests when they are due and keeps what came back of each.
+
+Closed loop (a limit on requests in flight), open loop (arrival times), or both; for a number of
+requests, or for a time. Connections are kept alive and reused. It knows bytes and times; what to
+send and what the figures mean is for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from time import perf_counter_ns, thread_time_ns
+
+import msgspec
+
+from millrace.bench.load.answer_reader import Answer, read_answer
+from millrace.bench.load.records import RequestTiming
+from millrace.bench.load.timed_connection import Raw, TimedConnection, connect
+from millrace.common.http_client import Response, Target
+
+_AT_ONCE = 4  # requests sent before the loop looks at its sockets again
+_TOGETHER = 64  # connections opened at once
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One request, ready to be written: its bytes, and the tokens its prompt was made of.
+
+    index: its place in the whole workload, -1 to be counted here. then: makes the next turn of a
+    conversation from the answer to this one, None at its end.
+    """
+
+    request: bytes
+    input_tokens: int
+    index: int = -1
+    turn: int = 0
+    then: Callable[[str], Job | None] | None = None
+
+
+class _Sent(msgspec.Struct, frozen=True):
+    """A request that has its answer, not yet looked at."""
+
+    index: int
+    job: Job
+    scheduled_ns: int
+    start_ns: int
+    raw: Raw
+
+
+class Load:
+    """One run against one server.
+
+    arrivals: seconds after the start at which each job is due (ascending), None for one that is due
+    when there is a place; jobs and arrivals are taken in step until either ends. limit: the most
+    conversations in flight, None for no limit. timeout: seconds that one request may take. until:
+    seconds after which no more are sent; those in flight are awaited. on_record is called with each
+    request as it ends.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        jobs: Iterable[Job],
+        arrivals: Iterable[float | None],
+        *,
+        limit: int | None = None,
+        timeout: float = 600.0,
+        until: float | None = None,
+        on_record: Callable[[RequestTiming], None] | None = None,
+    ) -> None:
+        self._target = target
+        self._jobs = jobs
+        self._arrivals = arrivals
+        self._slots = asyncio.Semaphore(limit) if limit else None
+        self._timeout = timeout
+        self._until = until
+        self._begin_ns = 0
+        self._on_record = on_record
+        self._idle: list[TimedConnection] = []
+        self._requests: set[asyncio.Task[None]] = set()
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._fault: BaseException | None = None
+        self._unread: deque[_Sent] = deque()
+        self.records: list[RequestTiming] = []
+        self.started = 0
+        self.parse_ns = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests (or conversations) not yet answered."""
+        return len(self._requests)
+
+    def begin_at(self, begin_ns: int) -> None:
+        """Count from that moment, and not from when `run` is called."""
+        self._begin_ns = begin_ns
+
+    async def open(self, count: int) -> None:
+        """Open connections before the run, so that its beginning is not spent on that. What fails
+        to open is left to the request that will want it."""
+        for first in range(0, count, _TOGETHER):
+            wanted = min(_TOGETHER, count - first)
+            opened = await asyncio.gather(
+                *(connect(self._target) for _ in range(wanted)), return_exceptions=True
+            )
+            self._idle += [one for one in opened if isinstance(one, TimedConnection)]
+            if len(self._idle) < first + wanted:
+                return
+
+    async def run(self) -> list[RequestTiming]:
+        """Send every job and return the records, in the order in which requests ended."""
+        self._dispatcher = asyncio.create_task(self._dispatch())
+        try:
+            await asyncio.wait([self._dispatcher])
+            if not self._dispatcher.cancelled():
+                self._dispatcher.result()
+            while self._requests:
+                await asyncio.wait(self._requests)
+        finally:
+            for connection in self._idle:
+                connection.close()
+        while self._unread:
+            self._read_one()
+        if self._fault is not None:
+            raise self._fault
+        return self.records
+
+    def stop(self) -> None:
+        """Send no more and drop what is in flight; dropped requests leave no record."""
+        if self._dispatcher is not None:
+            self._dispatcher.cancel()
+        for request in self._requests:
+            request.cancel()
+
+    async def _dispatch(self) -> None:
+        began = self._begin_ns or perf_counter_ns()
+        last = None if self._until is None else began + round(self._until * 1e9)
+        for index, (job, due) in enumerate(zip(self._jobs, self._arrivals, strict=False)):
+            scheduled = began + round((due or 0.0) * 1e9)
+            if (wait := scheduled - perf_counter_ns()) > 0:
+                await asyncio.sleep(wait / 1e9)
+            elif index % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # chunks of those already sent must not wait for the rest
+            if self._slots is not None and not await self._slot(last):
+                return
+            if last is not None and perf_counter_ns() >= last:
+                return
+            number = index if job.index < 0 else job.index
+            task = asyncio.create_task(self._converse(number, job, 0 if due is None else scheduled))
+            self.started += 1
+            self._requests.add(task)
+            task.add_done_callback(self._ended)
+
+    async def _slot(self, last: int | None) -> bool:
+        """Wait for a free place; False when `last` (ns) comes first."""
+        assert self._slots is not None
+        if last is None:
+            return await self._slots.acquire()
+        try:
+            async with asyncio.timeout(max(0.0, (last - perf_counter_ns()) / 1e9)):
+                return await self._slots.acquire()
+        except TimeoutError:
+            return False
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._requests.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self._fault = fault
+
+    async def _converse(self, index: int, job: Job, scheduled_ns: int) -> None:
+        """One job, and the turns that follow from its answers; its place is held throughout."""
+        try:
+            following: Job | None = job
+            while following is not None:
+                job = following
+                sent = await self._request(index, job, scheduled_ns)
+                if job.then is None:
+                    break
+                answer = self._read(sent)
+                # A conversation with a failed turn has nothing to go on from.
+                following = None if answer is None or answer.error else job.then(answer.text)
+                scheduled_ns = 0
+        finally:
+            # The next request leaves before this one is parsed.
+            if self._slots is not None:
+                self._slots.release()
+        if job.then is None:
+            self._unread.append(sent)
+            if len(self._unread) == 1:
+                asyncio.get_running_loop().call_soon(self._read_next)
+
+    async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Sent:
+        connection: TimedConnection | None = None
+        start_ns = perf_counter_ns()
+        try:
+            reused = connection = self._take_idle()
+            if connection is None:
+                connection = await connect(self._target)
+            # Setting up a connection belongs to the client's own queueing, not to the server.
+            start_ns = perf_counter_ns()
+            async with asyncio.timeout(self._timeout):
+                raw = await connection.send(job.request)
+                if reused and raw.error and not raw.begun:
+                    # The server closed an idle connection as we wrote to it: HTTP's own race.
+                    connection = await connect(self._target)
+                    raw = await connection.send(job.request)
+        except OSError as error:
+            raw = self._failure(error)
+        finally:
+            self._give_back(connection)
+        return _Sent(index, job, scheduled_ns or start_ns, start_ns, raw)
+
+    def _take_idle(self) -> TimedConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                return connection
+        return None
+
+    def _give_back(self, connection: TimedConnection | None) -> None:
+        if connection is None:
+            return
+        if connection.busy:
+            connection.close()
+        elif connection.open:
+            self._idle.append(connection)
+
+    def _failure(self, error: OSError) -> Raw:
+        raw = Raw()
+        if isinstance(error, TimeoutError):
+            raw.end(f"no complete answer within {self._timeout:g} s")
+        else:
+            raw.end(f"cannot connect to {self._target}: {error}")
+        return raw
+
+    # --- reading answers -----------------------------------------------------------------------
+
+    def _read_next(self) -> None:
+        """Read one answer, then let the loop look at its sockets before the next one."""
+        if self._unread:
+            self._read_one()
+        if self._unread:
+            asyncio.get_running_loop().call_soon(self._read_next)
+
+    def _read_one(self) -> None:
+        self._read(self._unread.popleft())
+
+    def _read(self, sent: _Sent) -> Answer | None:
+        """Parse an answer and keep its record. None where there was no answer at all."""
+        began = thread_time_ns()
+        response = sent.raw.response()
+        answer = read_answer(response) if response.status else None
+        self._keep(sent, response, answer)
+        self.parse_ns += thread_time_ns() - began
+        return answer
+
+    def _keep(self, sent: _Sent, response: Response, answer: Answer | None) -> None:
+        chunk_ns = answer.chunk_ns if answer else []
+        prompt_tokens = answer.prompt_tokens if answer else None
+        output_tokens = answer.completion_tokens if answer else None
+        record = RequestTiming(
+            index=sent.index,
+            turn=sent.job.turn,
+            scheduled_ns=sent.scheduled_ns,
+            start_ns=sent.start_ns,
+            end_ns=response.end_ns,
+            chunk_ns=array("q", chunk_ns),
+            input_tokens=sent.job.input_tokens if prompt_tokens is None else prompt_tokens,
+            output_tokens=len(chunk_ns) if output_tokens is None else output_tokens,
+            counted=output_tokens is not None,
+            cached_tokens=answer.cached_tokens if answer else -1,
+            error=answer.error if answer else response.error,
+            received_ns=answer.received_ns if answer else 0,
+            sent_ns=array("q", answer.sent_ns if answer else []),
+        )
+        self.records.append(record)
+        if self._on_record is not None:
+            self._on_record(record)

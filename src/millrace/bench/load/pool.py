@@ -1,0 +1,252 @@
+"""The load processes of one run: started, told to begin together, watched, reaped.
+
+Each has its share of the workload and of the concurrency; all begin at one moment of the host's
+monotonic clock, and their raw records are pooled. While they send, a beacon is written to each
+every few ms: how late it is read tells how late its clock is read when a chunk comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from time import perf_counter_ns
+from typing import Any
+
+import msgspec
+
+from millrace.bench.load.messages import (
+    HEADER,
+    Assignment,
+    Beacon,
+    Connect,
+    Fault,
+    FromWorker,
+    Go,
+    Progress,
+    Ready,
+    Report,
+    Stop,
+    ToWorker,
+    body_length,
+    frame,
+    from_worker,
+)
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.load.records import RequestTiming, unpack
+from millrace.bench.workload.prompts import Lengths, merge_lengths
+from millrace.errors import UserError
+
+COMMAND = (sys.executable, "-m", "millrace.bench.load.worker")
+_BEACON_S = 0.004  # between two beacons of a process, on the mean
+_READY_S = 600.0  # to prepare the workload
+_SILENT_S = 60.0  # a process tells its progress twice a second
+_LEAD_NS = 50_000_000  # from the word to begin to the beginning
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process recorded and what that cost it: CPU and wall seconds, of which parsing;
+    when each beacon was read and how late that was, in ns."""
+
+    records: list[RequestTiming]
+    cpu_s: float
+    wall_s: float
+    parse_s: float
+    read_ns: Sequence[int]
+    lag_ns: Sequence[int]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What all processes recorded, each by itself and their records pooled. started: requests
+    sent, those that were dropped too."""
+
+    parts: list[Part]
+    records: list[RequestTiming]
+    started: int
+    interrupted: bool
+
+
+def shares(limit: int | None, processes: int) -> list[int | None]:
+    """A limit on concurrency, divided as evenly as it goes."""
+    if limit is None:
+        return [None] * processes
+    return [limit // processes + (number < limit % processes) for number in range(processes)]
+
+
+class _Process:
+    """One load process and the pipes to it."""
+
+    def __init__(self, number: int, process: asyncio.subprocess.Process) -> None:
+        self._number, self._process = number, process
+        self.progress = Progress()
+
+    def tell(self, message: ToWorker) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(frame(message))
+
+    async def hear(self, limit: float) -> FromWorker:
+        """The next message. Raises UserError or RuntimeError when the process cannot go on."""
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(limit):
+                header = await self._process.stdout.readexactly(HEADER)
+                body = await self._process.stdout.readexactly(body_length(header))
+        except TimeoutError:
+            raise RuntimeError(
+                f"load process {self._number} said nothing for {limit:g} s"
+            ) from None
+        except asyncio.IncompleteReadError:
+            status = await self._process.wait()
+            raise RuntimeError(f"load process {self._number} ended with {status}") from None
+        message = from_worker(body)
+        if isinstance(message, Fault):
+            raise (UserError if message.refused else RuntimeError)(message.message)
+        return message
+
+    async def ready(self) -> Lengths:
+        message = await self.hear(_READY_S)
+        assert isinstance(message, Ready)
+        return message.lengths
+
+    async def report(self) -> Report:
+        """Wait for the end, keeping the progress up to date on the way."""
+        while True:
+            message = await self.hear(_SILENT_S)
+            if isinstance(message, Report):
+                return message
+            assert isinstance(message, Progress)
+            self.progress = message
+
+    async def beacons(self) -> None:
+        """Write the time to it, now and then, for ever."""
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * _BEACON_S)
+            self.tell(Beacon(perf_counter_ns()))
+
+    async def reap(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+
+class Pool:
+    """The processes of one run, between `open_pool` and its end."""
+
+    def __init__(self, processes: Sequence[_Process]) -> None:
+        self._processes = processes
+        self.lengths = Lengths()
+
+    async def prepare(self) -> None:
+        """Return when every process has made its requests."""
+        self.lengths = merge_lengths(await asyncio.gather(*(p.ready() for p in self._processes)))
+
+    async def connect(self) -> None:
+        """Return when every process has opened its connections."""
+        for process in self._processes:
+            process.tell(Connect())
+        await asyncio.gather(*(process.ready() for process in self._processes))
+
+    async def run(
+        self,
+        stop: asyncio.Event | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Outcome:
+        """Begin, and wait for the end of all; `stop` ends it early."""
+        await self.connect()
+        begin = perf_counter_ns() + _LEAD_NS
+        for process in self._processes:
+            process.tell(Go(begin))
+        side = [asyncio.create_task(p.beacons()) for p in self._processes]
+        if on_progress is not None:
+            side.append(asyncio.create_task(self._tell(on_progress)))
+        reports = asyncio.gather(*(p.report() for p in self._processes))
+        try:
+            interrupted = await self._wait(reports, stop)
+            return _outcome(reports.result(), interrupted)
+        finally:
+            for task in side:
+                task.cancel()
+            await asyncio.gather(*side, return_exceptions=True)
+            if on_progress is not None:
+                on_progress(self.progress())
+
+    async def _wait(
+        self, reports: asyncio.Future[list[Report]], stop: asyncio.Event | None
+    ) -> bool:
+        """True when `stop` came first."""
+        if stop is None:
+            await reports
+            return False
+        stopping = asyncio.create_task(stop.wait())
+        waited: list[asyncio.Future[Any]] = [reports, stopping]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        early = not reports.done()
+        stopping.cancel()
+        if early:
+            for process in self._processes:
+                process.tell(Stop())
+        await reports
+        return early
+
+    async def _tell(self, on_progress: Callable[[Progress], None]) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            on_progress(self.progress())
+
+    def progress(self) -> Progress:
+        """How far all of them are together."""
+        parts = [msgspec.structs.astuple(p.progress) for p in self._processes]
+        return Progress(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def _outcome(reports: Sequence[Report], interrupted: bool) -> Outcome:
+    parts = [
+        Part(
+            records=unpack(report.batch),
+            cpu_s=report.cpu_s,
+            wall_s=report.wall_s,
+            parse_s=report.parse_s,
+            read_ns=_int64(report.read_ns),
+            lag_ns=_int64(report.lag_ns),
+        )
+        for report in reports
+    ]
+    pooled = [record for part in parts for record in part.records]
+    return Outcome(parts, pooled, sum(r.started for r in reports), interrupted)
+
+
+def _int64(data: bytes) -> array[int]:
+    values = array("q")
+    values.frombytes(data)
+    return values
+
+
+@asynccontextmanager
+async def open_pool(options: BenchOptions, model: str) -> AsyncIterator[Pool]:
+    """The processes that `options` asks for, with their assignments; reaped at the end."""
+    wanted = _useful(options)
+    limits = shares(options.max_concurrency, wanted)
+    processes: list[_Process] = []
+    try:
+        for number in range(wanted):
+            started = await asyncio.create_subprocess_exec(
+                *COMMAND,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            processes.append(_Process(number, started))
+        for number, process in enumerate(processes):
+            process.tell(Assignment(options, model, number, wanted, limits[number]))
+        yield Pool(processes)
+    finally:
+        await asyncio.gather(*(process.reap() for process in processes))
+
+
+def _useful(options: BenchOptions) -> int:
+    """As many processes as asked for, but none without a request or a place of its own."""
+    most = [options.processes]
+    most += [n for n in (options.max_concurrency, options.workload.count) if n is not None]
+    return max(1, min(most))

@@ -1,0 +1,141 @@
+"""What was seen of one request, and how many of them travel between processes and into files.
+
+Times are ns of the host's monotonic clock (`perf_counter_ns`), the same for all its processes, so
+records of several load processes can be laid side by side. No formula stands here.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+
+import msgspec
+
+
+class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of one request.
+
+    index: its place in the workload; turn: its place in its conversation. scheduled_ns: when it was
+    due; start_ns: just before it was written to its connection; chunk_ns: when each chunk that
+    brings a token arrived; end_ns: when the stream had ended. input_tokens and output_tokens: as
+    the server counted them (`usage`), or, where it does not say, as sent and as chunks (`counted`
+    is then False). cached_tokens: of the input, -1 where the server does not say. error: None for
+    a success.
+
+    received_ns and sent_ns: when the server says it read the request and sent each chunk; only a
+    server made for it says so, on the same host.
+    """
+
+    index: int
+    scheduled_ns: int
+    start_ns: int
+    end_ns: int
+    chunk_ns: Sequence[int]
+    input_tokens: int
+    output_tokens: int
+    turn: int = 0
+    counted: bool = True
+    cached_tokens: int = -1
+    error: str | None = None
+    received_ns: int = 0
+    sent_ns: Sequence[int] = ()
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from start to the first chunk that brings a token."""
+        return (self.chunk_ns[0] - self.start_ns) / 1e9
+
+    @property
+    def e2el(self) -> float:
+        """Seconds from start to the last chunk that brings a token."""
+        return (self.chunk_ns[-1] - self.start_ns) / 1e9
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds an output token after the first; None for fewer than two tokens."""
+        if self.output_tokens < 2:
+            return None
+        return (self.e2el - self.ttft) / (self.output_tokens - 1)
+
+    @property
+    def itls(self) -> list[float]:
+        """Seconds between neighbouring chunks."""
+        return [(b - a) / 1e9 for a, b in pairwise(self.chunk_ns)]
+
+    @property
+    def send_delay(self) -> float:
+        """Seconds between the moment at which it was due and its start. The loop's timers may wake
+        up to a ms early; that is no delay."""
+        return max(0, self.start_ns - self.scheduled_ns) / 1e9
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Records by column: a few flat arrays instead of many small objects.
+
+    numbers: one list for each of `NUMBERS`. chunks and stamps: how many times each record has;
+    their times stand one after another in the int64 bytes of chunk_ns and sent_ns.
+    """
+
+    numbers: dict[str, list[int]]
+    errors: list[str | None]
+    chunks: list[int]
+    chunk_ns: bytes
+    stamps: list[int]
+    sent_ns: bytes
+
+
+NUMBERS = (
+    "index",
+    "turn",
+    "scheduled_ns",
+    "start_ns",
+    "end_ns",
+    "input_tokens",
+    "output_tokens",
+    "counted",
+    "cached_tokens",
+    "received_ns",
+)
+
+
+def pack(records: Sequence[RequestTiming]) -> Batch:
+    """The columns of some records, in their order."""
+    return Batch(
+        numbers={name: [int(getattr(r, name)) for r in records] for name in NUMBERS},
+        errors=[r.error for r in records],
+        chunks=[len(r.chunk_ns) for r in records],
+        chunk_ns=_flat(r.chunk_ns for r in records),
+        stamps=[len(r.sent_ns) for r in records],
+        sent_ns=_flat(r.sent_ns for r in records),
+    )
+
+
+def unpack(batch: Batch) -> list[RequestTiming]:
+    """The records that `pack` was given; their times are arrays."""
+    chunks = _parts(batch.chunk_ns, batch.chunks)
+    stamps = _parts(batch.sent_ns, batch.stamps)
+    rows = zip(*(batch.numbers[name] for name in NUMBERS), strict=True)
+    return [
+        RequestTiming(
+            **{**dict(zip(NUMBERS, row, strict=True)), "counted": bool(row[7])},
+            error=error,
+            chunk_ns=chunk_ns,
+            sent_ns=sent_ns,
+        )
+        for row, error, chunk_ns, sent_ns in zip(rows, batch.errors, chunks, stamps, strict=True)
+    ]
+
+
+def _flat(parts: Iterable[Sequence[int]]) -> bytes:
+    whole = array("q")
+    for part in parts:
+        whole.extend(part)
+    return whole.tobytes()
+
+
+def _parts(flat: bytes, lengths: Sequence[int]) -> list[array[int]]:
+    whole = array("q")
+    whole.frombytes(flat)
+    edges = accumulate(lengths, initial=0)
+    return [whole[begin:end] for begin, end in pairwise(edges)]

@@ -1,0 +1,179 @@
+"""The generator measured by itself: what it cost, how late it was, what error follows from that.
+
+Beacons are times written to each load process while it sends. How late one is read is how late the
+clock was read for a chunk that came at that moment. The error of a figure is the figure, less what
+it would be without that: with first chunks as early as they came, and over the gaps between chunks
+that were read on time. Pure functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from millrace.bench.load.pool import Outcome, Part
+from millrace.bench.measure.metrics import Samples, Summary
+
+BUSY = 0.85  # of a core: from here on a process is late for want of time
+TOLERANCE = {"p50": 0.02, "p99": 0.05}  # relative error of a latency
+FLOOR_MS = 1.0  # an error below this is none that a server's figures could show
+_ON_TIME_MS = 0.5
+_ENOUGH = 0.05  # of the gaps: if fewer were on time, they say too little
+_COMFORT = 0.5  # of a core: what a process is to have when more of them are advised
+_STARVED = (
+    "client-bound: its processes had little to do and were late all the same, because others use "
+    "the cores: give the client a machine, or cores, of its own"
+)
+
+
+class ClientOverhead(msgspec.Struct, frozen=True, kw_only=True):
+    """What the generator cost. Shares are of a core, times in ms unless they say us.
+
+    error_ms: how far TTFT and ITL may be off, by percentile. reasons: why it bounded the run, none
+    where it did not; advice: what to do then.
+    """
+
+    processes: int
+    cpu_share: float
+    total_cpu_share: float
+    us_per_chunk: float
+    parse_us_per_chunk: float
+    beacons: int
+    lag_ms: dict[str, float]
+    median_send_delay_ms: float
+    p99_send_delay_ms: float
+    max_send_delay_ms: float
+    error_ms: dict[str, dict[str, float]]
+    relative_error: dict[str, dict[str, float]]
+    client_bound: bool
+    reasons: list[str]
+    advice: str | None
+
+
+def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientOverhead:
+    """What the generator cost in a run. cores: that the load processes may use."""
+    parts = outcome.parts
+    shares = [part.cpu_s / part.wall_s if part.wall_s else 0.0 for part in parts]
+    delays = [1e3 * record.send_delay for record in outcome.records] or [0.0]
+    chunks = max(1, sum(len(record.chunk_ns) for record in outcome.records))
+    errors = timing_errors(parts)
+    relative = relative_errors(errors, summary)
+    reasons = bound_reasons(shares, errors, relative)
+    starved = bool(reasons) and max(shares) < _COMFORT
+    return ClientOverhead(
+        processes=len(shares),
+        cpu_share=max(shares),
+        total_cpu_share=sum(shares),
+        us_per_chunk=1e6 * sum(part.cpu_s for part in parts) / chunks,
+        parse_us_per_chunk=1e6 * sum(part.parse_s for part in parts) / chunks,
+        beacons=sum(len(part.lag_ns) for part in parts),
+        lag_ms=_quantiles(np.concatenate([np.asarray(part.lag_ns) / 1e6 for part in parts])),
+        median_send_delay_ms=float(np.median(delays)),
+        p99_send_delay_ms=float(np.percentile(delays, 99)),
+        max_send_delay_ms=max(delays),
+        error_ms=errors,
+        relative_error=relative,
+        client_bound=bool(reasons),
+        reasons=reasons,
+        advice=(_STARVED if starved else advice(shares, cores)) if reasons else None,
+    )
+
+
+def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
+    """How far off the percentiles of TTFT and ITL are, and at most one of either, in ms."""
+    first, first_late = [np.empty(0)], [np.empty(0)]
+    gaps, gaps_late = [np.empty(0)], [np.empty(0)]
+    for part in parts:
+        if len(part.lag_ns) == 0:
+            continue
+        for record in part.records:
+            if len(record.chunk_ns) and record.error is None:
+                late = lateness(part, record.chunk_ns)
+                times = np.asarray(record.chunk_ns, dtype=np.int64) - record.start_ns
+                first.append(times[:1] / 1e6)
+                first_late.append(late[:1])
+                gaps.append(np.diff(times) / 1e6)
+                gaps_late.append(np.maximum(late[:-1], late[1:]))
+    seen, late = np.concatenate(first), np.concatenate(first_late)
+    seen_gaps, late_gaps = np.concatenate(gaps), np.concatenate(gaps_late)
+    # A gap's two ends are late by roughly known times, and their difference would be noise; but
+    # the gaps of which neither end was late say what there was to see.
+    on_time = seen_gaps[late_gaps <= _ON_TIME_MS]
+    enough = len(on_time) >= _ENOUGH * len(seen_gaps)
+    return {
+        "ttft": _figure_errors(seen, seen - late, late),
+        "itl": _figure_errors(seen_gaps, on_time if enough else seen_gaps - late_gaps, late_gaps),
+    }
+
+
+def _figure_errors(seen: Samples, other: Samples, late: Samples) -> dict[str, float]:
+    """How far the percentiles of both lie apart; max: the largest lateness of one."""
+    here, there = _quantiles(seen), _quantiles(other)
+    most = float(np.abs(late).max()) if len(late) else 0.0
+    return {**{p: abs(here[p] - there[p]) for p in ("p50", "p99")}, "max": most}
+
+
+def lateness(part: Part, times: Sequence[int]) -> Samples:
+    """How late (ms) the clock was read at each of these times: as late as the next beacon, or as
+    what is left of the backlog that the last ones showed, which were read all at once."""
+    read, at = np.asarray(part.read_ns), np.asarray(times)
+    late: Samples = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
+    after = np.searchsorted(read, at)
+    before = np.searchsorted(read, read[np.maximum(after - 1, 0)])  # the oldest read at that moment
+    backlog: Samples = late[before] - np.maximum(at - read[before], 0) / 1e6
+    following: Samples = late[np.minimum(after, len(late) - 1)]
+    known: Samples = np.maximum(following, np.where(after > 0, backlog, 0.0))
+    return known
+
+
+def _quantiles(values: Any) -> dict[str, float]:
+    if len(values) == 0:
+        return {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    p50, p99 = np.percentile(values, [50, 99])
+    return {"p50": float(p50), "p99": float(p99), "max": float(values.max())}
+
+
+def relative_errors(
+    errors: Mapping[str, Mapping[str, float]], summary: Summary
+) -> dict[str, dict[str, float]]:
+    """The errors, each relative to the reported figure: the median's to the median, the 99th
+    percentile's to the largest percentile that was asked for."""
+    relative: dict[str, dict[str, float]] = {}
+    for name, error in errors.items():
+        seen = summary.whole.latencies[name]
+        tail = max(seen.percentiles.values(), default=seen.median)
+        relative[name] = {
+            "p50": error["p50"] / seen.median if seen.median > 0 else 0.0,
+            "p99": error["p99"] / tail if tail > 0 else 0.0,
+        }
+    return relative
+
+
+def bound_reasons(
+    shares: Sequence[float],
+    errors: Mapping[str, Mapping[str, float]],
+    relative: Mapping[str, Mapping[str, float]],
+) -> list[str]:
+    """Why the client bounded the run; none when it did not."""
+    reasons = []
+    if max(shares) > BUSY:
+        reasons.append(f"a load process used {max(shares):.0%} of a core")
+    for name in errors:
+        for figure, most in TOLERANCE.items():
+            error, share = errors[name][figure], relative[name][figure]
+            if error > FLOOR_MS and share > most:
+                reasons.append(
+                    f"{name.upper()} {figure} may be off by {error:.1f} ms ({share:.0%})"
+                )
+    return reasons
+
+
+def advice(shares: Sequence[float], cores: int) -> str:
+    """How many processes would carry the load, as a flag."""
+    needed = max(2 * len(shares), math.ceil(sum(shares) / _COMFORT))
+    line = f"client-bound: use --processes {needed}"
+    return line if needed <= cores else f"{line}, on a machine of its own with as many cores"

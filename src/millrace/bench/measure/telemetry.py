@@ -1,0 +1,203 @@
+"""Watching servers and GPUs while a run goes on: their metrics pages and NVML, once a second.
+
+What cannot be had is left out with a note of one line; nothing here ends a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import msgspec
+
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.measure.prometheus_reader import Page, Totals, difference, read_dcgm, read_page
+from millrace.common.http_client import Target, fetch, parse_url
+from millrace.common.optional import probe
+from millrace.errors import UserError
+
+_EVERY_S = 1.0
+_LIMIT_S = 2.0  # for one page
+_DRIVER = Path("/proc/driver/nvidia")  # there where the host has NVIDIA's driver
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One look: at_ns on the monotonic clock; server: gauges and counters summed over replicas
+    (kv_cache_usage_perc is their mean); gpu: power in W over all GPUs, shares as means."""
+
+    at_ns: int
+    server: dict[str, float] = {}
+    gpu: dict[str, float] = {}
+
+
+class Observation(msgspec.Struct, frozen=True):
+    """What was seen of servers and GPUs. energy_j: joules of all GPUs, None where nobody tells."""
+
+    replicas: list[str] = []
+    totals: Totals = Totals()
+    samples: list[Sample] = []
+    energy_j: float | None = None
+    gpus: list[str] = []
+    notes: list[str] = []
+
+
+no_observation = Observation()
+
+
+class Telemetry:
+    """Samples between entering and leaving it as a context; `observation` is there afterwards."""
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+        self._targets: list[Target] = []
+        self._before: list[Page] = []
+        self._samples: list[Sample] = []
+        self._gpus = Gpus() if options.target.host in _LOOPBACK else None
+        self._task: asyncio.Task[None] | None = None
+        self.observation = no_observation
+
+    async def __aenter__(self) -> Telemetry:
+        self._targets = await self._find()
+        self._before = await self._read()
+        self._energy = self._gpus.energy_j() if self._gpus else None
+        self._task = asyncio.create_task(self._sample())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        after = await self._read()
+        notes = [] if self._gpus is None else self._gpus.notes
+        if not any(page.counters for page in after):
+            notes = [*notes, "no replica tells its counters at /metrics; see --metrics-url"]
+        self.observation = Observation(
+            replicas=[str(target) for target in self._targets],
+            totals=difference(self._before, after),
+            samples=self._samples,
+            energy_j=self._energy_used(),
+            gpus=self._gpus.names if self._gpus else [],
+            notes=list(notes),
+        )
+
+    async def _find(self) -> list[Target]:
+        """Every replica: those that were named, those that a Millrace gateway names, the target."""
+        if self._options.metrics_urls:
+            return [parse_url(url) for url in self._options.metrics_urls]
+        root = msgspec.structs.replace(self._options.target, prefix="")
+        try:
+            response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)
+            told = msgspec.json.decode(response.body)["replicas"] if response.status == 200 else []
+            named = [parse_url(str(replica["url"])) for replica in told]
+        except (OSError, msgspec.DecodeError, LookupError, TypeError, UserError):
+            named = []
+        return named or [root]
+
+    async def _read(self) -> list[Page]:
+        return list(await asyncio.gather(*(self._page(target) for target in self._targets)))
+
+    async def _page(self, target: Target) -> Page:
+        return read_page(await _text(target, self._options.headers))
+
+    async def _sample(self) -> None:
+        while True:
+            at = perf_counter_ns()
+            pages = await self._read()
+            gpu = self._gpus.sample() if self._gpus else {}
+            if self._options.dcgm_url:
+                gpu = gpu | read_dcgm(await _text(parse_url(self._options.dcgm_url)))
+            self._samples.append(Sample(at, _together(pages), gpu))
+            await asyncio.sleep(max(0.0, _EVERY_S - (perf_counter_ns() - at) / 1e9))
+
+    def _energy_used(self) -> float | None:
+        """From the GPUs' own counters, else from the power of the samples over time."""
+        now = self._gpus.energy_j() if self._gpus else None
+        if now is not None and self._energy is not None:
+            return now - self._energy
+        return integrate([(s.at_ns, s.gpu["power_w"]) for s in self._samples if "power_w" in s.gpu])
+
+
+def integrate(powers: list[tuple[int, float]]) -> float | None:
+    """Joules of (ns, W) samples, trapezium by trapezium; None for fewer than two."""
+    if len(powers) < 2:
+        return None
+    return sum((b - a) / 1e9 * (low + high) / 2 for (a, low), (b, high) in pairwise(powers))
+
+
+async def _text(target: Target, headers: tuple[tuple[str, str], ...] = ()) -> str:
+    """A target's metrics page; empty where there is none."""
+    path = "" if target.prefix.endswith("/metrics") else "/metrics"
+    try:
+        response = await fetch(target, path, headers=headers, timeout=_LIMIT_S)
+    except OSError:
+        return ""
+    return response.body.decode("utf-8", "replace") if response.status == 200 else ""
+
+
+def _together(pages: list[Page]) -> dict[str, float]:
+    whole: dict[str, float] = {}
+    for page in pages:
+        for name, value in (*page.gauges.items(), *page.counters.items()):
+            whole[name] = whole.get(name, 0.0) + value
+    used = [p.gauges["kv_cache_usage_perc"] for p in pages if "kv_cache_usage_perc" in p.gauges]
+    if used:
+        whole["kv_cache_usage_perc"] = sum(used) / len(used)
+    return whole
+
+
+class Gpus:
+    """This host's GPUs through NVML. Without the library there are none, with a note if there is
+    a driver; without GPUs there are none."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.notes: list[str] = []
+        self._handles: list[Any] = []
+        found, driver = probe("pynvml"), _DRIVER.exists()
+        self._nvml: Any = found.module
+        if found.module is None:
+            if driver or found.state == "broken":
+                self.notes.append(f"power of GPUs is left out: {found.problem}; {found.remedy}")
+            return
+        try:
+            self._find()
+        except Exception as error:
+            if driver:
+                self.notes.append(f"power of GPUs is left out: {type(error).__name__}: {error}")
+
+    def _find(self) -> None:
+        nvml = self._nvml
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        self.names = [str(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+        self._handles = handles
+
+    def _each(self, read: str, *arguments: Any) -> list[Any]:
+        """What each GPU answers; one that does not know (GB10 counts no memory) is left out."""
+        seen = []
+        for handle in self._handles:
+            with contextlib.suppress(Exception):
+                seen.append(getattr(self._nvml, read)(handle, *arguments))
+        return seen
+
+    def energy_j(self) -> float | None:
+        """Joules since the driver was loaded, of all GPUs; None where one does not count."""
+        seen = self._each("nvmlDeviceGetTotalEnergyConsumption")
+        return sum(seen) / 1e3 if seen and len(seen) == len(self._handles) else None
+
+    def sample(self) -> dict[str, float]:
+        """Power in W and memory in bytes over all GPUs, utilisation as a mean share."""
+        sample: dict[str, float] = {}
+        if power := self._each("nvmlDeviceGetPowerUsage"):
+            sample["power_w"] = sum(power) / 1e3
+        if rates := self._each("nvmlDeviceGetUtilizationRates"):
+            sample["utilization"] = sum(rate.gpu for rate in rates) / len(rates) / 100
+        if memory := self._each("nvmlDeviceGetMemoryInfo"):
+            sample["memory_used"] = float(sum(info.used for info in memory))
+        return sample

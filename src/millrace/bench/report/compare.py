@@ -1,0 +1,151 @@
+"""Two servers, or two versions of one, compared over repeated runs.
+
+A ratio with a 95% confidence interval for every figure, and a difference claimed only where the
+interval excludes none. The interval is Welch's on the logarithms: figures of runs are positive,
+vary by factors, and are few. Resampling three of them would give intervals that are too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from millrace.bench.report.results import LOAD, ResultFile, grouped, load_words
+from millrace.bench.report.tables import aligned
+from millrace.errors import UserError
+
+HIGHER = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
+LOWER = tuple(
+    f"{figure}_{name}_ms"
+    for name in ("ttft", "tpot", "itl", "e2el")
+    for figure in ("mean", "median", "p99")
+)
+# Student's t at 97.5%, by degrees of freedom from 1 on; beyond the table its last value, which is
+# a little wider than need be.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+class Ratio(msgspec.Struct, frozen=True, kw_only=True):
+    """B relative to A for one figure. low and high: 95% interval, None for fewer than two runs of
+    either. better: whether a higher ratio is a better one."""
+
+    figure: str
+    a: float
+    b: float
+    ratio: float
+    low: float | None
+    high: float | None
+    higher_is_better: bool
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs show a difference."""
+        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+
+    @property
+    def verdict(self) -> str:
+        """In words: better, worse, or no difference shown."""
+        if self.low is None:
+            return "one run: no interval"
+        if not self.differs:
+            return "no difference shown"
+        better = (self.ratio > 1) == self.higher_is_better
+        return f"B {'better' if better else 'worse'} by {abs(self.ratio - 1):.1%}"
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """One kind of load, measured on both: how many runs of each, and every ratio."""
+
+    load: str
+    runs: tuple[int, int]
+    ratios: list[Ratio]
+
+
+def compare(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> list[Comparison]:
+    """Every kind of load that was measured on both.
+
+    Raises UserError when there is none, naming what differs.
+    """
+    of_a, of_b = grouped(a), grouped(b)
+    common = [key for key in of_a if key in of_b]
+    if not common:
+        raise UserError(f"A and B have no load in common{_what_differs(of_a, of_b)}")
+    return [_one(of_a[key], of_b[key]) for key in common]
+
+
+def _what_differs(of_a: dict[Any, list[ResultFile]], of_b: dict[Any, list[ResultFile]]) -> str:
+    if not of_a or not of_b:
+        return ": one of them has no run of a server"
+    first, second = (next(iter(groups.values()))[0].fields for groups in (of_a, of_b))
+    differing = [
+        f"{name} {first.get(name)!r} and {second.get(name)!r}"
+        for name in LOAD
+        if name != "model_id" and first.get(name) != second.get(name)
+    ]
+    return f": they differ in {', '.join(differing)}"
+
+
+def _one(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> Comparison:
+    ratios = []
+    for figure in (*HIGHER, *LOWER):
+        values_a, values_b = ([_figure(r, figure) for r in side] for side in (a, b))
+        if all(v is not None and v > 0 for v in (*values_a, *values_b)):
+            numbers = [[float(v) for v in side if v] for side in (values_a, values_b)]
+            ratios.append(ratio_of(figure, *numbers))
+    return Comparison(load_words(a[0].fields), (len(a), len(b)), ratios)
+
+
+def _figure(result: ResultFile, name: str) -> float | None:
+    value = result.fields.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def ratio_of(figure: str, a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """The ratio of geometric means, B to A, with its interval; all values are above 0."""
+    logs_a, logs_b = ([math.log(value) for value in side] for side in (a, b))
+    middle = statistics.fmean(logs_b) - statistics.fmean(logs_a)
+    low = high = None
+    if min(len(a), len(b)) > 1:
+        half = _half_width(logs_a, logs_b)
+        low, high = math.exp(middle - half), math.exp(middle + half)
+    return Ratio(
+        figure=figure,
+        a=math.exp(statistics.fmean(logs_a)),
+        b=math.exp(statistics.fmean(logs_b)),
+        ratio=math.exp(middle),
+        low=low,
+        high=high,
+        higher_is_better=figure in HIGHER,
+    )
+
+
+def _half_width(a: Sequence[float], b: Sequence[float]) -> float:
+    """Half of Welch's 95% interval for the difference of two means."""
+    parts = [statistics.variance(side) / len(side) for side in (a, b)]
+    total = sum(parts)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(
+        part**2 / (len(side) - 1) for part, side in zip(parts, (a, b), strict=True)
+    )
+    index = min(max(1, math.floor(freedom)), len(_T)) - 1
+    return _T[index] * math.sqrt(total)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The table of one kind of load."""
+    rows = [("figure", "A", "B", "B / A", "95% interval", "verdict")]
+    for r in comparison.ratios:
+        interval = "" if r.low is None else f"{r.low:.3f} .. {r.high:.3f}"
+        cells = (r.figure, f"{r.a:,.2f}", f"{r.b:,.2f}", f"{r.ratio:.3f}", interval, r.verdict)
+        rows.append(cells)
+    runs = f"{comparison.runs[0]} run(s) of A, {comparison.runs[1]} of B"
+    return "\n".join([f"{comparison.load}: {runs}", *aligned(rows)])

@@ -1,0 +1,93 @@
+"""A run on the terminal while it goes on, and the remarks after it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from millrace.bench.load import messages
+from millrace.bench.workload.prompts import Lengths, Workload, workload_line
+
+
+class LiveProgress:
+    """One line, drawn twice a second: how far, how many in flight, how fast, how late."""
+
+    def __init__(self, *, hidden: bool, duration: float | None = None) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            auto_refresh=False,
+            disable=hidden or not console.is_terminal,
+        )
+        self._duration = duration
+        self._total: int | None = None
+        self._last = (0.0, 0)
+
+    def start(self, workload: Workload, seen: Lengths) -> None:
+        """Say what the workload is."""
+        click.echo(workload_line(workload, seen), err=True)
+        self._total = None if self._duration is not None else workload.count
+        self._task = self._bar.add_task("", total=self._duration or self._total)
+
+    def show(self, progress: messages.Progress) -> None:
+        """Draw the state of things."""
+        if self._bar.disable:
+            return
+        if not self._bar.live.is_started:
+            self._began = time.monotonic()
+            self._last = (self._began, progress.tokens)
+            self._bar.start()
+        now = time.monotonic()
+        completed = now - self._began if self._duration is not None else progress.done
+        self._bar.update(
+            self._task,
+            completed=completed,
+            description=progress_line(progress, self._total, self._rate(now, progress.tokens)),
+            refresh=True,
+        )
+
+    def _rate(self, now: float, tokens: int) -> float:
+        """Output tokens a second of requests that ended since the last look."""
+        (before, had), self._last = self._last, (now, tokens)
+        return (tokens - had) / (now - before) if now > before else 0.0
+
+    def stop(self) -> None:
+        if not self._bar.disable and self._bar.live.is_started:
+            self._bar.stop()
+
+
+def progress_line(progress: messages.Progress, total: int | None, rate: float) -> str:
+    """How far a run is, in words."""
+    done = f"{progress.done}/{total}" if total else str(progress.done)
+    parts = [f"{done} done", f"{progress.in_flight} in flight", f"{rate:,.0f} tok/s"]
+    if progress.timed:
+        parts.append(f"TTFT mean {1e3 * progress.ttft_sum / progress.timed:,.0f} ms")
+    if progress.failed:
+        parts.append(f"{progress.failed} failed")
+    return ", ".join(parts)
+
+
+def remarks(fields: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know besides."""
+    lines = []
+    if fields["usage_missing"]:
+        lines.append(
+            f"{fields['usage_missing']} answers told no usage: their chunks were counted as tokens"
+        )
+    if fields["from_due"] is not None and fields["client"]["p99_send_delay_ms"] > 1.0:
+        due = fields["from_due"]
+        lines.append(
+            f"counted from when requests were due: TTFT median {due['median_ttft_ms']:.1f} ms, "
+            f"p99 {due['p99_ttft_ms']:.1f} ms"
+        )
+    client = fields["client"]
+    if client["client_bound"]:
+        lines.append(f"{client['advice']} ({'; '.join(client['reasons'])})")
+    return [*lines, *fields["server"]["notes"]]

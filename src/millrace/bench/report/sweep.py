@@ -1,0 +1,83 @@
+"""One server at every point of a grid: concurrencies, rates, lengths, whatever a flag sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import click
+
+from millrace.bench.report.results import interactivity, mean_lengths
+from millrace.bench.report.tables import aligned
+from millrace.errors import UserError
+
+Point = dict[str, Any]
+
+
+def grid(command: click.Command, over: Sequence[str]) -> list[Point]:
+    """Every combination of `NAME=V1,V2` flags of the command, the last one varying fastest.
+
+    Raises UserError for a flag that the command does not have, or a value that it does not take.
+    """
+    axes = [_axis(command, text) for text in over]
+    return [dict(zip((name for name, _ in axes), point, strict=True))
+            for point in product(*(values for _, values in axes))]  # fmt: skip
+
+
+def _axis(command: click.Command, text: str) -> tuple[str, list[Any]]:
+    flag, found, listed = text.lstrip("-").partition("=")
+    name = flag.replace("-", "_")
+    known = {p.name: p for p in command.params if isinstance(p, click.Option) and not p.multiple}
+    if not found or name not in known or known[name].is_flag:
+        raise UserError(
+            f"--over {text!r}: use a flag of this command with its values, as "
+            "max-concurrency=1,8,64"
+        )
+    try:
+        values = [known[name].type.convert(part, known[name], None) for part in listed.split(",")]
+    except click.BadParameter as error:
+        raise UserError(f"--over {text!r}: {error.message}") from None
+    return name, values
+
+
+def point_name(point: Point) -> str:
+    """A point as a part of a file's name."""
+    return "-".join(f"{name}_{value}" for name, value in point.items())
+
+
+_FIGURES = ("mean", "median", "p99")
+
+
+def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Headings, then a row for each run: what was asked, what was served, how late."""
+    gpus = any("gpus" in result for result in results)
+    rates = any(result["request_rate"] != "inf" for result in results)
+    head = ["users", *(["req/s asked"] if rates else []), "in", "out", "req/s served"]
+    head += ["total tok/s", "output tok/s"]
+    head += [*(["tok/s/GPU"] if gpus else []), "tok/s/user", "TTFT ms", "TPOT ms", "ITL ms"]
+    return [(*head, "failed"), *(_row(result, rates, gpus) for result in results)]
+
+
+def _row(result: Mapping[str, Any], rates: bool, gpus: bool) -> tuple[str, ...]:
+    rate = result["request_rate"]
+    cells = [
+        str(result["max_concurrency"] or ""),
+        *(["" if rate == "inf" else f"{rate:g}"] if rates else []),
+        *(f"{length:.0f}" for length in mean_lengths(result)),
+        f"{result['request_throughput']:.2f}",
+        f"{result['total_token_throughput']:,.0f}",
+        f"{result['output_throughput']:,.0f}",
+    ]
+    if gpus:
+        cells.append(f"{result.get('total_token_throughput_per_gpu', 0.0):,.0f}")
+    cells.append(f"{interactivity(result):.1f}")
+    for name in ("ttft", "tpot", "itl"):
+        shown = [f"{figure}_{name}_ms" for figure in _FIGURES]
+        cells.append(" / ".join(f"{result[key]:,.1f}" for key in shown if key in result))
+    return (*cells, str(result["failed"]))
+
+
+def sweep_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a sweep; latencies are mean / median / p99."""
+    return "\n".join(aligned(sweep_rows(results)))

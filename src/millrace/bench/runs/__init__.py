@@ -1,0 +1,1 @@
+"""The runs that `millrace bench` offers."""

@@ -1,0 +1,202 @@
+"""How throughput grows with replicas: serve 1, 2, 3, run one workload on each, check accuracy.
+
+Each count is a server of its own, started and reaped here. Repeats are interleaved (all counts,
+then all again), so that a machine whose speed drifts does not favour one; figures are medians
+over repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.report.tables import aligned
+from millrace.bench.runs.accuracy import Accuracy, measure_accuracy
+from millrace.bench.runs.serve import run
+from millrace.common.http_client import Target
+from millrace.errors import UserError
+from millrace.fleet.device_assignment import thread_limit, usable_cores, visible_gpus
+from millrace.fleet.replica_process import ReplicaProcess, bring_up, free_port
+
+MILLRACE = (sys.executable, "-m", "millrace.cli")
+_LOOPBACK = "127.0.0.1"
+_GRACE = 30.0  # seconds; more than a supervisor needs for its own replicas
+_LATENCIES = ("ttft", "tpot", "itl")
+_FIGURES = ("mean", "median", "p99")
+
+
+class ScalingOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """model and serve_arguments go to the serve command; load is the workload, its target not yet
+    known. accuracy_items: 0 for no check. start_timeout and accuracy_timeout are seconds."""
+
+    serve_command: Sequence[str] = (*MILLRACE, "serve")
+    eval_command: Sequence[str] = (*MILLRACE, "eval")
+    model: str
+    counts: Sequence[int]
+    load: BenchOptions
+    serve_arguments: Sequence[str] = ()
+    repeats: int = 1
+    accuracy_task: str = "math"
+    accuracy_items: int = 50
+    start_timeout: float = 900.0
+    accuracy_timeout: float = 600.0
+
+
+class ScalingRow(msgspec.Struct, kw_only=True):
+    """One count of replicas: the result fields of each run, and the accuracy."""
+
+    replicas: int
+    runs: list[dict[str, Any]] = []
+    accuracy: Accuracy = Accuracy(None, reason="not measured")
+
+    def figure(self, name: str) -> float:
+        """Median of a result field over the runs."""
+        return statistics.median(float(run[name]) for run in self.runs)
+
+
+async def measure_scaling(
+    options: ScalingOptions, on_step: Callable[[str], None]
+) -> list[ScalingRow]:
+    """Measure every count; on_step is told what is about to happen.
+
+    Raises UserError when a server does not come up or fails its first request.
+    """
+    rows = [ScalingRow(replicas=count) for count in options.counts]
+    for repeat in range(options.repeats):
+        for row in rows:
+            on_step(f"{row.replicas} replica(s), run {repeat + 1} of {options.repeats}")
+            async with served(options, row.replicas) as target:
+                measured = await run(msgspec.structs.replace(options.load, target=target))
+                if measured.fields["completed"] == 0:
+                    first = next(r.error for r in measured.records if r.error)
+                    raise UserError(f"{row.replicas} replica(s): no request succeeded: {first}")
+                row.runs.append(measured.fields)
+                if repeat == 0:
+                    on_step(f"{row.replicas} replica(s), accuracy")
+                    row.accuracy = await check_accuracy(options, target)
+    return rows
+
+
+async def check_accuracy(options: ScalingOptions, target: Target) -> Accuracy:
+    """The accuracy of the server at `target`, or why there is none."""
+    if not options.accuracy_items:
+        return Accuracy(None, reason="not asked for")
+    if "dummy" in " ".join(options.serve_arguments).replace("=", " ").split():
+        return Accuracy(None, reason="random weights (--load-format dummy)")
+    return await measure_accuracy(
+        str(target),
+        command=options.eval_command,
+        task=options.accuracy_task,
+        items=options.accuracy_items,
+        limit=options.accuracy_timeout,
+    )
+
+
+@asynccontextmanager
+async def served(
+    options: ScalingOptions, replicas: int, arguments: Sequence[str] = ()
+) -> AsyncIterator[Target]:
+    """`millrace serve` with that many replicas, healthy, on a free port; reaped at the end.
+
+    options.counts are the devices of each row. arguments: of this server alone.
+    """
+    target = Target(_LOOPBACK, free_port(_LOOPBACK))
+    command = [
+        *(*options.serve_command, options.model),
+        *("--replicas", str(replicas), "--host", target.host, "--port", str(target.port)),
+        *arguments,
+        *options.serve_arguments,
+    ]
+    process = ReplicaProcess(command, replica_threads(options.counts), on_line=lambda line: None)
+    try:
+        await bring_up(process, target, f"the server of {options.model}", options.start_timeout)
+        yield target
+    finally:
+        await process.stop(_GRACE)
+
+
+def replica_threads(counts: Sequence[int]) -> dict[str, str]:
+    """Without GPUs, the cores are the device: a replica gets in every row the share that it has in
+    the largest, so that the rows compare like with like."""
+    if visible_gpus() or thread_limit():
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // max(counts)))}
+
+
+def scaling_fields(rows: Sequence[ScalingRow]) -> list[dict[str, Any]]:
+    """The table as data: medians over repeats, throughput in tok/s, latencies in ms.
+
+    efficiency: throughput a replica, relative to that of the first row.
+    """
+    base = rows[0].figure("total_token_throughput") / rows[0].replicas
+    table = []
+    for row in rows:
+        total = row.figure("total_token_throughput")
+        latencies = [f"{figure}_{name}_ms" for name in _LATENCIES for figure in _FIGURES]
+        table.append(
+            {
+                "replicas": row.replicas,
+                "total_token_throughput": total,
+                "output_throughput": row.figure("output_throughput"),
+                "users": row.figure("max_concurrent_requests"),
+                "request_throughput": row.figure("request_throughput"),
+                "per_replica": total / row.replicas,
+                "efficiency": total / row.replicas / base if base else 0.0,
+                **{name: row.figure(name) for name in latencies},
+                "completed": sum(run["completed"] for run in row.runs),
+                "failed": sum(run["failed"] for run in row.runs),
+                "accuracy": row.accuracy.value,
+                "accuracy_items": row.accuracy.items,
+                "accuracy_reason": row.accuracy.reason,
+            }
+        )
+    return table
+
+
+_HEADINGS = (
+    "replicas",
+    "total tok/s",
+    "per replica",
+    "efficiency",
+    "output tok/s",
+    "users",
+    "req/s",
+    "TTFT ms",
+    "TPOT ms",
+    "ITL ms",
+    "accuracy",
+)
+
+
+def scaling_table(rows: Sequence[ScalingRow]) -> str:
+    """The table as text (Markdown); latencies are mean / median / p99."""
+    cells: list[Sequence[str]] = [_HEADINGS]
+    for row, fields in zip(rows, scaling_fields(rows), strict=True):
+        cells.append(
+            (
+                str(row.replicas),
+                f"{fields['total_token_throughput']:,.0f}",
+                f"{fields['per_replica']:,.0f}",
+                f"{fields['efficiency']:.1%}",
+                f"{fields['output_throughput']:,.0f}",
+                f"{fields['users']:.0f}",
+                f"{fields['request_throughput']:,.2f}",
+                *(_latency_cell(fields, name) for name in _LATENCIES),
+                str(row.accuracy),
+            )
+        )
+    lines = aligned(cells)
+    notes = {row.accuracy.reason for row in rows if row.accuracy.reason}
+    lines += [f"accuracy n/a: {reason}" for reason in sorted(notes)]
+    failed = sum(fields["failed"] for fields in scaling_fields(rows))
+    return "\n".join([*lines, *([f"{failed} requests failed"] if failed else [])])
+
+
+def _latency_cell(fields: dict[str, Any], name: str) -> str:
+    return " / ".join(f"{fields[f'{figure}_{name}_ms']:,.1f}" for figure in _FIGURES)

@@ -1,0 +1,217 @@
+"""The generator against a server whose truth is known: how far off are its figures, from when on.
+
+At each level of concurrency the built-in mock streams on a fixed beat and stamps what it sends. The
+same formulas are applied to its stamps and to what the client saw; their difference is the error.
+A request's true start is the client's own: how long after it the mock had read the request is told
+apart (`read_ms`), because the client's sending and the mock's own queue cannot be told from each
+other from here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.load.records import RequestTiming
+from millrace.bench.measure.metrics import Summary, Window, summarize
+from millrace.bench.runs.serve import Run, run
+from millrace.bench.workload.prompts import RandomSpec
+from millrace.common.http_client import Target
+
+FIRST_S, GAP_S = 0.05, 0.05
+MOST_ERROR = {"p50": 0.02, "p99": 0.05}
+_COMMAND = (sys.executable, "-m", "millrace.bench.runs.mock")
+_LIMIT_S = 30.0
+
+
+class Level(msgspec.Struct, frozen=True, kw_only=True):
+    """One level: the errors are relative, by figure and percentile; throughput's by itself. Shares
+    are of a core. read_ms: from a request's start until the mock had read it."""
+
+    streams: int
+    chunks_per_s: float
+    us_per_chunk: float
+    client_share: float
+    mock_share: float
+    errors: dict[str, dict[str, float]]
+    throughput_error: float
+    read_ms: dict[str, float]
+    failed: int
+    client: dict[str, Any]
+
+    @property
+    def within(self) -> bool:
+        """Whether every error is one that a report can bear."""
+        worst = [
+            (abs(error), MOST_ERROR[figure])
+            for by_figure in self.errors.values()
+            for figure, error in by_figure.items()
+        ]
+        return not self.failed and all(
+            error <= most for error, most in [*worst, (abs(self.throughput_error), 0.02)]
+        )
+
+
+async def selftest(
+    streams: Sequence[int],
+    *,
+    processes: int = 1,
+    seconds: float = 5.0,
+    chat: bool = False,
+    on_level: Callable[[Level], None] | None = None,
+) -> list[Level]:
+    """Measure every level for about so many seconds. on_level is called with each."""
+    levels = []
+    for count in streams:
+        level = await _level(count, processes, seconds, chat)
+        levels.append(level)
+        if on_level is not None:
+            on_level(level)
+    return levels
+
+
+async def _level(streams: int, processes: int, seconds: float, chat: bool) -> Level:
+    tokens = max(4, round((seconds / 4 - FIRST_S) / GAP_S))
+    async with _mock() as (target, cpu_of_mock):
+        options = BenchOptions(
+            target=target,
+            backend="openai-chat" if chat else "openai",
+            # Answers of different lengths, so that requests do not all leave at once.
+            workload=RandomSpec(
+                count=4 * streams, input_len=256, output_len=tokens, range_ratio=0.5
+            ),
+            max_concurrency=streams,
+            num_warmups=streams,
+            processes=processes,
+            percentiles=(50.0, 99.0),
+        )
+        began = time.perf_counter()
+        measured = await run(options)
+        wall = time.perf_counter() - began
+        cpu = await cpu_of_mock()
+    return level_of(streams, measured, cpu / wall)
+
+
+def level_of(streams: int, measured: Run, mock_share: float) -> Level:
+    """The errors of a run against the stamps in its records."""
+    seen = measured.summary
+    true = summarize(truths(measured.records), percentiles=(50.0, 99.0))
+    chunks = sum(len(r.chunk_ns) for r in measured.records)
+    return Level(
+        streams=streams,
+        chunks_per_s=chunks / seen.whole.duration,
+        us_per_chunk=measured.client.us_per_chunk,
+        client_share=measured.client.cpu_share,
+        mock_share=mock_share,
+        errors=errors_of(seen.whole, true.whole),
+        throughput_error=_relative(*(_output_rate(s) for s in (seen, true))),
+        read_ms=_read_ms(measured.records),
+        failed=seen.failed,
+        client=msgspec.to_builtins(measured.client),
+    )
+
+
+def truths(records: Sequence[RequestTiming]) -> list[RequestTiming]:
+    """The records with each chunk at the moment at which it was sent."""
+    return [
+        msgspec.structs.replace(
+            record,
+            chunk_ns=array("q", record.sent_ns),
+            end_ns=record.sent_ns[-1],
+        )
+        for record in records
+        if record.error is None and len(record.sent_ns)
+    ]
+
+
+def _read_ms(records: Sequence[RequestTiming]) -> dict[str, float]:
+    waits = [(r.received_ns - r.start_ns) / 1e6 for r in records if r.received_ns] or [0.0]
+    p50, p99 = np.percentile(waits, [50, 99])
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def errors_of(seen: Window, true: Window) -> dict[str, dict[str, float]]:
+    """Relative errors of TTFT, TPOT and ITL at the median and the 99th percentile."""
+    return {
+        name: {
+            f"p{percentile:g}": _relative(
+                seen.latencies[name].percentiles[percentile],
+                true.latencies[name].percentiles[percentile],
+            )
+            for percentile in (50.0, 99.0)
+        }
+        for name in ("ttft", "tpot", "itl")
+    }
+
+
+def _relative(seen: float, true: float) -> float:
+    return seen / true - 1 if true else 0.0
+
+
+def _output_rate(summary: Summary) -> float:
+    return summary.whole.output_throughput
+
+
+@asynccontextmanager
+async def _mock() -> AsyncIterator[tuple[Target, Callable[[], Any]]]:
+    """A mock in a process of its own: its address, and a function that ends it and gives the CPU
+    seconds it took. Reaped at the end."""
+    process = await asyncio.create_subprocess_exec(
+        *(*_COMMAND, str(FIRST_S), str(GAP_S)), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    lines = process.stdout
+
+    async def line() -> str:
+        return (await asyncio.wait_for(lines.readline(), _LIMIT_S)).decode().strip()
+
+    async def end() -> float:
+        process.terminate()
+        return float(await line() or 0.0)
+
+    try:
+        yield Target("127.0.0.1", int(await line())), end
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+_HEADINGS = (
+    *("streams", "chunks/s", "us/chunk", "client CPU", "mock CPU"),
+    *("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "ITL p50", "ITL p99", "tok/s"),
+    *("read p50 / p99 ms", "verdict"),
+)
+
+
+def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
+    """The table: headings, then a row for each level, errors in per cent."""
+    return [_HEADINGS, *(_row(level) for level in levels)]
+
+
+def _row(level: Level) -> tuple[str, ...]:
+    errors = [
+        f"{100 * level.errors[name][figure]:+.2f}%"
+        for name in ("ttft", "tpot", "itl")
+        for figure in ("p50", "p99")
+    ]
+    verdict = "good" if level.within else "off"
+    if level.failed:
+        verdict = f"{level.failed} failed"
+    return (
+        *(str(level.streams), f"{level.chunks_per_s:,.0f}", f"{level.us_per_chunk:.1f}"),
+        *(f"{level.client_share:.0%}", f"{level.mock_share:.0%}"),
+        *errors,
+        f"{100 * level.throughput_error:+.2f}%",
+        f"{level.read_ms['p50']:.2f} / {level.read_ms['p99']:.2f}",
+        verdict,
+    )

@@ -1,0 +1,232 @@
+"""One benchmark run against one server: look at it, warm it up, load it, sum up.
+
+`run` ties the parts together and returns the fields of the result file; it prints nothing. What
+goes wrong before the run is a UserError; what goes wrong in it is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import msgspec
+
+from millrace.bench.load.arrivals import check_schedule
+from millrace.bench.load.driver import Load
+from millrace.bench.load.jobs import make_job
+from millrace.bench.load.messages import Progress
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.load.pool import Outcome, open_pool
+from millrace.bench.load.records import RequestTiming
+from millrace.bench.measure.client_overhead import ClientOverhead, measure_client
+from millrace.bench.measure.metrics import Summary, summarize
+from millrace.bench.measure.telemetry import Observation, Telemetry
+from millrace.bench.report.run_report import run_fields
+from millrace.bench.workload.prompts import GivenSpec, Lengths, Prompt, RandomSpec, Workload, maker
+from millrace.common.http_client import error_text, fetch
+from millrace.errors import UserError
+from millrace.fleet.device_assignment import usable_cores
+
+_DEFAULT_VOCAB = 1000
+_OTHER_SEED = 1_000_003  # added for prompts that are not the run's own
+
+
+class Run(msgspec.Struct, frozen=True):
+    """The outcome: the fields of the result file, what they were made of, and whether it was ended
+    early."""
+
+    fields: dict[str, Any]
+    records: list[RequestTiming]
+    interrupted: bool
+    observation: Observation
+    client: ClientOverhead
+    summary: Summary
+    server_version: str | None = None
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What the server told of itself."""
+
+    model: str
+    vocab_size: int
+    version: str | None = None
+
+
+async def run(
+    options: BenchOptions,
+    *,
+    stop: asyncio.Event | None = None,
+    on_start: Callable[[Workload, Lengths], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """One run. `stop` ends it early with what was measured so far; on_start is called with the
+    workload before anything is sent, on_progress twice a second.
+
+    Raises UserError when the server cannot be reached, does not know the model, or fails the
+    first request.
+    """
+    check_schedule(options.schedule)
+    served = await look(options)
+    options = told(options, served)
+    async with open_pool(options, served.model) as pool:
+        await pool.prepare()
+        if on_start is not None:
+            on_start(options.workload, pool.lengths)
+        await warm_up(options, served.model)
+        async with Telemetry(options) as watch:
+            outcome = await pool.run(stop, on_progress)
+        return _run(options, served, pool.lengths, outcome, watch.observation)
+
+
+async def background(options: BenchOptions, stop: asyncio.Event) -> None:
+    """The same load once more, unmeasured, until `stop`."""
+    served = await look(options)
+    other = msgspec.structs.replace(
+        told(options, served).workload, count=None, seed=options.workload.seed + 2 * _OTHER_SEED
+    )
+    options = msgspec.structs.replace(options, workload=other, duration=None)
+    async with open_pool(options, served.model) as pool:
+        await pool.prepare()
+        await pool.run(stop)
+
+
+def told(options: BenchOptions, served: Served) -> BenchOptions:
+    """The options with what the server told filled in."""
+    workload = msgspec.structs.replace(options.workload, vocab_size=served.vocab_size)
+    return msgspec.structs.replace(options, workload=workload)
+
+
+def _run(
+    options: BenchOptions,
+    served: Served,
+    seen: Lengths,
+    outcome: Outcome,
+    observation: Observation,
+) -> Run:
+    summary = summarize(
+        outcome.records,
+        percentiles=options.percentiles,
+        objectives=options.objectives or None,
+        steady_level=_steady_level(options, outcome),
+    )
+    client = measure_client(outcome, summary, cores=usable_cores())
+    fields = run_fields(options, served.model, seen, outcome, summary, client, observation)
+    return Run(
+        fields=fields,
+        records=outcome.records,
+        interrupted=outcome.interrupted,
+        observation=observation,
+        client=client,
+        summary=summary,
+        server_version=served.version,
+    )
+
+
+def _steady_level(options: BenchOptions, outcome: Outcome) -> int | None:
+    """The concurrency that counts as full; None where arrival times set the load."""
+    if options.schedule.open_loop:
+        return None
+    return min(options.max_concurrency or outcome.started, outcome.started)
+
+
+# --- before the run ----------------------------------------------------------------------------
+
+
+async def look(options: BenchOptions) -> Served:
+    """Which model to ask for, and how many token ids to draw from."""
+    await _ready(options)
+    listed = await _listed_models(options)
+    names = [str(card["id"]) for card in listed if "id" in card]
+    if options.model is not None and names and options.model not in names:
+        raise UserError(
+            f"--model {options.model!r} is not served at {options.target}; "
+            f"it serves: {', '.join(names)}"
+        )
+    model = options.model or (names[0] if names else None)
+    if model is None:
+        raise UserError(f"{options.target} names no model at /v1/models; give one with --model")
+    told = next((card.get("vocab_size") for card in listed if card.get("id") == model), None)
+    vocab = options.vocab_size or (told if isinstance(told, int) else _DEFAULT_VOCAB)
+    return Served(model, vocab, await _version(options))
+
+
+async def _version(options: BenchOptions) -> str | None:
+    """What the server says at /version, as vLLM and Millrace do."""
+    try:
+        response = await fetch(options.target, "/version", headers=options.headers)
+        return str(msgspec.json.decode(response.body, type=dict[str, Any])["version"])
+    except (OSError, msgspec.DecodeError, KeyError):
+        return None
+
+
+async def _ready(options: BenchOptions) -> None:
+    """Return once the server answers and its /health, if it has one, does not refuse."""
+    deadline = time.monotonic() + options.ready_timeout
+    while True:
+        try:
+            health = await fetch(options.target, "/health", headers=options.headers)
+            if health.status != 503:
+                return
+            problem = f"{options.target} is not ready ({error_text(health.body)}); wait for it"
+        except OSError as error:
+            problem = (
+                f"no answer from {options.target} ({error or type(error).__name__}); "
+                "start the server first, or give its address with --base-url"
+            )
+        if time.monotonic() >= deadline:
+            raise UserError(f"{problem}, or have us wait with --ready-check-timeout-sec")
+        await asyncio.sleep(0.2)
+
+
+async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
+    """The cards of /v1/models, none where the server has no such list."""
+    response = await fetch(options.target, "/v1/models", headers=options.headers)
+    if response.status in (401, 403):
+        raise UserError(
+            f"{options.target} refuses us with status {response.status} "
+            f"({error_text(response.body)}); give its key in OPENAI_API_KEY"
+        )
+    try:
+        cards = msgspec.json.decode(response.body)["data"] if response.status == 200 else []
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return []
+    return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+
+
+def _other_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
+    """Prompts like the run's own that no prefix cache knows yet."""
+    workload = options.workload
+    if not isinstance(workload, GivenSpec):
+        other = msgspec.structs.replace(workload, count=None, seed=workload.seed + _OTHER_SEED)
+        return maker(other, as_text=options.as_text)
+    like = workload.prompts[0]
+    as_text = isinstance(like.content, str) or options.chat
+    spec = RandomSpec(
+        count=None,
+        input_len=like.input_tokens,
+        output_len=like.output_tokens,
+        vocab_size=workload.vocab_size,
+        seed=_OTHER_SEED,
+    )
+    return maker(spec, as_text=as_text)
+
+
+async def warm_up(options: BenchOptions, model: str) -> None:
+    """Requests that are not counted: one by itself to see that the server answers at all, then
+    `num_warmups` at the run's concurrency. Raises UserError when one fails."""
+    make = _other_prompts(options)
+    jobs = [make_job(options, model, make(index)) for index in range(1 + options.num_warmups)]
+    for part in (jobs[:1], jobs[1:]):
+        load = Load(
+            options.target,
+            part,
+            repeat(None),
+            limit=options.max_concurrency,
+            timeout=options.timeout,
+        )
+        failed = next((r.error for r in await load.run() if r.error is not None), None)
+        if failed is not None:
+            raise UserError(f"{options.target} failed a request before the run: {failed}")

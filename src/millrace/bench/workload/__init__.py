@@ -1,0 +1,1 @@
+"""What is sent: prompts and output lengths, generated or read from files."""

@@ -1,0 +1,330 @@
+"""What is asked: prompts and output lengths, drawn from a seed or read from a file.
+
+Item number i of a workload depends on its seed and on i alone. So several processes share a
+workload by taking every nth item: no two send the same one, and the whole is the same however many
+they are. Token ids are used where the endpoint takes them, so that no tokenizer is needed; a chat
+gets words. This module knows no server and no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from millrace.errors import UserError
+
+RangeConvention = Literal["vllm", "inferencex"]
+RANGE_MEANINGS: dict[RangeConvention, str] = {
+    "vllm": "[L(1-r), L(1+r)]",
+    "inferencex": "[L*r, L]",
+}
+
+# Frequent English words, each a single token in most vocabularies.
+_VOCABULARY = (
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work government "
+    "number night point home water room mother area money story fact month lot right study book "
+    "eye job word business issue side kind head house service friend father power hour game line "
+    "end member law car city community name president team minute idea kid body information back"
+)
+_WORDS = _VOCABULARY.split()
+
+Content = str | list[Any]  # text, or token ids, or chat messages
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What a user says next in a conversation, and how many tokens of answer are asked for."""
+
+    text: str
+    output_tokens: int
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One request's content: token ids, text or chat messages; how many tokens (words) that is; how
+    many to ask for; and the turns that follow once it was answered."""
+
+    content: Content
+    input_tokens: int
+    output_tokens: int
+    later: tuple[Turn, ...] = ()
+
+
+class RandomSpec(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
+    """Random prompts of random lengths.
+
+    count: None for as many as are wanted. range_ratio r has two meanings: "vllm" draws lengths
+    from [L(1 - r), L(1 + r)], "inferencex" (and SGLang) from [L r, L]. prefix_len: tokens that all
+    prompts begin with, besides their own. context_len: tokens that each begins with by itself.
+    turns: user messages of a conversation, each of such a length; more than 1 makes text.
+    """
+
+    count: int | None
+    input_len: int
+    output_len: int
+    range_ratio: float = 0.0
+    convention: RangeConvention = "vllm"
+    prefix_len: int = 0
+    context_len: int = 0
+    turns: int = 1
+    vocab_size: int = 1000
+    seed: int = 0
+
+
+class PrefixSpec(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_repetition"):
+    """num_prefixes shared prefixes, each followed by suffixes that occur once; item i has prefix
+    i modulo num_prefixes. Lengths in tokens (words)."""
+
+    count: int | None
+    prefix_len: int = 256
+    suffix_len: int = 256
+    num_prefixes: int = 10
+    output_len: int = 128
+    vocab_size: int = 1000
+    seed: int = 0
+
+
+class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, tag="policy"):
+    """Insurance policies and questions about them, as `millrace eval` asks them; text."""
+
+    count: int | None
+    output_len: int = 160
+    vocab_size: int = 1000
+    seed: int = 0
+
+
+class GivenSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
+    """Prompts that stand in a file, in its order, from the start again when it ends."""
+
+    prompts: tuple[Prompt, ...]
+    count: int | None
+    vocab_size: int = 1000
+    seed: int = 0
+    source: str = "file"
+
+
+Workload = RandomSpec | PrefixSpec | PolicySpec | GivenSpec
+
+
+def maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
+    """The function that gives item i. as_text: words instead of token ids.
+
+    Raises UserError for sizes that cannot be drawn.
+    """
+    check_spec(spec)
+    if isinstance(spec, GivenSpec):
+        given = spec.prompts
+        return lambda index: given[index % len(given)]
+    if isinstance(spec, PolicySpec):
+        return _policy_maker(spec, as_text)
+    if isinstance(spec, PrefixSpec):
+        return _prefix_maker(spec, as_text)
+    return _conversation_maker(spec) if spec.turns > 1 else _random_maker(spec, as_text)
+
+
+def random_prompts(spec: RandomSpec, *, as_text: bool = False) -> list[Prompt]:
+    """All prompts of a counted workload. Equal specs give equal prompts."""
+    make = maker(spec, as_text=as_text)
+    return [make(index) for index in range(spec.count or 0)]
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+def _draw(rng: np.random.Generator, length: int, vocabulary: int) -> list[int]:
+    drawn: list[int] = rng.integers(0, vocabulary, length).tolist()
+    return drawn
+
+
+def _words(ids: Sequence[int]) -> str:
+    return " ".join([_WORDS[i] for i in ids])
+
+
+_SHARED = 1 << 40  # the key of what several items share; no item has such a number
+
+
+def _random_maker(spec: RandomSpec, as_text: bool) -> Callable[[int], Prompt]:
+    vocabulary = len(_WORDS) if as_text else spec.vocab_size
+    prefix = _draw(_generator(spec.seed, _SHARED), spec.prefix_len, vocabulary)
+    inputs = length_range(spec.input_len, spec.range_ratio, spec.convention)
+    outputs = length_range(spec.output_len, spec.range_ratio, spec.convention)
+
+    def make(index: int) -> Prompt:
+        rng = _generator(spec.seed, index)
+        length, output = (int(rng.integers(low, high + 1)) for low, high in (inputs, outputs))
+        ids = prefix + _draw(rng, spec.context_len + length, vocabulary)
+        return Prompt(_words(ids) if as_text else ids, len(ids), output)
+
+    return make
+
+
+def _conversation_maker(spec: RandomSpec) -> Callable[[int], Prompt]:
+    """Every message is drawn as a random prompt is; the shared prefix opens the first one."""
+    single = _random_maker(msgspec.structs.replace(spec, turns=1), as_text=True)
+    plain = msgspec.structs.replace(spec, turns=1, prefix_len=0, context_len=0)
+
+    def make(index: int) -> Prompt:
+        first = single(index)
+        later = []
+        for turn in range(1, spec.turns):
+            seed = spec.seed + _SHARED + turn  # a stream of its own for each turn
+            drawn = _random_maker(msgspec.structs.replace(plain, seed=seed), as_text=True)(index)
+            later.append(Turn(str(drawn.content), drawn.output_tokens))
+        return msgspec.structs.replace(first, later=tuple(later))
+
+    return make
+
+
+def _prefix_maker(spec: PrefixSpec, as_text: bool) -> Callable[[int], Prompt]:
+    vocabulary = len(_WORDS) if as_text else spec.vocab_size
+    prefixes = [
+        _draw(_generator(spec.seed, _SHARED, number), spec.prefix_len, vocabulary)
+        for number in range(spec.num_prefixes)
+    ]
+
+    def make(index: int) -> Prompt:
+        suffix = _draw(_generator(spec.seed, index), spec.suffix_len, vocabulary)
+        ids = prefixes[index % spec.num_prefixes] + suffix
+        return Prompt(_words(ids) if as_text else ids, len(ids), spec.output_len)
+
+    return make
+
+
+def _policy_maker(spec: PolicySpec, as_text: bool) -> Callable[[int], Prompt]:
+    from millrace.tasks import find_task
+
+    task = find_task("policy")
+
+    def make(index: int) -> Prompt:
+        messages = [dict(m) for m in task.make(index, spec.seed, "heldout").messages]
+        text = "\n\n".join(str(m["content"]) for m in messages)
+        return Prompt(messages if as_text else text, len(text.split()), spec.output_len)
+
+    return make
+
+
+# --- checks and words --------------------------------------------------------------------------
+
+
+def length_range(length: int, ratio: float, convention: RangeConvention) -> tuple[int, int]:
+    """The smallest and the largest length that is drawn, both at least 1.
+
+    Raises UserError when the ratio has no meaning under the convention.
+    """
+    if convention == "vllm":
+        if not 0 <= ratio < 1:
+            raise UserError(
+                f"--random-range-ratio {ratio}: use a number in [0, 1) with the vllm convention"
+            )
+        return max(1, math.floor(length * (1 - ratio))), max(1, math.ceil(length * (1 + ratio)))
+    if not 0 < ratio <= 1:
+        raise UserError(
+            f"--random-range-ratio {ratio}: use a number in (0, 1] with the inferencex convention"
+        )
+    return max(1, math.floor(length * ratio)), max(1, length)
+
+
+def check_spec(spec: Workload) -> None:
+    """Raise UserError for sizes that cannot be drawn, by the name of their flag."""
+    positive: dict[str, int | None] = {"--num-prompts": spec.count}
+    positive["--random-vocab-size"] = spec.vocab_size
+    if isinstance(spec, RandomSpec):
+        positive |= {"--random-input-len": spec.input_len, "--random-output-len": spec.output_len}
+        positive["--multi-turn-turns"] = spec.turns
+        if spec.prefix_len < 0:
+            raise UserError(f"--random-prefix-len {spec.prefix_len}: use 0 or more")
+        if spec.context_len < 0:
+            raise UserError(f"--random-context-len {spec.context_len}: use 0 or more")
+        length_range(spec.input_len, spec.range_ratio, spec.convention)
+    elif isinstance(spec, PrefixSpec):
+        positive |= {
+            "--prefix-repetition-prefix-len": spec.prefix_len,
+            "--prefix-repetition-suffix-len": spec.suffix_len,
+            "--prefix-repetition-num-prefixes": spec.num_prefixes,
+            "--prefix-repetition-output-len": spec.output_len,
+        }
+    elif isinstance(spec, PolicySpec):
+        positive["--policy-output-len"] = spec.output_len
+    for flag, value in positive.items():
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: use 1 or more")
+
+
+class Lengths(msgspec.Struct, frozen=True):
+    """Realised lengths of some prompts: how many, then least, most and sum of each kind."""
+
+    count: int = 0
+    least_input: int = 0
+    most_input: int = 0
+    inputs: int = 0
+    least_output: int = 0
+    most_output: int = 0
+    outputs: int = 0
+    words: bool = False
+
+    @property
+    def mean_input(self) -> float:
+        return self.inputs / self.count if self.count else 0.0
+
+    @property
+    def mean_output(self) -> float:
+        return self.outputs / self.count if self.count else 0.0
+
+
+def lengths(prompts: Sequence[Prompt]) -> Lengths:
+    """The realised lengths of prompts; of a conversation, those of its first turn."""
+    if not prompts:
+        return Lengths()
+    inputs = [p.input_tokens for p in prompts]
+    outputs = [p.output_tokens for p in prompts]
+    words = not (isinstance(prompts[0].content, list) and isinstance(prompts[0].content[0], int))
+    return Lengths(
+        *(len(prompts), min(inputs), max(inputs), sum(inputs)),
+        *(min(outputs), max(outputs), sum(outputs), words),
+    )
+
+
+def merge_lengths(parts: Sequence[Lengths]) -> Lengths:
+    """Of several parts of one workload, the whole."""
+    kept = [part for part in parts if part.count]
+    if not kept:
+        return Lengths()
+    return Lengths(
+        count=sum(p.count for p in kept),
+        least_input=min(p.least_input for p in kept),
+        most_input=max(p.most_input for p in kept),
+        inputs=sum(p.inputs for p in kept),
+        least_output=min(p.least_output for p in kept),
+        most_output=max(p.most_output for p in kept),
+        outputs=sum(p.outputs for p in kept),
+        words=kept[0].words,
+    )
+
+
+def workload_line(spec: Workload, seen: Lengths) -> str:
+    """What the workload really is: its kind, the meaning of the ratio, the realised means."""
+    unit = "words" if seen.words else "tokens"
+    return (
+        f"{seen.count} {_kind(spec)}: "
+        f"input {seen.least_input}..{seen.most_input}, mean {seen.mean_input:.1f} {unit}; "
+        f"output {seen.least_output}..{seen.most_output}, mean {seen.mean_output:.1f} tokens"
+    )
+
+
+def _kind(spec: Workload) -> str:
+    if isinstance(spec, GivenSpec):
+        return f"prompts of {spec.source}"
+    if isinstance(spec, PolicySpec):
+        return "questions about policies"
+    if isinstance(spec, PrefixSpec):
+        return f"prompts on {spec.num_prefixes} prefixes of {spec.prefix_len}"
+    kind = "random prompts" if spec.turns == 1 else f"conversations of {spec.turns} turns"
+    meaning = RANGE_MEANINGS[spec.convention]
+    return f"{kind}, range ratio {spec.range_ratio:g} as {spec.convention} {meaning}"

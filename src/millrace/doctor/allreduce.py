@@ -1,0 +1,126 @@
+"""What sums over tensor-parallel ranks cost here: each way to do them, and their share of a step.
+
+The engine is built as it would serve, with all its ranks; then the sums are measured at a row of
+sizes, and decoding steps of a few batch sizes are timed as they come.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import msgspec
+
+from millrace.config import EngineArgs
+from millrace.errors import ConfigError
+from millrace.fleet.device_assignment import visible_gpus
+from millrace.protocol import AddRequest, SamplingParams
+from millrace.replica.build import Replica, build_engine
+
+BATCHES = (1, 8, 32)
+ROWS = [2**n for n in range(11)]  # tokens of the messages that are measured
+_WARM, _STEPS = 8, 32
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What sums cost in decoding steps of one batch size. Times in microseconds."""
+
+    batch: int
+    step_us: float
+    tokens_per_step: float  # of one request
+    sums_per_step: int
+    sums_per_token: float
+    sum_us: float
+    share: float  # of the step
+
+
+def examine(args: EngineArgs) -> dict[str, Any]:
+    """The report as data. Raises UserError for what cannot be started."""
+    if args.tensor_parallel_size == 1:
+        ranks = 2 if args.device == "cpu" else len(visible_gpus()) or 2
+        if ranks == 1:
+            raise ConfigError("--collectives needs 2 GPUs and 1 is visible; use --device cpu")
+        args = msgspec.structs.replace(args, tensor_parallel_size=ranks)
+    engine = build_engine(args)
+    try:
+        return _examine(engine)
+    finally:
+        engine.close()
+
+
+def _examine(engine: Replica) -> dict[str, Any]:
+    import torch
+
+    config, worker = engine.config, engine.worker
+    assert config is not None
+    seqs = engine.scheduler.limits.max_num_seqs
+    batches = sorted({min(batch, seqs) for batch in BATCHES})
+    shares = [_share(engine, batch) for batch in batches]
+    device = torch.cuda.get_device_name() if config.device == "cuda" else "cpu"
+    return {
+        "model": config.args.model,
+        "tensor_parallel_size": worker.ranks.size,
+        "device": device,
+        "torch": str(torch.__version__),
+        "drafts": config.drafts,
+        "used": [_row(timing) for timing in worker.collectives.timings],
+        "table": [_row(timing) for timing in worker.measure_sums(ROWS)],
+        "budget": [msgspec.to_builtins(share) for share in shares],
+    }
+
+
+def _row(timing: Any) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(timing))
+
+
+def _share(engine: Replica, batch: int) -> Share:
+    """Time decoding steps of `batch` requests."""
+    from millrace.runtime.ranks.allreduce import budget
+
+    config, collectives = engine.config, engine.worker.collectives
+    assert config is not None
+    width = config.drafts + 1
+    most = min((_WARM + _STEPS) * width, config.max_model_len - 8)
+    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+    for number in range(batch):
+        engine.add(AddRequest(f"doctor-{number}", [1 + number, 2, 3, 4], params))
+    took, brought = [], []
+    while engine.has_work():
+        began = time.perf_counter()
+        deltas = engine.step()
+        took.append(time.perf_counter() - began)
+        brought.append(sum(len(delta.token_ids) for delta in deltas) / batch)
+    # The first steps hold the prompts, the last ones fewer requests.
+    middle = slice(_WARM // 2, max(_WARM // 2 + 1, len(took) - _WARM // 2))
+    step = statistics.median(took[middle]) * 1e6
+    tokens = statistics.fmean(brought[middle]) or 1.0
+    sums = budget(engine.worker.model_config, config.drafts)
+    cost = collectives.cost_us(batch * width)
+    return Share(batch, step, tokens, sums, sums / tokens, cost, sums * cost / step)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The report as text."""
+    from millrace.runtime.ranks.allreduce import Timing, table
+
+    timings = [msgspec.convert(row, Timing) for row in found["table"]]
+    lines = [
+        f"{found['tensor_parallel_size']} ranks of {found['model']} on {found['device']}, "
+        f"torch {found['torch']}",
+        "",
+        table(timings),
+        "",
+        "| batch | step us | tokens a step | sums a step | sums a token | sum us | share |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in found["budget"]:
+        share = msgspec.convert(row, Share)
+        lines.append(
+            f"| {share.batch} | {share.step_us:,.0f} | {share.tokens_per_step:.2f} | "
+            f"{share.sums_per_step} | {share.sums_per_token:.1f} | {share.sum_us:,.1f} | "
+            f"{share.share:.1%} |"
+        )
+    if any(timing.normed_us is not None for timing in timings):
+        lines += ["", "sum us: of the way that is used, with the residual add and norm behind it"]
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""One replica as a child process: started, listened to, and gone within a bound.
+
+It leads a session of its own, so that a Ctrl-C reaches the supervisor alone; and it dies with the
+supervisor, whatever ends that one. What the command is, nobody here knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from millrace.common.http_client import Target, fetch
+from millrace.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+_LINE_LIMIT = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """In a new child: have the kernel kill this process when `parent` ends (Linux)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before we asked
+        os._exit(1)
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ReplicaProcess:
+    """A command under supervision.
+
+    environment: added to ours. on_line is called with each line it writes, without its newline.
+    last_lines: the latest of them, for error messages.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        on_line: Callable[[str], None],
+    ) -> None:
+        self.command = command
+        self._environment = environment
+        self._on_line = on_line
+        self._process: asyncio.subprocess.Process | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self.last_lines: deque[str] = deque(maxlen=6)
+
+    async def start(self) -> None:
+        """Start it. Raises OSError when the command cannot be run."""
+        parent = os.getpid()
+        self.last_lines.clear()
+        self._process = await asyncio.create_subprocess_exec(
+            *self.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(parent),
+            limit=_LINE_LIMIT,
+        )
+        self._listening = asyncio.create_task(self._listen(self._process))
+
+    @property
+    def pid(self) -> int:
+        """Process id; only after `start`."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Its exit status once it has ended and its last line was read; negative for a signal."""
+        assert self._process is not None
+        assert self._listening is not None
+        status = await self._process.wait()
+        # A grandchild may hold the pipe open; its lines are no longer ours.
+        await asyncio.wait([self._listening], timeout=1.0)
+        self._listening.cancel()
+        return status
+
+    async def stop(self, grace: float) -> None:
+        """Ask it to end; kill its session after `grace` seconds. Returns with it reaped."""
+        if self._process is None:
+            return
+        if self.running:
+            self._process.terminate()
+            await asyncio.wait([asyncio.ensure_future(self._process.wait())], timeout=grace)
+        # Also after a good end: nothing of its session is to stay behind.
+        self.kill()
+        await self.wait()
+
+    def kill(self) -> None:
+        """Kill it and all of its session, now."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:  # longer than the limit: what was read is dropped
+                continue
+            if not line:
+                return
+            text = line.decode("utf-8", "replace").rstrip()
+            self.last_lines.append(text)
+            self._on_line(text)
+
+
+async def bring_up(process: ReplicaProcess, target: Target, name: str, limit: float) -> None:
+    """Start it and return once GET /health at `target` says 200, within `limit` seconds.
+
+    Raises UserError, with its last lines, when it cannot be run, ends, or is late; a process that
+    is late still runs then.
+    """
+    try:
+        await process.start()
+    except OSError as error:
+        raise UserError(f"{name}: cannot run {process.command[0]!r} ({error})") from None
+    ended = asyncio.create_task(process.wait())
+    healthy = asyncio.create_task(_until_healthy(target))
+    try:
+        await asyncio.wait([ended, healthy], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if healthy.done():
+            return
+        problem = f"was not healthy within {limit:g} s"
+        if ended.done():
+            problem = f"ended with status {ended.result()} before it was healthy"
+        last = " | ".join(process.last_lines) or "(nothing)"
+        raise UserError(f"{name} {problem}; its last lines: {last}")
+    finally:
+        ended.cancel()
+        healthy.cancel()
+
+
+async def _until_healthy(target: Target) -> None:
+    while True:
+        try:
+            if (await fetch(target, "/health", timeout=5.0)).status == 200:
+                return
+        except OSError:
+            pass  # not listening yet
+        await asyncio.sleep(0.1)

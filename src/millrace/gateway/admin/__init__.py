@@ -1,0 +1,1 @@
+"""The administration API, the metrics and the status table."""

@@ -1,0 +1,228 @@
+"""The gateway's own paths: health, metrics, models, and the admin interface.
+
+/health is 200 while at least one replica takes requests; /metrics are the gateway's own, with the
+replicas' where it was told to merge them; /gateway/status and /gateway/replicas tell how each is,
+and the latter adds, drains, changes and removes them. Everything else is relayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+
+from millrace.common.http_client import fetch, parse_url
+from millrace.errors import UserError
+from millrace.gateway.admin.metrics import exposition
+from millrace.gateway.admin.metrics_merge import merged
+from millrace.gateway.common.shared_counters import (
+    BYTES,
+    CHUNKS,
+    FAILURES,
+    IN_FLIGHT,
+    LIVE,
+    LOAD,
+    PICKS,
+    PROMPT_TOKENS,
+    RESIDENT,
+    SharedCounters,
+)
+from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
+from millrace.gateway.http.message import Answer, Request, error_answer, json_answer
+from millrace.gateway.relay.access import Access
+from millrace.gateway.routing.replicas import Member, ReplicaSet
+
+_OWN = (b"/health", b"/metrics", b"/v1/models")
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class NewReplica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /gateway/replicas."""
+
+    url: str
+    weight: float = 1.0
+    limit: int = 0
+    models: tuple[str, ...] = ()
+
+
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of PATCH /gateway/replicas/ID."""
+
+    weight: float
+
+
+def is_own(request: Request) -> bool:
+    """Whether a request is for the gateway itself."""
+    path = request.path.partition(b"?")[0]
+    return path.startswith(b"/gateway/") or (request.method == b"GET" and path in _OWN)
+
+
+def health_answer(replicas: ReplicaSet) -> Answer:
+    """The answer to GET /health."""
+    healthy = len(replicas.available())
+    if not healthy:
+        reason = replicas.describe_outage()
+        return error_answer(503, f"no healthy replica: {reason}", retry_after=1)
+    counts = {"healthy": healthy, "total": len(replicas.all)}
+    return json_answer(200, {"status": "ok", "replicas": counts})
+
+
+class AdminApi:
+    """Answers from the keeper's knowledge and the board.
+
+    workers: process ids of the gateway's processes. merge: /metrics has the replicas' too, under
+    the names that `label` gives them.
+    """
+
+    def __init__(
+        self,
+        counters: SharedCounters,
+        monitor: HealthMonitor,
+        access: Access,
+        *,
+        policy: str,
+        merge: bool,
+        label: Callable[[Member], str] = lambda member: member.target.authority,
+        workers: Callable[[], list[int]],
+        restarts: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._counters = counters
+        self._monitor = monitor
+        self._access = access
+        self._policy = policy
+        self._merge = merge
+        self._label = label
+        self._workers = workers
+        self._restarts = restarts
+
+    async def answer(self, request: Request) -> Answer:
+        """The answer to a request for the gateway itself, but for /health."""
+        path = unquote(request.path.partition(b"?")[0].decode("latin-1"))
+        if path == "/metrics":
+            return await self._metrics()
+        if path == "/v1/models":
+            if not self._access.admits(request):
+                return error_answer(401, "this API needs a key: send Authorization: Bearer KEY")
+            return json_answer(200, {"object": "list", "data": self._monitor.cards})
+        if not (self._access.admits(request) or self._access.administers(request)):
+            return error_answer(401, "this needs a key: send Authorization: Bearer KEY")
+        if request.method == b"GET" and path == "/gateway/replicas":
+            return json_answer(200, {"replicas": self._rows()})
+        if request.method == b"GET" and path == "/gateway/status":
+            return json_answer(200, self.status())
+        if not path.startswith("/gateway/replicas"):
+            return error_answer(404, f"the gateway has no {path}", code="not_found")
+        if not self._access.administers(request):
+            message = "changes need the admin key (Authorization: Bearer KEY), or to come from the "
+            return error_answer(403, message + "gateway's own host where no key was set")
+        try:
+            return self._administer(request, path)
+        except (msgspec.DecodeError, UserError) as error:
+            return error_answer(400, str(error))
+
+    # --- telling ---------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Everything, for people and for `millrace gateway status`."""
+        return {
+            "policy": self._policy,
+            "workers": self._workers(),
+            "worker_restarts": self._restarts(),
+            "live": {name: self._counters.live(name) for name in LIVE},
+            "answers": self._counters.statuses(),
+            "events": self._counters.events(),
+            "replicas": self._rows(),
+        }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        members = self._monitor.members
+        sums = self._counters.replica_sums(max((m.slot for m in members), default=-1) + 1)
+        return [_row(member, sums[member.slot]) for member in members]
+
+    async def _metrics(self) -> Answer:
+        own = exposition(self._counters, self._monitor.members, self._policy, self._restarts())
+        if self._merge:
+            pages = await asyncio.gather(*(self._page(m) for m in self._monitor.members))
+            own += merged([page for page in pages if page is not None])
+        return Answer(200, own, _TEXT)
+
+    async def _page(self, member: Member) -> tuple[str, str] | None:
+        if member.state == "down":
+            return None
+        try:
+            response = await fetch(member.target, "/metrics", timeout=2.0)
+        except OSError:
+            return None
+        text = response.body.decode("utf-8", "replace")
+        return (self._label(member), text) if response.status == 200 else None
+
+    # --- changing --------------------------------------------------------------------------------
+
+    def _administer(self, request: Request, path: str) -> Answer:
+        monitor, method = self._monitor, request.method
+        parts = path.strip("/").split("/")[2:]
+        if not parts:
+            if method != b"POST":
+                return error_answer(405, "use GET or POST here", headers=[("Allow", "GET, POST")])
+            body = msgspec.json.decode(request.body, type=NewReplica)
+            spec = ReplicaSpec(
+                target=parse_url(body.url),
+                weight=body.weight,
+                limit=body.limit,
+                models=body.models,
+                source="admin",
+            )
+            return json_answer(201, self._told(monitor.add(spec)))
+        member = monitor.find(int(parts[0])) if parts[0].isdigit() else None
+        if member is None:
+            ids = ", ".join(str(m.id) for m in monitor.members) or "none"
+            return error_answer(404, f"no replica {parts[0]!r}; there are: {ids}", code="not_found")
+        return self._change(request, member, parts[1:])
+
+    def _change(self, request: Request, member: Member, rest: list[str]) -> Answer:
+        monitor, method = self._monitor, request.method
+        if method == b"DELETE" and not rest:
+            if b"force=1" in request.path:
+                monitor.remove(member.id)
+                return json_answer(200, {"id": member.id, "state": "removed"})
+            monitor.drain(member.id, then_remove=True)
+        elif method == b"PATCH" and not rest:
+            monitor.set_weight(member.id, msgspec.json.decode(request.body, type=Change).weight)
+        elif method == b"POST" and rest == ["drain"]:
+            monitor.drain(member.id, then_remove=False)
+        elif method == b"POST" and rest == ["undrain"]:
+            monitor.undrain(member.id)
+        else:
+            message = "use DELETE or PATCH /gateway/replicas/ID, POST .../ID/drain or .../undrain"
+            return error_answer(405, message)
+        return json_answer(200, self._told(monitor.find(member.id) or member))
+
+    def _told(self, member: Member) -> dict[str, Any]:
+        sums = self._counters.replica_sums(member.slot + 1)
+        return _row(member, sums[member.slot])
+
+
+def _row(member: Member, sums: list[int]) -> dict[str, Any]:
+    """One replica as the status tells it."""
+    return {
+        "id": member.id,
+        "url": str(member.target),
+        "state": member.state,
+        "healthy": member.state == "up",
+        "reason": None if member.state == "up" else member.reason,
+        "kind": member.kind,
+        "models": list(member.models),
+        "weight": member.weight,
+        "limit": member.limit,
+        "load_tokens": sums[LOAD],
+        "resident_tokens": sums[RESIDENT],
+        "in_flight": sums[IN_FLIGHT],
+        "picks": sums[PICKS],
+        "failures": sums[FAILURES],
+        "prompt_tokens": sums[PROMPT_TOKENS],
+        "relayed_bytes": sums[BYTES],
+        "relayed_chunks": sums[CHUNKS],
+    }

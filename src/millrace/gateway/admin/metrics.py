@@ -1,0 +1,142 @@
+"""The gateway's counters in Prometheus' format, read from the board when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from millrace.gateway.common import shared_counters as cells
+from millrace.gateway.common.shared_counters import FIRST_BYTE_BOUNDS, SharedCounters
+from millrace.gateway.routing.admission import CLASSES
+from millrace.gateway.routing.replicas import Member
+
+_EVENTS = {
+    "retries": "Requests sent to another replica before their first byte.",
+    "resumed": "Streams continued on another replica.",
+    "resume_failed": "Streams that could not be continued after a first success.",
+    "unprotected": "Streams that could not be continued, should their replica fail.",
+    "cut_off": "Responses that broke off before their end.",
+    "disconnects": "Requests whose client left early.",
+    "queue_refused": "Requests refused because the queue was full.",
+    "body_refused": "Requests refused because bodies took all the room there is for them.",
+}
+_SECONDS = {
+    "relay": ("relay_ns", "Seconds spent on picking replicas."),
+    "cpu": ("cpu_ns", "CPU seconds of the gateway's processes."),
+}
+_COUNTERS = {
+    "failures": (cells.FAILURES, "Failures that requests met at a replica."),
+    "relayed_bytes": (cells.BYTES, "Response bytes relayed."),
+    "relayed_chunks": (cells.CHUNKS, "Pieces of responses relayed: about one for each step."),
+    "prompt_tokens": (cells.PROMPT_TOKENS, "Prompt tokens sent, estimated from their bytes."),
+}
+_GAUGES = {
+    "in_flight": (cells.IN_FLIGHT, "Requests that a replica carries."),
+    "load_tokens": (cells.LOAD, "Tokens that it has to carry, as the policies see it."),
+    "resident_tokens": (cells.RESIDENT, "Tokens that its requests have so far."),
+}
+
+
+class SharedCountersCollector(Collector):
+    """Reads a board."""
+
+    def __init__(
+        self, counters: SharedCounters, members: Sequence[Member], policy: str, restarts: int
+    ) -> None:
+        self._counters = counters
+        self._members = members
+        self._policy = policy
+        self._restarts = restarts
+
+    def collect(self) -> Iterator[Metric]:
+        answers = _counter("requests", "Requests answered, by status.", ["status"])
+        for status, count in self._counters.statuses().items():
+            if count:
+                answers.add_metric([status], count)
+        yield answers
+        events = self._counters.events()
+        for name, text in _EVENTS.items():
+            yield _counter(name, text, value=events[name])
+        for name, (event, text) in _SECONDS.items():
+            yield _counter(f"{name}_seconds", text, value=events[event] / 1e9)
+        yield _counter("worker_restarts", "Gateway processes restarted.", value=self._restarts)
+        yield from self._first_byte(events["first_byte_ns"] / 1e9)
+        yield from self._live()
+        yield from self._by_replica()
+
+    def _first_byte(self, total: float) -> Iterator[Metric]:
+        counts, seen, rows = self._counters.first_byte_counts(), 0, []
+        for bound, count in zip((*map(str, FIRST_BYTE_BOUNDS), "+Inf"), counts, strict=True):
+            seen += count
+            rows.append((bound, float(seen)))
+        yield HistogramMetricFamily(
+            "millrace_gateway_first_byte_seconds",
+            "From a whole request to the first byte of its answer.",
+            buckets=rows,
+            sum_value=total,
+        )
+
+    def _live(self) -> Iterator[Metric]:
+        live = self._counters.live
+        for name, prefix, text in (
+            ("requests_in_flight", "", "Requests that have a place."),
+            ("requests_queued", "queued_", "Requests that wait for one."),
+        ):
+            family = _gauge(name, text, ["service_class"])
+            for service in CLASSES:
+                family.add_metric([service], live(f"{prefix}{service}"))
+            yield family
+        yield _gauge("client_connections", "Connections of clients.", value=live("clients"))
+        yield _gauge("kept_bytes", "Bytes kept to continue streams.", value=live("kept_bytes"))
+        yield _gauge("body_bytes", "Bytes of requests' bodies held.", value=live("body_bytes"))
+
+    def _by_replica(self) -> Iterator[Metric]:
+        members = self._members
+        sums = self._counters.replica_sums(max((m.slot for m in members), default=-1) + 1)
+        picks = _counter("picks", "Requests given to a replica.", ["replica", "policy"])
+        healthy = _gauge("replica_healthy", "1 while a replica takes requests.", ["replica"])
+        for member in members:
+            name = member.target.authority
+            picks.add_metric([name, self._policy], sums[member.slot][cells.PICKS])
+            healthy.add_metric([name], float(member.state == "up"))
+        yield picks
+        yield healthy
+        for name, (cell, text) in _COUNTERS.items():
+            family = _counter(name, text, ["replica"])
+            for member in members:
+                family.add_metric([member.target.authority], sums[member.slot][cell])
+            yield family
+        for name, (cell, text) in _GAUGES.items():
+            gauge = _gauge(f"replica_{name}", text, ["replica"])
+            for member in members:
+                gauge.add_metric([member.target.authority], sums[member.slot][cell])
+            yield gauge
+
+
+def _counter(
+    name: str, text: str, labels: Sequence[str] | None = None, value: float | None = None
+) -> CounterMetricFamily:
+    return CounterMetricFamily(f"millrace_gateway_{name}", text, value=value, labels=labels)
+
+
+def _gauge(
+    name: str, text: str, labels: Sequence[str] | None = None, value: float | None = None
+) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"millrace_gateway_{name}", text, value=value, labels=labels)
+
+
+def exposition(
+    counters: SharedCounters, members: Sequence[Member], policy: str, restarts: int = 0
+) -> bytes:
+    """The text of /metrics."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(SharedCountersCollector(counters, members, policy, restarts))
+    return generate_latest(registry)

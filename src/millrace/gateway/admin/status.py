@@ -1,0 +1,91 @@
+"""`millrace gateway status`: a running gateway's replicas as a table in the terminal, live."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from millrace.common.http_client import fetch, parse_url
+from millrace.errors import UserError
+
+_COLOURS = {"up": "green", "draining": "yellow", "down": "red"}
+
+
+def show_status(url: str, interval: float, once: bool, key: str | None = None) -> None:
+    """Draw the table every `interval` seconds until interrupted, or once.
+
+    Raises UserError when nobody answers there, or somebody else than a gateway does.
+    """
+    if interval <= 0:
+        raise UserError(f"--interval {interval:g}: use a number of seconds above 0")
+    console = Console()
+    now = asyncio.run(read_status(url, key))
+    if once:
+        console.print(draw(now, None, 1.0))
+        return
+    with Live(draw(now, None, 1.0), console=console, refresh_per_second=4) as live:
+        while True:
+            began = time.monotonic()
+            time.sleep(interval)
+            then, now = now, asyncio.run(read_status(url, key))
+            live.update(draw(now, then, time.monotonic() - began))
+
+
+async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
+    """What the gateway there says of itself. Raises UserError."""
+    target = parse_url(url)
+    try:
+        headers = (("Authorization", f"Bearer {key}"),) if key else ()
+        response = await fetch(target, "/gateway/status", headers=headers)
+        if response.status == 401:
+            raise UserError(f"{target}: this gateway needs a key; give it with --api-key")
+        if response.status == 200:
+            return msgspec.json.decode(response.body, type=dict[str, Any])
+    except OSError as error:
+        raise UserError(f"{target}: no gateway answers ({error or 'timed out'})") from None
+    except msgspec.DecodeError:
+        pass
+    raise UserError(f"{target}: this is no millrace gateway; name the gateway's own URL")
+
+
+def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:
+    """The table; rates are against `then`, `seconds` ago."""
+    table = Table(title=_title(now), title_justify="left", expand=False)
+    table.add_column("replica", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("open", "tokens", "picks", "req/s", "tok/s", "failed", "weight"):
+        table.add_column(name, justify="right")
+    before = {row["id"]: row for row in then["replicas"]} if then else {}
+    for row in now["replicas"]:
+        old = before.get(row["id"], row)
+        table.add_row(
+            row["url"].removeprefix("http://"),
+            Text(row["state"], style=_COLOURS[row["state"]]),
+            str(row["in_flight"]),
+            f"{row['load_tokens']:,}",
+            f"{row['picks']:,}",
+            f"{(row['picks'] - old['picks']) / seconds:.1f}",
+            f"{(row['relayed_chunks'] - old['relayed_chunks']) / seconds:,.0f}",
+            str(row["failures"]),
+            f"{row['weight']:g}",
+        )
+    ailing = [f"{row['url']}: {row['reason']}" for row in now["replicas"] if row["reason"]]
+    return Group(table, *(Text(line, style="red") for line in ailing))
+
+
+def _title(now: dict[str, Any]) -> str:
+    live, events = now["live"], now["events"]
+    answered = sum(now["answers"].values())
+    return (
+        f"{now['policy']}, {len(now['workers'])} process(es); {live['interactive']} interactive "
+        f"and {live['batch']} batch under way, {live['queued_interactive'] + live['queued_batch']} "
+        f"queued; {answered:,} answered, {events['retries']} retried, {events['resumed']} resumed, "
+        f"{events['cut_off']} cut off"
+    )

@@ -1,0 +1,134 @@
+"""Where replicas come from, besides flags and the admin API: a watched file, a DNS name.
+
+Each source tells the keeper its whole list whenever that has changed. What cannot be read leaves
+the last good list standing, with one line that says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from millrace.common.http_client import Target, parse_url
+from millrace.errors import UserError
+from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
+
+
+class Source(Protocol):
+    """A list of replicas that may change."""
+
+    name: str
+    interval: float
+
+    async def read(self) -> list[ReplicaSpec]:
+        """The list now. Raises UserError or OSError when it cannot be had."""
+        ...
+
+
+class FileSource:
+    """A file with a replica a line: a URL, then `weight=`, `limit=` and `models=` (with commas) as
+    wanted; `#` begins a comment. Looked at every second, so that a new version counts at once."""
+
+    interval = 1.0
+
+    def __init__(self, path: Path) -> None:
+        self.name = f"file {path}"
+        self._path = path
+
+    async def read(self) -> list[ReplicaSpec]:
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        specs = []
+        for number, line in enumerate(lines, 1):
+            words = line.partition("#")[0].split()
+            if words:
+                specs.append(parse_spec(words, self.name, f"{self._path}:{number}"))
+        return specs
+
+
+def parse_spec(words: Sequence[str], source: str, where: str) -> ReplicaSpec:
+    """A ReplicaSpec from `URL key=value ...`. Raises UserError that begins with `where`."""
+    values: dict[str, str] = {}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals or key not in ("weight", "limit", "models"):
+            raise UserError(f"{where}: {word!r}: use weight=, limit= or models=")
+        values[key] = value
+    try:
+        return ReplicaSpec(
+            target=parse_url(words[0]),
+            weight=float(values.get("weight", "1")),
+            limit=int(values.get("limit", "0")),
+            models=tuple(name for name in values.get("models", "").split(",") if name),
+            source=source,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except ValueError:
+        raise UserError(f"{where}: weight and limit are numbers") from None
+
+
+class DnsSource:
+    """Every address that a name has, such as those of a headless Kubernetes service."""
+
+    def __init__(self, host: str, port: int, interval: float = 5.0) -> None:
+        self.name = f"DNS {host}"
+        self.interval = interval
+        self._host, self._port = host, port
+
+    async def read(self) -> list[ReplicaSpec]:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self._host, self._port, type=socket.SOCK_STREAM
+        )
+        addresses = sorted({str(entry[4][0]) for entry in found})
+        return [ReplicaSpec(target=Target(a, self._port), source=self.name) for a in addresses]
+
+
+def parse_dns(text: str) -> DnsSource:
+    """A DnsSource from `name:port`. Raises UserError for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--worker-dns {text!r}: use name:port, such as replicas.llm.svc:8000")
+    return DnsSource(host, int(port))
+
+
+class Discovery:
+    """Keeps a keeper in step with sources. log: takes a line when one cannot be read."""
+
+    def __init__(
+        self, monitor: HealthMonitor, sources: Sequence[Source], log: Callable[[str], None]
+    ) -> None:
+        self._monitor = monitor
+        self._sources = sources
+        self._log = log
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Read every source once, then go on in the background. Raises UserError if the first
+        reading of one fails, for that is most likely a mistake."""
+        for source in self._sources:
+            try:
+                self._monitor.sync(source.name, await source.read())
+            except OSError as error:
+                raise UserError(f"{source.name}: {error.strerror or error}") from None
+            self._tasks.append(asyncio.create_task(self._follow(source)))
+
+    async def stop(self) -> None:
+        """End the reading."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self, source: Source) -> None:
+        said = ""
+        while True:
+            await asyncio.sleep(source.interval)
+            try:
+                self._monitor.sync(source.name, await source.read())
+                said = ""
+            except (UserError, OSError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._log(f"{source.name}: {error}; the last list stands")

@@ -1,0 +1,1 @@
+"""HTTP messages as the gateway reads and writes them."""

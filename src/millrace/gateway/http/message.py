@@ -1,0 +1,160 @@
+"""HTTP/1.1 as the gateway speaks it: requests, heads to pass on, answers of its own.
+
+Pure functions between structures and bytes. Bodies of responses never come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+
+import msgspec
+
+Headers = list[tuple[bytes, bytes]]
+
+# RFC 9110, 7.6.1: meant for one connection, never passed on. Transfer-Encoding is left out here:
+# a response's body is relayed in the framing it came in, and a request's is framed anew.
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate")
+)
+_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
+_OURS = frozenset((b"x-request-id", b"authorization"))
+MAX_REQUEST_ID = 256
+
+
+class Request(msgspec.Struct):
+    """A whole request of a client. path: with the query, as the client wrote it. id: its
+    X-Request-Id, or a new one. peer: the client's address."""
+
+    method: bytes
+    path: bytes
+    version: str
+    headers: Headers
+    body: bytes
+    keep_alive: bool
+    id: bytes = b"-"
+    peer: str = "-"
+
+
+def header(headers: Headers, name: bytes) -> bytes:
+    """The first value of a header, b"" without one. name: in lower case."""
+    for key, value in headers:
+        if len(key) == len(name) and key.lower() == name:
+            return value
+    return b""
+
+
+def passed_on(headers: Headers) -> Headers:
+    """The headers without those meant for one connection, in their order and spelling."""
+    named = {
+        name.strip()
+        for key, value in headers
+        if key.lower() == b"connection"
+        for name in value.lower().split(b",")
+    }
+    dropped = _HOP_BY_HOP | named
+    return [(key, value) for key, value in headers if key.lower() not in dropped]
+
+
+def request_bytes(
+    request: Request,
+    body: bytes | None = None,
+    *,
+    path: bytes | None = None,
+    authorization: bytes | None = None,
+) -> bytes:
+    """The request for a replica. An HTTP/1.0 client's stays HTTP/1.0, so that the answer comes in
+    a framing which that client can read.
+
+    body and path replace the request's own. authorization: sent instead of the client's; None
+    passes that on, b"" sends none.
+    """
+    dropped = _FRAMING | _OURS if authorization is not None else _FRAMING | {b"x-request-id"}
+    buffer = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in dropped]
+    if authorization:
+        buffer.append((b"Authorization", authorization))
+    buffer.append((b"X-Request-Id", request.id))
+    body = request.body if body is None else body
+    if body or request.method in (b"POST", b"PUT", b"PATCH"):
+        buffer.append((b"Content-Length", b"%d" % len(body)))
+    start = b"%b %b HTTP/%b" % (request.method, path or request.path, request.version.encode())
+    return _head(start, buffer) + body
+
+
+class ResponseHead(msgspec.Struct, frozen=True):
+    """What a replica says before its body. delimited: the body's end is marked; chunked: by its
+    chunks."""
+
+    status: int
+    reason: bytes
+    headers: Headers
+    delimited: bool
+    chunked: bool
+
+
+def response_head(head: ResponseHead, keep_alive: bool, request_id: bytes) -> bytes:
+    """The head of a relayed response, with the gateway's own word on its connection."""
+    buffer = passed_on(head.headers)
+    if not header(buffer, b"x-request-id"):
+        buffer.append((b"X-Request-Id", request_id))
+    if not keep_alive:
+        buffer.append((b"Connection", b"close"))
+    return _head(b"HTTP/1.1 %d %b" % (head.status, head.reason), buffer)
+
+
+def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"\r\n".join((start, *(b"%b: %b" % pair for pair in headers), b"", b""))
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A whole response of the gateway itself. close: its connection ends with it."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    close: bool = False
+
+    def encode(self, request_id: bytes = b"", keep_alive: bool = True) -> bytes:
+        """Its bytes on the wire."""
+        fields = [("Content-Type", self.content_type), ("Content-Length", str(len(self.body)))]
+        encoded = [(k.encode(), v.encode()) for k, v in (*fields, *self.headers)]
+        if request_id:
+            encoded.append((b"X-Request-Id", request_id))
+        if self.close or not keep_alive:
+            encoded.append((b"Connection", b"close"))
+        start = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode()
+        return _head(start, encoded) + self.body
+
+
+_ERROR_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    502: "bad_gateway",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+def json_answer(status: int, value: object) -> Answer:
+    """An Answer whose body is this value as JSON."""
+    return Answer(status, msgspec.json.encode(value))
+
+
+def error_answer(
+    status: int,
+    message: str,
+    *,
+    retry_after: int | None = None,
+    close: bool = False,
+    code: str | None = None,
+    headers: Sequence[tuple[str, str]] = (),
+) -> Answer:
+    """An error in OpenAI's shape. retry_after: seconds."""
+    kind = _ERROR_TYPES.get(status, "invalid_request_error")
+    error = {"message": message, "type": kind, "param": None, "code": code or status}
+    if retry_after is not None:
+        headers = [*headers, ("Retry-After", str(retry_after))]
+    body = msgspec.json.encode({"error": error})
+    return Answer(status, body, headers=tuple(headers), close=close)

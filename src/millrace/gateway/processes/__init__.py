@@ -1,0 +1,1 @@
+"""The gateway's worker processes, and how they share a port."""

@@ -1,0 +1,235 @@
+"""Several relays on one port, each a process; this one keeps them alive.
+
+Every process listens for itself (SO_REUSEPORT), so one that dies takes only its own connections
+along, and the kernel gives new ones to the others. They share the board's memory; over a socket
+each is told the list of replicas, and asks for the answers that only the keeper's process has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from millrace.errors import UserError
+from millrace.gateway.common.shared_counters import SharedCounters
+from millrace.gateway.health.health_monitor import HealthMonitor
+from millrace.gateway.http.message import Answer, Request
+from millrace.gateway.processes.worker import GatewayOptions, bind
+from millrace.gateway.routing.replicas import Member
+
+_START_SECONDS = 30.0
+_PAUSE, _PAUSE_LIMIT, _SETTLED = 0.1, 10.0, 30.0  # seconds, of restarts in a row
+
+
+class Members(msgspec.Struct, frozen=True, tag="members"):
+    """Downwards: the replicas as they are."""
+
+    members: list[Member]
+
+
+class OwnReply(msgspec.Struct, frozen=True, tag="reply"):
+    """Downwards: the answer to an OwnRequest."""
+
+    number: int
+    answer: Answer
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Downwards: end, once requests under way have; after `drain` seconds in any case."""
+
+    drain: float
+
+
+class Listening(msgspec.Struct, frozen=True, tag="listening"):
+    """Upwards: clients can connect."""
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Upwards: what `Keeper.report` is told."""
+
+    id: int
+    reason: str | None
+
+
+class OwnRequest(msgspec.Struct, frozen=True, tag="request"):
+    """Upwards: a request for the gateway itself."""
+
+    number: int
+    request: Request
+
+
+Down = Members | OwnReply | Stop
+Up = Listening | Report | OwnRequest
+
+
+class Channel:
+    """Messages over a stream, each behind its length in four bytes. They come as `kind`."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: object
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(kind)
+
+    def send(self, message: Down | Up) -> None:
+        """Send a message; nothing happens when the other side has gone."""
+        data = msgspec.msgpack.encode(message)
+        if not self._writer.is_closing():
+            self._writer.write(len(data).to_bytes(4, "big") + data)
+
+    async def receive(self) -> object | None:
+        """The next message; None when the other side has gone."""
+        try:
+            size = int.from_bytes(await self._reader.readexactly(4), "big")
+            return self._decoder.decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._writer.close()
+
+
+class _Process:
+    """One worker process, and what to reach it by."""
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: Channel) -> None:
+        self.process = process
+        self.channel = channel
+        self.listening = asyncio.Event()
+
+
+class WorkerProcesses:
+    """All worker processes. answer: for requests for the gateway itself, but for /health."""
+
+    def __init__(
+        self,
+        options: GatewayOptions,
+        counters: SharedCounters,
+        monitor: HealthMonitor,
+        answer: Callable[[Request], Awaitable[Answer]],
+        log: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._counters = counters
+        self._monitor = monitor
+        self._answer = answer
+        self._log = log
+        self._held: socket.socket | None = None
+        self._running: dict[int, _Process] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.restarts = 0
+        self.port = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, in the order of their parts of the board."""
+        return [one.process.pid for _, one in sorted(self._running.items())]
+
+    def tell(self, members: list[Member]) -> None:
+        """Tell every process what the keeper says."""
+        for one in self._running.values():
+            one.channel.send(Members(members))
+
+    async def start(self) -> None:
+        """Take the port and start every process. Raises UserError when it is taken."""
+        host, port = self._options.host, self._options.port
+        bind(host, port).close()  # somebody else who shares the port would not be noticed below
+        # Held for as long as we live, so that the port stays ours while processes come and go.
+        self._held = bind(host, port, shared=True)
+        self.port = self._held.getsockname()[1]
+        self._options = msgspec.structs.replace(self._options, port=self.port)
+        await asyncio.gather(*(self._spawn(i) for i in range(self._options.processes)))
+        if not all(one.listening.is_set() for one in self._running.values()):
+            await self.stop(0.0)
+            raise UserError("a gateway process did not start; what it said stands above")
+        self._keepers = [asyncio.create_task(self._keep(i)) for i in range(self._options.processes)]
+
+    async def stop(self, drain: float) -> None:
+        """End every process, by force a moment after `drain` seconds."""
+        self._stopping = True
+        for monitor in self._keepers:
+            monitor.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for one in self._running.values():
+            one.channel.send(Stop(drain))
+        ends = [asyncio.ensure_future(one.process.wait()) for one in self._running.values()]
+        if ends:
+            await asyncio.wait(ends, timeout=drain + 5.0)
+        for one in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                one.process.send_signal(signal.SIGKILL)
+            await one.process.wait()
+            one.channel.close()
+        if self._held is not None:
+            self._held.close()
+
+    async def _spawn(self, index: int) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "millrace.gateway.processes.worker_process",
+                str(index),
+                str(theirs.fileno()),
+                str(self._counters.fd),
+                str(os.getpid()),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(theirs.fileno(), self._counters.fd),
+                start_new_session=True,  # a Ctrl-C is for us; we tell them
+            )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(self._options))
+        process.stdin.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        one = _Process(process, Channel(reader, writer, Up))
+        self._running[index] = one
+        one.channel.send(Members(self._monitor.members))
+        listen = asyncio.create_task(self._listen(one))
+        waits = [asyncio.ensure_future(one.listening.wait()), listen]
+        await asyncio.wait(waits, timeout=_START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        waits[0].cancel()
+
+    async def _listen(self, one: _Process) -> None:
+        """Take what a process says until it ends."""
+        while (message := await one.channel.receive()) is not None:
+            if isinstance(message, Listening):
+                one.listening.set()
+            elif isinstance(message, Report):
+                self._monitor.report(message.id, message.reason)
+            elif isinstance(message, OwnRequest):
+                asyncio.create_task(self._reply(one, message))  # noqa: RUF006
+
+    async def _reply(self, one: _Process, message: OwnRequest) -> None:
+        answer = await self._answer(message.request)
+        one.channel.send(OwnReply(message.number, answer))
+
+    async def _keep(self, index: int) -> None:
+        """Restart a process whenever it ends."""
+        deaths = 0
+        while True:
+            began = time.monotonic()
+            one = self._running[index]
+            status = await one.process.wait()
+            one.channel.close()
+            self._counters.clear_gauges(index)
+            deaths = 1 if time.monotonic() - began > _SETTLED else deaths + 1
+            pause = min(_PAUSE * 2.0 ** (deaths - 1), _PAUSE_LIMIT)
+            self._log(
+                f"gateway process {one.process.pid} ended with status {status}; "
+                f"another one starts in {pause:g} s"
+            )
+            await asyncio.sleep(pause)
+            self.restarts += 1
+            await self._spawn(index)

@@ -1,0 +1,1 @@
+"""Bytes between clients and replicas, one exchange for each request."""

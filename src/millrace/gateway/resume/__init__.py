@@ -1,0 +1,1 @@
+"""What is kept of a stream so that another replica can continue it."""

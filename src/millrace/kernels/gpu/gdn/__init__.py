@@ -1,0 +1,58 @@
+"""Gated DeltaNet on the GPU: the ops of `millrace.kernels.gdn`, gathered from their modules."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from millrace.kernels.batch import DecodeRows, GDNState
+from millrace.kernels.gpu.gdn.conv import conv_decode, conv_prefill, gates
+from millrace.kernels.gpu.gdn.decode import launch
+from millrace.kernels.gpu.gdn.prefill import gdn_prefill
+
+__all__ = [
+    "conv_decode",
+    "conv_prefill",
+    "gates",
+    "gdn_decode",
+    "gdn_decode_conv",
+    "gdn_decode_raw",
+    "gdn_prefill",
+]
+
+
+def gdn_decode(
+    qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, fill: Tensor, rows: DecodeRows
+) -> Tensor:
+    """As the reference."""
+    return launch(qkv, g, beta, None, cache, fill, rows)
+
+
+def gdn_decode_raw(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    rows: DecodeRows,
+) -> Tensor:
+    """`gates` and `gdn_decode` in one: a, b [D * width, value_heads], slices of one projection."""
+    return launch(qkv, a, b, (A_log, dt_bias), cache, fill, rows)
+
+
+def gdn_decode_conv(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    conv_offset: Tensor,
+    rows: DecodeRows,
+) -> Tensor:
+    """As the reference; x, a and b may be slices of projections."""
+    conv = (weight, conv_offset)
+    return launch(x, a, b, (A_log, dt_bias), cache, fill, rows, conv=conv)

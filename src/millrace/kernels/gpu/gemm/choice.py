@@ -1,0 +1,70 @@
+"""Which library multiplies FP8 fastest, by the weight's shape and the number of tokens.
+
+How well a library's tiles fill the multiprocessors goes up and down with the number of tokens, and
+DeepGEMM picks other tiles when told to use fewer multiprocessors. So the choice is a table for each
+device and shape, as `benchmarks/gemm_choice_h200.py` measured it (measured/DEVICE.json), and a rule
+for shapes that were not measured. Knows names and numbers only, and multiplies nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from bisect import bisect_left
+from importlib import resources
+from typing import NamedTuple
+
+
+class GemmBackend(NamedTuple):
+    """A library, "deep_gemm" or "cublas", and how many multiprocessors DeepGEMM may use; 0: all."""
+
+    library: str
+    multiprocessors: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> GemmBackend:
+        """From "cublas", "deep_gemm" or "deep_gemm:124"."""
+        library, _, count = text.partition(":")
+        if library not in ("deep_gemm", "cublas"):
+            raise ValueError(f"no library {library!r}; there are deep_gemm and cublas")
+        return cls(library, int(count or 0))
+
+
+DEEP_GEMM, CUBLAS = GemmBackend("deep_gemm"), GemmBackend("cublas")
+
+
+def choose(tokens: int, outputs: int, width: int, device: str) -> GemmBackend:
+    """The way to multiply `tokens` rows by a weight [outputs, width] where both libraries are.
+
+    device: its name, as `torch.cuda.get_device_name` tells it.
+    """
+    bounds, ways = _table(device).get((outputs, width), ((), ()))
+    at = bisect_left(bounds, tokens)
+    return ways[at] if at < len(ways) else _rule(tokens, outputs)
+
+
+def is_measured(device: str) -> bool:
+    """Whether there is a table for this device."""
+    return bool(_table(device))
+
+
+def _rule(tokens: int, outputs: int) -> GemmBackend:
+    """What held for the shapes of Qwen3.5-27B on one H200, before each was measured."""
+    if 128 < tokens <= 384:
+        return CUBLAS if 12288 <= outputs < 32768 else DEEP_GEMM
+    return CUBLAS if 384 < tokens <= 640 and outputs >= 32768 else DEEP_GEMM
+
+
+@functools.cache
+def _table(device: str) -> dict[tuple[int, int], tuple[tuple[int, ...], tuple[GemmBackend, ...]]]:
+    """By shape: greatest token counts, ascending, and the way of each. Nothing if not measured."""
+    name = device.replace(" ", "_").replace("/", "_")
+    file = resources.files(__package__).joinpath("measured", f"{name}.json")
+    if not file.is_file():
+        return {}
+    found = {}
+    for shape, lines in json.loads(file.read_text())["fp8_products"].items():
+        outputs, width = map(int, shape.split("x"))
+        bounds = tuple(int(bound) for bound, _ in lines)
+        found[outputs, width] = bounds, tuple(GemmBackend.parse(way) for _, way in lines)
+    return found

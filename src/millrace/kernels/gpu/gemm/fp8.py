@@ -1,0 +1,227 @@
+"""FP8 products with block-scaled weights: activations in e4m3 by groups of 128, sums in float32.
+
+Four ways, all with the same rounding: our Triton kernel (always there), our CUDA kernel for few
+tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is installed.
+`fp8_linear` takes the one that measured fastest (`gemm_choice`) and quantises its input first;
+`fp8_matmul` starts from activations that a fused op has quantised already.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from millrace.common.optional import probe
+from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.gpu.gemm import choice
+from millrace.kernels.gpu.gemm import few as gemm_few
+from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
+from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
+from millrace.kernels.gpu.quantize import quantize
+from millrace.kernels.quantize import GROUP, Quantized
+
+
+@triton.jit
+def _matmul_kernel(
+    x, sx, w, sw, out, T, OUT, K, sx_stride, sw_stride,
+    BT: tl.constexpr, BO: tl.constexpr, SWAP: tl.constexpr, SUPER: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile [BT tokens, BO outputs], BO dividing 128. SWAP computes it transposed, for few tokens:
+    the weight then is the operand with many rows."""
+    tiles_t = tl.cdiv(T, BT)
+    tiles_o = tl.cdiv(OUT, BO)
+    pid = tl.program_id(0)
+    # Tiles run in bands of SUPER output tiles, so that programs alive together share operands.
+    band = pid // (SUPER * tiles_t)
+    width = tl.minimum(tiles_o - band * SUPER, SUPER)
+    tile_o = band * SUPER + (pid % (SUPER * tiles_t)) % width
+    tile_t = (pid % (SUPER * tiles_t)) // width
+    t = tile_t * BT + tl.arange(0, BT)
+    o = tile_o * BO + tl.arange(0, BO)
+    k = tl.arange(0, 128)
+    x_at = x + (t % T).to(tl.int64)[:, None] * K + k[None, :]
+    w_at = w + (o % OUT).to(tl.int64)[:, None] * K + k[None, :]
+    sx_at = sx + t % T
+    sw_at = sw + (tile_o * BO // 128) * sw_stride
+    acc = tl.zeros((BO, BT) if SWAP else (BT, BO), tl.float32)
+    for step in tl.range(0, tl.cdiv(K, 128), num_stages=STAGES):
+        inside = (step * 128 + k < K)[None, :]
+        a = tl.load(x_at + step * 128, mask=inside, other=0.0)
+        b = tl.load(w_at + step * 128, mask=inside, other=0.0)
+        scale = tl.load(sx_at + tl.cast(step, tl.int64) * sx_stride) * tl.load(sw_at + step).to(
+            tl.float32
+        )
+        if SWAP:
+            acc += tl.dot(b, tl.trans(a)) * scale[None, :]
+        else:
+            acc += tl.dot(a, tl.trans(b)) * scale[:, None]
+    if SWAP:
+        acc = tl.trans(acc)
+    at = out + t.to(tl.int64)[:, None] * OUT + o[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(t < T)[:, None] & (o < OUT)[None, :])
+
+
+def triton_matmul(
+    x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype,
+    config: tuple[int, int, bool, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """x @ weight^T by our kernel. config: (token tile, output tile, swap, warps, stages)."""
+    tokens, width = x.values.shape
+    outputs = weight.shape[0]
+    out = torch.empty(tokens, outputs, dtype=dtype, device=weight.device)
+    bt, bo, swap, warps, stages = config or _config(tokens, outputs)
+    grid = (triton.cdiv(tokens, bt) * triton.cdiv(outputs, bo),)
+    _matmul_kernel[grid](
+        x.values, x.scales, weight, scale, out, tokens, outputs, width, x.scales.stride(1),
+        scale.stride(0), BT=bt, BO=bo, SWAP=swap, SUPER=8, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def _config(tokens: int, outputs: int) -> tuple[int, int, bool, int, int]:
+    if tokens <= 64:
+        return max(16, triton.next_power_of_2(tokens)), 64, True, 4, 6
+    return 64, 128, False, 4, 4
+
+
+def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> list[BackendChoice]:
+    """The backends of GEMMs with FP8 weights on this GPU: for few tokens, for more, and for odd
+    shapes. dtype: of the outputs; shapes: (outputs, inputs) of the weights."""
+    many = _fp8_backend(dtype)
+    if not _is_hopper() or dtype != torch.bfloat16:
+        return [many]
+    few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
+    reason = "" if few else "the CUDA kernel cannot be compiled here"
+    found = [BackendChoice(name, "CUDA kernel" if few else many.backend, reason), many]
+    odd = [f"{a}x{b}" for a, b in sorted(set(shapes)) if a % GROUP or b % GROUP]
+    if odd:
+        reason = f"other backends need multiples of {GROUP}"
+        found.append(BackendChoice(f"FP8 GEMM, {', '.join(odd)}", "Triton kernel", reason))
+    return found
+
+
+def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
+    name, device = "FP8 GEMM", _device_name()
+    if not _is_hopper() or dtype != torch.bfloat16:
+        why = f"DeepGEMM and cuBLAS do it on Hopper in bfloat16, not on {device} in {dtype}"
+        return BackendChoice(name, "Triton kernel", why)
+    found = probe("deep_gemm")
+    if found.module is None:
+        return BackendChoice(name, "cuBLAS", found.problem, found.remedy)
+    both = f"DeepGEMM {found.version} or cuBLAS"
+    if choice.is_measured(device):
+        return BackendChoice(name, f"{both}, by what was measured on {device}")
+    return BackendChoice(name, f"{both}, by a rule", f"nothing was measured on {device}")
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+def _deep_gemm() -> ModuleType | None:
+    """The DeepGEMM library, where it can be imported; `fp8_backends` says why it cannot."""
+    return probe("deep_gemm").module
+
+
+def deep_gemm_matmul(
+    x: Quantized, weight: Tensor, scale: Tensor, multiprocessors: int = 0
+) -> Tensor:
+    """x @ weight^T by DeepGEMM, in bfloat16; scale: float32. multiprocessors: 0 for all."""
+    library = _deep_gemm()
+    assert library is not None
+    out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
+    library.set_num_sms(multiprocessors or _all_multiprocessors())
+    library.fp8_gemm_nt(tuple(x), (weight, scale), out)
+    return out
+
+
+def cublas_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ weight^T by cuBLAS, in bfloat16; scale: float32 [out / 128, in / 128].
+
+    weight: [out, in], both multiples of 128; x's scales lie as `quantize` on a GPU leaves them.
+    """
+    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
+
+    tokens = x.values.shape[0]
+    values, scales = x
+    padded = -tokens % 4
+    if padded:  # the scales' columns are 4 apart already
+        values = torch.nn.functional.pad(values.view(torch.uint8), (0, 0, 0, padded))
+        values = values.view(torch.float8_e4m3fn)
+        scales = scales.as_strided((tokens + padded, scales.shape[1]), scales.stride())
+    out: Tensor = scaled_mm(
+        values, weight.t(), scales, ScalingType.BlockWise1x128, _for_cublas(scale),
+        ScalingType.BlockWise128x128, SwizzleType.NO_SWIZZLE, SwizzleType.NO_SWIZZLE,
+        output_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return out[:tokens]
+
+
+def _for_cublas(scale: Tensor) -> Tensor:
+    """Block scales [out / 128, in / 128] as cuBLAS reads them: [in / 128, out / 128], the blocks of
+    one output row side by side in memory, their number rounded up to a multiple of 4.
+
+    Widths that are no multiple of 512 need zeros in the places that are added.
+    """
+    added = -scale.shape[1] % 4
+    if added:
+        return torch.nn.functional.pad(scale, (0, added)).t()
+    return scale.flatten().view(scale.shape).t()  # a single row has its own stride even then
+
+
+def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ dequantised weight^T in dtype, by the way that measured fastest for this shape."""
+    outputs, width = weight.shape
+    if outputs % GROUP or width % GROUP or dtype != torch.bfloat16 or not _is_hopper():
+        return triton_matmul(x, weight, scale, dtype)
+    if len(x.values) <= MAX_TOKENS:  # where `few_matmul` is the fastest on an H200
+        out = few_matmul(x, weight, scale.float())
+        if out is not None:
+            return out
+    way = _way(len(x.values), outputs, width)
+    if way.library == "cublas":
+        return cublas_matmul(x, weight, scale.float())
+    return deep_gemm_matmul(x, weight, scale.float(), way.multiprocessors)
+
+
+def deep_gemm_way(tokens: int, outputs: int, width: int) -> GemmBackend | None:
+    """How `fp8_matmul` takes DeepGEMM on this GPU, in bfloat16 and float32 scales; None: not."""
+    if outputs % GROUP or width % GROUP or tokens <= MAX_TOKENS or not _is_hopper():
+        return None
+    way = _way(tokens, outputs, width)
+    return way if way.library == "deep_gemm" else None
+
+
+def _way(tokens: int, outputs: int, width: int) -> GemmBackend:
+    if _deep_gemm() is None:
+        return CUBLAS
+    way = choose(tokens, outputs, width, _device_name())
+    if way.multiprocessors and way.multiprocessors > _all_multiprocessors():
+        return DEEP_GEMM  # this process has a part of the GPU that was measured; more is refused
+    return way
+
+
+@functools.cache
+def _device_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+@functools.cache
+def _all_multiprocessors() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
+def fp8_linear(
+    x: Tensor | Quantized, weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As the reference, with x rounded to e4m3 by groups of 128."""
+    quantized = x if isinstance(x, Quantized) else quantize(x)
+    return fp8_matmul(quantized, weight, weight_scale_inv, dtype)

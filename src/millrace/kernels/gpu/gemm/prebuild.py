@@ -1,0 +1,266 @@
+"""DeepGEMM's kernels, compiled by child processes into its cache on disk while a start goes on.
+
+The library compiles a kernel when a product first asks for it: one at a time, some seconds each. It
+has one for each tiling that it picks, by the weight's shape and the number of tokens. So children
+call it on empty tensors of all of these, and whoever needs a kernel later finds it. Two that
+compile the same one do not disturb each other: each renames its own directory into place.
+
+What fails here is a warning, and kernels are then compiled where they are used. A marker in the
+cache says which products are done; who works on one holds its lock, so of the ranks and replicas
+that share a cache one starts children. Knows no model and no step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from millrace.common.optional import probe
+from millrace.kernels.quantize import GROUP, Quantized
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int, int]  # outputs and inputs of an e4m3 weight, tokens
+Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for all
+
+MOST = 8  # children
+LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
+REAP_LIMIT = 5.0  # and for one that was killed
+LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
+SHARE = 4  # they take at most one part in so many of what is free
+CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
+_RECORD = struct.Struct("<4i")
+_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+
+
+# --- in the process that starts ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compiling(sizes: Collection[Size]) -> Iterator[None]:
+    """Compile what products of these sizes need, beside what is within; over when that ends.
+
+    At the end the children are waited for, up to LIMIT; if what is within raises, they are killed.
+    Raises nothing of its own.
+    """
+    children = None
+    try:
+        products = deep_gemm_products(sizes)
+        if products:
+            children = on_this_gpu(products)
+    except Exception as error:
+        _warn(f"{type(error).__name__}: {error}")
+    try:
+        yield
+        if children is not None:
+            children.finish(LIMIT)
+    finally:
+        if children is not None:
+            children.close()
+
+
+def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
+    """Those of the products that go to DeepGEMM on this GPU, neighbours in size far apart.
+
+    Neighbours share kernels, which two children would then compile at once.
+    """
+    from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
+
+    products = [
+        (outputs, inputs, tokens, way.multiprocessors)
+        for outputs, inputs, tokens in sorted(set(sizes))
+        if (way := deep_gemm_way(tokens, outputs, inputs))
+    ]
+    random.Random(0).shuffle(products)
+    return products
+
+
+def on_this_gpu(products: list[Product]) -> Children | None:
+    """Children for these on the current GPU; None where that has no room or nothing is to do."""
+    free, _ = torch.cuda.mem_get_info()
+    compiler = sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("DG_JIT_") or name in ("CUDA_HOME", "CUDA_PATH")
+    )
+    facts = (probe("deep_gemm").version, torch.version.cuda, torch.cuda.get_device_name(), compiler)
+    device = f"cuda:{torch.cuda.current_device()}"
+    count = how_many(products, free) if free >= LEAST_FREE else 0
+    return start(products, device, count, marker_of(products, facts))
+
+
+def how_many(products: list[Product], free: int) -> int:
+    """Children that `free` bytes of GPU memory and this machine's cores have room for."""
+    cores = len(os.sched_getaffinity(0)) - 1  # one is for the process that starts
+    room = free // SHARE // (CONTEXT + tensor_bytes(products))
+    return max(0, min(MOST, cores, room, len(products)))
+
+
+def tensor_bytes(products: list[Product]) -> int:
+    """GPU memory that a child's tensors may take, in bytes: the largest product's, and a margin."""
+    most = max(o * i + tokens * (i + 2 * o) for o, i, tokens, _ in products)
+    return most + most // 4 + (64 << 20)
+
+
+def marker_of(products: list[Product], facts: object) -> Path:
+    """The file that says that these products are compiled. facts: what else kernels depend on."""
+    cache = os.environ.get("DG_JIT_CACHE_DIR") or Path.home() / ".deep_gemm"
+    digest = hashlib.sha256(repr((sorted(products), facts)).encode()).hexdigest()
+    return Path(cache, "millrace", digest[:24])
+
+
+def start(products: list[Product], device: str, count: int, marker: Path) -> Children | None:
+    """Start `count` children; None if the marker says that they are not needed. Raises OSError."""
+    if not count:
+        if not (marker.is_file() and marker.stat().st_size):
+            _warn("there is no core, or no GPU memory, for another process")
+        return None
+    claimed = _claim(marker)
+    if claimed is None:
+        return None
+    logger.info("%d products of DeepGEMM are compiled by %d processes", len(products), count)
+    return Children(products, device, count, claimed)
+
+
+def _claim(path: Path) -> IO[bytes] | None:
+    """The marker, locked until it is closed; None if it is complete, or somebody else's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marker = path.open("a+b", buffering=0)
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        marker.seek(0)
+        if not marker.read():
+            return marker
+    except BlockingIOError:
+        pass
+    except BaseException:
+        marker.close()
+        raise
+    marker.close()
+    return None
+
+
+class Children:
+    """Processes that take products from one file, whose offset they share, until none is left."""
+
+    def __init__(self, products: list[Product], device: str, count: int, marker: IO[bytes]) -> None:
+        self._marker = marker
+        self._work = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self.processes: list[subprocess.Popen[bytes]] = []
+        command = [sys.executable, "-m", __name__, str(os.getpid()), device]
+        command += [str(tensor_bytes(products))]
+        try:
+            self._work.write(b"".join(_RECORD.pack(*product) for product in products))
+            self._work.seek(0)
+            for _ in range(count):
+                self.processes.append(self._start(command))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=self._work,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def finish(self, limit: float) -> None:
+        """Wait `limit` seconds for them, then end those that are left; all are gone afterwards."""
+        began = time.monotonic()
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, began + limit - time.monotonic()))
+        late = sum(process.returncode is None for process in self.processes)
+        self._kill()
+        failed = sum(process.returncode != 0 for process in self.processes) - late
+        if not late + failed:
+            with contextlib.suppress(OSError):  # without it the next start looks again
+                self._marker.write(b"complete\n")
+            logger.info("waited %.1f s for DeepGEMM's kernels", time.monotonic() - began)
+        else:
+            total = len(self.processes)
+            _warn(f"of {total} processes {failed} failed, {late} took too long{self._last_line()}")
+
+    def close(self) -> None:
+        """End all of them, whatever they do."""
+        self._kill()
+        for file in (self._work, self._output, self._marker):
+            file.close()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.returncode is None:  # not reaped, so the group's number is still its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REAP_LIMIT)  # a driver that hangs may keep even the killed
+
+    def _last_line(self) -> str:
+        size = self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, size - 2000))
+        lines = self._output.read().decode(errors="replace").strip().splitlines()
+        return f"; the last one wrote: {lines[-1][:300]}" if lines else ""
+
+
+def _warn(what: str) -> None:
+    logger.warning(
+        "DeepGEMM's kernels were not all compiled ahead, so they are when first used: %s", what
+    )
+
+
+# --- in a child --------------------------------------------------------------------------------
+
+
+def main(parent: int, device: str, memory: int) -> None:
+    """Compile products from stdin until there is none. memory: bytes that tensors may take."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before it was watched
+        sys.exit(1)
+    os.nice(5)  # the start itself goes first
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
+    while record := os.read(sys.stdin.fileno(), _RECORD.size):
+        multiply_nothing(_RECORD.unpack(record), torch.device(device))
+        if device != "cpu":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # else the next product's sizes might not fit between these
+
+
+def multiply_nothing(product: Product, device: torch.device) -> None:
+    """A product of these sizes on memory as it is found."""
+    from millrace.kernels.gpu.gemm.fp8 import deep_gemm_matmul
+    from millrace.kernels.gpu.quantize import empty_quantized
+
+    outputs, inputs, tokens, multiprocessors = product
+    x: Quantized = empty_quantized(tokens, inputs, device)
+    weight = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(outputs // GROUP, inputs // GROUP, dtype=torch.float32, device=device)
+    deep_gemm_matmul(x, weight, scale, multiprocessors)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,229 @@
+"""One replica put together: scheduler, worker and ranks.
+
+The only module of this package that reaches down to the runtime, and so to torch; it does so when
+an engine is built, not on import.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
+from millrace.engine.engine import Engine
+from millrace.engine.grammar import Grammars
+from millrace.engine.scheduler import Scheduler
+from millrace.errors import RankError, UserError
+from millrace.model_lookup import find_model
+from millrace.protocol import AddRequest, Delta, SamplingParams
+from millrace.replica.hang_guard import RANK_FAILED, HangGuard, limit_exit
+from millrace.replica.rank_fingerprint import facts
+from millrace.replica.rank_launcher import STARTED_HERE, LocalRanks, require_devices, threads
+
+if TYPE_CHECKING:
+    from millrace.model.config import ModelConfig
+    from millrace.runtime.ranks.process_groups import Place
+    from millrace.runtime.ranks.ranks import Ranks
+    from millrace.runtime.worker import Worker
+
+log = logging.getLogger("millrace.engine")
+
+RANK_STOP_LIMIT = 10.0
+
+
+def _wait_passively() -> None:
+    """Have OpenMP's threads sleep while they wait, unless told otherwise; before torch is loaded.
+
+    Threads that spin take the cores from the threads they wait for, and from the front: with more
+    threads than free cores a step takes ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = None) -> Replica:
+    """Load the model, size the memory, complete a real step. Raises UserError, or what failed.
+
+    With tensor_parallel_size > 1 the other ranks are started here, unless torchrun has done so.
+    on_failure: told on another thread, and once, why the ranks cannot go on; the engine raises
+    RankError for the same reason, as soon as what runs lets it. Without it a process that is stuck
+    in a call to the GPU, and cannot raise, is ended with that line.
+    """
+    _wait_passively()
+    from millrace.runtime.ranks.process_groups import launched_by_torchrun, torchrun_place
+
+    config, model = _resolve(args)
+    if launched_by_torchrun():
+        place, children, store = torchrun_place(args.tensor_parallel_size), LocalRanks(), None
+    else:
+        place, children, store = _start_here(args, config)
+    guard = HangGuard()
+    told = on_failure or guard.failed
+    try:
+        joined = _join(config, place, store=store, fate=children.fate, on_failure=told)
+        try:
+            with guard:
+                replica = _assemble(config, model, joined, children)
+            replica.guard = guard
+            return replica
+        except BaseException as error:
+            joined.fail(f"rank 0 could not start: {error}")
+            if isinstance(error, RankError):
+                limit_exit()
+            children.stop(limit=0.0)  # first, so that no collective waits for them
+            joined.leave()
+            raise
+    except BaseException:
+        children.stop(limit=0.0)
+        raise
+
+
+def run_rank(args: EngineArgs) -> int:
+    """Be a rank other than 0 (RANK and WORLD_SIZE are set) until rank 0 says stop. Exit status."""
+    _wait_passively()
+    from millrace.runtime.ranks.process_groups import torchrun_place
+
+    place = torchrun_place(args.tensor_parallel_size)
+    logging.getLogger("millrace").setLevel(logging.WARNING)  # the rest is said by rank 0
+    joined = None
+    try:
+        config, model = _resolve(args)
+        joined = _join(config, place, on_failure=lambda why: _end_rank(place.rank, why))
+        worker = _worker(config, model, joined)
+        worker.follow()
+    except BaseException as error:
+        _give_up(place.rank, joined, error)
+    joined.leave()
+    return 0
+
+
+def _give_up(rank: int, joined: Ranks | None, error: BaseException) -> NoReturn:
+    """Say what went wrong, to all ranks, and end; nothing waits for a collective that hangs."""
+    if isinstance(error, (UserError, RankError)):
+        log.error("rank %d ends: %s", rank, error)
+    else:
+        log.exception("rank %d ends", rank)
+    if joined is not None:
+        joined.fail(f"rank {rank} (pid {os.getpid()}) ends: {error or type(error).__name__}")
+    os._exit(2 if isinstance(error, UserError) else RANK_FAILED)
+
+
+def _end_rank(rank: int, why: str) -> None:
+    """End this rank at once, wherever its work stands: nobody is left to work with."""
+    log.error("rank %d ends: %s", rank, why)
+    os._exit(RANK_FAILED)
+
+
+def _start_here(args: EngineArgs, config: EngineConfig) -> tuple[Place, LocalRanks, Any]:
+    """(our place, the other ranks, the store to meet them in)."""
+    import torch
+
+    from millrace.runtime.ranks.process_groups import Place, open_store
+
+    size = args.tensor_parallel_size
+    if size == 1:
+        return Place(), LocalRanks(), None
+    require_devices(size, config.device, torch.cuda.device_count())
+    store = open_store()
+    children = LocalRanks.start(args, size, store.port, config.device)
+    if share := threads(size, config.device):
+        torch.set_num_threads(int(share["OMP_NUM_THREADS"]))
+    return Place(0, size, 0), children, store
+
+
+def _join(config: EngineConfig, place: Place, **options: Any) -> Ranks:
+    """Meet the other ranks, on the GPU that is this one's."""
+    import torch
+
+    from millrace.runtime.ranks.ranks import Ranks
+
+    device: str = config.device
+    if device == "cuda" and place.size > 1:
+        torch.cuda.set_device(place.local)
+        device = torch.cuda.get_device_name()
+    one_install = options.get("store") is not None or STARTED_HERE in os.environ
+    model = find_model(config.args.model)
+    known = facts(config.args, model, device, one_install) if place.size > 1 else {}
+    return Ranks.join(place, "nccl" if config.device == "cuda" else "gloo", known, **options)
+
+
+def _resolve(args: EngineArgs) -> tuple[EngineConfig, ModelConfig]:
+    import torch
+
+    from millrace.model.config import read_config
+
+    model = read_config(find_model(args.model))
+    facts = ModelFacts(
+        max_position_embeddings=model.max_positions,
+        checkpoint_dtype=model.dtype,
+        mtp_layers=model.mtp_layers,
+    )
+    return resolve(args, facts, cuda=torch.cuda.is_available()), model
+
+
+def _worker(config: EngineConfig, model: ModelConfig, ranks: Ranks) -> Worker:
+    from millrace.runtime.worker import Worker
+
+    return Worker(config, model, find_model(config.args.model), ranks)
+
+
+class Replica(Engine):
+    """An engine with the ranks that it is spread over, of which some may have been started here."""
+
+    ranks: Ranks
+    children: LocalRanks
+    worker: Worker
+    guard: HangGuard
+
+    def step(self) -> list[Delta]:
+        with self.guard:
+            return super().step()
+
+    def check(self) -> None:
+        """Raise RankError if a rank has failed; an idle engine would not notice by itself."""
+        self.ranks.check()
+
+    def close(self) -> None:
+        try:
+            super().close()
+            self.children.stop(RANK_STOP_LIMIT)
+        except RankError:
+            self.children.stop(0.0)  # first, so that no collective waits for them
+            self.ranks.leave()
+
+
+def _assemble(
+    config: EngineConfig, model: ModelConfig, ranks: Ranks, children: LocalRanks
+) -> Replica:
+    worker = _worker(config, model, ranks)
+    depth = 1 if config.async_scheduling else 0
+    _warm_up(Engine(Scheduler(worker.limits()), worker, depth=depth))
+    engine = Replica(
+        Scheduler(worker.limits()),
+        worker,
+        depth=depth,
+        plan_log=Path(config.args.plan_log) if config.args.plan_log else None,
+        check=config.args.debug,
+        config=config,
+        grammars=_grammars(config, model),
+    )
+    engine.ranks, engine.children, engine.worker = ranks, children, worker
+    gc.collect()
+    gc.freeze()
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """Serve one request, so that what is said to be ready has run."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.add(AddRequest(id="warm-up", prompt=[0], params=params))
+    while engine.has_work():
+        engine.step()
+
+
+def _grammars(config: EngineConfig, model: ModelConfig) -> Grammars:
+    tokenizer = find_model(config.args.tokenizer or config.args.model) / "tokenizer.json"
+    return Grammars(tokenizer, model.vocab_size, model.eos_ids, config.drafts + 1)

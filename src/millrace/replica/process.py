@@ -1,0 +1,233 @@
+"""The process that serves a front with one replica, or is another rank of one.
+
+It speaks msgpack over two ZMQ sockets in a
+directory that the front made, and ends when the front does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import zmq
+
+from millrace.config import EngineArgs
+from millrace.engine.engine import Engine
+from millrace.errors import RankError, RequestError, UserError
+from millrace.protocol import (
+    Abort,
+    AddRequest,
+    Delta,
+    Failed,
+    FromEngine,
+    Outputs,
+    Ready,
+    ResetPrefixCache,
+    Shutdown,
+    ToEngine,
+)
+from millrace.replica.build import Replica, build_engine, run_rank
+from millrace.replica.watchdog import REPORT, Watchdog
+
+log = logging.getLogger("millrace.engine")
+
+IDLE_POLL_MS = 500
+HEARTBEAT = 1.0  # seconds after which the front hears of an engine that has nothing to say
+STUCK_LIMIT = 5.0  # seconds that the loop gets to notice by itself that its ranks have failed
+PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToEngine).decode
+
+
+# --- serving a front ---------------------------------------------------------------------------
+
+
+class _Front:
+    """The engine's end of the two sockets."""
+
+    def __init__(self, directory: Path) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._incoming = context.socket(zmq.PULL)
+        self._incoming.connect(f"ipc://{directory}/to-engine")
+        self._outgoing = context.socket(zmq.PUSH)
+        self._outgoing.setsockopt(zmq.SNDHWM, 0)  # the front bounds how much can be under way
+        self._outgoing.connect(f"ipc://{directory}/from-engine")
+        self._directory = directory
+
+    def send(self, message: FromEngine) -> None:
+        self._outgoing.send(_encode(message))
+
+    def receive(self, wait_ms: int) -> list[ToEngine]:
+        """All messages that are there, waiting up to `wait_ms` for the first."""
+        messages: list[ToEngine] = []
+        if wait_ms and not self._incoming.poll(wait_ms):
+            return messages
+        with contextlib.suppress(zmq.Again):
+            while True:
+                messages.append(_decode(self._incoming.recv(zmq.NOBLOCK)))
+        return messages
+
+    def close(self) -> None:
+        self._incoming.close(linger=0)
+        self._outgoing.close(linger=1000)
+
+    def end_without_loop(self, why: str) -> NoReturn:
+        """From another thread: say why, and end a process whose loop is stuck in a collective."""
+        log.error("%s", why)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        socket = context.socket(zmq.PUSH)
+        socket.connect(f"ipc://{self._directory}/from-engine")
+        socket.send(_encode(Failed(why, user_error=False)))
+        socket.close(linger=1000)
+        time.sleep(1.0)  # lets it go out; what runs is of no more use to anybody
+        os._exit(1)
+
+
+def serve(args: EngineArgs, directory: Path, parent: int) -> int:
+    """Build an engine and run it for the front behind `directory`. Returns the exit status."""
+    front, engine = _Front(directory), None
+    watchdog = Watchdog(args.step_timeout, directory / REPORT)
+    try:
+        engine = build_engine(args, on_failure=lambda why: _insist(front, why))
+        front.send(_ready(engine))
+        _run(engine, front, parent, watchdog)
+        watchdog.close()
+        engine.close()
+        return 0
+    except UserError as error:
+        front.send(Failed(str(error), user_error=True))
+        return 2
+    except RankError as error:
+        _end_group(front, engine, str(error))
+    except Exception as error:
+        log.exception("the engine failed")
+        front.send(Failed(f"{type(error).__name__}: {error}", user_error=False))
+        return 1
+    finally:
+        front.close()
+
+
+def _end_group(front: _Front, engine: Replica | None, why: str) -> NoReturn:
+    """Say why the ranks cannot go on, and end at once: a collective in flight would hold us up."""
+    log.error("%s", why)
+    front.send(Failed(why, user_error=False))
+    front.close()
+    if engine is not None:
+        engine.children.stop(limit=0.0)
+    zmq.Context.instance().term()  # what was sent has gone out then
+    os._exit(1)
+
+
+def _insist(front: _Front, why: str) -> None:
+    """The ranks have failed: the loop will notice by itself, unless it is stuck."""
+    timer = threading.Timer(STUCK_LIMIT, front.end_without_loop, [why])
+    timer.daemon = True
+    timer.start()
+
+
+def _run(engine: Replica, front: _Front, parent: int, watchdog: Watchdog) -> None:
+    """Serve until told to stop, or until the front is gone."""
+    heard = 0.0
+    while True:
+        now = time.monotonic()
+        watchdog.beat(now)
+        busy = engine.has_work()
+        messages = front.receive(0 if busy else IDLE_POLL_MS)
+        refused: list[Delta] = []
+        for message in messages:
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, Abort):
+                engine.abort(message.ids)
+            elif isinstance(message, ResetPrefixCache):
+                engine.reset_prefix_cache()
+            else:
+                refused += _add(engine, message)
+        engine.check()
+        deltas = refused + (engine.step() if engine.has_work() else [])
+        if deltas or messages or now - heard >= HEARTBEAT:
+            front.send(Outputs(deltas, engine.stats()))
+            heard = now
+        if os.getppid() != parent:
+            return
+
+
+def _add(engine: Engine, request: AddRequest) -> list[Delta]:
+    try:
+        engine.add(request)
+    except RequestError as error:
+        return [Delta(request.id, [], "error", error=str(error))]
+    return []
+
+
+def _ready(engine: Engine) -> Ready:
+    limits = engine.scheduler.limits
+    return Ready(
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        summary=summary(engine),
+    )
+
+
+def summary(engine: Engine) -> str:
+    """The settled configuration in one line a topic, for the log."""
+    config, limits = engine.config, engine.scheduler.limits
+    assert config is not None
+    return "\n".join(
+        [
+            f"model {config.args.model}: {config.dtype} on {config.device}, "
+            f"tensor_parallel_size {config.args.tensor_parallel_size}",
+            f"max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}",
+            f"KV {config.kv_dtype}: {limits.num_pages - 1} pages of {limits.page_size} tokens; "
+            f"state {config.state_dtype}, window {config.window}; "
+            f"{limits.num_snapshots} snapshots for the prefix cache",
+            f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
+        ]
+    )
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process as soon as the one that started it is gone.
+
+    On Linux, and at once whatever runs; elsewhere only the loop's own check notices.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before it was watched
+        sys.exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="millrace.replica.process")
+    parser.add_argument("--args", required=True, help="EngineArgs as JSON")
+    parser.add_argument("--socket-dir", type=Path, help="where the front's sockets are")
+    parser.add_argument("--parent-pid", type=int, default=os.getppid())
+    options = parser.parse_args()
+    end_with_parent(options.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
+    args = msgspec.json.decode(options.args, type=EngineArgs)
+    if options.socket_dir is None:
+        return run_rank(args)
+    return serve(args, options.socket_dir, options.parent_pid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Starting the other ranks of a replica on this host, and how each of them ended.
+
+A rank is this program again with RANK and WORLD_SIZE set, as torchrun would start it. It ends when
+rank 0 says stop, when the group has failed, and at the latest with the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+
+from millrace.config import EngineArgs
+from millrace.errors import ConfigError
+
+STARTED_HERE = "MILLRACE_STARTED_BY_RANK_0"  # set for the ranks that rank 0 starts
+
+
+class LocalRanks:
+    """The ranks that rank 0 started: none where torchrun does that, or where there is but one."""
+
+    def __init__(self, processes: dict[int, subprocess.Popen[bytes]] | None = None) -> None:
+        self._processes = processes or {}
+
+    @classmethod
+    def start(cls, args: EngineArgs, size: int, port: int, device: str) -> LocalRanks:
+        """Ranks 1 and up, which meet rank 0 in the store on that port of the loopback address."""
+        command = [sys.executable, "-m", "millrace.replica.process"]
+        command += ["--args", msgspec.json.encode(args).decode(), "--parent-pid", str(os.getpid())]
+        shared = {
+            **os.environ,
+            **threads(size, device),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(size),
+            STARTED_HERE: "1",
+        }
+        return cls(
+            {
+                rank: subprocess.Popen(
+                    command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                )
+                for rank in range(1, size)
+            }
+        )
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes.values()]
+
+    def fate(self, rank: int) -> str | None:
+        """How a rank ended: "died with signal 9", or None if it runs or is not ours."""
+        process = self._processes.get(rank)
+        status = process.poll() if process is not None else None
+        if status is None:
+            return None
+        return f"died with signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def stop(self, limit: float) -> None:
+        """Wait for ranks that were told to stop; end those that do not within `limit` seconds."""
+        deadline = time.monotonic() + limit
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+
+def threads(size: int, device: str) -> dict[str, str]:
+    """Without GPUs the ranks of a host share its cores, unless told how many threads to take."""
+    if device != "cpu" or os.environ.get("OMP_NUM_THREADS"):
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // size))}
+
+
+def require_devices(size: int, device: str, visible: int) -> None:
+    """Raise ConfigError where this host has fewer GPUs than ranks."""
+    if device == "cuda" and visible < size:
+        raise ConfigError(
+            f"tensor_parallel_size {size} needs {size} GPUs and {visible} are visible; "
+            f"at most {visible} works"
+        )

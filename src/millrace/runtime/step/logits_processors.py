@@ -1,0 +1,305 @@
+"""What few requests ask of a step beyond temperature, top_k and top_p: from Extras to tensors.
+
+A step whose rows ask for nothing never comes here. Everything a candidate's context decides is read
+from the tape, so nothing is kept from step to step but the wishes themselves. Nothing waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.logits import (
+    apply_masks,
+    close_reasoning,
+    completes,
+    drop_improbable,
+    penalise,
+    token_logprobs,
+)
+from millrace.protocol import Admission, Extras, Masks, StepPlan
+from millrace.runtime.step.slots import Slots
+from millrace.runtime.step.upload import upload
+
+# Rows of prompt log-probabilities computed at once: their logits are the largest tensor of a step.
+PROMPT_ROWS = 128
+# And of a step's candidates that one rule works on: it may take eight times the size of their
+# logits, in float32, and no memory was set aside for that.
+AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities on the device. rows: what each of the N lines stands for, see the user.
+
+    ids: int64 [N, 1 + K]; values: float32 [N, 1 + K]; ranks: int64 [N]; as `token_logprobs` says.
+    """
+
+    rows: list[int]
+    ids: Tensor
+    values: Tensor
+    ranks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _RowOptions:
+    """One slot's extras. allowed: int32 [ceil(V / 32)] on the device, a bit a token, or None."""
+
+    extras: Extras
+    stop_ids: list[int]
+    allowed: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A candidate of a sampled row that asks for something. index: among all candidates."""
+
+    index: int
+    wish: _RowOptions
+
+
+class LogitsProcessors:
+    """The wishes of every slot."""
+
+    def __init__(self, slots: Slots, width: int, vocab_size: int) -> None:
+        self._slots = slots
+        self._width = width
+        self._vocab_size = vocab_size
+        self._device = slots.length.device
+        self._by_slot: dict[int, _RowOptions] = {}
+
+    def note(self, admission: Admission) -> None:
+        """A request takes a slot."""
+        extras = admission.extras
+        if extras is None:
+            self._by_slot.pop(admission.slot, None)
+            return
+        allowed = None
+        if extras.allowed_token_ids:
+            words = _words(extras.allowed_token_ids, self._vocab_size)
+            allowed = upload(words, self._device, torch.int32)
+        self._by_slot[admission.slot] = _RowOptions(extras, admission.stop_token_ids, allowed)
+
+    def of_step(self, plan: StepPlan) -> StepProcessors | None:
+        """What the step's sampled rows ask for; None if that is nothing."""
+        if not self._by_slot:
+            return None
+        found = []
+        index = 0
+        for row, slot in enumerate(plan.sampled_slots):
+            width = self._width if row < len(plan.decode) else 1
+            if wish := self._by_slot.get(slot):
+                found += [_Candidate(index + place, wish) for place in range(width)]
+            index += width
+        return StepProcessors(found, self._slots) if found else None
+
+    def reads_prompts(self, plan: StepPlan) -> bool:
+        """Whether `prompt_logprobs` reads the hidden of this plan's chunks."""
+        processors = (self._by_slot.get(chunk.slot) for chunk in plan.chunks)
+        return any(wish is not None and wish.extras.prompt_logprobs >= 0 for wish in processors)
+
+    def prompt_logprobs(
+        self, plan: StepPlan, hidden: Tensor, offset: int, head: Callable[[Tensor], Tensor]
+    ) -> list[tuple[int, int, Logprobs]]:
+        """(slot, position, log-probabilities) of the prompt tokens that the plan's chunks predict.
+
+        hidden: [T, H], the chunks' tokens from row `offset` on. head: hidden rows to logits.
+        """
+        out = []
+        starts = accumulate((chunk.count for chunk in plan.chunks), initial=offset)
+        for chunk, start in zip(plan.chunks, starts, strict=False):
+            wish = self._by_slot.get(chunk.slot)
+            if wish is None or wish.extras.prompt_logprobs < 0:
+                continue
+            count = min(chunk.start + chunk.count, wish.extras.prompt_len - 1) - chunk.start
+            for at in range(0, max(count, 0), PROMPT_ROWS):
+                rows = min(PROMPT_ROWS, count - at)
+                first = chunk.start + at + 1
+                tokens = self._slots.tokens[chunk.slot, first : first + rows]
+                logits = head(hidden[start + at : start + at + rows]).float()
+                found = token_logprobs(logits, tokens, wish.extras.prompt_logprobs)
+                out.append((chunk.slot, first, Logprobs(list(range(rows)), *found)))
+        return out
+
+
+class StepProcessors:
+    """The wishes of one step's candidates."""
+
+    def __init__(self, candidates: list[_Candidate], slots: Slots) -> None:
+        self._candidates = candidates
+        self._slots = slots
+        self._device = slots.length.device
+        self._raw: Tensor | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether a row follows a grammar."""
+        return any(c.wish.extras.masked for c in self._candidates)
+
+    def adjust(
+        self, logits: Tensor, slots: Tensor, ends: Tensor, context: int, masks: Masks | None
+    ) -> Tensor:
+        """The logits to draw from: float32 [C, V], a new tensor.
+
+        logits: [C, V] as the model has them. slots, ends: int64 [C], each candidate's slot and the
+        position its token will take. context: no end is greater. masks: of the step's grammars.
+        """
+        self._raw = logits if self._wanting_logprobs() else None  # before any rule
+        logits = logits.to(torch.float32, copy=True)
+        if masks is not None:
+            self._apply_masks(logits, masks)
+        self._allow(logits)
+        self._add_bias(logits)
+        self._hold_stops_back(logits, ends)
+        self._ban_words(logits, slots, ends)
+        self._penalise(logits, slots, ends, context)
+        self._drop_improbable(logits, slots)
+        self._close_reasoning(logits, slots, ends, context)
+        return logits
+
+    def logprobs(self, drawn: Tensor) -> Logprobs | None:
+        """Of the drawn tokens (int64 [C]), by candidate; None if nobody asked."""
+        if self._raw is None:
+            return None
+        wanting = self._wanting_logprobs()
+        indices = [c.index for c in wanting]
+        top = max(c.wish.extras.logprobs for c in wanting)
+        found = [
+            token_logprobs(self._raw[rows].float(), drawn[rows], top)
+            for rows in upload(indices, self._device).split(AT_ONCE)
+        ]
+        return Logprobs(indices, *(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    # --- one rule each, in the order in which they apply --------------------------------------
+
+    def _wanting_logprobs(self) -> list[_Candidate]:
+        return [c for c in self._candidates if c.wish.extras.logprobs >= 0]
+
+    def _apply_masks(self, logits: Tensor, masks: Masks) -> None:
+        indices = [c.index for c in self._candidates if c.wish.extras.masked]
+        words = torch.frombuffer(bytearray(masks.words), dtype=torch.int32)
+        words = words.view(len(indices), -1)
+        if self._device.type != "cpu":
+            words = words.pin_memory().to(self._device, non_blocking=True)
+        rows = upload(indices, self._device)
+        _revise(logits, rows, lambda some, part: apply_masks(some, words[part]))
+
+    def _allow(self, logits: Tensor) -> None:
+        chosen = [(c.index, c.wish.allowed) for c in self._candidates if c.wish.allowed is not None]
+        if chosen:
+            rows = upload([index for index, _ in chosen], self._device)
+            words = torch.stack([words for _, words in chosen])
+            _revise(logits, rows, lambda some, part: apply_masks(some, words[part]))
+
+    def _add_bias(self, logits: Tensor) -> None:
+        terms = [
+            (c.index, token, bias)
+            for c in self._candidates
+            for token, bias in c.wish.extras.logit_bias.items()
+        ]
+        if terms:
+            rows, tokens, biases = zip(*terms, strict=True)
+            values = upload(biases, self._device, torch.float32)
+            self._add(logits, rows, tokens, values)
+
+    def _hold_stops_back(self, logits: Tensor, ends: Tensor) -> None:
+        terms = [
+            (c.index, token, c.wish.extras.min_total)
+            for c in self._candidates
+            if c.wish.extras.min_total
+            for token in c.wish.stop_ids
+        ]
+        if terms:
+            rows, tokens, limits = zip(*terms, strict=True)
+            early = ends[upload(rows, self._device)] < upload(limits, self._device)
+            self._add(logits, rows, tokens, _ban(early))
+
+    def _ban_words(self, logits: Tensor, slots: Tensor, ends: Tensor) -> None:
+        terms = [(c.index, word) for c in self._candidates for word in c.wish.extras.bad_words]
+        if not terms:
+            return
+        longest = max(len(word) for _, word in terms)
+        padded = [[-1] * (longest - len(word)) + word for _, word in terms]
+        rows = [index for index, _ in terms]
+        at = upload(rows, self._device)
+        tapes = self._slots.tokens[slots[at]]
+        hit = completes(tapes, ends[at], upload(padded, self._device))
+        self._add(logits, rows, [word[-1] for _, word in terms], _ban(hit))
+
+    def _penalise(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
+        chosen = [c for c in self._candidates if _penalised(c.wish.extras)]
+        if not chosen:
+            return
+        extras = [c.wish.extras for c in chosen]
+        table = upload([[c.index for c in chosen], [e.prompt_len for e in extras]], self._device)
+        rates = [
+            [e.repetition_penalty for e in extras],
+            [e.presence_penalty for e in extras],
+            [e.frequency_penalty for e in extras],
+        ]
+        rows, tapes = table[0], self._slots.tokens[:, :context]
+        penalties = upload(rates, self._device, torch.float32)
+
+        def rule(some: Tensor, part: slice) -> Tensor:
+            known, end = tapes[slots[rows[part]]], ends[rows[part]]
+            return penalise(some, known, end, table[1, part], *penalties[:, part].unbind())
+
+        _revise(logits, rows, rule)
+
+    def _drop_improbable(self, logits: Tensor, slots: Tensor) -> None:
+        chosen = [c for c in self._candidates if c.wish.extras.min_p > 0]
+        if not chosen:
+            return
+        rows = upload([c.index for c in chosen], self._device)
+        least = upload([c.wish.extras.min_p for c in chosen], self._device, torch.float32)
+        heat = self._slots.temperature[slots[rows]]
+        _revise(logits, rows, lambda some, part: drop_improbable(some, least[part], heat[part]))
+
+    def _close_reasoning(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
+        terms = [
+            (c.index, c.wish.extras.prompt_len, bound.tokens, bound.end)
+            for c in self._candidates
+            if (bound := c.wish.extras.reasoning) is not None
+        ]
+        if not terms:
+            return
+        rows, begin, budget, token = upload(list(zip(*terms, strict=True)), self._device)
+        tapes = self._slots.tokens[:, :context][slots[rows]]
+        close_reasoning(logits, rows, tapes, ends[rows], begin, begin + budget, token)
+
+    def _add(
+        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], values: Tensor
+    ) -> None:
+        """Add values at (row, token); places named twice get both."""
+        at = upload([list(rows), list(tokens)], self._device)
+        logits.index_put_((at[0], at[1]), values, accumulate=True)
+
+
+def _revise(logits: Tensor, rows: Tensor, rule: Callable[[Tensor, slice], Tensor]) -> None:
+    """Put what the rule makes of these rows in their place, some at a time. rule: of their logits
+    and of which part of the rows they are."""
+    for start in range(0, len(rows), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        logits[rows[part]] = rule(logits[rows[part]], part)
+
+
+def _penalised(extras: Extras) -> bool:
+    penalties = (extras.presence_penalty, extras.frequency_penalty, extras.repetition_penalty)
+    return penalties != (0.0, 0.0, 1.0)
+
+
+def _ban(where: Tensor) -> Tensor:
+    return torch.where(where, -torch.inf, 0.0)
+
+
+def _words(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """A bit for each token, in signed 32-bit words."""
+    words = [0] * -(-vocab_size // 32)
+    for token in tokens:
+        words[token // 32] |= 1 << (token % 32)
+    return [word - (1 << 32) if word >> 31 else word for word in words]

@@ -1,0 +1,183 @@
+"""Which tokens a step brings: draw at every candidate, and see how many of them stand.
+
+Verification is sampling. Every position is drawn with noise that depends only on the request's seed
+and the position, and a draft stands if it equals what the target draws there. So a request's
+tokens are the same with any number of drafts, and drafting changes speed alone. The draft head
+draws with the same noise, which makes the two agree as often as their distributions allow.
+
+Ranks hold a part of the vocabulary each. Where no row needs to see all of it (for top_k, top_p or
+wishes), each finds the best token of its own part, and only these are compared between ranks.
+
+A row's candidates are its last known token and its drafts; the token drawn at one of them takes the
+position behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from millrace.config import EngineConfig
+from millrace.kernels.batch import Batch
+from millrace.kernels.sampling import best, gumbel, sample, token_of
+from millrace.model.vocabulary import OutputHead
+from millrace.protocol import Admission, Masks, StepPlan
+from millrace.runtime.step.inputs import SampledRows
+from millrace.runtime.step.logits_processors import Logprobs, StepProcessors
+from millrace.runtime.step.slots import Slots
+
+# Positions of synthetic acceptance draws lie beyond every real position.
+_SYNTHETIC = 1 << 40
+
+
+class Sampler:
+    """Draws for one rank's rows. head: from hidden [T, H] to logits [T, V], or its part of them.
+
+    draft_head: the same for drafts, and may round more. broadcast: rank 0's tensor for every rank;
+    the same one alone.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        slots: Slots,
+        head: OutputHead,
+        draft_head: OutputHead,
+        broadcast: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._head = head
+        self._draft_head = draft_head
+        self._broadcast = broadcast
+        self._width = config.drafts + 1
+        self._device = slots.length.device
+        self._noisy: set[int] = set()  # slots with a temperature
+        self._filtered: set[int] = set()  # slots with top_k or top_p
+        self._rates = torch.tensor(config.acceptance or (), device=self._device)
+
+    def note(self, a: Admission) -> None:
+        """A request takes a slot."""
+        (self._noisy.add if a.temperature > 0 else self._noisy.discard)(a.slot)
+        filtered = a.temperature > 0 and (a.top_k > 0 or a.top_p < 1)
+        (self._filtered.add if filtered else self._filtered.discard)(a.slot)
+
+    def flags(self, plan: StepPlan) -> tuple[bool, bool]:
+        """Whether any row that samples draws with a temperature, and with top_k or top_p."""
+        slots = plan.sampled_slots
+        return not self._noisy.isdisjoint(slots), not self._filtered.isdisjoint(slots)
+
+    def targets(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        rows: SampledRows,
+        processors: StepProcessors | None,
+        masks: Callable[[], Masks] | None,
+    ) -> tuple[Tensor, Logprobs | None]:
+        """What the target draws at each candidate: int64 [R, width], -1 where there is none.
+
+        hidden: [T, H] of the step's tokens. masks: asked for only once the forward is launched.
+        Log-probabilities come where a wish asks for them.
+        """
+        slots, positions = batch.token_slots, batch.positions
+        if rows.candidates is not None:
+            hidden, slots, positions = (x[rows.candidates] for x in (hidden, slots, positions))
+        ends, logprobs = positions + 1, None
+        if processors is None:
+            drawn = self._draw(self._head, hidden, slots, ends, rows)
+        else:
+            logits = self._head.logits(hidden)
+            given = masks() if masks is not None and processors.masked else None
+            logits = processors.adjust(logits, slots, ends, batch.max_context, given)
+            drawn = self._sample(logits, slots, ends, rows)
+            logprobs = processors.logprobs(drawn)
+        verified = rows.num_decode * self._width
+        last = drawn[verified:, None]
+        padded = torch.nn.functional.pad(last, (0, self._width - 1), value=-1)
+        return torch.cat([drawn[:verified].view(-1, self._width), padded]), logprobs
+
+    def draft(self, hidden: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
+        """What the draft head guesses for each row's position: int64 [R], by temperature,
+        top_k and top_p alone.
+        """
+        return self._draw(self._draft_head, hidden, rows.slots, positions, rows)
+
+    def _draw(
+        self,
+        head: OutputHead,
+        hidden: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        rows: SampledRows,
+    ) -> Tensor:
+        """A token for each row, int64 [R], by temperature, top_k and top_p alone."""
+        s = self._slots
+        if head.tp.size == 1 or rows.filters:
+            return self._sample(head.logits(hidden), slots, positions, rows)
+        logits = head.local_logits(hidden)
+        heat, seed = s.temperature[slots], s.seed[slots]
+        mine = best(logits, heat, seed, positions, head.start, noise=rows.noise)
+        return token_of(head.tp.largest(mine))
+
+    def _sample(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows
+    ) -> Tensor:
+        s = self._slots
+        drawn = sample(
+            logits,
+            s.temperature[slots],
+            s.top_p[slots],
+            s.top_k[slots],
+            s.seed[slots],
+            positions,
+            noise=rows.noise,
+            filters=rows.filters,
+        )
+        return self._broadcast(drawn)
+
+    # --- acceptance ---------------------------------------------------------------------------
+
+    def accept(self, drawn: Tensor, rows: SampledRows) -> Tensor:
+        """How many of each row's drawn tokens count: int64 [R]; 0 for a row that had ended.
+
+        A draft stands if it and all before it equal what was drawn; the first drawn token after
+        them counts too. A stop token ends the row, and so does its greatest length.
+        """
+        s, width = self._slots, self._width
+        count = torch.ones_like(rows.base)
+        if width > 1 and rows.num_decode:
+            count[: rows.num_decode] += self._standing_drafts(drawn, rows)
+        place = torch.arange(width, device=self._device)
+        stops = (drawn[:, :, None] == s.stop_ids[rows.slots][:, None, :]).any(-1)
+        stops &= place < count[:, None]
+        first_stop = torch.where(stops, place, width).amin(1)
+        count = torch.minimum(count, first_stop + 1)
+        room = s.max_total[rows.slots] - rows.base - 1
+        ended = s.ended[rows.slots]
+        count = torch.where(ended, 0, torch.minimum(count, room))
+        s.ended[rows.slots] = ended | (first_stop < count) | (count >= room)
+        return count
+
+    def _standing_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
+        """Leading drafts of the decode rows that stand: int64 [D]."""
+        d, k = rows.num_decode, self._width - 1
+        slots, positions = rows.slots[:d, None], rows.base[:d, None] + 1
+        positions = positions + torch.arange(k, device=self._device)
+        drafts = self._slots.tokens[slots, positions]
+        if self._config.acceptance is None:
+            stands = drafts == drawn[:d, :k]
+        else:
+            stands = self._synthetic(rows.slots[:d], rows.base[:d])
+            drawn[:d, :k] = torch.where(stands, drafts, drawn[:d, :k])
+        return stands.long().cumprod(1).sum(1)
+
+    def _synthetic(self, slots: Tensor, base: Tensor) -> Tensor:
+        """Draws with the configured rates, whatever the drafts are worth: bool [D, k]."""
+        k = self._rates.shape[0]
+        positions = (base[:, None] + torch.arange(k, device=self._device)).flatten()
+        seeds = self._slots.seed[slots].repeat_interleave(k)
+        noise = gumbel(seeds, positions + _SYNTHETIC, 1)[:, 0]
+        return torch.exp(-torch.exp(-noise)).view(-1, k) < self._rates

@@ -1,0 +1,318 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same engine.
+
+A body becomes the chat body of OpenAI's API, which says the same in other words; the answer is
+worded in `anthropic_reply`. Errors have Anthropic's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from millrace.errors import RequestError
+from millrace.server.api.anthropic.formatter import MessageFormatter, error_body
+from millrace.server.api.chat.endpoint import chat_text, prepare, tool_choice
+from millrace.server.api.context import ApiContext
+from millrace.server.api.fields import Rules, rules_for
+from millrace.server.api.request_schema import ChatRequest, ModelRequest
+from millrace.server.api.transport import json_response
+from millrace.server.http.errors import as_api_error
+
+_TEXT_ONLY = "the model reads and writes text only"
+_NOTHING_CLEARED: tuple[Any, ...] = (
+    {"edits": []},
+    {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+)
+_OWN = Rules(
+    refused={
+        "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
+        "container": ((), "the server runs no code"),
+        "context_management": (_NOTHING_CLEARED, "the server leaves conversations as they are"),
+        "speed": (("standard",), "there is one speed"),
+    },
+    harmless=frozenset(
+        {"metadata", "service_tier", "cache_control", "betas", "inference_geo", "diagnostics"}
+        | {"user_profile_id", "workspace_id"}
+    ),
+)
+
+
+class CountRequest(ModelRequest, frozen=True, kw_only=True):
+    """Body of /v1/messages/count_tokens."""
+
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountRequest, frozen=True, kw_only=True):
+    """Body of /v1/messages."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stream: bool | None = False
+
+
+RULES = rules_for(MessagesRequest, _OWN)
+
+
+class TokenCount(msgspec.Struct, frozen=True):
+    """Answer of /v1/messages/count_tokens."""
+
+    input_tokens: int
+
+
+class Anthropic:
+    """The endpoints of Anthropic's API."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/messages", _shaped(self.create), methods=["POST"]),
+            Route("/v1/messages/count_tokens", _shaped(self.count), methods=["POST"]),
+        ]
+
+    async def create(self, request: Request) -> ASGIApp:
+        """POST /v1/messages"""
+        context = self._context
+        body, chain = await context.prompted(request, MessagesRequest, RULES)
+        ready = context.check(body)
+        id = f"msg_{uuid4().hex}"
+        turn = await prepare(context, as_chat(body), id, ready)
+        formatter = MessageFormatter(
+            id, context.name(body), turn.parsers[0], len(turn.requests[0].prompt)
+        )
+        return context.answer(
+            turn.requests, turn.params, formatter, ready, bool(body.stream), chain
+        )
+
+    async def count(self, request: Request) -> ASGIApp:
+        """POST /v1/messages/count_tokens"""
+        context = self._context
+        body = await context.body(request, CountRequest, _OWN)
+        context.check(body)
+        chat = as_chat(body)
+        work = partial(chat_text, context, chat, tool_choice(context, chat))
+        text = await context.run_in_thread(work, long=True)
+        return json_response(TokenCount(len(await context.token_ids(text, False))))
+
+
+class _Shaped:
+    """An ASGI application whose errors have Anthropic's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # raised only before the answer has begun
+            answer = await message_error(Request(scope), error)
+            await answer(scope, receive, send)
+
+
+def _shaped(
+    endpoint: Callable[[Request], Awaitable[ASGIApp]],
+) -> Callable[[Request], Awaitable[ASGIApp]]:
+    async def run(request: Request) -> ASGIApp:
+        try:
+            return _Shaped(await endpoint(request))
+        except Exception as error:
+            return await message_error(request, error)
+
+    return run
+
+
+async def message_error(request: Request, error: Exception) -> Response:
+    """As `errors.error_response`, in Anthropic's shape."""
+    told = as_api_error(error)
+    return Response(
+        msgspec.json.encode(error_body(told)),
+        status_code=told.status,
+        headers=told.headers,
+        media_type="application/json",
+    )
+
+
+# --- from Anthropic's words to OpenAI's ---------------------------------------------------------
+
+
+def as_chat(body: CountRequest) -> ChatRequest:
+    """The same request as a chat. Raises RequestError for what is not served."""
+    messages = []
+    if body.system:
+        messages.append({"role": "system", "content": _text(body.system, "system")})
+    for at, message in enumerate(body.messages):
+        messages += _messages(message, f"messages[{at}]")
+    prefilled = bool(body.messages) and body.messages[-1].get("role") == "assistant"
+    choice, parallel = _tool_choice(body.tool_choice)
+    chat = ChatRequest(
+        messages=messages,
+        tools=[_tool(tool, f"tools[{at}]") for at, tool in enumerate(body.tools or [])] or None,
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+        add_generation_prompt=not prefilled,
+        continue_final_message=prefilled,
+        response_format=_response_format(body.output_config),
+        chat_template_kwargs=_thinking(body.thinking),
+        thinking_token_budget=_budget(body.thinking),
+    )
+    if not isinstance(body, MessagesRequest):
+        return chat
+    return msgspec.structs.replace(
+        chat,
+        max_tokens=body.max_tokens,
+        stop=body.stop_sequences or None,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stream=body.stream,
+    )
+
+
+def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """One message; the tools' results in it are messages of their own, and come first."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise RequestError(f"{where}.role must be user or assistant, got {role!r}", param=where)
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if not isinstance(content, list):
+        raise RequestError(f"{where}.content must be a text or a list of blocks", param=where)
+    results, texts, thoughts, calls = [], [], [], []
+    for at, block in enumerate(content):
+        place = f"{where}.content[{at}]"
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind == "text":
+            texts.append(_text([block], place))
+        elif kind == "tool_result" and role == "user":
+            results.append(_result(block, place))
+        elif kind == "tool_use" and role == "assistant":
+            calls.append(_call(block))
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(str(block.get("thinking", "")))
+        elif kind != "redacted_thinking":  # nobody here could read that
+            known = "text, tool_result, tool_use or thinking, where they belong"
+            raise RequestError(
+                f"{place} must be a block of type {known}; {_TEXT_ONLY}", param=where
+            )
+    if results and not texts:
+        return results
+    spoken: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+    if thoughts:
+        spoken["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        spoken["tool_calls"] = calls
+    return [*results, spoken]
+
+
+def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
+    content = block.get("content") or ""
+    return {
+        "role": "tool",
+        "tool_call_id": block.get("tool_use_id"),
+        "content": _text(content, f"{where}.content"),
+    }
+
+
+def _call(block: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+    return {"id": block.get("id"), "type": "function", "function": function}
+
+
+def _text(content: Any, where: str) -> str:
+    """A text, or text blocks joined."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for at, block in enumerate(content if isinstance(content, list) else [content]):
+        text = block.get("text") if isinstance(block, Mapping) else None
+        if not isinstance(text, str) or block.get("type") != "text":
+            raise RequestError(
+                f'{where}: block {at} must be {{"type": "text", "text": ...}}; {_TEXT_ONLY}',
+                param=where.split(".")[0],
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type") not in (None, "custom"):
+        raise RequestError(
+            f"{where}: the server runs no tools such as {tool['type']!r}; describe it with "
+            "name and input_schema and run it yourself",
+            param="tools",
+        )
+    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] | None, bool]:
+    """(OpenAI's tool_choice, parallel_tool_calls)."""
+    if given is None:
+        return None, True
+    kind = given.get("type")
+    modes: dict[Any, Literal["auto", "required", "none"]] = {
+        "auto": "auto",
+        "any": "required",
+        "none": "none",
+    }
+    parallel = not given.get("disable_parallel_tool_use")
+    if kind == "tool":
+        return {"type": "function", "function": {"name": given.get("name")}}, parallel
+    if not isinstance(kind, str) or kind not in modes:
+        message = f"tool_choice.type must be auto, any, tool or none, got {kind!r}"
+        raise RequestError(message, param="tool_choice")
+    return modes[kind], parallel
+
+
+def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """On or off. Said nothing, the template decides."""
+    if given is None:
+        return None
+    kind = given.get("type")
+    if kind not in ("enabled", "adaptive", "disabled"):
+        message = f"thinking.type must be enabled, adaptive or disabled, got {kind!r}"
+        raise RequestError(message, param="thinking")
+    return {"enable_thinking": kind != "disabled"}
+
+
+def _budget(given: Mapping[str, Any] | None) -> int | None:
+    """Tokens that the reasoning may have."""
+    budget = (given or {}).get("budget_tokens")
+    if budget is None:
+        return None
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        message = f"thinking.budget_tokens must be an integer of at least 1, got {budget!r}"
+        raise RequestError(message, param="thinking")
+    return budget
+
+
+def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    wanted = (given or {}).get("format")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema":
+        raise RequestError(
+            'output_config.format must be {"type": "json_schema", "schema": ...}',
+            param="output_config",
+        )
+    return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}

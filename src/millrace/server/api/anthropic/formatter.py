@@ -1,0 +1,172 @@
+"""How Anthropic's API words an answer: a list of blocks, whole or as a stream of named events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from millrace.server.api.blocks import Action, Block, Blocks
+from millrace.server.api.generation import Generation
+from millrace.server.api.response_schema import Usage
+from millrace.server.http.errors import ApiError
+from millrace.text.answer_parser import AnswerParser
+from millrace.text.detokenizer import Piece
+
+_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_KINDS = {"reasoning": "thinking", "content": "text", "call": "tool_use"}
+
+_encode = msgspec.json.Encoder().encode
+
+
+class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts. Those found in the prefix cache are not among input_tokens."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of /v1/messages."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None = None
+    usage: MessageUsage
+
+
+class MessageFormatter:
+    """Answers of /v1/messages."""
+
+    wants_counts = True
+
+    def __init__(self, id: str, model: str, parser: AnswerParser, prompt_tokens: int) -> None:
+        self.id = id
+        self._model = model
+        self._parser = parser
+        self._prompt_tokens = prompt_tokens
+        self._blocks = Blocks()
+        self._last = Piece("", [])
+
+    def events(
+        self, one: Generation, piece: Piece, first: bool, usage: Usage | None
+    ) -> Iterable[bytes]:
+        assert usage is not None
+        if first:
+            message = self._message([], None, None, _usage(usage, 0))
+            yield _event("message_start", message=message)
+        self._last = piece
+        part = self._parser.feed(piece.text, piece.finish_reason is not None)
+        for step in self._blocks.take(part):
+            yield self._block_event(*step)
+
+    def ending(self, usage: Usage) -> Iterator[bytes]:
+        for step in self._blocks.end():
+            yield self._block_event(*step)
+        reason, sequence = _stop(self._last, self._parser)
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        counts = _usage(usage, usage.completion_tokens)
+        yield _event("message_delta", delta=delta, usage=counts)
+        yield _event("message_stop")
+
+    def failure(self, error: ApiError) -> Iterable[bytes]:
+        return (_event("error", error=error_body(error)["error"]),)
+
+    def whole(self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage) -> Message:
+        (piece,) = pieces
+        for _ in self._blocks.take(self._parser.feed(piece.text, last=True)):
+            pass
+        content = [_content(block) for block in self._blocks.all]
+        counts = _usage(usage, usage.completion_tokens)
+        return self._message(content, *_stop(piece, self._parser), counts)
+
+    def _message(
+        self,
+        content: list[dict[str, Any]],
+        stop_reason: str | None,
+        stop_sequence: str | None,
+        usage: MessageUsage,
+    ) -> Message:
+        return Message(
+            id=self.id,
+            model=self._model,
+            content=content,
+            stop_reason=stop_reason,
+            stop_sequence=stop_sequence,
+            usage=usage,
+        )
+
+    def _block_event(self, action: Action, block: Block, text: str) -> bytes:
+        if action == "close":
+            return _event("content_block_stop", index=block.index)
+        if action == "open":
+            empty = _content(Block(block.index, block.kind, "", block.id, block.name))
+            return _event("content_block_start", index=block.index, content_block=empty)
+        if block.kind == "reasoning":
+            delta = {"type": "thinking_delta", "thinking": text}
+        elif block.kind == "content":
+            delta = {"type": "text_delta", "text": text}
+        else:
+            delta = {"type": "input_json_delta", "partial_json": text}
+        return _event("content_block_delta", index=block.index, delta=delta)
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **fields}))
+
+
+def _usage(usage: Usage, output_tokens: int) -> MessageUsage:
+    cached = usage.prompt_tokens_details.cached_tokens
+    return MessageUsage(
+        input_tokens=usage.prompt_tokens - cached,
+        output_tokens=output_tokens,
+        cache_read_input_tokens=cached,
+    )
+
+
+def _content(block: Block) -> dict[str, Any]:
+    if block.kind == "reasoning":
+        return {"type": "thinking", "thinking": block.text, "signature": ""}
+    if block.kind == "content":
+        return {"type": "text", "text": block.text}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _input(block.text)}
+
+
+def _input(arguments: str) -> Mapping[str, Any]:
+    """Arguments as an object; a call that was cut off has none."""
+    try:
+        found = msgspec.json.decode(arguments or "{}")
+    except msgspec.DecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stop(piece: Piece, parser: AnswerParser) -> tuple[str, str | None]:
+    """(stop_reason, stop_sequence)."""
+    if piece.finish_reason == "length":
+        return "max_tokens", None
+    if isinstance(piece.stop_reason, str):
+        return "stop_sequence", piece.stop_reason
+    return "tool_use" if parser.calls else "end_turn", None
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error in Anthropic's shape."""
+    fallback = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ERRORS.get(error.status, fallback)
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}

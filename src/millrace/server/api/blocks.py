@@ -1,0 +1,67 @@
+"""An answer as a row of blocks, each of one kind, opened and closed in turn.
+
+That is how Anthropic's API and OpenAI's /v1/responses show an answer; the words for it are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from millrace.text.answer_parser import AnswerPart
+
+Kind = Literal["reasoning", "content", "call"]
+Action = Literal["open", "add", "close"]
+
+
+class Block(msgspec.Struct):
+    """One block so far. text: its words, or a call's arguments as JSON. id, name: of a call."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    id: str = ""
+    name: str = ""
+
+
+class Blocks:
+    """Takes an answer's parts as they come and says what becomes of its blocks."""
+
+    def __init__(self) -> None:
+        self.all: list[Block] = []
+        self._open: Block | None = None
+
+    def take(self, part: AnswerPart) -> Iterator[tuple[Action, Block, str]]:
+        """(what happens, to which block, the text that is added) in order."""
+        if part.reasoning:
+            yield from self._add("reasoning", part.reasoning)
+        if part.content:
+            yield from self._add("content", part.content)
+        for call in part.calls:
+            if call.id is not None:
+                yield from self._begin("call", call.id, call.name or "")
+            if call.arguments:
+                yield from self._add("call", call.arguments)
+
+    def end(self) -> Iterator[tuple[Action, Block, str]]:
+        """No part follows."""
+        if self._open is not None:
+            yield "close", self._open, ""
+            self._open = None
+
+    def _add(self, kind: Kind, text: str) -> Iterator[tuple[Action, Block, str]]:
+        if self._open is None or self._open.kind != kind:
+            yield from self._begin(kind)
+        block = self.all[-1]
+        block.text += text
+        yield "add", block, text
+
+    def _begin(
+        self, kind: Kind, id: str = "", name: str = ""
+    ) -> Iterator[tuple[Action, Block, str]]:
+        yield from self.end()
+        self._open = Block(len(self.all), kind, id=id, name=name)
+        self.all.append(self._open)
+        yield "open", self._open, ""

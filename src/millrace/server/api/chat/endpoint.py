@@ -1,0 +1,168 @@
+"""POST /v1/chat/completions: a conversation continued, through the checkpoint's chat template.
+
+`prepare` turns a chat's body into engine requests; the other families of chat APIs put theirs into
+the same body and use it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
+from millrace.server.api.chat.formatter import ChatFormatter
+from millrace.server.api.context import ApiContext
+from millrace.server.api.fields import CHATS, check_resume, sampling_params, structured_outputs
+from millrace.server.api.formatters import Heading
+from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.request_schema import ChatRequest, StreamOptions
+from millrace.text.answer_parser import AnswerParser
+from millrace.text.processor import copies
+from millrace.text.reasoning import START, ReasoningSplit, begins_reasoning
+from millrace.text.tool_parser import ToolParser
+from millrace.text.tool_schema import ToolChoice, choose_tools, read_tools
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """A chat made ready for the engine. parsers: one for each of the requests."""
+
+    requests: list[AddRequest]
+    params: SamplingParams
+    parsers: list[AnswerParser]
+
+
+class Chat:
+    """The endpoint for conversations."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    def routes(self) -> list[Route]:
+        return [Route("/v1/chat/completions", self.create, methods=["POST"])]
+
+    async def create(self, request: Request) -> ASGIApp:
+        """POST /v1/chat/completions"""
+        context = self._context
+        body, chain = await context.prompted(request, ChatRequest, CHATS)
+        ready = context.check(body)
+        heading = Heading(
+            id=f"chatcmpl-{uuid4().hex}",
+            created=int(time.time()),
+            model=context.name(body),
+            with_ids=bool(body.return_token_ids),
+            options=body.stream_options or StreamOptions(),
+        )
+        turn = await prepare(context, body, heading.id, ready)
+        words = LogprobWords(context.processor.tokenizer, bool(body.return_tokens_as_token_ids))
+        formatter = ChatFormatter(
+            heading, words, turn.parsers, shows_reasoning=body.include_reasoning
+        )
+        return context.answer(
+            turn.requests, turn.params, formatter, ready, bool(body.stream), chain
+        )
+
+
+async def prepare(context: ApiContext, body: ChatRequest, id: str, ready: Ready) -> Turn:
+    """The engine requests of a chat. Raises RequestError or ApiError."""
+    params = sampling_params(body, context.processor.defaults)
+    check_resume(body, outputs=params.n)
+    context.check_room(params.n, ready)
+    choice = tool_choice(context, body)
+    text = await context.run_in_thread(
+        partial(chat_text, context, body, choice), len(body.messages) > 8
+    )
+    variables = _variables(context, body)
+    thinks = begins_reasoning(context.reasoning_parser, text, variables)
+    reasons = thinks or text.rstrip().endswith(START)  # also where nobody tells it apart
+    build = _grammar(context, body, choice, reasons)
+    grammar = await context.run_in_thread(build, True) if build else None
+    token_ids = await context.token_ids(text, body.add_special_tokens)
+    request = context.processor.request(
+        id,
+        context.truncated(token_ids, body, params, ready),
+        params,
+        ready.max_model_len,
+        resume=body.resume_token_ids or (),
+        priority=body.priority or 0,
+        grammar=grammar,
+        reasoning=context.processor.reasoning_bound(body.thinking_token_budget, reasons),
+    )
+    requests = copies(request)
+    parser = partial(_parser, context, choice, thinks)
+    return Turn(requests, params, [parser() for _ in requests])
+
+
+def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice) -> str:
+    """The prompt's text. Raises RequestError."""
+    return context.processor.chat_prompt(
+        body.messages,
+        tools=choice.offered,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        variables=_variables(context, body),
+    )
+
+
+def tool_choice(context: ApiContext, body: ChatRequest) -> ToolChoice:
+    """Which tools the answer may call."""
+    tools = read_tools(body.tools)
+    choice = choose_tools(tools, body.tool_choice, body.parallel_tool_calls is not False)
+    if choice.mode == "required" and context.tool_call_parser == "none":
+        raise RequestError(
+            "tool_choice needs a --tool-call-parser; this server has none", param="tool_choice"
+        )
+    return choice
+
+
+def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
+    """The template's variables, those that have fields of their own among them."""
+    given: dict[str, Any] = {}
+    if body.documents is not None:
+        given["documents"] = body.documents
+    effort = body.reasoning_effort
+    template = context.processor.template
+    if effort is not None and template is not None and "reasoning_effort" in template.source:
+        given["reasoning_effort"] = effort
+    elif effort is not None:  # the model reasons or does not; it knows no degrees
+        if effort not in EFFORTS:
+            known = ", ".join(EFFORTS)
+            message = f"reasoning_effort must be one of {known}, got {effort!r}"
+            raise RequestError(message, param="reasoning_effort")
+        given["enable_thinking"] = effort != "none"
+    return {**given, **(body.chat_template_kwargs or {})}
+
+
+def _grammar(
+    context: ApiContext, body: ChatRequest, choice: ToolChoice, reasons: bool
+) -> Callable[[], Grammar] | None:
+    """What makes the grammar that the answer must match, if there is one."""
+    processor, parser = context.processor, context.tool_call_parser
+    wanted = structured_outputs(body)
+    if choice.mode == "required" and wanted is not None:
+        raise RequestError(
+            f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
+        )
+    if choice.mode == "required" or (processor.binds_freely(choice) and wanted is None):
+        return partial(processor.calls, choice, parser, reasons)
+    if wanted is not None and choice.mode == "auto" and parser != "none":
+        return partial(processor.calls, choice, parser, reasons, wanted)
+    return wanted and partial(processor.structured, *wanted, reasons)
+
+
+def _parser(context: ApiContext, choice: ToolChoice, thinks: bool) -> AnswerParser:
+    calls = choice.mode != "none" and context.tool_call_parser != "none"
+    return AnswerParser(
+        ReasoningSplit() if thinks else None,
+        ToolParser(choice.offered, context.tool_call_parser) if calls else None,
+    )

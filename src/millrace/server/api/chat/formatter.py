@@ -1,0 +1,177 @@
+"""How /v1/chat/completions words outputs: reasoning, words and calls, whole or in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET, UnsetType
+
+from millrace.server.api.formatters import Heading, OpenAiFormatter
+from millrace.server.api.generation import Generation
+from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.response_schema import (
+    CalledFunction,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    FinishReason,
+    PromptLogprobs,
+    ToolCall,
+    Usage,
+)
+from millrace.text.answer_parser import AnswerParser, AnswerPart
+from millrace.text.detokenizer import Piece
+from millrace.text.tool_parser import CallPart
+
+
+class ChatFormatter(OpenAiFormatter):
+    """Answers of /v1/chat/completions. parsers: one for each choice."""
+
+    def __init__(
+        self,
+        heading: Heading,
+        logprobs: LogprobWords,
+        parsers: Sequence[AnswerParser],
+        *,
+        shows_reasoning: bool = True,
+    ) -> None:
+        super().__init__(heading, logprobs)
+        self._parsers = parsers
+        self._shows_reasoning = shows_reasoning
+
+    def chunk(
+        self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
+    ) -> ChatChunk:
+        parser = self._parsers[one.index]
+        if first:
+            parser.feed(one.resumed)
+        part = parser.feed(piece.text, piece.finish_reason is not None)
+        choice = ChatChunkChoice(
+            index=one.index,
+            delta=self._delta(part, parser, first),
+            logprobs=self._worded(piece),
+            finish_reason=finish_reason(piece, parser),
+            stop_reason=piece.stop_reason,
+            token_ids=self._token_ids(piece),
+        )
+        return self._chunk(
+            [choice],
+            usage,
+            self._prompt_ids(one) if first else UNSET,
+            self._prompt_logprobs(one) if first else UNSET,
+        )
+
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        return self._chunk([], usage)
+
+    def _chunk(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+        prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
+    ) -> ChatChunk:
+        head = self._heading
+        return ChatChunk(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def whole(
+        self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
+    ) -> ChatCompletion:
+        head = self._heading
+        return ChatCompletion(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            choices=[self._choice(one, piece) for one, piece in zip(ones, pieces, strict=True)],
+            usage=usage,
+            prompt_token_ids=self._prompt_ids(ones[0]),
+            prompt_logprobs=self._prompt_logprobs(ones[0]),
+        )
+
+    def _choice(self, one: Generation, piece: Piece) -> ChatChoice:
+        parser = self._parsers[one.index]
+        part, calls = whole_answer(parser, one, piece)
+        return ChatChoice(
+            index=one.index,
+            message=self._message(part, calls, parser),
+            logprobs=self._worded(piece),
+            finish_reason=finish_reason(piece, parser),
+            stop_reason=piece.stop_reason,
+            token_ids=self._token_ids(piece),
+        )
+
+    def _delta(self, part: AnswerPart, parser: AnswerParser, first: bool) -> ChatDelta:
+        role: Literal["assistant"] | UnsetType = "assistant" if first else UNSET
+        if not parser.splits:
+            return ChatDelta(role=role, content=part.content)
+        thought = part.reasoning if self._shows_reasoning and part.reasoning else UNSET
+        return ChatDelta(
+            role=role,
+            content=part.content or UNSET,
+            reasoning_content=thought,
+            reasoning=thought,
+            tool_calls=[_call_delta(one) for one in part.calls] or UNSET,
+        )
+
+    def _message(
+        self, part: AnswerPart, calls: Sequence[ToolCall], parser: AnswerParser
+    ) -> ChatMessage:
+        if not parser.splits:
+            return ChatMessage(content=part.content)
+        thought: str | UnsetType | None = UNSET
+        if parser.reasons and self._shows_reasoning:
+            thought = part.reasoning or None
+        return ChatMessage(
+            content=part.content or None,
+            reasoning_content=thought,
+            reasoning=thought,
+            tool_calls=list(calls) or UNSET,
+        )
+
+    def _worded(self, piece: Piece) -> ChatLogprobs | None:
+        return None if piece.logprobs is None else self._logprobs.chat(piece.logprobs)
+
+
+def whole_answer(
+    parser: AnswerParser, one: Generation, piece: Piece
+) -> tuple[AnswerPart, list[ToolCall]]:
+    """An answer's parts and its calls. One begun in the resumed tokens is given whole."""
+    parser.feed(one.resumed)
+    part = parser.feed(piece.text, last=True)
+    touched = sorted({call.index for call in part.calls})
+    calls = [
+        ToolCall(
+            id=parser.calls[at].id,
+            type="function",
+            function=CalledFunction(
+                name=parser.calls[at].name, arguments=parser.calls[at].arguments
+            ),
+        )
+        for at in touched
+    ]
+    return part, calls
+
+
+def finish_reason(piece: Piece, parser: AnswerParser) -> FinishReason | None:
+    """Why the answer ended, in OpenAI's words."""
+    return "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
+
+
+def _call_delta(part: CallPart) -> ToolCall:
+    if part.id is None or part.name is None:
+        return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
+    function = CalledFunction(name=part.name, arguments=part.arguments)
+    return ToolCall(index=part.index, id=part.id, type="function", function=function)

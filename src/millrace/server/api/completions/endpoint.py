@@ -1,0 +1,135 @@
+"""POST /v1/completions: a text, or several, continued."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from uuid import uuid4
+
+import msgspec
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
+from millrace.server.api.context import ApiContext
+from millrace.server.api.fields import (
+    COMPLETIONS,
+    check_resume,
+    sampling_params,
+    structured_outputs,
+)
+from millrace.server.api.formatters import CompletionFormatter, Heading
+from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.prompts import Prompt, split_prompts
+from millrace.server.api.request_schema import CompletionRequest, StreamOptions
+from millrace.text.processor import copies
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default here; a chat takes what fits
+
+
+class Completions:
+    """The endpoint for plain texts."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    def routes(self) -> list[Route]:
+        return [Route("/v1/completions", self.create, methods=["POST"])]
+
+    async def create(self, request: Request) -> ASGIApp:
+        """POST /v1/completions"""
+        context = self._context
+        body, chain = await context.prompted(request, CompletionRequest, COMPLETIONS)
+        ready = context.check(body)
+        params = sampling_params(body, context.processor.defaults)
+        made = _outputs(body, params)
+        prompts = split_prompts(body.prompt)
+        check_resume(body, outputs=len(prompts) * made)
+        context.check_room(len(prompts) * made, ready)
+        heading = Heading(
+            id=f"cmpl-{uuid4().hex}",
+            created=int(time.time()),
+            model=context.name(body),
+            with_ids=bool(body.return_token_ids),
+            options=body.stream_options or StreamOptions(),
+        )
+        grammar = await self._grammar(body)
+        every = msgspec.structs.replace(params, n=made)
+        requests = [
+            one
+            for index, prompt in enumerate(prompts)
+            for one in copies(
+                await self._request(f"{heading.id}-{index}", prompt, body, every, ready, grammar)
+            )
+        ]
+        formatter = self._formatter(heading, body, params, prompts, made)
+        return context.answer(requests, params, formatter, ready, bool(body.stream), chain)
+
+    async def _grammar(self, body: CompletionRequest) -> Grammar | None:
+        wanted = structured_outputs(body)
+        if wanted is None:
+            return None
+        processor = self._context.processor
+        return await self._context.run_in_thread(
+            partial(processor.structured, *wanted, reasons=False), True
+        )
+
+    async def _request(
+        self,
+        id: str,
+        prompt: Prompt,
+        body: CompletionRequest,
+        params: SamplingParams,
+        ready: Ready,
+        grammar: Grammar | None,
+    ) -> AddRequest:
+        context = self._context
+        token_ids = await context.token_ids(prompt, body.add_special_tokens)
+        return context.processor.request(
+            id,
+            context.truncated(token_ids, body, params, ready),
+            params,
+            ready.max_model_len,
+            None if body.max_tokens is None else COMPLETION_MAX_TOKENS,
+            resume=body.resume_token_ids or (),
+            priority=body.priority or 0,
+            grammar=grammar,
+        )
+
+    def _formatter(
+        self,
+        heading: Heading,
+        body: CompletionRequest,
+        params: SamplingParams,
+        prompts: list[Prompt],
+        made: int,
+    ) -> CompletionFormatter:
+        tokenizer = self._context.processor.tokenizer
+        echoes: list[str] = []
+        if body.echo and not body.resume_token_ids:
+            texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in prompts]
+            echoes = [text for text in texts for _ in range(made)]
+        return CompletionFormatter(
+            heading,
+            LogprobWords(tokenizer, bool(body.return_tokens_as_token_ids)),
+            echoes=echoes,
+            prompt_only=body.max_tokens == 0,
+            best=(params.n, made) if made > params.n else None,
+            shows_logprobs=body.logprobs is not None,
+            shows_prompt=body.prompt_logprobs is not None,
+        )
+
+
+def _outputs(body: CompletionRequest, params: SamplingParams) -> int:
+    """Outputs to generate for each prompt. Raises RequestError."""
+    made = params.n if body.best_of is None else body.best_of
+    if made < params.n:
+        raise RequestError(f"best_of must be at least n, {params.n}, got {made}", param="best_of")
+    if made > params.n and body.stream:
+        raise RequestError(
+            "best_of cannot be streamed: the best are known at the end; leave out stream",
+            param="best_of",
+        )
+    return made

@@ -1,0 +1,192 @@
+"""What every family of endpoints shares: one model, one engine, and the bounds on both.
+
+A family (`completions`, `chat`, …) reads its own bodies and words its own answers; checking names
+and room, tokenising beside the event loop, and opening requests in the engine is done here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive
+
+from millrace.common.prefix_hash import PROMPT_FIELDS
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Ready, SamplingParams
+from millrace.server.api.fields import OPENAI, Rules, parse_body
+from millrace.server.api.formatters import Formatter
+from millrace.server.api.generation import Generations
+from millrace.server.api.prompts import Prompt
+from millrace.server.api.request_schema import GenerationRequest, ModelRequest
+from millrace.server.api.transport import EventStream, WholeAnswer
+from millrace.server.engine_link.client import EngineClient
+from millrace.server.http.bodies import BodyReader
+from millrace.server.http.errors import ApiError
+from millrace.server.telemetry.metrics import RequestMetrics
+from millrace.text.processor import TextProcessor
+from millrace.text.reasoning import ReasoningParser
+from millrace.text.tool_parser import ToolCallParser
+
+LONG_TEXT = 2000  # characters; longer texts are tokenised beside the event loop
+
+_Body = TypeVar("_Body", bound=ModelRequest)
+_Made = TypeVar("_Made")
+
+
+class ApiContext:
+    """One replica as its endpoints see it.
+
+    names: what the model may be called, the first being its name in answers.
+    reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
+    model calls tools.
+    max_queue: requests that may wait beyond those that the engine runs at once.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        processor: TextProcessor,
+        metrics: RequestMetrics,
+        *,
+        names: Sequence[str],
+        reasoning_parser: ReasoningParser,
+        tool_call_parser: ToolCallParser,
+        max_queue: int,
+        body_reader: BodyReader,
+    ) -> None:
+        self.client = client
+        self.processor = processor
+        self.names = names
+        self.reasoning_parser = reasoning_parser
+        self.tool_call_parser = tool_call_parser
+        self._metrics = metrics
+        self._max_queue = max_queue
+        self._body_reader = body_reader
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
+
+    async def body(self, request: Request, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
+        """The request's body. Raises RequestError or ApiError."""
+        body, _ = parse_body(await self._body_reader.read(request), kind, rules)
+        return body
+
+    async def prompted(
+        self, request: Request, kind: type[_Body], rules: Rules
+    ) -> tuple[_Body, list[int]]:
+        """The body of a request for text, and the hashes of its prompt as gateways have them.
+        Raises RequestError or ApiError."""
+        body, given = parse_body(await self._body_reader.read(request), kind, rules)
+        fields = PROMPT_FIELDS[request.scope["path"]]
+        pieces = [given[name] for name in fields if name in given]
+        return body, self.client.prefix_reporter.chain(pieces)
+
+    def check(self, body: ModelRequest) -> Ready:
+        """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
+        if body.model:
+            self.check_name(body.model)
+        if isinstance(body, GenerationRequest) and body.stream_options and not body.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        if self.client.ready is None or not self.client.healthy:
+            raise unavailable(self.client)
+        return self.client.ready
+
+    def check_name(self, name: str) -> None:
+        """Raise ApiError unless the model is called so."""
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"model {name!r} is not served here; {' or '.join(self.names)} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_room(self, count: int, ready: Ready) -> None:
+        """Raise ApiError unless `count` more requests may run or wait."""
+        limit = ready.max_num_seqs + self._max_queue
+        if count > limit:
+            raise RequestError(f"{count} outputs in one request; at most {limit} work", param="n")
+        if self.client.open_requests + count > limit:
+            self._metrics.rejected += count
+            raise ApiError(
+                429,
+                f"the queue is full: {self.client.open_requests} requests are open, {limit} may "
+                f"be ({ready.max_num_seqs} running, {self._max_queue} waiting); try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def name(self, body: ModelRequest) -> str:
+        """What the model is called in the answer."""
+        return body.model or self.names[0]
+
+    async def token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        """A prompt's tokens; a long text is read on a thread of its own."""
+        if not isinstance(prompt, str):
+            return prompt
+        encode = partial(self.processor.encode, prompt, add_special_tokens)
+        return await self.run_in_thread(encode, len(prompt) >= LONG_TEXT)
+
+    async def run_in_thread(self, work: Callable[[], _Made], long: bool) -> _Made:
+        """What `work` makes; beside the event loop if it may take long."""
+        if not long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def truncated(
+        self, prompt: list[int], body: GenerationRequest, params: SamplingParams, ready: Ready
+    ) -> list[int]:
+        """The last `truncate_prompt_tokens` of a prompt; -1: what leaves room for the output."""
+        kept = body.truncate_prompt_tokens
+        most = ready.max_model_len - (params.max_tokens or 1)
+        if kept is None or most < 1:  # the latter is refused with the prompt's length
+            return prompt
+        if not (kept == -1 or 1 <= kept <= most):
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 or from 1 to {most}, got {kept}",
+                param="truncate_prompt_tokens",
+            )
+        return prompt[-(most if kept == -1 else kept) :]
+
+    def answer(
+        self,
+        requests: list[AddRequest],
+        params: SamplingParams,
+        formatter: Formatter,
+        ready: Ready,
+        stream: bool,
+        chain: Sequence[int] = (),
+    ) -> ASGIApp:
+        """The application that runs the requests and sends what `formatter` makes of them.
+
+        chain: the hashes of their prompt.
+        """
+
+        def open_all(receive: Receive) -> Generations:
+            self.check_room(len(requests), ready)  # again: tokenising took its time
+            self.client.prefix_reporter.note(chain)
+            pairs = [(one, self.processor.output(params)) for one in requests]
+            return Generations(self.client, pairs, receive)
+
+        return EventStream(open_all, formatter) if stream else WholeAnswer(open_all, formatter)
+
+
+def unavailable(client: EngineClient) -> ApiError:
+    """Why no request can be served now."""
+    if client.died is not None:
+        return ApiError(
+            503,
+            f"the engine is gone: {client.died}",
+            code="engine_dead",
+            headers={"Retry-After": "2"},
+        )
+    if client.ready is None:
+        return ApiError(
+            503, "the engine is loading", code="engine_loading", headers={"Retry-After": "2"}
+        )
+    return ApiError(
+        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "2"}
+    )

@@ -1,0 +1,300 @@
+"""From a body's fields to `SamplingParams`, and what becomes of fields that are not served.
+
+A field that is known to the OpenAI or vLLM API, is not served, and would change the answer is
+refused unless it holds the value that changes nothing. One that changes nothing is accepted. An
+unknown field is ignored with a warning, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from millrace.errors import RequestError
+from millrace.protocol import SamplingParams, StructuredOutputs
+from millrace.server.api.request_schema import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ModelRequest,
+)
+from millrace.text.files import SamplingDefaults
+
+logger = logging.getLogger(__name__)
+
+MAX_STOPS = 64
+MAX_BAD_WORDS = 256
+MAX_PRIORITY = 2**31
+
+
+class Rules(NamedTuple):
+    """What becomes of the fields of an API that no body here has.
+
+    refused: the values at which each changes nothing (null never does), and why others are not
+    served. harmless: known, and without influence on the answer.
+    """
+
+    refused: Mapping[str, tuple[tuple[Any, ...], str]]
+    harmless: frozenset[str]
+
+
+# Not served: the values at which each field changes nothing (null never does), and why.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "use_beam_search": ((False,), "outputs are sampled; n gives several"),
+    "length_penalty": ((1,), "it belongs to beam search"),
+    "suffix": (("",), "the model was not trained to fill gaps"),
+    "logits_processors": (([],), "code of a client is not run here; logit_bias may do"),
+    "spaces_between_special_tokens": ((True,), "tokens are shown as their own bytes"),
+    "functions": (([],), "use tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "chat_template": ((), "the checkpoint's is used; chat_template_kwargs sets its variables"),
+    "verbosity": (("medium",), "the model knows no such setting; say it in a message"),
+    "modalities": ((["text"],), "the model reads and writes text only"),
+    "audio": ((), "the model reads and writes text only"),
+    "prediction": ((), "the model drafts for itself"),
+    "web_search_options": ((), "the server fetches nothing; offer a tool"),
+    "prompt_embeds": ((), "prompts are text or token ids"),
+    "mm_processor_kwargs": (({},), "the model reads and writes text only"),
+    "cache_salt": ((), "all clients share one prefix cache"),
+    "logprob_token_ids": ((), "logprobs reports the likeliest tokens"),
+    "kv_transfer_params": ((), "the replica keeps its caches to itself"),
+    "vllm_xargs": (({},), "the engine takes no arguments of extensions"),
+    "guided_decoding_backend": ((), "there is one, llguidance"),
+    "guided_whitespace_pattern": ((), "white space in JSON is the model's choice"),
+    "repetition_detection": ((), "use repetition_penalty or stop"),
+}  # fmt: skip
+
+# Known, and without influence on the answer.
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+    }
+)
+OPENAI = Rules(REFUSED, HARMLESS)
+
+
+def rules_for(kind: type[ModelRequest], own: Rules = OPENAI) -> Rules:
+    """What becomes of fields that `kind` has not. Those of OpenAI's other endpoints are refused."""
+    elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
+    for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
+        for field in msgspec.structs.fields(other):
+            if field.name not in kind.__struct_fields__:
+                neutral = () if field.required else (field.default,)
+                elsewhere[field.name] = (neutral, f"it belongs to {path}")
+    return Rules({**elsewhere, **own.refused}, own.harmless)
+
+
+_CHAT = "/v1/chat/completions"
+COMPLETIONS = rules_for(CompletionRequest)
+CHATS = rules_for(ChatRequest)
+
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
+_Body = TypeVar("_Body", bound=ModelRequest)
+_warned: set[str] = set()
+
+
+def parse_body(
+    data: bytes, kind: type[_Body], rules: Rules = OPENAI
+) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
+    """A body as `kind`, and the JSON of each field as the client wrote it. Raises RequestError that
+    names the field and what it must be.
+    """
+    try:
+        body = msgspec.json.decode(data, type=kind)
+        given = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    _check_others(given, set(kind.__struct_fields__), rules)
+    return body, given
+
+
+def _invalid_field(message: str) -> RequestError:
+    """From `Expected int, got str - at $.top_k` to a message that begins with the field."""
+    found = _PATH.search(message)
+    text = _PATH.sub("", message).replace("`", "")
+    path = found.group(1) if found else ""
+    if path:
+        return RequestError(f"{path}: {text}", param=re.split(r"[.\[]", path)[0])
+    missing = re.search(r"missing required field (\w+)", text)
+    if missing:
+        return RequestError(f"{missing.group(1)} is missing", param=missing.group(1))
+    return RequestError(f"the body must be a JSON object: {text}")
+
+
+def _check_others(given: Mapping[str, msgspec.Raw], served: set[str], rules: Rules) -> None:
+    for name in given.keys() - served:
+        if name in rules.refused:
+            value = msgspec.json.decode(given[name])
+            neutrals, reason = rules.refused[name]
+            if value is not None and not any(_same(value, neutral) for neutral in neutrals):
+                raise RequestError(
+                    f"{name} is not supported: {reason}; leave it out",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        elif name not in rules.harmless:
+            _warn_once(name)
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and both or neither a truth value: 0 is no `false` and 1 no `true`."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _warn_once(name: str) -> None:
+    if name not in _warned and len(_warned) < 1000:
+        _warned.add(name)
+        logger.warning("unknown field %.80r is ignored", name)
+
+
+def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> SamplingParams:
+    """How to sample for this body. Raises RequestError."""
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stop) > MAX_STOPS:
+        raise RequestError(f"stop has {len(stop)} texts; at most {MAX_STOPS} work", param="stop")
+    bad_words = body.bad_words or []
+    if len(bad_words) > MAX_BAD_WORDS:
+        message = f"bad_words has {len(bad_words)} texts; at most {MAX_BAD_WORDS} work"
+        raise RequestError(message, param="bad_words")
+    if abs(body.priority or 0) > MAX_PRIORITY:
+        raise RequestError("priority must be a 32-bit integer", param="priority")
+    return SamplingParams(
+        n=_or(body.n, 1),
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p),
+        top_k=_or(body.top_k, defaults.top_k),
+        min_p=_or(body.min_p, defaults.min_p),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=body.logit_bias or None,
+        allowed_token_ids=body.allowed_token_ids,
+        bad_words=bad_words,
+        seed=body.seed,
+        max_tokens=_max_tokens(body),
+        min_tokens=_or(body.min_tokens, 0),
+        stop=stop,
+        stop_token_ids=body.stop_token_ids or [],
+        ignore_eos=body.ignore_eos,
+        logprobs=_logprobs(body),
+        prompt_logprobs=_prompt_logprobs(body),
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+def check_resume(body: GenerationRequest, outputs: int) -> None:
+    """Raise RequestError if tokens are to be resumed and it is not clear for which output."""
+    if body.resume_token_ids and outputs > 1:
+        raise RequestError(
+            "resume_token_ids belongs to one output; send one prompt and n 1",
+            param="resume_token_ids",
+        )
+
+
+def _max_tokens(body: GenerationRequest) -> int | None:
+    """What the body asks for; None where it says nothing, or asks for as many as fit."""
+    if isinstance(body, ChatRequest):
+        newer = body.max_completion_tokens
+        return body.max_tokens if newer is None else newer
+    assert isinstance(body, CompletionRequest)
+    if isinstance(body.max_tokens, msgspec.UnsetType):
+        return None
+    if body.max_tokens == 0 and body.echo:  # only the prompt is wanted
+        return 1
+    return body.max_tokens
+
+
+def _logprobs(body: GenerationRequest) -> int | None:
+    if isinstance(body, ChatRequest):
+        if not body.logprobs and body.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        return _or(body.top_logprobs, 0) if body.logprobs else None
+    assert isinstance(body, CompletionRequest)
+    if body.logprobs is None and _or(body.best_of, 1) > 1:
+        return 0  # the best ones are told by them
+    return body.logprobs
+
+
+def _prompt_logprobs(body: GenerationRequest) -> int | None:
+    """An echoed prompt is reported like the output."""
+    if isinstance(body, CompletionRequest) and body.echo and body.prompt_logprobs is None:
+        return body.logprobs
+    return body.prompt_logprobs
+
+
+def structured_outputs(body: GenerationRequest) -> tuple[StructuredOutputs, str] | None:
+    """What the answer must match, and the name of the field that says so. Raises RequestError."""
+    found = [
+        (name, wanted)
+        for name, wanted in (
+            ("response_format", _response_format(body.response_format)),
+            ("structured_outputs", body.structured_outputs),
+            *((f"guided_{kind}", _guided(body, kind)) for kind in _GUIDED),
+        )
+        if wanted is not None
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise RequestError(f"{names} exclude each other; give one", param=found[1][0])
+    name, wanted = found[0]
+    unknown = sorted(wanted.keys() - set(StructuredOutputs.__struct_fields__))
+    if unknown:
+        known = ", ".join(StructuredOutputs.__struct_fields__)
+        message = f"{name}.{unknown[0]} is not supported; {known} are"
+        raise RequestError(message, param=name, code="unsupported_parameter")
+    try:
+        return msgspec.convert(wanted, StructuredOutputs), name
+    except msgspec.ValidationError as error:
+        problem = _invalid_field(str(error))
+        raise RequestError(f"{name}: {problem}", param=name) from None
+
+
+_GUIDED = ("json", "regex", "choice", "grammar")
+
+
+def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
+    value = getattr(body, f"guided_{kind}")
+    return None if value is None else {kind: value}
+
+
+def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """OpenAI's three kinds in the words of structured_outputs."""
+    kind = (given or {}).get("type")
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        message = f"response_format.type must be text, json_object or json_schema, got {kind!r}"
+        raise RequestError(message, param="response_format")
+    described = given.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise RequestError(
+            "response_format.json_schema.schema must be a JSON schema, an object",
+            param="response_format",
+        )
+    return {"json": schema or {"type": ["object", "array", "string", "number", "boolean", "null"]}}
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _or(value: _Number | None, default: _Number) -> _Number:
+    return default if value is None else value

@@ -1,0 +1,127 @@
+"""One output between the engine and an answer: deltas in, pieces of text and counts out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, TokenLogprobs
+from millrace.server.api.response_schema import PromptTokensDetails, Usage
+from millrace.server.engine_link.client import EngineClient
+from millrace.server.engine_link.stream import Stream
+from millrace.server.http.errors import ClientGoneError
+from millrace.text.detokenizer import Detokenizer, Piece
+
+
+class Generation:
+    """One output, piece by piece. index: its place among the choices.
+
+    resumed: text that the tokens of `request.resume` had made certain; it has been shown already.
+    completion_tokens: these tokens are among them. prompt_logprobs: known with the first piece.
+    """
+
+    def __init__(
+        self, index: int, request: AddRequest, stream: Stream, output: Detokenizer
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.stream = stream
+        self.done = False
+        self.completion_tokens = len(request.resume)
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self._output = output
+        self._resumed = output.push(list(request.resume))
+
+    @property
+    def resumed(self) -> str:
+        return self._resumed.text
+
+    async def next(self) -> Piece:
+        """The next piece; `done` afterwards if it was the last. Raises what ended it early."""
+        if self._output.ended_by_text and not self.done:  # a stop text in the resumed tokens
+            self.done = True
+            return Piece("", [], "stop", self._resumed.stop_reason)
+        delta = await self.stream.take()
+        if delta.error is not None:
+            raise RequestError(delta.error)
+        piece = self._output.push(
+            delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
+        )
+        self.completion_tokens += len(piece.token_ids)
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.done = piece.finish_reason is not None
+        return piece
+
+    async def whole(self) -> Piece:
+        """All of the output as one piece."""
+        texts: list[str] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        while True:
+            piece = await self.next()
+            texts.append(piece.text)
+            token_ids += piece.token_ids
+            logprobs += piece.logprobs or ()
+            if self.done:
+                known = None if self.request.params.logprobs is None else logprobs
+                return Piece(
+                    "".join(texts), token_ids, piece.finish_reason, piece.stop_reason, known
+                )
+
+
+class Generations:
+    """All outputs of one HTTP request; a context in which they run, and outside of which none does.
+
+    receive: the ASGI channel, on which the client's departure is noticed.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        requests: Iterable[tuple[AddRequest, Detokenizer]],
+        receive: Callable[[], Awaitable[Any]],
+    ) -> None:
+        self._client = client
+        self._receive = receive
+        self.all = [
+            Generation(index, request, client.open(request), output)
+            for index, (request, output) in enumerate(requests)
+        ]
+
+    async def __aenter__(self) -> Generations:
+        self._watch = asyncio.get_running_loop().create_task(self._watch_client())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._watch.cancel()
+        for generation in self.all:
+            self._client.close(generation.stream)
+
+    async def each(self, work: Callable[[Generation], Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Do `work` on every generation, all at once; the first error ends the others."""
+        if len(self.all) == 1:
+            return [await work(self.all[0])]
+        tasks = [asyncio.ensure_future(work(generation)) for generation in self.all]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def usage(self) -> Usage:
+        """Token counts so far. A prompt counts once, however many outputs it has."""
+        firsts = [one for one in self.all if one.request.after is None]
+        prompt = sum(len(one.request.prompt) for one in firsts)
+        completion = sum(one.completion_tokens for one in self.all)
+        cached = sum(one.cached_tokens for one in firsts)
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+    async def _watch_client(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        for generation in self.all:
+            generation.stream.fail(ClientGoneError())

@@ -1,0 +1,72 @@
+"""POST /tokenize and /detokenize: what a prompt is made of, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from millrace.errors import RequestError
+from millrace.server.api.chat.endpoint import chat_text, tool_choice
+from millrace.server.api.context import ApiContext
+from millrace.server.api.request_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from millrace.server.api.response_schema import Text, Tokens
+from millrace.server.api.transport import json_response
+
+
+class Tokenize:
+    """The two endpoints."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: a prompt, or messages as the chat template writes them."""
+        context = self._context
+        body = await context.body(request, TokenizeRequest)
+        ready = context.check(body)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            text, special = body.prompt, body.add_special_tokens is not False
+        else:
+            text, special = await self._chat_text(body), bool(body.add_special_tokens)
+        tokens = await context.token_ids(text, special)
+        texts = None
+        if body.return_token_strs:
+            texts = [context.processor.tokenizer.token_text(token) for token in tokens]
+        return json_response(
+            Tokens(
+                count=len(tokens),
+                max_model_len=ready.max_model_len,
+                tokens=tokens,
+                token_strs=texts,
+            )
+        )
+
+    async def _chat_text(self, body: TokenizeRequest) -> str:
+        chat = ChatRequest(
+            messages=body.messages or [],
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
+        work = partial(chat_text, self._context, chat, tool_choice(self._context, chat))
+        return await self._context.run_in_thread(work, long=True)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: the text of token ids, special ones included."""
+        context = self._context
+        body = await context.body(request, DetokenizeRequest)
+        context.check(body)
+        context.processor.check_ids(body.tokens, "tokens")
+        return json_response(Text(context.processor.tokenizer.decode(body.tokens, False)))

@@ -1,0 +1,92 @@
+"""The two ways an answer leaves: whole as JSON, or streamed as server-sent events.
+
+The status line waits for the first piece, so that a request which the engine refuses, or which
+dies with it, still gets a proper status. A later failure becomes an event of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from millrace.server.api.formatters import Formatter
+from millrace.server.api.generation import Generation, Generations
+from millrace.server.http.errors import ClientGoneError, as_api_error
+
+Open = Callable[[Receive], Generations]
+
+_encode = msgspec.json.Encoder().encode
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # tells nginx to pass every chunk on at once
+]
+
+
+def json_response(body: msgspec.Struct) -> Response:
+    return Response(_encode(body), media_type="application/json")
+
+
+class WholeAnswer:
+    """An ASGI application that answers once everything is generated."""
+
+    def __init__(self, open_all: Open, formatter: Formatter) -> None:
+        self._open = open_all
+        self._formatter = formatter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._open(receive) as generations:
+                pieces = await generations.each(Generation.whole)
+                body = self._formatter.whole(generations.all, pieces, generations.usage())
+        except ClientGoneError:
+            return
+        await json_response(body)(scope, receive, send)
+
+
+class EventStream:
+    """An ASGI application that sends each piece as it comes."""
+
+    def __init__(self, open_all: Open, formatter: Formatter) -> None:
+        self._open = open_all
+        self._formatter = formatter
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        try:
+            async with self._open(receive) as generations:
+                self._generations = generations
+                await generations.each(self._stream)
+                usage = generations.usage()
+            await self._write(self._formatter.ending(usage), more=False)
+        except ClientGoneError:
+            return
+        except Exception as error:
+            if not self._started:
+                raise
+            await self._write(self._formatter.failure(as_api_error(error)), more=False)
+
+    async def _stream(self, one: Generation) -> None:
+        first = True
+        while not one.done:
+            piece = await one.next()
+            if not self._started:
+                await self._start()
+            usage = self._generations.usage() if self._formatter.wants_counts else None
+            await self._write(self._formatter.events(one, piece, first, usage))
+            first = False
+
+    async def _start(self) -> None:
+        self._started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+
+    async def _write(self, events: Iterable[bytes], more: bool = True) -> None:
+        """Send events at once. A client must not get half of one: each ends with a blank line."""
+        data = b"".join(events)
+        if data or not more:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})

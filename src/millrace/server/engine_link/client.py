@@ -1,0 +1,203 @@
+"""The front's end of an engine: requests go in, streams of deltas come out.
+
+The client notices at once when the engine process ends, or when it has gone silent, and then fails
+every open stream with one clear error. It outlives its engine: `restart` gives it another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from time import monotonic
+
+from millrace.config import EngineArgs
+from millrace.errors import UserError
+from millrace.protocol import (
+    Abort,
+    AddRequest,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Outputs,
+    Ready,
+    ResetPrefixCache,
+    Shutdown,
+)
+from millrace.server.engine_link import request_record
+from millrace.server.engine_link.link import EngineLink
+from millrace.server.engine_link.process import ENGINE_PROGRAM
+from millrace.server.engine_link.stream import Stream
+from millrace.server.telemetry.metrics import RequestMetrics
+from millrace.server.telemetry.prefix_report import PrefixReporter
+
+logger = logging.getLogger(__name__)
+
+# A stuck engine's own watchdog says where it is, so the front gives it time to speak first.
+SILENCE_FACTOR, SILENCE_EXTRA = 1.25, 5.0
+
+
+class EngineDeadError(Exception):
+    """The engine process has ended, or cannot go on; the message says how."""
+
+
+class EngineClient:
+    """One engine after another and the requests that are open in it.
+
+    ready: what the engine said when it was, None before. died: how it ended, None while it has
+    not. stats: its latest figures. held_prefixes: of prompts that went to it. draining: no new
+    requests are wanted. stream_interval: tokens that a stream's reader waits for.
+    """
+
+    def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
+        self.ready: Ready | None = None
+        self.died: Exception | None = None
+        self.stats = EngineStats()
+        self.prefix_reporter = PrefixReporter()
+        self.draining = False
+        self._metrics = metrics
+        self._stream_interval = stream_interval
+        self._streams: dict[str, Stream] = {}
+        self._changed = asyncio.Event()  # set once the engine is ready or dead, again once dead
+        self._quiet_ticks = 0
+        self._silent: str | None = None
+
+    async def start(self, args: EngineArgs, program: Sequence[str] = ENGINE_PROGRAM) -> None:
+        """Start the engine process; it loads while this returns."""
+        self._args, self._program = args, program
+        self.prefix_reporter.on = args.enable_prefix_caching
+        self._link = EngineLink(self._handle, self._ended)
+        await self._link.start(args, program)
+        self._silence = asyncio.get_running_loop().create_task(self._watch_silence())
+
+    async def restart(self) -> None:
+        """Start another engine in place of one that has died; this one may die at once."""
+        assert self.died is not None
+        await self._link.stop()
+        self.ready = self.died = None
+        self._quiet_ticks = 0
+        self._silent = None
+        self._metrics.restarts += 1
+        self._changed.clear()
+        self._link = EngineLink(self._handle, self._ended)
+        try:
+            await self._link.start(self._args, self._program)
+        except OSError as error:
+            self._die(EngineDeadError(f"the engine could not be started: {error}"))
+
+    async def wait_ready(self) -> Ready:
+        """Wait for the engine's first real step. Raises UserError or EngineDeadError."""
+        await self._changed.wait()
+        if self.died is not None:
+            raise self.died
+        assert self.ready is not None
+        return self.ready
+
+    async def wait_died(self) -> Exception:
+        """Wait for the engine's unexpected end, and say how it came."""
+        while self.died is None:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.died
+
+    @property
+    def healthy(self) -> bool:
+        return self.ready is not None and self.died is None and not self.draining
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of open requests: their prompts, and what they have generated so far."""
+        return sum(one.prompt_len + one.tokens for one in self._streams.values())
+
+    def open(self, request: AddRequest) -> Stream:
+        """Hand a request to the engine. Whoever opens a stream closes it."""
+        stream = Stream(request, self._metrics, self._stream_interval)
+        if (seen := request_record.current.get()) is not None:
+            seen.streams.append(stream)
+        if self.died is not None:
+            stream.lose(EngineDeadError(str(self.died)))
+            return stream
+        self._streams[request.id] = stream
+        self._link.send(request)
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Let go of a stream; what has not ended is aborted in the engine."""
+        if self._streams.pop(stream.id, None) is not None and not stream.ended:
+            stream.abandon()
+            self._link.send(Abort([stream.id]))
+
+    def fail_all(self, error: Exception) -> None:
+        """Give every open request this error."""
+        for stream in self._streams.values():
+            stream.fail(error)
+
+    def reset_prefix_cache(self) -> None:
+        """Have the engine forget every cached prefix that no request uses."""
+        if self.died is None:
+            self._link.send(ResetPrefixCache())
+            self.prefix_reporter.forget()
+
+    async def stop(self) -> None:
+        """End the engine, by force if it must be, and remove what `start` made."""
+        self.draining = True
+        self._silence.cancel()
+        self._link.send(Shutdown())
+        await self._link.stop()
+
+    def _handle(self, message: FromEngine) -> None:
+        self._quiet_ticks = 0
+        if isinstance(message, Outputs):
+            self.stats = message.stats
+            now = monotonic()
+            for delta in message.deltas:
+                stream = self._streams.get(delta.id)
+                if stream is not None:  # None: closed here while the delta was under way
+                    stream.put(delta, now)
+        elif isinstance(message, Ready):
+            self.ready = message
+            self._changed.set()
+        else:
+            self._die(_failure(message))
+
+    def _ended(self, reason: str) -> None:
+        self._die(EngineDeadError(self._silent or reason))
+
+    async def _watch_silence(self) -> None:
+        """Kill an engine that says nothing for so long that its own watchdog should have spoken.
+
+        Seconds are counted one by one in this loop: time in which the front itself stood still
+        does not count.
+        """
+        limit = self._args.step_timeout
+        if not limit:
+            return
+        while True:
+            await asyncio.sleep(1.0)
+            if self.ready is None or self.died is not None:
+                continue
+            self._quiet_ticks += 1
+            if self._quiet_ticks > limit * SILENCE_FACTOR + SILENCE_EXTRA:
+                self._silent = f"the engine was silent for {self._quiet_ticks} s and was killed"
+                self._link.kill()
+
+    def _die(self, error: Exception) -> None:
+        if self.died is not None:
+            return
+        self.died = error
+        self.stats = EngineStats()
+        self.prefix_reporter.forget()
+        if not isinstance(error, UserError):  # that one the command reports, in one line
+            logger.error("%s; %d requests were open", error, len(self._streams))
+        for stream in self._streams.values():
+            stream.lose(EngineDeadError(str(error)))
+        self._streams.clear()
+        self._changed.set()
+
+
+def _failure(message: Failed) -> Exception:
+    return UserError(message.message) if message.user_error else EngineDeadError(message.message)

@@ -1,0 +1,155 @@
+"""One engine's life: its process and the two sockets that lead to it, in a private directory.
+
+A link knows how messages travel and how an engine ended, not what they mean. When its engine has
+ended a link is of no more use; the next engine gets a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from millrace.config import EngineArgs
+from millrace.protocol import Failed, FromEngine, ToEngine
+from millrace.replica.watchdog import REPORT, where
+from millrace.server.engine_link.process import EngineProcess
+
+logger = logging.getLogger(__name__)
+
+RESEND_SECONDS = 0.005
+LAST_WORDS_SECONDS = 1.0  # for the message of an engine that has ended
+MAX_IPC_PATH = 90  # a Unix socket's name has at most 107 bytes
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+class EngineLink:
+    """The way to one engine process and back.
+
+    on_message is called with each message; on_end with one line that says how the process ended,
+    once, unless `stop` ended it.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[FromEngine], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_end = on_end
+        self._outbox: deque[bytes] = deque()
+        self._closed = False
+        self._failed = False  # the engine has said that it ends, and why
+        self._process: EngineProcess | None = None
+
+    async def start(self, args: EngineArgs, program: Sequence[str]) -> None:
+        """Make the sockets and start the engine process; it loads while this returns.
+
+        Raises OSError when there can be no process.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._directory = _socket_directory()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._to_engine = context.socket(zmq.PUSH)
+        self._to_engine.setsockopt(zmq.SNDHWM, 0)  # the number of requests is bounded elsewhere
+        self._to_engine.bind(f"ipc://{self._directory}/to-engine")
+        self._from_engine = context.socket(zmq.PULL)
+        self._from_engine.setsockopt(zmq.RCVHWM, 0)
+        self._descriptor = int(self._from_engine.getsockopt(zmq.FD))
+        self._from_engine.bind(f"ipc://{self._directory}/from-engine")
+        self._loop.add_reader(self._descriptor, self._receive)
+        try:
+            self._process = await EngineProcess.start(args, self._directory, program)
+        except OSError:
+            self._close()
+            raise
+        self._watch = self._loop.create_task(self._watch_process(self._process))
+
+    def send(self, message: ToEngine) -> None:
+        self._outbox.append(_encode(message))
+        self._flush()
+
+    def kill(self) -> None:
+        """End the process at once; `on_end` follows."""
+        if self._process is not None:
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Wait for an engine that was told to end, insist if need be, remove what `start` made."""
+        if self._process is not None:
+            self._watch.cancel()
+            await self._process.end()
+        self._close()
+
+    def _flush(self) -> None:
+        """Send what waits. It waits only while the engine is not connected, which passes."""
+        while self._outbox and not self._closed:
+            try:
+                self._to_engine.send(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                self._loop.call_later(RESEND_SECONDS, self._flush)
+                return
+            self._outbox.popleft()
+
+    def _receive(self) -> None:
+        # The descriptor signals changes, not a state: read until there is nothing left.
+        with contextlib.suppress(zmq.Again):
+            while not self._closed:
+                message = _decode(self._from_engine.recv(zmq.NOBLOCK))
+                self._failed = isinstance(message, Failed)
+                self._on_message(message)
+
+    async def _watch_process(self, process: EngineProcess) -> None:
+        status = await process.wait()
+        report = self._report()
+        if status > 0 and not report:
+            await self._hear_last_words()
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        reason = f"the engine process ended with {how}"
+        if report:
+            logger.error("the stacks of the engine when it was stuck:\n%s", report)
+            reason = f"the engine was stuck in one step, {where(report)}"
+        self._close()
+        self._on_end(reason)
+
+    async def _hear_last_words(self) -> None:
+        """Say why it failed, if it did: its message may still be on its way when it has ended."""
+        deadline = self._loop.time() + LAST_WORDS_SECONDS
+        while not self._failed and self._loop.time() < deadline:
+            self._receive()
+            await asyncio.sleep(0.01)
+
+    def _report(self) -> str:
+        """What the engine's watchdog wrote before it ended the process, if it did."""
+        try:
+            return (self._directory / REPORT).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._descriptor)
+        self._to_engine.close(linger=0)
+        self._from_engine.close(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _socket_directory() -> Path:
+    """A directory that only this user can enter, with a name short enough for a socket."""
+    directory = Path(tempfile.mkdtemp(prefix="millrace-"))
+    if len(str(directory)) > MAX_IPC_PATH:
+        directory.rmdir()
+        directory = Path(tempfile.mkdtemp(prefix="millrace-", dir="/tmp"))
+    return directory

@@ -1,0 +1,60 @@
+"""What is remembered of one HTTP request while it is answered: for the log, figures and traces.
+
+The door makes a record for each request and sets it as `current` in the request's task; the engine
+client adds the streams that are opened there. So neither endpoints nor replies carry it around.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+if TYPE_CHECKING:
+    from millrace.server.engine_link.stream import Stream
+
+LEFT = 499  # nginx's status for a client that was gone before its answer
+
+current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
+
+
+class RequestRecord:
+    """One HTTP request. began: seconds on the monotonic clock; at: seconds since 1970."""
+
+    __slots__ = ("at", "began", "id", "scope", "status", "streams")
+
+    def __init__(self, scope: Scope, request_id: str) -> None:
+        self.id = request_id
+        self.scope = scope
+        self.began = monotonic()
+        self.at = time.time()
+        self.status = LEFT
+        self.streams: list[Stream] = []
+
+    @property
+    def path(self) -> str:
+        """As the client wrote it, without the query: printable ASCII, on one line."""
+        raw: bytes = self.scope.get("raw_path") or b"/"
+        return raw.decode("latin-1")
+
+    @property
+    def route(self) -> str:
+        """The path's pattern, of which there are few; `other` where none matched."""
+        route = self.scope.get("route")
+        return getattr(route, "path", "other")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of outputs for one prompt, the first counts it."""
+        return sum(one.prompt_len for one in self.streams if one.counts_prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(one.cached for one in self.streams if one.counts_prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(one.tokens for one in self.streams)

@@ -1,0 +1,153 @@
+"""The way of one request's tokens from the engine's messages to whoever waits for them.
+
+A stream holds at most what its reader has not taken yet, merged into one delta: a slow client
+costs memory for its own tokens and nothing else, and the engine never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TypeVar
+
+from millrace.protocol import AddRequest, Delta, FinishReason
+from millrace.server.telemetry.metrics import RequestMetrics
+
+_Item = TypeVar("_Item")
+
+
+class Stream:
+    """Deltas of one request. One writer (the engine client), one reader.
+
+    interval: tokens that the reader waits for between the first and the last.
+    ended: the engine holds nothing for this request any more. tokens, cached: generated, and found
+    in the prefix cache, so far. queued: seconds it waited for its admission. first, last: when
+    tokens came, in seconds on the clock of `arrival`; 0 before.
+    """
+
+    def __init__(self, request: AddRequest, metrics: RequestMetrics, interval: int = 1) -> None:
+        self.id = request.id
+        self.params = request.params
+        self.ended = False
+        self.prompt_len = len(request.prompt)
+        self.counts_prompt = request.after is None
+        self.arrival = request.arrival
+        self.first = self.last = self.queued = 0.0
+        self.tokens = self.cached = 0
+        self.finish_reason: FinishReason | None = None
+        self._metrics = metrics
+        self._interval = interval
+        self._taken = False
+        self._pending: Delta | None = None
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, delta: Delta, now: float) -> None:
+        """The engine brought tokens or the end. now: seconds on the clock of `arrival`."""
+        if delta.token_ids:
+            self._note_tokens(len(delta.token_ids), now)
+        self.cached = max(self.cached, delta.cached_tokens)
+        if delta.queued is not None:
+            self.queued = delta.queued
+            self._metrics.queue_time.observe(delta.queued)
+        if delta.finish_reason is not None:
+            self._note_end(delta.finish_reason, now)
+        self._pending = delta if self._pending is None else _merged(self._pending, delta)
+        if self._due():
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come: after what it has not taken the reader gets `error`."""
+        if self._failure is None:
+            self._failure = error
+            self._wake()
+
+    def lose(self, error: Exception) -> None:
+        """The engine is gone, and all that it held with it; the reader gets `error`."""
+        if not self.ended:
+            self._note_end("error", monotonic())
+            self.fail(error)
+
+    async def take(self) -> Delta:
+        """All that has come since the last call; waits until that is worth an answer."""
+        while not self._due():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._pending is None:
+            assert self._failure is not None
+            raise self._failure
+        delta, self._pending = self._pending, None
+        self._taken = True
+        return delta
+
+    def abandon(self) -> None:
+        """The reader wants no more."""
+        if not self.ended:
+            self._note_end("abort", monotonic())
+
+    def _due(self) -> bool:
+        """Whether the reader is to be given something."""
+        if self._failure is not None:
+            return True
+        waiting = self._pending
+        return waiting is not None and (
+            self._interval == 1
+            or not self._taken
+            or len(waiting.token_ids) >= self._interval
+            or waiting.finish_reason is not None
+        )
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _note_tokens(self, count: int, now: float) -> None:
+        if self.tokens:
+            self._metrics.inter_token_latency.observe(now - self.last)
+        else:
+            self.first = now
+            self._metrics.time_to_first_token.observe(now - self.arrival)
+        self.last = now
+        self.tokens += count
+
+    def _note_end(self, reason: FinishReason, now: float) -> None:
+        self.ended = True
+        self.finish_reason = reason
+        metrics = self._metrics
+        metrics.finished[reason] += 1
+        if reason not in ("stop", "length"):
+            return
+        admitted = self.arrival + self.queued
+        metrics.end_to_end.observe(now - self.arrival)
+        metrics.inference_time.observe(now - admitted)
+        metrics.prefill_time.observe(self.first - admitted)
+        metrics.decode_time.observe(self.last - self.first)
+        metrics.prompt_tokens.observe(self.prompt_len)
+        metrics.generation_tokens.observe(self.tokens)
+        if self.params.max_tokens is not None:
+            metrics.max_tokens.observe(self.params.max_tokens)
+        if self.counts_prompt:
+            metrics.n.observe(self.params.n)
+        if self.tokens > 1:
+            metrics.time_per_output_token.observe((self.last - self.first) / (self.tokens - 1))
+
+
+def _merged(one: Delta, other: Delta) -> Delta:
+    one.token_ids.extend(other.token_ids)  # in place: a reader that stalls must not cost a copy
+    return Delta(
+        id=one.id,
+        token_ids=one.token_ids,
+        finish_reason=other.finish_reason,
+        stop_token_id=other.stop_token_id,
+        cached_tokens=max(one.cached_tokens, other.cached_tokens),
+        error=other.error,
+        logprobs=_joined(one.logprobs, other.logprobs),
+        prompt_logprobs=_joined(one.prompt_logprobs, other.prompt_logprobs),
+    )
+
+
+def _joined(one: list[_Item] | None, other: list[_Item] | None) -> list[_Item] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    one.extend(other)
+    return one

@@ -1,0 +1,1 @@
+"""HTTP as every endpoint needs it: connections, bodies, errors, the middleware."""

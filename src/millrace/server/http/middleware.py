@@ -1,0 +1,179 @@
+"""What every HTTP request passes on its way in and out: ids, keys, counts, one line in the log.
+
+The door knows no endpoint; it wraps the whole application. What it costs is paid once for each
+request and, for the answer's pieces, one call each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from time import monotonic
+from uuid import uuid4
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from millrace.server.engine_link.request_record import RequestRecord, current
+from millrace.server.http.errors import ApiError, error_response
+from millrace.server.telemetry.metrics import RequestMetrics
+
+logger = logging.getLogger("millrace.access")
+
+# What answers without a key: what says nothing but that there is a server, and how it fares.
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
+Refusal = Callable[[Request, Exception], Awaitable[Response]]
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+class Keys:
+    """The keys of which a request must bring one; without any, every request may pass."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def check(self, scope: Scope) -> None:
+        """Raise ApiError (401) unless the request may pass."""
+        if not self._digests or scope["path"] in OPEN_PATHS:
+            return
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
+        given = _digest(key.strip())
+        # Every key is compared, in constant time: how long it takes tells nothing.
+        if sum(hmac.compare_digest(given, digest) for digest in self._digests) == 0:
+            raise ApiError(
+                401,
+                "incorrect API key; send one as 'Authorization: Bearer KEY'"
+                if key
+                else "no API key; send one as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+class Middleware:
+    """Wraps the application.
+
+    quiet: paths whose requests get no line in the log; None: none gets one. on_end is called with
+    each record when its request has ended. refusals: how requests without a key are answered where
+    a path begins so; elsewhere as OpenAI does.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: RequestMetrics,
+        keys: Keys,
+        *,
+        show_ids: bool = True,
+        quiet: frozenset[str] | None = frozenset(),
+        on_end: Sequence[Callable[[RequestRecord], None]] = (),
+        refusals: Mapping[str, Refusal] | None = None,
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._keys = keys
+        self._show_ids = show_ids
+        self._quiet = quiet
+        self._on_end = on_end
+        self._refusals = refusals or {}
+        self.open = 0
+        self._empty = asyncio.Event()
+
+    async def wait_empty(self, limit: float) -> bool:
+        """Wait up to `limit` seconds until no request is open; False if some still are."""
+        try:
+            async with asyncio.timeout(limit):
+                while self.open:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(scope, _request_id(scope))
+        current.set(record)
+        header = (b"x-request-id", record.id.encode("ascii"))
+
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                if self._show_ids:
+                    message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        self.open += 1
+        try:
+            await self._enter(scope, receive, send_noted)
+        except Exception:
+            record.status = 500
+            raise
+        finally:
+            self.open -= 1
+            if not self.open:
+                self._empty.set()
+            self._leave(record)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._keys.check(scope)
+        except ApiError as error:
+            path = scope["path"]
+            shapes = (refuse for start, refuse in self._refusals.items() if path.startswith(start))
+            answer = await next(shapes, error_response)(Request(scope), error)
+            await answer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _leave(self, record: RequestRecord) -> None:
+        method = record.scope["method"]
+        method = method if method in _METHODS else "other"
+        self._metrics.http[record.route, method, record.status] += 1
+        if self._quiet is not None and record.scope["path"] not in self._quiet:
+            logger.info("%s", access_line(record))
+        for tell in self._on_end:
+            tell(record)
+
+
+def access_line(record: RequestRecord) -> str:
+    """`POST /v1/completions 200 12 ms prompt=5 cached=0 output=7 end=stop id=… from=…`"""
+    scope = record.scope
+    parts = [
+        f"{scope['method']} {record.path} {record.status}",
+        f"{(monotonic() - record.began) * 1000:.0f} ms",
+    ]
+    if record.streams:
+        ends = {one.finish_reason or "open" for one in record.streams}
+        parts.append(f"prompt={record.prompt_tokens} cached={record.cached_tokens}")
+        parts.append(f"output={record.completion_tokens} end={'+'.join(sorted(ends))}")
+    client = scope.get("client")
+    parts.append(f"id={record.id}")
+    parts.append(f"from={client[0]}:{client[1]}" if client else "from=?")
+    return " ".join(parts)
+
+
+def _request_id(scope: Scope) -> str:
+    """The request's own id if it can stand in a header and a log, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given: str = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(given):
+                return given
+    return uuid4().hex
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

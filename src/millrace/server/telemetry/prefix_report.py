@@ -1,0 +1,68 @@
+"""Which prefixes this replica holds, for gateways that ask: the hashes of its latest prompts.
+
+It knows what was asked for, not what the engine's cache has kept of it: a gateway takes it as a
+hint. Nothing here is done for a token; a request costs microseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from uuid import uuid4
+
+from msgspec import Raw
+
+from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PrefixReport, hash_chain
+
+PROMPTS = 256  # remembered
+ENOUGH = 2048  # hashes in a reply, after which it tells of no further prompt
+
+
+class PrefixReporter:
+    """The hash chains of the last PROMPTS prompts, numbered as they came, since the cache was
+    empty. on: whether there is a cache at all; without one nothing is kept or told."""
+
+    def __init__(self, on: bool = False) -> None:
+        self.on = on
+        self._chains: deque[Sequence[int]] = deque(maxlen=PROMPTS)
+        self.forget()
+
+    def forget(self) -> None:
+        """The cache has been emptied: a new epoch begins, in which old cursors mean nothing."""
+        self._epoch = uuid4().hex[:16]
+        self._chains.clear()
+        self._count = 0
+
+    def chain(self, prompt: Sequence[Raw]) -> list[int]:
+        """The hashes of a prompt, from the JSON of the fields that make it."""
+        if not self.on:
+            return []
+        most = BLOCK * MAX_BLOCKS
+        return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt))
+
+    def note(self, chain: Sequence[int]) -> None:
+        """A prompt with these hashes goes to the engine."""
+        if chain:
+            self._chains.append(chain)
+            self._count += 1
+
+    def report(self, cursor: str) -> PrefixReport | None:
+        """What came after the cursor; all that is remembered if it is not one of this epoch."""
+        if not self.on:
+            return None
+        oldest = self._count - len(self._chains)
+        told = max(oldest, self._number(cursor))
+        hashes: dict[int, None] = {}
+        for chain in islice(self._chains, told - oldest, None):
+            if len(hashes) >= ENOUGH:
+                break
+            hashes.update(dict.fromkeys(chain))
+            told += 1
+        return PrefixReport(self._epoch, f"{self._epoch}.{told}", list(hashes))
+
+    def _number(self, cursor: str) -> int:
+        epoch, _, number = cursor.partition(".")
+        if epoch != self._epoch or not number.isdecimal() or len(number) > 18:
+            return 0
+        return min(int(number), self._count)

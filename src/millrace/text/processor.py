@@ -1,0 +1,288 @@
+"""Everything between a user's words and token ids for one model: what the server and `LLM` share.
+
+A `Codec` turns text, messages or token ids into an `AddRequest` that is known to fit, and gives
+each request its `Detokenizer`. How requests reach an engine is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
+from millrace.text.detokenizer import Detokenizer
+from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
+from millrace.text.grammar import structured_rules, structured_source
+from millrace.text.messages import Message, readable
+from millrace.text.reasoning import END
+from millrace.text.template import ChatTemplate, load_template
+from millrace.text.tokenizer import Tokenizer
+from millrace.text.tool_grammar import calls_source, can_bind_freely
+from millrace.text.tool_parser import FUNCTION, ToolCallParser
+from millrace.text.tool_schema import Tool, ToolChoice
+
+
+class TextProcessor:
+    """The text side of one model.
+
+    vocab_size: token ids are below it (the embedding may have more rows than the tokenizer tokens).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        defaults: SamplingDefaults,
+        vocab_size: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.defaults = defaults
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, model: Path, tokenizer: Path, generation_config: str = "auto") -> TextProcessor:
+        """Read what the directories hold. Raises CheckpointError.
+
+        generation_config: auto takes the checkpoint's sampling defaults, vllm takes none.
+        """
+        tokens = Tokenizer.load(tokenizer)
+        auto = generation_config == "auto"
+        return cls(
+            tokens,
+            load_template(tokenizer),
+            sampling_defaults(model) if auto else SamplingDefaults(),
+            vocab_size(model) or tokens.vocab_size,
+        )
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages as prompt text. Raises RequestError.
+
+        continue_final_message: the prompt ends where the last message's content does.
+        """
+        if self.template is None:
+            raise RequestError(
+                "this model has no chat template; send text to /v1/completions", param="messages"
+            )
+        if tools:
+            if not self.template.takes_tools:
+                raise RequestError("this model's chat template knows no tools", param="tools")
+            variables = {**(variables or {}), "tools": [tool.given for tool in tools]}
+        return self.template.render(
+            readable(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises RequestError for a text that is no valid Unicode."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens)
+        except (UnicodeError, TypeError):
+            raise RequestError(
+                "the prompt holds half of a surrogate pair, which is no character", param="prompt"
+            ) from None
+
+    def request(
+        self,
+        id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        max_model_len: int,
+        unsaid_max_tokens: int | None = None,
+        *,
+        resume: Sequence[int] = (),
+        priority: int = 0,
+        grammar: Grammar | None = None,
+        reasoning: ReasoningBound | None = None,
+    ) -> AddRequest:
+        """A request that fits, with max_tokens settled and turn ends marked.
+
+        Where params.max_tokens is None it becomes what fits, or unsaid_max_tokens if that is less.
+        resume: tokens that count as generated; max_tokens bounds them and what follows together.
+
+        Raises RequestError if none can.
+        """
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        self.check_ids(prompt, "prompt")
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_ids(list(params.logit_bias or ()), "logit_bias")
+        self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self.check_ids(resume, "resume_token_ids")
+        params = self._settled(params, len(prompt), max_model_len, unsaid_max_tokens)
+        if len(resume) > (params.max_tokens or 0):
+            raise RequestError(
+                f"resume_token_ids has {len(resume)} tokens, but max_tokens is {params.max_tokens}",
+                param="resume_token_ids",
+            )
+        return AddRequest(
+            id=id,
+            prompt=prompt,
+            params=params,
+            boundaries=self.tokenizer.turn_ends(prompt),
+            arrival=monotonic(),
+            resume=list(resume),
+            priority=priority,
+            bad_words=[ids for word in params.bad_words for ids in self._spellings(word)],
+            grammar=grammar,
+            reasoning=reasoning,
+        )
+
+    def reasoning_bound(self, tokens: int | None, reasons: bool) -> ReasoningBound | None:
+        """What closes the reasoning after so many tokens, if there is any. Raises RequestError."""
+        if tokens is not None and tokens < 0:
+            raise RequestError(
+                f"thinking_token_budget must be at least 0, got {tokens}",
+                param="thinking_token_budget",
+            )
+        if tokens is None or not reasons:
+            return None
+        end = self.tokenizer.token_id(END)
+        if end is None:
+            raise RequestError(
+                f"{END} is no token of this model, so that reasoning cannot be ended with it",
+                param="thinking_token_budget",
+            )
+        return ReasoningBound(min(tokens, 2**31), end)
+
+    def _settled(
+        self, params: SamplingParams, prompt_len: int, limit: int, unsaid_max_tokens: int | None
+    ) -> SamplingParams:
+        """The parameters as the engine takes them: with a max_tokens that fits."""
+        room = _room(prompt_len, limit)
+        if params.max_tokens is None:
+            most = min(room, unsaid_max_tokens or room, self.defaults.max_tokens or room)
+        elif params.max_tokens > room:
+            raise _too_long(prompt_len, params.max_tokens, limit)
+        else:
+            most = params.max_tokens
+        top_k = 0 if params.top_k > self.vocab_size else params.top_k
+        return msgspec.structs.replace(
+            params, max_tokens=most, top_k=top_k, structured_outputs=None
+        )
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        """A word's tokens as it begins a text and, if those are as many, within one."""
+        bare = self.encode(word.lstrip(), add_special_tokens=False)
+        spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
+        if not bare:  # nothing but white space
+            return [self.encode(word, add_special_tokens=False)]
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            return [bare, spaced]
+        return [bare]
+
+    def structured(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
+        """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, which it
+        does not bind. field: what the client calls it. Raises RequestError.
+        """
+        return Grammar(structured_source(wanted, field, reasons), self._reasoning_end(reasons))
+
+    def calls(
+        self,
+        choice: ToolChoice,
+        parser: ToolCallParser,
+        reasons: bool,
+        wanted: tuple[StructuredOutputs, str] | None = None,
+    ) -> Grammar:
+        """The grammar of an answer that may or must call tools. wanted: what it must match where it
+        does not, and the field that says so. Otherwise as `structured`.
+        """
+        body = None
+        if wanted is not None:
+            self.structured(*wanted, reasons)  # for its message, should it be wrong
+            body = structured_rules(*wanted)
+        source = calls_source(
+            choice, self._calls_in_json(parser), reasons, self.tokenizer.token_id, body
+        )
+        return Grammar(source, self._reasoning_end(reasons))
+
+    def binds_freely(self, choice: ToolChoice) -> bool:
+        """Whether calls are to be bound in an answer that may have none."""
+        strict = choice.mode == "auto" and any(tool.strict for tool in choice.tools)
+        return strict and can_bind_freely(self.tokenizer.token_id)
+
+    def _calls_in_json(self, parser: ToolCallParser) -> bool:
+        if parser == "auto":
+            return self.template is None or FUNCTION not in self.template.source
+        return parser == "hermes"
+
+    def _reasoning_end(self, reasons: bool) -> int | None:
+        if not reasons:
+            return None
+        token = self.tokenizer.token_id(END)
+        if token is None:
+            raise RequestError(
+                f"{END} is no token of this model, so that an answer cannot be bound behind the "
+                'reasoning; send chat_template_kwargs {"enable_thinking": false}'
+            )
+        return token
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise RequestError for the first that is not in the vocabulary."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise RequestError(
+                f"token id {wrong} is not in the vocabulary; use 0 to {self.vocab_size - 1}",
+                param=param,
+            )
+
+    def output(self, params: SamplingParams) -> Detokenizer:
+        """What turns the tokens of a request with these parameters into text."""
+        return Detokenizer(self.tokenizer, params)
+
+
+def _room(prompt_len: int, limit: int) -> int:
+    """Tokens that the output may have. Raises RequestError if that is none."""
+    if prompt_len >= limit:
+        raise RequestError(
+            f"the prompt has {prompt_len} tokens, but the model's context holds {limit} "
+            f"including the output; at most {limit - 1} work",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return limit - prompt_len
+
+
+def _too_long(prompt_len: int, wanted: int, limit: int) -> RequestError:
+    return RequestError(
+        f"max_tokens {wanted} and a prompt of {prompt_len} tokens are {wanted + prompt_len} "
+        f"together, but the model's context holds {limit}; max_tokens {limit - prompt_len} works",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+def copies(request: AddRequest) -> list[AddRequest]:
+    """A request for n outputs as n requests; all but the first wait for its prompt to be cached."""
+    params = request.params
+    made = []
+    for at in range(params.n):
+        seed = params.seed if params.seed is None else _wrapped(params.seed + at)
+        made.append(
+            msgspec.structs.replace(
+                request,
+                id=f"{request.id}-{at}" if at else request.id,
+                params=msgspec.structs.replace(params, n=1, seed=seed),
+                after=request.id if at else None,
+            )
+        )
+    return made
+
+
+def _wrapped(seed: int) -> int:
+    return seed if seed < 2**64 else seed - 2**64

@@ -1,0 +1,255 @@
+"""Workloads: every kind, item by item, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.bench.command import bench
+from millrace.bench.load.arrivals import Schedule, check_schedule, due_times, rate_at
+from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt, read_trace
+from millrace.bench.workload.prompts import (
+    GivenSpec,
+    PolicySpec,
+    PrefixSpec,
+    RandomSpec,
+    lengths,
+    maker,
+    merge_lengths,
+    random_prompts,
+    workload_line,
+)
+from millrace.errors import UserError
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+# --- drawn -------------------------------------------------------------------------------------
+
+
+def test_an_item_is_the_same_whoever_makes_it_and_when() -> None:
+    spec = RandomSpec(count=None, input_len=30, output_len=9, range_ratio=0.5, seed=3)
+    first, second = maker(spec), maker(spec)
+    assert [first(i) for i in (7, 2, 7)] == [second(i) for i in (7, 2, 7)]
+    assert first(1).content != first(2).content
+
+
+def test_shared_prefixes_repeat_and_suffixes_do_not() -> None:
+    spec = PrefixSpec(count=9, prefix_len=5, suffix_len=4, num_prefixes=3, output_len=2)
+    prompts = [maker(spec)(i) for i in range(9)]
+    heads = [tuple(p.content[:5]) for p in prompts]
+    assert len(set(heads)) == 3
+    assert heads[0] == heads[3] == heads[6]
+    assert len({tuple(p.content[5:]) for p in prompts}) == 9
+    assert {p.input_tokens for p in prompts} == {9}
+
+
+def test_a_context_is_each_prompts_own_and_a_prefix_is_shared() -> None:
+    spec = RandomSpec(count=3, input_len=4, output_len=2, prefix_len=3, context_len=50)
+    prompts = random_prompts(spec)
+    assert {p.input_tokens for p in prompts} == {57}
+    assert len({tuple(p.content[:3]) for p in prompts}) == 1
+    assert len({tuple(p.content[3:53]) for p in prompts}) == 3
+
+
+def test_policy_documents_are_those_of_the_evaluation() -> None:
+    make = maker(PolicySpec(count=4, output_len=30), as_text=True)
+    prompt = make(0)
+    assert isinstance(prompt.content, list)
+    assert prompt.content[-1]["role"] == "user"
+    assert prompt.input_tokens > 30
+    text = maker(PolicySpec(count=4, output_len=30))(0).content
+    assert prompt.content[-1]["content"] in text
+
+
+def test_a_conversation_has_its_turns() -> None:
+    spec = RandomSpec(count=2, input_len=6, output_len=4, turns=3)
+    one, other = random_prompts(spec)
+    assert [len(turn.text.split()) for turn in one.later] == [6, 6]
+    assert len({one.content, *(t.text for t in one.later)}) == 3
+    assert one.later != other.later
+
+
+def test_the_line_names_the_meaning_of_the_ratio_and_the_realised_means() -> None:
+    spec = RandomSpec(
+        count=400, input_len=100, output_len=10, range_ratio=0.5, convention="inferencex"
+    )
+    seen = lengths(random_prompts(spec))
+    line = workload_line(spec, seen)
+    assert "range ratio 0.5 as inferencex [L*r, L]" in line
+    assert 70 < seen.mean_input < 80
+    assert 50 <= seen.least_input <= seen.most_input <= 100
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 6))
+def test_lengths_of_parts_are_those_of_the_whole(sizes: list[int], parts: int) -> None:
+    spec = RandomSpec(count=1, input_len=1, output_len=1)
+    prompts = [maker(RandomSpec(count=1, input_len=size, output_len=size))(0) for size in sizes]
+    assert spec.count == 1
+    whole = lengths(prompts)
+    assert merge_lengths([lengths(prompts[n::parts]) for n in range(parts)]) == whole
+
+
+# --- read --------------------------------------------------------------------------------------
+
+
+def test_custom_lines_are_text_ids_or_messages(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "p.jsonl",
+        {"prompt": "four words are here", "output_tokens": 7},
+        {"prompt": [1, 2, 3]},
+        {"messages": [{"role": "user", "content": "hello"}]},
+    )
+    spec = read_custom(path, count=None, output_len=5, tokens=lambda text: len(text.split()))
+    assert [(p.input_tokens, p.output_tokens) for p in spec.prompts] == [(4, 7), (3, 5), (1, 5)]
+    make = maker(spec)
+    assert make(3) == make(0)  # from the start again
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "line 1: not a JSON object"),
+        ('{"text": "x"}', "line 1: neither a prompt"),
+        ('{"prompt": ""}', "line 1: neither a prompt"),
+        ('{"prompt": "x", "output_tokens": 0}', "output_tokens 0 is no count"),
+        ("", "there is no prompt in it"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, expected: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match="p.jsonl.*" + expected):
+        read_custom(str(path), count=None, output_len=5, tokens=estimate_tokens)
+
+
+def test_sharegpt_gives_what_people_said_and_how_long_answers_were(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    talk = [
+        {"from": "system", "value": "be nice"},
+        {"from": "human", "value": "one two three"},
+        {"from": "gpt", "value": "a b"},
+        {"from": "human", "value": "four"},
+        {"from": "gpt", "value": "c d e"},
+    ]
+    path.write_text(json.dumps([{"conversations": talk}, {"conversations": talk[2:]}, {}]))
+
+    def words(text: str) -> int:
+        return len(text.split())
+
+    spec = read_sharegpt(str(path), count=None, output_len=None, turns=2, tokens=words)
+    (prompt,) = spec.prompts
+    assert (prompt.content, prompt.input_tokens, prompt.output_tokens) == ("one two three", 3, 2)
+    assert [(t.text, t.output_tokens) for t in prompt.later] == [("four", 3)]
+    path.write_text('{"a": 1}')
+    with pytest.raises(UserError, match="JSON list of conversations"):
+        read_sharegpt(str(path), count=None, output_len=None, turns=1, tokens=words)
+
+
+def test_a_trace_keeps_its_times_and_its_shared_blocks(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"timestamp": 2500, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]},
+        {"timestamp": 1000, "input_length": 700, "output_length": 4, "hash_ids": [1, 3]},
+    )
+    spec, times = read_trace(path, count=None, vocab_size=100, seed=0)
+    assert times == (0.0, 1.5)
+    first, second = spec.prompts
+    assert [(p.input_tokens, p.output_tokens) for p in spec.prompts] == [(700, 4), (600, 3)]
+    assert first.content[:512] == second.content[:512]
+    assert first.content[512:600] != second.content[512:600]
+    schedule = Schedule(times=times, speed=2.0)
+    assert list(due_times(schedule)) == [0.0, 0.75]
+    with pytest.raises(UserError, match=r"line 1: a trace needs the numbers timestamp"):
+        read_trace(lines(tmp_path / "u.jsonl", {"timestamp": 1}), count=1, vocab_size=9, seed=0)
+
+
+# --- when --------------------------------------------------------------------------------------
+
+
+@given(
+    rate=st.floats(0.1, 1000),
+    burstiness=st.sampled_from([0.3, 1.0, 5.0, math.inf]),
+    processes=st.integers(1, 8),
+)
+def test_processes_together_send_when_one_would(
+    rate: float, burstiness: float, processes: int
+) -> None:
+    schedule = Schedule(rate=rate, burstiness=burstiness, seed=1)
+    whole = list(itertools.islice(due_times(schedule), 40))
+    parts = [
+        list(itertools.islice(due_times(schedule), number, 40, processes))
+        for number in range(processes)
+    ]
+    assert sorted(at for part in parts for at in part) == whole
+    assert whole == sorted(whole)
+    if math.isinf(burstiness):
+        assert whole[1] == pytest.approx(1 / rate)
+
+
+def test_a_ramp_goes_from_its_start_to_its_end() -> None:
+    linear = Schedule(ramp="linear", ramp_start=2.0, ramp_end=10.0, count=101)
+    assert [rate_at(linear, n) for n in (0, 50, 100, 500)] == pytest.approx([2, 6, 10, 10])
+    steep = Schedule(ramp="exponential", ramp_start=1.0, ramp_end=100.0, count=101)
+    assert [rate_at(steep, n) for n in (0, 50, 100)] == pytest.approx([1, 10, 100])
+    times = list(itertools.islice(due_times(steep), 101))
+    early, late = times[20] - times[0], times[100] - times[80]
+    assert early > 5 * late
+    from_nothing = Schedule(ramp="linear", ramp_start=0.0, ramp_end=10.0, count=10)
+    assert rate_at(from_nothing, 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ramp": "linear"}, "--ramp-up-start-rps and --ramp-up-end-rps"),
+        ({"ramp": "linear", "rate": 5.0}, "leave out --request-rate"),
+        ({"ramp": "linear", "ramp_start": 9.0}, "not below the start"),
+        ({"ramp": "exponential", "ramp_start": 0.0}, "a start above 0"),
+        ({"ramp": "linear", "count": None}, "give --num-prompts"),
+        ({"speed": 0.0}, "--trace-speed"),
+    ],
+)
+def test_a_ramp_that_makes_no_sense_is_refused(changes: dict[str, Any], expected: str) -> None:
+    given_ = {"count": 10, **changes}
+    if "ramp_start" in changes or "count" in changes or "rate" in changes:
+        given_ = {"ramp_start": 1.0, "ramp_end": 5.0, **given_}
+    with pytest.raises(UserError, match=expected):
+        check_schedule(Schedule(**given_))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--dataset-name", "custom"), "give --dataset-path"),
+        (("--dataset-path", "x"), "--dataset-path goes with"),
+        (("--dataset-name", "custom", "--dataset-path", "/no/file"), "/no/file: No such file"),
+        (("--preset", "inferencex"), "give --max-concurrency"),
+        (("--duration", "0"), "--duration 0"),
+        (("--processes", "0"), "--processes 0: use 1 or more"),
+        (("--multi-turn-turns", "0"), "--multi-turn-turns 0: use 1 or more"),
+        (("--num-runs", "0"), "--num-runs 0"),
+        (("--metrics-url", "ftp://x", "--port", "9"), "no answer from"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: tuple[str, ...], expected: str) -> None:
+    result = CliRunner().invoke(bench, ["serve", *flags])
+    assert isinstance(result.exception, UserError)
+    assert expected in str(result.exception)
+
+
+def test_a_file_is_a_workload_of_its_own() -> None:
+    spec = GivenSpec(prompts=tuple(random_prompts(RandomSpec(count=2, input_len=3, output_len=1))),
+                     count=2, source="mine.jsonl")  # fmt: skip
+    assert "2 prompts of mine.jsonl" in workload_line(spec, lengths(spec.prompts))

@@ -1,0 +1,127 @@
+"""What requests hold: given whole or not at all, and all of it back."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from millrace.engine.kv_manager import KVManager
+from millrace.engine.request import Request
+from millrace.engine.validation import Limits, make_request
+from millrace.protocol import AddRequest, SamplingParams
+
+PAGE = 4
+
+
+def kv_manager(pages: int = 9, snapshots: int = 2, **more: int) -> tuple[KVManager, Limits]:
+    limits = Limits(
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        page_size=PAGE,
+        num_pages=pages + 1,
+        num_snapshots=snapshots,
+        drafts=0,
+        **more,
+    )
+    return KVManager(limits), limits
+
+
+def request(limits: Limits, prompt: list[int], **params: int) -> Request:
+    source = AddRequest("a", prompt, SamplingParams(max_tokens=8, **params))
+    return make_request(source, limits, ordinal=1)
+
+
+def admitted(held: KVManager, asking: Request) -> None:
+    match = held.match(asking)
+    assert held.admit(asking, match, len(asking.tokens), spare=0) is not None
+    asking.computed = len(asking.tokens)
+
+
+def test_a_request_that_does_not_fit_is_given_nothing() -> None:
+    held, limits = kv_manager(pages=3)
+    first, second = (request(limits, list(range(8))) for _ in range(2))
+    admitted(held, first)
+    assert held.admit(second, held.match(second), 8, spare=0) is None
+    held.check([first], saving=0)
+    assert held.admit(second, held.match(second), 4, spare=1) is None  # there, but not to spare
+    held.check([first], saving=0)
+    held.release(first)
+    held.check([], saving=0)
+    assert held.pages.free == 3
+    assert held.slots.free == 2
+
+
+def test_no_snapshot_is_given_up_where_that_would_not_do() -> None:
+    held, limits = kv_manager(pages=5)
+    first = request(limits, list(range(12)))
+    admitted(held, first)
+    snapshot = held.take_snapshot(first, 4)
+    assert snapshot is not None
+    held.publish(first, 4, snapshot)
+    assert not held.free_pages(3)
+    assert held.tree.num_snapshots == 1
+    held.release(first)
+    assert (held.pages.free, held.pages.evictable) == (4, 1)
+    assert not held.free_pages(6)
+    assert held.free_pages(5)
+    assert held.tree.num_snapshots == 0
+
+
+def test_a_prefix_is_shared_and_its_pages_outlive_their_request() -> None:
+    held, limits = kv_manager()
+    first = request(limits, list(range(12)))
+    admitted(held, first)
+    snapshot = held.take_snapshot(first, 8)
+    assert snapshot is not None
+    held.check([first], saving=1)
+    held.publish(first, 8, snapshot)
+    assert held.take_snapshot(first, 8) is None  # there is one
+    kept = first.pages[:2]
+    held.release(first)
+    second = request(limits, [*range(8), 50, 51])
+    match = held.match(second)
+    grants = held.admit(second, match, 10, spare=0)
+    assert grants is not None
+    assert [(g.first, len(g.pages)) for g in grants] == [(0, 2), (2, 1)]
+    assert (match.tokens, match.snapshot, grants[0].pages) == (8, snapshot, kept)
+    held.check([second], saving=0)
+
+
+def test_pages_are_freed_at_the_cost_of_snapshots() -> None:
+    held, limits = kv_manager(pages=3)
+    first = request(limits, list(range(8)))
+    admitted(held, first)
+    snapshot = held.take_snapshot(first, 4)
+    assert snapshot is not None
+    held.publish(first, 4, snapshot)
+    held.release(first)
+    assert held.pages.free == 2
+    assert not held.free_pages(4)  # more than there are: nothing is given up for it
+    assert held.pages.free == 2
+    assert held.free_pages(3)
+    assert held.pages.free == 3
+    held.check([], saving=0)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_prompt_whose_positions_are_all_wanted_is_computed_whole(logprobs: int | None) -> None:
+    held, limits = kv_manager()
+    first = request(limits, list(range(8)))
+    admitted(held, first)
+    snapshot = held.take_snapshot(first, 4)
+    assert snapshot is not None
+    held.publish(first, 4, snapshot)
+    second = request(limits, list(range(8)), **({"prompt_logprobs": 1} if logprobs else {}))
+    assert held.match(second).tokens == (0 if logprobs else 4)
+
+
+def test_prefill_stops_at_whole_pages_within_the_prompt() -> None:
+    held, limits = kv_manager(snapshot_interval=8)
+    asking = request(limits, list(range(22)))
+    asking.source = msgspec.structs.replace(asking.source, boundaries=[13, 40])
+    assert held.boundaries(asking, shared=4) == [20, 16, 12, 8, 4]
+    asking.computed = 12
+    assert held.boundaries(asking, shared=4) == [20, 16]
+    without, few = kv_manager(snapshots=0)
+    assert without.boundaries(request(few, list(range(22))), shared=4) == []

@@ -1,0 +1,169 @@
+"""Pool and prefix tree, against simple models of what they should know."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millrace.engine.prefix_cache import NO_SNAPSHOT, Pool, PrefixTree
+
+PAGE = 2
+
+
+def test_pool_counts_holders() -> None:
+    pool = Pool(3, first=1)
+    assert pool.take(2) == [1, 2]
+    pool.hold(1)
+    pool.drop(1)
+    assert pool.free == 1
+    pool.drop(1)
+    assert pool.free == 2
+    with pytest.raises(RuntimeError, match="freed twice"):
+        pool.drop(1)
+    with pytest.raises(RuntimeError, match="is free"):
+        pool.hold(1)
+    with pytest.raises(RuntimeError, match="3 wanted"):
+        pool.take(3)
+
+
+def test_pool_knows_what_eviction_would_free() -> None:
+    pool = Pool(3)
+    pool.take(2)
+    pool.keep(0)
+    pool.keep(1)
+    assert pool.evictable == 0  # both have another holder
+    pool.drop(0)
+    assert pool.evictable == 1
+    pool.hold(0)
+    assert pool.evictable == 0
+    pool.drop(0)
+    pool.evict(1)
+    pool.drop(1)
+    assert (pool.evictable, pool.free) == (1, 2)
+    pool.evict(0)
+    assert (pool.evictable, pool.free) == (0, 3)
+
+
+def _tree(
+    pages: int = 64, snapshots: int = 8, max_nodes: int = 1 << 16
+) -> tuple[PrefixTree, Pool, Pool]:
+    page_pool, snapshot_pool = Pool(pages, first=1), Pool(snapshots)
+    return PrefixTree(PAGE, page_pool, snapshot_pool, max_nodes), page_pool, snapshot_pool
+
+
+def _publish(tree: PrefixTree, pages: Pool, snapshots: Pool, tokens: list[int]) -> None:
+    """Publish as a request would: with pages of its own, which it then lets go."""
+    own = pages.take(len(tokens) // PAGE)
+    tree.publish(tokens, own, snapshots.take(1)[0])
+    for page in own:
+        pages.drop(page)
+
+
+def test_a_prompt_is_never_matched_whole() -> None:
+    tree, pages, snapshots = _tree()
+    _publish(tree, pages, snapshots, [1, 2, 3, 4])
+    assert tree.match([1, 2, 3, 4]).tokens == tree.cached([1, 2, 3, 4]) == 0
+    assert tree.match([1, 2, 3, 4, 5]).tokens == tree.cached([1, 2, 3, 4, 5]) == 4
+
+
+def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_third() -> None:
+    tree, pages, snapshots = _tree()
+    first, second = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 9, 9]
+    tree.remember(first)
+    found = tree.match(second)
+    assert (found.tokens, found.shared) == (0, 4)
+    _publish(tree, pages, snapshots, second[: found.shared])
+    assert tree.match([1, 2, 3, 4, 8, 8]).tokens == 4
+
+
+def test_pages_are_held_only_on_the_way_to_a_snapshot() -> None:
+    tree, pages, snapshots = _tree()
+    tree.remember([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert pages.free == 64
+    _publish(tree, pages, snapshots, [1, 2, 3, 4])
+    assert pages.free == 62
+    assert tree.evict()
+    assert (pages.free, snapshots.free) == (64, 8)
+    assert not tree.evict()
+
+
+def test_eviction_takes_what_was_used_longest_ago() -> None:
+    tree, pages, snapshots = _tree()
+    _publish(tree, pages, snapshots, [1, 2])
+    _publish(tree, pages, snapshots, [3, 4])
+    tree.match([1, 2, 5])
+    tree.evict()
+    assert tree.match([1, 2, 5]).tokens == 2
+    assert tree.match([3, 4, 5]).tokens == 0
+
+
+def test_a_look_at_the_cache_is_no_use_of_it() -> None:
+    tree, pages, snapshots = _tree()
+    before = tree.version
+    _publish(tree, pages, snapshots, [1, 2])
+    _publish(tree, pages, snapshots, [3, 4])
+    assert tree.version == before + 2
+    assert tree.cached([1, 2, 5]) == 2
+    tree.evict()
+    assert tree.version == before + 3
+    assert (tree.cached([1, 2, 5]), tree.cached([3, 4, 5])) == (0, 2)
+
+
+def test_a_second_snapshot_of_the_same_prefix_is_given_back() -> None:
+    tree, pages, snapshots = _tree()
+    _publish(tree, pages, snapshots, [1, 2])
+    _publish(tree, pages, snapshots, [1, 2])
+    assert (pages.free, snapshots.free) == (63, 7)
+
+
+def test_ghosts_are_bounded() -> None:
+    tree, _, _ = _tree(max_nodes=10)
+    for start in range(100):
+        tree.remember([start, 1, 2, 3, 4, 5, 6])
+        tree.check()
+    assert tree.match([99, 1, 2, 3, 4, 5, 6, 7]).shared == 6
+    assert tree.match([0, 1, 2, 3, 4, 5, 6, 7]).shared == 0
+
+
+_prompt = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+_action = st.one_of(
+    st.tuples(st.just("publish"), _prompt),
+    st.tuples(st.just("remember"), _prompt),
+    st.tuples(st.just("match"), _prompt),
+    st.tuples(st.just("evict"), st.just([])),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(_action, max_size=40))
+def test_tree_agrees_with_a_set_of_snapshots(actions: list[tuple[str, list[int]]]) -> None:
+    tree, pages, snapshots = _tree(pages=200, snapshots=5)
+    known: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
+    for kind, tokens in actions:
+        whole = tuple(tokens[: len(tokens) // PAGE * PAGE])
+        if kind == "publish" and whole and (snapshots.free or tree.evict()):
+            if len(known) == 5:
+                known.pop(0)
+            _publish(tree, pages, snapshots, list(whole))
+            if whole not in known:
+                known.append(whole)
+        elif kind == "remember":
+            tree.remember(tokens)
+        elif kind == "match":
+            usable = tuple(tokens[: (len(tokens) - 1) // PAGE * PAGE])
+            hits = [p for p in known if usable[: len(p)] == p]
+            found = tree.match(tokens)
+            assert found.tokens == max((len(p) for p in hits), default=0)
+            assert (found.snapshot == NO_SNAPSHOT) == (not hits)
+            assert len(found.pages) * PAGE == found.tokens <= found.shared
+            best = found.tokens
+            for prefix in sorted((p for p in hits if len(p) <= best), key=len):
+                known.remove(prefix)
+                known.append(prefix)
+        elif kind == "evict" and tree.evict():
+            known.pop(0)
+        tree.check()
+        needed = {p[: i + PAGE] for p in known for i in range(0, len(p), PAGE)}
+        assert pages.size - pages.free == len(needed)
+        assert snapshots.size - snapshots.free == len(known)

@@ -1,0 +1,183 @@
+"""Attention on the GPU against the torch reference, with NaN in all that no query may see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from millrace.kernels import attention, norm, rope
+from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
+from tests.kernels.gpu.gpu_support import INTERPRETED, on_each_device, relative
+
+PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 24
+
+
+def make_cache(
+    ends: list[int], device: str, dtype: torch.dtype, dim: int = DIM
+) -> tuple[KVCache, torch.Tensor]:
+    """Slot s holds ends[s - 1] live rows on shuffled pages; every other row is NaN."""
+    per_slot = -(-max(ends) // PAGE) + 1
+    pages = len(ends) * per_slot + 1
+    table = torch.zeros(len(ends) + 1, per_slot, dtype=torch.int32)
+    table[1:] = (torch.randperm(pages - 1) + 1).view(len(ends), per_slot).int()
+    keys, values = (torch.full((pages, PAGE, KV_HEADS, dim), torch.nan) for _ in range(2))
+    for slot, end in enumerate(ends, 1):
+        for place in range(end):
+            at = (table[slot, place // PAGE], place % PAGE)
+            keys[at], values[at] = torch.randn(2, KV_HEADS, dim)
+    cache = KVCache(keys.to(device, dtype), values.to(device, dtype))
+    return cache, table.to(device)
+
+
+CACHE_TYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float8_e4m3fn]
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("config", [None, (16, 1, 4, 1), (16, 3, 4, 1)])
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_decode(
+    device: str, width: int, config: tuple[int, ...] | None, first: int, dtype: torch.dtype
+):
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(width)
+    starts = [1, PAGE - width, PAGE, 2 * PAGE - 1, 70]
+    cache, table = make_cache([s + width for s in starts], device, dtype)
+    order = torch.tensor([4, 1, 5, 3, 2, 0], device=device)  # the last row is padding
+    at = torch.tensor([starts[s - 1] if s else 0 for s in order.tolist()], device=device)
+    rows = DecodeRows(order, at, width, 80)
+    q = torch.randn(len(order) * width, KV_HEADS * GROUP, DIM, device=device)
+    want = attention.attend_decode.__wrapped__(q, cache, table, rows, 0.2, first)
+    got = gpu.attend_decode(q, cache, table, rows, 0.2, first, config)
+    assert want[:-width].isfinite().all()
+    assert relative(got[:-width], want[:-width]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("config", [(16, 1, 4, 1), (32, 1, 4, 3), (16, 3, 4, 5)])
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_decode_of_values_in_pairs(width: int, config: tuple[int, ...], first: int):
+    """The same sums as of values one by one. Machine code is in it, so no interpreter runs it."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(width)
+    starts, dim = [1, PAGE, 2 * PAGE - 1, 70], 64
+    cache, table = make_cache([s + width for s in starts], "cuda", torch.float8_e4m3fn, dim)
+    slots = torch.tensor([4, 1, 3, 2], device="cuda")
+    at = torch.tensor([starts[s - 1] for s in slots.tolist()], device="cuda")
+    rows = DecodeRows(slots, at, width, 80)
+    q = torch.randn(len(slots) * width, KV_HEADS * GROUP, dim, device="cuda").bfloat16()
+    got = gpu.attend_decode(q, cache, table, rows, 0.2, first, config, pairs=True)
+    want = gpu.attend_decode(q, cache, table, rows, 0.2, first, config, pairs=False)
+    assert want.isfinite().all()
+    assert relative(got, want) < 1e-3
+
+
+@on_each_device
+@pytest.mark.parametrize("first", [0, 1])
+def test_prefill(device: str, first: int):
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(1)
+    counts, starts = (1, 18, 16, 33), (36, 0, 20, 1)
+    cache, table = make_cache([s + c for s, c in zip(starts, counts, strict=True)], device,
+                              torch.float32)  # fmt: skip
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    slots = torch.arange(1, 5, device=device)
+    rows = PrefillRows(slots, torch.tensor(starts, device=device), offsets, counts, starts)
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, DIM, device=device)
+    want = attention.attend_prefill.__wrapped__(q, cache, table, rows, 0.2, first)
+    got = gpu.attend_prefill(q, cache, table, rows, 0.2, first)
+    seen = torch.ones(sum(counts), dtype=torch.bool, device=device)
+    seen[1] = first == 0  # position 0 sees nothing when the first row is 1
+    assert relative(got[seen], want[seen]) < 1e-5
+
+
+@on_each_device
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "rows", [((1, 18, 16, 33), (36, 0, 20, 1)), ((37,), (0,)), ((5, 3), (0, 40))]
+)
+def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int, ...], ...]):
+    """The same bits as from pages, which the products see as the same numbers."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(3)
+    counts, starts = rows
+    lengths = [s + c for s, c in zip(starts, counts, strict=True)]
+    narrow = torch.float16 if INTERPRETED else torch.float8_e4m3fn
+    cache, table = make_cache(lengths, device, narrow)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    slots = torch.arange(1, len(counts) + 1, device=device)
+    some = PrefillRows(slots, torch.tensor(starts, device=device), offsets, counts, starts)
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, DIM, device=device).bfloat16()
+    config = (16, 16, 4, 1)
+    got = gpu.attend_prefill(q, cache, table, some, 0.2, first, config, widen=True)
+    want = gpu.attend_prefill(q, cache, table, some, 0.2, first, config, widen=False)
+    seen = torch.ones(sum(counts), dtype=torch.bool, device=device)
+    starting = [sum(counts[:i]) for i, s in enumerate(starts) if s == 0]
+    seen[starting] = first == 0  # position 0 sees nothing when the first row is 1
+    assert torch.equal(got[seen], want[seen])
+
+
+def test_rows_are_widened_as_many_at_a_time_as_may_be(monkeypatch: pytest.MonkeyPatch):
+    from millrace.kernels.gpu.attention import prefill as gpu
+
+    monkeypatch.setattr(gpu, "WIDENED_MOST", 100)
+    counts, starts = (10, 20, 5, 1, 30, 60), (40, 30, 0, 200, 0, 40)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    slots = torch.arange(1, 7)
+    groups = gpu._groups(PrefillRows(slots, torch.tensor(starts), offsets, counts, starts))
+    assert [some.slots.tolist() for some in groups] == [[1, 2], [3], [4], [5], [6]]
+    assert [some.offsets.tolist() for some in groups[:2]] == [[0, 10, 30], [30, 35]]
+    assert [some.host_starts for some in groups] == [(40, 30), (0,), (200,), (0,), (40,)]
+
+
+@on_each_device
+def test_norm_rope_store(device: str):
+    """The fused form equals the ops one after another, and store_kv alone the reference; without
+    queries it stores the same."""
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu import rope as gpu_rope
+
+    torch.manual_seed(2)
+    tokens, dim, heads, kv_heads = 7, 32, 4, 2
+    table = rope.rope_table(dim, 16, 1e4, 50, None, device)
+    positions = torch.tensor([0, 5, 6, 49, 3, 2, 1], device=device)
+    widths = [heads * dim, heads * dim, kv_heads * dim, kv_heads * dim]
+    qkv = torch.randn(tokens, sum(widths) + 9, device=device)[:, : sum(widths)]
+    q_weight, k_weight = torch.randn(2, dim, device=device)
+    place = torch.randperm(36, device=device)[:tokens]
+
+    def empty() -> KVCache:
+        return KVCache(*(torch.zeros(9, 4, kv_heads, dim, device=device) for _ in range(2)))
+
+    def one_by_one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = norm.rms_norm.__wrapped__(x.reshape(-1, dim), weight, 1e-6).view(tokens, -1, dim)
+        turned = rope.apply_rope.__wrapped__(normed, positions, table)
+        assert relative(gpu_rope.apply_rope(normed, positions, table), turned) < 1e-6
+        return turned
+
+    q, _, k, v = qkv.split(widths, -1)
+    want_q, want_k, v = one_by_one(q, q_weight), one_by_one(k, k_weight), v.unflatten(-1, (-1, dim))
+    want, fused, alone = empty(), empty(), empty()
+    attention.store_kv.__wrapped__(want_k, v, want, place)
+    gpu.store_kv(want_k, v, alone, place)
+    got_q = gpu.norm_rope_store(
+        qkv, widths, q_weight, k_weight, 1e-6, positions, table, fused, place
+    )
+    assert relative(got_q, want_q) < 1e-5
+    assert relative(fused.keys, want.keys) < 1e-5
+    only, widths = empty(), [0, 0, *widths[2:]]
+    none = gpu.norm_rope_store(
+        qkv[:, -sum(widths) :], widths, q_weight, k_weight, 1e-6, positions, table, only, place
+    )
+    assert none.shape == (tokens, 0, dim)
+    for got, wanted in ((fused.values, want.values), (alone.keys, want.keys),
+                        (alone.values, want.values), (only.keys, fused.keys),
+                        (only.values, want.values)):  # fmt: skip
+        assert torch.equal(got, wanted)

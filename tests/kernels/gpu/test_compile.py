@@ -1,0 +1,356 @@
+"""Every kernel compiles for a Hopper GPU, at the arguments that the launchers give it.
+
+Needs no GPU: the launchers run on tensors without memory, and each launch ends after compilation.
+CUDA sources go through NVIDIA's run-time compiler, as they do where they are used. Triton's
+interpreter, in which the other tests run its kernels on a CPU, takes programs that its compiler
+refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
+from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")
+
+SHARED_MEMORY = 227 * 1024  # bytes that a block may have on a Hopper GPU
+BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+DECODE, PROMPT = 8, 200  # rows of a decode step, tokens of a prompt
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's config reaches kernels."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    key_heads: int
+    value_heads: int
+    vocabulary: int
+    kv: torch.dtype
+    state: torch.dtype
+    head_dim: int = 256
+    gdn_dim: int = 128
+
+    @property
+    def channels(self) -> int:
+        return (2 * self.key_heads + self.value_heads) * self.gdn_dim
+
+
+MINI = Shape(256, 512, 4, 2, 2, 4, 4096, kv=BF16, state=F32)
+LARGE = Shape(5120, 17408, 24, 4, 16, 48, 248320, kv=FP8, state=BF16)  # the 27B model
+
+
+class Compiler:
+    """Stands in for Triton's driver of a GPU, and notes which kernels were compiled for it."""
+
+    def __init__(self) -> None:
+        self.shared: dict[str, int] = {}  # bytes a block of each kernel takes, at most
+        self.forms: dict[str, set[str]] = {}  # by kernel: what was compiled of it
+
+    def get_current_device(self) -> int:
+        return -1  # no other test's
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def note(self, kernel: Any) -> None:
+        name, shared = kernel.metadata.name, kernel.metadata.shared
+        self.shared[name] = max(self.shared.get(name, 0), shared)
+        self.forms.setdefault(name, set()).add(kernel.hash)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """Launches compile, as far as machine code, and do not run."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    fake, real_run = Compiler(), JITFunction.run
+
+    def run(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        fake.note(real_run(self, *args, warmup=True, **options))
+
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(JITFunction, "run", run)
+    return fake
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def decode_rows(width: int) -> DecodeRows:
+    rows = empty(DECODE, dtype=torch.int64)
+    return DecodeRows(rows, rows, width, 1000)
+
+
+def prefill_rows(prompts: int = 1) -> PrefillRows:
+    rows, offsets = empty(prompts, dtype=torch.int64), empty(prompts + 1, dtype=torch.int32)
+    return PrefillRows(rows, rows, offsets, (PROMPT,) * prompts, (0,) * prompts)
+
+
+def gdn_state(shape: Shape, width: int, window: int = 16) -> GDNState:
+    keys, values, dim = shape.key_heads, shape.value_heads, shape.gdn_dim
+    return GDNState(
+        empty(9, values, dim, dim, dtype=shape.state),
+        empty(9, keys, window, dim, dtype=shape.state),
+        empty(9, values, window, dim, dtype=F32),
+        empty(9, values, window, dtype=F32),
+        empty(9, 2 + width, shape.channels),
+    )
+
+
+def gdn(shape: Shape) -> None:
+    from millrace.kernels.gpu.gdn import conv, decode, prefill
+
+    slots, heads = empty(9, dtype=torch.int32), shape.value_heads
+    biases = empty(heads, dtype=F32), empty(heads, dtype=F32)
+    taps = empty(shape.channels, 4)
+    for width in (1, 2) if shape is LARGE else (2,):
+        cache, rows, tokens = gdn_state(shape, width), decode_rows(width), DECODE * width
+        wide = empty(tokens, shape.channels + heads * shape.gdn_dim)
+        conv.conv_decode(wide[:, : shape.channels], cache, taps, rows, slots)
+        a, b = empty(tokens, 2 * heads).split(heads, -1)
+        qkv = empty(tokens, shape.channels)
+        decode.launch(qkv, a, b, biases, cache, slots, rows)
+    a, b = empty(PROMPT, 2 * heads).split(heads, -1)
+    g, beta = conv.gates(a, b, *biases)
+    wide = empty(PROMPT, shape.channels + heads * shape.gdn_dim)
+    qkv = conv.conv_prefill(wide[:, : shape.channels], cache, taps, prefill_rows(), slots)
+    prefill.gdn_prefill(qkv, g, beta, cache, prefill_rows())
+
+
+def attention(shape: Shape) -> None:
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu import rope
+
+    dim, kv_heads = shape.head_dim, shape.kv_heads
+    pages = (50, 64, kv_heads, dim)
+    cache = KVCache(empty(*pages, dtype=shape.kv), empty(*pages, dtype=shape.kv))
+    table = empty(9, 16, dtype=torch.int32)
+    places, angles = empty(PROMPT, dtype=torch.int64), empty(4096, dim // 4, dtype=F32)
+    widths = [shape.heads * dim] * 2 + [kv_heads * dim] * 2
+    weight = empty(dim)
+    q = gpu.norm_rope_store(
+        empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
+    )
+    widths[:2] = 0, 0  # keys and values alone
+    gpu.norm_rope_store(
+        empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
+    )
+    gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16)
+    gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16, widen=False)
+    for width in (1, 2) if shape is LARGE else (2,):
+        gpu.attend_decode(q[: DECODE * width], cache, table, decode_rows(width), 1 / 16)
+    k, v = empty(PROMPT, 2 * kv_heads, dim).split(kv_heads, 1)
+    gpu.store_kv(k, v, cache, places)
+    rope.apply_rope(q, places, angles)
+
+
+def between_products(shape: Shape) -> None:
+    from millrace.kernels.gpu import quantize
+    from millrace.kernels.gpu.all_reduce import PeerMemory, one_shot, one_shot_norm
+
+    x, weight = empty(DECODE, shape.hidden), empty(shape.hidden)
+    quantize.quantize(x)
+    quantize.rms_norm_quantize(x, None, weight, 1e-6, keep=True)
+    quantize.rms_norm_quantize(x, x, weight, 1e-6, keep=False)
+    quantize.norm(x, x, weight, 1e-6)
+    gate_up = empty(DECODE, 2 * shape.intermediate)
+    quantize.silu_mul_quantize(gate_up)
+    quantize.pointwise(quantize.SILU_MUL, gate_up, gate_up, shape.intermediate)
+    attended = empty(DECODE, shape.heads * shape.head_dim)
+    quantize.sigmoid_gate_quantize(attended, attended)
+    o = empty(DECODE, shape.value_heads, shape.gdn_dim)
+    quantize.gated_rms_norm_quantize(o, o, empty(shape.gdn_dim), 1e-6)
+
+    addresses, calls = empty(2, dtype=torch.int64), empty(64, dtype=torch.int32)
+    memory = PeerMemory(0, 2, 64, shape.hidden, addresses, addresses, calls)
+    one_shot(x, memory)
+    one_shot_norm(x, x, weight, 1e-6, memory, keep=True)
+    one_shot_norm(x, x, weight, 1e-6, memory, keep=False, quantized=True)
+
+
+def products(shape: Shape) -> None:
+    from millrace.kernels.gpu import quantize
+    from millrace.kernels.gpu.gemm import fp8
+
+    weight = empty(2 * shape.intermediate, shape.hidden, dtype=FP8)
+    scale = empty(*(size // 128 for size in weight.shape), dtype=F32)
+    for tokens in (2, 512):
+        x = quantize.quantize(empty(tokens, shape.hidden))
+        fp8.triton_matmul(x, weight, scale, BF16)
+
+
+def sampling(shape: Shape) -> None:
+    from millrace.kernels.gpu import sampling as gpu
+
+    floats, integers = empty(DECODE, dtype=F32), empty(DECODE, dtype=torch.int64)
+    logits = empty(DECODE, shape.vocabulary, dtype=F32)
+    gpu.best(logits, floats, integers, integers, 8)
+    for noise, filters in ((False, False), (True, True)):
+        gpu.sample(
+            logits, floats, floats, integers, integers, integers, noise=noise, filters=filters
+        )
+
+
+PARTS: list[Callable[[Shape], None]] = [gdn, attention, between_products, products, sampling]
+
+
+@pytest.mark.parametrize("shape", [MINI, LARGE], ids=["mini", "large"])
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_compiles(part: Callable[[Shape], None], shape: Shape, compiler: Compiler):
+    part(shape)
+    assert compiler.shared
+    assert {n: size for n, size in compiler.shared.items() if size > SHARED_MEMORY} == {}
+
+
+def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
+    """Else the first step of so many waits for a compiler."""
+    from millrace.kernels.gpu import attention as gpu
+
+    pages = empty(50, 64, LARGE.kv_heads, LARGE.head_dim, dtype=FP8)
+    cache, table = KVCache(pages, pages), empty(9, 16, dtype=torch.int32)
+    for prompts in (1, 3, 70):
+        q = empty(prompts * PROMPT, LARGE.heads, LARGE.head_dim)
+        gpu.attend_prefill(q, cache, table, prefill_rows(prompts), 1 / 16, widen=True)
+    assert {name: len(forms) for name, forms in compiler.forms.items()} == {
+        "_prefill_kernel": 1,
+        "_widen_kernel": 1,
+    }
+
+
+def test_no_kernel_is_left_out(compiler: Compiler):
+    """What is launched from the host is named *_kernel; the rest is compiled as part of that."""
+    import triton
+
+    import millrace.kernels.gpu as package
+
+    for part in PARTS:
+        part(LARGE)
+    kernels = {
+        name
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        for name, member in vars(importlib.import_module(module.name)).items()
+        if isinstance(member, triton.JITFunction) and name.endswith("_kernel")
+    }
+    assert kernels == set(compiler.shared)
+
+
+class Nvrtc:
+    """NVIDIA's run-time compiler, from its wheel."""
+
+    def __init__(self, folder: Path) -> None:
+        builtins, library = folder.glob("libnvrtc-builtins.so.*"), folder.glob("libnvrtc.so.*")
+        for path in builtins:  # found by name, once it is loaded
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        self.call = ctypes.CDLL(str(next(library)))
+
+    def compile(self, text: str) -> str:
+        """What the compiler says about registers and memory; raises ValueError with its errors."""
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = [b"--gpu-architecture=sm_90", b"--ptxas-options=-v"]
+        array = (ctypes.c_char_p * len(options))(*options)
+        encoded = text.encode()
+        assert not self.call.nvrtcCreateProgram(
+            ctypes.byref(program), encoded, b"kernel.cu", 0, None, None
+        )
+        failed = self.call.nvrtcCompileProgram(program, len(options), array)
+        self.call.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        self.call.nvrtcGetProgramLog(program, log)
+        self.call.nvrtcDestroyProgram(ctypes.byref(program))
+        if failed:
+            raise ValueError(log.value.decode())
+        return log.value.decode()
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Nvrtc:
+    spec = importlib.util.find_spec("nvidia")
+    folders = [
+        Path(place) / "cu13" / "lib" for place in (spec and spec.submodule_search_locations) or ()
+    ]
+    found = [folder for folder in folders if any(folder.glob("libnvrtc.so.*"))]
+    if not found:
+        pytest.skip("needs the package nvidia-cuda-nvrtc")
+    return Nvrtc(found[0])
+
+
+def spilled(log: str) -> int:
+    """Bytes of registers that did not fit, and went to memory."""
+    return sum(
+        int(line.split(" bytes spill stores")[0].split()[-1])
+        for line in log.splitlines()
+        if "spill stores" in line
+    )
+
+
+def test_a_fault_in_cuda_is_found(nvrtc: Nvrtc):
+    with pytest.raises(ValueError, match="undefined"):
+        nvrtc.compile('extern "C" __global__ void kernel(int* x) { *x = y; }')
+
+
+def test_gemm_few(nvrtc: Nvrtc):
+    from millrace.kernels.gpu.gemm import few
+
+    assert spilled(nvrtc.compile(few.source())) == 0
+
+
+def registers(log: str) -> int:
+    """Of a thread, in the kernel that takes most of them."""
+    return max(
+        int(line.split("Used ")[1].split()[0]) for line in log.splitlines() if "Used" in line
+    )
+
+
+@pytest.mark.parametrize("convolve", [True, False], ids=["convolve", "convolved"])
+@pytest.mark.parametrize("state", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_gdn_decode(nvrtc: Nvrtc, width: int, state: torch.dtype, convolve: bool):
+    """At the 27B model's shapes, with room for as many blocks as hide what they wait for."""
+    from millrace.kernels.gpu.gdn.decode import Shape as GDNShape
+    from millrace.kernels.gpu.gdn.decode import source
+
+    low = state == BF16
+    shape = GDNShape(width, 16, 128, 128, 3, True, convolve, True, low, low, True)
+    log = nvrtc.compile(source(shape, "gdn_prepare"))
+    assert spilled(log) == 0
+    assert registers(log) <= 64
+    if not convolve:
+        log = nvrtc.compile(source(shape, "gdn_answer"))
+        assert spilled(log) <= 72  # with one token a row; none with more
+        assert registers(log) <= 168
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gdn_decode_of_other_models(nvrtc: Nvrtc, dim: int, ratio: int):
+    """Few heads a key, and float32 throughout."""
+    from millrace.kernels.gpu.gdn.decode import Shape as GDNShape
+    from millrace.kernels.gpu.gdn.decode import source
+
+    shape = GDNShape(3, 16, dim, dim, ratio, False, True, False, False, False, False)
+    for kernel in ("gdn_prepare", "gdn_answer"):
+        assert spilled(nvrtc.compile(source(shape, kernel))) == 0

@@ -1,0 +1,172 @@
+"""The rehearsal: the largest steps run on one page, whatever the limits are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from millrace.kernels.gpu.gemm import prebuild
+from millrace.model.config import read_config
+from millrace.model.qwen3_5 import build_model
+from millrace.model.tiny import TinyShape, write_checkpoint
+from millrace.runtime.profile_run import (
+    _contexts,
+    _few_slots,
+    row_counts,
+    run_largest_steps,
+    token_counts,
+)
+from millrace.runtime.ranks.ranks import Ranks
+from millrace.runtime.step.cuda_graphs import bucket_sizes
+from millrace.runtime.worker import Worker, _compile_beside
+from tests.kernels.gpu.gpu_support import HAS_TRITON
+from tests.kernels.gpu.test_gemm_choice import MEASURED, TABLES
+from tests.support.engines import build
+
+SIZES: list[dict[str, Any]] = [
+    {},
+    {"max_num_seqs": 64, "max_num_batched_tokens": 700, "mixed_prefill_tokens": 300},
+    {"speculative_config": {"num_speculative_tokens": 3}, "enable_prefix_caching": True},
+    {"max_num_seqs": 1, "max_model_len": 17, "max_num_batched_tokens": 64},
+]
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, Any]) -> None:
+    worker: Any = build(tiny_model, **options)._worker
+    config = worker.config
+    runner = worker._build_runner(_few_slots(config), 1, 0)
+    tokens: list[int] = []
+    forward = runner._model.forward
+
+    def noted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        tokens.append(len(ids))
+        hidden: torch.Tensor = forward(ids, *rest)
+        assert hidden[-1].isfinite().all()  # without drafts only ends are asked for
+        return hidden
+
+    runner._model.forward = noted
+    drafted: list[int] = []
+    draft = runner._sampler.draft
+    runner._sampler.draft = lambda *given: drafted.append(len(given[0])) or draft(*given)
+    run_largest_steps(config, runner)
+    most = config.max_num_seqs * (config.max_model_len - 1)
+    assert tokens[0] == min(config.max_num_batched_tokens, most)
+    decoding = config.max_num_seqs * (config.drafts + 1)
+    assert tokens[1] == decoding + min(config.mixed_prefill_tokens, most)
+    assert 0 < tokens[2] <= min(48, most)
+    assert set(tokens) <= set(token_counts(config))
+    beside = tokens[3:]
+    assert beside == [config.drafts + 2] * len(_contexts(config))
+    assert len(drafted) == len(tokens) * config.drafts
+    assert set(drafted) <= set(row_counts(config))
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_the_token_counts_of_graphs_are_known_before(
+    tiny_model: Path, options: dict[str, Any]
+) -> None:
+    config = build(tiny_model, **options)._worker.config  # type: ignore[attr-defined]
+    rows = bucket_sizes(config.max_num_seqs)  # and the draft head has one token of each
+    assert set(rows) <= set(row_counts(config))
+    counts = token_counts(config)
+    assert {*rows, *(n * (config.drafts + 1) for n in rows)} <= set(counts)
+    assert len(counts) < 120
+    args = msgspec.structs.replace(config.args, enforce_eager=True)
+    eager = msgspec.structs.replace(config, args=args)
+    assert len(token_counts(eager)) <= 4
+    assert len(row_counts(eager)) <= 4
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_products_are_compiled_at_every_bound_of_their_ways(tiny_model: Path, name: str) -> None:
+    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, max_num_batched_tokens=8192, max_num_seqs=1)
+    table = json.loads(MEASURED.joinpath(name).read_text())["fp8_products"]
+    bounds = {bound for lines in table.values() for bound, _ in lines}
+    assert bounds <= set(token_counts(config))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_compiled_beside_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Every FP8 weight's shape, where products are in bfloat16; for drafts' logits by rows."""
+    asked: list[set[tuple[int, int, int]]] = []
+    ended: list[bool] = []
+
+    @contextmanager
+    def compiling(sizes: set[tuple[int, int, int]]) -> Iterator[None]:
+        asked.append(sizes)
+        yield
+        ended.append(True)
+
+    monkeypatch.setattr(prebuild, "compiling", compiling)
+    directory = write_checkpoint(tmp_path / "fp8", TinyShape(fp8=True))
+    model = build_model(
+        read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True, draft_fp8=None
+    )
+    config = build(directory, dtype="float32", max_num_seqs=20)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
+    with ExitStack() as beside:
+        _compile_beside(config, model, beside)
+        assert not ended
+    if dtype == "float32":
+        assert not asked
+        return
+    (sizes,) = asked
+    assert ended == [True]
+    e4m3 = [p for p in model.parameters() if p.dtype == torch.float8_e4m3fn]
+    assert e4m3
+    keys_and_values = (2 * 2 * 256, 256)  # of TinyShape
+    shapes = {*(tuple(p.shape) for p in e4m3), keys_and_values}
+    wanted = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
+    assert max(row_counts(config)) < 40 < max(token_counts(config))
+    assert sizes == wanted | {(2048, 256, rows) for rows in row_counts(config)}
+
+
+def test_memory_is_measured_once_compilers_are_gone(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(what: str, found: Any) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            order.append(what)
+            return found
+
+        return run
+
+    monkeypatch.setattr("millrace.runtime.worker.workspace_bytes", noted("rehearsed", 10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", noted("measured", (100, 200)))
+    worker: Any = object.__new__(Worker)
+    worker.config = build(tiny_model, gpu_memory_utilization=0.75)._worker.config  # type: ignore[attr-defined]
+    worker.ranks, worker._device = Ranks(), torch.device("cuda")
+    with ExitStack() as worker._beside:
+        worker._beside.callback(noted("gone", None))
+        assert worker._budget() == 100 - 10 - 50
+    assert order == ["rehearsed", "gone", "measured"]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_steps_find_attention_of_decode_rows_compiled(tiny_model: Path, heads: int) -> None:
+    """Into however many parts it cuts them, which depends on rows and context."""
+    from millrace.kernels.gpu.attention import decode
+
+    def parts(rows: int, context: int) -> int:
+        return decode._decode_config(rows * heads, context, False)[1]
+
+    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = msgspec.structs.replace(config, max_model_len=262144)
+    contexts = _contexts(config)
+    for drafts in (0, 1, 6):  # the last draft's row stands so much further
+        known = {parts(1, context + drafts) for context in contexts}
+        assert known == {parts(n, c) for n in (1, 30, 256) for c in range(50, 20000, 50)}

@@ -1,0 +1,119 @@
+"""The mailbox between engine and reader, and the figures it keeps."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from millrace.protocol import AddRequest, Delta, SamplingParams, TokenLogprobs
+from millrace.server.engine_link.stream import Stream
+from millrace.server.telemetry.metrics import Histogram, RequestMetrics
+from tests.support.running import run
+
+
+def new_stream(metrics: RequestMetrics | None = None) -> Stream:
+    request = AddRequest(id="r", prompt=[1, 2, 3], params=SamplingParams(), arrival=10.0)
+    return Stream(request, metrics or RequestMetrics())
+
+
+def test_what_is_not_taken_is_merged() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        stream.put(Delta("r", [1], cached_tokens=2), 11.0)
+        stream.put(Delta("r", [2, 3]), 12.0)
+        stream.put(Delta("r", [4], "stop", 4), 13.0)
+        assert await stream.take() == Delta("r", [1, 2, 3, 4], "stop", 4, 2)
+
+    run(body())
+
+
+def test_log_probabilities_are_merged_with_their_tokens() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        one, two, three = (TokenLogprobs([token], [-1.0], 1) for token in (1, 2, 3))
+        stream.put(Delta("r", [1], logprobs=[one], prompt_logprobs=[three]), 11.0)
+        stream.put(Delta("r", [2], logprobs=[two]), 12.0)
+        delta = await stream.take()
+        assert (delta.logprobs, delta.prompt_logprobs) == ([one, two], [three])
+
+    run(body())
+
+
+def test_a_reader_waits_for_the_next_delta() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        reader = asyncio.ensure_future(stream.take())
+        await asyncio.sleep(0)
+        assert not reader.done()
+        stream.put(Delta("r", [7]), 11.0)
+        assert (await reader).token_ids == [7]
+
+    run(body())
+
+
+def test_a_failure_reaches_a_waiting_reader_and_every_later_one() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        reader = asyncio.ensure_future(stream.take())
+        await asyncio.sleep(0)
+        stream.fail(RuntimeError("first"))
+        stream.fail(RuntimeError("second"))
+        for taken in (reader, stream.take()):
+            with pytest.raises(RuntimeError, match="first"):
+                await taken
+
+    run(body())
+
+
+def test_what_came_before_a_failure_is_not_lost() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        stream.put(Delta("r", [1], "length"), 11.0)
+        stream.fail(RuntimeError("later"))
+        assert (await stream.take()).finish_reason == "length"
+        with pytest.raises(RuntimeError, match="later"):
+            await stream.take()
+
+    run(body())
+
+
+def test_latencies_are_those_of_the_clock() -> None:
+    metrics = RequestMetrics()
+    stream = new_stream(metrics)
+    for delta, now in (
+        (Delta("r", [1], queued=0.25), 10.5),
+        (Delta("r", [2, 3]), 10.75),
+        (Delta("r", [4, 5], "length"), 11.5),
+    ):
+        stream.put(delta, now)
+    assert metrics.queue_time.sum == 0.25
+    assert metrics.queue_time.buckets(vllm=True)[-1] == ("+Inf", 1.0)
+    assert metrics.time_to_first_token.sum == 0.5
+    assert metrics.inter_token_latency.sum == 1.0
+    assert metrics.inter_token_latency.buckets(vllm=True)[-1] == ("+Inf", 2.0)
+    assert metrics.time_per_output_token.sum == 0.25
+    assert metrics.end_to_end.sum == 1.5
+    assert metrics.generation_tokens.sum == 5
+    assert +metrics.finished == {"length": 1}
+
+
+def test_a_request_ends_once() -> None:
+    metrics = RequestMetrics()
+    stream = new_stream(metrics)
+    stream.put(Delta("r", [1], "stop"), 11.0)
+    stream.abandon()
+    assert +metrics.finished == {"stop": 1}
+    other = new_stream(metrics)
+    other.abandon()
+    assert +metrics.finished == {"stop": 1, "abort": 1}
+
+
+def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:
+    histogram = Histogram((1.0, 2.0), finer=(0.5,))
+    for value in (0.5, 1.0, 1.5, 99.0):
+        histogram.observe(value)
+    rows = [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert histogram.buckets(vllm=True) == rows
+    assert histogram.buckets(vllm=False) == [("0.5", 1.0), *rows]
+    assert histogram.sum == 102.0

@@ -1,0 +1,159 @@
+"""What a replica says of the prefixes it holds: hashes as a gateway has them, bounded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, hash_chain
+from millrace.gateway.http.message import Request
+from millrace.gateway.http.request_info import read_request_info, worded
+from millrace.server.api.fields import COMPLETIONS, parse_body
+from millrace.server.api.request_schema import CompletionRequest
+from millrace.server.telemetry.prefix_report import ENOUGH, PROMPTS, PrefixReporter
+from tests.support.live_server import fake_server
+
+CHAT = b"/v1/chat/completions"
+TEXT = b"/v1/completions"
+
+
+def as_gateway(path: bytes, body: bytes) -> list[int]:
+    return hash_chain(read_request_info(Request(b"POST", path, "1.1", [], body, True)).prompt)
+
+
+def told(http: httpx.Client, cursor: str = "0") -> Any:
+    return http.get("/load", params={"prefixes_since": cursor}).json()["prefixes"]
+
+
+def chain(number: int, length: int = 1) -> list[int]:
+    return hash_chain(f"{number:08}".encode() * (BLOCK // 8) * length)
+
+
+BODIES = [
+    (TEXT, b'{"prompt" :  "one two \\u00e9 words" , "max_tokens": 2}'),
+    (TEXT, b'{"max_tokens": 2, "prompt": [%s]}' % b", ".join([b"7"] * 300)),
+    (TEXT, b'{"max_tokens": 1, "prompt": ["a b", "c d"]}'),
+    (CHAT, b'{"messages": [{"role": "user", %s "content": "hi"}], "max_tokens": 2}' % (b" " * 600)),
+    (
+        b"/v1/messages",
+        b'{"messages": [ %s {"role": "user", "content": "hi"}], "max_tokens": 2, "system": "hm"}'
+        % (b" " * 600),
+    ),
+    (b"/v1/messages", b'{"max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]}'),
+    (
+        b"/v1/responses",
+        b'{"input": "what of it?", "instructions": "be brief", "max_output_tokens": 2}',
+    ),
+]
+NAMES = ["text", "ids", "texts", "chat", "messages", "messages alone", "responses"]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES, ids=NAMES)
+def test_both_sides_hash_a_prompt_alike(http: httpx.Client, path: bytes, body: bytes) -> None:
+    before = told(http)
+    while (more := told(http, before["since"]))["since"] != before["since"]:
+        before = more
+    headers = {"Content-Type": "application/json"}
+    assert http.post(path.decode(), content=body, headers=headers).status_code == 200
+    after = told(http, before["since"])
+    assert after["hashes"] == as_gateway(path, body)
+    assert after["epoch"] == before["epoch"]
+    assert told(http, after["since"])["hashes"] == []
+
+
+def test_a_request_that_a_gateway_words_anew_keeps_its_hashes() -> None:
+    body = b'{"prompt": [1,  2, 3], "stream": true, "return_token_ids": true, "max_tokens": 9}'
+    info = read_request_info(Request(b"POST", TEXT, "1.1", [], body, True))
+    sent = worded(info, "millrace", [4, 5])
+    assert json.loads(sent)["resume_token_ids"] == [4, 5]
+    _, given = parse_body(sent, CompletionRequest, COMPLETIONS)
+    assert PrefixReporter(on=True).chain([given["prompt"]]) == as_gateway(TEXT, body)
+    assert PrefixReporter(on=False).chain([given["prompt"]]) == []
+
+
+def test_only_those_who_ask_are_told_and_a_refused_request_is_no_prefix(http: httpx.Client) -> None:
+    assert set(http.get("/load").json()) == {"requests", "tokens"}
+    before = told(http)["since"]
+    assert http.post("/v1/completions", json={"prompt": "x", "n": -1}).status_code == 400
+    assert told(http)["since"] == before
+
+
+def test_what_is_remembered_and_told_is_bounded() -> None:
+    held = PrefixReporter(on=True)
+    for number in range(PROMPTS + 10):
+        held.note(chain(number))
+    report = held.report("0")
+    assert report is not None
+    assert report.hashes == [chain(n)[0] for n in range(10, PROMPTS + 10)]
+    for number in range(PROMPTS):
+        held.note(chain(number, MAX_BLOCKS + 9))
+    seen, since = [], report.since
+    while (report := held.report(since)) and report.hashes:
+        assert len(report.hashes) < ENOUGH + MAX_BLOCKS
+        seen += report.hashes
+        since = report.since
+    assert seen == [one for n in range(PROMPTS) for one in chain(n, MAX_BLOCKS)]
+
+
+def test_what_prompts_share_is_told_once_a_report() -> None:
+    held = PrefixReporter(on=True)
+    for end in (b"1", b"2"):
+        held.note(hash_chain(b"s" * 2 * BLOCK + end * BLOCK))
+    report = held.report("0")
+    assert report is not None
+    assert len(report.hashes) == 4
+
+
+def test_an_empty_cache_is_a_new_epoch_in_which_old_cursors_start_over() -> None:
+    held = PrefixReporter(on=True)
+    for number in range(5):
+        held.note(chain(number))
+    before = held.report("0")
+    held.forget()
+    held.note(chain(9))
+    assert before is not None
+    after = held.report(before.since)
+    assert after is not None
+    assert (after.hashes, after.epoch == before.epoch) == (chain(9), False)
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "7", "{epoch}.-1", "{epoch}.²", "{epoch}." + "9" * 5000]
+)
+def test_a_cursor_that_means_nothing_starts_over(cursor: str) -> None:
+    held = PrefixReporter(on=True)
+    held.note(chain(1))
+    report = held.report("0")
+    assert report is not None
+    again = held.report(cursor.format(epoch=report.epoch))
+    assert again is not None
+    assert again.hashes == chain(1)
+    beyond = held.report(f"{report.epoch}.99")
+    assert beyond == held.report(report.since)
+
+
+def test_without_a_prefix_cache_nothing_is_kept_or_told(text_model: Path, tmp_path: Path) -> None:
+    with (
+        fake_server(text_model, tmp_path / "log", enable_prefix_caching=False) as server,
+        httpx.Client(base_url=server.url, timeout=20) as http,
+    ):
+        assert http.post("/v1/completions", json={"prompt": [1, 2]}).status_code == 200
+        answer = http.get("/load", params={"prefixes_since": "0"})
+        assert answer.json() == {"requests": 0, "tokens": 0}
+
+
+def test_a_cache_that_was_reset_holds_nothing(text_model: Path, tmp_path: Path) -> None:
+    with (
+        fake_server(text_model, tmp_path / "log", debug=True) as server,
+        httpx.Client(base_url=server.url, timeout=20) as http,
+    ):
+        assert http.post("/v1/completions", json={"prompt": [1, 2]}).status_code == 200
+        before = told(http)
+        assert http.post("/reset_prefix_cache").status_code == 200
+        after = told(http, before["since"])
+        assert (len(before["hashes"]), after["hashes"]) == (1, [])
+        assert after["epoch"] != before["epoch"]

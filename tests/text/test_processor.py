@@ -1,0 +1,128 @@
+"""Prompts that fit, and clear words for those that do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millrace.errors import CheckpointError, RequestError
+from millrace.protocol import SamplingParams
+from millrace.text.processor import TextProcessor
+from tests.support.text_model import write_text_model
+
+
+@pytest.fixture(scope="module")
+def processor(text_model: Path) -> TextProcessor:
+    return TextProcessor.load(text_model, text_model)
+
+
+def test_defaults_come_from_the_checkpoint(text_model: Path) -> None:
+    auto = TextProcessor.load(text_model, text_model).defaults
+    assert (auto.temperature, auto.top_p, auto.top_k) == (0.6, 0.95, 20)
+    plain = TextProcessor.load(text_model, text_model, "vllm").defaults
+    assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
+
+
+def test_the_vocabulary_is_the_embeddings(processor: TextProcessor) -> None:
+    assert processor.vocab_size == processor.tokenizer.vocab_size + 7
+
+
+@given(
+    length=st.integers(1, 40),
+    wanted=st.none() | st.integers(1, 40),
+    unsaid=st.none() | st.integers(1, 40),
+)
+def test_a_request_always_fits_or_is_refused(
+    processor: TextProcessor, length: int, wanted: int | None, unsaid: int | None
+) -> None:
+    limit = 20
+    params = SamplingParams(max_tokens=wanted)
+    if length >= limit or length + (wanted or 0) > limit:
+        with pytest.raises(RequestError, match=str(length)) as caught:
+            processor.request("r", [1] * length, params, limit, unsaid)
+        assert caught.value.code == "context_length_exceeded"
+        return
+    request = processor.request("r", [1] * length, params, limit, unsaid)
+    settled = request.params.max_tokens
+    assert settled is not None
+    assert length + settled <= limit
+    if wanted is not None:
+        assert settled == wanted
+    else:
+        assert settled == min(limit - length, unsaid or limit)
+
+
+def test_turn_ends_travel_with_the_request(processor: TextProcessor) -> None:
+    text = processor.chat_prompt([{"role": "user", "content": "hi"}])
+    ids = processor.encode(text, add_special_tokens=False)
+    request = processor.request("r", ids, SamplingParams(), 100)
+    (end,) = request.boundaries
+    assert processor.tokenizer.decode(ids[:end], False) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_outside_the_vocabulary_is_named(processor: TextProcessor, token: int) -> None:
+    with pytest.raises(RequestError, match=rf"token id {token} is not in the vocabulary; use 0 to"):
+        processor.request("r", [1, token, 2], SamplingParams(), 100)
+
+
+def test_an_empty_prompt_is_refused(processor: TextProcessor) -> None:
+    with pytest.raises(RequestError, match="at least one token"):
+        processor.request("r", [], SamplingParams(), 100)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        (["hi"], "messages[0]"),
+        ([{"content": "hi"}], "messages[0].role"),
+        ([{"role": "", "content": "hi"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[0]",
+        ),
+    ],
+)
+def test_a_message_at_fault_is_named(
+    processor: TextProcessor, messages: list[Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        processor.chat_prompt(messages)
+    assert caught.value.param == param
+
+
+def test_half_a_surrogate_pair_is_refused(processor: TextProcessor) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        processor.encode("\ud800")
+
+
+def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
+    write_text_model(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(RequestError, match="/v1/completions"):
+        TextProcessor.load(tmp_path, tmp_path).chat_prompt([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"top_k": "many"}'])
+def test_a_broken_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    write_text_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        TextProcessor.load(tmp_path, tmp_path)
+
+
+def test_max_new_tokens_bounds_what_is_not_said(tmp_path: Path) -> None:
+    write_text_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 5}))
+    processor = TextProcessor.load(tmp_path, tmp_path)
+    request = processor.request("r", [1], SamplingParams(max_tokens=None), 100)
+    assert request.params.max_tokens == 5
