@@ -17,6 +17,7 @@ from millrace.cli import run
 from millrace.doctor import devices, machine, packages
 from millrace.kernels.cpu import build
 from millrace.model.tiny import TinyShape, config_json
+from tests.kernels.gpu.gpu_support import HAS_TRITON
 
 Replace = Callable[[str, str | None], None]
 
@@ -140,6 +141,25 @@ def test_a_broken_package_fails_with_its_remedy(
     assert "cannot be imported (ImportError: undefined symbol: TVMFFIErrorMove)" in one["value"]
     assert "'sgl-deep-gemm==0.1.3' 'apache-tvm-ffi==0.1.9'" in one["advice"]
     assert found["packages: pyarrow"]["verdict"] == "fail"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_the_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, replace_package: Replace) -> None:
+    from millrace.kernels.gpu.gdn import decode
+    from millrace.kernels.gpu.gemm import fp8
+
+    replace_package("deep_gemm", "raise ImportError('no tvm_ffi')")
+    monkeypatch.setattr(fp8, "_is_hopper", lambda: True)
+    monkeypatch.setattr(fp8, "_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(fp8.gemm_few, "is_compiled", lambda: True)
+    monkeypatch.setattr(decode, "_compiled", lambda shape: shape)
+    found = {one.name: one for one in devices.backends()}
+    assert found["FP8 GEMM"].verdict == "warn"
+    assert found["FP8 GEMM"].value.startswith(
+        "cuBLAS; DeepGEMM is installed but cannot be imported"
+    )
+    assert "apache-tvm-ffi==0.1.9" in found["FP8 GEMM"].advice
+    assert (found["GDN decode"].value, found["GDN decode"].verdict) == ("CUDA kernels", "ok")
 
 
 def test_packages_that_are_not_installed(

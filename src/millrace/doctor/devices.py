@@ -50,7 +50,7 @@ def kernels() -> Iterator[Finding]:
     if torch.cuda.is_available():
         triton = _triton()
         yield triton
-        yield from _backends() if triton.verdict == "ok" else ()
+        yield from backends() if triton.verdict == "ok" else ()
         device, native = "gpu", True
     else:
         compiled = _native()
@@ -88,8 +88,8 @@ def _triton() -> Finding:
     return Finding("kernels", "triton", str(module.__version__))
 
 
-def _backends() -> Iterator[Finding]:
-    """What runs those ops that have more than one form on this GPU, at the 27B model's shapes."""
+def backends() -> Iterator[Finding]:
+    """The backends of ops that have several of them on this GPU, at the shapes of the 27B model."""
     import torch
 
     from millrace.kernels.gpu import report
