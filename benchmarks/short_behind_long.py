@@ -2,8 +2,9 @@
 
 Two servers take turns, round by round, with the same prompts: one with this tree's code, one with
 the code in BEFORE (the `src` folder of another commit). In each round: a prompt of 64 tokens alone;
-four of 4,000 tokens alone; the four with short ones that come meanwhile, one at a time; and a mix
-of prompts of 64 to 1,024 tokens that all decode. Medians over the rounds, and ratios.
+four of 4,000 tokens alone; the four with eight short ones that come meanwhile; and a mix of 24
+prompts of 64 to 1,024 tokens with 32 out. It prints medians over the rounds, and the medians of the
+rounds' ratios.
 
     git archive COMMIT src | tar -x -C /tmp/before
     python benchmarks/short_behind_long.py models/millrace-mini --before /tmp/before/src --rounds 5
@@ -36,6 +37,7 @@ import psutil
 SRC = Path(__file__).resolve().parents[1] / "src"
 VOCABULARY = 3000  # token ids below are plain ones in every model that ships
 SHORT, LONG, SEVERAL = 64, 4000, 4
+SHORTS, EVERY = 8, 0.15  # short ones behind the long ones, one in so many seconds
 MIX = 24  # requests
 
 
@@ -124,7 +126,7 @@ class ClientOverhead:
     def __init__(self, server: Server, model: str, seed: int) -> None:
         self._server, self._model = server, model
         self._rng = random.Random(seed)
-        self._pool = ThreadPoolExecutor(MIX + SEVERAL)
+        self._pool = ThreadPoolExecutor(MIX)
 
     def prompt(self, length: int) -> list[int]:
         return [self._rng.randrange(3, VOCABULARY) for _ in range(length)]
@@ -143,20 +145,22 @@ class ClientOverhead:
         return found.rates | {"4 x 4,000, mean TTFT ms": mean_first(answers)}
 
     def behind(self) -> dict[str, float]:
-        with self._measured("4 x 4,000 and short ones") as found:
+        start = time.perf_counter()
+        with self._measured("4 x 4,000 and 8 x 64") as found:
             longs = self._send_long()
-            time.sleep(0.05 + 0.1 * self._rng.random())
             shorts = []
-            while not all(future.done() for future in longs):
-                shorts.append(self.send(SHORT, 8).result())
+            for number in range(SHORTS):
+                due = start + 0.1 + EVERY * (number + self._rng.random())
+                time.sleep(max(0.0, due - time.perf_counter()))
+                shorts.append(self.send(SHORT, 8))
+            first = [future.result().first for future in shorts]
             answers = [future.result() for future in longs]
-            found.tokens = sum(answer.tokens for answer in answers + shorts)
+            found.tokens = sum(future.result().tokens for future in longs + shorts)
         return {
-            "64 behind them, the first one's TTFT ms": 1e3 * shorts[0].first,
-            "64 behind them, median TTFT ms": 1e3 * statistics.median(a.first for a in shorts),
-            "64 behind them, how many ended meanwhile": len(shorts),
+            "64 behind 4 x 4,000, the first one's TTFT ms": 1e3 * first[0],
+            "64 behind 4 x 4,000, median TTFT ms": 1e3 * statistics.median(first),
+            "4 x 4,000 and 8 x 64, the long ones' mean TTFT ms": mean_first(answers),
             **found.rates,
-            "4 x 4,000 and short ones, the long ones' mean TTFT ms": mean_first(answers),
         }
 
     def mix(self) -> dict[str, float]:

@@ -47,6 +47,16 @@ def test_long_prompts_are_computed_one_at_a_time_unless_said() -> None:
     assert prefills(max_num_partial_prefills=3, max_long_partial_prefills=2) == (512, 3, 2)
 
 
+def test_snapshots_are_no_further_apart_than_the_interval() -> None:
+    def distance(**options: Any) -> int:
+        return resolved(**options).snapshot_distance
+
+    assert (distance(), distance(cuda=True)) == (64, 128)
+    assert distance(cuda=True, snapshot_interval=32) == 32
+    assert distance(snapshot_interval=1024) == 64
+    assert distance(snapshot_interval=32, snapshot_distance=48) == 48
+
+
 def test_the_largest_step_with_both_kinds_of_rows() -> None:
     assert resolved(cuda=True).most_mixed_tokens == 2048 + 256
     assert resolved().most_mixed_tokens == 2048  # no step is larger

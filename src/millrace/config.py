@@ -28,6 +28,8 @@ GPU_MOST_TOKENS = 65535  # of a step: a kernel that has one block a token can st
 # A step computes no more of one long prompt: 100 ms on such an H200, tens of ms of a small model on
 # a CPU. A prompt that comes meanwhile waits until such a step has ended.
 GPU_LONG_TOKENS, CPU_LONG_TOKENS = 2048, 512
+# A prompt stops for each of its snapshots. The further step costs about as much as so many tokens.
+GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
 # Steps with prompts are cut to these numbers of tokens where they can be: a GEMM computes whole
 # tiles of TILE tokens.
 TILE = 128
@@ -73,6 +75,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     snapshot_interval: int | None = None
+    snapshot_distance: int | None = None
     num_snapshots: int | None = None
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
@@ -111,6 +114,8 @@ HELP: Mapping[str, str] = {
     "kv_cache_memory_bytes": "Bytes for states, pages and snapshots together.",
     "enable_prefix_caching": "Reuse pages and states of prompts that begin alike.",
     "snapshot_interval": "Also take a snapshot every so many prompt tokens (default: by size).",
+    "snapshot_distance": "Snapshots of one prompt are at least so many tokens apart, as each costs "
+    "the prompt a step (default: 128 on a GPU, else 64; no more than the interval).",
     "num_snapshots": "States kept for the prefix cache (default: by memory).",
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; with '
     '"quantization": "fp8" or "none" for the output head that drafts are made with (default: fp8 '
@@ -163,6 +168,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     acceptance: tuple[float, ...] | None
     window: int
     snapshot_interval: int
+    snapshot_distance: int
     async_scheduling: bool
 
     @property
@@ -213,6 +219,8 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
     batched = _or(args.max_num_batched_tokens, 8192 if device == "cuda" else 2048)
     mixed = min(batched, GPU_MIXED_TOKENS) if device == "cuda" else batched
     long = GPU_LONG_TOKENS if device == "cuda" else CPU_LONG_TOKENS
+    distance = GPU_SNAPSHOT_DISTANCE if device == "cuda" else CPU_SNAPSHOT_DISTANCE
+    distance = min(distance, args.snapshot_interval or distance)
     _positive("max_num_seqs", max_seqs)
     if batched < max_seqs * (drafts + 1):
         raise ConfigError(
@@ -242,6 +250,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         acceptance=acceptance,
         window=max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
+        snapshot_distance=_or(args.snapshot_distance, distance),
         async_scheduling=device == "cuda"
         if args.async_scheduling is None
         else args.async_scheduling,
@@ -264,8 +273,8 @@ def _check_choices(args: EngineArgs) -> None:
             f"max_long_partial_prefills {long}: use at most max_num_partial_prefills {partial}"
         )
     for name in (
-        "long_prefill_token_threshold", "snapshot_interval", "num_snapshots",
-        "kv_cache_memory_bytes",
+        "long_prefill_token_threshold", "snapshot_interval", "snapshot_distance",
+        "num_snapshots", "kv_cache_memory_bytes",
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 0:

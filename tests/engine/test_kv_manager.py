@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.request import Request
@@ -125,3 +129,33 @@ def test_prefill_stops_at_whole_pages_within_the_prompt() -> None:
     assert held.boundaries(asking, shared=4) == [20, 16]
     without, few = kv_manager(snapshots=0)
     assert without.boundaries(request(few, list(range(22))), shared=4) == []
+
+
+def test_of_snapshots_close_to_each_other_the_first_is_kept() -> None:
+    held, limits = holdings(snapshot_distance=8)
+    asking = request(limits, list(range(40)))
+    asking.source = msgspec.structs.replace(asking.source, boundaries=[5, 10, 17, 20, 34])
+    assert held.boundaries(asking, shared=0) == [32, 16, 8]  # not 4, 20 and 36
+    asking.computed = 28
+    assert held.boundaries(asking, shared=0) == [36]
+
+
+@given(
+    turns=st.lists(st.integers(1, 60), max_size=12),
+    shared=st.integers(0, 14),
+    distance=st.integers(0, 24),
+    cached=st.integers(0, 10),
+)
+def test_what_resumes_computes_less_than_the_distance_again(
+    turns: list[int], shared: int, distance: int, cached: int
+) -> None:
+    held, limits = holdings(pages=20, snapshot_distance=distance)
+    asking = request(limits, list(range(60)))
+    asking.source = msgspec.structs.replace(asking.source, boundaries=turns)
+    asking.computed = cached * PAGE
+    kept = held.boundaries(asking, shared * PAGE)
+    for wanted in (*(min(turn // PAGE * PAGE, 56) for turn in turns), shared * PAGE, 56):
+        resumed = max(b for b in (0, asking.computed, *kept) if b <= max(wanted, asking.computed))
+        assert wanted - resumed < max(1, distance)
+    stops = [asking.computed, *kept[::-1]]
+    assert all(later - sooner >= max(1, distance) for sooner, later in pairwise(stops))

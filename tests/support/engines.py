@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_model_len": 256,
     "enable_prefix_caching": False,
+    "snapshot_distance": 0,  # so that short prompts have snapshots too
     "debug": True,
 }
 

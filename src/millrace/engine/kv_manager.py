@@ -95,12 +95,16 @@ class KVManager:
         return (
             self._limits.num_snapshots > 0
             and self.caches(request)
-            and self.tree.aligned(request.prompt_len - 1) > 0
+            and self.tree.aligned(request.prompt_len - 1) >= max(1, self._limits.snapshot_distance)
         )
 
     def boundaries(self, request: Request, shared: int) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an
-        earlier prompt began with too."""
+        earlier prompt began with too.
+
+        Each stop costs a step. So of two that are less than `snapshot_distance` apart only the
+        first is kept: a prompt that resumes there computes fewer tokens than that again.
+        """
         limits, aligned = self._limits, self.tree.aligned
         if not limits.prefix_caching or limits.num_snapshots == 0:
             return []
@@ -108,7 +112,13 @@ class KVManager:
         wanted = {end, shared, *(aligned(b) for b in request.source.boundaries)}
         if limits.snapshot_interval:
             wanted.update(range(limits.snapshot_interval, end, limits.snapshot_interval))
-        return sorted((b for b in wanted if request.computed < b <= end), reverse=True)
+        kept: list[int] = []
+        last = request.computed
+        for boundary in sorted(b for b in wanted if request.computed < b <= end):
+            if boundary - last >= limits.snapshot_distance:
+                kept.append(boundary)
+                last = boundary
+        return kept[::-1]
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """A snapshot to save the request's first `depth` tokens in; None: there is one already, or

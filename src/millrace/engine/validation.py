@@ -26,6 +26,7 @@ class Limits:
     long. max_num_partial_prefills, max_long_partial_prefills: prompts, and long ones among them,
     that a step may compute a piece of; 0 sets no limit.
     num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
+    snapshot_distance: snapshots of a prompt are at least so far apart.
     """
 
     max_num_seqs: int
@@ -37,6 +38,7 @@ class Limits:
     drafts: int
     prefix_caching: bool = True
     snapshot_interval: int = 0
+    snapshot_distance: int = 0
     mixed_prefill_tokens: int = 0
     long_prefill_token_threshold: int = 0
     max_num_partial_prefills: int = 0

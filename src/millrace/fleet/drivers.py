@@ -50,6 +50,7 @@ _VLLM: Mapping[str, Callable[[Any], list[str]]] = {
     "max_model_len": _flag("--max-model-len"),
     "max_num_seqs": _flag("--max-num-seqs"),
     "max_num_batched_tokens": _flag("--max-num-batched-tokens"),
+    "long_prefill_token_threshold": _flag("--long-prefill-token-threshold"),
     "block_size": _flag("--block-size"),
     "kv_cache_dtype": lambda value: ["--kv-cache-dtype", _FP8.get(value, value)],
     "mamba_ssm_cache_dtype": _flag("--mamba-ssm-cache-dtype"),

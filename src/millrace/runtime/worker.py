@@ -94,6 +94,7 @@ class Worker:
             drafts=config.drafts,
             prefix_caching=config.args.enable_prefix_caching,
             snapshot_interval=config.snapshot_interval,
+            snapshot_distance=config.snapshot_distance,
             eos_ids=frozenset(self.model_config.eos_ids),
             seed=config.args.seed,
             vocab_size=self.model_config.vocab_size,
