@@ -132,7 +132,7 @@ def test_prefill_stops_at_whole_pages_within_the_prompt() -> None:
 
 
 def test_of_snapshots_close_to_each_other_the_first_is_kept() -> None:
-    held, limits = holdings(snapshot_distance=8)
+    held, limits = kv_manager(snapshot_distance=8)
     asking = request(limits, list(range(40)))
     asking.source = msgspec.structs.replace(asking.source, boundaries=[5, 10, 17, 20, 34])
     assert held.boundaries(asking, shared=0) == [32, 16, 8]  # not 4, 20 and 36
@@ -149,7 +149,7 @@ def test_of_snapshots_close_to_each_other_the_first_is_kept() -> None:
 def test_what_resumes_computes_less_than_the_distance_again(
     turns: list[int], shared: int, distance: int, cached: int
 ) -> None:
-    held, limits = holdings(pages=20, snapshot_distance=distance)
+    held, limits = kv_manager(pages=20, snapshot_distance=distance)
     asking = request(limits, list(range(60)))
     asking.source = msgspec.structs.replace(asking.source, boundaries=turns)
     asking.computed = cached * PAGE
