@@ -143,11 +143,12 @@ def test_every_shape(hopper: list[str], monkeypatch: pytest.MonkeyPatch, install
     leave_out(installed, monkeypatch)
     torch.manual_seed(1)
     for (outputs, width), tokens in product(SHAPES, TOKENS):
-        ragged = outputs % 128 or width % 128
-        if not (ragged and INTERPRETED and tokens not in (3, 9)):  # others take long there
-            check(tokens, outputs, width)
-            assert len(hopper) == 1
-            assert (hopper.pop() == "triton_matmul") == bool(ragged)
+        ragged = bool(outputs % 128 or width % 128)
+        if INTERPRETED and not (ragged and tokens == 9):
+            continue  # the interpreter is slow, and what is not ragged needs none
+        check(tokens, outputs, width)
+        assert len(hopper) == 1
+        assert (hopper.pop() == "triton_matmul") == ragged
 
 
 @pytest.mark.parametrize(("installed", "names"), [
