@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from millrace.version import __version__
+
 if TYPE_CHECKING:
     from millrace.llm import LLM as LLM
     from millrace.protocol import SamplingParams as SamplingParams
     from millrace.protocol import StructuredOutputs as StructuredOutputs
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
 

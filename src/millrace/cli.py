@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from millrace import __version__
 from millrace.errors import UserError
+from millrace.version import __version__
 
 # name -> (module, attribute, what it does)
 _COMMANDS = {

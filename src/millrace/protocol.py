@@ -14,6 +14,7 @@ from millrace.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
+MAX_STOP_IDS = 16  # tokens that end one request, EOS included; slots have room for so many
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,6 +260,40 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 FromEngine = Outputs | Ready | Failed
+
+
+# --- worker -> scheduler -----------------------------------------------------------------------
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes that a scheduler works within. All are counts; lengths are in tokens.
+
+    mixed_prefill_tokens: prompt tokens in a step that also has decode rows; 0: no limit of its own.
+    long_prefill_token_threshold: a prompt with more tokens left to compute is long, and a step
+    computes at most so many of it; 0: no prompt is long. max_num_partial_prefills,
+    max_long_partial_prefills: prompts, and long ones among them, that are computed chunk by chunk
+    at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
+    snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    num_snapshots: int
+    drafts: int
+    prefix_caching: bool = True
+    snapshot_interval: int = 0
+    snapshot_distance: int = 0
+    mixed_prefill_tokens: int = 0
+    long_prefill_token_threshold: int = 0
+    max_num_partial_prefills: int = 0
+    max_long_partial_prefills: int = 0
+    priorities: bool = False
+    vocab_size: int = 1 << 31
+    eos_ids: frozenset[int] = frozenset()
+    seed: int = 0
 
 
 # --- scheduler -> every rank -------------------------------------------------------------------

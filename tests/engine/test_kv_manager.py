@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.request import Request
-from millrace.engine.validation import Limits, make_request
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.engine.validation import make_request
+from millrace.protocol import AddRequest, Limits, SamplingParams
 
 PAGE = 4
 

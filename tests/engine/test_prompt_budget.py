@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from millrace.config import TILE, bucket_above, bucket_below, token_buckets
 from millrace.engine.prompt_budget import PromptBudget, min_chunk, step_tokens
-from millrace.engine.validation import Limits
+from millrace.protocol import Limits
 
 
 def limits(**changes: Any) -> Limits:

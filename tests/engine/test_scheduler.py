@@ -15,10 +15,9 @@ from millrace.engine import plan_log
 from millrace.engine.engine import Engine
 from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.validation import Limits
 from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import RequestError, UserError
-from millrace.protocol import AddRequest, Delta, SamplingParams, StepPlan, StepResult
+from millrace.protocol import AddRequest, Delta, Limits, SamplingParams, StepPlan, StepResult
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
 
 

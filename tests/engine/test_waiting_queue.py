@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from millrace.engine.request import Phase, Request
-from millrace.engine.validation import Limits, make_request
+from millrace.engine.validation import make_request
 from millrace.engine.waiting_queue import MAX_FAILURES, MAX_OVERTAKES, WINDOW, WaitingQueue
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.protocol import AddRequest, Limits, SamplingParams
 
 LIMITS = Limits(
     max_num_seqs=4, max_num_batched_tokens=32, max_model_len=48, page_size=4, num_pages=9,

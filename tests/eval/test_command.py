@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import millrace
 from millrace.eval.command import eval_command, make_all
 from millrace.tasks import Item
 
@@ -168,7 +167,7 @@ class FakeLLM:
 
 
 def test_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(millrace, "LLM", FakeLLM, raising=False)
+    monkeypatch.setattr("millrace.llm.LLM", FakeLLM)
     result = run("--model", "some-dir", "--num-items", 30, "--concurrency", 4, "--min-accuracy", 1)
     assert result.exit_code == 0, result.output
     assert FakeLLM.made == {"model": "some-dir", "max_num_seqs": 4}

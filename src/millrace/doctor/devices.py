@@ -92,11 +92,13 @@ def backends() -> Iterator[Finding]:
     """The backends of ops that have several of them on this GPU, at the shapes of the 27B model."""
     import torch
 
-    from millrace.kernels.gpu import report
     from millrace.kernels.gpu.gdn.decode import Shape
+    from millrace.runtime import kernel_report
 
     low = (True,) * 6
-    for choice in report.backends(torch.bfloat16, [(5120, 5120)], Shape(2, 16, 128, 128, 3, *low)):
+    for choice in kernel_report.backends(
+        torch.bfloat16, [(5120, 5120)], Shape(2, 16, 128, 128, 3, *low)
+    ):
         value = choice.backend + (f"; {choice.reason}" if choice.reason else "")
         yield Finding("kernels", choice.op, value, "warn" if choice.remedy else "ok", choice.remedy)
 

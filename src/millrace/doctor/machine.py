@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from millrace import __version__
 from millrace.doctor.finding import Finding
 from millrace.fleet.device_assignment import usable_cores
 from millrace.server.engine_link.link import MAX_IPC_PATH
+from millrace.version import __version__
 
 GiB = 1 << 30
 FILES_NEEDED = 4096

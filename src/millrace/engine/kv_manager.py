@@ -11,8 +11,7 @@ from collections.abc import Collection
 
 from millrace.engine.prefix_cache import NO_SNAPSHOT, NULL_PAGE, Match, Pool, PrefixTree
 from millrace.engine.request import Request
-from millrace.engine.validation import Limits
-from millrace.protocol import PageGrant
+from millrace.protocol import Limits, PageGrant
 
 _NOTHING = Match(0, [], NO_SNAPSHOT, 0)
 

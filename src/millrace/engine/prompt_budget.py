@@ -15,7 +15,7 @@ however many short prompts come, the first prompt of round 2 gets at least `min_
 from __future__ import annotations
 
 from millrace.config import bucket_above, bucket_below
-from millrace.engine.validation import Limits
+from millrace.protocol import Limits
 
 ROUND_1_PART = 2  # one in so many of a step's prompt tokens is for round 1
 SMALL_STEP_PART = 4  # one in so many of the threshold is for a long prompt, behind round 1

@@ -25,10 +25,10 @@ from millrace.engine.plan_builders import admission, delta
 from millrace.engine.prompt_budget import PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
-from millrace.engine.validation import Limits, check, make_request
+from millrace.engine.validation import check, make_request
 from millrace.engine.waiting_queue import WaitingQueue, rank
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, StepPlan, StepResult
+from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, Limits, StepPlan, StepResult
 
 
 @dataclass(slots=True)

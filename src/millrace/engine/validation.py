@@ -7,46 +7,12 @@ request; whether there is room now is the scheduler's business.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from millrace.engine.request import Request
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest
+from millrace.protocol import MAX_STOP_IDS, AddRequest, Limits
 
-MAX_STOP_IDS = 16
 _MASK64 = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The sizes a scheduler works within; all are counts, lengths in tokens.
-
-    mixed_prefill_tokens: prompt tokens beside decode rows; 0 sets no limit of its own.
-    long_prefill_token_threshold: of a prompt with more left, a step computes no more; 0: none is
-    long. max_num_partial_prefills, max_long_partial_prefills: prompts, and long ones among them,
-    that a step may compute a piece of; 0 sets no limit.
-    num_pages counts the null page. snapshot_interval: 0 takes none at fixed distances.
-    snapshot_distance: snapshots of a prompt are at least so far apart.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    page_size: int
-    num_pages: int
-    num_snapshots: int
-    drafts: int
-    prefix_caching: bool = True
-    snapshot_interval: int = 0
-    snapshot_distance: int = 0
-    mixed_prefill_tokens: int = 0
-    long_prefill_token_threshold: int = 0
-    max_num_partial_prefills: int = 0
-    max_long_partial_prefills: int = 0
-    priorities: bool = False
-    vocab_size: int = 1 << 31
-    eos_ids: frozenset[int] = frozenset()
-    seed: int = 0
 
 
 def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:

@@ -212,7 +212,7 @@ class InProcess:
     """
 
     def __init__(self, directory: str, concurrency: int = 64, **options: Any) -> None:
-        from millrace import LLM
+        from millrace.llm import LLM
 
         self.name = directory
         self._slice = 2 * concurrency
@@ -228,7 +228,7 @@ class InProcess:
         self._llm = None
 
     def ask(self, items: Sequence[Item], request: Request) -> Iterator[Said]:
-        from millrace import SamplingParams
+        from millrace.protocol import SamplingParams
 
         groups: dict[tuple[int, str], list[int]] = {}
         for index, item in enumerate(items):

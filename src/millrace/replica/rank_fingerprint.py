@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-import millrace
 from millrace.config import EngineArgs
+from millrace.version import __version__
 
 # Options that may differ: they name things on one host, or concern rank 0 alone.
 _OWN = {"model", "tokenizer", "served_model_name", "tensor_parallel_size", "plan_log", "max_queue"}
@@ -34,7 +34,7 @@ def facts(args: EngineArgs, model: Path, device: str, one_install: bool) -> dict
         if field.name not in _OWN
     }
     return {
-        "millrace": millrace.__version__ + ("" if one_install else f" ({_source_digest()})"),
+        "millrace": __version__ + ("" if one_install else f" ({_source_digest()})"),
         "torch": str(torch.__version__),
         "device": device,
         "model": f"{model.name} ({model_digest(model, args.load_format != 'dummy')})",
@@ -58,7 +58,7 @@ def model_digest(directory: Path, weights: bool) -> str:
 
 def _source_digest() -> str:
     """A digest of the source that a rank runs."""
-    root = Path(millrace.__file__).parent
+    root = Path(__file__).parents[1]
     found = hashlib.blake2b(digest_size=4)
     files = [path for part in _RUN for path in root.glob(part)]
     for path in sorted(files):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
-from millrace.engine.validation import Limits
 from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches, GDNState, KVCache
 from millrace.model.config import ModelConfig
@@ -25,7 +24,7 @@ from millrace.model.parallel import TensorParallel
 from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.weights import load, random_weights
-from millrace.protocol import Masks, StepPlan, StopRanks
+from millrace.protocol import Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.profile_run import row_counts, token_counts, workspace_bytes
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
@@ -238,8 +237,8 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         logger.log(level, "FP8 weights become %s: %s has no FP8 GEMM", config.dtype, device)
     if config.device != "cuda":
         return
-    from millrace.kernels.gpu import report  # import what only GPUs have
     from millrace.kernels.gpu.gdn import decode  # import what only GPUs have
+    from millrace.runtime import kernel_report  # import what only GPUs have
 
     shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
     dtype, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
@@ -249,7 +248,7 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         QKV_BF16=dtype, STATE_BF16=state, KEY_BF16=dtype, GATE_BF16=dtype,
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
-    report.log_backends(report.backends(DTYPES[config.dtype], shapes, gdn))
+    kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn))
 
 
 def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]]:

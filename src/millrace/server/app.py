@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from millrace import __version__
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.endpoint import Anthropic
 from millrace.server.api.chat.endpoint import Chat
@@ -30,6 +29,7 @@ from millrace.server.engine_link.client import EngineDeadError
 from millrace.server.http.errors import ApiError, error_response
 from millrace.server.openapi import openapi_document
 from millrace.server.telemetry.metrics import MetricsPage
+from millrace.version import __version__
 
 
 class Api:

@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from millrace import __version__
 from millrace.server.api.anthropic.endpoint import CountRequest, MessagesRequest, TokenCount
 from millrace.server.api.anthropic.formatter import Message
 from millrace.server.api.openai_responses.endpoint import ResponsesRequest
@@ -30,6 +29,7 @@ from millrace.server.api.response_schema import (
     Version,
 )
 from millrace.server.http.errors import ErrorBody
+from millrace.version import __version__
 
 # (path, method, what it does, body, answer; None is plain text)
 _OPERATIONS: tuple[tuple[str, str, str, type | None, type | None], ...] = (

@@ -9,12 +9,12 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from millrace import __version__
 from millrace.bench.report.results import ResultFile, grouped, interactivity, load_words
 from millrace.bench.report.save import read_table
 from millrace.bench.report.svg import Series, binned, chart, cumulative, frontier
 from millrace.bench.report.sweep import sweep_rows
 from millrace.errors import UserError
+from millrace.version import __version__
 
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1c2126; --soft: #5b6670; --line: #dde2e6;

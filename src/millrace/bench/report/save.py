@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from millrace import __version__
 from millrace.bench.load.records import NUMBERS, RequestTiming
 from millrace.bench.measure.telemetry import Sample
 from millrace.bench.report.run_report import DETAIL
 from millrace.common.optional import probe, require
 from millrace.errors import UserError
+from millrace.version import __version__
 
 RawFormat = Literal["auto", "parquet", "jsonl", "none"]
 _PACKAGES = ("uvloop", "httptools", "msgspec", "numpy")

@@ -14,8 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from millrace.engine.validation import MAX_STOP_IDS
-from millrace.protocol import Admission, PageGrant
+from millrace.protocol import MAX_STOP_IDS, Admission, PageGrant
 from millrace.runtime.step.upload import upload
 
 

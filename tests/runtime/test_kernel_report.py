@@ -49,11 +49,11 @@ def logged(
     gdn: object = None,
     fp8: Sequence[tuple[int, int]] = ((5120, 6144),),
 ) -> list[tuple[int, str]]:
-    from millrace.kernels.gpu import report
+    from millrace.runtime import kernel_report
 
     caplog.clear()
     with caplog.at_level(logging.INFO, "millrace.kernels"):
-        report.log_backends(report.backends(dtype, fp8, gdn))  # type: ignore[arg-type]
+        kernel_report.log_backends(kernel_report.backends(dtype, fp8, gdn))  # type: ignore[arg-type]
     return [(record.levelno, record.message) for record in caplog.records]
 
 
