@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= millrace-mini
 PORT   ?= 8000
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench soak clean
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(VENV)/.installed lint  ## lint, types and every test that needs no GPU
 
 bench: $(VENV)/.installed  ## serve 1, 2 and 3 replicas and print the scaling table
 	@$(BIN)/millrace bench scaling $(MODEL) $(ARGS)
+
+soak: $(VENV)/.installed  ## ten minutes of kills and hostile clients against two replicas
+	@$(BIN)/python benchmarks/soak_fleet.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -20,7 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.live_server import LiveServer, started
-from tests.support.soak import KVManager, holdings, soak
+from tests.support.soak import HeldResources, holdings, soak
 
 FLAGS = (
     "--debug", "--port=0", "--max-model-len=512", "--max-num-seqs=8", "--read-timeout=1",
@@ -28,7 +28,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def settled(server: LiveServer, wanted: KVManager | None = None, limit: float = 30.0) -> KVManager:
+def settled(server: LiveServer, wanted: HeldResources | None = None, limit: float = 30.0) -> HeldResources:
     """What the server holds once nothing is open, or once it is as `wanted`."""
     deadline = time.monotonic() + limit
     while True:

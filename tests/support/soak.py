@@ -2,7 +2,7 @@
 
 Good ones of every sort, clients that leave, prompts that are too long, bodies that are wrong or
 hostile, bytes that are no HTTP. Every request is written as raw bytes on a connection of its own;
-what must come back is known for each kind. `KVManager` are what a server has in its hands.
+what must come back is known for each kind. `HeldResources` are what a server has in its hands.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def good_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
         "stream": rng.random() < 0.6,
         "temperature": rng.choice([0, 0.7, 1.3]),
     }
-    processors: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {},
         {"seed": rng.randrange(1 << 32)},
         {"n": rng.randint(2, 3)},
@@ -91,7 +91,7 @@ def good_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
         {"structured_outputs": {"choice": ["yes", "no"]}},
         {"structured_outputs": {"regex": "[a-z]{1,9}"}},
     ]
-    body |= rng.choice(processors)
+    body |= rng.choice(options)
     if body["stream"] and rng.random() < 0.3:
         body["stream_options"] = {"include_usage": True}
     if rng.random() < 0.5:
@@ -307,7 +307,7 @@ async def soak(url: str, requests: int, seed: int = 0, at_once: int = 24) -> Rep
 
 
 @dataclass(frozen=True)
-class KVManager:
+class HeldResources:
     """What front and engine hold when nobody asks anything of them.
 
     pages, snapshots: in use, after the prefix cache was told to forget everything.
@@ -325,7 +325,7 @@ class KVManager:
     engine_threads: int
 
 
-def holdings(url: str, pid: int) -> KVManager:
+def holdings(url: str, pid: int) -> HeldResources:
     """Now, of the server with this pid; run with --debug, so that its cache can be emptied."""
     httpx.post(f"{url}/reset_prefix_cache", timeout=20).raise_for_status()
     page = httpx.get(f"{url}/metrics", timeout=20).text
@@ -337,7 +337,7 @@ def holdings(url: str, pid: int) -> KVManager:
 
     context = psutil.Process(pid)
     (engine,) = context.children()
-    return KVManager(
+    return HeldResources(
         running=metric("num_requests_running"),
         waiting=metric("num_requests_waiting"),
         pages=metric("kv_pages_total") - metric("kv_pages_free"),
