@@ -172,7 +172,7 @@ def test_a_taken_port_is_known_before_anything_starts() -> None:
 
     async def scenario() -> None:
         holder = await MockReplica().start()
-        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{holder.port}: it is in use"):
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1 port {holder.port}: it is in use"):
             async with supervised(lines, port=holder.port):
                 pass
         await holder.stop()

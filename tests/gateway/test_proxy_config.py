@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from millrace.common.http_client import Target, connect, encode_request, fetch, parse_url
+from millrace.common.sockets import free_port
 from millrace.errors import UserError
-from millrace.fleet.replica_process import free_port
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.proxy_config import RENDERERS, render
 from tests.support.mock_replica import MockReplica

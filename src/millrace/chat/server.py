@@ -6,15 +6,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 
+from millrace.common.child_process import end_with_parent, python_module, reap
 from millrace.errors import UserError
-from millrace.fleet.replica_process import die_with_parent
 
 START_SECONDS = 900.0
 END_SECONDS = 20.0
@@ -26,10 +25,8 @@ class OwnServer:
     url: str
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._command = [
-            sys.executable, "-m", "millrace.cli", "serve", *arguments, "--port=0",
-            "--disable-uvicorn-access-log", "--shutdown-timeout=1",
-        ]  # fmt: skip
+        own = ("--port=0", "--disable-uvicorn-access-log", "--shutdown-timeout=1")
+        self._command = python_module("millrace.cli", "serve", *arguments, *own)
 
     def __enter__(self) -> OwnServer:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
@@ -40,7 +37,7 @@ class OwnServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
         try:
             self.url = self._wait_ready()
@@ -56,11 +53,7 @@ class OwnServer:
         trace: TracebackType | None,
     ) -> None:
         self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        reap([self._process], END_SECONDS)
         self._log.close()
 
     def _wait_ready(self) -> str:

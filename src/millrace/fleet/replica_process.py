@@ -7,35 +7,21 @@ supervisor, whatever ends that one. What the command is, nobody here knows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import os
 import signal
-import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from millrace.common.child_process import (
+    child_environment,
+    end_process,
+    end_with_parent,
+    kill_group,
+)
 from millrace.common.http_client import Target, fetch
 from millrace.errors import UserError
 
-_PR_SET_PDEATHSIG = 1
 _LINE_LIMIT = 1 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent(parent: int) -> None:
-    """In a new child: have the kernel kill this process when `parent` ends (Linux)."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it had ended before we asked
-        os._exit(1)
-
-
-def free_port(host: str) -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class ReplicaProcess:
@@ -67,9 +53,9 @@ class ReplicaProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+            env=child_environment(PYTHONUNBUFFERED="1", **self._environment),
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(parent),
+            preexec_fn=lambda: end_with_parent(parent),
             limit=_LINE_LIMIT,
         )
         self._listening = asyncio.create_task(self._listen(self._process))
@@ -99,9 +85,7 @@ class ReplicaProcess:
         """Ask it to end; kill its session after `grace` seconds. Returns with it reaped."""
         if self._process is None:
             return
-        if self.running:
-            self._process.terminate()
-            await asyncio.wait([asyncio.ensure_future(self._process.wait())], timeout=grace)
+        await end_process(self._process, (0.0, signal.SIGTERM), (grace, signal.SIGKILL))
         # Also after a good end: nothing of its session is to stay behind.
         self.kill()
         await self.wait()
@@ -109,8 +93,7 @@ class ReplicaProcess:
     def kill(self) -> None:
         """Kill it and all of its session, now."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

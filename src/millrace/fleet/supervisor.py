@@ -18,6 +18,7 @@ import msgspec
 import uvloop
 
 from millrace.common.http_client import Target
+from millrace.common.sockets import free_port, require_free_port
 from millrace.errors import ConfigError
 from millrace.fleet.device_assignment import (
     Device,
@@ -26,10 +27,9 @@ from millrace.fleet.device_assignment import (
     usable_cores,
     visible_gpus,
 )
-from millrace.fleet.replica_process import ReplicaProcess, bring_up, free_port
+from millrace.fleet.replica_process import ReplicaProcess, bring_up
 from millrace.gateway.app import Gateway, GatewayOptions
 from millrace.gateway.health.health_monitor import ReplicaSpec
-from millrace.gateway.processes.worker import require_free_port
 
 _LOOPBACK = "127.0.0.1"
 

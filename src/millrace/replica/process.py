@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import NoReturn
 import msgspec
 import zmq
 
+from millrace.common.child_process import end_with_parent
 from millrace.config import EngineArgs
 from millrace.engine.engine import Engine
 from millrace.errors import RankError, RequestError, UserError
@@ -45,7 +45,6 @@ log = logging.getLogger("millrace.engine")
 IDLE_POLL_MS = 500
 HEARTBEAT = 1.0  # seconds after which the front hears of an engine that has nothing to say
 STUCK_LIMIT = 5.0  # seconds that the loop gets to notice by itself that its ranks have failed
-PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
@@ -199,17 +198,6 @@ def summary(engine: Engine) -> str:
             f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
         ]
     )
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel end this process as soon as the one that started it is gone.
-
-    On Linux, and at once whatever runs; elsewhere only the loop's own check notices.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before it was watched
-        sys.exit(1)
 
 
 def main() -> int:

@@ -7,13 +7,11 @@ rank 0 says stop, when the group has failed, and at the latest with the process 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
-import time
 
 import msgspec
 
+from millrace.common.child_process import child_environment, python_module, reap
 from millrace.config import EngineArgs
 from millrace.errors import ConfigError
 
@@ -29,16 +27,18 @@ class LocalRanks:
     @classmethod
     def start(cls, args: EngineArgs, size: int, port: int, device: str) -> LocalRanks:
         """Ranks 1 and up, which meet rank 0 in the store on that port of the loopback address."""
-        command = [sys.executable, "-m", "millrace.replica.process"]
-        command += ["--args", msgspec.json.encode(args).decode(), "--parent-pid", str(os.getpid())]
-        shared = {
-            **os.environ,
+        command = python_module(
+            "millrace.replica.process",
+            *("--args", msgspec.json.encode(args).decode()),
+            *("--parent-pid", str(os.getpid())),
+        )
+        shared = child_environment(
             **threads(size, device),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(size),
-            STARTED_HERE: "1",
-        }
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            WORLD_SIZE=str(size),
+            **{STARTED_HERE: "1"},
+        )
         return cls(
             {
                 rank: subprocess.Popen(
@@ -62,13 +62,7 @@ class LocalRanks:
 
     def stop(self, limit: float) -> None:
         """Wait for ranks that were told to stop; end those that do not within `limit` seconds."""
-        deadline = time.monotonic() + limit
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+        reap(list(self._processes.values()), limit)
 
 
 def threads(size: int, device: str) -> dict[str, str]:

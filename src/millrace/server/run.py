@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from millrace.common.open_files import raise_file_limit
+from millrace.common.sockets import BACKLOG, listen, tls_context
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
@@ -36,7 +37,6 @@ from millrace.server.engine_link.restarter import Restarter
 from millrace.server.http.bodies import BodyReader
 from millrace.server.http.connection import connection_class
 from millrace.server.http.errors import ApiError
-from millrace.server.http.listening import BACKLOG, check_tls, listen
 from millrace.server.http.middleware import Keys, Middleware
 from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions
@@ -57,21 +57,25 @@ def run_server(
 
     Raises UserError for options or a model that cannot work. program: what runs as the engine.
     """
-    check_tls(options)
+    tls_context(  # uvicorn makes its own; files that cannot be used are to be known now
+        options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
+    )
     raise_file_limit()
-    listener = listen(options.host, options.port)
+    listeners = listen(options.host, options.port)
     directory = find_model(args.model)
     names = args.served_model_name or [args.model]
     args = msgspec.structs.replace(args, model=str(directory))
-    with listener:
-        return uvloop.run(_serve(args, options, names, listener, program))
+    with contextlib.ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener)
+        return uvloop.run(_serve(args, options, names, listeners, program))
 
 
 async def _serve(
     args: EngineArgs,
     options: ServerOptions,
     names: list[str],
-    listener: socket.socket,
+    listeners: list[socket.socket],
     program: Sequence[str],
 ) -> int:
     metrics = RequestMetrics()
@@ -89,8 +93,8 @@ async def _serve(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
         )
         page.gauges.update(_gauges(middleware, server))
-        keeping = asyncio.create_task(_keep(client, options, server, names[0], listener))
-        await server.serve(sockets=[listener])
+        keeping = asyncio.create_task(_keep(client, options, server, names[0], listeners[0]))
+        await server.serve(sockets=listeners)
         keeping.cancel()
     finally:
         await client.stop()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -38,9 +37,10 @@ from millrace.bench.load.messages import (
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming, unpack
 from millrace.bench.workload.prompts import Lengths, merge_lengths
+from millrace.common.child_process import kill_process, python_module
 from millrace.errors import UserError
 
-COMMAND = (sys.executable, "-m", "millrace.bench.load.worker")
+COMMAND = tuple(python_module("millrace.bench.load.worker"))
 _BEACON_S = 0.004  # between two beacons of a process, on the mean
 _READY_S = 600.0  # to prepare the workload
 _SILENT_S = 60.0  # a process tells its progress twice a second
@@ -127,9 +127,7 @@ class _Process:
             self.tell(Beacon(perf_counter_ns()))
 
     async def reap(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-        await self._process.wait()
+        await kill_process(self._process)
 
 
 class Pool:

@@ -6,7 +6,6 @@ It knows the evaluation by its command line and the JSON file it writes, nothing
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import msgspec
 
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.runs.serve import background
+from millrace.common.child_process import kill_process, python_module
 
-EVALUATION = (sys.executable, "-m", "millrace.cli", "eval")
+EVALUATION = tuple(python_module("millrace.cli", "eval"))
 _MOST_ASKED = 8  # evaluation requests in flight at once
 
 
@@ -115,9 +115,7 @@ async def measure_accuracy(
         except TimeoutError:
             return Accuracy(None, reason=f"the evaluation took longer than {limit:g} s")
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            await kill_process(process)
         if process.returncode or not file.exists():
             lines = errors.decode("utf-8", "replace").strip().splitlines()
             return Accuracy(None, reason=lines[-1] if lines else "the evaluation failed")

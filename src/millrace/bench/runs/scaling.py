@@ -8,7 +8,6 @@ over repeats.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,12 +18,14 @@ from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.tables import aligned
 from millrace.bench.runs.accuracy import Accuracy, measure_accuracy
 from millrace.bench.runs.serve import run
+from millrace.common.child_process import python_module
 from millrace.common.http_client import Target
+from millrace.common.sockets import free_port
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import thread_limit, usable_cores, visible_gpus
-from millrace.fleet.replica_process import ReplicaProcess, bring_up, free_port
+from millrace.fleet.replica_process import ReplicaProcess, bring_up
 
-MILLRACE = (sys.executable, "-m", "millrace.cli")
+MILLRACE = tuple(python_module("millrace.cli"))
 _LOOPBACK = "127.0.0.1"
 _GRACE = 30.0  # seconds; more than a supervisor needs for its own replicas
 _LATENCIES = ("ttft", "tpot", "itl")

@@ -10,7 +10,6 @@ other from here.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,11 +24,12 @@ from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import Summary, Window, summarize
 from millrace.bench.runs.serve import Run, run
 from millrace.bench.workload.prompts import RandomSpec
+from millrace.common.child_process import kill_process, python_module
 from millrace.common.http_client import Target
 
 FIRST_S, GAP_S = 0.05, 0.05
 MOST_ERROR = {"p50": 0.02, "p99": 0.05}
-_COMMAND = (sys.executable, "-m", "millrace.bench.runs.mock")
+_COMMAND = python_module("millrace.bench.runs.mock")
 _LIMIT_S = 30.0
 
 
@@ -181,9 +181,7 @@ async def _mock() -> AsyncIterator[tuple[Target, Callable[[], Any]]]:
     try:
         yield Target("127.0.0.1", int(await line())), end
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        await kill_process(process)
 
 
 _HEADINGS = (

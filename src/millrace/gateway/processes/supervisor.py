@@ -8,24 +8,25 @@ each is told the list of replicas, and asks for the answers that only the keeper
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from millrace.common.child_process import end_process, python_module
+from millrace.common.sockets import bind, require_free_port
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import Answer, Request
-from millrace.gateway.processes.worker import GatewayOptions, bind
+from millrace.gateway.processes.worker import GatewayOptions
 from millrace.gateway.routing.replicas import Member
 
 _START_SECONDS = 30.0
+_STOP_SECONDS = 5.0  # beyond the drain, for a process to end by itself
 _PAUSE, _PAUSE_LIMIT, _SETTLED = 0.1, 10.0, 30.0  # seconds, of restarts in a row
 
 
@@ -124,7 +125,7 @@ class WorkerProcesses:
         self._monitor = monitor
         self._answer = answer
         self._log = log
-        self._held: socket.socket | None = None
+        self._held: list[socket.socket] = []
         self._running: dict[int, _Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -144,10 +145,10 @@ class WorkerProcesses:
     async def start(self) -> None:
         """Take the port and start every process. Raises UserError when it is taken."""
         host, port = self._options.host, self._options.port
-        bind(host, port).close()  # somebody else who shares the port would not be noticed below
+        require_free_port(host, port)  # somebody else who shares it would not be noticed below
         # Held for as long as we live, so that the port stays ours while processes come and go.
         self._held = bind(host, port, shared=True)
-        self.port = self._held.getsockname()[1]
+        self.port = self._held[0].getsockname()[1]
         self._options = msgspec.structs.replace(self._options, port=self.port)
         await asyncio.gather(*(self._spawn(i) for i in range(self._options.processes)))
         if not all(one.listening.is_set() for one in self._running.values()):
@@ -163,28 +164,20 @@ class WorkerProcesses:
         await asyncio.gather(*self._keepers, return_exceptions=True)
         for one in self._running.values():
             one.channel.send(Stop(drain))
-        ends = [asyncio.ensure_future(one.process.wait()) for one in self._running.values()]
-        if ends:
-            await asyncio.wait(ends, timeout=drain + 5.0)
-        for one in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                one.process.send_signal(signal.SIGKILL)
-            await one.process.wait()
+        running = self._running.values()
+        step = (drain + _STOP_SECONDS, signal.SIGKILL)
+        await asyncio.gather(*(end_process(one.process, step) for one in running))
+        for one in running:
             one.channel.close()
-        if self._held is not None:
-            self._held.close()
+        for held in self._held:
+            held.close()
 
     async def _spawn(self, index: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            arguments = (index, theirs.fileno(), self._counters.fd, os.getpid())
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "millrace.gateway.processes.worker_process",
-                str(index),
-                str(theirs.fileno()),
-                str(self._counters.fd),
-                str(os.getpid()),
+                *python_module("millrace.gateway.processes.worker_process", *map(str, arguments)),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(theirs.fileno(), self._counters.fd),
                 start_new_session=True,  # a Ctrl-C is for us; we tell them

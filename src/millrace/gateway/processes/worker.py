@@ -7,15 +7,13 @@ where the keeper is in another process (processes.py). It knows neither.
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
-import socket
-import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from millrace.common.sockets import BACKLOG, listen, tls_context
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import SharedCounters
@@ -65,23 +63,7 @@ def check_options(options: GatewayOptions) -> None:
         raise UserError(f"--policy {options.policy!r}: use one of {', '.join(POLICIES)}")
     if not 1 <= options.processes <= 128:
         raise UserError(f"--processes {options.processes}: use 1 to 128")
-    if (options.ssl_certfile is None) != (options.ssl_keyfile is None):
-        raise UserError("--ssl-certfile and --ssl-keyfile go together")
-    tls_context(options)
-
-
-def tls_context(options: GatewayOptions) -> ssl.SSLContext | None:
-    """What clients are greeted with; None for plain HTTP. Raises UserError for bad files."""
-    if options.ssl_certfile is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(
-            f"--ssl-certfile {options.ssl_certfile}, --ssl-keyfile {options.ssl_keyfile}: {error}"
-        ) from None
-    return context
+    tls_context(options.ssl_certfile, options.ssl_keyfile)
 
 
 class Worker:
@@ -111,31 +93,29 @@ class Worker:
             access=options.access,
             log=self._log.write if self._log else None,
         )
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._chores: asyncio.Task[None] | None = None
         self.port = 0
 
     async def start(self, *, shared_port: bool = False) -> None:
         """Listen. shared_port: other processes listen there too. Raises UserError if taken."""
         options = self._options
-        try:
-            self._server = await asyncio.get_running_loop().create_server(
-                lambda: ClientConnection(self.relay),
-                options.host,
-                options.port,
-                backlog=4096,
-                reuse_port=shared_port or None,
-                ssl=tls_context(options),
+        listeners = listen(options.host, options.port, shared=shared_port)
+        self.port = listeners[0].getsockname()[1]
+        context = tls_context(options.ssl_certfile, options.ssl_keyfile)
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            server = await loop.create_server(
+                lambda: ClientConnection(self.relay), sock=listener, backlog=BACKLOG, ssl=context
             )
-        except OSError as error:
-            raise cannot_listen(options.host, options.port, error) from None
-        self.port = self._server.sockets[0].getsockname()[1]
+            self._servers.append(server)
         self._chores = asyncio.create_task(self._do_chores())
 
     async def stop(self, drain: float = 0.0) -> None:
         """Take no new connection, let requests under way end for `drain` seconds, drop the rest."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
+        if self._servers:
             await self.relay.drain(drain)
         if self._chores is not None:
             self._chores.cancel()
@@ -155,37 +135,6 @@ class Worker:
                 self.relay.sweep()
                 if self._log is not None:
                     self._log.flush()
-
-
-def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket bound there, not listening. Raises UserError when that cannot be."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise UserError(f"--host {host!r}: {error.strerror}") from None
-    held = socket.socket(family, kind, protocol)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        held.bind(address)
-    except OSError as error:
-        held.close()
-        raise cannot_listen(host, port, error) from None
-    return held
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise UserError when nobody can listen there."""
-    bind(host, port).close()
-
-
-def cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    """The error that says so."""
-    why = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
-    return UserError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port")
 
 
 def stay_as_they_are() -> None:

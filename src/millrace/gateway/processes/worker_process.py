@@ -15,7 +15,7 @@ from itertools import count
 import msgspec
 import uvloop
 
-from millrace.fleet.replica_process import die_with_parent
+from millrace.common.child_process import end_with_parent
 from millrace.gateway.admin.api import health_answer, is_own
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.http.message import Answer, Request, error_answer
@@ -99,7 +99,7 @@ async def _run(index: int, channel_fd: int, board_fd: int, options: GatewayOptio
 
 def main() -> None:
     index, channel_fd, board_fd, parent = map(int, sys.argv[1:])
-    die_with_parent(parent)
+    end_with_parent(parent)
     # Whoever stops a whole session means the main process, which tells us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=GatewayOptions)

@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from millrace.common.child_process import end_process, python_module
 from millrace.config import EngineArgs
 
-ENGINE_PROGRAM = (sys.executable, "-m", "millrace.replica.process")
+ENGINE_PROGRAM = tuple(python_module("millrace.replica.process"))
 
 ASKED_SECONDS = 5.0  # for an engine that was asked to end, by message
 TERMINATED_SECONDS = 3.0  # for one that was sent SIGTERM
@@ -60,13 +60,5 @@ class EngineProcess:
 
     async def end(self) -> None:
         """Wait for an engine that was asked to end; then insist. Returns with the process gone."""
-        for limit, insist in (
-            (ASKED_SECONDS, signal.SIGTERM),
-            (TERMINATED_SECONDS, signal.SIGKILL),
-        ):
-            try:
-                await asyncio.wait_for(self._process.wait(), limit)
-                return
-            except TimeoutError:
-                self._process.send_signal(insist)
-        await self._process.wait()
+        asked, terminated = (ASKED_SECONDS, signal.SIGTERM), (TERMINATED_SECONDS, signal.SIGKILL)
+        await end_process(self._process, asked, terminated)

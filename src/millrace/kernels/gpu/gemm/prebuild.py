@@ -13,13 +13,11 @@ that share a cache one starts children. Knows no model and no step.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import logging
 import os
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -31,6 +29,12 @@ from typing import IO
 
 import torch
 
+from millrace.common.child_process import (
+    child_environment,
+    end_with_parent,
+    python_module,
+    reap,
+)
 from millrace.common.optional import probe
 from millrace.kernels.quantize import GROUP, Quantized
 
@@ -41,12 +45,10 @@ Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for al
 
 MOST = 8  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
-REAP_LIMIT = 5.0  # and for one that was killed
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 4  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
 _RECORD = struct.Struct("<4i")
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 # --- in the process that starts ----------------------------------------------------------------
@@ -164,8 +166,8 @@ class Children:
         self._work = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.processes: list[subprocess.Popen[bytes]] = []
-        command = [sys.executable, "-m", __name__, str(os.getpid()), device]
-        command += [str(tensor_bytes(products))]
+        memory = str(tensor_bytes(products))
+        command = python_module(__name__, str(os.getpid()), device, memory)
         try:
             self._work.write(b"".join(_RECORD.pack(*product) for product in products))
             self._work.seek(0)
@@ -181,18 +183,14 @@ class Children:
             stdin=self._work,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
+            env=child_environment(OMP_NUM_THREADS="1"),
+            start_new_session=True,  # the group has the compilers that it starts
         )
 
     def finish(self, limit: float) -> None:
         """Wait `limit` seconds for them, then end those that are left; all are gone afterwards."""
         began = time.monotonic()
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, began + limit - time.monotonic()))
-        late = sum(process.returncode is None for process in self.processes)
-        self._kill()
+        late = reap(self.processes, limit, groups=True)
         failed = sum(process.returncode != 0 for process in self.processes) - late
         if not late + failed:
             with contextlib.suppress(OSError):  # without it the next start looks again
@@ -204,18 +202,9 @@ class Children:
 
     def close(self) -> None:
         """End all of them, whatever they do."""
-        self._kill()
+        reap(self.processes, 0.0, groups=True)
         for file in (self._work, self._output, self._marker):
             file.close()
-
-    def _kill(self) -> None:
-        for process in self.processes:
-            if process.returncode is None:  # not reaped, so the group's number is still its own
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(REAP_LIMIT)  # a driver that hangs may keep even the killed
 
     def _last_line(self) -> str:
         size = self._output.seek(0, os.SEEK_END)
@@ -235,9 +224,7 @@ def _warn(what: str) -> None:
 
 def main(parent: int, device: str, memory: int) -> None:
     """Compile products from stdin until there is none. memory: bytes that tensors may take."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before it was watched
-        sys.exit(1)
+    end_with_parent(parent)
     os.nice(5)  # the start itself goes first
     if device != "cpu":
         torch.cuda.set_device(device)
