@@ -1,0 +1,159 @@
+"""Imports point down: each file's imports are compared with the list of layers below.
+
+A room is a folder of src/millrace/ without its sub-folders, or a file beside them. Rooms of one
+line do not import each other; a room imports rooms of earlier lines only, so that no circle of
+packages is possible. Imports within functions and under TYPE_CHECKING count like all others.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "millrace"
+
+# From low to high. "millrace" is the package's own __init__.py.
+LAYERS = [
+    # what every part may use
+    "version errors",
+    "protocol config common tasks model_lookup",
+    # the engine plane: one replica
+    "text kernels engine",
+    "kernels.cpu kernels.gpu model",
+    "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
+    "runtime.ranks",
+    "runtime.step",
+    "runtime",
+    "replica",
+    "llm server.telemetry",
+    "server.engine_link",
+    "server.http",
+    "server.api",
+    "server.api.chat server.api.completions",
+    "server.api.anthropic server.api.openai_responses server.api.tokenize",
+    # the fleet plane: many replicas, known by HTTP alone
+    "gateway.common",
+    "gateway.http",
+    "gateway.routing gateway.resume",
+    "gateway.relay gateway.health",
+    "gateway.admin",
+    "gateway.processes",
+    "gateway",
+    "fleet bench.workload",
+    "bench.load",
+    "bench.measure",
+    "bench.report",
+    "bench.runs",
+    "bench",
+    # commands that use both planes
+    "chat eval server doctor",
+    "cli millrace",
+]
+
+FLEET_PLANE = {"gateway", "fleet", "bench", "plan", "tune", "observe", "deploy", "batch"}
+# What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
+FLEET_GROUND = {"version", "errors", "common", "tasks"}
+
+# Which top-level rooms may import these packages; no other room does, not in a function either.
+OWNERS = {
+    "torch": {"kernels", "model", "runtime", "replica", "doctor"},
+    "triton": {"kernels", "runtime"},
+    "transformers": set[str](),
+    "zmq": {"replica", "server"},
+    "tokenizers": {"text", "model", "bench"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+}
+MAX_MODULES = 15
+
+
+def files() -> dict[str, Path]:
+    """Module -> its file."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = ("millrace", *path.relative_to(SOURCE).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+FILES = files()
+
+
+def room(module: str) -> str:
+    """The room that a module belongs to, without the leading "millrace."."""
+    is_package = FILES[module].name == "__init__.py"
+    place = module if is_package or module.count(".") == 1 else module.rpartition(".")[0]
+    return place.removeprefix("millrace.")
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports, as whole names: modules, or the names of a module."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import; give the whole name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports."""
+    names = {name for name in imports(path) if name.split(".")[0] == "millrace"}
+    return {name if name in FILES else name.rpartition(".")[0] for name in names}
+
+
+LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+
+
+def test_every_room_has_a_layer_and_only_one() -> None:
+    names = [name for line in LAYERS for name in line.split()]
+    assert sorted(names) == sorted({room(module) for module in FILES})
+
+
+def test_imports_point_down() -> None:
+    wrong = {
+        f"{module} imports {other}"
+        for module, path in FILES.items()
+        for other in own_modules(path)
+        if room(other) != room(module) and LEVEL[room(other)] >= LEVEL[room(module)]
+    }
+    assert wrong == set()
+
+
+def test_the_fleet_plane_knows_a_replica_by_http_alone() -> None:
+    wrong = {
+        f"{module} imports {other}"
+        for module, path in FILES.items()
+        if room(module).partition(".")[0] in FLEET_PLANE
+        for other in own_modules(path)
+        if room(other).partition(".")[0] not in FLEET_PLANE | FLEET_GROUND
+    }
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("package", sorted(OWNERS))
+def test_a_heavy_package_stays_in_its_rooms(package: str) -> None:
+    users = {
+        module
+        for module, path in FILES.items()
+        if package in {name.split(".")[0] for name in imports(path)}
+    }
+    wrong = {module for module in users if room(module).split(".")[0] not in OWNERS[package]}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("top", ["src", "tests"])
+def test_folders_are_small(top: str) -> None:
+    folders = [path.parent for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
+    counts = {str(folder.relative_to(ROOT)): folders.count(folder) for folder in folders}
+    assert {name: count for name, count in counts.items() if count > MAX_MODULES} == {}
