@@ -22,7 +22,8 @@ from millrace.bench.report.results import load_results
 from millrace.bench.report.run_report import benchy_table, table
 from millrace.bench.report.save import check_raw, hide_secrets, read_table, save_run
 from millrace.bench.report.svg import Axis, Series, binned, chart, cumulative, frontier, number
-from millrace.bench.report.sweep import grid, sweep_table
+from millrace.bench.report.sweep_table import sweep_table
+from millrace.bench.runs.sweep_grid import grid
 from millrace.errors import UserError
 
 MS = 1_000_000

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from millrace.bench.command import _verdict, bench
+from millrace.bench.command import bench
+from millrace.bench.flags import ServeFlags
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.live import progress_line, remarks
 from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
 from millrace.bench.runs.presets import PRESETS
+from millrace.bench.runs.reported_run import verdict
 from millrace.bench.runs.serve import run as run_bench
 from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.http_client import parse_url
@@ -40,32 +42,32 @@ open(options["--json"], "w").write(json.dumps(report))
 """
 
 
-def verdict(failed: int, completed: int = 100, accuracy: float | None = None, **flags: Any) -> int:
+def problems(failed: int, completed: int = 100, accuracy: float | None = None, **flags: Any) -> int:
+    """How many reasons fail a run of such counts."""
     fields = {"failed": failed, "completed": completed, "client": {"client_bound": True}}
-    given = {"max_failed": 0.05, "min_accuracy": None, "refuse_client_bound": False, **flags}
     found = {"math": Accuracy(accuracy, 10)} if accuracy is not None else {}
-    return _verdict(fields, found, given)
+    return len(verdict(fields, found, ServeFlags(**flags)))
 
 
 def test_more_than_one_in_twenty_fails_a_run() -> None:
-    assert verdict(5, 95) == 0
-    assert verdict(6, 94) == 1
-    assert verdict(0, 0) == 1  # nothing was measured
-    assert verdict(1, 99, max_failed=0.0) == 1
+    assert problems(5, 95) == 0
+    assert problems(6, 94) == 1
+    assert problems(0, 0) == 1  # nothing was measured
+    assert problems(1, 99, max_failed=0.0) == 1
 
 
 def test_too_little_accuracy_fails_a_run() -> None:
-    assert verdict(0, accuracy=0.8, min_accuracy=0.75) == 0
-    assert verdict(0, accuracy=0.7, min_accuracy=0.75) == 1
+    assert problems(0, accuracy=0.8, min_accuracy=0.75) == 0
+    assert problems(0, accuracy=0.7, min_accuracy=0.75) == 1
     none = {"math": Accuracy(None, reason="it broke")}
-    flags = {"max_failed": 0.05, "min_accuracy": 0.1, "refuse_client_bound": False}
     fields = {"failed": 0, "completed": 9, "client": {"client_bound": False}}
-    assert _verdict(fields, none, flags) == 1
+    (problem,) = verdict(fields, none, ServeFlags(min_accuracy=0.1))
+    assert problem == "accuracy on math: n/a < --min-accuracy 0.1"
 
 
 def test_a_run_that_the_client_bounds_is_refused_where_that_is_asked() -> None:
-    assert verdict(0, refuse_client_bound=False) == 0
-    assert verdict(0, refuse_client_bound=True) == 1
+    assert problems(0, refuse_client_bound=False) == 0
+    assert problems(0, refuse_client_bound=True) == 1
 
 
 def test_accuracy_is_measured_while_the_load_goes_on(tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Literal
 
 import msgspec
 import numpy as np
 
+from millrace.bench.flags import RampStrategy
 from millrace.errors import UserError
 
-RampStrategy = Literal["linear", "exponential"]
 _BLOCK = 4096  # gaps drawn at a time
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from millrace.bench.flags import Backend
 from millrace.bench.load.arrivals import Schedule
 from millrace.bench.workload.prompts import Workload
 from millrace.common.http_client import Target
 
-Backend = Literal["openai", "openai-chat", "vllm"]
 ENDPOINTS: Mapping[Backend, str] = {
     "openai": "/v1/completions",
     "openai-chat": "/v1/chat/completions",

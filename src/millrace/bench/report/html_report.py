@@ -12,7 +12,7 @@ from typing import Any
 from millrace.bench.report.results import ResultFile, grouped, interactivity, load_words
 from millrace.bench.report.save import read_table
 from millrace.bench.report.svg import Series, binned, chart, cumulative, frontier
-from millrace.bench.report.sweep import sweep_rows
+from millrace.bench.report.sweep_table import sweep_rows
 from millrace.errors import UserError
 from millrace.version import __version__
 

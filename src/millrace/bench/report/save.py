@@ -13,10 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from millrace.bench.flags import RawFormat
 from millrace.bench.load.records import NUMBERS, RequestTiming
 from millrace.bench.measure.telemetry import Sample
 from millrace.bench.report.run_report import DETAIL
@@ -24,7 +25,6 @@ from millrace.common.optional import probe, require
 from millrace.errors import UserError
 from millrace.version import __version__
 
-RawFormat = Literal["auto", "parquet", "jsonl", "none"]
 _PACKAGES = ("uvloop", "httptools", "msgspec", "numpy")
 _SECRET = ("authorization", "api-key", "token", "cookie")
 

@@ -1,8 +1,8 @@
-"""Which arrangement of one host's devices is right: TP x DP, each measured with the same load.
+"""Which arrangement of one host's devices is best: TP x DP, each measured under the same load.
 
-TP is the ranks that share a model, DP the replicas beside each other. Every arrangement is a server
-of its own, started and reaped here, interleaved over repeats. One that cannot start gets a row
-that says why, since that is an answer too.
+TP is the number of ranks that share a model, DP the number of replicas. Each arrangement is a
+server of its own, started and reaped here, interleaved over repeats. An arrangement that cannot
+start gets a row that says why.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
 import msgspec
-import uvloop
 
 from millrace.bench.report.tables import aligned
 from millrace.bench.runs.accuracy import Accuracy
-from millrace.bench.runs.cli_common import compared_flags, compared_options, finish, tell_step
 from millrace.bench.runs.scaling import (
     ScalingOptions,
     ScalingRow,
@@ -26,7 +23,7 @@ from millrace.bench.runs.scaling import (
 )
 from millrace.bench.runs.serve import run
 from millrace.errors import UserError
-from millrace.fleet.device_assignment import usable_cores, visible_gpus
+from millrace.fleet.device_assignment import visible_gpus
 
 MOST_CORES = 4  # of a host without GPUs that are tried as devices unless more are asked for
 
@@ -149,7 +146,7 @@ def _latency(fields: dict[str, Any], name: str) -> str:
     return " / ".join(f"{fields[f'{figure}_{name}_ms']:,.1f}" for figure in figures)
 
 
-# --- the command -------------------------------------------------------------------------------
+# --- arrangements -------------------------------------------------------------------------------
 
 
 def all_arrangements(devices: int) -> list[tuple[int, int]]:
@@ -172,20 +169,3 @@ def read_arrangements(text: str | None, devices: int) -> list[tuple[int, int]]:
     if visible_gpus() and (most := max(tp * dp for tp, dp in found)) > devices:
         raise UserError(f"--arrangements {text!r} needs {most} GPUs; {devices} are visible")
     return found
-
-
-@click.command()
-@click.option("--arrangements", help="TPxDP to compare, as 1x1,1x2,2x1 (default: all that fit).")
-@compared_flags
-def parallelism(**flags: Any) -> None:
-    """Serve MODEL in every arrangement of tensor parallelism and replicas that this host can hold.
-
-    One table: throughput in all and for one user, latencies, accuracy. What stands behind `--` goes
-    to `millrace serve` as it is.
-    """
-    devices = len(visible_gpus()) or min(usable_cores(), MOST_CORES)
-    arrangements = read_arrangements(flags["arrangements"], devices)
-    options = compared_options(flags, counts=[1])
-    rows = uvloop.run(measure_parallelism(options, arrangements, tell_step))
-    click.echo(parallelism_table(rows))
-    finish("parallelism", flags, options, rows, parallelism_fields(rows))

@@ -1,28 +1,26 @@
-"""Known sets of flags, and how they fill in what a command line leaves open."""
+"""Known sets of flags, and how a preset fills in what the command line leaves open."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import click
 import msgspec
-from click.core import ParameterSource
 
+from millrace.bench.flags import LoadFlags, PresetName
 from millrace.errors import UserError
 
 
 class Preset(msgspec.Struct, frozen=True):
-    """What a preset sets where the command line does not. Per-GPU and per-place counts are
-    multiplied by --gpus and by the concurrency."""
+    """The flags that a preset sets. Its counts are multiplied by --gpus and by the concurrency."""
 
     flags: dict[str, Any]
     concurrency_per_gpu: int | None
-    prompts_per_place: int
-    warmups_per_place: int
+    prompts_per_slot: int
+    warmups_per_slot: int
 
 
-PRESETS: Mapping[str, Preset] = {
+PRESETS: Mapping[PresetName, Preset] = {
     # 256 in flight a GPU is what Little's law gives for its figures: 83 requests/s on 8 GPUs,
     # each for 25 s.
     "write-up": Preset(
@@ -35,8 +33,8 @@ PRESETS: Mapping[str, Preset] = {
             "temperature": 1.0,
         },
         concurrency_per_gpu=256,
-        prompts_per_place=5,
-        warmups_per_place=1,
+        prompts_per_slot=5,
+        warmups_per_slot=1,
     ),
     "inferencex": Preset(
         {
@@ -48,34 +46,28 @@ PRESETS: Mapping[str, Preset] = {
             "temperature": 0.0,
         },
         concurrency_per_gpu=None,
-        prompts_per_place=10,
-        warmups_per_place=2,
+        prompts_per_slot=10,
+        warmups_per_slot=2,
     ),
 }
 
 
-def with_preset(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags with those of the preset where the command line is silent."""
-    filled = dict(flags)
-    if filled.get("preset") is None:
-        return filled
-    preset = PRESETS[filled["preset"]]
-    chosen = {name for name in filled if _on_command_line(name)} | set(filled.get("over") or ())
-    filled |= {name: value for name, value in preset.flags.items() if name not in chosen}
-    if preset.concurrency_per_gpu is not None and "max_concurrency" not in chosen:
-        filled["max_concurrency"] = preset.concurrency_per_gpu * (filled["gpus"] or 1)
-    places = filled["max_concurrency"]
-    if places is None:
-        raise UserError(
-            f"--preset {filled['preset']} counts by concurrency: give --max-concurrency"
-        )
-    if "num_prompts" not in chosen and filled["duration"] is None:
-        filled["num_prompts"] = preset.prompts_per_place * places
-    if "num_warmups" not in chosen:
-        filled["num_warmups"] = preset.warmups_per_place * places
-    return filled
+def preset_values(flags: LoadFlags, chosen: Collection[str]) -> dict[str, Any]:
+    """What the preset of `flags` sets. chosen: names of flags that win over the preset.
 
-
-def _on_command_line(name: str) -> bool:
-    context = click.get_current_context(silent=True)
-    return context is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    Raises UserError when the preset needs --max-concurrency and there is none.
+    """
+    assert flags.preset is not None
+    preset = PRESETS[flags.preset]
+    values: dict[str, Any] = {**preset.flags}
+    if preset.concurrency_per_gpu is not None:
+        values["max_concurrency"] = preset.concurrency_per_gpu * (flags.gpus or 1)
+    concurrency = flags.max_concurrency
+    if "max_concurrency" not in chosen:
+        concurrency = values.get("max_concurrency", concurrency)
+    if concurrency is None:
+        raise UserError(f"--preset {flags.preset} counts by concurrency: give --max-concurrency")
+    if flags.duration is None:
+        values["num_prompts"] = preset.prompts_per_slot * concurrency
+    values["num_warmups"] = preset.warmups_per_slot * concurrency
+    return {name: value for name, value in values.items() if name not in chosen}

@@ -1,10 +1,10 @@
-"""The generator against a server whose truth is known: how far off are its figures, from when on.
+"""The error of the load generator, measured against a server that stamps what it sends.
 
-At each level of concurrency the built-in mock streams on a fixed beat and stamps what it sends. The
-same formulas are applied to its stamps and to what the client saw; their difference is the error.
-A request's true start is the client's own: how long after it the mock had read the request is told
-apart (`read_ms`), because the client's sending and the mock's own queue cannot be told from each
-other from here.
+At each level of concurrency the built-in mock streams at a fixed pace and stamps its chunks. The
+same formulas are applied to the stamps and to what the client saw; the difference is the error. A
+request starts at the client's own time. How long after it the mock had read the request is given
+separately (`read_ms`): it contains the client's sending and the mock's own queue, which cannot be
+told apart here.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import numpy as np
+import uvloop
 
+from millrace.bench.flags import SelftestFlags
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import Summary, Window, summarize
+from millrace.bench.report.save import provenance, write_json
+from millrace.bench.report.tables import aligned
+from millrace.bench.runs.options_from_flags import positive_counts
 from millrace.bench.runs.serve import Run, run
 from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.child_process import kill_process, python_module
 from millrace.common.http_client import Target
+from millrace.errors import UserError
 
 FIRST_S, GAP_S = 0.05, 0.05
 MOST_ERROR = {"p50": 0.02, "p99": 0.05}
@@ -59,6 +67,30 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
         return not self.failed and all(
             error <= most for error, most in [*worst, (abs(self.throughput_error), 0.02)]
         )
+
+
+def run_selftest(flags: SelftestFlags) -> int:
+    """Measure and print every level; the exit status is 1 when an error is too large."""
+    if flags.processes < 1 or not flags.seconds > 0:
+        raise UserError("--processes and --seconds: use numbers above 0")
+    streams = positive_counts(flags.streams, "--streams")
+    levels = uvloop.run(
+        selftest(
+            streams,
+            processes=flags.processes,
+            seconds=flags.seconds,
+            chat=flags.chat,
+            on_level=lambda level: click.echo(f"{level.streams} streams measured", err=True),
+        )
+    )
+    click.echo("\n".join(aligned(level_rows(levels))))
+    for level in levels:
+        if level.client["client_bound"]:
+            click.echo(f"{level.streams} streams: {level.client['advice']}", err=True)
+    if flags.json:
+        path = write_json(Path(flags.json), {"levels": levels, **provenance()})
+        click.echo(f"written to {path}")
+    return 0 if all(level.within for level in levels) else 1
 
 
 async def selftest(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from millrace.bench.flags import RangeConvention
 from millrace.errors import UserError
 
-RangeConvention = Literal["vllm", "inferencex"]
 RANGE_MEANINGS: dict[RangeConvention, str] = {
     "vllm": "[L(1-r), L(1+r)]",
     "inferencex": "[L*r, L]",

@@ -1,50 +1,12 @@
-"""One server at every point of a grid: concurrencies, rates, lengths, whatever a flag sets."""
+"""The table of several runs of one server, a row for each run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
-
-import click
 
 from millrace.bench.report.results import interactivity, mean_lengths
 from millrace.bench.report.tables import aligned
-from millrace.errors import UserError
-
-Point = dict[str, Any]
-
-
-def grid(command: click.Command, over: Sequence[str]) -> list[Point]:
-    """Every combination of `NAME=V1,V2` flags of the command, the last one varying fastest.
-
-    Raises UserError for a flag that the command does not have, or a value that it does not take.
-    """
-    axes = [_axis(command, text) for text in over]
-    return [dict(zip((name for name, _ in axes), point, strict=True))
-            for point in product(*(values for _, values in axes))]  # fmt: skip
-
-
-def _axis(command: click.Command, text: str) -> tuple[str, list[Any]]:
-    flag, found, listed = text.lstrip("-").partition("=")
-    name = flag.replace("-", "_")
-    known = {p.name: p for p in command.params if isinstance(p, click.Option) and not p.multiple}
-    if not found or name not in known or known[name].is_flag:
-        raise UserError(
-            f"--over {text!r}: use a flag of this command with its values, as "
-            "max-concurrency=1,8,64"
-        )
-    try:
-        values = [known[name].type.convert(part, known[name], None) for part in listed.split(",")]
-    except click.BadParameter as error:
-        raise UserError(f"--over {text!r}: {error.message}") from None
-    return name, values
-
-
-def point_name(point: Point) -> str:
-    """A point as a part of a file's name."""
-    return "-".join(f"{name}_{value}" for name, value in point.items())
-
 
 _FIGURES = ("mean", "median", "p99")
 

@@ -1,0 +1,157 @@
+"""`bench serve` and `bench sweep`: runs with everything around them.
+
+A run here has its progress line, its interrupts, its accuracy, its tables, its files and its exit
+status. What is measured, and how, is for `runs.serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+
+from millrace.bench.flags import ServeFlags, SweepFlags
+from millrace.bench.load.options import BenchOptions
+from millrace.bench.report.live import LiveProgress, remarks
+from millrace.bench.report.run_report import benchy_table, error_lines, table
+from millrace.bench.report.save import check_raw, default_name, provenance, save_run
+from millrace.bench.report.sweep_table import sweep_table
+from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
+from millrace.bench.runs.options_from_flags import metric_names, serve_options
+from millrace.bench.runs.serve import Run, run
+from millrace.bench.runs.sweep_grid import Point, point_name
+from millrace.errors import UserError
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def measure_runs(flags: ServeFlags) -> int:
+    """All runs of `bench serve`; the exit status is that of the worst one."""
+    _check_output(flags)
+    options = serve_options(flags)
+    status = 0
+    for number in range(flags.num_runs):
+        name = f"run{number + 1}" if flags.num_runs > 1 else ""
+        status = max(status, _measure(options, flags, name, with_table=True)[0])
+        if status == INTERRUPTED:
+            break
+    return status
+
+
+def measure_sweep(points: Sequence[Point], flags: Sequence[SweepFlags]) -> int:
+    """All runs of `bench sweep`. flags: those of each point. Returns the worst exit status."""
+    common = flags[0]
+    _check_output(common)
+    planned = [serve_options(one) for one in flags]
+    results: list[dict[str, Any]] = []
+    status = 0
+    for number in range(common.num_runs):
+        for point, options in zip(points, planned, strict=True):
+            if status == INTERRUPTED:
+                break
+            click.echo(f"{point_name(point)}, run {number + 1} of {common.num_runs}", err=True)
+            name = f"{point_name(point)}-run{number + 1}"
+            ended, fields = _measure(options, common, name, with_table=False)
+            results.append(fields)
+            status = max(status, ended)
+    click.echo(sweep_table(results))
+    if common.llama_benchy:
+        click.echo(benchy_table(results))
+    return status
+
+
+def _check_output(flags: ServeFlags) -> None:
+    remark = check_raw(flags.raw)
+    if remark and flags.saves:
+        click.echo(remark, err=True)
+    metric_names(flags.percentile_metrics)
+    if flags.num_runs < 1:
+        raise UserError(f"--num-runs {flags.num_runs}: use 1 or more")
+
+
+def _measure(
+    options: BenchOptions, flags: ServeFlags, name: str, *, with_table: bool
+) -> tuple[int, dict[str, Any]]:
+    """One run: its exit status and its fields. name: what is added to the names of its files."""
+    outcome, accuracy = uvloop.run(_interruptible(options, flags))
+    fields = {**outcome.fields, "accuracy": accuracy_fields(accuracy)}
+    if with_table:
+        click.echo(table(fields, metric_names(flags.percentile_metrics), options.percentiles))
+        if flags.llama_benchy:
+            click.echo(benchy_table([fields]))
+    for line in [*error_lines(outcome.records), *remarks(fields)]:
+        click.echo(line, err=True)
+    if flags.saves:
+        _save(outcome, fields, flags, name)
+    if outcome.interrupted:
+        return INTERRUPTED, fields
+    problems = verdict(fields, accuracy, flags)
+    for problem in problems:
+        click.echo(problem, err=True)
+    return FAILED if problems else 0, fields
+
+
+def verdict(
+    fields: Mapping[str, Any], accuracy: Mapping[str, Accuracy], flags: ServeFlags
+) -> list[str]:
+    """What fails a run, a line for each reason; none for a good run."""
+    problems = []
+    ended = fields["completed"] + fields["failed"]
+    share = fields["failed"] / ended if ended else 1.0
+    if share > flags.max_failed or not fields["completed"]:
+        problems.append(
+            f"{fields['failed']} of {ended} requests failed, more than --max-failed "
+            f"{flags.max_failed:g}"
+        )
+    for task, found in accuracy.items():
+        if flags.min_accuracy is not None and (found.value or 0.0) < flags.min_accuracy:
+            problems.append(f"accuracy on {task}: {found} < --min-accuracy {flags.min_accuracy:g}")
+    if flags.refuse_client_bound and fields["client"]["client_bound"]:
+        problems.append("refused: the load generator limited this run (it was client-bound)")
+    return problems
+
+
+def _save(outcome: Run, fields: dict[str, Any], flags: ServeFlags, part: str) -> None:
+    name = flags.result_filename or default_name(fields)
+    if part:
+        name = f"{name.removesuffix('.json')}-{part}.json"
+    fields = {**fields, "provenance": provenance(outcome.server_version)}
+    paths = save_run(
+        Path(flags.result_dir) / name,
+        fields,
+        outcome.records,
+        outcome.observation.samples,
+        detailed=flags.save_detailed,
+        raw=flags.raw,
+    )
+    click.echo(f"written to {paths[0]}" + "".join(f", {path.name}" for path in paths[1:]))
+
+
+async def _interruptible(
+    options: BenchOptions, flags: ServeFlags
+) -> tuple[Run, dict[str, Accuracy]]:
+    """A run and its accuracy. SIGINT ends the run early and keeps what was measured; a second one
+    ends the process."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    progress = LiveProgress(hidden=flags.disable_tqdm, duration=options.duration)
+
+    def interrupt() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        outcome = await run(options, stop=stop, on_start=progress.start, on_progress=progress.show)
+    finally:
+        progress.stop()
+    accuracy: dict[str, Accuracy] = {}
+    if flags.accuracy and not stop.is_set():
+        tasks = [task.strip() for task in flags.accuracy.split(",") if task.strip()]
+        click.echo(f"evaluating {', '.join(tasks)} under the same load", err=True)
+        accuracy = await accuracy_under_load(options, tasks, flags.accuracy_items, stop)
+    return outcome, accuracy
