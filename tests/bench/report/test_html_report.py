@@ -17,11 +17,20 @@ from hypothesis import strategies as st
 from millrace.bench.command import bench
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.telemetry import Sample
-from millrace.bench.report.html_report import report_page
+from millrace.bench.report.chart import (
+    Axis,
+    Picture,
+    Series,
+    binned,
+    chart,
+    cumulative,
+    frontier,
+    number,
+)
+from millrace.bench.report.html_report import environment, report_page
 from millrace.bench.report.results import load_results
 from millrace.bench.report.run_report import benchy_table, table
 from millrace.bench.report.save import check_raw, hide_secrets, read_table, save_run
-from millrace.bench.report.svg import Axis, Series, binned, chart, cumulative, frontier, number
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.runs.sweep_grid import grid
 from millrace.errors import UserError
@@ -247,13 +256,46 @@ def test_nothing_beats_the_frontier(points: list[tuple[int, int]]) -> None:
     assert best == sorted(best)
 
 
+def drawn(picture: Picture) -> str:
+    """A picture as the page draws it."""
+    parts: Any = environment().get_template("parts.html.j2").make_module()
+    return str(parts.svg(picture))
+
+
 def test_a_chart_of_anything_is_well_formed() -> None:
-    for points in ([], [(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(1e-3, 1e9), (1e3, 0.0)]):
+    for points in ([(0.0, 0.0)], [(1.0, 5.0), (1.0, 5.0)], [(1e-3, 1e9), (1e3, 0.0)]):
         for log_x in (False, True):
-            text = chart([Series("a<b", list(points))], x="x&y", y="y", log_x=log_x)
-            _Reader().feed(text)
+            picture = chart([Series("a<b", list(points))] * 2, x="x&y", y="y", log_x=log_x)
+            if picture is None:
+                assert log_x  # no point of it is above 0
+                continue
+            reader = _Reader()
+            reader.feed(text := drawn(picture))
+            assert reader.open == []
+            assert "a<b" in reader.text
+            assert "x&y" in reader.text
             assert "nan" not in text
-    assert chart([Series("none", [])], x="x", y="y") == ""
+    assert chart([Series("none", [])], x="x", y="y") is None
+
+
+def test_a_narrow_logarithmic_axis_has_ticks_too() -> None:
+    assert Axis(51, 55, 0, 200, log=True).ticks() == [51, 52, 53, 54, 55]
+    assert Axis(1, 1000, 0, 200, log=True).ticks() == [1, 10, 100, 1000]
+
+
+def test_texts_of_result_files_are_escaped(tmp_path: Path) -> None:
+    hostile = '"><script>alert(1)</script>'
+    made = fields(model_id=hostile, provenance={"command": [hostile]}, accuracy={})
+    made["client"]["advice"] = hostile
+    (tmp_path / "r.json").write_text(json.dumps(made))
+    page = report_page(load_results(str(tmp_path)))
+    assert "<script" not in page
+    reader = _Reader()
+    reader.feed(page)
+    assert reader.text.count(hostile) == 3
+
+
+def test_numbers_and_axes() -> None:
     assert number(12_345) == "12.35k"
     assert number(0.05) == "0.05"
     assert Axis(1, 100, 0, 200, log=True).at(10) == pytest.approx(100)

@@ -1,19 +1,15 @@
-"""Charts as SVG text: lines, points and steps on linear or logarithmic axes. No script, no request.
+"""Charts: from points to a picture in pixels, on linear or logarithmic axes.
 
-Colours are classes (`s0`, `s1`, ...), so that the page's style sheet sets them for light and dark.
+This module computes where everything goes. The templates draw it as SVG, and the style sheet gives
+the colours their values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 import msgspec
-
-WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 42
-COLOURS = 6
 
 Point = tuple[float, float]
 
@@ -26,6 +22,62 @@ class Series(msgspec.Struct, frozen=True):
     points: list[Point]
     dots: bool = False
     labels: list[str] = []
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """A picture's size and the edges of its plot, in pixels; y grows downwards."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """A value beside an axis: its pixel and its text."""
+
+    at: float
+    text: str
+
+
+class Label(msgspec.Struct, frozen=True):
+    """A text beside a point, in pixels. at_end: the text ends there, and does not begin."""
+
+    x: float
+    y: float
+    text: str
+    at_end: bool
+
+
+class DrawnSeries(msgspec.Struct, frozen=True):
+    """A series in pixels, with the number of its colour."""
+
+    name: str
+    colour: int
+    points: list[Point]
+    dots: bool
+    labels: list[Label]
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """A chart, laid out: all that a template needs to draw it."""
+
+    label: str
+    x_name: str
+    y_name: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    series: list[DrawnSeries]
+
+    @property
+    def frame(self) -> Frame:
+        return FRAME
+
+
+FRAME = Frame(width=560, height=300, left=58, right=546, top=12, bottom=258)
+COLOURS = 6
 
 
 class Axis(msgspec.Struct, frozen=True):
@@ -48,7 +100,9 @@ class Axis(msgspec.Struct, frozen=True):
 
     def ticks(self) -> list[float]:
         """Round values to write beside the axis."""
-        return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high)
+        found = _log_ticks(self.low, self.high) if self.log else []
+        # Between two neighbouring powers there may be no round value of a logarithmic axis.
+        return found if len(found) > 1 else _ticks(self.low, self.high)
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -86,8 +140,8 @@ def chart(
     log_x: bool = False,
     from_zero: bool = True,
     title: str = "",
-) -> str:
-    """An SVG of the series, with a legend under it where there are several; empty for no points.
+) -> Picture | None:
+    """The series laid out; None for no points.
 
     x and y name the axes. title is for readers that do not see the picture.
     """
@@ -96,15 +150,16 @@ def chart(
         shown = [_positive(one) for one in shown]
     every = [point for one in shown for point in one.points]
     if not every:
-        return ""
-    across, up = _axes(every, log_x, from_zero)
-    parts = [_frame(across, up, x, y)]
-    parts += [_draw(one, index, across, up) for index, one in enumerate(shown)]
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title or y)}">'
-        f"{''.join(parts)}</svg>"
+        return None
+    x_axis, y_axis = _axes(every, log_x, from_zero)
+    return Picture(
+        label=title or y,
+        x_name=x,
+        y_name=y,
+        x_ticks=[Tick(x_axis.at(value), number(value)) for value in x_axis.ticks()],
+        y_ticks=[Tick(y_axis.at(value), number(value)) for value in y_axis.ticks()],
+        series=[_drawn(one, index, x_axis, y_axis) for index, one in enumerate(shown)],
     )
-    return picture + (_legend(shown) if len(shown) > 1 else "")
 
 
 def _positive(series: Series) -> Series:
@@ -122,52 +177,18 @@ def _axes(every: Sequence[Point], log_x: bool, from_zero: bool) -> tuple[Axis, A
     if high_y <= low_y:
         high_y = low_y + 1.0
     return (
-        Axis(low_x, high_x, _LEFT, WIDTH - _RIGHT, log_x),
-        Axis(low_y, high_y, HEIGHT - _BOTTOM, _TOP),
+        Axis(low_x, high_x, FRAME.left, FRAME.right, log_x),
+        Axis(low_y, high_y, FRAME.bottom, FRAME.top),
     )
 
 
-def _frame(across: Axis, up: Axis, x: str, y: str) -> str:
-    floor, left = HEIGHT - _BOTTOM, _LEFT
-    parts = []
-    for tick in up.ticks():
-        at = up.at(tick)
-        parts.append(f'<path class="grid" d="M{left} {at:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" class="end">{number(tick)}</text>')
-    for tick in across.ticks():
-        at = across.at(tick)
-        parts.append(f'<path class="tick" d="M{at:.1f} {floor}v4"/>')
-        parts.append(f'<text x="{at:.1f}" y="{floor + 17}" class="mid">{number(tick)}</text>')
-    parts.append(f'<path class="axis" d="M{left} {floor}H{WIDTH - _RIGHT}"/>')
-    middle = (left + WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" class="mid">{escape(x)}</text>')
-    turned = f'transform="translate(12 {(floor + _TOP) / 2}) rotate(-90)"'
-    parts.append(f'<text {turned} class="mid side">{escape(y)}</text>')
-    return "".join(parts)
-
-
-def _draw(series: Series, index: int, across: Axis, up: Axis) -> str:
-    colour = f"s{index % COLOURS}"
-    places = [(across.at(x), up.at(y)) for x, y in series.points]
-    if not series.dots:
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        return f'<path class="line {colour}" d="M{path}"/>'
-    dots = "".join(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-                   for x, y in places)  # fmt: skip
-    return dots + "".join(
-        f'<text class="label" x="{x + 7:.1f}" y="{y - 6:.1f}">{escape(text)}</text>'
-        if x < WIDTH - 70
-        else f'<text class="label end" x="{x - 7:.1f}" y="{y - 6:.1f}">{escape(text)}</text>'
-        for (x, y), text in zip(places, series.labels, strict=False)
-    )
-
-
-def _legend(series: Sequence[Series]) -> str:
-    entries = "".join(
-        f'<span class="key"><i class="k{index % COLOURS}"></i>{escape(one.name)}</span>'
-        for index, one in enumerate(series)
-    )
-    return f'<div class="legend">{entries}</div>'
+def _drawn(series: Series, index: int, x_axis: Axis, y_axis: Axis) -> DrawnSeries:
+    points = [(x_axis.at(x), y_axis.at(y)) for x, y in series.points]
+    labels = []
+    for (x, y), text in zip(points, series.labels, strict=False):
+        at_end = x >= FRAME.width - 70  # no room to the right of the point
+        labels.append(Label(x - 7 if at_end else x + 7, y - 6, text, at_end))
+    return DrawnSeries(series.name, index % COLOURS, points, series.dots, labels)
 
 
 def cumulative(values: Sequence[float], most: int = 200) -> list[Point]:
@@ -176,8 +197,8 @@ def cumulative(values: Sequence[float], most: int = 200) -> list[Point]:
     count = len(ordered)
     if count == 0:
         return []
-    places = sorted({round(n * (count - 1) / most) for n in range(most + 1)})
-    return [(ordered[i], (i + 1) / count) for i in places]
+    indices = sorted({round(n * (count - 1) / most) for n in range(most + 1)})
+    return [(ordered[i], (i + 1) / count) for i in indices]
 
 
 def binned(events: Sequence[Point], width: float, end: float) -> list[Point]:
