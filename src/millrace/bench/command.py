@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from millrace.bench.flags import (
+from millrace.bench.flags.command_line import flags_of, read_flags
+from millrace.bench.flags.structs import (
     CompareFlags,
     OwnServersFlags,
     ParallelismFlags,
@@ -19,8 +20,6 @@ from millrace.bench.flags import (
     SelftestFlags,
     ServeFlags,
     SweepFlags,
-    flags_of,
-    read_flags,
 )
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

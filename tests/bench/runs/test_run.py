@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from millrace.bench.command import bench
-from millrace.bench.flags import ServeFlags
+from millrace.bench.flags.presets import PRESETS
+from millrace.bench.flags.structs import ServeFlags
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.live import progress_line, remarks
 from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
-from millrace.bench.runs.presets import PRESETS
 from millrace.bench.runs.reported_run import verdict
 from millrace.bench.runs.serve import run as run_bench
 from millrace.bench.workload.prompts import RandomSpec

@@ -12,7 +12,7 @@ from itertools import repeat
 import msgspec
 import numpy as np
 
-from millrace.bench.flags import RampStrategy
+from millrace.bench.flags.structs import RampStrategy
 from millrace.errors import UserError
 
 _BLOCK = 4096  # gaps drawn at a time

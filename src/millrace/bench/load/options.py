@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.flags import Backend
+from millrace.bench.flags.structs import Backend
 from millrace.bench.load.arrivals import Schedule
 from millrace.bench.workload.prompts import Workload
 from millrace.common.http_client import Target

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.flags import RawFormat
+from millrace.bench.flags.structs import RawFormat
 from millrace.bench.load.records import NUMBERS, RequestTiming
 from millrace.bench.measure.telemetry import Sample
 from millrace.bench.report.run_report import DETAIL

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.flags import LoadFlags, ServeFlags
+from millrace.bench.flags.structs import LoadFlags, ServeFlags
 from millrace.bench.load.arrivals import Schedule, check_schedule
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.measure.metrics import LATENCIES

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import uvloop
 
-from millrace.bench.flags import OwnServersFlags, ParallelismFlags, ScalingFlags
+from millrace.bench.flags.structs import OwnServersFlags, ParallelismFlags, ScalingFlags
 from millrace.bench.report.save import provenance, write_json
 from millrace.bench.runs.options_from_flags import load_options, positive_counts
 from millrace.bench.runs.parallelism import (

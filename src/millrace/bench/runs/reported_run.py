@@ -15,7 +15,7 @@ from typing import Any
 import click
 import uvloop
 
-from millrace.bench.flags import ServeFlags, SweepFlags
+from millrace.bench.flags.structs import ServeFlags, SweepFlags
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.live import LiveProgress, remarks
 from millrace.bench.report.run_report import benchy_table, error_lines, table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from millrace.bench.flags import CompareFlags, ReportFlags
+from millrace.bench.flags.structs import CompareFlags, ReportFlags
 from millrace.bench.report.compare import compare, comparison_table
 from millrace.bench.report.html_report import report_page
 from millrace.bench.report.results import load_results

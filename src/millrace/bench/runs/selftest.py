@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import uvloop
 
-from millrace.bench.flags import SelftestFlags
+from millrace.bench.flags.structs import SelftestFlags
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import Summary, Window, summarize

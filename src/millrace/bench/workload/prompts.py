@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millrace.bench.flags import RangeConvention
+from millrace.bench.flags.structs import RangeConvention
 from millrace.errors import UserError
 
 RANGE_MEANINGS: dict[RangeConvention, str] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.flags import LoadFlags, PresetName
+from millrace.bench.flags.structs import LoadFlags, PresetName
 from millrace.errors import UserError
 
 

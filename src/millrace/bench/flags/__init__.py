@@ -1,0 +1,1 @@
+"""What a user may choose; nothing heavy is imported here, so that `--help` is quick."""
