@@ -28,7 +28,9 @@ FLAGS = (
 )  # fmt: skip
 
 
-def settled(server: LiveServer, wanted: HeldResources | None = None, limit: float = 30.0) -> HeldResources:
+def settled(
+    server: LiveServer, wanted: HeldResources | None = None, limit: float = 30.0
+) -> HeldResources:
     """What the server holds once nothing is open, or once it is as `wanted`."""
     deadline = time.monotonic() + limit
     while True:

@@ -409,23 +409,40 @@ def test_a_long_prompt_ends_however_many_short_ones_come(
     raise AssertionError(f"{bound} steps were not enough")
 
 
-def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times() -> None:
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(0, 2),
+    caching=st.booleans(),
+    length=st.integers(30, 40),
+)
+def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times(
+    seed: int, depth: int, caching: bool, length: int
+) -> None:
     """Small ones that keep coming use what is free, and then let it in."""
-    lim = limits(max_num_seqs=8, num_pages=13, max_model_len=48, drafts=0, prefix_caching=False)
-    eng = engine(lim)
+    rng = random.Random(seed)
+    lim = limits(max_num_seqs=8, num_pages=13, drafts=0, prefix_caching=caching)
+    eng = engine(lim, depth)
     for number in range(3):
         eng.add(request(f"early{number}", [number + 1] * 4, 8, ignore_eos=True))
     eng.step()
-    eng.add(request("big", [7] * 40, 4))
-    overtook, number = set(), 0
-    while not any(r.id == "big" for r in eng.scheduler._running):
-        eng.add(request(f"late{number}", [number % 40 + 1] * 3, 4, ignore_eos=True))
-        number += 1
-        eng.step()
-        overtook |= {r.id for r in eng.scheduler._running if r.id.startswith("late")}
-        assert number < 200
-    assert 1 < len(overtook) <= 1 + MAX_OVERTAKES  # one in the step that found it to lack pages
-    assert run(eng)["big"] == expected_output([7] * 40, 44, lim.eos_ids)
+    eng.add(request("big", [7] * length, 4))
+    got: dict[str, list[int]] = {}
+    running: set[str] = set()
+    overtook: set[str] = set()
+    steps = 0
+    while "big" not in running:
+        overtook |= {name for name in running if name.startswith("late")}
+        steps += 1
+        small = [rng.randint(1, 49) for _ in range(rng.randint(1, 8))]
+        eng.add(request(f"late{steps}", small, rng.randint(1, 6), ignore_eos=True))
+        for delta in eng.step():
+            got.setdefault(delta.id, []).extend(delta.token_ids)
+        running = {r.id for r in eng.scheduler._running}
+        assert steps < 100
+    # One may come in the step that finds out that pages are lacking.
+    assert len(overtook) <= 1 + MAX_OVERTAKES
+    assert run(eng, got)["big"] == expected_output([7] * length, length + 4, lim.eos_ids)
     assert_all_free(eng)
 
 
