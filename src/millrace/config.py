@@ -27,7 +27,7 @@ GPU_MIXED_TOKENS = 2048
 GPU_MOST_TOKENS = 65535  # of a step: a kernel that has one block a token can start no more
 # A step computes no more of one long prompt: 100 ms on such an H200, tens of ms of a small model on
 # a CPU. A prompt that comes meanwhile waits until such a step has ended.
-GPU_LONG_TOKENS, CPU_LONG_TOKENS = 2048, 512
+GPU_LONG_TOKENS, CPU_LONG_TOKENS = 2048, 1024
 # A prompt stops for each of its snapshots. The further step costs about as much as so many tokens.
 GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
 # Steps with prompts are cut to these numbers of tokens where they can be: a GEMM computes whole
@@ -102,7 +102,7 @@ HELP: Mapping[str, str] = {
     "mixed_prefill_tokens": "Prompt tokens that one step computes beside decoding rows, so that "
     "streams do not stall (default: 2048 on a GPU, else as max_num_batched_tokens).",
     "long_prefill_token_threshold": "A prompt with more tokens left to compute is long; a step "
-    "computes at most so many of it. 0: none is long (default: 2048 on a GPU, else 512).",
+    "computes at most so many of it. 0: none is long (default: 2048 on a GPU, else 1024).",
     "max_num_partial_prefills": "Prompts that may be computed piece by piece at the same time "
     "(default: any number).",
     "max_long_partial_prefills": "Of those, how many may be long; shorter ones then overtake "
