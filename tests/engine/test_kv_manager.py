@@ -1,4 +1,4 @@
-"""What requests hold: given whole or not at all, and all of it back."""
+"""KVManager: resources are allocated completely or not at all, and freed completely."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_no_snapshot_is_given_up_where_that_would_not_do() -> None:
     snapshot = held.take_snapshot(first, 4)
     assert snapshot is not None
     held.publish(first, 4, snapshot)
-    assert not held.free_pages(3)
+    assert not held.ensure_free_pages(3)
     assert held.tree.num_snapshots == 1
     held.release(first)
     assert (held.pages.free, held.pages.evictable) == (4, 1)
-    assert not held.free_pages(6)
-    assert held.free_pages(5)
+    assert not held.ensure_free_pages(6)
+    assert held.ensure_free_pages(5)
     assert held.tree.num_snapshots == 0
 
 
@@ -101,9 +101,9 @@ def test_pages_are_freed_at_the_cost_of_snapshots() -> None:
     held.publish(first, 4, snapshot)
     held.release(first)
     assert held.pages.free == 2
-    assert not held.free_pages(4)  # more than there are: nothing is given up for it
+    assert not held.ensure_free_pages(4)  # more than there are: nothing is given up for it
     assert held.pages.free == 2
-    assert held.free_pages(3)
+    assert held.ensure_free_pages(3)
     assert held.pages.free == 3
     held.check([], saving=0)
 

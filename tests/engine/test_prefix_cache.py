@@ -1,4 +1,4 @@
-"""Pool and prefix tree, against simple models of what they should know."""
+"""Pool and prefix tree, compared with simple models of both."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from millrace.engine.prefix_cache import NO_SNAPSHOT, Pool, PrefixTree
 PAGE = 2
 
 
-def test_pool_counts_holders() -> None:
+def test_pool_counts_references() -> None:
     pool = Pool(3, first=1)
-    assert pool.take(2) == [1, 2]
-    pool.hold(1)
-    pool.drop(1)
+    assert pool.allocate(2) == [1, 2]
+    pool.retain(1)
+    pool.release(1)
     assert pool.free == 1
-    pool.drop(1)
+    pool.release(1)
     assert pool.free == 2
     with pytest.raises(RuntimeError, match="freed twice"):
-        pool.drop(1)
+        pool.release(1)
     with pytest.raises(RuntimeError, match="is free"):
-        pool.hold(1)
-    with pytest.raises(RuntimeError, match="3 wanted"):
-        pool.take(3)
+        pool.retain(1)
+    with pytest.raises(RuntimeError, match="3 requested"):
+        pool.allocate(3)
 
 
-def test_pool_knows_what_eviction_would_free() -> None:
+def test_pool_counts_what_eviction_would_free() -> None:
     pool = Pool(3)
-    pool.take(2)
-    pool.keep(0)
-    pool.keep(1)
-    assert pool.evictable == 0  # both have another holder
-    pool.drop(0)
+    pool.allocate(2)
+    pool.retain_cached(0)
+    pool.retain_cached(1)
+    assert pool.evictable == 0  # both have another reference
+    pool.release(0)
     assert pool.evictable == 1
-    pool.hold(0)
+    pool.retain(0)
     assert pool.evictable == 0
-    pool.drop(0)
-    pool.evict(1)
-    pool.drop(1)
+    pool.release(0)
+    pool.release_cached(1)
+    pool.release(1)
     assert (pool.evictable, pool.free) == (1, 2)
-    pool.evict(0)
+    pool.release_cached(0)
     assert (pool.evictable, pool.free) == (0, 3)
 
 
@@ -53,11 +53,11 @@ def _tree(
 
 
 def _publish(tree: PrefixTree, pages: Pool, snapshots: Pool, tokens: list[int]) -> None:
-    """Publish as a request would: with pages of its own, which it then lets go."""
-    own = pages.take(len(tokens) // PAGE)
-    tree.publish(tokens, own, snapshots.take(1)[0])
+    """Publish as a request would: with pages of its own, which it then releases."""
+    own = pages.allocate(len(tokens) // PAGE)
+    tree.publish(tokens, own, snapshots.allocate(1)[0])
     for page in own:
-        pages.drop(page)
+        pages.release(page)
 
 
 def test_a_prompt_is_never_matched_whole() -> None:
@@ -70,7 +70,7 @@ def test_a_prompt_is_never_matched_whole() -> None:
 def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_third() -> None:
     tree, pages, snapshots = _tree()
     first, second = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 9, 9]
-    tree.remember(first)
+    tree.record_prompt(first)
     found = tree.match(second)
     assert (found.tokens, found.shared) == (0, 4)
     _publish(tree, pages, snapshots, second[: found.shared])
@@ -79,7 +79,7 @@ def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_
 
 def test_pages_are_held_only_on_the_way_to_a_snapshot() -> None:
     tree, pages, snapshots = _tree()
-    tree.remember([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    tree.record_prompt([1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert pages.free == 64
     _publish(tree, pages, snapshots, [1, 2, 3, 4])
     assert pages.free == 62
@@ -120,7 +120,7 @@ def test_a_second_snapshot_of_the_same_prefix_is_given_back() -> None:
 def test_ghosts_are_bounded() -> None:
     tree, _, _ = _tree(max_nodes=10)
     for start in range(100):
-        tree.remember([start, 1, 2, 3, 4, 5, 6])
+        tree.record_prompt([start, 1, 2, 3, 4, 5, 6])
         tree.check()
     assert tree.match([99, 1, 2, 3, 4, 5, 6, 7]).shared == 6
     assert tree.match([0, 1, 2, 3, 4, 5, 6, 7]).shared == 0
@@ -129,7 +129,7 @@ def test_ghosts_are_bounded() -> None:
 _prompt = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 _action = st.one_of(
     st.tuples(st.just("publish"), _prompt),
-    st.tuples(st.just("remember"), _prompt),
+    st.tuples(st.just("record"), _prompt),
     st.tuples(st.just("match"), _prompt),
     st.tuples(st.just("evict"), st.just([])),
 )
@@ -139,31 +139,31 @@ _action = st.one_of(
 @given(st.lists(_action, max_size=40))
 def test_tree_agrees_with_a_set_of_snapshots(actions: list[tuple[str, list[int]]]) -> None:
     tree, pages, snapshots = _tree(pages=200, snapshots=5)
-    known: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
+    cached: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
     for kind, tokens in actions:
-        whole = tuple(tokens[: len(tokens) // PAGE * PAGE])
-        if kind == "publish" and whole and (snapshots.free or tree.evict()):
-            if len(known) == 5:
-                known.pop(0)
-            _publish(tree, pages, snapshots, list(whole))
-            if whole not in known:
-                known.append(whole)
-        elif kind == "remember":
-            tree.remember(tokens)
+        full_pages = tuple(tokens[: len(tokens) // PAGE * PAGE])
+        if kind == "publish" and full_pages and (snapshots.free or tree.evict()):
+            if len(cached) == 5:
+                cached.pop(0)
+            _publish(tree, pages, snapshots, list(full_pages))
+            if full_pages not in cached:
+                cached.append(full_pages)
+        elif kind == "record":
+            tree.record_prompt(tokens)
         elif kind == "match":
             usable = tuple(tokens[: (len(tokens) - 1) // PAGE * PAGE])
-            hits = [p for p in known if usable[: len(p)] == p]
+            hits = [p for p in cached if usable[: len(p)] == p]
             found = tree.match(tokens)
             assert found.tokens == max((len(p) for p in hits), default=0)
             assert (found.snapshot == NO_SNAPSHOT) == (not hits)
             assert len(found.pages) * PAGE == found.tokens <= found.shared
             best = found.tokens
             for prefix in sorted((p for p in hits if len(p) <= best), key=len):
-                known.remove(prefix)
-                known.append(prefix)
+                cached.remove(prefix)
+                cached.append(prefix)
         elif kind == "evict" and tree.evict():
-            known.pop(0)
+            cached.pop(0)
         tree.check()
-        needed = {p[: i + PAGE] for p in known for i in range(0, len(p), PAGE)}
+        needed = {p[: i + PAGE] for p in cached for i in range(0, len(p), PAGE)}
         assert pages.size - pages.free == len(needed)
-        assert snapshots.size - snapshots.free == len(known)
+        assert snapshots.size - snapshots.free == len(cached)

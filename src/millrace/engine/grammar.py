@@ -1,9 +1,9 @@
-"""Grammars that outputs must match: which tokens may come next, for every candidate of a step.
+"""Grammars that outputs must match: which tokens are allowed next, for every candidate of a step.
 
-llguidance does the grammar work, in compiled code that releases the interpreter; here is only which
-matcher stands where. Building a matcher (and, once, the tokenizer's trie) takes up to a second, so
-it happens on a thread of its own while the engine goes on. This module knows no scheduler and no
-device.
+llguidance matches grammars in compiled code, which releases the interpreter lock. This module keeps
+one matcher for each request. To build a matcher (and once, the tokenizer's trie) takes up to a
+second, so it is done on another thread while the engine goes on. This module knows no scheduler and
+no device.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _EVERYTHING = -1  # an int32 of ones
 
 
-class Follower:
-    """One request's place in its grammar.
+class GrammarState:
+    """How far one request's output has come in its grammar.
 
-    after: the token behind which the grammar starts; None once it has been seen.
-    drafts: the tokens that wait for verification behind the last known one.
+    after: the token that the grammar starts behind; None once it has been seen.
+    drafts: draft tokens behind the last known token, not verified yet.
     """
 
     def __init__(self, matcher: LLMatcher, after: int | None) -> None:
@@ -40,15 +40,16 @@ class Follower:
         self.drafts: list[int] = []
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take tokens that the request has been given."""
+        """Advance by tokens of the output."""
         for token in tokens:
             if self.after is not None:
                 self.after = None if token == self.after else self.after
-            elif not self.matcher.is_stopped():  # else only an end can follow, which it rejects
+            elif not self.matcher.is_stopped():  # a finished grammar rejects the end token
                 self.matcher.consume_token(token)
 
     def start(self, candidates: int) -> int:
-        """The first of the coming `candidates` that the grammar governs; `candidates` if none."""
+        """Index of the first of the next `candidates` that the grammar masks; `candidates` if
+        none."""
         if self.after is None:
             return 0
         seen = self.drafts[: candidates - 1]
@@ -56,10 +57,10 @@ class Follower:
 
 
 class Grammars:
-    """The followers of all requests that have a grammar.
+    """The grammar states of all requests that have a grammar.
 
-    tokenizer: a `tokenizer.json`. vocab_size: columns of the model's logits. eos_ids: the tokens
-    that end an output. width: candidates of a decode row.
+    tokenizer: path of a `tokenizer.json`. vocab_size: columns of the model's logits. eos_ids: the
+    tokens that end an output. width: candidates of a decode row.
     """
 
     def __init__(
@@ -69,73 +70,73 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._width = width
-        self._followers: dict[str, Follower] = {}
+        self._states: dict[str, GrammarState] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
-    def prepare(self, request: AddRequest) -> Future[Follower]:
-        """Build a request's follower on another thread. It fails with RequestError."""
+    def compile(self, request: AddRequest) -> Future[GrammarState]:
+        """Build a request's state on another thread. The future may raise RequestError."""
         return self._threads.submit(self._build, request)
 
-    def enter(self, request_id: str, follower: Follower) -> None:
-        """The request goes to the scheduler."""
-        self._followers[request_id] = follower
+    def add(self, request_id: str, state: GrammarState) -> None:
+        """Keep the state of a request that the scheduler has accepted."""
+        self._states[request_id] = state
 
-    def leave(self, request_id: str) -> None:
-        """The request has ended."""
-        self._followers.pop(request_id, None)
+    def remove(self, request_id: str) -> None:
+        """Drop the state of a request that has ended; unknown ids are allowed."""
+        self._states.pop(request_id, None)
 
     def advance(self, request_id: str, tokens: Sequence[int], drafts: list[int]) -> None:
-        """A step brought tokens, and drafts behind them."""
-        if (follower := self._followers.get(request_id)) and tokens:
-            follower.advance(tokens)
-            follower.drafts = drafts
+        """A step brought these tokens, and drafts for the next step."""
+        if (state := self._states.get(request_id)) and tokens:
+            state.advance(tokens)
+            state.drafts = drafts
 
     def failure(self, request_id: str) -> str | None:
-        """What is wrong with a request's output, if it has left its grammar."""
-        follower = self._followers.get(request_id)
-        if follower is None or not follower.matcher.is_error():
+        """Why a request's output does not match its grammar; None if it does."""
+        state = self._states.get(request_id)
+        if state is None or not state.matcher.is_error():
             return None
-        return _reason(follower.matcher)
+        return _reason(state.matcher)
 
     def masks(self, plan: StepPlan, rows: Sequence[tuple[int, str]]) -> Masks:
-        """For the sampled rows (row, request id) of a plan, the tokens that may come."""
+        """Bit masks of the allowed tokens, for the sampled rows (row, request id) of a plan."""
         widths = [self._width if row < len(plan.decode) else 1 for row, _ in rows]
         table: NDArray[np.int32] = np.full(
             (sum(widths), -(-self._vocab_size // 32)), _EVERYTHING, dtype=np.int32
         )
-        alone, ahead = [], []
+        single_masks, draft_masks = [], []
         at = 0
         for (_, request_id), width in zip(rows, widths, strict=True):
-            follower = self._followers.get(request_id)
-            first = width if follower is None else follower.start(width)
-            if follower is not None and first < width:
-                drafts = follower.drafts[first : width - 1]
+            state = self._states.get(request_id)
+            first = width if state is None else state.start(width)
+            if state is not None and first < width:
+                drafts = state.drafts[first : width - 1]
                 if drafts:
-                    ahead.append((follower.matcher, at + first, drafts))
+                    draft_masks.append((state.matcher, at + first, drafts))
                 else:
-                    alone.append((follower.matcher, at + first))
+                    single_masks.append((state.matcher, at + first))
             at += width
-        self._fill(table, alone, ahead)
+        self._fill(table, single_masks, draft_masks)
         return Masks(plan.step, [row for row, _ in rows], table.tobytes())
 
     def _fill(
         self,
         table: NDArray[np.int32],
-        alone: list[tuple[LLMatcher, int]],
-        ahead: list[tuple[LLMatcher, int, list[int]]],
+        single_masks: list[tuple[LLMatcher, int]],
+        draft_masks: list[tuple[LLMatcher, int, list[int]]],
     ) -> None:
-        """Each matcher's mask into its row; in `ahead` also those behind each of its drafts."""
+        """Write each matcher's mask into its row; with drafts, also the masks behind each draft."""
         from llguidance import numpy as fill
 
-        if alone:
-            fill.fill_next_token_bitmask_par(self._executor, alone, table)
-        if ahead:
-            fill.fill_next_token_bitmask_par_with_draft_tokens(self._executor, ahead, table)
+        if single_masks:
+            fill.fill_next_token_bitmask_par(self._executor, single_masks, table)
+        if draft_masks:
+            fill.fill_next_token_bitmask_par_with_draft_tokens(self._executor, draft_masks, table)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _build(self, request: AddRequest) -> Follower:
+    def _build(self, request: AddRequest) -> GrammarState:
         if not available("llguidance"):
             raise RequestError(
                 "structured outputs need llguidance, which the server cannot import; see its log",
@@ -147,14 +148,14 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, request.grammar.source)
         if matcher.is_error():
             raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
-        follower = Follower(matcher, request.grammar.after)
-        follower.advance(request.resume)
+        state = GrammarState(matcher, request.grammar.after)
+        state.advance(request.resume)
         if matcher.is_error():
             raise RequestError(
                 f"resume_token_ids do not match the grammar: {_reason(matcher)}",
                 param="resume_token_ids",
             )
-        return follower
+        return state
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -174,5 +175,5 @@ class Grammars:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line of what a matcher says is wrong; the rest is its inner state."""
+    """The first line of a matcher's error; the other lines are its internal state."""
     return matcher.get_error().split("\n", 1)[0]

@@ -1,7 +1,7 @@
-"""What is held of the device's memory: slots, pages and snapshots, by requests and the prefix tree.
+"""Slots, pages and snapshots: which request or cached prefix owns what of the device's memory.
 
-It knows a request as a holder, and gives and takes as it is told. Who runs, who waits and who must
-give way is decided elsewhere (scheduler.py), and so is when a request may let go.
+It allocates and frees what the scheduler asks for. It does not decide which request runs, waits or
+is preempted, nor when the resources of a request may be freed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class KVManager:
 
     # --- pages ------------------------------------------------------------------------------
 
-    def missing(self, request: Request, length: int) -> int:
-        """Pages that the request needs for `length` tokens beyond those it has."""
+    def missing_pages(self, request: Request, length: int) -> int:
+        """Pages that the request lacks for `length` tokens."""
         return -(-length // self._limits.page_size) - len(request.pages)
 
-    def free_pages(self, count: int) -> bool:
-        """Make `count` pages free, at the cost of snapshots if need be; of none if in vain."""
+    def ensure_free_pages(self, count: int) -> bool:
+        """Evict snapshots until `count` pages are free. False, and nothing evicted, if that is not
+        possible."""
         if self.pages.free + self.pages.evictable < count:
             return False
         while self.pages.free < count:
@@ -41,60 +42,65 @@ class KVManager:
         return True
 
     def grant(self, request: Request, count: int) -> PageGrant:
-        """`count` more pages, which are free, for the request."""
-        pages = self.pages.take(count)
+        """Allocate `count` more pages for the request; the caller has checked that they are
+        free."""
+        pages = self.pages.allocate(count)
         granted = PageGrant(request.slot, len(request.pages), pages)
         request.pages.extend(pages)
         return granted
 
-    # --- a request's whole share ------------------------------------------------------------
+    # --- all resources of a request -----------------------------------------------------------
 
     def match(self, request: Request) -> Match:
-        """What of the request's tokens need not be computed; nothing if it may not be reused."""
-        return self.tree.match(request.tokens) if self.caches(request) else _NOTHING
+        """The cached prefix of the request's tokens; empty if the request may not use the cache."""
+        return self.tree.match(request.tokens) if self.may_use_cache(request) else _NOTHING
 
     def admit(
         self, request: Request, match: Match, length: int, spare: int
     ) -> list[PageGrant] | None:
-        """Give a request a slot (one is free) and pages for `length` tokens, those of the match
-        among them. None: they are not there with `spare` more, and nothing has been given."""
+        """Allocate a slot (one is free) and the pages for `length` tokens, and share those of the
+        match. None, and nothing allocated, if fewer than `spare` pages would stay free."""
         for page in match.pages:
-            self.pages.hold(page)
+            self.pages.retain(page)
         missing = -(-length // self._limits.page_size) - len(match.pages)
-        if not self.free_pages(missing + spare):
+        if not self.ensure_free_pages(missing + spare):
             for page in match.pages:
-                self.pages.drop(page)
+                self.pages.release(page)
             return None
-        request.slot = self.slots.take(1)[0]
+        request.slot = self.slots.allocate(1)[0]
         request.pages = list(match.pages)
         shared = [PageGrant(request.slot, 0, match.pages)] if match.pages else []
         return [*shared, self.grant(request, missing)]
 
     def release(self, request: Request) -> None:
-        """Take back all that the request holds."""
+        """Free the slot and the pages of the request."""
         for page in request.pages:
-            self.pages.drop(page)
+            self.pages.release(page)
         request.pages = []
-        self.slots.drop(request.slot)
+        self.slots.release(request.slot)
         request.slot = 0
 
     # --- prefixes ---------------------------------------------------------------------------
 
-    def caches(self, request: Request) -> bool:
-        """Whether its prompt may come from the cache: not if every position's logits are wanted."""
+    def may_use_cache(self, request: Request) -> bool:
+        """Whether its prompt may come from the cache: not if it asks for prompt log-
+        probabilities."""
         return self._limits.prefix_caching and request.source.params.prompt_logprobs is None
 
-    def estimate_cached(self, request: Request) -> None:
-        """Look up how much of a waiting request's prompt the prefix cache has by now."""
+    def estimate_cached_tokens(self, request: Request) -> None:
+        """Look up how much of a waiting request's prompt is cached now."""
         request.estimate_version = self.tree.version
-        request.cached_estimate = self.tree.cached(request.tokens) if self.caches(request) else 0
+        request.cached_estimate = (
+            self.tree.cached(request.tokens) if self.may_use_cache(request) else 0
+        )
 
-    def will_cache(self, request: Request) -> bool:
-        """Whether another request's snapshots could save it some of its prompt."""
+    def can_gain_from_cache(self, request: Request) -> bool:
+        """Whether it could resume from a snapshot of another request with the same prompt."""
         return (
             self._limits.num_snapshots > 0
-            and self.caches(request)
-            and self.tree.aligned(request.prompt_len - 1) >= max(1, self._limits.snapshot_distance)
+            and self.may_use_cache(request)
+            and self.tree.round_down(request.prompt_len - 1)
+            >= max(1, self._limits.snapshot_distance)
         )
 
     def boundaries(self, request: Request, shared: int) -> list[int]:
@@ -102,50 +108,50 @@ class KVManager:
         earlier prompt began with too.
 
         Each stop costs a step. So of two that are less than `snapshot_distance` apart only the
-        first is kept: a prompt that resumes there computes fewer tokens than that again.
+        first is cached: a prompt that resumes there computes fewer tokens than that again.
         """
-        limits, aligned = self._limits, self.tree.aligned
+        limits, aligned = self._limits, self.tree.round_down
         if not limits.prefix_caching or limits.num_snapshots == 0:
             return []
         end = aligned(len(request.tokens) - 1)
         wanted = {end, shared, *(aligned(b) for b in request.source.boundaries)}
         if limits.snapshot_interval:
             wanted.update(range(limits.snapshot_interval, end, limits.snapshot_interval))
-        kept: list[int] = []
+        cached: list[int] = []
         last = request.computed
         for boundary in sorted(b for b in wanted if request.computed < b <= end):
             if boundary - last >= limits.snapshot_distance:
-                kept.append(boundary)
+                cached.append(boundary)
                 last = boundary
-        return kept[::-1]
+        return cached[::-1]
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
-        """A snapshot to save the request's first `depth` tokens in; None: there is one already, or
-        every snapshot is about to be written by a launched step."""
+        """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
+        or launched steps write all of them."""
         if self.tree.has_snapshot(request.tokens, depth):
             return None
         if self.snapshots.free == 0 and not self.tree.evict():
             return None
-        return self.snapshots.take(1)[0]
+        return self.snapshots.allocate(1)[0]
 
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
-        """The snapshot of the request's first `depth` tokens has been written."""
+        """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: depth // self._limits.page_size]
         self.tree.publish(request.tokens[:depth], pages, snapshot)
 
     # --- integrity --------------------------------------------------------------------------
 
     def check(self, owners: Collection[Request], saving: int) -> None:
-        """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: who
-        holds slots and pages. saving: snapshots that launched steps write."""
+        """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: the
+        requests that have slots and pages. saving: snapshots that launched steps write."""
         self.tree.check()
-        kept = self.tree.held_pages()
-        held = Counter(kept)
+        cached = self.tree.cached_pages()
+        expected = Counter(cached)
         for request in owners:
-            held.update(request.pages)
+            expected.update(request.pages)
         for page in range(NULL_PAGE + 1, self._limits.num_pages):
-            assert self.pages.holders(page) == held[page], f"holders of page {page}"
-        alone = sum(held[page] == 1 for page in kept)
+            assert self.pages.ref_count(page) == expected[page], f"reference count of page {page}"
+        alone = sum(expected[page] == 1 for page in cached)
         assert self.pages.evictable == alone, "pages that only the prefix cache holds"
         slots = [request.slot for request in owners]
         assert len(set(slots)) == len(slots) == self.slots.size - self.slots.free, "slots"

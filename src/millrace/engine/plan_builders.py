@@ -1,4 +1,4 @@
-"""What the scheduler says of a request: to the device at its admission, to the front as it goes."""
+"""Messages built from a request: its admission for the device, and its deltas for the server."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ from millrace.engine.request import Request
 from millrace.protocol import Admission, Delta, Extras, FinishReason, TokenLogprobs
 
 
-def delta(
+def make_delta(
     request: Request,
     tokens: list[int],
     reason: FinishReason | None,
     logprobs: list[TokenLogprobs] | None,
     first: bool,
 ) -> Delta:
-    """What a step brought to a request; what concerns its prompt goes with its first tokens."""
+    """The new tokens of a request. first: its first tokens; they carry what concerns its prompt."""
     return Delta(
         request.id,
         tokens,
         reason,
         stop_token_id=tokens[-1] if reason == "stop" else None,
         cached_tokens=request.cached_tokens,
-        queued=request.queued if first else None,
-        logprobs=logprobs and _wanted(request, logprobs[: len(tokens)]),
+        queued=request.queue_seconds if first else None,
+        logprobs=logprobs and _trim_logprobs(request, logprobs[: len(tokens)]),
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
     )
 
 
-def _wanted(request: Request, found: list[TokenLogprobs]) -> list[TokenLogprobs]:
-    """As many tokens as the request asks for; a step finds as many for all as one of them wants."""
+def _trim_logprobs(request: Request, found: list[TokenLogprobs]) -> list[TokenLogprobs]:
+    """Cut to the number of tokens that the request asks for; a step reports the same number for
+    all of its rows."""
     most = 1 + (request.source.params.logprobs or 0)
     return [TokenLogprobs(one.token_ids[:most], one.logprobs[:most], one.rank) for one in found]
 
 
 def _extras(request: Request) -> Extras | None:
-    """The rare wishes of a request; None if it has none."""
+    """The rarely used sampling options of a request; None if it uses none."""
     params = request.source.params
     extras = Extras(
         prompt_len=request.prompt_len,
@@ -53,7 +54,7 @@ def _extras(request: Request) -> Extras | None:
     return None if extras == Extras(prompt_len=request.prompt_len) else extras
 
 
-def admission(request: Request, snapshot: int) -> Admission:
+def make_admission(request: Request, snapshot: int) -> Admission:
     params = request.source.params
     return Admission(
         slot=request.slot,

@@ -1,10 +1,8 @@
-"""The plan log: every step's plan and result, so that a run can be looked at and run again.
+"""The plan log: every step's plan, result and grammar masks, to inspect a run or to replay it.
 
-Where grammars took part, the masks they gave stand there too.
-
-A file of length-prefixed msgpack messages in the order in which they were made. A plan says all
-that the device did (tokens, seeds and pages included), so replaying the plans on a fresh worker of
-the same configuration must bring the same results.
+The file is a series of length-prefixed msgpack messages, in the order in which they were made. A
+plan holds everything that the device did, including tokens, seeds and pages. So replaying the plans
+on a fresh worker of the same configuration must bring the same results.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class PlanLog:
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """The entries of a log. Raises UserError where the file is cut off or is no plan log."""
+    """The entries of a log. Raises UserError if the file is truncated or is no plan log."""
     data = path.read_bytes()
     at = 0
     while at < len(data):
@@ -52,7 +50,7 @@ def read(path: Path) -> Iterator[Entry]:
             at += _LENGTH.size
             yield _decode(data[at : at + length])
         except (struct.error, msgspec.DecodeError) as error:
-            raise UserError(f"{path}: not a whole plan log (byte {at}: {error})") from None
+            raise UserError(f"{path}: truncated, or no plan log (byte {at}: {error})") from None
         at += length
 
 

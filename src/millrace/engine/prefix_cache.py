@@ -1,13 +1,13 @@
-"""Who holds which page and which snapshot, and which prompts begin alike.
+"""The prefix cache: a tree of prompts by pages of tokens, and the pools of pages and snapshots.
 
-Pages and snapshots are numbers here; what lies behind a number is the runtime's affair.
+Pages and snapshots are numbers here; the runtime owns the memory behind them.
 
-A hybrid model can resume a prompt only where its recurrent state was kept, so a *snapshot* is what
-makes a prefix reusable, and the KV pages on the way to it come along. Hence the tree's rule: a node
-(one page of tokens) holds its page only while a snapshot lies at it or below it. A node without one
-is a *ghost*: it remembers the tokens and so lets the next prompt discover how far two prompts are
-shared (a junction), but costs no memory of the device. Evicting a snapshot turns the part of its
-path that no other snapshot needs back into ghosts.
+A hybrid model can resume a prompt only where its recurrent state was saved. So a *snapshot* makes a
+prefix reusable, together with the KV pages on the path to it. Hence the rule of the tree: a node
+(one page of tokens) owns its page only while a snapshot is at the node or below it. A node without
+one is a *ghost*: it keeps the tokens only, so that the next prompt can discover how far two prompts
+are the same (a junction). It costs no device memory. To evict a snapshot turns the part of its path
+that no other snapshot needs into ghosts.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NO_SNAPSHOT = -1
 
 
 class Pool:
-    """Numbers first .. first + size - 1, each free or held by a count of holders.
+    """Numbers first .. first + size - 1, each free or in use, with a reference count.
 
-    The prefix cache is a holder too, by `keep` and `evict`.
+    The prefix cache has at most one reference to each, by `retain_cached` and `release_cached`.
     """
 
     def __init__(self, size: int, first: int = 0) -> None:
         self.size = size
         self._first = first
-        self._holders = [0] * size
-        self._kept = bytearray(size)  # 1 where the prefix cache is one of the holders
+        self._counts = [0] * size
+        self._cached = bytearray(size)  # 1 where the prefix cache has a reference
         self._evictable = 0
         self._free = list(range(first + size - 1, first - 1, -1))
 
@@ -40,76 +40,76 @@ class Pool:
 
     @property
     def evictable(self) -> int:
-        """Numbers that the prefix cache alone holds."""
+        """How many numbers only the prefix cache refers to."""
         return self._evictable
 
-    def take(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
         """`count` free numbers, lowest first on a fresh pool. The caller has checked `free`."""
         if count > len(self._free):
-            raise RuntimeError(f"pool: {count} wanted, {len(self._free)} free")
+            raise RuntimeError(f"pool: {count} requested, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(count)]
         for number in taken:
-            self._holders[number - self._first] = 1
+            self._counts[number - self._first] = 1
         return taken
 
-    def hold(self, number: int) -> None:
-        """One more holder of a number that is held already."""
+    def retain(self, number: int) -> None:
+        """Add a reference to a number that is in use."""
         index = number - self._first
-        if self._holders[index] < 1:
+        if self._counts[index] < 1:
             raise RuntimeError(f"pool: {number} is free and cannot be shared")
-        self._count(index, 1)
+        self._change_count(index, 1)
 
-    def drop(self, number: int) -> None:
-        """One holder fewer; the last one frees the number."""
+    def release(self, number: int) -> None:
+        """Remove a reference; the last one frees the number."""
         index = number - self._first
-        if self._holders[index] < 1:
+        if self._counts[index] < 1:
             raise RuntimeError(f"pool: {number} freed twice")
-        self._count(index, -1)
-        if self._holders[index] == 0:
+        self._change_count(index, -1)
+        if self._counts[index] == 0:
             self._free.append(number)
 
-    def keep(self, number: int) -> None:
-        """`hold` by the prefix cache, which does so once."""
-        self.hold(number)
-        self._kept[number - self._first] = 1
+    def retain_cached(self, number: int) -> None:
+        """`retain` for the prefix cache, at most once for each number."""
+        self.retain(number)
+        self._cached[number - self._first] = 1
 
-    def evict(self, number: int) -> None:
-        """`drop` by the prefix cache."""
+    def release_cached(self, number: int) -> None:
+        """`release` for the prefix cache."""
         index = number - self._first
-        self._evictable -= self._holders[index] == 1
-        self._kept[index] = 0
-        self.drop(number)
+        self._evictable -= self._counts[index] == 1
+        self._cached[index] = 0
+        self.release(number)
 
-    def _count(self, index: int, change: int) -> None:
-        """Count a holder that comes or goes."""
-        kept = self._kept[index]
-        self._evictable -= kept and self._holders[index] == 1
-        self._holders[index] += change
-        self._evictable += kept and self._holders[index] == 1
+    def _change_count(self, index: int, change: int) -> None:
+        """Change a reference count, and the count of evictable numbers with it."""
+        cached = self._cached[index]
+        self._evictable -= cached and self._counts[index] == 1
+        self._counts[index] += change
+        self._evictable += cached and self._counts[index] == 1
 
-    def holders(self, number: int) -> int:
-        return self._holders[number - self._first]
+    def ref_count(self, number: int) -> int:
+        return self._counts[number - self._first]
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One page of tokens that follows its parent's. `live` counts snapshots at it and below it."""
+    """One page of tokens, behind its parent's. snapshots_below: snapshots at it and below it."""
 
     parent: Node | None
     key: tuple[int, ...]
-    depth: int  # tokens from the root up to and with this page
+    depth: int  # tokens from the root to the end of this page
     page: int = NULL_PAGE
     snapshot: int = NO_SNAPSHOT
-    live: int = 0
+    snapshots_below: int = 0
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What the tree knows of a prompt.
+    """The cached prefix of a prompt.
 
-    tokens: prompt tokens that `snapshot` and `pages` cover. shared: tokens that some earlier prompt
-    began with too; beyond `tokens` only as a memory, so a snapshot at `shared` is worth taking.
+    tokens: prompt tokens that `snapshot` and `pages` cover. shared: tokens that an earlier prompt
+    began with too; if that is more than `tokens`, a snapshot at `shared` is worth taking.
     """
 
     tokens: int
@@ -119,10 +119,10 @@ class Match:
 
 
 class PrefixTree:
-    """Prompts by their pages of tokens, with snapshots to resume from.
+    """A radix tree of prompts, one node a page of tokens, with snapshots to resume from.
 
-    Holds pages through `pages` and snapshots through `snapshots`. At most `max_nodes` nodes.
-    version: grows whenever a snapshot comes or goes.
+    pages, snapshots: the pools that it takes references from. At most `max_nodes` nodes, but the
+    path of the newest prompt stays whole. version: grows when a snapshot is added or evicted.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class PrefixTree:
         self._max_nodes = max_nodes
         self.version = 0
         self._root = Node(parent=None, key=(), depth=0)
-        self._count = 0
+        self._num_nodes = 0
         self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, oldest first
         self._ghosts: OrderedDict[Node, None] = OrderedDict()  # childless ghosts, oldest first
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """The longest prefix to resume from; never the whole prompt: some token is left."""
-        path = self._walk(tokens, self.aligned(len(tokens) - 1))
+        """The longest prefix to resume from; never the whole prompt: at least one token is left."""
+        path = self._walk(tokens, self.round_down(len(tokens) - 1))
         shared = path[-1].depth if path else 0
         while path and path[-1].snapshot == NO_SNAPSHOT:
             path.pop()
@@ -152,8 +152,8 @@ class PrefixTree:
         return Match(path[-1].depth, [n.page for n in path], path[-1].snapshot, shared)
 
     def cached(self, tokens: Sequence[int]) -> int:
-        """How many tokens `match` would find now; nothing counts as used by it."""
-        path = self._walk(tokens, self.aligned(len(tokens) - 1))
+        """How many tokens `match` would find now. It does not count as a use of them."""
+        path = self._walk(tokens, self.round_down(len(tokens) - 1))
         return next((n.depth for n in reversed(path) if n.snapshot != NO_SNAPSHOT), 0)
 
     def has_snapshot(self, tokens: Sequence[int], depth: int) -> bool:
@@ -161,75 +161,80 @@ class PrefixTree:
         path = self._walk(tokens, depth)
         return bool(path) and path[-1].depth == depth and path[-1].snapshot != NO_SNAPSHOT
 
-    def remember(self, tokens: Sequence[int]) -> None:
-        """Add the prompt's whole pages as ghosts, so that what it shares can be discovered."""
-        self._extend(tokens, self.aligned(len(tokens) - 1))
+    def record_prompt(self, tokens: Sequence[int]) -> None:
+        """Add the full pages of a prompt as ghosts, so that later prompts discover what they
+        share."""
+        self._extend(tokens, self.round_down(len(tokens) - 1))
 
     def publish(self, tokens: Sequence[int], pages: Sequence[int], snapshot: int) -> None:
-        """Offer tokens (whole pages, all computed) with their pages and the snapshot at their end.
+        """Insert tokens (full pages, all computed) with their pages and the snapshot at their end.
 
-        Takes over the caller's hold of `snapshot`, and a hold of its own on each page.
+        Takes over the caller's reference to `snapshot`, and adds one to each page. If there is a
+        snapshot already, `snapshot` is freed.
         """
         node = self._extend(tokens, len(tokens))
         if node is self._root or node.snapshot != NO_SNAPSHOT:
-            self._snapshots.drop(snapshot)
+            self._snapshots.release(snapshot)
             return
         self.version += 1
         node.snapshot = snapshot
         self._recent[node] = None
         self._ghosts.pop(node, None)
-        for above in _path(node):
-            if above.live == 0:
-                above.page = pages[above.depth // self._page_size - 1]
-                self._pages.keep(above.page)
-            above.live += 1
+        for ancestor in _path(node):
+            if ancestor.snapshots_below == 0:
+                ancestor.page = pages[ancestor.depth // self._page_size - 1]
+                self._pages.retain_cached(ancestor.page)
+            ancestor.snapshots_below += 1
 
     def evict(self) -> bool:
-        """Give up the snapshot used longest ago, with the pages only it needs. False: none left."""
+        """Free the least recently used snapshot and the pages that only it needs. False: none
+        left."""
         if not self._recent:
             return False
         self.version += 1
         node, _ = self._recent.popitem(last=False)
-        self._snapshots.drop(node.snapshot)
+        self._snapshots.release(node.snapshot)
         node.snapshot = NO_SNAPSHOT
-        for above in _path(node):
-            above.live -= 1
-            if above.live == 0:
-                self._pages.evict(above.page)
-                above.page = NULL_PAGE
+        for ancestor in _path(node):
+            ancestor.snapshots_below -= 1
+            if ancestor.snapshots_below == 0:
+                self._pages.release_cached(ancestor.page)
+                ancestor.page = NULL_PAGE
         if not node.children:
             self._ghosts[node] = None
         return True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove every node, snapshot and page."""
         while self.evict():
             pass
         self._root.children.clear()
         self._ghosts.clear()
-        self._count = 0
+        self._num_nodes = 0
 
-    def aligned(self, length: int) -> int:
-        """`length` rounded down to whole pages."""
+    def round_down(self, length: int) -> int:
+        """`length` rounded down to full pages."""
         return max(0, length) // self._page_size * self._page_size
 
     @property
     def num_snapshots(self) -> int:
-        """Snapshots that the tree holds."""
+        """Snapshots in the tree."""
         return len(self._recent)
 
-    def held_pages(self) -> list[int]:
-        """Every page that the tree holds (for integrity checks)."""
+    def cached_pages(self) -> list[int]:
+        """Every page that the tree refers to (for integrity checks)."""
         return [node.page for node in self._nodes() if node.page != NULL_PAGE]
 
     def check(self) -> None:
-        """Raise AssertionError where the tree's own rules do not hold."""
+        """Raise AssertionError if an invariant of the tree is broken."""
         nodes = self._nodes()
-        assert len(nodes) == self._count, "node count"
+        assert len(nodes) == self._num_nodes, "node count"
         for node in nodes:
-            below = sum(child.live for child in node.children.values())
-            assert node.live == below + (node.snapshot != NO_SNAPSHOT), "live count"
-            assert (node.page != NULL_PAGE) == (node.live > 0), "ghosts hold no page"
+            below = sum(child.snapshots_below for child in node.children.values())
+            assert node.snapshots_below == below + (node.snapshot != NO_SNAPSHOT), (
+                "snapshots_below count"
+            )
+            assert (node.page != NULL_PAGE) == (node.snapshots_below > 0), "ghosts have no page"
             assert (node in self._recent) == (node.snapshot != NO_SNAPSHOT), "snapshot order"
             ghost_leaf = not node.children and node.snapshot == NO_SNAPSHOT
             assert (node in self._ghosts) == ghost_leaf, "ghost order"
@@ -255,7 +260,7 @@ class PrefixTree:
         return path
 
     def _extend(self, tokens: Sequence[int], length: int) -> Node:
-        """The node of tokens[:length], made with its ancestors where missing."""
+        """The node of tokens[:length]; missing nodes on the path are created."""
         path = self._walk(tokens, length)
         node = path[-1] if path else self._root
         for start in range(node.depth, length, self._page_size):
@@ -264,24 +269,25 @@ class PrefixTree:
             child = Node(parent=node, key=key, depth=start + self._page_size)
             node.children[key] = child
             node = child
-            self._count += 1
+            self._num_nodes += 1
         if node is not self._root and not node.children and node.snapshot == NO_SNAPSHOT:
             self._ghosts[node] = None
             self._ghosts.move_to_end(node)
-        self._trim(keep=node)
+        self._trim(spare=node)
         return node
 
-    def _trim(self, keep: Node) -> None:
-        """Drop childless ghosts, oldest first, until the tree is within its bound."""
-        while self._count > self._max_nodes and self._ghosts:
+    def _trim(self, spare: Node) -> None:
+        """Remove ghosts without children, oldest first, until the tree has at most max_nodes
+        nodes."""
+        while self._num_nodes > self._max_nodes and self._ghosts:
             node = next(iter(self._ghosts))
-            if node is keep:
+            if node is spare:
                 break
             del self._ghosts[node]
             parent = node.parent
             assert parent is not None
             del parent.children[node.key]
-            self._count -= 1
+            self._num_nodes -= 1
             if parent.parent and not parent.children and parent.snapshot == NO_SNAPSHOT:
                 self._ghosts[parent] = None
                 self._ghosts.move_to_end(parent, last=False)

@@ -1,9 +1,9 @@
-"""How the prompt tokens of one step are shared between prompts. It knows numbers, no request.
+"""How a step's prompt tokens are shared between prompts. It knows numbers only, no request.
 
 Prompts of one priority are planned in two rounds, each in the order of their rank:
 
 1. Up to half of the budget is for prompts that fit into the rest of that half. They are computed
-   whole, so a short prompt does not wait behind long ones.
+   at once, so a short prompt does not wait behind long ones.
 2. The rest of the budget goes to the other prompts in turn. A *long* prompt has more tokens left
    than the threshold. It gets at most the threshold in one step, and a quarter of it in a step
    that computed prompts in round 1, so that such a step, and with it their first token, ends soon.
@@ -17,14 +17,14 @@ from __future__ import annotations
 from millrace.config import bucket_above, bucket_below
 from millrace.protocol import Limits
 
-ROUND_1_PART = 2  # one in so many of a step's prompt tokens is for round 1
-SMALL_STEP_PART = 4  # one in so many of the threshold is for a long prompt, behind round 1
+ROUND_1_DIVISOR = 2  # round 1 has the step's prompt tokens divided by this
+SMALL_STEP_DIVISOR = 4  # a long prompt behind round 1: the threshold divided by this
 
 
 class PromptBudget:
-    """What a step may still compute of prompts.
+    """The prompt tokens that a step may still compute.
 
-    tokens: for prompts. decode_tokens: those of the step's decode rows.
+    tokens: the step's prompt tokens. decode_tokens: the tokens of its decode rows.
     """
 
     def __init__(self, limits: Limits, tokens: int, decode_tokens: int) -> None:
@@ -33,25 +33,25 @@ class PromptBudget:
         self._planned = decode_tokens  # tokens of the step so far
         self._round_1_left = 0
         self._small = False  # round 1 has computed a prompt
-        self._partial = 0  # prompts that the step computes without reaching their end
+        self._partial = 0  # prompts that the step computes a part of
         self._long = 0  # long ones among the prompts of round 2
 
     def start_priority(self) -> None:
-        """The prompts of one priority follow."""
-        self._round_1_left = self.left // ROUND_1_PART
+        """Begin with the prompts of the next priority."""
+        self._round_1_left = self.left // ROUND_1_DIVISOR
 
     def whole(self, missing: int) -> int:
-        """Round 1, for a prompt that has `missing` tokens left: all of them, or 0."""
+        """Round 1: tokens for a prompt with `missing` tokens left: all of them, or 0."""
         return missing if missing <= self._round_1_left else 0
 
     def chunk(self, missing: int) -> int:
-        """Round 2, for a prompt that has `missing` tokens left: how many to compute; 0: none."""
+        """Round 2: tokens for a prompt with `missing` tokens left; may be 0."""
         limits, most = self._limits, self.left
         if self._is_long(missing):
             if _reached(self._long, limits.max_long_partial_prefills):
                 return 0
             threshold = limits.long_prefill_token_threshold
-            most = min(most, max(1, threshold // SMALL_STEP_PART) if self._small else threshold)
+            most = min(most, max(1, threshold // SMALL_STEP_DIVISOR) if self._small else threshold)
         if missing <= most:
             return missing
         if _reached(self._partial, limits.max_num_partial_prefills):
@@ -59,13 +59,13 @@ class PromptBudget:
         return _cut_to_bucket(most, self._planned)
 
     def spend_whole(self, computed: int) -> None:
-        """A prompt of round 1 is planned. computed: fewer than all at a snapshot."""
+        """A prompt of round 1 is planned. computed: fewer than all of it at a snapshot boundary."""
         self._round_1_left -= computed
         self._small = True
         self._spend(computed)
 
     def spend_chunk(self, missing: int, chunk: int, computed: int) -> None:
-        """A prompt of round 2 is planned. computed: fewer than `chunk` at a snapshot."""
+        """A prompt of round 2 is planned. computed: fewer than `chunk` at a snapshot boundary."""
         self._long += self._is_long(missing)
         self._partial += chunk < missing
         self._spend(computed)
@@ -82,7 +82,7 @@ def step_tokens(limits: Limits, decode_tokens: int, missing: int) -> int:
     """Prompt tokens of a step that has `decode_tokens` tokens of decode rows.
 
     missing: tokens left of all prompts. Beside decode rows they are spread evenly over as few
-    steps as they need, so that the gaps between a stream's tokens are alike.
+    steps as they need, so that the gaps between the tokens of a stream are even.
     """
     most = limits.max_num_batched_tokens - decode_tokens
     if not decode_tokens:
@@ -102,9 +102,9 @@ def min_chunk(limits: Limits, tokens: int) -> int:
 
     It gets fewer only where its prompt ends or saves a snapshot.
     """
-    most = tokens - tokens // ROUND_1_PART
+    most = tokens - tokens // ROUND_1_DIVISOR
     if threshold := limits.long_prefill_token_threshold:
-        most = min(most, max(1, threshold // SMALL_STEP_PART))
+        most = min(most, max(1, threshold // SMALL_STEP_DIVISOR))
     return -(-most // 2)
 
 

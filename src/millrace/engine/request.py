@@ -1,7 +1,7 @@
-"""The life cycle of a request: waiting, prefilling, decoding, done; and what it owns meanwhile.
+"""One request: its life cycle (waiting, prefill, decode, done) and the resources that it owns.
 
 A request owns a slot and pages from its admission until the last step that names it has completed.
-It knows nothing of other requests and decides nothing.
+It knows no other request and makes no decision.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from millrace.protocol import AddRequest, FinishReason, TokenLogprobs
 
 
 class Phase(Enum):
-    """Where a request stands. Rows of a step are classified by this, never by their token count."""
+    """The state of a request. A step's rows are classified by it, never by their token count."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -25,15 +25,15 @@ class Phase(Enum):
 class Request:
     """One request and its resources.
 
-    tokens: every token the host knows, prompt first. computed: how many the device has been told to
-    compute by chunks. upper: the most tokens that may lie in the caches once all launched steps are
-    done. in_flight: launched steps that name the request. boundaries: positions, in whole pages,
+    tokens: every token that the host knows, prompt first. computed: prompt tokens planned so far.
+    upper: an upper bound of the tokens in the caches after all launched steps. in_flight: launched
+    steps that name the request. boundaries: positions, in whole pages,
     where prefill stops for a snapshot, nearest last. ordinal: requests are numbered as they come.
-    prompt_cached: its prompt has run to the end, so another request may find it in the cache.
-    split: a step's budget had tokens for a part of its prompt only. cached_estimate: prompt tokens
-    that the prefix cache had at its version `estimate_version`. overtaken: requests of later rank
-    admitted while this one was the first of those that lack pages.
-    answered: a delta has gone out. prompt_logprobs: of the prompt, from its second token on.
+    prompt_cached: its whole prompt is computed, so another request may find it in the cache.
+    split: some step computed only a part of its prompt, for want of budget. cached_estimate: prompt
+    tokens in the prefix cache at its version `estimate_version`. overtaken: requests of later rank
+    admitted while this one was the first of those that lack pages. prompt_logprobs: of the prompt,
+    from its second token on.
     """
 
     id: str
@@ -56,10 +56,10 @@ class Request:
     estimate_version: int = -1
     overtaken: int = 0
     cached_tokens: int = 0
-    queued: float = 0.0  # seconds from its arrival to its first admission
-    counted: bool = False  # its prompt has entered the prefix statistics
+    queue_seconds: float = 0.0  # seconds from its arrival to its first admission
+    prompt_counted: bool = False  # its prompt is in the prefix cache statistics
     prompt_cached: bool = False
-    answered: bool = False
+    first_delta_sent: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -73,7 +73,7 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     def finish_reason(self) -> FinishReason | None:
-        """Why the request has ended, judged by its last token; None while it goes on.
+        """Why the request has ended, by its last token; None while it runs.
 
         The device truncates its output by the same rule, so both sides agree.
         """

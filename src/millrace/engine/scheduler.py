@@ -1,14 +1,14 @@
-"""The scheduler: from its state and a token budget to the plan of the next step.
+"""The scheduler: it plans steps from its own state and a token budget, and commits their results.
 
-Pure bookkeeping: who runs, and what each step does for them. What they hold of the device's memory
-is kept in kv_manager.py; what the device did is learnt only through `commit`. Up to `depth` steps
-may be planned ahead of the last known result; until then the host works with upper bounds of every
-length.
+It is pure bookkeeping: which requests run, and what each step does for them. Device memory is
+accounted in kv_manager.py. What the device did is known only through `commit`. Up to `depth` steps
+may be planned ahead of the last known result; until then the host uses upper bounds of all lengths.
 
-A step is: decode rows (each verifies its drafts), then chunks of prompts, while tokens, slots and
-pages last. How prompts share the tokens is in prompt_budget.py, which waiting request may overtake
-another in waiting_queue.py. Requests are ranked by priority, then age. Out of pages it gives up
-snapshots first, and then the request of the last rank, which waits again and is computed again.
+A step has decode rows (each verifies its drafts), then chunks of prompts, as long as there are
+tokens, slots and pages. prompt_budget.py shares the tokens between prompts. waiting_queue.py says
+which waiting request may overtake another. Requests are ranked by priority, then by age. Without
+free pages the scheduler evicts snapshots first, and then preempts the request of the last rank,
+which waits again and is computed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heapq import merge, nsmallest
 from itertools import groupby
 
 from millrace.engine.kv_manager import KVManager
-from millrace.engine.plan_builders import admission, delta
+from millrace.engine.plan_builders import make_admission, make_delta
 from millrace.engine.prompt_budget import PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
@@ -49,7 +49,7 @@ LOOKUPS = 4  # waiting prompts that a step looks up in the prefix cache
 
 
 class Scheduler:
-    """Plans steps and takes their results. One per replica; ranks only carry plans out."""
+    """Plans steps and commits their results. One for each replica; ranks only run the plans."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -63,12 +63,12 @@ class Scheduler:
         self._width = limits.drafts + 1
         self._ordinal = 0
 
-    # --- requests come and go ---------------------------------------------------------------
+    # --- add and abort requests --------------------------------------------------------------
 
     def add(self, source: AddRequest) -> list[Delta]:
-        """Queue a request. Raises RequestError for one that can never run.
+        """Queue a request. Raises RequestError if it can never run.
 
-        Returns its end, if the tokens that it resumes with are all it may have; else nothing.
+        Returns its end if the tokens that it resumes with end it already; else an empty list.
         """
         self.check(source)
         self._ordinal += 1
@@ -81,13 +81,13 @@ class Scheduler:
         return []
 
     def check(self, source: AddRequest) -> None:
-        """Raise RequestError for a request that can never run."""
+        """Raise RequestError if the request can never run."""
         if source.id in self._requests:
             raise RequestError(f"request id {source.id!r} is in use", param="request_id")
         check(source, self.limits)
 
     def abort(self, ids: Iterable[str]) -> None:
-        """End requests; what they hold is free once no launched step names them."""
+        """End requests. Their resources are freed once no launched step names them."""
         for request_id in ids:
             request = self._requests.get(request_id)
             if request is None or request.phase is Phase.DONE:
@@ -104,15 +104,15 @@ class Scheduler:
 
     @property
     def in_flight(self) -> int:
-        """Steps launched whose results are not known yet."""
+        """Launched steps whose results are not known yet."""
         return len(self._launched)
 
     # --- planning ---------------------------------------------------------------------------
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """The next step, or None: nothing to do before the next result.
+        """The next step's plan. None: there is nothing to do before the next result.
 
-        now: seconds on the clock of `AddRequest.arrival`; new requests stop waiting then.
+        now: seconds on the clock of `AddRequest.arrival`.
         """
         if self._draining and self._launched:
             return None
@@ -122,14 +122,14 @@ class Scheduler:
         self._plan_prompts(step)
         if not step.decode and not step.chunks:
             return None
-        return self._seal(step)
+        return self._record_launch(step)
 
     def _plan_decode(self, step: Step) -> None:
         page_size = self.limits.page_size
         for request in list(self._running):
             if self._draining:
                 break
-            if request.phase is not Phase.DECODE or self._surely_done(request):
+            if request.phase is not Phase.DECODE or self._certainly_done(request):
                 continue
             # A row writes draft rows up to 2k past its own length (the head drafts ahead of the
             # longest acceptance); none beyond the request's end is ever read.
@@ -139,21 +139,21 @@ class Scheduler:
             request.upper += self._width
             step.context = max(step.context, request.upper)
             step.decode.append(request)
-        # In slot order neighbouring rows lie side by side in the device's memory.
+        # In slot order, neighbouring rows are neighbours in device memory too.
         step.decode.sort(key=lambda request: request.slot)
 
-    def _surely_done(self, request: Request) -> bool:
-        """Each launched step brings at least one token, so no further step can be needed."""
+    def _certainly_done(self, request: Request) -> bool:
+        """Whether the launched steps surely end it: each brings at least one token."""
         return len(request.tokens) + request.in_flight >= request.max_total
 
     def _grow(self, request: Request, length: int, step: Step) -> bool:
-        """Give the request the pages missing for `length` tokens; False: it cannot run now."""
-        missing = self._kv_manager.missing(request, length)
-        while not self._kv_manager.free_pages(missing):
+        """Allocate the pages missing for `length` tokens. False: the request cannot run now."""
+        missing = self._kv_manager.missing_pages(request, length)
+        while not self._kv_manager.ensure_free_pages(missing):
             if self._launched:
                 self._draining = True
                 return False
-            # The last rank; rows are planned first rank first, so this step does not name it yet.
+            # The request of the last rank. Rows are planned by rank, so this step does not name it.
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
@@ -162,7 +162,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Wait again; no launched step names it, so all its tokens are known."""
+        """Put a request back into the queue. No launched step names it, so its tokens are known."""
         self._totals.preemptions += 1
         self._running.remove(request)
         self._kv_manager.release(request)
@@ -170,7 +170,7 @@ class Scheduler:
         self._waiting.add(request)
 
     def _plan_prompts(self, step: Step) -> None:
-        """Chunks of running and waiting prompts, as the budget has tokens for them."""
+        """Plan chunks of running and waiting prompts within the step's token budget."""
         running = [request for request in self._running if request.phase is Phase.PREFILL]
         waiting = self._candidates()
         ready = running + waiting[: self._kv_manager.slots.free]
@@ -188,24 +188,24 @@ class Scheduler:
         """Waiting requests that this step may admit, by rank."""
         if self._draining or not self._kv_manager.slots.free:
             return []
-        waiting = self._waiting.candidates(self._held_back)
+        waiting = self._waiting.candidates(self._waits_for_prefix)
         version = self._kv_manager.tree.version
         stale = [request for request in waiting if request.estimate_version != version]
         for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
-            self._kv_manager.estimate_cached(request)
+            self._kv_manager.estimate_cached_tokens(request)
         return waiting
 
     def _plan_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
-        """Round 1: all of a prompt that was never split, if it fits. False: it is not planned."""
+        """Round 1: all of a prompt that was never split, if it fits. False: not planned."""
         if request.split or not budget.whole(request.missing):
             return False
         if request.phase is Phase.WAITING and not self._admit(request, step, budget.whole):
             return False
-        budget.spend_whole(self._compute(request, request.missing, step))
+        budget.spend_whole(self._add_chunk(request, request.missing, step))
         return True
 
     def _plan_chunk(self, request: Request, step: Step, budget: PromptBudget) -> None:
-        """Round 2: as much of a prompt as the budget has for it."""
+        """Round 2: as many tokens of a prompt as the budget allows."""
         if not budget.chunk(request.missing):
             return
         if request.phase is Phase.WAITING and not self._admit(request, step, budget.chunk):
@@ -213,10 +213,11 @@ class Scheduler:
         missing = request.missing
         chunk = budget.chunk(missing)
         request.split |= chunk < missing
-        budget.spend_chunk(missing, chunk, self._compute(request, chunk, step))
+        budget.spend_chunk(missing, chunk, self._add_chunk(request, chunk, step))
 
-    def _compute(self, request: Request, most: int, step: Step) -> int:
-        """A prompt's next `most` tokens, or those up to a snapshot boundary; how many they are."""
+    def _add_chunk(self, request: Request, most: int, step: Step) -> int:
+        """Plan a prompt's next `most` tokens, or fewer up to a snapshot boundary. Returns how
+        many."""
         start, total = request.computed, len(request.tokens)
         while request.boundaries and request.boundaries[-1] <= start:
             request.boundaries.pop()
@@ -234,21 +235,21 @@ class Scheduler:
                 step.saves.append((request, end, snapshot))
         return end - start
 
-    def _held_back(self, request: Request) -> bool:
-        """Whether the request does better to wait until another one's prompt is cached."""
+    def _waits_for_prefix(self, request: Request) -> bool:
+        """Whether the request waits until another one's prompt is cached."""
         leader = self._requests.get(request.source.after or "")
         return (
             leader is not None
             and leader.ordinal < request.ordinal  # so that no two wait for each other
             and not leader.prompt_cached
-            and self._kv_manager.will_cache(request)
+            and self._kv_manager.can_gain_from_cache(request)
         )
 
     def _admit(self, request: Request, step: Step, offer: Callable[[int], int]) -> bool:
         """Give a waiting request its slot, cached prefix and pages. False: it still waits.
 
-        offer: tokens that the step has for a prompt, from those it is missing. These are known
-        only now: the prefix cache may have changed since the estimate.
+        offer: from the tokens left to compute to the tokens that the step has for them. It is
+        called after the lookup: the prefix cache may have changed since the estimate.
         """
         if not self._waiting.may_admit(request, self._kv_manager.slots.free):
             return False
@@ -257,7 +258,7 @@ class Scheduler:
         if not offer(request.missing):
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
-        # A page in hand for each running request keeps admissions from causing preemptions.
+        # One spare page for each running request keeps admissions from causing preemptions.
         grants = self._kv_manager.admit(request, match, reach, spare=len(self._running))
         if grants is None:
             self._waiting.lacks_pages(request)
@@ -265,7 +266,7 @@ class Scheduler:
         step.grants += grants
         request.computed = match.tokens
         request.boundaries = self._kv_manager.boundaries(request, match.shared)
-        step.admissions.append(admission(request, match.snapshot))
+        step.admissions.append(make_admission(request, match.snapshot))
         self._waiting.admitted(request)
         request.phase, request.split = Phase.PREFILL, False
         insort(self._running, request, key=rank)
@@ -273,18 +274,18 @@ class Scheduler:
         return True
 
     def _count_prompt(self, request: Request, now: float) -> None:
-        if request.counted:
+        if request.prompt_counted:
             return
-        request.counted = True
-        request.queued = now - request.source.arrival
+        request.prompt_counted = True
+        request.queue_seconds = now - request.source.arrival
         request.cached_tokens = request.computed
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
-            self._kv_manager.tree.remember(request.tokens)
+            self._kv_manager.tree.record_prompt(request.tokens)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.computed
 
-    def _seal(self, step: Step) -> StepPlan:
+    def _record_launch(self, step: Step) -> StepPlan:
         self._totals.steps += 1
         for request in step.requests():
             request.in_flight += 1
@@ -295,10 +296,11 @@ class Scheduler:
     # --- results ----------------------------------------------------------------------------
 
     def commit(self, result: StepResult) -> list[Delta]:
-        """Take the oldest launched step's result: new tokens, ends, snapshots, freed resources."""
+        """Take the result of the oldest launched step. Returns what it brought, request by
+        request."""
         plan, step = self._launched.popleft()
         if plan.step != result.step:
-            raise RuntimeError(f"result of step {result.step} came where {plan.step} was due")
+            raise RuntimeError(f"got the result of step {result.step}, expected step {plan.step}")
         for request in step.requests():
             request.in_flight -= 1
         for request, depth, snapshot in step.saves:
@@ -317,7 +319,7 @@ class Scheduler:
         for part in result.prompt_logprobs:
             request = by_slot[part.slot]
             have = len(request.prompt_logprobs)
-            # A request that was preempted computes its prompt again; what is there stays.
+            # A preempted request computes its prompt again; skip the rows that are there already.
             request.prompt_logprobs += part.rows[have - (part.start - 1) :]
 
     def _take_tokens(self, step: Step, result: StepResult) -> list[Delta]:
@@ -325,8 +327,8 @@ class Scheduler:
         for row, (request, tokens) in enumerate(zip(step.sampled(), result.tokens, strict=True)):
             if request.phase is Phase.DONE or not tokens:
                 continue
-            first = not request.answered
-            request.answered = True
+            first = not request.first_delta_sent
+            request.first_delta_sent = True
             request.tokens.extend(tokens)
             request.upper = len(request.tokens) - 1 + request.in_flight * self._width
             self._totals.generated_tokens += len(tokens)
@@ -335,17 +337,17 @@ class Scheduler:
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
                 self._count_accepted(len(tokens) - 1)
-            deltas.append(delta(request, tokens, reason, result.logprobs.get(row), first))
+            deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
     def _count_accepted(self, accepted: int) -> None:
-        """Acceptance by position, over rows that the request's end did not cut short."""
+        """Count accepted drafts by position, in rows that the end of the request did not cut."""
         self._totals.drafts += 1
         for position in range(accepted):
             self._totals.accepted[position] += 1
 
     def _retire(self, request: Request) -> None:
-        """The request has ended; its resources go once no launched step names it."""
+        """End a request; its resources are freed once no launched step names it."""
         request.phase = Phase.DONE
         self._running.remove(request)
         if request.in_flight == 0:
@@ -355,10 +357,10 @@ class Scheduler:
         if self._requests.pop(request.id, None) is not None:
             self._kv_manager.release(request)
 
-    # --- what others may ask ----------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------
 
     def masked_rows(self) -> list[tuple[int, str]]:
-        """Of the step planned last, the sampled rows whose requests follow a grammar, with ids."""
+        """Sampled rows of the newest plan whose requests follow a grammar: (row, request id)."""
         _, step = self._launched[-1]
         sampled = step.sampled()
         return [(row, r.id) for row, r in enumerate(sampled) if r.source.grammar is not None]
@@ -383,7 +385,7 @@ class Scheduler:
         )
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; running requests keep what they hold."""
+        """Drop every cached prefix. Running requests keep their pages."""
         self._kv_manager.tree.clear()
 
     def check_integrity(self) -> None:

@@ -1,6 +1,6 @@
-"""A step in the making: the rows that are planned, with the requests behind them.
+"""A step while it is planned: its rows, and the requests that they belong to.
 
-It is filled by the scheduler, and kept by it until the step's result is known.
+The scheduler fills it, and keeps it until the step's result is known.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from millrace.protocol import Admission, Chunk, PageGrant, Save, StepPlan
 
 @dataclass(slots=True)
 class Step:
-    """now: seconds, when it is made. context: tokens of its longest row. saves: of a request, how
-    many of its tokens, into which snapshot."""
+    """now: when it is planned, seconds. context: tokens of its longest row. saves: (request, number
+    of its first tokens, snapshot to write them to)."""
 
     now: float
     context: int = 0
@@ -25,15 +25,15 @@ class Step:
     saves: list[tuple[Request, int, int]] = field(default_factory=list)
 
     def requests(self) -> list[Request]:
-        """Every request that it computes something for."""
+        """Every request with a row in this step."""
         return self.decode + [request for request, _ in self.chunks]
 
     def sampled(self) -> list[Request]:
-        """Whose rows bring new tokens, in the order of StepPlan.sampled_slots."""
+        """Requests whose rows bring new tokens, in the order of StepPlan.sampled_slots."""
         return self.decode + [request for request, chunk in self.chunks if chunk.last]
 
     def plan(self, number: int) -> StepPlan:
-        """What the device is told."""
+        """The plan that the worker runs."""
         return StepPlan(
             step=number,
             admissions=self.admissions,

@@ -1,7 +1,7 @@
-"""What may enter: a request is checked against the engine's sizes once, and then takes its shape.
+"""Checks of a new request against the engine's limits, and the Request that is made of it.
 
-Everything that cannot run is refused here, with the value that would work. It knows no other
-request; whether there is room now is the scheduler's business.
+What can never run is refused here, with the value that would work. Whether there is room for the
+request now is decided by the scheduler. This module knows no other request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
-    """A checked request as the scheduler holds it. ordinal: requests are numbered as they come."""
+    """The scheduler's Request of a checked AddRequest. ordinal: its number in order of arrival."""
     params, length = source.params, len(source.prompt)
     longest = limits.max_model_len
     wanted = longest if params.max_tokens is None else length + params.max_tokens
@@ -37,7 +37,7 @@ def check(source: AddRequest, limits: Limits) -> None:
     _check_lengths(source, limits)
     if (count := len(_stop_ids(source, limits))) > MAX_STOP_IDS:
         raise RequestError(
-            f"{count} stop tokens; at most {MAX_STOP_IDS} work", param="stop_token_ids"
+            f"{count} stop tokens; at most {MAX_STOP_IDS} are possible", param="stop_token_ids"
         )
     if source.priority and not limits.priorities:
         raise RequestError(
@@ -78,7 +78,7 @@ def _check_lengths(source: AddRequest, limits: Limits) -> None:
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     if (largest := max(ids, default=0)) >= vocab_size:
         raise RequestError(
-            f"{name} holds token {largest}; the model's tokens go from 0 to {vocab_size - 1}",
+            f"{name} contains token {largest}; the model's tokens are 0 to {vocab_size - 1}",
             param=name,
         )
 
@@ -93,9 +93,10 @@ def _stop_ids(source: AddRequest, limits: Limits) -> frozenset[int]:
 
 
 def _seed(wanted: int | None, engine_seed: int, ordinal: int) -> int:
-    """A request's 64-bit sampling seed (signed): its own, or one mixed from its ordinal.
+    """A request's sampling seed (signed, 64 bits): its own, or one mixed from its ordinal.
 
-    The mix is splitmix64's finaliser (Steele, Lea, Flood 2014), so that neighbours differ wholly.
+    The mix is splitmix64's finaliser (Steele, Lea, Flood 2014), so that the seeds of
+    neighbours have nothing in common.
     """
     if wanted is not None:
         value = wanted & _MASK64

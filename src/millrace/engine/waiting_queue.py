@@ -1,13 +1,13 @@
 """The requests that wait for admission, by rank, and which of them may overtake an earlier one.
 
-A later request may be admitted first while the step has no tokens for an earlier one, or the KV
-cache no pages. Two rules keep the earlier one from waiting for ever:
+A later request may be admitted first if the step has no tokens for an earlier one, or the KV cache
+no pages. Two rules bound the wait of the earlier one:
 
-- The last free slot is for the first in the queue.
+- The last free slot is for the first request in the queue.
 - While a request is the first of those that lack pages, at most MAX_OVERTAKES later ones are
-  admitted. Then running requests end, their pages come free, and it is the next to be admitted.
+  admitted. Then running requests end, their pages become free, and it is the next to be admitted.
 
-The queue knows no page and no budget; the scheduler tells it who lacked pages.
+The queue knows neither pages nor budget; the scheduler tells it which request lacked pages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._requests: list[Request] = []
-        self._candidates: deque[Request] = deque()  # of this step, from the first that still waits
+        self._candidates: deque[Request] = deque()  # of this step; the first one still waits
         self._blocked: Request | None = None  # the first of those that lack pages
         self._failures = 0
 
@@ -47,9 +47,11 @@ class WaitingQueue:
         if self._blocked is request:
             self._blocked = None
 
-    def candidates(self, held_back: Callable[[Request], bool]) -> list[Request]:
-        """The requests that a new step considers, by rank, without those that are held back."""
-        found = [request for request in islice(self._requests, WINDOW) if not held_back(request)]
+    def candidates(self, waits_for_prefix: Callable[[Request], bool]) -> list[Request]:
+        """The requests that a new step considers, by rank, without those that wait for a prefix."""
+        found = [
+            request for request in islice(self._requests, WINDOW) if not waits_for_prefix(request)
+        ]
         self._candidates, self._failures = deque(found), 0
         return found
 
@@ -70,13 +72,13 @@ class WaitingQueue:
         self.remove(request)
 
     def lacks_pages(self, request: Request) -> None:
-        """The request could not be admitted for want of pages."""
+        """The request could not be admitted: too few pages."""
         self._failures += 1
         if self._blocked is None or rank(request) < rank(self._blocked):
             self._blocked = request
 
     def _overtakes(self, request: Request, times: int) -> bool:
-        """Whether it comes after the blocked request, and that was overtaken `times` or more."""
+        """Whether it ranks behind the blocked request, which was overtaken `times` or more."""
         blocked = self._blocked
         return blocked is not None and rank(blocked) < rank(request) and blocked.overtaken >= times
 

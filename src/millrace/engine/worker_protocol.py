@@ -1,4 +1,4 @@
-"""What an engine asks of whoever carries its plans out: a device, a group of ranks, or a test."""
+"""The interface of an engine to its worker: a device, a group of ranks, or a fake in tests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Pending(Protocol):
 
 
 class Worker(Protocol):
-    """Whatever carries plans out, in the order they are launched."""
+    """Runs plans in the order in which they are launched."""
 
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> Pending:
         """Start a step without waiting for it.
 
-        masks: what the step's grammars allow, where it has any. Called at most once, behind the
-        start of the forward, so that they are worked out while it runs.
+        masks: builds the token masks of the step's grammars; None: it has none. It is called at
+        most once, after the forward is launched, so that the masks are built while it runs.
         """
 
     def close(self) -> None:
