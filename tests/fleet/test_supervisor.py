@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from millrace.common.backoff import BackoffPolicy
 from millrace.common.http_client import Target, fetch
 from millrace.errors import UserError
 from millrace.fleet.supervisor import FleetOptions, Supervisor
@@ -31,7 +32,14 @@ BODY = b'{"model": "mock", "prompt": [1], "max_tokens": 2}'
 
 @contextlib.asynccontextmanager
 async def supervised(lines: list[str], *extra: str, **options: Any) -> AsyncIterator[Supervisor]:
-    options = {"count": 2, "port": 0, "pause": 0.1, "grace": 2.0, "device": "cpu", **options}
+    options = {
+        "count": 2,
+        "port": 0,
+        "restarts": BackoffPolicy(0.1),
+        "grace": 2.0,
+        "device": "cpu",
+        **options,
+    }
     options.setdefault("gateway", GatewayOptions(health=FAST, merge_metrics=True))
     made = Supervisor(FleetOptions(command=[*MOCK, *extra], **options), lines.append)
     await made.start()

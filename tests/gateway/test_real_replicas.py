@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from millrace.common.backoff import BackoffPolicy
 from millrace.common.http_client import Reading, Target, encode_request, fetch
 from millrace.fleet.supervisor import FleetOptions, Supervisor
 from millrace.gateway.app import GatewayOptions
@@ -87,7 +88,7 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
         count=3,
         port=0,
         device="cpu",
-        pause=0.1,
+        restarts=BackoffPolicy(0.1),
         gateway=GatewayOptions(health=FAST),
     )
 

@@ -7,22 +7,18 @@ on a fresh worker of the same configuration must bring the same results.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import msgspec
-
+from millrace.common.framing import Framing, FramingError
 from millrace.engine.worker_protocol import Worker
 from millrace.errors import UserError
 from millrace.protocol import Masks, StepPlan, StepResult
 
 Entry = StepPlan | Masks | StepResult
 
-_LENGTH = struct.Struct("<I")
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Entry).decode
+_FRAMING: Framing[Entry] = Framing(Entry, longest=1 << 30)
 
 
 class PlanLog:
@@ -32,9 +28,7 @@ class PlanLog:
         self._file = path.open("wb")
 
     def write(self, entry: Entry) -> None:
-        data = _encode(entry)
-        self._file.write(_LENGTH.pack(len(data)))
-        self._file.write(data)
+        self._file.write(_FRAMING.encode(entry))
 
     def close(self) -> None:
         self._file.close()
@@ -42,16 +36,11 @@ class PlanLog:
 
 def read(path: Path) -> Iterator[Entry]:
     """The entries of a log. Raises UserError if the file is truncated or is no plan log."""
-    data = path.read_bytes()
-    at = 0
-    while at < len(data):
+    with path.open("rb") as file:
         try:
-            (length,) = _LENGTH.unpack_from(data, at)
-            at += _LENGTH.size
-            yield _decode(data[at : at + length])
-        except (struct.error, msgspec.DecodeError) as error:
-            raise UserError(f"{path}: truncated, or no plan log (byte {at}: {error})") from None
-        at += length
+            yield from _FRAMING.read_file(file)
+        except FramingError as error:
+            raise UserError(f"{path}: truncated, or no plan log ({error})") from None
 
 
 def replay(path: Path, worker: Worker) -> list[tuple[StepResult, StepResult]]:

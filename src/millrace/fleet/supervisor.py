@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import uvloop
 
+from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
 from millrace.common.sockets import free_port, require_free_port
 from millrace.errors import ConfigError
@@ -37,12 +38,11 @@ _LOOPBACK = "127.0.0.1"
 class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What to run, how often, and where.
 
-    command: starts one replica when `--host H --port P` is added. start_timeout, grace, pause
-    and pause_limit are seconds: until all are healthy, for a replica to end when asked, before
-    the first restart in a row, and before any. A replica that lived for `settled` seconds starts
-    a new row. hung: a replica that has answered no health check for so long is killed. drain: what
-    requests under way get when all is to stop. gateway: how it picks and who it lets in; its
-    replicas, host and port are set here.
+    command: starts one replica when `--host H --port P` is added. start_timeout, grace: seconds
+    until all are healthy, and for a replica to end when asked. restarts: the pauses before a
+    replica that ended is started again. hung: a replica that has answered no health check for so
+    long is killed. drain: what requests under way get when all is to stop. gateway: how it picks
+    and who it lets in; its replicas, host and port are set here.
     """
 
     command: Sequence[str]
@@ -54,9 +54,7 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     gpus_each: int = 1
     start_timeout: float = 900.0
     grace: float = 15.0
-    pause: float = 1.0
-    pause_limit: float = 30.0
-    settled: float = 60.0
+    restarts: BackoffPolicy = BackoffPolicy(first=1.0, longest=30.0, settled=60.0)
     hung: float = 60.0
     drain: float = 10.0
 
@@ -151,12 +149,11 @@ class Supervisor:
     async def _keep(self, index: int) -> None:
         """Restart one replica whenever it ends."""
         process, options = self._processes[index], self._options
-        deaths = 0
+        backoff = Backoff(options.restarts)
         while True:
             began = time.monotonic()
             status = await process.wait()
-            deaths = 1 if time.monotonic() - began > options.settled else deaths + 1
-            pause = min(options.pause * 2.0 ** (deaths - 1), options.pause_limit)
+            pause = backoff.failed(time.monotonic() - began)
             self._log(f"replica {index} ended with status {status}; restarting in {pause:g} s")
             process.kill()  # what it left in its session
             await asyncio.sleep(pause)

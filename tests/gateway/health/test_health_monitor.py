@@ -114,7 +114,7 @@ def test_backoff_doubles_with_each_failure_in_a_row() -> None:
             assert [round(p / 0.1) for p in pauses] == [1, 2, 4]
             replica.behaviour = "ok"
             assert (await post(target)).status == 200
-            assert watched.failures_in_row == 0
+            assert watched.backoff.failures == 0
         await replica.stop()
 
     run(scenario())

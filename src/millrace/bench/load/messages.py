@@ -1,22 +1,20 @@
 """What a run and its load processes say to each other: msgpack frames over their pipes.
 
-A frame is four bytes of length, then one message. To a process: its assignment, the word to open
+To a process: its assignment, the word to open
 connections, the moment to begin, beacons (the time at which each was written), the order to stop.
 Back: that it is ready, how far it is, and at last everything it recorded.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import Batch
 from millrace.bench.workload.prompts import Lengths
+from millrace.common.framing import Framing
 
-_LENGTH = struct.Struct("<I")
+_LONGEST = (1 << 32) - 1  # bytes: a report has every time of a run
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=True):
@@ -94,41 +92,5 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
 
 ToWorker = Assignment | Connect | Go | Beacon | Stop
 FromWorker = Ready | Progress | Report | Fault
-_encoder = msgspec.msgpack.Encoder()
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
-
-
-def frame(message: ToWorker | FromWorker) -> bytes:
-    """A message as it is written."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-HEADER = _LENGTH.size
-
-
-def body_length(header: bytes) -> int:
-    """How many bytes follow a header."""
-    return int(_LENGTH.unpack(header)[0])
-
-
-def from_worker(body: bytes) -> FromWorker:
-    """The message in a frame's body."""
-    return _from_worker.decode(body)
-
-
-class FrameReader:
-    """Cuts bytes as they come into messages to a worker."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[ToWorker]:
-        self._rest += data
-        while len(self._rest) >= HEADER:
-            end = HEADER + body_length(self._rest[:HEADER])
-            if len(self._rest) < end:
-                return
-            body, self._rest = self._rest[HEADER:end], self._rest[end:]
-            yield _to_worker.decode(body)
+TO_WORKER: Framing[ToWorker] = Framing(ToWorker, _LONGEST)
+FROM_WORKER: Framing[FromWorker] = Framing(FromWorker, _LONGEST)

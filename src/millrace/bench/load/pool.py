@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.messages import (
-    HEADER,
+    FROM_WORKER,
+    TO_WORKER,
     Assignment,
     Beacon,
     Connect,
@@ -30,9 +31,6 @@ from millrace.bench.load.messages import (
     Report,
     Stop,
     ToWorker,
-    body_length,
-    frame,
-    from_worker,
 )
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming, unpack
@@ -85,15 +83,14 @@ class _Process:
 
     def tell(self, message: ToWorker) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(frame(message))
+        self._process.stdin.write(TO_WORKER.encode(message))
 
     async def hear(self, limit: float) -> FromWorker:
         """The next message. Raises UserError or RuntimeError when the process cannot go on."""
         assert self._process.stdout is not None
         try:
             async with asyncio.timeout(limit):
-                header = await self._process.stdout.readexactly(HEADER)
-                body = await self._process.stdout.readexactly(body_length(header))
+                message = await FROM_WORKER.receive(self._process.stdout)
         except TimeoutError:
             raise RuntimeError(
                 f"load process {self._number} said nothing for {limit:g} s"
@@ -101,7 +98,6 @@ class _Process:
         except asyncio.IncompleteReadError:
             status = await self._process.wait()
             raise RuntimeError(f"load process {self._number} ended with {status}") from None
-        message = from_worker(body)
         if isinstance(message, Fault):
             raise (UserError if message.refused else RuntimeError)(message.message)
         return message

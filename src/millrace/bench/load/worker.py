@@ -23,17 +23,17 @@ from millrace.bench.load.arrivals import due_times
 from millrace.bench.load.driver import Job, Load
 from millrace.bench.load.jobs import indices, make_job
 from millrace.bench.load.messages import (
+    FROM_WORKER,
+    TO_WORKER,
     Assignment,
     Beacon,
     Connect,
     Fault,
-    FrameReader,
     FromWorker,
     Go,
     Progress,
     Ready,
     Report,
-    frame,
 )
 from millrace.bench.load.records import RequestTiming, pack
 from millrace.bench.workload.prompts import Prompt, lengths, maker
@@ -56,7 +56,7 @@ class _Orders(asyncio.Protocol):
         self.connect = asyncio.Event()
         self.stop = asyncio.Event()
         self.forget()
-        self._reader = FrameReader()
+        self._received = bytearray()
 
     def forget(self) -> None:
         """Drop the beacons so far."""
@@ -64,7 +64,8 @@ class _Orders(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now = perf_counter_ns()
-        for message in self._reader.feed(data):
+        self._received += data
+        for message in TO_WORKER.take(self._received):
             if isinstance(message, Beacon):
                 self.read_ns.append(now)
                 self.lag_ns.append(now - message.at_ns)
@@ -201,7 +202,7 @@ async def _until_done(load: Load, stop: asyncio.Event, out: int, tally: _Tally) 
 
 
 def _tell(out: int, message: FromWorker) -> None:
-    data = memoryview(frame(message))
+    data = memoryview(FROM_WORKER.encode(message))
     while data:
         data = data[os.write(out, data) :]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import (
@@ -63,13 +64,18 @@ class _Watched:
     """One replica and the keeper's notes on it."""
 
     def __init__(
-        self, spec: ReplicaSpec, member: Member, heard: ReportedPrefixes, health_probe: HealthProbe
+        self,
+        spec: ReplicaSpec,
+        member: Member,
+        heard: ReportedPrefixes,
+        health_probe: HealthProbe,
+        backoff: Backoff,
     ) -> None:
         self.spec = spec
         self.member = member
         self.heard = heard
         self.health_probe = health_probe
-        self.failures_in_row = 0
+        self.backoff = backoff
         self.ejected_until = 0.0
         self.proven = False  # a step has been seen since it was last out
         self.proven_at = 0.0
@@ -134,7 +140,8 @@ class HealthMonitor:
         )
         self._next_id += 1
         heard = ReportedPrefixes(self._counters, member.slot)
-        watched = _Watched(spec, member, heard, self._health_probe(spec.target))
+        backoff = Backoff(BackoffPolicy(self._policy.backoff, self._policy.backoff_limit))
+        watched = _Watched(spec, member, heard, self._health_probe(spec.target), backoff)
         self._watched[member.id] = watched
         if self._running:
             self._watch(watched)
@@ -242,15 +249,13 @@ class HealthMonitor:
         if watched is None:
             return
         if reason is None:
-            watched.failures_in_row = 0
+            watched.backoff.reset()
             self._set(watched, failing=False)
             return
-        now, policy = time.monotonic(), self._policy
+        now = time.monotonic()
         if now < watched.ejected_until:
             return  # one death fails many requests; it counts once
-        delay = min(policy.backoff * 2.0**watched.failures_in_row, policy.backoff_limit)
-        watched.failures_in_row += 1
-        watched.ejected_until = now + delay
+        watched.ejected_until = now + watched.backoff.failed()
         self._out(watched, reason, failing=True)
 
     def _out(self, watched: _Watched, reason: str, **changes: Any) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import end_process, python_module
+from millrace.common.framing import Framing
 from millrace.common.sockets import bind, require_free_port
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
@@ -27,7 +29,8 @@ from millrace.gateway.routing.replicas import Member
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # beyond the drain, for a process to end by itself
-_PAUSE, _PAUSE_LIMIT, _SETTLED = 0.1, 10.0, 30.0  # seconds, of restarts in a row
+_RESTARTS = BackoffPolicy(first=0.1, longest=10.0, settled=30.0)
+_LONGEST_MESSAGE = 1 << 30  # bytes: a request for the gateway itself with its body
 
 
 class Members(msgspec.Struct, frozen=True, tag="members"):
@@ -72,26 +75,26 @@ Up = Listening | Report | OwnRequest
 
 
 class Channel:
-    """Messages over a stream, each behind its length in four bytes. They come as `kind`."""
+    """Messages over a stream, in both directions. Those that come are of type `kind`."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: object
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(kind)
+        self._framing: Framing[object] = Framing(kind, _LONGEST_MESSAGE)
 
     def send(self, message: Down | Up) -> None:
-        """Send a message; nothing happens when the other side has gone."""
-        data = msgspec.msgpack.encode(message)
+        """Send a message; nothing happens when the other side has gone. Raises FramingError for one
+        that is too long."""
+        data = self._framing.encode(message)
         if not self._writer.is_closing():
-            self._writer.write(len(data).to_bytes(4, "big") + data)
+            self._writer.write(data)
 
     async def receive(self) -> object | None:
         """The next message; None when the other side has gone."""
         try:
-            size = int.from_bytes(await self._reader.readexactly(4), "big")
-            return self._decoder.decode(await self._reader.readexactly(size))
+            return await self._framing.receive(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
@@ -210,15 +213,14 @@ class WorkerProcesses:
 
     async def _keep(self, index: int) -> None:
         """Restart a process whenever it ends."""
-        deaths = 0
+        backoff = Backoff(_RESTARTS)
         while True:
             began = time.monotonic()
             one = self._running[index]
             status = await one.process.wait()
             one.channel.close()
             self._counters.clear_gauges(index)
-            deaths = 1 if time.monotonic() - began > _SETTLED else deaths + 1
-            pause = min(_PAUSE * 2.0 ** (deaths - 1), _PAUSE_LIMIT)
+            pause = backoff.failed(time.monotonic() - began)
             self._log(
                 f"gateway process {one.process.pid} ended with status {status}; "
                 f"another one starts in {pause:g} s"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from millrace.common.framing import Framing, FramingError
 from millrace.errors import RankError
 
 BEAT = 0.5  # seconds between signs of life
@@ -28,8 +28,7 @@ REMOTE_LIMIT = 15.0  # of silence, for one on another host
 SILENT_LIMIT = 30.0  # of silence, for one on this host that is neither stopped nor gone
 BEHIND_LIMIT = 60.0  # for which a rank may be some steps behind rank 0 without moving
 _LATE = 2.0  # if a beat of ours comes this late, it was us who did not run
-_LENGTH = struct.Struct("<I")
-_LONGEST = 1 << 20
+_LONGEST = 1 << 20  # bytes of a message
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -59,8 +58,7 @@ class Bye(msgspec.Struct, frozen=True, tag="bye"):
 
 
 Message = Hello | Beat | Fault | Bye
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Message).decode
+FRAMING: Framing[Message] = Framing(Message, _LONGEST)
 Fate = Callable[[int], str | None]
 
 
@@ -91,12 +89,12 @@ class Peer:
     def send(self, message: Message) -> None:
         """Send if that needs no waiting; a peer that does not read is noticed by its silence."""
         try:
-            self.sock.send(frame(message))
+            self.sock.send(FRAMING.encode(message))
         except OSError:
             return
 
     def receive(self) -> tuple[list[Message], bool]:
-        """(what has arrived, whether the connection still stands)."""
+        """(what has arrived, whether the connection still stands). Raises FramingError."""
         try:
             data = self.sock.recv(1 << 16)
         except BlockingIOError:
@@ -104,10 +102,7 @@ class Peer:
         except OSError:
             data = b""
         self._received += data
-        messages: list[Message] = []
-        while (message := _take_frame(self._received)) is not None:
-            messages.append(message)
-        return messages, bool(data)
+        return list(FRAMING.take(self._received)), bool(data)
 
     def silence_limit(self) -> float:
         if self.hello.host != this_host():
@@ -222,7 +217,11 @@ class Heartbeat:
 
     def _hear(self, peer: Peer) -> bool:
         """Take in what a peer sent. False once its connection has ended."""
-        messages, stands = peer.receive()
+        try:
+            messages, stands = peer.receive()
+        except FramingError as error:
+            self._fail(f"{peer.name} sent what no rank sends: {error}")
+            return False
         peer.heard = time.monotonic()
         for message in messages:
             if isinstance(message, Beat):
@@ -304,41 +303,3 @@ def is_stopped(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] in ("T", "t")
-
-
-def frame(message: Message) -> bytes:
-    """A message as it goes over the connection."""
-    body = _encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-def _take_frame(received: bytearray) -> Message | None:
-    """Cut the first whole message off what was received."""
-    if len(received) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack_from(received)
-    if len(received) < _LENGTH.size + length:
-        return None
-    body = bytes(received[_LENGTH.size : _LENGTH.size + length])
-    del received[: _LENGTH.size + length]
-    message: Message = _decode(body)
-    return message
-
-
-def read_frame(sock: socket.socket) -> Message:
-    """The next message, waited for. Raises OSError; ValueError or MsgspecError for what is none."""
-    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
-    if length > _LONGEST:
-        raise ValueError("not a message of a rank")
-    message: Message = _decode(_read(sock, length))
-    return message
-
-
-def _read(sock: socket.socket, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        part = sock.recv(count - len(data))
-        if not part:
-            raise ConnectionError("the connection has ended")
-        data += part
-    return bytes(data)

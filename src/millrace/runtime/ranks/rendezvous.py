@@ -13,19 +13,18 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-import msgspec
 from torch._C._distributed_c10d import Store
 
+from millrace.common.framing import FramingError
 from millrace.errors import ConfigError, RankError
 from millrace.runtime.ranks.heartbeat import (
+    FRAMING,
     Fate,
     Fault,
     Heartbeat,
     Hello,
     Peer,
-    frame,
     no_fate,
-    read_frame,
     this_host,
 )
 
@@ -116,8 +115,8 @@ def _accept(listener: socket.socket, me: Hello) -> Peer | None:
         return None
     try:
         sock.settimeout(5.0)
-        hello = read_frame(sock)
-    except (OSError, ValueError, msgspec.MsgspecError):
+        hello = FRAMING.receive_from(sock)
+    except (OSError, FramingError):
         sock.close()
         return None
     if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token, me.token):
@@ -145,9 +144,9 @@ def introduce(address: tuple[str, int], me: Hello, limit: float) -> Peer:
     try:
         sock = socket.create_connection(address, timeout=limit)
         sock.settimeout(limit)
-        sock.sendall(frame(me))
-        answer = read_frame(sock)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        sock.sendall(FRAMING.encode(me))
+        answer = FRAMING.receive_from(sock)
+    except (OSError, FramingError) as error:
         raise RankError(
             f"rank 0 at {address[0]} port {address[1]} does not answer: {error}"
         ) from None

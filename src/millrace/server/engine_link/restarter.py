@@ -10,12 +10,12 @@ import asyncio
 import logging
 from time import monotonic
 
+from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.server.engine_link.client import EngineClient
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds; it doubles with each death in a row
-SETTLED = 60.0  # seconds of service after which a death starts a new row
+POLICY = BackoffPolicy(first=1.0, longest=30.0, settled=60.0)
 
 
 class Restarter:
@@ -27,17 +27,16 @@ class Restarter:
 
     async def keep(self) -> Exception:
         """Restart whatever dies; returns the last death, when no restart is left."""
-        client, row = self._client, 0
+        client, backoff = self._client, Backoff(POLICY)
         served = False
         while True:
             began = await self._ready_since()
             served = served or began is not None
             death = await client.wait_died()
-            lived = 0.0 if began is None else monotonic() - began
-            row = 1 if lived > SETTLED else row + 1
+            pause = backoff.failed(0.0 if began is None else monotonic() - began)
+            row = backoff.failures
             if not served or client.draining or row > self._max_restarts:
                 return death
-            pause = min(FIRST_PAUSE * 2.0 ** (row - 1), LONGEST_PAUSE)
             logger.warning("%s; starting it again in %g s (death %d in a row)", death, pause, row)
             await asyncio.sleep(pause)
             if client.draining:
