@@ -52,9 +52,9 @@ def test_where_a_request_carries_its_key(
 
 @pytest.mark.parametrize("empty", ["", " ", "\t\n", "\u00a0"])
 def test_an_empty_key_is_refused_in_one_line(empty: str) -> None:
-    with pytest.raises(ConfigError, match="^--api-key is empty; give it a key, or leave it out"):
+    with pytest.raises(ConfigError, match=r"^--api-key is empty; give it a key, or leave it out"):
         configured_keys(["good", empty], "--api-key")
-    with pytest.raises(ConfigError, match="^the variable A_KEY is empty; "):
+    with pytest.raises(ConfigError, match=r"^the variable A_KEY is empty; "):
         configured_keys([], "--api-key", ["NOT_SET", "A_KEY"], {"A_KEY": empty})
 
 
