@@ -37,8 +37,8 @@ from millrace.protocol import (
 from millrace.replica.build import build_engine
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.messages import Message
-from millrace.text.processor import TextProcessor, copies
-from millrace.text.reasoning import begins_reasoning
+from millrace.text.processor import TextProcessor, split_outputs
+from millrace.text.reasoning import opens_reasoning
 from millrace.text.tokenizer import Tokenizer
 from millrace.text.tool_schema import read_tools
 
@@ -172,7 +172,7 @@ class LLM:
                 variables=chat_template_kwargs,
             )
             token_ids = self._processor.encode(text, add_special_tokens=False)
-            groups.append(self._runs(text, token_ids, one, begins_reasoning("auto", text)))
+            groups.append(self._runs(text, token_ids, one, opens_reasoning("auto", text)))
         return self._finish(groups, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -245,7 +245,7 @@ class LLM:
         wanted = params.structured_outputs
         grammar = None
         if wanted is not None:
-            grammar = self._processor.structured(wanted, "structured_outputs", reasons)
+            grammar = self._processor.grammar_for_output(wanted, "structured_outputs", reasons)
         request = self._processor.request(
             str(self._count), token_ids, params, self._max_model_len, grammar=grammar
         )
@@ -258,7 +258,8 @@ class LLM:
         )
         tokenizer = self._processor.tokenizer
         return [
-            _Run(one, output, self._processor.output(params), tokenizer) for one in copies(request)
+            _Run(one, output, self._processor.detokenizer(params), tokenizer)
+            for one in split_outputs(request)
         ]
 
     def _finish(self, groups: Sequence[Sequence[_Run]], show: bool) -> list[RequestOutput]:

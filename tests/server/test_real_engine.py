@@ -22,7 +22,7 @@ OPTIONS = {
     "max_num_batched_tokens": 64,
     "kv_cache_memory_bytes": 16 << 20,
 }
-PROMPTS = ["hello", "Wer reitet", "x", "spät durch Nacht und Wind? 🦊", "a b c d", "END"]
+MAX_PROMPTS = ["hello", "Wer reitet", "x", "spät durch Nacht und Wind? 🦊", "a b c d", "END"]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
@@ -49,7 +49,7 @@ def expected(small_model: Path) -> list[list[int]]:
     torch.set_num_threads(1)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     with LLM(str(small_model), **OPTIONS) as llm:
-        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
+        return [output.outputs[0].token_ids for output in llm.generate(MAX_PROMPTS, params)]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_server_says_what_the_library_says(
     client: openai.OpenAI, expected: list[list[int]]
 ) -> None:
     create: Any = client.completions.create
-    batch = create(model="small", prompt=PROMPTS, extra_body=EXTRA, **GREEDY)
+    batch = create(model="small", prompt=MAX_PROMPTS, extra_body=EXTRA, **GREEDY)
     assert [choice.token_ids for choice in batch.choices] == expected
 
 
@@ -72,8 +72,8 @@ def test_streams_side_by_side_say_it_too(client: openai.OpenAI, expected: list[l
         chunks = create(model="small", prompt=prompt, extra_body=EXTRA, stream=True, **GREEDY)
         return [i for chunk in chunks for i in chunk.choices[0].token_ids]
 
-    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
-        assert list(pool.map(stream, PROMPTS)) == expected
+    with concurrent.futures.ThreadPoolExecutor(len(MAX_PROMPTS)) as pool:
+        assert list(pool.map(stream, MAX_PROMPTS)) == expected
 
 
 def test_a_conversation_finds_its_first_turn_in_the_cache(client: openai.OpenAI) -> None:

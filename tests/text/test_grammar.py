@@ -15,8 +15,8 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from millrace.engine.grammar import Grammars
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
-from millrace.text.grammar import structured_rules, structured_source
-from millrace.text.tool_grammar import calls_source
+from millrace.text.grammar import output_grammar, output_rules
+from millrace.text.tool_grammar import tool_call_grammar
 from millrace.text.tool_schema import choose_tools, read_tools
 from tests.text.test_tool_parser import SCHEMA, hermes, parse, xml
 
@@ -71,14 +71,14 @@ PERSON = {
 )
 def test_what_matches(wanted: Any, right: str, wrong: str) -> None:
     for gap in (False, True):
-        source = structured_source(StructuredOutputs(**wanted), "field", gap)
+        source = output_grammar(StructuredOutputs(**wanted), "field", gap)
         assert accepts(source, right)
         assert not accepts(source, wrong)
         assert accepts(source, "\n\n" + right) == gap
 
 
 def test_white_space_in_json_has_an_end() -> None:
-    source = structured_source(StructuredOutputs(json_object=True), "field", False)
+    source = output_grammar(StructuredOutputs(json_object=True), "field", False)
     assert not accepts(source, '{"a":' + "\n" * 20 + "1}")
 
 
@@ -108,7 +108,7 @@ def test_white_space_in_json_has_an_end() -> None:
 )
 def test_what_is_wrong_is_told_with_its_place(wanted: Any, message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        structured_source(StructuredOutputs(**wanted), "f", False)
+        output_grammar(StructuredOutputs(**wanted), "f", False)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.param == "f"
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_told_with_its_place(wanted: Any, message: str) -> None
 )
 def test_a_hostile_grammar_is_refused_or_harmless(grammar: str) -> None:
     with contextlib.suppress(RequestError):
-        structured_source(StructuredOutputs(grammar=grammar), "f", False)
+        output_grammar(StructuredOutputs(grammar=grammar), "f", False)
 
 
 TOOLS = read_tools(
@@ -135,7 +135,7 @@ TOOLS = read_tools(
 
 
 def source_of(choice: Any, as_json: bool, parallel: bool = True) -> str:
-    return calls_source(choose_tools(TOOLS, choice, parallel), as_json, False, lambda _: None)
+    return tool_call_grammar(choose_tools(TOOLS, choice, parallel), as_json, False, lambda _: None)
 
 
 def test_a_forced_call_is_one_that_the_parser_reads() -> None:
@@ -169,21 +169,23 @@ def test_words_are_free_and_the_calls_of_strict_tools_are_not() -> None:
     given = [{**tool.given, "function": {**tool.given["function"]}} for tool in TOOLS]
     given[0]["function"]["strict"] = True
     choice = choose_tools(read_tools(given), "auto")
-    source = calls_source(choice, False, False, MARKERS.get)
+    source = tool_call_grammar(choice, False, False, MARKERS.get)
     good = xml("weather", city="x", days="3")
     for text in ("", "words < alone", good, f"words\n{good} and {xml('now', any='thing')} more"):
         assert accepts(source, text, markers=True), text
     for text in (xml("weather", days="3"), xml("never"), "a <tool_call> b"):
         assert not accepts(source, text, markers=True), text
-    one = calls_source(choose_tools(read_tools(given), "auto", False), False, False, MARKERS.get)
+    one = tool_call_grammar(
+        choose_tools(read_tools(given), "auto", False), False, False, MARKERS.get
+    )
     assert accepts(one, "words" + good, markers=True)
     assert not accepts(one, good + good, markers=True)
 
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_an_answer_is_calls_or_matches_its_schema(as_json: bool) -> None:
-    body = structured_rules(StructuredOutputs(json=PERSON), "field")
-    source = calls_source(choose_tools(TOOLS, "auto"), as_json, True, MARKERS.get, body)
+    body = output_rules(StructuredOutputs(json=PERSON), "field")
+    source = tool_call_grammar(choose_tools(TOOLS, "auto"), as_json, True, MARKERS.get, body)
     call = hermes("now", any=1) if as_json else xml("now", any="1")
     for text in (call, f"\n\n{call}\n{call}", '{"name": "A", "age": 3}'):
         assert accepts(source, text, markers=True), text
@@ -197,10 +199,12 @@ def test_what_the_matcher_cannot_bind_is_refused_for_strict_tools_alone() -> Non
         function = {"name": "f", "parameters": schema, "strict": strict}
         choice = choose_tools(read_tools([{"type": "function", "function": function}]), "required")
         if not strict:
-            assert accepts(calls_source(choice, False, False, lambda _: None), xml("f", a="[1, 1]"))
+            assert accepts(
+                tool_call_grammar(choice, False, False, lambda _: None), xml("f", a="[1, 1]")
+            )
             continue
         with pytest.raises(RequestError, match=r"properties\.a: .*uniqueItems"):
-            calls_source(choice, False, False, lambda _: None)
+            tool_call_grammar(choice, False, False, lambda _: None)
 
 
 def test_a_wrong_schema_of_a_tool_is_told_with_its_place() -> None:
@@ -208,7 +212,7 @@ def test_a_wrong_schema_of_a_tool_is_told_with_its_place() -> None:
     tools = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
     for as_json in (False, True):
         with pytest.raises(RequestError) as caught:
-            calls_source(choose_tools(tools, "required"), as_json, False, lambda _: None)
+            tool_call_grammar(choose_tools(tools, "required"), as_json, False, lambda _: None)
         assert "tools[0].function.parameters.properties.a: " in str(caught.value)
 
 
@@ -222,7 +226,7 @@ def test_a_server_without_llguidance_says_so(
     """The client learns what the server lacks, and the server's log why."""
     replace_package("llguidance", source)
     with pytest.raises(RequestError, match="llguidance, which the server cannot import"):
-        structured_source(StructuredOutputs(regex=f"alone {source}"), "f", False)
+        output_grammar(StructuredOutputs(regex=f"alone {source}"), "f", False)
     grammars = Grammars(tmp_path / "tokenizer.json", 300, [2], 1)
     request = AddRequest("a", [1], SamplingParams(), grammar=Grammar('start: "a"'))
     with pytest.raises(RequestError, match="llguidance, which the server cannot import"):

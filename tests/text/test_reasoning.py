@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.text.reasoning import ReasoningSplit, begins_reasoning
+from millrace.text.reasoning import ReasoningSplitter, opens_reasoning
 
 CASES = [
     ("So be it.\n</think>\n\nHello!", "So be it.", "Hello!"),
@@ -25,7 +25,7 @@ CASES = [
 
 
 def split(parts: list[str]) -> tuple[str, str]:
-    splitter = ReasoningSplit()
+    splitter = ReasoningSplitter()
     fed = [splitter.feed(part, last=at == len(parts) - 1) for at, part in enumerate(parts)]
     return "".join(one for one, _ in fed), "".join(other for _, other in fed)
 
@@ -49,7 +49,7 @@ def test_cuts_change_nothing(words: list[str], cuts: list[int]) -> None:
 
 
 def test_what_is_certain_is_shown_at_once() -> None:
-    splitter = ReasoningSplit()
+    splitter = ReasoningSplitter()
     shown = [splitter.feed(part) for part in ("Well", ", 1 <", " 2", "\n", "</think>", "\n", "x")]
     assert [one for one, _ in shown] == ["Well", ", 1", " < 2", "", "", "", ""]
     assert [other for _, other in shown] == [""] * 6 + ["x"]
@@ -69,4 +69,4 @@ def test_when_an_answer_begins_with_reasoning(
     prompt: str, variables: dict[str, bool], expected: set[str]
 ) -> None:
     for parser in ("auto", "qwen3", "none"):
-        assert begins_reasoning(parser, prompt, variables) is (parser in expected)
+        assert opens_reasoning(parser, prompt, variables) is (parser in expected)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from millrace.errors import RequestError
 from millrace.text.answer_parser import AnswerParser
-from millrace.text.reasoning import ReasoningSplit
+from millrace.text.reasoning import ReasoningSplitter
 from millrace.text.tool_parser import ToolCallParser, ToolParser
 from millrace.text.tool_schema import choose_tools, read_tools
 
@@ -176,7 +176,7 @@ def test_arguments_are_streamed_as_they_come() -> None:
 
 
 def test_reasoning_is_taken_off_first() -> None:
-    one = AnswerParser(ReasoningSplit(), ToolParser(TOOLS))
+    one = AnswerParser(ReasoningSplitter(), ToolParser(TOOLS))
     thought = "maybe <tool_call> or not"
     part = one.feed(f"{thought}\n</think>\n\n{xml('now')}", last=True)
     assert (part.reasoning, part.content) == (thought, "")

@@ -76,7 +76,7 @@ class Api:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
         name = request.path_params["name"]
-        self._context.check_name(name)
+        self._context.check_model(name)
         return json_response(self._card(name))
 
     def _card(self, name: str) -> ModelCard:

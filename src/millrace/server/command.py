@@ -24,7 +24,7 @@ from millrace.server.options import SERVER_HELP, ServerOptions
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
 
 
-class _Remembering(click.Command):
+class _RawArgumentsCommand(click.Command):
     """A command that keeps its arguments as they were written."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -33,13 +33,13 @@ class _Remembering(click.Command):
 
 
 # What several replicas' gateway is told, and they are not.
-_GATEWAYS = (
+_GATEWAY_OPTIONS = (
     *("--replicas", "--host", "--port", "--policy", "--gateway-processes", "--engine"),
     *("--ssl-certfile", "--ssl-keyfile"),
 )
 
 
-@click.command(cls=_Remembering)
+@click.command(cls=_RawArgumentsCommand)
 @click.argument("model")
 @struct_options(ServerOptions, SERVER_HELP)
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
@@ -88,7 +88,7 @@ def _check(options: ServerOptions) -> None:
 
 def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
     find_model(args.model)
-    own = without_options(arguments, _GATEWAYS)
+    own = without_options(arguments, _GATEWAY_OPTIONS)
     _run_replicas([sys.executable, "-m", "millrace.cli", "serve", *own], args, options)
 
 

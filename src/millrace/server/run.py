@@ -46,7 +46,7 @@ from millrace.text.processor import TextProcessor
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 65  # longer than usual proxies keep theirs, so that they close first
-CUT_SECONDS = 2  # for answers to leave once nothing more is generated
+CLOSE_SECONDS = 2  # for answers to leave once nothing more is generated
 KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 
 
@@ -84,7 +84,7 @@ async def _serve(
     await client.start(args, program)
     try:
         page = MetricsPage(
-            names[0], metrics, lambda: client.stats, lambda: _facts(args, client.ready)
+            names[0], metrics, lambda: client.stats, lambda: _cache_config(args, client.ready)
         )
         middleware = _middleware(
             _api(args, options, names, client, metrics, page), options, metrics, tracer
@@ -93,9 +93,11 @@ async def _serve(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
         )
         page.gauges.update(_gauges(middleware, server))
-        keeping = asyncio.create_task(_keep(client, options, server, names[0], listeners[0]))
+        supervision = asyncio.create_task(
+            _supervise_engine(client, options, server, names[0], listeners[0])
+        )
         await server.serve(sockets=listeners)
-        keeping.cancel()
+        supervision.cancel()
     finally:
         await client.stop()
         tracer.close()
@@ -132,15 +134,15 @@ def _api(
 def _middleware(
     app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer
 ) -> Middleware:
-    quiet = frozenset(options.disable_access_log_for_endpoints.split(","))
+    unlogged_paths = frozenset(options.disable_access_log_for_endpoints.split(","))
     return Middleware(
         app,
         metrics,
         Keys(api_keys(options)),
-        show_ids=options.enable_request_id_headers,
-        quiet=None if options.disable_uvicorn_access_log else quiet,
-        on_end=[tracer.record] if tracer.active else [],
-        refusals={"/v1/messages": message_error},
+        add_request_ids=options.enable_request_id_headers,
+        unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
+        on_finish=[tracer.record] if tracer.active else [],
+        error_formats={"/v1/messages": message_error},
     )
 
 
@@ -158,7 +160,7 @@ def _gauges(
 ) -> dict[str, tuple[str, Callable[[], float]]]:
     """The front's own figures, by which a leak would show."""
     return {
-        "http_requests_open": ("HTTP requests that are being answered.", lambda: middleware.open),
+        "http_requests_open": ("HTTP requests that are being answered.", lambda: middleware.open_requests),
         "http_connections": (
             "Connections of clients.", lambda: len(server.server_state.connections)
         ),
@@ -166,7 +168,7 @@ def _gauges(
     }  # fmt: skip
 
 
-def _facts(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
+def _cache_config(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
     """The cache's facts, as vLLM's cache_config_info words them."""
     if ready is None:
         return {}
@@ -179,7 +181,7 @@ def _facts(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
     }
 
 
-async def _keep(
+async def _supervise_engine(
     client: EngineClient,
     options: ServerOptions,
     server: uvicorn.Server,
@@ -190,8 +192,8 @@ async def _keep(
     with contextlib.suppress(UserError, EngineDeadError):
         ready = await client.wait_ready()
         scheme = "https" if options.ssl_certfile else "http"
-        print(_welcome(ready, name, scheme, listener), flush=True)
-    await Restarter(client, options.max_engine_restarts).keep()
+        print(_startup_message(ready, name, scheme, listener), flush=True)
+    await Restarter(client, options.max_engine_restarts).run()
     server.should_exit = True
 
 
@@ -229,12 +231,12 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         self._client.draining = True
-        if self._middleware.open:
+        if self._middleware.open_requests:
             logger.warning(
                 "stopping: %d requests are open and have %g s to end; a second signal ends them",
-                self._middleware.open, self._limit,
+                self._middleware.open_requests, self._limit,
             )  # fmt: skip
-        if not await self._middleware.wait_empty(self._limit):
+        if not await self._middleware.wait_idle(self._limit):
             self._client.fail_all(_stopping())
         self.should_exit = True
 
@@ -268,12 +270,12 @@ def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.C
         ssl_ca_certs=options.ssl_ca_certs,
         ssl_cert_reqs=options.ssl_cert_reqs,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=CUT_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         backlog=BACKLOG,
     )
 
 
-def _welcome(ready: Ready, name: str, scheme: str, listener: socket.socket) -> str:
+def _startup_message(ready: Ready, name: str, scheme: str, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     url = f"{scheme}://{host}:{port}"

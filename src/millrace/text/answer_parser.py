@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from millrace.text.reasoning import ReasoningSplit
+from millrace.text.reasoning import ReasoningSplitter
 from millrace.text.tool_parser import CallPart, ToolParser
 
 
@@ -35,7 +35,7 @@ class AnswerParser:
     """
 
     def __init__(
-        self, reasoning: ReasoningSplit | None = None, tools: ToolParser | None = None
+        self, reasoning: ReasoningSplitter | None = None, tools: ToolParser | None = None
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools

@@ -21,25 +21,25 @@ MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
 MAX_CHECKS = 200  # parts of a wrong schema that are tried to find the fault
 
 # For a start rule: models put line breaks between the end of their reasoning and what follows.
-GAP = r"/\n{0,2}/ "
+LEADING_NEWLINES = r"/\n{0,2}/ "
 
 # Between the tokens of a JSON text: a line break and an indent. A model that is not sure what comes
 # next would else fill its output with white space, which every JSON grammar allows without end.
 _WHITE_SPACE = r"\n? {0,16}"
 
 
-def structured_source(wanted: StructuredOutputs, field: str, gap: bool) -> str:
+def output_grammar(wanted: StructuredOutputs, field: str, gap: bool) -> str:
     """The grammar of `structured_outputs`. field: what the client calls it. gap: line breaks may
     come first. Raises RequestError that says what is wrong, and where.
     """
-    source = f"start: {GAP if gap else ''}body\n{structured_rules(wanted, field)}"
-    problem = problem_of(source)
+    source = f"start: {LEADING_NEWLINES if gap else ''}body\n{output_rules(wanted, field)}"
+    problem = grammar_error(source)
     if problem:
         raise _refusal(wanted, field, problem)
     return source
 
 
-def structured_rules(wanted: StructuredOutputs, field: str) -> str:
+def output_rules(wanted: StructuredOutputs, field: str) -> str:
     """The rule `body` in llguidance's Lark, and those that it needs."""
     body, rules = _body(wanted, field)
     return f"body: {body}\n{rules}"
@@ -48,9 +48,9 @@ def structured_rules(wanted: StructuredOutputs, field: str) -> str:
 def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
     """(the right side of the rule, further rules)."""
     if wanted.json is not None:
-        return f"%json {compiled(_schema(wanted.json, field))}", ""
+        return f"%json {schema_json(_schema(wanted.json, field))}", ""
     if wanted.json_object:
-        return f"%json {compiled({'type': 'object'})}", ""
+        return f"%json {schema_json({'type': 'object'})}", ""
     if wanted.regex is not None:
         return "PATTERN", f"PATTERN: {_slashed(wanted.regex)}\n"
     if wanted.choice is not None:
@@ -60,7 +60,7 @@ def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
     return f"%lark {{\n{wanted.grammar}\n}}", ""
 
 
-def compiled(schema: Any, lenient: bool = False) -> str:
+def schema_json(schema: Any, lenient: bool = False) -> str:
     """A schema for the matcher, with white space as it is bound here. lenient: keywords that the
     matcher does not know bind nothing; else they are refused.
     """
@@ -83,19 +83,19 @@ def _refusal(wanted: StructuredOutputs, field: str, problem: str) -> RequestErro
     where, text = field, one_line(problem)
     if wanted.json is not None:
         schema = _schema(wanted.json, field)
-        own = schema_problem(schema) or problem
-        where, text = f"{field}, schema{place_of(schema, own)}", one_line(own)
+        own = schema_error(schema) or problem
+        where, text = f"{field}, schema{error_path(schema, own)}", one_line(own)
     elif wanted.regex is not None:
         where, text = f"{field}.regex", _regex_problem(wanted.regex)
     elif wanted.grammar is not None:
-        where, text = f"{field}.grammar", one_line(problem_of(wanted.grammar) or problem)
+        where, text = f"{field}.grammar", one_line(grammar_error(wanted.grammar) or problem)
     return RequestError(f"{where}: {text}", param=field, code="invalid_grammar")
 
 
 # --- checking -----------------------------------------------------------------------------------
 
 
-def problem_of(source: str) -> str:
+def grammar_error(source: str) -> str:
     """What is wrong with a grammar; empty if nothing is."""
     if len(source) > MAX_GRAMMAR:
         return f"the grammar has {len(source)} characters; at most {MAX_GRAMMAR} work"
@@ -113,16 +113,16 @@ def _checked(source: str) -> str:
     return str(LLMatcher.validate_grammar(source))
 
 
-def schema_problem(schema: Any) -> str:
+def schema_error(schema: Any) -> str:
     """As `_problem`, of a schema alone, where the message names no place in a grammar around it."""
     source = json.dumps({"grammars": [{"json_schema": schema}]})
-    return problem_of(source)
+    return grammar_error(source)
 
 
-def place_of(schema: Any, problem: str) -> str:
+def error_path(schema: Any, problem: str) -> str:
     """The path to the smallest part of a schema that is at fault, such as `.properties.age`.
 
-    problem: what `schema_problem` says of the whole.
+    problem: what `schema_error` says of the whole.
     """
     root = schema if isinstance(schema, Mapping) else {}
     shared = {key: root[key] for key in SHARED if key in root}
@@ -132,7 +132,7 @@ def place_of(schema: Any, problem: str) -> str:
             checks += 1
             if checks > MAX_CHECKS:
                 return path
-            if isinstance(part, Mapping) and schema_problem({**shared, **part}) == problem:
+            if isinstance(part, Mapping) and schema_error({**shared, **part}) == problem:
                 path, schema = path + step, part
                 if step.startswith(_SHARED_STEPS):
                     shared = {}  # the fault is in here; it would be found again in every part
@@ -162,7 +162,7 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _regex_problem(regex: str) -> str:
     """What is wrong, and at which character, from the matcher's message with its pointer."""
-    lines = problem_of(f"start: {_slashed(regex)}").splitlines()
+    lines = grammar_error(f"start: {_slashed(regex)}").splitlines()
     errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
     pointers = [line.index("^") for line in lines if line.strip() and not line.strip(" ^")]
     if not errors:

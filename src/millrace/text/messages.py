@@ -15,7 +15,7 @@ from millrace.errors import RequestError
 Message = Mapping[str, Any]
 
 
-def readable(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages for a template. Raises RequestError for the first that none could read.
 
     The role developer is the newer name of system; arguments of past tool calls become objects.

@@ -17,12 +17,12 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
-from millrace.text.grammar import structured_rules, structured_source
-from millrace.text.messages import Message, readable
+from millrace.text.grammar import output_grammar, output_rules
+from millrace.text.messages import Message, normalize_messages
 from millrace.text.reasoning import END
 from millrace.text.template import ChatTemplate, load_template
 from millrace.text.tokenizer import Tokenizer
-from millrace.text.tool_grammar import calls_source, can_bind_freely
+from millrace.text.tool_grammar import can_constrain_auto_calls, tool_call_grammar
 from millrace.text.tool_parser import FUNCTION, ToolCallParser
 from millrace.text.tool_schema import Tool, ToolChoice
 
@@ -82,7 +82,7 @@ class TextProcessor:
                 raise RequestError("this model's chat template knows no tools", param="tools")
             variables = {**(variables or {}), "tools": [tool.given for tool in tools]}
         return self.template.render(
-            readable(messages),
+            normalize_messages(messages),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
@@ -103,7 +103,7 @@ class TextProcessor:
         prompt: list[int],
         params: SamplingParams,
         max_model_len: int,
-        unsaid_max_tokens: int | None = None,
+        default_max_tokens: int | None = None,
         *,
         resume: Sequence[int] = (),
         priority: int = 0,
@@ -112,19 +112,19 @@ class TextProcessor:
     ) -> AddRequest:
         """A request that fits, with max_tokens settled and turn ends marked.
 
-        Where params.max_tokens is None it becomes what fits, or unsaid_max_tokens if that is less.
+        Where params.max_tokens is None it becomes what fits, or default_max_tokens if that is less.
         resume: tokens that count as generated; max_tokens bounds them and what follows together.
 
         Raises RequestError if none can.
         """
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        self.check_ids(prompt, "prompt")
-        self.check_ids(params.stop_token_ids, "stop_token_ids")
-        self.check_ids(list(params.logit_bias or ()), "logit_bias")
-        self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
-        self.check_ids(resume, "resume_token_ids")
-        params = self._settled(params, len(prompt), max_model_len, unsaid_max_tokens)
+        self.check_token_ids(prompt, "prompt")
+        self.check_token_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_token_ids(list(params.logit_bias or ()), "logit_bias")
+        self.check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self.check_token_ids(resume, "resume_token_ids")
+        params = self._with_max_tokens(params, len(prompt), max_model_len, default_max_tokens)
         if len(resume) > (params.max_tokens or 0):
             raise RequestError(
                 f"resume_token_ids has {len(resume)} tokens, but max_tokens is {params.max_tokens}",
@@ -138,7 +138,7 @@ class TextProcessor:
             arrival=monotonic(),
             resume=list(resume),
             priority=priority,
-            bad_words=[ids for word in params.bad_words for ids in self._spellings(word)],
+            bad_words=[ids for word in params.bad_words for ids in self._bad_word_tokens(word)],
             grammar=grammar,
             reasoning=reasoning,
         )
@@ -160,13 +160,13 @@ class TextProcessor:
             )
         return ReasoningBound(min(tokens, 2**31), end)
 
-    def _settled(
-        self, params: SamplingParams, prompt_len: int, limit: int, unsaid_max_tokens: int | None
+    def _with_max_tokens(
+        self, params: SamplingParams, prompt_len: int, limit: int, default_max_tokens: int | None
     ) -> SamplingParams:
         """The parameters as the engine takes them: with a max_tokens that fits."""
         room = _room(prompt_len, limit)
         if params.max_tokens is None:
-            most = min(room, unsaid_max_tokens or room, self.defaults.max_tokens or room)
+            most = min(room, default_max_tokens or room, self.defaults.max_tokens or room)
         elif params.max_tokens > room:
             raise _too_long(prompt_len, params.max_tokens, limit)
         else:
@@ -176,7 +176,7 @@ class TextProcessor:
             params, max_tokens=most, top_k=top_k, structured_outputs=None
         )
 
-    def _spellings(self, word: str) -> list[list[int]]:
+    def _bad_word_tokens(self, word: str) -> list[list[int]]:
         """A word's tokens as it begins a text and, if those are as many, within one."""
         bare = self.encode(word.lstrip(), add_special_tokens=False)
         spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
@@ -186,13 +186,13 @@ class TextProcessor:
             return [bare, spaced]
         return [bare]
 
-    def structured(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
+    def grammar_for_output(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
         """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, which it
         does not bind. field: what the client calls it. Raises RequestError.
         """
-        return Grammar(structured_source(wanted, field, reasons), self._reasoning_end(reasons))
+        return Grammar(output_grammar(wanted, field, reasons), self._reasoning_end(reasons))
 
-    def calls(
+    def grammar_for_tool_calls(
         self,
         choice: ToolChoice,
         parser: ToolCallParser,
@@ -204,19 +204,19 @@ class TextProcessor:
         """
         body = None
         if wanted is not None:
-            self.structured(*wanted, reasons)  # for its message, should it be wrong
-            body = structured_rules(*wanted)
-        source = calls_source(
-            choice, self._calls_in_json(parser), reasons, self.tokenizer.token_id, body
+            self.grammar_for_output(*wanted, reasons)  # for its message, should it be wrong
+            body = output_rules(*wanted)
+        source = tool_call_grammar(
+            choice, self._writes_json_calls(parser), reasons, self.tokenizer.token_id, body
         )
         return Grammar(source, self._reasoning_end(reasons))
 
-    def binds_freely(self, choice: ToolChoice) -> bool:
+    def constrains_auto_calls(self, choice: ToolChoice) -> bool:
         """Whether calls are to be bound in an answer that may have none."""
         strict = choice.mode == "auto" and any(tool.strict for tool in choice.tools)
-        return strict and can_bind_freely(self.tokenizer.token_id)
+        return strict and can_constrain_auto_calls(self.tokenizer.token_id)
 
-    def _calls_in_json(self, parser: ToolCallParser) -> bool:
+    def _writes_json_calls(self, parser: ToolCallParser) -> bool:
         if parser == "auto":
             return self.template is None or FUNCTION not in self.template.source
         return parser == "hermes"
@@ -232,7 +232,7 @@ class TextProcessor:
             )
         return token
 
-    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise RequestError for the first that is not in the vocabulary."""
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
@@ -241,7 +241,7 @@ class TextProcessor:
                 param=param,
             )
 
-    def output(self, params: SamplingParams) -> Detokenizer:
+    def detokenizer(self, params: SamplingParams) -> Detokenizer:
         """What turns the tokens of a request with these parameters into text."""
         return Detokenizer(self.tokenizer, params)
 
@@ -267,7 +267,7 @@ def _too_long(prompt_len: int, wanted: int, limit: int) -> RequestError:
     )
 
 
-def copies(request: AddRequest) -> list[AddRequest]:
+def split_outputs(request: AddRequest) -> list[AddRequest]:
     """A request for n outputs as n requests; all but the first wait for its prompt to be cached."""
     params = request.params
     made = []

@@ -16,7 +16,7 @@ END = "</think>"
 ReasoningParser = Literal["auto", "qwen3", "none"]
 
 
-def begins_reasoning(
+def opens_reasoning(
     parser: ReasoningParser, prompt: str, variables: Mapping[str, Any] | None = None
 ) -> bool:
     """Whether the answer to a rendered chat prompt begins with reasoning.
@@ -32,7 +32,7 @@ def begins_reasoning(
     return not ending.endswith(END) and (variables or {}).get("enable_thinking") is not False
 
 
-class ReasoningSplit:
+class ReasoningSplitter:
     """Splits one answer at the first `</think>`. White space around a marker belongs to neither
     part. What may still turn out to be that, or the beginning of a marker, is held back.
     """

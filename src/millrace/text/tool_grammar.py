@@ -12,14 +12,14 @@ from typing import Any
 
 from millrace.errors import RequestError
 from millrace.text.grammar import (
-    GAP,
+    LEADING_NEWLINES,
     SHARED,
-    compiled,
+    error_path,
+    grammar_error,
     literal,
     one_line,
-    place_of,
-    problem_of,
-    schema_problem,
+    schema_error,
+    schema_json,
 )
 from millrace.text.tool_parser import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
 from millrace.text.tool_schema import Tool, ToolChoice
@@ -27,7 +27,7 @@ from millrace.text.tool_schema import Tool, ToolChoice
 TokenId = Callable[[str], int | None]
 
 
-def calls_source(
+def tool_call_grammar(
     choice: ToolChoice, as_json: bool, gap: bool, token_id: TokenId, body: str | None = None
 ) -> str:
     """The grammar of an answer that may or must call tools. Raises RequestError.
@@ -38,20 +38,20 @@ def calls_source(
     """
     start = f"start: {_start(choice, gap, body is not None)}\n"
     source = start + (body or "") + _rules(choice, as_json, token_id)
-    problem = problem_of(source)
+    problem = grammar_error(source)
     if problem:
         raise _refusal(choice.tools, problem)
     return source
 
 
-def can_bind_freely(token_id: TokenId) -> bool:
+def can_constrain_auto_calls(token_id: TokenId) -> bool:
     """Whether words and calls can be told apart: words are all that is not the call's token."""
     return token_id(CALL) is not None
 
 
 def _start(choice: ToolChoice, gap: bool, has_body: bool) -> str:
     calls = r'call ("\n" call)*' if choice.parallel else "call"
-    before = GAP if gap else ""
+    before = LEADING_NEWLINES if gap else ""
     if choice.mode == "required":
         return before + calls
     if has_body:
@@ -77,7 +77,9 @@ def _marker(text: str, token_id: TokenId) -> str:
 def _json_call(at: int, tool: Tool, binds: bool) -> str:
     """binds: the arguments must match the schema; else they are any object."""
     head = literal(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-    schema = compiled(tool.parameters, not tool.strict) if binds else compiled({"type": "object"})
+    schema = (
+        schema_json(tool.parameters, not tool.strict) if binds else schema_json({"type": "object"})
+    )
     return f'call_{at}: {head} %json {schema} "}}"' + "\n"
 
 
@@ -113,7 +115,7 @@ def _argument(name: str, key: str, schema: Any, tool: Tool) -> str:
         return f'{name}: {head} {value} "\\n"\n{value}[suffix={ending}]: /(?s:.*)/\n'
     definitions = {k: tool.parameters[k] for k in SHARED if k in tool.parameters}
     whole = {**schema, **definitions} if isinstance(schema, dict) else schema
-    return f"{name}: {head} %json {compiled(whole, not tool.strict)} {literal(tail)}\n"
+    return f"{name}: {head} %json {schema_json(whole, not tool.strict)} {literal(tail)}\n"
 
 
 def _texts(schema: Any) -> list[str] | None:
@@ -126,8 +128,8 @@ def _texts(schema: Any) -> list[str] | None:
 
 def _refusal(tools: Sequence[Tool], problem: str) -> RequestError:
     for at, tool in enumerate(tools):
-        own = schema_problem(tool.parameters)
+        own = schema_error(tool.parameters)
         if own:
-            where = f"tools[{at}].function.parameters{place_of(tool.parameters, own)}"
+            where = f"tools[{at}].function.parameters{error_path(tool.parameters, own)}"
             return RequestError(f"{where}: {one_line(own)}", param="tools", code="invalid_grammar")
     return RequestError(f"tools: {one_line(problem)}", param="tools", code="invalid_grammar")

@@ -14,7 +14,11 @@ from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import read_request_info, worded
 from millrace.server.api.fields import COMPLETIONS, parse_body
 from millrace.server.api.request_schema import CompletionRequest
-from millrace.server.telemetry.prefix_report import ENOUGH, PROMPTS, PrefixReporter
+from millrace.server.telemetry.prefix_report import (
+    MAX_HASHES_PER_REPORT,
+    MAX_PROMPTS,
+    PrefixReporter,
+)
 from tests.support.live_server import fake_server
 
 CHAT = b"/v1/chat/completions"
@@ -29,7 +33,7 @@ def told(http: httpx.Client, cursor: str = "0") -> Any:
     return http.get("/load", params={"prefixes_since": cursor}).json()["prefixes"]
 
 
-def chain(number: int, length: int = 1) -> list[int]:
+def prefix_hashes(number: int, length: int = 1) -> list[int]:
     return hash_chain(f"{number:08}".encode() * (BLOCK // 8) * length)
 
 
@@ -71,8 +75,8 @@ def test_a_request_that_a_gateway_words_anew_keeps_its_hashes() -> None:
     sent = worded(info, "millrace", [4, 5])
     assert json.loads(sent)["resume_token_ids"] == [4, 5]
     _, given = parse_body(sent, CompletionRequest, COMPLETIONS)
-    assert PrefixReporter(on=True).chain([given["prompt"]]) == as_gateway(TEXT, body)
-    assert PrefixReporter(on=False).chain([given["prompt"]]) == []
+    assert PrefixReporter(enabled=True).prefix_hashes([given["prompt"]]) == as_gateway(TEXT, body)
+    assert PrefixReporter(enabled=False).prefix_hashes([given["prompt"]]) == []
 
 
 def test_only_those_who_ask_are_told_and_a_refused_request_is_no_prefix(http: httpx.Client) -> None:
@@ -83,57 +87,57 @@ def test_only_those_who_ask_are_told_and_a_refused_request_is_no_prefix(http: ht
 
 
 def test_what_is_remembered_and_told_is_bounded() -> None:
-    held = PrefixReporter(on=True)
-    for number in range(PROMPTS + 10):
-        held.note(chain(number))
-    report = held.report("0")
+    reporter = PrefixReporter(enabled=True)
+    for number in range(MAX_PROMPTS + 10):
+        reporter.add(prefix_hashes(number))
+    report = reporter.report("0")
     assert report is not None
-    assert report.hashes == [chain(n)[0] for n in range(10, PROMPTS + 10)]
-    for number in range(PROMPTS):
-        held.note(chain(number, MAX_BLOCKS + 9))
+    assert report.hashes == [prefix_hashes(n)[0] for n in range(10, MAX_PROMPTS + 10)]
+    for number in range(MAX_PROMPTS):
+        reporter.add(prefix_hashes(number, MAX_BLOCKS + 9))
     seen, since = [], report.since
-    while (report := held.report(since)) and report.hashes:
-        assert len(report.hashes) < ENOUGH + MAX_BLOCKS
+    while (report := reporter.report(since)) and report.hashes:
+        assert len(report.hashes) < MAX_HASHES_PER_REPORT + MAX_BLOCKS
         seen += report.hashes
         since = report.since
-    assert seen == [one for n in range(PROMPTS) for one in chain(n, MAX_BLOCKS)]
+    assert seen == [one for n in range(MAX_PROMPTS) for one in prefix_hashes(n, MAX_BLOCKS)]
 
 
 def test_what_prompts_share_is_told_once_a_report() -> None:
-    held = PrefixReporter(on=True)
+    reporter = PrefixReporter(enabled=True)
     for end in (b"1", b"2"):
-        held.note(hash_chain(b"s" * 2 * BLOCK + end * BLOCK))
-    report = held.report("0")
+        reporter.add(hash_chain(b"s" * 2 * BLOCK + end * BLOCK))
+    report = reporter.report("0")
     assert report is not None
     assert len(report.hashes) == 4
 
 
 def test_an_empty_cache_is_a_new_epoch_in_which_old_cursors_start_over() -> None:
-    held = PrefixReporter(on=True)
+    reporter = PrefixReporter(enabled=True)
     for number in range(5):
-        held.note(chain(number))
-    before = held.report("0")
-    held.forget()
-    held.note(chain(9))
+        reporter.add(prefix_hashes(number))
+    before = reporter.report("0")
+    reporter.clear()
+    reporter.add(prefix_hashes(9))
     assert before is not None
-    after = held.report(before.since)
+    after = reporter.report(before.since)
     assert after is not None
-    assert (after.hashes, after.epoch == before.epoch) == (chain(9), False)
+    assert (after.hashes, after.epoch == before.epoch) == (prefix_hashes(9), False)
 
 
 @pytest.mark.parametrize(
     "cursor", ["", "x", "7", "{epoch}.-1", "{epoch}.²", "{epoch}." + "9" * 5000]
 )
 def test_a_cursor_that_means_nothing_starts_over(cursor: str) -> None:
-    held = PrefixReporter(on=True)
-    held.note(chain(1))
-    report = held.report("0")
+    reporter = PrefixReporter(enabled=True)
+    reporter.add(prefix_hashes(1))
+    report = reporter.report("0")
     assert report is not None
-    again = held.report(cursor.format(epoch=report.epoch))
+    again = reporter.report(cursor.format(epoch=report.epoch))
     assert again is not None
-    assert again.hashes == chain(1)
-    beyond = held.report(f"{report.epoch}.99")
-    assert beyond == held.report(report.since)
+    assert again.hashes == prefix_hashes(1)
+    beyond = reporter.report(f"{report.epoch}.99")
+    assert beyond == reporter.report(report.since)
 
 
 def test_without_a_prefix_cache_nothing_is_kept_or_told(text_model: Path, tmp_path: Path) -> None:

@@ -33,35 +33,35 @@ class Blocks:
         self.all: list[Block] = []
         self._open: Block | None = None
 
-    def take(self, part: AnswerPart) -> Iterator[tuple[Action, Block, str]]:
+    def add_part(self, part: AnswerPart) -> Iterator[tuple[Action, Block, str]]:
         """(what happens, to which block, the text that is added) in order."""
         if part.reasoning:
-            yield from self._add("reasoning", part.reasoning)
+            yield from self._append("reasoning", part.reasoning)
         if part.content:
-            yield from self._add("content", part.content)
+            yield from self._append("content", part.content)
         for call in part.calls:
             if call.id is not None:
-                yield from self._begin("call", call.id, call.name or "")
+                yield from self._open_block("call", call.id, call.name or "")
             if call.arguments:
-                yield from self._add("call", call.arguments)
+                yield from self._append("call", call.arguments)
 
-    def end(self) -> Iterator[tuple[Action, Block, str]]:
+    def close(self) -> Iterator[tuple[Action, Block, str]]:
         """No part follows."""
         if self._open is not None:
             yield "close", self._open, ""
             self._open = None
 
-    def _add(self, kind: Kind, text: str) -> Iterator[tuple[Action, Block, str]]:
+    def _append(self, kind: Kind, text: str) -> Iterator[tuple[Action, Block, str]]:
         if self._open is None or self._open.kind != kind:
-            yield from self._begin(kind)
+            yield from self._open_block(kind)
         block = self.all[-1]
         block.text += text
         yield "add", block, text
 
-    def _begin(
+    def _open_block(
         self, kind: Kind, id: str = "", name: str = ""
     ) -> Iterator[tuple[Action, Block, str]]:
-        yield from self.end()
+        yield from self.close()
         self._open = Block(len(self.all), kind, id=id, name=name)
         self.all.append(self._open)
         yield "open", self._open, ""

@@ -18,12 +18,12 @@ from starlette.types import ASGIApp, Receive
 from millrace.common.prefix_hash import PROMPT_FIELDS
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
-from millrace.server.api.fields import OPENAI, Rules, parse_body
+from millrace.server.api.fields import OPENAI, FieldRules, parse_body
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
 from millrace.server.api.prompts import Prompt
 from millrace.server.api.request_schema import GenerationRequest, ModelRequest
-from millrace.server.api.transport import EventStream, WholeAnswer
+from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.http.bodies import BodyReader
 from millrace.server.http.errors import ApiError
@@ -35,7 +35,7 @@ from millrace.text.tool_parser import ToolCallParser
 LONG_TEXT = 2000  # characters; longer texts are tokenised beside the event loop
 
 _Body = TypeVar("_Body", bound=ModelRequest)
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 class ApiContext:
@@ -69,32 +69,32 @@ class ApiContext:
         self._body_reader = body_reader
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
 
-    async def body(self, request: Request, kind: type[_Body], rules: Rules = OPENAI) -> _Body:
+    async def body(self, request: Request, kind: type[_Body], rules: FieldRules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
         body, _ = parse_body(await self._body_reader.read(request), kind, rules)
         return body
 
-    async def prompted(
-        self, request: Request, kind: type[_Body], rules: Rules
+    async def read_prompt_body(
+        self, request: Request, kind: type[_Body], rules: FieldRules
     ) -> tuple[_Body, list[int]]:
         """The body of a request for text, and the hashes of its prompt as gateways have them.
         Raises RequestError or ApiError."""
         body, given = parse_body(await self._body_reader.read(request), kind, rules)
         fields = PROMPT_FIELDS[request.scope["path"]]
         pieces = [given[name] for name in fields if name in given]
-        return body, self.client.prefix_reporter.chain(pieces)
+        return body, self.client.prefix_reporter.prefix_hashes(pieces)
 
-    def check(self, body: ModelRequest) -> Ready:
+    def check_ready(self, body: ModelRequest) -> Ready:
         """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
         if body.model:
-            self.check_name(body.model)
+            self.check_model(body.model)
         if isinstance(body, GenerationRequest) and body.stream_options and not body.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
         if self.client.ready is None or not self.client.healthy:
             raise unavailable(self.client)
         return self.client.ready
 
-    def check_name(self, name: str) -> None:
+    def check_model(self, name: str) -> None:
         """Raise ApiError unless the model is called so."""
         if name not in self.names:
             raise ApiError(
@@ -104,7 +104,7 @@ class ApiContext:
                 code="model_not_found",
             )
 
-    def check_room(self, count: int, ready: Ready) -> None:
+    def check_capacity(self, count: int, ready: Ready) -> None:
         """Raise ApiError unless `count` more requests may run or wait."""
         limit = ready.max_num_seqs + self._max_queue
         if count > limit:
@@ -119,7 +119,7 @@ class ApiContext:
                 headers={"Retry-After": "1"},
             )
 
-    def name(self, body: ModelRequest) -> str:
+    def model_name(self, body: ModelRequest) -> str:
         """What the model is called in the answer."""
         return body.model or self.names[0]
 
@@ -130,13 +130,13 @@ class ApiContext:
         encode = partial(self.processor.encode, prompt, add_special_tokens)
         return await self.run_in_thread(encode, len(prompt) >= LONG_TEXT)
 
-    async def run_in_thread(self, work: Callable[[], _Made], long: bool) -> _Made:
+    async def run_in_thread(self, work: Callable[[], _Result], long: bool) -> _Result:
         """What `work` makes; beside the event loop if it may take long."""
         if not long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def truncated(
+    def truncate(
         self, prompt: list[int], body: GenerationRequest, params: SamplingParams, ready: Ready
     ) -> list[int]:
         """The last `truncate_prompt_tokens` of a prompt; -1: what leaves room for the output."""
@@ -151,27 +151,31 @@ class ApiContext:
             )
         return prompt[-(most if kept == -1 else kept) :]
 
-    def answer(
+    def respond(
         self,
         requests: list[AddRequest],
         params: SamplingParams,
         formatter: Formatter,
         ready: Ready,
         stream: bool,
-        chain: Sequence[int] = (),
+        prefix_hashes: Sequence[int] = (),
     ) -> ASGIApp:
         """The application that runs the requests and sends what `formatter` makes of them.
 
         chain: the hashes of their prompt.
         """
 
-        def open_all(receive: Receive) -> Generations:
-            self.check_room(len(requests), ready)  # again: tokenising took its time
-            self.client.prefix_reporter.note(chain)
-            pairs = [(one, self.processor.output(params)) for one in requests]
+        def open_generations(receive: Receive) -> Generations:
+            self.check_capacity(len(requests), ready)  # again: tokenising took its time
+            self.client.prefix_reporter.add(prefix_hashes)
+            pairs = [(one, self.processor.detokenizer(params)) for one in requests]
             return Generations(self.client, pairs, receive)
 
-        return EventStream(open_all, formatter) if stream else WholeAnswer(open_all, formatter)
+        return (
+            StreamingResponse(open_generations, formatter)
+            if stream
+            else FullResponse(open_generations, formatter)
+        )
 
 
 def unavailable(client: EngineClient) -> ApiError:

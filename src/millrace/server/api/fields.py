@@ -31,7 +31,7 @@ MAX_BAD_WORDS = 256
 MAX_PRIORITY = 2**31
 
 
-class Rules(NamedTuple):
+class FieldRules(NamedTuple):
     """What becomes of the fields of an API that no body here has.
 
     refused: the values at which each changes nothing (null never does), and why others are not
@@ -81,10 +81,10 @@ HARMLESS = frozenset(
         "request_id",
     }
 )
-OPENAI = Rules(REFUSED, HARMLESS)
+OPENAI = FieldRules(REFUSED, HARMLESS)
 
 
-def rules_for(kind: type[ModelRequest], own: Rules = OPENAI) -> Rules:
+def field_rules(kind: type[ModelRequest], own: FieldRules = OPENAI) -> FieldRules:
     """What becomes of fields that `kind` has not. Those of OpenAI's other endpoints are refused."""
     elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
     for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
@@ -92,12 +92,12 @@ def rules_for(kind: type[ModelRequest], own: Rules = OPENAI) -> Rules:
             if field.name not in kind.__struct_fields__:
                 neutral = () if field.required else (field.default,)
                 elsewhere[field.name] = (neutral, f"it belongs to {path}")
-    return Rules({**elsewhere, **own.refused}, own.harmless)
+    return FieldRules({**elsewhere, **own.refused}, own.harmless)
 
 
 _CHAT = "/v1/chat/completions"
-COMPLETIONS = rules_for(CompletionRequest)
-CHATS = rules_for(ChatRequest)
+COMPLETIONS = field_rules(CompletionRequest)
+CHATS = field_rules(ChatRequest)
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
@@ -105,7 +105,7 @@ _warned: set[str] = set()
 
 
 def parse_body(
-    data: bytes, kind: type[_Body], rules: Rules = OPENAI
+    data: bytes, kind: type[_Body], rules: FieldRules = OPENAI
 ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
     """A body as `kind`, and the JSON of each field as the client wrote it. Raises RequestError that
     names the field and what it must be.
@@ -134,7 +134,7 @@ def _invalid_field(message: str) -> RequestError:
     return RequestError(f"the body must be a JSON object: {text}")
 
 
-def _check_others(given: Mapping[str, msgspec.Raw], served: set[str], rules: Rules) -> None:
+def _check_others(given: Mapping[str, msgspec.Raw], served: set[str], rules: FieldRules) -> None:
     for name in given.keys() - served:
         if name in rules.refused:
             value = msgspec.json.decode(given[name])

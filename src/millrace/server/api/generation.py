@@ -56,7 +56,7 @@ class Generation:
         self.done = piece.finish_reason is not None
         return piece
 
-    async def whole(self) -> Piece:
+    async def read_all(self) -> Piece:
         """All of the output as one piece."""
         texts: list[str] = []
         token_ids: list[int] = []
@@ -93,11 +93,11 @@ class Generations:
         ]
 
     async def __aenter__(self) -> Generations:
-        self._watch = asyncio.get_running_loop().create_task(self._watch_client())
+        self._disconnect_watch = asyncio.get_running_loop().create_task(self._watch_client())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._watch.cancel()
+        self._disconnect_watch.cancel()
         for generation in self.all:
             self._client.close(generation.stream)
 

@@ -15,15 +15,15 @@ from millrace.server.api.response_schema import (
 )
 from millrace.text.tokenizer import Tokenizer
 
-LEAST = -9999.0  # as vLLM says it
+MIN_LOGPROB = -9999.0  # as vLLM says it
 
 
-class LogprobWords:
-    """Words log-probabilities for one answer. as_ids: tokens are written `token_id:17`."""
+class LogprobFormatter:
+    """Words log-probabilities for one answer. tokens_as_ids: tokens are written `token_id:17`."""
 
-    def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens_as_ids: bool) -> None:
         self._tokenizer = tokenizer
-        self._as_ids = as_ids
+        self._tokens_as_ids = tokens_as_ids
 
     def chat(self, positions: Sequence[TokenLogprobs]) -> ChatLogprobs:
         """As /v1/chat/completions shows them."""
@@ -50,29 +50,29 @@ class LogprobWords:
         offset: characters of the choice before these tokens. first: the token of an echoed prompt
         that nothing predicts, before them.
         """
-        words = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        entries = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         if first is not None:
-            self._add(words, first, None, None, offset)
+            self._add(entries, first, None, None, offset)
             offset += len(self._tokenizer.token_text(first))
         for one in positions:
             rows = _rows(one)
             top = {self._text(token): logprob for token, logprob in reversed(rows)}
-            self._add(words, *rows[0], top, offset)
+            self._add(entries, *rows[0], top, offset)
             offset += len(self._tokenizer.token_text(one.token_ids[0]))
-        return words, offset
+        return entries, offset
 
     def _add(
         self,
-        words: CompletionLogprobs,
+        entries: CompletionLogprobs,
         token: int,
         logprob: float | None,
         top: dict[str, float] | None,
         offset: int,
     ) -> None:
-        words.tokens.append(self._text(token))
-        words.token_logprobs.append(logprob)
-        words.top_logprobs.append(top)
-        words.text_offset.append(offset)
+        entries.tokens.append(self._text(token))
+        entries.token_logprobs.append(logprob)
+        entries.top_logprobs.append(top)
+        entries.text_offset.append(offset)
 
     def prompt(self, positions: Sequence[TokenLogprobs]) -> PromptLogprobs:
         """As vLLM's prompt_logprobs: nothing predicts the first token."""
@@ -87,12 +87,12 @@ class LogprobWords:
         return found
 
     def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_ids else self._tokenizer.token_text(token)
+        return f"token_id:{token}" if self._tokens_as_ids else self._tokenizer.token_text(token)
 
 
 def _rows(one: TokenLogprobs) -> list[tuple[int, float]]:
     """(token, log-probability) of a position. JSON knows no infinity; what cannot be is -9999."""
     return [
-        (token, max(logprob, LEAST))
+        (token, max(logprob, MIN_LOGPROB))
         for token, logprob in zip(one.token_ids, one.logprobs, strict=True)
     ]

@@ -16,7 +16,7 @@ from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generation, Generations
 from millrace.server.http.errors import ClientGoneError, as_api_error
 
-Open = Callable[[Receive], Generations]
+OpenGenerations = Callable[[Receive], Generations]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -31,28 +31,28 @@ def json_response(body: msgspec.Struct) -> Response:
     return Response(_encode(body), media_type="application/json")
 
 
-class WholeAnswer:
+class FullResponse:
     """An ASGI application that answers once everything is generated."""
 
-    def __init__(self, open_all: Open, formatter: Formatter) -> None:
-        self._open = open_all
+    def __init__(self, open_generations: OpenGenerations, formatter: Formatter) -> None:
+        self._open = open_generations
         self._formatter = formatter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with self._open(receive) as generations:
-                pieces = await generations.each(Generation.whole)
-                body = self._formatter.whole(generations.all, pieces, generations.usage())
+                pieces = await generations.each(Generation.read_all)
+                body = self._formatter.full_response(generations.all, pieces, generations.usage())
         except ClientGoneError:
             return
         await json_response(body)(scope, receive, send)
 
 
-class EventStream:
+class StreamingResponse:
     """An ASGI application that sends each piece as it comes."""
 
-    def __init__(self, open_all: Open, formatter: Formatter) -> None:
-        self._open = open_all
+    def __init__(self, open_generations: OpenGenerations, formatter: Formatter) -> None:
+        self._open = open_generations
         self._formatter = formatter
         self._started = False
 
@@ -63,22 +63,22 @@ class EventStream:
                 self._generations = generations
                 await generations.each(self._stream)
                 usage = generations.usage()
-            await self._write(self._formatter.ending(usage), more=False)
+            await self._write(self._formatter.final_events(usage), more=False)
         except ClientGoneError:
             return
         except Exception as error:
             if not self._started:
                 raise
-            await self._write(self._formatter.failure(as_api_error(error)), more=False)
+            await self._write(self._formatter.error_events(as_api_error(error)), more=False)
 
-    async def _stream(self, one: Generation) -> None:
+    async def _stream(self, generation: Generation) -> None:
         first = True
-        while not one.done:
-            piece = await one.next()
+        while not generation.done:
+            piece = await generation.next()
             if not self._started:
                 await self._start()
-            usage = self._generations.usage() if self._formatter.wants_counts else None
-            await self._write(self._formatter.events(one, piece, first, usage))
+            usage = self._generations.usage() if self._formatter.needs_usage else None
+            await self._write(self._formatter.piece_events(generation, piece, first, usage))
             first = False
 
     async def _start(self) -> None:

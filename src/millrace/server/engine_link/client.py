@@ -59,27 +59,27 @@ class EngineClient:
         self._stream_interval = stream_interval
         self._streams: dict[str, Stream] = {}
         self._changed = asyncio.Event()  # set once the engine is ready or dead, again once dead
-        self._quiet_ticks = 0
-        self._silent: str | None = None
+        self._silent_seconds = 0
+        self._kill_reason: str | None = None
 
     async def start(self, args: EngineArgs, program: Sequence[str] = ENGINE_PROGRAM) -> None:
         """Start the engine process; it loads while this returns."""
         self._args, self._program = args, program
-        self.prefix_reporter.on = args.enable_prefix_caching
-        self._link = EngineLink(self._handle, self._ended)
+        self.prefix_reporter.enabled = args.enable_prefix_caching
+        self._link = EngineLink(self._on_message_from_engine, self._on_process_end)
         await self._link.start(args, program)
-        self._silence = asyncio.get_running_loop().create_task(self._watch_silence())
+        self._silence_watch = asyncio.get_running_loop().create_task(self._watch_silence())
 
     async def restart(self) -> None:
         """Start another engine in place of one that has died; this one may die at once."""
         assert self.died is not None
         await self._link.stop()
         self.ready = self.died = None
-        self._quiet_ticks = 0
-        self._silent = None
+        self._silent_seconds = 0
+        self._kill_reason = None
         self._metrics.restarts += 1
         self._changed.clear()
-        self._link = EngineLink(self._handle, self._ended)
+        self._link = EngineLink(self._on_message_from_engine, self._on_process_end)
         try:
             await self._link.start(self._args, self._program)
         except OSError as error:
@@ -111,7 +111,7 @@ class EngineClient:
     @property
     def open_tokens(self) -> int:
         """Tokens of open requests: their prompts, and what they have generated so far."""
-        return sum(one.prompt_len + one.tokens for one in self._streams.values())
+        return sum(stream.prompt_len + stream.generated_tokens for stream in self._streams.values())
 
     def open(self, request: AddRequest) -> Stream:
         """Hand a request to the engine. Whoever opens a stream closes it."""
@@ -119,7 +119,7 @@ class EngineClient:
         if (seen := request_record.current.get()) is not None:
             seen.streams.append(stream)
         if self.died is not None:
-            stream.lose(EngineDeadError(str(self.died)))
+            stream.engine_died(EngineDeadError(str(self.died)))
             return stream
         self._streams[request.id] = stream
         self._link.send(request)
@@ -140,17 +140,17 @@ class EngineClient:
         """Have the engine forget every cached prefix that no request uses."""
         if self.died is None:
             self._link.send(ResetPrefixCache())
-            self.prefix_reporter.forget()
+            self.prefix_reporter.clear()
 
     async def stop(self) -> None:
         """End the engine, by force if it must be, and remove what `start` made."""
         self.draining = True
-        self._silence.cancel()
+        self._silence_watch.cancel()
         self._link.send(Shutdown())
         await self._link.stop()
 
-    def _handle(self, message: FromEngine) -> None:
-        self._quiet_ticks = 0
+    def _on_message_from_engine(self, message: FromEngine) -> None:
+        self._silent_seconds = 0
         if isinstance(message, Outputs):
             self.stats = message.stats
             now = monotonic()
@@ -164,8 +164,8 @@ class EngineClient:
         else:
             self._die(_failure(message))
 
-    def _ended(self, reason: str) -> None:
-        self._die(EngineDeadError(self._silent or reason))
+    def _on_process_end(self, reason: str) -> None:
+        self._die(EngineDeadError(self._kill_reason or reason))
 
     async def _watch_silence(self) -> None:
         """Kill an engine that says nothing for so long that its own watchdog should have spoken.
@@ -180,9 +180,11 @@ class EngineClient:
             await asyncio.sleep(1.0)
             if self.ready is None or self.died is not None:
                 continue
-            self._quiet_ticks += 1
-            if self._quiet_ticks > limit * SILENCE_FACTOR + SILENCE_EXTRA:
-                self._silent = f"the engine was silent for {self._quiet_ticks} s and was killed"
+            self._silent_seconds += 1
+            if self._silent_seconds > limit * SILENCE_FACTOR + SILENCE_EXTRA:
+                self._kill_reason = (
+                    f"the engine was silent for {self._silent_seconds} s and was killed"
+                )
                 self._link.kill()
 
     def _die(self, error: Exception) -> None:
@@ -190,11 +192,11 @@ class EngineClient:
             return
         self.died = error
         self.stats = EngineStats()
-        self.prefix_reporter.forget()
+        self.prefix_reporter.clear()
         if not isinstance(error, UserError):  # that one the command reports, in one line
             logger.error("%s; %d requests were open", error, len(self._streams))
         for stream in self._streams.values():
-            stream.lose(EngineDeadError(str(error)))
+            stream.engine_died(EngineDeadError(str(error)))
         self._streams.clear()
         self._changed.set()
 

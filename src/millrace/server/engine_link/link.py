@@ -26,7 +26,7 @@ from millrace.server.engine_link.process import EngineProcess
 logger = logging.getLogger(__name__)
 
 RESEND_SECONDS = 0.005
-LAST_WORDS_SECONDS = 1.0  # for the message of an engine that has ended
+FAILURE_MESSAGE_SECONDS = 1.0  # for the message of an engine that has ended
 MAX_IPC_PATH = 90  # a Unix socket's name has at most 107 bytes
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -36,17 +36,17 @@ _decode = msgspec.msgpack.Decoder(FromEngine).decode
 class EngineLink:
     """The way to one engine process and back.
 
-    on_message is called with each message; on_end with one line that says how the process ended,
+    on_message is called with each message; on_finish with one line that says how the process ended,
     once, unless `stop` ended it.
     """
 
     def __init__(
         self,
         on_message: Callable[[FromEngine], None],
-        on_end: Callable[[str], None],
+        on_finish: Callable[[str], None],
     ) -> None:
         self._on_message = on_message
-        self._on_end = on_end
+        self._on_finish = on_finish
         self._outbox: deque[bytes] = deque()
         self._closed = False
         self._failed = False  # the engine has said that it ends, and why
@@ -80,7 +80,7 @@ class EngineLink:
         self._flush()
 
     def kill(self) -> None:
-        """End the process at once; `on_end` follows."""
+        """End the process at once; `on_finish` follows."""
         if self._process is not None:
             self._process.kill()
 
@@ -111,25 +111,25 @@ class EngineLink:
 
     async def _watch_process(self, process: EngineProcess) -> None:
         status = await process.wait()
-        report = self._report()
+        report = self._read_watchdog_report()
         if status > 0 and not report:
-            await self._hear_last_words()
+            await self._wait_for_failure_message()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         reason = f"the engine process ended with {how}"
         if report:
             logger.error("the stacks of the engine when it was stuck:\n%s", report)
             reason = f"the engine was stuck in one step, {where(report)}"
         self._close()
-        self._on_end(reason)
+        self._on_finish(reason)
 
-    async def _hear_last_words(self) -> None:
+    async def _wait_for_failure_message(self) -> None:
         """Say why it failed, if it did: its message may still be on its way when it has ended."""
-        deadline = self._loop.time() + LAST_WORDS_SECONDS
+        deadline = self._loop.time() + FAILURE_MESSAGE_SECONDS
         while not self._failed and self._loop.time() < deadline:
             self._receive()
             await asyncio.sleep(0.01)
 
-    def _report(self) -> str:
+    def _read_watchdog_report(self) -> str:
         """What the engine's watchdog wrote before it ended the process, if it did."""
         try:
             return (self._directory / REPORT).read_text(encoding="utf-8", errors="replace").strip()

@@ -1,4 +1,4 @@
-"""What is remembered of one HTTP request while it is answered: for the log, figures and traces.
+"""What is remembered of stream HTTP request while it is answered: for the log, figures and traces.
 
 The door makes a record for each request and sets it as `current` in the request's task; the engine
 client adds the streams that are opened there. So neither endpoints nor replies carry it around.
@@ -16,7 +16,7 @@ from starlette.types import Scope
 if TYPE_CHECKING:
     from millrace.server.engine_link.stream import Stream
 
-LEFT = 499  # nginx's status for a client that was gone before its answer
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that was gone before its answer
 
 current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
 
@@ -24,19 +24,19 @@ current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
 class RequestRecord:
     """One HTTP request. began: seconds on the monotonic clock; at: seconds since 1970."""
 
-    __slots__ = ("at", "began", "id", "scope", "status", "streams")
+    __slots__ = ("id", "scope", "started", "started_unix", "status", "streams")
 
     def __init__(self, scope: Scope, request_id: str) -> None:
         self.id = request_id
         self.scope = scope
-        self.began = monotonic()
-        self.at = time.time()
-        self.status = LEFT
+        self.started = monotonic()
+        self.started_unix = time.time()
+        self.status = CLIENT_CLOSED_REQUEST
         self.streams: list[Stream] = []
 
     @property
     def path(self) -> str:
-        """As the client wrote it, without the query: printable ASCII, on one line."""
+        """As the client wrote it, without the query: printable ASCII, on stream line."""
         raw: bytes = self.scope.get("raw_path") or b"/"
         return raw.decode("latin-1")
 
@@ -48,13 +48,13 @@ class RequestRecord:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of outputs for one prompt, the first counts it."""
-        return sum(one.prompt_len for one in self.streams if one.counts_prompt)
+        """Of outputs for stream prompt, the first counts it."""
+        return sum(stream.prompt_len for stream in self.streams if stream.counts_prompt)
 
     @property
     def cached_tokens(self) -> int:
-        return sum(one.cached for one in self.streams if one.counts_prompt)
+        return sum(stream.cached_tokens for stream in self.streams if stream.counts_prompt)
 
     @property
     def completion_tokens(self) -> int:
-        return sum(one.tokens for one in self.streams)
+        return sum(stream.generated_tokens for stream in self.streams)

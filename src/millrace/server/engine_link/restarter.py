@@ -25,7 +25,7 @@ class Restarter:
         self._client = client
         self._max_restarts = max_restarts
 
-    async def keep(self) -> Exception:
+    async def run(self) -> Exception:
         """Restart whatever dies; returns the last death, when no restart is left."""
         client, backoff = self._client, Backoff(POLICY)
         served = False

@@ -32,12 +32,12 @@ class Stream:
         self.prompt_len = len(request.prompt)
         self.counts_prompt = request.after is None
         self.arrival = request.arrival
-        self.first = self.last = self.queued = 0.0
-        self.tokens = self.cached = 0
+        self.first_token_time = self.last_token_time = self.queue_time = 0.0
+        self.generated_tokens = self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._metrics = metrics
         self._interval = interval
-        self._taken = False
+        self._was_read = False
         self._pending: Delta | None = None
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -45,15 +45,15 @@ class Stream:
     def put(self, delta: Delta, now: float) -> None:
         """The engine brought tokens or the end. now: seconds on the clock of `arrival`."""
         if delta.token_ids:
-            self._note_tokens(len(delta.token_ids), now)
-        self.cached = max(self.cached, delta.cached_tokens)
+            self._record_tokens(len(delta.token_ids), now)
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         if delta.queued is not None:
-            self.queued = delta.queued
+            self.queue_time = delta.queued
             self._metrics.queue_time.observe(delta.queued)
         if delta.finish_reason is not None:
-            self._note_end(delta.finish_reason, now)
+            self._record_finish(delta.finish_reason, now)
         self._pending = delta if self._pending is None else _merged(self._pending, delta)
-        if self._due():
+        if self._readable():
             self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -62,37 +62,37 @@ class Stream:
             self._failure = error
             self._wake()
 
-    def lose(self, error: Exception) -> None:
+    def engine_died(self, error: Exception) -> None:
         """The engine is gone, and all that it held with it; the reader gets `error`."""
         if not self.ended:
-            self._note_end("error", monotonic())
+            self._record_finish("error", monotonic())
             self.fail(error)
 
     async def take(self) -> Delta:
         """All that has come since the last call; waits until that is worth an answer."""
-        while not self._due():
+        while not self._readable():
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._pending is None:
             assert self._failure is not None
             raise self._failure
         delta, self._pending = self._pending, None
-        self._taken = True
+        self._was_read = True
         return delta
 
     def abandon(self) -> None:
         """The reader wants no more."""
         if not self.ended:
-            self._note_end("abort", monotonic())
+            self._record_finish("abort", monotonic())
 
-    def _due(self) -> bool:
+    def _readable(self) -> bool:
         """Whether the reader is to be given something."""
         if self._failure is not None:
             return True
         waiting = self._pending
         return waiting is not None and (
             self._interval == 1
-            or not self._taken
+            or not self._was_read
             or len(waiting.token_ids) >= self._interval
             or waiting.finish_reason is not None
         )
@@ -101,35 +101,37 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _note_tokens(self, count: int, now: float) -> None:
-        if self.tokens:
-            self._metrics.inter_token_latency.observe(now - self.last)
+    def _record_tokens(self, count: int, now: float) -> None:
+        if self.generated_tokens:
+            self._metrics.inter_token_latency.observe(now - self.last_token_time)
         else:
-            self.first = now
+            self.first_token_time = now
             self._metrics.time_to_first_token.observe(now - self.arrival)
-        self.last = now
-        self.tokens += count
+        self.last_token_time = now
+        self.generated_tokens += count
 
-    def _note_end(self, reason: FinishReason, now: float) -> None:
+    def _record_finish(self, reason: FinishReason, now: float) -> None:
         self.ended = True
         self.finish_reason = reason
         metrics = self._metrics
         metrics.finished[reason] += 1
         if reason not in ("stop", "length"):
             return
-        admitted = self.arrival + self.queued
+        admitted = self.arrival + self.queue_time
         metrics.end_to_end.observe(now - self.arrival)
         metrics.inference_time.observe(now - admitted)
-        metrics.prefill_time.observe(self.first - admitted)
-        metrics.decode_time.observe(self.last - self.first)
+        metrics.prefill_time.observe(self.first_token_time - admitted)
+        metrics.decode_time.observe(self.last_token_time - self.first_token_time)
         metrics.prompt_tokens.observe(self.prompt_len)
-        metrics.generation_tokens.observe(self.tokens)
+        metrics.generation_tokens.observe(self.generated_tokens)
         if self.params.max_tokens is not None:
             metrics.max_tokens.observe(self.params.max_tokens)
         if self.counts_prompt:
             metrics.n.observe(self.params.n)
-        if self.tokens > 1:
-            metrics.time_per_output_token.observe((self.last - self.first) / (self.tokens - 1))
+        if self.generated_tokens > 1:
+            metrics.time_per_output_token.observe(
+                (self.last_token_time - self.first_token_time) / (self.generated_tokens - 1)
+            )
 
 
 def _merged(one: Delta, other: Delta) -> Delta:

@@ -19,35 +19,35 @@ from millrace.server.http.errors import ApiError
 class Connection(HttpToolsProtocol):
     """A connection with bounds.
 
-    head_seconds: from the first byte of a request, or the connection's begin, to the end of its
-    headers. head_bytes: how large they may be together, give or take one read.
+    head_timeout: from the first byte of a request, or the connection's begin, to the end of its
+    headers. max_head_bytes: how large they may be together, give or take one read.
     """
 
-    def __init__(self, *args: Any, head_seconds: float, head_bytes: int, **more: Any) -> None:
+    def __init__(self, *args: Any, head_timeout: float, max_head_bytes: int, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._head_seconds = head_seconds
-        self._head_bytes = head_bytes
+        self._head_timeout = head_timeout
+        self._max_head_bytes = max_head_bytes
         self._head_size = 0
         self._in_head = True
-        self._late: asyncio.TimerHandle | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_clock()
+        self._stop_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
             return
-        if self._late is None and self._in_head and not self._answering:
-            self._await_head()
+        if self._head_timer is None and self._in_head and not self._answering:
+            self._start_head_timer()
         self._head_size += len(data)
         super().data_received(data)
-        if self._in_head and self._head_size > self._head_bytes:
-            self._refuse(431, f"the headers are larger than {self._head_bytes} bytes")
+        if self._in_head and self._head_size > self._max_head_bytes:
+            self._reject(431, f"the headers are larger than {self._max_head_bytes} bytes")
 
     def on_message_begin(self) -> None:
         self._in_head = True
@@ -56,7 +56,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_size = 0
-        self._stop_clock()
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -65,29 +65,29 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, f"this is no HTTP/1.1 request: {msg}")
+        self._reject(400, f"this is no HTTP/1.1 request: {msg}")
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _await_head(self) -> None:
-        self._late = self.loop.call_later(self._head_seconds, self._too_late)
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._head_timeout, self._on_head_timeout)
 
-    def _too_late(self) -> None:
+    def _on_head_timeout(self) -> None:
         if self._head_size:
-            self._refuse(408, f"the headers did not come within {self._head_seconds:g} s")
+            self._reject(408, f"the headers did not come within {self._head_timeout:g} s")
         else:
             self.transport.close()
 
-    def _stop_clock(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _reject(self, status: int, message: str) -> None:
         """Answer if nothing else is being answered, and close."""
-        self._stop_clock()
+        self._stop_head_timer()
         if self.transport.is_closing():
             return
         if not self._answering:
@@ -102,11 +102,13 @@ class Connection(HttpToolsProtocol):
 _CODES = {400: "invalid_http", 408: "request_timeout", 431: "headers_too_large"}
 
 
-def connection_class(head_seconds: float, head_bytes: int) -> type[asyncio.Protocol]:
+def connection_class(head_timeout: float, max_head_bytes: int) -> type[asyncio.Protocol]:
     """`Connection` with these limits, in the form that uvicorn asks for."""
 
     class Limited(Connection):
         def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, head_seconds=head_seconds, head_bytes=head_bytes, **more)
+            super().__init__(
+                *args, head_timeout=head_timeout, max_head_bytes=max_head_bytes, **more
+            )
 
     return Limited

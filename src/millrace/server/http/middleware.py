@@ -29,7 +29,7 @@ logger = logging.getLogger("millrace.access")
 # What answers without a key: what says nothing but that there is a server, and how it fares.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
-Refusal = Callable[[Request, Exception], Awaitable[Response]]
+ErrorFormat = Callable[[Request, Exception], Awaitable[Response]]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
@@ -63,7 +63,7 @@ class Keys:
 class Middleware:
     """Wraps the application.
 
-    quiet: paths whose requests get no line in the log; None: none gets one. on_end is called with
+    quiet: paths whose requests get no line in the log; None: none gets one. on_finish is called with
     each record when its request has ended. refusals: how requests without a key are answered where
     a path begins so; elsewhere as OpenAI does.
     """
@@ -74,28 +74,28 @@ class Middleware:
         metrics: RequestMetrics,
         keys: Keys,
         *,
-        show_ids: bool = True,
-        quiet: frozenset[str] | None = frozenset(),
-        on_end: Sequence[Callable[[RequestRecord], None]] = (),
-        refusals: Mapping[str, Refusal] | None = None,
+        add_request_ids: bool = True,
+        unlogged_paths: frozenset[str] | None = frozenset(),
+        on_finish: Sequence[Callable[[RequestRecord], None]] = (),
+        error_formats: Mapping[str, ErrorFormat] | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._keys = keys
-        self._show_ids = show_ids
-        self._quiet = quiet
-        self._on_end = on_end
-        self._refusals = refusals or {}
-        self.open = 0
-        self._empty = asyncio.Event()
+        self._add_request_ids = add_request_ids
+        self._unlogged_paths = unlogged_paths
+        self._on_finish = on_finish
+        self._error_formats = error_formats or {}
+        self.open_requests = 0
+        self._idle = asyncio.Event()
 
-    async def wait_empty(self, limit: float) -> bool:
+    async def wait_idle(self, limit: float) -> bool:
         """Wait up to `limit` seconds until no request is open; False if some still are."""
         try:
             async with asyncio.timeout(limit):
-                while self.open:
-                    self._empty.clear()
-                    await self._empty.wait()
+                while self.open_requests:
+                    self._idle.clear()
+                    await self._idle.wait()
         except TimeoutError:
             return False
         return True
@@ -108,44 +108,46 @@ class Middleware:
         current.set(record)
         header = (b"x-request-id", record.id.encode("ascii"))
 
-        async def send_noted(message: Message) -> None:
+        async def send_recording_status(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                if self._show_ids:
+                if self._add_request_ids:
                     message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
-        self.open += 1
+        self.open_requests += 1
         try:
-            await self._enter(scope, receive, send_noted)
+            await self._check_and_run(scope, receive, send_recording_status)
         except Exception:
             record.status = 500
             raise
         finally:
-            self.open -= 1
-            if not self.open:
-                self._empty.set()
-            self._leave(record)
+            self.open_requests -= 1
+            if not self.open_requests:
+                self._idle.set()
+            self._finish(record)
 
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _check_and_run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._keys.check(scope)
         except ApiError as error:
             path = scope["path"]
-            shapes = (refuse for start, refuse in self._refusals.items() if path.startswith(start))
-            answer = await next(shapes, error_response)(Request(scope), error)
+            formats = (
+                make for prefix, make in self._error_formats.items() if path.startswith(prefix)
+            )
+            answer = await next(formats, error_response)(Request(scope), error)
             await answer(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _leave(self, record: RequestRecord) -> None:
+    def _finish(self, record: RequestRecord) -> None:
         method = record.scope["method"]
         method = method if method in _METHODS else "other"
         self._metrics.http[record.route, method, record.status] += 1
-        if self._quiet is not None and record.scope["path"] not in self._quiet:
+        if self._unlogged_paths is not None and record.scope["path"] not in self._unlogged_paths:
             logger.info("%s", access_line(record))
-        for tell in self._on_end:
-            tell(record)
+        for callback in self._on_finish:
+            callback(record)
 
 
 def access_line(record: RequestRecord) -> str:
@@ -153,10 +155,10 @@ def access_line(record: RequestRecord) -> str:
     scope = record.scope
     parts = [
         f"{scope['method']} {record.path} {record.status}",
-        f"{(monotonic() - record.began) * 1000:.0f} ms",
+        f"{(monotonic() - record.started) * 1000:.0f} ms",
     ]
     if record.streams:
-        ends = {one.finish_reason or "open" for one in record.streams}
+        ends = {stream.finish_reason or "open" for stream in record.streams}
         parts.append(f"prompt={record.prompt_tokens} cached={record.cached_tokens}")
         parts.append(f"output={record.completion_tokens} end={'+'.join(sorted(ends))}")
     client = scope.get("client")

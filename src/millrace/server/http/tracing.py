@@ -68,7 +68,7 @@ class Tracer:
             "llm_request",
             context=TraceContextTextMapPropagator().extract(headers),
             kind=trace.SpanKind.SERVER,
-            start_time=int(record.at * NANOSECONDS),
+            start_time=int(record.started_unix * NANOSECONDS),
             attributes=_attributes(record),
         )
         if record.status >= 400:
@@ -84,8 +84,8 @@ class Tracer:
 
 def _attributes(record: RequestRecord) -> dict[str, Any]:
     """Named as vLLM names them; times in seconds, those of the first output."""
-    one = record.streams[0]
-    params = one.params
+    stream = record.streams[0]
+    params = stream.params
     attributes = {
         "http.request.method": record.scope["method"],
         "http.route": record.route,
@@ -97,15 +97,15 @@ def _attributes(record: RequestRecord) -> dict[str, Any]:
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.usage.prompt_tokens": record.prompt_tokens,
         "gen_ai.usage.completion_tokens": record.completion_tokens,
-        "gen_ai.latency.time_in_queue": one.queued,
+        "gen_ai.latency.time_in_queue": stream.queue_time,
     }
-    if one.tokens:
-        admitted = one.arrival + one.queued
+    if stream.generated_tokens:
+        admitted = stream.arrival + stream.queue_time
         attributes |= {
-            "gen_ai.latency.time_to_first_token": one.first - one.arrival,
-            "gen_ai.latency.e2e": one.last - one.arrival,
-            "gen_ai.latency.time_in_model_prefill": one.first - admitted,
-            "gen_ai.latency.time_in_model_decode": one.last - one.first,
-            "gen_ai.latency.time_in_model_inference": one.last - admitted,
+            "gen_ai.latency.time_to_first_token": stream.first_token_time - stream.arrival,
+            "gen_ai.latency.e2e": stream.last_token_time - stream.arrival,
+            "gen_ai.latency.time_in_model_prefill": stream.first_token_time - admitted,
+            "gen_ai.latency.time_in_model_decode": stream.last_token_time - stream.first_token_time,
+            "gen_ai.latency.time_in_model_inference": stream.last_token_time - admitted,
         }
     return {name: value for name, value in attributes.items() if value is not None}

@@ -15,51 +15,51 @@ from msgspec import Raw
 
 from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PrefixReport, hash_chain
 
-PROMPTS = 256  # remembered
-ENOUGH = 2048  # hashes in a reply, after which it tells of no further prompt
+MAX_PROMPTS = 256  # remembered
+MAX_HASHES_PER_REPORT = 2048  # hashes in a reply, after which it tells of no further prompt
 
 
 class PrefixReporter:
     """The hash chains of the last PROMPTS prompts, numbered as they came, since the cache was
-    empty. on: whether there is a cache at all; without one nothing is kept or told."""
+    empty. on: whether there is a cache at all; without one nothing is kept or sent."""
 
-    def __init__(self, on: bool = False) -> None:
-        self.on = on
-        self._chains: deque[Sequence[int]] = deque(maxlen=PROMPTS)
-        self.forget()
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self._chains: deque[Sequence[int]] = deque(maxlen=MAX_PROMPTS)
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """The cache has been emptied: a new epoch begins, in which old cursors mean nothing."""
         self._epoch = uuid4().hex[:16]
         self._chains.clear()
         self._count = 0
 
-    def chain(self, prompt: Sequence[Raw]) -> list[int]:
+    def prefix_hashes(self, prompt: Sequence[Raw]) -> list[int]:
         """The hashes of a prompt, from the JSON of the fields that make it."""
-        if not self.on:
+        if not self.enabled:
             return []
         most = BLOCK * MAX_BLOCKS
         return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt))
 
-    def note(self, chain: Sequence[int]) -> None:
+    def add(self, prefix_hashes: Sequence[int]) -> None:
         """A prompt with these hashes goes to the engine."""
-        if chain:
-            self._chains.append(chain)
+        if prefix_hashes:
+            self._chains.append(prefix_hashes)
             self._count += 1
 
     def report(self, cursor: str) -> PrefixReport | None:
         """What came after the cursor; all that is remembered if it is not one of this epoch."""
-        if not self.on:
+        if not self.enabled:
             return None
         oldest = self._count - len(self._chains)
-        told = max(oldest, self._number(cursor))
+        sent = max(oldest, self._number(cursor))
         hashes: dict[int, None] = {}
-        for chain in islice(self._chains, told - oldest, None):
-            if len(hashes) >= ENOUGH:
+        for prefix_hashes in islice(self._chains, sent - oldest, None):
+            if len(hashes) >= MAX_HASHES_PER_REPORT:
                 break
-            hashes.update(dict.fromkeys(chain))
-            told += 1
-        return PrefixReport(self._epoch, f"{self._epoch}.{told}", list(hashes))
+            hashes.update(dict.fromkeys(prefix_hashes))
+            sent += 1
+        return PrefixReport(self._epoch, f"{self._epoch}.{sent}", list(hashes))
 
     def _number(self, cursor: str) -> int:
         epoch, _, number = cursor.partition(".")

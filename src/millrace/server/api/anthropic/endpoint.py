@@ -19,9 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter, error_body
-from millrace.server.api.chat.endpoint import chat_text, prepare, tool_choice
+from millrace.server.api.chat.endpoint import chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import Rules, rules_for
+from millrace.server.api.fields import FieldRules, field_rules
 from millrace.server.api.request_schema import ChatRequest, ModelRequest
 from millrace.server.api.transport import json_response
 from millrace.server.http.errors import as_api_error
@@ -31,7 +31,7 @@ _NOTHING_CLEARED: tuple[Any, ...] = (
     {"edits": []},
     {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
 )
-_OWN = Rules(
+_OWN = FieldRules(
     refused={
         "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
         "container": ((), "the server runs no code"),
@@ -67,7 +67,7 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     stream: bool | None = False
 
 
-RULES = rules_for(MessagesRequest, _OWN)
+RULES = field_rules(MessagesRequest, _OWN)
 
 
 class TokenCount(msgspec.Struct, frozen=True):
@@ -91,22 +91,22 @@ class Anthropic:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/messages"""
         context = self._context
-        body, chain = await context.prompted(request, MessagesRequest, RULES)
-        ready = context.check(body)
+        body, prefix_hashes = await context.read_prompt_body(request, MessagesRequest, RULES)
+        ready = context.check_ready(body)
         id = f"msg_{uuid4().hex}"
-        turn = await prepare(context, as_chat(body), id, ready)
+        prepared = await prepare_chat(context, as_chat(body), id, ready)
         formatter = MessageFormatter(
-            id, context.name(body), turn.parsers[0], len(turn.requests[0].prompt)
+            id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )
-        return context.answer(
-            turn.requests, turn.params, formatter, ready, bool(body.stream), chain
+        return context.respond(
+            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
         )
 
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
         context = self._context
         body = await context.body(request, CountRequest, _OWN)
-        context.check(body)
+        context.check_ready(body)
         chat = as_chat(body)
         work = partial(chat_text, context, chat, tool_choice(context, chat))
         text = await context.run_in_thread(work, long=True)

@@ -53,7 +53,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class MessageFormatter:
     """Answers of /v1/messages."""
 
-    wants_counts = True
+    needs_usage = True
 
     def __init__(self, id: str, model: str, parser: AnswerParser, prompt_tokens: int) -> None:
         self.id = id
@@ -63,8 +63,8 @@ class MessageFormatter:
         self._blocks = Blocks()
         self._last = Piece("", [])
 
-    def events(
-        self, one: Generation, piece: Piece, first: bool, usage: Usage | None
+    def piece_events(
+        self, generation: Generation, piece: Piece, first: bool, usage: Usage | None
     ) -> Iterable[bytes]:
         assert usage is not None
         if first:
@@ -72,24 +72,26 @@ class MessageFormatter:
             yield _event("message_start", message=message)
         self._last = piece
         part = self._parser.feed(piece.text, piece.finish_reason is not None)
-        for step in self._blocks.take(part):
-            yield self._block_event(*step)
+        for event in self._blocks.add_part(part):
+            yield self._block_event(*event)
 
-    def ending(self, usage: Usage) -> Iterator[bytes]:
-        for step in self._blocks.end():
-            yield self._block_event(*step)
+    def final_events(self, usage: Usage) -> Iterator[bytes]:
+        for event in self._blocks.close():
+            yield self._block_event(*event)
         reason, sequence = _stop(self._last, self._parser)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         counts = _usage(usage, usage.completion_tokens)
         yield _event("message_delta", delta=delta, usage=counts)
         yield _event("message_stop")
 
-    def failure(self, error: ApiError) -> Iterable[bytes]:
+    def error_events(self, error: ApiError) -> Iterable[bytes]:
         return (_event("error", error=error_body(error)["error"]),)
 
-    def whole(self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage) -> Message:
+    def full_response(
+        self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
+    ) -> Message:
         (piece,) = pieces
-        for _ in self._blocks.take(self._parser.feed(piece.text, last=True)):
+        for _ in self._blocks.add_part(self._parser.feed(piece.text, last=True)):
             pass
         content = [_content(block) for block in self._blocks.all]
         counts = _usage(usage, usage.completion_tokens)

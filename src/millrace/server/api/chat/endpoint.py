@@ -22,19 +22,19 @@ from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
 from millrace.server.api.chat.formatter import ChatFormatter
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import CHATS, check_resume, sampling_params, structured_outputs
-from millrace.server.api.formatters import Heading
-from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.formatters import ResponseHeader
+from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.request_schema import ChatRequest, StreamOptions
 from millrace.text.answer_parser import AnswerParser
-from millrace.text.processor import copies
-from millrace.text.reasoning import START, ReasoningSplit, begins_reasoning
+from millrace.text.processor import split_outputs
+from millrace.text.reasoning import START, ReasoningSplitter, opens_reasoning
 from millrace.text.tool_parser import ToolParser
 from millrace.text.tool_schema import ToolChoice, choose_tools, read_tools
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-class Turn(msgspec.Struct, frozen=True):
+class PreparedChat(msgspec.Struct, frozen=True):
     """A chat made ready for the engine. parsers: one for each of the requests."""
 
     requests: list[AddRequest]
@@ -54,43 +54,47 @@ class Chat:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
         context = self._context
-        body, chain = await context.prompted(request, ChatRequest, CHATS)
-        ready = context.check(body)
-        heading = Heading(
+        body, prefix_hashes = await context.read_prompt_body(request, ChatRequest, CHATS)
+        ready = context.check_ready(body)
+        header = ResponseHeader(
             id=f"chatcmpl-{uuid4().hex}",
             created=int(time.time()),
-            model=context.name(body),
+            model=context.model_name(body),
             with_ids=bool(body.return_token_ids),
             options=body.stream_options or StreamOptions(),
         )
-        turn = await prepare(context, body, heading.id, ready)
-        words = LogprobWords(context.processor.tokenizer, bool(body.return_tokens_as_token_ids))
+        prepared = await prepare_chat(context, body, header.id, ready)
+        words = LogprobFormatter(context.processor.tokenizer, bool(body.return_tokens_as_token_ids))
         formatter = ChatFormatter(
-            heading, words, turn.parsers, shows_reasoning=body.include_reasoning
+            header, words, prepared.parsers, shows_reasoning=body.include_reasoning
         )
-        return context.answer(
-            turn.requests, turn.params, formatter, ready, bool(body.stream), chain
+        return context.respond(
+            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
         )
 
 
-async def prepare(context: ApiContext, body: ChatRequest, id: str, ready: Ready) -> Turn:
+async def prepare_chat(
+    context: ApiContext, body: ChatRequest, id: str, ready: Ready
+) -> PreparedChat:
     """The engine requests of a chat. Raises RequestError or ApiError."""
     params = sampling_params(body, context.processor.defaults)
     check_resume(body, outputs=params.n)
-    context.check_room(params.n, ready)
+    context.check_capacity(params.n, ready)
     choice = tool_choice(context, body)
     text = await context.run_in_thread(
         partial(chat_text, context, body, choice), len(body.messages) > 8
     )
     variables = _variables(context, body)
-    thinks = begins_reasoning(context.reasoning_parser, text, variables)
-    reasons = thinks or text.rstrip().endswith(START)  # also where nobody tells it apart
+    starts_with_reasoning = opens_reasoning(context.reasoning_parser, text, variables)
+    reasons = starts_with_reasoning or text.rstrip().endswith(
+        START
+    )  # also where nobody tells it apart
     build = _grammar(context, body, choice, reasons)
     grammar = await context.run_in_thread(build, True) if build else None
     token_ids = await context.token_ids(text, body.add_special_tokens)
     request = context.processor.request(
         id,
-        context.truncated(token_ids, body, params, ready),
+        context.truncate(token_ids, body, params, ready),
         params,
         ready.max_model_len,
         resume=body.resume_token_ids or (),
@@ -98,9 +102,9 @@ async def prepare(context: ApiContext, body: ChatRequest, id: str, ready: Ready)
         grammar=grammar,
         reasoning=context.processor.reasoning_bound(body.thinking_token_budget, reasons),
     )
-    requests = copies(request)
-    parser = partial(_parser, context, choice, thinks)
-    return Turn(requests, params, [parser() for _ in requests])
+    requests = split_outputs(request)
+    parser = partial(_parser, context, choice, starts_with_reasoning)
+    return PreparedChat(requests, params, [parser() for _ in requests])
 
 
 def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice) -> str:
@@ -153,16 +157,16 @@ def _grammar(
         raise RequestError(
             f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
         )
-    if choice.mode == "required" or (processor.binds_freely(choice) and wanted is None):
-        return partial(processor.calls, choice, parser, reasons)
+    if choice.mode == "required" or (processor.constrains_auto_calls(choice) and wanted is None):
+        return partial(processor.grammar_for_tool_calls, choice, parser, reasons)
     if wanted is not None and choice.mode == "auto" and parser != "none":
-        return partial(processor.calls, choice, parser, reasons, wanted)
-    return wanted and partial(processor.structured, *wanted, reasons)
+        return partial(processor.grammar_for_tool_calls, choice, parser, reasons, wanted)
+    return wanted and partial(processor.grammar_for_output, *wanted, reasons)
 
 
-def _parser(context: ApiContext, choice: ToolChoice, thinks: bool) -> AnswerParser:
+def _parser(context: ApiContext, choice: ToolChoice, starts_with_reasoning: bool) -> AnswerParser:
     calls = choice.mode != "none" and context.tool_call_parser != "none"
     return AnswerParser(
-        ReasoningSplit() if thinks else None,
+        ReasoningSplitter() if starts_with_reasoning else None,
         ToolParser(choice.offered, context.tool_call_parser) if calls else None,
     )

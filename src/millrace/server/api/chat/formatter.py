@@ -7,9 +7,9 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from millrace.server.api.formatters import Heading, OpenAiFormatter
+from millrace.server.api.formatters import OpenAiFormatter, ResponseHeader
 from millrace.server.api.generation import Generation
-from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.response_schema import (
     CalledFunction,
     ChatChoice,
@@ -34,27 +34,27 @@ class ChatFormatter(OpenAiFormatter):
 
     def __init__(
         self,
-        heading: Heading,
-        logprobs: LogprobWords,
+        header: ResponseHeader,
+        logprobs: LogprobFormatter,
         parsers: Sequence[AnswerParser],
         *,
         shows_reasoning: bool = True,
     ) -> None:
-        super().__init__(heading, logprobs)
+        super().__init__(header, logprobs)
         self._parsers = parsers
         self._shows_reasoning = shows_reasoning
 
     def chunk(
-        self, one: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
+        self, generation: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
     ) -> ChatChunk:
-        parser = self._parsers[one.index]
+        parser = self._parsers[generation.index]
         if first:
-            parser.feed(one.resumed)
+            parser.feed(generation.resumed)
         part = parser.feed(piece.text, piece.finish_reason is not None)
         choice = ChatChunkChoice(
-            index=one.index,
+            index=generation.index,
             delta=self._delta(part, parser, first),
-            logprobs=self._worded(piece),
+            logprobs=self._format_logprobs(piece),
             finish_reason=finish_reason(piece, parser),
             stop_reason=piece.stop_reason,
             token_ids=self._token_ids(piece),
@@ -62,8 +62,8 @@ class ChatFormatter(OpenAiFormatter):
         return self._chunk(
             [choice],
             usage,
-            self._prompt_ids(one) if first else UNSET,
-            self._prompt_logprobs(one) if first else UNSET,
+            self._prompt_ids(generation) if first else UNSET,
+            self._prompt_logprobs(generation) if first else UNSET,
         )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -76,7 +76,7 @@ class ChatFormatter(OpenAiFormatter):
         prompt_token_ids: list[int] | UnsetType = UNSET,
         prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
     ) -> ChatChunk:
-        head = self._heading
+        head = self._header
         return ChatChunk(
             id=head.id,
             created=head.created,
@@ -87,27 +87,30 @@ class ChatFormatter(OpenAiFormatter):
             prompt_logprobs=prompt_logprobs,
         )
 
-    def whole(
-        self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
+    def full_response(
+        self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> ChatCompletion:
-        head = self._heading
+        head = self._header
         return ChatCompletion(
             id=head.id,
             created=head.created,
             model=head.model,
-            choices=[self._choice(one, piece) for one, piece in zip(ones, pieces, strict=True)],
+            choices=[
+                self._choice(generation, piece)
+                for generation, piece in zip(generations, pieces, strict=True)
+            ],
             usage=usage,
-            prompt_token_ids=self._prompt_ids(ones[0]),
-            prompt_logprobs=self._prompt_logprobs(ones[0]),
+            prompt_token_ids=self._prompt_ids(generations[0]),
+            prompt_logprobs=self._prompt_logprobs(generations[0]),
         )
 
-    def _choice(self, one: Generation, piece: Piece) -> ChatChoice:
-        parser = self._parsers[one.index]
-        part, calls = whole_answer(parser, one, piece)
+    def _choice(self, generation: Generation, piece: Piece) -> ChatChoice:
+        parser = self._parsers[generation.index]
+        part, calls = full_answer(parser, generation, piece)
         return ChatChoice(
-            index=one.index,
+            index=generation.index,
             message=self._message(part, calls, parser),
-            logprobs=self._worded(piece),
+            logprobs=self._format_logprobs(piece),
             finish_reason=finish_reason(piece, parser),
             stop_reason=piece.stop_reason,
             token_ids=self._token_ids(piece),
@@ -141,15 +144,15 @@ class ChatFormatter(OpenAiFormatter):
             tool_calls=list(calls) or UNSET,
         )
 
-    def _worded(self, piece: Piece) -> ChatLogprobs | None:
+    def _format_logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return None if piece.logprobs is None else self._logprobs.chat(piece.logprobs)
 
 
-def whole_answer(
-    parser: AnswerParser, one: Generation, piece: Piece
+def full_answer(
+    parser: AnswerParser, generation: Generation, piece: Piece
 ) -> tuple[AnswerPart, list[ToolCall]]:
     """An answer's parts and its calls. One begun in the resumed tokens is given whole."""
-    parser.feed(one.resumed)
+    parser.feed(generation.resumed)
     part = parser.feed(piece.text, last=True)
     touched = sorted({call.index for call in part.calls})
     calls = [

@@ -20,11 +20,11 @@ from millrace.server.api.fields import (
     sampling_params,
     structured_outputs,
 )
-from millrace.server.api.formatters import CompletionFormatter, Heading
-from millrace.server.api.logprobs import LogprobWords
+from millrace.server.api.formatters import CompletionFormatter, ResponseHeader
+from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.prompts import Prompt, split_prompts
 from millrace.server.api.request_schema import CompletionRequest, StreamOptions
-from millrace.text.processor import copies
+from millrace.text.processor import split_outputs
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default here; a chat takes what fits
 
@@ -41,17 +41,19 @@ class Completions:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         context = self._context
-        body, chain = await context.prompted(request, CompletionRequest, COMPLETIONS)
-        ready = context.check(body)
+        body, prefix_hashes = await context.read_prompt_body(
+            request, CompletionRequest, COMPLETIONS
+        )
+        ready = context.check_ready(body)
         params = sampling_params(body, context.processor.defaults)
         made = _outputs(body, params)
         prompts = split_prompts(body.prompt)
         check_resume(body, outputs=len(prompts) * made)
-        context.check_room(len(prompts) * made, ready)
-        heading = Heading(
+        context.check_capacity(len(prompts) * made, ready)
+        header = ResponseHeader(
             id=f"cmpl-{uuid4().hex}",
             created=int(time.time()),
-            model=context.name(body),
+            model=context.model_name(body),
             with_ids=bool(body.return_token_ids),
             options=body.stream_options or StreamOptions(),
         )
@@ -60,12 +62,12 @@ class Completions:
         requests = [
             one
             for index, prompt in enumerate(prompts)
-            for one in copies(
-                await self._request(f"{heading.id}-{index}", prompt, body, every, ready, grammar)
+            for one in split_outputs(
+                await self._request(f"{header.id}-{index}", prompt, body, every, ready, grammar)
             )
         ]
-        formatter = self._formatter(heading, body, params, prompts, made)
-        return context.answer(requests, params, formatter, ready, bool(body.stream), chain)
+        formatter = self._formatter(header, body, params, prompts, made)
+        return context.respond(requests, params, formatter, ready, bool(body.stream), prefix_hashes)
 
     async def _grammar(self, body: CompletionRequest) -> Grammar | None:
         wanted = structured_outputs(body)
@@ -73,7 +75,7 @@ class Completions:
             return None
         processor = self._context.processor
         return await self._context.run_in_thread(
-            partial(processor.structured, *wanted, reasons=False), True
+            partial(processor.grammar_for_output, *wanted, reasons=False), True
         )
 
     async def _request(
@@ -89,7 +91,7 @@ class Completions:
         token_ids = await context.token_ids(prompt, body.add_special_tokens)
         return context.processor.request(
             id,
-            context.truncated(token_ids, body, params, ready),
+            context.truncate(token_ids, body, params, ready),
             params,
             ready.max_model_len,
             None if body.max_tokens is None else COMPLETION_MAX_TOKENS,
@@ -100,7 +102,7 @@ class Completions:
 
     def _formatter(
         self,
-        heading: Heading,
+        header: ResponseHeader,
         body: CompletionRequest,
         params: SamplingParams,
         prompts: list[Prompt],
@@ -112,8 +114,8 @@ class Completions:
             texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in prompts]
             echoes = [text for text in texts for _ in range(made)]
         return CompletionFormatter(
-            heading,
-            LogprobWords(tokenizer, bool(body.return_tokens_as_token_ids)),
+            header,
+            LogprobFormatter(tokenizer, bool(body.return_tokens_as_token_ids)),
             echoes=echoes,
             prompt_only=body.max_tokens == 0,
             best=(params.n, made) if made > params.n else None,

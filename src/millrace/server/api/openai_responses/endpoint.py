@@ -16,9 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
-from millrace.server.api.chat.endpoint import prepare
+from millrace.server.api.chat.endpoint import prepare_chat
 from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import HARMLESS, REFUSED, Rules, rules_for
+from millrace.server.api.fields import HARMLESS, REFUSED, FieldRules, field_rules
 from millrace.server.api.openai_responses.formatter import ResponseFormatter
 from millrace.server.api.request_schema import ChatRequest, ModelRequest
 
@@ -26,7 +26,7 @@ _STATELESS = "the server keeps no conversations; send the whole input"
 _TEXT_ONLY = "the model reads and writes text only"
 _TEXTS = ("input_text", "output_text", "text")
 
-_OWN = Rules(
+_OWN = FieldRules(
     refused={
         **REFUSED,
         "previous_response_id": ((), _STATELESS),
@@ -72,7 +72,7 @@ class ResponsesRequest(ModelRequest, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-RULES = rules_for(ResponsesRequest, _OWN)
+RULES = field_rules(ResponsesRequest, _OWN)
 
 
 class Responses:
@@ -87,32 +87,32 @@ class Responses:
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/responses"""
         context = self._context
-        body, chain = await context.prompted(request, ResponsesRequest, RULES)
-        ready = context.check(body)
+        body, prefix_hashes = await context.read_prompt_body(request, ResponsesRequest, RULES)
+        ready = context.check_ready(body)
         id = f"resp_{uuid4().hex}"
-        turn = await prepare(context, as_chat(body), id, ready)
-        heading = {
+        prepared = await prepare_chat(context, as_chat(body), id, ready)
+        header = {
             "id": id,
             "object": "response",
             "created_at": int(time.time()),
-            "model": context.name(body),
+            "model": context.model_name(body),
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": body.reasoning,
-            "temperature": turn.params.temperature,
+            "temperature": prepared.params.temperature,
             "text": body.text or {"format": {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
-            "top_p": turn.params.top_p,
+            "top_p": prepared.params.top_p,
             "truncation": "disabled",
             "store": False,
         }
-        formatter = ResponseFormatter(heading, turn.parsers[0], context.processor.tokenizer)
-        return context.answer(
-            turn.requests, turn.params, formatter, ready, bool(body.stream), chain
+        formatter = ResponseFormatter(header, prepared.parsers[0], context.processor.tokenizer)
+        return context.respond(
+            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
         )
 
 

@@ -59,13 +59,13 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
 class ResponseFormatter:
     """Answers of /v1/responses. heading: what of the body the answer repeats."""
 
-    wants_counts = False
+    needs_usage = False
 
     def __init__(
-        self, heading: Mapping[str, Any], parser: AnswerParser, tokenizer: Tokenizer
+        self, header: Mapping[str, Any], parser: AnswerParser, tokenizer: Tokenizer
     ) -> None:
-        self.id = str(heading["id"])
-        self._heading = heading
+        self.id = str(header["id"])
+        self._header = header
         self._parser = parser
         self._tokenizer = tokenizer
         self._blocks = Blocks()
@@ -73,34 +73,34 @@ class ResponseFormatter:
         self._sequence = 0
         self._last = Piece("", [])
 
-    def events(
-        self, one: Generation, piece: Piece, first: bool, usage: Usage | None
+    def piece_events(
+        self, generation: Generation, piece: Piece, first: bool, usage: Usage | None
     ) -> Iterable[bytes]:
         if first:
             for kind in ("response.created", "response.in_progress"):
                 yield self._event(kind, response=self._body("in_progress", None))
         self._last = piece
         part = self._parser.feed(piece.text, piece.finish_reason is not None)
-        for step in self._blocks.take(part):
-            yield from self._block_events(*step)
+        for event in self._blocks.add_part(part):
+            yield from self._block_events(*event)
 
-    def ending(self, usage: Usage) -> Iterator[bytes]:
-        for step in self._blocks.end():
-            yield from self._block_events(*step)
+    def final_events(self, usage: Usage) -> Iterator[bytes]:
+        for event in self._blocks.close():
+            yield from self._block_events(*event)
         body = self._body(_status(self._last), usage)
         yield self._event(f"response.{body.status}", response=body)
 
-    def failure(self, error: ApiError) -> Iterable[bytes]:
+    def error_events(self, error: ApiError) -> Iterable[bytes]:
         body = msgspec.structs.replace(
             self._body("failed", None), error={"code": "server_error", "message": str(error)}
         )
         return (self._event("response.failed", response=body),)
 
-    def whole(
-        self, ones: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
+    def full_response(
+        self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> ResponseBody:
         (self._last,) = pieces
-        for _ in self._blocks.take(self._parser.feed(self._last.text, last=True)):
+        for _ in self._blocks.add_part(self._parser.feed(self._last.text, last=True)):
             pass
         return self._body(_status(self._last), usage)
 
@@ -113,7 +113,7 @@ class ResponseFormatter:
             usage=None if usage is None else self._usage(usage),
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
             error=None,
-            **self._heading,
+            **self._header,
         )
 
     def _usage(self, usage: Usage) -> ResponseUsage:

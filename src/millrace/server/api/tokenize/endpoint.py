@@ -32,7 +32,7 @@ class Tokenize:
         """POST /tokenize: a prompt, or messages as the chat template writes them."""
         context = self._context
         body = await context.body(request, TokenizeRequest)
-        ready = context.check(body)
+        ready = context.check_ready(body)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         if body.prompt is not None:
@@ -67,6 +67,6 @@ class Tokenize:
         """POST /detokenize: the text of token ids, special ones included."""
         context = self._context
         body = await context.body(request, DetokenizeRequest)
-        context.check(body)
-        context.processor.check_ids(body.tokens, "tokens")
+        context.check_ready(body)
+        context.processor.check_token_ids(body.tokens, "tokens")
         return json_response(Text(context.processor.tokenizer.decode(body.tokens, False)))
