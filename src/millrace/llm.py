@@ -284,12 +284,16 @@ class _Run:
     """One output on its way through the engine; those of one prompt share a RequestOutput."""
 
     def __init__(
-        self, request: AddRequest, output: RequestOutput, words: Detokenizer, tokenizer: Tokenizer
+        self,
+        request: AddRequest,
+        output: RequestOutput,
+        detokenizer: Detokenizer,
+        tokenizer: Tokenizer,
     ) -> None:
         self.request = request
         self.output = output
         self.done = False
-        self._text = words
+        self._detokenizer = detokenizer
         self._tokenizer = tokenizer
         self._texts: list[str] = []
         self._own = CompletionOutput(index=len(output.outputs), text="", token_ids=[])
@@ -301,7 +305,7 @@ class _Run:
         """Add what a step brought. True if its text has ended it, and the engine must drop it."""
         if delta.error is not None:
             raise RequestError(delta.error)
-        piece = self._text.push(
+        piece = self._detokenizer.push(
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )
         output, own = self.output, self._own
@@ -316,7 +320,7 @@ class _Run:
             self.done = True
             output.finished = all(one.finish_reason is not None for one in output.outputs)
             output.metrics.finished_time = now
-        return self._text.ended_by_text and delta.finish_reason is None
+        return self._detokenizer.ended_by_text and delta.finish_reason is None
 
     def _note_logprobs(
         self, given: Sequence[TokenLogprobs], prompt: list[TokenLogprobs] | None

@@ -1,4 +1,4 @@
-"""Messages between processes: between the HTTP front and an engine, and between the ranks of one.
+"""Messages between processes: between the API server and an engine, and between an engine's ranks.
 
 Plain data (msgspec structs), encoded with msgpack. This module knows no socket, no tensor and no
 policy; a message says what is to happen, never how.
@@ -45,7 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None draws one at admission.
     max_tokens: None means as many as fit into max_model_len. stop: texts that end the request
-    (the front looks for them); stop_token_ids: tokens that do (the device looks for them).
+    (the server looks for them); stop_token_ids: tokens that do (the device looks for them).
     min_p: tokens less than this part as probable as the likeliest are dropped. min_tokens: nothing
     ends the request before that many. repetition_penalty counts the prompt too, the other two only
     what was generated. logprobs, prompt_logprobs: how many of the likeliest tokens to report at
@@ -147,7 +147,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-# --- front -> engine ---------------------------------------------------------------------------
+# --- server -> engine --------------------------------------------------------------------------
 
 
 class ReasoningBound(msgspec.Struct, frozen=True, array_like=True):
@@ -163,10 +163,11 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
     boundaries: prompt positions after which a shared prefix is likely to end (the end of a chat
     turn); the prefix cache takes its snapshots there. arrival: seconds, `time.monotonic()` of the
-    front, which shares the engine's clock. resume: tokens that count as generated already; the
+    server, which shares the engine's clock. resume: tokens that count as generated already; the
     request goes on behind them. after: the id of a request with the same prompt; this one waits
     until that one's prompt is cached. priority: lower ones run first. bad_words: the token
-    sequences of `params.bad_words`. `params.n` is the front's business: each output is a request.
+    sequences of `params.bad_words`. `params.n` is the server's business: each output is
+    a request of its own.
     """
 
     id: str
@@ -199,7 +200,7 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
 ToEngine = AddRequest | Abort | ResetPrefixCache | Shutdown
 
 
-# --- engine -> front ---------------------------------------------------------------------------
+# --- engine -> server --------------------------------------------------------------------------
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

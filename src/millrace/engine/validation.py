@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from millrace.engine.request import Request
 from millrace.errors import RequestError
+from millrace.lengths import check_lengths
 from millrace.protocol import MAX_STOP_IDS, AddRequest, Limits
 
 _MASK64 = (1 << 64) - 1
@@ -34,7 +35,7 @@ def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
 
 def check(source: AddRequest, limits: Limits) -> None:
     """Raise RequestError unless the request can run."""
-    _check_lengths(source, limits)
+    check_lengths(len(source.prompt), len(source.resume), limits.max_model_len)
     if (count := len(_stop_ids(source, limits))) > MAX_STOP_IDS:
         raise RequestError(
             f"{count} stop tokens; at most {MAX_STOP_IDS} are possible", param="stop_token_ids"
@@ -53,26 +54,6 @@ def check(source: AddRequest, limits: Limits) -> None:
     }
     for name, ids in named.items():
         _check_ids(name, ids, limits.vocab_size)
-
-
-def _check_lengths(source: AddRequest, limits: Limits) -> None:
-    length = len(source.prompt)
-    if length == 0:
-        raise RequestError("the prompt is empty; give at least one token", param="prompt")
-    if length >= limits.max_model_len:
-        raise RequestError(
-            f"the prompt has {length} tokens; at most {limits.max_model_len - 1} fit into "
-            f"max_model_len {limits.max_model_len} with one token of output",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    if length + len(source.resume) > limits.max_model_len:
-        raise RequestError(
-            f"the prompt and resume_token_ids have {length + len(source.resume)} tokens; "
-            f"max_model_len is {limits.max_model_len}",
-            param="resume_token_ids",
-            code="context_length_exceeded",
-        )
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:

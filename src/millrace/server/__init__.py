@@ -1,4 +1,4 @@
-"""The HTTP front of one replica: OpenAI's API over an engine in a process of its own.
+"""The API server of one replica: OpenAI's API over an engine in a process of its own.
 
-It never imports PyTorch; what runs on a device lies beyond two sockets.
+The server knows HTTP, text and requests; it knows no model and no device.
 """

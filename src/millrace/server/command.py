@@ -1,7 +1,7 @@
-"""`millrace serve`: the options, and which of the three things it then is.
+"""`millrace serve`: the options, and which of three things it runs.
 
-A server with one engine; with --replicas, several of them behind a relay; under torchrun with a
-rank above 0, a rank of somebody else's engine.
+A server with one engine; with --replicas, several servers behind a gateway; under torchrun with a
+rank above 0, one rank of an engine that rank 0 serves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _RawArgumentsCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-# What several replicas' gateway is told, and they are not.
+# Options of the gateway in front of several replicas, which the replicas do not get.
 _GATEWAY_OPTIONS = (
     *("--replicas", "--host", "--port", "--policy", "--gateway-processes", "--engine"),
     *("--ssl-certfile", "--ssl-keyfile"),
@@ -96,11 +96,11 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
     """Another server's engines behind our gateway."""
     from millrace.fleet.drivers import engine_command
 
-    told = {**given(values, EngineArgs), **given(values, ServerOptions)}
+    options_given = {**given(values, EngineArgs), **given(values, ServerOptions)}
     command = engine_command(
         options.engine,
         args.model,
-        told,
+        options_given,
         own=options.engine_args or "",
         program=options.engine_command or "",
     )

@@ -1,4 +1,4 @@
-"""What the HTTP front can be told, beside the options of its engine."""
+"""Options of the API server, beside those of its engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of one front. Help texts stand in `SERVER_HELP`."""
+    """Options of one API server. `SERVER_HELP` has the help texts."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -55,37 +55,43 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 SERVER_HELP: Mapping[str, str] = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
-    "replicas": "Engines to start, with one gateway in front of them.",
-    "engine": "What to start as replicas: Millrace's engine, or another server with these options.",
-    "engine_command": "The other server's program, where it is not on PATH.",
-    "engine_args": "More options for the other server, in its own words.",
+    "replicas": "Replicas to start behind one gateway.",
+    "engine": "What to start as replicas: Millrace's own engine, or another server (vllm, sglang).",
+    "engine_command": "Program of the other server, if it is not on PATH.",
+    "engine_args": "More options for the other server, passed on unchanged.",
     "policy": "How the gateway picks among replicas.",
     "gateway_processes": "Processes of the gateway.",
     "generation_config": "auto takes the checkpoint's sampling defaults, vllm takes none.",
-    "reasoning_parser": "How chat answers are split into reasoning and content; auto does it where "
-    "the prompt opens a <think> block, none never.",
-    "tool_call_parser": "How calls of tools are found in chat answers; auto knows both of Qwen's "
-    "ways, XML (qwen3_coder) and JSON (hermes), none finds none.",
-    "max_body_bytes": "Largest request body.",
-    "max_bodies_bytes": "Most bytes of bodies that are being read at one time.",
-    "max_header_bytes": "Largest request head.",
-    "read_timeout": "Seconds that a request's head may take, and each pause in its body.",
-    "api_key": "Key that requests must bring (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",
+    "reasoning_parser": "How chat answers are split into reasoning and content. auto: where the "
+    "prompt opens a <think> block; none: never.",
+    "tool_call_parser": "Format of tool calls in chat answers. auto: both of Qwen's formats, XML "
+    "(qwen3_coder) and JSON (hermes); none: calls are not parsed.",
+    "max_body_bytes": "Most bytes of one request body.",
+    "max_bodies_bytes": "Most bytes of all request bodies that are being read at the same time; "
+    "beyond that requests get status 429.",
+    "max_header_bytes": "Most bytes of one request's headers.",
+    "read_timeout": "Seconds within which a request's headers must arrive, and each further "
+    "part of its body.",
+    "api_key": "API key that requests must send (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",
     "ssl_keyfile": "File with the private key for HTTPS.",
     "ssl_certfile": "File with the certificate for HTTPS.",
     "ssl_ca_certs": "File with the authorities that may sign clients' certificates.",
-    "ssl_cert_reqs": "Whether clients bring a certificate: 0 no, 1 if they like, 2 they must.",
-    "allowed_origins": "Web page whose scripts may call the server; '*' is every page.",
-    "allowed_methods": "Method that such scripts may use (default: all).",
-    "allowed_headers": "Header that such scripts may send (default: all).",
-    "allow_credentials": "Let such scripts send cookies.",
-    "stream_interval": "Tokens that a chunk of a stream waits for, after the first one.",
-    "shutdown_timeout": "Seconds that open requests get when the server is told to stop.",
-    "max_engine_restarts": "Engines that may die in a row before the server ends too; 0: the first "
-    "that dies.",
-    "enable_request_id_headers": "Give every answer an X-Request-Id: the request's, or a new one.",
-    "disable_uvicorn_access_log": "Write no line for each request.",
-    "disable_access_log_for_endpoints": "Paths, with commas between, that get no such line.",
-    "otlp_traces_endpoint": "Where OpenTelemetry traces go, such as http://127.0.0.1:4318/v1/traces.",
+    "ssl_cert_reqs": "Client certificates: 0 not asked for, 1 optional, 2 required.",
+    "allowed_origins": "Origin whose web pages may call the server (CORS); '*' allows "
+    "every origin.",
+    "allowed_methods": "HTTP method that such pages may use (default: all).",
+    "allowed_headers": "Header that such pages may send (default: all).",
+    "allow_credentials": "Allow such pages to send cookies.",
+    "stream_interval": "Tokens in one chunk of a stream, after its first chunk.",
+    "shutdown_timeout": "Seconds that open requests get to finish when the server stops.",
+    "max_engine_restarts": "Times in a row that the engine is started again after it died; after "
+    "that the server ends too.",
+    "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's own, or a "
+    "new one.",
+    "disable_uvicorn_access_log": "Write no access log.",
+    "disable_access_log_for_endpoints": "Paths, separated by commas, that are left out of the "
+    "access log.",
+    "otlp_traces_endpoint": "URL that receives OpenTelemetry traces, such as "
+    "http://127.0.0.1:4318/v1/traces.",
     "uvicorn_log_level": "Log level of the HTTP server.",
 }

@@ -1,6 +1,6 @@
 """The life of one server: listen, start the engine, serve, and leave nothing behind.
 
-The port is taken before the engine loads, so that a port in use is known at once and /health
+The port is bound before the engine loads, so that a port in use is reported at once and /health
 answers (503) from the start.
 """
 
@@ -28,9 +28,9 @@ from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import Ready
-from millrace.server.api.anthropic.endpoint import message_error
+from millrace.server.api.anthropic.endpoint import anthropic_error_response
 from millrace.server.api.context import ApiContext
-from millrace.server.app import Api
+from millrace.server.app import application
 from millrace.server.engine_link.client import EngineClient, EngineDeadError
 from millrace.server.engine_link.process import ENGINE_PROGRAM
 from millrace.server.engine_link.restarter import Restarter
@@ -53,7 +53,7 @@ KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 def run_server(
     args: EngineArgs, options: ServerOptions, program: Sequence[str] = ENGINE_PROGRAM
 ) -> int:
-    """Serve until told to stop. Returns the exit status: 0, or 1 if the engine died for good.
+    """Serve until a signal stops it. Returns the exit status: 0, or 1 if the engine died for good.
 
     Raises UserError for options or a model that cannot work. program: what runs as the engine.
     """
@@ -128,7 +128,7 @@ def _api(
             options.max_body_bytes, options.max_bodies_bytes, options.read_timeout
         ),
     )
-    return Api(context, page, root=args.model, debug=args.debug).application()
+    return application(context, page, root=args.model, debug=args.debug)
 
 
 def _middleware(
@@ -142,7 +142,7 @@ def _middleware(
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
         on_finish=[tracer.record] if tracer.active else [],
-        error_formats={"/v1/messages": message_error},
+        error_formats={"/v1/messages": anthropic_error_response},
     )
 
 
@@ -158,18 +158,20 @@ def api_keys(options: ServerOptions) -> list[str]:
 def _gauges(
     middleware: Middleware, server: uvicorn.Server
 ) -> dict[str, tuple[str, Callable[[], float]]]:
-    """The front's own figures, by which a leak would show."""
+    """The server's own figures, in which a leak would show."""
     return {
-        "http_requests_open": ("HTTP requests that are being answered.", lambda: middleware.open_requests),
+        "http_requests_open": (
+            "HTTP requests that are being answered.", lambda: middleware.open_requests
+        ),
         "http_connections": (
             "Connections of clients.", lambda: len(server.server_state.connections)
         ),
-        "front_tasks": ("Tasks in the front's event loop.", lambda: len(asyncio.all_tasks())),
+        "front_tasks": ("Tasks in the server's event loop.", lambda: len(asyncio.all_tasks())),
     }  # fmt: skip
 
 
 def _cache_config(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
-    """The cache's facts, as vLLM's cache_config_info words them."""
+    """The cache's configuration under the label names of vLLM's cache_config_info."""
     if ready is None:
         return {}
     return {
@@ -188,7 +190,7 @@ async def _supervise_engine(
     name: str,
     listener: socket.socket,
 ) -> None:
-    """Say when the engine is ready, keep it running, end the server when it is dead for good."""
+    """Print that the engine is ready, restart it when it dies, end the server at its last death."""
     with contextlib.suppress(UserError, EngineDeadError):
         ready = await client.wait_ready()
         scheme = "https" if options.ssl_certfile else "http"
@@ -198,10 +200,11 @@ async def _supervise_engine(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, ending as a program should.
+    """uvicorn with an orderly stop.
 
-    Told to stop, it goes on answering what is open, for `limit` seconds at most; new requests and
-    /health get 503 meanwhile. Told twice, it ends at once. The exit status is ours.
+    After a first signal it goes on answering open requests, for `limit` seconds at most; new
+    requests and /health get 503 meanwhile. After a second signal it ends at once. Signals do not
+    change the exit status.
     """
 
     def __init__(
@@ -263,7 +266,7 @@ def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.C
         ws="none",
         lifespan="off",
         log_level=options.uvicorn_log_level,
-        access_log=False,  # the door writes one line that says more
+        access_log=False,  # the middleware writes a line that says more
         server_header=False,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,

@@ -1,7 +1,7 @@
-"""A chat model's answer in its parts: reasoning, words, and calls of tools.
+"""A chat model's answer in its parts: reasoning, content, and calls of tools.
 
-One parser an output: it remembers what came before. It knows text only; whether the answer is then
-streamed, and in whose API's shapes, is the server's business.
+There is one parser for each output; it remembers what came before. It knows text only: streaming
+and the shapes of APIs are the server's business.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Call(msgspec.Struct):
 class AnswerParser:
     """Takes an answer's text as it comes. reasoning, tools: None if there are none to find.
 
-    calls: every call found so far, whole; it counts those of a resumed request's first part, too.
+    calls: every call found so far, also those in a resumed request's first part.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AnswerParser:
 
     @property
     def splits(self) -> bool:
-        """Whether an answer may have other parts than words."""
+        """Whether an answer may have other parts than content."""
         return self._reasoning is not None or self._tools is not None
 
     @property
@@ -53,12 +53,14 @@ class AnswerParser:
 
     def feed(self, text: str, last: bool = False) -> AnswerPart:
         """What the text adds. last: the answer ends here."""
-        thought, words = ("", text) if self._reasoning is None else self._reasoning.feed(text, last)
+        reasoning, content = (
+            ("", text) if self._reasoning is None else self._reasoning.feed(text, last)
+        )
         if self._tools is None:
-            return AnswerPart(thought, words)
-        words, parts = self._tools.feed(words, last)
+            return AnswerPart(reasoning, content)
+        content, parts = self._tools.feed(content, last)
         for part in parts:
             if part.id is not None and part.name is not None:
                 self.calls.append(Call(part.id, part.name))
             self.calls[part.index].arguments += part.arguments
-        return AnswerPart(thought, words, parts)
+        return AnswerPart(reasoning, content, parts)

@@ -1,8 +1,8 @@
-"""What an output must match, as a grammar that the engine's matcher reads (llguidance's own).
+"""What an output must match, as a grammar in llguidance's own format.
 
-Here schemas and expressions become grammars and are checked, so that a client learns at once what
-is wrong and where; calls of tools do in `call_grammar`. Matching itself is the engine's business.
-llguidance is imported with the first request that needs it.
+Schemas and expressions become grammars here and are checked, so that a client learns at once what
+is wrong and where; `tool_grammar` does the same for calls of tools. Matching is the engine's
+business. llguidance is imported with the first request that needs it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WHITE_SPACE = r"\n? {0,16}"
 
 
 def output_grammar(wanted: StructuredOutputs, field: str, gap: bool) -> str:
-    """The grammar of `structured_outputs`. field: what the client calls it. gap: line breaks may
-    come first. Raises RequestError that says what is wrong, and where.
+    """The grammar of `structured_outputs`. field: the client's name for it. gap: line breaks
+    may precede it. Raises RequestError that says what is wrong, and where.
     """
     source = f"start: {LEADING_NEWLINES if gap else ''}body\n{output_rules(wanted, field)}"
     problem = grammar_error(source)

@@ -1,6 +1,6 @@
-"""A conversation as templates read it: checked, and in one of the shapes that clients send it in.
+"""A conversation as templates read it: checked, and in one of the shapes that clients send.
 
-What a message must hold is told here with the place of the fault; what it means is the template's.
+Errors name the place of the fault. What a message means is the template's business.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Everything between a user's words and token ids for one model: what the server and `LLM` share.
+"""Everything between a user's text and token ids for one model: what the server and `LLM` share.
 
-A `Codec` turns text, messages or token ids into an `AddRequest` that is known to fit, and gives
-each request its `Detokenizer`. How requests reach an engine is not its business.
+A `TextProcessor` turns text, messages or token ids into an `AddRequest` that is known to fit, and
+gives each request its `Detokenizer`. How requests reach an engine is not its business.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from millrace.errors import RequestError
+from millrace.lengths import check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
@@ -94,7 +95,8 @@ class TextProcessor:
             return self.tokenizer.encode(text, add_special_tokens)
         except (UnicodeError, TypeError):
             raise RequestError(
-                "the prompt holds half of a surrogate pair, which is no character", param="prompt"
+                "the prompt holds half of a surrogate pair, which is not a character",
+                param="prompt",
             ) from None
 
     def request(
@@ -117,14 +119,21 @@ class TextProcessor:
 
         Raises RequestError if none can.
         """
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        check_lengths(len(prompt), 0, max_model_len)
         self.check_token_ids(prompt, "prompt")
         self.check_token_ids(params.stop_token_ids, "stop_token_ids")
         self.check_token_ids(list(params.logit_bias or ()), "logit_bias")
         self.check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
         self.check_token_ids(resume, "resume_token_ids")
-        params = self._with_max_tokens(params, len(prompt), max_model_len, default_max_tokens)
+        defaults = [n for n in (default_max_tokens, self.defaults.max_tokens) if n]
+        params = msgspec.structs.replace(
+            params,
+            max_tokens=output_length(
+                len(prompt), params.max_tokens, min(defaults, default=None), max_model_len
+            ),
+            top_k=0 if params.top_k > self.vocab_size else params.top_k,
+            structured_outputs=None,
+        )
         if len(resume) > (params.max_tokens or 0):
             raise RequestError(
                 f"resume_token_ids has {len(resume)} tokens, but max_tokens is {params.max_tokens}",
@@ -144,7 +153,7 @@ class TextProcessor:
         )
 
     def reasoning_bound(self, tokens: int | None, reasons: bool) -> ReasoningBound | None:
-        """What closes the reasoning after so many tokens, if there is any. Raises RequestError."""
+        """What ends reasoning after `tokens`; None without reasoning. Raises RequestError."""
         if tokens is not None and tokens < 0:
             raise RequestError(
                 f"thinking_token_budget must be at least 0, got {tokens}",
@@ -155,29 +164,13 @@ class TextProcessor:
         end = self.tokenizer.token_id(END)
         if end is None:
             raise RequestError(
-                f"{END} is no token of this model, so that reasoning cannot be ended with it",
+                f"{END} is not a token of this model, so reasoning cannot be ended with it",
                 param="thinking_token_budget",
             )
         return ReasoningBound(min(tokens, 2**31), end)
 
-    def _with_max_tokens(
-        self, params: SamplingParams, prompt_len: int, limit: int, default_max_tokens: int | None
-    ) -> SamplingParams:
-        """The parameters as the engine takes them: with a max_tokens that fits."""
-        room = _room(prompt_len, limit)
-        if params.max_tokens is None:
-            most = min(room, default_max_tokens or room, self.defaults.max_tokens or room)
-        elif params.max_tokens > room:
-            raise _too_long(prompt_len, params.max_tokens, limit)
-        else:
-            most = params.max_tokens
-        top_k = 0 if params.top_k > self.vocab_size else params.top_k
-        return msgspec.structs.replace(
-            params, max_tokens=most, top_k=top_k, structured_outputs=None
-        )
-
     def _bad_word_tokens(self, word: str) -> list[list[int]]:
-        """A word's tokens as it begins a text and, if those are as many, within one."""
+        """A word's tokens at the beginning of a text and, if there are as many, inside a text."""
         bare = self.encode(word.lstrip(), add_special_tokens=False)
         spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
         if not bare:  # nothing but white space
@@ -187,8 +180,8 @@ class TextProcessor:
         return [bare]
 
     def grammar_for_output(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
-        """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, which it
-        does not bind. field: what the client calls it. Raises RequestError.
+        """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, to which
+        the grammar does not apply. field: the client's name for it. Raises RequestError.
         """
         return Grammar(output_grammar(wanted, field, reasons), self._reasoning_end(reasons))
 
@@ -204,7 +197,9 @@ class TextProcessor:
         """
         body = None
         if wanted is not None:
-            self.grammar_for_output(*wanted, reasons)  # for its message, should it be wrong
+            self.grammar_for_output(
+                *wanted, reasons
+            )  # for its error message, which names the field
             body = output_rules(*wanted)
         source = tool_call_grammar(
             choice, self._writes_json_calls(parser), reasons, self.tokenizer.token_id, body
@@ -212,7 +207,7 @@ class TextProcessor:
         return Grammar(source, self._reasoning_end(reasons))
 
     def constrains_auto_calls(self, choice: ToolChoice) -> bool:
-        """Whether calls are to be bound in an answer that may have none."""
+        """Whether a grammar constrains the calls of an answer that may have none."""
         strict = choice.mode == "auto" and any(tool.strict for tool in choice.tools)
         return strict and can_constrain_auto_calls(self.tokenizer.token_id)
 
@@ -227,7 +222,7 @@ class TextProcessor:
         token = self.tokenizer.token_id(END)
         if token is None:
             raise RequestError(
-                f"{END} is no token of this model, so that an answer cannot be bound behind the "
+                f"{END} is not a token of this model, so no grammar can begin behind the "
                 'reasoning; send chat_template_kwargs {"enable_thinking": false}'
             )
         return token
@@ -244,27 +239,6 @@ class TextProcessor:
     def detokenizer(self, params: SamplingParams) -> Detokenizer:
         """What turns the tokens of a request with these parameters into text."""
         return Detokenizer(self.tokenizer, params)
-
-
-def _room(prompt_len: int, limit: int) -> int:
-    """Tokens that the output may have. Raises RequestError if that is none."""
-    if prompt_len >= limit:
-        raise RequestError(
-            f"the prompt has {prompt_len} tokens, but the model's context holds {limit} "
-            f"including the output; at most {limit - 1} work",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    return limit - prompt_len
-
-
-def _too_long(prompt_len: int, wanted: int, limit: int) -> RequestError:
-    return RequestError(
-        f"max_tokens {wanted} and a prompt of {prompt_len} tokens are {wanted + prompt_len} "
-        f"together, but the model's context holds {limit}; max_tokens {limit - prompt_len} works",
-        param="max_tokens",
-        code="context_length_exceeded",
-    )
 
 
 def split_outputs(request: AddRequest) -> list[AddRequest]:

@@ -1,8 +1,8 @@
-"""Tells a chat model's reasoning from its answer, as the text comes.
+"""Separates a chat model's reasoning from its answer, as the text comes.
 
-Models of the Qwen kind think between `<think>` and `</think>` and answer after that; most templates
-write the first marker into the prompt. This module knows text only, so a marker may come in one
-token or in several, and the split is the same however the text is cut.
+Models of the Qwen kind reason between `<think>` and `</think>` and answer after that; most
+templates write the first marker into the prompt. This module knows text only, so a marker may come
+in one token or in several, and the split is the same however the text is cut.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body just renders."""
+    """`{% generation %}` marks text for training; here its body is just rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -69,7 +69,7 @@ class ChatTemplate:
     """One compiled template and the special tokens that it may name.
 
     takes_parts: whether it reads a message's content also as a list of parts; others get the parts
-    joined into one text. takes_tools: whether it tells the model of tools.
+    joined into one text. takes_tools: whether it writes tools into the prompt.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
@@ -145,15 +145,15 @@ def _until_content(text: str, message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
         content = content[-1]["text"] if content else ""
-    words = (content or "").strip()
-    at = text.rfind(words) if words else -1
+    stripped = (content or "").strip()
+    at = text.rfind(stripped) if stripped else -1
     if at < 0:
         raise RequestError(
             "continue_final_message needs a last message whose content the template shows",
             param="continue_final_message",
         )
     # The template may have trimmed the content; what it kept is continued.
-    end = at + len(words)
+    end = at + len(stripped)
     ending = (content or "")[len((content or "").rstrip()) :]
     return text[:end] + (ending if text.startswith(ending, end) else "")
 

@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer: text to token ids, and each token id to the bytes it stands for.
 
 Only byte-level BPE is known (every Qwen model has it): there a token is a fixed string of bytes,
-so that decoding needs no look at its neighbours. What becomes of bytes that end in the middle of a
-character is the business of `millrace.text.detokenizer`.
+so that decoding needs no look at its neighbours. Bytes that end in the middle of a character are
+handled by `millrace.text.detokenizer`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Calls of tools as a grammar: what a model may write where it must call, or may but only rightly.
+"""Calls of tools as a grammar: what a model may write where it must call a tool, or may call one.
 
-A forced answer is calls alone. A free one is words and calls, in which the calls are bound; it is
-made where a tool is `strict`, or where the words have a grammar of their own.
+A forced answer consists of calls only. A free one consists of text and calls, and only the calls
+follow the grammar; it is used where a tool is `strict` or where the text has a grammar of its own.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def tool_call_grammar(
 ) -> str:
     """The grammar of an answer that may or must call tools. Raises RequestError.
 
-    as_json: in which of the two ways of `text.tools`. gap: line breaks may come first. token_id: of
-    a marker that is one token; the matcher knows such a token only by its id. body: the rule of the
-    same name, which an answer without calls must match.
+    as_json: which of the two formats of `text.tool_parser`. gap: line breaks may
+    precede it. token_id: of a marker that is one token; the matcher knows such a token only by its
+    id. body: the rule of the same name, which an answer without calls must match.
     """
     start = f"start: {_start(choice, gap, body is not None)}\n"
     source = start + (body or "") + _rules(choice, as_json, token_id)
@@ -45,7 +45,7 @@ def tool_call_grammar(
 
 
 def can_constrain_auto_calls(token_id: TokenId) -> bool:
-    """Whether words and calls can be told apart: words are all that is not the call's token."""
+    """Whether text and calls can be told apart: everything but the call's token is text."""
     return token_id(CALL) is not None
 
 

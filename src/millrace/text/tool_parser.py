@@ -1,6 +1,6 @@
 """Tool calls in a model's answer, found as the text comes.
 
-Qwen's models write a call in one of two ways, and this parser reads both:
+Qwen's models write a call in one of two formats, and this parser reads both:
 
     <tool_call>                              <tool_call>
     <function=NAME>                          {"name": NAME, "arguments": {...}}
@@ -10,8 +10,8 @@ Qwen's models write a call in one of two ways, and this parser reads both:
     </function>
     </tool_call>
 
-In the first a value is bare text; the tool's schema says which JSON type it is meant to have. What
-comes out is the same however the text is cut into pieces.
+In the first a value is bare text; the tool's schema says which JSON type it has. The result is the
+same however the text is cut into pieces.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class CallPart(msgspec.Struct, frozen=True):
 
 
 class ToolParser:
-    """Splits one answer into its words and its calls. White space before a call belongs to neither.
+    """Splits one answer into content and calls. White space before a call belongs to neither.
 
-    parser: which of the two ways is known; auto knows both. What looks like a call but is none
-    stays text.
+    parser: which of the two formats is read; auto reads both. What looks like a call but is not
+    one stays content.
     """
 
     def __init__(self, tools: Sequence[Tool], parser: ToolCallParser = "auto") -> None:
@@ -61,8 +61,8 @@ class ToolParser:
         self._xml = parser in ("auto", "qwen3_coder", "qwen3_xml")
         self._json = parser in ("auto", "hermes")
         self._held = ""
-        self._state: Callable[[], bool] = self._in_words
-        self._words: list[str] = []
+        self._state: Callable[[], bool] = self._in_content
+        self._content: list[str] = []
         self._parts: list[CallPart] = []
         self._index = -1
 
@@ -72,33 +72,33 @@ class ToolParser:
         return self._index + 1
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[CallPart]]:
-        """(words, parts of calls) that the text adds. last: the answer ends here."""
+        """(content, parts of calls) that the text adds. last: the answer ends here."""
         self._held += text
         while self._state():  # each state takes what it can, and says whether another may go on
             pass
         if last:
             self._finish()
-        words, parts = "".join(self._words), self._parts
-        self._words, self._parts = [], []
-        return words, parts
+        content, parts = "".join(self._content), self._parts
+        self._content, self._parts = [], []
+        return content, parts
 
     # Each state looks at the held text and returns True if it took some of it or changed the state.
 
-    def _in_words(self) -> bool:
+    def _in_content(self) -> bool:
         before, found, after = self._held.partition(CALL)
         if found:
-            self._words.append(before.rstrip())
+            self._content.append(before.rstrip())
             self._held = after
             self._before = before[len(before.rstrip()) :]
             self._state = self._call_opened
             return True
         keep = _certain(self._held, CALL)
-        self._words.append(self._held[:keep])
+        self._content.append(self._held[:keep])
         self._held = self._held[keep:]
         return False
 
     def _call_opened(self) -> bool:
-        """Right behind `<tool_call>`: which of the two ways is it?"""
+        """Right behind `<tool_call>`: which of the two formats is it?"""
         body = self._held.lstrip()
         if self._xml and body.startswith(FUNCTION):
             end = body.find(">")
@@ -116,10 +116,10 @@ class ToolParser:
         return self._no_call_if(not undecided)
 
     def _no_call_if(self, certain: bool) -> bool:
-        """What follows the marker is no call: both are words after all."""
+        """What follows the marker is not a call: both are content."""
         if certain:
-            self._words.append(self._before + CALL)
-            self._state = self._in_words
+            self._content.append(self._before + CALL)
+            self._state = self._in_content
         return certain
 
     # --- <function=NAME> --------------------------------------------------------------------------
@@ -234,15 +234,15 @@ class ToolParser:
         """White space between calls is no word."""
         self._held = self._held.lstrip()
         if self._held:
-            self._state = self._in_words
+            self._state = self._in_content
         return bool(self._held)
 
     def _finish(self) -> None:
-        """Nothing follows: what is held is words if no call has begun, and else belongs to it."""
-        if self._state == self._in_words:
-            self._words.append(self._held)
+        """Nothing follows: held text belongs to the call that has begun, else to the content."""
+        if self._state == self._in_content:
+            self._content.append(self._held)
         elif self._state in (self._call_opened, self._json_body):
-            self._words.append(self._before + CALL + self._held)
+            self._content.append(self._before + CALL + self._held)
         elif self._state == self._in_parameter:
             # Cut off: what there is of a text is shown, as it would be if it had been streamed.
             self._part(_inner(self._held) if self._streams else "")

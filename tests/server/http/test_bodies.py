@@ -36,7 +36,7 @@ async def refused(bodies: BodyReader, upload: Upload) -> ApiError:
 
 def test_all_together_have_a_bound() -> None:
     async def run() -> None:
-        bodies = BodyReader(each=100, max_total_bytes=100, pause=5.0)
+        bodies = BodyReader(max_bytes=100, max_total_bytes=100, read_timeout=5.0)
         slow = Upload(b"x" * 60)
         first = asyncio.create_task(bodies.read(slow.request))
         while not slow.parts.empty():
@@ -53,7 +53,7 @@ def test_all_together_have_a_bound() -> None:
 
 def test_whoever_fails_gives_its_room_back() -> None:
     async def run() -> None:
-        bodies = BodyReader(each=80, max_total_bytes=100, pause=0.01)
+        bodies = BodyReader(max_bytes=80, max_total_bytes=100, read_timeout=0.01)
         assert (await refused(bodies, Upload(b"x" * 70, None))).status == 400
         assert (await refused(bodies, Upload(b"x" * 70))).status == 408
         assert (await refused(bodies, Upload(b"x" * 70, b"x" * 20, b""))).status == 413
@@ -69,7 +69,10 @@ def test_a_body_that_only_drips_is_given_up() -> None:
             await asyncio.sleep(0.02)
 
     async def run() -> None:
-        bodies, upload = BodyReader(each=80_000, max_total_bytes=80_000, pause=0.2), Upload()
+        bodies, upload = (
+            BodyReader(max_bytes=80_000, max_total_bytes=80_000, read_timeout=0.2),
+            Upload(),
+        )
         dripping = asyncio.create_task(drip(upload))
         error = await asyncio.wait_for(refused(bodies, upload), 30)
         dripping.cancel()

@@ -1,6 +1,6 @@
-"""An answer as a row of blocks, each of one kind, opened and closed in turn.
+"""An answer as a list of blocks, each of one kind, opened and closed one after the other.
 
-That is how Anthropic's API and OpenAI's /v1/responses show an answer; the words for it are theirs.
+Anthropic's API and OpenAI's /v1/responses show answers like this; their formats are not known here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Action = Literal["open", "add", "close"]
 
 
 class Block(msgspec.Struct):
-    """One block so far. text: its words, or a call's arguments as JSON. id, name: of a call."""
+    """One block so far. text: its content, or a call's arguments as JSON. id, name: of a call."""
 
     index: int
     kind: Kind
@@ -27,7 +27,7 @@ class Block(msgspec.Struct):
 
 
 class Blocks:
-    """Takes an answer's parts as they come and says what becomes of its blocks."""
+    """Turns the parts of an answer, as they come, into changes of its blocks."""
 
     def __init__(self) -> None:
         self.all: list[Block] = []

@@ -1,7 +1,7 @@
-"""What every family of endpoints shares: one model, one engine, and the bounds on both.
+"""What all endpoints share: one model, one engine, and the limits on both.
 
-A family (`completions`, `chat`, …) reads its own bodies and words its own answers; checking names
-and room, tokenising beside the event loop, and opening requests in the engine is done here.
+An endpoint reads its own bodies and formats its own answers. Checking names and capacity, encoding
+text outside the event loop, and opening requests in the engine are done here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tool_parser import ToolCallParser
 
-LONG_TEXT = 2000  # characters; longer texts are tokenised beside the event loop
+LONG_TEXT = 2000  # characters; longer texts are encoded on a thread
 
 _Body = TypeVar("_Body", bound=ModelRequest)
 _Result = TypeVar("_Result")
@@ -67,7 +67,7 @@ class ApiContext:
         self._metrics = metrics
         self._max_queue = max_queue
         self._body_reader = body_reader
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="front")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 
     async def body(self, request: Request, kind: type[_Body], rules: FieldRules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
@@ -77,15 +77,17 @@ class ApiContext:
     async def read_prompt_body(
         self, request: Request, kind: type[_Body], rules: FieldRules
     ) -> tuple[_Body, list[int]]:
-        """The body of a request for text, and the hashes of its prompt as gateways have them.
-        Raises RequestError or ApiError."""
+        """The body of a request for text, and its prompt's hashes, computed as gateways do.
+
+        Raises RequestError or ApiError.
+        """
         body, given = parse_body(await self._body_reader.read(request), kind, rules)
         fields = PROMPT_FIELDS[request.scope["path"]]
         pieces = [given[name] for name in fields if name in given]
         return body, self.client.prefix_reporter.prefix_hashes(pieces)
 
     def check_ready(self, body: ModelRequest) -> Ready:
-        """What the engine said when it was ready. Raises ApiError: not ready, or not this model."""
+        """The engine's Ready message. Raises ApiError: not ready, or another model."""
         if body.model:
             self.check_model(body.model)
         if isinstance(body, GenerationRequest) and body.stream_options and not body.stream:
@@ -120,18 +122,18 @@ class ApiContext:
             )
 
     def model_name(self, body: ModelRequest) -> str:
-        """What the model is called in the answer."""
+        """The model's name in the answer."""
         return body.model or self.names[0]
 
     async def token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
-        """A prompt's tokens; a long text is read on a thread of its own."""
+        """A prompt's tokens; a long text is encoded on a thread."""
         if not isinstance(prompt, str):
             return prompt
         encode = partial(self.processor.encode, prompt, add_special_tokens)
         return await self.run_in_thread(encode, len(prompt) >= LONG_TEXT)
 
     async def run_in_thread(self, work: Callable[[], _Result], long: bool) -> _Result:
-        """What `work` makes; beside the event loop if it may take long."""
+        """The result of `work`; on a thread if it may take long."""
         if not long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -142,7 +144,7 @@ class ApiContext:
         """The last `truncate_prompt_tokens` of a prompt; -1: what leaves room for the output."""
         kept = body.truncate_prompt_tokens
         most = ready.max_model_len - (params.max_tokens or 1)
-        if kept is None or most < 1:  # the latter is refused with the prompt's length
+        if kept is None or most < 1:  # the latter is refused when the prompt's length is checked
             return prompt
         if not (kept == -1 or 1 <= kept <= most):
             raise RequestError(
@@ -166,7 +168,7 @@ class ApiContext:
         """
 
         def open_generations(receive: Receive) -> Generations:
-            self.check_capacity(len(requests), ready)  # again: tokenising took its time
+            self.check_capacity(len(requests), ready)  # again: encoding took time
             self.client.prefix_reporter.add(prefix_hashes)
             pairs = [(one, self.processor.detokenizer(params)) for one in requests]
             return Generations(self.client, pairs, receive)

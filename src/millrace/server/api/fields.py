@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import msgspec
 
@@ -32,17 +33,17 @@ MAX_PRIORITY = 2**31
 
 
 class FieldRules(NamedTuple):
-    """What becomes of the fields of an API that no body here has.
+    """How an endpoint treats the fields of an API that it does not serve.
 
-    refused: the values at which each changes nothing (null never does), and why others are not
-    served. harmless: known, and without influence on the answer.
+    refused: for each field the values at which it changes nothing (null is always one), and why
+    other values are not served. harmless: known fields without influence on the answer.
     """
 
     refused: Mapping[str, tuple[tuple[Any, ...], str]]
     harmless: frozenset[str]
 
 
-# Not served: the values at which each field changes nothing (null never does), and why.
+# Not served: the values at which each field changes nothing, and why others are refused.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), "outputs are sampled; n gives several"),
     "length_penalty": ((1,), "it belongs to beam search"),
@@ -68,7 +69,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "repetition_detection": ((), "use repetition_penalty or stop"),
 }  # fmt: skip
 
-# Known, and without influence on the answer.
+# Known fields without influence on the answer.
 HARMLESS = frozenset(
     {
         "user",
@@ -85,7 +86,7 @@ OPENAI = FieldRules(REFUSED, HARMLESS)
 
 
 def field_rules(kind: type[ModelRequest], own: FieldRules = OPENAI) -> FieldRules:
-    """What becomes of fields that `kind` has not. Those of OpenAI's other endpoints are refused."""
+    """The rules for fields that `kind` lacks. Those of OpenAI's other endpoints are refused."""
     elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
     for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
         for field in msgspec.structs.fields(other):
@@ -99,58 +100,97 @@ _CHAT = "/v1/chat/completions"
 COMPLETIONS = field_rules(CompletionRequest)
 CHATS = field_rules(ChatRequest)
 
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
+_PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
+_split_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _warned: set[str] = set()
 
 
 def parse_body(
     data: bytes, kind: type[_Body], rules: FieldRules = OPENAI
 ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
-    """A body as `kind`, and the JSON of each field as the client wrote it. Raises RequestError that
+    """A body as `kind`, and the JSON of each field as the client wrote it.
+
+    The body is split into its fields once and each field is decoded once. Raises RequestError that
     names the field and what it must be.
     """
     try:
-        body = msgspec.json.decode(data, type=kind)
-        given = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        given = _split_fields(data)
     except msgspec.ValidationError as error:
-        raise _invalid_field(str(error)) from None
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise RequestError(f"the body must be a JSON object: {_plain(str(error))}") from None
+    except (ValueError, RecursionError) as error:  # DecodeError and UnicodeError are ValueErrors
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    _check_others(given, set(kind.__struct_fields__), rules)
-    return body, given
+    required, decoders = _fields_of(kind)
+    values = {}
+    for name, raw in given.items():
+        decode = decoders.get(name)
+        if decode is None:
+            _check_other_field(name, raw, rules)
+        else:
+            values[name] = _decode_field(name, raw, decode)
+    for name in required:
+        if name not in values:
+            raise RequestError(f"{name} is missing", param=name)
+    return kind(**values), given
 
 
-def _invalid_field(message: str) -> RequestError:
-    """From `Expected int, got str - at $.top_k` to a message that begins with the field."""
+@cache
+def _fields_of(kind: type[ModelRequest]) -> tuple[list[str], Mapping[str, Callable[[Any], Any]]]:
+    """(the required fields, what decodes each field)."""
+    types = get_type_hints(kind)
+    fields = msgspec.structs.fields(kind)
+    decoders = {one.name: msgspec.json.Decoder(types[one.name]).decode for one in fields}
+    return [one.name for one in fields if one.required], decoders
+
+
+def _decode_field(name: str, raw: msgspec.Raw, decode: Callable[[Any], Any]) -> Any:
+    try:
+        return decode(raw)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(name, str(error)) from None
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
+        raise RequestError(
+            f"{name} is not valid JSON: {error}", param=name, code="invalid_json"
+        ) from None
+
+
+def _invalid_field(name: str, message: str) -> RequestError:
+    """From `Expected int, got str - at $[0]` to a message that begins with the place."""
     found = _PATH.search(message)
-    text = _PATH.sub("", message).replace("`", "")
     path = found.group(1) if found else ""
-    if path:
-        return RequestError(f"{path}: {text}", param=re.split(r"[.\[]", path)[0])
-    missing = re.search(r"missing required field (\w+)", text)
-    if missing:
-        return RequestError(f"{missing.group(1)} is missing", param=missing.group(1))
-    return RequestError(f"the body must be a JSON object: {text}")
+    place = f"{name}{path}" if not path or path.startswith("[") else f"{name}.{path}"
+    return RequestError(f"{place}: {_plain(_PATH.sub('', message))}", param=name)
 
 
-def _check_others(given: Mapping[str, msgspec.Raw], served: set[str], rules: FieldRules) -> None:
-    for name in given.keys() - served:
-        if name in rules.refused:
-            value = msgspec.json.decode(given[name])
-            neutrals, reason = rules.refused[name]
-            if value is not None and not any(_same(value, neutral) for neutral in neutrals):
-                raise RequestError(
-                    f"{name} is not supported: {reason}; leave it out",
-                    param=name,
-                    code="unsupported_parameter",
-                )
-        elif name not in rules.harmless:
-            _warn_once(name)
+def _plain(message: str) -> str:
+    return message.replace("`", "")
+
+
+def _check_other_field(name: str, raw: msgspec.Raw, rules: FieldRules) -> None:
+    """A field that the endpoint does not have: refused, without influence, or unknown."""
+    if name in rules.refused:
+        neutrals, reason = rules.refused[name]
+        if not _is_neutral(raw, neutrals):
+            raise RequestError(
+                f"{name} is not supported: {reason}; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )
+    elif name not in rules.harmless:
+        _warn_once(name)
+
+
+def _is_neutral(raw: msgspec.Raw, neutrals: tuple[Any, ...]) -> bool:
+    """Whether a refused field holds null or a value at which it changes nothing."""
+    try:
+        value = msgspec.json.decode(raw)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested too deep
+        return False
+    return value is None or any(_same(value, neutral) for neutral in neutrals)
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and both or neither a truth value: 0 is no `false` and 1 no `true`."""
+    """Equal and of the same kind: 0 is not `false` and 1 is not `true`."""
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
@@ -206,7 +246,7 @@ def check_resume(body: GenerationRequest, outputs: int) -> None:
 
 
 def _max_tokens(body: GenerationRequest) -> int | None:
-    """What the body asks for; None where it says nothing, or asks for as many as fit."""
+    """The body's max_tokens; None where it has none, or asks for as many as fit."""
     if isinstance(body, ChatRequest):
         newer = body.max_completion_tokens
         return body.max_tokens if newer is None else newer
@@ -225,7 +265,7 @@ def _logprobs(body: GenerationRequest) -> int | None:
         return _or(body.top_logprobs, 0) if body.logprobs else None
     assert isinstance(body, CompletionRequest)
     if body.logprobs is None and _or(body.best_of, 1) > 1:
-        return 0  # the best ones are told by them
+        return 0  # best_of compares outputs by them
     return body.logprobs
 
 
@@ -261,8 +301,7 @@ def structured_outputs(body: GenerationRequest) -> tuple[StructuredOutputs, str]
     try:
         return msgspec.convert(wanted, StructuredOutputs), name
     except msgspec.ValidationError as error:
-        problem = _invalid_field(str(error))
-        raise RequestError(f"{name}: {problem}", param=name) from None
+        raise _invalid_field(name, str(error)) from None
 
 
 _GUIDED = ("json", "regex", "choice", "grammar")
@@ -274,7 +313,7 @@ def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
 
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """OpenAI's three kinds in the words of structured_outputs."""
+    """OpenAI's three kinds as fields of structured_outputs."""
     kind = (given or {}).get("type")
     if given is None or kind == "text":
         return None

@@ -1,4 +1,4 @@
-"""How OpenAI's API words outputs, whole or in chunks; chats have a module of their own."""
+"""How OpenAI's API formats outputs, whole or in chunks. Chats have their own module."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Formatter(Protocol):
-    """The wording of one answer. Events are bytes as they go over the wire.
+    """The format of one answer. Events are the bytes that go over the wire.
 
-    needs_usage: every event tells the token counts so far.
+    needs_usage: every event holds the token counts so far.
     """
 
     id: str
@@ -37,22 +37,22 @@ class Formatter(Protocol):
     def piece_events(
         self, generation: Generation, piece: Piece, first: bool, usage: Usage | None
     ) -> Iterable[bytes]:
-        """What a piece looks like in a stream. first: it is the first of its choice."""
+        """The events of one piece of a stream. first: it is the first piece of its choice."""
 
     def final_events(self, usage: Usage) -> Iterable[bytes]:
-        """What follows the last piece of a stream."""
+        """The events after the last piece of a stream."""
 
     def error_events(self, error: ApiError) -> Iterable[bytes]:
-        """What ends a stream that has begun and cannot go on."""
+        """The events that end a stream which has begun and cannot go on."""
 
     def full_response(
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> msgspec.Struct:
-        """The answer that is not streamed; each generation's output is one piece."""
+        """The answer of a request that is not streamed; each generation's output is one piece."""
 
 
 class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What every chunk repeats, and what the body asked to see beside the text."""
+    """What every chunk repeats, and what the body asked for beside the text."""
 
     id: str
     created: int
@@ -67,7 +67,7 @@ def data_event(body: msgspec.Struct) -> bytes:
 
 
 class OpenAiFormatter:
-    """What both endpoints' streams have in common."""
+    """What the answers of both OpenAI endpoints share."""
 
     def __init__(self, header: ResponseHeader, logprobs: LogprobFormatter) -> None:
         self.id = header.id
@@ -114,8 +114,9 @@ class CompletionFormatter(OpenAiFormatter):
     """Answers of /v1/completions.
 
     echoes: for each choice the prompt's text that precedes it, or nothing. prompt_only: the
-    output itself is not wanted. best: of each prompt's outputs so many are shown, the likeliest
-    generations; None shows all. shows_logprobs, shows_prompt: they are asked for, not just needed.
+    output itself is left out. best: (shown, made): of each prompt's outputs only the most likely
+    ones are shown; None shows all. shows_logprobs, shows_prompt: whether the body asked for
+    log-probabilities of the output and of the prompt.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class CompletionFormatter(OpenAiFormatter):
         self._best = best
         self._shows_logprobs = shows_logprobs
         self._shows_prompt = shows_prompt
-        self._offsets: dict[int, int] = {}  # of each choice, characters worded in logprobs so far
+        self._offsets: dict[int, int] = {}  # by choice: characters whose logprobs were sent
 
     def chunk(
         self, generation: Generation, piece: Piece, first: bool, usage: Usage | UnsetType

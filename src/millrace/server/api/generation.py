@@ -1,4 +1,4 @@
-"""One output between the engine and an answer: deltas in, pieces of text and counts out."""
+"""One output between the engine and an answer: deltas come in, pieces of text and counts go out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from millrace.text.detokenizer import Detokenizer, Piece
 
 
 class Generation:
-    """One output, piece by piece. index: its place among the choices.
+    """One output, piece by piece. index: its position among the choices.
 
-    resumed: text that the tokens of `request.resume` had made certain; it has been shown already.
-    completion_tokens: these tokens are among them. prompt_logprobs: known with the first piece.
+    resumed: text of the tokens of `request.resume`, which the client has already.
+    completion_tokens: counts those tokens too. prompt_logprobs: known with the first piece.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Generation:
 
 
 class Generations:
-    """All outputs of one HTTP request; a context in which they run, and outside of which none does.
+    """All outputs of one HTTP request; a context manager that ends them all when it is left.
 
-    receive: the ASGI channel, on which the client's departure is noticed.
+    receive: the ASGI channel that reports when the client disconnects.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Generations:
             self._client.close(generation.stream)
 
     async def each(self, work: Callable[[Generation], Coroutine[Any, Any, Any]]) -> list[Any]:
-        """Do `work` on every generation, all at once; the first error ends the others."""
+        """Run `work` on all generations concurrently; the first error ends the others."""
         if len(self.all) == 1:
             return [await work(self.all[0])]
         tasks = [asyncio.ensure_future(work(generation)) for generation in self.all]

@@ -1,4 +1,4 @@
-"""The `prompt` of /v1/completions, which comes in four shapes, told apart."""
+"""The `prompt` of /v1/completions, which comes in four shapes, as a list of prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of the OpenAI API: whole, in chunks, and the pages beside them.
+"""Answers of the OpenAI API, whole and in chunks, and of the endpoints that only report.
 
 Shapes follow OpenAI's reference, and vLLM's where it goes further (token ids, stop_reason,
 prompt_logprobs, max_model_len).
@@ -97,8 +97,8 @@ class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that the model makes. In a stream: index tells the calls apart, id and type stand in
-    a call's first part.
+    """A call that the model makes. In a stream: index numbers the calls; id and type are sent with
+    a call's first part only.
     """
 
     index: int | UnsetType = UNSET

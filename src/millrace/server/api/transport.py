@@ -1,7 +1,7 @@
-"""The two ways an answer leaves: whole as JSON, or streamed as server-sent events.
+"""The two ways in which an answer is sent: whole as JSON, or streamed as server-sent events.
 
-The status line waits for the first piece, so that a request which the engine refuses, or which
-dies with it, still gets a proper status. A later failure becomes an event of its own.
+A stream's status line is sent with its first piece, so that a request which the engine refuses
+still gets a proper status. A later failure becomes an event of the stream.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The front's end of an engine: requests go in, streams of deltas come out.
+"""The server's side of an engine: requests go in, streams of deltas come out.
 
-The client notices at once when the engine process ends, or when it has gone silent, and then fails
-every open stream with one clear error. It outlives its engine: `restart` gives it another.
+The client notices at once when the engine process ends or falls silent, and then fails every open
+stream with one clear error. It outlives its engine: `restart` starts another one.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from millrace.server.telemetry.prefix_report import PrefixReporter
 
 logger = logging.getLogger(__name__)
 
-# A stuck engine's own watchdog says where it is, so the front gives it time to speak first.
+# The engine's own watchdog reports where a step hangs, so the server waits longer than it does.
 SILENCE_FACTOR, SILENCE_EXTRA = 1.25, 5.0
 
 
 class EngineDeadError(Exception):
-    """The engine process has ended, or cannot go on; the message says how."""
+    """The engine process has ended or cannot go on; the message says why."""
 
 
 class EngineClient:
     """One engine after another and the requests that are open in it.
 
-    ready: what the engine said when it was, None before. died: how it ended, None while it has
-    not. stats: its latest figures. held_prefixes: of prompts that went to it. draining: no new
-    requests are wanted. stream_interval: tokens that a stream's reader waits for.
+    ready: the engine's Ready message, None before. died: why the engine ended, None while it runs.
+    stats: its latest figures. prefix_reporter: hashes of the prompts that were sent to it.
+    draining: new requests are refused. stream_interval: tokens that a stream's reader waits for.
     """
 
     def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
@@ -94,7 +94,7 @@ class EngineClient:
         return self.ready
 
     async def wait_died(self) -> Exception:
-        """Wait for the engine's unexpected end, and say how it came."""
+        """Wait for the engine's unexpected end; returns the reason."""
         while self.died is None:
             self._changed.clear()
             await self._changed.wait()
@@ -126,7 +126,7 @@ class EngineClient:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Let go of a stream; what has not ended is aborted in the engine."""
+        """Close a stream; if it has not ended, the engine aborts its request."""
         if self._streams.pop(stream.id, None) is not None and not stream.ended:
             stream.abandon()
             self._link.send(Abort([stream.id]))
@@ -168,9 +168,9 @@ class EngineClient:
         self._die(EngineDeadError(self._kill_reason or reason))
 
     async def _watch_silence(self) -> None:
-        """Kill an engine that says nothing for so long that its own watchdog should have spoken.
+        """Kill an engine that sends nothing for longer than its own watchdog would allow.
 
-        Seconds are counted one by one in this loop: time in which the front itself stood still
+        Seconds are counted one by one in this loop: time in which the server itself was stopped
         does not count.
         """
         limit = self._args.step_timeout

@@ -1,7 +1,7 @@
-"""One engine's life: its process and the two sockets that lead to it, in a private directory.
+"""One engine's life: its process, and the two sockets to it in a private directory.
 
-A link knows how messages travel and how an engine ended, not what they mean. When its engine has
-ended a link is of no more use; the next engine gets a new one.
+A link knows how messages travel and how an engine ended, not what the messages mean. Once its
+engine has ended a link is of no use; the next engine gets a new one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _decode = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 class EngineLink:
-    """The way to one engine process and back.
+    """The connection to one engine process.
 
     on_message is called with each message; on_finish with one line that says how the process ended,
     once, unless `stop` ended it.
@@ -49,7 +49,7 @@ class EngineLink:
         self._on_finish = on_finish
         self._outbox: deque[bytes] = deque()
         self._closed = False
-        self._failed = False  # the engine has said that it ends, and why
+        self._failed = False  # the engine has reported why it ends
         self._process: EngineProcess | None = None
 
     async def start(self, args: EngineArgs, program: Sequence[str]) -> None:
@@ -85,14 +85,14 @@ class EngineLink:
             self._process.kill()
 
     async def stop(self) -> None:
-        """Wait for an engine that was told to end, insist if need be, remove what `start` made."""
+        """End an engine that was sent Shutdown, by force if need be; remove what `start` made."""
         if self._process is not None:
             self._watch.cancel()
             await self._process.end()
         self._close()
 
     def _flush(self) -> None:
-        """Send what waits. It waits only while the engine is not connected, which passes."""
+        """Send what is queued. Messages are queued only while the engine is not yet connected."""
         while self._outbox and not self._closed:
             try:
                 self._to_engine.send(self._outbox[0], zmq.NOBLOCK)
@@ -123,7 +123,7 @@ class EngineLink:
         self._on_finish(reason)
 
     async def _wait_for_failure_message(self) -> None:
-        """Say why it failed, if it did: its message may still be on its way when it has ended."""
+        """Read the engine's Failed message, which may arrive after the process has ended."""
         deadline = self._loop.time() + FAILURE_MESSAGE_SECONDS
         while not self._failed and self._loop.time() < deadline:
             self._receive()

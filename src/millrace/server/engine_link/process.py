@@ -1,7 +1,7 @@
-"""An engine as a child process: started, watched, and gone within a bound.
+"""An engine as a child process: started, watched, and ended within a time limit.
 
-It has its own session, so a Ctrl-C at the terminal reaches the front alone, which then ends the
-engine in order. The other way round, the engine ends when the process named by --parent-pid does.
+It has its own session, so a Ctrl-C at the terminal reaches the server alone, which then ends the
+engine in order. In turn, the engine ends when the process named by --parent-pid does.
 """
 
 from __future__ import annotations

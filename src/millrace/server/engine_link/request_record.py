@@ -1,7 +1,7 @@
-"""What is remembered of stream HTTP request while it is answered: for the log, figures and traces.
+"""What is recorded of one HTTP request while it is answered: for the log, metrics and traces.
 
-The door makes a record for each request and sets it as `current` in the request's task; the engine
-client adds the streams that are opened there. So neither endpoints nor replies carry it around.
+The middleware makes a record for each request and sets it as `current` in the request's task; the
+engine client adds the streams that are opened there. So endpoints need not pass it around.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
 
 
 class RequestRecord:
-    """One HTTP request. began: seconds on the monotonic clock; at: seconds since 1970."""
+    """One HTTP request. started: monotonic seconds. started_unix: seconds since 1970."""
 
     __slots__ = ("id", "scope", "started", "started_unix", "status", "streams")
 
@@ -48,7 +48,7 @@ class RequestRecord:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of outputs for stream prompt, the first counts it."""
+        """Tokens of all prompts. Of several outputs for one prompt, the first counts it."""
         return sum(stream.prompt_len for stream in self.streams if stream.counts_prompt)
 
     @property

@@ -1,7 +1,7 @@
-"""Keeps an engine running: one that dies is started again after a pause, within bounds.
+"""Keeps an engine running: one that dies is started again after a pause, within limits.
 
-It knows how often and how soon; how an engine is started, and what becomes of its requests, is the
-client's business.
+It decides how often and how soon. How an engine is started, and what happens to its requests, is
+the client's business.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The way of one request's tokens from the engine's messages to whoever waits for them.
+"""The path of one request's tokens from the engine's messages to their reader.
 
-A stream holds at most what its reader has not taken yet, merged into one delta: a slow client
-costs memory for its own tokens and nothing else, and the engine never waits for it.
+A stream holds at most what its reader has not read yet, merged into one delta: a slow client costs
+memory for its own tokens only, and the engine never waits for it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class Stream:
     """Deltas of one request. One writer (the engine client), one reader.
 
     interval: tokens that the reader waits for between the first and the last.
-    ended: the engine holds nothing for this request any more. tokens, cached: generated, and found
-    in the prefix cache, so far. queued: seconds it waited for its admission. first, last: when
-    tokens came, in seconds on the clock of `arrival`; 0 before.
+    ended: the engine holds nothing for this request any more. generated_tokens, cached_tokens:
+    generated, and found in the prefix cache, so far. queue_time: seconds from arrival to admission.
+    first_token_time, last_token_time: when tokens came, in seconds on the clock of `arrival`; 0
+    before. counts_prompt: of several outputs for one prompt, the first counts it.
     """
 
     def __init__(self, request: AddRequest, metrics: RequestMetrics, interval: int = 1) -> None:
@@ -43,7 +44,7 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, delta: Delta, now: float) -> None:
-        """The engine brought tokens or the end. now: seconds on the clock of `arrival`."""
+        """Add tokens or the end. now: seconds on the clock of `arrival`."""
         if delta.token_ids:
             self._record_tokens(len(delta.token_ids), now)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
@@ -57,19 +58,19 @@ class Stream:
             self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come: after what it has not taken the reader gets `error`."""
+        """Nothing more will come: the reader gets `error` after what it has not read yet."""
         if self._failure is None:
             self._failure = error
             self._wake()
 
     def engine_died(self, error: Exception) -> None:
-        """The engine is gone, and all that it held with it; the reader gets `error`."""
+        """The engine has died with all that it held; the reader gets `error`."""
         if not self.ended:
             self._record_finish("error", monotonic())
             self.fail(error)
 
     async def take(self) -> Delta:
-        """All that has come since the last call; waits until that is worth an answer."""
+        """All that has come since the last call; waits until there is enough to send."""
         while not self._readable():
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -81,12 +82,12 @@ class Stream:
         return delta
 
     def abandon(self) -> None:
-        """The reader wants no more."""
+        """The reader has gone."""
         if not self.ended:
             self._record_finish("abort", monotonic())
 
     def _readable(self) -> bool:
-        """Whether the reader is to be given something."""
+        """Whether the reader gets something now."""
         if self._failure is not None:
             return True
         waiting = self._pending

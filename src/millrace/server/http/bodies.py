@@ -1,4 +1,4 @@
-"""What every endpoint needs of HTTP: bodies within bounds."""
+"""Request bodies within bounds: of one body, of all bodies together, and of the time they take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from starlette.requests import ClientDisconnect, Request
 
 from millrace.server.http.errors import ApiError
 
-MAX_PAUSES = 4  # that a body may take in all, and
-MIN_BYTES_PER_SECOND = 16 * 2**10  # the bytes a second that it must bring to take longer
+MAX_PAUSES = 4
+MIN_BYTES_PER_SECOND = 16 * 2**10
 
 
 @dataclass(slots=True)
 class BodyReader:
-    """Bodies on their way in: each of at most `each` bytes, all together of at most `together`;
-    one of which nothing more comes for `pause` seconds, or only drops, is given up."""
+    """Reads bodies. max_bytes: of one body; max_total_bytes: of all that are being read.
+
+    read_timeout: seconds that may pass between two parts of a body. A body may take MAX_PAUSES
+    times that in all, and longer only where it brings MIN_BYTES_PER_SECOND.
+    """
 
     max_bytes: int
     max_total_bytes: int
@@ -24,8 +27,8 @@ class BodyReader:
     _buffered: int = field(default=0, init=False)
 
     async def read(self, request: Request) -> bytes:
-        """A JSON body. Raises ApiError: 413 for too large a body, 415 for another content type, 408
-        for a pause, 429 while others take all the room.
+        """A JSON body. Raises ApiError: 413 for a body that is too large, 415 for another content
+        type, 408 for a body that comes too slowly, 429 while other bodies take all the space.
         """
         kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
@@ -41,7 +44,8 @@ class BodyReader:
         except TimeoutError:
             raise ApiError(
                 408,
-                f"no more of the body came for {self.read_timeout:g} s, or only drops",
+                f"the body came too slowly: nothing for {self.read_timeout:g} s, or only "
+                "a few bytes a second",
                 code="request_timeout",
                 headers={"Connection": "close"},
             ) from None

@@ -1,8 +1,8 @@
 """One client's connection: uvicorn's HTTP/1.1 protocol, with limits on what a client may cost.
 
-A request's head must be there within a time and a size, or the connection ends with 408 or 431; a
-request that is no HTTP gets an error of the same shape as every other. What a body may cost is
-`http.Bodies`'s business.
+A request's head must arrive within a time and a size, else the connection ends with 408 or 431. A
+request that is not HTTP gets an error of the same shape as every other. Limits on bodies are in
+`http.bodies`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from millrace.server.http.errors import ApiError
 
 
 class Connection(HttpToolsProtocol):
-    """A connection with bounds.
+    """A connection with limits.
 
-    head_timeout: from the first byte of a request, or the connection's begin, to the end of its
-    headers. max_head_bytes: how large they may be together, give or take one read.
+    head_timeout: seconds from the first byte of a request, or from the connection's start, to the
+    end of its headers. max_head_bytes: the size of the headers, give or take one read.
     """
 
     def __init__(self, *args: Any, head_timeout: float, max_head_bytes: int, **more: Any) -> None:
@@ -65,7 +65,7 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
 
     def send_400_response(self, msg: str) -> None:
-        self._reject(400, f"this is no HTTP/1.1 request: {msg}")
+        self._reject(400, f"this is not an HTTP/1.1 request: {msg}")
 
     @property
     def _answering(self) -> bool:

@@ -68,7 +68,7 @@ class ClientGoneError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an error. An unknown kind is a fault of ours, and is logged."""
+    """The error that a client sees. An unknown kind is a fault of the server, and is logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):

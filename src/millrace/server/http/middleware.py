@@ -1,7 +1,7 @@
-"""What every HTTP request passes on its way in and out: ids, keys, counts, one line in the log.
+"""What every HTTP request passes through: request ids, API keys, counts, the access log.
 
-The door knows no endpoint; it wraps the whole application. What it costs is paid once for each
-request and, for the answer's pieces, one call each.
+The middleware wraps the whole application and knows no endpoint. It costs one call for a request
+and one for each piece of its answer.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Keys:
 
 
 class Middleware:
-    """Wraps the application.
+    """An ASGI application around another one.
 
-    quiet: paths whose requests get no line in the log; None: none gets one. on_finish is called with
-    each record when its request has ended. refusals: how requests without a key are answered where
-    a path begins so; elsewhere as OpenAI does.
+    unlogged_paths: paths whose requests get no line in the access log; None: no request gets one.
+    on_finish: called with the record of each request that has ended. error_formats: by the
+    beginning of a path, how a request without a valid key is answered; OpenAI's shape elsewhere.
     """
 
     def __init__(

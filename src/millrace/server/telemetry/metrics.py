@@ -1,8 +1,8 @@
-"""What a replica reports at /metrics: the engine's totals and the latencies that the front sees.
+"""What a replica reports at /metrics: the engine's totals, and latencies that the server sees.
 
-Every figure stands under Millrace's own name and, where vLLM has one with the same meaning, under
-vLLM's too, with its labels and its buckets, so that dashboards made for it keep working. Recording
-is a few list operations: it happens for every token that is streamed.
+Each figure has Millrace's own name. Where vLLM has a figure of the same meaning, it also appears
+under vLLM's name, with vLLM's labels and buckets, so that existing dashboards keep working.
+Recording a value costs a few list operations, since it happens for every token of a stream.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which prefixes this replica holds, for gateways that ask: the hashes of its latest prompts.
+"""Which prefixes this replica probably holds: hashes of its latest prompts, for gateways that ask.
 
-It knows what was asked for, not what the engine's cache has kept of it: a gateway takes it as a
-hint. Nothing here is done for a token; a request costs microseconds.
+It knows which prompts were sent to the engine, not what the engine's cache still holds of them, so
+a gateway takes the report as a hint. Nothing here runs for a token; a request costs microseconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from msgspec import Raw
 
 from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PrefixReport, hash_chain
 
-MAX_PROMPTS = 256  # remembered
-MAX_HASHES_PER_REPORT = 2048  # hashes in a reply, after which it tells of no further prompt
+MAX_PROMPTS = 256  # stored at most
+MAX_HASHES_PER_REPORT = 2048  # in a report: after that many, no further prompt is added
 
 
 class PrefixReporter:
-    """The hash chains of the last PROMPTS prompts, numbered as they came, since the cache was
-    empty. on: whether there is a cache at all; without one nothing is kept or sent."""
+    """The hashes of the last MAX_PROMPTS prompts since the cache was last empty, oldest first.
+
+    enabled: whether there is a prefix cache; without one nothing is stored or sent.
+    """
 
     def __init__(self, enabled: bool = False) -> None:
         self.enabled = enabled

@@ -1,20 +1,19 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same engine.
 
-A body becomes the chat body of OpenAI's API, which says the same in other words; the answer is
-worded in `anthropic_reply`. Errors have Anthropic's shape.
+A body is converted to the chat body of OpenAI's API. The format of the answer is in `formatter`;
+errors have Anthropic's shape too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from millrace.errors import RequestError
@@ -76,18 +75,53 @@ class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
+class _AnthropicErrors:
+    """An ASGI application whose errors have Anthropic's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # raised only before the answer has begun
+            response = await anthropic_error_response(Request(scope), error)
+            await response(scope, receive, send)
+
+
+def _anthropic_errors(
+    handler: Callable[[Anthropic, Request], Awaitable[ASGIApp]],
+) -> Callable[[Anthropic, Request], Awaitable[ASGIApp]]:
+    """The handler, with every error that it or its answer raises in Anthropic's shape."""
+
+    @wraps(handler)
+    async def run(self: Anthropic, request: Request) -> ASGIApp:
+        try:
+            return _AnthropicErrors(await handler(self, request))
+        except Exception as error:
+            return await anthropic_error_response(request, error)
+
+    return run
+
+
+async def anthropic_error_response(request: Request, error: Exception) -> Response:
+    """As `http.errors.error_response`, in Anthropic's shape."""
+    api_error = as_api_error(error)
+    return Response(
+        msgspec.json.encode(error_body(api_error)),
+        status_code=api_error.status,
+        headers=api_error.headers,
+        media_type="application/json",
+    )
+
+
 class Anthropic:
     """The endpoints of Anthropic's API."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/v1/messages", _shaped(self.create), methods=["POST"]),
-            Route("/v1/messages/count_tokens", _shaped(self.count), methods=["POST"]),
-        ]
-
+    @_anthropic_errors
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/messages"""
         context = self._context
@@ -102,6 +136,7 @@ class Anthropic:
             prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
         )
 
+    @_anthropic_errors
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
         context = self._context
@@ -113,44 +148,7 @@ class Anthropic:
         return json_response(TokenCount(len(await context.token_ids(text, False))))
 
 
-class _Shaped:
-    """An ASGI application whose errors have Anthropic's shape."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception as error:  # raised only before the answer has begun
-            answer = await message_error(Request(scope), error)
-            await answer(scope, receive, send)
-
-
-def _shaped(
-    endpoint: Callable[[Request], Awaitable[ASGIApp]],
-) -> Callable[[Request], Awaitable[ASGIApp]]:
-    async def run(request: Request) -> ASGIApp:
-        try:
-            return _Shaped(await endpoint(request))
-        except Exception as error:
-            return await message_error(request, error)
-
-    return run
-
-
-async def message_error(request: Request, error: Exception) -> Response:
-    """As `errors.error_response`, in Anthropic's shape."""
-    told = as_api_error(error)
-    return Response(
-        msgspec.json.encode(error_body(told)),
-        status_code=told.status,
-        headers=told.headers,
-        media_type="application/json",
-    )
-
-
-# --- from Anthropic's words to OpenAI's ---------------------------------------------------------
+# --- from Anthropic's body to OpenAI's ----------------------------------------------------------
 
 
 def as_chat(body: CountRequest) -> ChatRequest:
@@ -187,7 +185,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
 
 
 def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """One message; the tools' results in it are messages of their own, and come first."""
+    """One message as chat messages; results of tools become messages of their own, in front."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be user or assistant, got {role!r}", param=where)
@@ -207,7 +205,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             calls.append(_call(block))
         elif kind == "thinking" and role == "assistant":
             thoughts.append(str(block.get("thinking", "")))
-        elif kind != "redacted_thinking":  # nobody here could read that
+        elif kind != "redacted_thinking":  # encrypted by Anthropic: no template can read it
             known = "text, tool_result, tool_use or thinking, where they belong"
             raise RequestError(
                 f"{place} must be a block of type {known}; {_TEXT_ONLY}", param=where
@@ -285,7 +283,7 @@ def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] 
 
 
 def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """On or off. Said nothing, the template decides."""
+    """Template variables that turn reasoning on or off; None leaves it to the template."""
     if given is None:
         return None
     kind = given.get("type")
@@ -296,7 +294,7 @@ def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _budget(given: Mapping[str, Any] | None) -> int | None:
-    """Tokens that the reasoning may have."""
+    """The most tokens that the reasoning may have; None sets no limit."""
     budget = (given or {}).get("budget_tokens")
     if budget is None:
         return None

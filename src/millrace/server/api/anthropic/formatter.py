@@ -1,4 +1,4 @@
-"""How Anthropic's API words an answer: a list of blocks, whole or as a stream of named events."""
+"""How Anthropic's API formats an answer: a list of blocks, whole or as a stream of named events."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: a conversation continued, through the checkpoint's chat template.
 
-`prepare` turns a chat's body into engine requests; the other families of chat APIs put theirs into
-the same body and use it too.
+`prepare_chat` turns a chat's body into engine requests. The other chat APIs convert their bodies
+to this one and use it too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
@@ -35,7 +34,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class PreparedChat(msgspec.Struct, frozen=True):
-    """A chat made ready for the engine. parsers: one for each of the requests."""
+    """A chat as engine requests. parsers: one for each of the requests."""
 
     requests: list[AddRequest]
     params: SamplingParams
@@ -47,9 +46,6 @@ class Chat:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
-
-    def routes(self) -> list[Route]:
-        return [Route("/v1/chat/completions", self.create, methods=["POST"])]
 
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions"""
@@ -64,9 +60,11 @@ class Chat:
             options=body.stream_options or StreamOptions(),
         )
         prepared = await prepare_chat(context, body, header.id, ready)
-        words = LogprobFormatter(context.processor.tokenizer, bool(body.return_tokens_as_token_ids))
+        logprobs = LogprobFormatter(
+            context.processor.tokenizer, bool(body.return_tokens_as_token_ids)
+        )
         formatter = ChatFormatter(
-            header, words, prepared.parsers, shows_reasoning=body.include_reasoning
+            header, logprobs, prepared.parsers, shows_reasoning=body.include_reasoning
         )
         return context.respond(
             prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
@@ -86,9 +84,7 @@ async def prepare_chat(
     )
     variables = _variables(context, body)
     starts_with_reasoning = opens_reasoning(context.reasoning_parser, text, variables)
-    reasons = starts_with_reasoning or text.rstrip().endswith(
-        START
-    )  # also where nobody tells it apart
+    reasons = starts_with_reasoning or text.rstrip().endswith(START)  # also where the parser is off
     build = _grammar(context, body, choice, reasons)
     grammar = await context.run_in_thread(build, True) if build else None
     token_ids = await context.token_ids(text, body.add_special_tokens)
@@ -138,7 +134,7 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
     template = context.processor.template
     if effort is not None and template is not None and "reasoning_effort" in template.source:
         given["reasoning_effort"] = effort
-    elif effort is not None:  # the model reasons or does not; it knows no degrees
+    elif effort is not None:  # the model has no degrees of effort: it reasons or not
         if effort not in EFFORTS:
             known = ", ".join(EFFORTS)
             message = f"reasoning_effort must be one of {known}, got {effort!r}"
@@ -150,7 +146,7 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
 def _grammar(
     context: ApiContext, body: ChatRequest, choice: ToolChoice, reasons: bool
 ) -> Callable[[], Grammar] | None:
-    """What makes the grammar that the answer must match, if there is one."""
+    """The function that builds the grammar which the answer must match, if there is one."""
     processor, parser = context.processor, context.tool_call_parser
     wanted = structured_outputs(body)
     if choice.mode == "required" and wanted is not None:

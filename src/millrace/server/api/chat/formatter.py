@@ -1,4 +1,4 @@
-"""How /v1/chat/completions words outputs: reasoning, words and calls, whole or in chunks."""
+"""How /v1/chat/completions formats outputs: reasoning, content and calls, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class ChatFormatter(OpenAiFormatter):
 def full_answer(
     parser: AnswerParser, generation: Generation, piece: Piece
 ) -> tuple[AnswerPart, list[ToolCall]]:
-    """An answer's parts and its calls. One begun in the resumed tokens is given whole."""
+    """An answer's parts and its calls. A call begun in the resumed tokens is included whole."""
     parser.feed(generation.resumed)
     part = parser.feed(piece.text, last=True)
     touched = sorted({call.index for call in part.calls})
@@ -169,7 +169,7 @@ def full_answer(
 
 
 def finish_reason(piece: Piece, parser: AnswerParser) -> FinishReason | None:
-    """Why the answer ended, in OpenAI's words."""
+    """Why the answer ended, under OpenAI's names."""
     return "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
 
 

@@ -8,7 +8,6 @@ from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
@@ -34,9 +33,6 @@ class Completions:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
-
-    def routes(self) -> list[Route]:
-        return [Route("/v1/completions", self.create, methods=["POST"])]
 
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""

@@ -1,7 +1,7 @@
 """POST /v1/responses: the basics of OpenAI's newer API over the same engine.
 
-A body becomes a chat body; nothing is kept behind the answer, so that each request brings its whole
-conversation. The answer is worded in `responses_reply`.
+A body becomes a chat body. Nothing is stored after the answer, so each request brings its whole
+conversation. The format of the answer is in `formatter`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
@@ -80,9 +79,6 @@ class Responses:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
-
-    def routes(self) -> list[Route]:
-        return [Route("/v1/responses", self.create, methods=["POST"])]
 
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/responses"""
@@ -215,7 +211,7 @@ def _thought(item: Mapping[str, Any]) -> str:
 
 
 def _system_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Instructions and the input's own system messages as one: templates take one, in front."""
+    """All system messages joined into one: templates take one, as the first message."""
     system = [one for one in messages if one["role"] in ("system", "developer")]
     if len(system) < 2:
         return messages

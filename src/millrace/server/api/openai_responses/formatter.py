@@ -1,4 +1,4 @@
-"""How /v1/responses words an answer: a list of items, whole or as a stream of numbered events."""
+"""How /v1/responses formats an answer: a list of items, whole or as a stream of numbered events."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from millrace.errors import RequestError
 from millrace.server.api.chat.endpoint import chat_text, tool_choice
@@ -21,12 +20,6 @@ class Tokenize:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
-
-    def routes(self) -> list[Route]:
-        return [
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-        ]
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: a prompt, or messages as the chat template writes them."""

@@ -1,0 +1,101 @@
+"""The endpoints that only report: models, health, metrics, load, version, the OpenAPI document.
+
+/load is read from the server's own list of open requests: the engine is not asked, so a gateway
+may ask several times a second.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from millrace.common.prefix_hash import PrefixReport
+from millrace.server.api.context import ApiContext, unavailable
+from millrace.server.api.response_schema import Health, ModelCard, ModelList, Version
+from millrace.server.api.transport import json_response
+from millrace.server.telemetry.metrics import MetricsPage
+from millrace.version import __version__
+
+
+class Load(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer of /load. requests: open ones. tokens: of their prompts and their outputs so far.
+
+    prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first) and there is a prefix
+    cache.
+    """
+
+    requests: int
+    tokens: int
+    prefixes: PrefixReport | None = None
+
+
+class Pages:
+    """The reporting endpoints of one replica.
+
+    root: the model's directory. document: the OpenAPI document, as JSON.
+    """
+
+    def __init__(
+        self, context: ApiContext, metrics_page: MetricsPage, *, root: str, document: bytes
+    ) -> None:
+        self._context = context
+        self._client = context.client
+        self._metrics_page = metrics_page
+        self._root = root
+        self._document = document
+        self._created = int(time.time())
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models"""
+        return json_response(ModelList(data=[self._card(name) for name in self._context.names]))
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME"""
+        name = request.path_params["name"]
+        self._context.check_model(name)
+        return json_response(self._card(name))
+
+    def _card(self, name: str) -> ModelCard:
+        ready = self._client.ready
+        return ModelCard(
+            id=name,
+            created=self._created,
+            root=self._root,
+            max_model_len=ready.max_model_len if ready else None,
+            vocab_size=self._context.processor.vocab_size,
+        )
+
+    async def health(self, _: Request) -> Response:
+        """GET /health, GET or POST /ping: 200 from the engine's first completed step until it dies
+        or the server begins to stop, else 503."""
+        if not self._client.healthy:
+            raise unavailable(self._client)
+        return json_response(Health("ok"))
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics"""
+        return Response(
+            self._metrics_page.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def load(self, request: Request) -> Response:
+        """GET /load"""
+        cursor = request.query_params.get("prefixes_since")
+        prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
+        return json_response(Load(self._client.open_requests, self._client.open_tokens, prefixes))
+
+    async def version(self, _: Request) -> Response:
+        """GET /version"""
+        return json_response(Version(__version__))
+
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json"""
+        return Response(self._document, media_type="application/json")
+
+    async def reset_prefix_cache(self, _: Request) -> Response:
+        """POST /reset_prefix_cache"""
+        self._client.reset_prefix_cache()
+        return Response(status_code=200)

@@ -1,0 +1,121 @@
+"""Every endpoint of the server, in one table: path, method, what it does, its body and its answer.
+
+The application's routes and the OpenAPI document are both made from this table, so that neither
+can hold what the other lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from millrace.server.api.anthropic.endpoint import (
+    Anthropic,
+    CountRequest,
+    MessagesRequest,
+    TokenCount,
+)
+from millrace.server.api.anthropic.formatter import Message
+from millrace.server.api.chat.endpoint import Chat
+from millrace.server.api.completions.endpoint import Completions
+from millrace.server.api.openai_responses.endpoint import Responses, ResponsesRequest
+from millrace.server.api.openai_responses.formatter import ResponseBody
+from millrace.server.api.pages import Load, Pages
+from millrace.server.api.request_schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from millrace.server.api.response_schema import (
+    ChatCompletion,
+    Completion,
+    Health,
+    ModelCard,
+    ModelList,
+    Text,
+    Tokens,
+    Version,
+)
+from millrace.server.api.tokenize.endpoint import Tokenize
+
+
+class ApiRoute(NamedTuple):
+    """One path. family: the class whose instance serves it; handler: that class's method.
+
+    body: the type of the request's JSON, None where it has none. answer: the type of the answer's
+    JSON, None for plain text. query: names of the query's parameters. debug: offered only by a
+    server started with --debug.
+    """
+
+    path: str
+    methods: tuple[str, ...]
+    summary: str
+    family: type[Any]
+    handler: Callable[[Any, Request], Awaitable[ASGIApp]]
+    body: Any = None
+    answer: Any = None
+    query: tuple[str, ...] = ()
+    debug: bool = False
+
+
+_GET, _POST = ("GET",), ("POST",)
+
+ROUTES: tuple[ApiRoute, ...] = (
+    ApiRoute(
+        "/v1/chat/completions", _POST, "Continue a chat",
+        Chat, Chat.create, ChatRequest, ChatCompletion,
+    ),
+    ApiRoute(
+        "/v1/completions", _POST, "Continue a text",
+        Completions, Completions.create, CompletionRequest, Completion,
+    ),
+    ApiRoute(
+        "/v1/responses", _POST, "Answer an input",
+        Responses, Responses.create, ResponsesRequest, ResponseBody,
+    ),
+    ApiRoute(
+        "/v1/messages", _POST, "Continue a chat, in Anthropic's format",
+        Anthropic, Anthropic.create, MessagesRequest, Message,
+    ),
+    ApiRoute(
+        "/v1/messages/count_tokens", _POST, "Count a chat's tokens",
+        Anthropic, Anthropic.count, CountRequest, TokenCount,
+    ),
+    ApiRoute(
+        "/tokenize", _POST, "A prompt's tokens",
+        Tokenize, Tokenize.tokenize, TokenizeRequest, Tokens,
+    ),
+    ApiRoute(
+        "/detokenize", _POST, "The text of tokens",
+        Tokenize, Tokenize.detokenize, DetokenizeRequest, Text,
+    ),
+    ApiRoute(
+        "/v1/models", _GET, "The model that is served", Pages, Pages.models, answer=ModelList
+    ),
+    ApiRoute(
+        "/v1/models/{name:path}", _GET, "One name of it", Pages, Pages.model, answer=ModelCard
+    ),
+    ApiRoute(
+        "/health", _GET, "Whether requests can be served", Pages, Pages.health, answer=Health
+    ),
+    ApiRoute(
+        "/ping", ("GET", "POST"), "The same as /health", Pages, Pages.health, answer=Health
+    ),
+    ApiRoute("/metrics", _GET, "Figures for Prometheus", Pages, Pages.metrics),
+    ApiRoute(
+        "/load", _GET, "Open requests and their tokens, for gateways", Pages, Pages.load,
+        answer=Load, query=("prefixes_since",),
+    ),
+    ApiRoute("/version", _GET, "Millrace's version", Pages, Pages.version, answer=Version),
+    ApiRoute(
+        "/openapi.json", _GET, "This document", Pages, Pages.openapi, answer=dict[str, Any]
+    ),
+    ApiRoute(
+        "/reset_prefix_cache", _POST, "Forget every cached prefix that no running request holds",
+        Pages, Pages.reset_prefix_cache, debug=True,
+    ),
+)  # fmt: skip
