@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "millrace"
 LAYERS = [
     # what every part may use
     "version errors",
-    "protocol config common tasks model_lookup",
+    "protocol config lengths common tasks model_lookup",
     # the engine plane: one replica
     "text kernels engine",
     "kernels.cpu kernels.gpu model",

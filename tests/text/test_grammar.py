@@ -230,7 +230,7 @@ def test_a_server_without_llguidance_says_so(
     grammars = Grammars(tmp_path / "tokenizer.json", 300, [2], 1)
     request = AddRequest("a", [1], SamplingParams(), grammar=Grammar('start: "a"'))
     with pytest.raises(RequestError, match="llguidance, which the server cannot import"):
-        grammars.prepare(request).result(10)
+        grammars.compile(request).result(10)
     grammars.close()
     (record,) = caplog.records
     assert record.message.startswith("llguidance is ")

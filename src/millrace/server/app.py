@@ -20,7 +20,6 @@ from millrace.server.http.errors import ApiError, error_response
 from millrace.server.openapi import openapi_document
 from millrace.server.routes import ROUTES
 from millrace.server.telemetry.metrics import MetricsPage
-from millrace.version import __version__
 
 
 def application(

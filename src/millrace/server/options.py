@@ -85,8 +85,8 @@ SERVER_HELP: Mapping[str, str] = {
     "stream_interval": "Tokens in one chunk of a stream, after its first chunk.",
     "shutdown_timeout": "Seconds that open requests get to finish when the server stops.",
     "max_engine_restarts": "Times in a row that the engine is started again after it died; after "
-    "that the server ends too.",
-    "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's own, or a "
+    "after that the server ends too.",
+    "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's, or a "
     "new one.",
     "disable_uvicorn_access_log": "Write no access log.",
     "disable_access_log_for_endpoints": "Paths, separated by commas, that are left out of the "
