@@ -14,7 +14,7 @@ import time
 import msgspec
 
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.validation import GatewayLimits
+from millrace.engine.validation import Limits
 from millrace.protocol import AddRequest, Outputs, SamplingParams, StepPlan, StepResult
 
 encode = msgspec.msgpack.Encoder().encode
@@ -22,7 +22,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 def ready(sequences: int) -> Scheduler:
     """A scheduler whose `sequences` requests all decode."""
-    limits = GatewayLimits(
+    limits = Limits(
         max_num_seqs=sequences,
         max_num_batched_tokens=32 * sequences,
         max_model_len=4096,

@@ -35,7 +35,7 @@ def asks() -> list[RequestInfo]:
 def cost(policy: str, count: int, processes: int) -> float:
     """Least mean of seven runs, in microseconds."""
     counters = SharedCounters(processes)
-    fleet = ReplicaSet(counters, counters.part(0), lambda id, reason: None)
+    fleet = ReplicaSet(counters, counters.process_counters(0), lambda id, reason: None)
     fleet.apply(
         Member(id=i, slot=i, target=Target("10.0.0.1", 8000 + i), state="up") for i in range(count)
     )

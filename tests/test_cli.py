@@ -140,8 +140,8 @@ def test_replicas_get_the_same_command_line(
     ((command, count, host, port), more) = seen[0]
     assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), *bodies]
     assert (count, host, port) == (2, "127.0.0.1", 81)
-    assert (more["device"], more["gpus_each"]) == ("auto", 1)
-    assert more["gateway"].limits.all_bodies == 99 << 20
+    assert (more["device"], more["gpus_per_replica"]) == ("auto", 1)
+    assert more["gateway"].limits.max_bodies_bytes == 99 << 20
 
 
 def test_options_with_values_are_cut_out() -> None:

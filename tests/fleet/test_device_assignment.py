@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.errors import ConfigError
-from millrace.fleet.device_assignment import device_shares, thread_limit, visible_gpus
+from millrace.fleet.device_assignment import replica_environments, thread_limit, visible_gpus
 
 
 @given(count=st.integers(1, 64), cores=st.integers(1, 256))
 def test_cores_are_divided_and_never_oversubscribed(count: int, cores: int) -> None:
-    shares = device_shares(count, device="auto", gpus=[], cores=cores)
+    shares = replica_environments(count, device="auto", gpus=[], cores=cores)
     threads = [int(share["OMP_NUM_THREADS"]) for share in shares]
     assert len(threads) == count
     assert min(threads) >= 1
@@ -23,7 +23,7 @@ def test_cores_are_divided_and_never_oversubscribed(count: int, cores: int) -> N
 
 def test_a_limit_on_threads_holds_and_is_never_raised() -> None:
     for threads, expected in ((None, "4"), (2, "2"), (9, "4")):
-        shares = device_shares(2, device="cpu", gpus=[], cores=8, threads=threads)
+        shares = replica_environments(2, device="cpu", gpus=[], cores=8, threads=threads)
         assert [share["OMP_NUM_THREADS"] for share in shares] == [expected] * 2
 
 
@@ -35,18 +35,18 @@ def test_the_limit_is_read_from_the_environment(value: str, limit: int | None) -
 @given(count=st.integers(1, 8), each=st.integers(1, 4), spare=st.integers(0, 3))
 def test_every_gpu_goes_to_one_replica(count: int, each: int, spare: int) -> None:
     gpus = [str(i) for i in range(count * each + spare)]
-    shares = device_shares(count, device="auto", gpus=gpus, cores=1, gpus_each=each)
+    shares = replica_environments(count, device="auto", gpus=gpus, cores=1, gpus_per_replica=each)
     given_out = [gpu for share in shares for gpu in share["CUDA_VISIBLE_DEVICES"].split(",")]
     assert given_out == gpus[: count * each]
 
 
 def test_too_few_gpus_name_the_count_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"--replicas 3 .* 5 are visible; at most --replicas 2"):
-        device_shares(3, device="cuda", gpus=list("01234"), cores=8, gpus_each=2)
+        replica_environments(3, device="cuda", gpus=list("01234"), cores=8, gpus_per_replica=2)
 
 
 def test_cpu_hides_the_gpus_that_are_there() -> None:
-    shares = device_shares(2, device="cpu", gpus=["0", "1"], cores=8)
+    shares = replica_environments(2, device="cpu", gpus=["0", "1"], cores=8)
     assert [s["CUDA_VISIBLE_DEVICES"] for s in shares] == ["", ""]
 
 

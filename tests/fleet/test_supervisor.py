@@ -20,8 +20,8 @@ from millrace.common.backoff import BackoffPolicy
 from millrace.common.http_client import Target, fetch
 from millrace.errors import UserError
 from millrace.fleet.supervisor import FleetOptions, Supervisor
-from millrace.gateway.app import GatewayOptions
 from millrace.gateway.health.health_monitor import HealthPolicy
+from millrace.gateway.options import GatewayOptions
 from tests.support.gateways import FAST
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
@@ -36,7 +36,7 @@ async def supervised(lines: list[str], *extra: str, **options: Any) -> AsyncIter
         "count": 2,
         "port": 0,
         "restarts": BackoffPolicy(0.1),
-        "grace": 2.0,
+        "stop_timeout": 2.0,
         "device": "cpu",
         **options,
     }
@@ -112,11 +112,11 @@ def test_a_killed_replica_is_restarted_and_meanwhile_the_other_answers() -> None
 
 def test_a_replica_that_hangs_is_killed_and_restarted() -> None:
     lines: list[str] = []
-    health = HealthPolicy(interval=0.05, timeout=0.2, slow_start=0.0)
+    health = HealthPolicy(health_check_interval=0.05, health_check_timeout=0.2, slow_start=0.0)
 
     async def scenario() -> None:
         gateway = GatewayOptions(health=health)
-        async with supervised(lines, gateway=gateway, hung=0.3) as fleet:
+        async with supervised(lines, gateway=gateway, hang_timeout=0.3) as fleet:
             before = fleet.pids[0]
             await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
             await asyncio.sleep(0.2)  # it is seen to serve
@@ -191,7 +191,7 @@ def test_a_taken_port_is_known_before_anything_starts() -> None:
 
 def test_a_replica_that_will_not_end_is_killed_after_its_grace() -> None:
     async def scenario() -> list[int]:
-        async with supervised([], "--ignore-sigterm", count=1, grace=0.3) as fleet:
+        async with supervised([], "--ignore-sigterm", count=1, stop_timeout=0.3) as fleet:
             pids = fleet.pids
             began = time.monotonic()
         assert 0.3 <= time.monotonic() - began < 3

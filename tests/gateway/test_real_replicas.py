@@ -17,14 +17,14 @@ from typing import Any
 from millrace.common.backoff import BackoffPolicy
 from millrace.common.http_client import Reading, Target, encode_request, fetch
 from millrace.fleet.supervisor import FleetOptions, Supervisor
-from millrace.gateway.app import GatewayOptions
+from millrace.gateway.options import GatewayOptions
 from tests.support.gateways import FAST, streamed
 from tests.support.running import eventually, run
 
 TOKENS = 300
 
 
-Answer = tuple[list[int], str, int]  # token ids, text, counted tokens
+LocalReply = tuple[list[int], str, int]  # token ids, text, counted tokens
 
 
 def question(index: int) -> tuple[str, bytes]:
@@ -42,7 +42,7 @@ def question(index: int) -> tuple[str, bytes]:
     return path, json.dumps({**body, **more}).encode()
 
 
-async def answer(target: Target, index: int) -> Answer:
+async def answer(target: Target, index: int) -> LocalReply:
     """One of the four, whole."""
     path, data = question(index)
     response = await fetch(target, path, method="POST", body=data, timeout=60)
@@ -50,7 +50,7 @@ async def answer(target: Target, index: int) -> Answer:
     return read(response.body)
 
 
-async def read_slowly(target: Target, index: int, others: list[Answer]) -> Answer:
+async def read_slowly(target: Target, index: int, others: list[LocalReply]) -> LocalReply:
     """The same by a client that reads nothing until others have their answers, then in morsels."""
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -69,7 +69,7 @@ async def read_slowly(target: Target, index: int, others: list[Answer]) -> Answe
     return read(reading.got.body)
 
 
-def read(body: bytes) -> Answer:
+def read(body: bytes) -> LocalReply:
     """What a whole stream says."""
     lines = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line]
     assert lines[-1] == b"[DONE]"
@@ -112,7 +112,7 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
 
 
 async def _kill_in_mid_stream(
-    fleet: Supervisor, target: Target, truth: list[Answer], victim: int
+    fleet: Supervisor, target: Target, truth: list[LocalReply], victim: int
 ) -> None:
     """Twelve streams run, four of them on the victim; all answers are those from before."""
     running = [asyncio.create_task(answer(target, index % 4)) for index in range(12)]

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from millrace.common.http_client import Target, parse_url
-from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
+from millrace.gateway.options import GatewayOptions
 
-FAST = HealthPolicy(interval=0.05, timeout=1.0, backoff=0.2, slow_start=0.0)
+FAST = HealthPolicy(
+    health_check_interval=0.05, health_check_timeout=1.0, backoff=0.2, slow_start=0.0
+)
 
 
 @contextlib.asynccontextmanager

@@ -1,7 +1,7 @@
-"""How the replicas of one host share its devices: a few environment variables for each.
+"""Which devices each replica of a host gets, as environment variables.
 
-GPUs are given out whole, in order; without GPUs the cores are divided, so that replicas do not
-compete for them. Nothing here starts anything.
+GPUs are assigned whole and in order; without GPUs the cores are divided, so that replicas do not
+compete for them. Nothing is started here.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def usable_cores() -> int:
 
 
 def thread_limit(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Threads a process, where OMP_NUM_THREADS says so."""
+    """Threads per process, if OMP_NUM_THREADS is set."""
     value = environment.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
-def device_shares(
+def replica_environments(
     count: int,
     *,
     device: Device,
     gpus: Sequence[str],
     cores: int,
-    gpus_each: int = 1,
+    gpus_per_replica: int = 1,
     threads: int | None = None,
 ) -> list[dict[str, str]]:
-    """Environment variables of each of `count` replicas. threads: the most that a replica without
-    a GPU may have; None for its share of the cores.
+    """Environment variables of each of `count` replicas. threads: the limit for a replica
+    without a GPU; None for its share of the cores.
 
     Raises ConfigError when there are too few GPUs, with the count that fits.
     """
@@ -58,12 +58,13 @@ def device_shares(
         share = max(1, min(cores // count, threads or cores))
         each = {"OMP_NUM_THREADS": str(share), "CUDA_VISIBLE_DEVICES": ""}
         return [dict(each) for _ in range(count)]
-    if len(gpus) < count * gpus_each:
+    if len(gpus) < count * gpus_per_replica:
         raise ConfigError(
-            f"--replicas {count} with {gpus_each} GPU(s) each needs {count * gpus_each} GPUs and "
-            f"{len(gpus)} are visible; at most --replicas {len(gpus) // gpus_each} works"
+            f"--replicas {count} with {gpus_per_replica} GPU(s) each needs "
+            f"{count * gpus_per_replica} GPUs and {len(gpus)} are visible; "
+            f"at most --replicas {len(gpus) // gpus_per_replica} works"
         )
     return [
-        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * gpus_each : (i + 1) * gpus_each])}
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * gpus_per_replica : (i + 1) * gpus_per_replica])}
         for i in range(count)
     ]

@@ -1,8 +1,8 @@
-"""Other servers as replicas: their command lines, from the options that `millrace serve` knows.
+"""Other servers as replicas: their command lines, made from the options of `millrace serve`.
 
-Millrace's engine options bear vLLM's names, so for vLLM most pass as they are; SGLang's differ. An
-option that a server has nothing for is refused, not dropped. What is not translated here can be
-given in the server's own words.
+Millrace's engine options have vLLM's names, so most pass to vLLM unchanged; SGLang's names differ.
+An option without a counterpart is refused, not dropped. Options that are not translated here can be
+given in the server's own syntax.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _each(name: str) -> Callable[[Any], list[str]]:
 
 
 def _speculation(value: Any) -> list[str]:
-    """MTP as SGLang says it: a chain of k drafts is a tree of one branch."""
+    """MTP in SGLang's terms: a chain of k drafts is a tree with one branch."""
     k = int(value.get("num_speculative_tokens", 1))
     chain = {"num-steps": k, "eagle-topk": 1, "num-draft-tokens": k + 1}
     rest = [word for name, n in chain.items() for word in (f"--speculative-{name}", str(n))]
@@ -89,7 +89,7 @@ _SGLANG: Mapping[str, Callable[[Any], list[str]]] = {
     "api_key": lambda keys: ["--api-key", str(keys[0])] if keys else [],
 }
 
-# The supervisor's and the gateway's own; a replica needs none of them.
+# Options of the supervisor and the gateway; a replica needs none of them.
 _OURS = frozenset(
     (
         *("model", "host", "port", "replicas", "device", "engine", "engine_args"),
@@ -101,10 +101,10 @@ _OURS = frozenset(
 def engine_command(
     engine: Engine, model: str, options: Mapping[str, Any], *, own: str = "", program: str = ""
 ) -> list[str]:
-    """The command of one replica, to which --host and --port are added.
+    """The command of one replica; the caller adds --host and --port.
 
-    options: what the user gave, by its name in EngineArgs and ServerOptions. own: more words, in
-    the server's own language. program: what to run instead of what is on PATH.
+    options: those that the user gave, by their names in EngineArgs and ServerOptions. own: more
+    arguments in the server's own syntax. program: what to run instead of the program on PATH.
     Raises ConfigError for an option without a counterpart, or a server that is not installed.
     """
     table, start = (_VLLM, _vllm) if engine == "vllm" else (_SGLANG, _sglang)
@@ -115,8 +115,8 @@ def engine_command(
         if name not in table:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} has no counterpart in {engine}; leave it out, or say it in {engine}'s own "
-                f"words with --engine-args"
+                f"{flag} has no counterpart in {engine}; leave it out, or give it in {engine}'s "
+                "own syntax with --engine-args"
             )
         words += table[name](value)
     return [*start(model, program), *words, *shlex.split(own)]

@@ -1,7 +1,7 @@
-"""One replica as a child process: started, listened to, and gone within a bound.
+"""One replica as a child process: started, its output read, and ended within a time limit.
 
-It leads a session of its own, so that a Ctrl-C reaches the supervisor alone; and it dies with the
-supervisor, whatever ends that one. What the command is, nobody here knows.
+It leads its own session, so that a Ctrl-C reaches only the supervisor, and it ends with the
+supervisor in every case. What the command does is not known here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _LINE_LIMIT = 1 << 20
 class ReplicaProcess:
     """A command under supervision.
 
-    environment: added to ours. on_line is called with each line it writes, without its newline.
-    last_lines: the latest of them, for error messages.
+    environment: added to that of this process. on_line is called with each line it writes, without
+    its newline. last_lines: the latest of them, for error messages.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class ReplicaProcess:
         self._environment = environment
         self._on_line = on_line
         self._process: asyncio.subprocess.Process | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
         self.last_lines: deque[str] = deque(maxlen=6)
 
     async def start(self) -> None:
-        """Start it. Raises OSError when the command cannot be run."""
+        """Start it. Raises OSError if the command cannot be run."""
         parent = os.getpid()
         self.last_lines.clear()
         self._process = await asyncio.create_subprocess_exec(
@@ -58,7 +58,7 @@ class ReplicaProcess:
             preexec_fn=lambda: end_with_parent(parent),
             limit=_LINE_LIMIT,
         )
-        self._listening = asyncio.create_task(self._listen(self._process))
+        self._reader = asyncio.create_task(self._read_output(self._process))
 
     @property
     def pid(self) -> int:
@@ -74,19 +74,19 @@ class ReplicaProcess:
     async def wait(self) -> int:
         """Its exit status once it has ended and its last line was read; negative for a signal."""
         assert self._process is not None
-        assert self._listening is not None
+        assert self._reader is not None
         status = await self._process.wait()
-        # A grandchild may hold the pipe open; its lines are no longer ours.
-        await asyncio.wait([self._listening], timeout=1.0)
-        self._listening.cancel()
+        # A grandchild may keep the pipe open; its lines are not read.
+        await asyncio.wait([self._reader], timeout=1.0)
+        self._reader.cancel()
         return status
 
-    async def stop(self, grace: float) -> None:
-        """Ask it to end; kill its session after `grace` seconds. Returns with it reaped."""
+    async def stop(self, timeout: float) -> None:
+        """Ask it to end; kill its session after `timeout` seconds. Returns with it reaped."""
         if self._process is None:
             return
-        await end_process(self._process, (0.0, signal.SIGTERM), (grace, signal.SIGKILL))
-        # Also after a good end: nothing of its session is to stay behind.
+        await end_process(self._process, (0.0, signal.SIGTERM), (timeout, signal.SIGKILL))
+        # Also after a clean end, so that nothing of its session is left.
         self.kill()
         await self.wait()
 
@@ -95,12 +95,12 @@ class ReplicaProcess:
         if self._process is not None:
             kill_group(self._process.pid)
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+    async def _read_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         while True:
             try:
                 line = await process.stdout.readline()
-            except ValueError:  # longer than the limit: what was read is dropped
+            except ValueError:  # the line is longer than the limit and is dropped
                 continue
             if not line:
                 return
@@ -109,11 +109,13 @@ class ReplicaProcess:
             self._on_line(text)
 
 
-async def bring_up(process: ReplicaProcess, target: Target, name: str, limit: float) -> None:
+async def start_and_wait_healthy(
+    process: ReplicaProcess, target: Target, name: str, limit: float
+) -> None:
     """Start it and return once GET /health at `target` says 200, within `limit` seconds.
 
-    Raises UserError, with its last lines, when it cannot be run, ends, or is late; a process that
-    is late still runs then.
+    Raises UserError, with its last lines, if it cannot be run, ends, or takes too long; in the last
+    case it still runs.
     """
     try:
         await process.start()

@@ -1,9 +1,9 @@
 """Replicas on this host behind one port: started, watched, restarted, stopped together.
 
-The order is: every replica on a port of its own, wait until each is healthy, then the gateway on
-the public port. A replica that dies later is restarted after a pause that doubles with each death
-in a row; the gateway sends nothing to it meanwhile. The command is any that takes --host and
---port and answers GET /health.
+Each replica starts on its own port; when all are healthy, the gateway opens the public port. A
+replica that ends later is restarted after a delay that doubles with each end in a row; meanwhile
+the gateway sends it nothing. The command can be any that takes --host and --port and answers GET
+/health.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from millrace.common.sockets import free_port, require_free_port
 from millrace.errors import ConfigError
 from millrace.fleet.device_assignment import (
     Device,
-    device_shares,
+    replica_environments,
     thread_limit,
     usable_cores,
     visible_gpus,
 )
-from millrace.fleet.replica_process import ReplicaProcess, bring_up
-from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_healthy
+from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
+from millrace.gateway.options import GatewayOptions
 
 _LOOPBACK = "127.0.0.1"
 
 
 class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run, how often, and where.
+    """What to run, how many times, and where. Times are seconds.
 
-    command: starts one replica when `--host H --port P` is added. start_timeout, grace: seconds
-    until all are healthy, and for a replica to end when asked. restarts: the pauses before a
-    replica that ended is started again. hung: a replica that has answered no health check for so
-    long is killed. drain: what requests under way get when all is to stop. gateway: how it picks
-    and who it lets in; its replicas, host and port are set here.
+    command: starts one replica when `--host H --port P` is added. start_timeout: until all replicas
+    must be healthy. stop_timeout: for a replica to end when asked. restarts: delays before a
+    replica that ended is started again. hang_timeout: a replica that has answered no health check
+    for so long is killed. drain_timeout: for running requests when all is to stop. gateway: the
+    gateway's options; its replicas, host and port are set here.
     """
 
     command: Sequence[str]
@@ -51,12 +52,12 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     gateway: GatewayOptions = GatewayOptions(merge_metrics=True)
     device: Device = "auto"
-    gpus_each: int = 1
+    gpus_per_replica: int = 1
     start_timeout: float = 900.0
-    grace: float = 15.0
+    stop_timeout: float = 15.0
     restarts: BackoffPolicy = BackoffPolicy(first=1.0, longest=30.0, settled=60.0)
-    hung: float = 60.0
-    drain: float = 10.0
+    hang_timeout: float = 60.0
+    drain_timeout: float = 10.0
 
 
 class Supervisor:
@@ -67,12 +68,12 @@ class Supervisor:
             raise ConfigError(f"--replicas {options.count}: use 1 or more")
         self._options = options
         self._log = log
-        environments = device_shares(
+        environments = replica_environments(
             options.count,
             device=options.device,
             gpus=visible_gpus(),
             cores=usable_cores(),
-            gpus_each=options.gpus_each,
+            gpus_per_replica=options.gpus_per_replica,
             threads=thread_limit(),
         )
         self._targets = [Target(_LOOPBACK, free_port(_LOOPBACK)) for _ in range(options.count)]
@@ -86,7 +87,7 @@ class Supervisor:
                 zip(self._targets, environments, strict=True)
             )
         ]
-        self._keepers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self.gateway = Gateway(
             msgspec.structs.replace(
                 options.gateway,
@@ -99,14 +100,14 @@ class Supervisor:
         )
 
     async def start(self) -> None:
-        """Bring everything up. Raises UserError, with all stopped again, when it does not come."""
+        """Start everything. Raises UserError, with all stopped again, if that fails."""
         try:
-            # A taken port is to be known now, not after the weights have been loaded.
+            # A port in use must be noticed now, not after the weights have been loaded.
             require_free_port(self._options.host, self._options.port)
             async with asyncio.TaskGroup() as starting:
                 for index, process in enumerate(self._processes):
                     starting.create_task(
-                        bring_up(
+                        start_and_wait_healthy(
                             process,
                             self._targets[index],
                             f"replica {index}",
@@ -119,17 +120,19 @@ class Supervisor:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
-        self._keepers = [asyncio.create_task(self._keep(i)) for i in range(self._options.count)]
-        self._keepers.append(asyncio.create_task(self._kill_hung()))
+        self._tasks = [
+            asyncio.create_task(self._restart_loop(i)) for i in range(self._options.count)
+        ]
+        self._tasks.append(asyncio.create_task(self._kill_hung_loop()))
 
     async def stop(self) -> None:
-        """Stop the gateway, once requests under way have ended or their time is over, then every
-        replica; returns with all of them reaped."""
-        for monitor in self._keepers:
-            monitor.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await self.gateway.stop(self._options.drain)
-        await asyncio.gather(*(p.stop(self._options.grace) for p in self._processes))
+        """Stop the gateway when the running requests have ended or their time is over, then every
+        replica. Returns with all of them reaped."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.gateway.stop(self._options.drain_timeout)
+        await asyncio.gather(*(p.stop(self._options.stop_timeout) for p in self._processes))
 
     def kill(self) -> None:
         """Kill every replica at once."""
@@ -144,9 +147,9 @@ class Supervisor:
     def _prefixed(self, index: int) -> Callable[[str], None]:
         return lambda line: self._log(f"[replica {index}] {line}")
 
-    # --- staying up ----------------------------------------------------------------------------
+    # --- restarts ------------------------------------------------------------------------------
 
-    async def _keep(self, index: int) -> None:
+    async def _restart_loop(self, index: int) -> None:
         """Restart one replica whenever it ends."""
         process, options = self._processes[index], self._options
         backoff = Backoff(options.restarts)
@@ -155,16 +158,17 @@ class Supervisor:
             status = await process.wait()
             pause = backoff.failed(time.monotonic() - began)
             self._log(f"replica {index} ended with status {status}; restarting in {pause:g} s")
-            process.kill()  # what it left in its session
+            process.kill()  # what is left of its session
             await asyncio.sleep(pause)
             await process.start()  # it ran before, so its command can be run
 
-    async def _kill_hung(self) -> None:
-        """Kill replicas that have answered and do no more; `_keep` restarts them."""
+    async def _kill_hung_loop(self) -> None:
+        """Kill replicas that were healthy and have stopped answering; `_restart_loop` restarts
+        them."""
         since: dict[int, float] = {}
-        answered: dict[int, int] = {}  # replica -> the process of it that was seen to serve
+        answered: dict[int, int] = {}  # replica -> id of its process that was seen healthy
         while True:
-            await asyncio.sleep(min(1.0, self._options.hung / 4))
+            await asyncio.sleep(min(1.0, self._options.hang_timeout / 4))
             now = time.monotonic()
             for index, member in enumerate(self.gateway.monitor.members[: self._options.count]):
                 process = self._processes[index]
@@ -173,8 +177,10 @@ class Supervisor:
                 silent = member.lost and process.running and answered.get(index) == process.pid
                 if not silent:
                     since.pop(index, None)
-                elif now - since.setdefault(index, now) > self._options.hung:
-                    self._log(f"replica {index} has been silent for {self._options.hung:g} s")
+                elif now - since.setdefault(index, now) > self._options.hang_timeout:
+                    self._log(
+                        f"replica {index} has been silent for {self._options.hang_timeout:g} s"
+                    )
                     process.kill()
                     del since[index]
 
@@ -187,17 +193,17 @@ def run_replicas(
     *,
     gateway: GatewayOptions | None = None,
     device: Device = "auto",
-    gpus_each: int = 1,
+    gpus_per_replica: int = 1,
     start_timeout: float = 900.0,
-    grace: float = 15.0,
+    stop_timeout: float = 15.0,
 ) -> None:
     """Run `count` replicas of `command` behind host:port until SIGINT or SIGTERM.
 
     command: starts one replica when `--host H --port P` is added; it must not hold these itself.
-    device "auto" gives each replica `gpus_each` GPUs where there are any, else a share of the
-    cores. start_timeout: seconds until all are healthy. grace: seconds that a replica has to end.
-    Lines of replicas go to stderr, prefixed.
-    Returns after a clean stop. Raises UserError when the replicas cannot be brought up.
+    device "auto" gives each replica `gpus_per_replica` GPUs if there are any, else a share of the
+    cores. start_timeout: seconds until all must be healthy. stop_timeout: seconds that a replica
+    has to end. The replicas' output goes to stderr, with a prefix. Returns after a clean stop.
+    Raises UserError if the replicas cannot be started.
     """
     options = FleetOptions(
         command=list(command),
@@ -206,9 +212,9 @@ def run_replicas(
         port=port,
         gateway=gateway or GatewayOptions(merge_metrics=True),
         device=device,
-        gpus_each=gpus_each,
+        gpus_per_replica=gpus_per_replica,
         start_timeout=start_timeout,
-        grace=grace,
+        stop_timeout=stop_timeout,
     )
     uvloop.run(_run(options))
 

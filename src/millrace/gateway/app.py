@@ -1,4 +1,4 @@
-"""The gateway as a whole: the keeper, the sources of replicas, and one or several relays."""
+"""The gateway as a whole: the health monitor, discovery, and one or several relay servers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 
 from millrace.common.open_files import raise_file_limit
-from millrace.gateway.admin.api import AdminApi, health_answer, is_own
+from millrace.gateway.admin.api import AdminApi, health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
 from millrace.gateway.health.health_monitor import HealthMonitor
-from millrace.gateway.http.message import Answer, Request
-from millrace.gateway.processes.supervisor import WorkerProcesses
-from millrace.gateway.processes.worker import GatewayOptions, Worker, check_log_file, check_options
+from millrace.gateway.http.message import LocalReply, Request
+from millrace.gateway.options import GatewayOptions, check_options
+from millrace.gateway.processes.relay_server import RelayServer, check_access_log
+from millrace.gateway.processes.supervisor import GatewayProcesses
 from millrace.gateway.relay.relay import Relay
 from millrace.gateway.routing.policies import BY_PREFIX
 from millrace.gateway.routing.replicas import ReplicaSet
@@ -31,13 +32,13 @@ class Gateway:
         log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         check_options(options)
-        check_log_file(options.access_log)
+        check_access_log(options.access_log)
         self._options = options
         self.counters = SharedCounters(options.processes)
         self.monitor = HealthMonitor(
             self.counters,
             options.health,
-            options.access.worker_key,
+            options.access.worker_api_key,
             by_prefix=options.policy in BY_PREFIX,
         )
         for spec in options.replicas:
@@ -58,50 +59,50 @@ class Gateway:
             workers=lambda: self.pids,
             restarts=lambda: self._processes.restarts if self._processes else 0,
         )
-        self._worker: Worker | None = None
-        self._processes: WorkerProcesses | None = None
+        self._relay_server: RelayServer | None = None
+        self._processes: GatewayProcesses | None = None
         if options.processes == 1:
-            self._worker = Worker(
+            self._relay_server = RelayServer(
                 options,
                 self.counters,
                 0,
                 lambda replicas: _LocalAdminApi(self._admin, replicas),
                 self.monitor.report,
             )
-            self.monitor.listeners.append(self._worker.replicas.apply)
-            self._worker.replicas.apply(self.monitor.members)
+            self.monitor.listeners.append(self._relay_server.replicas.apply)
+            self._relay_server.replicas.apply(self.monitor.members)
         else:
-            self._processes = WorkerProcesses(
+            self._processes = GatewayProcesses(
                 options, self.counters, self.monitor, self._admin.answer, log
             )
-            self.monitor.listeners.append(self._processes.tell)
+            self.monitor.listeners.append(self._processes.send_members)
 
-    # --- what stands in this process (one process only) ------------------------------------------
+    # --- one process only ------------------------------------------------------------------------
 
     @property
     def relay(self) -> Relay:
         """The relay of a gateway of one process."""
-        assert self._worker is not None
-        return self._worker.relay
+        assert self._relay_server is not None
+        return self._relay_server.relay
 
     @property
     def replicas(self) -> ReplicaSet:
         """The replicas as the relay of a gateway of one process sees them."""
         return self.relay.replicas
 
-    # --- the life of it --------------------------------------------------------------------------
+    # --- start and stop --------------------------------------------------------------------------
 
     @property
     def port(self) -> int:
-        """Where it listens, once started."""
-        if self._worker is not None:
-            return self._worker.port
+        """The port it listens on; valid after `start`."""
+        if self._relay_server is not None:
+            return self._relay_server.port
         assert self._processes is not None
         return self._processes.port
 
     @property
     def pids(self) -> list[int]:
-        """Ids of the processes that relay."""
+        """Ids of the gateway processes."""
         return [os.getpid()] if self._processes is None else self._processes.pids
 
     @property
@@ -110,24 +111,24 @@ class Gateway:
         return sum(member.state == "up" for member in self.monitor.members)
 
     async def start(self) -> None:
-        """Check every replica once, then listen and go on watching.
+        """Check every replica once, then listen and keep checking.
 
         Raises UserError when the port is taken, or a source of replicas cannot be read.
         """
         raise_file_limit()  # two connections a request
         await self._discovery.start()
         await self.monitor.start()
-        if self._worker is not None:
-            await self._worker.start()
+        if self._relay_server is not None:
+            await self._relay_server.start()
         else:
             assert self._processes is not None
             await self._processes.start()
 
     async def stop(self, drain: float = 0.0) -> None:
-        """Close the port, let requests under way end for `drain` seconds, close the rest."""
+        """Close the port, give running requests `drain` seconds to end, then close the rest."""
         await self._discovery.stop()
-        if self._worker is not None:
-            await self._worker.stop(drain)
+        if self._relay_server is not None:
+            await self._relay_server.stop(drain)
         if self._processes is not None:
             await self._processes.stop(drain)
         await self.monitor.stop()
@@ -135,16 +136,16 @@ class Gateway:
 
 
 class _LocalAdminApi:
-    """The desk of a gateway of one process."""
+    """The local requests of a gateway of one process."""
 
     def __init__(self, admin: AdminApi, replicas: ReplicaSet) -> None:
         self._admin = admin
         self._replicas = replicas
 
-    def owns(self, request: Request) -> bool:
-        return is_own(request)
+    def handles(self, request: Request) -> bool:
+        return is_local_request(request)
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, request: Request) -> LocalReply:
         if request.path.partition(b"?")[0] == b"/health":
-            return health_answer(self._replicas)
+            return health_reply(self._replicas)
         return await self._admin.answer(request)

@@ -1,7 +1,7 @@
-"""Configurations of other proxies for the same replicas, for those who want only balancing.
+"""Configurations of other proxies for the same replicas, for those who only need load balancing.
 
-What they lack, whichever it is: a stream that breaks with its replica stays broken; load is counted
-in connections, not tokens; no picking by prefix; a health check is a GET.
+What all of them lack: a stream that breaks with its replica stays broken; load is counted in
+connections, not tokens; no routing by prefix; a health check is a GET.
 """
 
 from __future__ import annotations

@@ -109,12 +109,12 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
 
 def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
     from millrace.fleet.supervisor import run_replicas
-    from millrace.gateway.app import GatewayOptions
     from millrace.gateway.common.limits import GatewayLimits
+    from millrace.gateway.options import GatewayOptions
     from millrace.gateway.relay.access import Access
     from millrace.server.run import api_keys
 
-    keys = tuple(api_keys(options))
+    keys = api_keys(options)
     run_replicas(
         command,
         options.replicas,
@@ -124,16 +124,16 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
             policy=options.policy,
             processes=options.gateway_processes,
             limits=GatewayLimits(
-                max_body=options.max_body_bytes, all_bodies=options.max_bodies_bytes
+                max_body_bytes=options.max_body_bytes, max_bodies_bytes=options.max_bodies_bytes
             ),
-            access=Access(api_keys=keys, worker_key=keys[0] if keys else None),
+            access=Access(api_key=keys, worker_api_key=keys[0] if keys else None),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
             merge_metrics=True,
         ),
         device=args.device,
-        gpus_each=args.tensor_parallel_size,
-        grace=options.shutdown_timeout + ENGINE_END_SECONDS,
+        gpus_per_replica=args.tensor_parallel_size,
+        stop_timeout=options.shutdown_timeout + ENGINE_END_SECONDS,
     )
 
 

@@ -21,7 +21,7 @@ from tests.support.gateways import FAST, gateway, streamed
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
 
-QUIET = HealthPolicy(interval=60, slow_start=0.0)
+QUIET = HealthPolicy(health_check_interval=60, slow_start=0.0)
 
 
 async def post(target: Target, tokens: int = 2, **more: Any) -> Response:
@@ -68,7 +68,7 @@ def test_a_green_health_page_is_not_enough() -> None:
 def test_an_idle_replica_must_prove_a_step_again_and_a_busy_one_need_not() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        health = HealthPolicy(interval=0.02, idle_probe=0.2, slow_start=0.0)
+        health = HealthPolicy(health_check_interval=0.02, idle_probe=0.2, slow_start=0.0)
         async with gateway(replica.url, health=health) as (_, target):
             for _ in range(20):
                 await post(target)
@@ -101,20 +101,20 @@ def test_checks_never_touch_load_counters() -> None:
 def test_backoff_doubles_with_each_failure_in_a_row() -> None:
     async def scenario() -> None:
         replica = await MockReplica(behaviour="silent").start()
-        health = HealthPolicy(interval=60, backoff=0.1, slow_start=0.0)
+        health = HealthPolicy(health_check_interval=60, backoff=0.1, slow_start=0.0)
         async with gateway(replica.url, health=health) as (made, target):
-            watched = made.monitor._watched[0]
+            monitored = made.monitor._monitored[0]
             pauses = []
             for _ in range(3):
                 assert (await post(target)).status == 502
                 now = asyncio.get_running_loop().time()
-                pauses.append(watched.ejected_until - now)
-                watched.ejected_until = 0.0
+                pauses.append(monitored.ejected_until - now)
+                monitored.ejected_until = 0.0
                 await made.monitor.check(0)
             assert [round(p / 0.1) for p in pauses] == [1, 2, 4]
             replica.behaviour = "ok"
             assert (await post(target)).status == 200
-            assert watched.backoff.failures == 0
+            assert monitored.backoff.failures == 0
         await replica.stop()
 
     run(scenario())
@@ -142,7 +142,7 @@ def test_what_a_replica_carries_for_others_counts() -> None:
     async def scenario() -> None:
         busy = await MockReplica(kind="millrace", load={"requests": 9, "tokens": 5000}).start()
         free = await MockReplica(kind="millrace", load={"requests": 0, "tokens": 0}).start()
-        health = HealthPolicy(interval=60, load_interval=0.01, slow_start=0.0)
+        health = HealthPolicy(health_check_interval=60, load_interval=0.01, slow_start=0.0)
         async with gateway(busy.url, free.url, health=health) as (made, target):
             await eventually(lambda: made.counters.replica_sums(2)[0][LOAD] > 4500)
             answers = [await post(target) for _ in range(4)]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from millrace.common.http_client import Target, parse_url
-from millrace.gateway.health.probes import DOUBT, HealthProbe, Problem
+from millrace.gateway.health.probes import UNCERTAIN, HealthProbe, Problem
 from tests.support.mock_replica import MockReplica
 from tests.support.running import run
 
@@ -38,11 +38,11 @@ def test_a_replica_that_is_well() -> None:
     async def scenario() -> None:
         replica = await MockReplica(kind="millrace", model="mine").start()
         one = health_probe(parse_url(replica.url))
-        assert await one.problem() is None
-        offer = await one.offer()
+        assert await one.check_health() is None
+        offer = await one.read_models()
         assert offer is not None
         assert (offer.names, offer.kind, offer.cards[0]["id"]) == (("mine",), "millrace", "mine")
-        assert await one.probe("mine") is None
+        assert await one.check_completion("mine") is None
         await replica.stop()
 
     run(scenario())
@@ -54,9 +54,11 @@ def test_a_replica_that_says_what_is_wrong() -> None:
             one,
             heads,
         ):
-            assert await one.problem() == Problem("/health says 503 (loading)")
-            assert await one.offer() is None
-            assert await one.probe(None) == Problem("a completion of one token got 503 (loading)")
+            assert await one.check_health() == Problem("/health says 503 (loading)")
+            assert await one.read_models() is None
+            assert await one.check_completion(None) == Problem(
+                "a completion of one token got 503 (loading)"
+            )
             assert len(heads) == 3
             assert all(b"X-Millrace-Probe: 1\r\n" in head for head in heads)
 
@@ -67,8 +69,8 @@ def test_a_replica_that_says_what_is_wrong() -> None:
 def test_an_offer_that_cannot_be_read_is_none(body: bytes) -> None:
     async def scenario() -> None:
         async with answering("200 OK", body) as (one, _):
-            assert await one.problem() is None
-            assert await one.offer() is None
+            assert await one.check_health() is None
+            assert await one.read_models() is None
 
     run(scenario())
 
@@ -78,12 +80,12 @@ def test_nobody_there() -> None:
         replica = await MockReplica().start()
         await replica.stop()
         one = health_probe(parse_url(replica.url))
-        problem = await one.problem()
+        problem = await one.check_health()
         assert problem is not None
-        assert "nobody listens there" in problem.text
+        assert "connection refused" in problem.text
         assert problem.lost
-        assert await one.offer() is None
-        assert "a completion of one token failed" in str(await one.probe(None))
+        assert await one.read_models() is None
+        assert "a completion of one token failed" in str(await one.check_completion(None))
 
     run(scenario())
 
@@ -96,9 +98,9 @@ def test_one_missing_answer_says_nothing_and_two_say_lost() -> None:
 
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
         one = health_probe(Target("127.0.0.1", server.sockets[0].getsockname()[1]), timeout=0.05)
-        assert await one.problem() is DOUBT
+        assert await one.check_health() is UNCERTAIN
         expected = Problem("no answer to 2 health checks in a row", lost=True)
-        assert await one.problem() == expected
+        assert await one.check_health() == expected
         server.close()
 
     run(scenario())

@@ -14,51 +14,53 @@ from millrace.gateway.command import gateway as command
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthPolicy
-from millrace.gateway.http.bodies import Bodies, BodyBudget
+from millrace.gateway.http.bodies import BodyBudget, RequestBodies
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
 
-QUIET = HealthPolicy(interval=60, slow_start=0.0)
+QUIET = HealthPolicy(health_check_interval=60, slow_start=0.0)
 BODY = b'{"prompt": [1], "max_tokens": 2}'
 
 
 def room(each: int = 100, together: int = 250) -> tuple[SharedCounters, BodyBudget]:
     counters = SharedCounters(1)
-    return counters, BodyBudget(GatewayLimits(max_body=each, all_bodies=together), counters.part(0))
+    return counters, BodyBudget(
+        GatewayLimits(max_body_bytes=each, max_bodies_bytes=together), counters.process_counters(0)
+    )
 
 
-def fill(bodies: Bodies, pieces: Iterable[int]) -> None:
+def fill(bodies: RequestBodies, pieces: Iterable[int]) -> None:
     for size in pieces:
         assert bodies.take(b"x" * size) is None
 
 
 def test_bodies_count_until_they_are_answered() -> None:
     counters, held = room()
-    one, other = Bodies(held), Bodies(held)
+    one, other = RequestBodies(held), RequestBodies(held)
     fill(one, [60, 40])
-    assert one.end() == b"x" * 100
+    assert one.finish() == b"x" * 100
     fill(one, [80])
     fill(other, [30, 30])
-    assert (held.held, counters.live("body_bytes")) == (240, 240)
-    one.answered()
+    assert (held.held, counters.gauge("body_bytes")) == (240, 240)
+    one.release_oldest()
     assert held.held == 140
-    other.end()
+    other.finish()
     other.close()
     assert held.held == 80
     one.close()
-    assert (held.held, counters.live("body_bytes")) == (0, 0)
+    assert (held.held, counters.gauge("body_bytes")) == (0, 0)
 
 
 def test_a_body_above_a_bound_is_dropped() -> None:
     counters, held = room()
-    large = Bodies(held)
+    large = RequestBodies(held)
     fill(large, [100])
     refusal = large.take(b"x")
     assert refusal is not None
     assert (refusal.status, refusal.close, held.held) == (413, True, 0)
     assert b"larger than 100 bytes, which is --max-body-bytes" in refusal.body
-    several = [Bodies(held) for _ in range(3)]
+    several = [RequestBodies(held) for _ in range(3)]
     fill(several[0], [100])
     fill(several[1], [100])
     fill(several[2], [50])
@@ -82,7 +84,7 @@ async def half(target: Target, size: int) -> asyncio.StreamWriter:
 def test_bodies_of_many_clients_take_no_more_than_they_may_together() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        limits = GatewayLimits(max_body=1000, all_bodies=2500)
+        limits = GatewayLimits(max_body_bytes=1000, max_bodies_bytes=2500)
         async with gateway(replica.url, health=QUIET, limits=limits) as (made, target):
             body = BODY.ljust(700)
             for _ in range(3):  # what has been answered takes no room

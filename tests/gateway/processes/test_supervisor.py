@@ -49,7 +49,9 @@ def test_they_share_counters_know_the_same_replicas_and_one_killed_is_replaced()
             assert {json.loads(h.body)["replicas"]["healthy"] for h in health} == {3}
 
             await _kill_one_under_load(made.pids, target)
-            await eventually(lambda: len(made.pids) == 2 and made.counters.live("interactive") == 0)
+            await eventually(
+                lambda: len(made.pids) == 2 and made.counters.gauge("interactive") == 0
+            )
             seen = await status(target)
             assert seen["worker_restarts"] == 1
             assert all(row["in_flight"] == row["load_tokens"] == 0 for row in seen["replicas"])

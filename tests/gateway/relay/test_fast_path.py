@@ -36,7 +36,7 @@ def way(journal: Journal | None = None) -> Way:
 def test_an_event_passes_and_is_counted_and_kept() -> None:
     journal = Journal(strip=False)
     one = way(journal)
-    assert one.fast_path.take(chunk(EVENT))
+    assert one.fast_path.try_forward(chunk(EVENT))
     assert one.written == [chunk(EVENT)] == [journal.raw]
     assert (one.account.chunks, one.account.bytes) == (1, len(chunk(EVENT)))
     assert journal.size == len(chunk(EVENT))
@@ -45,7 +45,7 @@ def test_an_event_passes_and_is_counted_and_kept() -> None:
 def test_token_ids_are_taken_out_and_kept() -> None:
     journal = Journal(strip=True)
     one = way(journal)
-    assert one.fast_path.take(chunk(EVENT))
+    assert one.fast_path.try_forward(chunk(EVENT))
     assert one.written == [chunk(PLAIN)]
     assert journal.raw == chunk(EVENT)
 
@@ -67,7 +67,7 @@ def test_what_is_not_one_whole_chunk_of_events_is_left_alone() -> None:
         b"",
     ):
         one = way(Journal(strip=False))
-        assert not one.fast_path.take(piece)
+        assert not one.fast_path.try_forward(piece)
         assert one.written == []
         assert one.account.chunks == 0
 
@@ -75,8 +75,8 @@ def test_what_is_not_one_whole_chunk_of_events_is_left_alone() -> None:
 def test_ids_in_several_places_take_the_long_way() -> None:
     prompt = b'data: {"prompt_token_ids":[3],"choices":[{"text":"a","token_ids":[1]}]}\n\n'
     for payload in (EVENT + EVENT, prompt, PLAIN, b'data: {"token_ids":null}\n\n'):
-        assert not way(Journal(strip=True)).fast_path.take(chunk(payload))
-        assert way(Journal(strip=False)).fast_path.take(chunk(payload))
+        assert not way(Journal(strip=True)).fast_path.try_forward(chunk(payload))
+        assert way(Journal(strip=False)).fast_path.try_forward(chunk(payload))
 
 
 def test_the_bounds_are_looked_at_now_and_then() -> None:
@@ -85,11 +85,11 @@ def test_the_bounds_are_looked_at_now_and_then() -> None:
     for piece in (chunk(PLAIN), large):
         one = way(Journal(strip=False))
         count = 24000 // len(piece) + 1
-        taken = [one.fast_path.take(piece) for _ in range(count)]
+        taken = [one.fast_path.try_forward(piece) for _ in range(count)]
         assert 0 < sum(taken) < count
         assert one.account.bytes < 16384 + len(piece)
         free = way()
-        assert all(free.fast_path.take(piece) for _ in range(count))
+        assert all(free.fast_path.try_forward(piece) for _ in range(count))
 
 
 @given(
@@ -109,5 +109,5 @@ def test_what_it_takes_is_what_the_long_way_would_pass(
     piece = chunk(payload)
     piece = piece if cut > len(piece) else piece[:cut]
     one, longer = way(Journal(strip)), Journal(strip)
-    if one.fast_path.take(piece):
-        assert one.written == [longer.take(piece)]
+    if one.fast_path.try_forward(piece):
+        assert one.written == [longer.feed(piece)]

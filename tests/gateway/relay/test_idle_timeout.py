@@ -11,27 +11,27 @@ from tests.support.running import eventually, run
 
 
 class Watched:
-    """A silence and how often it was broken."""
+    """A silence and how often it was timeouts."""
 
     def __init__(self, limit: float) -> None:
         self.account = LoadAccount(ReplicaSet.__new__(ReplicaSet))
         self.paused = False
-        self.broken = 0
+        self.timeouts = 0
         self.idle_timeout = IdleTimeout(self.account, limit, lambda: self.paused, self._count)
 
     def _count(self) -> None:
-        self.broken += 1
+        self.timeouts += 1
 
 
 def test_it_is_told_again_and_again_until_it_stops() -> None:
     async def scenario() -> None:
         one = Watched(limit=0.02)
-        one.idle_timeout.watch()
-        await eventually(lambda: one.broken >= 3)
+        one.idle_timeout.start()
+        await eventually(lambda: one.timeouts >= 3)
         one.idle_timeout.stop()
-        told = one.broken
+        told = one.timeouts
         await asyncio.sleep(0.06)
-        assert one.broken == told
+        assert one.timeouts == told
 
     run(scenario())
 
@@ -41,12 +41,12 @@ def test_what_comes_or_a_paused_client_puts_it_off() -> None:
         coming, paused, left = (Watched(limit=0.05) for _ in range(3))
         paused.paused = True
         for one in (coming, paused, left):
-            one.idle_timeout.watch()
-        while not left.broken:  # so at least the limit has gone by
+            one.idle_timeout.start()
+        while not left.timeouts:  # so at least the limit has gone by
             coming.account.chunks += 1
             await asyncio.sleep(0)
-        assert (coming.broken, paused.broken) == (0, 0)
-        await eventually(lambda: coming.broken == 1)
+        assert (coming.timeouts, paused.timeouts) == (0, 0)
+        await eventually(lambda: coming.timeouts == 1)
         paused.idle_timeout.stop()
 
     run(scenario())

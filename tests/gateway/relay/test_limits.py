@@ -14,17 +14,18 @@ import pytest
 from millrace.common.http_client import Response, Target, fetch, parse_url
 from millrace.errors import UserError
 from millrace.gateway.admin.status import read_status
-from millrace.gateway.app import Gateway, GatewayOptions
+from millrace.gateway.app import Gateway
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 from millrace.gateway.http.message import Request
-from millrace.gateway.http.request_info import estimate_tokens, read_request_info, worded
+from millrace.gateway.http.request_info import body_for, estimate_tokens, read_request_info
+from millrace.gateway.options import GatewayOptions
 from millrace.gateway.relay.access import Access
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
 
-QUIET = HealthPolicy(interval=60, slow_start=0.0)
+QUIET = HealthPolicy(health_check_interval=60, slow_start=0.0)
 
 
 async def post(target: Target, tokens: int = 2, *headers: tuple[str, str], **more: Any) -> Response:
@@ -45,7 +46,7 @@ async def post(target: Target, tokens: int = 2, *headers: tuple[str, str], **mor
 def test_a_gateway_with_keys_lets_in_who_has_one_and_keeps_it_to_itself() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        access = Access(api_keys=("one", "two"), worker_key="inner", admin_key="root")
+        access = Access(api_key=["one", "two"], worker_api_key="inner", admin_key="root")
         async with gateway(replica.url, health=QUIET, access=access) as (_, target):
             for headers in ((), (("Authorization", "Bearer no"),), (("Authorization", "two"),)):
                 refused = await post(target, 2, *headers)
@@ -114,7 +115,7 @@ def test_https_for_clients(tmp_path: Path) -> None:
 def test_requests_above_the_limit_wait_and_above_the_queue_are_refused() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.1).start()
-        limits = GatewayLimits(max_in_flight=2, queue=3)
+        limits = GatewayLimits(max_concurrent_requests=2, queue_size=3)
         async with gateway(replica.url, health=QUIET, limits=limits) as (made, target):
             answers = await asyncio.gather(*(post(target) for _ in range(8)))
             assert sorted(a.status for a in answers) == [200] * 5 + [429] * 3
@@ -123,7 +124,7 @@ def test_requests_above_the_limit_wait_and_above_the_queue_are_refused() -> None
             assert "3 wait already" in json.loads(refused.body)["error"]["message"]
             assert made.counters.events()["queue_refused"] == 3
             assert (
-                made.counters.live("interactive") == made.counters.live("queued_interactive") == 0
+                made.counters.gauge("interactive") == made.counters.gauge("queued_interactive") == 0
             )
         await replica.stop()
 
@@ -133,12 +134,13 @@ def test_requests_above_the_limit_wait_and_above_the_queue_are_refused() -> None
 def test_who_waits_too_long_is_told_to_come_again() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.5).start()
-        limits = GatewayLimits(max_in_flight=1, queue_timeout=0.1)
+        limits = GatewayLimits(max_concurrent_requests=1, queue_timeout=0.1)
         async with gateway(replica.url, health=QUIET, limits=limits) as (made, target):
             answers = await asyncio.gather(*(post(target) for _ in range(2)))
             assert sorted(a.status for a in answers) == [200, 429]
             assert (
-                b"no place became free within 0.1 s" in min(answers, key=lambda a: -a.status).body
+                b"the request waited 0.1 s in the queue"
+                in min(answers, key=lambda a: -a.status).body
             )
             assert made.relay.in_flight == 0
         await replica.stop()
@@ -149,14 +151,14 @@ def test_who_waits_too_long_is_told_to_come_again() -> None:
 def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.3).start()
-        limits = GatewayLimits(max_in_flight=1)
+        limits = GatewayLimits(max_concurrent_requests=1)
         async with gateway(replica.url, health=QUIET, limits=limits) as (made, target):
             first = asyncio.create_task(post(target))
-            await eventually(lambda: made.counters.live("interactive") == 1)
+            await eventually(lambda: made.counters.gauge("interactive") == 1)
             second = asyncio.create_task(post(target))
-            await eventually(lambda: made.counters.live("queued_interactive") == 1)
+            await eventually(lambda: made.counters.gauge("queued_interactive") == 1)
             second.cancel()
-            await eventually(lambda: made.counters.live("queued_interactive") == 0)
+            await eventually(lambda: made.counters.gauge("queued_interactive") == 0)
             assert (await first).status == 200
             assert len(replica.bodies) == 1
         await replica.stop()
@@ -167,12 +169,14 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
 def test_batch_has_its_own_limit_and_interactive_goes_first() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.1).start()
-        limits = GatewayLimits(max_in_flight=8, max_batch=1, batch_queue=2)
+        limits = GatewayLimits(
+            max_concurrent_requests=8, max_concurrent_batch=1, batch_queue_size=2
+        )
         batch = ("X-Service-Class", "batch")
         async with gateway(replica.url, health=QUIET, limits=limits) as (made, target):
             slow = [asyncio.create_task(post(target, 2, batch)) for _ in range(3)]
             slow.append(asyncio.create_task(post(target, 2, service_tier="flex")))
-            await eventually(lambda: made.counters.live("queued_batch") == 2)
+            await eventually(lambda: made.counters.gauge("queued_batch") == 2)
             quick = await asyncio.gather(*(post(target) for _ in range(4)))
             assert [a.status for a in quick] == [200] * 4
             assert not all(task.done() for task in slow)
@@ -192,8 +196,8 @@ def test_a_replica_carries_no_more_requests_than_it_may() -> None:
         ]
         async with gateway(replicas=specs, health=QUIET) as (made, target):
             waiting = [asyncio.create_task(post(target)) for _ in range(9)]
-            await eventually(lambda: made.counters.live("queued_interactive") == 6)
-            made.replicas.look(made.replicas.all)
+            await eventually(lambda: made.counters.gauge("queued_interactive") == 6)
+            made.replicas.refresh_load(made.replicas.all)
             assert [r.in_flight for r in made.replicas.all] == [1, 2]
             assert [a.status for a in await asyncio.gather(*waiting)] == [200] * 9
         for replica in some:
@@ -227,7 +231,7 @@ def test_the_models_of_a_replica_that_is_down_give_503_not_404() -> None:
     async def scenario() -> None:
         gone = await MockReplica(model="a").start()
         other = await MockReplica(model="b").start()
-        health = HealthPolicy(interval=0.02, slow_start=0.0)
+        health = HealthPolicy(health_check_interval=0.02, slow_start=0.0)
         async with gateway(gone.url, other.url, health=health) as (made, target):
             gone.healthy = False
             await eventually(lambda: made.monitor.members[0].state == "down")
@@ -268,15 +272,15 @@ def test_of_a_long_prompt_only_the_beginning_is_kept_twice() -> None:
 def test_a_request_is_worded_for_its_replica() -> None:
     one = asked(b' {"prompt": "hi", "stream": true, "seed": 5}')
     assert one.resumable
-    assert worded(one, "other") == b' {"prompt": "hi", "stream": true, "seed": 5}'
-    assert json.loads(worded(one, "millrace")) == {
+    assert body_for(one, "other") == b' {"prompt": "hi", "stream": true, "seed": 5}'
+    assert json.loads(body_for(one, "millrace")) == {
         "return_token_ids": True, "prompt": "hi", "stream": True, "seed": 5,
     }  # fmt: skip
-    assert json.loads(worded(one, "millrace", [7]))["resume_token_ids"] == [7]
+    assert json.loads(body_for(one, "millrace", [7]))["resume_token_ids"] == [7]
     unseeded = asked(b'{"prompt": "hi", "stream": true, "return_token_ids": null}')
-    seeds = {json.loads(worded(unseeded, "millrace", r))["seed"] for r in ((), (1,))}
+    seeds = {json.loads(body_for(unseeded, "millrace", r))["seed"] for r in ((), (1,))}
     assert len(seeds) == 1  # a continuation draws the same noise
-    assert "seed" not in json.loads(worded(unseeded, "vllm"))
+    assert "seed" not in json.loads(body_for(unseeded, "vllm"))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,7 @@ def test_every_api_for_text_is_understood(
     assert (one.prompt, one.max_tokens) == (prompt, most)
     assert one.prompt_tokens == max(1, len(prompt) // 4)
     assert not one.resumable
-    assert worded(one, "millrace") == body
+    assert body_for(one, "millrace") == body
 
 
 @pytest.mark.parametrize(
@@ -316,4 +320,4 @@ def test_every_api_for_text_is_understood(
 def test_what_cannot_be_read_is_left_to_the_replica(body: bytes) -> None:
     one = asked(body)
     assert not one.resumable
-    assert worded(one, "millrace") == body
+    assert body_for(one, "millrace") == body

@@ -128,7 +128,10 @@ def test_a_request_arrives_whole_without_the_clients_connection_headers() -> Non
 def test_connections_are_kept_alive_on_both_sides() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        async with gateway(replica.url, health=HealthPolicy(interval=60)) as (_, target):
+        async with gateway(replica.url, health=HealthPolicy(health_check_interval=60)) as (
+            _,
+            target,
+        ):
             before = replica.connections
             connection = await connect(target)
             for _ in range(20):
@@ -215,7 +218,10 @@ def test_before_the_first_byte_a_request_is_retried_elsewhere(behaviour: str) ->
     async def scenario() -> None:
         bad = await MockReplica(behaviour=behaviour, name="bad").start()
         good = await MockReplica(name="good").start()
-        async with gateway(bad.url, good.url, health=HealthPolicy(interval=60)) as (made, target):
+        async with gateway(bad.url, good.url, health=HealthPolicy(health_check_interval=60)) as (
+            made,
+            target,
+        ):
             answers = [await post(target) for _ in range(6)]
             assert [a.status for a in answers] == [200] * 6
             assert {a.headers["x-replica"] for a in answers} == {"good"}
@@ -233,7 +239,7 @@ def test_before_the_first_byte_a_request_is_retried_elsewhere(behaviour: str) ->
 def test_a_replica_that_answers_garbage_gives_a_clean_error_when_it_is_the_only_one() -> None:
     async def scenario() -> None:
         bad = await MockReplica(behaviour="garbage").start()
-        async with gateway(bad.url, health=HealthPolicy(interval=60)) as (_, target):
+        async with gateway(bad.url, health=HealthPolicy(health_check_interval=60)) as (_, target):
             answer = await post(target)
             error = json.loads(answer.body)["error"]
             assert answer.status == 502
@@ -280,7 +286,10 @@ def test_a_response_that_breaks_off_is_seen_as_broken() -> None:
 def test_a_client_that_leaves_takes_its_request_along() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.05, gap_s=0.05).start()
-        async with gateway(replica.url, health=HealthPolicy(interval=60)) as (made, target):
+        async with gateway(replica.url, health=HealthPolicy(health_check_interval=60)) as (
+            made,
+            target,
+        ):
             connection = await connect(target)
             waiting = connection.send(
                 encode_request(target, "POST", "/v1/completions", completion(1000))
@@ -320,7 +329,10 @@ def test_a_request_leaves_nothing_behind_for_a_garbage_collection() -> None:
 def test_a_stale_idle_connection_costs_no_request_and_no_ejection() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        async with gateway(replica.url, health=HealthPolicy(interval=60)) as (made, target):
+        async with gateway(replica.url, health=HealthPolicy(health_check_interval=60)) as (
+            made,
+            target,
+        ):
             assert (await post(target)).status == 200
             # The relay's idle connection dies in the very moment in which it is used again.
             side = next(iter(made.relay.pool._idle.values()))[0]
@@ -362,7 +374,7 @@ def test_kill_9_of_a_replica_loses_no_request_that_has_no_byte_yet() -> None:
 def test_a_replica_that_says_nothing_gives_504() -> None:
     async def scenario() -> None:
         mute = await MockReplica(behaviour="hang").start()
-        async with gateway(mute.url, limits=GatewayLimits(timeout=0.3)) as (made, target):
+        async with gateway(mute.url, limits=GatewayLimits(request_timeout=0.3)) as (made, target):
             answer = await post(target)
             assert answer.status == 504
             assert "0.3 s" in json.loads(answer.body)["error"]["message"]
@@ -397,7 +409,9 @@ def test_no_healthy_replica_gives_503_with_the_reason() -> None:
 def test_more_requests_than_may_be_in_flight_get_429() -> None:
     async def scenario() -> None:
         slow = await MockReplica(first_s=0.3).start()
-        async with gateway(slow.url, limits=GatewayLimits(max_in_flight=2, queue=0)) as (_, target):
+        async with gateway(
+            slow.url, limits=GatewayLimits(max_concurrent_requests=2, queue_size=0)
+        ) as (_, target):
             answers = await asyncio.gather(*(post(target) for _ in range(5)))
             assert sorted(a.status for a in answers) == [200, 200, 429, 429, 429]
             refused = next(a for a in answers if a.status == 429)
@@ -420,7 +434,7 @@ def test_more_requests_than_may_be_in_flight_get_429() -> None:
 def test_a_malformed_or_oversized_request_is_refused(sent: bytes, status: int) -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        async with gateway(replica.url, limits=GatewayLimits(max_body=100)) as (made, target):
+        async with gateway(replica.url, limits=GatewayLimits(max_body_bytes=100)) as (made, target):
             head, _, body = (await raw(target, sent)).partition(b"\r\n\r\n")
             assert head.startswith(f"HTTP/1.1 {status} ".encode())
             assert json.loads(body)["error"]["code"] == status

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from millrace.common.http_client import Response, Target, fetch
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import HealthPolicy
-from millrace.gateway.resume.journal import Journal, read_progress
+from millrace.gateway.resume.journal import Journal, parse_progress
 from tests.support.gateways import gateway, streamed
 from tests.support.mock_replica import MockReplica, ScriptedServer, next_token, word
 from tests.support.running import eventually, run
 
 MOCK = Path(__file__).parents[2] / "support" / "mock_replica.py"
-QUIET = HealthPolicy(interval=60, slow_start=0.0)
+QUIET = HealthPolicy(health_check_interval=60, slow_start=0.0)
 PROMPT = [1, 2, 3]
 
 
@@ -81,7 +81,7 @@ def test_a_broken_stream_goes_on_elsewhere(first: str, second: str, chat: bool) 
             roles = [c["delta"] for e in said for c in e["choices"] if "role" in c.get("delta", {})]
             assert len(roles) == int(chat)
             assert made.counters.events()["resumed"] == 1
-            assert made.counters.live("kept_bytes") == 0
+            assert made.counters.gauge("kept_bytes") == 0
         await bad.stop()
         await good.stop()
 
@@ -143,7 +143,7 @@ def test_a_stream_that_lacks_only_its_end_gets_it_from_the_gateway() -> None:
 def test_a_stream_waits_for_a_replica_that_comes_back() -> None:
     async def scenario() -> None:
         only = await MockReplica(kind="millrace", cut_after=5).start()
-        health = HealthPolicy(interval=0.05, backoff=0.1, slow_start=0.0)
+        health = HealthPolicy(health_check_interval=0.05, backoff=0.1, slow_start=0.0)
         async with gateway(only.url, health=health) as (made, target):
             waiting = asyncio.create_task(info(target))
             await eventually(lambda: made.counters.events()["resumed"] == 1)
@@ -167,7 +167,9 @@ def test_a_replica_that_stops_answering_checks_loses_its_streams_to_others() -> 
             assert process.stdout is not None
             port = int(process.stdout.readline().rsplit(" ", 1)[1])
             good = await MockReplica(kind="millrace", name="good").start()
-            health = HealthPolicy(interval=0.1, timeout=0.3, slow_start=0.0)
+            health = HealthPolicy(
+                health_check_interval=0.1, health_check_timeout=0.3, slow_start=0.0
+            )
             async with gateway(
                 f"127.0.0.1:{port}", good.url, health=health, policy="round_robin"
             ) as (made, target):
@@ -192,7 +194,7 @@ def test_a_replica_that_stops_answering_checks_loses_its_streams_to_others() -> 
     [
         ({"n": 2}, GatewayLimits()),
         ({"echo": True}, GatewayLimits()),
-        ({}, GatewayLimits(max_kept=0)),
+        ({}, GatewayLimits(max_kept_bytes=0)),
     ],
 )
 def test_what_cannot_go_on_is_cut_off_and_counted(
@@ -293,10 +295,10 @@ def test_wherever_a_stream_breaks_the_client_has_all_tokens_once(
 def test_what_a_journal_passes_on_ends_with_whole_events(cuts: list[int]) -> None:
     journal, passed = Journal(strip=False), b""
     for piece in split(BODY, cuts):
-        passed += journal.take(piece)
+        passed += journal.feed(piece)
         assert passed == b"" or passed.endswith(b"\n\n\r\n")
         assert journal.raw == passed
-    progress = read_progress(journal.raw)
+    progress = parse_progress(journal.raw)
     assert progress is not None
     assert progress.token_ids == expected(20)
     assert progress.prompt_token_ids == PROMPT
@@ -307,11 +309,11 @@ def test_text_that_looks_like_token_ids_stays() -> None:
     said = b'data: {"text":"a,\\"token_ids\\":[1]","token_ids":[7, 8]}\n\n'
     chunk = b"%x\r\n%b\r\n" % (len(said), said)
     left = b'data: {"text":"a,\\"token_ids\\":[1]"}\n\n'
-    assert Journal(strip=True).take(chunk) == b"%x\r\n%b\r\n" % (len(left), left)
+    assert Journal(strip=True).feed(chunk) == b"%x\r\n%b\r\n" % (len(left), left)
 
 
 def test_every_event_of_a_chunk_loses_its_token_ids() -> None:
     with_ids = b'data: {"choices":[{"text":"a","token_ids":[1, 22]}]}\n\n' * 3
     without = b'data: {"choices":[{"text":"a"}]}\n\n' * 3
-    passed = Journal(strip=True).take(b"%x\r\n%b\r\n" % (len(with_ids), with_ids))
+    passed = Journal(strip=True).feed(b"%x\r\n%b\r\n" % (len(with_ids), with_ids))
     assert passed == b"%x\r\n%b\r\n" % (len(without), without)

@@ -36,7 +36,7 @@ def fleet(
     loads: Sequence[int], weights: Sequence[float] = (), ramp: Sequence[float | None] = ()
 ) -> ReplicaSet:
     counters = SharedCounters(1)
-    made = ReplicaSet(counters, counters.part(0), lambda id, reason: None)
+    made = ReplicaSet(counters, counters.process_counters(0), lambda id, reason: None)
     made.apply(
         Member(
             id=i,
@@ -44,12 +44,12 @@ def fleet(
             target=Target("127.0.0.1", 8000 + i),
             state="up",
             weight=weights[i] if weights else 1.0,
-            ramp_from=ramp[i] if ramp else None,
+            slow_start_from=ramp[i] if ramp else None,
         )
         for i in range(len(loads))
     )
     for slot, load in enumerate(loads):
-        made.part.add(slot, LOAD, load)
+        made.process_counters.add(slot, LOAD, load)
     return made
 
 
@@ -102,7 +102,7 @@ def test_least_loaded_takes_a_minimum_and_turns_among_equals(loads: list[int]) -
 def test_least_loaded_weighs_loads_and_corrections() -> None:
     some = fleet([100, 150], weights=[1, 2])
     assert pick(LeastLoaded(some), some) == 1
-    some._counters.correct(1, 400)
+    some._counters.set_load_correction(1, 400)
     assert pick(LeastLoaded(some), some) == 0
 
 
@@ -117,8 +117,8 @@ def test_power_of_two_keeps_the_load_far_more_even_than_chance() -> None:
     some = fleet([0] * 16)
     policy = PowerOfTwo(some, 1)
     for _ in range(1600):
-        some.part.add(pick(policy, some), LOAD, 1)
-    some.look(some.all)
+        some.process_counters.add(pick(policy, some), LOAD, 1)
+    some.refresh_load(some.all)
     loads = [r.load for r in some.all]
     assert max(loads) - min(loads) <= 8  # drawing one at random spreads by about 40
 
@@ -153,12 +153,12 @@ def test_affinity_ends_where_the_load_gap_passes_the_threshold() -> None:
     policy = aware(some, gap=1000)
     shared = info("s" * 4 * BLOCK)  # worth 256 tokens
     first = pick(policy, some, shared)
-    some.part.add(first, LOAD, 1200)
+    some.process_counters.add(first, LOAD, 1200)
     assert pick(policy, some, shared) == first
-    some.part.add(first, LOAD, 100)
+    some.process_counters.add(first, LOAD, 100)
     other = pick(policy, some, shared)
     assert other != first
-    some.part.add(first, LOAD, -1300)
+    some.process_counters.add(first, LOAD, -1300)
     assert pick(policy, some, shared) in (first, other)
 
 
@@ -167,11 +167,11 @@ def test_the_longest_known_beginning_wins() -> None:
     long = hash_chain(b"a" * 8 * BLOCK)
     table.learn(0, long[:2])
     table.learn(1, long[:5])
-    assert table.longest([0, 1], long) == (5, [1])
-    assert table.longest([0], long) == (2, [0])
+    assert table.longest_match([0, 1], long) == (5, [1])
+    assert table.longest_match([0], long) == (2, [0])
     table.forget(1, long)
-    assert table.longest([0, 1], long) == (2, [0])
-    assert table.longest([0, 1], hash_chain(b"b" * 999)) == (0, [])
+    assert table.longest_match([0, 1], long) == (2, [0])
+    assert table.longest_match([0, 1], hash_chain(b"b" * 999)) == (0, [])
 
 
 @given(a=st.binary(max_size=2000), b=st.binary(max_size=2000), common=st.integers(0, 6))
@@ -189,7 +189,7 @@ def test_a_replica_that_lost_its_cache_is_forgotten() -> None:
     table.learn(0, chain)
     table.learn(3, chain)
     counters.forget_prefixes(3)
-    assert table.longest([0, 3], chain) == (len(chain), [0])
+    assert table.longest_match([0, 3], chain) == (len(chain), [0])
 
 
 # --- consistent hashing --------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_key_stays_with_its_replica_and_only_lost_ones_move() -> None:
 def test_without_a_session_the_user_or_the_prompt_is_the_key() -> None:
     body = b'{"prompt": "p", "user": "ann"}'
     asked = read_request_info(Request(b"POST", b"/v1/completions", "1.1", [], body, True))
-    assert (asked.key, info("p").key) == (b"ann", b'"p"')
+    assert (asked.affinity_key, info("p").affinity_key) == (b"ann", b'"p"')
 
 
 # --- all -----------------------------------------------------------------------------------------
@@ -230,7 +230,10 @@ def test_gateways_that_share_a_board_keep_replicas_within_5_percent_in_tokens() 
     members = [
         Member(id=i, slot=i, target=Target("127.0.0.1", 8000 + i), state="up") for i in range(6)
     ]
-    sets = [ReplicaSet(counters, counters.part(p), lambda id, reason: None) for p in range(4)]
+    sets = [
+        ReplicaSet(counters, counters.process_counters(p), lambda id, reason: None)
+        for p in range(4)
+    ]
     for one in sets:
         one.apply(members)
     pickers = [LeastLoaded(one) for one in sets]
@@ -240,11 +243,11 @@ def test_gateways_that_share_a_board_keep_replicas_within_5_percent_in_tokens() 
         which = draw.randrange(4)
         size = draw.choice((50, 100, 200, 400, 1600))
         chosen = pickers[which].pick(sets[which].available(), info())
-        sets[which].picked(chosen, size, size)
+        sets[which].request_started(chosen, size, size)
         given[chosen.slot] += size
         running.append((moment + size // 4, sets[which], chosen.slot, size))
         for ended in [r for r in running if r[0] <= moment]:
             running.remove(ended)
             _, owner, slot, tokens = ended
-            owner.released(owner.all[slot], tokens, tokens)
+            owner.request_ended(owner.all[slot], tokens, tokens)
     assert max(given) < 1.05 * sum(given) / 6

@@ -19,7 +19,7 @@ from tests.support.live_server import fake_server
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
 
-POLLING = HealthPolicy(interval=60, load_interval=0.01, slow_start=0.0)
+POLLING = HealthPolicy(health_check_interval=60, load_interval=0.01, slow_start=0.0)
 PROMPT = [1, 2] * 400
 CHAIN = hash_chain(json.dumps(PROMPT).encode())
 
@@ -33,7 +33,7 @@ async def complete(target: Target, prompt: list[int]) -> str:
 
 
 def known(made: Gateway, chain: list[int] = CHAIN) -> tuple[int, list[int]]:
-    return PrefixTable(made.counters.prefixes).longest([0, 1], chain)
+    return PrefixTable(made.counters.prefixes).longest_match([0, 1], chain)
 
 
 def load(epoch: str, number: int, hashes: list[int]) -> dict[str, Any]:
@@ -94,14 +94,14 @@ def test_a_replica_that_has_restarted_is_forgotten() -> None:
 
 def test_one_that_comes_back_with_its_cache_tells_all_again() -> None:
     counters = SharedCounters(1)
-    heard, table = ReportedPrefixes(counters, 3), PrefixTable(counters.prefixes)
-    heard.take(PrefixReport("a", "a.1", CHAIN), "0")
-    heard.forget()
-    assert (table.longest([3], CHAIN), heard.since) == ((0, []), "0")
-    heard.take(PrefixReport("a", "a.2", []), "a.1")  # it was under way
-    assert heard.since == "0"
-    heard.take(PrefixReport("a", "a.2", CHAIN), "0")
-    assert (table.longest([3], CHAIN), heard.since) == ((len(CHAIN), [3]), "a.2")
+    reported, table = ReportedPrefixes(counters, 3), PrefixTable(counters.prefixes)
+    reported.apply(PrefixReport("a", "a.1", CHAIN), "0")
+    reported.forget()
+    assert (table.longest_match([3], CHAIN), reported.cursor) == ((0, []), "0")
+    reported.apply(PrefixReport("a", "a.2", []), "a.1")  # it was under way
+    assert reported.cursor == "0"
+    reported.apply(PrefixReport("a", "a.2", CHAIN), "0")
+    assert (table.longest_match([3], CHAIN), reported.cursor) == ((len(CHAIN), [3]), "a.2")
 
 
 @pytest.mark.parametrize(

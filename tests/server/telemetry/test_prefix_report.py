@@ -11,7 +11,7 @@ import pytest
 
 from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, hash_chain
 from millrace.gateway.http.message import Request
-from millrace.gateway.http.request_info import read_request_info, worded
+from millrace.gateway.http.request_info import body_for, read_request_info
 from millrace.server.api.fields import COMPLETIONS, parse_body
 from millrace.server.api.request_schema import CompletionRequest
 from millrace.server.telemetry.prefix_report import (
@@ -72,7 +72,7 @@ def test_both_sides_hash_a_prompt_alike(http: httpx.Client, path: bytes, body: b
 def test_a_request_that_a_gateway_words_anew_keeps_its_hashes() -> None:
     body = b'{"prompt": [1,  2, 3], "stream": true, "return_token_ids": true, "max_tokens": 9}'
     info = read_request_info(Request(b"POST", TEXT, "1.1", [], body, True))
-    sent = worded(info, "millrace", [4, 5])
+    sent = body_for(info, "millrace", [4, 5])
     assert json.loads(sent)["resume_token_ids"] == [4, 5]
     _, given = parse_body(sent, CompletionRequest, COMPLETIONS)
     assert PrefixReporter(enabled=True).prefix_hashes([given["prompt"]]) == as_gateway(TEXT, body)

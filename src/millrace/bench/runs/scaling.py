@@ -23,7 +23,7 @@ from millrace.common.http_client import Target
 from millrace.common.sockets import free_port
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import thread_limit, usable_cores, visible_gpus
-from millrace.fleet.replica_process import ReplicaProcess, bring_up
+from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_healthy
 
 MILLRACE = tuple(python_module("millrace.cli"))
 _LOOPBACK = "127.0.0.1"
@@ -116,7 +116,7 @@ async def served(
     ]
     process = ReplicaProcess(command, replica_threads(options.counts), on_line=lambda line: None)
     try:
-        await bring_up(process, target, f"the server of {options.model}", options.start_timeout)
+        await start_and_wait_healthy(process, target, f"the server of {options.model}", options.start_timeout)
         yield target
     finally:
         await process.stop(_GRACE)

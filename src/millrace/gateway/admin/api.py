@@ -1,8 +1,8 @@
-"""The gateway's own paths: health, metrics, models, and the admin interface.
+"""The local paths of the gateway: health, metrics, models, status, and the admin API.
 
-/health is 200 while at least one replica takes requests; /metrics are the gateway's own, with the
-replicas' where it was told to merge them; /gateway/status and /gateway/replicas tell how each is,
-and the latter adds, drains, changes and removes them. Everything else is relayed.
+/health is 200 while at least one replica takes requests. /metrics has the gateway's own metrics,
+and those of the replicas with merge_metrics. /gateway/status and /gateway/replicas show each
+replica, and the latter adds, drains, changes and removes them. Every other path is relayed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from millrace.gateway.common.shared_counters import (
     CHUNKS,
     FAILURES,
     IN_FLIGHT,
-    LIVE,
     LOAD,
     PICKS,
+    PROCESS_GAUGES,
     PROMPT_TOKENS,
     RESIDENT,
     SharedCounters,
 )
 from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
-from millrace.gateway.http.message import Answer, Request, error_answer, json_answer
+from millrace.gateway.http.message import LocalReply, Request, error_reply, json_reply
 from millrace.gateway.relay.access import Access
 from millrace.gateway.routing.replicas import Member, ReplicaSet
 
@@ -54,27 +54,27 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: float
 
 
-def is_own(request: Request) -> bool:
+def is_local_request(request: Request) -> bool:
     """Whether a request is for the gateway itself."""
     path = request.path.partition(b"?")[0]
     return path.startswith(b"/gateway/") or (request.method == b"GET" and path in _OWN)
 
 
-def health_answer(replicas: ReplicaSet) -> Answer:
+def health_reply(replicas: ReplicaSet) -> LocalReply:
     """The answer to GET /health."""
     healthy = len(replicas.available())
     if not healthy:
         reason = replicas.describe_outage()
-        return error_answer(503, f"no healthy replica: {reason}", retry_after=1)
+        return error_reply(503, f"no healthy replica: {reason}", retry_after=1)
     counts = {"healthy": healthy, "total": len(replicas.all)}
-    return json_answer(200, {"status": "ok", "replicas": counts})
+    return json_reply(200, {"status": "ok", "replicas": counts})
 
 
 class AdminApi:
-    """Answers from the keeper's knowledge and the board.
+    """Answers local requests from the health monitor and the shared counters.
 
-    workers: process ids of the gateway's processes. merge: /metrics has the replicas' too, under
-    the names that `label` gives them.
+    workers: ids of the gateway processes. merge: /metrics includes the replicas' metrics, with the
+    label that `label` returns.
     """
 
     def __init__(
@@ -98,40 +98,40 @@ class AdminApi:
         self._workers = workers
         self._restarts = restarts
 
-    async def answer(self, request: Request) -> Answer:
-        """The answer to a request for the gateway itself, but for /health."""
+    async def answer(self, request: Request) -> LocalReply:
+        """The reply to a local request other than /health."""
         path = unquote(request.path.partition(b"?")[0].decode("latin-1"))
         if path == "/metrics":
             return await self._metrics()
         if path == "/v1/models":
-            if not self._access.admits(request):
-                return error_answer(401, "this API needs a key: send Authorization: Bearer KEY")
-            return json_answer(200, {"object": "list", "data": self._monitor.cards})
-        if not (self._access.admits(request) or self._access.administers(request)):
-            return error_answer(401, "this needs a key: send Authorization: Bearer KEY")
+            if not self._access.allows_api(request):
+                return error_reply(401, "this API needs a key: send Authorization: Bearer KEY")
+            return json_reply(200, {"object": "list", "data": self._monitor.cards})
+        if not (self._access.allows_api(request) or self._access.allows_admin(request)):
+            return error_reply(401, "this needs a key: send Authorization: Bearer KEY")
         if request.method == b"GET" and path == "/gateway/replicas":
-            return json_answer(200, {"replicas": self._rows()})
+            return json_reply(200, {"replicas": self._rows()})
         if request.method == b"GET" and path == "/gateway/status":
-            return json_answer(200, self.status())
+            return json_reply(200, self.status())
         if not path.startswith("/gateway/replicas"):
-            return error_answer(404, f"the gateway has no {path}", code="not_found")
-        if not self._access.administers(request):
+            return error_reply(404, f"the gateway has no {path}", code="not_found")
+        if not self._access.allows_admin(request):
             message = "changes need the admin key (Authorization: Bearer KEY), or to come from the "
-            return error_answer(403, message + "gateway's own host where no key was set")
+            return error_reply(403, message + "gateway's own host where no key was set")
         try:
             return self._administer(request, path)
         except (msgspec.DecodeError, UserError) as error:
-            return error_answer(400, str(error))
+            return error_reply(400, str(error))
 
-    # --- telling ---------------------------------------------------------------------------------
+    # --- reading ---------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Everything, for people and for `millrace gateway status`."""
+        """The content of /gateway/status."""
         return {
             "policy": self._policy,
             "workers": self._workers(),
             "worker_restarts": self._restarts(),
-            "live": {name: self._counters.live(name) for name in LIVE},
+            "live": {name: self._counters.gauge(name) for name in PROCESS_GAUGES},
             "answers": self._counters.statuses(),
             "events": self._counters.events(),
             "replicas": self._rows(),
@@ -142,14 +142,14 @@ class AdminApi:
         sums = self._counters.replica_sums(max((m.slot for m in members), default=-1) + 1)
         return [_row(member, sums[member.slot]) for member in members]
 
-    async def _metrics(self) -> Answer:
+    async def _metrics(self) -> LocalReply:
         own = exposition(self._counters, self._monitor.members, self._policy, self._restarts())
         if self._merge:
-            pages = await asyncio.gather(*(self._page(m) for m in self._monitor.members))
+            pages = await asyncio.gather(*(self._replica_metrics(m) for m in self._monitor.members))
             own += merged([page for page in pages if page is not None])
-        return Answer(200, own, _TEXT)
+        return LocalReply(200, own, _TEXT)
 
-    async def _page(self, member: Member) -> tuple[str, str] | None:
+    async def _replica_metrics(self, member: Member) -> tuple[str, str] | None:
         if member.state == "down":
             return None
         try:
@@ -161,12 +161,12 @@ class AdminApi:
 
     # --- changing --------------------------------------------------------------------------------
 
-    def _administer(self, request: Request, path: str) -> Answer:
+    def _administer(self, request: Request, path: str) -> LocalReply:
         monitor, method = self._monitor, request.method
         parts = path.strip("/").split("/")[2:]
         if not parts:
             if method != b"POST":
-                return error_answer(405, "use GET or POST here", headers=[("Allow", "GET, POST")])
+                return error_reply(405, "use GET or POST here", headers=[("Allow", "GET, POST")])
             body = msgspec.json.decode(request.body, type=NewReplica)
             spec = ReplicaSpec(
                 target=parse_url(body.url),
@@ -175,19 +175,19 @@ class AdminApi:
                 models=body.models,
                 source="admin",
             )
-            return json_answer(201, self._told(monitor.add(spec)))
+            return json_reply(201, self._row_of(monitor.add(spec)))
         member = monitor.find(int(parts[0])) if parts[0].isdigit() else None
         if member is None:
             ids = ", ".join(str(m.id) for m in monitor.members) or "none"
-            return error_answer(404, f"no replica {parts[0]!r}; there are: {ids}", code="not_found")
+            return error_reply(404, f"no replica {parts[0]!r}; there are: {ids}", code="not_found")
         return self._change(request, member, parts[1:])
 
-    def _change(self, request: Request, member: Member, rest: list[str]) -> Answer:
+    def _change(self, request: Request, member: Member, rest: list[str]) -> LocalReply:
         monitor, method = self._monitor, request.method
         if method == b"DELETE" and not rest:
             if b"force=1" in request.path:
                 monitor.remove(member.id)
-                return json_answer(200, {"id": member.id, "state": "removed"})
+                return json_reply(200, {"id": member.id, "state": "removed"})
             monitor.drain(member.id, then_remove=True)
         elif method == b"PATCH" and not rest:
             monitor.set_weight(member.id, msgspec.json.decode(request.body, type=Change).weight)
@@ -197,16 +197,16 @@ class AdminApi:
             monitor.undrain(member.id)
         else:
             message = "use DELETE or PATCH /gateway/replicas/ID, POST .../ID/drain or .../undrain"
-            return error_answer(405, message)
-        return json_answer(200, self._told(monitor.find(member.id) or member))
+            return error_reply(405, message)
+        return json_reply(200, self._row_of(monitor.find(member.id) or member))
 
-    def _told(self, member: Member) -> dict[str, Any]:
+    def _row_of(self, member: Member) -> dict[str, Any]:
         sums = self._counters.replica_sums(member.slot + 1)
         return _row(member, sums[member.slot])
 
 
 def _row(member: Member, sums: list[int]) -> dict[str, Any]:
-    """One replica as the status tells it."""
+    """One replica in the status."""
     return {
         "id": member.id,
         "url": str(member.target),

@@ -1,4 +1,4 @@
-"""The gateway's counters in Prometheus' format, read from the board when scraped."""
+"""The gateway's metrics in Prometheus' format, read from the shared counters when scraped."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from millrace.gateway.routing.replicas import Member
 
 _EVENTS = {
     "retries": "Requests sent to another replica before their first byte.",
-    "resumed": "Streams continued on another replica.",
-    "resume_failed": "Streams that could not be continued after a first success.",
-    "unprotected": "Streams that could not be continued, should their replica fail.",
+    "resumed": "Streams resumed on another replica.",
+    "resume_failed": "Streams that could not be resumed again after a first success.",
+    "unprotected": "Streams that cannot be resumed if their replica fails.",
     "cut_off": "Responses that broke off before their end.",
     "disconnects": "Requests whose client left early.",
     "queue_refused": "Requests refused because the queue was full.",
-    "body_refused": "Requests refused because bodies took all the room there is for them.",
+    "body_refused": "Requests refused because request bodies used all of their memory.",
 }
 _SECONDS = {
-    "relay": ("relay_ns", "Seconds spent on picking replicas."),
+    "relay": ("relay_ns", "Seconds spent choosing replicas."),
     "cpu": ("cpu_ns", "CPU seconds of the gateway's processes."),
 }
 _COUNTERS = {
     "failures": (cells.FAILURES, "Failures that requests met at a replica."),
     "relayed_bytes": (cells.BYTES, "Response bytes relayed."),
-    "relayed_chunks": (cells.CHUNKS, "Pieces of responses relayed: about one for each step."),
+    "relayed_chunks": (cells.CHUNKS, "Pieces of responses relayed: about one per step."),
     "prompt_tokens": (cells.PROMPT_TOKENS, "Prompt tokens sent, estimated from their bytes."),
 }
 _GAUGES = {
-    "in_flight": (cells.IN_FLIGHT, "Requests that a replica carries."),
-    "load_tokens": (cells.LOAD, "Tokens that it has to carry, as the policies see it."),
-    "resident_tokens": (cells.RESIDENT, "Tokens that its requests have so far."),
+    "in_flight": (cells.IN_FLIGHT, "Running requests of a replica."),
+    "load_tokens": (cells.LOAD, "Load of a replica in tokens, as the policies see it."),
+    "resident_tokens": (cells.RESIDENT, "Tokens of its running requests so far."),
 }
 
 
 class SharedCountersCollector(Collector):
-    """Reads a board."""
+    """Reads the shared counters."""
 
     def __init__(
         self, counters: SharedCounters, members: Sequence[Member], policy: str, restarts: int
@@ -79,24 +79,26 @@ class SharedCountersCollector(Collector):
             rows.append((bound, float(seen)))
         yield HistogramMetricFamily(
             "millrace_gateway_first_byte_seconds",
-            "From a whole request to the first byte of its answer.",
+            "Seconds from the complete request to the first byte of its response.",
             buckets=rows,
             sum_value=total,
         )
 
     def _live(self) -> Iterator[Metric]:
-        live = self._counters.live
+        live = self._counters.gauge
         for name, prefix, text in (
-            ("requests_in_flight", "", "Requests that have a place."),
-            ("requests_queued", "queued_", "Requests that wait for one."),
+            ("requests_in_flight", "", "Running requests."),
+            ("requests_queued", "queued_", "Requests that wait for admission."),
         ):
             family = _gauge(name, text, ["service_class"])
             for service in CLASSES:
                 family.add_metric([service], live(f"{prefix}{service}"))
             yield family
         yield _gauge("client_connections", "Connections of clients.", value=live("clients"))
-        yield _gauge("kept_bytes", "Bytes kept to continue streams.", value=live("kept_bytes"))
-        yield _gauge("body_bytes", "Bytes of requests' bodies held.", value=live("body_bytes"))
+        yield _gauge(
+            "kept_bytes", "Bytes of streams buffered to resume them.", value=live("kept_bytes")
+        )
+        yield _gauge("body_bytes", "Bytes of request bodies in memory.", value=live("body_bytes"))
 
     def _by_replica(self) -> Iterator[Metric]:
         members = self._members

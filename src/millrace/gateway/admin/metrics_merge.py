@@ -1,6 +1,6 @@
-"""Prometheus pages of several replicas as one: each sample gets a label that says whose it is.
+"""Prometheus pages of several replicas as one page; each sample gets the label of its replica.
 
-A family's HELP and TYPE stand once, with all its samples behind them, as the format demands.
+A family's HELP and TYPE come once, followed by all its samples, as the format requires.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{(.*)\})? (.+)$")
 
 
 def merged(pages: Sequence[tuple[str, str]]) -> bytes:
-    """One page from (label, page) pairs. Lines that are no samples are left out."""
+    """One page from (label, page) pairs. Lines that are not samples are left out."""
     comments: dict[str, dict[str, str]] = {}
     samples: dict[str, list[str]] = {}
     for label, page in pages:
@@ -36,7 +36,7 @@ def merged(pages: Sequence[tuple[str, str]]) -> bytes:
 
 
 def _family(name: str, known: dict[str, dict[str, str]]) -> str:
-    """The family that a sample belongs to, among those announced."""
+    """The family of a sample, among those with HELP or TYPE."""
     if name in known:
         return name
     for suffix in _SUFFIXES:

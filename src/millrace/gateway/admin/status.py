@@ -21,7 +21,7 @@ _COLOURS = {"up": "green", "draining": "yellow", "down": "red"}
 def show_status(url: str, interval: float, once: bool, key: str | None = None) -> None:
     """Draw the table every `interval` seconds until interrupted, or once.
 
-    Raises UserError when nobody answers there, or somebody else than a gateway does.
+    Raises UserError if nothing answers there, or something other than a gateway.
     """
     if interval <= 0:
         raise UserError(f"--interval {interval:g}: use a number of seconds above 0")
@@ -39,7 +39,7 @@ def show_status(url: str, interval: float, once: bool, key: str | None = None) -
 
 
 async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
-    """What the gateway there says of itself. Raises UserError."""
+    """The status of the gateway there. Raises UserError."""
     target = parse_url(url)
     try:
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
@@ -52,11 +52,11 @@ async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
         raise UserError(f"{target}: no gateway answers ({error or 'timed out'})") from None
     except msgspec.DecodeError:
         pass
-    raise UserError(f"{target}: this is no millrace gateway; name the gateway's own URL")
+    raise UserError(f"{target}: this is not a millrace gateway; give the URL of the gateway itself")
 
 
 def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:
-    """The table; rates are against `then`, `seconds` ago."""
+    """The table; rates are since `then`, `seconds` ago."""
     table = Table(title=_title(now), title_justify="left", expand=False)
     table.add_column("replica", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -85,7 +85,7 @@ def _title(now: dict[str, Any]) -> str:
     answered = sum(now["answers"].values())
     return (
         f"{now['policy']}, {len(now['workers'])} process(es); {live['interactive']} interactive "
-        f"and {live['batch']} batch under way, {live['queued_interactive'] + live['queued_batch']} "
+        f"and {live['batch']} batch running, {live['queued_interactive'] + live['queued_batch']} "
         f"queued; {answered:,} answered, {events['retries']} retried, {events['resumed']} resumed, "
         f"{events['cut_off']} cut off"
     )

@@ -1,1 +1,1 @@
-"""What all of the gateway uses: limits, and counters that its processes share."""
+"""Used in all of the gateway: limits, and counters that its processes share."""

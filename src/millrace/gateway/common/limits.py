@@ -1,4 +1,4 @@
-"""How much a gateway takes on and how long it waits: numbers; nothing here acts on them."""
+"""The bounds of a gateway, as numbers. Nothing here enforces them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import msgspec
 
 
 class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """max_in_flight, max_batch: requests of each service class at once, over all processes.
-    queue, batch_queue: requests of each class that may wait for that, in each process;
-    queue_timeout: for how long. per_replica: requests at once at one replica, 0 for any number.
-    timeout: seconds in which a replica must bring its first byte, and each next one.
-    client_timeout: seconds for a client to complete a request, more for a large one, and to begin
-    the next. max_body: bytes of a request's body, all_bodies: of all of a process that are held,
-    those of requests under way among them.
-    max_kept: bytes kept of a running stream, all_kept: of all of a process; above them a stream
-    cannot be resumed. resume_wait: seconds to wait for a replica that could go on with a stream.
-    retries: replicas tried in a row without a byte. moves: replicas one stream may outlive.
-    Sizes in bytes."""
+    """Bounds of a gateway. Times are seconds, sizes bytes.
 
-    max_in_flight: int = 16384
-    max_batch: int = 8192
-    queue: int = 1024
-    batch_queue: int = 4096
+    max_concurrent_requests, max_concurrent_batch: admitted requests of each service class, over
+    all gateway processes. queue_size, batch_queue_size: requests of each class that may wait for
+    admission, in each process; queue_timeout: for how long. max_requests_per_replica: 0 for any
+    number. request_timeout: for a replica's first byte, and for each next one. client_timeout:
+    for a client to complete a request (more for a large one) and to begin the next. max_body_bytes:
+    of one request's body; max_bodies_bytes: of all bodies that one process holds, those of running
+    requests among them. max_kept_bytes: of a running stream, kept to resume it;
+    max_kept_bytes_all: of all streams of a process; a stream above either cannot be resumed.
+    resume_timeout: how long a broken stream waits for a replica. max_retries: failures in a row
+    before the first byte. max_resumptions: replicas that one stream may outlive.
+    """
+
+    max_concurrent_requests: int = 16384
+    max_concurrent_batch: int = 8192
+    max_requests_per_replica: int = 0
+    queue_size: int = 1024
+    batch_queue_size: int = 4096
     queue_timeout: float = 30.0
-    per_replica: int = 0
-    max_body: int = 64 << 20
-    all_bodies: int = 2 << 30
-    max_head: int = 64 << 10
+    request_timeout: float = 600.0
+    max_body_bytes: int = 64 << 20
+    max_bodies_bytes: int = 2 << 30
+    max_kept_bytes: int = 4 << 20
+    max_kept_bytes_all: int = 1 << 30
+    max_head_bytes: int = 64 << 10
     max_pipelined: int = 16
-    max_idle: int = 1024
+    max_idle_connections: int = 1024
     connect_timeout: float = 5.0
-    timeout: float = 600.0
     client_timeout: float = 120.0
-    max_kept: int = 4 << 20
-    all_kept: int = 1 << 30
-    resume_wait: float = 30.0
-    retries: int = 3
-    moves: int = 8
+    resume_timeout: float = 30.0
+    max_retries: int = 3
+    max_resumptions: int = 8

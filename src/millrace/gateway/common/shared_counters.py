@@ -1,9 +1,9 @@
-"""Counters that the gateway's processes share: a block of memory, one part for each writer.
+"""Counters that the gateway processes share: a block of memory, one part for each writer.
 
-Every cell has one writer and many readers, so nothing is locked: a reader may see a value a moment
-old, never a broken one. A process that dies leaves its totals behind; its gauges are cleared before
-the next one takes its part over. The prefix table at the end is the exception: there everybody
-writes, and a lost entry costs a missed hint.
+Every cell has one writer and many readers, so nothing is locked: a reader may see an old value,
+never a torn one. A process that dies leaves its totals behind; its gauges are cleared before the
+next one takes over its part. The prefix table at the end is the exception: every process writes
+there, and a lost entry costs a missed hint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_SERIES = 16  # buckets of the time to first byte
 # Per process and replica. The first three are gauges, the others only grow.
 LOAD, RESIDENT, IN_FLIGHT, PICKS, FAILURES, BYTES, CHUNKS, PROMPT_TOKENS, ENDED = range(9)
 _REPLICA_CELLS = 9
-_GAUGES = 3
+_REPLICA_GAUGES = 3
 
 STATUSES = (200, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 502, 503, 504)
 EVENTS = (
@@ -37,7 +37,7 @@ EVENTS = (
     "first_byte_ns",
     "cpu_ns",
 )
-LIVE = (
+PROCESS_GAUGES = (
     "interactive",
     "batch",
     "queued_interactive",
@@ -52,14 +52,14 @@ _STATUS_AT = {status: at for at, status in enumerate(STATUSES)}
 _OTHER_STATUS = len(STATUSES)
 _EVENT_AT = {name: len(STATUSES) + 1 + at for at, name in enumerate(EVENTS)}
 _BUCKETS_AT = len(STATUSES) + 1 + len(EVENTS)
-_LIVE_AT = {name: _BUCKETS_AT + MAX_SERIES + at for at, name in enumerate(LIVE)}
-_PROCESS_CELLS = _BUCKETS_AT + MAX_SERIES + len(LIVE)
+_GAUGE_AT = {name: _BUCKETS_AT + MAX_SERIES + at for at, name in enumerate(PROCESS_GAUGES)}
+_PROCESS_CELLS = _BUCKETS_AT + MAX_SERIES + len(PROCESS_GAUGES)
 
 PREFIX_SLOTS = 1 << 16
 
 
 class SharedCounters:
-    """The memory of `processes` writers. fd: of a block that another process made."""
+    """The memory of `processes` writers. fd: descriptor of a block that another process made."""
 
     def __init__(self, processes: int, fd: int | None = None) -> None:
         self.processes = processes
@@ -74,29 +74,29 @@ class SharedCounters:
         ends = np.cumsum([processes * MAX_REPLICAS * _REPLICA_CELLS, processes * _PROCESS_CELLS])
         self._replicas = everything[: ends[0]].reshape(processes, MAX_REPLICAS, _REPLICA_CELLS)
         self._processes = everything[ends[0] : ends[1]].reshape(processes, _PROCESS_CELLS)
-        self._corrections = everything[ends[1] : ends[1] + MAX_REPLICAS]
+        self._load_corrections = everything[ends[1] : ends[1] + MAX_REPLICAS]
         # The same memory as plain views: for a few cells they are much quicker than arrays.
         self._replica_cells = everything[: ends[0]].data.cast("B").cast("q")
         self._process_cells = everything[ends[0] : ends[1]].data.cast("B").cast("q")
-        self._correction_cells = self._corrections.data.cast("B").cast("q")
+        self._load_correction_cells = self._load_corrections.data.cast("B").cast("q")
         # (hash, replicas as bits): see prefix_index.py
         self.prefixes = everything[ends[1] + MAX_REPLICAS :].view(np.uint64).reshape(-1, 2)
 
-    def part(self, process: int) -> Part:
+    def process_counters(self, process: int) -> ProcessCounters:
         """The cells that this process writes."""
-        return Part(self._replicas[process], self._processes[process])
+        return ProcessCounters(self._replicas[process], self._processes[process])
 
     def close(self) -> None:
-        """Give the descriptor back; the memory goes with its last mapping."""
+        """Close the descriptor; the memory is freed with its last mapping."""
         os.close(self.fd)
 
     # --- reading ---------------------------------------------------------------------------------
 
     def replica_sums(self, count: int) -> list[list[int]]:
-        """For each of the first `count` replicas its cells, summed over processes, load with the
-        correction that its own reports call for."""
+        """The cells of the first `count` replicas, summed over processes; their load includes the
+        correction from load reports."""
         sums = self._replicas[:, :count].sum(axis=0)
-        sums[:, LOAD] = np.maximum(sums[:, LOAD] + self._corrections[:count], 0)
+        sums[:, LOAD] = np.maximum(sums[:, LOAD] + self._load_corrections[:count], 0)
         rows: list[list[int]] = sums.tolist()
         return rows
 
@@ -106,61 +106,61 @@ class SharedCounters:
         return {name: int(sums[at]) for name, at in _EVENT_AT.items()}
 
     def statuses(self) -> dict[str, int]:
-        """Answers by status, over processes."""
+        """Responses by status, summed over processes."""
         sums = self._processes.sum(axis=0)
         named = {str(status): int(sums[at]) for status, at in _STATUS_AT.items()}
         return {**named, "other": int(sums[_OTHER_STATUS])}
 
     def first_byte_counts(self) -> list[int]:
-        """Requests by time to the first byte, one count for each bound and one beyond."""
+        """Requests by time to the first byte, one count per bound and one beyond the last."""
         sums = self._processes.sum(axis=0)
         return [int(sums[_BUCKETS_AT + at]) for at in range(len(FIRST_BYTE_BOUNDS) + 1)]
 
-    def live(self, name: str) -> int:
-        """A gauge of LIVE, summed over processes."""
-        return sum(self._process_cells[_LIVE_AT[name] :: _PROCESS_CELLS])
+    def gauge(self, name: str) -> int:
+        """One of PROCESS_GAUGES, summed over processes."""
+        return sum(self._process_cells[_GAUGE_AT[name] :: _PROCESS_CELLS])
 
-    def account(self, slot: int) -> tuple[int, int]:
+    def load_and_in_flight(self, slot: int) -> tuple[int, int]:
         """(load, requests in flight) of one replica, as `replica_sums` has them."""
-        load = self.total(slot, LOAD) + self._correction_cells[slot]
-        return max(0, load), self.total(slot, IN_FLIGHT)
+        load = self.replica_total(slot, LOAD) + self._load_correction_cells[slot]
+        return max(0, load), self.replica_total(slot, IN_FLIGHT)
 
-    def total(self, slot: int, cell: int) -> int:
+    def replica_total(self, slot: int, cell: int) -> int:
         """One replica's cell, summed over processes."""
         cells = self._replica_cells
         if self.processes == 1:
             return cells[slot * _REPLICA_CELLS + cell]
         return sum(cells[slot * _REPLICA_CELLS + cell :: MAX_REPLICAS * _REPLICA_CELLS])
 
-    # --- the keeper's own cells ------------------------------------------------------------------
+    # --- written by the health monitor -----------------------------------------------------------
 
-    def correct(self, slot: int, tokens: int) -> None:
-        """Set what a replica's reports add to the load that we count (tokens, may be negative)."""
-        self._corrections[slot] = tokens
+    def set_load_correction(self, slot: int, tokens: int) -> None:
+        """Set the tokens that load reports add to a replica's counted load; may be negative."""
+        self._load_corrections[slot] = tokens
 
-    def correction(self, slot: int) -> int:
-        """What `correct` set."""
-        return int(self._corrections[slot])
+    def load_correction(self, slot: int) -> int:
+        """What `set_load_correction` set."""
+        return int(self._load_corrections[slot])
 
     def clear_replica(self, slot: int) -> None:
         """Forget a removed replica, so that its slot can be given again."""
         self._replicas[:, slot] = 0
-        self._corrections[slot] = 0
+        self._load_corrections[slot] = 0
         self.forget_prefixes(slot)
 
     def forget_prefixes(self, slot: int) -> None:
-        """A replica has lost its cache."""
+        """Remove a replica from the prefix table: it has lost its cache."""
         self.prefixes[:, 1] &= np.uint64(~(1 << (slot % 64)) & (2**64 - 1))
 
     def clear_gauges(self, process: int) -> None:
-        """What a dead process had under way is under way no more."""
-        self._replicas[process, :, :_GAUGES] = 0
-        for at in _LIVE_AT.values():
+        """Clear the gauges of a process that has died."""
+        self._replicas[process, :, :_REPLICA_GAUGES] = 0
+        for at in _GAUGE_AT.values():
             self._processes[process, at] = 0
 
 
-class Part:
-    """One process's cells, through plain memory views: a write costs less than 0.1 us."""
+class ProcessCounters:
+    """The cells that one process writes, as plain memory views: a write costs below 0.1 us."""
 
     def __init__(self, replicas: np.ndarray, process: np.ndarray) -> None:
         self._replicas = replicas.reshape(-1).data.cast("B").cast("q")
@@ -171,27 +171,27 @@ class Part:
         self._replicas[slot * _REPLICA_CELLS + cell] += value
 
     def get(self, slot: int, cell: int) -> int:
-        """A replica's cell, this process's share."""
+        """This process's value of a replica's cell."""
         return self._replicas[slot * _REPLICA_CELLS + cell]
 
-    def answered(self, status: int) -> None:
-        """Count an answer."""
+    def count_status(self, status: int) -> None:
+        """Count a response."""
         self._process[_STATUS_AT.get(status, _OTHER_STATUS)] += 1
 
-    def event(self, name: str, value: int = 1) -> None:
+    def count_event(self, name: str, value: int = 1) -> None:
         """Count an event of EVENTS."""
         self._process[_EVENT_AT[name]] += value
 
-    def first_byte(self, seconds: float) -> None:
+    def observe_first_byte(self, seconds: float) -> None:
         """Count a request by the time to its first byte."""
         at = bisect_left(FIRST_BYTE_BOUNDS, seconds)
         self._process[_BUCKETS_AT + at] += 1
-        self.event("first_byte_ns", int(seconds * 1e9))
+        self.count_event("first_byte_ns", int(seconds * 1e9))
 
-    def live(self, name: str, change: int) -> None:
-        """Change a gauge of LIVE."""
-        self._process[_LIVE_AT[name]] += change
+    def add_gauge(self, name: str, change: int) -> None:
+        """Change one of PROCESS_GAUGES."""
+        self._process[_GAUGE_AT[name]] += change
 
     def set_event(self, name: str, value: int) -> None:
-        """Set a total that is read elsewhere, such as the CPU time."""
+        """Set a total that is measured elsewhere, such as the CPU time."""
         self._process[_EVENT_AT[name]] = value

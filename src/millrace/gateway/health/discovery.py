@@ -1,7 +1,7 @@
 """Where replicas come from, besides flags and the admin API: a watched file, a DNS name.
 
-Each source tells the keeper its whole list whenever that has changed. What cannot be read leaves
-the last good list standing, with one line that says why.
+Each source gives the health monitor its complete list whenever that has changed. A source that
+cannot be read keeps its last good list, and one log line says why.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Source(Protocol):
     interval: float
 
     async def read(self) -> list[ReplicaSpec]:
-        """The list now. Raises UserError or OSError when it cannot be had."""
+        """The current list. Raises UserError or OSError if it cannot be read."""
         ...
 
 
 class FileSource:
-    """A file with a replica a line: a URL, then `weight=`, `limit=` and `models=` (with commas) as
-    wanted; `#` begins a comment. Looked at every second, so that a new version counts at once."""
+    """A file with one replica per line: a URL, then optionally `weight=`, `limit=` and `models=`
+    (with commas); `#` begins a comment. It is read every second."""
 
     interval = 1.0
 
@@ -71,7 +71,7 @@ def parse_spec(words: Sequence[str], source: str, where: str) -> ReplicaSpec:
 
 
 class DnsSource:
-    """Every address that a name has, such as those of a headless Kubernetes service."""
+    """Every address of a name, such as those of a headless Kubernetes service."""
 
     def __init__(self, host: str, port: int, interval: float = 5.0) -> None:
         self.name = f"DNS {host}"
@@ -95,7 +95,7 @@ def parse_dns(text: str) -> DnsSource:
 
 
 class Discovery:
-    """Keeps a keeper in step with sources. log: takes a line when one cannot be read."""
+    """Keeps a health monitor in step with sources. log: takes a line if one cannot be read."""
 
     def __init__(
         self, monitor: HealthMonitor, sources: Sequence[Source], log: Callable[[str], None]
@@ -106,8 +106,8 @@ class Discovery:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Read every source once, then go on in the background. Raises UserError if the first
-        reading of one fails, for that is most likely a mistake."""
+        """Read every source once, then repeatedly in the background. Raises UserError if the first
+        reading of one fails, because that is most likely a mistake."""
         for source in self._sources:
             try:
                 self._monitor.sync(source.name, await source.read())
@@ -116,19 +116,19 @@ class Discovery:
             self._tasks.append(asyncio.create_task(self._follow(source)))
 
     async def stop(self) -> None:
-        """End the reading."""
+        """End the background tasks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _follow(self, source: Source) -> None:
-        said = ""
+        last_error = ""
         while True:
             await asyncio.sleep(source.interval)
             try:
                 self._monitor.sync(source.name, await source.read())
-                said = ""
+                last_error = ""
             except (UserError, OSError) as error:
-                if str(error) != said:
-                    said = str(error)
-                    self._log(f"{source.name}: {error}; the last list stands")
+                if str(error) != last_error:
+                    last_error = str(error)
+                    self._log(f"{source.name}: {error}; the last list is kept")

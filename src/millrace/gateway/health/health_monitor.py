@@ -1,11 +1,11 @@
-"""What is known of each replica: found out here, once for all gateway processes.
+"""The health of each replica, checked here once for all gateway processes.
 
-Health comes from three sides: GET /health every second; a completion of one token, which needs a
-real step, before a replica is taken in, before it comes back, and when it has answered nothing for
-a while; and the failures that requests meet. A failed replica stays out for a time that doubles
-with each failure in a row. Reports of load correct what the gateway counts itself. How replicas are
-asked is known in probes.py and load_report.py. The keeper says what it knows as a list of Members,
-to whoever listens.
+Health has three sources: GET /health every second; a completion of one token, which needs a real
+step, before a replica gets its first request, before it comes back, and after an idle time; and the
+failures that requests meet. A failed replica stays out for a time that doubles with each failure in
+a row. Load reports correct the load that the gateway counts itself. How replicas are asked is in
+probes.py and load_report.py. The monitor publishes what it knows as a list of Members to its
+listeners.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ from millrace.gateway.common.shared_counters import (
     SharedCounters,
 )
 from millrace.gateway.health.load_report import LoadReports
-from millrace.gateway.health.probes import DOUBT, HealthProbe, Problem
+from millrace.gateway.health.probes import UNCERTAIN, HealthProbe, Problem
 from millrace.gateway.routing.prefix_index import ReportedPrefixes
 from millrace.gateway.routing.replicas import Member
 
 
 class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds, all but `misses`: the checks in a row that may go unanswered before a replica
-    counts as lost. idle_probe: a replica that has completed nothing for so long must prove a step;
-    0 for never. load_interval: between two load reports; 0 for none."""
+    """When replicas are checked and how long a failed one stays out. Times are seconds.
 
-    interval: float = 1.0
-    timeout: float = 5.0
-    misses: int = 2
+    max_missed_checks: health checks in a row without an answer after which a replica counts as
+    lost. backoff: how long a replica stays out after its first failure; it doubles with each
+    failure in a row, up to backoff_limit. idle_probe: a replica that has completed no request for
+    this long must complete one token; 0 for never. load_interval: between two load reports; 0 for
+    none.
+    """
+
+    health_check_interval: float = 1.0
+    health_check_timeout: float = 5.0
+    max_missed_checks: int = 2
     backoff: float = 1.0
     backoff_limit: float = 30.0
     idle_probe: float = 30.0
@@ -50,8 +55,8 @@ class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica as somebody named it. source: who did, so that each source removes its own only.
-    models: empty to ask the replica itself."""
+    """A configured replica. source: where it comes from; a source removes only its own replicas.
+    models: empty to read them from the replica."""
 
     target: Target
     weight: float = 1.0
@@ -60,47 +65,47 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     source: str = "flags"
 
 
-class _Watched:
-    """One replica and the keeper's notes on it."""
+class _Monitored:
+    """One replica and what the monitor knows of it."""
 
     def __init__(
         self,
         spec: ReplicaSpec,
         member: Member,
-        heard: ReportedPrefixes,
+        reported_prefixes: ReportedPrefixes,
         health_probe: HealthProbe,
         backoff: Backoff,
     ) -> None:
         self.spec = spec
         self.member = member
-        self.heard = heard
+        self.reported_prefixes = reported_prefixes
         self.health_probe = health_probe
         self.backoff = backoff
         self.ejected_until = 0.0
-        self.proven = False  # a step has been seen since it was last out
-        self.proven_at = 0.0
-        self.ended = 0
+        self.probe_passed = False  # it has completed a token since it was last down
+        self.last_success = 0.0
+        self.completed = 0
         self.cards: list[dict[str, Any]] = []
         self.tasks: list[asyncio.Task[None]] = []
 
 
 class HealthMonitor:
-    """All replicas, and the tasks that watch them. listeners: called with every new list.
-    by_prefix: requests are picked by prefixes, so replicas are asked for theirs."""
+    """All replicas and the tasks that check them. listeners: called with every new list. by_prefix:
+    the policy uses prefixes, so replicas are asked for theirs."""
 
     def __init__(
         self,
         counters: SharedCounters,
         policy: HealthPolicy,
-        worker_key: str | None = None,
+        replica_key: str | None = None,
         *,
         by_prefix: bool = False,
     ) -> None:
         self._counters = counters
         self._policy = policy
-        self._headers = (("Authorization", f"Bearer {worker_key}"),) if worker_key else ()
+        self._headers = (("Authorization", f"Bearer {replica_key}"),) if replica_key else ()
         self._by_prefix = by_prefix
-        self._watched: dict[int, _Watched] = {}
+        self._monitored: dict[int, _Monitored] = {}
         self._next_id = 0
         self._next_slot = 0
         self._running = False
@@ -109,25 +114,25 @@ class HealthMonitor:
     @property
     def members(self) -> list[Member]:
         """All replicas, in the order of their slots."""
-        return sorted((w.member for w in self._watched.values()), key=lambda m: m.slot)
+        return sorted((w.member for w in self._monitored.values()), key=lambda m: m.slot)
 
     @property
     def cards(self) -> list[dict[str, Any]]:
-        """What healthy replicas say of their models, one entry a name."""
+        """The model cards of the healthy replicas, one per name."""
         cards: dict[str, dict[str, Any]] = {}
-        for watched in self._watched.values():
-            for card in watched.cards if watched.member.state != "down" else ():
+        for monitored in self._monitored.values():
+            for card in monitored.cards if monitored.member.state != "down" else ():
                 cards.setdefault(card["id"], card)
         return list(cards.values())
 
     # --- membership ------------------------------------------------------------------------------
 
     def add(self, spec: ReplicaSpec) -> Member:
-        """Watch one more replica. Raises UserError when it is there already, or cannot be."""
+        """Add a replica and check it. Raises UserError if it is there already or is not valid."""
         if spec.target.prefix:
             raise UserError(f"{spec.target}: a replica's URL has no path; give http://host:port")
-        if any(w.spec.target == spec.target for w in self._watched.values()):
-            raise UserError(f"{spec.target}: this replica is there already")
+        if any(w.spec.target == spec.target for w in self._monitored.values()):
+            raise UserError(f"{spec.target}: this replica exists already")
         if not 0.0 < spec.weight <= 1000.0:
             raise UserError(f"{spec.target}: weight {spec.weight}: use a number above 0, to 1000")
         member = Member(
@@ -139,69 +144,73 @@ class HealthMonitor:
             models=spec.models,
         )
         self._next_id += 1
-        heard = ReportedPrefixes(self._counters, member.slot)
+        reported_prefixes = ReportedPrefixes(self._counters, member.slot)
         backoff = Backoff(BackoffPolicy(self._policy.backoff, self._policy.backoff_limit))
-        watched = _Watched(spec, member, heard, self._health_probe(spec.target), backoff)
-        self._watched[member.id] = watched
+        monitored = _Monitored(
+            spec, member, reported_prefixes, self._health_probe(spec.target), backoff
+        )
+        self._monitored[member.id] = monitored
         if self._running:
-            self._watch(watched)
+            self._watch(monitored)
         self._publish()
         return member
 
     def remove(self, id: int) -> None:
-        """Forget a replica now; what it carries is continued elsewhere."""
-        watched = self._watched.pop(id)
-        for task in watched.tasks:
+        """Remove a replica now; its running requests go to other replicas."""
+        monitored = self._monitored.pop(id)
+        for task in monitored.tasks:
             task.cancel()
         self._publish()
 
     def drain(self, id: int, *, then_remove: bool) -> None:
-        """Give a replica no more requests; remove it, if told, once it has none."""
-        watched = self._watched[id]
-        self._set(watched, state="draining", reason="draining")
+        """Send a replica no new requests; then_remove: remove it when its last one has ended."""
+        monitored = self._monitored[id]
+        self._set(monitored, state="draining", reason="draining")
         if then_remove:
-            watched.tasks.append(asyncio.create_task(self._remove_when_empty(watched)))
+            monitored.tasks.append(asyncio.create_task(self._remove_when_empty(monitored)))
 
     def undrain(self, id: int) -> None:
-        """Give a drained replica requests again, once a check says that it is well."""
-        watched = self._watched[id]
-        if watched.member.state == "draining":
-            self._set(watched, state="down", reason="to be checked")
+        """Send a drained replica requests again, after a successful check."""
+        monitored = self._monitored[id]
+        if monitored.member.state == "draining":
+            self._set(monitored, state="down", reason="to be checked")
 
     def set_weight(self, id: int, weight: float) -> None:
-        """Change a replica's share of the load. Raises UserError for a weight that cannot be."""
+        """Change a replica's share of requests. Raises UserError for a weight out of range."""
         if not 0.0 < weight <= 1000.0:
             raise UserError(f"weight {weight}: use a number above 0, to 1000")
-        self._set(self._watched[id], weight=weight)
+        self._set(self._monitored[id], weight=weight)
 
     def sync(self, source: str, specs: Sequence[ReplicaSpec]) -> None:
-        """Make this source's replicas exactly these: others of its own drain and go."""
+        """Make this source's replicas exactly these: its others are drained and removed."""
         wanted = {spec.target: spec for spec in specs}
-        for id, watched in list(self._watched.items()):
-            target = watched.spec.target
+        for id, monitored in list(self._monitored.items()):
+            target = monitored.spec.target
             if target not in wanted:
-                if watched.spec.source == source and watched.member.state != "draining":
+                if monitored.spec.source == source and monitored.member.state != "draining":
                     self.drain(id, then_remove=True)
-            elif watched.spec.source == source:
-                if watched.member.state == "draining":
+            elif monitored.spec.source == source:
+                if monitored.member.state == "draining":
                     self.undrain(id)
-                if wanted[target].weight != watched.member.weight:
+                if wanted[target].weight != monitored.member.weight:
                     self.set_weight(id, wanted[target].weight)
-        there = {watched.spec.target for watched in self._watched.values()}
+        there = {monitored.spec.target for monitored in self._monitored.values()}
         for target, spec in wanted.items():
             if target not in there:
                 self.add(spec)
 
     def find(self, id: int) -> Member | None:
         """The replica of that id."""
-        watched = self._watched.get(id)
-        return watched.member if watched is not None else None
+        monitored = self._monitored.get(id)
+        return monitored.member if monitored is not None else None
 
     def _free_slot(self) -> int:
-        taken = {watched.member.slot for watched in self._watched.values()}
+        taken = {monitored.member.slot for monitored in self._monitored.values()}
         if len(taken) >= MAX_REPLICAS:
-            raise UserError(f"{MAX_REPLICAS} replicas are there, as many as one gateway takes")
-        # The slot freed longest ago: a process may still write to one freed just now.
+            raise UserError(
+                f"{MAX_REPLICAS} replicas exist already, as many as one gateway supports"
+            )
+        # The slot that was freed longest ago: a process may still write to one freed just now.
         while self._next_slot % MAX_REPLICAS in taken:
             self._next_slot += 1
         slot = self._next_slot % MAX_REPLICAS
@@ -214,26 +223,26 @@ class HealthMonitor:
         return HealthProbe(
             target,
             self._headers,
-            timeout=policy.timeout,
+            timeout=policy.health_check_timeout,
             probe_timeout=policy.probe_timeout,
-            misses=policy.misses,
+            misses=policy.max_missed_checks,
         )
 
-    async def _remove_when_empty(self, watched: _Watched) -> None:
-        member = watched.member
-        while self._under_way(member):
+    async def _remove_when_empty(self, monitored: _Monitored) -> None:
+        member = monitored.member
+        while self._in_flight(member):
             await asyncio.sleep(0.02)
-        if watched.member.state == "draining" and member.id in self._watched:
-            watched.tasks = [t for t in watched.tasks if t is not asyncio.current_task()]
+        if monitored.member.state == "draining" and member.id in self._monitored:
+            monitored.tasks = [t for t in monitored.tasks if t is not asyncio.current_task()]
             self.remove(member.id)
 
-    def _under_way(self, member: Member) -> int:
-        return self._counters.total(member.slot, IN_FLIGHT)
+    def _in_flight(self, member: Member) -> int:
+        return self._counters.replica_total(member.slot, IN_FLIGHT)
 
-    def _set(self, watched: _Watched, **changes: Any) -> None:
-        changed = msgspec.structs.replace(watched.member, **changes)
-        if changed != watched.member:
-            watched.member = changed
+    def _set(self, monitored: _Monitored, **changes: Any) -> None:
+        changed = msgspec.structs.replace(monitored.member, **changes)
+        if changed != monitored.member:
+            monitored.member = changed
             self._publish()
 
     def _publish(self) -> None:
@@ -241,128 +250,133 @@ class HealthMonitor:
         for listener in self.listeners:
             listener(members)
 
-    # --- what requests meet ----------------------------------------------------------------------
+    # --- failures of requests --------------------------------------------------------------------
 
     def report(self, id: int, reason: str | None) -> None:
-        """A request met a failure at a replica, or (None) was answered in full after one."""
-        watched = self._watched.get(id)
-        if watched is None:
+        """A request met a failure at a replica, or (None) succeeded after one."""
+        monitored = self._monitored.get(id)
+        if monitored is None:
             return
         if reason is None:
-            watched.backoff.reset()
-            self._set(watched, failing=False)
+            monitored.backoff.reset()
+            self._set(monitored, failing=False)
             return
         now = time.monotonic()
-        if now < watched.ejected_until:
-            return  # one death fails many requests; it counts once
-        watched.ejected_until = now + watched.backoff.failed()
-        self._out(watched, reason, failing=True)
+        if now < monitored.ejected_until:
+            return  # one crash fails many requests; it counts once
+        monitored.ejected_until = now + monitored.backoff.failed()
+        self._take_down(monitored, reason, failing=True)
 
-    def _out(self, watched: _Watched, reason: str, **changes: Any) -> None:
-        watched.proven = False
-        if watched.member.state == "draining":
-            self._set(watched, **changes)
+    def _take_down(self, monitored: _Monitored, reason: str, **changes: Any) -> None:
+        monitored.probe_passed = False
+        if monitored.member.state == "draining":
+            self._set(monitored, **changes)
         else:
-            self._set(watched, state="down", reason=reason, **changes)
+            self._set(monitored, state="down", reason=reason, **changes)
 
-    # --- watching --------------------------------------------------------------------------------
+    # --- checks ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Check every replica once, then watch them until `stop`."""
-        await asyncio.gather(*(self.check(id, first=True) for id in list(self._watched)))
+        """Check every replica once, then repeatedly until `stop`."""
+        await asyncio.gather(*(self.check(id, first=True) for id in list(self._monitored)))
         self._running = True
-        for watched in self._watched.values():
-            self._watch(watched)
+        for monitored in self._monitored.values():
+            self._watch(monitored)
 
     async def stop(self) -> None:
-        """End the watching."""
+        """End the checks."""
         self._running = False
-        tasks = [task for watched in self._watched.values() for task in watched.tasks]
+        tasks = [task for monitored in self._monitored.values() for task in monitored.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _watch(self, watched: _Watched) -> None:
-        watched.tasks.append(asyncio.create_task(self._check_again_and_again(watched)))
+    def _watch(self, monitored: _Monitored) -> None:
+        monitored.tasks.append(asyncio.create_task(self._check_loop(monitored)))
         if self._policy.load_interval > 0:
-            watched.tasks.append(asyncio.create_task(self._ask_for_load(watched)))
+            monitored.tasks.append(asyncio.create_task(self._load_loop(monitored)))
 
-    async def _check_again_and_again(self, watched: _Watched) -> None:
+    async def _check_loop(self, monitored: _Monitored) -> None:
         while True:
-            if watched.member.reason != "not checked yet":
-                await asyncio.sleep(self._policy.interval)
-            await self.check(watched.member.id)
+            if monitored.member.reason != "not checked yet":
+                await asyncio.sleep(self._policy.health_check_interval)
+            await self.check(monitored.member.id)
 
     async def check(self, id: int, *, first: bool = False) -> None:
         """One health check; it changes health, never the load counters. first: the gateway itself
-        is starting, so there is nothing for a slow start to protect."""
-        watched = self._watched[id]
-        problem = await watched.health_probe.problem()
-        if problem is DOUBT:
+        is starting, so no slow start is needed."""
+        monitored = self._monitored[id]
+        problem = await monitored.health_probe.check_health()
+        if problem is UNCERTAIN:
             return
         if problem is None:
-            if not watched.cards:
-                await self._ask_models(watched)
-            if time.monotonic() < watched.ejected_until:
+            if not monitored.cards:
+                await self._read_models(monitored)
+            if time.monotonic() < monitored.ejected_until:
                 return
-            if self._must_prove(watched):
-                problem = await self._probe(watched)
-        if id not in self._watched:
+            if self._needs_probe(monitored):
+                problem = await self._probe(monitored)
+        if id not in self._monitored:
             return
         if problem is not None:
-            self._out(watched, problem.text, lost=watched.member.lost or problem.lost)
-        elif watched.member.state == "down":
+            self._take_down(monitored, problem.text, lost=monitored.member.lost or problem.lost)
+        elif monitored.member.state == "down":
             ramp = None if first else time.monotonic()
-            watched.heard.forget()
-            self._set(watched, state="up", reason="", lost=False, ramp_from=ramp)
+            monitored.reported_prefixes.forget()
+            self._set(monitored, state="up", reason="", lost=False, slow_start_from=ramp)
 
-    async def _ask_models(self, watched: _Watched) -> None:
-        """Learn which models it serves, and what kind of server it is."""
-        offer = await watched.health_probe.offer()
-        if offer is not None:
-            watched.cards = offer.cards
-            names = watched.spec.models or offer.names
-            self._set(watched, models=names, kind=offer.kind)
+    async def _read_models(self, monitored: _Monitored) -> None:
+        """Read which models it serves, and which kind of server it is."""
+        served = await monitored.health_probe.read_models()
+        if served is not None:
+            monitored.cards = served.cards
+            names = monitored.spec.models or served.names
+            self._set(monitored, models=names, kind=served.kind)
 
-    def _must_prove(self, watched: _Watched) -> bool:
-        ended = self._counters.total(watched.member.slot, ENDED)
+    def _needs_probe(self, monitored: _Monitored) -> bool:
+        ended = self._counters.replica_total(monitored.member.slot, ENDED)
         now = time.monotonic()
-        if ended != watched.ended and watched.proven:
-            watched.ended, watched.proven_at = ended, now
+        if ended != monitored.completed and monitored.probe_passed:
+            monitored.completed, monitored.last_success = ended, now
         idle = self._policy.idle_probe
-        stale = 0 < idle < now - watched.proven_at and not self._under_way(watched.member)
-        return not watched.proven or stale
+        stale = 0 < idle < now - monitored.last_success and not self._in_flight(monitored.member)
+        return not monitored.probe_passed or stale
 
-    async def _probe(self, watched: _Watched) -> Problem | None:
-        """Have it prove that it can run a step. None if it did."""
-        models = watched.member.models
-        problem = await watched.health_probe.probe(models[0] if models else None)
+    async def _probe(self, monitored: _Monitored) -> Problem | None:
+        """Have it complete one token. Returns what is wrong; None if it succeeded."""
+        models = monitored.member.models
+        problem = await monitored.health_probe.check_completion(models[0] if models else None)
         if problem is None:
-            watched.proven, watched.proven_at = True, time.monotonic()
+            monitored.probe_passed, monitored.last_success = True, time.monotonic()
         return problem
 
     # --- load ------------------------------------------------------------------------------------
 
-    async def _ask_for_load(self, watched: _Watched) -> None:
-        """Correct the load that we count by what it says it carries; learn what it holds."""
-        reports = LoadReports(watched.spec.target, self._headers)
-        counters, slot = self._counters, watched.member.slot
+    async def _load_loop(self, monitored: _Monitored) -> None:
+        """Correct the counted load by its load reports; read its prefixes."""
+        reports = LoadReports(monitored.spec.target, self._headers)
+        counters, slot = self._counters, monitored.member.slot
         try:
             while True:
-                await asyncio.sleep(reports.pause(self._policy.load_interval))
-                if watched.member.state == "down":
-                    counters.correct(slot, 0)
+                await asyncio.sleep(reports.next_delay(self._policy.load_interval))
+                if monitored.member.state == "down":
+                    counters.set_load_correction(slot, 0)
                     continue
-                tokens, requests = counters.total(slot, RESIDENT), counters.total(slot, IN_FLIGHT)
-                since = watched.heard.since if self._by_prefix else None
-                report = await reports.info(watched.member.kind, since)
+                tokens, requests = (
+                    counters.replica_total(slot, RESIDENT),
+                    counters.replica_total(slot, IN_FLIGHT),
+                )
+                cursor = monitored.reported_prefixes.cursor if self._by_prefix else None
+                report = await reports.read(monitored.member.kind, cursor)
                 if report is not None and report.prefixes is not None:
-                    watched.heard.take(report.prefixes, since)
+                    monitored.reported_prefixes.apply(report.prefixes, cursor)
                 if report is not None:
-                    counted = (tokens + counters.total(slot, RESIDENT)) // 2
-                    requests = max(requests, counters.total(slot, IN_FLIGHT))
+                    counted = (tokens + counters.replica_total(slot, RESIDENT)) // 2
+                    requests = max(requests, counters.replica_total(slot, IN_FLIGHT))
                     target = report.correction(counted, requests)
-                    # Half way each time: a request on its way there is not in the report yet.
-                    counters.correct(slot, (counters.correction(slot) + target) // 2)
+                    # Half way each time: a request that is on its way is not in the report yet.
+                    counters.set_load_correction(
+                        slot, (counters.load_correction(slot) + target) // 2
+                    )
         finally:
             reports.close()

@@ -1,8 +1,8 @@
-"""What a replica says of its own load, asked a few times a second over one connection.
+"""Load reports of a replica, read a few times a second over one connection.
 
-A millrace replica answers GET /load from the front's own books, without asking its engine. Of a
-vllm replica, whose /metrics cost it more, two gauges are read once a second. Who picks by prefixes
-also asks a millrace replica which ones came since the last time.
+A millrace replica answers GET /load in its server process, without asking its engine. Of a vllm
+replica, whose /metrics costs more, two gauges are read once a second. With a prefix policy a
+millrace replica is also asked which prefixes came since the last report.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from millrace.common.prefix_hash import PrefixReport
 from millrace.gateway.http.request_info import Kind
 
 _TIMEOUT = 1.0
-_VLLM_PAUSE = 1.0
-_UNKNOWN_PAUSE = 30.0
+_VLLM_INTERVAL = 1.0
+_UNSUPPORTED_INTERVAL = 30.0
 _GAUGE = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)", re.M)
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """requests: open in the replica. tokens: of these, prompt and output so far; None unknown.
-    prefixes: where they were asked for, and it keeps any."""
+    """requests: running in the replica. tokens: of these, prompt and output so far; None if
+    unknown. prefixes: if they were asked for and it keeps any."""
 
     requests: int
     tokens: int | None = None
     prefixes: PrefixReport | None = None
 
     def correction(self, counted: int, requests: int) -> int:
-        """Tokens by which what the gateway counted (tokens, requests) is wrong."""
+        """Tokens to add to what the gateway counted (tokens, requests)."""
         if self.tokens is not None:
             return self.tokens - counted
-        strangers = max(0, self.requests - requests)
-        return strangers * (counted // requests if requests else 512)
+        unknown_requests = max(0, self.requests - requests)
+        return unknown_requests * (counted // requests if requests else 512)
 
 
 _DECODER = msgspec.json.Decoder(LoadReport)
 
 
 class LoadReports:
-    """Asks one replica, again and again."""
+    """Reads the reports of one replica."""
 
     def __init__(self, target: Target, headers: tuple[tuple[str, str], ...]) -> None:
         self._target = target
         self._connection: Connection | None = None
         self._headers = headers
-        self._pause = 0.0
+        self._min_delay = 0.0
 
-    def pause(self, interval: float) -> float:
-        """Seconds until the next question."""
-        return max(interval, self._pause)
+    def next_delay(self, interval: float) -> float:
+        """Seconds until the next report is to be read."""
+        return max(interval, self._min_delay)
 
     def close(self) -> None:
         """Drop the connection."""
@@ -61,8 +61,8 @@ class LoadReports:
             self._connection.close()
             self._connection = None
 
-    async def info(self, kind: Kind, prefixes_since: str | None = None) -> LoadReport | None:
-        """Its report; None when it gives none now. prefixes_since: a cursor; None asks for none."""
+    async def read(self, kind: Kind, prefixes_since: str | None = None) -> LoadReport | None:
+        """Its report; None if there is none now. prefixes_since: a cursor; None: no prefixes."""
         path = "/metrics" if kind == "vllm" else "/load"
         if kind == "millrace" and prefixes_since is not None:
             path += f"?prefixes_since={prefixes_since}"
@@ -73,9 +73,9 @@ class LoadReports:
             self.close()
             return None
         if response.status != 200 or response.error is not None:
-            self._pause = _UNKNOWN_PAUSE if response.status == 404 else _VLLM_PAUSE
+            self._min_delay = _UNSUPPORTED_INTERVAL if response.status == 404 else _VLLM_INTERVAL
             return None
-        self._pause = _VLLM_PAUSE if kind == "vllm" else 0.0
+        self._min_delay = _VLLM_INTERVAL if kind == "vllm" else 0.0
         if kind == "vllm":
             found = [float(value) for value in _GAUGE.findall(response.body)]
             return LoadReport(int(sum(found))) if found else None
@@ -87,5 +87,5 @@ class LoadReports:
         if self._connection is None or not self._connection.open or self._connection.busy:
             self.close()
             self._connection = await connect(self._target)
-        question = encode_request(self._target, "GET", path, headers=self._headers)
-        return await self._connection.send(question)
+        request = encode_request(self._target, "GET", path, headers=self._headers)
+        return await self._connection.send(request)

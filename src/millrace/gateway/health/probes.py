@@ -1,7 +1,7 @@
-"""What a replica answers when it is asked whether it is well, what it serves, and for one token.
+"""Questions to a replica: whether it is healthy, which models it serves, and one token.
 
-What follows from an answer, and when to ask again, is the keeper's business (keeper.py). None of it
-touches the counters of load.
+The health monitor decides what follows from an answer and when to ask again. The load counters are
+not touched.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import msgspec
 from millrace.common.http_client import Response, Target, error_text, fetch
 from millrace.gateway.http.request_info import Kind
 
-# A few words: prompts of a single token take ways through some engines that fail.
+# Several tokens: prompts of one token take a code path that fails in some engines.
 _PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperature": 0}
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Why a replica is not well. lost: nobody is there, so what it has under way will not end."""
+    """Why a replica is not healthy. lost: it cannot be reached; its running requests will not
+    end."""
 
     text: str
     lost: bool = False
 
 
-DOUBT = Problem("no answer")  # and not for so long yet that it says something
+UNCERTAIN = Problem("no answer")  # once, which is not yet evidence
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """What a replica serves. cards: as /v1/models has them."""
+class ServedModels(msgspec.Struct, frozen=True):
+    """The models of a replica. cards: as in /v1/models."""
 
     cards: list[dict[str, Any]]
     names: tuple[str, ...]
@@ -38,7 +39,7 @@ class Offer(msgspec.Struct, frozen=True):
 
 class HealthProbe:
     """Questions to one replica. headers: sent with each. timeout, probe_timeout: seconds for an
-    answer, and for one that needs a step. misses: answers in a row that say something by missing.
+    answer, and for a completion. misses: checks in a row without an answer that are evidence.
     """
 
     def __init__(
@@ -57,17 +58,17 @@ class HealthProbe:
         self._misses = misses
         self._missed = 0
 
-    async def problem(self) -> Problem | None:
-        """What is wrong by its own word; None if it is well, DOUBT if that cannot be said yet."""
+    async def check_health(self) -> Problem | None:
+        """What is wrong by GET /health; None if nothing is, UNCERTAIN if it is not known yet."""
         try:
-            response = await self._info("/health")
+            response = await self._fetch("/health")
         except TimeoutError:
             self._missed += 1
             if self._missed < self._misses:
-                return DOUBT
+                return UNCERTAIN
             return Problem(f"no answer to {self._missed} health checks in a row", lost=True)
         except ConnectionRefusedError as error:
-            return Problem(f"health check failed, nobody listens there ({error})", lost=True)
+            return Problem(f"health check failed, connection refused ({error})", lost=True)
         except OSError as error:
             return Problem(f"health check failed ({error})")
         self._missed = 0
@@ -75,10 +76,10 @@ class HealthProbe:
             return Problem(f"/health says {response.status} ({error_text(response.body)})")
         return None
 
-    async def offer(self) -> Offer | None:
-        """Which models it serves, and what kind of server it is; None if it does not say."""
+    async def read_models(self) -> ServedModels | None:
+        """Which models it serves, and which kind of server it is; None if it does not say."""
         with contextlib.suppress(OSError, msgspec.DecodeError, TypeError, KeyError, AttributeError):
-            response = await self._info("/v1/models")
+            response = await self._fetch("/v1/models")
             if response.status != 200:
                 return None
             cards = msgspec.json.decode(response.body)["data"]
@@ -89,14 +90,14 @@ class HealthProbe:
                 kind = "millrace"
             elif "vllm" in owners:
                 kind = "vllm"
-            return Offer(cards, names, kind)
+            return ServedModels(cards, names, kind)
         return None
 
-    async def probe(self, model: str | None) -> Problem | None:
-        """Have it complete one token: a green /health does not say that it can. None if it did."""
+    async def check_completion(self, model: str | None) -> Problem | None:
+        """Have it complete one token, which /health does not prove. None if it did."""
         body = msgspec.json.encode({**({"model": model} if model else {}), **_PROBE})
         try:
-            response = await self._info("/v1/completions", "POST", body, self._probe_timeout)
+            response = await self._fetch("/v1/completions", "POST", body, self._probe_timeout)
         except OSError as error:
             return Problem(f"a completion of one token failed ({error or 'no answer in time'})")
         if response.status >= 500:
@@ -104,7 +105,7 @@ class HealthProbe:
             return Problem(f"a completion of one token got {response.status} ({text})")
         return None
 
-    async def _info(
+    async def _fetch(
         self, path: str, method: str = "GET", body: bytes = b"", timeout: float | None = None
     ) -> Response:
         return await fetch(

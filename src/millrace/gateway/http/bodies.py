@@ -1,7 +1,7 @@
-"""Bodies of requests in memory: how large each may be, and all of a process together.
+"""Request bodies in memory: a bound for each, and one for all bodies of a process.
 
-A body counts from its first byte until its request has been answered, for it is kept so long: it
-may have to go to another replica.
+A body counts from its first byte until its request has been answered, because it may have to be
+sent to another replica until then.
 """
 
 from __future__ import annotations
@@ -9,77 +9,81 @@ from __future__ import annotations
 from collections import deque
 
 from millrace.gateway.common.limits import GatewayLimits
-from millrace.gateway.common.shared_counters import Part
-from millrace.gateway.http.message import Answer, error_answer
+from millrace.gateway.common.shared_counters import ProcessCounters
+from millrace.gateway.http.message import LocalReply, error_reply
 
 
 class BodyBudget:
-    """What bodies may take in this process. held: bytes that they take now."""
+    """The bytes of all bodies in this process. held: bytes now."""
 
-    def __init__(self, limits: GatewayLimits, part: Part) -> None:
+    def __init__(self, limits: GatewayLimits, process_counters: ProcessCounters) -> None:
         self.held = 0
         self._limits = limits
-        self._part = part
+        self._process_counters = process_counters
 
-    def refusal(self, size: int, more: int) -> Answer | None:
-        """What a client is told whose body may not grow by so many bytes, to that size."""
+    def refusal(self, size: int, more: int) -> LocalReply | None:
+        """The refusal of a body that would grow by `more` bytes to `size`; None if it fits."""
         limits = self._limits
-        if size > limits.max_body:
-            message = f"the body is larger than {limits.max_body} bytes, which is --max-body-bytes"
-            return error_answer(413, message, close=True)
-        if self.held + more > limits.all_bodies:
-            self._part.event("body_refused")
+        if size > limits.max_body_bytes:
             message = (
-                f"bodies of {limits.all_bodies} bytes are held already, as many as "
+                f"the body is larger than {limits.max_body_bytes} bytes, which is --max-body-bytes"
+            )
+            return error_reply(413, message, close=True)
+        if self.held + more > limits.max_bodies_bytes:
+            self._process_counters.count_event("body_refused")
+            message = (
+                f"request bodies hold {limits.max_bodies_bytes} bytes already, as many as "
                 "--max-bodies-bytes allows; try again later"
             )
-            return error_answer(503, message, retry_after=1, close=True, code="too_many_bytes")
+            return error_reply(503, message, retry_after=1, close=True, code="too_many_bytes")
         return None
 
     def add(self, change: int) -> None:
-        """Bodies take so many bytes more, or fewer."""
+        """Change the bytes held."""
         self.held += change
-        self._part.live("body_bytes", change)
+        self._process_counters.add_gauge("body_bytes", change)
 
 
-class Bodies:
-    """Those of one connection, in their order. size: bytes of the one that is coming in."""
+class RequestBodies:
+    """The bodies of one connection, in their order. size: bytes of the one being received."""
 
-    def __init__(self, room: BodyBudget) -> None:
-        self._room = room
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
         self._pieces: list[bytes] = []
         self.size = 0
-        self._whole: deque[int] = deque()  # sizes of those that are not answered yet
+        self._complete_sizes: deque[int] = (
+            deque()
+        )  # sizes of complete ones whose requests are not answered yet
 
-    def take(self, piece: bytes) -> Answer | None:
-        """More of a body has come. Returns the refusal where it does not fit: it is dropped."""
-        refusal = self._room.refusal(self.size + len(piece), len(piece))
+    def take(self, piece: bytes) -> LocalReply | None:
+        """More of a body has come. Returns a refusal, with the body dropped, if it does not fit."""
+        refusal = self._budget.refusal(self.size + len(piece), len(piece))
         if refusal is not None:
             self.drop()
             return refusal
         self._pieces.append(piece)
         self.size += len(piece)
-        self._room.add(len(piece))
+        self._budget.add(len(piece))
         return None
 
-    def end(self) -> bytes:
-        """The body that came in; it is whole."""
+    def finish(self) -> bytes:
+        """The body that was received; it is complete."""
         body = b"".join(self._pieces)
-        self._whole.append(self.size)
+        self._complete_sizes.append(self.size)
         self._pieces, self.size = [], 0
         return body
 
     def drop(self) -> None:
-        """Forget the body that is coming in."""
-        self._room.add(-self.size)
+        """Drop the body that is being received."""
+        self._budget.add(-self.size)
         self._pieces, self.size = [], 0
 
-    def answered(self) -> None:
-        """The oldest whole body's request has been answered."""
-        self._room.add(-self._whole.popleft())
+    def release_oldest(self) -> None:
+        """The request of the oldest complete body has been answered."""
+        self._budget.add(-self._complete_sizes.popleft())
 
     def close(self) -> None:
-        """The connection is gone, and all of its bodies."""
+        """The connection is gone; release all of its bodies."""
         self.drop()
-        while self._whole:
-            self.answered()
+        while self._complete_sizes:
+            self.release_oldest()

@@ -1,6 +1,6 @@
-"""HTTP/1.1 as the gateway speaks it: requests, heads to pass on, answers of its own.
+"""HTTP/1.1 as the gateway speaks it: requests, heads to pass on, local replies.
 
-Pure functions between structures and bytes. Bodies of responses never come here.
+Pure functions between structures and bytes. RequestBodies of responses never come here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import msgspec
 
 Headers = list[tuple[bytes, bytes]]
 
-# RFC 9110, 7.6.1: meant for one connection, never passed on. Transfer-Encoding is left out here:
-# a response's body is relayed in the framing it came in, and a request's is framed anew.
+# RFC 9110, 7.6.1: for one connection, never passed on. Transfer-Encoding is not listed: a
+# response's body keeps its framing, and a request's body is framed anew.
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate")
 )
@@ -23,8 +23,8 @@ MAX_REQUEST_ID = 256
 
 
 class Request(msgspec.Struct):
-    """A whole request of a client. path: with the query, as the client wrote it. id: its
-    X-Request-Id, or a new one. peer: the client's address."""
+    """A complete request. path: with the query, as the client wrote it. id: its X-Request-Id, or a
+    new one. peer: the client's address."""
 
     method: bytes
     path: bytes
@@ -45,7 +45,7 @@ def header(headers: Headers, name: bytes) -> bytes:
 
 
 def passed_on(headers: Headers) -> Headers:
-    """The headers without those meant for one connection, in their order and spelling."""
+    """The headers without those for one connection, in their order and spelling."""
     named = {
         name.strip()
         for key, value in headers
@@ -70,20 +70,19 @@ def request_bytes(
     passes that on, b"" sends none.
     """
     dropped = _FRAMING | _OURS if authorization is not None else _FRAMING | {b"x-request-id"}
-    buffer = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in dropped]
+    headers_out = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in dropped]
     if authorization:
-        buffer.append((b"Authorization", authorization))
-    buffer.append((b"X-Request-Id", request.id))
+        headers_out.append((b"Authorization", authorization))
+    headers_out.append((b"X-Request-Id", request.id))
     body = request.body if body is None else body
     if body or request.method in (b"POST", b"PUT", b"PATCH"):
-        buffer.append((b"Content-Length", b"%d" % len(body)))
+        headers_out.append((b"Content-Length", b"%d" % len(body)))
     start = b"%b %b HTTP/%b" % (request.method, path or request.path, request.version.encode())
-    return _head(start, buffer) + body
+    return _head(start, headers_out) + body
 
 
 class ResponseHead(msgspec.Struct, frozen=True):
-    """What a replica says before its body. delimited: the body's end is marked; chunked: by its
-    chunks."""
+    """The head of a replica's response. delimited: the body's end is marked; chunked: by chunks."""
 
     status: int
     reason: bytes
@@ -93,21 +92,21 @@ class ResponseHead(msgspec.Struct, frozen=True):
 
 
 def response_head(head: ResponseHead, keep_alive: bool, request_id: bytes) -> bytes:
-    """The head of a relayed response, with the gateway's own word on its connection."""
-    buffer = passed_on(head.headers)
-    if not header(buffer, b"x-request-id"):
-        buffer.append((b"X-Request-Id", request_id))
+    """The head of a relayed response, with the gateway's own Connection header."""
+    headers_out = passed_on(head.headers)
+    if not header(headers_out, b"x-request-id"):
+        headers_out.append((b"X-Request-Id", request_id))
     if not keep_alive:
-        buffer.append((b"Connection", b"close"))
-    return _head(b"HTTP/1.1 %d %b" % (head.status, head.reason), buffer)
+        headers_out.append((b"Connection", b"close"))
+    return _head(b"HTTP/1.1 %d %b" % (head.status, head.reason), headers_out)
 
 
 def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"\r\n".join((start, *(b"%b: %b" % pair for pair in headers), b"", b""))
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """A whole response of the gateway itself. close: its connection ends with it."""
+class LocalReply(msgspec.Struct, frozen=True):
+    """A complete response of the gateway itself. close: the connection ends with it."""
 
     status: int
     body: bytes
@@ -137,12 +136,12 @@ _ERROR_TYPES = {
 }
 
 
-def json_answer(status: int, value: object) -> Answer:
-    """An Answer whose body is this value as JSON."""
-    return Answer(status, msgspec.json.encode(value))
+def json_reply(status: int, value: object) -> LocalReply:
+    """A LocalReply whose body is this value as JSON."""
+    return LocalReply(status, msgspec.json.encode(value))
 
 
-def error_answer(
+def error_reply(
     status: int,
     message: str,
     *,
@@ -150,11 +149,11 @@ def error_answer(
     close: bool = False,
     code: str | None = None,
     headers: Sequence[tuple[str, str]] = (),
-) -> Answer:
+) -> LocalReply:
     """An error in OpenAI's shape. retry_after: seconds."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error")
     error = {"message": message, "type": kind, "param": None, "code": code or status}
     if retry_after is not None:
         headers = [*headers, ("Retry-After", str(retry_after))]
     body = msgspec.json.encode({"error": error})
-    return Answer(status, body, headers=tuple(headers), close=close)
+    return LocalReply(status, body, headers=tuple(headers), close=close)

@@ -1,10 +1,10 @@
-"""What the gateway reads of a request for text, and how it words that request for a replica.
+"""What the gateway reads of a request, and the body that it sends to a replica.
 
-A body is decoded once, and only the few fields that picking and resuming need; whatever cannot be
-decoded is relayed as it is, for the replica to judge. Responses never come here.
+A body is decoded once, and only the few fields that routing and resuming need; a body that cannot
+be decoded is relayed unchanged. Responses are not handled here.
 
-All APIs for text are understood alike, but only streams of OpenAI's completions and chats can be
-resumed on another replica.
+All text APIs are read, but only streams of completions and chat completions can be resumed on
+another replica.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from millrace.gateway.http.message import Request, header
 ServiceClass = Literal["interactive", "batch"]
 Kind = Literal["millrace", "vllm", "other"]
 
-BYTES_PER_TOKEN = 4  # of English text under today's vocabularies; load reports correct the sum
+BYTES_PER_TOKEN = 4  # of English text with current vocabularies; load reports correct the sum
 _COMPLETIONS, _CHATS = "/v1/completions", "/v1/chat/completions"
-_NOTHING = Raw(b"")
+_NO_JSON = Raw(b"")
 
 
 class _StreamOptions(msgspec.Struct):
@@ -37,12 +37,12 @@ class _Body(msgspec.Struct):
     n: int | None = 1
     best_of: int | None = 1
     echo: bool | None = False
-    prompt: Raw = _NOTHING
-    messages: Raw = _NOTHING
-    system: Raw = _NOTHING
-    instructions: Raw = _NOTHING
-    input: Raw = _NOTHING
-    tools: Raw = _NOTHING
+    prompt: Raw = _NO_JSON
+    messages: Raw = _NO_JSON
+    system: Raw = _NO_JSON
+    instructions: Raw = _NO_JSON
+    input: Raw = _NO_JSON
+    tools: Raw = _NO_JSON
     max_tokens: int | None = None
     max_output_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -59,13 +59,14 @@ _decode = msgspec.json.Decoder(_Body).decode
 
 
 class RequestInfo(msgspec.Struct, kw_only=True):
-    """The facts of one request. For what is no request for text all but `request` keep defaults.
+    """The facts of one request. Requests other than for text keep the defaults, except `model`.
 
-    prompt: the JSON of the fields that make it, as far as it is hashed. prompt_tokens: estimated
-    from all its bytes. max_tokens: None where the client set no bound. key: what consistent hashing
-    goes by.
-    resumable: a stream that another replica can go on with, if it tells token ids.
-    seed: drawn here when the client named none, so that a continuation draws the same noise.
+    prompt: the JSON of the prompt's fields, as far as it is hashed. prompt_tokens: estimated from
+    all its bytes. max_tokens: None if the client set no bound. affinity_key: for consistent
+    hashing. resumable: a stream that another replica can resume, if the first one sends token ids.
+    resume_token_ids: output tokens that the client itself resumes from. seed: drawn here if the
+    client set none, so that a resumed stream draws the same noise. can_prepend_fields: the body has
+    none of the fields that `body_for` adds.
     """
 
     request: Request
@@ -75,13 +76,13 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     prompt: bytes = b""
     prompt_tokens: int = 1
     max_tokens: int | None = None
-    key: bytes = b""
-    service: ServiceClass = "interactive"
+    affinity_key: bytes = b""
+    service_class: ServiceClass = "interactive"
     resumable: bool = False
-    wants_ids: bool = False
-    given: tuple[int, ...] = ()
+    wants_token_ids: bool = False
+    resume_token_ids: tuple[int, ...] = ()
     seed: int | None = None
-    plain: bool = False
+    can_prepend_fields: bool = False
     has_tools: bool = False
     include_usage: bool = False
 
@@ -92,25 +93,25 @@ class RequestInfo(msgspec.Struct, kw_only=True):
 
 
 def read_request_info(request: Request, keep: bool = True) -> RequestInfo:
-    """The facts of a request; it never raises. keep: streams are kept, to be resumed."""
+    """Read a request; never raises. keep: whether streams are buffered to be resumed."""
     path = request.path.partition(b"?")[0].decode("latin-1")
-    service = header(request.headers, b"x-service-class")
-    batch: ServiceClass = "batch" if service.lower() == b"batch" else "interactive"
+    service_class = header(request.headers, b"x-service-class")
+    batch: ServiceClass = "batch" if service_class.lower() == b"batch" else "interactive"
     key = header(request.headers, b"x-session-id")
     if request.method != b"POST" or not path.startswith("/v1/"):
-        return RequestInfo(request=request, service=batch, key=key)
+        return RequestInfo(request=request, service_class=batch, affinity_key=key)
     try:
         body = _decode(request.body)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return RequestInfo(request=request, service=batch, key=key)
+        return RequestInfo(request=request, service_class=batch, affinity_key=key)
     if path not in PROMPT_FIELDS:
-        return RequestInfo(request=request, service=batch, key=key, model=body.model)
+        return RequestInfo(request=request, service_class=batch, affinity_key=key, model=body.model)
     info = _generation(request, body, path, batch, key)
     return info if keep else msgspec.structs.replace(info, resumable=False)
 
 
 def _generation(
-    request: Request, body: _Body, path: str, service: ServiceClass, key: bytes
+    request: Request, body: _Body, path: str, service_class: ServiceClass, key: bytes
 ) -> RequestInfo:
     prompt = b"".join(bytes(getattr(body, name)) for name in PROMPT_FIELDS[path])
     chat, known = path == _CHATS, path in (_COMPLETIONS, _CHATS)
@@ -125,33 +126,33 @@ def _generation(
         prompt=prompt[: BLOCK * MAX_BLOCKS],
         prompt_tokens=estimate_tokens(prompt),
         max_tokens=bound or (16 if path == _COMPLETIONS else None),
-        key=key or (named.encode() if named else prompt[:1024]),
-        service="batch" if body.service_tier in ("flex", "batch") else service,
-        resumable=known and bool(body.stream) and single and _one_prompt(prompt, chat),
-        wants_ids=body.return_token_ids is True,
-        given=tuple(body.resume_token_ids or ()),
+        affinity_key=key or (named.encode() if named else prompt[:1024]),
+        service_class="batch" if body.service_tier in ("flex", "batch") else service_class,
+        resumable=known and bool(body.stream) and single and _has_single_prompt(prompt, chat),
+        wants_token_ids=body.return_token_ids is True,
+        resume_token_ids=tuple(body.resume_token_ids or ()),
         seed=random.getrandbits(48) if body.seed is UNSET else None,
-        plain=body.return_token_ids is UNSET and body.resume_token_ids is UNSET,
+        can_prepend_fields=body.return_token_ids is UNSET and body.resume_token_ids is UNSET,
         has_tools=bool(body.tools),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
 
 
 def estimate_tokens(prompt: bytes) -> int:
-    """Tokens of a prompt, from the JSON that says it: exact for ids, a guess for text."""
+    """Tokens of a prompt given as JSON: exact for token ids, an estimate for text."""
     if prompt[:1] == b"[" and prompt[1:].lstrip()[:1].isdigit():
         return prompt.count(b",") + 1
     return max(1, len(prompt) // BYTES_PER_TOKEN)
 
 
-def _one_prompt(prompt: bytes, chat: bool) -> bool:
-    """Whether the prompt asks for one choice: a chat, a text, or one list of ids."""
+def _has_single_prompt(prompt: bytes, chat: bool) -> bool:
+    """Whether it is one prompt: a chat, a text, or one list of token ids."""
     return chat or prompt[:1] == b'"' or prompt[1:].lstrip()[:1].isdigit()
 
 
-def worded(info: RequestInfo, kind: Kind, resume: Sequence[int] = ()) -> bytes:
-    """The body for a replica of this kind: with token ids asked for where that allows resuming,
-    and with the tokens to go on from. Fields are put in front; the client's own bytes follow."""
+def body_for(info: RequestInfo, kind: Kind, resume: Sequence[int] = ()) -> bytes:
+    """The body for a replica of this kind, with token ids requested where that allows resuming, and
+    the tokens to resume from. New fields come first; the client's own bytes follow unchanged."""
     body = info.request.body
     if not info.resumable or kind == "other":
         return body
@@ -159,9 +160,11 @@ def worded(info: RequestInfo, kind: Kind, resume: Sequence[int] = ()) -> bytes:
     if kind == "millrace":
         if info.seed is not None:
             extra["seed"] = info.seed
-        if resume or info.given:
-            extra["resume_token_ids"] = [*info.given, *resume]
-    if info.plain:
+        if resume or info.resume_token_ids:
+            extra["resume_token_ids"] = [*info.resume_token_ids, *resume]
+    if info.can_prepend_fields:
         return msgspec.json.encode(extra)[:-1] + b"," + body[body.index(b"{") + 1 :]
-    said = msgspec.json.decode(body, type=dict[str, Raw])  # the prompt stays as it was hashed
-    return msgspec.json.encode({**said, **extra})
+    fields = msgspec.json.decode(
+        body, type=dict[str, Raw]
+    )  # the prompt's bytes stay as they were hashed
+    return msgspec.json.encode({**fields, **extra})

@@ -1,8 +1,8 @@
-"""Several relays on one port, each a process; this one keeps them alive.
+"""Several gateway processes on one port, and the main process that restarts them.
 
-Every process listens for itself (SO_REUSEPORT), so one that dies takes only its own connections
-along, and the kernel gives new ones to the others. They share the board's memory; over a socket
-each is told the list of replicas, and asks for the answers that only the keeper's process has.
+Every process listens for itself (SO_REUSEPORT), so a process that dies loses only its own
+connections, and the kernel gives new ones to the others. They share the counters' memory. Over a
+socket the main process sends each the list of replicas and answers its local requests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from millrace.common.sockets import bind, require_free_port
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthMonitor
-from millrace.gateway.http.message import Answer, Request
-from millrace.gateway.processes.worker import GatewayOptions
+from millrace.gateway.http.message import LocalReply, Request
+from millrace.gateway.options import GatewayOptions
 from millrace.gateway.routing.replicas import Member
 
 _START_SECONDS = 30.0
@@ -34,44 +34,44 @@ _LONGEST_MESSAGE = 1 << 30  # bytes: a request for the gateway itself with its b
 
 
 class Members(msgspec.Struct, frozen=True, tag="members"):
-    """Downwards: the replicas as they are."""
+    """To a process: the current replicas."""
 
     members: list[Member]
 
 
-class OwnReply(msgspec.Struct, frozen=True, tag="reply"):
-    """Downwards: the answer to an OwnRequest."""
+class AdminReply(msgspec.Struct, frozen=True, tag="reply"):
+    """To a process: the reply to an AdminRequest."""
 
     number: int
-    answer: Answer
+    answer: LocalReply
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """Downwards: end, once requests under way have; after `drain` seconds in any case."""
+    """To a process: end when the running requests have ended, after `drain` seconds at most."""
 
     drain: float
 
 
 class Listening(msgspec.Struct, frozen=True, tag="listening"):
-    """Upwards: clients can connect."""
+    """To the main process: clients can connect."""
 
 
 class Report(msgspec.Struct, frozen=True, tag="report"):
-    """Upwards: what `Keeper.report` is told."""
+    """To the main process: arguments of `HealthMonitor.report`."""
 
     id: int
     reason: str | None
 
 
-class OwnRequest(msgspec.Struct, frozen=True, tag="request"):
-    """Upwards: a request for the gateway itself."""
+class AdminRequest(msgspec.Struct, frozen=True, tag="request"):
+    """To the main process: a local request."""
 
     number: int
     request: Request
 
 
-Down = Members | OwnReply | Stop
-Up = Listening | Report | OwnRequest
+Down = Members | AdminReply | Stop
+Up = Listening | Report | AdminRequest
 
 
 class Channel:
@@ -92,7 +92,7 @@ class Channel:
             self._writer.write(data)
 
     async def receive(self) -> object | None:
-        """The next message; None when the other side has gone."""
+        """The next message; None once the other side has gone."""
         try:
             return await self._framing.receive(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -103,8 +103,8 @@ class Channel:
         self._writer.close()
 
 
-class _Process:
-    """One worker process, and what to reach it by."""
+class _Child:
+    """One gateway process and its channel."""
 
     def __init__(self, process: asyncio.subprocess.Process, channel: Channel) -> None:
         self.process = process
@@ -112,15 +112,15 @@ class _Process:
         self.listening = asyncio.Event()
 
 
-class WorkerProcesses:
-    """All worker processes. answer: for requests for the gateway itself, but for /health."""
+class GatewayProcesses:
+    """All gateway processes. answer: handles local requests other than /health."""
 
     def __init__(
         self,
         options: GatewayOptions,
         counters: SharedCounters,
         monitor: HealthMonitor,
-        answer: Callable[[Request], Awaitable[Answer]],
+        answer: Callable[[Request], Awaitable[LocalReply]],
         log: Callable[[str], None],
     ) -> None:
         self._options = options
@@ -128,59 +128,61 @@ class WorkerProcesses:
         self._monitor = monitor
         self._answer = answer
         self._log = log
-        self._held: list[socket.socket] = []
-        self._running: dict[int, _Process] = {}
-        self._keepers: list[asyncio.Task[None]] = []
+        self._reserved_ports: list[socket.socket] = []
+        self._running: dict[int, _Child] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self.restarts = 0
         self.port = 0
 
     @property
     def pids(self) -> list[int]:
-        """Process ids, in the order of their parts of the board."""
-        return [one.process.pid for _, one in sorted(self._running.items())]
+        """Process ids, in the order of their parts of the counters."""
+        return [child.process.pid for _, child in sorted(self._running.items())]
 
-    def tell(self, members: list[Member]) -> None:
-        """Tell every process what the keeper says."""
-        for one in self._running.values():
-            one.channel.send(Members(members))
+    def send_members(self, members: list[Member]) -> None:
+        """Send the replicas to every process."""
+        for child in self._running.values():
+            child.channel.send(Members(members))
 
     async def start(self) -> None:
         """Take the port and start every process. Raises UserError when it is taken."""
         host, port = self._options.host, self._options.port
-        require_free_port(host, port)  # somebody else who shares it would not be noticed below
-        # Held for as long as we live, so that the port stays ours while processes come and go.
-        self._held = bind(host, port, shared=True)
-        self.port = self._held[0].getsockname()[1]
+        require_free_port(host, port)  # another program that shares it would go unnoticed below
+        # Bound until `stop`, so that the port stays reserved while processes are restarted.
+        self._reserved_ports = bind(host, port, shared=True)
+        self.port = self._reserved_ports[0].getsockname()[1]
         self._options = msgspec.structs.replace(self._options, port=self.port)
         await asyncio.gather(*(self._spawn(i) for i in range(self._options.processes)))
-        if not all(one.listening.is_set() for one in self._running.values()):
+        if not all(child.listening.is_set() for child in self._running.values()):
             await self.stop(0.0)
-            raise UserError("a gateway process did not start; what it said stands above")
-        self._keepers = [asyncio.create_task(self._keep(i)) for i in range(self._options.processes)]
+            raise UserError("a gateway process did not start; its own message is above")
+        self._tasks = [
+            asyncio.create_task(self._restart_loop(i)) for i in range(self._options.processes)
+        ]
 
     async def stop(self, drain: float) -> None:
         """End every process, by force a moment after `drain` seconds."""
         self._stopping = True
-        for monitor in self._keepers:
-            monitor.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        for one in self._running.values():
-            one.channel.send(Stop(drain))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for child in self._running.values():
+            child.channel.send(Stop(drain))
         running = self._running.values()
         step = (drain + _STOP_SECONDS, signal.SIGKILL)
-        await asyncio.gather(*(end_process(one.process, step) for one in running))
-        for one in running:
-            one.channel.close()
-        for held in self._held:
-            held.close()
+        await asyncio.gather(*(end_process(child.process, step) for child in running))
+        for child in running:
+            child.channel.close()
+        for reserved in self._reserved_ports:
+            reserved.close()
 
     async def _spawn(self, index: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = (index, theirs.fileno(), self._counters.fd, os.getpid())
             process = await asyncio.create_subprocess_exec(
-                *python_module("millrace.gateway.processes.worker_process", *map(str, arguments)),
+                *python_module("millrace.gateway.processes.gateway_process", *map(str, arguments)),
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=(theirs.fileno(), self._counters.fd),
                 start_new_session=True,  # a Ctrl-C is for us; we tell them
@@ -189,40 +191,40 @@ class WorkerProcesses:
         process.stdin.write(msgspec.json.encode(self._options))
         process.stdin.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        one = _Process(process, Channel(reader, writer, Up))
-        self._running[index] = one
-        one.channel.send(Members(self._monitor.members))
-        listen = asyncio.create_task(self._listen(one))
-        waits = [asyncio.ensure_future(one.listening.wait()), listen]
+        child = _Child(process, Channel(reader, writer, Up))
+        self._running[index] = child
+        child.channel.send(Members(self._monitor.members))
+        listen = asyncio.create_task(self._receive_loop(child))
+        waits = [asyncio.ensure_future(child.listening.wait()), listen]
         await asyncio.wait(waits, timeout=_START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         waits[0].cancel()
 
-    async def _listen(self, one: _Process) -> None:
-        """Take what a process says until it ends."""
-        while (message := await one.channel.receive()) is not None:
+    async def _receive_loop(self, child: _Child) -> None:
+        """Handle the messages of a process until it ends."""
+        while (message := await child.channel.receive()) is not None:
             if isinstance(message, Listening):
-                one.listening.set()
+                child.listening.set()
             elif isinstance(message, Report):
                 self._monitor.report(message.id, message.reason)
-            elif isinstance(message, OwnRequest):
-                asyncio.create_task(self._reply(one, message))  # noqa: RUF006
+            elif isinstance(message, AdminRequest):
+                asyncio.create_task(self._reply(child, message))  # noqa: RUF006
 
-    async def _reply(self, one: _Process, message: OwnRequest) -> None:
+    async def _reply(self, child: _Child, message: AdminRequest) -> None:
         answer = await self._answer(message.request)
-        one.channel.send(OwnReply(message.number, answer))
+        child.channel.send(AdminReply(message.number, answer))
 
-    async def _keep(self, index: int) -> None:
+    async def _restart_loop(self, index: int) -> None:
         """Restart a process whenever it ends."""
         backoff = Backoff(_RESTARTS)
         while True:
             began = time.monotonic()
-            one = self._running[index]
-            status = await one.process.wait()
-            one.channel.close()
+            child = self._running[index]
+            status = await child.process.wait()
+            child.channel.close()
             self._counters.clear_gauges(index)
             pause = backoff.failed(time.monotonic() - began)
             self._log(
-                f"gateway process {one.process.pid} ended with status {status}; "
+                f"gateway process {child.process.pid} ended with status {status}; "
                 f"another one starts in {pause:g} s"
             )
             await asyncio.sleep(pause)

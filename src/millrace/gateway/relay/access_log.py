@@ -1,4 +1,4 @@
-"""A line of JSON for each request: who asked for what, who answered, how long it took."""
+"""The access log: one line of JSON per request, with client, path, replica and times."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
 
 
-class Relayed(Protocol):
-    """A request that has been relayed (exchange.py). began: by `time.perf_counter()`. first_byte:
-    seconds from then, None if none came. retries, moves: to another replica, before and after."""
+class LoggedRequest(Protocol):
+    """A finished request (exchange.py). began: by `time.perf_counter()`. first_byte: seconds from
+    then, None if none came. retries: on other replicas before the first byte."""
 
     request: Request
     info: RequestInfo
@@ -28,14 +28,14 @@ class Relayed(Protocol):
     retries: int
 
     @property
-    def moves(self) -> int:
-        """How often its stream has gone to another replica."""
+    def resumptions(self) -> int:
+        """How often its stream was resumed on another replica."""
         ...
 
 
 class AccessLog:
-    """Appends to a file, or to stderr for "-". Lines are written together, at the latest when
-    `flush` is called; each write is whole lines, so that processes can share a file."""
+    """Appends to a file, or to stderr for "-". Lines are buffered until `flush`; each write holds
+    complete lines, so that several processes can share a file."""
 
     def __init__(self, path: str) -> None:
         self._file: BinaryIO | FileIO = sys.stderr.buffer
@@ -43,8 +43,8 @@ class AccessLog:
             self._file = FileIO(path, "ab")
         self._lines: list[bytes] = []
 
-    def write(self, exchange: Relayed, status: int) -> None:
-        """Note a request that has ended. Times in ms; status 499: the client left."""
+    def write(self, exchange: LoggedRequest, status: int) -> None:
+        """Add a line for a finished request. Times in ms; status 499: the client left."""
         request, info, now = exchange.request, exchange.info, time.perf_counter()
         first = exchange.first_byte
         line = {
@@ -54,7 +54,7 @@ class AccessLog:
             "method": request.method.decode("latin-1"),
             "path": request.path.decode("latin-1"),
             "status": status,
-            "class": info.service,
+            "class": info.service_class,
             "model": info.model,
             "stream": info.stream,
             "replica": str(exchange.replica.target) if exchange.replica else None,
@@ -64,14 +64,14 @@ class AccessLog:
             "first_byte_ms": None if first is None else round(first * 1e3, 2),
             "total_ms": round((now - exchange.began) * 1e3, 2),
             "retries": exchange.retries,
-            "resumed": exchange.moves,
+            "resumed": exchange.resumptions,
         }
         self._lines.append(msgspec.json.encode(line) + b"\n")
         if len(self._lines) >= 64:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the buffered lines."""
         if self._lines:
             data, self._lines = b"".join(self._lines), []
             self._file.write(data)

@@ -1,4 +1,4 @@
-"""A client's connection: requests are parsed and answered one after another, in their order."""
+"""A client's connection: requests are parsed, and answered one after another in their order."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import cast
 
 import httptools
 
-from millrace.gateway.http.bodies import Bodies
+from millrace.gateway.http.bodies import RequestBodies
 from millrace.gateway.http.message import (
     MAX_REQUEST_ID,
-    Answer,
     Headers,
+    LocalReply,
     Request,
-    error_answer,
+    error_reply,
     header,
 )
 from millrace.gateway.relay.exchange import Exchange
 from millrace.gateway.relay.relay import Relay
 
-_LEAST_RATE = 16 << 10  # bytes a second that a request must bring to take longer than others
+_LEAST_RATE = 16 << 10  # bytes per second at which a request may take longer than client_timeout
 
 
 class ClientConnection(asyncio.Protocol):
@@ -32,16 +32,16 @@ class ClientConnection(asyncio.Protocol):
         self._relay = relay
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._waiting: deque[Request | Answer] = deque()
-        self._exchange: Exchange | OwnAnswer | None = None
+        self._waiting: deque[Request | LocalReply] = deque()
+        self._exchange: Exchange | LocalReplyTask | None = None
         self._refused = False
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self._since = self._begun = self._loop.time()
-        self._bodies = Bodies(relay.bodies)
+        self._last_activity = self._message_began = self._loop.time()
+        self._bodies = RequestBodies(relay.bodies)
         self._peer = "-"
         self.paused = False
-        self._held = b""
+        self._buffered_head = b""
         self._begin()
 
     def _begin(self) -> None:
@@ -56,25 +56,25 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if isinstance(peer, tuple) else "-"
         self._relay.clients.add(self)
-        self._relay.part.live("clients", 1)
+        self._relay.process_counters.add_gauge("clients", 1)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._since = self._loop.time()
+        self._last_activity = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The request itself is whole; we stay with HTTP/1.1 and read on behind it.
+            # The request is complete; the connection stays HTTP/1.1 and the rest is parsed.
             self._parser = httptools.HttpRequestParser(self)
             self.data_received(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             message = f"this is not an HTTP/1.1 request ({error})"
-            self._refuse(error_answer(400, message, close=True))
+            self._refuse(error_reply(400, message, close=True))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._relay.clients.discard(self)
-        self._relay.part.live("clients", -1)
+        self._relay.process_counters.add_gauge("clients", -1)
         self._transport = None
         self._waiting.clear()
         if self._exchange is not None:
@@ -95,7 +95,7 @@ class ClientConnection(asyncio.Protocol):
     # --- httptools callbacks -------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._begun = self._loop.time()
+        self._message_began = self._loop.time()
 
     def on_url(self, url: bytes) -> None:
         self._path += url
@@ -124,7 +124,7 @@ class ClientConnection(asyncio.Protocol):
             path=self._path,
             version=self._parser.get_http_version(),
             headers=self._headers,
-            body=self._bodies.end(),
+            body=self._bodies.finish(),
             keep_alive=self._parser.should_keep_alive(),
             id=given if 0 < len(given) <= MAX_REQUEST_ID else b"%032x" % getrandbits(128),
             peer=self._peer,
@@ -134,50 +134,54 @@ class ClientConnection(asyncio.Protocol):
         if len(self._waiting) > self._relay.limits.max_pipelined:
             self.close()
             return
-        self._next()
+        self._serve_next()
         if self._waiting and self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()  # until those before it have been answered
+            self._transport.pause_reading()  # until the earlier requests have been answered
 
     def _grow_head(self, size: int) -> None:
         self._head_size += size
-        if self._head_size > self._relay.limits.max_head:
-            message = f"the head is larger than {self._relay.limits.max_head} bytes"
-            self._refuse(error_answer(431, message, close=True))
+        if self._head_size > self._relay.limits.max_head_bytes:
+            message = f"the head is larger than {self._relay.limits.max_head_bytes} bytes"
+            self._refuse(error_reply(431, message, close=True))
 
     # --- answering -----------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Send bytes to the client, or drop them when it has gone."""
-        if self._held:
-            data, self._held = self._held + data, b""
+        """Send bytes to the client; they are dropped if it has gone."""
+        if self._buffered_head:
+            data, self._buffered_head = self._buffered_head + data, b""
         if self._transport is not None:
             self._transport.write(data)
 
     @property
     def writer(self) -> Callable[[bytes], None] | None:
-        """What takes bytes straight to the client, as `write` does once nothing is held."""
-        return self._transport.write if self._transport is not None and not self._held else None
+        """The transport's own write, while no head is buffered; else None."""
+        return (
+            self._transport.write
+            if self._transport is not None and not self._buffered_head
+            else None
+        )
 
-    def hold(self, data: bytes) -> None:
-        """Send these bytes together with the next ones."""
-        self._held = data
+    def buffer_head(self, data: bytes) -> None:
+        """Send this head together with the next bytes."""
+        self._buffered_head = data
 
-    def answer(self, own: Answer, request: Request) -> None:
-        """Send a whole answer of the gateway's own and go on."""
+    def answer(self, own: LocalReply, request: Request) -> None:
+        """Send a local reply and go on to the next request."""
         keep_alive = request.keep_alive and not own.close
-        self._relay.part.answered(own.status)
+        self._relay.process_counters.count_status(own.status)
         self.write(own.encode(request.id, keep_alive))
         self.finished(keep_alive)
 
     def finished(self, keep_alive: bool) -> None:
-        """The request under way has been answered: take the next, or close."""
+        """The current request has been answered: take the next one, or close."""
         self._exchange = None
-        self._bodies.answered()
-        self._since = self._loop.time()
+        self._bodies.release_oldest()
+        self._last_activity = self._loop.time()
         if (self._closing or not keep_alive) and self._transport is not None:
             self._transport.close()
         else:
-            self._next()
+            self._serve_next()
 
     def close(self) -> None:
         """Drop the connection at once."""
@@ -185,64 +189,64 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def close_when_done(self) -> None:
-        """Close once the request under way has been answered; now if there is none."""
+        """Close after the current request has been answered; now if there is none."""
         self._closing = True
         if self._exchange is None and self._transport is not None:
             self._transport.close()
 
-    def close_if_silent_since(self, moment: float) -> None:
-        """Close if the client owes us a request and has sent nothing since then."""
+    def close_if_idle_since(self, moment: float) -> None:
+        """Close if a request is awaited and nothing has come since then."""
         if self._exchange is not None or self._transport is None:
             return
         coming = self._bodies.size or self._head_size
-        slow = coming and self._begun + self._bodies.size / _LEAST_RATE < moment
-        if coming and (slow or self._since < moment):
-            self._refuse(error_answer(408, "the request did not arrive in time", close=True))
-        elif self._since < moment:
+        slow = coming and self._message_began + self._bodies.size / _LEAST_RATE < moment
+        if coming and (slow or self._last_activity < moment):
+            self._refuse(error_reply(408, "the request did not arrive in time", close=True))
+        elif self._last_activity < moment:
             self._transport.close()
 
-    def _next(self) -> None:
+    def _serve_next(self) -> None:
         while self._exchange is None and self._waiting and self._transport is not None:
             request = self._waiting.popleft()
             if not self._waiting and not self._transport.is_closing():
                 self._transport.resume_reading()
-            if isinstance(request, Answer):  # a refusal, the last thing said here
-                self._relay.part.answered(request.status)
+            if isinstance(request, LocalReply):  # a refusal, the last reply on this connection
+                self._relay.process_counters.count_status(request.status)
                 self.write(request.encode())
-                # Read on for a moment: closing on unread bytes would take the answer back.
-                self._loop.call_later(0.5, self._close_politely)
+                # Read on for a moment: a close with unread bytes would discard the reply.
+                self._loop.call_later(0.5, self._close_after_reply)
             else:
                 self._handle(request)
 
     def _handle(self, request: Request) -> None:
         relay = self._relay
-        if relay.admin.owns(request):
-            self._exchange = OwnAnswer(relay, self, request)
-        elif not relay.access.admits(request):
+        if relay.admin.handles(request):
+            self._exchange = LocalReplyTask(relay, self, request)
+        elif not relay.access.allows_api(request):
             message = "this API needs a key: send Authorization: Bearer KEY"
-            self.answer(error_answer(401, message), request)
+            self.answer(error_reply(401, message), request)
         elif relay.closing:
-            stopping = error_answer(503, "the gateway is stopping", retry_after=1, close=True)
+            stopping = error_reply(503, "the gateway is stopping", retry_after=1, close=True)
             self.answer(stopping, request)
         else:
             exchange = self._exchange = Exchange(relay, self, request)
             exchange.start()
 
-    def _refuse(self, answer: Answer) -> None:
-        """Answer so once those before have been answered, and read nothing more."""
+    def _refuse(self, answer: LocalReply) -> None:
+        """Reply so after the earlier requests have been answered, and parse nothing more."""
         if not self._refused:
             self._refused = True
             self._bodies.drop()
             self._waiting.append(answer)
-            self._next()
+            self._serve_next()
 
-    def _close_politely(self) -> None:
+    def _close_after_reply(self) -> None:
         if self._transport is not None:
             self._transport.close()
 
 
-class OwnAnswer:
-    """An answer of the gateway's own in the making. It is short, so nothing holds it back."""
+class LocalReplyTask:
+    """A local reply that is being made. It is short, so flow control does not apply."""
 
     def __init__(self, relay: Relay, client: ClientConnection, request: Request) -> None:
         self._client = client
@@ -254,10 +258,10 @@ class OwnAnswer:
         self._task.cancel()
 
     def pause(self) -> None:
-        """Nothing to hold back."""
+        """A local reply is not paused."""
 
     def resume(self) -> None:
-        """Nothing was held back."""
+        """A local reply was not paused."""
 
     async def _make(self, relay: Relay) -> None:
         own = await relay.admin.answer(self._request)

@@ -1,6 +1,6 @@
-"""Connections to replicas: those that are idle are kept, others are opened.
+"""Connections to replicas: idle ones are kept, others are opened.
 
-It knows no request; an exchange takes a connection, sends on it, and lets go of it.
+It knows no request; an exchange takes a connection, sends on it, and releases it.
 """
 
 from __future__ import annotations
@@ -25,47 +25,48 @@ class Pool:
         """An open connection to the replica, the most recently used first."""
         idle = self._idle.get(replica, [])
         while idle:
-            side = idle.pop()
-            if side.open:
-                return side
+            connection = idle.pop()
+            if connection.open:
+                return connection
         return None
 
     async def open(self, replica: Replica) -> ReplicaConnection:
-        """A new connection to the replica. Raises OSError; TimeoutError where nobody answers."""
+        """A new connection to the replica. Raises OSError; TimeoutError if connecting takes too
+        long."""
         target = replica.target
         async with asyncio.timeout(self._limits.connect_timeout):
-            _, side = await asyncio.get_running_loop().create_connection(
+            _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: ReplicaConnection(self, self._limits, replica),
                 target.host,
                 target.port,
                 ssl=self._context() if target.tls else None,
             )
-        return side
+        return connection
 
-    def keep(self, side: ReplicaConnection) -> None:
+    def keep(self, connection: ReplicaConnection) -> None:
         """Keep a connection for the next request to its replica."""
-        idle = self._idle.setdefault(side.replica, [])
-        if len(idle) < self._limits.max_idle and not side.replica.removed:
-            idle.append(side)
+        idle = self._idle.setdefault(connection.replica, [])
+        if len(idle) < self._limits.max_idle_connections and not connection.replica.removed:
+            idle.append(connection)
         else:
-            side.close()
+            connection.close()
 
-    def drop(self, side: ReplicaConnection) -> None:
-        """Forget a connection that has closed."""
-        idle = self._idle.get(side.replica, [])
-        if side in idle:
-            idle.remove(side)
+    def drop(self, connection: ReplicaConnection) -> None:
+        """Remove a connection that has closed."""
+        idle = self._idle.get(connection.replica, [])
+        if connection in idle:
+            idle.remove(connection)
 
     def removed(self, replica: Replica) -> None:
-        """The replica is gone for good."""
-        for side in self._idle.pop(replica, []):
-            side.close()
+        """Close the idle connections of a replica that was removed."""
+        for connection in self._idle.pop(replica, []):
+            connection.close()
 
     def close(self) -> None:
         """Close every idle connection."""
         for idle in self._idle.values():
-            for side in list(idle):
-                side.close()
+            for connection in list(idle):
+                connection.close()
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:

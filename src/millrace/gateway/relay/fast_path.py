@@ -1,25 +1,26 @@
-"""The short way of a stream: for pieces that are one whole HTTP chunk of whole events, as most are.
+"""The fast path of a stream: for pieces that are one complete HTTP chunk of complete events.
 
-Such a piece leaves a parser of the response where it was, so it need not be parsed: the first
-bytes say the size, and the size is right. What is kept is noted, token ids that the client did not
-ask for are taken out, and the rest is written. Any other piece is refused, and takes the long way
-(replica_connection.py), which says when the stream is between two events again.
+Most pieces are of this kind. Such a piece leaves a parser of the response in the same state, so it
+need not be parsed: its first bytes give the chunk size, and the size matches its length. The piece
+is buffered where the stream is, token ids that the client did not ask for are removed, and the rest
+is written. Any other piece is refused and parsed (replica_connection.py), until the stream is
+between two events again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from millrace.gateway.resume.journal import EVENT_END, Journal, without_ids
+from millrace.gateway.resume.journal import EVENT_END, Journal, strip_token_ids
 from millrace.gateway.resume.stream_buffer import ERROR_EVENT
 from millrace.gateway.routing.load_account import LoadAccount
 
-_LONGEST = 4096  # bytes of a piece
-_LOOK_EVERY = 16 * 2**10  # bytes between two looks at the bounds on what is kept
+_LONGEST = 4096  # bytes of the longest piece
+_BOUND_CHECK_BYTES = 16 * 2**10  # bytes between two checks of the bounds on buffered streams
 
 
-def _lines_by_length() -> list[bytes]:
-    """For each length of a piece, how it begins if it is one chunk."""
+def _chunk_prefixes() -> list[bytes]:
+    """For each length of a piece, its chunk size line if it is one chunk."""
     lines = [b"no piece is so long"] * _LONGEST
     for size in range(1, _LONGEST):
         line = b"%x\r\n" % size
@@ -29,14 +30,14 @@ def _lines_by_length() -> list[bytes]:
     return lines
 
 
-_LINES = _lines_by_length()
+_CHUNK_PREFIXES = _chunk_prefixes()
 
 
 class FastPath:
-    """One stream between its replica and its client. write: the client's. journal: keeps each
-    piece and says whether token ids are to be taken out; None where nothing is kept."""
+    """One stream between its replica and its client. write: the client's. journal: buffers each
+    piece and says whether token ids are removed; None where the stream is not buffered."""
 
-    __slots__ = ("_account", "_keep", "_look_at", "_strip", "_write")
+    __slots__ = ("_account", "_append", "_next_bound_check", "_strip", "_write")
 
     def __init__(
         self,
@@ -46,26 +47,26 @@ class FastPath:
     ) -> None:
         self._account = account
         self._write = write
-        self._keep = journal.note if journal is not None else None
+        self._append = journal.append if journal is not None else None
         self._strip = journal is not None and journal.strip
-        self._look_at = account.bytes + _LOOK_EVERY
+        self._next_bound_check = account.bytes + _BOUND_CHECK_BYTES
 
-    def take(self, data: bytes) -> bool:
-        """Pass a piece on. False: it must take the long way, nothing has been done with it."""
+    def try_forward(self, data: bytes) -> bool:
+        """Forward a piece. False: nothing has been done with it, and it must be parsed."""
         length = len(data)
         if length >= _LONGEST:
             return False
-        line = _LINES[length]
+        line = _CHUNK_PREFIXES[length]
         if not data.startswith(line) or not data.endswith(EVENT_END) or ERROR_EVENT in data:
             return False
-        passed = without_ids(data, len(line) - 2) if self._strip else data
+        passed = strip_token_ids(data, len(line) - 2) if self._strip else data
         if passed is None:
             return False
         account = self._account
-        if self._keep is not None:
-            if account.bytes >= self._look_at:
+        if self._append is not None:
+            if account.bytes >= self._next_bound_check:
                 return False
-            self._keep(data)
+            self._append(data)
         account.chunks += 1
         account.bytes += length
         self._write(passed)

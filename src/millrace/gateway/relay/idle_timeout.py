@@ -1,5 +1,8 @@
-"""Tells when a replica has brought nothing for too long. When a byte came is not noted, for that
-would cost each byte: looks at what came are far apart, and a silence counts from such a look."""
+"""Notices that a replica has sent nothing for too long.
+
+The time of each chunk is not recorded, because that would cost every chunk: a timer compares the
+number of chunks from time to time, and a silence counts from the last such check.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from collections.abc import Callable
 
 from millrace.gateway.routing.load_account import LoadAccount
 
-_GLANCE = 1.0  # seconds between looks while the client takes no bytes
+_PAUSED_CHECK_SECONDS = 1.0  # seconds between checks while the client reads nothing
 
 
 class IdleTimeout:
-    """After `limit` seconds without a chunk `broken` is called, and again after as many, until
+    """Calls `on_timeout` after `limit` seconds without a chunk, and again after as many, until
     `stop`. Time in which the client is `paused` does not count."""
 
     def __init__(
@@ -20,44 +23,46 @@ class IdleTimeout:
         account: LoadAccount,
         limit: float,
         paused: Callable[[], bool],
-        broken: Callable[[], None],
+        on_timeout: Callable[[], None],
     ) -> None:
         self._account = account
         self._limit = limit
         self._paused = paused
-        self._broken = broken
+        self._on_timeout = on_timeout
         self._loop = asyncio.get_running_loop()
         self._seen = 0
         self._since = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self) -> None:
-        """Look out from now on."""
+    def start(self) -> None:
+        """Begin to watch."""
         self.restart()
-        self._timer = self._loop.call_later(self._limit, self._look)
+        self._timer = self._loop.call_later(self._limit, self._check)
 
     def restart(self) -> None:
-        """A new wait begins now."""
+        """The time without a chunk begins now."""
         self._since = self._loop.time()
 
     def stop(self) -> None:
-        """Look out no more, and forget who was to be told: requests leave no circles behind, which
-        only a garbage collection would free."""
+        """End watching and drop the callback, so that a finished request leaves no reference cycle
+        for the garbage collector."""
         if self._timer is not None:
             self._timer.cancel()
-        self._broken = _nobody
+        self._on_timeout = _do_nothing
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._account.chunks != self._seen:
             self._seen = self._account.chunks
             self.restart()
         left = self._since + self._limit - self._loop.time()
         if left > 0 or self._paused():
-            self._timer = self._loop.call_later(left if left > 0 else _GLANCE, self._look)
+            self._timer = self._loop.call_later(
+                left if left > 0 else _PAUSED_CHECK_SECONDS, self._check
+            )
         else:
-            self._timer = self._loop.call_later(self._limit, self._look)
-            self._broken()
+            self._timer = self._loop.call_later(self._limit, self._check)
+            self._on_timeout()
 
 
-def _nobody() -> None:
-    """Nobody is told."""
+def _do_nothing() -> None:
+    """Replaces the callback after `stop`."""

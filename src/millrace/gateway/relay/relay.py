@@ -1,7 +1,7 @@
-"""What the connections of one process share: replicas, picker, limits, keys, room for bodies.
+"""What the connections of one process share: replicas, policy, limits, keys, body budget.
 
-The three parties of a relayed request are in modules of their own: `client_side` is a client's
-connection, `replica_side` one to a replica, and an `exchange` joins the two for one request.
+A relayed request has three parties: a client_connection, a replica_connection, and an exchange that
+joins the two for one request.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.http.bodies import BodyBudget
-from millrace.gateway.http.message import Answer, Request
+from millrace.gateway.http.message import LocalReply, Request
 from millrace.gateway.relay.access import Access
-from millrace.gateway.relay.access_log import Relayed
+from millrace.gateway.relay.access_log import LoggedRequest
 from millrace.gateway.relay.connection_pool import Pool
 from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
@@ -24,20 +24,20 @@ from millrace.gateway.routing.replicas import Replica, ReplicaSet
 
 
 class AdminHandler(Protocol):
-    """Answers the gateway's own paths."""
+    """Answers local requests: those for the gateway itself."""
 
-    def owns(self, request: Request) -> bool:
-        """Whether this request is for the gateway itself."""
+    def handles(self, request: Request) -> bool:
+        """Whether this request is a local one."""
         ...
 
-    async def answer(self, request: Request) -> Answer:
-        """Its answer."""
+    async def answer(self, request: Request) -> LocalReply:
+        """The reply to it."""
         ...
 
 
 class Client(Protocol):
-    """A client's connection (client_connection.py). paused: it takes no bytes for now. writer:
-    takes bytes straight to it; None while some are held, or once it has gone."""
+    """A client's connection (client_connection.py). paused: the client reads too slowly. writer:
+    the transport's write; None while a head is buffered, or once the client has gone."""
 
     paused: bool
 
@@ -45,27 +45,27 @@ class Client(Protocol):
     def writer(self) -> Callable[[bytes], None] | None: ...
 
     def write(self, data: bytes) -> None:
-        """Send bytes, or drop them when it has gone."""
+        """Send bytes; they are dropped if it has gone."""
         ...
 
-    def hold(self, data: bytes) -> None:
-        """Send these bytes together with the next ones."""
+    def buffer_head(self, data: bytes) -> None:
+        """Send this head together with the next bytes."""
         ...
 
-    def answer(self, own: Answer, request: Request) -> None:
-        """Send a whole answer of the gateway's own and go on."""
+    def answer(self, own: LocalReply, request: Request) -> None:
+        """Send a local reply and go on to the next request."""
         ...
 
     def finished(self, keep_alive: bool) -> None:
-        """The request under way has been answered: take the next, or close."""
+        """The current request has been answered: take the next one, or close."""
         ...
 
-    def close_if_silent_since(self, moment: float) -> None:
-        """Close if the client owes us a request and has sent nothing since then."""
+    def close_if_idle_since(self, moment: float) -> None:
+        """Close if a request is awaited and nothing has come since then."""
         ...
 
     def close_when_done(self) -> None:
-        """Close once the request under way has been answered; now if there is none."""
+        """Close after the current request has been answered; now if there is none."""
         ...
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Client(Protocol):
 
 
 class Relay:
-    """One process's share of the gateway. log: takes a line for each request, None for no log."""
+    """The relay of one gateway process. log: called for each finished request; None for no log."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Relay:
         *,
         admission: AdmissionControl,
         access: Access | None = None,
-        log: Callable[[Relayed, int], None] | None = None,
+        log: Callable[[LoggedRequest, int], None] | None = None,
     ) -> None:
         self.replicas = replicas
-        self.part = replicas.part
+        self.process_counters = replicas.process_counters
         self.policy = policy
         self.limits = limits
         self.admin = admin
@@ -96,8 +96,8 @@ class Relay:
         self.access = access or Access()
         self.log = log
         self.in_flight = 0
-        self.buffer = BufferBudget(limits, self.part)
-        self.bodies = BodyBudget(limits, self.part)
+        self.buffer = BufferBudget(limits, self.process_counters)
+        self.bodies = BodyBudget(limits, self.process_counters)
         self.pool = Pool(limits)
         self.clients: set[Client] = set()
         self.closing = False
@@ -109,26 +109,26 @@ class Relay:
         self._lost(replica)
 
     def _lost(self, replica: Replica) -> None:
-        """Nothing more will come from it: what it carries goes elsewhere."""
+        """Nothing more will come from it: its requests go to other replicas."""
         for exchange in list(replica.exchanges):
             exchange.failed(f"lost ({replica.member.reason or 'removed'})", lost=True)
 
     def publish(self) -> None:
-        """Bring this process's part of the board up to date; to be called every now and then."""
+        """Bring this process's counters up to date; called periodically."""
         for replica in self.replicas.all:
             for exchange in replica.exchanges:
                 exchange.publish(replica)
-            replica.publish(self.part)
-        self.part.set_event("cpu_ns", time.process_time_ns())
+            replica.publish(self.process_counters)
+        self.process_counters.set_event("cpu_ns", time.process_time_ns())
 
     def sweep(self) -> None:
-        """Close clients that have been silent for too long."""
+        """Close clients that have been silent for longer than client_timeout."""
         oldest = asyncio.get_running_loop().time() - self.limits.client_timeout
         for client in list(self.clients):
-            client.close_if_silent_since(oldest)
+            client.close_if_idle_since(oldest)
 
     async def drain(self, seconds: float) -> None:
-        """Let requests under way end, for so long; connections close behind them."""
+        """Give running requests so many seconds to end; connections close after them."""
         self.closing = True
         for client in list(self.clients):
             client.close_when_done()
@@ -137,7 +137,7 @@ class Relay:
             await asyncio.sleep(0.02)
 
     def close(self) -> None:
-        """Drop every connection, those with a request under way too."""
+        """Close every connection at once, also those with a running request."""
         for client in list(self.clients):
             client.close()
         self.pool.close()

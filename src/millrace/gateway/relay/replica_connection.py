@@ -1,7 +1,7 @@
-"""A connection to a replica: one request at a time, kept open between them.
+"""A connection to a replica: one request at a time, kept open between requests.
 
-It reads a response's head and finds its end, and looks at nothing else: bodies pass as the bytes
-they are. Only where an exchange asks for it (`decode`) are bodies taken out of their framing.
+It parses a response's head and finds its end; bodies are passed on as raw bytes. Only where an
+exchange asks for it (`decode`) is the body taken out of its framing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BODILESS = frozenset((204, 304))
 
 
 class ResponseHandler(Protocol):
-    """Who a response goes to: the exchange that has asked."""
+    """Receives a response: the exchange that sent the request."""
 
     def head(self, head: ResponseHead, first: bytes) -> bool:
-        """The response's head has come, and `first`, how its body begins. False: the request goes
+        """The response's head has come, and `first`, the start of its body. False: the request goes
         to another replica instead."""
         ...
 
@@ -33,72 +33,73 @@ class ResponseHandler(Protocol):
         ...
 
     def fast_path(self) -> FastPath | None:
-        """The short way for the pieces to come, from between two events. None: there is none."""
+        """The fast path for the pieces to come, from between two events; None if there is none."""
         ...
 
     def complete(self, data: bytes, reusable: bool) -> None:
-        """The response is whole with these bytes. reusable: its connection can carry another."""
+        """The response is complete. reusable: its connection can carry another request."""
         ...
 
     def failed(self, reason: str, *, stale: bool = False) -> None:
-        """There will be no more. stale: on a connection that had been idle, without a byte."""
+        """Nothing more will come. stale: an idle connection closed before a byte of the
+        response."""
         ...
 
 
 class ConnectionStore(Protocol):
-    """Where connections without a request wait (connection_pool.py)."""
+    """Keeps idle connections (connection_pool.py)."""
 
-    def keep(self, side: ReplicaConnection) -> None:
+    def keep(self, connection: ReplicaConnection) -> None:
         """Keep it for another request."""
         ...
 
-    def drop(self, side: ReplicaConnection) -> None:
+    def drop(self, connection: ReplicaConnection) -> None:
         """It has closed."""
         ...
 
 
 class _Decoding:
-    """A parser's callbacks with the one that copies bodies."""
+    """The parser's callbacks, with the one that copies bodies."""
 
-    def __init__(self, side: ReplicaConnection) -> None:
-        self.on_message_begin = side.on_message_begin
-        self.on_status = side.on_status
-        self.on_header = side.on_header
-        self.on_headers_complete = side.on_headers_complete
-        self.on_message_complete = side.on_message_complete
-        self.on_body = side.decoded.append
+    def __init__(self, connection: ReplicaConnection) -> None:
+        self.on_message_begin = connection.on_message_begin
+        self.on_status = connection.on_status
+        self.on_header = connection.on_header
+        self.on_headers_complete = connection.on_headers_complete
+        self.on_message_complete = connection.on_message_complete
+        self.on_body = connection.decoded.append
 
 
 class ReplicaConnection(asyncio.Protocol):
-    """One connection. decoded: body pieces of the current response, if they were asked for."""
+    """One connection. decoded: body pieces of the current response, with `decode`."""
 
-    def __init__(self, shelf: ConnectionStore, limits: GatewayLimits, replica: Replica) -> None:
+    def __init__(self, store: ConnectionStore, limits: GatewayLimits, replica: Replica) -> None:
         self.replica = replica
         self.decoded: list[bytes] = []
-        self._shelf = shelf
+        self._store = store
         self._limits = limits
         self._transport: asyncio.Transport | None = None
         self._exchange: ResponseHandler | None = None
-        self._used = False
+        self._reused = False
         self._paused = False
         self._parser = httptools.HttpResponseParser(self)
-        self._begin(headless=False, decode=False)
+        self._begin(no_body=False, decode=False)
 
-    def _begin(self, headless: bool, decode: bool) -> None:
-        self._headless = headless
+    def _begin(self, no_body: bool, decode: bool) -> None:
+        self._no_body = no_body
         self._decode = decode
         self._status = 0
-        self._held: list[bytes] = []
-        self._held_size = 0
+        self._head_buffer: list[bytes] = []
+        self._head_size = 0
         self._reason = b""
         self._headers: Headers = []
-        self._head_whole = False
-        self._head_passed = False
-        self._whole = False
-        self._surplus = False
-        self._keep = False
-        self._hold_whole = False
-        self._between = False
+        self._head_complete = False
+        self._head_forwarded = False
+        self._complete = False
+        self._extra_data = False
+        self._keep_alive = False
+        self._buffer_whole = False
+        self._at_chunk_boundary = False
         self._fast_path: FastPath | None = None
 
     @property
@@ -106,11 +107,11 @@ class ReplicaConnection(asyncio.Protocol):
         """Whether a request can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, exchange: ResponseHandler, data: bytes, *, headless: bool, decode: bool) -> None:
-        """Write a request; its response goes to the exchange. headless: it has no body."""
+    def send(self, exchange: ResponseHandler, data: bytes, *, no_body: bool, decode: bool) -> None:
+        """Write a request; its response goes to the exchange. no_body: the response has none."""
         assert self._exchange is None
         self._exchange = exchange
-        self._begin(headless, decode)
+        self._begin(no_body, decode)
         if decode:
             self.decoded.clear()
         self._parser = httptools.HttpResponseParser(_Decoding(self) if decode else self)
@@ -120,12 +121,12 @@ class ReplicaConnection(asyncio.Protocol):
             self._transport.write(data)
 
     def release(self, reusable: bool) -> None:
-        """The exchange lets go: keep the connection for another request, or close it."""
+        """The exchange is done: keep the connection for another request, or close it."""
         self._exchange = self._fast_path = None
-        self._used = True
+        self._reused = True
         if reusable and self.open:
             self.resume()
-            self._shelf.keep(self)
+            self._store.keep(self)
         else:
             self.close()
 
@@ -153,82 +154,82 @@ class ReplicaConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._fast_path is None or not self._fast_path.take(data):
-            self._take_the_long_way(data)
+        if self._fast_path is None or not self._fast_path.try_forward(data):
+            self._parse(data)
 
-    def _take_the_long_way(self, data: bytes) -> None:
+    def _parse(self, data: bytes) -> None:
         self._fast_path = None
         exchange = self._exchange
         if exchange is None:
-            self.close()  # nothing was asked
+            self.close()  # no request was sent
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._fail(f"answered something that is not HTTP/1.1 ({error})")
             return
-        if self._surplus:
+        if self._extra_data:
             self._fail("sent more than its response")
-        elif self._head_passed:
-            self._pass(exchange, data)
+        elif self._head_forwarded:
+            self._forward_body(exchange, data)
         else:
-            self._held.append(data)
-            self._held_size += len(data)
-            if self._head_whole:
-                self._pass_head(exchange, ended=self._whole)
-            elif self._held_size > self._limits.max_head:
+            self._head_buffer.append(data)
+            self._head_size += len(data)
+            if self._head_complete:
+                self._forward_head(exchange, ended=self._complete)
+            elif self._head_size > self._limits.max_head_bytes:
                 self._fail("answered with a head that is too large")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._exchange is None:
-            self._shelf.drop(self)
-        elif self._head_whole and not self._delimited and exc is None:
-            if self._head_passed:
+            self._store.drop(self)
+        elif self._head_complete and not self._delimited and exc is None:
+            if self._head_forwarded:
                 self._exchange.complete(b"", reusable=False)
             else:
-                self._pass_head(self._exchange, ended=True)
+                self._forward_head(self._exchange, ended=True)
         else:
             self._fail("closed the connection before its response was complete")
 
     # --- httptools callbacks; without on_body, so bodies are not copied -------------------------
 
     def on_chunk_header(self) -> None:
-        self._between = False
+        self._at_chunk_boundary = False
 
     def on_chunk_complete(self) -> None:
-        self._between = True
+        self._at_chunk_boundary = True
 
     def on_message_begin(self) -> None:
-        self._surplus = self._whole
+        self._extra_data = self._complete
 
     def on_status(self, status: bytes) -> None:
         self._reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._head_whole:  # afterwards they are trailers, which pass with the body
+        if not self._head_complete:  # later ones are trailers, which pass with the body
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-        self._head_whole = self._status >= 200
-        self._keep = self._parser.should_keep_alive()
-        if self._head_whole:
+        self._head_complete = self._status >= 200
+        self._keep_alive = self._parser.should_keep_alive()
+        if self._head_complete:
             length = header(self._headers, b"content-length")
-            self._hold_whole = length.isdigit() and int(length) <= self._limits.max_kept
+            self._buffer_whole = length.isdigit() and int(length) <= self._limits.max_kept_bytes
 
     def on_message_complete(self) -> None:
         if self._status >= 200:
-            self._whole = True
-        else:  # an interim response (1xx): not passed on, the real one follows
-            self._held = [b"".join(self._held)]
+            self._complete = True
+        else:  # an interim response (1xx) is not passed on; the final one follows
+            self._head_buffer = [b"".join(self._head_buffer)]
             self._headers, self._reason = [], b""
 
     # --- passing on ----------------------------------------------------------------------------
 
     @property
     def _bodiless(self) -> bool:
-        return self._headless or self._status in _BODILESS
+        return self._no_body or self._status in _BODILESS
 
     @property
     def _delimited(self) -> bool:
@@ -236,42 +237,42 @@ class ReplicaConnection(asyncio.Protocol):
         names = {name.lower() for name, _ in self._headers}
         return self._bodiless or b"content-length" in names or b"transfer-encoding" in names
 
-    def _pass(self, exchange: ResponseHandler, data: bytes) -> None:
+    def _forward_body(self, exchange: ResponseHandler, data: bytes) -> None:
         if self._decode:
             data = b"".join(self.decoded)
             self.decoded.clear()
-        if self._whole:
-            exchange.complete(data, self._keep)
+        if self._complete:
+            exchange.complete(data, self._keep_alive)
         else:
             exchange.body(data)
-            # Outside a chunk, behind a line's end that did not begin one: so between two chunks.
-            if self._between and data.endswith(EVENT_END) and self._exchange is exchange:
+            # Outside a chunk and after a line end that began no chunk: so between two chunks.
+            if self._at_chunk_boundary and data.endswith(EVENT_END) and self._exchange is exchange:
                 self._fast_path = exchange.fast_path()
 
-    def _pass_head(self, exchange: ResponseHandler, ended: bool) -> None:
-        """Pass the head on together with the body's first bytes. Servers send heads before they
-        have a token, and an answer of known length passes as a whole: until then another replica
-        can still take over."""
+    def _forward_head(self, exchange: ResponseHandler, ended: bool) -> None:
+        """Forward the head with the body's first bytes, and a response of known length when it is
+        complete. Servers send heads before the first token; until bytes are forwarded another
+        replica can take over."""
         ended = ended or self._bodiless
-        if self._hold_whole and not ended:
+        if self._buffer_whole and not ended:
             return
-        rest = self._body_so_far()
+        rest = self._received_body()
         if not rest and not ended:
             return
-        self._held, self._head_passed = [], True
+        self._head_buffer, self._head_forwarded = [], True
         chunked = header(self._headers, b"transfer-encoding").lower() == b"chunked"
         head = ResponseHead(self._status, self._reason, self._headers, self._delimited, chunked)
         if not exchange.head(head, rest):
             return
         if not ended or self._decode:
-            self._pass(exchange, rest)
+            self._forward_body(exchange, rest)
         else:
-            # The parser waits for the body that a HEAD's length announces: no reuse then.
-            exchange.complete(rest, self._keep and self._whole)
+            # The parser waits for the body that a HEAD's length announces, so it is not reused.
+            exchange.complete(rest, self._keep_alive and self._complete)
 
-    def _body_so_far(self) -> bytes:
-        """What came behind the head. Interim heads (1xx) stand before it."""
-        held = b"".join(self._held)
+    def _received_body(self) -> bytes:
+        """The body bytes behind the head; interim heads (1xx) come before it."""
+        held = b"".join(self._head_buffer)
         while True:
             head, _, rest = held.partition(b"\r\n\r\n")
             if not head.lstrip().startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):
@@ -282,7 +283,7 @@ class ReplicaConnection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
-        silent = self._used and not self._held and not self._head_passed
+        silent = self._reused and not self._head_buffer and not self._head_forwarded
         if silent and self._transport is None:
             self._exchange = None
             exchange.failed(reason, stale=True)

@@ -1,20 +1,19 @@
-"""One stream's way over one replica or several: kept, read when a replica fails, gone on with.
+"""One stream over one or several replicas: buffered, parsed when a replica fails, then resumed.
 
-An exchange gives it what replicas say, and passes on what it returns. It decides nothing about who
-is picked.
+An exchange feeds it what replicas send and forwards what it returns. It does not choose replicas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from millrace.gateway.http.request_info import Kind, RequestInfo, worded
+from millrace.gateway.http.request_info import Kind, RequestInfo, body_for
 from millrace.gateway.relay.fast_path import FastPath
 from millrace.gateway.resume.continuation import (
     Continuation,
     can_continue,
-    continuing_request,
-    whole_already,
+    continuation_request,
+    is_complete,
 )
 from millrace.gateway.resume.journal import Progress
 from millrace.gateway.resume.stream_buffer import ERROR_EVENT, BufferBudget, StreamBuffer
@@ -23,68 +22,68 @@ from millrace.gateway.routing.replicas import Replica
 
 
 class Resumption:
-    """most: moves that the stream may take. moves: how often it has gone to another replica."""
+    """max_resumptions: how often the stream may be resumed; resumptions: how often it was."""
 
-    def __init__(self, info: RequestInfo, room: BufferBudget, most: int) -> None:
+    def __init__(self, info: RequestInfo, budget: BufferBudget, max_resumptions: int) -> None:
         self._info = info
-        self._room = room
-        self._most = most
+        self._budget = budget
+        self._max_resumptions = max_resumptions
         self._buffer: StreamBuffer | None = None
         self._progress: Progress | None = None
         self._continuation: Continuation | None = None
-        self.moves = 0
+        self.resumptions = 0
 
     # --- before and between replicas -------------------------------------------------------------
 
     @property
-    def moving(self) -> bool:
-        """Whether the stream has been read, to be gone on with elsewhere."""
+    def resuming(self) -> bool:
+        """Whether the stream has broken and is to be resumed."""
         return self._progress is not None
 
     @property
-    def made(self) -> int:
-        """Output tokens that the next replica goes on from."""
+    def output_tokens(self) -> int:
+        """Output tokens so far, from which the next replica resumes."""
         return len(self._progress.token_ids) if self._progress is not None else 0
 
     @property
-    def possible(self) -> bool:
-        """Whether the stream can go on elsewhere, as far as it goes by itself."""
-        if self.moves >= self._most:
+    def resumable(self) -> bool:
+        """Whether the stream could be resumed if a replica were there."""
+        if self.resumptions >= self._max_resumptions:
             return False
-        return self.moving or (self._buffer is not None and self._buffer.resumable)
+        return self.resuming or (self._buffer is not None and self._buffer.resumable)
 
-    def keep(self) -> None:
-        """A stream begins that can be resumed: keep it."""
-        self._buffer = StreamBuffer(self._room, strip=not self._info.wants_ids)
+    def start_buffering(self) -> None:
+        """A resumable stream begins: buffer it."""
+        self._buffer = StreamBuffer(self._budget, strip=not self._info.wants_token_ids)
 
-    def able(self, replicas: Sequence[Replica]) -> Sequence[Replica]:
-        """Those of the replicas that could go on."""
+    def capable(self, replicas: Sequence[Replica]) -> Sequence[Replica]:
+        """Those of the replicas that can resume the stream."""
         progress = self._progress
         if progress is None:
             return replicas
         return [r for r in replicas if can_continue(self._info, progress, r.member.kind)]
 
-    def question(self, kind: Kind) -> tuple[bytes | None, bytes]:
-        """(path, body) for the next replica; path None for the request's own."""
+    def build_request(self, kind: Kind) -> tuple[bytes | None, bytes]:
+        """(path, body) for the next replica; path None for the client's own."""
         if self._progress is None:
-            return None, worded(self._info, kind)
+            return None, body_for(self._info, kind)
         self._continuation = Continuation(self._info, self._progress, kind)
-        return continuing_request(self._info, self._progress, kind)
+        return continuation_request(self._info, self._progress, kind)
 
-    def leave(self) -> bool:
-        """The replica has failed: read what the client has. False: it is not known."""
-        self.moves += 1
+    def interrupt(self) -> bool:
+        """The replica has failed: parse what the client has. False: its state is not known."""
+        self.resumptions += 1
         self._continuation = None
         if self._progress is None and self._buffer is not None:
             self._progress = self._buffer.progress()
         return self._progress is not None
 
-    def ending(self) -> bytes | None:
-        """The stream's end, if that is all that is missing."""
+    def final_bytes(self) -> bytes | None:
+        """The stream's last bytes, if only the end is missing; else None."""
         progress = self._progress
-        if progress is None or not whole_already(self._info, progress):
+        if progress is None or not is_complete(self._info, progress):
             return None
-        return Continuation(self._info, progress, "millrace").ending(self._info.include_usage)
+        return Continuation(self._info, progress, "millrace").final_events(self._info.include_usage)
 
     def close(self) -> None:
         """The stream is over."""
@@ -93,35 +92,36 @@ class Resumption:
 
     # --- from a replica --------------------------------------------------------------------------
 
-    def take(self, data: bytes) -> bytes:
-        """What the client gets now that this has come; see `trouble` afterwards."""
+    def feed(self, data: bytes) -> bytes:
+        """Bytes for the client after this input; see `failure` afterwards."""
         if self._continuation is not None:
-            return self._continuation.take(data)
-        return data if self._buffer is None else self._buffer.take(data)
+            return self._continuation.feed(data)
+        return data if self._buffer is None else self._buffer.feed(data)
 
     def fast_path(self, account: LoadAccount, write: Callable[[bytes], None]) -> FastPath | None:
-        """The short way for the pieces to come, from between two events. None: there is none."""
+        """The fast path for the pieces to come, from between two events; None if there is none."""
         if self._continuation is not None:
             return None
         return FastPath(account, write, self._buffer.journal if self._buffer is not None else None)
 
     @property
-    def trouble(self) -> str | None:
-        """What is wrong with what was taken."""
+    def failure(self) -> str | None:
+        """What is wrong with the input so far; None if nothing is."""
         return self._continuation.failure if self._continuation is not None else None
 
-    def before_error(self, data: bytes) -> bytes | None:
-        """If this brings an error of the replica's own, and the stream can go on elsewhere: what
-        the client gets before it. Else None."""
-        if ERROR_EVENT not in data or self._buffer is None or not self.possible or self.moving:
+    def bytes_before_error(self, data: bytes) -> bytes | None:
+        """If this input holds an error event of the replica and the stream can be resumed: the
+        bytes for the client before it. Else None."""
+        if ERROR_EVENT not in data or self._buffer is None or not self.resumable or self.resuming:
             return None
-        return self._buffer.before_error(data)
+        return self._buffer.bytes_before_error(data)
 
     def finish(self, data: bytes) -> bytes | None:
-        """The response is whole with this: what the client gets. None: its end is missing."""
+        """The response is complete: the remaining bytes for the client; None if its end is
+        missing."""
         if self._continuation is None:
-            return data if self._buffer is None else self._buffer.rest(data)
-        words = self._continuation.take(data)
+            return data if self._buffer is None else self._buffer.finish(data)
+        last = self._continuation.feed(data)
         if self._progress is None or not self._progress.done:
             return None
-        return words + b"0\r\n\r\n"
+        return last + b"0\r\n\r\n"

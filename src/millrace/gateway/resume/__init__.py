@@ -1,1 +1,1 @@
-"""What is kept of a stream so that another replica can continue it."""
+"""Streams: how they are buffered, and resumed on another replica."""

@@ -1,9 +1,10 @@
-"""Going on with a stream on another replica: what to ask it, and how to word its answer.
+"""Resuming a stream on another replica: the request to it, and the rewriting of its events.
 
-The client must see one stream: the same id, no second beginning, no token twice, counts of the
-whole. A millrace replica takes `resume_token_ids` and says only what comes after them. A vllm
-replica gets the prompt's and the output's tokens as a prompt; what that loses: a stop text across
-the seam is not seen, penalties and seeds begin anew, and a chat is continued as plain text.
+The client must see one stream: the same id, no second first event, no token twice, usage of the
+whole. A millrace replica takes `resume_token_ids` and sends only what comes after them. A vllm
+replica gets the tokens of prompt and output as its prompt; what is lost: a stop text across the
+resumption point is not found, penalties and seeds start again, and a chat is continued as plain
+text.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from millrace.gateway.http.request_info import Kind, RequestInfo, worded
-from millrace.gateway.resume.journal import Progress, events
+from millrace.gateway.http.request_info import Kind, RequestInfo, body_for
+from millrace.gateway.resume.journal import Progress, parse_events
 
 _CHAT = b"/v1/chat/completions"
 _COMPLETIONS = b"/v1/completions"
@@ -25,22 +26,22 @@ _CHAT_ONLY = (
 
 
 def can_continue(info: RequestInfo, progress: Progress, kind: Kind) -> bool:
-    """Whether a replica of this kind can take over from here."""
+    """Whether a replica of this kind can resume from here."""
     if kind == "millrace":
         return progress.resumable
     if kind == "vllm":
         known = bool(progress.prompt_token_ids) or not progress.token_ids
-        known = known and not info.given
-        return progress.resumable and known and not (progress.reasoned or info.has_tools)
+        known = known and not info.resume_token_ids
+        return progress.resumable and known and not (progress.has_reasoning or info.has_tools)
     return False
 
 
-def continuing_request(
+def continuation_request(
     info: RequestInfo, progress: Progress, kind: Kind
 ) -> tuple[bytes | None, bytes]:
-    """(path, body) of the request that goes on; path None for the request's own."""
+    """(path, body) of the request that resumes the stream; path None for the client's own."""
     if kind == "millrace" or not progress.token_ids:
-        return None, worded(info, kind, progress.token_ids)
+        return None, body_for(info, kind, progress.token_ids)
     body: dict[str, Any] = msgspec.json.decode(info.request.body)
     for name in _CHAT_ONLY if info.chat else ():
         body.pop(name, None)
@@ -56,30 +57,30 @@ def continuing_request(
     return _COMPLETIONS, msgspec.json.encode(body)
 
 
-def whole_already(info: RequestInfo, progress: Progress) -> bool:
+def is_complete(info: RequestInfo, progress: Progress) -> bool:
     """Whether no token is missing, only the stream's end."""
-    made = len(info.given) + len(progress.token_ids)
+    made = len(info.resume_token_ids) + len(progress.token_ids)
     spent = info.max_tokens is not None and made >= info.max_tokens
     return progress.finished or spent
 
 
 class Continuation:
-    """Words what a replica says after a resume for the client that waits for it."""
+    """Rewrites the events of a resumed stream for its client. failure: why it broke, or None."""
 
     def __init__(self, info: RequestInfo, progress: Progress, kind: Kind) -> None:
         self._info = info
         self._progress = progress
         self._kind = kind
-        self._before = len(progress.token_ids)
-        self._held = b""
+        self._tokens_before = len(progress.token_ids)
+        self._partial = b""
         self.failure: str | None = None
 
-    def take(self, text: bytes) -> bytes:
+    def feed(self, text: bytes) -> bytes:
         """Bytes of the new stream's body, without chunk framing -> bytes for the client."""
-        whole, cut, self._held = (self._held + text).rpartition(b"\n\n")
+        complete, cut, self._partial = (self._partial + text).rpartition(b"\n\n")
         out = [] if cut else [b""]
         try:
-            found = events(whole)
+            found = parse_events(complete)
         except ValueError:
             self.failure = "sent a stream that is not JSON events"
             return b""
@@ -94,55 +95,55 @@ class Continuation:
                 out.append(self._event(event))
         return b"".join(out)
 
-    def ending(self, include_usage: bool) -> bytes:
-        """The end of a stream whose tokens were all told: counts if they were asked for."""
+    def final_events(self, include_usage: bool) -> bytes:
+        """The end of a stream whose tokens were all sent, with usage if it was requested."""
         out, progress = [], self._progress
-        if not progress.finished:  # it met its bound just as the replica failed
+        if not progress.finished:  # it reached max_tokens just as the replica failed
             choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "token_ids": []}
             choice["delta" if self._info.chat else "text"] = {} if self._info.chat else ""
-            out.append(self._event({**progress.first, "choices": [choice], "usage": None}))
+            out.append(self._event({**progress.first_event, "choices": [choice], "usage": None}))
         if include_usage and not progress.usage:
             prompt, made = len(progress.prompt_token_ids), len(progress.token_ids)
-            made += len(self._info.given)
+            made += len(self._info.resume_token_ids)
             usage = {"prompt_tokens": prompt, "completion_tokens": made}
             usage["total_tokens"] = prompt + made
-            out.append(self._event({**progress.first, "choices": [], "usage": usage}))
+            out.append(self._event({**progress.first_event, "choices": [], "usage": usage}))
         if not progress.done:
             out.append(_chunk(b"data: [DONE]\n\n"))
         return b"".join(out) + b"0\r\n\r\n"
 
     def _event(self, event: dict[str, Any]) -> bytes:
-        first = self._progress.first
+        first = self._progress.first_event
         for name in ("id", "object", "created", "model", "system_fingerprint"):
             if name in first:
                 event[name] = first[name]
         if self._kind == "vllm":
-            self._count_as_one(event)
+            self._adjust_usage(event)
         choices = event.get("choices") or ()
         if first and self._info.chat:
             for choice in choices:
-                self._as_chat(choice)
-        self._progress.note(event)
-        # The prompt's ids were told with the first event, to those who asked.
-        unasked = () if self._info.wants_ids else ("token_ids",)
-        told = ("prompt_token_ids",) if first or not self._info.wants_ids else ()
+                self._to_chat_choice(choice)
+        self._progress.record(event)
+        # The prompt's ids came with the first event, if they were requested.
+        unasked = () if self._info.wants_token_ids else ("token_ids",)
+        already_sent = ("prompt_token_ids",) if first or not self._info.wants_token_ids else ()
         for part in (event, *choices):
-            for name in (*unasked, *told):
+            for name in (*unasked, *already_sent):
                 part.pop(name, None)
         return _chunk(b"data: %b\n\n" % msgspec.json.encode(event))
 
-    def _as_chat(self, choice: dict[str, Any]) -> None:
+    def _to_chat_choice(self, choice: dict[str, Any]) -> None:
         if "delta" not in choice:
             choice["delta"] = {"content": choice.pop("text", "")}
             choice["logprobs"] = None
         choice["delta"].pop("role", None)
 
-    def _count_as_one(self, event: dict[str, Any]) -> None:
-        """vllm was given our output as its prompt; the client knows better."""
+    def _adjust_usage(self, event: dict[str, Any]) -> None:
+        """vllm counts the resumed output as prompt; correct its usage."""
         usage = event.get("usage")
         if usage:
-            usage["prompt_tokens"] -= self._before
-            usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._before
+            usage["prompt_tokens"] -= self._tokens_before
+            usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._tokens_before
 
 
 def _chunk(payload: bytes) -> bytes:

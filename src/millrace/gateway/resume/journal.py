@@ -1,9 +1,9 @@
-"""What a client has been given of a stream, kept so that another replica can go on with it.
+"""The bytes of a stream that a client has received, kept so that another replica can resume it.
 
-While the stream runs, bytes are only kept, and cut at the ends of events: a client never holds half
-an event. They are parsed when a replica fails, not before. A stream is server-sent events in HTTP
-chunks that end where events end, as every server of this kind writes them; for any other framing
-the bytes pass as they are and the stream cannot be resumed.
+While the stream runs, bytes are only kept, and cut at the ends of events: a client never has half
+an event. They are parsed when a replica fails, not before. The framing must be server-sent events
+in HTTP chunks that end where events end; with any other framing the bytes pass unchanged and the
+stream cannot be resumed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Any
 
 import msgspec
 
-EVENT_END = b"\n\n\r\n"  # of an event, and of the chunk that carries it
+EVENT_END = b"\n\n\r\n"  # the end of an event and of its HTTP chunk
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d, ]*\]|null)')
 _IDS_KEY = b',"token_ids":['
 _IDS_NAME = b"token_ids"
 _MAX_TAIL = 4 << 20
 
 
-def without_ids(chunk: bytes, line: int) -> bytes | None:
-    """One HTTP chunk less the token ids in it, in a frame of the new size; None where they are not
-    in one place. line: the length of its size line, less the line's end."""
+def strip_token_ids(chunk: bytes, line: int) -> bytes | None:
+    """One HTTP chunk without its token ids, reframed; None unless they are in exactly one place.
+
+    line: length of its size line, without the line end.
+    """
     at = chunk.find(_IDS_KEY, line)
     end = chunk.find(b"]", at) + 1
     if at < 0 or not end or chunk.count(_IDS_NAME) != 1:
@@ -33,20 +35,19 @@ def without_ids(chunk: bytes, line: int) -> bytes | None:
 class Journal:
     """The raw body bytes that have gone to one client.
 
-    strip: the client did not ask for token ids, so they are taken out on the way. broken: the
-    framing is not the one that can be followed. note: keeps a piece of whole events that has taken
-    another way to the client.
+    strip: the client did not ask for token ids, so they are removed. unsupported_framing: the
+    stream cannot be resumed. append: keeps a piece that the fast path has sent.
     """
 
-    __slots__ = ("_measured", "_pieces", "_size", "_tail", "broken", "note", "strip")
+    __slots__ = ("_measured", "_pieces", "_size", "_tail", "append", "strip", "unsupported_framing")
 
     def __init__(self, strip: bool) -> None:
         self._pieces: list[bytes] = []
         self._tail = b""
         self._size = self._measured = 0
-        self.note = self._pieces.append
+        self.append = self._pieces.append
         self.strip = strip
-        self.broken = False
+        self.unsupported_framing = False
 
     @property
     def size(self) -> int:
@@ -56,26 +57,26 @@ class Journal:
         self._size += sum(map(len, new))
         return self._size
 
-    def take(self, data: bytes) -> bytes:
-        """Bytes have come: what of them, and of those held back, the client gets now."""
+    def feed(self, data: bytes) -> bytes:
+        """Bytes have come: returns the bytes for the client now, up to the last complete event."""
         if self._tail:
             data, self._tail = self._tail + data, b""
         if not data.endswith(EVENT_END):
             cut = data.rfind(EVENT_END)
             if cut < 0:
-                return self._hold(data)
+                return self._keep_tail(data)
             self._tail = data[cut + 4 :]
             data = data[: cut + 4]
         self._pieces.append(data)
-        return self._without_ids(data) if self.strip else data
+        return self._strip_token_ids(data) if self.strip else data
 
-    def rest(self, data: bytes) -> bytes:
-        """The response is whole with this data: everything that the client has not got."""
+    def finish(self, data: bytes) -> bytes:
+        """The response is complete: returns all bytes that the client has not got."""
         data, self._tail = self._tail + data, b""
-        return self._without_ids(data) if self.strip else data
+        return self._strip_token_ids(data) if self.strip else data
 
-    def give_up(self) -> bytes:
-        """Keep nothing any more; returns what was held back."""
+    def discard(self) -> bytes:
+        """Drop everything; returns the bytes that the client has not got."""
         tail, self._tail = self._tail, b""
         self._pieces.clear()
         self._size = self._measured = 0
@@ -83,30 +84,30 @@ class Journal:
 
     @property
     def raw(self) -> bytes:
-        """All that the client has got, before anything was taken out."""
+        """All that the client has received, with the token ids that were removed."""
         return b"".join(self._pieces)
 
-    def _hold(self, data: bytes) -> bytes:
+    def _keep_tail(self, data: bytes) -> bytes:
         if len(data) < _MAX_TAIL:
             self._tail = data
             return b""
-        self.broken = True
+        self.unsupported_framing = True
         return data
 
-    def _without_ids(self, data: bytes) -> bytes:
-        """The chunks less the token ids in them, in frames of the new size."""
+    def _strip_token_ids(self, data: bytes) -> bytes:
+        """The chunks without their token ids, reframed."""
         line = data.find(b"\r\n")
         try:
             alone = line + 4 + int(data[:line], 16) == len(data)
         except ValueError:
-            self.broken = True
+            self.unsupported_framing = True
             return data
-        # By far the most common: one chunk with one event, its ids in one place.
-        passed = without_ids(data, line) if alone else None
-        return self._each_without_ids(data) if passed is None else passed
+        # The common case: one chunk with one event, its ids in one place.
+        passed = strip_token_ids(data, line) if alone else None
+        return self._strip_each_chunk(data) if passed is None else passed
 
-    def _each_without_ids(self, data: bytes) -> bytes:
-        """The same for any number of chunks, with prompts' ids too."""
+    def _strip_each_chunk(self, data: bytes) -> bytes:
+        """The same for any number of chunks, and for the prompt's ids."""
         out: list[bytes] = []
         at = 0
         while at < len(data):
@@ -114,7 +115,7 @@ class Journal:
             try:
                 size = int(data[at:line], 16)
             except ValueError:
-                self.broken = True
+                self.unsupported_framing = True
                 return b"".join(out) + data[at:]
             if size == 0 or line + 4 + size > len(data):
                 return b"".join(out) + data[at:]  # the end, with its trailers
@@ -127,58 +128,59 @@ class Journal:
 class Progress(msgspec.Struct):
     """How far a stream has come, as its client knows it.
 
-    first: the first event, for the id and the names that the rest must carry too. usage: the
-    counts were told. finished: the choice has ended. done: the stream said so.
+    first_event: for the id and the names that later events repeat. usage: whether the usage was
+    sent. finished: the choice has ended. done: [DONE] was sent. missing_ids: text came without
+    token ids.
     """
 
-    first: dict[str, Any] = {}
+    first_event: dict[str, Any] = {}
     token_ids: list[int] = []
     prompt_token_ids: list[int] = []
-    reasoned: bool = False
+    has_reasoning: bool = False
     usage: bool = False
     finished: bool = False
     done: bool = False
-    lacking: bool = False
+    missing_ids: bool = False
 
     @property
     def resumable(self) -> bool:
-        """Whether what the client holds is known token by token."""
-        return not self.lacking
+        """Whether all text that the client has is known by its token ids."""
+        return not self.missing_ids
 
-    def note(self, event: dict[str, Any]) -> None:
-        """One event has gone to the client."""
-        if not self.first:
-            self.first = event
+    def record(self, event: dict[str, Any]) -> None:
+        """An event has been sent to the client."""
+        if not self.first_event:
+            self.first_event = event
         self.usage = self.usage or bool(event.get("usage") and not event.get("choices"))
         self.prompt_token_ids = event.get("prompt_token_ids") or self.prompt_token_ids
         for choice in event.get("choices") or ():
-            self._note_choice(choice)
+            self._record_choice(choice)
 
-    def _note_choice(self, choice: dict[str, Any]) -> None:
+    def _record_choice(self, choice: dict[str, Any]) -> None:
         ids = choice.get("token_ids")
         delta = choice.get("delta") or {}
         said = choice.get("text") or delta.get("content")
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         if ids is None:
-            self.lacking = self.lacking or bool(said or thought or delta.get("tool_calls"))
+            self.missing_ids = self.missing_ids or bool(said or thought or delta.get("tool_calls"))
         else:
             self.token_ids.extend(ids)
-        self.reasoned = self.reasoned or bool(thought)
+        self.has_reasoning = self.has_reasoning or bool(thought)
         self.prompt_token_ids = choice.get("prompt_token_ids") or self.prompt_token_ids
         self.finished = self.finished or choice.get("finish_reason") is not None
 
 
-def read_progress(raw: bytes) -> Progress | None:
-    """How far a stream of HTTP chunks has come; None when these are not whole chunks of events."""
+def parse_progress(raw: bytes) -> Progress | None:
+    """How far a stream of HTTP chunks has come; None if these are not complete chunks of events."""
     progress = Progress()
     try:
-        for event in events(_unchunked(raw)):
+        for event in parse_events(_unchunked(raw)):
             if event is None:
                 progress.done = True
             elif "error" in event and "choices" not in event:
                 return None
             else:
-                progress.note(event)
+                progress.record(event)
     except ValueError:  # msgspec's errors are such
         return None
     return progress
@@ -191,15 +193,15 @@ def _unchunked(raw: bytes) -> bytes:
         size = int(raw[at:line].partition(b";")[0], 16)
         end = line + 2 + size
         if raw[end : end + 2] != b"\r\n":
-            raise ValueError("a chunk is not whole")
+            raise ValueError("a chunk is incomplete")
         parts.append(raw[line + 2 : end])
         at = end + 2
     return b"".join(parts)
 
 
-def events(text: bytes) -> list[dict[str, Any] | None]:
-    """The JSON of whole server-sent events; None for [DONE]. Raises ValueError for anything else;
-    comments are passed over."""
+def parse_events(text: bytes) -> list[dict[str, Any] | None]:
+    """The JSON of complete server-sent events; None for [DONE]. Comments are skipped. Raises
+    ValueError for anything else."""
     found: list[dict[str, Any] | None] = []
     for block in text.split(b"\n\n"):
         for line in block.split(b"\n"):

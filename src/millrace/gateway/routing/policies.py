@@ -1,7 +1,7 @@
-"""Which replica takes a request: the policies, each a small class with one method.
+"""The routing policies: each is a small class with one method that picks a replica.
 
-A picker is asked once a request (again after a failure, without the replica that failed), before
-anything is sent. It sees the replicas' load and the request, and no response. Load is in tokens,
+A policy is asked once per request before anything is sent, and again after a failure, without the
+replica that failed. It sees the replicas' load and the request, and no response. Load is in tokens,
 over all gateway processes.
 """
 
@@ -11,7 +11,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Protocol
+from typing import Literal, Protocol
 
 from millrace.common.prefix_hash import BLOCK, hash_chain
 from millrace.errors import UserError
@@ -31,138 +31,139 @@ class Policy(Protocol):
 
 
 class RoundRobin:
-    """Each in turn, in proportion to its weight, spread as evenly as can be."""
+    """Each in turn, in proportion to its weight (smooth weighted round robin)."""
 
-    def __init__(self, fleet: ReplicaSet) -> None:
-        self._fleet = fleet
+    def __init__(self, replica_set: ReplicaSet) -> None:
+        self._replica_set = replica_set
         self._last = -1
         self._credit: dict[int, float] = {}
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
-        shares = [self._fleet.share(r) for r in replicas]
-        if min(shares) == max(shares):
+        weights = [self._replica_set.effective_weight(r) for r in replicas]
+        if min(weights) == max(weights):
             chosen = next((r for r in replicas if r.slot > self._last), replicas[0])
         else:
-            chosen = self._by_credit(replicas, shares)
+            chosen = self._by_credit(replicas, weights)
         self._last = chosen.slot
         return chosen
 
-    def _by_credit(self, replicas: Sequence[Replica], shares: Sequence[float]) -> Replica:
-        """Everybody earns its share a round; the richest is picked and pays for all (as nginx)."""
-        buffer = {r.member.id: self._credit.get(r.member.id, 0.0) for r in replicas}
-        for replica, share in zip(replicas, shares, strict=True):
-            buffer[replica.member.id] += share
-        chosen = max(replicas, key=lambda r: buffer[r.member.id])
-        buffer[chosen.member.id] -= sum(shares)
-        self._credit = buffer
+    def _by_credit(self, replicas: Sequence[Replica], weights: Sequence[float]) -> Replica:
+        """Each replica gains its weight per round; the one with the most credit is picked and pays
+        the sum of all weights (as in nginx)."""
+        credit = {r.member.id: self._credit.get(r.member.id, 0.0) for r in replicas}
+        for replica, weight in zip(replicas, weights, strict=True):
+            credit[replica.member.id] += weight
+        chosen = max(replicas, key=lambda r: credit[r.member.id])
+        credit[chosen.member.id] -= sum(weights)
+        self._credit = credit
         return chosen
 
 
 class Random:
     """One drawn at random, in proportion to its weight."""
 
-    def __init__(self, fleet: ReplicaSet, seed: int | None = None) -> None:
-        self._fleet = fleet
+    def __init__(self, replica_set: ReplicaSet, seed: int | None = None) -> None:
+        self._replica_set = replica_set
         self._random = random.Random(seed)
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
-        weights = [self._fleet.share(r) for r in replicas]
+        weights = [self._replica_set.effective_weight(r) for r in replicas]
         return self._random.choices(replicas, weights)[0]
 
 
 class LeastLoaded:
     """The one that would carry the fewest tokens for its weight; among equals, each in turn."""
 
-    def __init__(self, fleet: ReplicaSet) -> None:
-        self._fleet = fleet
+    def __init__(self, replica_set: ReplicaSet) -> None:
+        self._replica_set = replica_set
         self._last = -1
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
-        self._fleet.look(replicas)
-        after = [self.pressure(r, info) for r in replicas]
+        self._replica_set.refresh_load(replicas)
+        after = [self.load_after(r, info) for r in replicas]
         least = min(after)
         equals = [r for r, value in zip(replicas, after, strict=True) if value == least]
         chosen = next((r for r in equals if r.slot > self._last), equals[0])
         self._last = chosen.slot
         return chosen
 
-    def pressure(self, replica: Replica, info: RequestInfo) -> float:
+    def load_after(self, replica: Replica, info: RequestInfo) -> float:
         """Its load with this request, for its weight; `look` must have been called."""
-        return (replica.load + info.prompt_tokens) / self._fleet.share(replica)
+        return (replica.load + info.prompt_tokens) / self._replica_set.effective_weight(replica)
 
 
 class PowerOfTwo:
-    """The less loaded of two drawn at random (Mitzenmacher, 2001): spreads load nearly as well as
-    looking at all."""
+    """The less loaded of two drawn at random (Mitzenmacher, 2001): balances load nearly as well as
+    comparing all."""
 
-    def __init__(self, fleet: ReplicaSet, seed: int | None = None) -> None:
-        self._least = LeastLoaded(fleet)
-        self._fleet = fleet
+    def __init__(self, replica_set: ReplicaSet, seed: int | None = None) -> None:
+        self._least = LeastLoaded(replica_set)
+        self._replica_set = replica_set
         self._random = random.Random(seed)
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
         if len(replicas) == 1:
             return replicas[0]
         two = self._random.sample(replicas, 2)
-        self._fleet.look(two)
-        return min(two, key=lambda r: self._least.pressure(r, info))
+        self._replica_set.refresh_load(two)
+        return min(two, key=lambda r: self._least.load_after(r, info))
 
 
 class PrefixAware:
-    """The replica that has seen the longest beginning of the prompt, while it carries at most
-    `gap` tokens more than the least loaded; else that one. Prompts nobody knows go there too."""
+    """The replica that knows the longest prefix of the prompt, while its load exceeds the lowest by
+    at most `gap` tokens; else the least loaded one, as for prompts that no replica knows."""
 
-    def __init__(self, fleet: ReplicaSet, table: PrefixTable, gap: int = 4096) -> None:
-        self._fleet = fleet
+    def __init__(self, replica_set: ReplicaSet, table: PrefixTable, gap: int = 4096) -> None:
+        self._replica_set = replica_set
         self._table = table
         self._gap = gap
-        self._least = LeastLoaded(fleet)
+        self._least = LeastLoaded(replica_set)
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
         least = self._least.pick(replicas, info)
         if not info.prompt:
             return least
         chain = hash_chain(info.prompt)
-        chosen = self._knowing(replicas, chain, info, least)
+        chosen = self._best_prefix_match(replicas, chain, info, least)
         self._table.learn(chosen.slot, chain)
         return chosen
 
-    def _knowing(
+    def _best_prefix_match(
         self, replicas: Sequence[Replica], chain: list[int], info: RequestInfo, least: Replica
     ) -> Replica:
-        blocks, slots = self._table.longest([r.slot for r in replicas], chain)
+        blocks, slots = self._table.longest_match([r.slot for r in replicas], chain)
         if not blocks:
             return least
         having = [r for r in replicas if r.slot in slots]
-        best = min(having, key=lambda r: self._least.pressure(r, info))
-        gap = self._least.pressure(best, info) - self._least.pressure(least, info)
+        best = min(having, key=lambda r: self._least.load_after(r, info))
+        gap = self._least.load_after(best, info) - self._least.load_after(least, info)
         saved = blocks * BLOCK / BYTES_PER_TOKEN
         return best if gap <= self._gap + saved else least
 
 
 class ConsistentHash:
-    """The replica that a key falls to: the session, the user, or how the prompt begins. When
-    replicas come and go only their own keys move (Karger, 1997)."""
+    """The replica that owns a key: the session, the user, or the start of the prompt. When replicas
+    come and go only their own keys move (Karger, 1997)."""
 
-    def __init__(self, fleet: ReplicaSet) -> None:
-        self._fleet = fleet
-        self._made_for: tuple[object, ...] = ()
+    def __init__(self, replica_set: ReplicaSet) -> None:
+        self._replica_set = replica_set
+        self._ring_members: tuple[object, ...] = ()
         self._points: list[int] = []
         self._owners: list[int] = []
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
         self._make_ring()
-        able = {r.member.id: r for r in replicas}
-        start = bisect_left(self._points, _hash(info.key))
+        available = {r.member.id: r for r in replicas}
+        start = bisect_left(self._points, _hash(info.affinity_key))
         for step in range(len(self._points)):
             owner = self._owners[(start + step) % len(self._points)]
-            if owner in able:
-                return able[owner]
+            if owner in available:
+                return available[owner]
         return replicas[0]
 
     def _make_ring(self) -> None:
-        members = tuple((r.member.id, r.target, r.member.weight) for r in self._fleet.all)
-        if members == self._made_for:
+        members = tuple((r.member.id, r.target, r.member.weight) for r in self._replica_set.all)
+        if members == self._ring_members:
             return
         ring = sorted(
             (_hash(f"{target} {point}".encode()), id)
@@ -171,29 +172,34 @@ class ConsistentHash:
         )
         self._points = [point for point, _ in ring]
         self._owners = [owner for _, owner in ring]
-        self._made_for = members
+        self._ring_members = members
 
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-Make = Callable[[ReplicaSet, PrefixTable, int], Policy]
+PolicyName = Literal[
+    "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
+]
+PolicyFactory = Callable[[ReplicaSet, PrefixTable, int], Policy]
 
-POLICIES: Mapping[str, Make] = {
-    "least_loaded": lambda fleet, table, gap: LeastLoaded(fleet),
-    "round_robin": lambda fleet, table, gap: RoundRobin(fleet),
-    "random": lambda fleet, table, gap: Random(fleet),
-    "power_of_two": lambda fleet, table, gap: PowerOfTwo(fleet),
+POLICIES: Mapping[str, PolicyFactory] = {
+    "least_loaded": lambda replica_set, table, gap: LeastLoaded(replica_set),
+    "round_robin": lambda replica_set, table, gap: RoundRobin(replica_set),
+    "random": lambda replica_set, table, gap: Random(replica_set),
+    "power_of_two": lambda replica_set, table, gap: PowerOfTwo(replica_set),
     "prefix_aware": PrefixAware,
-    "consistent_hash": lambda fleet, table, gap: ConsistentHash(fleet),
+    "consistent_hash": lambda replica_set, table, gap: ConsistentHash(replica_set),
 }
-DEFAULT_POLICY = "least_loaded"
-BY_PREFIX = frozenset({"prefix_aware"})  # those that look into the prefix table
+DEFAULT_POLICY: PolicyName = "least_loaded"
+BY_PREFIX = frozenset({"prefix_aware"})  # policies that use the prefix table
 
 
-def make_policy(policy: str, fleet: ReplicaSet, table: PrefixTable, gap: int = 4096) -> Policy:
-    """The picker of that name. gap: tokens of prefix_aware. Raises UserError for an unknown one."""
+def make_policy(
+    policy: str, replica_set: ReplicaSet, table: PrefixTable, gap: int = 4096
+) -> Policy:
+    """The policy of that name. gap: tokens, for prefix_aware. Raises UserError if unknown."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy!r}: use one of {', '.join(POLICIES)}")
-    return POLICIES[policy](fleet, table, gap)
+    return POLICIES[policy](replica_set, table, gap)

@@ -1,8 +1,8 @@
-"""Which replicas have seen how much of a prompt: a table of hashes, and what replicas report.
+"""Which replicas know which prefixes of prompts: a hash table, and what replicas report.
 
-The table maps a hash (prefix_hash.py) to a set of replicas, a bit each; it has a fixed size, lies
-in memory that all gateway processes share, and forgets by being overwritten. A wrong entry, even
-one made on purpose, costs a missed hint, never an answer.
+The table maps a hash (prefix_hash.py) to a set of replicas, one bit each. It has a fixed size, lies
+in memory that all gateway processes share, and old entries are overwritten. A wrong entry, even one
+made on purpose, costs a cache hit, never a correct answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PrefixTable:
         self._slots = len(cells)
 
     def learn(self, slot: int, chain: Iterable[int]) -> None:
-        """A replica has, or will have, these blocks in its cache."""
+        """Record that a replica has, or will have, these blocks in its cache."""
         cells, slots, bit = self._cells, self._slots, 1 << (slot % 64)
         for value in chain:
             at = value % slots * 2
@@ -34,14 +34,14 @@ class PrefixTable:
                 cells[at + 1] = bit
 
     def forget(self, slot: int, chain: Iterable[int]) -> None:
-        """A replica has these blocks no more."""
+        """Record that a replica no longer has these blocks."""
         for value in chain:
             at = value % self._slots * 2
             if self._cells[at] == value:
                 self._cells[at + 1] &= ~(1 << (slot % 64)) & (2**64 - 1)
 
-    def longest(self, slots: Sequence[int], chain: Sequence[int]) -> tuple[int, list[int]]:
-        """(blocks, slots): the longest beginning known to any of these replicas, and to which."""
+    def longest_match(self, slots: Sequence[int], chain: Sequence[int]) -> tuple[int, list[int]]:
+        """(blocks, slots): the longest prefix that any of these replicas knows, and which do."""
         cells = self._cells
         for depth in range(len(chain), 0, -1):
             value = chain[depth - 1]
@@ -56,26 +56,26 @@ class PrefixTable:
 
 
 class ReportedPrefixes:
-    """What one replica has reported of its prefixes, and how far. since: the cursor to name."""
+    """The prefix reports of one replica. cursor: where the next report begins."""
 
     def __init__(self, counters: SharedCounters, slot: int) -> None:
         self._counters = counters
         self._slot = slot
         self._table = PrefixTable(counters.prefixes)
         self._epoch = ""
-        self.since = "0"
+        self.cursor = "0"
 
     def forget(self) -> None:
-        """The replica may have lost its cache: let it tell all that it still holds."""
+        """The replica may have lost its cache: the next report is a complete one."""
         self._counters.forget_prefixes(self._slot)
-        self._epoch, self.since = "", "0"
+        self._epoch, self.cursor = "", "0"
 
-    def take(self, report: PrefixReport, asked: str | None) -> None:
-        """Learn what it told when asked with that cursor; nothing if all was forgotten since. One
-        with another epoch holds nothing of what was known before."""
-        if asked != self.since:
+    def apply(self, report: PrefixReport, asked: str | None) -> None:
+        """Apply a report that was requested with the cursor `asked`; it is ignored if the cursor
+        has been reset since. A new epoch invalidates all that was known before."""
+        if asked != self.cursor:
             return
         if self._epoch not in ("", report.epoch):
             self._counters.forget_prefixes(self._slot)
-        self._epoch, self.since = report.epoch, report.since
+        self._epoch, self.cursor = report.epoch, report.since
         self._table.learn(self._slot, report.hashes)

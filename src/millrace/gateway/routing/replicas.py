@@ -1,8 +1,8 @@
-"""The replicas as one gateway process sees them: who takes requests, and what each carries.
+"""The replicas as one gateway process sees them: which take requests, and their load.
 
-What is known of their health comes from the keeper (keeper.py), as a list of members; what they
-carry is counted here and on the board, and read from there over all processes. Nothing here knows
-how bytes are relayed or how health is found out.
+Their health comes from the health monitor as a list of members. Their load is counted in the shared
+counters and read from there over all processes. Nothing here knows how bytes are relayed or how
+health is checked.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from millrace.gateway.common.shared_counters import (
     PICKS,
     PROMPT_TOKENS,
     RESIDENT,
-    Part,
+    ProcessCounters,
     SharedCounters,
 )
 from millrace.gateway.http.request_info import Kind, RequestInfo
 
 State = Literal["up", "down", "draining"]
 
-_FEW = 32  # replicas times processes: above, numpy sums quicker
-_ERRORS_IN_ROW = 5
-_FIRST_GUESS = 128.0  # output tokens, until answers have been seen
+_FEW = 32  # replicas times processes; above it numpy is faster
+_MAX_CONSECUTIVE_ERRORS = 5
+_INITIAL_MEAN_OUTPUT = 128.0  # output tokens, until responses have been seen
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """What the keeper says of one replica.
+    """The health monitor's view of one replica.
 
-    id: never given twice. slot: its row on the board. lost: it is down because it cannot be
-    reached, so what it has under way will not end. ramp_from: `time.monotonic()` of the moment
-    from which slow start counts, None for full weight at once. limit: requests at once, 0 for any.
+    id: never reused. slot: its row in the shared counters. lost: it cannot be reached, so its
+    running requests will not end. failing: requests met failures since its last success.
+    slow_start_from: `time.monotonic()` at which slow start began; None for full weight. limit:
+    concurrent requests, 0 for any number.
     """
 
     id: int
@@ -53,34 +54,34 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     failing: bool = False
     weight: float = 1.0
     limit: int = 0
-    ramp_from: float | None = None
+    slow_start_from: float | None = None
     models: tuple[str, ...] = ()
     kind: Kind = "other"
 
 
 class InFlight(Protocol):
-    """A request that a replica carries (exchange.py)."""
+    """A running request of a replica (exchange.py)."""
 
     def publish(self, replica: Replica) -> None:
         """Bring the replica's counters up to date."""
         ...
 
     def failed(self, reason: str, *, lost: bool = False) -> None:
-        """Nothing more will come from the replica. lost: the keeper found it out."""
+        """Nothing more will come from the replica. lost: reported by the health monitor."""
         ...
 
 
 class Replica:
-    """One replica in one process. Hot counters are plain attributes; `publish` copies them: bytes
-    and chunks relayed, and by what its load and what it holds (tokens) grew since the last time.
+    """One replica in one process.
 
-    load and in_flight are over all processes, as of the last `ReplicaSet.look`. exchanges: those
-    of this process that it carries.
+    bytes, chunks, load_growth and resident_growth are plain attributes, because they change with
+    every chunk; `publish` adds them to the shared counters. load, in_flight: over all processes, as
+    of the last `ReplicaSet.refresh_load`. exchanges: its running requests of this process.
     """
 
     __slots__ = (
-        "_bytes", "_chunks", "bytes", "chunks", "errors_in_row", "exchanges", "in_flight", "load",
-        "load_growth", "member", "removed", "resident_growth",
+        "_bytes", "_chunks", "bytes", "chunks", "consecutive_errors", "exchanges", "in_flight",
+        "load", "load_growth", "member", "removed", "resident_growth",
     )  # fmt: skip
 
     def __init__(self, member: Member) -> None:
@@ -88,7 +89,7 @@ class Replica:
         self.load = 0
         self.in_flight = 0
         self.removed = False
-        self.errors_in_row = 0
+        self.consecutive_errors = 0
         self.bytes = self.chunks = 0
         self._bytes = self._chunks = 0
         self.load_growth = self.resident_growth = 0
@@ -104,50 +105,52 @@ class Replica:
 
     @property
     def full(self) -> bool:
-        """Whether it carries as many requests as it may."""
+        """Whether it has as many requests as its limit allows."""
         return 0 < self.member.limit <= self.in_flight
 
-    def publish(self, part: Part) -> None:
-        """Copy what was relayed since the last time to the board."""
+    def publish(self, process_counters: ProcessCounters) -> None:
+        """Add what was relayed since the last time to the shared counters."""
         if self.chunks != self._chunks:
-            part.add(self.slot, BYTES, self.bytes - self._bytes)
-            part.add(self.slot, CHUNKS, self.chunks - self._chunks)
+            process_counters.add(self.slot, BYTES, self.bytes - self._bytes)
+            process_counters.add(self.slot, CHUNKS, self.chunks - self._chunks)
             self._bytes, self._chunks = self.bytes, self.chunks
-            part.add(self.slot, LOAD, self.load_growth)
-            part.add(self.slot, RESIDENT, self.resident_growth)
+            process_counters.add(self.slot, LOAD, self.load_growth)
+            process_counters.add(self.slot, RESIDENT, self.resident_growth)
             self.load_growth = self.resident_growth = 0
 
 
 class ReplicaSet:
-    """All replicas, in the order of their slots, and this process's part of the board.
+    """All replicas, in the order of their slots, and this process's counters.
 
-    slow_start: seconds in which a new replica's weight grows from a tenth to the whole.
-    report: told of each failure that a request meets, and of the first success after it.
+    slow_start: seconds in which a new replica's weight grows from a tenth to its full value.
+    report: called with each failure that a request meets, and with the first success after it.
     """
 
     def __init__(
         self,
         counters: SharedCounters,
-        part: Part,
+        process_counters: ProcessCounters,
         report: Callable[[int, str | None], None],
         slow_start: float = 10.0,
     ) -> None:
         self.all: list[Replica] = []
-        self.part = part
+        self.process_counters = process_counters
         self.on_lost: Callable[[Replica], None] = lambda replica: None
         self.on_removed: Callable[[Replica], None] = lambda replica: None
         self._counters = counters
         self._report = report
         self._slow_start = slow_start
-        self._rows = 0
+        self._slot_count = 0
         self._ramping = False
-        self._mean_output = _FIRST_GUESS
-        self._out: dict[int, str] = {}  # failed here, and the keeper has not said so yet
+        self._mean_output = _INITIAL_MEAN_OUTPUT
+        self._ejected_here: dict[
+            int, str
+        ] = {}  # reported, and not yet confirmed by the health monitor
 
     # --- membership ------------------------------------------------------------------------------
 
     def apply(self, members: Iterable[Member]) -> None:
-        """Take over what the keeper says."""
+        """Apply the health monitor's list."""
         known = {replica.member.id: replica for replica in self.all}
         gone = dict(known)
         made = []
@@ -160,14 +163,14 @@ class ReplicaSet:
             replica.member = member
             made.append(replica)
             if member.failing or member.state != "up":
-                self._out.pop(member.id, None)
+                self._ejected_here.pop(member.id, None)
             if newly_lost:
                 self.on_lost(replica)
         self.all = sorted(made, key=lambda replica: replica.slot)
-        self._rows = max((r.slot for r in made), default=-1) + 1
-        self._ramping = any(r.member.ramp_from is not None for r in made)
+        self._slot_count = max((r.slot for r in made), default=-1) + 1
+        self._ramping = any(r.member.slow_start_from is not None for r in made)
         for replica in gone.values():
-            self._out.pop(replica.member.id, None)
+            self._ejected_here.pop(replica.member.id, None)
             replica.removed = True
             self.on_removed(replica)
 
@@ -175,9 +178,9 @@ class ReplicaSet:
         """Names of the models that replicas offer, whatever their health."""
         return {name for replica in self.all for name in replica.member.models}
 
-    def takes(self, replica: Replica) -> bool:
+    def is_available(self, replica: Replica) -> bool:
         """Whether it may be given requests."""
-        return replica.member.state == "up" and replica.member.id not in self._out
+        return replica.member.state == "up" and replica.member.id not in self._ejected_here
 
     def available(self, tried: Collection[Replica] = (), model: str | None = None) -> list[Replica]:
         """Replicas that take requests for this model, without those already tried. One that does
@@ -185,7 +188,7 @@ class ReplicaSet:
         return [
             r
             for r in self.all
-            if self.takes(r)
+            if self.is_available(r)
             and r not in tried
             and (model is None or not r.member.models or model in r.member.models)
         ]
@@ -196,77 +199,82 @@ class ReplicaSet:
         if not asked:
             return "no replica is configured"
         return "; ".join(
-            f"{r.target}: {self._out.get(r.member.id) or r.member.reason or r.member.state}"
-            for r in asked
-            if not self.takes(r)
+            f"{r.target}: {self._why_not(r)}" for r in asked if not self.is_available(r)
         )
+
+    def _why_not(self, replica: Replica) -> str:
+        member = replica.member
+        return self._ejected_here.get(member.id) or member.reason or member.state
 
     # --- load ------------------------------------------------------------------------------------
 
-    def look(self, replicas: Sequence[Replica]) -> None:
-        """Bring load and in_flight of these up to date, over all processes."""
+    def refresh_load(self, replicas: Sequence[Replica]) -> None:
+        """Update load and in_flight of these replicas, over all processes."""
         if len(replicas) * self._counters.processes <= _FEW:
             for replica in replicas:
-                replica.load, replica.in_flight = self._counters.account(replica.slot)
+                replica.load, replica.in_flight = self._counters.load_and_in_flight(replica.slot)
             return
-        rows = self._counters.replica_sums(self._rows)
+        rows = self._counters.replica_sums(self._slot_count)
         for replica in replicas:
             row = rows[replica.slot]
             replica.load, replica.in_flight = row[LOAD], row[IN_FLIGHT]
 
-    def share(self, replica: Replica) -> float:
-        """Its weight now: what it was given, less while it starts slowly."""
+    def effective_weight(self, replica: Replica) -> float:
+        """Its weight now, reduced during slow start."""
         member = replica.member
-        if not self._ramping or member.ramp_from is None or self._slow_start <= 0:
+        if not self._ramping or member.slow_start_from is None or self._slow_start <= 0:
             return member.weight
-        age = time.monotonic() - member.ramp_from
+        age = time.monotonic() - member.slow_start_from
         return member.weight * min(1.0, max(0.1, age / self._slow_start))
 
-    def expected_output(self, info: RequestInfo) -> int:
-        """Output tokens to reckon with, from what answers had so far."""
+    def expected_output_tokens(self, info: RequestInfo) -> int:
+        """Output tokens to expect, from the mean of earlier responses."""
         mean = int(self._mean_output)
         return min(mean, info.max_tokens) if info.max_tokens else mean
 
-    def learn_output(self, chunks: int) -> None:
+    def record_output(self, chunks: int) -> None:
         """A stream has ended after so many chunks."""
         self._mean_output += 0.05 * (chunks - self._mean_output)
 
-    def picked(self, replica: Replica, size: int, prompt: int) -> None:
-        """It carries one more request of `size` tokens, `prompt` of them known already."""
-        part, slot = self.part, replica.slot
-        part.add(slot, LOAD, size)
-        part.add(slot, RESIDENT, prompt)
-        part.add(slot, IN_FLIGHT, 1)
-        part.add(slot, PICKS, 1)
-        part.add(slot, PROMPT_TOKENS, prompt)
+    def request_started(self, replica: Replica, size: int, prompt: int) -> None:
+        """It has one more request of `size` tokens, `prompt` of them in the prompt."""
+        process_counters, slot = self.process_counters, replica.slot
+        process_counters.add(slot, LOAD, size)
+        process_counters.add(slot, RESIDENT, prompt)
+        process_counters.add(slot, IN_FLIGHT, 1)
+        process_counters.add(slot, PICKS, 1)
+        process_counters.add(slot, PROMPT_TOKENS, prompt)
 
-    def released(self, replica: Replica, load: int, resident: int) -> None:
-        """It carries one request less; load and resident: what that one had been counted as."""
+    def request_ended(self, replica: Replica, load: int, resident: int) -> None:
+        """It has one request less. load, resident: the tokens that were counted for it."""
         if replica.removed:
-            return  # its row may be another's by now
-        self.part.add(replica.slot, LOAD, -load)
-        self.part.add(replica.slot, RESIDENT, -resident)
-        self.part.add(replica.slot, IN_FLIGHT, -1)
-        replica.publish(self.part)
+            return  # its slot may belong to another replica by now
+        self.process_counters.add(replica.slot, LOAD, -load)
+        self.process_counters.add(replica.slot, RESIDENT, -resident)
+        self.process_counters.add(replica.slot, IN_FLIGHT, -1)
+        replica.publish(self.process_counters)
 
     # --- what requests meet ----------------------------------------------------------------------
 
-    def failed(self, replica: Replica, reason: str) -> None:
-        """A request met a failure: out at once here, and the keeper decides for how long."""
-        self.part.add(replica.slot, FAILURES, 1)
-        self._out[replica.member.id] = reason
+    def report_failure(self, replica: Replica, reason: str) -> None:
+        """A request met a failure: ejected here at once; the health monitor decides for how
+        long."""
+        self.process_counters.add(replica.slot, FAILURES, 1)
+        self._ejected_here[replica.member.id] = reason
         self._report(replica.member.id, reason)
 
-    def answered(self, replica: Replica, status: int) -> None:
+    def record_answer(self, replica: Replica, status: int) -> None:
         """A request was answered in full. One error of the server's is that request's; several in a
         row are the replica's, which would otherwise draw all requests by being so quick."""
         if status >= 500:
-            replica.errors_in_row += 1
-            if replica.errors_in_row >= _ERRORS_IN_ROW:
-                replica.errors_in_row = 0
-                self.failed(replica, f"answered {status}, an error {_ERRORS_IN_ROW} times in a row")
+            replica.consecutive_errors += 1
+            if replica.consecutive_errors >= _MAX_CONSECUTIVE_ERRORS:
+                replica.consecutive_errors = 0
+                self.report_failure(
+                    replica, f"answered {status}, an error {_MAX_CONSECUTIVE_ERRORS} times in a row"
+                )
             return
-        replica.errors_in_row = 0
-        self.part.add(replica.slot, ENDED, 1)
+        replica.consecutive_errors = 0
+        self.process_counters.add(replica.slot, ENDED, 1)
         if replica.member.failing:
             self._report(replica.member.id, None)

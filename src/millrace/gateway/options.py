@@ -1,0 +1,104 @@
+"""The options of a gateway, their help texts, and the check of which cannot work together.
+
+It knows no command line and starts nothing; command.py makes flags from these structs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from millrace.common.sockets import tls_context
+from millrace.errors import UserError
+from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
+from millrace.gateway.relay.access import Access
+from millrace.gateway.routing.policies import DEFAULT_POLICY, POLICIES, PolicyName
+
+
+class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of one gateway. Help texts are in `GATEWAY_HELP`.
+
+    replicas: those that the command line names. labels: names of replicas in merged metrics, by
+    URL.
+    """
+
+    replicas: Sequence[ReplicaSpec] = ()
+    worker_file: str | None = None
+    worker_dns: list[str] = []
+    host: str = "127.0.0.1"
+    port: int = 8000
+    processes: int = 1
+    policy: PolicyName = DEFAULT_POLICY
+    affinity_gap: int = 4096
+    limits: GatewayLimits = GatewayLimits()
+    health: HealthPolicy = HealthPolicy()
+    access: Access = Access()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    access_log: str | None = None
+    merge_metrics: bool = False
+    labels: dict[str, str] = {}
+
+
+GATEWAY_HELP: Mapping[str, str] = {
+    "worker_file": "File with one replica per line; changes to it are followed.",
+    "worker_dns": "name:port; every address of the name is a replica.",
+    "host": "Address to listen on.",
+    "port": "Port to listen on; 0 takes a free one.",
+    "processes": "Gateway processes that share the port.",
+    "policy": "How a replica is picked for a request.",
+    "affinity_gap": "prefix_aware: tokens by which a replica's load may exceed the lowest load.",
+    "ssl_certfile": "File with the certificate (PEM) for HTTPS.",
+    "ssl_keyfile": "File with the certificate's private key.",
+    "access_log": "File that gets one line of JSON per request; - for stderr.",
+    "merge_metrics": "Add the metrics of the replicas to /metrics.",
+}
+
+LIMITS_HELP: Mapping[str, str] = {
+    "max_concurrent_requests": "Interactive requests that run at the same time.",
+    "max_concurrent_batch": "Batch requests that run at the same time.",
+    "max_requests_per_replica": "Requests that one replica gets at the same time; 0: any number.",
+    "queue_size": "Interactive requests that may wait, per gateway process.",
+    "batch_queue_size": "Batch requests that may wait, per gateway process.",
+    "queue_timeout": "Seconds that a request may wait in the queue.",
+    "request_timeout": "Seconds that a replica may send no byte of a response.",
+    "max_body_bytes": "Largest request body.",
+    "max_bodies_bytes": "Bytes of all request bodies that one gateway process holds, those of "
+    "running requests included.",
+    "max_kept_bytes": "Bytes of a stream that are kept to resume it on another replica; a longer "
+    "stream cannot be resumed. 0: no stream is.",
+}
+
+HEALTH_HELP: Mapping[str, str] = {
+    "health_check_interval": "Seconds between two health checks of a replica.",
+    "health_check_timeout": "Seconds that a health check may take.",
+    "idle_probe": "Seconds after which an idle replica must complete one token; 0: never.",
+    "slow_start": "Seconds in which a new replica's share of requests grows to its full weight.",
+    "load_interval": "Seconds between two load reports of a replica; 0: none are read.",
+}
+
+ACCESS_HELP: Mapping[str, str] = {
+    "api_key": "Key that clients must send to use the API.",
+    "admin_key": "Key for changes to the gateway; without one they must come from this host.",
+    "worker_api_key": "Key that the replicas ask for.",
+}
+
+
+def check_options(options: GatewayOptions) -> None:
+    """Raise UserError for options that cannot work."""
+    if options.policy not in POLICIES:
+        raise UserError(f"--policy {options.policy!r}: use one of {', '.join(POLICIES)}")
+    if not 1 <= options.processes <= 128:
+        raise UserError(f"--processes {options.processes}: use 1 to 128")
+    limits = options.limits
+    for name in ("max_concurrent_requests", "max_concurrent_batch", "max_body_bytes"):
+        if getattr(limits, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(limits, name)}: use 1 or more")
+    if limits.max_bodies_bytes < limits.max_body_bytes:
+        raise UserError(
+            f"--max-bodies-bytes {limits.max_bodies_bytes}: use at least --max-body-bytes, "
+            f"{limits.max_body_bytes}, or a body of that size is never accepted"
+        )
+    tls_context(options.ssl_certfile, options.ssl_keyfile)
