@@ -116,7 +116,8 @@ async def served(
     ]
     process = ReplicaProcess(command, replica_threads(options.counts), on_line=lambda line: None)
     try:
-        await start_and_wait_healthy(process, target, f"the server of {options.model}", options.start_timeout)
+        name = f"the server of {options.model}"
+        await start_and_wait_healthy(process, target, name, options.start_timeout)
         yield target
     finally:
         await process.stop(_GRACE)
