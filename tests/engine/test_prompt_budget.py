@@ -70,6 +70,20 @@ def test_what_a_snapshot_stops_is_left_for_others() -> None:
     assert budget.left == 1948
 
 
+def test_the_end_of_a_split_prompt_counts_towards_the_threshold() -> None:
+    """A step in which a long prompt ends and another begins is no larger than others."""
+    budget = opened(8192)
+    assert budget.chunk(928, split=True) == 928
+    budget.spend_chunk(928, 928, 928, split=True)
+    assert budget.chunk(30_000) == 2048 - 928
+    budget.spend_chunk(30_000, 1120, 1120)
+    assert budget.chunk(928, split=True) == 0
+    assert budget.chunk(928) == 928  # never split, not long: it has no part in that
+    small = opened(8192)
+    small.spend_whole(64)
+    assert small.chunk(928, split=True) == 512 - 64
+
+
 def test_without_a_threshold_no_prompt_is_long() -> None:
     budget = opened(8192, long_prefill_token_threshold=0)
     assert budget.chunk(30_000) == 8192

@@ -5,8 +5,10 @@ Prompts of one priority are planned in two rounds, each in the order of their ra
 1. Up to half of the budget is for prompts that fit into the rest of that half. They are computed
    at once, so a short prompt does not wait behind long ones.
 2. The rest of the budget goes to the other prompts in turn. A *long* prompt has more tokens left
-   than the threshold. It gets at most the threshold in one step, and a quarter of it in a step
-   that computed prompts in round 1, so that such a step, and with it their first token, ends soon.
+   than the threshold. It gets at most the threshold in one step, and the last chunks of prompts
+   that were split count towards that, so that all steps are about as large. In a step that
+   computed prompts in round 1 it is a quarter of the threshold, so that such a step, and with it
+   their first token, ends soon.
 
 A chunk that does not end its prompt is cut so that all tokens of the step fill a bucket. So
 however many short prompts come, the first prompt of round 2 gets at least `min_chunk` tokens.
@@ -35,6 +37,7 @@ class PromptBudget:
         self._small = False  # round 1 has computed a prompt
         self._partial = 0  # prompts that the step computes a part of
         self._long = 0  # long ones among the prompts of round 2
+        self._long_tokens = 0  # of long and of split prompts
 
     def start_priority(self) -> None:
         """Begin with the prompts of the next priority."""
@@ -44,19 +47,31 @@ class PromptBudget:
         """Round 1: tokens for a prompt with `missing` tokens left: all of them, or 0."""
         return missing if missing <= self._round_1_left else 0
 
-    def chunk(self, missing: int) -> int:
-        """Round 2: tokens for a prompt with `missing` tokens left; may be 0."""
+    def chunk(self, missing: int, split: bool = False) -> int:
+        """Round 2: tokens for a prompt with `missing` tokens left; may be 0.
+
+        split: an earlier step has computed a part of it.
+        """
         limits, most = self._limits, self.left
-        if self._is_long(missing):
-            if _reached(self._long, limits.max_long_partial_prefills):
-                return 0
-            threshold = limits.long_prefill_token_threshold
-            most = min(most, max(1, threshold // SMALL_STEP_DIVISOR) if self._small else threshold)
+        long = self._is_long(missing)
+        if long and _reached(self._long, limits.max_long_partial_prefills):
+            return 0
+        if long or split:
+            most = min(most, self._left_for_long())
         if missing <= most:
             return missing
-        if _reached(self._partial, limits.max_num_partial_prefills):
+        if most == 0 or _reached(self._partial, limits.max_num_partial_prefills):
             return 0
         return _cut_to_bucket(most, self._planned)
+
+    def _left_for_long(self) -> int:
+        """The most tokens that the step may still compute of one long or split prompt."""
+        threshold = self._limits.long_prefill_token_threshold
+        if not threshold:
+            return self.left
+        each = max(1, threshold // SMALL_STEP_DIVISOR) if self._small else threshold
+        prompts = self._limits.max_long_partial_prefills
+        return max(0, min(each, each * prompts - self._long_tokens)) if prompts else each
 
     def spend_whole(self, computed: int) -> None:
         """A prompt of round 1 is planned. computed: fewer than all of it at a snapshot boundary."""
@@ -64,9 +79,11 @@ class PromptBudget:
         self._small = True
         self._spend(computed)
 
-    def spend_chunk(self, missing: int, chunk: int, computed: int) -> None:
+    def spend_chunk(self, missing: int, chunk: int, computed: int, split: bool = False) -> None:
         """A prompt of round 2 is planned. computed: fewer than `chunk` at a snapshot boundary."""
-        self._long += self._is_long(missing)
+        long = self._is_long(missing)
+        self._long += long
+        self._long_tokens += computed if long or split else 0
         self._partial += chunk < missing
         self._spend(computed)
 

@@ -166,7 +166,7 @@ class Scheduler:
         self._totals.preemptions += 1
         self._running.remove(request)
         self._kv_manager.release(request)
-        request.phase = Phase.WAITING
+        request.phase, request.split = Phase.WAITING, False
         self._waiting.add(request)
 
     def _plan_prompts(self, step: Step) -> None:
@@ -206,14 +206,14 @@ class Scheduler:
 
     def _plan_chunk(self, request: Request, step: Step, budget: PromptBudget) -> None:
         """Round 2: as many tokens of a prompt as the budget allows."""
-        if not budget.chunk(request.missing):
+        if not budget.chunk(request.missing, request.split):
             return
         if request.phase is Phase.WAITING and not self._admit(request, step, budget.chunk):
             return
-        missing = request.missing
-        chunk = budget.chunk(missing)
+        missing, split = request.missing, request.split
+        chunk = budget.chunk(missing, split)
         request.split |= chunk < missing
-        budget.spend_chunk(missing, chunk, self._add_chunk(request, chunk, step))
+        budget.spend_chunk(missing, chunk, self._add_chunk(request, chunk, step), split)
 
     def _add_chunk(self, request: Request, most: int, step: Step) -> int:
         """Plan a prompt's next `most` tokens, or fewer up to a snapshot boundary. Returns how
@@ -268,7 +268,7 @@ class Scheduler:
         request.boundaries = self._kv_manager.boundaries(request, match.shared)
         step.admissions.append(make_admission(request, match.snapshot))
         self._waiting.admitted(request)
-        request.phase, request.split = Phase.PREFILL, False
+        request.phase = Phase.PREFILL
         insort(self._running, request, key=rank)
         self._count_prompt(request, step.now)
         return True
