@@ -21,7 +21,7 @@ from millrace.common.http_client import Target, fetch
 from millrace.errors import UserError
 from millrace.fleet.supervisor import FleetOptions, Supervisor
 from millrace.gateway.health.health_monitor import HealthPolicy
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 from tests.support.gateways import FAST
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run

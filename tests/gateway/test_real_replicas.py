@@ -17,7 +17,7 @@ from typing import Any
 from millrace.common.backoff import BackoffPolicy
 from millrace.common.http_client import Reading, Target, encode_request, fetch
 from millrace.fleet.supervisor import FleetOptions, Supervisor
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 from tests.support.gateways import FAST, streamed
 from tests.support.running import eventually, run
 

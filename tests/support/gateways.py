@@ -9,7 +9,7 @@ from typing import Any
 from millrace.common.http_client import Target, parse_url
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 
 FAST = HealthPolicy(
     health_check_interval=0.05, health_check_timeout=1.0, backoff=0.2, slow_start=0.0

@@ -31,7 +31,7 @@ from millrace.fleet.device_assignment import (
 from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_healthy
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 
 _LOOPBACK = "127.0.0.1"
 

@@ -13,7 +13,7 @@ from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
 from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import LocalReply, Request
-from millrace.gateway.options import GatewayOptions, check_options
+from millrace.gateway.processes.options import GatewayOptions, check_options
 from millrace.gateway.processes.relay_server import RelayServer, check_access_log
 from millrace.gateway.processes.supervisor import GatewayProcesses
 from millrace.gateway.relay.relay import Relay

@@ -19,7 +19,7 @@ from millrace.gateway.app import Gateway
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.discovery import parse_spec
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
-from millrace.gateway.options import (
+from millrace.gateway.processes.options import (
     ACCESS_HELP,
     GATEWAY_HELP,
     HEALTH_HELP,

@@ -110,7 +110,7 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
 def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
     from millrace.fleet.supervisor import run_replicas
     from millrace.gateway.common.limits import GatewayLimits
-    from millrace.gateway.options import GatewayOptions
+    from millrace.gateway.processes.options import GatewayOptions
     from millrace.gateway.relay.access import Access
     from millrace.server.run import api_keys
 

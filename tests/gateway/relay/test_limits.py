@@ -19,7 +19,7 @@ from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import body_for, estimate_tokens, read_request_info
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.relay.access import Access
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica

@@ -19,7 +19,7 @@ from millrace.common.child_process import end_with_parent
 from millrace.gateway.admin.api import health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.http.message import LocalReply, Request, error_reply
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.processes.relay_server import RelayServer, freeze_garbage_collector
 from millrace.gateway.processes.supervisor import (
     AdminReply,

@@ -14,7 +14,7 @@ from pathlib import Path
 from millrace.common.sockets import BACKLOG, listen, tls_context
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
-from millrace.gateway.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.relay.access_log import AccessLog
 from millrace.gateway.relay.client_connection import ClientConnection
 from millrace.gateway.relay.relay import AdminHandler, Relay
