@@ -28,10 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 
@@ -175,7 +176,7 @@ class Engines:
             if first:  # with the process's imports and no phase before it
                 record["since_process_start_s"] = time.time() - psutil.Process().create_time()
             print(f"-- {name}: ready after {record['start_s']:.1f} s", flush=True)
-        limits = replace(self._limits, **LIMITS.get(name, {}))
+        limits = msgspec.structs.replace(self._limits, **LIMITS.get(name, {}))
         self._engine.scheduler = Scheduler(limits)
         record |= {"pages": limits.num_pages, "mixed_prefill_tokens": limits.mixed_prefill_tokens}
         record["arguments"] = {k: str(v) for k, v in arguments.items()}

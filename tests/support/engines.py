@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def build(model: Path, **options: Any) -> Engine:
 
 def with_few_pages(engine: Engine, pages: int) -> Engine:
     """The same engine with fewer pages to hand out, so that requests are preempted."""
-    engine.scheduler = Scheduler(replace(engine.scheduler.limits, num_pages=pages))
+    engine.scheduler = Scheduler(msgspec.structs.replace(engine.scheduler.limits, num_pages=pages))
     return engine
 
 
