@@ -44,7 +44,7 @@ def add_up(how: str) -> None:
     def reduce_norm(
         self: AllReduce, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *_: bool
     ) -> Any:
-        total = torch.stack(self.ranks.gather_parts(x)).float().sum(0)
+        total = torch.stack(self.ranks.all_gather_parts(x)).float().sum(0)
         if how == "twice":
             total = total.to(x.dtype).float()
         stream = (total + residual.float()).to(x.dtype)

@@ -71,18 +71,18 @@ def sums(options: argparse.Namespace, result: Result) -> None:
     """One rank of the table of sums. Rank 0 starts the others and keeps the figures."""
     from millrace.runtime.ranks.allreduce import AllReduce
     from millrace.runtime.ranks.process_groups import (
-        Place,
+        RankInfo,
         launched_by_torchrun,
         open_store,
-        torchrun_place,
+        torchrun_rank_info,
     )
     from millrace.runtime.ranks.ranks import Ranks
 
     cuda, others, store = not options.dry_run, [], None
     if launched_by_torchrun():
-        mine = torchrun_place(options.ranks)
+        mine = torchrun_rank_info(options.ranks)
     else:
-        mine, store = Place(0, options.ranks, 0), open_store()
+        mine, store = RankInfo(0, options.ranks, 0), open_store()
         others = [_other_rank(rank, options.ranks, store.port) for rank in range(1, options.ranks)]
     if cuda:
         torch.cuda.set_device(mine.local)
@@ -138,18 +138,18 @@ def outputs(options: argparse.Namespace, result: Result) -> None:
 def shapes(options: argparse.Namespace, result: Result) -> None:
     """Steady decoding of the 27B shapes at each batch size, and what its sums take of a step."""
     from millrace.replica.build import build_engine
-    from millrace.runtime.ranks.allreduce import budget
+    from millrace.runtime.ranks.allreduce import calls_per_step
 
     began = time.perf_counter()
     args = {**(TINY if options.dry_run else FULL), "tensor_parallel_size": options.ranks}
     engine = build_engine(engine_args(model=options.model, **args))
-    ways = engine.worker.collectives
+    ways = engine.worker.all_reduce
     timings = [asdict(timing) for timing in ways.timings]
     result.note(tp=options.ranks, start_s=time.perf_counter() - began, sums=timings, batches={})
     for rows in [int(n) for n in options.batches.split(",")]:
         row: dict[str, Any] = steady(engine, rows, options.dry_run)
         if options.ranks > 1:
-            count, cost = budget(engine.worker.model_config, 1), ways.cost_us(2 * rows)
+            count, cost = calls_per_step(engine.worker.model_config, 1), ways.cost_us(2 * rows)
             share = count * cost / 1e3 / row["step_ms"]
             row |= {"sums_per_step": count, "sum_us": cost, "sums_share": share}
         result.note(batches=result.found["batches"] | {str(rows): row})

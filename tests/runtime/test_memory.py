@@ -63,7 +63,7 @@ def test_too_long_a_sequence_is_refused_with_the_length_that_fits() -> None:
 
 
 def test_too_little_for_anything_says_so() -> None:
-    with pytest.raises(ConfigError, match="holds no sequence at all"):
+    with pytest.raises(ConfigError, match="too little for a single sequence"):
         plan(10 << 20)
 
 

@@ -25,7 +25,7 @@ from millrace.runtime.profile_run import (
 )
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step.cuda_graphs import bucket_sizes
-from millrace.runtime.worker import Worker, _compile_beside
+from millrace.runtime.worker import Worker, compile_in_background
 from tests.kernels.gpu.gpu_support import HAS_TRITON
 from tests.kernels.gpu.test_gemm_choice import MEASURED, TABLES
 from tests.support.engines import build
@@ -116,7 +116,7 @@ def test_what_is_compiled_beside_a_start(
     config = build(directory, dtype="float32", max_num_seqs=20)._worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
     with ExitStack() as beside:
-        _compile_beside(config, model, beside)
+        compile_in_background(config, model, beside)
         assert not ended
     if dtype == "float32":
         assert not asked
@@ -149,8 +149,8 @@ def test_memory_is_measured_once_compilers_are_gone(
     worker: Any = object.__new__(Worker)
     worker.config = build(tiny_model, gpu_memory_utilization=0.75)._worker.config  # type: ignore[attr-defined]
     worker.ranks, worker._device = Ranks(), torch.device("cuda")
-    with ExitStack() as worker._beside:
-        worker._beside.callback(noted("gone", None))
+    with ExitStack() as worker._background:
+        worker._background.callback(noted("gone", None))
         assert worker._budget() == 100 - 10 - 50
     assert order == ["rehearsed", "gone", "measured"]
 

@@ -17,11 +17,11 @@ RANK = """
 import sys
 from millrace.config import engine_args
 from millrace.replica import build as replica
-from millrace.runtime.ranks.process_groups import torchrun_place
+from millrace.runtime.ranks.process_groups import torchrun_rank_info
 from tests.support.engines import DEFAULTS, build, generate
 
 model, prompts = sys.argv[1], eval(sys.argv[2])
-if torchrun_place(1).rank > 0:
+if torchrun_rank_info(1).rank > 0:
     sys.exit(replica.run_rank(engine_args(model=model, **DEFAULTS)))
 engine = build(model)
 print("TOKENS", generate(engine, prompts))
@@ -30,7 +30,7 @@ engine.close()
 
 
 def test_a_real_run_replays(tiny_model: Path, tmp_path: Path) -> None:
-    """Plans alone bring the same tokens again: sampling, drafts, cache hits and all."""
+    """PlanCodec alone bring the same tokens again: sampling, drafts, cache hits and all."""
     log = tmp_path / "plan.log"
     engine = build(tiny_model, plan_log=str(log), **OPTIONS)
     for _ in range(2):

@@ -1,7 +1,7 @@
 """A rank that fails at a stage of its start, for tests/runtime/ranks/test_starts.py.
 
-Run as `python -m tests.support.failing_rank STAGE WAY NOTE ...`, a rank's own arguments behind; as
-it fails it writes the time into the file NOTE.
+Run as `python -m tests.support.failing_rank STAGE WAY NOTE ...`, followed by the arguments of a
+rank. When it fails it writes the time into the file NOTE.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGES = ("groups", "measuring", "weights", "rehearsal", "capture", "first step")
+STAGES = ("groups", "measuring", "weights", "profile run", "capture", "first step")
 WAYS = ("kill", "stop", "raise")
-AFTER = 3  # sums of a stage that still go well, where it has sums
+AFTER = 3  # all-reduces of a stage that still succeed
 
 
 def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> None:
-    """Have CPU ranks rehearse and capture, as those on GPUs do; a captured step just runs."""
+    """Make CPU ranks profile and capture as GPU ranks do; a captured step just runs."""
     import torch
 
     from millrace.runtime import profile_run
@@ -45,13 +45,13 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
         return plan_memory(self)
 
     set_attribute(Worker, "_plan_memory", plan)
-    set_attribute(Ranks, "settle", Ranks.check)
+    set_attribute(Ranks, "wait_for_device", Ranks.check)
     set_attribute(torch.cuda, "CUDAGraph", Graph)
     set_attribute(torch.cuda, "graph", graph)
 
 
 def fail_at(stage: str, fail: Callable[[], None]) -> None:
-    """Have this process fail at a stage: at its beginning, or among its sums."""
+    """Make this process fail at a stage: at its start, or in one of its all-reduces."""
     from millrace.runtime import profile_run, worker
     from millrace.runtime.ranks import ranks
     from millrace.runtime.step import runner
@@ -60,25 +60,27 @@ def fail_at(stage: str, fail: Callable[[], None]) -> None:
         "groups": (ranks, "form_groups"),
         "measuring": (worker.AllReduce, "measure"),
         "weights": (worker, "_load_model"),
-        "rehearsal": (profile_run, "rehearse"),
+        "profile run": (profile_run, "run_largest_steps"),
         "capture": (runner.Runner, "capture"),
         "first step": (worker.Worker, "follow"),
     }[stage]
     original = getattr(owner, name)
-    # A sum that is measured is called by itself, any other is given a way first.
-    sums = (ranks.Ranks, "all_reduce") if stage == "measuring" else (worker.AllReduce, "_for")
-    add_up, left = getattr(*sums), [AFTER]
+    # A measured all-reduce is called directly; any other asks for its algorithm first.
+    all_reduce = (
+        (ranks.Ranks, "all_reduce") if stage == "measuring" else (worker.AllReduce, "algorithm_for")
+    )
+    run_all_reduce, left = getattr(*all_reduce), [AFTER]
 
     def counted(*given: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             fail()
-        return add_up(*given)
+        return run_all_reduce(*given)
 
     def begin(*given: Any, **named: Any) -> Any:
         if stage in ("groups", "weights"):
             fail()
-        setattr(*sums, counted)
+        setattr(*all_reduce, counted)
         return original(*given, **named)
 
     setattr(owner, name, begin)

@@ -64,9 +64,9 @@ def _examine(engine: Replica) -> dict[str, Any]:
         "device": device,
         "torch": str(torch.__version__),
         "drafts": config.drafts,
-        "used": [_row(timing) for timing in worker.collectives.timings],
-        "table": [_row(timing) for timing in worker.measure_sums(ROWS)],
-        "budget": [msgspec.to_builtins(share) for share in shares],
+        "used": [_row(timing) for timing in worker.all_reduce.timings],
+        "table": [_row(timing) for timing in worker.measure_all_reduce(ROWS)],
+        "calls_per_step": [msgspec.to_builtins(share) for share in shares],
     }
 
 
@@ -76,9 +76,9 @@ def _row(timing: Any) -> dict[str, Any]:
 
 def _share(engine: Replica, batch: int) -> Share:
     """Time decoding steps of `batch` requests."""
-    from millrace.runtime.ranks.allreduce import budget
+    from millrace.runtime.ranks.allreduce import calls_per_step
 
-    config, collectives = engine.config, engine.worker.collectives
+    config, collectives = engine.config, engine.worker.all_reduce
     assert config is not None
     width = config.drafts + 1
     most = min((_WARM + _STEPS) * width, config.max_model_len - 8)
@@ -95,7 +95,7 @@ def _share(engine: Replica, batch: int) -> Share:
     middle = slice(_WARM // 2, max(_WARM // 2 + 1, len(took) - _WARM // 2))
     step = statistics.median(took[middle]) * 1e6
     tokens = statistics.fmean(brought[middle]) or 1.0
-    sums = budget(engine.worker.model_config, config.drafts)
+    sums = calls_per_step(engine.worker.model_config, config.drafts)
     cost = collectives.cost_us(batch * width)
     return Share(batch, step, tokens, sums, sums / tokens, cost, sums * cost / step)
 
@@ -114,7 +114,7 @@ def report(found: dict[str, Any]) -> str:
         "| batch | step us | tokens a step | sums a step | sums a token | sum us | share |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in found["budget"]:
+    for row in found["calls_per_step"]:
         share = msgspec.convert(row, Share)
         lines.append(
             f"| {share.batch} | {share.step_us:,.0f} | {share.tokens_per_step:.2f} | "

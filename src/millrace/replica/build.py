@@ -1,7 +1,7 @@
-"""One replica put together: scheduler, worker and ranks.
+"""Builds one replica from its parts: scheduler, worker and ranks.
 
-The only module of this package that reaches down to the runtime, and so to torch; it does so when
-an engine is built, not on import.
+The only module of this package that imports the runtime, and so torch; it does so when an engine is
+built, not when it is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from millrace.replica.rank_launcher import STARTED_HERE, LocalRanks, require_dev
 
 if TYPE_CHECKING:
     from millrace.model.config import ModelConfig
-    from millrace.runtime.ranks.process_groups import Place
+    from millrace.runtime.ranks.process_groups import RankInfo
     from millrace.runtime.ranks.ranks import Ranks
     from millrace.runtime.worker import Worker
 
@@ -36,34 +36,44 @@ RANK_STOP_LIMIT = 10.0
 
 
 def _wait_passively() -> None:
-    """Have OpenMP's threads sleep while they wait, unless told otherwise; before torch is loaded.
+    """Make OpenMP threads sleep while they wait, unless the user set a policy.
 
-    Threads that spin take the cores from the threads they wait for, and from the front: with more
-    threads than free cores a step takes ten times as long.
+    Call it before torch is loaded. Threads that spin take cores from the threads they wait for and
+    from the server process: with more threads than free cores a step takes ten times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = None) -> Replica:
-    """Load the model, size the memory, complete a real step. Raises UserError, or what failed.
+    """Load the model, plan the memory and complete one request. Raises UserError, or what failed.
 
     With tensor_parallel_size > 1 the other ranks are started here, unless torchrun has done so.
-    on_failure: told on another thread, and once, why the ranks cannot go on; the engine raises
-    RankError for the same reason, as soon as what runs lets it. Without it a process that is stuck
-    in a call to the GPU, and cannot raise, is ended with that line.
+    on_failure: called once, on another thread, with the reason if the ranks have failed. The engine
+    raises RankError for the same reason as soon as the running call returns. Without on_failure a
+    process that hangs in a GPU call, and so cannot raise, is ended with that line.
     """
     _wait_passively()
-    from millrace.runtime.ranks.process_groups import launched_by_torchrun, torchrun_place
+    from millrace.runtime.ranks.process_groups import launched_by_torchrun, torchrun_rank_info
 
     config, model = _resolve(args)
     if launched_by_torchrun():
-        place, children, store = torchrun_place(args.tensor_parallel_size), LocalRanks(), None
+        rank_info, children, store = (
+            torchrun_rank_info(args.tensor_parallel_size),
+            LocalRanks(),
+            None,
+        )
     else:
-        place, children, store = _start_here(args, config)
+        rank_info, children, store = _start_here(args, config)
     guard = HangGuard()
-    told = on_failure or guard.failed
+    report_failure = on_failure or guard.failed
     try:
-        joined = _join(config, place, store=store, fate=children.fate, on_failure=told)
+        joined = _join(
+            config,
+            rank_info,
+            store=store,
+            exit_reason=children.exit_reason,
+            on_failure=report_failure,
+        )
         try:
             with guard:
                 replica = _assemble(config, model, joined, children)
@@ -73,7 +83,7 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
             joined.fail(f"rank 0 could not start: {error}")
             if isinstance(error, RankError):
                 limit_exit()
-            children.stop(limit=0.0)  # first, so that no collective waits for them
+            children.stop(limit=0.0)  # first, so that no collective waits for these
             joined.leave()
             raise
     except BaseException:
@@ -82,26 +92,26 @@ def build_engine(args: EngineArgs, on_failure: Callable[[str], None] | None = No
 
 
 def run_rank(args: EngineArgs) -> int:
-    """Be a rank other than 0 (RANK and WORLD_SIZE are set) until rank 0 says stop. Exit status."""
+    """Run a rank other than 0 (RANK and WORLD_SIZE are set) until rank 0 stops it. Exit status."""
     _wait_passively()
-    from millrace.runtime.ranks.process_groups import torchrun_place
+    from millrace.runtime.ranks.process_groups import torchrun_rank_info
 
-    place = torchrun_place(args.tensor_parallel_size)
-    logging.getLogger("millrace").setLevel(logging.WARNING)  # the rest is said by rank 0
+    rank_info = torchrun_rank_info(args.tensor_parallel_size)
+    logging.getLogger("millrace").setLevel(logging.WARNING)  # rank 0 logs the rest
     joined = None
     try:
         config, model = _resolve(args)
-        joined = _join(config, place, on_failure=lambda why: _end_rank(place.rank, why))
+        joined = _join(config, rank_info, on_failure=lambda why: _end_rank(rank_info.rank, why))
         worker = _worker(config, model, joined)
         worker.follow()
     except BaseException as error:
-        _give_up(place.rank, joined, error)
+        _give_up(rank_info.rank, joined, error)
     joined.leave()
     return 0
 
 
 def _give_up(rank: int, joined: Ranks | None, error: BaseException) -> NoReturn:
-    """Say what went wrong, to all ranks, and end; nothing waits for a collective that hangs."""
+    """Tell all ranks the reason, and end at once, without waiting for collectives that hang."""
     if isinstance(error, (UserError, RankError)):
         log.error("rank %d ends: %s", rank, error)
     else:
@@ -112,42 +122,42 @@ def _give_up(rank: int, joined: Ranks | None, error: BaseException) -> NoReturn:
 
 
 def _end_rank(rank: int, why: str) -> None:
-    """End this rank at once, wherever its work stands: nobody is left to work with."""
+    """End this rank at once: the group has failed."""
     log.error("rank %d ends: %s", rank, why)
     os._exit(RANK_FAILED)
 
 
-def _start_here(args: EngineArgs, config: EngineConfig) -> tuple[Place, LocalRanks, Any]:
-    """(our place, the other ranks, the store to meet them in)."""
+def _start_here(args: EngineArgs, config: EngineConfig) -> tuple[RankInfo, LocalRanks, Any]:
+    """(rank 0, the other ranks, which are started here, the store to find them)."""
     import torch
 
-    from millrace.runtime.ranks.process_groups import Place, open_store
+    from millrace.runtime.ranks.process_groups import RankInfo, open_store
 
     size = args.tensor_parallel_size
     if size == 1:
-        return Place(), LocalRanks(), None
+        return RankInfo(), LocalRanks(), None
     require_devices(size, config.device, torch.cuda.device_count())
     store = open_store()
     children = LocalRanks.start(args, size, store.port, config.device)
     if share := threads(size, config.device):
         torch.set_num_threads(int(share["OMP_NUM_THREADS"]))
-    return Place(0, size, 0), children, store
+    return RankInfo(0, size, 0), children, store
 
 
-def _join(config: EngineConfig, place: Place, **options: Any) -> Ranks:
-    """Meet the other ranks, on the GPU that is this one's."""
+def _join(config: EngineConfig, rank_info: RankInfo, **options: Any) -> Ranks:
+    """Join the other ranks, and take this rank's GPU."""
     import torch
 
     from millrace.runtime.ranks.ranks import Ranks
 
     device: str = config.device
-    if device == "cuda" and place.size > 1:
-        torch.cuda.set_device(place.local)
+    if device == "cuda" and rank_info.size > 1:
+        torch.cuda.set_device(rank_info.local)
         device = torch.cuda.get_device_name()
     one_install = options.get("store") is not None or STARTED_HERE in os.environ
     model = find_model(config.args.model)
-    known = facts(config.args, model, device, one_install) if place.size > 1 else {}
-    return Ranks.join(place, "nccl" if config.device == "cuda" else "gloo", known, **options)
+    known = facts(config.args, model, device, one_install) if rank_info.size > 1 else {}
+    return Ranks.join(rank_info, "nccl" if config.device == "cuda" else "gloo", known, **options)
 
 
 def _resolve(args: EngineArgs) -> tuple[EngineConfig, ModelConfig]:
@@ -171,7 +181,7 @@ def _worker(config: EngineConfig, model: ModelConfig, ranks: Ranks) -> Worker:
 
 
 class Replica(Engine):
-    """An engine with the ranks that it is spread over, of which some may have been started here."""
+    """An engine with its ranks; children: those that were started here."""
 
     ranks: Ranks
     children: LocalRanks
@@ -183,7 +193,7 @@ class Replica(Engine):
             return super().step()
 
     def check(self) -> None:
-        """Raise RankError if a rank has failed; an idle engine would not notice by itself."""
+        """Raise RankError if a rank has failed; an idle engine would not notice otherwise."""
         self.ranks.check()
 
     def close(self) -> None:
@@ -191,7 +201,7 @@ class Replica(Engine):
             super().close()
             self.children.stop(RANK_STOP_LIMIT)
         except RankError:
-            self.children.stop(0.0)  # first, so that no collective waits for them
+            self.children.stop(0.0)  # first, so that no collective waits for these
             self.ranks.leave()
 
 
@@ -217,7 +227,7 @@ def _assemble(
 
 
 def _warm_up(engine: Engine) -> None:
-    """Serve one request, so that what is said to be ready has run."""
+    """Complete one request, so that an engine that reports ready has run."""
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     engine.add(AddRequest(id="warm-up", prompt=[0], params=params))
     while engine.has_work():

@@ -1,7 +1,7 @@
-"""The last resort for a process whose ranks have failed while it is in a call that never returns.
+"""Ends a process whose ranks have failed while it is in a call that never returns.
 
-A kernel that waits for a rank that is gone, or a driver that waits for that kernel, cannot be told
-to stop from here. Waits that can notice by themselves do, and are given time to.
+A kernel that waits for a failed rank, or a driver call that waits for such a kernel, cannot be
+cancelled. Waits that notice the failure themselves get time to raise first.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from types import TracebackType
 
 log = logging.getLogger("millrace.engine")
 
-STUCK_LIMIT = 5.0  # seconds to notice by oneself that the ranks have failed
-EXIT_LIMIT = 10.0  # seconds for Python's own end, once the ranks have failed
+STUCK_LIMIT = 5.0  # seconds for a wait to notice by itself that the ranks have failed
+EXIT_LIMIT = 10.0  # seconds for interpreter exit, once the ranks have failed
 RANK_FAILED = 3  # exit status of a process whose group has failed
-_GLANCE = 0.1
+_POLL_SECONDS = 0.1
 
 
 def end(why: str) -> None:
-    """End this process with the reason as its last line."""
+    """End this process, with the reason as its last log line."""
     log.error("%s", why)
     os._exit(RANK_FAILED)
 
 
 def limit_exit() -> None:
-    """Have this process end soon after its program: what it frees then may wait for the GPU."""
-    atexit.unregister(_end_soon)
-    atexit.register(_end_soon)
+    """Limit the time of interpreter exit: what is freed then may wait for the GPU."""
+    atexit.unregister(_set_exit_alarm)
+    atexit.register(_set_exit_alarm)
 
 
-def _end_soon() -> None:
+def _set_exit_alarm() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, EXIT_LIMIT)
 
 
 class HangGuard:
-    """What is within it may wait for other ranks, by one thread at a time.
+    """A context manager around calls that may wait for other ranks; one thread at a time.
 
-    end: is told the reason if that thread is still within the same `with` STUCK_LIMIT seconds after
-    the group has failed. Work that is elsewhere then is left alone: it learns at its next call.
+    end: called with the reason if that thread is still in the same `with` block STUCK_LIMIT seconds
+    after the group has failed. Otherwise nothing happens: the next call raises.
     """
 
     def __init__(self, end: Callable[[str], None] = end) -> None:
@@ -65,12 +65,12 @@ class HangGuard:
     def failed(self, why: str) -> None:
         """The group has failed; returns at once."""
         limit_exit()
-        threading.Thread(target=self._see_out, args=[why], daemon=True).start()
+        threading.Thread(target=self._end_if_stuck, args=[why], daemon=True).start()
 
-    def _see_out(self, why: str) -> None:
+    def _end_if_stuck(self, why: str) -> None:
         deadline, entered = time.monotonic() + STUCK_LIMIT, self._entered
         while entered is not None and self._entered is entered:
             if time.monotonic() > deadline:
                 self._end(why)
                 return
-            time.sleep(_GLANCE)
+            time.sleep(_POLL_SECONDS)

@@ -1,7 +1,7 @@
-"""The process that serves a front with one replica, or is another rank of one.
+"""The engine process: it serves a server process with one replica, or runs another rank of one.
 
-It speaks msgpack over two ZMQ sockets in a
-directory that the front made, and ends when the front does.
+It speaks msgpack over two ZMQ sockets in a directory that the server process made, and ends when
+that process ends.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from millrace.replica.watchdog import REPORT, Watchdog
 log = logging.getLogger("millrace.engine")
 
 IDLE_POLL_MS = 500
-HEARTBEAT = 1.0  # seconds after which the front hears of an engine that has nothing to say
-STUCK_LIMIT = 5.0  # seconds that the loop gets to notice by itself that its ranks have failed
+HEARTBEAT = 1.0  # seconds after which an idle engine sends its statistics
+STUCK_LIMIT = 5.0  # seconds for the loop to notice by itself that its ranks have failed
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
 
 
-# --- serving a front ---------------------------------------------------------------------------
+# --- serving requests --------------------------------------------------------------------------
 
 
-class _Front:
-    """The engine's end of the two sockets."""
+class _ServerLink:
+    """The engine's side of the two sockets."""
 
     def __init__(self, directory: Path) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._incoming = context.socket(zmq.PULL)
         self._incoming.connect(f"ipc://{directory}/to-engine")
         self._outgoing = context.socket(zmq.PUSH)
-        self._outgoing.setsockopt(zmq.SNDHWM, 0)  # the front bounds how much can be under way
+        self._outgoing.setsockopt(zmq.SNDHWM, 0)  # the server process limits the requests in flight
         self._outgoing.connect(f"ipc://{directory}/from-engine")
         self._directory = directory
 
@@ -69,7 +69,7 @@ class _Front:
         self._outgoing.send(_encode(message))
 
     def receive(self, wait_ms: int) -> list[ToEngine]:
-        """All messages that are there, waiting up to `wait_ms` for the first."""
+        """All messages that have arrived; waits up to `wait_ms` for the first."""
         messages: list[ToEngine] = []
         if wait_ms and not self._incoming.poll(wait_ms):
             return messages
@@ -83,67 +83,67 @@ class _Front:
         self._outgoing.close(linger=1000)
 
     def end_without_loop(self, why: str) -> NoReturn:
-        """From another thread: say why, and end a process whose loop is stuck in a collective."""
+        """From another thread: send the reason, and end a process that hangs in a collective."""
         log.error("%s", why)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         socket = context.socket(zmq.PUSH)
         socket.connect(f"ipc://{self._directory}/from-engine")
         socket.send(_encode(Failed(why, user_error=False)))
         socket.close(linger=1000)
-        time.sleep(1.0)  # lets it go out; what runs is of no more use to anybody
+        time.sleep(1.0)  # until it is sent
         os._exit(1)
 
 
 def serve(args: EngineArgs, directory: Path, parent: int) -> int:
-    """Build an engine and run it for the front behind `directory`. Returns the exit status."""
-    front, engine = _Front(directory), None
+    """Build an engine and serve the server process at `directory`. Returns the exit status."""
+    server, engine = _ServerLink(directory), None
     watchdog = Watchdog(args.step_timeout, directory / REPORT)
     try:
-        engine = build_engine(args, on_failure=lambda why: _insist(front, why))
-        front.send(_ready(engine))
-        _run(engine, front, parent, watchdog)
+        engine = build_engine(args, on_failure=lambda why: _end_if_stuck(server, why))
+        server.send(_ready(engine))
+        _run(engine, server, parent, watchdog)
         watchdog.close()
         engine.close()
         return 0
     except UserError as error:
-        front.send(Failed(str(error), user_error=True))
+        server.send(Failed(str(error), user_error=True))
         return 2
     except RankError as error:
-        _end_group(front, engine, str(error))
+        _end_group(server, engine, str(error))
     except Exception as error:
         log.exception("the engine failed")
-        front.send(Failed(f"{type(error).__name__}: {error}", user_error=False))
+        server.send(Failed(f"{type(error).__name__}: {error}", user_error=False))
         return 1
     finally:
-        front.close()
+        server.close()
 
 
-def _end_group(front: _Front, engine: Replica | None, why: str) -> NoReturn:
-    """Say why the ranks cannot go on, and end at once: a collective in flight would hold us up."""
+def _end_group(server: _ServerLink, engine: Replica | None, why: str) -> NoReturn:
+    """Send why the ranks have failed, and end at once: a collective in flight may hang."""
     log.error("%s", why)
-    front.send(Failed(why, user_error=False))
-    front.close()
+    server.send(Failed(why, user_error=False))
+    server.close()
     if engine is not None:
         engine.children.stop(limit=0.0)
-    zmq.Context.instance().term()  # what was sent has gone out then
+    zmq.Context.instance().term()  # returns once the messages are sent
     os._exit(1)
 
 
-def _insist(front: _Front, why: str) -> None:
-    """The ranks have failed: the loop will notice by itself, unless it is stuck."""
-    timer = threading.Timer(STUCK_LIMIT, front.end_without_loop, [why])
+def _end_if_stuck(server: _ServerLink, why: str) -> None:
+    """The ranks have failed: end the process soon, if its loop does not notice by itself."""
+    timer = threading.Timer(STUCK_LIMIT, server.end_without_loop, [why])
     timer.daemon = True
     timer.start()
 
 
-def _run(engine: Replica, front: _Front, parent: int, watchdog: Watchdog) -> None:
-    """Serve until told to stop, or until the front is gone."""
-    heard = 0.0
+def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) -> None:
+    """Serve until a Shutdown message, or until the server process is gone."""
+    last_sent = 0.0
     while True:
         now = time.monotonic()
         watchdog.beat(now)
         busy = engine.has_work()
-        messages = front.receive(0 if busy else IDLE_POLL_MS)
+        messages = server.receive(0 if busy else IDLE_POLL_MS)
         refused: list[Delta] = []
         for message in messages:
             if isinstance(message, Shutdown):
@@ -156,9 +156,9 @@ def _run(engine: Replica, front: _Front, parent: int, watchdog: Watchdog) -> Non
                 refused += _add(engine, message)
         engine.check()
         deltas = refused + (engine.step() if engine.has_work() else [])
-        if deltas or messages or now - heard >= HEARTBEAT:
-            front.send(Outputs(deltas, engine.stats()))
-            heard = now
+        if deltas or messages or now - last_sent >= HEARTBEAT:
+            server.send(Outputs(deltas, engine.stats()))
+            last_sent = now
         if os.getppid() != parent:
             return
 
@@ -183,7 +183,7 @@ def _ready(engine: Engine) -> Ready:
 
 
 def summary(engine: Engine) -> str:
-    """The settled configuration in one line a topic, for the log."""
+    """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
     assert config is not None
     return "\n".join(
@@ -203,14 +203,14 @@ def summary(engine: Engine) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="millrace.replica.process")
     parser.add_argument("--args", required=True, help="EngineArgs as JSON")
-    parser.add_argument("--socket-dir", type=Path, help="where the front's sockets are")
+    parser.add_argument("--socket-dir", type=Path, help="the directory of the server's sockets")
     parser.add_argument("--parent-pid", type=int, default=os.getppid())
     options = parser.parse_args()
     end_with_parent(options.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server process decides when to stop
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
+    faulthandler.register(signal.SIGUSR1)  # prints its stacks while it runs
     args = msgspec.json.decode(options.args, type=EngineArgs)
     if options.socket_dir is None:
         return run_rank(args)

@@ -1,7 +1,7 @@
-"""What must be the same on every rank of a group, as short texts to compare at the start.
+"""What must be the same on every rank of a group, as short texts that are compared at the start.
 
-A group whose ranks run other code, other options or other weights computes nonsense without any
-error; so each fact has a name that says what to put right. Reads files, no tensor.
+A group whose ranks run different code, options or weights computes nonsense without an error. Each
+fact has a name that says what to correct. This module reads files, but no tensors.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import msgspec
 from millrace.config import EngineArgs
 from millrace.version import __version__
 
-# Options that may differ: they name things on one host, or concern rank 0 alone.
+# Options that may differ: they name things of one host, or only rank 0 uses them.
 _OWN = {"model", "tokenizer", "served_model_name", "tensor_parallel_size", "plan_log", "max_queue"}
-# What ranks run, as patterns within the package.
+# The source that ranks run, as patterns in the package.
 _RUN = ("model/**/*.py", "runtime/**/*.py", "kernels/**/*.py", "protocol.py", "config.py")
-_SAMPLES, _SAMPLE = 16, 4096  # places read of each weight file, and bytes at each
+_SAMPLES, _SAMPLE = 16, 4096  # samples of each weight file, and bytes of each
 
 
 def facts(args: EngineArgs, model: Path, device: str, one_install: bool) -> dict[str, str]:
-    """Name -> value; device: what the ranks run on, such as "cpu" or a GPU's name.
+    """The facts by name. device: "cpu", or the name of the GPU.
 
-    one_install: rank 0 started the others from its own files, which need no comparison.
+    one_install: rank 0 started the other ranks, from the same files; so the source is not compared.
     """
     import torch
 

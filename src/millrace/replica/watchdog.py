@@ -1,7 +1,7 @@
-"""Ends an engine that is stuck in one step, after writing down where every thread of it is.
+"""Ends an engine that hangs in one step, after it has written down the stacks of all threads.
 
-The clock runs in a thread of C that needs no interpreter lock, so it also notices a kernel, a
-collective or a driver call that never returns. It knows nothing of what a step does.
+The timer is a C thread that needs no interpreter lock. So it also notices a kernel, a collective or
+a driver call that never returns. It knows nothing of what a step does.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import faulthandler
 import re
 from pathlib import Path
 
-REPORT = "stuck"  # the file's name in the directory that engine and front share
+REPORT = "stuck"  # name of the file in the directory that engine and server share
 
 
 class Watchdog:
-    """limit: seconds that may pass between two beats; 0 watches nothing. report: file to write."""
+    """limit: most seconds between two beats; 0: no limit. report: the file for the stacks."""
 
     def __init__(self, limit: float, report: Path) -> None:
         self._limit = limit
@@ -22,7 +22,7 @@ class Watchdog:
         self._due = 0.0
 
     def beat(self, now: float) -> None:
-        """Still alive. now: seconds on the monotonic clock. Cheap enough for every step."""
+        """Restart the timer. now: seconds on the monotonic clock. Cheap enough for every step."""
         if self._limit and now >= self._due:
             faulthandler.dump_traceback_later(self._limit, exit=True, file=self._file)
             self._due = now + min(1.0, self._limit / 10)
@@ -33,11 +33,11 @@ class Watchdog:
 
 
 def where(report: str) -> str:
-    """In a few words, where the main thread was. faulthandler writes that thread last."""
+    """Where the main thread was, in a few words. faulthandler writes that thread last."""
     main = report.rpartition("Thread ")[2]
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main)
     if not frames:
-        return "at a place unknown"
+        return "at an unknown place"
     file, line, function = frames[0]
     place = f"at {Path(file).name}:{line} in {function}"
     ours = next((f for f in frames if "/millrace/" in f[0]), frames[0])

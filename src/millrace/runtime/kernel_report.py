@@ -1,7 +1,7 @@
-"""The backend of each op on this GPU, one line each, logged at the start.
+"""The backend of each op on this GPU, one log line for each, at the start.
 
-The modules that choose a backend are asked for their reasons; nothing is chosen here. Ops with a
-single backend share one line.
+The modules that choose a backend give the reasons; nothing is chosen here. Ops with a single
+backend share one line.
 """
 
 from __future__ import annotations

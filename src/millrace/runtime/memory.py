@@ -1,8 +1,9 @@
-"""How the memory there is becomes slots, pages and snapshots; and a clear refusal where it cannot.
+"""Splits the memory of one rank into slots, pages and snapshots, or says clearly why it is too
+small.
 
-Pure arithmetic over bytes: the worker measures and allocates. Slots come first (each is a recurrent
-state with its window, and max_num_seqs says how many), then pages for at least one longest
-sequence, then snapshots up to a share of what is left, then pages with the rest.
+Pure arithmetic on bytes: the worker measures and allocates. Slots come first (max_num_seqs of them,
+each a recurrent state with its window). Then come the pages of at least one longest sequence, then
+snapshots up to a share of what is left, then pages with the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SNAPSHOTS_PER_SEQUENCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Bytes on one rank: of a page (all layers), of a slot's rows, of a snapshot."""
+    """Bytes on one rank: of a page (all layers), of a slot, of a snapshot."""
 
     page: int
     slot: int
@@ -44,9 +45,9 @@ def plan_memory(
     num_snapshots: int | None,
     prefix_caching: bool,
 ) -> MemoryPlan:
-    """Split `budget` bytes. num_snapshots: as many as asked for, or None for a share.
+    """Split `budget` bytes. num_snapshots: the number asked for; None: a share of the memory.
 
-    Raises ConfigError naming the option that is too large and the value that fits.
+    Raises ConfigError with the option that is too large and the value that fits.
     """
     slots = (max_num_seqs + 1) * costs.slot
     least = (pages_per_request + 1) * costs.page
@@ -57,7 +58,7 @@ def plan_memory(
     rest = budget - slots - least
     snapshots = _snapshots(rest, costs, max_num_seqs, num_snapshots) if prefix_caching else 0
     rest -= snapshots * costs.snapshot
-    # Beyond this many pages nothing can use them: every sequence at its longest, and each snapshot.
+    # More pages than this are useless: all sequences at full length, and all snapshots.
     useful = pages_per_request * (max_num_seqs + snapshots) + 1
     pages = min(pages_per_request + 1 + rest // costs.page, useful)
     total = slots + pages * costs.page + snapshots * costs.snapshot
@@ -86,11 +87,11 @@ def _refusal(
 ) -> str:
     least = (pages_per_request + 1) * costs.page
     fitting_seqs = (budget - least) // costs.slot - 1
-    have = f"{_gib(budget)} is there for states and pages"
+    have = f"{_gib(budget)} is available for states and pages"
     if fitting_seqs >= 1:
         return (
             f"max_num_seqs {max_num_seqs} needs {_gib((max_num_seqs + 1) * costs.slot)} of states "
-            f"beside one sequence's pages, but {have}; at most {fitting_seqs} fit"
+            f"besides the pages of one sequence, but {have}; at most {fitting_seqs} fit"
         )
     left = budget - 2 * costs.slot
     fitting_len = max(0, left // costs.page - 1) * page_size - (
@@ -102,7 +103,7 @@ def _refusal(
             f"{have}; at most {fitting_len} fit with max_num_seqs 1"
         )
     return (
-        f"{have}, which holds no sequence at all: one state takes {_gib(costs.slot)}; "
+        f"{have}, too little for a single sequence: one state takes {_gib(costs.slot)}; "
         "give more memory (gpu_memory_utilization, kv_cache_memory_bytes)"
     )
 

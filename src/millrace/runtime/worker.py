@@ -1,7 +1,8 @@
-"""One rank of a replica: its device, its model, its memory; plans in, results out.
+"""The worker of one rank: it owns the device, the model and the memory; plans in, results out.
 
-Loads, sizes and allocates once; afterwards it only launches. On a GPU a launch returns while the
-step still runs, and the result is copied out on the side; on a CPU a launch is the step itself.
+It loads, sizes and allocates once; afterwards it only launches steps. On a GPU a launch returns
+while the step runs, and the result is copied to the host on another stream. On a CPU a launch runs
+the step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from millrace.protocol import Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
 from millrace.runtime.profile_run import row_counts, token_counts, workspace_bytes
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
-from millrace.runtime.ranks.plan_codec import MeasureSums
+from millrace.runtime.ranks.plan_codec import MeasureAllReduce
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step.results import PendingStep
 from millrace.runtime.step.runner import Runner
@@ -42,14 +43,14 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
-# Without a limit of its own a CPU engine takes at most this share of the memory that is free.
+# A CPU engine without a memory limit uses at most this share of the free memory, and CPU_MOST.
 CPU_SHARE = 0.4
 CPU_MOST = 4 << 30
-LONGEST_MEASURED = 1024  # tokens of a message between ranks
+LONGEST_MEASURED = 1024  # most rows of an all-reduce message that is measured
 
 
 class Worker:
-    """Carries out plans on this rank; rank 0 sends them to the others first."""
+    """Runs plans on this rank. Rank 0 sends each plan to the other ranks first."""
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, directory: Path, ranks: Ranks
@@ -58,14 +59,14 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self.model_config = model_config
-        self.collectives = AllReduce.build(
+        self.all_reduce = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
-        self.collectives.settle(_message_rows(config))
-        self._model = _empty_model(config, model_config, self.collectives.parallel())
-        with ExitStack() as self._beside:  # what takes GPU memory until that is shared out
+        self.all_reduce.choose(_message_rows(config))
+        self._model = _empty_model(config, model_config, self.all_reduce.parallel())
+        with ExitStack() as self._background:  # may use GPU memory until it is measured
             with _timed("weights"):
-                _compile_beside(config, self._model, self._beside)
+                compile_in_background(config, self._model, self._background)
                 log_backends(config, model_config, self._model)
                 _load_model(config, self._model, directory, ranks.check)
             with _timed("memory"):
@@ -77,7 +78,7 @@ class Worker:
                 self._runner.capture(config.max_num_seqs)
 
     def limits(self) -> Limits:
-        """What the scheduler has to work within."""
+        """The limits that the scheduler works within."""
         config = self.config
         return Limits(
             max_num_seqs=config.max_num_seqs,
@@ -101,27 +102,27 @@ class Worker:
         )
 
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
-        """Start a step. masks: of rows that follow a grammar; only rank 0's draws count."""
+        """Start a step. masks: builds the masks of rows with a grammar; only rank 0 needs it."""
         self.ranks.send(plan)
         return PendingStep(plan, self._runner.run(plan, masks), self.ranks.wait)
 
     def follow(self) -> None:
-        """A rank other than 0: run what rank 0 plans until it says stop."""
+        """A rank other than 0: run rank 0's plans until it stops the ranks."""
         while not isinstance(message := self.ranks.receive(), StopRanks):
-            if isinstance(message, MeasureSums):
-                self.collectives.measure(message.rows)
+            if isinstance(message, MeasureAllReduce):
+                self.all_reduce.measure(message.rows)
             else:
                 self._runner.run(message)
         self._runner.release()
 
-    def measure_sums(self, rows: list[int]) -> list[Timing]:
-        """Every way to add up over the ranks, at messages of so many tokens."""
-        self.ranks.send(MeasureSums(rows))
-        return self.collectives.measure(rows)
+    def measure_all_reduce(self, rows: list[int]) -> list[Timing]:
+        """Measure every all-reduce algorithm at messages of so many rows."""
+        self.ranks.send(MeasureAllReduce(rows))
+        return self.all_reduce.measure(rows)
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
-        self._runner.release()  # first: a group waits for graphs that hold its collectives
+        self._runner.release()  # first: NCCL waits for graphs with its collectives
         self.ranks.leave()
 
     # --- memory -----------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class Worker:
     def _plan_memory(self) -> MemoryPlan:
         config, args = self.config, self.config.args
         return plan_memory(
-            self.ranks.smallest(self._budget()),
+            self.ranks.min_over_ranks(self._budget()),
             self._costs(),
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -153,15 +154,17 @@ class Worker:
         return Costs(page=token * config.page_size, slot=slot + tape, snapshot=record)
 
     def _budget(self) -> int:
-        """Bytes for states, pages and snapshots."""
+        """Bytes available for states, pages and snapshots."""
         args = self.config.args
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
             taken = workspace_bytes(
-                self.config, lambda config: self._build_runner(config, 1, 0), self.ranks.settle
+                self.config,
+                lambda config: self._build_runner(config, 1, 0),
+                self.ranks.wait_for_device,
             )
-            self._beside.close()
+            self._background.close()
             free, total = torch.cuda.mem_get_info()
             logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
             return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
@@ -170,7 +173,7 @@ class Worker:
     # --- allocation -------------------------------------------------------------------------
 
     def _build_runner(self, config: EngineConfig, pages: int, snapshots: int) -> Runner:
-        """A runner with slots for config.max_num_seqs."""
+        """A runner with slots for config.max_num_seqs requests."""
         model = self.model_config
         caches = allocate_caches(config, model, pages, self.ranks.size, self._device)
         slots = Slots.allocate(
@@ -182,16 +185,16 @@ class Worker:
 
 @contextmanager
 def _timed(part: str) -> Iterator[None]:
-    """Note how long a part of the start took."""
+    """Log how long a part of the start took."""
     began = time.perf_counter()
     yield
     logger.info("%s: %.1f s", part, time.perf_counter() - began)
 
 
 def _message_rows(config: EngineConfig) -> list[int]:
-    """Tokens of the messages that ranks exchange: of decode steps, small to large, and of chunks.
+    """Rows of the all-reduce messages to measure: of decode steps, small to large, and of chunks.
 
-    Longer ones than these are bound by the link, whichever way they take.
+    Longer messages are bound by the link, whichever algorithm is used.
     """
     width = config.drafts + 1
     rows = {n * width for n in (1, 8, 32, config.max_num_seqs)} | {config.max_num_batched_tokens}
@@ -201,11 +204,11 @@ def _message_rows(config: EngineConfig) -> list[int]:
 def _empty_model(
     config: EngineConfig, model_config: ModelConfig, parallel: TensorParallel
 ) -> Qwen3_5:
-    """The model without weights. FP8 ones will stay FP8 where the device can multiply them."""
+    """The model without weights. FP8 weights stay FP8 if the device has FP8 GEMMs."""
     fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     if config.device == "cuda" and config.drafts and config.draft_fp8 and not fp8:
         raise ConfigError(
-            'speculative_config.quantization "fp8": this GPU cannot multiply FP8; use "none"'
+            'speculative_config.quantization "fp8": this GPU has no FP8 GEMM; use "none"'
         )
     return build_model(
         model_config,
@@ -219,17 +222,17 @@ def _empty_model(
     )
 
 
-def _compile_beside(config: EngineConfig, model: Qwen3_5, beside: ExitStack) -> None:
-    """Until `beside` is closed, compile what the model's FP8 products need in other processes."""
+def compile_in_background(config: EngineConfig, model: Qwen3_5, background: ExitStack) -> None:
+    """Compile the model's FP8 GEMMs in other processes, until `background` is closed."""
     if config.device != "cuda" or config.dtype != "bfloat16":
         return
-    from millrace.kernels.gpu.gemm.prebuild import compiling  # imports what only GPUs have
+    from millrace.kernels.gpu.gemm.prebuild import compiling  # needs packages for GPUs
 
-    beside.enter_context(compiling(_fp8_sizes(config, model)))
+    background.enter_context(compiling(_fp8_sizes(config, model)))
 
 
 def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5) -> None:
-    """Log what runs each op on a GPU, and where FP8 weights are widened for want of FP8 GEMMs."""
+    """Log the backend of each op on a GPU, and whether FP8 weights are dequantized."""
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
     if model_config.fp8 and not linears:
         device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
@@ -237,8 +240,8 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
         logger.log(level, "FP8 weights become %s: %s has no FP8 GEMM", config.dtype, device)
     if config.device != "cuda":
         return
-    from millrace.kernels.gpu.gdn import decode  # import what only GPUs have
-    from millrace.runtime import kernel_report  # import what only GPUs have
+    from millrace.kernels.gpu.gdn import decode  # needs packages for GPUs
+    from millrace.runtime import kernel_report  # needs packages for GPUs
 
     shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
     dtype, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
@@ -252,12 +255,12 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5
 
 
 def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]]:
-    """Of products with e4m3 weights: outputs, inputs, tokens."""
+    """(outputs, inputs, tokens) of the GEMMs with e4m3 weights."""
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
     shapes = {(linear.weight.shape[0], linear.weight.shape[1]) for linear in linears}
     for module in model.modules():
         if isinstance(module, Attention) and module.qkv_proj.fp8:
-            # Of tokens that only others attend to, no more than keys and values is computed.
+            # For tokens that are not sampled, the draft head computes keys and values only.
             shapes.add((sum(module.widths[2:]), module.qkv_proj.weight.shape[1]))
     sizes = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
     if isinstance(model.draft_output, Fp8DraftHead):
@@ -269,20 +272,20 @@ def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]
 def _load_model(
     config: EngineConfig, model: Qwen3_5, directory: Path, check: Callable[[], None]
 ) -> None:
-    """Fill in the weights. check: called all along; raises where loading on makes no sense."""
+    """Load the weights. check: called meanwhile; raises if loading is pointless."""
     if config.args.load_format == "dummy":
         random_weights(model, config.args.seed, check)
     else:
         load(model, directory, check)
     taken = model.derive()
     if taken:
-        logger.info("the output head in FP8, for drafts, takes %.0f MiB", taken / 2**20)
+        logger.info("the FP8 copy of the output head, for drafts, takes %.0f MiB", taken / 2**20)
 
 
 def allocate_caches(
     config: EngineConfig, model: ModelConfig, num_pages: int, ranks: int, device: torch.device
 ) -> Caches:
-    """Zeroed pages and slots of every layer for one rank."""
+    """Zeroed KV pages and state slots of every layer, for one rank."""
     rows, width = config.max_num_seqs + 1, config.drafts + 3
     key_heads, value_heads = model.key_heads // ranks, model.value_heads // ranks
     dtype = DTYPES[config.dtype]
@@ -316,7 +319,7 @@ def allocate_caches(
 
 
 def _available_memory() -> int:
-    """Bytes that the system can give without swapping, within this process's control group."""
+    """Bytes that this process can allocate without swapping, within its control group."""
     available = 8 << 30
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

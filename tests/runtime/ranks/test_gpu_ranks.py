@@ -70,7 +70,7 @@ def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list
     options = {"max_num_seqs": 8, "enforce_eager": eager, "speculative_config": spec}
     engine = build(model, device="cuda", tensor_parallel_size=2, **options)
     try:
-        chosen = {t.algorithm for t in engine.worker.collectives.timings if t.chosen}
+        chosen = {t.algorithm for t in engine.worker.all_reduce.timings if t.chosen}
         return chosen, [generate(engine, PROMPTS, 32) for _ in range(2)]
     finally:
         engine.close()

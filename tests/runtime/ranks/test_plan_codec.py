@@ -1,50 +1,57 @@
-"""Messages of rank 0 as bytes: whole again on the other side, and in their order only."""
+"""Messages of rank 0 as bytes: decoded unchanged, and only in their order."""
 
 from __future__ import annotations
 
 import pytest
 
 from millrace.protocol import StepPlan, StopRanks
-from millrace.runtime.ranks.plan_codec import FIRST, MeasureSums, Message, OtherPlanError, Plans
+from millrace.runtime.ranks.plan_codec import (
+    FIRST_BYTES,
+    MeasureAllReduce,
+    Message,
+    PlanCodec,
+    PlanMismatchError,
+)
 
 
-def carried(message: Message, there: Plans, here: Plans) -> Message:
-    """The message after its way from one rank to another, in two pieces if it is long."""
-    data = bytes(there.pack(message))
-    first = data[:FIRST].ljust(FIRST, b"\xff")  # what stands behind a short message is old
-    rest = here.rest(first)
-    assert rest == max(0, len(data) - FIRST)
-    return here.unpack(first + data[FIRST : FIRST + rest])
+def transferred(message: Message, sender: PlanCodec, receiver: PlanCodec) -> Message:
+    """The message as the other rank decodes it; a long one is sent in two parts."""
+    data = bytes(sender.pack(message))
+    # Behind a short message the buffer holds bytes of earlier ones.
+    first = data[:FIRST_BYTES].ljust(FIRST_BYTES, b"\xff")
+    rest = receiver.remaining_bytes(first)
+    assert rest == max(0, len(data) - FIRST_BYTES)
+    return receiver.unpack(first + data[FIRST_BYTES : FIRST_BYTES + rest])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 400, 2030, 2031, 9000])
 def test_messages_of_every_length_arrive(rows: int) -> None:
-    there, here = Plans(), Plans()
-    messages = [MeasureSums([1] * rows), StopRanks(), MeasureSums([70000] * rows)]
-    assert [carried(message, there, here) for message in messages] == messages
-    assert here.number == there.number == 3
+    sender, receiver = PlanCodec(), PlanCodec()
+    messages = [MeasureAllReduce([1] * rows), StopRanks(), MeasureAllReduce([70000] * rows)]
+    assert [transferred(message, sender, receiver) for message in messages] == messages
+    assert receiver.number == sender.number == 3
 
 
-def test_a_message_that_was_missed_is_noticed() -> None:
-    there, here = Plans(), Plans()
-    carried(MeasureSums([1]), there, here)
-    there.pack(StopRanks())
-    with pytest.raises(OtherPlanError, match=r"^2 where rank 0 has 3$"):
-        carried(StopRanks(), there, here)
+def test_a_missed_message_is_noticed() -> None:
+    sender, receiver = PlanCodec(), PlanCodec()
+    transferred(MeasureAllReduce([1]), sender, receiver)
+    sender.pack(StopRanks())
+    with pytest.raises(PlanMismatchError, match=r"^2 where rank 0 has 3$"):
+        transferred(StopRanks(), sender, receiver)
 
 
-def test_a_message_with_another_byte_is_noticed() -> None:
-    there, here = Plans(), Plans()
+def test_a_changed_byte_is_noticed() -> None:
+    sender, receiver = PlanCodec(), PlanCodec()
     plan = StepPlan(1, [], [], [1, 2, 3], [], [], 9)
-    data = there.pack(plan)
+    data = sender.pack(plan)
     data[-1] ^= 1
-    with pytest.raises(OtherPlanError, match=r"^1 with digest .* where rank 0 has "):
-        here.unpack(bytes(data))
+    with pytest.raises(PlanMismatchError, match=r"^1 with digest .* where rank 0 has "):
+        receiver.unpack(bytes(data))
 
 
-def test_what_came_before_is_part_of_the_digest() -> None:
-    there, here = Plans(), Plans()
-    there.pack(MeasureSums([1]))
-    here.pack(MeasureSums([2]))
-    with pytest.raises(OtherPlanError, match="digest"):
-        carried(StopRanks(), there, here)
+def test_the_digest_covers_earlier_messages() -> None:
+    sender, receiver = PlanCodec(), PlanCodec()
+    sender.pack(MeasureAllReduce([1]))
+    receiver.pack(MeasureAllReduce([2]))
+    with pytest.raises(PlanMismatchError, match="digest"):
+        transferred(StopRanks(), sender, receiver)

@@ -1,4 +1,4 @@
-"""Two real ranks over Gloo, and what can go wrong with one of them: named, and nothing hangs."""
+"""Two real ranks over Gloo. What goes wrong with one of them is named, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from millrace.protocol import AddRequest, Failed, FromEngine, Ready, SamplingPar
 from millrace.replica import rank_launcher
 from millrace.replica.build import Replica
 from millrace.runtime.ranks import allreduce, heartbeat
-from millrace.runtime.ranks.allreduce_algorithms import GatherSum
+from millrace.runtime.ranks.allreduce_algorithms import GatherAllReduce
 from millrace.runtime.ranks.ranks import Ranks
 from tests.support.engines import DEFAULTS, assert_same, build, generate, run
 
@@ -99,16 +99,16 @@ def test_another_plan_is_refused(pair: Replica, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(ranks), "_broadcast", spoil)
     (pid,) = pair.children.pids
     line = failure(pair)
-    assert line.startswith(f"rank 1 (pid {pid}) holds another plan: step ")
+    assert line.startswith(f"rank 1 (pid {pid}) has another plan: step ")
     assert "with digest" in line
 
 
-def test_a_way_to_add_up_that_hangs_ends_the_start(
+def test_an_all_reduce_algorithm_that_hangs_ends_the_start(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And it can be left out."""
 
-    def hang(self: GatherSum, x: object) -> object:
+    def hang(self: GatherAllReduce, x: object) -> object:
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline:
             self.ranks.check()
@@ -116,26 +116,26 @@ def test_a_way_to_add_up_that_hangs_ends_the_start(
         raise AssertionError("nobody ended it")
 
     monkeypatch.setattr(allreduce, "TRIAL_LIMIT", 6.0)
-    monkeypatch.setattr(GatherSum, "__call__", hang)
+    monkeypatch.setattr(GatherAllReduce, "__call__", hang)
     with pytest.raises(RankError) as error:
         build(tiny_model, tensor_parallel_size=2)
     line = str(error.value)
     assert line.startswith(
         f"rank 0 (pid {os.getpid()}) has been trying all-reduce by gloo one-shot"
     )
-    assert line.endswith("; MILLRACE_SKIP_ALL_REDUCE='gloo one-shot' leaves that way out")
+    assert line.endswith("; MILLRACE_SKIP_ALL_REDUCE='gloo one-shot' leaves that algorithm out")
     monkeypatch.setattr(allreduce, "TRIAL_LIMIT", LIMIT)
     monkeypatch.setenv("MILLRACE_SKIP_ALL_REDUCE", "gloo one-shot")
     engine = build(tiny_model, tensor_parallel_size=2)
     assert isinstance(engine, Replica)
-    assert {timing.algorithm for timing in engine.worker.collectives.timings} == {"gloo"}
+    assert {timing.algorithm for timing in engine.worker.all_reduce.timings} == {"gloo"}
     engine.close()
 
 
 def test_a_rank_that_cannot_start_is_named(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_launcher.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RankError, match=r"^rank 1 ended with status 1 before it had joined$"):
         build(tiny_model, tensor_parallel_size=2)
 
@@ -204,8 +204,10 @@ def test_ranks_draw_the_tokens_of_one(
     odd_model: Path, alone: list[list[list[int]]], k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a rank sees the whole vocabulary only where a request needs it."""
-    gather, gathered = Ranks.gather, []
-    monkeypatch.setattr(Ranks, "gather", lambda *given: gathered.append(1) or gather(*given))
+    all_gather, gathered = Ranks.all_gather, []
+    monkeypatch.setattr(
+        Ranks, "all_gather", lambda *given: gathered.append(1) or all_gather(*given)
+    )
     spec = {"num_speculative_tokens": k} if k else None
     engine = build(odd_model, tensor_parallel_size=2, speculative_config=spec)
     try:

@@ -21,7 +21,7 @@ from millrace.errors import RankError
 from millrace.replica import hang_guard, rank_launcher
 from millrace.replica.hang_guard import HangGuard
 from millrace.runtime.ranks import heartbeat
-from millrace.runtime.ranks.interruptible import ended_after, run_interruptibly
+from millrace.runtime.ranks.interruptible import kill_process_after, run_interruptibly
 from millrace.runtime.ranks.ranks import Ranks
 from tests.support.child_environment import ROOT, child_environment, python_path
 from tests.support.engines import build
@@ -39,7 +39,7 @@ SOME = [
     ("groups", "kill"),
     ("measuring", "stop"),
     ("weights", "raise"),
-    ("rehearsal", "kill"),
+    ("profile run", "kill"),
     ("capture", "raise"),
     ("first step", "stop"),
 ]
@@ -106,11 +106,11 @@ def test_a_process_that_cannot_notice_is_ended(tiny_model: Path, tmp_path: Path)
     assert re.search(r"rank 1 \(pid \d+\) died with signal 9$", ended.stderr, re.M)
 
 
-def test_only_who_stays_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_thread_that_stays_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hang_guard, "STUCK_LIMIT", 0.3)
     ended: list[str] = []
-    told = threading.Event()
-    guard = HangGuard(lambda why: (ended.append(why), told.set()))  # type: ignore[func-returns-value]
+    ended_now = threading.Event()
+    guard = HangGuard(lambda why: (ended.append(why), ended_now.set()))  # type: ignore[func-returns-value]
     guard.failed("idle")
     with guard:
         guard.failed("noticed")
@@ -118,16 +118,16 @@ def test_only_who_stays_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.6)
         assert not ended
         guard.failed("stuck")
-        assert told.wait(LIMIT)
+        assert ended_now.wait(LIMIT)
     assert ended == ["stuck"]
 
 
 AT_THE_END = """
 import atexit, time
-from millrace.replica import hang_guard as stuck
+from millrace.replica import hang_guard as guard
 atexit.register(time.sleep, 60)  # what comes first ends last
-stuck.EXIT_LIMIT = 0.5
-stuck.HangGuard().failed("gone")
+guard.EXIT_LIMIT = 0.5
+guard.HangGuard().failed("gone")
 """
 
 
@@ -136,7 +136,7 @@ def test_a_program_whose_ranks_failed_does_not_hang_as_it_ends() -> None:
     assert done.returncode == -signal.SIGALRM
 
 
-def test_calls_apart() -> None:
+def test_interruptible_calls() -> None:
     def fail() -> None:
         raise RankError("gone")
 
@@ -152,15 +152,17 @@ def test_calls_apart() -> None:
     never.set()
 
 
-def test_what_holds_pythons_lock_is_ended_too() -> None:
-    ended_at_once = "import ctypes; from millrace.runtime.ranks.interruptible import ended_after\n"
-    ended_at_once += "with ended_after(0.5): ctypes.PyDLL(None).sleep(60)"
+def test_a_call_that_holds_the_interpreter_lock_is_ended_too() -> None:
+    ended_at_once = (
+        "import ctypes; from millrace.runtime.ranks.interruptible import kill_process_after\n"
+    )
+    ended_at_once += "with kill_process_after(0.5): ctypes.PyDLL(None).sleep(60)"
     done = subprocess.run(
         [sys.executable, "-c", ended_at_once], capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 1
     assert "Timeout (0:00:00.5" in done.stderr
-    with ended_after(60.0):
+    with kill_process_after(60.0):
         ctypes.PyDLL(None).sleep(0)
 
 
@@ -182,14 +184,14 @@ class Work:
 
 
 def test_a_collective_that_ends_as_a_wait_does_has_not_failed() -> None:
-    Ranks()._finish(Work())
+    Ranks().wait_for_work(Work())
     with pytest.raises(RuntimeError, match="Connection closed"):
-        Ranks()._finish(Work("Connection closed"))
+        Ranks().wait_for_work(Work("Connection closed"))
 
 
-def test_no_wait_for_the_device_is_blind() -> None:
-    """They go through `Ranks.wait`, which looks up; a synchronise of CUDA's would not."""
-    for file in sorted((ROOT / "src/millrace/runtime").glob("*.py")):
+def test_every_wait_for_the_device_has_a_limit() -> None:
+    """Waits go through `Ranks.wait`, which checks the heartbeat; CUDA's synchronize does not."""
+    for file in sorted((ROOT / "src/millrace/runtime").rglob("*.py")):
         found = re.findall(r"\w*\.synchronize\(", file.read_text())
         allowed = ["event.synchronize("] if file.name == "ranks.py" else []  # one rank alone
         assert found == allowed, file

@@ -240,7 +240,7 @@ def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) 
     config = build(MINI)._worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", drafts=1, draft_fp8=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ConfigError, match='cannot multiply FP8; use "none"'):
+    with pytest.raises(ConfigError, match='has no FP8 GEMM; use "none"'):
         _empty_model(config, read_config(MINI), TensorParallel())
     built: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "build_model", lambda *given, **named: built.append(named))

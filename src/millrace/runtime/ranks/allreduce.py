@@ -1,9 +1,10 @@
-"""The ways to add up a tensor over the ranks, measured at the start; the fastest right one is used.
+"""The all-reduce algorithm for each message size: measured at the start, the fastest right one
+wins.
 
-Which way is fastest depends on the link, the driver and the size of the message, so nothing is
-assumed: each candidate is run at the model's own sizes, its results are compared with a reference
-and between the ranks, bit for bit, and every rank then makes the same choice. One that cannot be
-set up or is wrong is left out, with a line in the log.
+Which algorithm is fastest depends on the link, the driver and the message size, so nothing is
+assumed. Each candidate runs at the model's own sizes; its results are compared with a reference
+and, bit for bit, between the ranks; then every rank makes the same choice. A candidate that cannot
+be set up, or is wrong, is left out with a line in the log.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from millrace.model.config import ModelConfig
 from millrace.model.parallel import Normed, TensorParallel
 from millrace.runtime.ranks.allreduce_algorithms import (
     Algorithm,
-    OwnPeers,
+    PeerAllReduce,
     advice,
     candidates,
     first_line,
@@ -33,11 +34,11 @@ from millrace.runtime.ranks.ranks import Ranks
 
 log = logging.getLogger("millrace.ranks")
 
-_CHAIN = 20  # calls in a graph that is measured
+_CALLS = 20  # calls in one measurement
 _REPEATS = 5
-_abandoned: list[Algorithm] = []  # whose memory cannot be freed: it may still be in use
-TRIAL_LIMIT = 40.0  # seconds for one way at one size, with what it compiles
-_TRIES = 2  # different inputs that a candidate is checked with
+_hung: list[Algorithm] = []  # algorithms that hung; their memory may still be in use
+TRIAL_LIMIT = 40.0  # seconds for one algorithm at one size, compilation included
+_CHECKS = 2  # inputs that a candidate is checked with
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -45,10 +46,10 @@ _TRIES = 2  # different inputs that a candidate is checked with
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One algorithm at one size of message. Microseconds a call, the slowest rank's.
+    """One algorithm at one message size; microseconds per call on the slowest rank.
 
-    raw: each call made by the host. graph: within a CUDA graph. normed: the same with the residual
-    add and the norm that follow; None where there is no graph. problem: why it is not used.
+    raw: called by the host. graph: in a CUDA graph. normed: in a graph with the residual add and
+    the norm that follow; None without graphs. problem: why it is not used.
     """
 
     bytes: int
@@ -61,65 +62,65 @@ class Timing:
 
     @property
     def cost(self) -> float:
-        """What the choice goes by: the time in the step's graph, with the norm that follows."""
+        """What is minimised: the time in a graph with the norm that follows, if it is known."""
         return self.normed_us or self.graph_us or self.raw_us or float("inf")
 
 
 @dataclass(slots=True)
 class AllReduce:
-    """The sums over the ranks of one model: messages are [T, width] of one dtype."""
+    """The all-reduce of one model's ranks. Messages are [T, width] of one dtype."""
 
     ranks: Ranks
     width: int
     dtype: torch.dtype
     device: torch.device
     timings: list[Timing] = field(default_factory=list)
-    calls: int = 0  # sums so far, of calls that were made by the host
+    calls: int = 0  # calls by the host so far; replays of graphs do not count
     _candidates: list[Algorithm] = field(default_factory=list)
     _bounds: list[int] = field(default_factory=list)
     _chosen: list[Algorithm] = field(default_factory=list)
 
     @classmethod
     def build(cls, ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device) -> AllReduce:
-        """All candidates that can be set up here. Called on every rank alike."""
+        """Set up all candidates that work here. Every rank must call it."""
         found = cls(ranks, width, dtype, device)
         if ranks.size > 1:
             found._candidates = candidates(ranks, width, dtype, device)
         return found
 
     def parallel(self) -> TensorParallel:
-        """This rank's part of a model, summed up as chosen."""
+        """The tensor parallelism of this rank, with the chosen algorithms."""
         ranks = self.ranks
         if ranks.size == 1:
             return TensorParallel()
         return TensorParallel(
             *(ranks.rank, ranks.size, self.all_reduce),
-            *(ranks.gather, ranks.maximum, self.reduce_norm),
+            *(ranks.all_gather, ranks.all_reduce_max, self.reduce_norm),
         )
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks; the same bits on every rank. x is not needed any more."""
+        """The sum over ranks; the same bits on every rank. x may be overwritten."""
         self.calls += 1
-        return self._for(x)(x)
+        return self.algorithm_for(x)(x)
 
     def reduce_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
     ) -> Normed | None:
-        """The sum over ranks plus residual, and its norm, in one; None where that is slower."""
-        algorithm = self._for(x)
-        if not isinstance(algorithm, OwnPeers):
+        """The sum over ranks plus residual and its norm in one kernel; None if that is slower."""
+        algorithm = self.algorithm_for(x)
+        if not isinstance(algorithm, PeerAllReduce):
             return None
         self.calls += 1
-        return algorithm.norm(x, residual, weight, eps, keep, quantized)
+        return algorithm.reduce_norm(x, residual, weight, eps, keep, quantized)
 
-    def _for(self, x: Tensor) -> Algorithm:
+    def algorithm_for(self, x: Tensor) -> Algorithm:
         place = bisect_left(self._bounds, x.nbytes)
-        if place < len(self._bounds) and self._chosen[place].takes(x):
+        if place < len(self._bounds) and self._chosen[place].supports(x):
             return self._chosen[place]
         return self._candidates[0]
 
-    def settle(self, rows: Sequence[int]) -> None:
-        """Measure messages of so many tokens and choose. Called on every rank alike."""
+    def choose(self, rows: Sequence[int]) -> None:
+        """Measure messages of so many rows and choose. Every rank must call it."""
         if self.ranks.size == 1:
             return
         self.timings = self.measure(rows)
@@ -130,13 +131,13 @@ class AllReduce:
                 self._bounds.append(timing.bytes)
                 self._chosen.append(names[timing.algorithm])
         for algorithm in self._candidates:
-            if isinstance(algorithm, OwnPeers):
-                algorithm.trust()
+            if isinstance(algorithm, PeerAllReduce):
+                algorithm.wait_without_limit()
         if self.ranks.rank == 0:
             log.info("all-reduce over %d ranks: %s", self.ranks.size, self.summary())
 
     def cost_us(self, rows: int) -> float:
-        """Microseconds of a sum over a message of so many tokens, as measured and chosen."""
+        """Measured microseconds of the chosen algorithm for a message of so many rows."""
         size = rows * self.width * self.dtype.itemsize
         chosen = [timing for timing in self.timings if timing.chosen]
         return next((t.cost for t in chosen if t.bytes >= size), chosen[-1].cost)
@@ -147,50 +148,50 @@ class AllReduce:
         return ", ".join(f"{t.algorithm} to {_size(t.bytes)} ({t.cost:.0f} us)" for t in chosen)
 
     def measure(self, rows: Sequence[int]) -> list[Timing]:
-        """Every candidate at every size, the fastest right one of each size marked as chosen."""
+        """Every candidate at every size; the fastest right one of each size is marked as chosen."""
         timings = []
         for count in sorted(set(rows)):
             tried = [self._timing(algorithm, count) for algorithm in self._candidates]
             best = min(tried, key=lambda timing: timing.cost)
             timings += [replace(timing, chosen=timing is best) for timing in tried]
             if self.device.type == "cuda":
-                timings.append(self._between_graphs(count))
+                timings.append(self._time_between_graphs(count))
         return timings
 
-    def _between_graphs(self, rows: int) -> Timing:
-        """What the library's own sum would cost if it were called by the host between two graphs,
-        each of the norm that follows. To compare with: a step is one graph."""
+    def _time_between_graphs(self, rows: int) -> Timing:
+        """The library's own all-reduce called by the host between two graphs. For comparison only:
+        a step is one graph."""
         library = self._candidates[0]
         x = torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
         with self.ranks.limited(f"calling {library.name} between graphs", TRIAL_LIMIT):
             mine = _between_us(library, x, self.ranks.wait)
-            (found,) = self.ranks.largest([mine])
+            (found,) = self.ranks.max_over_ranks([mine])
         name = f"{library.name} between graphs"
         return Timing(x.nbytes, name, normed_us=found, problem="to compare; a step is one graph")
 
     def _timing(self, algorithm: Algorithm, rows: int) -> Timing:
-        """One way at one size, within a limit of time: what hangs on a GPU cannot be undone, so the
-        group fails with a line that says which way it was."""
+        """Measure one algorithm at one size. What hangs on a GPU cannot be cancelled, so after a
+        time limit the group fails with a line that names the algorithm."""
         name, size = algorithm.name, _size(rows * self.width * self.dtype.itemsize)
         helps = "" if algorithm is self._candidates[0] else advice(name)
         try:
             with self.ranks.limited(f"trying all-reduce by {name} of {size}", TRIAL_LIMIT, helps):
                 return self._try(algorithm, rows)
         except RankError:
-            _abandoned.append(algorithm)
+            _hung.append(algorithm)
             raise
 
     def _try(self, algorithm: Algorithm, rows: int) -> Timing:
         x = torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
         timing = Timing(x.nbytes, algorithm.name)
-        if not algorithm.takes(x):
-            return replace(timing, problem="not for messages of this size")
-        problem = self._fault(algorithm, rows)
+        if not algorithm.supports(x):
+            return replace(timing, problem="it does not support messages of this size")
+        problem = self._find_error(algorithm, rows)
         if problem is not None:
             log.warning("%s is not used for %s: %s", algorithm.name, _size(x.nbytes), problem)
             return replace(timing, problem=problem)
         if not x.is_cuda:
-            (raw,) = self.ranks.largest([_host_us(lambda: algorithm(x))])
+            (raw,) = self.ranks.max_over_ranks([host_us(lambda: algorithm(x))])
             return replace(timing, raw_us=raw)
         try:
             mine = _cuda_us(algorithm, x, self.ranks.wait)
@@ -199,56 +200,58 @@ class AllReduce:
         except Exception as error:
             log.warning("%s is not used for %s: %s", algorithm.name, _size(x.nbytes), error)
             mine = [float("inf")] * 3
-        raw, graph, normed = self.ranks.largest(mine)
+        raw, graph, normed = self.ranks.max_over_ranks(mine)
         if normed == float("inf"):
             return replace(timing, problem="it cannot be timed")
         return replace(timing, raw_us=raw, graph_us=graph, normed_us=normed)
 
     # --- checking ---------------------------------------------------------------------------
 
-    def _fault(self, algorithm: Algorithm, rows: int) -> str | None:
-        """What is wrong with an algorithm's sums; None if nothing is. Alike on every rank."""
-        ways: list[Callable[[Tensor], Tensor]] = [algorithm]
+    def _find_error(self, algorithm: Algorithm, rows: int) -> str | None:
+        """Why an algorithm's results are wrong; None if they are right. The same on every rank."""
+        calls: list[Callable[[Tensor], Tensor]] = [algorithm]
         if self.device.type == "cuda":
-            ways.append(_Replayed(algorithm, self.ranks))
+            calls.append(_InGraph(algorithm, self.ranks))
         problem = None
-        for seed in range(_TRIES):
-            parts = torch.stack([self._part(rows, rank, seed) for rank in range(self.ranks.size)])
-            for way in ways:
-                problem = problem or self._wrong_sum(way, parts)
+        for seed in range(_CHECKS):
+            parts = torch.stack(
+                [self._input_of(rows, rank, seed) for rank in range(self.ranks.size)]
+            )
+            for call in calls:
+                problem = problem or self._check_sum(call, parts)
         return problem
 
-    def _wrong_sum(self, way: Callable[[Tensor], Tensor], parts: Tensor) -> str | None:
-        """What is wrong with the sum of parts, [ranks, T, H]; None on all ranks if nothing is."""
-        mark, problem = -1.0, None
+    def _check_sum(self, call: Callable[[Tensor], Tensor], parts: Tensor) -> str | None:
+        """Why the sum of parts [ranks, T, H] is wrong; None, on all ranks, if it is right."""
+        checksum, problem = -1.0, None
         try:
-            got = way(parts[self.ranks.rank].clone())
+            got = call(parts[self.ranks.rank].clone())
             if got.is_cuda:
-                self.ranks.settle()
-            # A rounding for each addition, and one for the result.
+                self.ranks.wait_for_device()
+            # One rounding for each addition, and one for the result.
             limit = parts.double().abs().sum(0) * torch.finfo(self.dtype).eps * self.ranks.size
             if bool(((got.double() - parts.double().sum(0)).abs() > limit + 1e-30).any()):
                 problem = "its sums are wrong"
-            mark = float(zlib.crc32(got.cpu().view(torch.uint8).numpy().tobytes()))
+            checksum = float(zlib.crc32(got.cpu().view(torch.uint8).numpy().tobytes()))
         except RankError:
             raise
-        except Exception as error:  # whatever it is, the others must not wait for this rank
+        except Exception as error:  # of any kind: the other ranks must not wait for this one
             problem = first_line(error)
-        most, least = self.ranks.largest([mark, -mark])
+        most, least = self.ranks.max_over_ranks([checksum, -checksum])
         if most != -least:
             problem = problem or "its sums differ from rank to rank"
-        if self.ranks.smallest(0 if problem else 1):
+        if self.ranks.min_over_ranks(0 if problem else 1):
             return None
         return problem or "it failed on another rank"
 
-    def _part(self, rows: int, rank: int, seed: int) -> Tensor:
+    def _input_of(self, rows: int, rank: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * seed + rank)
         part = torch.randn(rows, self.width, generator=generator)
         return part.to(self.dtype).to(self.device)
 
 
-class _Replayed:
-    """An algorithm in a CUDA graph, called as if it were outside; the first call captures it."""
+class _InGraph:
+    """An algorithm in a CUDA graph with the interface of a plain call; the first call captures."""
 
     def __init__(self, algorithm: Algorithm, ranks: Ranks) -> None:
         self._algorithm = algorithm
@@ -259,7 +262,7 @@ class _Replayed:
         if self._graph is None:
             self._x = torch.zeros_like(x)
             self._graph = torch.cuda.CUDAGraph()
-            self._ranks.settle()  # what follows waits for the device without looking up
+            self._ranks.wait_for_device()  # a capture waits for the device without a limit
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._out = self._algorithm(self._x.clone())
         self._x.copy_(x)
@@ -267,11 +270,11 @@ class _Replayed:
         return self._out
 
 
-# --- clocks ------------------------------------------------------------------------------------
+# --- timing -----------------------------------------------------------------------------------
 
 
-def _host_us(call: Callable[[], object], calls: int = 10) -> float:
-    """Microseconds a call; the best of a few repeats."""
+def host_us(call: Callable[[], object], calls: int = 10) -> float:
+    """Microseconds per call; the best of a few repeats."""
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()
@@ -285,20 +288,20 @@ Wait = Callable[[torch.cuda.Event], None]
 
 
 def _cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
-    """[called by the host, in a graph, in a graph with the add and the norm that follow]."""
+    """Microseconds [called by the host, in a graph, in a graph with the add and the norm]."""
     residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
 
     def normed() -> object:
-        if isinstance(algorithm, OwnPeers):
-            return algorithm.norm(x, residual, weight, 1e-6, True, False)
+        if isinstance(algorithm, PeerAllReduce):
+            return algorithm.reduce_norm(x, residual, weight, 1e-6, True, False)
         return add_rms_norm(algorithm(x), residual, weight, 1e-6)
 
-    raw = _event_us(lambda: [algorithm(x) for _ in range(_CHAIN)], wait)
+    raw = _event_us(lambda: [algorithm(x) for _ in range(_CALLS)], wait)
     return [raw, _graph_us(lambda: algorithm(x), wait), _graph_us(normed, wait)]
 
 
 def _between_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> float:
-    """A call by the host and the graph of a norm, in turn."""
+    """Microseconds per call by the host, each followed by the graph of a norm."""
     residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
     add_rms_norm(x, residual, weight, 1e-6)
     graph = torch.cuda.CUDAGraph()
@@ -306,7 +309,7 @@ def _between_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> float:
         add_rms_norm(x, residual, weight, 1e-6)
 
     def run() -> None:
-        for _ in range(_CHAIN):
+        for _ in range(_CALLS):
             algorithm(x)
             graph.replay()
 
@@ -317,13 +320,13 @@ def _graph_us(call: Callable[[], object], wait: Wait) -> float:
     _event_us(call, wait)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads too
-        for _ in range(_CHAIN):
+        for _ in range(_CALLS):
             call()
     return _event_us(graph.replay, wait)
 
 
 def _event_us(run: Callable[[], object], wait: Wait) -> float:
-    """Microseconds a call of `_CHAIN` calls that `run` makes: the median of a few repeats."""
+    """Microseconds per call, where `run` makes `_CALLS` calls: the median of a few repeats."""
     run()
     found = []
     for _ in range(_REPEATS):
@@ -332,7 +335,7 @@ def _event_us(run: Callable[[], object], wait: Wait) -> float:
         run()
         end.record()
         wait(end)
-        found.append(start.elapsed_time(end) * 1e3 / _CHAIN)
+        found.append(start.elapsed_time(end) * 1e3 / _CALLS)
     return float(sorted(found)[_REPEATS // 2])
 
 
@@ -340,14 +343,14 @@ def _size(count: int) -> str:
     return f"{count / 1048576:g} MiB" if count >= 1 << 20 else f"{count / 1024:g} KiB"
 
 
-def budget(config: ModelConfig, drafts: int) -> int:
-    """Sums over the ranks in a step that decodes, with so many drafts: two a layer and one for the
-    embedding; each draft is a layer and an embedding more."""
+def calls_per_step(config: ModelConfig, drafts: int) -> int:
+    """All-reduces in a decode step: two for each layer and one for the embedding. Each draft adds
+    a layer and an embedding."""
     return 1 + 2 * config.num_layers + 3 * drafts
 
 
 def table(timings: Sequence[Timing]) -> str:
-    """The timings as text (Markdown)."""
+    """The timings as a Markdown table."""
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:,.1f}"

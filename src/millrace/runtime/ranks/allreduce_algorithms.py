@@ -1,7 +1,7 @@
-"""The ways to add up a tensor over the ranks: what each needs, and what it takes.
+"""The all-reduce algorithms: how each is set up, and which messages it supports.
 
-Which one is right and fastest is measured elsewhere (`allreduce.py`). MILLRACE_SKIP_ALL_REDUCE
-names ways to leave alone, with commas between, where one hangs or harms.
+allreduce.py checks and measures them. The environment variable MILLRACE_SKIP_ALL_REDUCE names
+algorithms to leave out, separated by commas, for the case that one hangs.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from torch import Tensor
 
 from millrace.errors import RankError
 from millrace.model.parallel import Normed
-from millrace.runtime.ranks.interruptible import ended_after
+from millrace.runtime.ranks.interruptible import kill_process_after
 from millrace.runtime.ranks.ranks import Ranks
 
 log = logging.getLogger("millrace.ranks")
 
-PEER_ROWS = 512  # tokens of a message, at most, that goes through peer memory of ours
-PEER_BYTES = 8 << 20  # of a message, at most, that goes through the library's
-TRIAL_POLLS = 1 << 21  # about two seconds: a flag that does not come then never will
-SET_UP_LIMIT = 60.0  # seconds for a way to be set up
-MAPPING_LIMIT = 20.0  # seconds for ranks to map each other's memory once all are there
-SKIP = "MILLRACE_SKIP_ALL_REDUCE"
+PEER_ROWS = 512  # most rows of a message for our own peer memory kernel
+PEER_BYTES = 8 << 20  # most bytes of a message for PyTorch's peer memory kernels
+TRIAL_POLLS = 1 << 21  # about two seconds; a flag that is not set by then never will be
+SET_UP_LIMIT = 60.0  # seconds to set up one algorithm
+MAPPING_LIMIT = 20.0  # seconds for ranks to map each other's memory
+SKIP_VARIABLE = "MILLRACE_SKIP_ALL_REDUCE"
 
 
 class Algorithm(Protocol):
-    """A way to add up. Called on every rank alike."""
+    """An all-reduce algorithm. Every rank must make the same calls."""
 
     @property
     def name(self) -> str:
-        """What the table and the log call it."""
+        """Its name in the table and in the log."""
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can add up a message like x, [T, H]."""
+    def supports(self, x: Tensor) -> bool:
+        """Whether it supports a message like x, [T, H]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in x or in a tensor of its own; x is not needed any more."""
+        """The sum over ranks, in x or in another tensor. x may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
-class GroupSum:
-    """The library's own all-reduce: Gloo between hosts' memories, NCCL between GPUs."""
+class GroupAllReduce:
+    """The all-reduce of the process group: Gloo on host memory, NCCL on GPUs."""
 
     ranks: Ranks
     name: str
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         return True
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,33 +60,33 @@ class GroupSum:
 
 
 @dataclass(frozen=True, slots=True)
-class GatherSum:
-    """Everybody's part to everybody, added up in rank order: one exchange where a ring needs more,
-    at the price of more bytes."""
+class GatherAllReduce:
+    """All-gather, then a sum in rank order: one exchange, where a ring needs several; but it sends
+    more bytes."""
 
     ranks: Ranks
     name: str
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         return x.nbytes * self.ranks.size <= PEER_BYTES
 
     def __call__(self, x: Tensor) -> Tensor:
-        first, *others = self.ranks.gather_parts(x)
+        first, *others = self.ranks.all_gather_parts(x)
         for other in others:
             first += other
         return first
 
 
-class LibraryPeers:
-    """PyTorch's one-shot or two-shot kernel over symmetric memory, without multicast."""
+class TorchPeerAllReduce:
+    """PyTorch's one-shot or two-shot kernel on symmetric memory, without multicast."""
 
     def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, two_shot: bool) -> None:
         self.name = name
         self._two_shot = two_shot
         self._group = ranks.tensors.group_name
-        (self._buffer,), _ = _shared(ranks, (PEER_BYTES // dtype.itemsize, dtype))
+        (self._buffer,), _ = _share_memory(ranks, (PEER_BYTES // dtype.itemsize, dtype))
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         return x.is_cuda and x.numel() <= self._buffer.numel() and x.dtype == self._buffer.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class LibraryPeers:
         return out
 
 
-class OwnPeers:
-    """Our one-shot kernel over symmetric memory; it can go on to the residual add and the norm."""
+class PeerAllReduce:
+    """Our one-shot kernel on symmetric memory; it can include the residual add and the norm."""
 
     def __init__(self, ranks: Ranks, name: str, dtype: torch.dtype, width: int) -> None:
         from millrace.kernels.gpu.all_reduce import PeerMemory
@@ -109,7 +109,7 @@ class OwnPeers:
         self.name = name
         self._dtype = dtype
         values, flags = (2 * PEER_ROWS * width, dtype), (PEER_ROWS * ranks.size, torch.int32)
-        shared, handles = _shared(ranks, values, flags)
+        shared, handles = _share_memory(ranks, values, flags)
         addresses = [
             torch.tensor([p + getattr(h, "offset", 0) for p in h.buffer_ptrs], device="cuda")
             for h in handles
@@ -123,13 +123,13 @@ class OwnPeers:
             patience=TRIAL_POLLS,
         )
 
-    def trust(self) -> None:
-        """It has been found right: from now on wait for the other ranks as long as it takes."""
+    def wait_without_limit(self) -> None:
+        """The algorithm has passed its check: from now on wait for other ranks without limit."""
         from millrace.kernels.gpu.all_reduce import EVER
 
         self.memory.patience = EVER
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         return x.is_cuda and x.dtype == self._dtype and self.memory.takes(x)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class OwnPeers:
 
         return one_shot(x, self.memory)
 
-    def norm(
+    def reduce_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
     ) -> Normed:
         """(rms_norm(s), its quantised form, s) for s = the sum of x over the ranks + residual."""
@@ -147,13 +147,13 @@ class OwnPeers:
         return one_shot_norm(x, residual, weight, eps, memory, keep=keep, quantized=quantized)
 
 
-def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor], list[Any]]:
-    """(zeroed memory of this GPU, the handles by which every rank reaches the others').
+def _share_memory(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor], list[Any]]:
+    """(zeroed memory of this GPU, handles to the same memory of every rank).
 
-    Raises RuntimeError where a process has done so for an earlier group: PyTorch counts exchanges
-    by process, so one that has counted before and one that has not would wait for each other.
-    The exchange holds Python's lock while it waits, so that no watch of ours could end it. It is
-    begun once all ranks have their memory; one that dies within is left to a clock of C's own.
+    Raises RuntimeError if this process has shared memory for an earlier group: PyTorch counts the
+    exchanges of a process, so a process that has made some and one that has not would wait for
+    each other. The exchange holds the interpreter lock while it waits, so the heartbeat cannot end
+    it. It begins once all ranks have allocated; after that a C timer ends this process if it hangs.
     """
     import torch.distributed._symmetric_memory as symmetric
 
@@ -161,43 +161,46 @@ def _shared(ranks: Ranks, *sizes: tuple[int, torch.dtype]) -> tuple[list[Tensor]
     problem: Exception | None = None
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        _claim(ranks)
+        claim_process(ranks)
         memory = [symmetric.empty([n], dtype=dtype, device=device).zero_() for n, dtype in sizes]
-        ranks.settle()  # nobody raises a flag that is yet to be zero
+        ranks.wait_for_device()  # no rank may set a flag before it is zeroed
     except RuntimeError as error:
         problem = error
-    if not ranks.smallest(0 if problem else 1):
-        raise problem or RuntimeError("another rank has no memory for it")
-    with ended_after(MAPPING_LIMIT):
+    if not ranks.min_over_ranks(0 if problem else 1):
+        raise problem or RuntimeError("another rank could not allocate its memory")
+    with kill_process_after(MAPPING_LIMIT):
         return memory, [symmetric.rendezvous(one, ranks.tensors.group_name) for one in memory]
 
 
-_claimed: weakref.ReferenceType[Ranks] | None = None  # whose memory this process shares
+claimed_by: weakref.ReferenceType[Ranks] | None = (
+    None  # the group that this process shares memory with
+)
 
 
-def _claim(ranks: Ranks) -> None:
-    global _claimed
-    if _claimed is not None and _claimed() is not ranks:
+def claim_process(ranks: Ranks) -> None:
+    """Note that this process shares memory with these ranks. RuntimeError if it did with others."""
+    global claimed_by
+    if claimed_by is not None and claimed_by() is not ranks:
         raise RuntimeError("this process has shared memory with the ranks of an earlier engine")
-    _claimed = weakref.ref(ranks)
+    claimed_by = weakref.ref(ranks)
 
 
 def candidates(
     ranks: Ranks, width: int, dtype: torch.dtype, device: torch.device
 ) -> list[Algorithm]:
-    """The group's own all-reduce first; then whatever else can be set up on all ranks."""
-    ways: dict[str, Callable[[str], Algorithm]]
+    """The group's own all-reduce first, then the others that can be set up on all ranks."""
+    builders: dict[str, Callable[[str], Algorithm]]
     if device.type == "cpu":
-        first, ways = "gloo", {"gloo one-shot": lambda name: GatherSum(ranks, name)}
+        first, builders = "gloo", {"gloo one-shot": lambda name: GatherAllReduce(ranks, name)}
     else:
         first = "nccl"
-        ways = {
-            "one-shot": lambda name: LibraryPeers(ranks, name, dtype, two_shot=False),
-            "two-shot": lambda name: LibraryPeers(ranks, name, dtype, two_shot=True),
-            "one-shot with norm": lambda name: OwnPeers(ranks, name, dtype, width),
+        builders = {
+            "one-shot": lambda name: TorchPeerAllReduce(ranks, name, dtype, two_shot=False),
+            "two-shot": lambda name: TorchPeerAllReduce(ranks, name, dtype, two_shot=True),
+            "one-shot with norm": lambda name: PeerAllReduce(ranks, name, dtype, width),
         }
-    found: list[Algorithm] = [GroupSum(ranks, first)]
-    for name, build in ways.items():
+    found: list[Algorithm] = [GroupAllReduce(ranks, first)]
+    for name, build in builders.items():
         made = set_up(ranks, name, build)
         if made is not None:
             found.append(made)
@@ -205,9 +208,9 @@ def candidates(
 
 
 def set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
-    """What `build` makes, if it can on every rank."""
-    if not ranks.smallest(0 if skipped(name) else 1):
-        log.warning("all-reduce by %s is left out: %s names it", name, SKIP)
+    """What `build` returns; None, on all ranks, if it failed on one of them."""
+    if not ranks.min_over_ranks(0 if is_skipped(name) else 1):
+        log.warning("all-reduce by %s is left out, as %s asks", name, SKIP_VARIABLE)
         return None
     made, problem = None, "it cannot be set up on another rank"
     try:
@@ -217,20 +220,20 @@ def set_up(ranks: Ranks, name: str, build: Callable[[str], Any]) -> Any:
         raise
     except Exception as error:
         problem = first_line(error)
-    if ranks.smallest(0 if made is None else 1):
+    if ranks.min_over_ranks(0 if made is None else 1):
         return made
     log.warning("all-reduce by %s is left out: %s", name, problem)
     return None
 
 
-def skipped(name: str) -> bool:
-    """Whether a way has been named as one to leave alone."""
-    return name in [part.strip() for part in os.environ.get(SKIP, "").split(",")]
+def is_skipped(name: str) -> bool:
+    """Whether MILLRACE_SKIP_ALL_REDUCE names the algorithm."""
+    return name in [part.strip() for part in os.environ.get(SKIP_VARIABLE, "").split(",")]
 
 
 def advice(name: str) -> str:
-    """What helps where a way hangs."""
-    return f"; {SKIP}='{name}' leaves that way out"
+    """What helps if an algorithm hangs."""
+    return f"; {SKIP_VARIABLE}='{name}' leaves that algorithm out"
 
 
 def first_line(error: Exception) -> str:

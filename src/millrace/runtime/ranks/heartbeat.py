@@ -1,8 +1,9 @@
 """Which ranks are alive: a TCP connection of each to rank 0, watched by a thread on both ends.
 
-Ranks that have met (`rendezvous.py`) each say twice a second which step they have begun. A rank
-that dies, stops, falls behind or gives up is named in one line that every other rank gets; what
-then ends is the owners' business (`on_failure`). Knows no tensor and no plan.
+After the rendezvous (`rendezvous.py`) each rank sends, twice a second, the number of the step that
+it has begun. If a rank dies, stops, falls behind or gives up, one line that names it reaches every
+other rank. What those then end is decided by their owner (`on_failure`). This module knows neither
+tensors nor plans.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import msgspec
 from millrace.common.framing import Framing, FramingError
 from millrace.errors import RankError
 
-BEAT = 0.5  # seconds between signs of life
-STOPPED_LIMIT = 5.0  # of silence, for a process that the kernel says is stopped
-REMOTE_LIMIT = 15.0  # of silence, for one on another host
-SILENT_LIMIT = 30.0  # of silence, for one on this host that is neither stopped nor gone
-BEHIND_LIMIT = 60.0  # for which a rank may be some steps behind rank 0 without moving
-_LATE = 2.0  # if a beat of ours comes this late, it was us who did not run
-_LONGEST = 1 << 20  # bytes of a message
+BEAT = 0.5  # seconds between two heartbeats
+STOPPED_LIMIT = 5.0  # seconds of silence, if the kernel says that the process is stopped
+REMOTE_LIMIT = 15.0  # seconds of silence, for a rank on another host
+SILENT_LIMIT = 30.0  # seconds of silence, for a rank on this host that runs
+BEHIND_LIMIT = 60.0  # seconds without progress, for a rank that is behind rank 0
+LATE_SECONDS = 2.0  # a beat of ours this late means that this process did not run
+MAX_FRAME = 1 << 20  # bytes of a message
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A rank introduces itself. facts: what must be equal on all ranks, by what it is called."""
+    """A rank introduces itself. facts: name -> value of what must be equal on all ranks."""
 
     rank: int
     pid: int
@@ -42,39 +43,39 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """A sign of life. step: plans begun so far."""
+    """A heartbeat. step: the number of plans begun so far."""
 
     step: int
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
-    """The group has failed, and why."""
+    """The group has failed; message: why."""
 
     message: str
 
 
 class Bye(msgspec.Struct, frozen=True, tag="bye"):
-    """The sender leaves in order."""
+    """The sender leaves the group normally."""
 
 
 Message = Hello | Beat | Fault | Bye
-FRAMING: Framing[Message] = Framing(Message, _LONGEST)
-Fate = Callable[[int], str | None]
+FRAMING: Framing[Message] = Framing(Message, MAX_FRAME)
+ExitReason = Callable[[int], str | None]
 
 
-def no_fate(rank: int) -> str | None:
-    """Where ranks were started by somebody else: how one ended is not known."""
+def unknown_exit(rank: int) -> str | None:
+    """For ranks that another program started: how one ended is not known."""
     return None
 
 
 class Peer:
-    """The other end of a connection: who it is, and what it last said."""
+    """The rank at the other end of a connection, and when it was last heard and made progress."""
 
     def __init__(self, sock: socket.socket, hello: Hello) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.hello = hello
-        self.heard = self.moved = time.monotonic()
+        self.last_heard = self.last_progress = time.monotonic()
         self.step = 0
         self.leaving = False
         self._received = bytearray()
@@ -87,14 +88,14 @@ class Peer:
         )
 
     def send(self, message: Message) -> None:
-        """Send if that needs no waiting; a peer that does not read is noticed by its silence."""
+        """Send without waiting. A peer that does not read is noticed by its silence."""
         try:
             self.sock.send(FRAMING.encode(message))
         except OSError:
             return
 
     def receive(self) -> tuple[list[Message], bool]:
-        """(what has arrived, whether the connection still stands). Raises FramingError."""
+        """(the messages that have arrived, whether the connection is open). Raises FramingError."""
         try:
             data = self.sock.recv(1 << 16)
         except BlockingIOError:
@@ -111,8 +112,8 @@ class Peer:
 
 
 @dataclass(slots=True)
-class _Limit:
-    """What a rank does that must be over `seconds` after it began, and what helps if it is not."""
+class _TimeLimit:
+    """A time limit for what a rank does. advice: what helps if the limit is reached."""
 
     doing: str
     seconds: float
@@ -121,32 +122,32 @@ class _Limit:
 
 
 class Heartbeat:
-    """This rank's end of the connections: rank 0 has one to each other rank, those one to rank 0.
+    """This rank's heartbeat connections: rank 0 has one to each rank, the others one to rank 0.
 
-    on_failure is called once, on the watching thread, with the line that names the rank at fault.
+    on_failure is called once, on the heartbeat thread, with the line that names the rank at fault.
     """
 
     def __init__(
         self,
         me: Hello,
         peers: list[Peer],
-        fate: Fate = no_fate,
+        exit_reason: ExitReason = unknown_exit,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._me = me
-        self._peers = peers
-        self._fate = fate
+        self.peers = peers
+        self._exit_reason = exit_reason
         self._on_failure = on_failure
         self._step = 0
-        self._limits: tuple[_Limit, ...] = ()  # innermost first
+        self._limits: tuple[_TimeLimit, ...] = ()  # innermost first
         self._failed = threading.Event()
         self._message = ""
         self._leaving = False
-        self._wake, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
-        self._thread.start()
+        self._wake, self._wake_reader = socket.socketpair()
+        self.thread = threading.Thread(target=self._run, name="rank-heartbeat", daemon=True)
+        self.thread.start()
 
-    # --- called by the rank's own work ------------------------------------------------------
+    # --- called on the rank's main thread -----------------------------------------------------
 
     def check(self) -> None:
         """Raise RankError if the group has failed."""
@@ -159,111 +160,118 @@ class Heartbeat:
         return self._failed.is_set()
 
     def begin(self, step: int) -> None:
-        """Note that this rank has begun its plan number `step`."""
+        """This rank has begun plan number `step`."""
         self._step = step
 
     @contextmanager
     def limited(self, doing: str, seconds: float, advice: str = "") -> Iterator[None]:
-        """Have the group fail, this rank named, if what is within takes longer than that.
+        """Fail the group, and name this rank, if the `with` block takes longer than `seconds`.
 
-        Limits may stand within each other, on one thread: each holds for itself.
+        Blocks may be nested on one thread; each limit counts from its own start.
         """
         around = self._limits
-        self._limits = (_Limit(doing, seconds, advice, time.monotonic()), *around)
+        self._limits = (_TimeLimit(doing, seconds, advice, time.monotonic()), *around)
         try:
             yield
         finally:
             self._limits = around
 
     def explain(self, error: BaseException, limit: float = 5.0) -> RankError:
-        """What a collective's failure comes from: waits for the watch to find out who it was."""
+        """The cause of a collective's error: waits up to `limit` s until a failed rank is known."""
         if self._failed.wait(limit):
             return RankError(self._message)
         first = str(error).strip().splitlines()
         return RankError(f"rank {self._me.rank}: {first[0] if first else type(error).__name__}")
 
     def fail(self, message: str) -> None:
-        """Tell all ranks that the group cannot go on; does not raise."""
+        """Fail the group on all ranks, with this message; does not raise."""
         self._fail(message, tell_owner=False)
 
     def leave(self) -> None:
-        """Part in order. Nothing is watched afterwards."""
+        """Leave the group normally. Nothing is watched afterwards."""
         self._leaving = True
-        for peer in self._peers:
+        for peer in self.peers:
             peer.send(Bye())
         self._wake.send(b"x")
-        if threading.current_thread() is not self._thread:
-            self._thread.join(2 * BEAT + 1.0)
-        for peer in self._peers:
+        if threading.current_thread() is not self.thread:
+            self.thread.join(2 * BEAT + 1.0)
+        for peer in self.peers:
             peer.sock.close()
 
     # --- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for peer in self._peers:
+            for peer in self.peers:
                 selector.register(peer.sock, selectors.EVENT_READ, peer)
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(self._wake_reader, selectors.EVENT_READ)
             last = time.monotonic()
             while not (self._leaving or self._failed.is_set()):
                 due = last + BEAT - time.monotonic()
                 for key, _ in selector.select(max(0.0, due)):
-                    if isinstance(key.data, Peer) and not self._hear(key.data):
+                    if isinstance(key.data, Peer) and not self._read_peer(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
                 if now >= last + BEAT:
-                    self._tick(now, late=now - last > _LATE)
+                    self._tick(now, late=now - last > LATE_SECONDS)
                     last = now
 
-    def _hear(self, peer: Peer) -> bool:
-        """Take in what a peer sent. False once its connection has ended."""
+    def _read_peer(self, peer: Peer) -> bool:
+        """Handle a peer's messages. False once its connection has ended."""
         try:
-            messages, stands = peer.receive()
+            messages, connected = peer.receive()
         except FramingError as error:
             self._fail(f"{peer.name} sent what no rank sends: {error}")
             return False
-        peer.heard = time.monotonic()
+        peer.last_heard = time.monotonic()
         for message in messages:
             if isinstance(message, Beat):
                 if message.step != peer.step:
-                    peer.step, peer.moved = message.step, peer.heard
+                    peer.step, peer.last_progress = message.step, peer.last_heard
             elif isinstance(message, Fault):
                 self._fail(message.message)
             elif isinstance(message, Bye):
                 peer.leaving = True
-        if not (stands or peer.leaving or self._leaving):
-            self._fail(f"{peer.name} {self._end_of(peer)}")
-        return stands
+        if not (connected or peer.leaving or self._leaving):
+            self._fail(f"{peer.name} {self._exit_reason_of(peer)}")
+        return connected
 
-    def _end_of(self, peer: Peer) -> str:
-        """How a rank ended whose connection is gone. Its exit status may be a moment behind."""
-        if self._fate is not no_fate:
+    def _exit_reason_of(self, peer: Peer) -> str:
+        """How the rank of a closed connection ended. Its exit status may come a moment later."""
+        if self._exit_reason is not unknown_exit:
             deadline = time.monotonic() + 1.0
             while time.monotonic() < deadline:
-                if (fate := self._fate(peer.hello.rank)) is not None:
-                    return fate
+                if (exit_reason := self._exit_reason(peer.hello.rank)) is not None:
+                    return exit_reason
                 time.sleep(0.01)
         return "is gone: its connection has ended"
 
     def _tick(self, now: float, late: bool) -> None:
         self._check_limits(now, late)
-        for peer in self._peers:
+        for peer in self.peers:
             peer.send(Beat(self._step))
-            if late:  # this process did not run; the others' words may still lie unread
-                peer.heard = peer.moved = now
-            silent = now - peer.heard
+            if late:  # this process did not run; messages of others may be unread
+                peer.last_heard = peer.last_progress = now
+            silent = now - peer.last_heard
             if peer.leaving:
                 continue
             if silent > STOPPED_LIMIT and silent > peer.silence_limit():
                 state = " and is stopped" if is_stopped(peer.hello.pid) else ""
                 self._fail(f"{peer.name} has not answered for {silent:.0f} s{state}")
-            elif peer.hello.rank and peer.step < self._step and now - peer.moved > BEHIND_LIMIT:
-                self._fail(
-                    f"{peer.name} has been in step {peer.step} for {now - peer.moved:.0f} s; "
-                    f"rank {self._me.rank} is in step {self._step}"
-                )
+            elif (
+                peer.hello.rank
+                and peer.step < self._step
+                and now - peer.last_progress > BEHIND_LIMIT
+            ):
+                self._fail_behind(peer, now)
             elif peer.step >= self._step:
-                peer.moved = now
+                peer.last_progress = now
+
+    def _fail_behind(self, peer: Peer, now: float) -> None:
+        self._fail(
+            f"{peer.name} has been in step {peer.step} for {now - peer.last_progress:.0f} s; "
+            f"rank {self._me.rank} is in step {self._step}"
+        )
 
     def _check_limits(self, now: float, late: bool) -> None:
         for limit in self._limits:
@@ -278,17 +286,17 @@ class Heartbeat:
             return
         self._message = message
         self._failed.set()
-        for peer in self._peers:
+        for peer in self.peers:
             peer.send(Fault(message))
         if tell_owner and self._on_failure is not None:
             self._on_failure(message)
 
 
-# --- small things ------------------------------------------------------------------------------
+# --- helpers -----------------------------------------------------------------------------------
 
 
 def this_host() -> str:
-    """A name for this host and its process numbers: `<host name>/<pid namespace>`."""
+    """A name for this host and its pid namespace: `<host name>/<pid namespace>`."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

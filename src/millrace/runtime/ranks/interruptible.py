@@ -1,7 +1,7 @@
-"""Calls of libraries that wait for other ranks and cannot be told to stop.
+"""Library calls that wait for other ranks and cannot be cancelled.
 
-Where one lets other threads run, it is made on a thread that can be left behind; where it does not,
-all that is left is to end the process. Knows neither ranks nor tensors.
+A call that releases the interpreter lock runs on a thread that can be left behind. For a call that
+does not, the only way out is to end the process. This module knows neither ranks nor tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_GLANCE = 0.1  # seconds between looks at whether the wait still makes sense
+_POLL_SECONDS = 0.1  # seconds between calls of `check`
 
 
 def run_interruptibly(call: Callable[[], T], check: Callable[[], None]) -> T:
-    """What `call` returns or raises. `check` is called all along; what it raises ends the wait.
+    """Return or raise what `call` does. `check` is called meanwhile; if it raises, the wait ends.
 
-    The call runs on a thread of its own, on this thread's GPU, and is left behind then.
+    The call runs on another thread with this thread's GPU. If the wait ends, that thread stays
+    behind.
     """
     ended: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -34,24 +35,24 @@ def run_interruptibly(call: Callable[[], T], check: Callable[[], None]) -> T:
             if device is not None:
                 torch.cuda.set_device(device)
             ended.put((call(), None))
-        except BaseException as error:  # it belongs to the thread that waits
+        except BaseException as error:  # raised on the waiting thread
             ended.put((None, error))
 
-    threading.Thread(target=run, name="apart", daemon=True).start()
+    threading.Thread(target=run, name="interruptible-call", daemon=True).start()
     while True:
         with contextlib.suppress(queue.Empty):
-            found, error = ended.get(timeout=_GLANCE)
+            found, error = ended.get(timeout=_POLL_SECONDS)
             if error is not None:
                 raise error
-            return found  # type: ignore[return-value]  # None only where T has it
+            return found  # type: ignore[return-value]  # None only if T allows it
         check()
 
 
 @contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """End this process, its stacks written to stderr, if what is within takes longer than that.
+def kill_process_after(seconds: float) -> Iterator[None]:
+    """End this process, with its stacks on stderr, if the `with` block takes longer.
 
-    For calls that hold Python's lock: a clock of C's own counts.
+    For calls that hold the interpreter lock: the timer is a C thread, which does not need it.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:

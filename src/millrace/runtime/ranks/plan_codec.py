@@ -1,7 +1,8 @@
-"""Rank 0's messages to the other ranks as bytes: each has its number and a digest of all so far.
+"""Rank 0's messages to the other ranks as bytes, each with its number and a digest of all so far.
 
-A rank that missed or misread one finds out before it runs it. How the bytes travel is not known
-here (ranks.py): a message is a first piece of one size for all, and a rest if it is longer.
+So a rank that missed or misread a message notices before it runs it. How the bytes are sent is not
+known here (ranks.py): a message is a first part of fixed size, and the remaining bytes if it is
+longer.
 """
 
 from __future__ import annotations
@@ -14,53 +15,53 @@ import msgspec
 from millrace.protocol import ToRank
 
 
-class MeasureSums(msgspec.Struct, frozen=True, tag="measure"):
-    """Take part in measuring sums over messages of so many tokens."""
+class MeasureAllReduce(msgspec.Struct, frozen=True, tag="measure"):
+    """Take part in measuring the all-reduce of messages with so many rows."""
 
     rows: list[int]
 
 
-Message = ToRank | MeasureSums
+Message = ToRank | MeasureAllReduce
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
-FIRST = 2048  # bytes of the first piece
-# It begins with the message's length, its number, and a digest of all messages so far.
+FIRST_BYTES = 2048  # size of the first part
+# The first part begins with the message's length, its number and the digest.
 _HEADER = struct.Struct("<IQ8s")
 
 
-class OtherPlanError(Exception):
-    """The message is not the one that rank 0 has sent in this place; says how it differs."""
+class PlanMismatchError(Exception):
+    """A message is not the one that rank 0 sent; the text says how they differ."""
 
 
-class Plans:
-    """The messages sent or received so far. number: how many."""
+class PlanCodec:
+    """Encodes or decodes a series of messages. number: messages so far."""
 
     def __init__(self) -> None:
         self.number = 0
         self._digest = bytes(8)
 
     def pack(self, message: Message) -> bytearray:
-        """The next message: its first piece, and the rest behind it."""
+        """Encode the next message: its first part, and the remaining bytes behind it."""
         body = _encode(message)
         self._advance(body)
         return bytearray(_HEADER.pack(len(body), self.number, self._digest) + body)
 
     @staticmethod
-    def rest(first: bytes) -> int:
-        """Bytes that follow the first piece."""
+    def remaining_bytes(first: bytes) -> int:
+        """How many bytes follow the first part."""
         length: int = _HEADER.unpack_from(first)[0]
-        return max(0, length - (FIRST - _HEADER.size))
+        return max(0, length - (FIRST_BYTES - _HEADER.size))
 
     def unpack(self, data: bytes) -> Message:
-        """The next message, from its first piece and its rest. Raises OtherPlanError."""
+        """Decode the next message from all of its bytes. Raises PlanMismatchError."""
         length, number, digest = _HEADER.unpack_from(data)
         body = data[_HEADER.size :][:length]
         self._advance(body)
         if number != self.number:
-            raise OtherPlanError(f"{self.number} where rank 0 has {number}")
+            raise PlanMismatchError(f"{self.number} where rank 0 has {number}")
         if digest != self._digest:
-            raise OtherPlanError(
+            raise PlanMismatchError(
                 f"{number} with digest {self._digest.hex()} where rank 0 has {digest.hex()}"
             )
         message: Message = _decode(body)

@@ -1,7 +1,7 @@
-"""Where the ranks of one replica stand and meet, and the process groups they form.
+"""The rank of this process, and the process groups of a replica.
 
-It knows launchers (torchrun's environment, or a store of ours) and libraries (Gloo, NCCL); what
-goes over the groups, and what becomes of a rank that fails, is not known here.
+It knows launchers (torchrun's environment, or our own store) and libraries (Gloo, NCCL). It does
+not know what is sent over the groups, nor what happens if a rank fails.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from millrace.errors import ConfigError
 
-JOIN_LIMIT = 300.0  # seconds for all ranks to start and meet
+JOIN_LIMIT = 300.0  # seconds for all ranks to start and join
 STEP_LIMIT = timedelta(seconds=120)  # for a collective, and for a step on the device
-PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan as long as it takes
-_NO_MULTICAST = {  # NVLink multicast stays off in every library that would use it
+PLAN_LIMIT = timedelta(days=365)  # an idle replica waits for its next plan without limit
+_NO_MULTICAST = {  # NVLink multicast is off in every library that would use it
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
@@ -29,8 +29,8 @@ _NO_MULTICAST = {  # NVLink multicast stays off in every library that would use 
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Which of `size` ranks this process is; local: its number on its own host, so its GPU."""
+class RankInfo:
+    """The rank of this process among `size`; local: its number on this host, and so its GPU."""
 
     rank: int = 0
     size: int = 1
@@ -38,28 +38,28 @@ class Place:
 
 
 def launched_by_torchrun() -> bool:
-    """Whether RANK and WORLD_SIZE name this process's place already."""
+    """Whether a launcher has set RANK and WORLD_SIZE."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def torchrun_place(tensor_parallel_size: int) -> Place:
-    """This process's place under torchrun. Raises ConfigError where flag and launcher disagree."""
+def torchrun_rank_info(tensor_parallel_size: int) -> RankInfo:
+    """This process's rank under torchrun. Raises ConfigError if flag and launcher disagree."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if tensor_parallel_size not in (1, size):
         raise ConfigError(
             f"tensor_parallel_size {tensor_parallel_size}, but torchrun started {size} processes; "
             f"leave it out or give {size}"
         )
-    return Place(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+    return RankInfo(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
 
 def open_store() -> TCPStore:
-    """Where ranks of this host find each other: a store of ours on a free port."""
+    """A store on a free port, through which the ranks of this host find each other."""
     return TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
 
-def find_store(place: Place) -> Store:
-    """The store at MASTER_ADDR:MASTER_PORT. Raises ConfigError if nothing leads to it."""
+def find_store(place: RankInfo) -> Store:
+    """The store at MASTER_ADDR:MASTER_PORT. Raises ConfigError if it cannot be reached."""
     try:
         found: tuple[Store, int, int] = next(
             rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_LIMIT))
@@ -69,8 +69,8 @@ def find_store(place: Place) -> Store:
     return found[0]
 
 
-def form_groups(place: Place, backend: str, store: Store) -> tuple[Any, Any]:
-    """(the group of the tensors, the group of the plans). backend: gloo or nccl, of the tensors."""
+def form_groups(place: RankInfo, backend: str, store: Store) -> tuple[Any, Any]:
+    """(the group for tensors, the group for plans). backend: gloo or nccl, for tensors."""
     device = None
     if backend == "nccl":
         for name, value in _NO_MULTICAST.items():

@@ -1,9 +1,8 @@
-"""The ranks of one replica: a plan reaches all of them, and their tensors come together.
+"""The ranks of one replica: they get the same plans, and their tensors are reduced together.
 
-Rank 0 schedules and sends each plan (as `plan_codec.py` words it) over a Gloo group of its own;
-every rank runs it and takes part in the tensor collectives. No wait on the host is blind: every
-one looks
-at the watch (`heartbeat.py`), which knows when a rank is gone.
+Rank 0 schedules and sends each plan (encoded by `plan_codec.py`) over its own Gloo group; every
+rank runs it and takes part in the tensor collectives. No host wait is unbounded: each one checks
+the heartbeat (`heartbeat.py`), which knows when a rank has failed.
 """
 
 from __future__ import annotations
@@ -23,51 +22,52 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from millrace.errors import RankError
-from millrace.runtime.ranks.heartbeat import Fate, Heartbeat, no_fate
+from millrace.runtime.ranks.heartbeat import ExitReason, Heartbeat, unknown_exit
 from millrace.runtime.ranks.interruptible import run_interruptibly
-from millrace.runtime.ranks.plan_codec import FIRST, Message, OtherPlanError, Plans
+from millrace.runtime.ranks.plan_codec import FIRST_BYTES, Message, PlanCodec, PlanMismatchError
 from millrace.runtime.ranks.process_groups import (
     JOIN_LIMIT,
     STEP_LIMIT,
-    Place,
+    RankInfo,
     find_store,
     form_groups,
 )
 from millrace.runtime.ranks.rendezvous import rendezvous
 
-GROUP_LIMIT = 90.0  # seconds for ranks that have met to set up their groups
-LEAVE_LIMIT = 5.0  # seconds for a group to be taken apart
+GROUP_LIMIT = 90.0  # seconds to set up the process groups after the rendezvous
+LEAVE_LIMIT = 5.0  # seconds to destroy the process groups
 _POLL = timedelta(seconds=0.25)
-_GLANCE = 0.0005  # seconds between looks at a device step that has taken longer than most
+_POLL_SECONDS = 0.0005  # seconds between polls of a step on the device
 
 
 @dataclass(slots=True, weakref_slot=True)
 class Ranks:
-    """This process's place among `size` ranks, and their groups (None alone)."""
+    """This process's rank among `size`, and the process groups (None if there is one rank)."""
 
     rank: int = 0
     size: int = 1
     tensors: Any = None  # dist.ProcessGroup
     plans: Any = None
     heartbeat: Heartbeat | None = None
-    _messages: Plans = field(default_factory=Plans)
-    _first: Tensor = field(default_factory=lambda: torch.zeros(FIRST, dtype=torch.uint8))
+    _codec: PlanCodec = field(default_factory=PlanCodec)
+    _first_part: Tensor = field(default_factory=lambda: torch.zeros(FIRST_BYTES, dtype=torch.uint8))
 
     @classmethod
     def join(
         cls,
-        place: Place,
+        place: RankInfo,
         backend: str,
         facts: dict[str, str],
         *,
         store: Store | None = None,
-        fate: Fate = no_fate,
+        exit_reason: ExitReason = unknown_exit,
         on_failure: Callable[[str], None] | None = None,
     ) -> Ranks:
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT, or in `store`.
+        """Join the other ranks at MASTER_ADDR:MASTER_PORT, or through `store`.
 
-        backend: gloo, or nccl on GPUs. facts: what must be equal everywhere. fate, on_failure: see
-        `heartbeat.py`. Raises ConfigError for ranks that are unlike, RankError for missing ones.
+        backend: gloo, or nccl on GPUs. facts: what must be equal on all ranks. exit_reason,
+        on_failure: see `heartbeat.py`. Raises ConfigError if facts differ, RankError if a rank is
+        missing.
         """
         if place.size == 1:
             return cls()
@@ -76,7 +76,7 @@ class Ranks:
         store = PrefixStore(f"millrace-{attempt}", store or find_store(place))
         heartbeat = rendezvous(
             *(place.rank, place.size, address, store),
-            *(facts, fate, on_failure, JOIN_LIMIT),
+            *(facts, exit_reason, on_failure, JOIN_LIMIT),
         )
         try:
             with heartbeat.limited(f"setting up {backend}", GROUP_LIMIT):
@@ -85,11 +85,11 @@ class Ranks:
                 )
                 return cls(place.rank, place.size, *groups, heartbeat)
         except BaseException as error:
-            if isinstance(error, RuntimeError):  # a library's: it knows the call, not the rank
+            if isinstance(error, RuntimeError):  # a library's error; it does not name the rank
                 error = heartbeat.explain(error)
             heartbeat.fail(f"rank {place.rank} could not join: {error}")
             heartbeat.leave()
-            if not dist.is_initialized():  # groups are named by their number, on all ranks alike
+            if not dist.is_initialized():  # group numbers must be the same on all ranks
                 dist.distributed_c10d._world.group_count = 0
             raise error from None
 
@@ -99,104 +99,104 @@ class Ranks:
         """Rank 0: send a message to every other rank. Raises RankError if the group has failed."""
         if self.size == 1:
             return
-        data = torch.frombuffer(self._messages.pack(message), dtype=torch.uint8)
+        data = torch.frombuffer(self._codec.pack(message), dtype=torch.uint8)
         self._begin()
-        first = data[:FIRST]
-        self._first[: len(first)] = first
-        self._broadcast(self._first)
-        if len(data) > FIRST:
-            self._broadcast(data[FIRST:])
+        first = data[:FIRST_BYTES]
+        self._first_part[: len(first)] = first
+        self._broadcast(self._first_part)
+        if len(data) > FIRST_BYTES:
+            self._broadcast(data[FIRST_BYTES:])
 
     def receive(self) -> Message:
-        """Other ranks: wait for the next message of rank 0, and check that it is the next one."""
-        self._broadcast(self._first)
-        data = self._first.numpy().tobytes()
-        if rest := self._messages.rest(data):
+        """Other ranks: wait for rank 0's next message, and check its number and digest."""
+        self._broadcast(self._first_part)
+        data = self._first_part.numpy().tobytes()
+        if rest := self._codec.remaining_bytes(data):
             more = torch.empty(rest, dtype=torch.uint8)
             self._broadcast(more)
             data += more.numpy().tobytes()
         try:
-            message = self._messages.unpack(data)
-        except OtherPlanError as other:
-            self._disagree(str(other))
+            message = self._codec.unpack(data)
+        except PlanMismatchError as other:
+            self._fail_on_mismatch(str(other))
         self._begin()
         return message
 
     def _begin(self) -> None:
         if self.heartbeat is not None:
-            self.heartbeat.begin(self._messages.number)
+            self.heartbeat.begin(self._codec.number)
 
-    def _disagree(self, what: str) -> NoReturn:
-        error = RankError(f"rank {self.rank} (pid {os.getpid()}) holds another plan: step {what}")
+    def _fail_on_mismatch(self, what: str) -> NoReturn:
+        error = RankError(f"rank {self.rank} (pid {os.getpid()}) has another plan: step {what}")
         self.fail(str(error))
         raise error
 
     def _broadcast(self, data: Tensor) -> None:
-        with self._explained():
-            self._finish(self.plans.broadcast([data], _from_rank_0()))
+        with self._errors_name_the_rank():
+            self.wait_for_work(self.plans.broadcast([data], _from_rank_0()))
 
     # --- tensors ----------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place; the same bits on every rank."""
-        with self._explained():
+        with self._errors_name_the_rank():
             if x.is_cuda:
                 dist.all_reduce(x, group=self.tensors)  # on the current stream
             else:
-                self._finish(self.tensors.allreduce([x]))
+                self.wait_for_work(self.tensors.allreduce([x]))
         return x
 
-    def maximum(self, x: Tensor) -> Tensor:
-        """The largest over ranks, number by number, in place."""
-        with self._explained():
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over ranks, in place."""
+        with self._errors_name_the_rank():
             if x.is_cuda:
                 dist.all_reduce(x, dist.ReduceOp.MAX, group=self.tensors)
             else:
-                self._finish(self.tensors.allreduce([x], _reduction(dist.ReduceOp.MAX)))
+                self.wait_for_work(self.tensors.allreduce([x], _reduction(dist.ReduceOp.MAX)))
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's x [..., n] side by side in rank order: [..., size * n]."""
-        return torch.cat(self.gather_parts(x), dim=-1)
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's x [..., n], concatenated in rank order: [..., size * n]."""
+        return torch.cat(self.all_gather_parts(x), dim=-1)
 
-    def gather_parts(self, x: Tensor) -> list[Tensor]:
+    def all_gather_parts(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, in rank order."""
         parts = [
             torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)
         ]
-        with self._explained():
+        with self._errors_name_the_rank():
             if x.is_cuda:
                 dist.all_gather(parts, x, group=self.tensors)
             else:
-                self._finish(self.tensors.allgather([parts], [x]))
+                self.wait_for_work(self.tensors.allgather([parts], [x]))
         return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x on every rank, so that none goes its own way by a rounding."""
+        """Rank 0's x on every rank, so that no rank differs by a rounding."""
         if self.size == 1:
             return x
-        with self._explained():
+        with self._errors_name_the_rank():
             if x.is_cuda:
                 dist.broadcast(x, src=0, group=self.tensors)
             else:
-                self._finish(self.tensors.broadcast([x], _from_rank_0()))
+                self.wait_for_work(self.tensors.broadcast([x], _from_rank_0()))
         return x
 
-    def smallest(self, value: int) -> int:
-        """The smallest of the ranks' numbers, on every rank."""
-        return int(self._agree([value], dist.ReduceOp.MIN)[0])
+    def min_over_ranks(self, value: int) -> int:
+        """The smallest of the ranks' values, on every rank."""
+        return int(self._reduce_numbers([value], dist.ReduceOp.MIN)[0])
 
-    def largest(self, values: list[float]) -> list[float]:
-        """Number by number the largest of the ranks', on every rank."""
-        return self._agree(values, dist.ReduceOp.MAX)
+    def max_over_ranks(self, values: list[float]) -> list[float]:
+        """The elementwise maximum of the ranks' values, on every rank."""
+        return self._reduce_numbers(values, dist.ReduceOp.MAX)
 
-    def _agree(self, values: list[float], op: Any) -> list[float]:
+    def _reduce_numbers(self, values: list[float], op: Any) -> list[float]:
         if self.size == 1:
             return values
         found = torch.tensor(values, dtype=torch.float64)
         options = _reduction(op)
-        with self._explained():
-            self._finish(self.plans.allreduce([found], options))
+        with self._errors_name_the_rank():
+            self.wait_for_work(self.plans.allreduce([found], options))
         return [float(x) for x in found.tolist()]
 
     # --- waiting ----------------------------------------------------------------------------
@@ -208,9 +208,10 @@ class Ranks:
 
     @contextmanager
     def limited(self, doing: str, seconds: float, advice: str = "") -> Iterator[None]:
-        """Have the group fail, this rank named, if what is within takes longer than that.
+        """Fail the group, and name this rank, if the `with` block takes longer than `seconds`.
 
-        Waits within must be of the kinds below: they end when the group fails, others may not.
+        doing: what the block does, for the error message. Inside it use only the waits below: they
+        end when the group fails, others may not.
         """
         if self.heartbeat is None:
             yield
@@ -219,22 +220,22 @@ class Ranks:
             yield
 
     def fail(self, message: str) -> None:
-        """Tell all ranks that the group cannot go on."""
+        """Fail the group on all ranks, with this message."""
         if self.heartbeat is not None:
             self.heartbeat.fail(message)
 
-    def settle(self) -> None:
-        """Wait for all that this rank has launched on its GPU's current stream.
+    def wait_for_device(self) -> None:
+        """Wait for the GPU's current stream, but not for ever.
 
-        Whatever else waits for the device (a capture's beginning, freed memory) does so without
-        looking up: with a collective in flight and a rank gone it would never return.
+        Call it before anything else that waits for the device (the start of a graph capture, a
+        free): such a wait never returns if a collective is in flight and a rank is gone.
         """
         event = torch.cuda.Event()
         event.record()
         self.wait(event)
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """Wait for the device, but not for ever. Raises RankError if the group has failed."""
+        """Wait for an event, but not for ever. Raises RankError if the group has failed."""
         if self.size == 1:
             event.synchronize()
             return
@@ -245,27 +246,27 @@ class Ranks:
             self.check()
             if spent > STEP_LIMIT.total_seconds():
                 raise RankError(
-                    f"step {self._messages.number} has not ended within {spent:.0f} s on a rank"
+                    f"step {self._codec.number} has not ended on some rank within {spent:.0f} s"
                 )
-            time.sleep(_GLANCE)
+            time.sleep(_POLL_SECONDS)
 
-    def _finish(self, work: Any) -> None:
-        """Wait for a collective between hosts' memories."""
+    def wait_for_work(self, work: Any) -> None:
+        """Wait for a collective on host memory."""
         while True:
             try:
                 work.wait(_POLL)
                 return
             except RuntimeError:
-                # The end may have come just behind the limit of this wait, so its error says
-                # nothing of the work itself; that is for a wait that has nothing to wait for.
+                # This wait timed out, or the work failed. The work may also have ended just
+                # after the timeout; then another wait returns at once, with the work's own error.
                 if work.is_completed():
                     work.wait()
                     return
                 self.check()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Have a collective's error say which rank it comes from."""
+    def _errors_name_the_rank(self) -> Iterator[None]:
+        """Turn a collective's error into a RankError that names the rank at fault."""
         self.check()
         try:
             yield
@@ -275,11 +276,11 @@ class Ranks:
             raise self.heartbeat.explain(error) from None
 
     def leave(self) -> None:
-        """Part from the other ranks; no collective may follow.
+        """Leave the group; no collective may follow.
 
-        The groups are dropped here, not at the interpreter's end: dropping one joins Gloo's
-        threads, and a thread that frees its last tensor while Python is being torn down aborts
-        the process. CUDA graphs that hold collectives must be gone by now: NCCL waits for them.
+        The groups are destroyed here, not at interpreter exit: that joins Gloo's threads, and a
+        thread that frees its last tensor during interpreter exit aborts the process. CUDA graphs
+        with collectives must be freed before: NCCL waits for them.
         """
         if self.size == 1 or self.heartbeat is None:
             return
@@ -288,7 +289,7 @@ class Ranks:
         self.tensors = self.plans = None
         if not dist.is_initialized():
             return
-        # A collective that waits for a rank that is stopped or gone may hold this up.
+        # This hangs if a collective still waits for a rank that is stopped or gone.
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(LEAVE_LIMIT)

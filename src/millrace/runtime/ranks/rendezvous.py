@@ -1,7 +1,7 @@
-"""How the ranks of one replica find each other: all connect to rank 0, and are compared.
+"""How the ranks of one replica find each other: all connect to rank 0, which compares them.
 
-They meet before anything else; what they run must be the same everywhere. What they have from here
-are the connections that the watch (`heartbeat.py`) keeps an eye on.
+This happens before anything else, because all ranks must run the same code, options and weights.
+The connections stay open for the heartbeat (`heartbeat.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from millrace.common.framing import FramingError
 from millrace.errors import ConfigError, RankError
 from millrace.runtime.ranks.heartbeat import (
     FRAMING,
-    Fate,
+    ExitReason,
     Fault,
     Heartbeat,
     Hello,
     Peer,
-    no_fate,
     this_host,
+    unknown_exit,
 )
 
 
@@ -35,29 +35,29 @@ def rendezvous(
     address: str,
     store: Store,
     facts: dict[str, str],
-    fate: Fate,
+    exit_reason: ExitReason,
     on_failure: Callable[[str], None] | None,
     limit: float,
 ) -> Heartbeat:
-    """Connect to all other ranks (rank 0) or to rank 0 at `address`, and compare notes.
+    """Connect to all other ranks (rank 0), or to rank 0 at `address`, and compare the facts.
 
-    store: where rank 0 says on which port it waits. Raises as `gather` and `introduce` do.
+    store: where rank 0 publishes its port. Raises what `accept_ranks` and `connect_to_rank_0` do.
     """
     if rank == 0:
         token = secrets.token_hex(16)
         with listen(address) as listener:
-            store.set("watch", f"{listener.getsockname()[1]} {token}")
+            store.set("heartbeat", f"{listener.getsockname()[1]} {token}")
             me = Hello(0, os.getpid(), this_host(), token, facts)
-            peers = gather(listener, me, size, limit, fate)
+            peers = accept_ranks(listener, me, size, limit, exit_reason)
     else:
-        port, token = store.get("watch").decode().split()
+        port, token = store.get("heartbeat").decode().split()
         me = Hello(rank, os.getpid(), this_host(), token, facts)
-        peers = [introduce((address, int(port)), me, limit)]
-    return Heartbeat(me, peers, fate, on_failure)
+        peers = [connect_to_rank_0((address, int(port)), me, limit)]
+    return Heartbeat(me, peers, exit_reason, on_failure)
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket on that host name or address if it is ours, else on all interfaces."""
+    """A listening socket on that address if this host has it, else on all interfaces."""
     for host in (address, ""):
         try:
             return socket.create_server((host, 0))
@@ -66,25 +66,29 @@ def listen(address: str) -> socket.socket:
     raise ConfigError(f"cannot listen on {address}; set MASTER_ADDR to an address of this host")
 
 
-def gather(
-    listener: socket.socket, me: Hello, size: int, limit: float, fate: Fate = no_fate
+def accept_ranks(
+    listener: socket.socket,
+    me: Hello,
+    size: int,
+    limit: float,
+    exit_reason: ExitReason = unknown_exit,
 ) -> list[Peer]:
-    """Rank 0: wait for all others, and compare them with ourselves.
+    """Rank 0: wait for all other ranks, and compare their facts with `me`.
 
-    Raises RankError for a rank that ended or did not come within `limit` seconds, ConfigError for
-    one that is unlike this one; the others are told.
+    Raises RankError if a rank ended or did not join within `limit` seconds, ConfigError if one has
+    other facts. The ranks that have joined get the reason.
     """
     found: dict[int, Peer] = {}
     deadline = time.monotonic() + limit
     listener.settimeout(0.1)
     try:
         while len(found) < size - 1:
-            _require_coming(range(1, size), found, fate, deadline, limit)
+            _check_missing(range(1, size), found, exit_reason, deadline, limit)
             peer = _accept(listener, me)
             if peer is not None:
                 found[peer.hello.rank] = peer
         peers = [found[rank] for rank in sorted(found)]
-        _compare(me, peers)
+        _compare_facts(me, peers)
     except Exception as error:
         for peer in found.values():
             peer.send(Fault(str(error)))
@@ -95,12 +99,12 @@ def gather(
     return peers
 
 
-def _require_coming(
-    ranks: range, found: Mapping[int, Peer], fate: Fate, deadline: float, limit: float
+def _check_missing(
+    ranks: range, found: Mapping[int, Peer], exit_reason: ExitReason, deadline: float, limit: float
 ) -> None:
     missing = [rank for rank in ranks if rank not in found]
     for rank in missing:
-        if (end := fate(rank)) is not None:
+        if (end := exit_reason(rank)) is not None:
             raise RankError(f"rank {rank} {end} before it had joined")
     if time.monotonic() > deadline:
         names = ", ".join(f"rank {rank}" for rank in missing)
@@ -108,7 +112,7 @@ def _require_coming(
 
 
 def _accept(listener: socket.socket, me: Hello) -> Peer | None:
-    """The next rank that knows the token; None if nobody, or a stranger, came."""
+    """The next rank with the right token; None if there was no connection, or a wrong one."""
     try:
         sock, _ = listener.accept()
     except TimeoutError:
@@ -125,21 +129,21 @@ def _accept(listener: socket.socket, me: Hello) -> Peer | None:
     return Peer(sock, hello)
 
 
-def _compare(me: Hello, peers: list[Peer]) -> None:
+def _compare_facts(me: Hello, peers: list[Peer]) -> None:
     for peer in peers:
         for name, ours in me.facts.items():
             theirs = peer.hello.facts.get(name, "nothing")
             if theirs != ours:
                 raise ConfigError(
                     f"{peer.name} has another {name}: {theirs}, where rank 0 has {ours}; "
-                    "start all ranks alike"
+                    "start all ranks with the same"
                 )
 
 
-def introduce(address: tuple[str, int], me: Hello, limit: float) -> Peer:
-    """Other ranks: connect to rank 0 and wait until it has met everybody.
+def connect_to_rank_0(address: tuple[str, int], me: Hello, limit: float) -> Peer:
+    """Other ranks: connect to rank 0 and wait until all ranks have joined.
 
-    Raises RankError with rank 0's reason if the group does not come together.
+    Raises RankError, with rank 0's reason, if the group is not complete in time.
     """
     try:
         sock = socket.create_connection(address, timeout=limit)

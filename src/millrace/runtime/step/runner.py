@@ -63,7 +63,7 @@ class Runner:
         self._device = slots.length.device
         heads = model.head, model.draft_output
         self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
-        self._settle = ranks.settle
+        self._settle = ranks.wait_for_device
         self._processors = LogitsProcessors(slots, self._width, model.config.vocab_size)
         self._graphs: DecodeGraphs | None = None  # of whole decode steps
         self._forwards: DecodeGraphs | None = None  # of their forwards alone
