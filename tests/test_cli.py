@@ -71,6 +71,8 @@ def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str
         (["serve", "m", "--stream-interval", "0"], "stream_interval 0: use 1 or more"),
         (["serve", "m", "--shutdown-timeout", "-1"], "shutdown_timeout -1.0: use 0 or more"),
         (["serve", "m", "--read-timeout", "inf"], "read_timeout inf: use 0 or more"),
+        (["serve", "m", "--api-key", ""], "--api-key is empty; give it a key, or leave it out"),
+        (["serve", "m", "--replicas", "2", "--api-key", "\t"], "--api-key is empty"),
         (["serve", "m", "--ssl-keyfile", "k"], "--ssl-certfile is missing"),
         (["serve", "m", "--ssl-certfile", "/nowhere"], "--ssl-certfile /nowhere: No such file"),
         (["serve", "m", "--ssl-certfile", "/etc/hostname"], "--ssl-certfile /etc/hostname: "),
@@ -81,6 +83,15 @@ def test_a_wrong_command_gets_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     assert said in complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize("variable", ["MILLRACE_API_KEY", "VLLM_API_KEY"])
+def test_a_key_variable_that_is_empty_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, " ")
+    said = complaint(capsys, "serve", "m")
+    assert f"the variable {variable} is empty; give it a key, or leave it out" in said
 
 
 def test_a_list_is_repeated_or_written_as_json(monkeypatch: pytest.MonkeyPatch) -> None:

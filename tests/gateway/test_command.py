@@ -48,6 +48,13 @@ def test_it_serves_until_it_is_told_to_end() -> None:
         (["--worker-urls", "127.0.0.1:9", "--processes", "0"], "use 1 to 128"),
         (["--worker-urls", "127.0.0.1:9", "--ssl-keyfile", "k"], "go together"),
         (["--worker-urls", "127.0.0.1:9", "--api-key-file", "/no/file"], "No such file"),
+        (["--worker-urls", "127.0.0.1:9", "--api-key", ""], "--api-key is empty; give it a key"),
+        (
+            ["--worker-urls", "127.0.0.1:9", "--api-key", "a", "--api-key", " "],
+            "--api-key is empty",
+        ),
+        (["--worker-urls", "127.0.0.1:9", "--admin-key", ""], "--admin-key is empty"),
+        (["--worker-urls", "127.0.0.1:9", "--worker-api-key", " "], "--worker-api-key is empty"),
         (["--worker-urls", "127.0.0.1:9", "--access-log", "/no/dir/log"], "No such file"),
         (["--worker-file", "/no/file"], "No such file"),
         (["--worker-dns", "name"], "use name:port"),

@@ -106,8 +106,12 @@ class ApiError(Exception):
 
     def encode(self, path: str = "") -> bytes:
         """The JSON body as the API of that path has it."""
-        anthropic = path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
-        return msgspec.json.encode(self.anthropic_body if anthropic else self.body)
+        return msgspec.json.encode(self.anthropic_body if is_anthropic(path) else self.body)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path (without its query) belongs to Anthropic's API."""
+    return path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
 
 
 def no_access(given: bool) -> ApiError:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 import uvloop
 
+from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
 from millrace.errors import UserError
 from millrace.gateway.admin.status import show_status
@@ -100,7 +100,9 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
     if not specs and not flags["worker_file"] and not flags["worker_dns"]:
         raise UserError("--worker-urls: name at least one replica, as http://127.0.0.1:8001")
     access = given(flags, Access)
-    access["api_key"] = [*access.get("api_key", ()), *_keys(flags["api_key_file"])]
+    file = flags["api_key_file"]
+    file_keys = [] if file is None else keys_of_file(file, "--api-key-file")
+    access["api_key"] = [*configured_keys(access.get("api_key", ()), "--api-key"), *file_keys]
     options = msgspec.convert(given(flags, GatewayOptions), GatewayOptions)
     return msgspec.structs.replace(
         options,
@@ -109,19 +111,6 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
         health=msgspec.convert(given(flags, HealthPolicy), HealthPolicy),
         access=msgspec.convert(access, Access),
     )
-
-
-def _keys(path: str | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--api-key-file {path}: {error.strerror}") from None
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
-        raise UserError(f"--api-key-file {path}: it holds no key; write one per line")
-    return keys
 
 
 async def _serve(options: GatewayOptions, drain: float) -> None:

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from millrace.common.api_errors import ApiError
 from millrace.errors import RequestError
 from millrace.server.api.context import ApiContext
 from millrace.server.api.pages import Pages
 from millrace.server.engine_link.client import EngineDeadError
-from millrace.server.http.errors import ApiError, error_response
+from millrace.server.http.errors import error_response
 from millrace.server.openapi import openapi_document
 from millrace.server.routes import ROUTES
 from millrace.server.telemetry.metrics import MetricsPage

@@ -15,11 +15,12 @@ from typing import Any
 import click
 import msgspec
 
+from millrace.common.api_keys import configured_keys
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
 from millrace.model_lookup import find_model
-from millrace.server.options import SERVER_HELP, ServerOptions
+from millrace.server.options import KEY_VARIABLES, SERVER_HELP, ServerOptions, api_keys
 
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
 
@@ -82,6 +83,7 @@ def _check(options: ServerOptions) -> None:
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
     if options.engine == "millrace" and (options.engine_args or options.engine_command):
         raise ConfigError("--engine-args and --engine-command go with --engine vllm or sglang")
+    configured_keys(options.api_key, "--api-key", KEY_VARIABLES)  # before a model is loaded
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"port {options.port}: use 0 to 65535")
 
@@ -112,7 +114,6 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
     from millrace.gateway.common.limits import GatewayLimits
     from millrace.gateway.processes.options import GatewayOptions
     from millrace.gateway.relay.access import Access
-    from millrace.server.run import api_keys
 
     keys = api_keys(options)
     run_replicas(

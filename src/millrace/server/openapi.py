@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.server.http.errors import ErrorBody
+from millrace.common.api_errors import ErrorBody
 from millrace.server.routes import ApiRoute
 from millrace.version import __version__
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
+from millrace.common.api_keys import configured_keys
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tool_parser import ToolCallParser
 
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
@@ -95,3 +100,16 @@ SERVER_HELP: Mapping[str, str] = {
     "http://127.0.0.1:4318/v1/traces.",
     "uvicorn_log_level": "Log level of the HTTP server.",
 }
+
+
+def api_keys(options: ServerOptions) -> list[str]:
+    """The keys that requests must bring one of: from --api-key, else from the environment.
+
+    Raises ConfigError for an empty one. Warns where there is none and other hosts may connect.
+    """
+    keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
+    if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning(
+            "listening on %s without --api-key: whoever reaches it may use it", options.host
+        )
+    return keys

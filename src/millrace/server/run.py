@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import faulthandler
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,14 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from millrace.common.api_errors import shutting_down
+from millrace.common.api_keys import ApiKeys
 from millrace.common.open_files import raise_file_limit
 from millrace.common.sockets import BACKLOG, listen, tls_context
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import Ready
-from millrace.server.api.anthropic.endpoint import anthropic_error_response
 from millrace.server.api.context import ApiContext
 from millrace.server.app import application
 from millrace.server.engine_link.client import EngineClient, EngineDeadError
@@ -36,10 +36,9 @@ from millrace.server.engine_link.process import ENGINE_PROGRAM
 from millrace.server.engine_link.restarter import Restarter
 from millrace.server.http.bodies import BodyReader
 from millrace.server.http.connection import connection_class
-from millrace.server.http.errors import ApiError
-from millrace.server.http.middleware import Keys, Middleware
+from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
-from millrace.server.options import ServerOptions
+from millrace.server.options import ServerOptions, api_keys
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.text.processor import TextProcessor
 
@@ -47,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 65  # longer than usual proxies keep theirs, so that they close first
 CLOSE_SECONDS = 2  # for answers to leave once nothing more is generated
-KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 
 
 def run_server(
@@ -138,21 +136,11 @@ def _middleware(
     return Middleware(
         app,
         metrics,
-        Keys(api_keys(options)),
+        ApiKeys(api_keys(options)),
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
         on_finish=[tracer.record] if tracer.active else [],
-        error_formats={"/v1/messages": anthropic_error_response},
     )
-
-
-def api_keys(options: ServerOptions) -> list[str]:
-    keys = options.api_key or [os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)]
-    if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning(
-            "listening on %s without --api-key: whoever reaches it may use it", options.host
-        )
-    return keys
 
 
 def _gauges(
@@ -229,7 +217,7 @@ class _Server(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
-            self._client.fail_all(_stopping())
+            self._client.fail_all(shutting_down())
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
@@ -240,12 +228,8 @@ class _Server(uvicorn.Server):
                 self._middleware.open_requests, self._limit,
             )  # fmt: skip
         if not await self._middleware.wait_idle(self._limit):
-            self._client.fail_all(_stopping())
+            self._client.fail_all(shutting_down())
         self.should_exit = True
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.Config:

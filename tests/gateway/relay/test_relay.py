@@ -437,7 +437,7 @@ def test_a_malformed_or_oversized_request_is_refused(sent: bytes, status: int) -
         async with gateway(replica.url, limits=GatewayLimits(max_body_bytes=100)) as (made, target):
             head, _, body = (await raw(target, sent)).partition(b"\r\n\r\n")
             assert head.startswith(f"HTTP/1.1 {status} ".encode())
-            assert json.loads(body)["error"]["code"] == status
+            assert json.loads(body)["error"]["type"] == "invalid_request_error"
             assert made.counters.statuses()[str(status)] == 1
         assert replica.bodies == []
         await replica.stop()

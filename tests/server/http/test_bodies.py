@@ -8,8 +8,8 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
+from millrace.common.api_errors import ApiError
 from millrace.server.http.bodies import BodyReader
-from millrace.server.http.errors import ApiError
 
 
 class Upload:

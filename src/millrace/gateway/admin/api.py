@@ -31,7 +31,13 @@ from millrace.gateway.common.shared_counters import (
     SharedCounters,
 )
 from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
-from millrace.gateway.http.message import LocalReply, Request, error_reply, json_reply
+from millrace.gateway.http.message import (
+    LocalReply,
+    Request,
+    api_error_reply,
+    error_reply,
+    json_reply,
+)
 from millrace.gateway.relay.access import Access
 from millrace.gateway.routing.replicas import Member, ReplicaSet
 
@@ -105,16 +111,16 @@ class AdminApi:
             return await self._metrics()
         if path == "/v1/models":
             if not self._access.allows_api(request):
-                return error_reply(401, "this API needs a key: send Authorization: Bearer KEY")
+                return api_error_reply(self._access.refusal(request))
             return json_reply(200, {"object": "list", "data": self._monitor.cards})
         if not (self._access.allows_api(request) or self._access.allows_admin(request)):
-            return error_reply(401, "this needs a key: send Authorization: Bearer KEY")
+            return api_error_reply(self._access.refusal(request))
         if request.method == b"GET" and path == "/gateway/replicas":
             return json_reply(200, {"replicas": self._rows()})
         if request.method == b"GET" and path == "/gateway/status":
             return json_reply(200, self.status())
         if not path.startswith("/gateway/replicas"):
-            return error_reply(404, f"the gateway has no {path}", code="not_found")
+            return error_reply(404, f"the gateway has no {path}")
         if not self._access.allows_admin(request):
             message = "changes need the admin key (Authorization: Bearer KEY), or to come from the "
             return error_reply(403, message + "gateway's own host where no key was set")
@@ -179,7 +185,7 @@ class AdminApi:
         member = monitor.find(int(parts[0])) if parts[0].isdigit() else None
         if member is None:
             ids = ", ".join(str(m.id) for m in monitor.members) or "none"
-            return error_reply(404, f"no replica {parts[0]!r}; there are: {ids}", code="not_found")
+            return error_reply(404, f"no replica {parts[0]!r}; there are: {ids}")
         return self._change(request, member, parts[1:])
 
     def _change(self, request: Request, member: Member, rest: list[str]) -> LocalReply:

@@ -10,6 +10,8 @@ from http import HTTPStatus
 
 import msgspec
 
+from millrace.common.api_errors import ApiError, is_anthropic
+
 Headers = list[tuple[bytes, bytes]]
 
 # RFC 9110, 7.6.1: for one connection, never passed on. Transfer-Encoding is not listed: a
@@ -106,13 +108,22 @@ def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class LocalReply(msgspec.Struct, frozen=True):
-    """A complete response of the gateway itself. close: the connection ends with it."""
+    """A complete response of the gateway itself. close: the connection ends with it. error: the
+    message of an error; the body has it in OpenAI's shape."""
 
     status: int
     body: bytes
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
     close: bool = False
+    error: str | None = None
+
+    def in_shape_of(self, path: bytes) -> LocalReply:
+        """The same reply; an error has the shape of the API that the path belongs to."""
+        name = path.partition(b"?")[0].decode("latin-1")
+        if self.error is None or not is_anthropic(name):
+            return self
+        return msgspec.structs.replace(self, body=ApiError(self.status, self.error).encode(name))
 
     def encode(self, request_id: bytes = b"", keep_alive: bool = True) -> bytes:
         """Its bytes on the wire."""
@@ -124,16 +135,6 @@ class LocalReply(msgspec.Struct, frozen=True):
             encoded.append((b"Connection", b"close"))
         start = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode()
         return _head(start, encoded) + self.body
-
-
-_ERROR_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    502: "bad_gateway",
-    503: "unavailable",
-    504: "timeout",
-}
 
 
 def json_reply(status: int, value: object) -> LocalReply:
@@ -150,10 +151,14 @@ def error_reply(
     code: str | None = None,
     headers: Sequence[tuple[str, str]] = (),
 ) -> LocalReply:
-    """An error in OpenAI's shape. retry_after: seconds."""
-    kind = _ERROR_TYPES.get(status, "invalid_request_error")
-    error = {"message": message, "type": kind, "param": None, "code": code or status}
+    """An error, as every API of Millrace has it. retry_after: seconds."""
+    more = dict(headers)
     if retry_after is not None:
-        headers = [*headers, ("Retry-After", str(retry_after))]
-    body = msgspec.json.encode({"error": error})
-    return LocalReply(status, body, headers=tuple(headers), close=close)
+        more["Retry-After"] = str(retry_after)
+    return api_error_reply(ApiError(status, message, code=code, headers=more), close=close)
+
+
+def api_error_reply(error: ApiError, *, close: bool = False) -> LocalReply:
+    """The reply of a request that gets this error."""
+    headers = tuple(error.headers.items())
+    return LocalReply(error.status, error.encode(), headers=headers, close=close, error=str(error))

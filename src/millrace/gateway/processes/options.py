@@ -101,4 +101,5 @@ def check_options(options: GatewayOptions) -> None:
             f"--max-bodies-bytes {limits.max_bodies_bytes}: use at least --max-body-bytes, "
             f"{limits.max_body_bytes}, or a body of that size is never accepted"
         )
+    options.access.check()
     tls_context(options.ssl_certfile, options.ssl_keyfile)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Sequence
+import functools
 
 import msgspec
 
+from millrace.common.api_errors import ApiError, no_access
+from millrace.common.api_keys import ApiKeys, checked_key, presented_key
 from millrace.gateway.http.message import Request, header
 
 
@@ -19,9 +20,22 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     admin_key: str | None = None
     worker_api_key: str | None = None
 
+    def check(self) -> None:
+        """Raise ConfigError for a key that is empty."""
+        for key in self.api_key:
+            checked_key(key, "--api-key")
+        if self.admin_key is not None:
+            checked_key(self.admin_key, "--admin-key")
+        if self.worker_api_key is not None:
+            checked_key(self.worker_api_key, "--worker-api-key")
+
+    def refusal(self, request: Request) -> ApiError:
+        """What a request is told that has no key, or a wrong one."""
+        return no_access(given=bool(_key(request)))
+
     def allows_api(self, request: Request) -> bool:
         """Whether the client may use the API."""
-        return not self.api_key or _has_key(request, self.api_key)
+        return not self.api_key or _has_key(request, tuple(self.api_key))
 
     def allows_admin(self, request: Request) -> bool:
         """Whether the client may change the gateway."""
@@ -37,8 +51,15 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return b"" if self.api_key else None
 
 
-def _has_key(request: Request, keys: Sequence[str]) -> bool:
-    scheme, _, given = header(request.headers, b"authorization").partition(b" ")
-    held = given.strip() if scheme.lower() == b"bearer" else header(request.headers, b"x-api-key")
-    # Every key is compared, so that the time says nothing about which one was near.
-    return sum(hmac.compare_digest(held, key.encode()) for key in keys) > 0
+def _has_key(request: Request, keys: tuple[str, ...]) -> bool:
+    return _api_keys(keys).accept(_key(request))
+
+
+def _key(request: Request) -> bytes:
+    headers = request.headers
+    return presented_key(header(headers, b"authorization"), header(headers, b"x-api-key"))
+
+
+@functools.lru_cache(maxsize=16)
+def _api_keys(keys: tuple[str, ...]) -> ApiKeys:
+    return ApiKeys(keys)

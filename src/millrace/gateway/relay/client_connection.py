@@ -10,12 +10,14 @@ from typing import cast
 
 import httptools
 
+from millrace.common.api_errors import shutting_down
 from millrace.gateway.http.bodies import RequestBodies
 from millrace.gateway.http.message import (
     MAX_REQUEST_ID,
     Headers,
     LocalReply,
     Request,
+    api_error_reply,
     error_reply,
     header,
 )
@@ -70,7 +72,7 @@ class ClientConnection(asyncio.Protocol):
             self.data_received(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             message = f"this is not an HTTP/1.1 request ({error})"
-            self._refuse(error_reply(400, message, close=True))
+            self._refuse(error_reply(400, message, close=True, code="invalid_http"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._relay.clients.discard(self)
@@ -168,6 +170,7 @@ class ClientConnection(asyncio.Protocol):
 
     def answer(self, own: LocalReply, request: Request) -> None:
         """Send a local reply and go on to the next request."""
+        own = own.in_shape_of(request.path)
         keep_alive = request.keep_alive and not own.close
         self._relay.process_counters.count_status(own.status)
         self.write(own.encode(request.id, keep_alive))
@@ -223,11 +226,9 @@ class ClientConnection(asyncio.Protocol):
         if relay.admin.handles(request):
             self._exchange = LocalReplyTask(relay, self, request)
         elif not relay.access.allows_api(request):
-            message = "this API needs a key: send Authorization: Bearer KEY"
-            self.answer(error_reply(401, message), request)
+            self.answer(api_error_reply(relay.access.refusal(request)), request)
         elif relay.closing:
-            stopping = error_reply(503, "the gateway is stopping", retry_after=1, close=True)
-            self.answer(stopping, request)
+            self.answer(api_error_reply(shutting_down(), close=True), request)
         else:
             exchange = self._exchange = Exchange(relay, self, request)
             exchange.start()

@@ -15,6 +15,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive
 
+from millrace.common.api_errors import ApiError, shutting_down
 from millrace.common.prefix_hash import PROMPT_FIELDS
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
@@ -26,7 +27,6 @@ from millrace.server.api.request_schema import GenerationRequest, ModelRequest
 from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.http.bodies import BodyReader
-from millrace.server.http.errors import ApiError
 from millrace.server.telemetry.metrics import RequestMetrics
 from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser
@@ -118,7 +118,6 @@ class ApiContext:
                 f"the queue is full: {self.client.open_requests} requests are open, {limit} may "
                 f"be ({ready.max_num_seqs} running, {self._max_queue} waiting); try again later",
                 code="queue_full",
-                headers={"Retry-After": "1"},
             )
 
     def model_name(self, body: ModelRequest) -> str:
@@ -183,16 +182,7 @@ class ApiContext:
 def unavailable(client: EngineClient) -> ApiError:
     """Why no request can be served now."""
     if client.died is not None:
-        return ApiError(
-            503,
-            f"the engine is gone: {client.died}",
-            code="engine_dead",
-            headers={"Retry-After": "2"},
-        )
+        return ApiError(503, f"the engine is gone: {client.died}", code="engine_dead")
     if client.ready is None:
-        return ApiError(
-            503, "the engine is loading", code="engine_loading", headers={"Retry-After": "2"}
-        )
-    return ApiError(
-        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "2"}
-    )
+        return ApiError(503, "the engine is loading", code="engine_loading")
+    return shutting_down()

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from millrace.common.api_errors import ApiError
 from millrace.protocol import TokenLogprobs
 from millrace.server.api.generation import Generation
 from millrace.server.api.logprobs import LogprobFormatter
@@ -19,7 +20,6 @@ from millrace.server.api.response_schema import (
     PromptLogprobs,
     Usage,
 )
-from millrace.server.http.errors import ApiError
 from millrace.text.detokenizer import Piece
 
 _encode = msgspec.json.Encoder().encode

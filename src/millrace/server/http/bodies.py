@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
 
-from millrace.server.http.errors import ApiError
+from millrace.common.api_errors import ApiError
 
 MAX_PAUSES = 4
 MIN_BYTES_PER_SECOND = 16 * 2**10
@@ -46,7 +46,6 @@ class BodyReader:
                 408,
                 f"the body came too slowly: nothing for {self.read_timeout:g} s, or only "
                 "a few bytes a second",
-                code="request_timeout",
                 headers={"Connection": "close"},
             ) from None
         finally:
@@ -72,7 +71,6 @@ class BodyReader:
         return ApiError(
             413,
             f"the body is larger than {self.max_bytes} bytes; --max-body-bytes sets the limit",
-            code="body_too_large",
             headers={"Connection": "close"},
         )
 
@@ -82,5 +80,5 @@ class BodyReader:
             f"bodies of {self.max_total_bytes} bytes are being read already, as many as "
             "--max-bodies-bytes allows; retry later",
             code="too_many_bytes",
-            headers={"Connection": "close", "Retry-After": "1"},
+            headers={"Connection": "close"},
         )

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from millrace.server.http.errors import ApiError
+from millrace.common.api_errors import ApiError
 
 
 class Connection(HttpToolsProtocol):
@@ -91,15 +90,14 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not self._answering:
-            body = msgspec.json.encode(ApiError(status, message, code=_CODES[status]).body)
+            body = ApiError(
+                status, message, code="invalid_http" if status == 400 else None
+            ).encode()
             self.transport.write(
                 b"%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
                 b"\r\n%b" % (STATUS_LINE[status], len(body), body)
             )
         self.transport.close()
-
-
-_CODES = {400: "invalid_http", 408: "request_timeout", 431: "headers_too_large"}
 
 
 def connection_class(head_timeout: float, max_head_bytes: int) -> type[asyncio.Protocol]:

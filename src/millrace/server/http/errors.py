@@ -1,66 +1,18 @@
-"""Errors as OpenAI's clients expect them: a status and an `error` object in the body."""
+"""Which errors clients see, and the responses that carry them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from millrace.common.api_errors import ApiError
 from millrace.errors import RequestError
 from millrace.server.engine_link.client import EngineDeadError
 
 logger = logging.getLogger(__name__)
-
-_TYPES = {
-    400: "invalid_request_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    503: "service_unavailable_error",
-}
-
-
-class ErrorInfo(msgspec.Struct, frozen=True):
-    """What went wrong. param: the field of the request at fault. code: a name for programs."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every answer that is not a success."""
-
-    error: ErrorInfo
-
-
-class ApiError(Exception):
-    """A request that gets this status and message."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    @property
-    def body(self) -> ErrorBody:
-        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = _TYPES.get(self.status, fallback)
-        return ErrorBody(ErrorInfo(str(self), kind, self.param, self.code))
 
 
 class ClientGoneError(Exception):
@@ -78,14 +30,14 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail, headers=error.headers)
     logger.error("a request failed", exc_info=error)
-    return ApiError(500, "internal error; the server's log has the details", code="internal_error")
+    return ApiError(500, "internal error; the server's log has the details")
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The answer to a request that raised `error`."""
+    """The answer to a request that raised `error`, in the shape of the API that it asked."""
     api_error = as_api_error(error)
     return Response(
-        msgspec.json.encode(api_error.body),
+        api_error.encode(request.scope["path"]),
         status_code=api_error.status,
         headers=api_error.headers,
         media_type="application/json",

@@ -7,21 +7,19 @@ and one for each piece of its answer.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from uuid import uuid4
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from millrace.common.api_errors import ApiError, no_access
+from millrace.common.api_keys import ApiKeys, presented_key
 from millrace.server.engine_link.request_record import RequestRecord, current
-from millrace.server.http.errors import ApiError, error_response
+from millrace.server.http.errors import error_response
 from millrace.server.telemetry.metrics import RequestMetrics
 
 logger = logging.getLogger("millrace.access")
@@ -29,55 +27,26 @@ logger = logging.getLogger("millrace.access")
 # What answers without a key: what says nothing but that there is a server, and how it fares.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
-ErrorFormat = Callable[[Request, Exception], Awaitable[Response]]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
-
-
-class Keys:
-    """The keys of which a request must bring one; without any, every request may pass."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
-
-    def check(self, scope: Scope) -> None:
-        """Raise ApiError (401) unless the request may pass."""
-        if not self._digests or scope["path"] in OPEN_PATHS:
-            return
-        headers = Headers(scope=scope)
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
-        given = _digest(key.strip())
-        # Every key is compared, in constant time: how long it takes tells nothing.
-        if sum(hmac.compare_digest(given, digest) for digest in self._digests) == 0:
-            raise ApiError(
-                401,
-                "incorrect API key; send one as 'Authorization: Bearer KEY'"
-                if key
-                else "no API key; send one as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
 
 
 class Middleware:
     """An ASGI application around another one.
 
     unlogged_paths: paths whose requests get no line in the access log; None: no request gets one.
-    on_finish: called with the record of each request that has ended. error_formats: by the
-    beginning of a path, how a request without a valid key is answered; OpenAI's shape elsewhere.
+    on_finish: called with the record of each request that has ended. keys: without any, every
+    request may pass.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: RequestMetrics,
-        keys: Keys,
+        keys: ApiKeys,
         *,
         add_request_ids: bool = True,
         unlogged_paths: frozenset[str] | None = frozenset(),
         on_finish: Sequence[Callable[[RequestRecord], None]] = (),
-        error_formats: Mapping[str, ErrorFormat] | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -85,7 +54,6 @@ class Middleware:
         self._add_request_ids = add_request_ids
         self._unlogged_paths = unlogged_paths
         self._on_finish = on_finish
-        self._error_formats = error_formats or {}
         self.open_requests = 0
         self._idle = asyncio.Event()
 
@@ -129,16 +97,21 @@ class Middleware:
 
     async def _check_and_run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._keys.check(scope)
+            self._require_key(scope)
         except ApiError as error:
-            path = scope["path"]
-            formats = (
-                make for prefix, make in self._error_formats.items() if path.startswith(prefix)
-            )
-            answer = await next(formats, error_response)(Request(scope), error)
+            answer = await error_response(Request(scope), error)
             await answer(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _require_key(self, scope: Scope) -> None:
+        """Raise ApiError (401) for a request that needs a key and has none that is known."""
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return
+        headers = dict(scope["headers"])
+        key = presented_key(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        if not self._keys.accept(key):
+            raise no_access(given=bool(key))
 
     def _finish(self, record: RequestRecord) -> None:
         method = record.scope["method"]
@@ -175,7 +148,3 @@ def _request_id(scope: Scope) -> str:
             if _REQUEST_ID.fullmatch(given):
                 return given
     return uuid4().hex
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

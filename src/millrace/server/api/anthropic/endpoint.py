@@ -1,29 +1,26 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API over the same engine.
 
-A body is converted to the chat body of OpenAI's API. The format of the answer is in `formatter`;
-errors have Anthropic's shape too.
+A body is converted to the chat body of OpenAI's API. The format of the answer is in `formatter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial, wraps
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
-from millrace.server.api.anthropic.formatter import MessageFormatter, error_body
+from millrace.server.api.anthropic.formatter import MessageFormatter
 from millrace.server.api.chat.endpoint import chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import FieldRules, field_rules
 from millrace.server.api.request_schema import ChatRequest, ModelRequest
 from millrace.server.api.transport import json_response
-from millrace.server.http.errors import as_api_error
 
 _TEXT_ONLY = "the model reads and writes text only"
 _NOTHING_CLEARED: tuple[Any, ...] = (
@@ -75,53 +72,12 @@ class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
-class _AnthropicErrors:
-    """An ASGI application whose errors have Anthropic's shape."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception as error:  # raised only before the answer has begun
-            response = await anthropic_error_response(Request(scope), error)
-            await response(scope, receive, send)
-
-
-def _anthropic_errors(
-    handler: Callable[[Anthropic, Request], Awaitable[ASGIApp]],
-) -> Callable[[Anthropic, Request], Awaitable[ASGIApp]]:
-    """The handler, with every error that it or its answer raises in Anthropic's shape."""
-
-    @wraps(handler)
-    async def run(self: Anthropic, request: Request) -> ASGIApp:
-        try:
-            return _AnthropicErrors(await handler(self, request))
-        except Exception as error:
-            return await anthropic_error_response(request, error)
-
-    return run
-
-
-async def anthropic_error_response(request: Request, error: Exception) -> Response:
-    """As `http.errors.error_response`, in Anthropic's shape."""
-    api_error = as_api_error(error)
-    return Response(
-        msgspec.json.encode(error_body(api_error)),
-        status_code=api_error.status,
-        headers=api_error.headers,
-        media_type="application/json",
-    )
-
-
 class Anthropic:
     """The endpoints of Anthropic's API."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
 
-    @_anthropic_errors
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/messages"""
         context = self._context
@@ -136,7 +92,6 @@ class Anthropic:
             prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
         )
 
-    @_anthropic_errors
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
         context = self._context

@@ -7,22 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from millrace.common.api_errors import ApiError
 from millrace.server.api.blocks import Action, Block, Blocks
 from millrace.server.api.generation import Generation
 from millrace.server.api.response_schema import Usage
-from millrace.server.http.errors import ApiError
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.detokenizer import Piece
 
-_ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 _KINDS = {"reasoning": "thinking", "content": "text", "call": "tool_use"}
 
 _encode = msgspec.json.Encoder().encode
@@ -85,7 +76,7 @@ class MessageFormatter:
         yield _event("message_stop")
 
     def error_events(self, error: ApiError) -> Iterable[bytes]:
-        return (_event("error", error=error_body(error)["error"]),)
+        return (_event("error", error=error.anthropic_body["error"]),)
 
     def full_response(
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
@@ -165,10 +156,3 @@ def _stop(piece: Piece, parser: AnswerParser) -> tuple[str, str | None]:
     if isinstance(piece.stop_reason, str):
         return "stop_sequence", piece.stop_reason
     return "tool_use" if parser.calls else "end_turn", None
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    """An error in Anthropic's shape."""
-    fallback = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _ERRORS.get(error.status, fallback)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}

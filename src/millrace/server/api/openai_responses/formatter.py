@@ -8,10 +8,10 @@ from uuid import uuid4
 
 import msgspec
 
+from millrace.common.api_errors import ApiError
 from millrace.server.api.blocks import Action, Block, Blocks
 from millrace.server.api.generation import Generation
 from millrace.server.api.response_schema import Usage
-from millrace.server.http.errors import ApiError
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.detokenizer import Piece
 from millrace.text.tokenizer import Tokenizer

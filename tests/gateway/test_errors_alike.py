@@ -1,0 +1,122 @@
+"""The gateway and the server answer alike: the same status has the same body and headers."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from millrace.common.http_client import Response, fetch
+from millrace.common.sockets import free_port
+from millrace.gateway.relay.access import Access
+from tests.server.test_lifecycle import LONG, answers
+from tests.support.fake_engine import Behaviour
+from tests.support.gateways import gateway
+from tests.support.live_server import LiveServer, fake_server, wait_for
+from tests.support.mock_replica import MockReplica
+from tests.support.running import run
+
+KEY = "sk-one"
+OWN_HEADERS = {"date", "x-request-id", "connection", "server"}  # of the connection, not the error
+
+
+@pytest.fixture(scope="module")
+def server(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    log = tmp_path_factory.mktemp("alike") / "log"
+    with fake_server(text_model, log, api_key=[KEY]) as started:
+        yield started
+
+
+def told(status: int, headers: Any, body: bytes) -> tuple[int, dict[str, str], Any]:
+    """What a client learns: status, headers of the error, body."""
+    kept = {name.lower(): value for name, value in headers.items()}
+    return status, {k: v for k, v in kept.items() if k not in OWN_HEADERS}, json.loads(body)
+
+
+def by_server(server: LiveServer, path: str, **headers: str) -> tuple[int, dict[str, str], Any]:
+    answer = httpx.post(f"{server.url}{path}", headers=headers, json={}, timeout=20)
+    return told(answer.status_code, answer.headers, answer.content)
+
+
+def by_gateway(path: str, stopping: bool = False, **headers: str) -> Any:
+    async def ask() -> Response:
+        replica = await MockReplica().start()
+        async with gateway(replica.url, access=Access(api_key=[KEY])) as (made, target):
+            made.relay.closing = stopping
+            pairs = tuple(headers.items())
+            answer = await fetch(target, path, method="POST", body=b"{}", headers=pairs)
+        await replica.stop()
+        return answer
+
+    answer = run(ask())
+    return told(answer.status, answer.headers, answer.body)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/nothing"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"x-api-key": "wrong"},
+        {"Authorization": "Basic x"},
+    ],
+)
+def test_a_request_without_a_valid_key(
+    server: LiveServer, path: str, headers: dict[str, str]
+) -> None:
+    status, own, body = by_server(server, path, **headers)
+    assert status == 401
+    assert own["www-authenticate"] == "Bearer"
+    assert ("type" in body) == (path == "/v1/messages")
+    assert by_gateway(path, **headers) == (status, own, body)
+
+
+def test_a_server_that_is_told_to_stop(text_model: Path, tmp_path: Path) -> None:
+    options: Any = {"shutdown_timeout": 60, "api_key": [KEY]}
+    key = {"Authorization": f"Bearer {KEY}"}
+    with (
+        fake_server(text_model, tmp_path / "log", Behaviour(step=0.02), **options) as server,
+        httpx.stream(
+            "POST", f"{server.url}/v1/completions", headers=key, timeout=60,
+            json={**LONG, "max_tokens": 200, "stream": True},
+        ) as stream,
+    ):  # fmt: skip
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        health = httpx.get(f"{server.url}/health")
+        ours = told(health.status_code, health.headers, health.content)
+        list(lines)
+    assert ours[2]["error"]["code"] == "shutting_down"
+    assert by_gateway("/v1/completions", stopping=True, **key) == ours
+
+
+def test_nothing_that_could_answer_is_there(text_model: Path, tmp_path: Path) -> None:
+    """One engine that loads, and a gateway whose replicas are down: the same but for the words."""
+    port = free_port("127.0.0.1")
+    behaviour = Behaviour(load=600)
+    with fake_server(text_model, tmp_path / "log", behaviour, ready=False, port=port):
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}"))
+        loading = httpx.get(f"http://127.0.0.1:{port}/health")
+
+    async def ask() -> Response:
+        async with gateway("http://127.0.0.1:9") as (_, target):
+            return await fetch(target, "/health")
+
+    down = run(ask())
+    ours = told(loading.status_code, loading.headers, loading.content)
+    theirs = told(down.status, down.headers, down.body)
+    for status, headers, body in (ours, theirs):
+        assert status == 503
+        assert headers["retry-after"] == "1"
+        assert body["error"].pop("message")
+        assert body["error"].pop("code") in ("engine_loading", "unavailable")
+        del headers["content-length"]
+    assert ours == theirs
