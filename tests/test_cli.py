@@ -41,6 +41,31 @@ def test_every_listed_command_is_there(capsys: pytest.CaptureFixture[str], name:
     assert "Usage: millrace " + name in capsys.readouterr().out
 
 
+# What takes long to import, and what no help text needs.
+HEAVY = (
+    *("asyncio", "http.client", "httptools", "jinja2", "llguidance", "numpy", "prometheus_client"),
+    *("rich", "ssl", "starlette", "tokenizers", "torch", "uvicorn", "uvloop", "zmq"),
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("serve", "chat", "bench", "bench serve", "bench sweep", "bench compare"),
+        *("bench report", "bench selftest", "bench scaling", "bench parallelism", "eval", "doctor"),
+    ],
+)
+def test_help_imports_nothing_heavy(command: str) -> None:
+    program = (
+        "import sys; from millrace import cli; "
+        f"status = cli.run({[*command.split(), '--help']!r}); "
+        f"found = [name for name in {HEAVY!r} if name in sys.modules]; "
+        "print(found, file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
 def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(EngineArgs.__struct_fields__) == set(HELP)
     assert set(ServerOptions.__struct_fields__) == set(SERVER_HELP)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from millrace import LLM, SamplingParams
-from millrace.eval.command import make_all
+from millrace.eval.evaluation import make_all
 
 MODEL = Path(__file__).parents[1] / "millrace-mini"
 OTHER = """

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from millrace.eval.ask import InProcess, Request
-from millrace.eval.command import make_all, run_items
+from millrace.eval.evaluation import make_all, run_items
+from millrace.eval.models import GenerationOptions, InProcess
 from millrace.eval.results import compare_results, read_results, write_results
 
 MODELS = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def run(setting: Setting, args: argparse.Namespace) -> Path:
     directory = str(MODELS / setting.model)
     model = InProcess(directory, args.concurrency, seed=args.seed, **setting.options)
     began = time.perf_counter()
-    answers = run_items(model, items, Request())
+    answers = run_items(model, items, GenerationOptions())
     seconds = round(time.perf_counter() - began, 2)
     about = {"model": setting.model, "options": setting.options, **told, "seconds": seconds}
     write_results(path, {**about, "accepted": accepted_shares(model)}, answers)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from millrace.chat.client import Drafts
+from millrace.chat.client import DraftCounters
 from millrace.chat.session import Timing
 from millrace.cli import run
 from tests.support.fake_engine import Behaviour
@@ -157,9 +157,9 @@ def test_a_server_of_its_own(
 
 
 def test_the_line_under_an_answer() -> None:
-    timing = Timing(first=1.0, total=3.0, tokens=21, drafts=Drafts(10, 20, 15))
+    timing = Timing(ttft=1.0, total=3.0, tokens=21, drafts=DraftCounters(10, 20, 15))
     assert timing.line() == (
         "21 tokens, 10.0 tok/s, first after 1.00 s, 75% of drafts accepted, 2.50 tokens a step"
     )
-    at_once = Timing(first=1.0, total=1.0, tokens=2)
+    at_once = Timing(ttft=1.0, total=1.0, tokens=2)
     assert at_once.line() == "2 tokens, 2.0 tok/s, first after 1.00 s"

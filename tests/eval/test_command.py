@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from millrace.eval.command import eval_command, make_all
+from millrace.eval.command import eval_command
+from millrace.eval.evaluation import make_all
 from millrace.tasks import Item
 
 ANSWERS = {
@@ -102,7 +103,7 @@ def test_a_failing_server_counts_as_wrong_and_is_told(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Handler.fail = True
-    monkeypatch.setattr("millrace.eval.ask.PATIENCE", 0.6)
+    monkeypatch.setattr("millrace.eval.models.RETRY_SECONDS", 0.6)
     result = run("--base-url", url, "--tasks", "math", "--num-items", 5, "--concurrency", 2)
     assert result.exit_code == 1
     assert "5 items got no answer" in result.output

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from millrace.eval.ask import InProcess, Request
+from millrace.eval.models import GenerationOptions, InProcess
 from millrace.tasks import TASKS, Item
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -116,7 +116,7 @@ def test_the_engine_says_what_transformers_says(oracle: tuple[Any, Any], drafts:
     if drafts:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     model = InProcess(str(MINI), concurrency=len(items), **options)
-    said = {one.index: one.text for one in model.ask(items, Request())}
+    said = {one.index: one.text for one in model.generate(items, GenerationOptions())}
     stats = model.stats()
     model.close()
     assert [said[i] for i in range(len(items))] == [_oracle_text(oracle, item) for item in items]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from millrace.eval.ask import InProcess, Request
+from millrace.eval.models import GenerationOptions, InProcess
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.protocol import Delta
@@ -146,7 +146,7 @@ def test_with_an_output_head_in_fp8_as_many_drafts_stand(name: str, rows: int) -
     said, rates = [], []
     for head in ("none", "fp8"):
         model = InProcess(str(MODELS / name), concurrency=rows, **mtp(1, head, **options))
-        found = sorted((one.index, one.text) for one in model.ask(items, Request()))
+        found = sorted((one.index, one.text) for one in model.generate(items, GenerationOptions()))
         said.append([text for _, text in found])
         stats = model.stats()
         model.close()

@@ -1,1 +1,1 @@
-"""A conversation in the terminal, with a server that runs or one started for it."""
+"""A chat in the terminal, with a running server or with one that is started for it."""

@@ -1,8 +1,8 @@
-"""The chat's way to a server: one streamed answer at a time, over OpenAI's API.
+"""The chat's HTTP client: one streamed answer at a time, over the OpenAI API.
 
-Plain blocking HTTP, so that a Ctrl-C ends a read at once; dropping the connection ends the answer
-in the server. Any server with /v1/chat/completions will do; acceptance of drafts is read from its
-/metrics, under Millrace's or vLLM's names, where it has them.
+Reads block, so that a Ctrl-C ends them at once; closing the connection ends the answer in the
+server. Any server with /v1/chat/completions works. Draft acceptance is read from its /metrics,
+under the names of Millrace or vLLM, where there is any.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0  # without a byte
 
 
-class Piece(msgspec.Struct, frozen=True):
-    """What a chunk brought. reasoning: text before the answer. tokens: so far, if it is said."""
+class Delta(msgspec.Struct, frozen=True):
+    """New text of a chunk. reasoning: text before the answer. tokens: output so far, if known."""
 
     reasoning: str = ""
     content: str = ""
@@ -31,18 +31,19 @@ class Piece(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
 
 
-class Drafts(msgspec.Struct, frozen=True):
-    """Running totals of a server: rows of drafts verified, drafts in them, and how many stood."""
+class DraftCounters(msgspec.Struct, frozen=True):
+    """Totals of a server: drafts verified, tokens in them, and how many of those were accepted."""
 
-    rows: float
-    drafted: float
-    accepted: float
+    drafts: float
+    draft_tokens: float
+    accepted_tokens: float
 
-    def since(self, earlier: Drafts) -> Drafts:
-        return Drafts(
-            self.rows - earlier.rows,
-            self.drafted - earlier.drafted,
-            self.accepted - earlier.accepted,
+    def since(self, earlier: DraftCounters) -> DraftCounters:
+        """What was added after `earlier`."""
+        return DraftCounters(
+            self.drafts - earlier.drafts,
+            self.draft_tokens - earlier.draft_tokens,
+            self.accepted_tokens - earlier.accepted_tokens,
         )
 
 
@@ -58,32 +59,32 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def models(self) -> list[str]:
-        """The names that the server has for its model. Raises UserError."""
-        answer = self._ask("GET", "/v1/models")
+        """The model names of the server. Raises UserError."""
+        answer = self._get("/v1/models")
         try:
             listed = msgspec.json.decode(answer)["data"]
             return [str(one["id"]) for one in listed]
         except (msgspec.DecodeError, KeyError, TypeError):
             raise UserError(f"{self.target}: /v1/models is no list of models") from None
 
-    def drafts(self) -> Drafts | None:
-        """What the server says of its drafts; None where it says nothing."""
+    def draft_counters(self) -> DraftCounters | None:
+        """The server's counters of drafts; None where it has none."""
         try:
-            page = self._ask("GET", "/metrics").decode("utf-8", "replace")
+            page = self._get("/metrics").decode("utf-8", "replace")
         except UserError:
             return None
         totals = [
             _total(page, f"spec_decode_num_{name}_total")
             for name in ("drafts", "draft_tokens", "accepted_tokens")
         ]
-        rows, drafted, accepted = totals
-        if rows is None or drafted is None or accepted is None:
+        drafts, draft_tokens, accepted_tokens = totals
+        if drafts is None or draft_tokens is None or accepted_tokens is None:
             return None
-        return Drafts(rows, drafted, accepted)
+        return DraftCounters(drafts, draft_tokens, accepted_tokens)
 
     def answer(
         self, model: str, messages: Sequence[dict[str, str]], options: dict[str, Any]
-    ) -> Generator[Piece]:
+    ) -> Generator[Delta]:
         """Stream one answer. Closing the iterator ends it in the server. Raises UserError."""
         body = {
             "model": model,
@@ -97,16 +98,16 @@ class Client:
             response = self._send(connection, "POST", "/v1/chat/completions", body)
             for line in response:
                 if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                    yield _piece(line[len(b"data: ") :])
+                    yield _delta(line[len(b"data: ") :])
         except OSError as error:
             raise UserError(f"{self.target}: the answer broke off ({error})") from None
         finally:
             connection.close()
 
-    def _ask(self, method: str, path: str) -> bytes:
+    def _get(self, path: str) -> bytes:
         connection = self._connect()
         try:
-            return self._send(connection, method, path).read()
+            return self._send(connection, "GET", path).read()
         finally:
             connection.close()
 
@@ -147,18 +148,18 @@ def _total(page: str, name: str) -> float | None:
     return None
 
 
-def _piece(data: bytes) -> Piece:
-    """What one event says. Raises UserError if it says that the answer failed."""
+def _delta(data: bytes) -> Delta:
+    """The delta of one event. Raises UserError for an error of the server."""
     try:
         event = msgspec.json.decode(data)
     except msgspec.DecodeError:
-        raise UserError(f"the server sent an event that is no JSON: {data[:80]!r}") from None
+        raise UserError(f"the server sent an event that is not JSON: {data[:80]!r}") from None
     if "error" in event:
         raise UserError(error_text(data))
     usage = event.get("usage") or {}
     choice: dict[str, Any] = next(iter(event.get("choices") or []), {})
     delta = choice.get("delta") or {}
-    return Piece(
+    return Delta(
         reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",
         content=delta.get("content") or "",
         tokens=usage.get("completion_tokens"),

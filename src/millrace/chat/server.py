@@ -1,4 +1,4 @@
-"""A server of the chat's own: started, waited for, and gone when the chat is."""
+"""A server that is started for the chat and stopped with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ END_SECONDS = 20.0
 
 
 class OwnServer:
-    """`millrace serve` with these arguments, on a free port, as a context. url: where it is."""
+    """`millrace serve` with these arguments, on a free port, as a context. url: its address."""
 
     url: str
 
@@ -30,7 +30,7 @@ class OwnServer:
 
     def __enter__(self) -> OwnServer:
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        # A session of its own: a Ctrl-C at the terminal is for the chat alone.
+        # In a session of its own, so that a Ctrl-C at the terminal reaches the chat alone.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ class OwnServer:
             if found := re.search(r"^Millrace serves .* at (\S+)\. Try:$", text, re.MULTILINE):
                 return found.group(1)
             if ended:
-                last = text.strip().splitlines()[-1:] or ["it said nothing"]
+                last = text.strip().splitlines()[-1:] or ["it printed nothing"]
                 raise UserError(f"the server did not start: {last[0]}")
             time.sleep(0.05)
         raise UserError(f"the server was not ready within {START_SECONDS:g} s")

@@ -13,14 +13,14 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from millrace.chat.client import Client, Drafts
+from millrace.chat.client import Client, DraftCounters
 from millrace.errors import UserError
 
 HELP = """\
 /reset            forget the conversation
 /undo             forget the last question and its answer
 /retry            ask the last question again
-/system [TEXT]    set what the model is told first; alone: show it
+/system [TEXT]    set what the model is system first; alone: show it
 /think on|off     let the model reason first, or not
 /set NAME VALUE   a field of the request, such as: /set temperature 0.2
 /set              show what is set
@@ -31,27 +31,28 @@ A line that ends in \\ goes on; \"\"\" begins and ends a text of many lines."""
 
 
 class Timing(msgspec.Struct):
-    """Of one answer, in seconds and tokens. drafts: what the server verified meanwhile."""
+    """Of one answer, in seconds and tokens. drafts: those that the server verified meanwhile."""
 
-    first: float = 0.0
+    ttft: float = 0.0
     total: float = 0.0
     tokens: int = 0
-    drafts: Drafts | None = None
+    drafts: DraftCounters | None = None
 
     def line(self) -> str:
         parts = [f"{self.tokens} tokens"]
         if self.tokens > 1 and self.total > 0:
             parts.append(f"{self._rate():.1f} tok/s")
-        parts.append(f"first after {self.first:.2f} s")
+        parts.append(f"first after {self.ttft:.2f} s")
         drafts = self.drafts
-        if drafts is not None and drafts.rows > 0 and drafts.drafted > 0:
-            parts.append(f"{drafts.accepted / drafts.drafted:.0%} of drafts accepted")
-            parts.append(f"{1 + drafts.accepted / drafts.rows:.2f} tokens a step")
+        if drafts is not None and drafts.drafts > 0 and drafts.draft_tokens > 0:
+            accepted = drafts.accepted_tokens
+            parts.append(f"{accepted / drafts.draft_tokens:.0%} of drafts accepted")
+            parts.append(f"{1 + accepted / drafts.drafts:.2f} tokens a step")
         return ", ".join(parts)
 
     def _rate(self) -> float:
-        """Tokens a second after the first; of all, where they came too close to tell."""
-        span = self.total - self.first
+        """Tokens a second after the first one; of all tokens where all arrived nearly at once."""
+        span = self.total - self.ttft
         if span < self.total / 10:
             return self.tokens / self.total
         return (self.tokens - 1) / span
@@ -76,10 +77,10 @@ class Session:
         }  # fmt: skip
 
     def handle(self, line: str) -> bool:
-        """Take one input: a question, or a command. Returns whether the conversation goes on."""
+        """Handle one input, a question or a command. Returns whether the conversation goes on."""
         try:
             if not line.startswith("/"):
-                self._ask(line)
+                self._answer(line)
                 return True
             name, _, rest = line[1:].partition(" ")
             command = self._commands.get(name)
@@ -92,19 +93,19 @@ class Session:
 
     # --- questions -----------------------------------------------------------------------------
 
-    def _ask(self, question: str) -> None:
-        """Stream the answer. One that fails leaves no turn; one that is stopped stays as it is."""
+    def _answer(self, question: str) -> None:
+        """Stream the answer. A failed one leaves no turn; a stopped one is kept so far."""
         turn = {"role": "user", "content": question}
-        told = [{"role": "system", "content": self._system}] if self._system else []
-        before = self._client.drafts()
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        before = self._client.draft_counters()
         timing = Timing()
         answer: list[str] = []
         try:
-            self._stream([*told, *self.messages, turn], timing, answer)
+            self._stream([*system, *self.messages, turn], timing, answer)
         except KeyboardInterrupt:
             self._console.print(Text(" [stopped]", style="dim"), end="")
         self._console.print()
-        after = self._client.drafts()
+        after = self._client.draft_counters()
         if before is not None and after is not None:
             timing.drafts = after.since(before)
         self._console.print(Text(f"[{timing.line()}]", style="dim"), soft_wrap=True)
@@ -113,22 +114,22 @@ class Session:
     def _stream(self, messages: list[dict[str, str]], timing: Timing, answer: list[str]) -> None:
         began = time.monotonic()
         reasoned = False
-        with closing(self._client.answer(self._model, messages, self._options)) as pieces:
-            for piece in pieces:
-                if piece.tokens and not timing.tokens:
-                    timing.first = time.monotonic() - began
-                timing.tokens = piece.tokens or timing.tokens
-                if piece.reasoning:
+        with closing(self._client.answer(self._model, messages, self._options)) as deltas:
+            for delta in deltas:
+                if delta.tokens and not timing.tokens:
+                    timing.ttft = time.monotonic() - began
+                timing.tokens = delta.tokens or timing.tokens
+                if delta.reasoning:
                     reasoned = True
-                    self._write(piece.reasoning, "dim italic")
-                if piece.content:
+                    self._write(delta.reasoning, "dim italic")
+                if delta.content:
                     if reasoned and not answer:
                         self._write("\n", "")
-                    answer.append(piece.content)
-                    self._write(piece.content, "")
-                if piece.finish_reason == "length":
+                    answer.append(delta.content)
+                    self._write(delta.content, "")
+                if delta.finish_reason == "length":
                     self._write(" [cut: max_tokens]", "dim")
-                if piece.finish_reason or piece.tokens:
+                if delta.finish_reason or delta.tokens:
                     timing.total = time.monotonic() - began
 
     def _write(self, text: str, style: str) -> None:
@@ -138,36 +139,36 @@ class Session:
 
     def _reset(self, _: str) -> None:
         self.messages.clear()
-        self._say("the conversation is empty")
+        self._print("the conversation is empty")
 
     def _undo(self, _: str) -> None:
         if not self.messages:
             raise UserError("there is nothing to undo")
         del self.messages[-2:]
-        self._say(f"{len(self.messages) // 2} questions are left")
+        self._print(f"{len(self.messages) // 2} questions are left")
 
     def _retry(self, _: str) -> None:
         if not self.messages:
             raise UserError("there is nothing to ask again")
         question = self.messages[-2]["content"]
         del self.messages[-2:]
-        self._ask(question)
+        self._answer(question)
 
     def _set_system(self, text: str) -> None:
         self._system = text or self._system
-        self._say(f"system: {self._system or '(nothing)'}")
+        self._print(f"system: {self._system or '(nothing)'}")
 
     def _think(self, text: str) -> None:
         if text not in ("on", "off"):
             raise UserError("/think takes on or off")
         kwargs = self._options.setdefault("chat_template_kwargs", {})
         kwargs["enable_thinking"] = text == "on"
-        self._say(f"reasoning is {text}")
+        self._print(f"reasoning is {text}")
 
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         if not name:
-            self._say(json.dumps(self._options))
+            self._print(json.dumps(self._options))
             return
         if not value:
             raise UserError("/set takes a field and a value, such as: /set temperature 0.2")
@@ -175,25 +176,25 @@ class Session:
             self._options[name] = json.loads(value)
         except ValueError:
             self._options[name] = value
-        self._say(f"{name} = {json.dumps(self._options[name])}")
+        self._print(f"{name} = {json.dumps(self._options[name])}")
 
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("/save takes a file")
-        told = [{"role": "system", "content": self._system}] if self._system else []
+        system = [{"role": "system", "content": self._system}] if self._system else []
         try:
             Path(text).expanduser().write_text(
-                json.dumps([*told, *self.messages], ensure_ascii=False, indent=1) + "\n"
+                json.dumps([*system, *self.messages], ensure_ascii=False, indent=1) + "\n"
             )
         except OSError as error:
             raise UserError(f"{text}: {error.strerror}") from None
-        self._say(f"written to {text}")
+        self._print(f"written to {text}")
 
     def _help(self, _: str) -> None:
-        self._say(HELP)
+        self._print(HELP)
 
     def _exit(self, _: str) -> bool:
         return False
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(Text(text, style="cyan"), soft_wrap=True)

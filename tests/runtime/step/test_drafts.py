@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace.engine.engine import Engine
 from millrace.errors import ConfigError
-from millrace.eval.ask import InProcess, Request
+from millrace.eval.models import GenerationOptions, InProcess
 from millrace.kernels.batch import Caches
 from millrace.model.config import read_config
 from millrace.model.parallel import TensorParallel
@@ -163,7 +163,8 @@ def answered(
     options = {"dtype": "float32", "max_model_len": 1024, **options}
     speculative = {"num_speculative_tokens": k, "quantization": quantization}
     model = InProcess(str(MINI), concurrency=3, speculative_config=speculative, **options)
-    said = sorted((one.index, one.text) for one in model.ask(items, Request(temperature)))
+    completions = model.generate(items, GenerationOptions(temperature))
+    said = sorted((one.index, one.text) for one in completions)
     assert len(said) == len(items)
     stats = model.stats()
     model.close()

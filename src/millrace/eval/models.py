@@ -1,6 +1,6 @@
-"""Asking a model: an OpenAI-compatible endpoint over HTTP, or a model in this process.
+"""Where answers come from: an OpenAI-compatible server over HTTP, or a model in this process.
 
-Both take items and hand back texts as they come. The HTTP client is the standard library's, one
+Both take items and return texts as they are ready. The HTTP client is the standard library's, one
 connection a thread: evaluation waits for the model, not for its client, and needs no package.
 """
 
@@ -21,13 +21,13 @@ from millrace.protocol import EngineStats
 from millrace.tasks import TASKS, Item
 from millrace.tasks.chat import call_text
 
-ATTEMPTS = 4  # a server may close an idle connection, or have its queue of new ones full
-PATIENCE = 60.0  # seconds in which a server may finish loading, or find room
+ATTEMPTS = 4  # a server may close an idle connection, or refuse one while its backlog is full
+RETRY_SECONDS = 60.0  # how long a loading or full server is asked again
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What came back for item number `index`; error says why nothing did."""
+class Completion:
+    """The answer to item number `index`. error: why there is no text."""
 
     index: int
     text: str = ""
@@ -37,8 +37,8 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """How items are asked. max_tokens: None leaves each task its own."""
+class GenerationOptions:
+    """How answers are generated. max_tokens: None takes the limit of each task."""
 
     temperature: float = 0.0
     max_tokens: int | None = None
@@ -49,12 +49,12 @@ class Request:
 
 
 class Model(Protocol):
-    """Anything that can be asked."""
+    """Anything that answers items."""
 
     name: str
 
-    def ask(self, items: Sequence[Item], request: Request) -> Iterator[Said]:
-        """Answers in the order in which they are ready, each item's once."""
+    def generate(self, items: Sequence[Item], options: GenerationOptions) -> Iterator[Completion]:
+        """One completion for each item, in the order in which they are ready."""
 
 
 # --- an endpoint -------------------------------------------------------------------------------
@@ -108,13 +108,13 @@ class Endpoint:
         finally:
             connection.close()
 
-    def ask(self, items: Sequence[Item], request: Request) -> Iterator[Said]:
+    def generate(self, items: Sequence[Item], options: GenerationOptions) -> Iterator[Completion]:
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(items)):
             todo.put(index)
-        done: queue.SimpleQueue[Said] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         stop = threading.Event()
-        arguments = (items, request, todo, done, stop)
+        arguments = (items, options, todo, done, stop)
         count = min(self.concurrency, len(items))
         for _ in range(count):
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
@@ -127,12 +127,12 @@ class Endpoint:
     def _work(
         self,
         items: Sequence[Item],
-        request: Request,
+        options: GenerationOptions,
         todo: queue.SimpleQueue[int],
-        done: queue.SimpleQueue[Said],
+        done: queue.SimpleQueue[Completion],
         stop: threading.Event,
     ) -> None:
-        """One thread with one connection, until nothing is left to ask."""
+        """One thread with one connection, until no item is left."""
         connection = self.connect()
         while not stop.is_set():
             try:
@@ -141,30 +141,30 @@ class Endpoint:
                 break
             began = time.perf_counter()
             try:
-                text, tokens = self._post(connection, self._body(items[index], request))
-                done.put(Said(index, text, time.perf_counter() - began, tokens))
-            except Exception as error:  # every item must be answered for, or the caller waits
+                text, tokens = self._post(connection, self._body(items[index], options))
+                done.put(Completion(index, text, time.perf_counter() - began, tokens))
+            except Exception as error:  # without a completion for every item the caller would wait
                 connection.close()  # the next request opens it again
                 reason = f"{type(error).__name__}: {error}"
-                done.put(Said(index, seconds=time.perf_counter() - began, error=reason))
+                done.put(Completion(index, seconds=time.perf_counter() - began, error=reason))
         connection.close()
 
-    def _body(self, item: Item, request: Request) -> bytes:
+    def _body(self, item: Item, options: GenerationOptions) -> bytes:
         body: dict[str, Any] = {
             "model": self.name,
             "messages": list(item.messages),
-            "temperature": request.temperature,
-            "max_tokens": request.limit(item),
+            "temperature": options.temperature,
+            "max_tokens": options.limit(item),
         }
         if item.tools:
             body["tools"] = list(item.tools)
-        if not request.thinking:
+        if not options.thinking:
             body["chat_template_kwargs"] = {"enable_thinking": False}
         return json.dumps(body).encode()
 
     def _post(self, connection: http.client.HTTPConnection, body: bytes) -> tuple[str, int]:
-        """One request; a server that is loading or full (503, 429) is asked again for a while."""
-        until = time.monotonic() + PATIENCE
+        """One request; retried for a while when the server is loading or full (503, 429)."""
+        until = time.monotonic() + RETRY_SECONDS
         while True:
             status, data = self._exchange(connection, body)
             if status not in (429, 503) or time.monotonic() > until:
@@ -191,7 +191,7 @@ class Endpoint:
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """A reply as the model wrote it: what it said, then its calls as the template writes them."""
+    """A reply as the model wrote it: the text, then tool calls as the template writes them."""
     text = message.get("content") or ""
     for call in message.get("tool_calls") or ():
         function = dict(call["function"])
@@ -205,10 +205,10 @@ def _text_of(message: Mapping[str, Any]) -> str:
 
 
 class InProcess:
-    """A model directory, run here through `millrace.LLM`, a slice of the items at a time.
+    """A model directory, run in this process through `millrace.LLM`, a slice of items at a time.
 
-    options: keyword arguments of LLM. Slices of twice max_num_seqs keep its batch full and let a
-    progress bar move.
+    options: keyword arguments of LLM. Slices of twice max_num_seqs keep the batch full and let a
+    progress bar advance.
     """
 
     def __init__(self, directory: str, concurrency: int = 64, **options: Any) -> None:
@@ -224,25 +224,29 @@ class InProcess:
         return stats
 
     def close(self) -> None:
-        """Lets the engine and its memory go."""
+        """Free the engine and its memory."""
         self._llm = None
 
-    def ask(self, items: Sequence[Item], request: Request) -> Iterator[Said]:
+    def generate(self, items: Sequence[Item], options: GenerationOptions) -> Iterator[Completion]:
         from millrace.protocol import SamplingParams
 
         groups: dict[tuple[int, str], list[int]] = {}
         for index, item in enumerate(items):
-            groups.setdefault((request.limit(item), json.dumps(item.tools)), []).append(index)
+            groups.setdefault((options.limit(item), json.dumps(item.tools)), []).append(index)
         for (limit, _), indices in groups.items():
-            parameters = SamplingParams(temperature=request.temperature, max_tokens=limit)
+            parameters = SamplingParams(temperature=options.temperature, max_tokens=limit)
             for first in range(0, len(indices), self._slice):
                 part = indices[first : first + self._slice]
-                yield from self._ask_part([items[i] for i in part], part, parameters, request)
+                yield from self._generate_part([items[i] for i in part], part, parameters, options)
 
-    def _ask_part(
-        self, items: Sequence[Item], indices: Sequence[int], parameters: Any, request: Request
-    ) -> Iterator[Said]:
-        variables: dict[str, Any] = {} if request.thinking else {"enable_thinking": False}
+    def _generate_part(
+        self,
+        items: Sequence[Item],
+        indices: Sequence[int],
+        parameters: Any,
+        options: GenerationOptions,
+    ) -> Iterator[Completion]:
+        variables: dict[str, Any] = {} if options.thinking else {"enable_thinking": False}
         if items[0].tools:
             variables["tools"] = list(items[0].tools)
         began = time.perf_counter()
@@ -253,4 +257,4 @@ class InProcess:
         seconds = time.perf_counter() - began
         for index, output in zip(indices, outputs, strict=True):
             completion = output.outputs[0]
-            yield Said(index, completion.text, seconds, len(completion.token_ids))
+            yield Completion(index, completion.text, seconds, len(completion.token_ids))
