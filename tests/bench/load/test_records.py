@@ -52,10 +52,10 @@ def test_pooled_figures_are_those_of_one_process(made: list[RequestTiming], proc
     pooled = [record for part in parts for record in part]
     arguments = {"percentiles": (50.0, 99.0), "objectives": {"ttft": 100.0}, "steady_level": 2}
     one, many = summarize(made, **arguments), summarize(pooled, **arguments)
-    assert many.whole.duration == one.whole.duration
-    assert many.whole.latencies["ttft"].percentiles == one.whole.latencies["ttft"].percentiles
-    assert many.whole.latencies["itl"].percentiles == one.whole.latencies["itl"].percentiles
-    assert many.whole.output_throughput == pytest.approx(one.whole.output_throughput)
+    assert many.overall.duration == one.overall.duration
+    assert many.overall.latencies["ttft"].percentiles == one.overall.latencies["ttft"].percentiles
+    assert many.overall.latencies["itl"].percentiles == one.overall.latencies["itl"].percentiles
+    assert many.overall.output_throughput == pytest.approx(one.overall.output_throughput)
     assert many.peak_concurrency == one.peak_concurrency
     assert (many.failed, many.goodput) == (one.failed, one.goodput)
     assert (many.steady is None) == (one.steady is None)
@@ -84,8 +84,8 @@ def test_two_windows_pooled_are_neither_summed_nor_averaged() -> None:
 
     first, second = run(0, 10, 90), run(1000 * MS, 500, 10)
     together = summarize([*first, *second], percentiles=(99.0,))
-    assert together.whole.output_throughput == pytest.approx(100 * 100 / 2.0)
-    summed = sum(summarize(part).whole.output_throughput for part in (first, second))
+    assert together.overall.output_throughput == pytest.approx(100 * 100 / 2.0)
+    summed = sum(summarize(part).overall.output_throughput for part in (first, second))
     assert summed == pytest.approx(10_000)  # twice the truth
-    assert together.whole.latencies["ttft"].median == pytest.approx(10.0)
-    assert together.whole.latencies["ttft"].percentiles[99.0] == pytest.approx(500.0)
+    assert together.overall.latencies["ttft"].median == pytest.approx(10.0)
+    assert together.overall.latencies["ttft"].percentiles[99.0] == pytest.approx(500.0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.bench.load.answer_reader import read_answer
-from millrace.bench.load.timed_connection import Raw, TimedConnection, connect
+from millrace.bench.load.timed_connection import RawResponse, TimedConnection, connect
 from millrace.common.http_client import parse_url
 from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import run
@@ -51,10 +51,10 @@ class Transport(asyncio.Transport):
         return "anything" if name == "ssl_object" else default
 
 
-def received(pieces: Sequence[bytes]) -> tuple[Raw | None, bool]:
+def received(pieces: Sequence[bytes]) -> tuple[RawResponse | None, bool]:
     """What the connection makes of these pieces, and whether it can be used again."""
 
-    async def scenario() -> tuple[Raw | None, bool]:
+    async def scenario() -> tuple[RawResponse | None, bool]:
         connection, transport = TimedConnection(), Transport()
         connection.connection_made(transport)
         future = connection.send(b"GET")
@@ -148,7 +148,7 @@ def test_an_answer_goes_when_nobody_holds_it() -> None:
     """Nobody collects garbage while a run measures."""
     freed: list[int] = []
 
-    class Noted(Raw):
+    class Noted(RawResponse):
         def __del__(self) -> None:
             freed.append(len(self.pieces))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from millrace.bench.load.pool import Outcome, Part
+from millrace.bench.load.process_pool import Outcome, ProcessRecords
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.client_overhead import (
     bound_reasons,
@@ -20,7 +20,9 @@ from millrace.bench.measure.metrics import summarize
 MS = 1_000_000
 
 
-def part(beacons: list[tuple[float, float]], chunks: list[float], cpu: float = 0.1) -> Part:
+def part(
+    beacons: list[tuple[float, float]], chunks: list[float], cpu: float = 0.1
+) -> ProcessRecords:
     """Beacons as (read at, late by) and one request's chunks, all in ms."""
     record = RequestTiming(
         index=0,
@@ -31,7 +33,7 @@ def part(beacons: list[tuple[float, float]], chunks: list[float], cpu: float = 0
         input_tokens=1,
         output_tokens=len(chunks),
     )
-    return Part(
+    return ProcessRecords(
         records=[record],
         cpu_s=cpu,
         wall_s=1.0,
@@ -41,7 +43,7 @@ def part(beacons: list[tuple[float, float]], chunks: list[float], cpu: float = 0
     )
 
 
-def outcome(*parts: Part) -> Outcome:
+def outcome(*parts: ProcessRecords) -> Outcome:
     records = [record for one in parts for record in one.records]
     return Outcome(list(parts), records, len(records), False)
 
@@ -91,7 +93,7 @@ def test_no_beacon_is_no_error_and_no_crash() -> None:
     assert timing_errors([part([], [9, 19])])["ttft"]["max"] == 0
 
 
-def client(*parts: Part, cores: int = 16) -> Any:
+def client(*parts: ProcessRecords, cores: int = 16) -> Any:
     made = outcome(*parts)
     return measure_client(made, summarize(made.records), cores=cores)
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import (
     distribution,
-    full_window,
+    full_concurrency_window,
     meets,
+    overall_window,
     partial_window,
     peak_concurrency,
     summarize,
-    whole_window,
 )
 from millrace.bench.report.run_report import detail_fields, summary_fields
 
@@ -93,7 +93,7 @@ def test_one_request_by_hand() -> None:
 @given(records())
 def test_a_run_is_what_its_definition_says(run: list[RequestTiming]) -> None:
     done = [r for r in run if r.error is None]
-    window = whole_window(run, [50.0])
+    window = overall_window(run, [50.0])
     duration = (max(r.end_ns for r in run) - min(r.start_ns for r in run)) / 1e9
     assert window.duration == pytest.approx(duration)
     assert window.completed == len(done)
@@ -121,10 +121,10 @@ def test_failures_are_counted_and_nothing_else_of_them_is(run: list[RequestTimin
     summary = summarize(run)
     failed = [r for r in run if r.error is not None]
     assert summary.failed == len(failed)
-    assert summary.whole.completed == len(run) - len(failed)
+    assert summary.overall.completed == len(run) - len(failed)
     kept = [r for r in run if r.error is None]
     assert summary.total_output_tokens == sum(r.output_tokens for r in kept)
-    assert summary.whole.latencies["ttft"].count == len(kept)
+    assert summary.overall.latencies["ttft"].count == len(kept)
 
 
 @given(run=records(), cut=st.integers(0, 1200))
@@ -138,7 +138,7 @@ def test_windows_side_by_side_hold_each_token_once(run: list[RequestTiming], cut
         assert output == pytest.approx(sum(r.output_tokens for r in done))
         assert total == pytest.approx(sum(r.output_tokens + r.input_tokens for r in done))
     for name in ("ttft", "itl", "tpot", "e2el"):
-        pooled = whole_window(run, []).latencies[name].count
+        pooled = overall_window(run, []).latencies[name].count
         assert sum(p.latencies[name].count for p in parts) == pooled
 
 
@@ -156,8 +156,8 @@ def test_the_full_window_bridges_dips_and_leaves_out_ramp_and_drain() -> None:
         record(51, [120]),  # one at a time ends at 50, the next starts at 51: a dip
         record(91, [200]),
     ]
-    assert full_window(run, 2) == (10 * MS, 120 * MS)
-    assert full_window(run, 3) is None
+    assert full_concurrency_window(run, 2) == (10 * MS, 120 * MS)
+    assert full_concurrency_window(run, 3) is None
     steady = summarize(run, steady_level=2).steady
     assert steady is not None
     assert steady.latencies["ttft"].count == 2  # those at 50 and at 90; 120 lies behind it

@@ -98,7 +98,7 @@ def test_accuracy_is_measured_while_the_load_goes_on(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def metrics_server(drafts: int) -> AsyncIterator[str]:
-    """Counts on at every look, as a replica at work would."""
+    """Counts on at every inspect_server, as a replica at work would."""
     looks = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

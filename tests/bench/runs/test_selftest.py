@@ -36,15 +36,15 @@ def stamped(late_ms: list[float]) -> RequestTiming:
 
 def test_the_error_is_what_the_client_added() -> None:
     records = [stamped([5, 5, 5])]
-    seen = summarize(records, percentiles=(50.0, 99.0)).whole
-    true = summarize(truths(records), percentiles=(50.0, 99.0)).whole
+    seen = summarize(records, percentiles=(50.0, 99.0)).overall
+    true = summarize(truths(records), percentiles=(50.0, 99.0)).overall
     errors = errors_of(seen, true)
     assert errors["ttft"]["p50"] == pytest.approx(0.1)  # 55 instead of 50
     assert errors["tpot"]["p50"] == pytest.approx(0.0)
     late_in_the_middle = [stamped([0, 10, 0])]
     errors = errors_of(
-        summarize(late_in_the_middle, percentiles=(50.0, 99.0)).whole,
-        summarize(truths(late_in_the_middle), percentiles=(50.0, 99.0)).whole,
+        summarize(late_in_the_middle, percentiles=(50.0, 99.0)).overall,
+        summarize(truths(late_in_the_middle), percentiles=(50.0, 99.0)).overall,
     )
     assert errors["ttft"]["p50"] == 0
     assert errors["itl"]["p99"] == pytest.approx(0.2, abs=0.01)

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from millrace.bench.command import bench
-from millrace.bench.load.driver import Job, Load
+from millrace.bench.load.load_driver import Job, Load
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.runs.serve import run as run_bench

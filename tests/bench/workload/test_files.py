@@ -17,13 +17,13 @@ from millrace.bench.command import bench
 from millrace.bench.load.arrivals import Schedule, check_schedule, due_times, rate_at
 from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt, read_trace
 from millrace.bench.workload.prompts import (
-    GivenSpec,
+    FileSpec,
     PolicySpec,
     PrefixSpec,
     RandomSpec,
     lengths,
-    maker,
     merge_lengths,
+    prompt_maker,
     random_prompts,
     workload_line,
 )
@@ -40,14 +40,14 @@ def lines(path: Path, *rows: Any) -> str:
 
 def test_an_item_is_the_same_whoever_makes_it_and_when() -> None:
     spec = RandomSpec(count=None, input_len=30, output_len=9, range_ratio=0.5, seed=3)
-    first, second = maker(spec), maker(spec)
+    first, second = prompt_maker(spec), prompt_maker(spec)
     assert [first(i) for i in (7, 2, 7)] == [second(i) for i in (7, 2, 7)]
     assert first(1).content != first(2).content
 
 
 def test_shared_prefixes_repeat_and_suffixes_do_not() -> None:
     spec = PrefixSpec(count=9, prefix_len=5, suffix_len=4, num_prefixes=3, output_len=2)
-    prompts = [maker(spec)(i) for i in range(9)]
+    prompts = [prompt_maker(spec)(i) for i in range(9)]
     heads = [tuple(p.content[:5]) for p in prompts]
     assert len(set(heads)) == 3
     assert heads[0] == heads[3] == heads[6]
@@ -64,12 +64,12 @@ def test_a_context_is_each_prompts_own_and_a_prefix_is_shared() -> None:
 
 
 def test_policy_documents_are_those_of_the_evaluation() -> None:
-    make = maker(PolicySpec(count=4, output_len=30), as_text=True)
+    make = prompt_maker(PolicySpec(count=4, output_len=30), as_text=True)
     prompt = make(0)
     assert isinstance(prompt.content, list)
     assert prompt.content[-1]["role"] == "user"
     assert prompt.input_tokens > 30
-    text = maker(PolicySpec(count=4, output_len=30))(0).content
+    text = prompt_maker(PolicySpec(count=4, output_len=30))(0).content
     assert prompt.content[-1]["content"] in text
 
 
@@ -95,7 +95,9 @@ def test_the_line_names_the_meaning_of_the_ratio_and_the_realised_means() -> Non
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 6))
 def test_lengths_of_parts_are_those_of_the_whole(sizes: list[int], parts: int) -> None:
     spec = RandomSpec(count=1, input_len=1, output_len=1)
-    prompts = [maker(RandomSpec(count=1, input_len=size, output_len=size))(0) for size in sizes]
+    prompts = [
+        prompt_maker(RandomSpec(count=1, input_len=size, output_len=size))(0) for size in sizes
+    ]
     assert spec.count == 1
     whole = lengths(prompts)
     assert merge_lengths([lengths(prompts[n::parts]) for n in range(parts)]) == whole
@@ -113,7 +115,7 @@ def test_custom_lines_are_text_ids_or_messages(tmp_path: Path) -> None:
     )
     spec = read_custom(path, count=None, output_len=5, tokens=lambda text: len(text.split()))
     assert [(p.input_tokens, p.output_tokens) for p in spec.prompts] == [(4, 7), (3, 5), (1, 5)]
-    make = maker(spec)
+    make = prompt_maker(spec)
     assert make(3) == make(0)  # from the start again
 
 
@@ -250,6 +252,6 @@ def test_flags_that_do_not_go_together(flags: tuple[str, ...], expected: str) ->
 
 
 def test_a_file_is_a_workload_of_its_own() -> None:
-    spec = GivenSpec(prompts=tuple(random_prompts(RandomSpec(count=2, input_len=3, output_len=1))),
+    spec = FileSpec(prompts=tuple(random_prompts(RandomSpec(count=2, input_len=3, output_len=1))),
                      count=2, source="mine.jsonl")  # fmt: skip
     assert "2 prompts of mine.jsonl" in workload_line(spec, lengths(spec.prompts))

@@ -1,7 +1,7 @@
-"""Reading an answer of an OpenAI-compatible server, once it has ended.
+"""Parsing an answer of an OpenAI-compatible server, once it has ended.
 
-From timed pieces of body to the times of its chunks, its token counts and what went wrong. Runs
-after the stream, so that no parsing stands between two timestamps.
+From timed pieces of the body to the arrival times of its chunks, its token counts and its error. It
+runs after the stream, so that no parsing delays the time stamp of a chunk.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class _Choice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
     @property
-    def brings(self) -> bool:
-        """Whether there is anything to read in it, or to do."""
+    def has_content(self) -> bool:
+        """Whether it has text, reasoning or a tool call."""
         if self.text:
             return True
         delta = self.delta
@@ -50,9 +50,9 @@ class _Choice(msgspec.Struct, gc=False):
         )
 
     @property
-    def only_names_a_role(self) -> bool:
-        """A chat's opening chunk."""
-        return self.delta is not None and self.delta.role is not None and not self.brings
+    def is_role_only(self) -> bool:
+        """Whether it is the opening chunk of a chat, which has a role alone."""
+        return self.delta is not None and self.delta.role is not None and not self.has_content
 
 
 class _Chunk(msgspec.Struct, gc=False):
@@ -67,14 +67,14 @@ _chunks = msgspec.json.Decoder(_Chunk)
 
 
 class Answer(msgspec.Struct):
-    """What a response said.
+    """The content of a response.
 
-    chunk_ns: arrival of each chunk that carries a choice, from the first one that brings text, or
-    ends the answer: an opening chunk without text is no token. Where no chunk brings text at all
-    (a server that does not turn ids into text), every one counts but a chat's opening role. The
-    token counts are None where the server told no usage; cached_tokens is -1 then. text: all that
-    was said. sent_ns, received_ns: the stamps of a server that gives them. error: one line, None
-    for a whole answer.
+    chunk_ns: arrival of each chunk with a choice, from the first one that has text or ends the
+    answer: an opening chunk without text is not a token. Where no chunk has text at all (a server
+    that does not detokenize), every chunk counts but a chat's opening role. The token counts are
+    None where the server sent no usage; cached_tokens is -1 then. text: the text of all chunks.
+    sent_ns, received_ns: the stamps of a server that sends them. error: one line, None for a
+    complete answer.
     """
 
     chunk_ns: list[int]
@@ -91,8 +91,8 @@ class Answer(msgspec.Struct):
 def events(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """The data of each server-sent event, with the time of the piece that completed it.
 
-    Comments and fields other than `data` are passed over; an event without its blank line at the
-    end of the stream is still given, so that a missing last newline loses nothing.
+    Comments and fields other than `data` are skipped. A last event without its blank line is given
+    too, so that a missing last newline loses nothing.
     """
     rest, at = b"", 0
     for at, piece in pieces:
@@ -120,29 +120,29 @@ def _data(event: bytes) -> bytes:
 
 
 def read_answer(response: Response) -> Answer:
-    """Parse a streamed response. Never raises: what broke stands in `error`."""
+    """Parse a streamed response. Never raises: a failure is in `error`."""
     if response.status and response.status != 200:
         return Answer([], error=f"status {response.status}: {error_text(response.body)}")
     reader = _Reader()
     try:
         for at, data in events(response.pieces):
-            reader.take(at, data)
+            reader.add(at, data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reader.answer.error = f"a chunk that is not the JSON of a completion ({error})"
     answer = reader.close()
-    answer.error = answer.error or response.error or _missing(answer)
+    answer.error = answer.error or response.error or _why_incomplete(answer)
     return answer
 
 
 class _Reader:
-    """Takes the events of one stream and makes an Answer of them."""
+    """Makes an Answer of the events of one stream."""
 
     def __init__(self) -> None:
         self.answer = Answer([])
-        self._said: list[str] = []
+        self._texts: list[str] = []
         self._opening: list[tuple[int, int]] = []  # (arrival, stamp) of chunks before any text
 
-    def take(self, at: int, data: bytes) -> None:
+    def add(self, at: int, data: bytes) -> None:
         answer = self.answer
         if data == _DONE:
             answer.finished = True
@@ -151,14 +151,14 @@ class _Reader:
         if chunk.usage is None and chunk.choices and chunk.error is None:
             choice = chunk.choices[0]
             if choice.text and choice.finish_reason is None:  # what nearly all of them are
-                self._said.append(choice.text)
+                self._texts.append(choice.text)
                 answer.chunk_ns.append(at)
                 if chunk.sent_ns:
                     answer.sent_ns.append(chunk.sent_ns)
                     answer.received_ns = chunk.received_ns
                 return
         if chunk.choices:
-            self._take_choice(at, chunk.choices[0], chunk.sent_ns)
+            self._add_choice(at, chunk.choices[0], chunk.sent_ns)
         if chunk.received_ns:
             answer.received_ns = chunk.received_ns
         if chunk.error is not None:
@@ -169,17 +169,17 @@ class _Reader:
             if (details := usage.prompt_tokens_details) is not None:
                 answer.cached_tokens = details.cached_tokens or 0
 
-    def _take_choice(self, at: int, choice: _Choice, sent_ns: int) -> None:
+    def _add_choice(self, at: int, choice: _Choice, sent_ns: int) -> None:
         answer = self.answer
         if choice.finish_reason is not None:
             answer.finished = True
-        if choice.brings:
+        if choice.has_content:
             if choice.delta is None:
-                self._said.append(choice.text or "")
+                self._texts.append(choice.text or "")
             else:
-                self._said.append(choice.delta.content or "")
-        elif not self._said:
-            if not choice.only_names_a_role or choice.finish_reason is not None:
+                self._texts.append(choice.delta.content or "")
+        elif not self._texts:
+            if not choice.is_role_only or choice.finish_reason is not None:
                 self._opening.append((at, sent_ns))
             return
         answer.chunk_ns.append(at)
@@ -187,16 +187,16 @@ class _Reader:
             answer.sent_ns.append(sent_ns)
 
     def close(self) -> Answer:
-        """The answer, once there is nothing more to take."""
+        """The answer, once there is nothing more to add."""
         answer = self.answer
-        if not self._said:
+        if not self._texts:
             answer.chunk_ns = [at for at, _ in self._opening]
             answer.sent_ns = [sent for _, sent in self._opening if sent]
-        answer.text = "".join(self._said)
+        answer.text = "".join(self._texts)
         return answer
 
 
-def _missing(answer: Answer) -> str | None:
+def _why_incomplete(answer: Answer) -> str | None:
     if not answer.finished:
         return "the stream ended before a finish_reason or [DONE]: it was cut off"
     if not answer.chunk_ns:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.load.records import Batch
+from millrace.bench.load.records import PackedRecords
 from millrace.bench.workload.prompts import Lengths
 from millrace.common.framing import Framing
 
@@ -74,7 +74,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     and how late that was.
     """
 
-    batch: Batch
+    batch: PackedRecords
     cpu_s: float
     wall_s: float
     parse_s: float
@@ -83,14 +83,14 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     started: int
 
 
-class Fault(msgspec.Struct, frozen=True, tag=True):
+class Failure(msgspec.Struct, frozen=True, tag=True):
     """The process cannot go on; refused: for what the user gave, and not for a fault of ours."""
 
     message: str
     refused: bool
 
 
-ToWorker = Assignment | Connect | Go | Beacon | Stop
-FromWorker = Ready | Progress | Report | Fault
-TO_WORKER: Framing[ToWorker] = Framing(ToWorker, _LONGEST)
-FROM_WORKER: Framing[FromWorker] = Framing(FromWorker, _LONGEST)
+ToProcess = Assignment | Connect | Go | Beacon | Stop
+FromProcess = Ready | Progress | Report | Failure
+TO_PROCESS: Framing[ToProcess] = Framing(ToProcess, _LONGEST)
+FROM_PROCESS: Framing[FromProcess] = Framing(FromProcess, _LONGEST)

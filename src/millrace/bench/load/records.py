@@ -70,10 +70,10 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, self.start_ns - self.scheduled_ns) / 1e9
 
 
-class Batch(msgspec.Struct, frozen=True):
+class PackedRecords(msgspec.Struct, frozen=True):
     """Records by column: a few flat arrays instead of many small objects.
 
-    numbers: one list for each of `NUMBERS`. chunks and stamps: how many times each record has;
+    numbers: one list for each of `INT_FIELDS`. chunks and stamps: how many times each record has;
     their times stand one after another in the int64 bytes of chunk_ns and sent_ns.
     """
 
@@ -85,7 +85,7 @@ class Batch(msgspec.Struct, frozen=True):
     sent_ns: bytes
 
 
-NUMBERS = (
+INT_FIELDS = (
     "index",
     "turn",
     "scheduled_ns",
@@ -99,10 +99,10 @@ NUMBERS = (
 )
 
 
-def pack(records: Sequence[RequestTiming]) -> Batch:
+def pack(records: Sequence[RequestTiming]) -> PackedRecords:
     """The columns of some records, in their order."""
-    return Batch(
-        numbers={name: [int(getattr(r, name)) for r in records] for name in NUMBERS},
+    return PackedRecords(
+        numbers={name: [int(getattr(r, name)) for r in records] for name in INT_FIELDS},
         errors=[r.error for r in records],
         chunks=[len(r.chunk_ns) for r in records],
         chunk_ns=_flat(r.chunk_ns for r in records),
@@ -111,14 +111,14 @@ def pack(records: Sequence[RequestTiming]) -> Batch:
     )
 
 
-def unpack(batch: Batch) -> list[RequestTiming]:
+def unpack(batch: PackedRecords) -> list[RequestTiming]:
     """The records that `pack` was given; their times are arrays."""
     chunks = _parts(batch.chunk_ns, batch.chunks)
     stamps = _parts(batch.sent_ns, batch.stamps)
-    rows = zip(*(batch.numbers[name] for name in NUMBERS), strict=True)
+    rows = zip(*(batch.numbers[name] for name in INT_FIELDS), strict=True)
     return [
         RequestTiming(
-            **{**dict(zip(NUMBERS, row, strict=True)), "counted": bool(row[7])},
+            **{**dict(zip(INT_FIELDS, row, strict=True)), "counted": bool(row[7])},
             error=error,
             chunk_ns=chunk_ns,
             sent_ns=sent_ns,

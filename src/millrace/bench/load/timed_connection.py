@@ -1,8 +1,9 @@
 """A connection for measuring: the clock is read first, and nothing is parsed while a stream runs.
 
-While chunks come, a piece costs a clock, an append and a look at its last bytes. The bytes are
-parsed when the response has ended, after the connection was given back (`Raw.response`). What is
-not a chunked stream (an error body, a stream without framing) is parsed as it comes.
+While chunks arrive, a piece costs a clock, an append and a check of its last bytes. The bytes are
+parsed when the response has ended and its connection is free again (`RawResponse.response`). A
+response that is not a chunked stream (an error body, a stream without framing) is parsed as it
+arrives.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _END = b"[DONE]\n\n\r\n" + _LAST
 _SHORT = len(_LAST)  # a piece no longer than this may be the torn end of a body
 
 
-class Raw(Reading):
+class RawResponse(Reading):
     """The pieces of one response, each with its time, and how far they have been parsed."""
 
     __slots__ = ("_fed", "pieces")
@@ -70,8 +71,8 @@ class TimedConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._waiter: asyncio.Future[Raw] | None = None
-        self._raw = Raw()
+        self._waiter: asyncio.Future[RawResponse] | None = None
+        self._raw = RawResponse()
         self._pieces = self._raw.pieces
         self._streaming = False
         self._fd = -1  # none to be written to directly
@@ -86,11 +87,11 @@ class TimedConnection(asyncio.Protocol):
         """Whether a response is still awaited."""
         return self._waiter is not None
 
-    def send(self, request: bytes) -> asyncio.Future[Raw]:
+    def send(self, request: bytes) -> asyncio.Future[RawResponse]:
         """Write one encoded request; the future resolves to what came back and never raises."""
         assert self._waiter is None, "one request at a time"
         waiter = self._waiter = asyncio.get_running_loop().create_future()
-        self._raw = Raw()
+        self._raw = RawResponse()
         self._pieces, self._streaming = self._raw.pieces, False
         if self._transport is None or self._transport.is_closing():
             self._finish("the connection was closed")

@@ -15,16 +15,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millrace.bench.load.pool import Outcome, Part
+from millrace.bench.load.process_pool import Outcome, ProcessRecords
 from millrace.bench.measure.metrics import Samples, Summary
 
-BUSY = 0.85  # of a core: from here on a process is late for want of time
+BUSY_SHARE = 0.85  # of a core: from here on a process is late for want of time
 TOLERANCE = {"p50": 0.02, "p99": 0.05}  # relative error of a latency
 FLOOR_MS = 1.0  # an error below this is none that a server's figures could show
 _ON_TIME_MS = 0.5
-_ENOUGH = 0.05  # of the gaps: if fewer were on time, they say too little
-_COMFORT = 0.5  # of a core: what a process is to have when more of them are advised
-_STARVED = (
+_ON_TIME_SHARE = 0.05  # of the gaps: if fewer were on time, they say too little
+_TARGET_SHARE = 0.5  # of a core: what a process is to have when more of them are advised
+_NO_CORES = (
     "client-bound: its processes had little to do and were late all the same, because others use "
     "the cores: give the client a machine, or cores, of its own"
 )
@@ -63,7 +63,7 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientO
     errors = timing_errors(parts)
     relative = relative_errors(errors, summary)
     reasons = bound_reasons(shares, errors, relative)
-    starved = bool(reasons) and max(shares) < _COMFORT
+    idle_and_late = bool(reasons) and max(shares) < _TARGET_SHARE
     return ClientOverhead(
         processes=len(shares),
         cpu_share=max(shares),
@@ -79,11 +79,11 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientO
         relative_error=relative,
         client_bound=bool(reasons),
         reasons=reasons,
-        advice=(_STARVED if starved else advice(shares, cores)) if reasons else None,
+        advice=(_NO_CORES if idle_and_late else advice(shares, cores)) if reasons else None,
     )
 
 
-def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
+def timing_errors(parts: Sequence[ProcessRecords]) -> dict[str, dict[str, float]]:
     """How far off the percentiles of TTFT and ITL are, and at most one of either, in ms."""
     first, first_late = [np.empty(0)], [np.empty(0)]
     gaps, gaps_late = [np.empty(0)], [np.empty(0)]
@@ -103,7 +103,7 @@ def timing_errors(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
     # A gap's two ends are late by roughly known times, and their difference would be noise; but
     # the gaps of which neither end was late say what there was to see.
     on_time = seen_gaps[late_gaps <= _ON_TIME_MS]
-    enough = len(on_time) >= _ENOUGH * len(seen_gaps)
+    enough = len(on_time) >= _ON_TIME_SHARE * len(seen_gaps)
     return {
         "ttft": _figure_errors(seen, seen - late, late),
         "itl": _figure_errors(seen_gaps, on_time if enough else seen_gaps - late_gaps, late_gaps),
@@ -117,7 +117,7 @@ def _figure_errors(seen: Samples, other: Samples, late: Samples) -> dict[str, fl
     return {**{p: abs(here[p] - there[p]) for p in ("p50", "p99")}, "max": most}
 
 
-def lateness(part: Part, times: Sequence[int]) -> Samples:
+def lateness(part: ProcessRecords, times: Sequence[int]) -> Samples:
     """How late (ms) the clock was read at each of these times: as late as the next beacon, or as
     what is left of the backlog that the last ones showed, which were read all at once."""
     read, at = np.asarray(part.read_ns), np.asarray(times)
@@ -144,7 +144,7 @@ def relative_errors(
     percentile's to the largest percentile that was asked for."""
     relative: dict[str, dict[str, float]] = {}
     for name, error in errors.items():
-        seen = summary.whole.latencies[name]
+        seen = summary.overall.latencies[name]
         tail = max(seen.percentiles.values(), default=seen.median)
         relative[name] = {
             "p50": error["p50"] / seen.median if seen.median > 0 else 0.0,
@@ -160,7 +160,7 @@ def bound_reasons(
 ) -> list[str]:
     """Why the client bounded the run; none when it did not."""
     reasons = []
-    if max(shares) > BUSY:
+    if max(shares) > BUSY_SHARE:
         reasons.append(f"a load process used {max(shares):.0%} of a core")
     for name in errors:
         for figure, most in TOLERANCE.items():
@@ -174,6 +174,6 @@ def bound_reasons(
 
 def advice(shares: Sequence[float], cores: int) -> str:
     """How many processes would carry the load, as a flag."""
-    needed = max(2 * len(shares), math.ceil(sum(shares) / _COMFORT))
+    needed = max(2 * len(shares), math.ceil(sum(shares) / _TARGET_SHARE))
     line = f"client-bound: use --processes {needed}"
     return line if needed <= cores else f"{line}, on a machine of its own with as many cores"

@@ -46,14 +46,14 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run: `whole` from first dispatch to last completion, of successes only.
+    """The figures of a run: `overall` from first dispatch to last completion, of successes only.
 
     steady: the stretch in which concurrency was full, without ramp and drain; None where an
     arrival rate sets the load, or where full concurrency was not held for any time.
     goodput: requests a second that met every objective, None without objectives.
     """
 
-    whole: Window
+    overall: Window
     steady: Window | None
     failed: int
     total_input_tokens: int
@@ -95,7 +95,7 @@ def peak_concurrency(records: Iterable[RequestTiming]) -> int:
     return max((level for _, level in _levels(records)), default=0)
 
 
-def full_window(records: Sequence[RequestTiming], level: int) -> tuple[int, int] | None:
+def full_concurrency_window(records: Sequence[RequestTiming], level: int) -> tuple[int, int] | None:
     """From the first moment with `level` requests in flight to the last one, in ns.
 
     In a closed loop concurrency dips for microseconds between an answer and the next request;
@@ -122,7 +122,7 @@ def _levels(records: Iterable[RequestTiming]) -> list[tuple[int, int]]:
     return levels
 
 
-def whole_window(records: Sequence[RequestTiming], percentiles: Sequence[float]) -> Window:
+def overall_window(records: Sequence[RequestTiming], percentiles: Sequence[float]) -> Window:
     """The run as a whole, over its successes."""
     done = successes(records)
     begin, end = span(records)
@@ -225,15 +225,15 @@ def summarize(
     steady_level: the concurrency that counts as full, None for no steady window.
     """
     done = successes(records)
-    whole = whole_window(records, percentiles)
-    window = full_window(records, steady_level) if steady_level else None
+    overall = overall_window(records, percentiles)
+    window = full_concurrency_window(records, steady_level) if steady_level else None
     good = sum(meets(r, objectives) for r in done) if objectives else 0
     return Summary(
-        whole=whole,
+        overall=overall,
         steady=partial_window(records, *window, percentiles) if window else None,
         failed=len(records) - len(done),
         total_input_tokens=sum(r.input_tokens for r in done),
         total_output_tokens=sum(r.output_tokens for r in done),
         peak_concurrency=peak_concurrency(records),
-        goodput=(good / whole.duration if whole.duration else 0.0) if objectives else None,
+        goodput=(good / overall.duration if overall.duration else 0.0) if objectives else None,
     )

@@ -1,7 +1,7 @@
-"""Reading metrics pages: what a replica counted, under its own names or under vLLM's. Pure.
+"""Parsing /metrics pages: a replica's counters and gauges, under vLLM's names or Millrace's. Pure.
 
-Counters are summed over the labels of a page; a page that tells a figure under two names (Millrace
-does) is read once.
+Counters are summed over the labels of a page. A figure that a page has under two names (as
+Millrace's do) is counted once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ DCGM = {
 }
 
 
-class Page(msgspec.Struct, frozen=True):
-    """What one page says: counters (totals), gauges, and drafts accepted by position."""
+class MetricsPage(msgspec.Struct, frozen=True):
+    """The figures of one page: counters (totals), gauges, and accepted drafts by position."""
 
     counters: dict[str, float] = {}
     gauges: dict[str, float] = {}
@@ -44,14 +44,14 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What replicas did between two readings, all together. accepted: drafts by position."""
+    """What all replicas did between two readings. accepted: drafts by position."""
 
     counters: dict[str, float] = {}
     accepted: list[float] = []
 
 
-def read_page(text: str) -> Page:
-    """The figures of a page. What is not there is left out; a page that is none is empty."""
+def read_page(text: str) -> MetricsPage:
+    """The figures of a page. Figures that it lacks are left out; what cannot be parsed has none."""
     found: dict[str, float] = {}
     accepted: dict[str, dict[int, float]] = {}
     for name, labels, value in _samples(text, _PREFIXES):
@@ -61,7 +61,7 @@ def read_page(text: str) -> Page:
             by_position = accepted.setdefault(name, {})
             position = int(labels["position"])
             by_position[position] = by_position.get(position, 0.0) + value
-    return Page(
+    return MetricsPage(
         counters=_named(found, COUNTERS),
         gauges=_named(found, GAUGES),
         accepted=next(
@@ -80,7 +80,7 @@ def _named(found: Mapping[str, float], names: Iterable[str]) -> dict[str, float]
 
 
 def _samples(text: str, prefixes: tuple[str, ...]) -> Iterable[tuple[str, dict[str, str], float]]:
-    """Samples whose names begin so; the other lines are not even parsed."""
+    """Samples whose names have one of these prefixes; the other lines are not parsed."""
     kept = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(prefixes))
     try:
         for family in text_string_to_metric_families(kept):
@@ -90,28 +90,30 @@ def _samples(text: str, prefixes: tuple[str, ...]) -> Iterable[tuple[str, dict[s
         return
 
 
-def difference(before: Sequence[Page], after: Sequence[Page]) -> Totals:
+def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> Totals:
     """What happened between two readings of the same replicas. A counter that fell (the replica
-    was started anew) counts from nothing."""
+    was restarted) counts from zero."""
     counters: dict[str, float] = {}
     accepted: dict[int, float] = {}
     for first, last in zip(before, after, strict=True):
         for name, value in last.counters.items():
-            counters[name] = counters.get(name, 0.0) + _grown(first.counters.get(name, 0.0), value)
+            counters[name] = counters.get(name, 0.0) + _increase(
+                first.counters.get(name, 0.0), value
+            )
         for position, value in last.accepted.items():
-            grown = _grown(first.accepted.get(position, 0.0), value)
-            accepted[position] = accepted.get(position, 0.0) + grown
+            increase = _increase(first.accepted.get(position, 0.0), value)
+            accepted[position] = accepted.get(position, 0.0) + increase
     most = max(accepted, default=-1)
     return Totals(counters, [accepted.get(position, 0.0) for position in range(most + 1)])
 
 
-def _grown(before: float, after: float) -> float:
+def _increase(before: float, after: float) -> float:
     return after - before if after >= before else after
 
 
 def speculation(totals: Totals) -> dict[str, float | list[float]] | None:
     """Acceptance: its length (1 + accepted / drafts), its rate over draft tokens, and by position.
-    None where nothing was drafted."""
+    None where there was no draft."""
     drafts = totals.counters.get("spec_decode_num_drafts", 0.0)
     if drafts <= 0:
         return None
@@ -128,7 +130,7 @@ def speculation(totals: Totals) -> dict[str, float | list[float]] | None:
 
 
 def prefix_hits(totals: Totals) -> dict[str, float] | None:
-    """Prompt tokens looked up and found in prefix caches; None where none was looked up."""
+    """Prompt tokens looked up and found in prefix caches; None where none were looked up."""
     queries = totals.counters.get("prefix_cache_queries", 0.0)
     if queries <= 0:
         return None

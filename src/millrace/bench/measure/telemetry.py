@@ -15,7 +15,13 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.measure.prometheus_reader import Page, Totals, difference, read_dcgm, read_page
+from millrace.bench.measure.prometheus_reader import (
+    MetricsPage,
+    Totals,
+    difference,
+    read_dcgm,
+    read_page,
+)
 from millrace.common.http_client import Target, fetch, parse_url
 from millrace.common.optional import probe
 from millrace.errors import UserError
@@ -55,7 +61,7 @@ class Telemetry:
     def __init__(self, options: BenchOptions) -> None:
         self._options = options
         self._targets: list[Target] = []
-        self._before: list[Page] = []
+        self._before: list[MetricsPage] = []
         self._samples: list[Sample] = []
         self._gpus = Gpus() if options.target.host in _LOOPBACK else None
         self._task: asyncio.Task[None] | None = None
@@ -99,10 +105,10 @@ class Telemetry:
             named = []
         return named or [root]
 
-    async def _read(self) -> list[Page]:
+    async def _read(self) -> list[MetricsPage]:
         return list(await asyncio.gather(*(self._page(target) for target in self._targets)))
 
-    async def _page(self, target: Target) -> Page:
+    async def _page(self, target: Target) -> MetricsPage:
         return read_page(await _text(target, self._options.headers))
 
     async def _sample(self) -> None:
@@ -112,7 +118,7 @@ class Telemetry:
             gpu = self._gpus.sample() if self._gpus else {}
             if self._options.dcgm_url:
                 gpu = gpu | read_dcgm(await _text(parse_url(self._options.dcgm_url)))
-            self._samples.append(Sample(at, _together(pages), gpu))
+            self._samples.append(Sample(at, _combined(pages), gpu))
             await asyncio.sleep(max(0.0, _EVERY_S - (perf_counter_ns() - at) / 1e9))
 
     def _energy_used(self) -> float | None:
@@ -140,7 +146,7 @@ async def _text(target: Target, headers: tuple[tuple[str, str], ...] = ()) -> st
     return response.body.decode("utf-8", "replace") if response.status == 200 else ""
 
 
-def _together(pages: list[Page]) -> dict[str, float]:
+def _combined(pages: list[MetricsPage]) -> dict[str, float]:
     whole: dict[str, float] = {}
     for page in pages:
         for name, value in (*page.gauges.items(), *page.counters.items()):

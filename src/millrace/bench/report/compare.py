@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.report.results import LOAD, ResultFile, grouped, load_words
+from millrace.bench.report.results import LOAD, ResultFile, grouped, load_label
 from millrace.bench.report.tables import aligned
 from millrace.errors import UserError
 
@@ -100,7 +100,7 @@ def _one(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> Comparison:
         if all(v is not None and v > 0 for v in (*values_a, *values_b)):
             numbers = [[float(v) for v in side if v] for side in (values_a, values_b)]
             ratios.append(ratio_of(figure, *numbers))
-    return Comparison(load_words(a[0].fields), (len(a), len(b)), ratios)
+    return Comparison(load_label(a[0].fields), (len(a), len(b)), ratios)
 
 
 def _figure(result: ResultFile, name: str) -> float | None:

@@ -23,7 +23,7 @@ from millrace.bench.report.request_series import (
     sample_series,
     token_rate,
 )
-from millrace.bench.report.results import ResultFile, grouped, interactivity, load_words
+from millrace.bench.report.results import ResultFile, grouped, interactivity, load_label
 from millrace.bench.report.sweep_table import sweep_rows
 from millrace.errors import UserError
 from millrace.version import __version__
@@ -138,7 +138,7 @@ def _frontier(runs: Sequence[ResultFile]) -> Section:
         x = statistics.median(interactivity(run.fields) for run in repeats)
         points.append((x, statistics.median(run.fields[figure] for run in repeats)))
         users = repeats[0].fields.get("max_concurrency")
-        labels.append(f"{users} users" if users else load_words(repeats[0].fields))
+        labels.append(f"{users} users" if users else load_label(repeats[0].fields))
     if len(points) < 2:
         return Section(title=title)
     series = [
@@ -361,6 +361,6 @@ def _order(run: ResultFile) -> tuple[float, ...]:
 
 def _name(run: ResultFile, runs: Sequence[ResultFile]) -> str:
     """A run in a legend: what it asked, and its number among its repeats."""
-    words = load_words(run.fields)
-    same = [other for other in runs if load_words(other.fields) == words]
+    words = load_label(run.fields)
+    same = [other for other in runs if load_label(other.fields) == words]
     return f"{words}, run {same.index(run) + 1}" if len(same) > 1 else words

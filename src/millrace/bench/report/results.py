@@ -104,7 +104,7 @@ def interactivity(fields: Mapping[str, Any]) -> float:
     return 1e3 / tpot if tpot else 0.0
 
 
-def load_words(fields: Mapping[str, Any]) -> str:
+def load_label(fields: Mapping[str, Any]) -> str:
     """What a run asked, in a few words."""
     parts = []
     if fields.get("max_concurrency"):

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.load.pool import Outcome
+from millrace.bench.load.process_pool import Outcome
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.client_overhead import ClientOverhead
 from millrace.bench.measure.metrics import LATENCIES, Distribution, Summary, Window, successes
@@ -139,14 +139,14 @@ def _from_due(options: BenchOptions, done: Sequence[RequestTiming]) -> dict[str,
 
 def _per_gpu(options: BenchOptions, summary: Summary) -> dict[str, float]:
     """The axes of InferenceX: tokens a second a GPU against tokens a second a user."""
-    tpot = summary.whole.latencies["tpot"].median
+    tpot = summary.overall.latencies["tpot"].median
     fields = {"interactivity": 1e3 / tpot if tpot else 0.0}
     if options.gpus:
         fields["gpus"] = options.gpus
         fields["total_token_throughput_per_gpu"] = (
-            summary.whole.total_token_throughput / options.gpus
+            summary.overall.total_token_throughput / options.gpus
         )
-        fields["output_throughput_per_gpu"] = summary.whole.output_throughput / options.gpus
+        fields["output_throughput_per_gpu"] = summary.overall.output_throughput / options.gpus
     return fields
 
 
@@ -172,19 +172,19 @@ def _server_fields(observation: Observation, summary: Summary) -> dict[str, Any]
 
 def summary_fields(summary: Summary) -> dict[str, Any]:
     """The figures of a run under their JSON names."""
-    whole = summary.whole
+    overall = summary.overall
     return {
-        "duration": whole.duration,
-        "completed": whole.completed,
+        "duration": overall.duration,
+        "completed": overall.completed,
         "failed": summary.failed,
         "total_input_tokens": summary.total_input_tokens,
         "total_output_tokens": summary.total_output_tokens,
-        "request_throughput": whole.request_throughput,
+        "request_throughput": overall.request_throughput,
         "request_goodput": summary.goodput,
-        "output_throughput": whole.output_throughput,
-        "total_token_throughput": whole.total_token_throughput,
+        "output_throughput": overall.output_throughput,
+        "total_token_throughput": overall.total_token_throughput,
         "max_concurrent_requests": summary.peak_concurrency,
-        **latency_fields(whole.latencies),
+        **latency_fields(overall.latencies),
         "steady_state": _steady_fields(summary.steady),
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from millrace.bench.flags.structs import RawFormat
-from millrace.bench.load.records import NUMBERS, RequestTiming
+from millrace.bench.load.records import INT_FIELDS, RequestTiming
 from millrace.bench.measure.telemetry import Sample
 from millrace.bench.report.run_report import DETAIL
 from millrace.common.optional import probe, require
@@ -83,7 +83,7 @@ def check_raw(raw: RawFormat) -> str:
 def request_columns(records: Sequence[RequestTiming]) -> dict[str, list[Any]]:
     """Every request: times in ns of the monotonic clock, as they were taken."""
     columns: dict[str, list[Any]] = {
-        name: [int(getattr(r, name)) for r in records] for name in NUMBERS
+        name: [int(getattr(r, name)) for r in records] for name in INT_FIELDS
     }
     columns["error"] = [r.error for r in records]
     columns["chunk_ns"] = [list(r.chunk_ns) for r in records]

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.runs.serve import background
+from millrace.bench.runs.serve import background_load
 from millrace.common.child_process import kill_process, python_module
 
 EVALUATION = tuple(python_module("millrace.cli", "eval"))
@@ -51,7 +51,7 @@ async def accuracy_under_load(
     load = None
     if rest is None or rest > 0:
         behind = msgspec.structs.replace(options, max_concurrency=rest)
-        load = asyncio.create_task(background(behind, over))
+        load = asyncio.create_task(background_load(behind, over))
     try:
         for task in tasks:
             if stop is not None and stop.is_set():

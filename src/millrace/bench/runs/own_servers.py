@@ -30,7 +30,7 @@ from millrace.bench.runs.scaling import (
     scaling_fields,
     scaling_table,
 )
-from millrace.bench.workload.prompts import lengths, maker, workload_line
+from millrace.bench.workload.prompts import lengths, prompt_maker, workload_line
 from millrace.common.http_client import Target
 from millrace.fleet.device_assignment import usable_cores, visible_gpus
 
@@ -71,7 +71,7 @@ def _options(
         start_timeout=flags.start_timeout,
     )
     spec = options.load.workload
-    make = maker(spec, as_text=options.load.as_text)
+    make = prompt_maker(spec, as_text=options.load.as_text)
     _say(workload_line(spec, lengths([make(index) for index in range(spec.count or 0)])))
     return options
 

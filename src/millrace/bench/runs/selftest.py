@@ -140,11 +140,11 @@ def level_of(streams: int, measured: Run, mock_share: float) -> Level:
     chunks = sum(len(r.chunk_ns) for r in measured.records)
     return Level(
         streams=streams,
-        chunks_per_s=chunks / seen.whole.duration,
+        chunks_per_s=chunks / seen.overall.duration,
         us_per_chunk=measured.client.us_per_chunk,
         client_share=measured.client.cpu_share,
         mock_share=mock_share,
-        errors=errors_of(seen.whole, true.whole),
+        errors=errors_of(seen.overall, true.overall),
         throughput_error=_relative(*(_output_rate(s) for s in (seen, true))),
         read_ms=_read_ms(measured.records),
         failed=seen.failed,
@@ -190,7 +190,7 @@ def _relative(seen: float, true: float) -> float:
 
 
 def _output_rate(summary: Summary) -> float:
-    return summary.whole.output_throughput
+    return summary.overall.output_throughput
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""One benchmark run against one server: look at it, warm it up, load it, sum up.
+"""One benchmark run against one server: inspect_server at it, warm it up, load it, sum up.
 
 `run` ties the parts together and returns the fields of the result file; it prints nothing. What
 goes wrong before the run is a UserError; what goes wrong in it is counted.
@@ -15,23 +15,30 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.arrivals import check_schedule
-from millrace.bench.load.driver import Load
-from millrace.bench.load.jobs import make_job
+from millrace.bench.load.load_driver import Load
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.load.pool import Outcome, open_pool
+from millrace.bench.load.process_pool import Outcome, open_pool
 from millrace.bench.load.records import RequestTiming
+from millrace.bench.load.request_builder import make_job
 from millrace.bench.measure.client_overhead import ClientOverhead, measure_client
 from millrace.bench.measure.metrics import Summary, summarize
 from millrace.bench.measure.telemetry import Observation, Telemetry
 from millrace.bench.report.run_report import run_fields
-from millrace.bench.workload.prompts import GivenSpec, Lengths, Prompt, RandomSpec, Workload, maker
+from millrace.bench.workload.prompts import (
+    FileSpec,
+    Lengths,
+    Prompt,
+    RandomSpec,
+    Workload,
+    prompt_maker,
+)
 from millrace.common.http_client import error_text, fetch
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import usable_cores
 
 _DEFAULT_VOCAB = 1000
-_OTHER_SEED = 1_000_003  # added for prompts that are not the run's own
+_WARMUP_SEED = 1_000_003  # added for prompts that are not the run's own
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -47,8 +54,8 @@ class Run(msgspec.Struct, frozen=True):
     server_version: str | None = None
 
 
-class Served(msgspec.Struct, frozen=True):
-    """What the server told of itself."""
+class ServerFacts(msgspec.Struct, frozen=True):
+    """What the server says of itself."""
 
     model: str
     vocab_size: int
@@ -69,8 +76,8 @@ async def run(
     first request.
     """
     check_schedule(options.schedule)
-    served = await look(options)
-    options = told(options, served)
+    served = await inspect_server(options)
+    options = with_server_facts(options, served)
     async with open_pool(options, served.model) as pool:
         await pool.prepare()
         if on_start is not None:
@@ -81,11 +88,13 @@ async def run(
         return _run(options, served, pool.lengths, outcome, watch.observation)
 
 
-async def background(options: BenchOptions, stop: asyncio.Event) -> None:
+async def background_load(options: BenchOptions, stop: asyncio.Event) -> None:
     """The same load once more, unmeasured, until `stop`."""
-    served = await look(options)
+    served = await inspect_server(options)
     other = msgspec.structs.replace(
-        told(options, served).workload, count=None, seed=options.workload.seed + 2 * _OTHER_SEED
+        with_server_facts(options, served).workload,
+        count=None,
+        seed=options.workload.seed + 2 * _WARMUP_SEED,
     )
     options = msgspec.structs.replace(options, workload=other, duration=None)
     async with open_pool(options, served.model) as pool:
@@ -93,15 +102,15 @@ async def background(options: BenchOptions, stop: asyncio.Event) -> None:
         await pool.run(stop)
 
 
-def told(options: BenchOptions, served: Served) -> BenchOptions:
-    """The options with what the server told filled in."""
+def with_server_facts(options: BenchOptions, served: ServerFacts) -> BenchOptions:
+    """The options, with what the server says of itself filled in."""
     workload = msgspec.structs.replace(options.workload, vocab_size=served.vocab_size)
     return msgspec.structs.replace(options, workload=workload)
 
 
 def _run(
     options: BenchOptions,
-    served: Served,
+    served: ServerFacts,
     seen: Lengths,
     outcome: Outcome,
     observation: Observation,
@@ -135,11 +144,11 @@ def _steady_level(options: BenchOptions, outcome: Outcome) -> int | None:
 # --- before the run ----------------------------------------------------------------------------
 
 
-async def look(options: BenchOptions) -> Served:
+async def inspect_server(options: BenchOptions) -> ServerFacts:
     """Which model to ask for, and how many token ids to draw from."""
-    await _ready(options)
-    listed = await _listed_models(options)
-    names = [str(card["id"]) for card in listed if "id" in card]
+    await _wait_ready(options)
+    cards = await _listed_models(options)
+    names = [str(card["id"]) for card in cards if "id" in card]
     if options.model is not None and names and options.model not in names:
         raise UserError(
             f"--model {options.model!r} is not served at {options.target}; "
@@ -148,9 +157,9 @@ async def look(options: BenchOptions) -> Served:
     model = options.model or (names[0] if names else None)
     if model is None:
         raise UserError(f"{options.target} names no model at /v1/models; give one with --model")
-    told = next((card.get("vocab_size") for card in listed if card.get("id") == model), None)
-    vocab = options.vocab_size or (told if isinstance(told, int) else _DEFAULT_VOCAB)
-    return Served(model, vocab, await _version(options))
+    listed_size = next((card.get("vocab_size") for card in cards if card.get("id") == model), None)
+    vocab = options.vocab_size or (listed_size if isinstance(listed_size, int) else _DEFAULT_VOCAB)
+    return ServerFacts(model, vocab, await _version(options))
 
 
 async def _version(options: BenchOptions) -> str | None:
@@ -162,7 +171,7 @@ async def _version(options: BenchOptions) -> str | None:
         return None
 
 
-async def _ready(options: BenchOptions) -> None:
+async def _wait_ready(options: BenchOptions) -> None:
     """Return once the server answers and its /health, if it has one, does not refuse."""
     deadline = time.monotonic() + options.ready_timeout
     while True:
@@ -196,12 +205,12 @@ async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
     return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
 
 
-def _other_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
+def _warmup_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
     """Prompts like the run's own that no prefix cache knows yet."""
     workload = options.workload
-    if not isinstance(workload, GivenSpec):
-        other = msgspec.structs.replace(workload, count=None, seed=workload.seed + _OTHER_SEED)
-        return maker(other, as_text=options.as_text)
+    if not isinstance(workload, FileSpec):
+        other = msgspec.structs.replace(workload, count=None, seed=workload.seed + _WARMUP_SEED)
+        return prompt_maker(other, as_text=options.as_text)
     like = workload.prompts[0]
     as_text = isinstance(like.content, str) or options.chat
     spec = RandomSpec(
@@ -209,15 +218,15 @@ def _other_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
         input_len=like.input_tokens,
         output_len=like.output_tokens,
         vocab_size=workload.vocab_size,
-        seed=_OTHER_SEED,
+        seed=_WARMUP_SEED,
     )
-    return maker(spec, as_text=as_text)
+    return prompt_maker(spec, as_text=as_text)
 
 
 async def warm_up(options: BenchOptions, model: str) -> None:
     """Requests that are not counted: one by itself to see that the server answers at all, then
     `num_warmups` at the run's concurrency. Raises UserError when one fails."""
-    make = _other_prompts(options)
+    make = _warmup_prompts(options)
     jobs = [make_job(options, model, make(index)) for index in range(1 + options.num_warmups)]
     for part in (jobs[:1], jobs[1:]):
         load = Load(

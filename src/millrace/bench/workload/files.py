@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millrace.bench.workload.prompts import GivenSpec, Prompt, Turn
+from millrace.bench.workload.prompts import FileSpec, Prompt, Turn
 from millrace.errors import UserError
 
 _CHARACTERS = 4  # of English text for one token, where no tokenizer is at hand
@@ -43,7 +43,7 @@ def tokenizer_counts(path: str) -> CountTokens:
     return lambda text: max(1, len(tokenizer.encode(text, add_special_tokens=False).ids))
 
 
-def read_custom(path: str, *, count: int | None, output_len: int, tokens: CountTokens) -> GivenSpec:
+def read_custom(path: str, *, count: int | None, output_len: int, tokens: CountTokens) -> FileSpec:
     """JSON Lines with `prompt` (text or token ids) or `messages`; `output_tokens` if wanted."""
     prompts = [
         _custom(row, f"{path}, line {number}", output_len, tokens) for number, row in _rows(path)
@@ -68,7 +68,7 @@ def _custom(row: dict[str, Any], where: str, output_len: int, tokens: CountToken
 
 def read_sharegpt(
     path: str, *, count: int | None, output_len: int | None, turns: int, tokens: CountTokens
-) -> GivenSpec:
+) -> FileSpec:
     """A ShareGPT file: what people said, and as many tokens of answer as were given then.
 
     output_len: that many instead. turns: how many of a conversation's user turns are sent.
@@ -102,7 +102,7 @@ def _exchanges(conversation: Any) -> Iterator[tuple[str, str]]:
 
 def read_trace(
     path: str, *, count: int | None, vocab_size: int, seed: int
-) -> tuple[GivenSpec, tuple[float, ...]]:
+) -> tuple[FileSpec, tuple[float, ...]]:
     """A trace in the Mooncake format, and when each of its requests came, in seconds.
 
     JSON Lines with `timestamp` (ms), `input_length`, `output_length` and optionally `hash_ids`:
@@ -121,7 +121,7 @@ def read_trace(
         own = np.random.default_rng((seed, 0, number))
         ids = ids[:length] + own.integers(0, vocab_size, max(0, length - len(ids))).tolist()
         prompts.append(Prompt(ids, length, output))
-    spec = GivenSpec(prompts=tuple(prompts), count=len(prompts), source=Path(path).name)
+    spec = FileSpec(prompts=tuple(prompts), count=len(prompts), source=Path(path).name)
     return spec, tuple((at - first) / 1e3 for at, *_ in rows)
 
 
@@ -155,8 +155,8 @@ def _bytes(path: str) -> bytes:
         raise UserError(f"--dataset-path {path}: {error.strerror}; give a file") from None
 
 
-def _given(path: str, prompts: list[Prompt], count: int | None) -> GivenSpec:
+def _given(path: str, prompts: list[Prompt], count: int | None) -> FileSpec:
     if not prompts:
         raise UserError(f"--dataset-path {path}: there is no prompt in it")
     kept = prompts[:count]
-    return GivenSpec(prompts=tuple(kept), count=count, source=Path(path).name)
+    return FileSpec(prompts=tuple(kept), count=count, source=Path(path).name)

@@ -96,7 +96,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, tag="policy"):
     seed: int = 0
 
 
-class GivenSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
+class FileSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
     """Prompts that stand in a file, in its order, from the start again when it ends."""
 
     prompts: tuple[Prompt, ...]
@@ -106,16 +106,16 @@ class GivenSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
     source: str = "file"
 
 
-Workload = RandomSpec | PrefixSpec | PolicySpec | GivenSpec
+Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec
 
 
-def maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
+def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
     """The function that gives item i. as_text: words instead of token ids.
 
     Raises UserError for sizes that cannot be drawn.
     """
     check_spec(spec)
-    if isinstance(spec, GivenSpec):
+    if isinstance(spec, FileSpec):
         given = spec.prompts
         return lambda index: given[index % len(given)]
     if isinstance(spec, PolicySpec):
@@ -127,7 +127,7 @@ def maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
 
 def random_prompts(spec: RandomSpec, *, as_text: bool = False) -> list[Prompt]:
     """All prompts of a counted workload. Equal specs give equal prompts."""
-    make = maker(spec, as_text=as_text)
+    make = prompt_maker(spec, as_text=as_text)
     return [make(index) for index in range(spec.count or 0)]
 
 
@@ -319,7 +319,7 @@ def workload_line(spec: Workload, seen: Lengths) -> str:
 
 
 def _kind(spec: Workload) -> str:
-    if isinstance(spec, GivenSpec):
+    if isinstance(spec, FileSpec):
         return f"prompts of {spec.source}"
     if isinstance(spec, PolicySpec):
         return "questions about policies"

@@ -18,19 +18,19 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.messages import (
-    FROM_WORKER,
-    TO_WORKER,
+    FROM_PROCESS,
+    TO_PROCESS,
     Assignment,
     Beacon,
     Connect,
-    Fault,
-    FromWorker,
+    Failure,
+    FromProcess,
     Go,
     Progress,
     Ready,
     Report,
     Stop,
-    ToWorker,
+    ToProcess,
 )
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming, unpack
@@ -38,14 +38,14 @@ from millrace.bench.workload.prompts import Lengths, merge_lengths
 from millrace.common.child_process import kill_process, python_module
 from millrace.errors import UserError
 
-COMMAND = tuple(python_module("millrace.bench.load.worker"))
+COMMAND = tuple(python_module("millrace.bench.load.load_process"))
 _BEACON_S = 0.004  # between two beacons of a process, on the mean
-_READY_S = 600.0  # to prepare the workload
-_SILENT_S = 60.0  # a process tells its progress twice a second
+_PREPARE_LIMIT_S = 600.0  # to prepare the workload
+_SILENCE_LIMIT_S = 60.0  # a process tells its progress twice a second
 _LEAD_NS = 50_000_000  # from the word to begin to the beginning
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessRecords(msgspec.Struct, frozen=True, kw_only=True):
     """What one process recorded and what that cost it: CPU and wall seconds, of which parsing;
     when each beacon was read and how late that was, in ns."""
 
@@ -61,13 +61,13 @@ class Outcome(msgspec.Struct, frozen=True):
     """What all processes recorded, each by itself and their records pooled. started: requests
     sent, those that were dropped too."""
 
-    parts: list[Part]
+    parts: list[ProcessRecords]
     records: list[RequestTiming]
     started: int
     interrupted: bool
 
 
-def shares(limit: int | None, processes: int) -> list[int | None]:
+def split_limit(limit: int | None, processes: int) -> list[int | None]:
     """A limit on concurrency, divided as evenly as it goes."""
     if limit is None:
         return [None] * processes
@@ -81,16 +81,16 @@ class _Process:
         self._number, self._process = number, process
         self.progress = Progress()
 
-    def tell(self, message: ToWorker) -> None:
+    def send(self, message: ToProcess) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(TO_WORKER.encode(message))
+        self._process.stdin.write(TO_PROCESS.encode(message))
 
-    async def hear(self, limit: float) -> FromWorker:
+    async def receive(self, limit: float) -> FromProcess:
         """The next message. Raises UserError or RuntimeError when the process cannot go on."""
         assert self._process.stdout is not None
         try:
             async with asyncio.timeout(limit):
-                message = await FROM_WORKER.receive(self._process.stdout)
+                message = await FROM_PROCESS.receive(self._process.stdout)
         except TimeoutError:
             raise RuntimeError(
                 f"load process {self._number} said nothing for {limit:g} s"
@@ -98,19 +98,19 @@ class _Process:
         except asyncio.IncompleteReadError:
             status = await self._process.wait()
             raise RuntimeError(f"load process {self._number} ended with {status}") from None
-        if isinstance(message, Fault):
+        if isinstance(message, Failure):
             raise (UserError if message.refused else RuntimeError)(message.message)
         return message
 
     async def ready(self) -> Lengths:
-        message = await self.hear(_READY_S)
+        message = await self.receive(_PREPARE_LIMIT_S)
         assert isinstance(message, Ready)
         return message.lengths
 
     async def report(self) -> Report:
         """Wait for the end, keeping the progress up to date on the way."""
         while True:
-            message = await self.hear(_SILENT_S)
+            message = await self.receive(_SILENCE_LIMIT_S)
             if isinstance(message, Report):
                 return message
             assert isinstance(message, Progress)
@@ -120,7 +120,7 @@ class _Process:
         """Write the time to it, now and then, for ever."""
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * _BEACON_S)
-            self.tell(Beacon(perf_counter_ns()))
+            self.send(Beacon(perf_counter_ns()))
 
     async def reap(self) -> None:
         await kill_process(self._process)
@@ -140,7 +140,7 @@ class Pool:
     async def connect(self) -> None:
         """Return when every process has opened its connections."""
         for process in self._processes:
-            process.tell(Connect())
+            process.send(Connect())
         await asyncio.gather(*(process.ready() for process in self._processes))
 
     async def run(
@@ -152,18 +152,18 @@ class Pool:
         await self.connect()
         begin = perf_counter_ns() + _LEAD_NS
         for process in self._processes:
-            process.tell(Go(begin))
-        side = [asyncio.create_task(p.beacons()) for p in self._processes]
+            process.send(Go(begin))
+        background = [asyncio.create_task(p.beacons()) for p in self._processes]
         if on_progress is not None:
-            side.append(asyncio.create_task(self._tell(on_progress)))
+            background.append(asyncio.create_task(self._report_progress(on_progress)))
         reports = asyncio.gather(*(p.report() for p in self._processes))
         try:
             interrupted = await self._wait(reports, stop)
             return _outcome(reports.result(), interrupted)
         finally:
-            for task in side:
+            for task in background:
                 task.cancel()
-            await asyncio.gather(*side, return_exceptions=True)
+            await asyncio.gather(*background, return_exceptions=True)
             if on_progress is not None:
                 on_progress(self.progress())
 
@@ -181,11 +181,11 @@ class Pool:
         stopping.cancel()
         if early:
             for process in self._processes:
-                process.tell(Stop())
+                process.send(Stop())
         await reports
         return early
 
-    async def _tell(self, on_progress: Callable[[Progress], None]) -> None:
+    async def _report_progress(self, on_progress: Callable[[Progress], None]) -> None:
         while True:
             await asyncio.sleep(0.5)
             on_progress(self.progress())
@@ -198,7 +198,7 @@ class Pool:
 
 def _outcome(reports: Sequence[Report], interrupted: bool) -> Outcome:
     parts = [
-        Part(
+        ProcessRecords(
             records=unpack(report.batch),
             cpu_s=report.cpu_s,
             wall_s=report.wall_s,
@@ -221,8 +221,8 @@ def _int64(data: bytes) -> array[int]:
 @asynccontextmanager
 async def open_pool(options: BenchOptions, model: str) -> AsyncIterator[Pool]:
     """The processes that `options` asks for, with their assignments; reaped at the end."""
-    wanted = _useful(options)
-    limits = shares(options.max_concurrency, wanted)
+    wanted = _process_count(options)
+    limits = split_limit(options.max_concurrency, wanted)
     processes: list[_Process] = []
     try:
         for number in range(wanted):
@@ -233,13 +233,13 @@ async def open_pool(options: BenchOptions, model: str) -> AsyncIterator[Pool]:
             )
             processes.append(_Process(number, started))
         for number, process in enumerate(processes):
-            process.tell(Assignment(options, model, number, wanted, limits[number]))
+            process.send(Assignment(options, model, number, wanted, limits[number]))
         yield Pool(processes)
     finally:
         await asyncio.gather(*(process.reap() for process in processes))
 
 
-def _useful(options: BenchOptions) -> int:
+def _process_count(options: BenchOptions) -> int:
     """As many processes as asked for, but none without a request or a place of its own."""
     most = [options.processes]
     most += [n for n in (options.max_concurrency, options.workload.count) if n is not None]

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.bench.load.arrivals import Schedule
-from millrace.bench.load.jobs import indices
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.load.pool import open_pool, shares
+from millrace.bench.load.process_pool import open_pool, split_limit
+from millrace.bench.load.request_builder import indices
 from millrace.bench.runs.serve import run as run_bench
 from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.http_client import parse_url
@@ -31,10 +31,10 @@ SPEC = RandomSpec(count=40, input_len=6, output_len=5, range_ratio=0.5, vocab_si
 
 @given(limit=st.integers(1, 500), processes=st.integers(1, 32))
 def test_places_are_shared_out_whole_and_evenly(limit: int, processes: int) -> None:
-    parts = [part or 0 for part in shares(limit, processes)]
+    parts = [part or 0 for part in split_limit(limit, processes)]
     assert sum(parts) == limit
     assert max(parts) - min(parts) <= 1
-    assert shares(None, processes) == [None] * processes
+    assert split_limit(None, processes) == [None] * processes
 
 
 @given(count=st.integers(1, 200), processes=st.integers(1, 16))
@@ -54,7 +54,7 @@ def children() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children(recursive=True)
-        if "millrace.bench.load.worker" in " ".join(child.cmdline())
+        if "millrace.bench.load.load_process" in " ".join(child.cmdline())
     ]
 
 

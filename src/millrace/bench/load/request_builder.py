@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.load.driver import Job
+from millrace.bench.load.load_driver import Job
 from millrace.bench.load.options import ENDPOINTS, BenchOptions
 from millrace.bench.workload.prompts import Content, Prompt, Turn
 from millrace.common.http_client import encode_request

@@ -1,8 +1,8 @@
-"""The driver: sends prepared requests when they are due and keeps what came back of each.
+"""The load driver: sends prepared requests when they are due and records the answers.
 
 Closed loop (a limit on requests in flight), open loop (arrival times), or both; for a number of
-requests, or for a time. Connections are kept alive and reused. It knows bytes and times; what to
-send and what the figures mean is for others.
+requests or for a time. Connections are kept alive and reused. This module knows bytes and times.
+What is sent, and what the figures mean, is for other modules.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import msgspec
 
 from millrace.bench.load.answer_reader import Answer, read_answer
 from millrace.bench.load.records import RequestTiming
-from millrace.bench.load.timed_connection import Raw, TimedConnection, connect
+from millrace.bench.load.timed_connection import RawResponse, TimedConnection, connect
 from millrace.common.http_client import Response, Target
 
-_AT_ONCE = 4  # requests sent before the loop looks at its sockets again
-_TOGETHER = 64  # connections opened at once
+_SENT_AT_ONCE = 4  # requests sent before the loop serves its sockets again
+_OPENED_AT_ONCE = 64  # connections opened at once
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One request, ready to be written: its bytes, and the tokens its prompt was made of.
+    """One request, ready to be written: its bytes, and the number of tokens of its prompt.
 
-    index: its place in the whole workload, -1 to be counted here. then: makes the next turn of a
-    conversation from the answer to this one, None at its end.
+    index: its number in the whole workload; -1 lets the driver count. turn: its number in its
+    conversation. then: makes the request of the next turn from the text of this answer; it returns
+    None at the end of the conversation.
     """
 
     request: bytes
@@ -38,24 +39,24 @@ class Job(msgspec.Struct, frozen=True):
     then: Callable[[str], Job | None] | None = None
 
 
-class _Sent(msgspec.Struct, frozen=True):
-    """A request that has its answer, not yet looked at."""
+class _Answered(msgspec.Struct, frozen=True):
+    """A request with its answer, which is not parsed yet."""
 
     index: int
     job: Job
     scheduled_ns: int
     start_ns: int
-    raw: Raw
+    raw: RawResponse
 
 
 class Load:
     """One run against one server.
 
-    arrivals: seconds after the start at which each job is due (ascending), None for one that is due
-    when there is a place; jobs and arrivals are taken in step until either ends. limit: the most
+    arrivals: seconds after the start at which each job is due (ascending); None for a job that is
+    due when a slot is free. Jobs and arrivals are paired until either ends. limit: the most
     conversations in flight, None for no limit. timeout: seconds that one request may take. until:
-    seconds after which no more are sent; those in flight are awaited. on_record is called with each
-    request as it ends.
+    seconds after which no more are sent; those in flight are awaited. on_record is called with the
+    record of each request when it ends.
     """
 
     def __init__(
@@ -81,25 +82,25 @@ class Load:
         self._requests: set[asyncio.Task[None]] = set()
         self._dispatcher: asyncio.Task[None] | None = None
         self._fault: BaseException | None = None
-        self._unread: deque[_Sent] = deque()
+        self._unparsed: deque[_Answered] = deque()
         self.records: list[RequestTiming] = []
         self.started = 0
         self.parse_ns = 0
 
     @property
     def in_flight(self) -> int:
-        """Requests (or conversations) not yet answered."""
+        """Requests (or conversations) that are not answered yet."""
         return len(self._requests)
 
     def begin_at(self, begin_ns: int) -> None:
-        """Count from that moment, and not from when `run` is called."""
+        """Count time from that moment, and not from the call of `run`."""
         self._begin_ns = begin_ns
 
     async def open(self, count: int) -> None:
-        """Open connections before the run, so that its beginning is not spent on that. What fails
-        to open is left to the request that will want it."""
-        for first in range(0, count, _TOGETHER):
-            wanted = min(_TOGETHER, count - first)
+        """Open connections before the run, so that the run does not begin with connecting. A
+        connection that cannot be opened is left to the request that will need it."""
+        for first in range(0, count, _OPENED_AT_ONCE):
+            wanted = min(_OPENED_AT_ONCE, count - first)
             opened = await asyncio.gather(
                 *(connect(self._target) for _ in range(wanted)), return_exceptions=True
             )
@@ -119,8 +120,8 @@ class Load:
         finally:
             for connection in self._idle:
                 connection.close()
-        while self._unread:
-            self._read_one()
+        while self._unparsed:
+            self._parse_one()
         if self._fault is not None:
             raise self._fault
         return self.records
@@ -139,20 +140,22 @@ class Load:
             scheduled = began + round((due or 0.0) * 1e9)
             if (wait := scheduled - perf_counter_ns()) > 0:
                 await asyncio.sleep(wait / 1e9)
-            elif index % _AT_ONCE == 0:
+            elif index % _SENT_AT_ONCE == 0:
                 await asyncio.sleep(0)  # chunks of those already sent must not wait for the rest
             if self._slots is not None and not await self._slot(last):
                 return
             if last is not None and perf_counter_ns() >= last:
                 return
             number = index if job.index < 0 else job.index
-            task = asyncio.create_task(self._converse(number, job, 0 if due is None else scheduled))
+            task = asyncio.create_task(
+                self._run_conversation(number, job, 0 if due is None else scheduled)
+            )
             self.started += 1
             self._requests.add(task)
             task.add_done_callback(self._ended)
 
     async def _slot(self, last: int | None) -> bool:
-        """Wait for a free place; False when `last` (ns) comes first."""
+        """Wait for a free slot; False when the time `last` (ns) comes first."""
         assert self._slots is not None
         if last is None:
             return await self._slots.acquire()
@@ -164,11 +167,11 @@ class Load:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._requests.discard(task)
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            self._fault = fault
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._fault = failure
 
-    async def _converse(self, index: int, job: Job, scheduled_ns: int) -> None:
-        """One job, and the turns that follow from its answers; its place is held throughout."""
+    async def _run_conversation(self, index: int, job: Job, scheduled_ns: int) -> None:
+        """One job and the turns that follow from its answers. Its slot is held throughout."""
         try:
             following: Job | None = job
             while following is not None:
@@ -176,8 +179,8 @@ class Load:
                 sent = await self._request(index, job, scheduled_ns)
                 if job.then is None:
                     break
-                answer = self._read(sent)
-                # A conversation with a failed turn has nothing to go on from.
+                answer = self._parse(sent)
+                # After a failed turn there is no answer to continue from.
                 following = None if answer is None or answer.error else job.then(answer.text)
                 scheduled_ns = 0
         finally:
@@ -185,11 +188,11 @@ class Load:
             if self._slots is not None:
                 self._slots.release()
         if job.then is None:
-            self._unread.append(sent)
-            if len(self._unread) == 1:
-                asyncio.get_running_loop().call_soon(self._read_next)
+            self._unparsed.append(sent)
+            if len(self._unparsed) == 1:
+                asyncio.get_running_loop().call_soon(self._parse_next)
 
-    async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Sent:
+    async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Answered:
         connection: TimedConnection | None = None
         start_ns = perf_counter_ns()
         try:
@@ -205,10 +208,10 @@ class Load:
                     connection = await connect(self._target)
                     raw = await connection.send(job.request)
         except OSError as error:
-            raw = self._failure(error)
+            raw = self._failed_response(error)
         finally:
-            self._give_back(connection)
-        return _Sent(index, job, scheduled_ns or start_ns, start_ns, raw)
+            self._release(connection)
+        return _Answered(index, job, scheduled_ns or start_ns, start_ns, raw)
 
     def _take_idle(self) -> TimedConnection | None:
         while self._idle:
@@ -217,7 +220,7 @@ class Load:
                 return connection
         return None
 
-    def _give_back(self, connection: TimedConnection | None) -> None:
+    def _release(self, connection: TimedConnection | None) -> None:
         if connection is None:
             return
         if connection.busy:
@@ -225,36 +228,36 @@ class Load:
         elif connection.open:
             self._idle.append(connection)
 
-    def _failure(self, error: OSError) -> Raw:
-        raw = Raw()
+    def _failed_response(self, error: OSError) -> RawResponse:
+        raw = RawResponse()
         if isinstance(error, TimeoutError):
             raw.end(f"no complete answer within {self._timeout:g} s")
         else:
             raw.end(f"cannot connect to {self._target}: {error}")
         return raw
 
-    # --- reading answers -----------------------------------------------------------------------
+    # --- parsing answers -----------------------------------------------------------------------
 
-    def _read_next(self) -> None:
-        """Read one answer, then let the loop look at its sockets before the next one."""
-        if self._unread:
-            self._read_one()
-        if self._unread:
-            asyncio.get_running_loop().call_soon(self._read_next)
+    def _parse_next(self) -> None:
+        """Parse one answer, then let the loop serve its sockets before the next one."""
+        if self._unparsed:
+            self._parse_one()
+        if self._unparsed:
+            asyncio.get_running_loop().call_soon(self._parse_next)
 
-    def _read_one(self) -> None:
-        self._read(self._unread.popleft())
+    def _parse_one(self) -> None:
+        self._parse(self._unparsed.popleft())
 
-    def _read(self, sent: _Sent) -> Answer | None:
-        """Parse an answer and keep its record. None where there was no answer at all."""
+    def _parse(self, sent: _Answered) -> Answer | None:
+        """Parse an answer and add its record. None where there was no answer at all."""
         began = thread_time_ns()
         response = sent.raw.response()
         answer = read_answer(response) if response.status else None
-        self._keep(sent, response, answer)
+        self._add_record(sent, response, answer)
         self.parse_ns += thread_time_ns() - began
         return answer
 
-    def _keep(self, sent: _Sent, response: Response, answer: Answer | None) -> None:
+    def _add_record(self, sent: _Answered, response: Response, answer: Answer | None) -> None:
         chunk_ns = answer.chunk_ns if answer else []
         prompt_tokens = answer.prompt_tokens if answer else None
         output_tokens = answer.completion_tokens if answer else None

@@ -20,33 +20,33 @@ from time import perf_counter_ns
 import uvloop
 
 from millrace.bench.load.arrivals import due_times
-from millrace.bench.load.driver import Job, Load
-from millrace.bench.load.jobs import indices, make_job
+from millrace.bench.load.load_driver import Job, Load
 from millrace.bench.load.messages import (
-    FROM_WORKER,
-    TO_WORKER,
+    FROM_PROCESS,
+    TO_PROCESS,
     Assignment,
     Beacon,
     Connect,
-    Fault,
-    FromWorker,
+    Failure,
+    FromProcess,
     Go,
     Progress,
     Ready,
     Report,
 )
 from millrace.bench.load.records import RequestTiming, pack
-from millrace.bench.workload.prompts import Prompt, lengths, maker
+from millrace.bench.load.request_builder import indices, make_job
+from millrace.bench.workload.prompts import Prompt, lengths, prompt_maker
 from millrace.common.open_files import raise_file_limit
 from millrace.errors import UserError
 
-_PREPARED = 20_000  # requests made before the run begins; more are made as it goes
-_SAMPLED = 256  # prompts whose lengths are told where a workload has no end
-_TELL_S = 0.5
-_OPENED = 32  # connections opened beforehand where there is no limit
+_PREPARED_REQUESTS = 20_000  # requests made before the run begins; more are made as it goes
+_SAMPLED_PROMPTS = 256  # prompts whose lengths are told where a workload has no end
+_PROGRESS_S = 0.5
+_OPEN_CONNECTIONS = 32  # connections opened beforehand where there is no limit
 
 
-class _Orders(asyncio.Protocol):
+class _ControlChannel(asyncio.Protocol):
     """What the parent says; the time is read before the bytes are looked at."""
 
     def __init__(self) -> None:
@@ -55,17 +55,17 @@ class _Orders(asyncio.Protocol):
         self.begin: asyncio.Future[int] = loop.create_future()
         self.connect = asyncio.Event()
         self.stop = asyncio.Event()
-        self.forget()
+        self.drop_beacons()
         self._received = bytearray()
 
-    def forget(self) -> None:
+    def drop_beacons(self) -> None:
         """Drop the beacons so far."""
         self.read_ns, self.lag_ns = array("q"), array("q")
 
     def data_received(self, data: bytes) -> None:
         now = perf_counter_ns()
         self._received += data
-        for message in TO_WORKER.take(self._received):
+        for message in TO_PROCESS.take(self._received):
             if isinstance(message, Beacon):
                 self.read_ns.append(now)
                 self.lag_ns.append(now - message.at_ns)
@@ -82,14 +82,14 @@ class _Orders(asyncio.Protocol):
         os._exit(1)  # the parent is gone: nobody wants the rest
 
 
-class Share:
+class WorkloadShare:
     """This process' part of the workload: prompts known beforehand, jobs, due times."""
 
     def __init__(self, assignment: Assignment) -> None:
         self._options, self._model = assignment.options, assignment.model
         self._part = (assignment.process, assignment.processes)
-        self.connections = min(assignment.limit or _OPENED, self._own_count())
-        self._make = maker(self._options.workload, as_text=self._options.as_text)
+        self.connections = min(assignment.limit or _OPEN_CONNECTIONS, self._own_count())
+        self._make = prompt_maker(self._options.workload, as_text=self._options.as_text)
         self._known: dict[int, Prompt] = {}
         self._jobs: dict[int, Job] = {}
         self._prepare()
@@ -103,7 +103,7 @@ class Share:
 
     def _prepare(self) -> None:
         counted = self._options.workload.count is not None
-        numbers = list(islice(self._numbers(), _PREPARED if counted else _SAMPLED))
+        numbers = list(islice(self._numbers(), _PREPARED_REQUESTS if counted else _SAMPLED_PROMPTS))
         self._known = {number: self._make(number) for number in numbers}
         self.lengths = lengths(list(self._known.values()))
         self._jobs = {n: make_job(self._options, self._model, p, n) for n, p in self._known.items()}
@@ -119,7 +119,7 @@ class Share:
         return islice(due_times(self._options.schedule), process, None, processes)
 
 
-class _Tally:
+class _ProgressCounter:
     """Counts for the progress line, kept as records come."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class _Tally:
             self.ttft_sum += record.ttft
 
 
-def _load(assignment: Assignment, share: Share, tally: _Tally) -> Load:
+def _load(assignment: Assignment, share: WorkloadShare, counter: _ProgressCounter) -> Load:
     options = assignment.options
     return Load(
         options.target,
@@ -145,64 +145,64 @@ def _load(assignment: Assignment, share: Share, tally: _Tally) -> Load:
         limit=assignment.limit,
         timeout=options.timeout,
         until=options.duration,
-        on_record=tally.take,
+        on_record=counter.take,
     )
 
 
 async def _serve(out: int) -> None:
     loop = asyncio.get_running_loop()
-    _, orders = await loop.connect_read_pipe(_Orders, os.fdopen(0, "rb", buffering=0))
-    assignment = await orders.assignment
-    share = Share(assignment)
-    tally = _Tally()
-    load = _load(assignment, share, tally)
-    _tell(out, Ready(share.lengths))
-    await orders.connect.wait()
+    _, control = await loop.connect_read_pipe(_ControlChannel, os.fdopen(0, "rb", buffering=0))
+    assignment = await control.assignment
+    share = WorkloadShare(assignment)
+    counter = _ProgressCounter()
+    load = _load(assignment, share, counter)
+    _send(out, Ready(share.lengths))
+    await control.connect.wait()
     await load.open(share.connections)
-    _tell(out, Ready(share.lengths))
-    begin_ns = await orders.begin
+    _send(out, Ready(share.lengths))
+    begin_ns = await control.begin
     load.begin_at(begin_ns)
     gc.collect()
     gc.freeze()
     gc.disable()
     await asyncio.sleep(max(0.0, (begin_ns - perf_counter_ns()) / 1e9))
-    orders.forget()  # those from before the run are no part of it
+    control.drop_beacons()  # those from before the run are no part of it
     cpu, wall = time.process_time(), time.perf_counter()
-    await _until_done(load, orders.stop, out, tally)
-    _tell(
+    await _until_done(load, control.stop, out, counter)
+    _send(
         out,
         Report(
             batch=pack(load.records),
             cpu_s=time.process_time() - cpu,
             wall_s=time.perf_counter() - wall,
             parse_s=load.parse_ns / 1e9,
-            read_ns=orders.read_ns.tobytes(),
-            lag_ns=orders.lag_ns.tobytes(),
+            read_ns=control.read_ns.tobytes(),
+            lag_ns=control.lag_ns.tobytes(),
             started=load.started,
         ),
     )
 
 
-async def _until_done(load: Load, stop: asyncio.Event, out: int, tally: _Tally) -> None:
+async def _until_done(load: Load, stop: asyncio.Event, out: int, counter: _ProgressCounter) -> None:
     """Run the load to its end or to the order to stop, telling how far it is."""
     running = asyncio.create_task(load.run())
     stopping = asyncio.create_task(stop.wait())
     while not running.done():
         await asyncio.wait(
             [running, stopping] if not stop.is_set() else [running],
-            timeout=_TELL_S,
+            timeout=_PROGRESS_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if stop.is_set():
             load.stop()
-        counted = (tally.done, tally.failed, load.in_flight, tally.tokens, tally.timed)
-        _tell(out, Progress(load.started, *counted, tally.ttft_sum))
+        counted = (counter.done, counter.failed, load.in_flight, counter.tokens, counter.timed)
+        _send(out, Progress(load.started, *counted, counter.ttft_sum))
     stopping.cancel()
     running.result()
 
 
-def _tell(out: int, message: FromWorker) -> None:
-    data = memoryview(FROM_WORKER.encode(message))
+def _send(out: int, message: FromProcess) -> None:
+    data = memoryview(FROM_PROCESS.encode(message))
     while data:
         data = data[os.write(out, data) :]
 
@@ -215,9 +215,9 @@ def main() -> None:
     try:
         uvloop.run(_serve(out))
     except UserError as error:
-        _tell(out, Fault(str(error), refused=True))
+        _send(out, Failure(str(error), refused=True))
     except Exception as error:
-        _tell(out, Fault(f"{type(error).__name__}: {error}", refused=False))
+        _send(out, Failure(f"{type(error).__name__}: {error}", refused=False))
         raise
     sys.stdout.flush()
     os._exit(0)
