@@ -25,7 +25,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"num_speculative_tokens": 2}
     engine = build(model, tensor_parallel_size=2, speculative_config=spec, max_num_seqs=2)
     try:
-        found = doctor._examine(engine)
+        found = doctor.measure_engine(engine)
         seen: list[int] = []
         counted = engine.worker.all_reduce
         generate(engine, [[5, 6, 7]], 12, between=lambda: seen.append(counted.calls))

@@ -1,4 +1,4 @@
-"""The load generator: workloads, arrivals, the client, formulas, reports.
+"""The benchmark: workloads, the load generator, formulas, reports.
 
-It knows a server only by its HTTP API, and imports nothing of the engine.
+A server is known by its HTTP API alone; nothing of the engine is imported.
 """

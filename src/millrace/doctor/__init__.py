@@ -1,1 +1,1 @@
-"""Looking at a machine before it serves: each module looks at one thing and writes a report."""
+"""Checks of a machine before it serves: each module checks one thing and reports on it."""

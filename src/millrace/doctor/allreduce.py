@@ -1,7 +1,7 @@
-"""What sums over tensor-parallel ranks cost here: each way to do them, and their share of a step.
+"""What all-reduces of tensor-parallel ranks cost: every algorithm, and their share of a step.
 
-The engine is built as it would serve, with all its ranks; then the sums are measured at a row of
-sizes, and decoding steps of a few batch sizes are timed as they come.
+The engine is built as for serving, with all its ranks. Then the all-reduces are measured at several
+sizes, and decoding steps are timed at a few batch sizes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROWS = [2**n for n in range(11)]  # tokens of the messages that are measured
 _WARM, _STEPS = 8, 32
 
 
-class Share(msgspec.Struct, frozen=True):
-    """What sums cost in decoding steps of one batch size. Times in microseconds."""
+class StepCost(msgspec.Struct, frozen=True):
+    """What all-reduces cost in decoding steps of one batch size. Times in microseconds."""
 
     batch: int
     step_us: float
@@ -35,8 +35,8 @@ class Share(msgspec.Struct, frozen=True):
     share: float  # of the step
 
 
-def examine(args: EngineArgs) -> dict[str, Any]:
-    """The report as data. Raises UserError for what cannot be started."""
+def measure(args: EngineArgs) -> dict[str, Any]:
+    """The report as data. Raises UserError when the engine cannot be started."""
     if args.tensor_parallel_size == 1:
         ranks = 2 if args.device == "cpu" else len(visible_gpus()) or 2
         if ranks == 1:
@@ -44,19 +44,20 @@ def examine(args: EngineArgs) -> dict[str, Any]:
         args = msgspec.structs.replace(args, tensor_parallel_size=ranks)
     engine = build_engine(args)
     try:
-        return _examine(engine)
+        return measure_engine(engine)
     finally:
         engine.close()
 
 
-def _examine(engine: Replica) -> dict[str, Any]:
+def measure_engine(engine: Replica) -> dict[str, Any]:
+    """The report on a running engine, as data."""
     import torch
 
     config, worker = engine.config, engine.worker
     assert config is not None
     seqs = engine.scheduler.limits.max_num_seqs
     batches = sorted({min(batch, seqs) for batch in BATCHES})
-    shares = [_share(engine, batch) for batch in batches]
+    costs = [_step_cost(engine, batch) for batch in batches]
     device = torch.cuda.get_device_name() if config.device == "cuda" else "cpu"
     return {
         "model": config.args.model,
@@ -66,7 +67,7 @@ def _examine(engine: Replica) -> dict[str, Any]:
         "drafts": config.drafts,
         "used": [_row(timing) for timing in worker.all_reduce.timings],
         "table": [_row(timing) for timing in worker.measure_all_reduce(ROWS)],
-        "calls_per_step": [msgspec.to_builtins(share) for share in shares],
+        "budget": [msgspec.to_builtins(cost) for cost in costs],
     }
 
 
@@ -74,7 +75,7 @@ def _row(timing: Any) -> dict[str, Any]:
     return dict(msgspec.to_builtins(timing))
 
 
-def _share(engine: Replica, batch: int) -> Share:
+def _step_cost(engine: Replica, batch: int) -> StepCost:
     """Time decoding steps of `batch` requests."""
     from millrace.runtime.ranks.allreduce import calls_per_step
 
@@ -85,19 +86,19 @@ def _share(engine: Replica, batch: int) -> Share:
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
     for number in range(batch):
         engine.add(AddRequest(f"doctor-{number}", [1 + number, 2, 3, 4], params))
-    took, brought = [], []
+    seconds, tokens_per_request = [], []
     while engine.has_work():
         began = time.perf_counter()
         deltas = engine.step()
-        took.append(time.perf_counter() - began)
-        brought.append(sum(len(delta.token_ids) for delta in deltas) / batch)
-    # The first steps hold the prompts, the last ones fewer requests.
-    middle = slice(_WARM // 2, max(_WARM // 2 + 1, len(took) - _WARM // 2))
-    step = statistics.median(took[middle]) * 1e6
-    tokens = statistics.fmean(brought[middle]) or 1.0
+        seconds.append(time.perf_counter() - began)
+        tokens_per_request.append(sum(len(delta.token_ids) for delta in deltas) / batch)
+    # The first steps contain the prompts, and the last ones have fewer requests.
+    middle = slice(_WARM // 2, max(_WARM // 2 + 1, len(seconds) - _WARM // 2))
+    step = statistics.median(seconds[middle]) * 1e6
+    tokens = statistics.fmean(tokens_per_request[middle]) or 1.0
     sums = calls_per_step(engine.worker.model_config, config.drafts)
     cost = collectives.cost_us(batch * width)
-    return Share(batch, step, tokens, sums, sums / tokens, cost, sums * cost / step)
+    return StepCost(batch, step, tokens, sums, sums / tokens, cost, sums * cost / step)
 
 
 def report(found: dict[str, Any]) -> str:
@@ -114,13 +115,16 @@ def report(found: dict[str, Any]) -> str:
         "| batch | step us | tokens a step | sums a step | sums a token | sum us | share |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in found["calls_per_step"]:
-        share = msgspec.convert(row, Share)
+    for row in found["budget"]:
+        share = msgspec.convert(row, StepCost)
         lines.append(
             f"| {share.batch} | {share.step_us:,.0f} | {share.tokens_per_step:.2f} | "
             f"{share.sums_per_step} | {share.sums_per_token:.1f} | {share.sum_us:,.1f} | "
             f"{share.share:.1%} |"
         )
     if any(timing.normed_us is not None for timing in timings):
-        lines += ["", "sum us: of the way that is used, with the residual add and norm behind it"]
+        lines += [
+            "",
+            "sum us: of the algorithm in use, with the residual add and norm after it",
+        ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`millrace doctor`: which look at the machine is wanted, and where its report goes."""
+"""The options of `millrace doctor`: what is checked, and where the report goes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from millrace.errors import ConfigError
 @click.option(
     "--collectives",
     is_flag=True,
-    help="Measure the sums over tensor-parallel ranks, and what share of a step they take.",
+    help="Measure the all-reduces of tensor-parallel ranks, and their share of a decoding step.",
 )
 @click.option(
     "--json", "file", type=click.Path(allow_dash=True, path_type=Path),
-    help="Also write the report to this file, as JSON; - writes it to stdout instead of the text.",
+    help="Also write the report to this file, as JSON; - writes JSON to stdout instead of text.",
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", help="Address that a server would listen on.")
 @click.option("--port", default=8000, help="Port that a server would listen on.")
@@ -39,21 +39,21 @@ def doctor(
     port: int,
     **values: Any,
 ) -> None:
-    """Look at this machine, and at what it would do with MODEL under the options of `serve`.
+    """Check this machine, and whether it can serve MODEL under the options of `serve`.
 
-    The exit status is 1 if something keeps a server from working.
+    The exit status is 1 if something prevents a server from working.
     """
     args = engine_args(model=model or "", **given(values, EngineArgs))
     logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
     if collectives:
         if model is None:
             raise ConfigError("--collectives needs a MODEL to measure with")
-        _collectives(args, file)
+        _measure_allreduce(args, file)
     else:
-        ctx.exit(_look(args, host, port, file))
+        ctx.exit(_check(args, host, port, file))
 
 
-def _look(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
+def _check(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
     from rich.console import Console
 
     from millrace.doctor import devices, machine, model, packages
@@ -76,10 +76,10 @@ def _look(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
     return 0 if ok else 1
 
 
-def _collectives(args: EngineArgs, file: Path | None) -> None:
-    from millrace.doctor.allreduce import examine, report
+def _measure_allreduce(args: EngineArgs, file: Path | None) -> None:
+    from millrace.doctor.allreduce import measure, report
 
-    found = examine(args)
+    found = measure(args)
     if str(file) != "-":
         click.echo(report(found))
     _write(found, file)

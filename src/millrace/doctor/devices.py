@@ -1,4 +1,4 @@
-"""What computes here: devices, the native library, and the path that each op takes."""
+"""Devices, the native library, and the implementation that each op uses."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def devices() -> Iterator[Finding]:
             f"{facts.name}, compute {facts.major}.{facts.minor}, "
             f"{free / GiB:.1f} GiB free of {total / GiB:.1f}",
             "warn" if busy else "ok",
-            "another program holds memory of it" if busy else "",
+            "another program uses its memory" if busy else "",
         )  # fmt: skip
 
 
 def has_hopper() -> bool:
-    """Whether the GPU that an engine would take is of that generation."""
+    """Whether the GPU that an engine would use is a Hopper GPU."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def kernels() -> Iterator[Finding]:
-    """For each op, what runs it on the device that an engine would take."""
+    """The implementation of each op on the device that an engine would use."""
     import torch
 
     from millrace.kernels.dispatch import all_ops
@@ -79,7 +79,7 @@ def _native() -> Finding:
 
 
 def _triton() -> Finding:
-    """The fast paths on a GPU are written in it."""
+    """Triton, in which the fast paths on a GPU are written."""
     try:
         module = importlib.import_module("triton")
     except ImportError as error:
@@ -114,5 +114,5 @@ def _path(device: str, native: bool, module: str, name: str) -> Finding:
     if fast is None:
         return Finding(topic, leaf, "torch reference")
     if not native:
-        return Finding(topic, leaf, "torch reference, for want of the native library")
+        return Finding(topic, leaf, "torch reference, because the native library is missing")
     return Finding(topic, leaf, f"{fast.__module__}")

@@ -1,4 +1,4 @@
-"""What a look at one thing found, and how findings are shown."""
+"""The result of one check, and how results are shown."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MARKS: dict[Verdict, tuple[str, str]] = {
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing. verdict: fail is what keeps a server from working, warn what may hurt it.
+    """The result of one check. verdict: fail prevents a server from working, warn may hurt it.
 
-    advice: what would help, where something would.
+    advice: what would help, if anything would.
     """
 
     topic: str
@@ -31,7 +31,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
-    """A line for each finding, topic by topic, and a last one with the sum."""
+    """Print a line for each finding, grouped by topic, then the totals."""
     width = max(len(one.name) for one in findings)
     for topic, group in groupby(findings, key=lambda one: one.topic):
         console.print(Text(topic, style="bold"))

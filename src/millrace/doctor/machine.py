@@ -1,4 +1,4 @@
-"""The machine: versions, cores, memory, and the limits that a server runs into."""
+"""Checks of the machine: versions, cores, memory, and limits that a server meets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
 def versions() -> Iterator[Finding]:
-    """Millrace, Python, and every package that an installation needs or may use."""
+    """Versions of Millrace, Python, and every package that an installation needs or may use."""
     yield Finding("versions", "millrace", __version__)
     yield Finding("versions", "python", platform.python_version())
     yield Finding("versions", "system", platform.platform())
@@ -47,10 +47,10 @@ def _package(name: str, extra: str | None) -> Finding:
 
 
 def machine() -> Iterator[Finding]:
-    """Cores, memory, shared memory and where temporary files go."""
+    """Cores, memory, shared memory and the directory of temporary files."""
     cores, flags = usable_cores(), _cpu_flags()
     yield Finding("machine", "cores", f"{cores} of {os.cpu_count()}")
-    yield Finding("machine", "instructions", " ".join(flags) or "none of those that help")
+    yield Finding("machine", "instructions", " ".join(flags) or "none that the kernels use")
     total, free = _memory()
     short = free < 2 * GiB
     yield Finding(
@@ -75,7 +75,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes in all, and bytes that can be had."""
+    """Bytes in total, and bytes that are available."""
     try:
         rows = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M))
         return int(rows["MemTotal"]) << 10, int(rows["MemAvailable"]) << 10
@@ -85,7 +85,7 @@ def _memory() -> tuple[int, int]:
 
 
 def free_memory() -> int:
-    """Bytes that programs can still have."""
+    """Bytes that are available, within the limit of the control group."""
     free, limit = _memory()[1], _cgroup_limit()
     return free if limit is None else min(free, limit)
 
@@ -101,7 +101,7 @@ def _cgroup_limit() -> int | None:
 
 
 def _shared_memory() -> Finding:
-    """Ranks and NCCL talk through it; containers have 64 MiB unless told otherwise."""
+    """Ranks and NCCL communicate through it; containers have 64 MiB by default."""
     try:
         usage = shutil.disk_usage("/dev/shm")
     except OSError:
@@ -120,7 +120,7 @@ def _temporary_directory() -> Finding:
             long = len(directory) > MAX_IPC_PATH
     except OSError as error:
         return Finding("machine", "temporary files", f"{where}: {error.strerror}", "fail",
-                       "the engine's sockets lie there; set TMPDIR")  # fmt: skip
+                       "the engine's sockets are there; set TMPDIR")  # fmt: skip
     note = " (too long for sockets, which go to /tmp)" if long else ""
     return Finding("machine", "temporary files", where + note)
 

@@ -1,4 +1,4 @@
-"""The model: whether its directory is whole, and whether it fits with these options."""
+"""Checks of the model: whether its directory is complete, and whether it fits into memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _WANTED = ("tokenizer.json", "tokenizer_config.json")
 
 
 def shipped() -> Iterator[Finding]:
-    """What can be served by name alone."""
+    """The models that can be served by name."""
     found = shipped_models()
     yield Finding("model", "by name", ", ".join(sorted(found)) or "none ships with this install")
 
 
 def model(args: EngineArgs) -> Iterator[Finding]:
-    """The directory, its files, its size against the memory, and the settled options."""
+    """The directory, its files, its size against the memory, and the resolved options."""
     from millrace.model.config import read_config
 
     try:
@@ -40,7 +40,7 @@ def model(args: EngineArgs) -> Iterator[Finding]:
         f"{config.dtype}, {config.max_positions} positions, {config.mtp_layers} MTP layers",
     )  # fmt: skip
     yield from _files(Path(args.tokenizer) if args.tokenizer else directory)
-    yield _weights(directory, args, _rounded_head(config, args))
+    yield _weights(directory, args, _fp8_draft_head(config, args))
     yield _settled(args, _facts(config))
 
 
@@ -48,10 +48,10 @@ def _facts(config: ModelConfig) -> ModelFacts:
     return ModelFacts(config.max_positions, config.dtype, config.mtp_layers)
 
 
-def _rounded_head(config: ModelConfig, args: EngineArgs) -> int:
-    """Bytes of the output head in FP8 that drafts are made with, of all ranks; 0 if there is none.
+def _fp8_draft_head(config: ModelConfig, args: EngineArgs) -> int:
+    """Bytes of the FP8 output head for drafts, of all ranks; 0 if there is none.
 
-    Nor is there any with options that cannot be settled, which is another finding.
+    0 also for options that cannot be resolved, which are a finding of their own.
     """
     import torch
 
@@ -59,19 +59,19 @@ def _rounded_head(config: ModelConfig, args: EngineArgs) -> int:
         settled = resolve(args, _facts(config), cuda=torch.cuda.is_available())
     except UserError:
         return 0
-    kept = config.fp8 and settled.device == "cuda"
-    wanted = kept if settled.draft_fp8 is None else settled.draft_fp8
+    default = config.fp8 and settled.device == "cuda"
+    wanted = default if settled.draft_fp8 is None else settled.draft_fp8
     return config.vocab_size * config.hidden_size if settled.drafts and wanted else 0
 
 
 def _files(directory: Path) -> Iterator[Finding]:
     for name in _WANTED:
-        there = (directory / name).is_file()
-        yield Finding("model", name, "there" if there else "missing", "ok" if there else "fail")
+        found = (directory / name).is_file()
+        yield Finding("model", name, "found" if found else "missing", "ok" if found else "fail")
 
 
 def _weights(directory: Path, args: EngineArgs, more: int) -> Finding:
-    """more: bytes beside those of the files."""
+    """more: bytes in addition to those of the files."""
     import torch
 
     files = sorted(directory.glob("*.safetensors"))
@@ -88,7 +88,7 @@ def _weights(directory: Path, args: EngineArgs, more: int) -> Finding:
 
         room = free_memory()
     value = (
-        f"{size / GiB:.2f} GiB a rank in {len(files)} files{drafts}, {room / GiB:.1f} GiB of room"
+        f"{size / GiB:.2f} GiB a rank in {len(files)} files{drafts}, {room / GiB:.1f} GiB available"
     )
     if size < room:
         return Finding("model", "weights", value)

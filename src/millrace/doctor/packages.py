@@ -1,4 +1,4 @@
-"""Packages that Millrace can run without: which of them load, and what would help the others."""
+"""Optional packages: which of them load, and what would make the others load."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib import metadata
 from millrace.common.optional import PACKAGES, Package, PackageStatus, probe
 from millrace.doctor.finding import Finding, Verdict
 
-_FASTER = frozenset({"deep_gemm"})  # without them a server is slower
+_FASTER = frozenset({"deep_gemm"})  # a server without them is slower
 
 
 def packages(hopper: bool) -> Iterator[Finding]:
-    """hopper: whether there is a GPU of that kind, which alone uses DeepGEMM."""
+    """All optional packages. hopper: whether there is a Hopper GPU; others do not use DeepGEMM."""
     for name, package in PACKAGES.items():
         if name == "deep_gemm" and not hopper:
             yield Finding("packages", package.title, "not used: it is for Hopper GPUs")
@@ -31,13 +31,13 @@ def _finding(found: PackageStatus, faster: bool) -> Finding:
 
 
 def _pinned(package: Package, version: str) -> Finding:
-    """One that loads; a warning where a distribution has another version than it is pinned to."""
+    """A package that loads; a warning where another version than the pinned one is installed."""
     for wanted in package.distributions:
         name, pinned, needed = wanted.partition("==")
         try:
             installed = metadata.version(name) if pinned else needed
         except metadata.PackageNotFoundError:
-            continue  # it came without pip, and it loads
+            continue  # installed without pip
         if installed != needed:
             value, advice = f"loads, but with {name} {installed}", f"pip install '{wanted}'"
             return Finding("packages", package.title, value, "warn", advice)

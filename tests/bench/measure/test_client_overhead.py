@@ -114,10 +114,10 @@ def test_a_full_core_is_told_how_many_processes_to_use() -> None:
     assert full.advice.startswith("client-bound: use --processes 2, on a machine of its own")
 
 
-def test_late_without_work_is_somebody_elses_doing() -> None:
+def test_a_client_that_is_idle_and_late_is_told_that_other_programs_use_the_cores() -> None:
     one = client(part([(40, 30), (200, 30)], [50, 100]))
     assert one.client_bound
-    assert "others use the cores" in one.advice
+    assert "other programs use the cores" in one.advice
     assert any("TTFT p50 may be off by 30.0 ms" in reason for reason in one.reasons)
 
 

@@ -303,7 +303,7 @@ def test_a_server_without_usage_has_its_chunks_counted_and_says_so() -> None:
     with mock("--behaviour", "no_usage") as port:
         result = call("--port", port, *SMALL)
     assert result.exit_code == 0
-    assert "12 answers told no usage" in result.output
+    assert "12 answers had no usage" in result.output
     assert re.search(r"Total generated tokens: +72\n", result.output)
 
 

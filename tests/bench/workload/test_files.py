@@ -76,9 +76,9 @@ def test_policy_documents_are_those_of_the_evaluation() -> None:
 def test_a_conversation_has_its_turns() -> None:
     spec = RandomSpec(count=2, input_len=6, output_len=4, turns=3)
     one, other = random_prompts(spec)
-    assert [len(turn.text.split()) for turn in one.later] == [6, 6]
-    assert len({one.content, *(t.text for t in one.later)}) == 3
-    assert one.later != other.later
+    assert [len(turn.text.split()) for turn in one.later_turns] == [6, 6]
+    assert len({one.content, *(t.text for t in one.later_turns)}) == 3
+    assert one.later_turns != other.later_turns
 
 
 def test_the_line_names_the_meaning_of_the_ratio_and_the_realised_means() -> None:
@@ -89,7 +89,7 @@ def test_the_line_names_the_meaning_of_the_ratio_and_the_realised_means() -> Non
     line = workload_line(spec, seen)
     assert "range ratio 0.5 as inferencex [L*r, L]" in line
     assert 70 < seen.mean_input < 80
-    assert 50 <= seen.least_input <= seen.most_input <= 100
+    assert 50 <= seen.min_input <= seen.max_input <= 100
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 6))
@@ -153,7 +153,7 @@ def test_sharegpt_gives_what_people_said_and_how_long_answers_were(tmp_path: Pat
     spec = read_sharegpt(str(path), count=None, output_len=None, turns=2, tokens=words)
     (prompt,) = spec.prompts
     assert (prompt.content, prompt.input_tokens, prompt.output_tokens) == ("one two three", 3, 2)
-    assert [(t.text, t.output_tokens) for t in prompt.later] == [("four", 3)]
+    assert [(t.text, t.output_tokens) for t in prompt.later_turns] == [("four", 3)]
     path.write_text('{"a": 1}')
     with pytest.raises(UserError, match="JSON list of conversations"):
         read_sharegpt(str(path), count=None, output_len=None, turns=1, tokens=words)

@@ -1,6 +1,6 @@
 """When requests are due: offsets from the start of a run, drawn from a seed or read from a trace.
 
-The sequence is one for the whole run, however many processes share it: each takes every nth.
+A run has one sequence, whatever the number of its processes: each takes every nth time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     rate: requests a second; infinity makes all of them due at once. Gaps are gamma distributed
     with shape `burstiness` and mean 1 / rate: 1 is a Poisson process, below 1 comes in bursts,
-    above 1 is more even, infinity is a steady beat. A ramp takes the rate from ramp_start to
+    above 1 is more even, infinity makes all gaps equal. A ramp takes the rate from ramp_start to
     ramp_end over the run's `count` requests. times: a trace's own offsets instead, in seconds,
     divided by `speed`.
     """
@@ -40,12 +40,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def open_loop(self) -> bool:
-        """Whether requests leave by the clock, whatever the answers."""
+        """Whether arrival times decide when requests are sent, and not the answers."""
         return self.times is not None or self.ramp is not None or math.isfinite(self.rate)
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Raise UserError for what cannot be drawn, by the name of its flag."""
+    """Raise UserError for values that cannot be used; the message names the flag."""
     if not schedule.rate > 0:
         raise UserError(f"--request-rate {schedule.rate:g}: use a number above 0, or inf")
     if not schedule.burstiness > 0:
@@ -78,8 +78,8 @@ def _check_ramp(schedule: Schedule) -> None:
 def due_times(schedule: Schedule) -> Iterator[float | None]:
     """Seconds after the start at which requests are due, ascending, the first 0.
 
-    None, for ever, in a closed loop: a request is due when there is a place for it. Endless but
-    for a trace.
+    In a closed loop every time is None: a request is due when a slot is free. The sequence has no
+    end, except that of a trace.
     """
     if schedule.times is not None:
         return iter([at / schedule.speed for at in schedule.times])
@@ -107,12 +107,12 @@ def _unit_gaps(rng: np.random.Generator, burstiness: float) -> list[float]:
 
 
 def rate_at(schedule: Schedule, number: int) -> float:
-    """Requests a second when request `number` leaves; during a ramp it grows with the number."""
+    """Requests a second at request `number`; during a ramp it grows with the number."""
     if schedule.ramp is None:
         return schedule.rate
     start, end, count = schedule.ramp_start or 0.0, schedule.ramp_end or 0.0, schedule.count or 1
     share = min(1.0, number / max(1, count - 1))
     if schedule.ramp == "linear":
-        # A ramp from nothing begins at the rate of its first step, or it would never begin.
+        # A ramp from 0 begins at the rate of its first step: at rate 0 it would never begin.
         return max(start + (end - start) * share, end / count)
     return float(start * (end / start) ** share)

@@ -1,7 +1,7 @@
-"""A load process: takes its share of a run over stdin, sends it, reports over stdout.
+"""A load process: gets its share of a run over stdin, sends the requests, reports over stdout.
 
-It does nothing else, so that its clock is read when a chunk comes. The garbage collector stands
-still, the terminal's interrupt is left to the parent, and when the parent is gone it ends.
+It does nothing else, so that it reads its clock as soon as a chunk arrives. The garbage collector
+is off, the parent alone handles the terminal's interrupt, and the process ends with its parent.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from millrace.bench.workload.prompts import Prompt, lengths, prompt_maker
 from millrace.common.open_files import raise_file_limit
 from millrace.errors import UserError
 
-_PREPARED_REQUESTS = 20_000  # requests made before the run begins; more are made as it goes
-_SAMPLED_PROMPTS = 256  # prompts whose lengths are told where a workload has no end
+_PREPARED_REQUESTS = 20_000  # requests made before the run begins; more are made during it
+_SAMPLED_PROMPTS = 256  # prompts whose lengths are reported for a workload without end
 _PROGRESS_S = 0.5
-_OPEN_CONNECTIONS = 32  # connections opened beforehand where there is no limit
+_OPEN_CONNECTIONS = 32  # connections opened before the run where there is no limit
 
 
 class _ControlChannel(asyncio.Protocol):
-    """What the parent says; the time is read before the bytes are looked at."""
+    """The messages of the parent. The clock is read before they are decoded."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ class _ControlChannel(asyncio.Protocol):
         self._received = bytearray()
 
     def drop_beacons(self) -> None:
-        """Drop the beacons so far."""
+        """Drop the beacons that were read so far."""
         self.read_ns, self.lag_ns = array("q"), array("q")
 
     def data_received(self, data: bytes) -> None:
@@ -79,11 +79,11 @@ class _ControlChannel(asyncio.Protocol):
                 self.stop.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        os._exit(1)  # the parent is gone: nobody wants the rest
+        os._exit(1)  # the parent has ended
 
 
 class WorkloadShare:
-    """This process' part of the workload: prompts known beforehand, jobs, due times."""
+    """This process' part of the workload: its jobs and when they are due."""
 
     def __init__(self, assignment: Assignment) -> None:
         self._options, self._model = assignment.options, assignment.model
@@ -120,7 +120,7 @@ class WorkloadShare:
 
 
 class _ProgressCounter:
-    """Counts for the progress line, kept as records come."""
+    """Counts for the progress line, updated with every record."""
 
     def __init__(self) -> None:
         self.done = self.failed = self.tokens = self.timed = 0
@@ -166,7 +166,7 @@ async def _serve(out: int) -> None:
     gc.freeze()
     gc.disable()
     await asyncio.sleep(max(0.0, (begin_ns - perf_counter_ns()) / 1e9))
-    control.drop_beacons()  # those from before the run are no part of it
+    control.drop_beacons()  # those from before the run do not count
     cpu, wall = time.process_time(), time.perf_counter()
     await _until_done(load, control.stop, out, counter)
     _send(
@@ -184,7 +184,7 @@ async def _serve(out: int) -> None:
 
 
 async def _until_done(load: Load, stop: asyncio.Event, out: int, counter: _ProgressCounter) -> None:
-    """Run the load to its end or to the order to stop, telling how far it is."""
+    """Run the load to its end, or until Stop; the progress is reported meanwhile."""
     running = asyncio.create_task(load.run())
     stopping = asyncio.create_task(stop.wait())
     while not running.done():
@@ -211,7 +211,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_file_limit()
     out = os.dup(1)
-    os.dup2(2, 1)  # what anybody prints must not fall between the frames
+    os.dup2(2, 1)  # printed text must not get between the frames
     try:
         uvloop.run(_serve(out))
     except UserError as error:

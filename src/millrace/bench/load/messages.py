@@ -1,8 +1,8 @@
-"""What a run and its load processes say to each other: msgpack frames over their pipes.
+"""The messages between a run and its load processes: msgpack frames over pipes.
 
-To a process: its assignment, the word to open
-connections, the moment to begin, beacons (the time at which each was written), the order to stop.
-Back: that it is ready, how far it is, and at last everything it recorded.
+To a process: its assignment, the order to open connections, the moment to begin, beacons (the time
+at which each was written), the order to stop. Back: that it is ready, its progress, and at the end
+everything that it recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST = (1 << 32) - 1  # bytes: a report has every time of a run
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=True):
-    """The run, and which part of it is this process' own."""
+    """The run, and which part of it this process has."""
 
     options: BenchOptions
     model: str
@@ -28,7 +28,7 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Open the connections that the run will want, and say when they are."""
+    """Open the connections of the run, and answer Ready when they are open."""
 
 
 class Go(msgspec.Struct, frozen=True, tag=True):
@@ -38,17 +38,17 @@ class Go(msgspec.Struct, frozen=True, tag=True):
 
 
 class Beacon(msgspec.Struct, frozen=True, tag=True):
-    """Written at this moment: how late it is read is how late a chunk would have been."""
+    """The time of writing. A chunk that arrived now would be read as late as this message."""
 
     at_ns: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Send no more, drop what is in flight, report."""
+    """Send no more requests, drop those in flight, send the report."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Done with what was asked (requests made, connections opened); the lengths of the prompts."""
+    """The last order is done (requests prepared, connections opened). lengths: of the prompts."""
 
     lengths: Lengths
 
@@ -84,7 +84,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
-    """The process cannot go on; refused: for what the user gave, and not for a fault of ours."""
+    """The process cannot go on. refused: because of the user's input, not of an error of ours."""
 
     message: str
     refused: bool

@@ -1,4 +1,4 @@
-"""What one run does: where, what, when, how much. Plain data, the same in every process."""
+"""The options of one run: server, workload, schedule and limits. Plain data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ENDPOINTS: Mapping[Backend, str] = {
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run does; names as the flags of the command.
+    """The options of one run, named as the flags of the command.
 
-    model: None takes the first model the server names. vocab_size: None asks the server.
-    duration: seconds after which no more requests are sent. processes: how many send. timeout and
-    ready_timeout are seconds. metrics_urls: the replicas' own addresses, for their /metrics; none
-    asks the target. gpus: of the server, for figures per GPU.
+    model: None takes the first model that the server lists. vocab_size: None asks the server.
+    duration: seconds after which no more requests are sent. processes: number of load processes.
+    timeout and ready_timeout are in seconds. metrics_urls: addresses of replicas whose /metrics are
+    read; none reads the target's. gpus: number of GPUs of the server, for figures per GPU.
     """
 
     target: Target
@@ -53,11 +53,11 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chat(self) -> bool:
-        """Whether messages are sent, and not a prompt."""
+        """Whether requests carry messages instead of a prompt."""
         return self.backend == "openai-chat"
 
     @property
     def as_text(self) -> bool:
-        """Whether prompts are made of words: a chat takes no token ids, and a conversation needs
-        what was answered."""
+        """Whether prompts are words instead of token ids: a chat takes no token ids, and a
+        conversation continues with the text of the answers."""
         return self.chat or getattr(self.workload, "turns", 1) > 1

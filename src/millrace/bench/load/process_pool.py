@@ -1,8 +1,9 @@
-"""The load processes of one run: started, told to begin together, watched, reaped.
+"""The load processes of one run: started together, watched, reaped.
 
-Each has its share of the workload and of the concurrency; all begin at one moment of the host's
-monotonic clock, and their raw records are pooled. While they send, a beacon is written to each
-every few ms: how late it is read tells how late its clock is read when a chunk comes.
+Each process has a share of the workload and of the concurrency. All begin at the same moment of the
+host's monotonic clock, and their raw records are pooled. While they send, a beacon (the time) is
+written to each every few ms. The delay with which a process reads a beacon shows how late it reads
+its clock when a chunk arrives.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from millrace.common.child_process import kill_process, python_module
 from millrace.errors import UserError
 
 COMMAND = tuple(python_module("millrace.bench.load.load_process"))
-_BEACON_S = 0.004  # between two beacons of a process, on the mean
-_PREPARE_LIMIT_S = 600.0  # to prepare the workload
-_SILENCE_LIMIT_S = 60.0  # a process tells its progress twice a second
-_LEAD_NS = 50_000_000  # from the word to begin to the beginning
+_BEACON_S = 0.004  # mean interval between two beacons of a process
+_PREPARE_LIMIT_S = 600.0  # time for a process to prepare its requests
+_SILENCE_LIMIT_S = 60.0  # a process reports its progress twice a second
+_LEAD_NS = 50_000_000  # between the message to begin and the first request
 
 
 class ProcessRecords(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process recorded and what that cost it: CPU and wall seconds, of which parsing;
-    when each beacon was read and how late that was, in ns."""
+    """What one process recorded, and what that cost: CPU and wall seconds, and the CPU seconds of
+    parsing. read_ns, lag_ns: when each beacon was read, and how late, in ns."""
 
     records: list[RequestTiming]
     cpu_s: float
@@ -58,8 +59,8 @@ class ProcessRecords(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What all processes recorded, each by itself and their records pooled. started: requests
-    sent, those that were dropped too."""
+    """What all processes recorded: `parts` by process, `records` pooled. started: requests sent,
+    including those that were dropped."""
 
     parts: list[ProcessRecords]
     records: list[RequestTiming]
@@ -68,7 +69,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def split_limit(limit: int | None, processes: int) -> list[int | None]:
-    """A limit on concurrency, divided as evenly as it goes."""
+    """A limit on concurrency, divided over the processes as evenly as possible."""
     if limit is None:
         return [None] * processes
     return [limit // processes + (number < limit % processes) for number in range(processes)]
@@ -93,7 +94,7 @@ class _Process:
                 message = await FROM_PROCESS.receive(self._process.stdout)
         except TimeoutError:
             raise RuntimeError(
-                f"load process {self._number} said nothing for {limit:g} s"
+                f"load process {self._number} sent nothing for {limit:g} s"
             ) from None
         except asyncio.IncompleteReadError:
             status = await self._process.wait()
@@ -108,7 +109,7 @@ class _Process:
         return message.lengths
 
     async def report(self) -> Report:
-        """Wait for the end, keeping the progress up to date on the way."""
+        """Wait for the final report; `progress` is kept up to date until then."""
         while True:
             message = await self.receive(_SILENCE_LIMIT_S)
             if isinstance(message, Report):
@@ -117,7 +118,7 @@ class _Process:
             self.progress = message
 
     async def beacons(self) -> None:
-        """Write the time to it, now and then, for ever."""
+        """Write the time to the process at random intervals, without end."""
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * _BEACON_S)
             self.send(Beacon(perf_counter_ns()))
@@ -134,7 +135,7 @@ class Pool:
         self.lengths = Lengths()
 
     async def prepare(self) -> None:
-        """Return when every process has made its requests."""
+        """Return when every process has prepared its requests."""
         self.lengths = merge_lengths(await asyncio.gather(*(p.ready() for p in self._processes)))
 
     async def connect(self) -> None:
@@ -148,7 +149,7 @@ class Pool:
         stop: asyncio.Event | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Outcome:
-        """Begin, and wait for the end of all; `stop` ends it early."""
+        """Begin, and wait until all processes have ended; `stop` ends the run early."""
         await self.connect()
         begin = perf_counter_ns() + _LEAD_NS
         for process in self._processes:
@@ -191,7 +192,7 @@ class Pool:
             on_progress(self.progress())
 
     def progress(self) -> Progress:
-        """How far all of them are together."""
+        """The progress of all processes together."""
         parts = [msgspec.structs.astuple(p.progress) for p in self._processes]
         return Progress(*(sum(column) for column in zip(*parts, strict=True)))
 
@@ -220,7 +221,7 @@ def _int64(data: bytes) -> array[int]:
 
 @asynccontextmanager
 async def open_pool(options: BenchOptions, model: str) -> AsyncIterator[Pool]:
-    """The processes that `options` asks for, with their assignments; reaped at the end."""
+    """The load processes of a run, with their assignments; reaped at the end."""
     wanted = _process_count(options)
     limits = split_limit(options.max_concurrency, wanted)
     processes: list[_Process] = []
@@ -240,7 +241,7 @@ async def open_pool(options: BenchOptions, model: str) -> AsyncIterator[Pool]:
 
 
 def _process_count(options: BenchOptions) -> int:
-    """As many processes as asked for, but none without a request or a place of its own."""
+    """The number of processes: as asked for, but none without a request or a slot of its own."""
     most = [options.processes]
     most += [n for n in (options.max_concurrency, options.workload.count) if n is not None]
     return max(1, min(most))

@@ -1,7 +1,7 @@
-"""What was seen of one request, and how many of them travel between processes and into files.
+"""The record of one request, and records packed for pipes and files.
 
-Times are ns of the host's monotonic clock (`perf_counter_ns`), the same for all its processes, so
-records of several load processes can be laid side by side. No formula stands here.
+Times are ns of the host's monotonic clock (`perf_counter_ns`). All processes of a host share it, so
+the records of several load processes can be pooled. Formulas are in `measure.metrics`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import msgspec
 
 
 class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
-    """What was seen of one request.
+    """What was measured of one request.
 
-    index: its place in the workload; turn: its place in its conversation. scheduled_ns: when it was
-    due; start_ns: just before it was written to its connection; chunk_ns: when each chunk that
-    brings a token arrived; end_ns: when the stream had ended. input_tokens and output_tokens: as
-    the server counted them (`usage`), or, where it does not say, as sent and as chunks (`counted`
-    is then False). cached_tokens: of the input, -1 where the server does not say. error: None for
-    a success.
+    index: its number in the workload; turn: its number in its conversation. scheduled_ns: when it
+    was due; start_ns: just before it was written to its connection; chunk_ns: when each chunk with
+    a token arrived; end_ns: when the stream had ended. input_tokens and output_tokens: as the
+    server counted them (`usage`); where it sends no count, the tokens that were sent and the chunks
+    that arrived (`counted` is False then). cached_tokens: of the input, -1 where unknown. error:
+    None for a success.
 
-    received_ns and sent_ns: when the server says it read the request and sent each chunk; only a
-    server made for it says so, on the same host.
+    received_ns and sent_ns: when the server read the request and sent each chunk. Only the
+    benchmark's own mock servers, on the same host, send these stamps.
     """
 
     index: int
@@ -43,17 +43,17 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ttft(self) -> float:
-        """Seconds from start to the first chunk that brings a token."""
+        """Seconds from the start to the first chunk with a token."""
         return (self.chunk_ns[0] - self.start_ns) / 1e9
 
     @property
     def e2el(self) -> float:
-        """Seconds from start to the last chunk that brings a token."""
+        """Seconds from the start to the last chunk with a token."""
         return (self.chunk_ns[-1] - self.start_ns) / 1e9
 
     @property
     def tpot(self) -> float | None:
-        """Seconds an output token after the first; None for fewer than two tokens."""
+        """Seconds per output token after the first; None for fewer than two tokens."""
         if self.output_tokens < 2:
             return None
         return (self.e2el - self.ttft) / (self.output_tokens - 1)
@@ -65,16 +65,16 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def send_delay(self) -> float:
-        """Seconds between the moment at which it was due and its start. The loop's timers may wake
-        up to a ms early; that is no delay."""
+        """Seconds from when it was due to its start. The event loop's timers may fire up to 1 ms
+        early, which counts as no delay."""
         return max(0, self.start_ns - self.scheduled_ns) / 1e9
 
 
 class PackedRecords(msgspec.Struct, frozen=True):
     """Records by column: a few flat arrays instead of many small objects.
 
-    numbers: one list for each of `INT_FIELDS`. chunks and stamps: how many times each record has;
-    their times stand one after another in the int64 bytes of chunk_ns and sent_ns.
+    numbers: one list for each of `INT_FIELDS`. chunks and stamps: the number of times of each
+    record; chunk_ns and sent_ns: these times of all records, concatenated, as int64 bytes.
     """
 
     numbers: dict[str, list[int]]
@@ -100,7 +100,7 @@ INT_FIELDS = (
 
 
 def pack(records: Sequence[RequestTiming]) -> PackedRecords:
-    """The columns of some records, in their order."""
+    """The columns of these records, in their order."""
     return PackedRecords(
         numbers={name: [int(getattr(r, name)) for r in records] for name in INT_FIELDS},
         errors=[r.error for r in records],
@@ -112,7 +112,7 @@ def pack(records: Sequence[RequestTiming]) -> PackedRecords:
 
 
 def unpack(batch: PackedRecords) -> list[RequestTiming]:
-    """The records that `pack` was given; their times are arrays."""
+    """The records that were packed; their times are arrays."""
     chunks = _parts(batch.chunk_ns, batch.chunks)
     stamps = _parts(batch.sent_ns, batch.stamps)
     rows = zip(*(batch.numbers[name] for name in INT_FIELDS), strict=True)

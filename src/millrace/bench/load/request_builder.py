@@ -1,4 +1,4 @@
-"""From a prompt to the bytes of its request, and from an answer to the next turn."""
+"""Builds requests: the bytes of a prompt's request, and of the next turn after an answer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from millrace.common.http_client import encode_request
 
 
 def indices(count: int | None, process: int, processes: int) -> Iterator[int]:
-    """Which items of the workload are one process' own."""
+    """The numbers of the workload's items that one process sends."""
     if count is None:
         return count_up(process, processes)
     return iter(range(process, count, processes))
 
 
 def make_job(options: BenchOptions, model: str, prompt: Prompt, index: int = -1) -> Job:
-    """The request of a prompt; its `then` makes the turns after it."""
+    """The request of a prompt; its `then` makes the turns that follow."""
     content = prompt.content
     if options.chat and not _is_messages(content):
         content = [{"role": "user", "content": content}]
@@ -35,14 +35,14 @@ def _job(
     options: BenchOptions, model: str, content: Content, prompt: Prompt, index: int, turn: int
 ) -> Job:
     then: Callable[[str], Job | None] | None = None
-    if prompt.later:
+    if prompt.later_turns:
 
         def then(answer: str) -> Job | None:
-            following, *rest = prompt.later
-            grown = _grow(content, answer, following)
+            following, *rest = prompt.later_turns
+            longer = _with_next_turn(content, answer, following)
             words = prompt.input_tokens + len(answer.split()) + len(following.text.split())
-            next_prompt = Prompt(grown, words, following.output_tokens, tuple(rest))
-            return _job(options, model, grown, next_prompt, index, turn + 1)
+            next_prompt = Prompt(longer, words, following.output_tokens, tuple(rest))
+            return _job(options, model, longer, next_prompt, index, turn + 1)
 
     body = _body(options, model, content, prompt.output_tokens)
     path = options.endpoint or ENDPOINTS[options.backend]
@@ -52,8 +52,8 @@ def _job(
     return Job(request, prompt.input_tokens, index, turn, then)
 
 
-def _grow(content: Content, answer: str, following: Turn) -> Content:
-    """The conversation so far, the answer, and what the user says next."""
+def _with_next_turn(content: Content, answer: str, following: Turn) -> Content:
+    """The conversation so far, then the answer, then the user's next turn."""
     if isinstance(content, str):
         return f"{content}\n{answer}\n{following.text}"
     assert _is_messages(content)

@@ -1,9 +1,10 @@
-"""The generator measured by itself: what it cost, how late it was, what error follows from that.
+"""What the load generator cost, how late it read its clock, and the error of the figures from that.
 
-Beacons are times written to each load process while it sends. How late one is read is how late the
-clock was read for a chunk that came at that moment. The error of a figure is the figure, less what
-it would be without that: with first chunks as early as they came, and over the gaps between chunks
-that were read on time. Pure functions.
+Beacons are times that are written to each load process while it sends. The delay with which a
+beacon is read is the delay with which a chunk that arrived at that moment was stamped. The error of
+TTFT is the difference between its percentiles and those of the times corrected by that delay. The
+error of ITL is the difference between its percentiles and those of the gaps whose two ends were
+read on time. Pure functions.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ import numpy as np
 from millrace.bench.load.process_pool import Outcome, ProcessRecords
 from millrace.bench.measure.metrics import Samples, Summary
 
-BUSY_SHARE = 0.85  # of a core: from here on a process is late for want of time
+BUSY_SHARE = 0.85  # of a core: above this a process is late because it has no time left
 TOLERANCE = {"p50": 0.02, "p99": 0.05}  # relative error of a latency
-FLOOR_MS = 1.0  # an error below this is none that a server's figures could show
+FLOOR_MS = 1.0  # smaller errors do not matter beside a server's latencies
 _ON_TIME_MS = 0.5
-_ON_TIME_SHARE = 0.05  # of the gaps: if fewer were on time, they say too little
-_TARGET_SHARE = 0.5  # of a core: what a process is to have when more of them are advised
+_ON_TIME_SHARE = 0.05  # of the gaps: fewer that were read on time are not representative
+_TARGET_SHARE = 0.5  # of a core: the share of a process when more processes are advised
 _NO_CORES = (
-    "client-bound: its processes had little to do and were late all the same, because others use "
-    "the cores: give the client a machine, or cores, of its own"
+    "client-bound: the load processes were mostly idle and still late, because other programs use "
+    "the cores: run the load generator on a machine, or on cores, of its own"
 )
 
 
 class ClientOverhead(msgspec.Struct, frozen=True, kw_only=True):
-    """What the generator cost. Shares are of a core, times in ms unless they say us.
+    """What the load generator cost. Shares are of a core; times are in ms, or in us by name.
 
-    error_ms: how far TTFT and ITL may be off, by percentile. reasons: why it bounded the run, none
-    where it did not; advice: what to do then.
+    error_ms: how far TTFT and ITL may be off, by percentile. reasons: why the load generator
+    limited the run, empty where it did not. advice: what to do about that.
     """
 
     processes: int
@@ -55,7 +56,7 @@ class ClientOverhead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientOverhead:
-    """What the generator cost in a run. cores: that the load processes may use."""
+    """What the load generator cost in a run. cores: how many the load processes may use."""
     parts = outcome.parts
     shares = [part.cpu_s / part.wall_s if part.wall_s else 0.0 for part in parts]
     delays = [1e3 * record.send_delay for record in outcome.records] or [0.0]
@@ -84,7 +85,7 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientO
 
 
 def timing_errors(parts: Sequence[ProcessRecords]) -> dict[str, dict[str, float]]:
-    """How far off the percentiles of TTFT and ITL are, and at most one of either, in ms."""
+    """How far off the percentiles of TTFT and ITL are, and the largest error of one, in ms."""
     first, first_late = [np.empty(0)], [np.empty(0)]
     gaps, gaps_late = [np.empty(0)], [np.empty(0)]
     for part in parts:
@@ -100,8 +101,8 @@ def timing_errors(parts: Sequence[ProcessRecords]) -> dict[str, dict[str, float]
                 gaps_late.append(np.maximum(late[:-1], late[1:]))
     seen, late = np.concatenate(first), np.concatenate(first_late)
     seen_gaps, late_gaps = np.concatenate(gaps), np.concatenate(gaps_late)
-    # A gap's two ends are late by roughly known times, and their difference would be noise; but
-    # the gaps of which neither end was late say what there was to see.
+    # How late the two ends of a gap were is known only roughly, so correcting gaps would add noise.
+    # The gaps of which neither end was late are right as they are.
     on_time = seen_gaps[late_gaps <= _ON_TIME_MS]
     enough = len(on_time) >= _ON_TIME_SHARE * len(seen_gaps)
     return {
@@ -111,19 +112,19 @@ def timing_errors(parts: Sequence[ProcessRecords]) -> dict[str, dict[str, float]
 
 
 def _figure_errors(seen: Samples, other: Samples, late: Samples) -> dict[str, float]:
-    """How far the percentiles of both lie apart; max: the largest lateness of one."""
+    """The differences between the percentiles of both; max: the largest lateness."""
     here, there = _quantiles(seen), _quantiles(other)
     most = float(np.abs(late).max()) if len(late) else 0.0
     return {**{p: abs(here[p] - there[p]) for p in ("p50", "p99")}, "max": most}
 
 
 def lateness(part: ProcessRecords, times: Sequence[int]) -> Samples:
-    """How late (ms) the clock was read at each of these times: as late as the next beacon, or as
-    what is left of the backlog that the last ones showed, which were read all at once."""
+    """How late (ms) the clock was read at each of these times: as late as the next beacon, or, if
+    that is more, what is left of the backlog at the last beacons, which were read together."""
     read, at = np.asarray(part.read_ns), np.asarray(times)
     late: Samples = np.asarray(part.lag_ns, dtype=np.float64) / 1e6
     after = np.searchsorted(read, at)
-    before = np.searchsorted(read, read[np.maximum(after - 1, 0)])  # the oldest read at that moment
+    before = np.searchsorted(read, read[np.maximum(after - 1, 0)])  # the oldest beacon read then
     backlog: Samples = late[before] - np.maximum(at - read[before], 0) / 1e6
     following: Samples = late[np.minimum(after, len(late) - 1)]
     known: Samples = np.maximum(following, np.where(after > 0, backlog, 0.0))
@@ -140,8 +141,8 @@ def _quantiles(values: Any) -> dict[str, float]:
 def relative_errors(
     errors: Mapping[str, Mapping[str, float]], summary: Summary
 ) -> dict[str, dict[str, float]]:
-    """The errors, each relative to the reported figure: the median's to the median, the 99th
-    percentile's to the largest percentile that was asked for."""
+    """The errors relative to the reported figures: that of the median to the median, that of the
+    99th percentile to the largest percentile that is reported."""
     relative: dict[str, dict[str, float]] = {}
     for name, error in errors.items():
         seen = summary.overall.latencies[name]
@@ -158,7 +159,7 @@ def bound_reasons(
     errors: Mapping[str, Mapping[str, float]],
     relative: Mapping[str, Mapping[str, float]],
 ) -> list[str]:
-    """Why the client bounded the run; none when it did not."""
+    """Why the load generator limited the run; empty when it did not."""
     reasons = []
     if max(shares) > BUSY_SHARE:
         reasons.append(f"a load process used {max(shares):.0%} of a core")
@@ -173,7 +174,7 @@ def bound_reasons(
 
 
 def advice(shares: Sequence[float], cores: int) -> str:
-    """How many processes would carry the load, as a flag."""
+    """How many load processes would be enough, as a flag."""
     needed = max(2 * len(shares), math.ceil(sum(shares) / _TARGET_SHARE))
     line = f"client-bound: use --processes {needed}"
     return line if needed <= cores else f"{line}, on a machine of its own with as many cores"

@@ -1,8 +1,7 @@
-"""The formulas: from what was recorded of each request to the figures of a run.
+"""The formulas: from the records of requests to the figures of a run.
 
-Pure functions over `Record`s; no clock, no network. The definitions and the names in result files
-are those of `vllm bench serve`. Times in records are ns of one monotonic clock, so the records of
-several processes on a host can be pooled; percentiles are always taken over pooled samples.
+Pure functions; no clock, no network. The definitions, and the names in result files, are those of
+`vllm bench serve`. Percentiles are always taken over the pooled samples of all load processes.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Figures over one stretch of time. Latencies in ms, throughput a second.
+    """Figures over an interval of time. Latencies in ms, throughput per second.
 
-    Tokens count where they arrive: those of a prompt with its first chunk, those of an answer
-    spread evenly over its chunks.
+    Tokens count when they arrive: those of a prompt with the first chunk, those of an answer spread
+    evenly over its chunks.
     """
 
     duration: float
@@ -48,8 +47,8 @@ class Window(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of a run: `overall` from first dispatch to last completion, of successes only.
 
-    steady: the stretch in which concurrency was full, without ramp and drain; None where an
-    arrival rate sets the load, or where full concurrency was not held for any time.
+    steady: the interval in which concurrency was full, without ramp-up and drain; None where an
+    arrival rate sets the load, or where full concurrency was never reached.
     goodput: requests a second that met every objective, None without objectives.
     """
 
@@ -79,7 +78,7 @@ def distribution(samples: Sequence[float] | Samples, percentiles: Iterable[float
 
 
 def successes(records: Iterable[RequestTiming]) -> list[RequestTiming]:
-    """The records that count: no error, and at least one chunk."""
+    """The successful records: no error, and at least one chunk."""
     return [r for r in records if r.error is None and r.chunk_ns]
 
 
@@ -123,7 +122,7 @@ def _levels(records: Iterable[RequestTiming]) -> list[tuple[int, int]]:
 
 
 def overall_window(records: Sequence[RequestTiming], percentiles: Sequence[float]) -> Window:
-    """The run as a whole, over its successes."""
+    """The figures of the whole run, over its successes."""
     done = successes(records)
     begin, end = span(records)
     return _window(
@@ -207,7 +206,7 @@ def _window(
 def meets(record: RequestTiming, objectives: Mapping[str, float]) -> bool:
     """Whether a success is within every objective (ms, by name: ttft, tpot, e2el).
 
-    A request without a TPOT, having one token, meets any.
+    A request of one token has no TPOT and meets any objective of it.
     """
     seen = {"ttft": record.ttft, "e2el": record.e2el, "tpot": record.tpot or 0.0}
     return all(1e3 * seen[name] <= limit for name, limit in objectives.items())

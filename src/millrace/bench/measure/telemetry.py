@@ -1,6 +1,6 @@
-"""Watching servers and GPUs while a run goes on: their metrics pages and NVML, once a second.
+"""Samples of servers and GPUs during a run: /metrics pages and NVML, once a second.
 
-What cannot be had is left out with a note of one line; nothing here ends a run.
+A source that is not available is left out, with a note of one line. No failure here ends a run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from millrace.errors import UserError
 
 _EVERY_S = 1.0
 _LIMIT_S = 2.0  # for one page
-_DRIVER = Path("/proc/driver/nvidia")  # there where the host has NVIDIA's driver
+_DRIVER = Path("/proc/driver/nvidia")  # exists where NVIDIA's driver is loaded
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One look: at_ns on the monotonic clock; server: gauges and counters summed over replicas
+    """One sample: at_ns on the monotonic clock; server: gauges and counters summed over replicas
     (kv_cache_usage_perc is their mean); gpu: power in W over all GPUs, shares as means."""
 
     at_ns: int
@@ -42,7 +42,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Observation(msgspec.Struct, frozen=True):
-    """What was seen of servers and GPUs. energy_j: joules of all GPUs, None where nobody tells."""
+    """What was sampled of servers and GPUs. energy_j: joules of all GPUs, None where unknown."""
 
     replicas: list[str] = []
     totals: Totals = Totals()
@@ -56,7 +56,7 @@ no_observation = Observation()
 
 
 class Telemetry:
-    """Samples between entering and leaving it as a context; `observation` is there afterwards."""
+    """A context that takes samples while it is open; `observation` is set afterwards."""
 
     def __init__(self, options: BenchOptions) -> None:
         self._options = options
@@ -82,7 +82,7 @@ class Telemetry:
         after = await self._read()
         notes = [] if self._gpus is None else self._gpus.notes
         if not any(page.counters for page in after):
-            notes = [*notes, "no replica tells its counters at /metrics; see --metrics-url"]
+            notes = [*notes, "no replica has counters at /metrics; see --metrics-url"]
         self.observation = Observation(
             replicas=[str(target) for target in self._targets],
             totals=difference(self._before, after),
@@ -93,15 +93,18 @@ class Telemetry:
         )
 
     async def _find(self) -> list[Target]:
-        """Every replica: those that were named, those that a Millrace gateway names, the target."""
+        """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else the
+        target."""
         if self._options.metrics_urls:
             return [parse_url(url) for url in self._options.metrics_urls]
         root = msgspec.structs.replace(self._options.target, prefix="")
         try:
             response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)
-            told = msgspec.json.decode(response.body)["replicas"] if response.status == 200 else []
-            named = [parse_url(str(replica["url"])) for replica in told]
-        except (OSError, msgspec.DecodeError, LookupError, TypeError, UserError):
+            listed = (
+                msgspec.json.decode(response.body)["replicas"] if response.status == 200 else []
+            )
+            named = [parse_url(str(replica["url"])) for replica in listed]
+        except (OSError, msgspec.DecodeError, LookupError, TypeError, AttributeError, UserError):
             named = []
         return named or [root]
 
@@ -122,7 +125,7 @@ class Telemetry:
             await asyncio.sleep(max(0.0, _EVERY_S - (perf_counter_ns() - at) / 1e9))
 
     def _energy_used(self) -> float | None:
-        """From the GPUs' own counters, else from the power of the samples over time."""
+        """From the GPUs' energy counters, else from the sampled power."""
         now = self._gpus.energy_j() if self._gpus else None
         if now is not None and self._energy is not None:
             return now - self._energy
@@ -130,7 +133,7 @@ class Telemetry:
 
 
 def integrate(powers: list[tuple[int, float]]) -> float | None:
-    """Joules of (ns, W) samples, trapezium by trapezium; None for fewer than two."""
+    """Joules of (ns, W) samples by the trapezoidal rule; None for fewer than two."""
     if len(powers) < 2:
         return None
     return sum((b - a) / 1e9 * (low + high) / 2 for (a, low), (b, high) in pairwise(powers))
@@ -158,8 +161,8 @@ def _combined(pages: list[MetricsPage]) -> dict[str, float]:
 
 
 class Gpus:
-    """This host's GPUs through NVML. Without the library there are none, with a note if there is
-    a driver; without GPUs there are none."""
+    """This host's GPUs, read through NVML; none without the library or without GPUs. A missing
+    library is noted where there is a driver."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -185,7 +188,7 @@ class Gpus:
         self._handles = handles
 
     def _each(self, read: str, *arguments: Any) -> list[Any]:
-        """What each GPU answers; one that does not know (GB10 counts no memory) is left out."""
+        """The answer of each GPU; one without that figure (GB10 has no memory size) is left out."""
         seen = []
         for handle in self._handles:
             with contextlib.suppress(Exception):
@@ -193,7 +196,7 @@ class Gpus:
         return seen
 
     def energy_j(self) -> float | None:
-        """Joules since the driver was loaded, of all GPUs; None where one does not count."""
+        """Joules since the driver was loaded, of all GPUs; None where one has no counter."""
         seen = self._each("nvmlDeviceGetTotalEnergyConsumption")
         return sum(seen) / 1e3 if seen and len(seen) == len(self._handles) else None
 

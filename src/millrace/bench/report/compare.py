@@ -1,8 +1,8 @@
 """Two servers, or two versions of one, compared over repeated runs.
 
-A ratio with a 95% confidence interval for every figure, and a difference claimed only where the
-interval excludes none. The interval is Welch's on the logarithms: figures of runs are positive,
-vary by factors, and are few. Resampling three of them would give intervals that are too narrow.
+Every figure gets a ratio with a 95% confidence interval. A difference is claimed only where the
+interval does not contain 1. The interval is Welch's on the logarithms: figures of runs are
+positive, vary by factors, and are few. Resampling three values would give too narrow intervals.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.report.results import LOAD, ResultFile, grouped, load_label
+from millrace.bench.report.results import LOAD_FIELDS, ResultFile, grouped, load_label
 from millrace.bench.report.tables import aligned
 from millrace.errors import UserError
 
@@ -24,8 +24,8 @@ LOWER = tuple(
     for name in ("ttft", "tpot", "itl", "e2el")
     for figure in ("mean", "median", "p99")
 )
-# Student's t at 97.5%, by degrees of freedom from 1 on; beyond the table its last value, which is
-# a little wider than need be.
+# Student's t at 97.5%, by degrees of freedom from 1 on. Beyond the table its last value is used,
+# which makes intervals slightly too wide.
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -62,7 +62,7 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """One kind of load, measured on both: how many runs of each, and every ratio."""
+    """One load that was measured on both: the number of runs of each, and all ratios."""
 
     load: str
     runs: tuple[int, int]
@@ -70,7 +70,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def compare(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> list[Comparison]:
-    """Every kind of load that was measured on both.
+    """Every load that was measured on both.
 
     Raises UserError when there is none, naming what differs.
     """
@@ -87,7 +87,7 @@ def _what_differs(of_a: dict[Any, list[ResultFile]], of_b: dict[Any, list[Result
     first, second = (next(iter(groups.values()))[0].fields for groups in (of_a, of_b))
     differing = [
         f"{name} {first.get(name)!r} and {second.get(name)!r}"
-        for name in LOAD
+        for name in LOAD_FIELDS
         if name != "model_id" and first.get(name) != second.get(name)
     ]
     return f": they differ in {', '.join(differing)}"
@@ -141,7 +141,7 @@ def _half_width(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """The table of one kind of load."""
+    """The table of one load."""
     rows = [("figure", "A", "B", "B / A", "95% interval", "verdict")]
     for r in comparison.ratios:
         interval = "" if r.low is None else f"{r.low:.3f} .. {r.high:.3f}"

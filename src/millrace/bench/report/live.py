@@ -1,4 +1,4 @@
-"""A run on the terminal while it goes on, and the remarks after it."""
+"""The progress line of a run on the terminal, and the remarks after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from millrace.bench.workload.prompts import Lengths, Workload, workload_line
 
 
 class LiveProgress:
-    """One line, drawn twice a second: how far, how many in flight, how fast, how late."""
+    """One line, drawn twice a second: progress, requests in flight, throughput, TTFT."""
 
     def __init__(self, *, hidden: bool, duration: float | None = None) -> None:
         console = Console(stderr=True)
@@ -31,13 +31,13 @@ class LiveProgress:
         self._last = (0.0, 0)
 
     def start(self, workload: Workload, seen: Lengths) -> None:
-        """Say what the workload is."""
+        """Print the workload."""
         click.echo(workload_line(workload, seen), err=True)
         self._total = None if self._duration is not None else workload.count
         self._task = self._bar.add_task("", total=self._duration or self._total)
 
     def show(self, progress: messages.Progress) -> None:
-        """Draw the state of things."""
+        """Draw the progress."""
         if self._bar.disable:
             return
         if not self._bar.live.is_started:
@@ -54,7 +54,7 @@ class LiveProgress:
         )
 
     def _rate(self, now: float, tokens: int) -> float:
-        """Output tokens a second of requests that ended since the last look."""
+        """Output tokens a second of requests that ended since the last call."""
         (before, had), self._last = self._last, (now, tokens)
         return (tokens - had) / (now - before) if now > before else 0.0
 
@@ -64,7 +64,7 @@ class LiveProgress:
 
 
 def progress_line(progress: messages.Progress, total: int | None, rate: float) -> str:
-    """How far a run is, in words."""
+    """The text of the progress line."""
     done = f"{progress.done}/{total}" if total else str(progress.done)
     parts = [f"{done} done", f"{progress.in_flight} in flight", f"{rate:,.0f} tok/s"]
     if progress.timed:
@@ -75,11 +75,11 @@ def progress_line(progress: messages.Progress, total: int | None, rate: float) -
 
 
 def remarks(fields: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know besides."""
+    """Lines that a reader of the table must know as well."""
     lines = []
     if fields["usage_missing"]:
         lines.append(
-            f"{fields['usage_missing']} answers told no usage: their chunks were counted as tokens"
+            f"{fields['usage_missing']} answers had no usage: their chunks were counted as tokens"
         )
     if fields["from_due"] is not None and fields["client"]["p99_send_delay_ms"] > 1.0:
         due = fields["from_due"]

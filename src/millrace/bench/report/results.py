@@ -1,4 +1,4 @@
-"""Result files found again: those of a file or a directory, and which of them belong together."""
+"""Reading result files: those of a directory, and which of them are repeats of one load."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 
 from millrace.errors import UserError
 
-# What makes two runs ask the same of a server; runs that agree in all of it are repeats.
-LOAD = (
+# The fields that describe a load; runs that agree in all of them are repeats.
+LOAD_FIELDS = (
     "backend",
     "model_id",
     "dataset_name",
@@ -30,11 +30,15 @@ LOAD = (
     "mean_input_len",
     "mean_output_len",
 )
-_OF_TIME = ("num_prompts", "mean_input_len", "mean_output_len")  # vary where a time is the limit
+_VARIES_WITH_TIME = (
+    "num_prompts",
+    "mean_input_len",
+    "mean_output_len",
+)  # where a duration is the limit
 
 
 class ResultFile(msgspec.Struct, frozen=True):
-    """One file: its path and what stands in it."""
+    """One file: its path and its fields."""
 
     path: Path
     fields: dict[str, Any]
@@ -45,7 +49,7 @@ class ResultFile(msgspec.Struct, frozen=True):
         return "total_token_throughput" in self.fields
 
     def raw(self, name: str) -> Path | None:
-        """The raw data of that name, where they are still beside it."""
+        """The file of the raw data of that name, where it is still beside this one."""
         for file in self.fields.get("raw_data") or []:
             path = self.path.parent / str(file)
             if f".{name}." in path.name and path.is_file():
@@ -54,7 +58,7 @@ class ResultFile(msgspec.Struct, frozen=True):
 
 
 def load_results(path: str) -> list[ResultFile]:
-    """The result files at a path, a directory's by name; other JSON files are passed over.
+    """The result files at a path, those of a directory by name; other JSON files are skipped.
 
     Raises UserError when there is none.
     """
@@ -80,17 +84,17 @@ def _read(path: Path) -> ResultFile | None:
 
 
 def load_key(fields: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a run asked, as something to compare by."""
+    """The load of a run, as a key; equal keys are the same load."""
     timed = fields.get("duration_limit") is not None
     return tuple(
-        None if timed and name in _OF_TIME else fields.get(name)
-        for name in LOAD
+        None if timed and name in _VARIES_WITH_TIME else fields.get(name)
+        for name in LOAD_FIELDS
         if name != "model_id"  # two servers may name one model differently
     )
 
 
 def mean_lengths(fields: Mapping[str, Any]) -> tuple[float, float]:
-    """Mean tokens in and out of a request: as asked, or, in another tool's file, as served."""
+    """Mean input and output tokens of a request: as asked, or as served in another tool's file."""
     done = fields.get("completed") or 1
     return (
         float(fields.get("mean_input_len") or fields.get("total_input_tokens", 0) / done),
@@ -105,7 +109,7 @@ def interactivity(fields: Mapping[str, Any]) -> float:
 
 
 def load_label(fields: Mapping[str, Any]) -> str:
-    """What a run asked, in a few words."""
+    """The load of a run, in a few words."""
     parts = []
     if fields.get("max_concurrency"):
         parts.append(f"{fields['max_concurrency']} users")
@@ -120,7 +124,7 @@ def load_label(fields: Mapping[str, Any]) -> str:
 
 
 def grouped(results: Sequence[ResultFile]) -> dict[tuple[Any, ...], list[ResultFile]]:
-    """Runs by what they asked, in the order in which each kind first occurs."""
+    """Runs grouped by load, in the order in which each load first occurs."""
     groups: dict[tuple[Any, ...], list[ResultFile]] = {}
     for result in results:
         if result.is_run:

@@ -1,7 +1,7 @@
-"""What a run looks like on paper: the table, and the JSON that other tools read.
+"""The figures of a run as a table, and as the fields of its JSON file.
 
-Names and layout follow `vllm bench serve`, so that its readers read ours; what only we know stands
-under names of its own (`steady_state`, `client`, `cancelled`).
+Names and layout follow `vllm bench serve`, so that tools for its files read these too. Figures that
+it does not have are under names of their own (`steady_state`, `client`, `cancelled`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run_fields(
     client: ClientOverhead,
     observation: Observation,
 ) -> dict[str, Any]:
-    """Everything that a result file says of a run, but for its provenance and accuracy."""
+    """All fields of a result file except provenance and accuracy."""
     done = successes(outcome.records)
     planned = options.workload.count
     if planned is None or options.duration is not None:
@@ -109,7 +109,7 @@ def _load_fields(options: BenchOptions) -> dict[str, Any]:
 
 
 def _omission(options: BenchOptions) -> str:
-    """What the figures say of time that requests spent before they were sent."""
+    """How the figures treat the time that requests spent before they were sent."""
     if not options.schedule.open_loop:
         return (
             "closed loop: a slow answer holds back the next request, so latencies are those of "
@@ -117,7 +117,7 @@ def _omission(options: BenchOptions) -> str:
         )
     if options.max_concurrency is not None:
         return (
-            "open loop with a limit: waiting for a place is no part of the latencies; "
+            "open loop with a limit: waiting for a free slot is not part of the latencies; "
             "`from_due` includes it"
         )
     return "open loop: requests leave when they are due; `from_due` counts from that moment"
@@ -138,7 +138,7 @@ def _from_due(options: BenchOptions, done: Sequence[RequestTiming]) -> dict[str,
 
 
 def _per_gpu(options: BenchOptions, summary: Summary) -> dict[str, float]:
-    """The axes of InferenceX: tokens a second a GPU against tokens a second a user."""
+    """The axes of InferenceX: tokens/s per GPU and tokens/s per user."""
     tpot = summary.overall.latencies["tpot"].median
     fields = {"interactivity": 1e3 / tpot if tpot else 0.0}
     if options.gpus:
@@ -249,7 +249,7 @@ def table(result: Mapping[str, Any], shown: Iterable[str], percentiles: Sequence
 
 
 def _server_rows(result: Mapping[str, Any]) -> list[str]:
-    """Acceptance, prefix hits, energy, accuracy: each where it is known."""
+    """Acceptance, prefix hits, energy and accuracy, each where it is known."""
     server = result.get("server") or {}
     rows: dict[str, float | str | None] = {}
     if (spec := server.get("speculation")) is not None:
@@ -267,7 +267,7 @@ def _server_rows(result: Mapping[str, Any]) -> list[str]:
 
 
 def _client_rows(client: Mapping[str, Any] | None) -> list[str]:
-    """What the generator itself cost, and the error that follows."""
+    """What the load generator cost, and the error from that."""
     if client is None:
         return []
     ttft, itl = client["error_ms"]["ttft"], client["error_ms"]["itl"]
@@ -333,9 +333,9 @@ _BENCHY = ("model", "test", "t/s", "peak t/s", "ttfr (ms)", "est_ppt (ms)", "e2e
 def benchy_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Runs in llama-benchy's columns (Markdown): a row for the prompt, one for the answer.
 
-    pp is prompt tokens a second of one request (its prompt over its TTFT), tg the output tokens a
-    second of all of them; peak is tg where concurrency was full. ttfr and e2e_ttft are both the
-    mean TTFT: from here nothing but the first token can be seen.
+    pp is prompt tokens a second of one request (its prompt divided by its TTFT), tg the output
+    tokens a second of all requests; peak is tg while concurrency was full. ttfr and e2e_ttft are
+    both the mean TTFT: a client sees nothing before the first token.
     """
     rows = [_BENCHY, *(row for result in results for row in _benchy_rows(result))]
     return "\n".join(aligned(rows))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its JSON file, the raw data beside it, and where it came from.
+"""The files of a run: its JSON file, the raw data beside it, and the provenance in it.
 
 Raw data are Parquet where pyarrow is installed (`pip install millrace[bench]`), else JSON Lines of
 the same columns.
@@ -53,9 +53,9 @@ def save_run(
     detailed: bool,
     raw: RawFormat,
 ) -> list[Path]:
-    """The JSON file of a run and its raw data; the paths that were written.
+    """Write the JSON file of a run and its raw data; returns the paths.
 
-    Raises UserError when raw data are to be Parquet and pyarrow is not there.
+    Raises UserError when raw data are to be Parquet and pyarrow is not installed.
     """
     kept = {name: v for name, v in fields.items() if detailed or name not in DETAIL}
     columns = {"requests": request_columns(records), "samples": sample_columns(samples)}
@@ -68,9 +68,9 @@ def save_run(
 
 
 def check_raw(raw: RawFormat) -> str:
-    """What "auto" comes to where that is less than it might be; empty where it is not.
+    """A remark when raw data will be JSON Lines for want of pyarrow; else empty.
 
-    Raises UserError when that format cannot be written here.
+    Raises UserError when the format cannot be written here.
     """
     if raw not in ("auto", "parquet"):
         return ""
@@ -81,7 +81,7 @@ def check_raw(raw: RawFormat) -> str:
 
 
 def request_columns(records: Sequence[RequestTiming]) -> dict[str, list[Any]]:
-    """Every request: times in ns of the monotonic clock, as they were taken."""
+    """The columns of all requests; times in ns of the monotonic clock, as taken."""
     columns: dict[str, list[Any]] = {
         name: [int(getattr(r, name)) for r in records] for name in INT_FIELDS
     }
@@ -93,7 +93,7 @@ def request_columns(records: Sequence[RequestTiming]) -> dict[str, list[Any]]:
 
 
 def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Every look at servers and GPUs; a figure that was not told is null."""
+    """The columns of all samples of servers and GPUs; an unknown figure is null."""
     names = sorted({f"server_{n}" for s in samples for n in s.server})
     names += sorted({f"gpu_{n}" for s in samples for n in s.gpu})
     columns: dict[str, list[Any]] = {"at_ns": [s.at_ns for s in samples]}
@@ -131,7 +131,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
-# --- where it came from ------------------------------------------------------------------------
+# --- provenance --------------------------------------------------------------------------------
 
 
 def provenance(server_version: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Accuracy beside speed: the evaluation command, run against the server that is measured.
+"""Accuracy: `millrace eval`, run against the server that is measured.
 
-It knows the evaluation by its command line and the JSON file it writes, nothing more.
+The evaluation is known by its command line and its JSON file alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from millrace.bench.runs.serve import background_load
 from millrace.common.child_process import kill_process, python_module
 
 EVALUATION = tuple(python_module("millrace.cli", "eval"))
-_MOST_ASKED = 8  # evaluation requests in flight at once
+_MAX_REQUESTS = 8  # evaluation requests in flight at once
 
 
 class Accuracy(msgspec.Struct, frozen=True):
-    """value: share of items answered correctly, None where there is none, with the reason."""
+    """value: share of items with a correct answer; None where there is none, with the reason."""
 
     value: float | None
     items: int = 0
@@ -41,17 +41,17 @@ async def accuracy_under_load(
     command: Sequence[str] = EVALUATION,
     limit: float = 1800.0,
 ) -> dict[str, Accuracy]:
-    """Accuracy by task, while the same kind of load goes on: the evaluation takes some of the
-    concurrency and the load keeps the rest. `stop` ends it early."""
-    places = options.max_concurrency
-    asking = max(1, min(_MOST_ASKED, places // 4)) if places else _MOST_ASKED
-    rest = None if places is None else places - asking
+    """Accuracy by task, measured under the same kind of load: the evaluation takes a part of the
+    concurrency, and the load keeps the rest. `stop` ends it early."""
+    concurrency = options.max_concurrency
+    own = max(1, min(_MAX_REQUESTS, concurrency // 4)) if concurrency else _MAX_REQUESTS
+    rest = None if concurrency is None else concurrency - own
     found: dict[str, Accuracy] = {}
     over = asyncio.Event()
     load = None
     if rest is None or rest > 0:
-        behind = msgspec.structs.replace(options, max_concurrency=rest)
-        load = asyncio.create_task(background_load(behind, over))
+        remaining = msgspec.structs.replace(options, max_concurrency=rest)
+        load = asyncio.create_task(background_load(remaining, over))
     try:
         for task in tasks:
             if stop is not None and stop.is_set():
@@ -62,7 +62,7 @@ async def accuracy_under_load(
                 task=task,
                 items=items,
                 limit=limit,
-                options=_eval_options(options, asking),
+                options=_eval_options(options, own),
             )
     finally:
         over.set()
@@ -71,8 +71,8 @@ async def accuracy_under_load(
     return found
 
 
-def _eval_options(options: BenchOptions, asking: int) -> list[str]:
-    chosen = ["--concurrency", str(asking)]
+def _eval_options(options: BenchOptions, concurrency: int) -> list[str]:
+    chosen = ["--concurrency", str(concurrency)]
     return [*chosen, "--served-model-name", options.model] if options.model else chosen
 
 
@@ -98,8 +98,8 @@ async def measure_accuracy(
     limit: float,
     options: Sequence[str] = (),
 ) -> Accuracy:
-    """Run the evaluation on the server at `url`; limit: seconds it may take; options: more of its
-    flags. What fails becomes an Accuracy without a value."""
+    """Run the evaluation on the server at `url`; limit: seconds it may take; options: further flags
+    of it. A failure becomes an Accuracy without a value."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "accuracy.json"
         process = await asyncio.create_subprocess_exec(
@@ -137,8 +137,8 @@ class _Report(msgspec.Struct):
 
 
 def read_accuracy(report: bytes, task: str) -> Accuracy:
-    """The accuracy of one task out of the evaluation's JSON file. Items that got no answer count
-    as wrong, as they do there; when none got one, there is no accuracy."""
+    """The accuracy of one task in the evaluation's JSON file. Items without an answer count as
+    wrong; when no item got an answer, there is no accuracy."""
     try:
         found = msgspec.json.decode(report, type=_Report).summary.get(task)
     except msgspec.DecodeError as error:

@@ -1,8 +1,8 @@
-"""A server without a model, on a fixed beat, that stamps its send times into what it sends.
+"""A mock server that streams at a fixed pace and stamps its send times into the chunks.
 
-For `millrace bench selftest`: a process of its own, so that it does not take the client's time.
-Chunks are like a real server's; each carries `sent_ns`, when it was handed to the kernel, and
-`received_ns`, when the request had been read (both of the host's monotonic clock).
+For `millrace bench selftest`; it is a process of its own, so that it takes no time of the client.
+Chunks look like a real server's. Each has `sent_ns`, when it was passed to the kernel, and
+`received_ns`, when the request had been read (both on the host's monotonic clock).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class _Body(msgspec.Struct):
     def prompt_tokens(self) -> int:
         if isinstance(self.prompt, list):
             return len(self.prompt)
-        said = [str(m.get("content", "")) for m in self.messages] or [self.prompt]
-        return sum(len(text.split()) for text in said)
+        texts = [str(m.get("content", "")) for m in self.messages] or [self.prompt]
+        return sum(len(text.split()) for text in texts)
 
 
 class _Stream(asyncio.Protocol):
@@ -78,11 +78,11 @@ class _Stream(asyncio.Protocol):
         if self._parser.get_method() == b"GET":
             self._plain()
             return
-        self._asked = msgspec.json.decode(self._body, type=_Body)
+        self._request = msgspec.json.decode(self._body, type=_Body)
         self._chat = b"/chat/" in self._path
         self._sent = 0
         self._due = self._loop.time() + self._first_s
-        self._loop.call_at(self._due, self._beat)
+        self._loop.call_at(self._due, self._send_chunk)
 
     # --- answers -------------------------------------------------------------------------------
 
@@ -93,9 +93,9 @@ class _Stream(asyncio.Protocol):
         status = b"200 OK" if known else b"404 Not Found"
         self._write(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
 
-    def _beat(self) -> None:
+    def _send_chunk(self) -> None:
         self._sent += 1
-        last = self._sent == self._asked.max_tokens
+        last = self._sent == self._request.max_tokens
         finish = b'"length"' if last else b"null"
         text = b'"delta":{"content":" word"}' if self._chat else b'"text":" word"'
         data = (
@@ -107,15 +107,15 @@ class _Stream(asyncio.Protocol):
         self._write(begin + _event(data) + (self._end() if last else b""))
         if not last:
             self._due += self._gap_s
-            self._loop.call_at(self._due, self._beat)
+            self._loop.call_at(self._due, self._send_chunk)
 
     def _end(self) -> bytes:
-        told = b""
-        if self._asked.stream_options.include_usage:
-            prompt, output = self._asked.prompt_tokens, self._asked.max_tokens
+        usage_event = b""
+        if self._request.stream_options.include_usage:
+            prompt, output = self._request.prompt_tokens, self._request.max_tokens
             usage = {"prompt_tokens": prompt, "completion_tokens": output}
-            told = _event(msgspec.json.encode({"choices": [], "usage": usage}))
-        return told + _event(b"[DONE]") + b"0\r\n\r\n"
+            usage_event = _event(msgspec.json.encode({"choices": [], "usage": usage}))
+        return usage_event + _event(b"[DONE]") + b"0\r\n\r\n"
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -133,7 +133,7 @@ async def _serve(first_s: float, gap_s: float) -> None:
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     parent = os.getppid()
-    while not stop.is_set() and os.getppid() == parent:  # nobody's mock ends by itself
+    while not stop.is_set() and os.getppid() == parent:  # a mock whose parent has ended ends too
         try:
             await asyncio.wait_for(stop.wait(), 1.0)
         except TimeoutError:

@@ -25,7 +25,7 @@ from millrace.bench.runs.serve import run
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import visible_gpus
 
-MOST_CORES = 4  # of a host without GPUs that are tried as devices unless more are asked for
+MOST_CORES = 4  # cores of a host without GPUs that are tried as devices by default
 
 
 class ParallelRow(ScalingRow, kw_only=True):
@@ -48,9 +48,9 @@ async def measure_parallelism(
     arrangements: Sequence[tuple[int, int]],
     on_step: Callable[[str], None],
 ) -> list[ParallelRow]:
-    """Measure every (TP, DP); on_step is told what is about to happen.
+    """Measure every (TP, DP); on_step is called with a description of each step before it begins.
 
-    Raises UserError when none of them could be measured.
+    Raises UserError when no arrangement could be measured.
     """
     rows = [ParallelRow(ranks=tp, replicas=dp) for tp, dp in arrangements]
     options = msgspec.structs.replace(options, counts=[row.devices for row in rows])
@@ -81,10 +81,10 @@ async def _measure(options: ScalingOptions, row: ParallelRow) -> None:
 
 
 def parallelism_fields(rows: Sequence[ParallelRow]) -> list[dict[str, Any]]:
-    """The table as data, as of `bench scaling` and more; arrangements without figures left out.
+    """The table as data: that of `bench scaling` and more, without arrangements that failed.
 
     tokens_per_user: output tokens a second of one request, 1000 / median TPOT. efficiency:
-    throughput a device, relative to that of the first row.
+    throughput per device, relative to that of the first row.
     """
     measured = [row for row in rows if row.runs]
     table = scaling_fields(measured) if measured else []
@@ -129,15 +129,15 @@ def parallelism_table(rows: Sequence[ParallelRow]) -> str:
 
 
 def _answers(rows: Sequence[ParallelRow], table: Sequence[dict[str, Any]]) -> list[str]:
-    """Which arrangement is best at what, among those with all devices in use."""
+    """The best arrangements for total throughput and for one user, of those with all devices."""
     most = max(fields["devices"] for fields in table)
     full = [fields for fields in table if fields["devices"] == most]
     name = "{tensor_parallel_size}x{replicas}"
     total = max(full, key=lambda fields: float(fields["total_token_throughput"]))
     user = max(full, key=lambda fields: float(fields["tokens_per_user"]))
     return [
-        f"with {most} devices: most tokens in all by {name.format(**total)}, "
-        f"fastest for one user by {name.format(**user)}"
+        f"with {most} devices: highest total throughput with {name.format(**total)}, "
+        f"fastest for one user with {name.format(**user)}"
     ]
 
 
@@ -150,14 +150,14 @@ def _latency(fields: dict[str, Any], name: str) -> str:
 
 
 def all_arrangements(devices: int) -> list[tuple[int, int]]:
-    """(TP, DP) in powers of two that need no more than so many devices, small ones first."""
+    """(TP, DP) in powers of two that need at most this many devices, small ones first."""
     powers = [2**n for n in range(devices.bit_length())]
     found = [(tp, dp) for tp in powers for dp in powers if tp * dp <= devices]
     return sorted(found, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
 
 def read_arrangements(text: str | None, devices: int) -> list[tuple[int, int]]:
-    """ "1x1,2x1" as pairs; None for all. Raises UserError for what is none, or does not fit."""
+    """Pairs from a text such as 1x1,2x1; all pairs for None. Raises UserError."""
     if text is None:
         return all_arrangements(devices)
     try:

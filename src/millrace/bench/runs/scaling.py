@@ -1,7 +1,7 @@
-"""How throughput grows with replicas: serve 1, 2, 3, run one workload on each, check accuracy.
+"""How throughput grows with replicas: serve on 1, 2, 3, run one workload, check accuracy.
 
-Each count is a server of its own, started and reaped here. Repeats are interleaved (all counts,
-then all again), so that a machine whose speed drifts does not favour one; figures are medians
+Each count has a server of its own, started and reaped here. Repeats are interleaved (all counts,
+then all again), so that a machine whose speed drifts does not favour one count. Figures are medians
 over repeats.
 """
 
@@ -33,8 +33,8 @@ _FIGURES = ("mean", "median", "p99")
 
 
 class ScalingOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """model and serve_arguments go to the serve command; load is the workload, its target not yet
-    known. accuracy_items: 0 for no check. start_timeout and accuracy_timeout are seconds."""
+    """model and serve_arguments are passed to the serve command; load is the workload, with a
+    target that is not set yet. accuracy_items: 0 for no check. Timeouts are in seconds."""
 
     serve_command: Sequence[str] = (*MILLRACE, "serve")
     eval_command: Sequence[str] = (*MILLRACE, "eval")
@@ -64,7 +64,7 @@ class ScalingRow(msgspec.Struct, kw_only=True):
 async def measure_scaling(
     options: ScalingOptions, on_step: Callable[[str], None]
 ) -> list[ScalingRow]:
-    """Measure every count; on_step is told what is about to happen.
+    """Measure every count; on_step is called with a description of each step before it begins.
 
     Raises UserError when a server does not come up or fails its first request.
     """
@@ -85,7 +85,7 @@ async def measure_scaling(
 
 
 async def check_accuracy(options: ScalingOptions, target: Target) -> Accuracy:
-    """The accuracy of the server at `target`, or why there is none."""
+    """The accuracy of the server at `target`, or the reason why there is none."""
     if not options.accuracy_items:
         return Accuracy(None, reason="not asked for")
     if "dummy" in " ".join(options.serve_arguments).replace("=", " ").split():
@@ -105,7 +105,7 @@ async def served(
 ) -> AsyncIterator[Target]:
     """`millrace serve` with that many replicas, healthy, on a free port; reaped at the end.
 
-    options.counts are the devices of each row. arguments: of this server alone.
+    options.counts: the devices of each row. arguments: further ones, for this server alone.
     """
     target = Target(_LOOPBACK, free_port(_LOOPBACK))
     command = [
@@ -124,8 +124,8 @@ async def served(
 
 
 def replica_threads(counts: Sequence[int]) -> dict[str, str]:
-    """Without GPUs, the cores are the device: a replica gets in every row the share that it has in
-    the largest, so that the rows compare like with like."""
+    """Threads of a replica. Without GPUs the cores are the devices: in every row a replica gets the
+    share that it has in the largest row, so that the rows can be compared."""
     if visible_gpus() or thread_limit():
         return {}
     return {"OMP_NUM_THREADS": str(max(1, usable_cores() // max(counts)))}
@@ -134,7 +134,7 @@ def replica_threads(counts: Sequence[int]) -> dict[str, str]:
 def scaling_fields(rows: Sequence[ScalingRow]) -> list[dict[str, Any]]:
     """The table as data: medians over repeats, throughput in tok/s, latencies in ms.
 
-    efficiency: throughput a replica, relative to that of the first row.
+    efficiency: throughput per replica, relative to that of the first row.
     """
     base = rows[0].figure("total_token_throughput") / rows[0].replicas
     table = []

@@ -42,8 +42,8 @@ _LIMIT_S = 30.0
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
-    """One level: the errors are relative, by figure and percentile; throughput's by itself. Shares
-    are of a core. read_ms: from a request's start until the mock had read it."""
+    """One level. Errors are relative, by figure and percentile; that of throughput is separate.
+    Shares are of a core. read_ms: from a request's start until the mock had read it."""
 
     streams: int
     chunks_per_s: float
@@ -58,7 +58,7 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def within(self) -> bool:
-        """Whether every error is one that a report can bear."""
+        """Whether every error is within the limits."""
         worst = [
             (abs(error), MOST_ERROR[figure])
             for by_figure in self.errors.values()
@@ -101,7 +101,7 @@ async def selftest(
     chat: bool = False,
     on_level: Callable[[Level], None] | None = None,
 ) -> list[Level]:
-    """Measure every level for about so many seconds. on_level is called with each."""
+    """Measure every level for about this many seconds. on_level is called with each."""
     levels = []
     for count in streams:
         level = await _level(count, processes, seconds, chat)
@@ -153,7 +153,7 @@ def level_of(streams: int, measured: Run, mock_share: float) -> Level:
 
 
 def truths(records: Sequence[RequestTiming]) -> list[RequestTiming]:
-    """The records with each chunk at the moment at which it was sent."""
+    """The records, with the send time of each chunk in place of its arrival."""
     return [
         msgspec.structs.replace(
             record,
@@ -195,8 +195,8 @@ def _output_rate(summary: Summary) -> float:
 
 @asynccontextmanager
 async def _mock() -> AsyncIterator[tuple[Target, Callable[[], Any]]]:
-    """A mock in a process of its own: its address, and a function that ends it and gives the CPU
-    seconds it took. Reaped at the end."""
+    """A mock server in a process of its own: its address, and a function that ends it and returns
+    its CPU seconds. Reaped at the end."""
     process = await asyncio.create_subprocess_exec(
         *(*_COMMAND, str(FIRST_S), str(GAP_S)), stdout=asyncio.subprocess.PIPE
     )

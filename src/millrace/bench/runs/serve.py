@@ -1,7 +1,7 @@
-"""One benchmark run against one server: inspect_server at it, warm it up, load it, sum up.
+"""One benchmark run against one server: inspect it, warm it up, load it, summarise.
 
-`run` ties the parts together and returns the fields of the result file; it prints nothing. What
-goes wrong before the run is a UserError; what goes wrong in it is counted.
+`run` returns the fields of the result file and prints nothing. A failure before the run raises
+UserError; failures during the run are counted.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ from millrace.errors import UserError
 from millrace.fleet.device_assignment import usable_cores
 
 _DEFAULT_VOCAB = 1000
-_WARMUP_SEED = 1_000_003  # added for prompts that are not the run's own
+_WARMUP_SEED = 1_000_003  # added to the seed for prompts that must differ from the run's
 
 
 class Run(msgspec.Struct, frozen=True):
-    """The outcome: the fields of the result file, what they were made of, and whether it was ended
-    early."""
+    """The outcome of a run: the fields of the result file and what they were made from."""
 
     fields: dict[str, Any]
     records: list[RequestTiming]
@@ -69,7 +68,7 @@ async def run(
     on_start: Callable[[Workload, Lengths], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """One run. `stop` ends it early with what was measured so far; on_start is called with the
+    """One run. `stop` ends it early and keeps what was measured; on_start is called with the
     workload before anything is sent, on_progress twice a second.
 
     Raises UserError when the server cannot be reached, does not know the model, or fails the
@@ -83,13 +82,13 @@ async def run(
         if on_start is not None:
             on_start(options.workload, pool.lengths)
         await warm_up(options, served.model)
-        async with Telemetry(options) as watch:
+        async with Telemetry(options) as telemetry:
             outcome = await pool.run(stop, on_progress)
-        return _run(options, served, pool.lengths, outcome, watch.observation)
+        return _run(options, served, pool.lengths, outcome, telemetry.observation)
 
 
 async def background_load(options: BenchOptions, stop: asyncio.Event) -> None:
-    """The same load once more, unmeasured, until `stop`."""
+    """The same kind of load, not measured, until `stop`."""
     served = await inspect_server(options)
     other = msgspec.structs.replace(
         with_server_facts(options, served).workload,
@@ -145,7 +144,7 @@ def _steady_level(options: BenchOptions, outcome: Outcome) -> int | None:
 
 
 async def inspect_server(options: BenchOptions) -> ServerFacts:
-    """Which model to ask for, and how many token ids to draw from."""
+    """The model to name in requests, its vocabulary size, and the server's version."""
     await _wait_ready(options)
     cards = await _listed_models(options)
     names = [str(card["id"]) for card in cards if "id" in card]
@@ -156,14 +155,14 @@ async def inspect_server(options: BenchOptions) -> ServerFacts:
         )
     model = options.model or (names[0] if names else None)
     if model is None:
-        raise UserError(f"{options.target} names no model at /v1/models; give one with --model")
+        raise UserError(f"{options.target} lists no model at /v1/models; name one with --model")
     listed_size = next((card.get("vocab_size") for card in cards if card.get("id") == model), None)
     vocab = options.vocab_size or (listed_size if isinstance(listed_size, int) else _DEFAULT_VOCAB)
     return ServerFacts(model, vocab, await _version(options))
 
 
 async def _version(options: BenchOptions) -> str | None:
-    """What the server says at /version, as vLLM and Millrace do."""
+    """The version at /version, which vLLM and Millrace have; None elsewhere."""
     try:
         response = await fetch(options.target, "/version", headers=options.headers)
         return str(msgspec.json.decode(response.body, type=dict[str, Any])["version"])
@@ -172,7 +171,7 @@ async def _version(options: BenchOptions) -> str | None:
 
 
 async def _wait_ready(options: BenchOptions) -> None:
-    """Return once the server answers and its /health, if it has one, does not refuse."""
+    """Return when the server answers and its /health, if it has one, is not 503."""
     deadline = time.monotonic() + options.ready_timeout
     while True:
         try:
@@ -186,7 +185,7 @@ async def _wait_ready(options: BenchOptions) -> None:
                 "start the server first, or give its address with --base-url"
             )
         if time.monotonic() >= deadline:
-            raise UserError(f"{problem}, or have us wait with --ready-check-timeout-sec")
+            raise UserError(f"{problem}, or let the benchmark wait with --ready-check-timeout-sec")
         await asyncio.sleep(0.2)
 
 
@@ -195,7 +194,7 @@ async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
     response = await fetch(options.target, "/v1/models", headers=options.headers)
     if response.status in (401, 403):
         raise UserError(
-            f"{options.target} refuses us with status {response.status} "
+            f"{options.target} refuses access with status {response.status} "
             f"({error_text(response.body)}); give its key in OPENAI_API_KEY"
         )
     try:
@@ -206,7 +205,7 @@ async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
 
 
 def _warmup_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
-    """Prompts like the run's own that no prefix cache knows yet."""
+    """Prompts like those of the run which no prefix cache can hold yet."""
     workload = options.workload
     if not isinstance(workload, FileSpec):
         other = msgspec.structs.replace(workload, count=None, seed=workload.seed + _WARMUP_SEED)
@@ -224,7 +223,7 @@ def _warmup_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
 
 
 async def warm_up(options: BenchOptions, model: str) -> None:
-    """Requests that are not counted: one by itself to see that the server answers at all, then
+    """Send requests that are not counted: one alone, to check that the server answers, then
     `num_warmups` at the run's concurrency. Raises UserError when one fails."""
     make = _warmup_prompts(options)
     jobs = [make_job(options, model, make(index)) for index in range(1 + options.num_warmups)]

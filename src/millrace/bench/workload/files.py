@@ -1,6 +1,6 @@
-"""Workloads that stand in files: JSON Lines, ShareGPT, and traces with arrival times.
+"""Workloads from files: JSON Lines, ShareGPT, and traces with arrival times.
 
-Every bad line is named by its file and number.
+Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 from millrace.bench.workload.prompts import FileSpec, Prompt, Turn
 from millrace.errors import UserError
 
-_CHARACTERS = 4  # of English text for one token, where no tokenizer is at hand
+_CHARACTERS = 4  # of English text per token, where there is no tokenizer
 _BLOCK_TOKENS = 512  # of a trace's hash_ids: ids that two requests share are a shared prefix
 
 CountTokens = Callable[[str], int]
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens a text has; at least 1."""
+    """An estimate of the tokens of a text; at least 1."""
     return max(1, len(text) // _CHARACTERS)
 
 
 def tokenizer_counts(path: str) -> CountTokens:
-    """Counts with a `tokenizer.json`, or with that of a model directory.
+    """A function that counts tokens with a `tokenizer.json`, or with that of a model directory.
 
     Raises UserError when there is none.
     """
@@ -54,7 +54,7 @@ def read_custom(path: str, *, count: int | None, output_len: int, tokens: CountT
 def _custom(row: dict[str, Any], where: str, output_len: int, tokens: CountTokens) -> Prompt:
     wanted = row.get("output_tokens", row.get("output_length", output_len))
     if not isinstance(wanted, int) or wanted < 1:
-        raise UserError(f"{where}: output_tokens {wanted!r} is no count; use 1 or more")
+        raise UserError(f"{where}: output_tokens {wanted!r} is not a count; use 1 or more")
     if isinstance(messages := row.get("messages"), list) and messages:
         said = " ".join(str(m.get("content", "")) for m in messages if isinstance(m, dict))
         return Prompt(messages, tokens(said), wanted)
@@ -69,9 +69,9 @@ def _custom(row: dict[str, Any], where: str, output_len: int, tokens: CountToken
 def read_sharegpt(
     path: str, *, count: int | None, output_len: int | None, turns: int, tokens: CountTokens
 ) -> FileSpec:
-    """A ShareGPT file: what people said, and as many tokens of answer as were given then.
+    """A ShareGPT file: its user turns, with as many output tokens as its answers have.
 
-    output_len: that many instead. turns: how many of a conversation's user turns are sent.
+    output_len: that many output tokens instead. turns: user turns of a conversation that are sent.
     """
     try:
         listed = msgspec.json.decode(_bytes(path), type=list[dict[str, Any]])
@@ -83,14 +83,16 @@ def read_sharegpt(
     for entry in listed:
         pairs = list(_exchanges(entry.get("conversations")))[:turns]
         if pairs:
-            later = tuple(Turn(said, output_len or tokens(answer)) for said, answer in pairs[1:])
+            later_turns = tuple(
+                Turn(said, output_len or tokens(answer)) for said, answer in pairs[1:]
+            )
             said, answer = pairs[0]
-            prompts.append(Prompt(said, tokens(said), output_len or tokens(answer), later))
+            prompts.append(Prompt(said, tokens(said), output_len or tokens(answer), later_turns))
     return _given(path, prompts, count)
 
 
 def _exchanges(conversation: Any) -> Iterator[tuple[str, str]]:
-    """(what the user said, what was answered), until the order of speakers breaks."""
+    """(user turn, answer) pairs, until the speakers do not alternate any more."""
     said = [m for m in conversation or [] if isinstance(m, dict) and m.get("value")]
     if said and said[0].get("from") == "system":
         said = said[1:]
@@ -103,7 +105,7 @@ def _exchanges(conversation: Any) -> Iterator[tuple[str, str]]:
 def read_trace(
     path: str, *, count: int | None, vocab_size: int, seed: int
 ) -> tuple[FileSpec, tuple[float, ...]]:
-    """A trace in the Mooncake format, and when each of its requests came, in seconds.
+    """A trace in the Mooncake format, and the arrival times of its requests, in seconds.
 
     JSON Lines with `timestamp` (ms), `input_length`, `output_length` and optionally `hash_ids`:
     blocks of 512 tokens, of which equal ids stand for equal tokens. Prompts are token ids.

@@ -1,9 +1,9 @@
-"""What is asked: prompts and output lengths, drawn from a seed or read from a file.
+"""Workloads: prompts and output lengths, drawn from a seed or read from a file.
 
-Item number i of a workload depends on its seed and on i alone. So several processes share a
-workload by taking every nth item: no two send the same one, and the whole is the same however many
-they are. Token ids are used where the endpoint takes them, so that no tokenizer is needed; a chat
-gets words. This module knows no server and no clock.
+Item i of a workload depends on the seed and on i alone. So each of n processes takes every nth
+item: no two send the same one, and the workload is the same for every n. Prompts are token ids
+where the endpoint takes them, so that no tokenizer is needed; a chat gets words. This module knows
+no server and no clock.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ Content = str | list[Any]  # text, or token ids, or chat messages
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What a user says next in a conversation, and how many tokens of answer are asked for."""
+    """A later user turn of a conversation, and the output tokens of its answer."""
 
     text: str
     output_tokens: int
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One request's content: token ids, text or chat messages; how many tokens (words) that is; how
-    many to ask for; and the turns that follow once it was answered."""
+    """One request: its content (token ids, text or chat messages), the tokens (words) of that, the
+    output tokens to generate, and the turns that follow after the answer."""
 
     content: Content
     input_tokens: int
     output_tokens: int
-    later: tuple[Turn, ...] = ()
+    later_turns: tuple[Turn, ...] = ()
 
 
 class RandomSpec(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
     """Random prompts of random lengths.
 
-    count: None for as many as are wanted. range_ratio r has two meanings: "vllm" draws lengths
-    from [L(1 - r), L(1 + r)], "inferencex" (and SGLang) from [L r, L]. prefix_len: tokens that all
-    prompts begin with, besides their own. context_len: tokens that each begins with by itself.
-    turns: user messages of a conversation, each of such a length; more than 1 makes text.
+    count: None for a workload without end. range_ratio r has two meanings: "vllm" draws lengths
+    from [L(1 - r), L(1 + r)], "inferencex" (and SGLang) from [L r, L]. prefix_len: tokens at the
+    beginning that all prompts share, added to the length. context_len: tokens before each prompt,
+    different for each, also added. turns: user turns of a conversation, each of such a length; more
+    than 1 makes text instead of token ids.
     """
 
     count: int | None
@@ -75,8 +76,8 @@ class RandomSpec(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
 
 
 class PrefixSpec(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_repetition"):
-    """num_prefixes shared prefixes, each followed by suffixes that occur once; item i has prefix
-    i modulo num_prefixes. Lengths in tokens (words)."""
+    """num_prefixes shared prefixes, each followed by a unique suffix; item i has prefix i modulo
+    num_prefixes. Lengths in tokens (words)."""
 
     count: int | None
     prefix_len: int = 256
@@ -88,7 +89,7 @@ class PrefixSpec(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_repetiti
 
 
 class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, tag="policy"):
-    """Insurance policies and questions about them, as `millrace eval` asks them; text."""
+    """Insurance policies and questions about them, those of `millrace eval`; text."""
 
     count: int | None
     output_len: int = 160
@@ -97,7 +98,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, tag="policy"):
 
 
 class FileSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
-    """Prompts that stand in a file, in its order, from the start again when it ends."""
+    """The prompts of a file, in its order; after the last one they begin again."""
 
     prompts: tuple[Prompt, ...]
     count: int | None
@@ -112,7 +113,7 @@ Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec
 def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
     """The function that gives item i. as_text: words instead of token ids.
 
-    Raises UserError for sizes that cannot be drawn.
+    Raises UserError for sizes that cannot be used.
     """
     check_spec(spec)
     if isinstance(spec, FileSpec):
@@ -147,7 +148,7 @@ def _words(ids: Sequence[int]) -> str:
     return " ".join([_WORDS[i] for i in ids])
 
 
-_SHARED = 1 << 40  # the key of what several items share; no item has such a number
+_SHARED = 1 << 40  # key of what several items share; no item has this number
 
 
 def _random_maker(spec: RandomSpec, as_text: bool) -> Callable[[int], Prompt]:
@@ -172,12 +173,12 @@ def _conversation_maker(spec: RandomSpec) -> Callable[[int], Prompt]:
 
     def make(index: int) -> Prompt:
         first = single(index)
-        later = []
+        later_turns = []
         for turn in range(1, spec.turns):
-            seed = spec.seed + _SHARED + turn  # a stream of its own for each turn
+            seed = spec.seed + _SHARED + turn  # each turn has its own random stream
             drawn = _random_maker(msgspec.structs.replace(plain, seed=seed), as_text=True)(index)
-            later.append(Turn(str(drawn.content), drawn.output_tokens))
-        return msgspec.structs.replace(first, later=tuple(later))
+            later_turns.append(Turn(str(drawn.content), drawn.output_tokens))
+        return msgspec.structs.replace(first, later_turns=tuple(later_turns))
 
     return make
 
@@ -210,13 +211,13 @@ def _policy_maker(spec: PolicySpec, as_text: bool) -> Callable[[int], Prompt]:
     return make
 
 
-# --- checks and words --------------------------------------------------------------------------
+# --- checks and descriptions -------------------------------------------------------------------
 
 
 def length_range(length: int, ratio: float, convention: RangeConvention) -> tuple[int, int]:
     """The smallest and the largest length that is drawn, both at least 1.
 
-    Raises UserError when the ratio has no meaning under the convention.
+    Raises UserError for a ratio that the convention does not define.
     """
     if convention == "vllm":
         if not 0 <= ratio < 1:
@@ -232,7 +233,7 @@ def length_range(length: int, ratio: float, convention: RangeConvention) -> tupl
 
 
 def check_spec(spec: Workload) -> None:
-    """Raise UserError for sizes that cannot be drawn, by the name of their flag."""
+    """Raise UserError for sizes that cannot be used; the message names the flag."""
     positive: dict[str, int | None] = {"--num-prompts": spec.count}
     positive["--random-vocab-size"] = spec.vocab_size
     if isinstance(spec, RandomSpec):
@@ -258,14 +259,14 @@ def check_spec(spec: Workload) -> None:
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """Realised lengths of some prompts: how many, then least, most and sum of each kind."""
+    """Realised lengths of prompts: their number; minimum, maximum and sum of each length."""
 
     count: int = 0
-    least_input: int = 0
-    most_input: int = 0
+    min_input: int = 0
+    max_input: int = 0
     inputs: int = 0
-    least_output: int = 0
-    most_output: int = 0
+    min_output: int = 0
+    max_output: int = 0
     outputs: int = 0
     words: bool = False
 
@@ -292,29 +293,29 @@ def lengths(prompts: Sequence[Prompt]) -> Lengths:
 
 
 def merge_lengths(parts: Sequence[Lengths]) -> Lengths:
-    """Of several parts of one workload, the whole."""
-    kept = [part for part in parts if part.count]
-    if not kept:
+    """The lengths of a workload from those of its parts."""
+    filled = [part for part in parts if part.count]
+    if not filled:
         return Lengths()
     return Lengths(
-        count=sum(p.count for p in kept),
-        least_input=min(p.least_input for p in kept),
-        most_input=max(p.most_input for p in kept),
-        inputs=sum(p.inputs for p in kept),
-        least_output=min(p.least_output for p in kept),
-        most_output=max(p.most_output for p in kept),
-        outputs=sum(p.outputs for p in kept),
-        words=kept[0].words,
+        count=sum(p.count for p in filled),
+        min_input=min(p.min_input for p in filled),
+        max_input=max(p.max_input for p in filled),
+        inputs=sum(p.inputs for p in filled),
+        min_output=min(p.min_output for p in filled),
+        max_output=max(p.max_output for p in filled),
+        outputs=sum(p.outputs for p in filled),
+        words=filled[0].words,
     )
 
 
 def workload_line(spec: Workload, seen: Lengths) -> str:
-    """What the workload really is: its kind, the meaning of the ratio, the realised means."""
+    """One line: the kind of workload, the meaning of its range ratio, the realised lengths."""
     unit = "words" if seen.words else "tokens"
     return (
         f"{seen.count} {_kind(spec)}: "
-        f"input {seen.least_input}..{seen.most_input}, mean {seen.mean_input:.1f} {unit}; "
-        f"output {seen.least_output}..{seen.most_output}, mean {seen.mean_output:.1f} tokens"
+        f"input {seen.min_input}..{seen.max_input}, mean {seen.mean_input:.1f} {unit}; "
+        f"output {seen.min_output}..{seen.max_output}, mean {seen.mean_output:.1f} tokens"
     )
 
 
