@@ -1,12 +1,12 @@
-"""`millrace bench serve` and `vllm bench serve` on one server, run by turns: do they agree?
+"""`millrace bench serve` and `vllm bench serve` on one server, in alternating runs: do they agree?
 
     millrace serve millrace-mini --port 8000
     python benchmarks/client_agreement.py --port 8000 --vllm /path/to/vllm --repeats 4
 
-With `--echo SECONDS` the server is started here instead, with the tests' echo engine, whose steps
-take that long whatever the machine does besides.
+With `--echo SECONDS` the script starts the server itself, with the echo engine of the tests. Its
+steps take that time, whatever else the machine does.
 
-Prints, for every figure both report, the ratio of vLLM's to Millrace's with its 95% interval.
+Prints, for every figure that both report, the ratio of vLLM's to Millrace's with its 95% interval.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Load generators against a server whose truth is known: what they report, and what was so.
+"""Load generators against a server with known times: what they report, compared with the truth.
 
-The server is `benchmarks/mock/mock.c`, compiled here: it streams chunks on a beat and writes down
-when the kernel took each request in and when each chunk left. From that the same formulas give the
-true TTFT, TPOT, ITL and throughput, and each client's report is held against them. CPU time is that
-of the client's whole process tree, less what the same command takes for a handful of requests.
+The server is `benchmarks/mock/mock.c`, compiled here. It streams chunks at a fixed pace and records
+when the kernel received each request and when each chunk was sent. The same formulas give the true
+TTFT, TPOT, ITL and throughput from that, and every client's report is compared with them. CPU time
+is that of the client's process tree, minus that of the same command with a handful of requests.
 
     python benchmarks/client_error.py --streams 256,1024 --repeats 3 \
         --vllm /path/to/vllm --guidellm /path/to/guidellm --aiperf /path/to/aiperf
 
-Peers are measured where their command is given. Repeats are interleaved; figures are medians.
+Other load generators are measured where their command is given. Repeats are interleaved; figures
+are medians.
 """
 
 from __future__ import annotations

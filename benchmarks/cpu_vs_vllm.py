@@ -1,11 +1,11 @@
-"""Millrace against vLLM's CPU build: one tiny model, one client, interleaved runs, medians, ratios.
+"""Millrace and vLLM's CPU build: one tiny model, one client, interleaved runs, medians and ratios.
 
-Both servers are started once and warmed up; while one is measured the others are stopped
-(SIGSTOP), so that they are warm, take no core, and take turns within seconds of each other.
+All servers are started once and warmed up. While one is measured, the others are stopped (SIGSTOP):
+they stay warm, use no core, and take turns within seconds of each other.
 
     python benchmarks/cpu_vs_vllm.py --vllm-env /tmp/vllm-env --setup
 
---setup makes vLLM's environment first (never the project's own): a few GB of downloads.
+--setup first makes vLLM's environment (never the project's own): a few GB of downloads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Drafts by an output head in FP8: how many stand, and what the product costs on a GPU.
+"""Drafts with an output head in FP8: how many are accepted, and what its GEMM costs on a GPU.
 
     OMP_NUM_THREADS=1 python benchmarks/draft_output.py --out benchmarks/results/draft_output.json
-    python benchmarks/draft_output.py --product  # needs a GPU, 5 GB of it and some seconds
+    python benchmarks/draft_output.py --product  # needs a GPU, 5 GB of its memory, some seconds
 
-Each model that ships answers with the exact head and with its FP8 copy: tasks that it was trained
-for, and a continuation of random tokens, where its distributions are flat and drafts often fall.
-What is said must be the same. The product is that of the 27B shapes, a token a row, in CUDA graphs;
-neither head fits into the L2 cache.
+Each shipped model answers with the exact head and with its FP8 copy: tasks that it was trained for,
+and a continuation of random tokens, where its distributions are flat and drafts are often rejected.
+Both must give the same text. The GEMM has the shapes of the 27B model, one row per token, in CUDA
+graphs; neither head fits into the L2 cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Runs of an engine in this process, and what they show: step by step, request by request.
+"""Runs of an engine in this process, recorded step by step and request by request.
 
-Shared by the benchmarks of whole engines. Knows no workload of its own; needs no GPU.
+Shared by the benchmarks of whole engines. It has no workload of its own and needs no GPU.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""FlashInfer's attention and GDN prefill beside ours, on one GPU, at the shapes of Qwen3.5-27B.
+"""FlashInfer's attention and GDN prefill compared with ours, on one GPU, at shapes of Qwen3.5-27B.
 
     python benchmarks/flashinfer_h200.py [--only attention,gdn] [--out FILE]
 
-Needs flashinfer-python and a compiler: it builds what it runs, which takes minutes. Both sides see
-the same inputs; `apart` is the relative difference of what they give. Times are medians of calls
-one behind the other, with what each side needs around its kernel (see the notes in the output).
+Needs flashinfer-python and a compiler: it builds what it runs, which takes minutes. Both get the
+same inputs; `apart` is the relative difference of their results. Times are medians of consecutive
+calls, with the work that each needs around its kernel (see the notes in the output).
 """
 
 from __future__ import annotations

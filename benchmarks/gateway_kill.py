@@ -1,10 +1,10 @@
-"""Replicas killed under load, again and again: no request may fail, no token may be wrong.
+"""Replicas are killed under load, again and again: no request may fail, no token may be wrong.
 
-Three real engines in fp32 behind `millrace serve --replicas 3`. Greedy answers are taken once in
-peace; then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a gateway process gets
-SIGKILL) every few seconds, and every answer is compared with the one from before. A gateway process
-takes its own connections along: it is stopped first, and they are noted, so that a failure on any
-other connection is told apart.
+Three real engines in fp32 run behind `millrace serve --replicas 3`. Greedy answers are recorded
+once without disturbance. Then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a
+gateway process gets SIGKILL) every few seconds, and every answer is compared with the recorded one.
+A gateway process that is killed loses its own connections: it is stopped first and its connections
+are listed, so that failures on other connections can be told from those.
 
     python benchmarks/gateway_kill.py --seconds 120 --every 6 --what replica
 """

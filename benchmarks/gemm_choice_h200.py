@@ -1,12 +1,13 @@
-"""Which way of multiplying FP8 is fastest on this GPU, for each weight shape and number of tokens.
+"""The fastest FP8 GEMM backend on this GPU, for each weight shape and number of tokens.
 
-    python benchmarks/gemm_choice_h200.py                # writes kernels/gpu/measured/DEVICE.json
+    python benchmarks/gemm_choice_h200.py      # writes kernels/gpu/gemm/measured/DEVICE.json
     python benchmarks/gemm_choice_h200.py --shapes 5120x6144 --tokens 512,1920 --print
 
-Measures cuBLAS and DeepGEMM with several numbers of multiprocessors, which is how it is led to
-other tiles, in CUDA graphs over copies of the weight that fall out of the L2 cache. What the ways
-give is compared with each other at every size. All ways of a size take turns, so that clocks that
-fall under the power limit hit them alike. The default way stands unless another is 2% faster.
+Measures cuBLAS, and DeepGEMM with several numbers of multiprocessors, which make it choose other
+tiles; in CUDA graphs over copies of the weight that exceed the L2 cache. The results of the
+backends are compared with each other at every size. All backends of a size take turns, so that
+clocks that fall at the power limit affect all of them. The default backend is kept unless another
+is 2% faster.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Qwen3.5-27B-FP8 shapes on one GPU: throughput, latency, and where a step's time goes.
 
-Seeded random weights (none of them zero by rounding), synthetic acceptance 0.9 with one draft,
+Seeded random weights (none is rounded to zero), synthetic acceptance 0.9 with one draft,
 temperature 1, token-id prompts with lengths uniform in [512, 1024], outputs uniform in [256, 512],
-end tokens ignored: the workload that the figures of other engines in LEDGER.md were taken on.
+end tokens ignored: the workload of the other engines' figures in LEDGER.md.
 
     python benchmarks/h200_throughput.py --phases default,throughput,bf16_state,warm --repeats 1
     python benchmarks/h200_throughput.py --phases wide,nomtp,long --repeats 1
     python benchmarks/h200_throughput.py --phases start
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
-Each phase is one arrangement (see ARRANGEMENTS); those named share a process and what it has
-compiled, and neighbours that differ in the scheduler alone share an engine. What is found is merged
-into --out phase by phase, so that several calls share the work and a call that is cut short keeps
-what it has. Minutes on an H200: default 2.5 + 1.2 a repeat, throughput 1.2 a repeat, bf16_state
-0.7 + 1.2 a repeat, wide 1 + 2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2, warm 0.5.
+Each phase is one arrangement (see ARRANGEMENTS). The phases of a call share a process and its
+compiled code, and neighbours that differ in the scheduler alone share an engine. Results are merged
+into --out after each phase: several calls can share the work, and an interrupted call loses little.
+Minutes on an H200: default 2.5 + 1.2 a repeat, throughput 1.2 a repeat, bf16_state 0.7 + 1.2 a
+repeat, wide 1 + 2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2, warm 0.5.
 """
 
 from __future__ import annotations

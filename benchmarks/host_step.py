@@ -1,8 +1,8 @@
-"""Host time of a step: plan, commit and their messages, with no model behind them.
+"""Host time of a step: plan, commit and their messages, without a model.
 
     python benchmarks/host_step.py [--sequences 256]
 
-Every row decodes and brings two tokens. Prints the median and the least of 300 steps, in ms.
+Every row decodes and yields two tokens. Prints the median and the minimum of 300 steps, in ms.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Check and time every GPU op at the shapes of the 27B model, floors beside figures.
+"""Check and time every GPU op at the shapes of the 27B model, with the lower bound of each time.
 
     python benchmarks/kernels_h200.py [--only gdn_decode,gemm] [--out results.json] [--warm 12]
     TRITON_INTERPRET=1 python benchmarks/kernels_h200.py --dry-run   # a machine without a GPU
 
-The cases stand in kernel_cases/, a module for each section. Every variant that is timed is first
-compared with a reference in float64 or float32 on fresh random inputs. The floor is the larger of
-bytes / copy bandwidth and FLOPs / matrix rate; both ceilings are measured by the same run, but
-FP8's, which is taken as 1,300 TFLOP/s. Times are medians over replays of a CUDA graph whose calls
-together touch more memory than the L2 cache holds, so they hold neither launch overhead nor cache
-hits.
---warm compiles in so many processes beforehand (Triton caches what it compiles). Sections run in
-the order given, and what is found is merged into --out, so that several calls share the work. With
---warm 14 all of them take some five minutes on an H200; --quick leaves out the variants that have
-lost before. --dry-run checks small float32 cases of the newer variants in Triton's interpreter.
+The cases are in kernel_cases/, a module for each section. Every variant that is timed is first
+compared with a reference in float64 or float32 on fresh random inputs. The lower bound is the
+larger of bytes / copy bandwidth and FLOPs / matrix rate; both rates are measured by the same run,
+except FP8's, which is taken as 1,300 TFLOP/s. Times are medians over replays of a CUDA graph whose
+calls together touch more memory than the L2 cache holds, so they contain neither launch overhead
+nor cache hits. --warm N compiles in N processes beforehand (Triton caches what it compiles).
+Sections run in the order given, and results are merged into --out, so that several calls can share
+the work. With --warm 14 all of them take some five minutes on an H200; --quick leaves out the
+variants that were slower before. --dry-run checks small float32 cases of the newer variants in
+Triton's interpreter.
 """
 
 from __future__ import annotations

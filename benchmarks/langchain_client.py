@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI against a server, feature by feature; prints what each gives.
+"""LangChain's ChatOpenAI against a server, feature by feature; prints the result of each.
 
     python benchmarks/langchain_client.py http://127.0.0.1:8000 MODEL
 

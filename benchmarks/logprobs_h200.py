@@ -1,16 +1,17 @@
-"""The engine against transformers on one device: log-probabilities of what the engine drew.
+"""The engine compared with transformers on one device: log-probabilities of the sampled tokens.
 
     python benchmarks/logprobs_h200.py [--layers 8] [--out benchmarks/results/logprobs_h200.json]
     python benchmarks/logprobs_h200.py --tiny          # a tiny model, on any machine
 
 27B shapes with seeded random weights, none of them zero. The engine serves more requests than it
-has rows, so that prompts and decoding rows share steps, with MTP-1 whose drafts are really
+has slots, so that prompts and decoding rows share steps, with MTP-1 whose drafts are really
 verified (and, from random weights, mostly rejected), CUDA graphs on, and temperature 1. Each
 request is then given to transformers as one sequence (teacher forcing), with the same weights
-dequantised and, where the engine multiplies FP8, the inputs of those products rounded likewise.
+dequantised and, where the engine multiplies FP8, the inputs of those GEMMs rounded in the same way.
 
-The truth is transformers in float32. What transformers in bfloat16 differs from it is the noise of
-the number format; the engine may not differ by more than `LIMIT` times as much (exit status 1).
+The reference is transformers in float32. The difference of transformers in bfloat16 from it is the
+noise of the number format. The engine may differ by at most `LIMIT` times that (else exit status
+1).
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Long prompts on the mini config: RoPE stretched by YaRN, prompts up to 32K in chunks, cached.
+"""Long prompts on the mini config: RoPE stretched by YaRN, prompts up to 32K in chunks, and cached.
 
-For each length one prompt is read cold and then asked again, which finds all but its end in the
-prefix cache. Measured: CPU time of the prompt and of the output behind it (which other work on the
-machine changes little), time to the first token both times, and bytes. Before that, at a smaller
-length, the tokens of one prompt must be the same whatever the chunk size, with MTP and without,
-cold and cached, in fp32.
+For each length one prompt is computed cold and then sent again, which finds all but its end in the
+prefix cache. Measured are the CPU time of the prompt and of the output after it (which other work
+on the machine changes little), the TTFT of both, and bytes. Before that, at a smaller length, the
+tokens of one prompt must be the same for every chunk size, with MTP and without, cold and cached,
+in fp32.
 
     python benchmarks/long_context.py --out benchmarks/results/long_context.json \
         --plot docs/images/long_context.png      # the plot needs matplotlib (extra `train`)
 
-The weights are the mini model's, which was trained on short texts: only that the engine is right at
-every position is looked at here, not what the model makes of it.
+The weights are the mini model's, which was trained on short texts. So this checks that the engine
+is correct at every position, not what the model makes of a long text.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a forward of the model costs on this CPU: a decode step, a long prompt, the draft head.
+"""The cost of a forward of the model on this CPU: a decoding step, a long prompt, the draft head.
 
     python -m benchmarks.model_step --threads 2 --dtype bfloat16 [--profile]
 
 Runs the model alone, without scheduler, sampling or server, on the tiny checkpoint with random
-weights. Rows start at different fills, so that each step folds some windows, as in real traffic.
+weights. Rows start at different fill levels, so that each step folds some windows, as in traffic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The shapes of Qwen3.5-27B-FP8 as a directory that an engine can be built from, and their work.
+"""The shapes of Qwen3.5-27B-FP8 as a directory from which an engine can be built, and their work.
 
-Only config.json is written; the weights are seeded random ones (`load_format="dummy"`).
+Only config.json is written; the weights are random with a seed (`load_format="dummy"`).
 """
 
 from __future__ import annotations

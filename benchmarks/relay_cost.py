@@ -1,9 +1,9 @@
-"""What a relayed chunk costs: this gateway against nginx, HAProxy, Envoy and two routers in Rust.
+"""The cost of a relayed chunk: this gateway, nginx, HAProxy, Envoy and two routers in Rust.
 
-Every proxy stands before the same mock (two replicas, C) and is asked by the same client (C). The
-cost is the CPU time of the proxy's own processes for a chunk, so other work on the machine disturbs
-it little; runs are interleaved and repeated. A run with errors, silent streams, a gap of over a
-second or too few chunks is rejected, counted and repeated.
+Every proxy is in front of the same mock (two replicas, C) and gets requests from the same client
+(C). The cost is the CPU time of the proxy's own processes per chunk, which other work on the
+machine changes little; runs are interleaved and repeated. A run with errors, silent streams, a gap
+of over a second or too few chunks is rejected, counted and repeated.
 
     python benchmarks/relay_cost.py --peers /path/to/venv/bin --streams 256 1024 --rounds 3
 """

@@ -1,14 +1,14 @@
-"""The relay on a machine with many cores: chunks/s through N processes, and what is lost by it.
+"""The relay on a machine with many cores: chunks/s through N processes, and the loss.
 
-Several mocks (C, two replicas each) send streams on a fixed beat, several clients (C) read them:
-once directly, once through `millrace gateway --processes N`, in turn, at rising rates. A stream
-brings chunks / (first + (chunks - 1) * gap) chunks a second, so a rate is a number of streams; what
-is missing of it through the gateway is the loss. A run in which a mock or a client used most of a
-core says nothing of the relay, and is marked.
+Several mocks (C, two replicas each) send streams at a fixed pace, and several clients (C) read
+them: once directly, once through `millrace gateway --processes N`, in turn, at rising rates. A
+stream has chunks / (first + (chunks - 1) * gap) chunks a second, so a rate is a number of streams;
+the part of it that does not arrive through the gateway is the loss. A run in which a mock or a
+client used most of a core does not measure the relay, and is marked.
 
     python benchmarks/relay_scale.py --processes 16 --rates 46000,92000,184000
 
-It needs a C compiler, and of Python's packages what the gateway needs and psutil.
+It needs a C compiler, psutil, and the packages that the gateway needs.
 """
 
 from __future__ import annotations

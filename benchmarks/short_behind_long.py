@@ -1,15 +1,15 @@
 """A short prompt behind long ones: time to first token, and what it costs in throughput.
 
-Two servers take turns, round by round, with the same prompts: one with this tree's code, one with
-the code in BEFORE (the `src` folder of another commit). In each round: a prompt of 64 tokens alone;
-four of 4,000 tokens alone; the four with eight short ones that come meanwhile; and a mix of 24
-prompts of 64 to 1,024 tokens with 32 out. It prints medians over the rounds, and the medians of the
-rounds' ratios.
+Two servers take turns, round by round, with the same prompts: one with the code of this tree, one
+with the code in BEFORE (the `src` folder of another commit). In each round: a prompt of 64 tokens
+alone; four of 4,000 tokens alone; the four with eight short ones that arrive meanwhile; and a mix
+of 24 prompts of 64 to 1,024 tokens with 32 out. It prints medians over the rounds, and the medians
+of the rounds' ratios.
 
     git archive COMMIT src | tar -x -C /tmp/before
     python benchmarks/short_behind_long.py models/millrace-mini --before /tmp/before/src --rounds 5
 
-Further words after -- go to both servers; --ours and --theirs take words for one of them.
+Arguments after -- are passed to both servers; --ours and --theirs take arguments for one of them.
 """
 
 from __future__ import annotations

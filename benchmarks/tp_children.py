@@ -1,10 +1,10 @@
-"""The processes that `tp_h200.py` starts: each measures one thing and writes what it found.
+"""The processes that `tp_h200.py` starts: each measures one thing and writes its results.
 
     python benchmarks/tp_children.py sums --ranks 2 --result FILE
     python benchmarks/tp_children.py outputs --ranks 2 --model DIR --result FILE
     python benchmarks/tp_children.py shapes --ranks 2 --model DIR --batches 1,8 --result FILE
 
-FILE holds what is known so far at any time, so that one that is ended early leaves that much.
+FILE holds the results so far at any time, so that a process that is ended early loses little.
 """
 
 from __future__ import annotations

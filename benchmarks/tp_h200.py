@@ -1,11 +1,11 @@
-"""Several GPUs of one host: are the ranks right, what do their sums cost, what do they bring.
+"""Several GPUs of one host: whether ranks are correct, the cost of all-reduces, the speed-up.
 
     python benchmarks/tp_h200.py --gpus 4 --phases sums,correctness,shapes,dp,parallelism
     python benchmarks/tp_h200.py --gpus 2 --phases sums,correctness
     python benchmarks/tp_h200.py --dry-run          # every phase, small, on any machine
 
 Phases, each in processes of its own (`tp_children.py`) with a limit of time. Those that need few
-GPUs run side by side; whatever is found is in --out as soon as its process has ended:
+GPUs run side by side; results are in --out as soon as their process has ended:
 
   sums         every all-reduce at 4 KiB .. 4 MiB, over 2 ranks and over all: raw, in a CUDA graph,
                with the norm; and NCCL between graphs of the norm

@@ -1,4 +1,4 @@
-"""Do vLLM and Millrace say the same? Greedy answers to held-out items, in bf16, token by token.
+"""vLLM and Millrace compared: greedy answers to held-out items, in bf16, token by token.
 
     python models/mini/against_vllm.py --vllm-python PATH [--num-items 40]
 

@@ -1,7 +1,7 @@
 """Training text: items of every task as token rows, many documents packed into each.
 
-Knows the chat template's text and the tokenizer, not the model. Everything is drawn from
-(seed, worker, row), so a run can be stopped and continued at any row.
+This module knows the text of the chat template and the tokenizer, not the model. Everything is
+drawn from (seed, worker, row), so a run can be stopped and continued at any row.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Greedy generation in batches, held-out accuracy, and how many MTP drafts would be accepted.
 
-The simplest thing that measures a checkpoint while it is trained; serving is Millrace's business.
+A simple check of a checkpoint during training; Millrace serves the finished model.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python models/mini/make_tokenizer.py models/millrace-mini
 
-Qwen's special tokens and its way of splitting text, with 4,096 tokens in all: digits stand alone,
-so a number is read and written a digit at a time.
+Qwen's special tokens and its way of splitting text, with 4,096 tokens in all: each digit is a
+token, so a number is read and written a digit at a time.
 """
 
 from __future__ import annotations

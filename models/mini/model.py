@@ -1,8 +1,9 @@
 """The training model: Qwen3.5's hybrid decoder and its MTP head, written for packed rows.
 
-Parameter names are the checkpoint's. Documents in a row never see each other: attention and the
-short convolution are masked by document, and the recurrent state is forgotten at each start. Knows
-nothing of data or of optimisation. Sequences are processed whole; generating is `generate.py`'s.
+Parameter names are the checkpoint's. Documents in a row do not affect each other: attention and the
+short convolution are masked by document, and the recurrent state is reset at each start. This
+module knows nothing of data or optimisation. Sequences are processed whole; generating is
+`generate.py`'s.
 """
 
 from __future__ import annotations

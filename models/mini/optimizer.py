@@ -1,7 +1,7 @@
 """Muon for the matrices inside the layers, AdamW for everything else.
 
 Muon makes each update orthogonal (five Newton-Schulz iterations of its momentum); matrices of one
-shape go through as one batch. Knows parameters and gradients, nothing of the model.
+shape are processed as one batch. It knows parameters and gradients, not the model.
 """
 
 from __future__ import annotations

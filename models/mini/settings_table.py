@@ -3,9 +3,9 @@
     python models/mini/settings_table.py --num-items 1000 --out models/mini/results
 
 Runs `millrace.LLM` once a setting, writes each run's answers as `millrace eval --json` does, and
-prints (and writes as settings.md) one row a setting: flips each way, McNemar's exact p, and with
-MTP the share of drafts accepted by position. A setting that is done already is read from its file,
-so that the command can be stopped and started again.
+prints (and writes as settings.md) one row per setting: items that changed each way, McNemar's exact
+p, and with MTP the share of drafts accepted by position. A setting that is done is read from its
+file, so that the command can be stopped and started again.
 """
 
 from __future__ import annotations

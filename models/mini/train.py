@@ -2,10 +2,10 @@
 
     python models/mini/train.py --directory models/millrace-mini --out OUT
 
-Needs one GPU for minutes (a CPU will do to try it out with few steps). Writes OUT/part-*.bin (the
+Needs one GPU for minutes (a CPU is enough for a trial of a few steps). Writes OUT/part-*.bin (the
 weights in fp32, cut into files of 15 MiB, which --resume OUT continues from), OUT/log.json and
-OUT/heldout.json; `export.py` makes the model directory of them. Momentum is not kept: a resumed run
-warms up again.
+OUT/heldout.json; `export.py` makes the model directory of them. Momentum is not saved: a resumed
+run warms up again.
 """
 
 from __future__ import annotations

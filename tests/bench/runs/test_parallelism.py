@@ -86,7 +86,9 @@ def test_figures() -> None:
     assert [fields["efficiency"] for fields in table] == [1.0, 0.95, 0.75]
     assert [fields["tokens_per_user"] for fields in table] == [50, 50, 80]
     text = parallelism_table(rows)
-    assert "with 2 devices: most tokens in all by 1x2, fastest for one user by 2x1" in text
+    assert (
+        "with 2 devices: highest total throughput with 1x2, fastest for one user with 2x1" in text
+    )
     cells = [cell.strip() for cell in text.splitlines()[4].split("|")[1:-1]]
     assert cells[:5] == ["2x1", "2", "150", "75", "80.0"]
     assert cells[-1] == "50.0%"

@@ -1,6 +1,6 @@
-"""What a pick costs, by policy, replicas and gateway processes: microseconds a request.
+"""Microseconds to choose a replica, by policy, replicas and gateway processes.
 
-python benchmarks/pick_cost.py
+    python benchmarks/routing_cost.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Milliseconds of a decoding step of two ranks whose vocabulary is all they have: 248,320 tokens.
+"""Milliseconds of a decoding step of two ranks with a vocabulary of 248,320 tokens and little else.
 
-    python benchmarks/ranks_step.py            # another commit's: PYTHONPATH=OTHER_CHECKOUT/src
+    python benchmarks/tp_step.py               # another commit's: PYTHONPATH=OTHER_CHECKOUT/src
 
 Sixteen requests at temperature 1 on a model of random weights with a hidden size of 64. On CPUs.
 """

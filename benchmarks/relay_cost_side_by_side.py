@@ -1,11 +1,11 @@
-"""What a relayed chunk costs several proxies at the same time: what disturbs one disturbs all.
+"""The cost of a relayed chunk of several proxies at the same time: disturbances affect them all.
 
-On a shared machine two runs after each other differ by more than the proxies do. Here all of them
-run at once on core 1, each with its own client; mock and clients are on core 0. Their CPU times are
-those of the scheduler (ns), read every two seconds; ratios to the first one named are taken of each
-reading, so a slow moment counts for everybody.
+On a shared machine, consecutive runs differ by more than the proxies do. Here all proxies run at
+once on core 1, each with its own client; mock and clients are on core 0. CPU times are those of the
+scheduler (ns), read every two seconds. Ratios to the first proxy are taken of each reading, so that
+a slow moment counts for all.
 
-    python benchmarks/relay_together.py nginx millrace before=/path/to/another/checkout/src
+    python benchmarks/relay_cost_side_by_side.py nginx millrace before=/path/to/checkout/src
 """
 
 from __future__ import annotations

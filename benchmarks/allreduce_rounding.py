@@ -1,9 +1,9 @@
-"""What two ranks' sums in bfloat16 cost in accuracy, rounded once or twice: millrace-mini on a CPU.
+"""The accuracy cost of bfloat16 all-reduces that round once or twice: millrace-mini on a CPU.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/ranks_rounding.py
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/allreduce_rounding.py
 
-Sums are made as the kernel for GPUs makes them (`kernels/gpu/all_reduce.py`): the ranks' parts in
-bfloat16, added in float32. "Once": rounded behind the residual. "Twice": behind the sum as well.
+The all-reduce computes as the GPU kernel does (`kernels/gpu/all_reduce.py`): partial sums in
+bfloat16, added in float32. "Once": rounded after the residual. "Twice": after the sum as well.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What picking is worth: prefix_aware on shared prefixes, least_loaded on uneven lengths.
+"""The benefit of routing policies: prefix_aware on shared prefixes, least_loaded on uneven lengths.
 
-Real engines behind `millrace serve --replicas`, the same seeded requests under each policy,
-policies interleaved and repeated. Shared prefixes: each request begins with one of several long
-texts, and a replica's cache cannot hold them all. Uneven lengths: every fifth answer is 25 times as
-long.
+Real engines run behind `millrace serve --replicas` and get the same seeded requests under each
+policy; policies are interleaved and repeated. Shared prefixes: each request begins with one of
+several long texts, and the cache of one replica cannot hold them all. Uneven lengths: every fifth
+answer is 25 times as long.
 
-    python benchmarks/picking.py --workload prefixes --policies prefix_aware round_robin
+    python benchmarks/routing_policies.py --workload prefixes --policies prefix_aware round_robin
 """
 
 from __future__ import annotations

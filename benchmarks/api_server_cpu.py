@@ -1,7 +1,7 @@
-"""CPU time that the HTTP front spends on a streamed chunk, and what it adds to a request.
+"""CPU time of the API server per streamed chunk, and the time that it adds to a request.
 
-The engine is the tests' echo engine, so nothing computes; the front's own process time is read
-before and after. Run from the checkout: `python benchmarks/front_cpu.py`.
+The engine is the echo engine of the tests, which computes nothing; the process time of the API
+server is read before and after. Run from the checkout: `python benchmarks/api_server_cpu.py`.
 """
 
 from __future__ import annotations
