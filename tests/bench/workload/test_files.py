@@ -125,7 +125,7 @@ def test_custom_lines_are_text_ids_or_messages(tmp_path: Path) -> None:
         ("{", "line 1: not a JSON object"),
         ('{"text": "x"}', "line 1: neither a prompt"),
         ('{"prompt": ""}', "line 1: neither a prompt"),
-        ('{"prompt": "x", "output_tokens": 0}', "output_tokens 0 is no count"),
+        ('{"prompt": "x", "output_tokens": 0}', "output_tokens 0 is not a count"),
         ("", "there is no prompt in it"),
     ],
 )
