@@ -38,11 +38,11 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not [row["problem"] for row in rows if row["problem"]]
         assert sum(row["chosen"] for row in rows) == len({row["bytes"] for row in rows})
     assert [row["bytes"] for row in found["table"]] == [256, 256, 1024, 1024]
-    assert [(row["batch"], row["sums_per_step"]) for row in found["calls_per_step"]] == [
+    assert [(row["batch"], row["sums_per_step"]) for row in found["budget"]] == [
         (1, sums),
         (2, sums),
     ]
-    for row in found["calls_per_step"]:
+    for row in found["budget"]:
         assert 0 < row["share"] < 10
         assert 1.0 <= row["tokens_per_step"] <= 3.0
         assert row["sums_per_token"] == pytest.approx(sums / row["tokens_per_step"])

@@ -14,7 +14,7 @@ from millrace.bench.load.records import PackedRecords
 from millrace.bench.workload.prompts import Lengths
 from millrace.common.framing import Framing
 
-_LONGEST = (1 << 32) - 1  # bytes: a report has every time of a run
+_LONGEST = (1 << 32) - 1  # bytes of a frame: a report has every time of a run
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=True):
