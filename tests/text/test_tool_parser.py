@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -139,9 +140,9 @@ def test_a_parser_knows_only_its_own_way() -> None:
         ("<tool_call><function=weather>\n<parameter=city>\nx</parameter></tool_call>",
          '{"city": "x"}'),
         ("<tool_call><function=weather>\n<parameter=city>\nx\n</parameter>\n", '{"city": "x"}'),
-        ("<tool_call><function=weather>\n<parameter=city>\nx and", '{"city": "x and'),
+        ("<tool_call><function=weather>\n<parameter=city>\nx and", '{"city": "x and"}'),
         ('<tool_call>{"name": "weather", "arguments": {"city": "}</tool_call>"',
-         '{"city": "}</tool_call>"'),
+         '{"city": "}</tool_call>"}'),
     ],
 )  # fmt: skip
 def test_odd_and_cut_off_calls(text: str, arguments: str) -> None:
@@ -181,6 +182,223 @@ def test_reasoning_is_taken_off_first() -> None:
     part = one.feed(f"{thought}\n</think>\n\n{xml('now')}", last=True)
     assert (part.reasoning, part.content) == (thought, "")
     assert [call.name for call in one.calls] == ["now"]
+
+
+def arguments_of(text: str) -> list[tuple[str, Any]]:
+    _, calls = parse(text)
+    return [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+CLOSERS = re.compile(r"(</(?:parameter|function|tool_call)>\n?)")
+TWO_CALLS = xml("weather", city="Paris", days="3") + "\n" + xml("weather", city="Rome", days="4")
+
+
+@pytest.mark.parametrize("kept", range(1 << 8))
+def test_closing_tags_may_be_missing(kept: int) -> None:
+    """Every subset of the eight closing tags of two calls; the opening tags tell enough."""
+    parts = CLOSERS.split(TWO_CALLS)
+    for at in range(8):
+        if not kept >> at & 1:
+            parts[2 * at + 1] = ""
+    assert arguments_of("".join(parts)) == [
+        ("weather", {"city": "Paris", "days": 3}),
+        ("weather", {"city": "Rome", "days": 4}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        # two functions in one block, and one of which no tag opens
+        ("<tool_call>\n<function=now>\n</function>\n<function=weather>\n<parameter=city>\nx\n"
+         "</parameter>\n</function>\n</tool_call>", "", [("now", {}), ("weather", {"city": "x"})]),
+        ("I look.\n\n<function=weather>\n<parameter=city>\nx\n</parameter>\n</function>",
+         "I look.", [("weather", {"city": "x"})]),
+        ("I look.\n<function=now>\n</function>\n</tool_call> Done.", "I look.Done.", [("now", {})]),
+        # words behind a call that does not close its block, and a tag too many
+        ("<tool_call>\n<function=now>\n</function>\nwords\n</tool_call>", "words", [("now", {})]),
+        ("<tool_call>\n<tool_call>\n<function=now>\n</function>\n</function>\n</tool_call>\n"
+         "</tool_call>", "", [("now", {})]),
+        ("<tool_call>\n<function=weather>\n<parameter=city>\nx\n</parameter>\n</parameter>\n"
+         "</function>\n</tool_call>", "", [("weather", {"city": "x"})]),
+        # an opening tag that lacks its end
+        ("<tool_call>\n<function=weather\n<parameter=city\nx\n</parameter>\n</function>\n"
+         "</tool_call>", "", [("weather", {"city": "x"})]),
+        # arguments as JSON inside of the other format, and several calls in one list
+        ('<tool_call>\n<function=weather>\n{"city": "x"}\n</function>\n</tool_call>', "",
+         [("weather", {"city": "x"})]),
+        ('<tool_call>\n[{"name": "now"}, {"name": "weather", "arguments": {"city": "x"}}]\n'
+         "</tool_call>", "", [("now", {}), ("weather", {"city": "x"})]),
+        ('<tool_call>\n{"name": "now", "arguments": {}}\n{"name": "now", "arguments": {}, "id": 1}'
+         "\n</tool_call>", "", [("now", {}), ("now", {})]),
+        # the first of two values of one parameter holds
+        (xml("weather", city="x").replace("</function>", "<parameter=city>\ny\n</parameter>\n"
+         "</function>"), "", [("weather", {"city": "x"})]),
+    ],
+)  # fmt: skip
+def test_calls_that_drift_from_the_format(text: str, content: str, calls: Any) -> None:
+    assert parse(text)[0] == content
+    assert arguments_of(text) == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write <function=weather> to call it",
+        "<function=unknown>\n<parameter=a>\n1\n</parameter>\n</function>",
+        "</tool_call> and </parameter> alone",
+        "<tool_call>\n<parameter=city>\nno name\n</parameter>\n</tool_call>",
+        "<tool_call></tool_call>",
+    ],
+)
+def test_tags_without_a_call_stay_content(text: str) -> None:
+    assert parse(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<b>bold</b> < > &amp;",
+        "the tag </parameter> ends a value",
+        "a </function> b </tool_call> c",
+        "write <parameter=unit2> or <tool_call> there",
+        "<parameter=unknown>\nx",
+        'print("</tool_call>")',
+        "\n\nempty lines\n\n",
+        "C:\\dir \\n 'x'",
+    ],
+)
+def test_tags_inside_of_a_text_belong_to_it(value: str) -> None:
+    assert arguments_of(xml("weather", city=value, days="3")) == [
+        ("weather", {"city": value, "days": 3})
+    ]
+
+
+def test_tags_inside_of_json_belong_to_it() -> None:
+    value = ["</parameter>\n</function>", '"</tool_call>', "<parameter=days>"]
+    text = xml("weather", tags=json.dumps(value), days="3")
+    assert arguments_of(text) == [("weather", {"tags": value, "days": 3})]
+    text = hermes("weather", city='</tool_call>"<tool_call>')
+    assert arguments_of(text) == [("weather", {"city": '</tool_call>"<tool_call>'})]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("['a', \"b\", None, True]", ["a", "b", None, True]),
+        ("['it\\'s', 'it's']", ["it's", "it's"]),
+        ('["a", "b",]', ["a", "b"]),
+        ('["a", "b"', ["a", "b"]),
+        ("('a', 'b')", ["a", "b"]),
+        ('["a\nb", "\\d"]', ["a\nb", "\\d"]),
+        ("[1e999]", [1.7976931348623157e308]),
+        ('"[\\"a\\"]"', ["a"]),
+    ],
+)
+def test_what_is_nearly_json_becomes_json(written: str, meant: Any) -> None:
+    assert arguments_of(xml("weather", tags=written)) == [("weather", {"tags": meant})]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ('{"city": "a\nb\tc"}', {"city": "a\nb\tc"}),
+        ('{"city": "C:\\dir"}', {"city": "C:\\dir"}),
+        ("{'city': 'it\\'s', 'metric': True, 'note': None}",
+         {"city": "it's", "metric": True, "note": None}),
+        ('{"city": "say "hi" now", "days": 3,}', {"city": 'say "hi" now', "days": 3}),
+        ('{"days": 1e999}', {"days": 1.7976931348623157e308}),
+        ('{"ratio": NaN, "metric": }', {"ratio": "NaN", "metric": None}),
+        ('{city: "x", days: 3', {"city": "x", "days": 3}),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_nearly_json_become_json(written: str, meant: Any) -> None:
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {written}}}\n</tool_call>'
+    text += "\n" + hermes("now")
+    assert arguments_of(text) == [("weather", meant), ("now", {})]
+
+
+@pytest.mark.parametrize("text", ["<parameter=city>\nPar", "<parameter=days>\n1", ""])
+def test_an_answer_that_is_cut_leaves_its_call_open(text: str) -> None:
+    whole = AnswerParser(None, ToolParser(TOOLS))
+    whole.feed(f"<tool_call>\n<function=weather>\n{text}", last=True)
+    assert isinstance(json.loads(whole.calls[0].arguments), dict)
+    cut = AnswerParser(None, ToolParser(TOOLS))
+    cut.feed(f"<tool_call>\n<function=weather>\n{text}", last=True, cut=True)
+    assert whole.calls[0].arguments.startswith(cut.calls[0].arguments.removesuffix(": "))
+    assert not cut.calls[0].arguments.endswith("}")
+
+
+MUTATIONS = st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["drop", "twice", "swap"])))
+WRITTEN = st.sampled_from(
+    [
+        TWO_CALLS,
+        f"Words.\n{hermes('weather', city='a</tool_call>', tags=['x'])}\n{xml('now')}",
+        xml("weather", city='"<parameter=days>"', tags="['a', None]", note="None"),
+        xml("weather", where='{"a": "</parameter>"}', either="1e999") + "\n" + hermes("now"),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(WRITTEN, MUTATIONS, st.lists(st.integers(0, 400), max_size=8), st.booleans(), st.booleans())
+def test_mutated_calls(
+    text: str, mutations: list[tuple[int, str]], cuts: list[int], thinks: bool, cut: bool
+) -> None:
+    """However tags are dropped, doubled and swapped: any cut, the same; every end, valid JSON."""
+    parts = re.split(r"(</?\w+[^>\n]*>|\n|\"|')", text)
+    for at, kind in mutations:
+        at %= len(parts) - 1
+        if kind == "swap":
+            parts[at], parts[at + 1] = parts[at + 1], parts[at]
+        else:
+            parts[at] *= kind == "twice" and 2
+    text = "".join(parts)
+
+    def read(edges: list[int]) -> Any:
+        one = AnswerParser(ReasoningSplitter() if thinks else None, ToolParser(TOOLS))
+        fed = [one.feed(text[start:end]) for start, end in pairwise([0, *edges, len(text)])]
+        fed.append(one.feed("", last=True, cut=cut))
+        shown = "".join(part.reasoning for part in fed), "".join(part.content for part in fed)
+        return shown, [(call.name, call.arguments) for call in one.calls]
+
+    shown, calls = read([])
+    assert read(sorted(cut % (len(text) + 1) for cut in cuts)) == (shown, calls)
+    assert read(list(range(1, len(text)))) == (shown, calls)
+    for _, arguments in calls if not cut else []:
+        json.loads(arguments, parse_constant=lambda name: pytest.fail(name))
+
+
+CALL_IN_REASONING = f"Look it up.\n{xml('now')}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "calls"),
+    [
+        (CALL_IN_REASONING, "Look it up.", "", 1),
+        (f"{CALL_IN_REASONING}\n{hermes('now')}\n", "Look it up.", "", 2),
+        (f"I write <tool_call> then.\n{xml('now')}", "I write <tool_call> then.", "", 1),
+        ("Look.\n<function=now>\n</function>", "Look.", "", 1),
+        (f"{CALL_IN_REASONING}\n</think>\n\nNo.", CALL_IN_REASONING, "No.", 0),
+        (f"{CALL_IN_REASONING}\nOr not", f"{CALL_IN_REASONING}\nOr not", "", 0),
+        (f"{CALL_IN_REASONING}</think>{xml('now')}", CALL_IN_REASONING, "", 1),
+    ],
+)
+def test_a_call_in_reasoning_that_never_closes(
+    text: str, reasoning: str, content: str, calls: int
+) -> None:
+    for pieces in ([text], list(text)):
+        one = AnswerParser(ReasoningSplitter(), ToolParser(TOOLS))
+        parts = [one.feed(piece) for piece in pieces] + [one.feed("", last=True)]
+        assert "".join(part.reasoning for part in parts) == reasoning
+        assert "".join(part.content for part in parts) == content
+        assert len(one.calls) == calls
+
+
+def test_reasoning_that_is_cut_calls_nothing() -> None:
+    one = AnswerParser(ReasoningSplitter(), ToolParser(TOOLS))
+    part = one.feed(CALL_IN_REASONING, last=True, cut=True)
+    assert (part.reasoning, part.content, one.calls) == (CALL_IN_REASONING, "", [])
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,18 @@ and the shapes of APIs are the server's business.
 
 from __future__ import annotations
 
+import re
+from itertools import islice
+
 import msgspec
 
+from millrace.text.call_tags import CALL, FUNCTION
+from millrace.text.detokenizer import Piece
 from millrace.text.reasoning import ReasoningSplitter
 from millrace.text.tool_parser import CallPart, ToolParser
+
+MAX_TRIALS = 32  # tags in unclosed reasoning at which calls may begin
+_CALL_TAGS = re.compile(f"{CALL}|{FUNCTION}")
 
 
 class AnswerPart(msgspec.Struct, frozen=True):
@@ -40,6 +48,8 @@ class AnswerParser:
         self._reasoning = reasoning
         self._tools = tools
         self.calls: list[Call] = []
+        if reasoning is not None and tools is not None:
+            reasoning.hold_from((CALL, FUNCTION))
 
     @property
     def splits(self) -> bool:
@@ -51,16 +61,34 @@ class AnswerParser:
         """Whether the answer begins with reasoning."""
         return self._reasoning is not None
 
-    def feed(self, text: str, last: bool = False) -> AnswerPart:
-        """What the text adds. last: the answer ends here."""
-        reasoning, content = (
-            ("", text) if self._reasoning is None else self._reasoning.feed(text, last)
-        )
+    def feed(self, text: str, last: bool = False, cut: bool = False) -> AnswerPart:
+        """What the text adds. last: the answer ends here. cut: the model did not end it, so that
+        what is open stays open.
+        """
+        reasoning, content = "", text
+        if self._reasoning is not None:
+            reasoning, content = self._reasoning.feed(text, last)
+            if last and self._reasoning.unclosed:
+                reasoning, content = self._unclosed(self._reasoning.unclosed, cut)
         if self._tools is None:
             return AnswerPart(reasoning, content)
-        content, parts = self._tools.feed(content, last)
+        content, parts = self._tools.feed(content, last, cut)
         for part in parts:
             if part.id is not None and part.name is not None:
                 self.calls.append(Call(part.id, part.name))
             self.calls[part.index].arguments += part.arguments
         return AnswerPart(reasoning, content, parts)
+
+    def feed_piece(self, piece: Piece) -> AnswerPart:
+        """As `feed`, of a piece of the output; one with a finish reason is the last."""
+        reason = piece.finish_reason
+        return self.feed(piece.text, last=reason is not None, cut=reason not in (None, "stop"))
+
+    def _unclosed(self, text: str, cut: bool) -> tuple[str, str]:
+        """Reasoning that never closed, divided where calls begin with which the answer ends."""
+        assert self._tools is not None
+        for found in islice(_CALL_TAGS.finditer(text), 0 if cut else MAX_TRIALS):
+            content, calls = self._tools.renewed().feed(text[found.start() :], last=True)
+            if calls and not content.strip():
+                return text[: found.start()].rstrip(), text[found.start() :]
+        return text, ""

@@ -40,6 +40,15 @@ class ReasoningSplitter:
     def __init__(self) -> None:
         self._held = ""
         self._feed = self._opening
+        self._tags: tuple[str, ...] = ()
+        self.unclosed = ""
+
+    def hold_from(self, tags: tuple[str, ...]) -> None:
+        """Hold the reasoning back from the first of these tags on, until it closes.
+
+        If it never does, `unclosed` is what was held, which then belongs to neither part yet.
+        """
+        self._tags = tags
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """(reasoning, answer) that the text adds. last: nothing follows."""
@@ -61,9 +70,13 @@ class ReasoningSplitter:
         if marker:
             self._feed = self._gap
             return before.rstrip(), self._gap(after, last)[1]
+        at = min((at for at in map(text.find, self._tags) if at >= 0), default=-1)
+        if last and at >= 0:
+            self.unclosed = text
+            return "", ""
         if last:
             return text, ""
-        shown = _certain(text)
+        shown = text[:at].rstrip() if at >= 0 else _certain(text, (END, *self._tags))
         self._held = text[len(shown) :]
         return shown, ""
 
@@ -77,9 +90,9 @@ class ReasoningSplitter:
         return "", text
 
 
-def _certain(text: str) -> str:
-    """The text less an end that may begin the closing marker, and less white space before that."""
-    for length in range(len(END) - 1, 0, -1):
-        if text.endswith(END[:length]):
+def _certain(text: str, markers: tuple[str, ...]) -> str:
+    """The text less an end that may begin a marker, and less white space before that."""
+    for length in range(min(max(map(len, markers)) - 1, len(text)), 0, -1):
+        if any(marker.startswith(text[-length:]) for marker in markers):
             return text[:-length].rstrip()
     return text.rstrip()

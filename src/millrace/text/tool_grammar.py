@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from millrace.errors import RequestError
+from millrace.text.call_tags import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
 from millrace.text.grammar import (
     LEADING_NEWLINES,
     SHARED,
@@ -21,7 +22,6 @@ from millrace.text.grammar import (
     schema_error,
     schema_json,
 )
-from millrace.text.tool_parser import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
 from millrace.text.tool_schema import Tool, ToolChoice
 
 TokenId = Callable[[str], int | None]
@@ -109,7 +109,7 @@ def _argument(name: str, key: str, schema: Any, tool: Tool) -> str:
     if texts is not None:
         choices = " | ".join(literal(text + tail) for text in texts)
         return f"{name}: {head} ({choices})\n"
-    if tool.property_types(key) <= {"string"}:
+    if tool.argument_types(key) <= {"string"}:
         value = f"{name}_value"
         ending = literal(PARAMETER_END)  # the first one ends it, as the parser sees it
         return f'{name}: {head} {value} "\\n"\n{value}[suffix={ending}]: /(?s:.*)/\n'

@@ -10,8 +10,10 @@ Qwen's models write a call in one of two formats, and this parser reads both:
     </function>
     </tool_call>
 
-In the first a value is bare text; the tool's schema says which JSON type it has. The result is the
-same however the text is cut into pieces.
+In the first a value is bare text; the tool's schema says which JSON type it has. Tags may be
+missing, doubled or part of a value: a call that has a name is never lost, what belongs to none is
+content, and the arguments of a call that ended are valid JSON. The result is the same however the
+text is cut into pieces.
 """
 
 from __future__ import annotations
@@ -19,25 +21,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 import msgspec
 
+from millrace.text.call_tags import (
+    CALL,
+    CALL_END,
+    CLOSING,
+    FUNCTION,
+    FUNCTION_END,
+    PARAMETER,
+    PARAMETER_END,
+    TAGS,
+    ValueEnd,
+    after_space,
+    begins,
+    followed,
+    name_at,
+    text_literal,
+)
+from millrace.text.json_repair import JsonRepair, dump, repaired
+from millrace.text.json_schema import TEXT
 from millrace.text.tool_schema import Tool
+from millrace.text.tool_values import read_text, read_value
 
 ToolCallParser = Literal["auto", "qwen3_coder", "qwen3_xml", "hermes", "none"]
 
-CALL = "<tool_call>"
-CALL_END = "</tool_call>"
-FUNCTION = "<function="
-FUNCTION_END = "</function>"
-PARAMETER = "<parameter="
-PARAMETER_END = "</parameter>"
-
 _NAME_FIRST = re.compile(
-    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\\n]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
+_JSON_ENDS = (CALL_END, CALL)
 
 
 class CallPart(msgspec.Struct, frozen=True):
@@ -58,26 +73,37 @@ class ToolParser:
 
     def __init__(self, tools: Sequence[Tool], parser: ToolCallParser = "auto") -> None:
         self._tools = {tool.name: tool for tool in tools}
+        self._parser = parser
         self._xml = parser in ("auto", "qwen3_coder", "qwen3_xml")
         self._json = parser in ("auto", "hermes")
         self._held = ""
+        self._last = False
         self._state: Callable[[], bool] = self._in_content
         self._content: list[str] = []
         self._parts: list[CallPart] = []
         self._index = -1
+        self._opener = ""  # what has been taken of what may yet be no call
+        self._in_block = False  # a <tool_call> is open
 
     @property
     def calls(self) -> int:
         """Calls begun so far."""
         return self._index + 1
 
-    def feed(self, text: str, last: bool = False) -> tuple[str, list[CallPart]]:
-        """(content, parts of calls) that the text adds. last: the answer ends here."""
+    def renewed(self) -> ToolParser:
+        """A parser of the same tools and formats at its beginning."""
+        return ToolParser(list(self._tools.values()), self._parser)
+
+    def feed(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[CallPart]]:
+        """(content, parts of calls) that the text adds. last: the answer ends here. cut: it ends
+        before the model ended it, so that an open call stays open.
+        """
         self._held += text
+        self._last = last
         while self._state():  # each state takes what it can, and says whether another may go on
             pass
         if last:
-            self._finish()
+            self._finish(cut)
         content, parts = "".join(self._content), self._parts
         self._content, self._parts = [], []
         return content, parts
@@ -85,251 +111,352 @@ class ToolParser:
     # Each state looks at the held text and returns True if it took some of it or changed the state.
 
     def _in_content(self) -> bool:
-        before, found, after = self._held.partition(CALL)
-        if found:
-            self._content.append(before.rstrip())
-            self._held = after
-            self._before = before[len(before.rstrip()) :]
-            self._state = self._call_opened
-            return True
-        keep = _certain(self._held, CALL)
-        self._content.append(self._held[:keep])
-        self._held = self._held[keep:]
+        at = -1
+        while (at := self._held.find("<", at + 1)) >= 0:
+            verdict = self._call_at(at)
+            if verdict is not False:
+                return self._show_until(at, bool(verdict))
+        self._show(len(self._held.rstrip()))
         return False
 
+    def _call_at(self, at: int) -> bool | None:
+        """Whether a call begins at a position of the content, or an open block ends."""
+        tags = (CALL, FUNCTION, CALL_END) if self._in_block else (CALL, FUNCTION)
+        known = begins(self._held, at, tags if self._xml else tags[::2], self._last)
+        if not known or not self._held.startswith(FUNCTION, at):
+            return known
+        name = name_at(self._held, at + len(FUNCTION), self._last)
+        if not isinstance(name, tuple):
+            return name
+        if name[0] not in self._tools:
+            return False
+        if not self._last and after_space(self._held, name[1]) == len(self._held):
+            return None
+        return begins(self._held, after_space(self._held, name[1]), (PARAMETER, *CLOSING),
+                      self._last)  # fmt: skip
+
+    def _show_until(self, at: int, certain: bool) -> bool:
+        """Show the content before a tag, and go on there if it is one for certain."""
+        shown = len(self._held[:at].rstrip())
+        self._show(shown)
+        if not certain:
+            return False
+        at -= shown
+        if self._held.startswith(CALL_END, at):
+            self._take(at + len(CALL_END))
+            self._in_block = False
+            return True
+        self._opener = ""
+        if self._held.startswith(CALL, at):
+            self._open_block(at + len(CALL))
+        else:
+            self._opener = self._held[:at]
+            self._take(at)
+        self._state = self._call_opened
+        return True
+
+    def _open_block(self, count: int) -> None:
+        self._opener += self._held[:count]
+        self._take(count)
+        self._in_block = True
+
     def _call_opened(self) -> bool:
-        """Right behind `<tool_call>`: which of the two formats is it?"""
-        body = self._held.lstrip()
-        if self._xml and body.startswith(FUNCTION):
-            end = body.find(">")
-            if end >= 0:
-                self._begin(body[len(FUNCTION) : end].strip())
-                self._held = body[end + 1 :]
-                self._fields = 0
-                self._state = self._between_parameters
+        """Where a call's body begins: which of the two formats is it?"""
+        at = after_space(self._held)
+        if self._held.startswith(CALL, at):
+            self._open_block(at + len(CALL))
+            return True
+        if self._xml and self._held.startswith(FUNCTION, at):
+            name = name_at(self._held, at + len(FUNCTION), self._last)
+            if isinstance(name, tuple):
+                self._take(name[1])
+                self._begin(name[0])
                 return True
-            return self._no_call_if(len(body) > 1000)
-        if self._json and body.startswith("{"):
+            return self._no_call_if(name is False)
+        if self._json and self._held.startswith(("{", "["), at):
+            self._whole = JsonRepair(_JSON_ENDS)
+            self._written, self._read = "", 0
             self._state = self._json_body
             return True
-        undecided = not body or (self._xml and FUNCTION.startswith(body))
+        tags = (CALL, FUNCTION) if self._xml else (CALL,)
+        undecided = at == len(self._held) or begins(self._held, at, tags, self._last) is None
         return self._no_call_if(not undecided)
 
     def _no_call_if(self, certain: bool) -> bool:
-        """What follows the marker is not a call: both are content."""
+        """What follows the tag is no call: both are content after all."""
         if certain:
-            self._content.append(self._before + CALL)
+            self._content.append(self._opener)
+            self._opener, self._in_block = "", False
             self._state = self._in_content
         return certain
 
     # --- <function=NAME> --------------------------------------------------------------------------
 
+    def _function_opened(self) -> bool:
+        """Directly behind `<function=NAME>`; some models write the arguments as JSON there."""
+        at = after_space(self._held)
+        if at == len(self._held):
+            return False
+        self._take(at)
+        self._state = self._between_parameters
+        if self._held.startswith("{"):
+            self._scan_arguments(self._after_call)
+        return True
+
     def _between_parameters(self) -> bool:
-        body = self._held.lstrip()
-        if body.startswith(PARAMETER):
-            end = body.find(">")
-            if end < 0:
-                return False
-            self._open_parameter(body[len(PARAMETER) : end].strip())
-            self._held = body[end + 1 :]
-            return True
-        for marker in (FUNCTION_END, CALL_END):
-            if body.startswith(marker):
-                self._part("}" if self._fields else "{}")
-                self._held = body[len(marker) :]
-                self._state = self._call_closed if marker == FUNCTION_END else self._after_call
+        at = after_space(self._held)
+        if self._held.startswith(PARAMETER, at):
+            name = name_at(self._held, at + len(PARAMETER), self._last)
+            if isinstance(name, tuple):
+                self._take(name[1])
+                self._open_parameter(name[0])
                 return True
-        markers = (PARAMETER, FUNCTION_END, CALL_END)
-        if body and not any(marker.startswith(body) for marker in markers):
-            at = body.find("<", 1)  # stray text inside a call means nothing
-            self._held = body[at:] if at > 0 else ""
-            return bool(self._held)
-        return False
+            if name is None:
+                return False
+        elif self._held.startswith((FUNCTION_END, CALL_END, FUNCTION, CALL), at):
+            self._part("}" if self._given else "{}")
+            self._take(at + len(FUNCTION_END) * self._held.startswith(FUNCTION_END, at))
+            self._state = self._after_call
+            return True
+        elif at == len(self._held) or begins(self._held, at, TAGS, self._last) is None:
+            return False
+        next_tag = self._held.find("<", at + 1)  # stray text inside a call means nothing
+        self._take(next_tag if next_tag > 0 else len(self._held))
+        return bool(self._held)
 
     def _open_parameter(self, key: str) -> None:
         tool = self._tools.get(self._name)
-        types = tool.property_types(key) if tool else frozenset[str]()
-        self._types = types
-        self._streams = types <= {"string"}
-        name = f"{', ' if self._fields else '{'}{_dump(key)}: "
-        self._fields += 1
-        self._part(name + '"' if self._streams else name)
+        self._types = tool.argument_types(key) if tool else TEXT
+        self._streams = self._types <= TEXT
+        self._given_again = key in self._given  # the first one holds
+        if not self._given_again:
+            self._part(f"{', ' if self._given else '{'}{dump(key)}: " + '"' * self._streams)
+        self._given.add(key)
         self._state = self._parameter_opened
 
     def _parameter_opened(self) -> bool:
         """Directly behind `<parameter=KEY>`, where a line break may still come."""
-        if not self._held:
+        if not self._held and not self._last:
             return False
         self._held = self._held.removeprefix("\n")
-        self._state = self._in_parameter
+        if not self._held and not self._last:
+            self._state = self._value_opened
+            return False
+        return self._value_opened()
+
+    def _value_opened(self) -> bool:
+        if not self._held and not self._last:
+            return False
+        first = self._held[:1]
+        self._literal = self._streams and first == '"'
+        quoted = not self._streams and first in ("{", "[", '"')
+        self._end = ValueEnd(self._opens_parameter, self._tools, quoted)
+        self._line_start = True
+        self._searched = 0
+        self._state = self._in_literal if self._literal else self._in_value
         return True
 
-    def _in_parameter(self) -> bool:
-        value, found, after = self._held.partition(PARAMETER_END)
-        if found:
-            value = value.removesuffix("\n")
-            self._part(_inner(value) + '"' if self._streams else _typed(value, self._types))
-            self._held = after
-            self._state = self._between_parameters
+    def _opens_parameter(self, name: str, line_start: bool) -> bool:
+        """Whether `<parameter=NAME>` inside of a value is the next one. A text may speak of it."""
+        tool = self._tools.get(self._name)
+        if tool is not None and name not in self._given and tool.names_argument(name):
             return True
-        if self._streams:
-            keep = _certain(self._held, "\n" + PARAMETER_END, PARAMETER_END)
-            self._part(_inner(self._held[:keep]))
-            self._held = self._held[keep:]
+        lists_others = tool is not None and tool.lists_arguments
+        return line_start and not (self._streams and lists_others)
+
+    def _in_literal(self) -> bool:
+        """A text in quotes: they are taken off if it needs them."""
+        length = text_literal(self._held)
+        if length > 0:
+            ends = followed(self._held, length, TAGS, self._last)
+            if ends is None:
+                return False
+            content = self._held[:length]
+            if ends and read_text(content, self._types) != content:
+                self._value_part(dump(read_text(content, self._types))[1:])
+                self._take(after_space(self._held, length))
+                self._leave_value()
+                return True
+        elif length < 0 and not self._last:
+            return False
+        self._state = self._in_value
+        return True
+
+    def _in_value(self) -> bool:
+        certain, found = self._end.find(self._held, self._line_start, self._last, self._searched)
+        if found:
+            value = self._held[:certain].removesuffix("\n")
+            ending = dump(value)[1:] if self._streams else read_value(value, self._types)
+            self._value_part(ending)
+            self._take(certain)
+            self._leave_value()
+            return True
+        if not self._streams:
+            self._searched = certain
+            return False
+        certain -= self._held[:certain].endswith("\n")
+        if certain:
+            self._value_part(dump(self._held[:certain])[1:-1])
+            self._line_start = self._held[certain - 1] == "\n"
+            self._take(certain)
         return False
+
+    def _leave_value(self) -> None:
+        self._held = self._held.removeprefix(PARAMETER_END)
+        self._state = self._between_parameters
+
+    def _value_part(self, text: str) -> None:
+        if not self._given_again:
+            self._part(text)
 
     # --- {"name": ..., "arguments": ...} ----------------------------------------------------------
 
     def _json_body(self) -> bool:
         found = _NAME_FIRST.match(self._held)
-        if found:
-            self._begin(json.loads(found.group(1), strict=False))
-            self._held = self._held[found.end() :]
-            self._scan = _ObjectScan()
-            self._state = self._json_arguments
+        name = _text(found.group(1)) if found else None
+        if found and name:
+            self._take(found.end())
+            self._begin(name)
+            self._scan_arguments(self._behind_json)
             return True
-        if CALL_END not in self._held:
-            return False
-        body, _, after = self._held.partition(CALL_END)
-        if self._whole_call(body):
-            self._held = after
-            self._state = self._after_call
-            return True
-        return self._no_call_if(True)
-
-    def _whole_call(self, body: str) -> bool:
-        """A call whose arguments do not come last or are no object: taken at its end."""
-        try:
-            call = json.loads(body, strict=False)
-        except (ValueError, RecursionError):
-            return False
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return False
-        given = call.get("arguments", call.get("parameters", {}))
-        self._begin(call["name"])
-        self._part(given if isinstance(given, str) else _dump(given))
+        self._written += self._whole.feed(self._held[self._read :])
+        self._read = len(self._held)
+        if not self._whole.done:
+            return self._no_call_if(self._last)
+        calls = _whole_calls(self._written)
+        if not calls:
+            return self._no_call_if(True)
+        self._held = self._whole.rest
+        for name, arguments in calls:
+            self._begin(name)
+            self._part(arguments)
+        self._state = self._after_call
         return True
 
+    def _scan_arguments(self, behind: Callable[[], bool]) -> None:
+        """behind: the state that follows the arguments."""
+        self._scan = JsonRepair((*_JSON_ENDS, FUNCTION_END))
+        self._behind_arguments = behind
+        self._state = self._json_arguments
+
     def _json_arguments(self) -> bool:
-        taken = self._scan.take(self._held)
-        self._part(self._held[:taken])
-        self._held = self._held[taken:]
+        self._part(self._scan.feed(self._held))
+        self._held = self._scan.rest if self._scan.done else ""
         if self._scan.done:
-            self._state = self._call_closed
+            self._state = self._behind_arguments
+        return self._scan.done
+
+    def _behind_json(self) -> bool:
+        """Behind the arguments: other fields, and what closes the call."""
+        at = after_space(self._held)
+        if at == len(self._held):
+            return False
+        self._state = self._after_call
+        if self._held[at] in ",}":
+            self._scan = JsonRepair((*_JSON_ENDS, FUNCTION_END))
+            self._scan.feed("{")
+            self._state = self._other_fields
+        return True
+
+    def _other_fields(self) -> bool:
+        self._scan.feed(self._held)
+        self._held = self._scan.rest if self._scan.done else ""
+        if self._scan.done:
+            self._state = self._after_call
         return self._scan.done
 
     # --- behind a call ----------------------------------------------------------------------------
 
-    def _call_closed(self) -> bool:
-        """The arguments are whole; up to the closing marker nothing means anything."""
-        before, found, after = self._held.partition(CALL_END)
-        if found:
-            self._held = after
-            self._state = self._after_call
-        else:
-            self._held = self._held[_certain(before, CALL_END) :]
-        return bool(found)
-
     def _after_call(self) -> bool:
-        """White space between calls is no word."""
-        self._held = self._held.lstrip()
-        if self._held:
-            self._state = self._in_content
-        return bool(self._held)
+        """White space and closing tags between calls are no content."""
+        at = after_space(self._held)
+        if at == len(self._held):
+            return False
+        for tag in CLOSING:
+            if self._held.startswith(tag, at):
+                self._take(at + len(tag))
+                self._in_block = self._in_block and tag != CALL_END
+                return True
+        tags = (*CLOSING, FUNCTION) if self._in_block and self._xml else CLOSING
+        known = begins(self._held, at, tags, self._last)
+        if known is None:
+            return False
+        self._take(at)
+        again = known or (self._in_block and self._json and self._held[0] == "{")
+        self._opener = ""
+        self._state = self._call_opened if again else self._in_content
+        return True
 
-    def _finish(self) -> None:
-        """Nothing follows: held text belongs to the call that has begun, else to the content."""
+    def _finish(self, cut: bool) -> None:
+        """Nothing follows: what is held is content if no call has begun, and else belongs to it."""
         if self._state == self._in_content:
             self._content.append(self._held)
         elif self._state in (self._call_opened, self._json_body):
-            self._content.append(self._before + CALL + self._held)
-        elif self._state == self._in_parameter:
-            # Cut off: what there is of a text is shown, as it would be if it had been streamed.
-            self._part(_inner(self._held) if self._streams else "")
-        elif self._state == self._between_parameters:
-            self._part("}" if self._fields else "{}")
+            self._content.append(self._opener + self._held)
+        elif self._state == self._json_arguments and not cut:
+            self._part(self._scan.feed("", last=True))
+        elif self._state == self._in_value:
+            self._finish_value(cut)
+        elif self._state in (self._function_opened, self._between_parameters) and not cut:
+            self._part("}" if self._given else "{}")
         self._held = ""
+        self._state = self._in_content
+
+    def _finish_value(self, cut: bool) -> None:
+        value = self._held if cut else self._held.removesuffix("\n")
+        if cut:
+            self._value_part(dump(value)[1:-1] if self._streams else "")
+            return
+        self._value_part(dump(value)[1:] if self._streams else read_value(value, self._types))
+        self._part("}")
 
     def _begin(self, name: str) -> None:
         self._index += 1
         self._name = name
+        self._opener = ""
+        self._given: set[str] = set()
         self._parts.append(CallPart(self._index, id=f"call_{uuid4().hex[:24]}", name=name))
+        self._state = self._function_opened
 
     def _part(self, arguments: str) -> None:
         if arguments:
             self._parts.append(CallPart(self._index, arguments))
 
+    def _show(self, count: int) -> None:
+        self._content.append(self._held[:count])
+        self._take(count)
 
-class _ObjectScan:
-    """Finds where a JSON object ends, piece by piece."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_text = self._escaped = False
-        self.done = False
-
-    def take(self, text: str) -> int:
-        """Characters of `text` that belong to the object."""
-        for at, char in enumerate(text):
-            if self._in_text:
-                self._in_text = self._escaped or char != '"'
-                self._escaped = char == "\\" and not self._escaped
-            elif char == '"':
-                self._in_text = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.done = True
-                    return at + 1
-        return len(text)
+    def _take(self, count: int) -> None:
+        self._held = self._held[count:]
 
 
-def _certain(text: str, *markers: str) -> int:
-    """Characters of `text` before white space and what may begin one of the markers at its end."""
-    keep = len(text)
-    for marker in markers:
-        for length in range(min(len(marker) - 1, len(text)), 0, -1):
-            if text.endswith(marker[:length]):
-                keep = min(keep, len(text) - length)
-                break
-    return len(text[:keep].rstrip())
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _inner(text: str) -> str:
-    """The text as it stands between the quotes of a JSON text."""
-    return _dump(text)[1:-1]
-
-
-def _typed(value: str, types: frozenset[str]) -> str:
-    """A bare value as JSON of one of its types; as a text where it is none of them."""
+def _text(literal: str) -> str | None:
     try:
-        parsed: Any = json.loads(value, parse_constant=_no_number)
+        return str(json.loads(literal, strict=False))
+    except ValueError:
+        return None
+
+
+def _whole_calls(written: str) -> list[tuple[str, str]]:
+    """(name, arguments) of a call, or of a list of them, that is whole; empty if it is none."""
+    try:
+        given = json.loads(written)
     except (ValueError, RecursionError):
-        parsed = _PYTHON.get(value.strip(), value)
-    if isinstance(parsed, str) or ("string" in types and not _json_types(parsed) & types):
-        parsed = value
-    return _dump(parsed)
+        return []
+    calls = given if isinstance(given, list) else [given]
+    found = []
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+            return []
+        found.append((call["name"], _arguments(call.get("arguments", call.get("parameters")))))
+    return found
 
 
-_PYTHON = {"True": True, "False": False, "None": None}
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _json_types(value: Any) -> set[str]:
-    """The names of a value's type in JSON Schema; texts are not asked about."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, (int, float)):
-        return {"number"} if value != int(value) else {"integer", "number"}
-    if value is None:
-        return {"null"}
-    return {"object" if isinstance(value, dict) else "array"}
+def _arguments(given: object) -> str:
+    """A call's arguments as JSON; some models write JSON into a text."""
+    if given is None:
+        return "{}"
+    if isinstance(given, str):
+        found = repaired(given.strip())
+        return found[0] if found else dump(given)
+    return dump(given)

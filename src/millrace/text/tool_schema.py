@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
 
 from millrace.errors import RequestError
+from millrace.text.argument_shapes import Shapes, shapes_of
+from millrace.text.json_schema import TEXT
 
 MAX_TOOLS = 128  # as OpenAI's API
 _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # nothing that could end a tag or a JSON text
-_TYPES = {
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    dict: "object",
-    list: "array",
-    type(None): "null",
-}
 
 
-class Tool(msgspec.Struct, frozen=True):
+class Tool(msgspec.Struct, frozen=True, dict=True):
     """One function. given: as the client described it. parameters: the schema of its arguments.
 
     strict: they must match it also where the model is free to call or not.
@@ -37,11 +31,23 @@ class Tool(msgspec.Struct, frozen=True):
     given: dict[str, Any]
     strict: bool = False
 
-    def property_types(self, key: str) -> frozenset[str]:
-        """JSON types that an argument may have; empty where the schema does not say."""
-        properties = self.parameters.get("properties")
-        schema = properties.get(key) if isinstance(properties, dict) else None
-        return frozenset(_types(schema, self.parameters, 0))
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of its arguments."""
+        return shapes_of(self.parameters)
+
+    def argument_types(self, key: str) -> frozenset[str]:
+        """JSON types that an argument may have. One that the schema does not know is a text."""
+        return frozenset().union(*(shape.types(key) for shape in self.shapes.all)) or TEXT
+
+    def names_argument(self, key: str) -> bool:
+        """Whether an argument may have that name."""
+        return any(shape.types(key) for shape in self.shapes.all)
+
+    @property
+    def lists_arguments(self) -> bool:
+        """Whether the schema lists its arguments, so that others are none."""
+        return not any(shape.is_open for shape in self.shapes.all)
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
@@ -140,37 +146,3 @@ def _bad_choice(choice: Any) -> RequestError:
         f'{{"type": "function", "function": {{"name": ...}}}}, got {str(choice)[:100]!r}',
         param="tool_choice",
     )
-
-
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
-    """Types that a schema allows, as far as it names them; depth ends circles of references."""
-    if not isinstance(schema, Mapping) or depth > 16:
-        return set()
-    if isinstance(schema.get("$ref"), str):
-        return _types(_resolve(schema["$ref"], root), root, depth + 1)
-    named = schema.get("type")
-    if isinstance(named, str):
-        return {named}
-    if isinstance(named, list):
-        return {one for one in named if isinstance(one, str)}
-    values = schema.get("enum") if isinstance(schema.get("enum"), list) else None
-    if values is None and "const" in schema:
-        values = [schema["const"]]
-    if values is not None:
-        return {_TYPES.get(type(value), "string") for value in values}
-    found: set[str] = set()
-    for key in ("anyOf", "oneOf", "allOf"):
-        options = schema.get(key)
-        for one in options if isinstance(options, list) else ():
-            found |= _types(one, root, depth + 1)
-    return found
-
-
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
-    node: Any = root
-    if not reference.startswith("#/"):
-        return None
-    for step in reference[2:].split("/"):
-        name = step.replace("~1", "/").replace("~0", "~")
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node

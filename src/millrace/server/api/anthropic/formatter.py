@@ -62,7 +62,7 @@ class MessageFormatter:
             message = self._message([], None, None, _usage(usage, 0))
             yield _event("message_start", message=message)
         self._last = piece
-        part = self._parser.feed(piece.text, piece.finish_reason is not None)
+        part = self._parser.feed_piece(piece)
         for event in self._blocks.add_part(part):
             yield self._block_event(*event)
 
@@ -82,7 +82,7 @@ class MessageFormatter:
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> Message:
         (piece,) = pieces
-        for _ in self._blocks.add_part(self._parser.feed(piece.text, last=True)):
+        for _ in self._blocks.add_part(self._parser.feed_piece(piece)):
             pass
         content = [_content(block) for block in self._blocks.all]
         counts = _usage(usage, usage.completion_tokens)

@@ -50,7 +50,7 @@ class ChatFormatter(OpenAiFormatter):
         parser = self._parsers[generation.index]
         if first:
             parser.feed(generation.resumed)
-        part = parser.feed(piece.text, piece.finish_reason is not None)
+        part = parser.feed_piece(piece)
         choice = ChatChunkChoice(
             index=generation.index,
             delta=self._delta(part, parser, first),
@@ -153,7 +153,7 @@ def full_answer(
 ) -> tuple[AnswerPart, list[ToolCall]]:
     """An answer's parts and its calls. A call begun in the resumed tokens is included whole."""
     parser.feed(generation.resumed)
-    part = parser.feed(piece.text, last=True)
+    part = parser.feed_piece(piece)
     touched = sorted({call.index for call in part.calls})
     calls = [
         ToolCall(

@@ -80,7 +80,7 @@ class ResponseFormatter:
             for kind in ("response.created", "response.in_progress"):
                 yield self._event(kind, response=self._body("in_progress", None))
         self._last = piece
-        part = self._parser.feed(piece.text, piece.finish_reason is not None)
+        part = self._parser.feed_piece(piece)
         for event in self._blocks.add_part(part):
             yield from self._block_events(*event)
 
@@ -100,7 +100,7 @@ class ResponseFormatter:
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> ResponseBody:
         (self._last,) = pieces
-        for _ in self._blocks.add_part(self._parser.feed(self._last.text, last=True)):
+        for _ in self._blocks.add_part(self._parser.feed_piece(self._last)):
             pass
         return self._body(_status(self._last), usage)
 

@@ -1,0 +1,237 @@
+"""JSON as models write it, made valid as it comes.
+
+Models write line breaks inside of texts, escapes that JSON has not, Python's literals and quotes,
+commas too many, and leave out what closes. `JsonRepair` takes such a text in pieces and gives JSON;
+valid JSON comes out with the same meaning. It knows no tools and no tags but those it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_BARE = re.compile(r"[^\s,:{}\[\]()\"'<]+|<")
+_SPECIAL = {'"': re.compile(r'["\\\x00-\x1f]'), "'": re.compile(r"[\"'\\\x00-\x1f]")}
+_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
+_LARGEST = "1.7976931348623157e308"
+_CLOSERS = {"}": True, "]": False, ")": False}
+
+
+def dump(value: Any) -> str:
+    """A value as JSON text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def word(text: str) -> str | None:
+    """A bare word as JSON, Python's spellings included; None if it is no literal.
+
+    A number beyond the range of a double becomes the largest one: every reader knows that.
+    """
+    known = _WORDS.get(text.lower())
+    if known is not None or not NUMBER.fullmatch(text):
+        return known
+    if abs(float(text)) == float("inf"):
+        return "-" * text.startswith("-") + _LARGEST
+    return text
+
+
+class _Level:
+    """An object or an array that is open. keyed: a key waits for its value."""
+
+    def __init__(self, is_object: bool) -> None:
+        self.is_object = is_object
+        self.items = 0
+        self.keyed = False
+
+
+class JsonRepair:
+    """Rewrites one object or array, which must come first. ends: tags that end it outside of its
+    texts, and inside of them where a line begins with one.
+
+    done: it is closed. rest: what follows it. guesses: words and marks that had no place.
+    """
+
+    def __init__(self, ends: tuple[str, ...] = ()) -> None:
+        self._ends = ends
+        self._levels: list[_Level] = []
+        self._quote = ""
+        self.rest = ""
+        self.done = False
+        self.guesses = 0
+
+    def feed(self, text: str, last: bool = False) -> str:
+        """The JSON that the text adds. last: nothing follows, so that all is closed."""
+        self.rest += text
+        made: list[str] = []
+        while not self.done:
+            step = self._in_text(last) if self._quote else self._token(last)
+            if step is None:
+                break
+            made.append(step)
+        if last and not self.done:
+            made.append(self._close())
+        return "".join(made)
+
+    # Each step takes some of `rest` and returns what it adds, or None if it needs more text.
+
+    def _token(self, last: bool) -> str | None:
+        self.rest = self.rest.lstrip()
+        if not self.rest:
+            return None
+        first = self.rest[0]
+        if first == "<" and self._ends:
+            ended = self._end_at(0, last)
+            if ended is not False:
+                return None if ended is None else self._close()
+        if first in "{[(":
+            return self._open(first)
+        if first in _CLOSERS:
+            return self._take(1, self._pop(_CLOSERS[first]))
+        if first in ",:":
+            return self._take(1, self._mark(first))
+        if first in "\"'":
+            self._quote = first
+            return self._take(1, self._before(is_text=True) + '"')
+        return self._bare(last)
+
+    def _open(self, first: str) -> str:
+        before = self._before(is_text=False)
+        self._levels.append(_Level(first == "{"))
+        return self._take(1, before + ("{" if first == "{" else "["))
+
+    def _bare(self, last: bool) -> str | None:
+        found = _BARE.match(self.rest)
+        assert found is not None
+        if found.end() == len(self.rest) and not last:
+            return None
+        text = found.group()
+        known = word(text)
+        if known is None or self._at_key():
+            self.guesses += 1
+            return self._take(len(text), self._before(is_text=True) + dump(text))
+        return self._take(len(text), self._before(is_text=False) + known)
+
+    def _in_text(self, last: bool) -> str | None:
+        found = _SPECIAL[self._quote].search(self.rest)
+        if found is None:
+            return self._take(len(self.rest), self.rest) if self.rest else None
+        if found.start():
+            return self._take(found.start(), self.rest[: found.start()])
+        char = self.rest[0]
+        if char == "\\":
+            return self._escape(last)
+        if char == self._quote:
+            return self._quote_mark(last)
+        if char == "\n" and self._ends:
+            ended = self._end_at(len(self.rest) - len(self.rest.lstrip()), last)
+            if ended is not False:
+                return None if ended is None else self._close()
+        return self._take(1, dump(char)[1:-1])
+
+    def _escape(self, last: bool) -> str | None:
+        if len(self.rest) < (6 if self.rest[1:2] == "u" else 2) and not last:
+            return None
+        found = _ESCAPE.match(self.rest)
+        if found:
+            return self._take(found.end(), found.group())
+        if self.rest[1:2] == "'":
+            return self._take(2, "'")
+        return self._take(1, "\\\\")
+
+    def _quote_mark(self, last: bool) -> str | None:
+        """A quote ends a text where JSON could go on behind it, else it is a part of the text."""
+        after = self.rest[1:].lstrip()
+        if not after and not last:
+            return None
+        ends = not after or after[0] in ",:}])" or "\n" in self.rest[1 : -len(after) or None]
+        if not ends and self._ends:
+            tag = self._end_at(len(self.rest) - len(after), last)
+            if tag is None:
+                return None
+            ends = tag
+        if not ends:
+            self.guesses += 1
+            return self._take(1, '\\"' if self._quote == '"' else "'")
+        self._quote = ""
+        return self._take(1, '"')
+
+    # --- what a token means where it stands -------------------------------------------------------
+
+    def _at_key(self) -> bool:
+        return bool(self._levels) and self._levels[-1].is_object and not self._levels[-1].keyed
+
+    def _before(self, is_text: bool) -> str:
+        """What goes before a value, or before a text that is a key."""
+        if not self._levels:
+            return ""
+        level = self._levels[-1]
+        if level.keyed:
+            level.keyed = False
+            return ": "
+        comma = ", " if level.items else ""
+        level.items += 1
+        if not level.is_object:
+            return comma
+        level.keyed = is_text
+        self.guesses += not is_text
+        return comma if is_text else comma + '"": '
+
+    def _mark(self, mark: str) -> str:
+        if mark == "," and self._levels and self._levels[-1].keyed:
+            self.guesses += 1
+            return self._missing()
+        return ""
+
+    def _missing(self) -> str:
+        level = self._levels[-1]
+        keyed, level.keyed = level.keyed, False
+        return ": null" if keyed else ""
+
+    def _pop(self, is_object: bool) -> str:
+        """Close the innermost object or array, and what is open inside of it."""
+        if not any(level.is_object == is_object for level in self._levels):
+            self.guesses += 1
+            return ""
+        made = ""
+        while True:
+            made += self._missing()
+            level = self._levels.pop()
+            made += "}" if level.is_object else "]"
+            if level.is_object == is_object:
+                self.done = not self._levels
+                return made
+            self.guesses += 1
+
+    def _close(self) -> str:
+        made = '"' if self._quote else ""
+        self._quote = ""
+        self.guesses += 1
+        while self._levels:
+            made += self._missing() + ("}" if self._levels.pop().is_object else "]")
+        self.done = True
+        return made
+
+    def _end_at(self, at: int, last: bool) -> bool | None:
+        if self.rest.startswith(self._ends, at):
+            return True
+        begun = self.rest[at:]
+        return None if not last and any(end.startswith(begun) for end in self._ends) else False
+
+    def _take(self, count: int, made: str) -> str:
+        self.rest = self.rest[count:]
+        return made
+
+
+def repaired(text: str) -> tuple[str, int] | None:
+    """(JSON, guesses) of a text that is one object or array; None if it is none."""
+    if text[:1] not in ("{", "[", "("):
+        return None
+    repair = JsonRepair()
+    try:
+        made = repair.feed(text, last=True)
+    except RecursionError:
+        return None
+    return None if repair.rest.strip() else (made, repair.guesses)
