@@ -166,7 +166,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     server, which shares the engine's clock. resume: tokens that count as generated already; the
     request goes on behind them. after: the id of a request with the same prompt; this one waits
     until that one's prompt is cached. priority: lower ones run first. bad_words: the token
-    sequences of `params.bad_words`. `params.n` is the server's business: each output is
+    sequences of `params.bad_words`. cache_salt: the prompt shares cached prefixes only with prompts
+    of the same salt. `params.n` is the server's business: each output is
     a request of its own.
     """
 
@@ -179,6 +180,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     after: str | None = None
     priority: int = 0
     bad_words: list[list[int]] = []
+    cache_salt: str = ""
     grammar: Grammar | None = None
     reasoning: ReasoningBound | None = None
 

@@ -95,6 +95,22 @@ def test_same_tokens_on_a_warm_prefix_cache(
     engine.close()
 
 
+@pytest.mark.parametrize("k", [0, 2])
+def test_same_tokens_under_salts(tiny_model: Path, cold: list[list[int]], k: int) -> None:
+    """Salts change what is cached, never a token: prompts of one salt alone find each other."""
+    options = mtp(k, enable_prefix_caching=True, block_size=4, num_snapshots=64)
+    engine = build(tiny_model, **options)
+    hits = []
+    for salts in (["a", "b"], ["", "a"], ["c"], ["a", "b"], ["c"]):
+        before = engine.stats().prefix_hits
+        given = [salts[i % len(salts)] for i in range(len(PROMPTS))]
+        assert_same(tiny_model, PROMPTS, cold, generate(engine, PROMPTS, salts=given))
+        hits.append(engine.stats().prefix_hits - before)
+    assert hits[3] > 2 * hits[0]  # the same prompts under the same salts
+    assert hits[4] > 2 * hits[2]
+    engine.close()
+
+
 @pytest.mark.parametrize(("k", "pipelined"), [(0, False), (2, False), (2, True)])
 def test_same_tokens_when_preempted(
     tiny_model: Path, cold: list[list[int]], k: int, pipelined: bool

@@ -49,13 +49,15 @@ def generate(
     max_tokens: int = 24,
     *,
     between: Callable[[], None] | None = None,
+    salts: Sequence[str] | None = None,
     **params: Any,
 ) -> list[list[int]]:
-    """Every prompt's tokens, all of them added at once."""
+    """Every prompt's tokens, all of them added at once. salts: each prompt's cache salt."""
+    salts = salts or [""] * len(prompts)
     params = {"temperature": 0.0, "ignore_eos": True, **params}
     for index, prompt in enumerate(prompts):
         chosen = SamplingParams(max_tokens=max_tokens, **params)
-        engine.add(AddRequest(id=str(index), prompt=list(prompt), params=chosen))
+        engine.add(AddRequest(str(index), list(prompt), chosen, cache_salt=salts[index]))
     out: list[list[int]] = [[] for _ in prompts]
     while engine.has_work():
         for delta in engine.step():

@@ -1,15 +1,16 @@
-"""How gateway and replica name the beginnings of prompts alike: a hash chain over blocks of bytes.
+"""The hashes by which a gateway and a replica name the same prefix of a prompt.
 
 A block is 256 bytes of the prompt's JSON, as the client wrote it; where several fields make the
 prompt, one stands behind the other. The hash of a block covers all blocks before it, so two prompts
 share a hash as far as they begin alike. It is a checksum, which goes on from block to block for
-next to nothing; prompts that collide, even on purpose, cost a missed hint, never an answer. Who
-holds which prefix is not known here.
+next to nothing; prompts that collide, even on purpose, cost a missed hint, never an answer. Prompts
+under different cache salts share no hash. Who holds which prefix is not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Annotated
 from zlib import crc32
 
@@ -17,6 +18,7 @@ import msgspec
 
 BLOCK = 256
 MAX_BLOCKS = 64
+SALT_HEADER = "x-cache-salt"  # by which a gateway says whose request it is
 # By path: the fields of a request for text that make its prompt, in the order in which it is read.
 PROMPT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "/v1/completions": ("prompt",),
@@ -40,13 +42,26 @@ class PrefixReport(msgspec.Struct, frozen=True):
     hashes: list[Hash]
 
 
-def hash_chain(prompt: bytes) -> list[int]:
+def key_salt(key: bytes) -> str:
+    """The salt of those who use an API key: 32 hexadecimal digits, which do not tell the key."""
+    return sha256(b"millrace cache salt\0" + key).hexdigest()[:32]
+
+
+def combined_salt(key: str, gateway: str, own: str) -> str:
+    """One salt for the salts of an API key, of a gateway and of a request; empty if all are.
+
+    key and gateway hold letters and digits only, so that no two combinations are the same.
+    """
+    return f"{key}.{gateway}/{own}" if key or gateway or own else ""
+
+
+def hash_chain(prompt: bytes, salt: str = "") -> list[int]:
     """One hash (its depth, and 32 bits) for each whole block of the prompt's beginning, at most
     MAX_BLOCKS.
 
     The last, partial block of a short prompt counts as one, so that repeats of it are found.
     """
-    chain, so_far = [], 0
+    chain, so_far = [], crc32(salt.encode())
     end = min(len(prompt), BLOCK * MAX_BLOCKS)
     for start in range(0, max(1, end - end % BLOCK), BLOCK):
         so_far = crc32(prompt[start : start + BLOCK], so_far)

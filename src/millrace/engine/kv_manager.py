@@ -53,7 +53,9 @@ class KVManager:
 
     def match(self, request: Request) -> Match:
         """The cached prefix of the request's tokens; empty if the request may not use the cache."""
-        return self.tree.match(request.tokens) if self.may_use_cache(request) else _NOTHING
+        if not self.may_use_cache(request):
+            return _NOTHING
+        return self.tree.match(request.tokens, request.source.cache_salt)
 
     def admit(
         self, request: Request, match: Match, length: int, spare: int
@@ -90,9 +92,9 @@ class KVManager:
     def estimate_cached_tokens(self, request: Request) -> None:
         """Look up how much of a waiting request's prompt is cached now."""
         request.estimate_version = self.tree.version
-        request.cached_estimate = (
-            self.tree.cached(request.tokens) if self.may_use_cache(request) else 0
-        )
+        request.cached_estimate = 0
+        if self.may_use_cache(request):
+            request.cached_estimate = self.tree.cached(request.tokens, request.source.cache_salt)
 
     def can_gain_from_cache(self, request: Request) -> bool:
         """Whether it could resume from a snapshot of another request with the same prompt."""
@@ -102,6 +104,10 @@ class KVManager:
             and self.tree.round_down(request.prompt_len - 1)
             >= max(1, self._limits.snapshot_distance)
         )
+
+    def record_prompt(self, request: Request) -> None:
+        """Note the request's prompt, so that later prompts discover what they share with it."""
+        self.tree.record_prompt(request.tokens, request.source.cache_salt)
 
     def boundaries(self, request: Request, shared: int) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an
@@ -128,7 +134,7 @@ class KVManager:
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
         or launched steps write all of them."""
-        if self.tree.has_snapshot(request.tokens, depth):
+        if self.tree.has_snapshot(request.tokens, depth, request.source.cache_salt):
             return None
         if self.snapshots.free == 0 and not self.tree.evict():
             return None
@@ -137,7 +143,7 @@ class KVManager:
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: depth // self._limits.page_size]
-        self.tree.publish(request.tokens[:depth], pages, snapshot)
+        self.tree.publish(request.tokens[:depth], pages, snapshot, request.source.cache_salt)
 
     # --- integrity --------------------------------------------------------------------------
 

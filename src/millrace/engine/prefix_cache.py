@@ -8,6 +8,9 @@ prefix reusable, together with the KV pages on the path to it. Hence the rule of
 one is a *ghost*: it keeps the tokens only, so that the next prompt can discover how far two prompts
 are the same (a junction). It costs no device memory. To evict a snapshot turns the part of its path
 that no other snapshot needs into ghosts.
+
+Prompts under different salts share nothing: the first page of a path is found by its salt and its
+tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 
 NULL_PAGE = 0
 NO_SNAPSHOT = -1
+Key = tuple[int | str, ...]
 
 
 class Pool:
@@ -93,15 +97,16 @@ class Pool:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One page of tokens, behind its parent's. snapshots_below: snapshots at it and below it."""
+    """One page of tokens, behind its parent's. key: the tokens, in the first page behind the salt
+    if there is one. snapshots_below: snapshots at it and below it."""
 
     parent: Node | None
-    key: tuple[int, ...]
+    key: Key
     depth: int  # tokens from the root to the end of this page
     page: int = NULL_PAGE
     snapshot: int = NO_SNAPSHOT
     snapshots_below: int = 0
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[Key, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +143,9 @@ class PrefixTree:
         self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, oldest first
         self._ghosts: OrderedDict[Node, None] = OrderedDict()  # childless ghosts, oldest first
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], salt: str = "") -> Match:
         """The longest prefix to resume from; never the whole prompt: at least one token is left."""
-        path = self._walk(tokens, self.round_down(len(tokens) - 1))
+        path = self._walk(tokens, self.round_down(len(tokens) - 1), salt)
         shared = path[-1].depth if path else 0
         while path and path[-1].snapshot == NO_SNAPSHOT:
             path.pop()
@@ -151,28 +156,30 @@ class PrefixTree:
                 self._recent.move_to_end(node)
         return Match(path[-1].depth, [n.page for n in path], path[-1].snapshot, shared)
 
-    def cached(self, tokens: Sequence[int]) -> int:
+    def cached(self, tokens: Sequence[int], salt: str = "") -> int:
         """How many tokens `match` would find now. It does not count as a use of them."""
-        path = self._walk(tokens, self.round_down(len(tokens) - 1))
+        path = self._walk(tokens, self.round_down(len(tokens) - 1), salt)
         return next((n.depth for n in reversed(path) if n.snapshot != NO_SNAPSHOT), 0)
 
-    def has_snapshot(self, tokens: Sequence[int], depth: int) -> bool:
+    def has_snapshot(self, tokens: Sequence[int], depth: int, salt: str = "") -> bool:
         """Whether tokens[:depth] can be resumed from already."""
-        path = self._walk(tokens, depth)
+        path = self._walk(tokens, depth, salt)
         return bool(path) and path[-1].depth == depth and path[-1].snapshot != NO_SNAPSHOT
 
-    def record_prompt(self, tokens: Sequence[int]) -> None:
+    def record_prompt(self, tokens: Sequence[int], salt: str = "") -> None:
         """Add the full pages of a prompt as ghosts, so that later prompts discover what they
         share."""
-        self._extend(tokens, self.round_down(len(tokens) - 1))
+        self._extend(tokens, self.round_down(len(tokens) - 1), salt)
 
-    def publish(self, tokens: Sequence[int], pages: Sequence[int], snapshot: int) -> None:
+    def publish(
+        self, tokens: Sequence[int], pages: Sequence[int], snapshot: int, salt: str = ""
+    ) -> None:
         """Insert tokens (full pages, all computed) with their pages and the snapshot at their end.
 
         Takes over the caller's reference to `snapshot`, and adds one to each page. If there is a
         snapshot already, `snapshot` is freed.
         """
-        node = self._extend(tokens, len(tokens))
+        node = self._extend(tokens, len(tokens), salt)
         if node is self._root or node.snapshot != NO_SNAPSHOT:
             self._snapshots.release(snapshot)
             return
@@ -247,25 +254,25 @@ class PrefixTree:
             stack.extend(node.children.values())
         return found
 
-    def _walk(self, tokens: Sequence[int], length: int) -> list[Node]:
+    def _walk(self, tokens: Sequence[int], length: int, salt: str) -> list[Node]:
         path: list[Node] = []
         node = self._root
         size = self._page_size
         for start in range(0, length, size):
-            child = node.children.get(tuple(tokens[start : start + size]))
+            child = node.children.get(_key(tokens[start : start + size], "" if start else salt))
             if child is None:
                 break
             path.append(child)
             node = child
         return path
 
-    def _extend(self, tokens: Sequence[int], length: int) -> Node:
+    def _extend(self, tokens: Sequence[int], length: int, salt: str) -> Node:
         """The node of tokens[:length]; missing nodes on the path are created."""
-        path = self._walk(tokens, length)
+        path = self._walk(tokens, length, salt)
         node = path[-1] if path else self._root
         for start in range(node.depth, length, self._page_size):
             self._ghosts.pop(node, None)
-            key = tuple(tokens[start : start + self._page_size])
+            key = _key(tokens[start : start + self._page_size], "" if start else salt)
             child = Node(parent=node, key=key, depth=start + self._page_size)
             node.children[key] = child
             node = child
@@ -291,6 +298,10 @@ class PrefixTree:
             if parent.parent and not parent.children and parent.snapshot == NO_SNAPSHOT:
                 self._ghosts[parent] = None
                 self._ghosts.move_to_end(parent, last=False)
+
+
+def _key(page: Sequence[int], salt: str) -> Key:
+    return (salt, *page) if salt else tuple(page)
 
 
 def _path(node: Node) -> list[Node]:

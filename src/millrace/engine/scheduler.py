@@ -281,7 +281,7 @@ class Scheduler:
         request.cached_tokens = request.computed
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
-            self._kv_manager.tree.record_prompt(request.tokens)
+            self._kv_manager.record_prompt(request)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.computed
 
