@@ -1,6 +1,6 @@
 """Microseconds to choose a replica, by policy, replicas and gateway processes.
 
-    python benchmarks/routing_cost.py
+python benchmarks/routing_cost.py
 """
 
 from __future__ import annotations

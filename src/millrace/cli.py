@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from millrace.common.safe_log import open_standard_descriptors
 from millrace.errors import UserError
 from millrace.version import __version__
 
@@ -69,6 +70,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
+    open_standard_descriptors()
     sys.exit(run(arguments))
 
 

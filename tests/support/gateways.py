@@ -21,7 +21,8 @@ async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Ta
     """A started gateway, checking health quickly, and where it listens."""
     options.setdefault("health", FAST)
     options.setdefault("replicas", [ReplicaSpec(target=parse_url(u)) for u in urls])
-    made = Gateway(GatewayOptions(port=0, **options), log=lambda line: None)
+    log = options.pop("log", lambda line: None)
+    made = Gateway(GatewayOptions(port=0, **options), log=log)
     await made.start()
     try:
         yield made, Target("127.0.0.1", made.port)

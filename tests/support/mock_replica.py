@@ -356,6 +356,13 @@ class ScriptedServer:
             writer.close()
 
 
+async def _chatter(kilobytes: int) -> None:
+    """Write so many lines of 1 KB every 50 ms."""
+    while kilobytes:
+        print(("x" * 1023 + "\n") * kilobytes, end="", flush=True)
+        await asyncio.sleep(0.05)
+
+
 async def _main(options: argparse.Namespace) -> None:
     if options.fail:
         raise SystemExit(f"error: {options.fail}")
@@ -374,12 +381,14 @@ async def _main(options: argparse.Namespace) -> None:
     print(f"mock replica {os.getpid()} ready on {replica.port}", flush=True)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    chatter = asyncio.create_task(_chatter(options.chatter))
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     await stop.wait()
+    chatter.cancel()
     os._exit(0)  # streams under way end here, without a word from asyncio
 
 
@@ -394,6 +403,7 @@ if __name__ == "__main__":
     parser.add_argument("--start-after", type=float, default=0.0)
     parser.add_argument("--fail", help="exit with this message instead of serving")
     parser.add_argument("--threads-file", help="append OMP_NUM_THREADS and the pid to this file")
+    parser.add_argument("--chatter", type=int, default=0, help="KB written every 50 ms")
     parser.add_argument("--ignore-sigterm", action="store_true")
     # What else `millrace serve` is told (the model, --replicas) is of no concern here.
     asyncio.run(_main(parser.parse_known_args()[0]))

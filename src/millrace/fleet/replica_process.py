@@ -11,6 +11,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from millrace.common.child_process import (
     child_environment,
@@ -19,6 +20,7 @@ from millrace.common.child_process import (
     kill_group,
 )
 from millrace.common.http_client import Target, fetch
+from millrace.common.tasks import restarted
 from millrace.errors import UserError
 
 _LINE_LIMIT = 1 << 20
@@ -58,7 +60,8 @@ class ReplicaProcess:
             preexec_fn=lambda: end_with_parent(parent),
             limit=_LINE_LIMIT,
         )
-        self._reader = asyncio.create_task(self._read_output(self._process))
+        work = partial(self._read_output, self._process)
+        self._reader = restarted(f"the output of {self.command[0]}", work, self._on_line)
 
     @property
     def pid(self) -> int:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import uvloop
 
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
+from millrace.common.safe_log import protect_standard_streams, stderr_line
 from millrace.common.sockets import free_port, require_free_port
+from millrace.common.tasks import restarted
 from millrace.errors import ConfigError
 from millrace.fleet.device_assignment import (
     Device,
@@ -121,9 +123,10 @@ class Supervisor:
                 raise error.exceptions[0] from None
             raise
         self._tasks = [
-            asyncio.create_task(self._restart_loop(i)) for i in range(self._options.count)
+            restarted(f"the restarts of replica {i}", partial(self._restart_loop, i), self._log)
+            for i in range(self._options.count)
         ]
-        self._tasks.append(asyncio.create_task(self._kill_hung_loop()))
+        self._tasks.append(restarted("the hang guard", self._kill_hung_loop, self._log))
 
     async def stop(self) -> None:
         """Stop the gateway when the running requests have ended or their time is over, then every
@@ -216,11 +219,12 @@ def run_replicas(
         start_timeout=start_timeout,
         stop_timeout=stop_timeout,
     )
+    protect_standard_streams()
     uvloop.run(_run(options))
 
 
 async def _run(options: FleetOptions) -> None:
-    supervisor = Supervisor(options, _to_stderr)
+    supervisor = Supervisor(options, stderr_line)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -239,7 +243,7 @@ async def _run(options: FleetOptions) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     starting.result()
-    _to_stderr(
+    stderr_line(
         f"{options.count} replicas on http://{options.host}:{supervisor.gateway.port}, "
         f"policy {options.gateway.policy}"
     )
@@ -247,7 +251,3 @@ async def _run(options: FleetOptions) -> None:
         await stopping
     finally:
         await supervisor.stop()
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable
 
 from millrace.common.open_files import raise_file_limit
+from millrace.common.safe_log import stderr_line
 from millrace.gateway.admin.api import AdminApi, health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
@@ -29,7 +29,7 @@ class Gateway:
     def __init__(
         self,
         options: GatewayOptions,
-        log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        log: Callable[[str], None] = stderr_line,
     ) -> None:
         check_options(options)
         check_access_log(options.access_log)
@@ -40,6 +40,7 @@ class Gateway:
             options.health,
             options.access.worker_api_key,
             by_prefix=options.policy in BY_PREFIX,
+            log=log,
         )
         for spec in options.replicas:
             self.monitor.add(spec)
@@ -68,6 +69,7 @@ class Gateway:
                 0,
                 lambda replicas: _LocalAdminApi(self._admin, replicas),
                 self.monitor.report,
+                log,
             )
             self.monitor.listeners.append(self._relay_server.replicas.apply)
             self._relay_server.replicas.apply(self.monitor.members)

@@ -13,6 +13,7 @@ import uvloop
 
 from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
+from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
 from millrace.gateway.admin.status import show_status
 from millrace.gateway.app import Gateway
@@ -61,7 +62,9 @@ _NO_FLAGS = _without_help(GatewayOptions, GATEWAY_HELP)
 def gateway(ctx: click.Context, /, **flags: Any) -> None:
     """Spread requests over replicas and relay their responses."""
     if ctx.invoked_subcommand is None:
-        uvloop.run(_serve(_options(flags), flags["drain_timeout"]))
+        options = _options(flags)
+        protect_standard_streams()
+        uvloop.run(_serve(options, flags["drain_timeout"]))
 
 
 @gateway.command()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from millrace.common.safe_log import exit_at_once
 from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
@@ -118,13 +119,13 @@ def _give_up(rank: int, joined: Ranks | None, error: BaseException) -> NoReturn:
         log.exception("rank %d ends", rank)
     if joined is not None:
         joined.fail(f"rank {rank} (pid {os.getpid()}) ends: {error or type(error).__name__}")
-    os._exit(2 if isinstance(error, UserError) else RANK_FAILED)
+    exit_at_once(2 if isinstance(error, UserError) else RANK_FAILED)
 
 
 def _end_rank(rank: int, why: str) -> None:
     """End this rank at once: the group has failed."""
     log.error("rank %d ends: %s", rank, why)
-    os._exit(RANK_FAILED)
+    exit_at_once(RANK_FAILED)
 
 
 def _start_here(args: EngineArgs, config: EngineConfig) -> tuple[RankInfo, LocalRanks, Any]:

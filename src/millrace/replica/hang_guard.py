@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+
+from millrace.common.safe_log import exit_at_once
 
 log = logging.getLogger("millrace.engine")
 
@@ -26,7 +27,7 @@ _POLL_SECONDS = 0.1
 def end(why: str) -> None:
     """End this process, with the reason as its last log line."""
     log.error("%s", why)
-    os._exit(RANK_FAILED)
+    exit_at_once(RANK_FAILED)
 
 
 def limit_exit() -> None:

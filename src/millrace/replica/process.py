@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from millrace.common.child_process import end_with_parent
+from millrace.common.safe_log import exit_at_once, protect_standard_streams
 from millrace.config import EngineArgs
 from millrace.engine.engine import Engine
 from millrace.errors import RankError, RequestError, UserError
@@ -91,7 +92,7 @@ class _ServerLink:
         socket.send(_encode(Failed(why, user_error=False)))
         socket.close(linger=1000)
         time.sleep(1.0)  # until it is sent
-        os._exit(1)
+        exit_at_once(1)
 
 
 def serve(args: EngineArgs, directory: Path, parent: int) -> int:
@@ -126,7 +127,7 @@ def _end_group(server: _ServerLink, engine: Replica | None, why: str) -> NoRetur
     if engine is not None:
         engine.children.stop(limit=0.0)
     zmq.Context.instance().term()  # returns once the messages are sent
-    os._exit(1)
+    exit_at_once(1)
 
 
 def _end_if_stuck(server: _ServerLink, why: str) -> None:
@@ -207,6 +208,7 @@ def main() -> int:
     parser.add_argument("--parent-pid", type=int, default=os.getppid())
     options = parser.parse_args()
     end_with_parent(options.parent_pid)
+    protect_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server process decides when to stop
     faulthandler.enable()

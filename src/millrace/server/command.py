@@ -17,6 +17,7 @@ import msgspec
 
 from millrace.common.api_keys import configured_keys
 from millrace.common.flags import given, struct_options
+from millrace.common.safe_log import protect_standard_streams
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
 from millrace.model_lookup import find_model
@@ -53,6 +54,7 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     args = engine_args(model=model, **given(values, EngineArgs))
     options = msgspec.convert(given(values, ServerOptions), ServerOptions)
     _check(options)
+    protect_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     if options.engine != "millrace":
         _serve_others(args, options, values)

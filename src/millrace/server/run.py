@@ -24,7 +24,9 @@ from starlette.types import ASGIApp
 from millrace.common.api_errors import shutting_down
 from millrace.common.api_keys import ApiKeys
 from millrace.common.open_files import raise_file_limit
+from millrace.common.safe_log import dropped_lines
 from millrace.common.sockets import BACKLOG, listen, tls_context
+from millrace.common.tasks import reported, task_failures
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
@@ -91,8 +93,11 @@ async def _serve(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
         )
         page.gauges.update(_gauges(middleware, server))
-        supervision = asyncio.create_task(
-            _supervise_engine(client, options, server, names[0], listeners[0])
+        supervision = reported(
+            "the supervision of the engine",
+            _supervise_engine(client, options, server, names[0], listeners[0]),
+            logger.error,
+            on_failure=lambda error: _end_unsupervised(client, server, error),
         )
         await server.serve(sockets=listeners)
         supervision.cancel()
@@ -154,6 +159,8 @@ def _gauges(
         "http_connections": (
             "Connections of clients.", lambda: len(server.server_state.connections)
         ),
+        "log_lines_dropped": ("Log lines lost because they could not be written.", dropped_lines),
+        "task_failures": ("Failures of background tasks.", task_failures),
         "front_tasks": ("Tasks in the server's event loop.", lambda: len(asyncio.all_tasks())),
     }  # fmt: skip
 
@@ -184,6 +191,12 @@ async def _supervise_engine(
         scheme = "https" if options.ssl_certfile else "http"
         print(_startup_message(ready, name, scheme, listener), flush=True)
     await Restarter(client, options.max_engine_restarts).run()
+    server.should_exit = True
+
+
+def _end_unsupervised(client: EngineClient, server: uvicorn.Server, error: Exception) -> None:
+    """End the server with a failure: nothing would restart its engine."""
+    client.died = client.died or error
     server.should_exit = True
 
 

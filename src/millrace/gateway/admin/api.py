@@ -8,6 +8,7 @@ replica, and the latter adds, drains, changes and removes them. Every other path
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -15,6 +16,8 @@ from urllib.parse import unquote
 import msgspec
 
 from millrace.common.http_client import fetch, parse_url
+from millrace.common.safe_log import dropped_lines
+from millrace.common.tasks import task_failures
 from millrace.errors import UserError
 from millrace.gateway.admin.metrics import exposition
 from millrace.gateway.admin.metrics_merge import merged
@@ -149,11 +152,18 @@ class AdminApi:
         return [_row(member, sums[member.slot]) for member in members]
 
     async def _metrics(self) -> LocalReply:
-        own = exposition(self._counters, self._monitor.members, self._policy, self._restarts())
+        counters, members = self._counters, self._monitor.members
+        own = exposition(counters, members, self._policy, self._restarts(), self._own_events())
         if self._merge:
             pages = await asyncio.gather(*(self._replica_metrics(m) for m in self._monitor.members))
             own += merged([page for page in pages if page is not None])
         return LocalReply(200, own, _TEXT)
+
+    def _own_events(self) -> dict[str, int]:
+        """Totals of this process, where it relays nothing and so publishes no counters."""
+        if os.getpid() in self._workers():
+            return {}
+        return {"log_lines_dropped": dropped_lines(), "task_failures": task_failures()}
 
     async def _replica_metrics(self, member: Member) -> tuple[str, str] | None:
         if member.state == "down":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -26,6 +26,8 @@ _EVENTS = {
     "cut_off": "Responses that broke off before their end.",
     "disconnects": "Requests whose client left early.",
     "queue_refused": "Requests refused because the queue was full.",
+    "log_lines_dropped": "Log lines lost because they could not be written.",
+    "task_failures": "Failures of background tasks, which were restarted.",
     "body_refused": "Requests refused because request bodies used all of their memory.",
 }
 _SECONDS = {
@@ -49,12 +51,18 @@ class SharedCountersCollector(Collector):
     """Reads the shared counters."""
 
     def __init__(
-        self, counters: SharedCounters, members: Sequence[Member], policy: str, restarts: int
+        self,
+        counters: SharedCounters,
+        members: Sequence[Member],
+        policy: str,
+        restarts: int,
+        more_events: Mapping[str, int],
     ) -> None:
         self._counters = counters
         self._members = members
         self._policy = policy
         self._restarts = restarts
+        self._more_events = more_events
 
     def collect(self) -> Iterator[Metric]:
         answers = _counter("requests", "Requests answered, by status.", ["status"])
@@ -64,7 +72,8 @@ class SharedCountersCollector(Collector):
         yield answers
         events = self._counters.events()
         for name, text in _EVENTS.items():
-            yield _counter(name, text, value=events[name])
+            total = events[name] + self._more_events.get(name, 0)
+            yield _counter(name, text, value=total)
         for name, (event, text) in _SECONDS.items():
             yield _counter(f"{name}_seconds", text, value=events[event] / 1e9)
         yield _counter("worker_restarts", "Gateway processes restarted.", value=self._restarts)
@@ -136,9 +145,13 @@ def _gauge(
 
 
 def exposition(
-    counters: SharedCounters, members: Sequence[Member], policy: str, restarts: int = 0
+    counters: SharedCounters,
+    members: Sequence[Member],
+    policy: str,
+    restarts: int = 0,
+    more_events: Mapping[str, int] = {},
 ) -> bytes:
-    """The text of /metrics."""
+    """The text of /metrics. more_events: added to the processes' own totals."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(SharedCountersCollector(counters, members, policy, restarts))
+    registry.register(SharedCountersCollector(counters, members, policy, restarts, more_events))
     return generate_latest(registry)

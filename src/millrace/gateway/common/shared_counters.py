@@ -36,6 +36,8 @@ EVENTS = (
     "relayed_requests",
     "first_byte_ns",
     "cpu_ns",
+    "log_lines_dropped",
+    "task_failures",
 )
 PROCESS_GAUGES = (
     "interactive",

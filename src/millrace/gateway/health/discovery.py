@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from millrace.common.http_client import Target, parse_url
+from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
 
@@ -113,7 +115,8 @@ class Discovery:
                 self._monitor.sync(source.name, await source.read())
             except OSError as error:
                 raise UserError(f"{source.name}: {error.strerror or error}") from None
-            self._tasks.append(asyncio.create_task(self._follow(source)))
+            work = partial(self._follow, source)
+            self._tasks.append(restarted(f"the reading of {source.name}", work, self._log))
 
     async def stop(self) -> None:
         """End the background tasks."""

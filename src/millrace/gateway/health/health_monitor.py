@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
+from millrace.common.safe_log import stderr_line
+from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import (
     ENDED,
@@ -100,11 +103,13 @@ class HealthMonitor:
         replica_key: str | None = None,
         *,
         by_prefix: bool = False,
+        log: Callable[[str], None] = stderr_line,
     ) -> None:
         self._counters = counters
         self._policy = policy
         self._headers = (("Authorization", f"Bearer {replica_key}"),) if replica_key else ()
         self._by_prefix = by_prefix
+        self._log = log
         self._monitored: dict[int, _Monitored] = {}
         self._next_id = 0
         self._next_slot = 0
@@ -167,7 +172,7 @@ class HealthMonitor:
         monitored = self._monitored[id]
         self._set(monitored, state="draining", reason="draining")
         if then_remove:
-            monitored.tasks.append(asyncio.create_task(self._remove_when_empty(monitored)))
+            self._run(monitored, "the removal", self._remove_when_empty)
 
     def undrain(self, id: int) -> None:
         """Send a drained replica requests again, after a successful check."""
@@ -292,9 +297,18 @@ class HealthMonitor:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _watch(self, monitored: _Monitored) -> None:
-        monitored.tasks.append(asyncio.create_task(self._check_loop(monitored)))
+        self._run(monitored, "the health checks", self._check_loop)
         if self._policy.load_interval > 0:
-            monitored.tasks.append(asyncio.create_task(self._load_loop(monitored)))
+            self._run(monitored, "the load reports", self._load_loop)
+
+    def _run(
+        self,
+        monitored: _Monitored,
+        name: str,
+        work: Callable[[_Monitored], Coroutine[Any, Any, None]],
+    ) -> None:
+        task = restarted(f"{name} of {monitored.spec.target}", partial(work, monitored), self._log)
+        monitored.tasks.append(task)
 
     async def _check_loop(self, monitored: _Monitored) -> None:
         while True:

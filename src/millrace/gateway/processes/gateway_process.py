@@ -16,6 +16,7 @@ import msgspec
 import uvloop
 
 from millrace.common.child_process import end_with_parent
+from millrace.common.safe_log import protect_standard_streams
 from millrace.gateway.admin.api import health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.http.message import LocalReply, Request, error_reply
@@ -103,6 +104,7 @@ def main() -> None:
     end_with_parent(parent)
     # The main process decides when to stop, also when Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    protect_standard_streams()
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=GatewayOptions)
     uvloop.run(_run(index, channel_fd, counters_fd, options))
 

@@ -11,7 +11,9 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+from millrace.common.safe_log import stderr_line
 from millrace.common.sockets import BACKLOG, listen, tls_context
+from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.processes.options import GatewayOptions
@@ -37,14 +39,16 @@ class RelayServer:
         index: int,
         admin: Callable[[ReplicaSet], AdminHandler],
         report: Callable[[int, str | None], None],
+        log: Callable[[str], None] = stderr_line,
     ) -> None:
         process_counters = counters.process_counters(index)
         self._options = options
+        self._log = log
         self.replicas = ReplicaSet(counters, process_counters, report, options.health.slow_start)
         policy = make_policy(
             options.policy, self.replicas, PrefixTable(counters.prefixes), options.affinity_gap
         )
-        self._log = AccessLog(options.access_log) if options.access_log else None
+        self._access_log = AccessLog(options.access_log, log) if options.access_log else None
         self.relay = Relay(
             self.replicas,
             policy,
@@ -52,7 +56,7 @@ class RelayServer:
             admin(self.replicas),
             admission=AdmissionControl(counters, process_counters, options.limits),
             access=options.access,
-            log=self._log.write if self._log else None,
+            log=self._access_log.write if self._access_log else None,
         )
         self._servers: list[asyncio.Server] = []
         self._chores: asyncio.Task[None] | None = None
@@ -70,7 +74,7 @@ class RelayServer:
                 lambda: ClientConnection(self.relay), sock=listener, backlog=BACKLOG, ssl=context
             )
             self._servers.append(server)
-        self._chores = asyncio.create_task(self._do_chores())
+        self._chores = restarted("the periodic work of the gateway", self._do_chores, self._log)
 
     async def stop(self, drain: float = 0.0) -> None:
         """Accept no new connection, give running requests `drain` seconds, then close the rest."""
@@ -82,8 +86,8 @@ class RelayServer:
             self._chores.cancel()
             self.relay.publish()
         self.relay.close()
-        if self._log is not None:
-            self._log.close()
+        if self._access_log is not None:
+            self._access_log.close()
         await asyncio.sleep(0)  # let the closed connections say so
 
     async def _do_chores(self) -> None:
@@ -94,8 +98,8 @@ class RelayServer:
             turn += 1
             if turn % _SWEEP_EVERY == 0:
                 self.relay.sweep()
-                if self._log is not None:
-                    self._log.flush()
+                if self._access_log is not None:
+                    self._access_log.flush()
 
 
 def freeze_garbage_collector() -> None:

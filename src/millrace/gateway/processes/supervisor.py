@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 
@@ -20,6 +21,7 @@ from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import end_process, python_module
 from millrace.common.framing import Framing
 from millrace.common.sockets import bind, require_free_port
+from millrace.common.tasks import reported, restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthMonitor
@@ -158,7 +160,10 @@ class GatewayProcesses:
             await self.stop(0.0)
             raise UserError("a gateway process did not start; its own message is above")
         self._tasks = [
-            asyncio.create_task(self._restart_loop(i)) for i in range(self._options.processes)
+            restarted(
+                f"the restarts of gateway process {i}", partial(self._restart_loop, i), self._log
+            )
+            for i in range(self._options.processes)
         ]
 
     async def stop(self, drain: float) -> None:
@@ -194,7 +199,8 @@ class GatewayProcesses:
         child = _Child(process, Channel(reader, writer, Up))
         self._running[index] = child
         child.channel.send(Members(self._monitor.members))
-        listen = asyncio.create_task(self._receive_loop(child))
+        name = f"the channel of gateway process {process.pid}"
+        listen = reported(name, self._receive_loop(child), self._log, lambda error: process.kill())
         waits = [asyncio.ensure_future(child.listening.wait()), listen]
         await asyncio.wait(waits, timeout=_START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         waits[0].cancel()
@@ -207,7 +213,7 @@ class GatewayProcesses:
             elif isinstance(message, Report):
                 self._monitor.report(message.id, message.reason)
             elif isinstance(message, AdminRequest):
-                asyncio.create_task(self._reply(child, message))  # noqa: RUF006
+                reported("a local request", self._reply(child, message), self._log)
 
     async def _reply(self, child: _Child, message: AdminRequest) -> None:
         answer = await self._answer(message.request)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from io import FileIO
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import msgspec
 
+from millrace.common.safe_log import LineWriter
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import RequestInfo
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
+
+_BATCH = 64  # lines of one write
 
 
 class LoggedRequest(Protocol):
@@ -35,12 +39,21 @@ class LoggedRequest(Protocol):
 
 class AccessLog:
     """Appends to a file, or to stderr for "-". Lines are buffered until `flush`; each write holds
-    complete lines, so that several processes can share a file."""
+    complete lines, so that several processes can share a file. It never raises and never blocks:
+    lines that cannot be written are lost, which is counted and reported (common/safe_log.py).
 
-    def __init__(self, path: str) -> None:
-        self._file: BinaryIO | FileIO = sys.stderr.buffer
-        if path != "-":
-            self._file = FileIO(path, "ab")
+    log: takes a line when writing begins to fail. Raises OSError if the file cannot be opened.
+    """
+
+    def __init__(self, path: str, log: Callable[[str], None]) -> None:
+        self._file = FileIO(path, "ab") if path != "-" else None
+        self._writer = LineWriter(
+            self._file.fileno() if self._file is not None else sys.stderr.fileno(),
+            notice=_notice,
+            on_failure=lambda reason: log(
+                f"access log {path}: {reason}; lines are lost until it can be written again"
+            ),
+        )
         self._lines: list[bytes] = []
 
     def write(self, exchange: LoggedRequest, status: int) -> None:
@@ -67,18 +80,23 @@ class AccessLog:
             "resumed": exchange.resumptions,
         }
         self._lines.append(msgspec.json.encode(line) + b"\n")
-        if len(self._lines) >= 64:
+        if len(self._lines) >= _BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Write the buffered lines."""
         if self._lines:
             data, self._lines = b"".join(self._lines), []
-            self._file.write(data)
-            self._file.flush()
+            self._writer.write(data)
 
     def close(self) -> None:
         """Write the last lines."""
         self.flush()
-        if self._file is not sys.stderr.buffer:
+        self._writer.close()
+        if self._file is not None:
             self._file.close()
+
+
+def _notice(lost: int, reason: str) -> bytes:
+    """The line of the log that reports lost lines."""
+    return msgspec.json.encode({"time": round(time.time(), 3), "lost": lost, "why": reason}) + b"\n"

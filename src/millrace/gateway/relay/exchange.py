@@ -387,11 +387,11 @@ class Exchange:
         if not counted:
             relay.process_counters.count_status(status)
         relay.process_counters.count_event("relayed_requests")
-        if relay.log is not None:
-            self.replica = served_by
-            relay.log(self, status)
-            self.replica = None
         if self._admitted:
             relay.admission.release(self.info.service_class)
         else:
             relay.admission.cancel_wait(self)
+        if relay.log is not None:
+            self.replica = served_by
+            relay.log(self, status)
+            self.replica = None

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from millrace.common.safe_log import dropped_lines
+from millrace.common.tasks import task_failures
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.http.bodies import BodyBudget
 from millrace.gateway.http.message import LocalReply, Request
@@ -101,6 +103,7 @@ class Relay:
         self.pool = Pool(limits)
         self.clients: set[Client] = set()
         self.closing = False
+        self._published = _process_totals()
         replicas.on_lost = self._lost
         replicas.on_removed = self._removed
 
@@ -120,6 +123,10 @@ class Relay:
                 exchange.publish(replica)
             replica.publish(self.process_counters)
         self.process_counters.set_event("cpu_ns", time.process_time_ns())
+        for name, total in _process_totals().items():
+            # An earlier process with the same counters may have counted before this one.
+            self.process_counters.count_event(name, total - self._published[name])
+            self._published[name] = total
 
     def sweep(self) -> None:
         """Close clients that have been silent for longer than client_timeout."""
@@ -141,3 +148,8 @@ class Relay:
         for client in list(self.clients):
             client.close()
         self.pool.close()
+
+
+def _process_totals() -> dict[str, int]:
+    """Totals that all of this process counts, by the names of their events."""
+    return {"log_lines_dropped": dropped_lines(), "task_failures": task_failures()}
