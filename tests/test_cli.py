@@ -97,6 +97,8 @@ def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str
         (["serve", "m", "--shutdown-timeout", "-1"], "shutdown_timeout -1.0: use 0 or more"),
         (["serve", "m", "--read-timeout", "inf"], "read_timeout inf: use 0 or more"),
         (["serve", "m", "--api-key", ""], "--api-key is empty; give it a key, or leave it out"),
+        (["serve", "m", "--gateway-api-key", ""], "--gateway-api-key is empty"),
+        (["serve", "m", "--cache-salt-by-api-key"], "--cache-salt-by-api-key needs --api-key"),
         (["serve", "m", "--replicas", "2", "--api-key", "\t"], "--api-key is empty"),
         (["serve", "m", "--ssl-keyfile", "k"], "--ssl-certfile is missing"),
         (["serve", "m", "--ssl-certfile", "/nowhere"], "--ssl-certfile /nowhere: No such file"),
@@ -178,6 +180,27 @@ def test_replicas_get_the_same_command_line(
     assert (count, host, port) == (2, "127.0.0.1", 81)
     assert (more["device"], more["gpus_per_replica"]) == ("auto", 1)
     assert more["gateway"].limits.max_bodies_bytes == 99 << 20
+
+
+def test_replicas_know_their_gateway_by_a_key_that_no_client_has(
+    monkeypatch: pytest.MonkeyPatch, text_model: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append(more)
+    )
+    command = ["serve", str(text_model), "--replicas", "2"]
+    keys = ["--api-key", "a", "--api-key", "b", "--cache-salt-by-api-key"]
+    for more in ([], keys, keys, [*keys, "--gateway-api-key", "c"]):
+        assert cli.run([*command, *more]) == 0
+    open_, first, second, named = ((s["gateway"].access, s["environment"]) for s in seen)
+    assert (open_[0].api_key, open_[0].worker_api_key, open_[1]) == ([], None, {})
+    for access, environment in (first, second, named):
+        assert access.api_key == ["a", "b"]
+        assert access.cache_salt_by_api_key
+        assert environment == {"MILLRACE_GATEWAY_API_KEY": access.worker_api_key}
+    assert len({"a", "b", first[0].worker_api_key, second[0].worker_api_key}) == 4
+    assert named[0].worker_api_key == "c"
 
 
 def test_options_with_values_are_cut_out() -> None:

@@ -53,6 +53,7 @@ def test_it_serves_until_it_is_told_to_end() -> None:
             ["--worker-urls", "127.0.0.1:9", "--api-key", "a", "--api-key", " "],
             "--api-key is empty",
         ),
+        (["--worker-urls", "127.0.0.1:9", "--cache-salt-by-api-key"], "needs --api-key"),
         (["--worker-urls", "127.0.0.1:9", "--admin-key", ""], "--admin-key is empty"),
         (["--worker-urls", "127.0.0.1:9", "--worker-api-key", " "], "--worker-api-key is empty"),
         (["--worker-urls", "127.0.0.1:9", "--access-log", "/no/dir/log"], "No such file"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -45,7 +45,8 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     must be healthy. stop_timeout: for a replica to end when asked. restarts: delays before a
     replica that ended is started again. hang_timeout: a replica that has answered no health check
     for so long is killed. drain_timeout: for running requests when all is to stop. gateway: the
-    gateway's options; its replicas, host and port are set here.
+    gateway's options; its replicas, host and port are set here. environment: variables of the
+    replicas, besides this process's own.
     """
 
     command: Sequence[str]
@@ -60,6 +61,7 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     restarts: BackoffPolicy = BackoffPolicy(first=1.0, longest=30.0, settled=60.0)
     hang_timeout: float = 60.0
     drain_timeout: float = 10.0
+    environment: dict[str, str] = {}
 
 
 class Supervisor:
@@ -82,7 +84,7 @@ class Supervisor:
         self._processes = [
             ReplicaProcess(
                 (*options.command, "--host", target.host, "--port", str(target.port)),
-                environment,
+                {**options.environment, **environment},
                 self._prefixed(index),
             )
             for index, (target, environment) in enumerate(
@@ -199,14 +201,15 @@ def run_replicas(
     gpus_per_replica: int = 1,
     start_timeout: float = 900.0,
     stop_timeout: float = 15.0,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `count` replicas of `command` behind host:port until SIGINT or SIGTERM.
 
     command: starts one replica when `--host H --port P` is added; it must not hold these itself.
     device "auto" gives each replica `gpus_per_replica` GPUs if there are any, else a share of the
     cores. start_timeout: seconds until all must be healthy. stop_timeout: seconds that a replica
-    has to end. The replicas' output goes to stderr, with a prefix. Returns after a clean stop.
-    Raises UserError if the replicas cannot be started.
+    has to end. environment: more variables of the replicas. Their output goes to stderr, with a
+    prefix. Returns after a clean stop. Raises UserError if the replicas cannot be started.
     """
     options = FleetOptions(
         command=list(command),
@@ -218,6 +221,7 @@ def run_replicas(
         gpus_per_replica=gpus_per_replica,
         start_timeout=start_timeout,
         stop_timeout=stop_timeout,
+        environment=dict(environment or {}),
     )
     protect_standard_streams()
     uvloop.run(_run(options))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -15,13 +16,19 @@ from typing import Any
 import click
 import msgspec
 
-from millrace.common.api_keys import configured_keys
 from millrace.common.flags import given, struct_options
 from millrace.common.safe_log import protect_standard_streams
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
 from millrace.model_lookup import find_model
-from millrace.server.options import KEY_VARIABLES, SERVER_HELP, ServerOptions, api_keys
+from millrace.server.options import (
+    GATEWAY_KEY_VARIABLE,
+    SERVER_HELP,
+    ServerOptions,
+    api_keys,
+    check_keys,
+    gateway_key,
+)
 
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
 
@@ -85,7 +92,7 @@ def _check(options: ServerOptions) -> None:
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
     if options.engine == "millrace" and (options.engine_args or options.engine_command):
         raise ConfigError("--engine-args and --engine-command go with --engine vllm or sglang")
-    configured_keys(options.api_key, "--api-key", KEY_VARIABLES)  # before a model is loaded
+    check_keys(options)
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"port {options.port}: use 0 to 65535")
 
@@ -118,6 +125,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
     from millrace.gateway.relay.access import Access
 
     keys = api_keys(options)
+    worker_key, environment = _worker_key(options, keys)
     run_replicas(
         command,
         options.replicas,
@@ -129,7 +137,11 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
             limits=GatewayLimits(
                 max_body_bytes=options.max_body_bytes, max_bodies_bytes=options.max_bodies_bytes
             ),
-            access=Access(api_key=keys, worker_api_key=keys[0] if keys else None),
+            access=Access(
+                api_key=keys,
+                worker_api_key=worker_key,
+                cache_salt_by_api_key=options.cache_salt_by_api_key,
+            ),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
             merge_metrics=True,
@@ -137,7 +149,21 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
         device=args.device,
         gpus_per_replica=args.tensor_parallel_size,
         stop_timeout=options.shutdown_timeout + ENGINE_END_SECONDS,
+        environment=environment,
     )
+
+
+def _worker_key(options: ServerOptions, keys: list[str]) -> tuple[str | None, dict[str, str]]:
+    """The key that the gateway sends to the replicas, and the variables by which they know it.
+
+    Millrace's replicas get a key that no client has: they tell only the gateway what is cached.
+    """
+    if not keys:
+        return None, {}
+    if options.engine != "millrace":
+        return keys[0], {}
+    key = gateway_key(options) or secrets.token_urlsafe(32)
+    return key, {GATEWAY_KEY_VARIABLE: key}
 
 
 def without_options(arguments: list[str], flags: Collection[str]) -> list[str]:

@@ -9,12 +9,14 @@ from typing import Literal
 import msgspec
 
 from millrace.common.api_keys import configured_keys
+from millrace.errors import ConfigError
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tool_parser import ToolCallParser
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
+GATEWAY_KEY_VARIABLE = "MILLRACE_GATEWAY_API_KEY"
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
@@ -39,6 +41,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 64 * 2**10
     read_timeout: float = 30.0
     api_key: list[str] = []
+    gateway_api_key: str | None = None
+    cache_salt_by_api_key: bool = False
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
@@ -78,6 +82,9 @@ SERVER_HELP: Mapping[str, str] = {
     "read_timeout": "Seconds within which a request's headers must arrive, and each further "
     "part of its body.",
     "api_key": "API key that requests must send (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",
+    "gateway_api_key": "Key of the gateway; where there are keys, only a request with this key may "
+    "ask which prefixes are cached (default: MILLRACE_GATEWAY_API_KEY or none).",
+    "cache_salt_by_api_key": "Share cached prefixes only among requests of the same API key.",
     "ssl_keyfile": "File with the private key for HTTPS.",
     "ssl_certfile": "File with the certificate for HTTPS.",
     "ssl_ca_certs": "File with the authorities that may sign clients' certificates.",
@@ -113,3 +120,18 @@ def api_keys(options: ServerOptions) -> list[str]:
             "listening on %s without --api-key: whoever reaches it may use it", options.host
         )
     return keys
+
+
+def gateway_key(options: ServerOptions) -> str | None:
+    """The key of this replica's gateway, if it has one. Raises ConfigError for an empty one."""
+    given = [] if options.gateway_api_key is None else [options.gateway_api_key]
+    keys = configured_keys(given, "--gateway-api-key", [GATEWAY_KEY_VARIABLE])
+    return keys[0] if keys else None
+
+
+def check_keys(options: ServerOptions) -> None:
+    """Raise ConfigError for an empty key, and for salts by key without keys."""
+    keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
+    gateway_key(options)
+    if options.cache_salt_by_api_key and not keys:
+        raise ConfigError("--cache-salt-by-api-key needs --api-key: without keys all are the same")

@@ -22,7 +22,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from millrace.common.api_errors import shutting_down
-from millrace.common.api_keys import ApiKeys
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import dropped_lines
 from millrace.common.sockets import BACKLOG, listen, tls_context
@@ -36,11 +35,12 @@ from millrace.server.app import application
 from millrace.server.engine_link.client import EngineClient, EngineDeadError
 from millrace.server.engine_link.process import ENGINE_PROGRAM
 from millrace.server.engine_link.restarter import Restarter
+from millrace.server.http.access import Access
 from millrace.server.http.bodies import BodyReader
 from millrace.server.http.connection import connection_class
 from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
-from millrace.server.options import ServerOptions, api_keys
+from millrace.server.options import ServerOptions, api_keys, gateway_key
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.text.processor import TextProcessor
 
@@ -141,7 +141,11 @@ def _middleware(
     return Middleware(
         app,
         metrics,
-        ApiKeys(api_keys(options)),
+        Access(
+            api_keys(options),
+            gateway_key(options),
+            salt_by_key=options.cache_salt_by_api_key,
+        ),
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
         on_finish=[tracer.record] if tracer.active else [],

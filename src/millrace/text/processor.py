@@ -110,6 +110,7 @@ class TextProcessor:
         *,
         resume: Sequence[int] = (),
         priority: int = 0,
+        cache_salt: str = "",
         grammar: Grammar | None = None,
         reasoning: ReasoningBound | None = None,
     ) -> AddRequest:
@@ -149,6 +150,7 @@ class TextProcessor:
             resume=list(resume),
             priority=priority,
             bad_words=[ids for word in params.bad_words for ids in self._bad_word_tokens(word)],
+            cache_salt=cache_salt,
             grammar=grammar,
             reasoning=reasoning,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from millrace.common.http_client import Response, Target, fetch, parse_url
+from millrace.common.prefix_hash import key_salt
 from millrace.errors import UserError
 from millrace.gateway.admin.status import read_status
 from millrace.gateway.app import Gateway
@@ -64,6 +65,24 @@ def test_a_gateway_with_keys_lets_in_who_has_one_and_keeps_it_to_itself() -> Non
         await replica.stop()
 
     run(scenario())
+
+
+def test_requests_say_whose_cached_prefixes_they_share() -> None:
+    async def scenario() -> list[dict[str, str]]:
+        replica = await MockReplica().start()
+        access = Access(api_key=["one", "two"], worker_api_key="inner", cache_salt_by_api_key=True)
+        async with gateway(replica.url, health=QUIET, access=access) as (_, target):
+            for key in ("one", "two", "one"):
+                headers = (("x-api-key", key), ("X-Cache-Salt", "forged"))
+                assert (await post(target, 2, *headers)).status == 200
+        await replica.stop()
+        return replica.headers
+
+    sent = run(scenario())
+    salts = [headers["x-cache-salt"] for headers in sent]
+    assert salts == [key_salt(b"one"), key_salt(b"two"), key_salt(b"one")]
+    assert salts[0] != salts[1]
+    assert not any("x-api-key" in headers for headers in sent)
 
 
 def test_https_for_clients(tmp_path: Path) -> None:

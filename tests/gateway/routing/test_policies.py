@@ -182,6 +182,23 @@ def test_hash_chains_agree_exactly_as_far_as_prompts_do(a: bytes, b: bytes, comm
     assert shared == min(common, len(one), len(two)) or not common
 
 
+@given(prompt=st.binary(max_size=2000), salts=st.lists(st.text(max_size=8), min_size=2, max_size=2))
+def test_hash_chains_of_different_salts_share_nothing(prompt: bytes, salts: list[str]) -> None:
+    one, two = (set(hash_chain(prompt, salt)) for salt in salts)
+    assert one == two if salts[0] == salts[1] else not one & two
+
+
+def test_a_prompt_under_another_salt_is_another_prompt() -> None:
+    some = fleet([0, 0])
+    policy = aware(some, gap=1000)
+    mine, theirs = info("s" * 4 * BLOCK), info("s" * 4 * BLOCK)
+    theirs.cache_salt = "theirs"
+    first = pick(policy, some, mine)
+    some.process_counters.add(first, LOAD, 100)
+    assert pick(policy, some, mine) == first
+    assert pick(policy, some, theirs) != first
+
+
 def test_a_replica_that_lost_its_cache_is_forgotten() -> None:
     counters = SharedCounters(1)
     table = PrefixTable(counters.prefixes)

@@ -20,7 +20,7 @@ _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate")
 )
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
-_OURS = frozenset((b"x-request-id", b"authorization"))
+_OURS = frozenset((b"x-request-id", b"authorization", b"x-api-key"))
 MAX_REQUEST_ID = 256
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS
+from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS, SALT_HEADER, combined_salt
 from millrace.gateway.http.message import Request, header
 
 ServiceClass = Literal["interactive", "batch"]
@@ -50,6 +50,7 @@ class _Body(msgspec.Struct):
     return_token_ids: bool | UnsetType | None = UNSET
     resume_token_ids: list[int] | UnsetType | None = UNSET
     prompt_cache_key: str | None = None
+    cache_salt: str | None = None
     user: str | None = None
     service_tier: str | None = None
     stream_options: _StreamOptions | None = None
@@ -61,12 +62,13 @@ _decode = msgspec.json.Decoder(_Body).decode
 class RequestInfo(msgspec.Struct, kw_only=True):
     """The facts of one request. Requests other than for text keep the defaults, except `model`.
 
-    prompt: the JSON of the prompt's fields, as far as it is hashed. prompt_tokens: estimated from
-    all its bytes. max_tokens: None if the client set no bound. affinity_key: for consistent
-    hashing. resumable: a stream that another replica can resume, if the first one sends token ids.
-    resume_token_ids: output tokens that the client itself resumes from. seed: drawn here if the
-    client set none, so that a resumed stream draws the same noise. can_prepend_fields: the body has
-    none of the fields that `body_for` adds.
+    prompt: the JSON of the prompt's fields, as far as it is hashed. cache_salt: of whom the prompt
+    shares cached prefixes with. prompt_tokens: estimated from all bytes of the prompt. max_tokens:
+    None if the client set no bound. affinity_key: for consistent hashing. resumable: a stream that
+    another replica can resume, if the first one sends token ids. resume_token_ids: output tokens
+    that the client itself resumes from. seed: drawn here if the client set none, so that a resumed
+    stream draws the same noise. can_prepend_fields: the body has none of the fields that `body_for`
+    adds.
     """
 
     request: Request
@@ -74,6 +76,7 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     model: str | None = None
     stream: bool = False
     prompt: bytes = b""
+    cache_salt: str = ""
     prompt_tokens: int = 1
     max_tokens: int | None = None
     affinity_key: bytes = b""
@@ -114,6 +117,8 @@ def _generation(
     request: Request, body: _Body, path: str, service_class: ServiceClass, key: bytes
 ) -> RequestInfo:
     prompt = b"".join(bytes(getattr(body, name)) for name in PROMPT_FIELDS[path])
+    sent = header(request.headers, SALT_HEADER.encode()).decode("latin-1")
+    salt = combined_salt("", sent, body.cache_salt or "")
     chat, known = path == _CHATS, path in (_COMPLETIONS, _CHATS)
     bound = body.max_completion_tokens or body.max_tokens or body.max_output_tokens
     named = body.prompt_cache_key or body.user
@@ -124,9 +129,10 @@ def _generation(
         model=body.model,
         stream=bool(body.stream),
         prompt=prompt[: BLOCK * MAX_BLOCKS],
+        cache_salt=salt,
         prompt_tokens=estimate_tokens(prompt),
         max_tokens=bound or (16 if path == _COMPLETIONS else None),
-        affinity_key=key or (named.encode() if named else prompt[:1024]),
+        affinity_key=key or (named.encode() if named else salt.encode() + prompt[:1024]),
         service_class="batch" if body.service_tier in ("flex", "batch") else service_class,
         resumable=known and bool(body.stream) and single and _has_single_prompt(prompt, chat),
         wants_token_ids=body.return_token_ids is True,

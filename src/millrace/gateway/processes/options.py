@@ -82,7 +82,8 @@ HEALTH_HELP: Mapping[str, str] = {
 ACCESS_HELP: Mapping[str, str] = {
     "api_key": "Key that clients must send to use the API.",
     "admin_key": "Key for changes to the gateway; without one they must come from this host.",
-    "worker_api_key": "Key that the replicas ask for.",
+    "worker_api_key": "Key that the replicas ask for: their --gateway-api-key if they have one.",
+    "cache_salt_by_api_key": "Share cached prefixes only among requests of the same API key.",
 }
 
 

@@ -8,17 +8,20 @@ import msgspec
 
 from millrace.common.api_errors import ApiError, no_access
 from millrace.common.api_keys import ApiKeys, checked_key, presented_key
+from millrace.common.prefix_hash import SALT_HEADER, key_salt
+from millrace.errors import ConfigError
 from millrace.gateway.http.message import Request, header
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
     """api_key: what clients must bring one of, none for an open gateway. admin_key: for changes
     to the gateway itself; without one they are taken from this host alone. worker_api_key: what
-    replicas ask for."""
+    replicas ask for. cache_salt_by_api_key: requests of different keys share no cached prefixes."""
 
     api_key: list[str] = []
     admin_key: str | None = None
     worker_api_key: str | None = None
+    cache_salt_by_api_key: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for a key that is empty."""
@@ -28,6 +31,17 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
             checked_key(self.admin_key, "--admin-key")
         if self.worker_api_key is not None:
             checked_key(self.worker_api_key, "--worker-api-key")
+        if self.cache_salt_by_api_key and not self.api_key:
+            raise ConfigError(
+                "--cache-salt-by-api-key needs --api-key: without keys all are the same"
+            )
+
+    def isolate(self, request: Request) -> None:
+        """Have the request say whose cached prefixes it shares, where that depends on its key."""
+        if self.cache_salt_by_api_key:
+            name = SALT_HEADER.encode()
+            rest = [pair for pair in request.headers if pair[0].lower() != name]
+            request.headers = [*rest, (name, key_salt(_key(request)).encode())]
 
     def refusal(self, request: Request) -> ApiError:
         """What a request is told that has no key, or a wrong one."""

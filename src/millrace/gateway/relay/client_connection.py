@@ -230,6 +230,7 @@ class ClientConnection(asyncio.Protocol):
         elif relay.closing:
             self.answer(api_error_reply(shutting_down(), close=True), request)
         else:
+            relay.access.isolate(request)
             exchange = self._exchange = Exchange(relay, self, request)
             exchange.start()
 

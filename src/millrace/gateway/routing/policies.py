@@ -123,7 +123,7 @@ class PrefixAware:
         least = self._least.pick(replicas, info)
         if not info.prompt:
             return least
-        chain = hash_chain(info.prompt)
+        chain = hash_chain(info.prompt, info.cache_salt)
         chosen = self._best_prefix_match(replicas, chain, info, least)
         self._table.learn(chosen.slot, chain)
         return chosen

@@ -7,25 +7,28 @@ text outside the event loop, and opening requests in the engine are done here.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive
 
 from millrace.common.api_errors import ApiError, shutting_down
-from millrace.common.prefix_hash import PROMPT_FIELDS
+from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_salt
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.api.fields import OPENAI, FieldRules, parse_body
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
 from millrace.server.api.prompts import Prompt
-from millrace.server.api.request_schema import GenerationRequest, ModelRequest
+from millrace.server.api.request_schema import GenerationRequest, ModelRequest, PromptRequest
 from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
+from millrace.server.http.access import client_of
 from millrace.server.http.bodies import BodyReader
 from millrace.server.telemetry.metrics import RequestMetrics
 from millrace.text.processor import TextProcessor
@@ -34,7 +37,11 @@ from millrace.text.tool_parser import ToolCallParser
 
 LONG_TEXT = 2000  # characters; longer texts are encoded on a thread
 
+MAX_SALT = 1024  # characters of a cache_salt
+
+_SALT = re.compile("[0-9A-Za-z]{1,64}")
 _Body = TypeVar("_Body", bound=ModelRequest)
+_PromptBody = TypeVar("_PromptBody", bound=PromptRequest)
 _Result = TypeVar("_Result")
 
 
@@ -75,16 +82,19 @@ class ApiContext:
         return body
 
     async def read_prompt_body(
-        self, request: Request, kind: type[_Body], rules: FieldRules
-    ) -> tuple[_Body, list[int]]:
+        self, request: Request, kind: type[_PromptBody], rules: FieldRules
+    ) -> tuple[_PromptBody, list[int]]:
         """The body of a request for text, and its prompt's hashes, computed as gateways do.
 
-        Raises RequestError or ApiError.
+        The body's cache_salt is then that of its client and its gateway as well. Raises
+        RequestError or ApiError.
         """
         body, given = parse_body(await self._body_reader.read(request), kind, rules)
         fields = PROMPT_FIELDS[request.scope["path"]]
         pieces = [given[name] for name in fields if name in given]
-        return body, self.client.prefix_reporter.prefix_hashes(pieces)
+        salt = cache_salt(request, body)
+        body = msgspec.structs.replace(body, cache_salt=salt or None)
+        return body, self.client.prefix_reporter.prefix_hashes(pieces, salt)
 
     def check_ready(self, body: ModelRequest) -> Ready:
         """The engine's Ready message. Raises ApiError: not ready, or another model."""
@@ -177,6 +187,19 @@ class ApiContext:
             if stream
             else FullResponse(open_generations, formatter)
         )
+
+
+def cache_salt(request: Request, body: PromptRequest) -> str:
+    """The salt of everything that names whose request it is. Raises RequestError."""
+    own = body.cache_salt
+    if own is not None and not 1 <= len(own) <= MAX_SALT:
+        raise RequestError(
+            f"cache_salt must have 1 to {MAX_SALT} characters, got {len(own)}", param="cache_salt"
+        )
+    sent = request.headers.get(SALT_HEADER, "")
+    if sent and not _SALT.fullmatch(sent):
+        raise RequestError(f"the header {SALT_HEADER} takes 1 to 64 letters and digits")
+    return combined_salt(client_of(request.scope).salt, sent, own or "")
 
 
 def unavailable(client: EngineClient) -> ApiError:

@@ -60,7 +60,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "the server fetches nothing; offer a tool"),
     "prompt_embeds": ((), "prompts are text or token ids"),
     "mm_processor_kwargs": (({},), "the model reads and writes text only"),
-    "cache_salt": ((), "all clients share one prefix cache"),
     "logprob_token_ids": ((), "logprobs reports the likeliest tokens"),
     "kv_transfer_params": ((), "the replica keeps its caches to itself"),
     "vllm_xargs": (({},), "the engine takes no arguments of extensions"),
@@ -80,6 +79,7 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
+        "cache_salt",  # where nothing is cached; bodies with a prompt have the field
     }
 )
 OPENAI = FieldRules(REFUSED, HARMLESS)

@@ -16,6 +16,7 @@ from millrace.common.prefix_hash import PrefixReport
 from millrace.server.api.context import ApiContext, unavailable
 from millrace.server.api.response_schema import Health, ModelCard, ModelList, Version
 from millrace.server.api.transport import json_response
+from millrace.server.http.access import client_of
 from millrace.server.telemetry.metrics import MetricsPage
 from millrace.version import __version__
 
@@ -23,8 +24,8 @@ from millrace.version import __version__
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /load. requests: open ones. tokens: of their prompts and their outputs so far.
 
-    prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first) and there is a prefix
-    cache.
+    prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
+    cache, and the server has no keys or the request has the gateway's.
     """
 
     requests: int
@@ -84,6 +85,8 @@ class Pages:
     async def load(self, request: Request) -> Response:
         """GET /load"""
         cursor = request.query_params.get("prefixes_since")
+        if not client_of(request.scope).reads_prefixes:
+            cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
         return json_response(Load(self._client.open_requests, self._client.open_tokens, prefixes))
 

@@ -25,7 +25,14 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-class GenerationRequest(ModelRequest, frozen=True, kw_only=True):
+class PromptRequest(ModelRequest, frozen=True, kw_only=True):
+    """What every body with a prompt may hold. cache_salt: the prompt shares cached prefixes only
+    with prompts of the same salt."""
+
+    cache_salt: str | None = None
+
+
+class GenerationRequest(PromptRequest, frozen=True, kw_only=True):
     """What both endpoints take.
 
     resume_token_ids: tokens that count as generated already; the answer holds what follows them.

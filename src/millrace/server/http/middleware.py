@@ -16,16 +16,14 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from millrace.common.api_errors import ApiError, no_access
-from millrace.common.api_keys import ApiKeys, presented_key
+from millrace.common.api_errors import ApiError
 from millrace.server.engine_link.request_record import RequestRecord, current
+from millrace.server.http.access import Access
 from millrace.server.http.errors import error_response
 from millrace.server.telemetry.metrics import RequestMetrics
 
 logger = logging.getLogger("millrace.access")
 
-# What answers without a key: what says nothing but that there is a server, and how it fares.
-OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
@@ -34,15 +32,14 @@ class Middleware:
     """An ASGI application around another one.
 
     unlogged_paths: paths whose requests get no line in the access log; None: no request gets one.
-    on_finish: called with the record of each request that has ended. keys: without any, every
-    request may pass.
+    on_finish: called with the record of each request that has ended.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: RequestMetrics,
-        keys: ApiKeys,
+        access: Access,
         *,
         add_request_ids: bool = True,
         unlogged_paths: frozenset[str] | None = frozenset(),
@@ -50,7 +47,7 @@ class Middleware:
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._keys = keys
+        self._access = access
         self._add_request_ids = add_request_ids
         self._unlogged_paths = unlogged_paths
         self._on_finish = on_finish
@@ -97,21 +94,12 @@ class Middleware:
 
     async def _check_and_run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._require_key(scope)
+            self._access.admit(scope)
         except ApiError as error:
             answer = await error_response(Request(scope), error)
             await answer(scope, receive, send)
         else:
             await self._app(scope, receive, send)
-
-    def _require_key(self, scope: Scope) -> None:
-        """Raise ApiError (401) for a request that needs a key and has none that is known."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
-            return
-        headers = dict(scope["headers"])
-        key = presented_key(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-        if not self._keys.accept(key):
-            raise no_access(given=bool(key))
 
     def _finish(self, record: RequestRecord) -> None:
         method = record.scope["method"]

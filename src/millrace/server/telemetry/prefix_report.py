@@ -36,12 +36,12 @@ class PrefixReporter:
         self._chains.clear()
         self._count = 0
 
-    def prefix_hashes(self, prompt: Sequence[Raw]) -> list[int]:
+    def prefix_hashes(self, prompt: Sequence[Raw], salt: str = "") -> list[int]:
         """The hashes of a prompt, from the JSON of the fields that make it."""
         if not self.enabled:
             return []
         most = BLOCK * MAX_BLOCKS
-        return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt))
+        return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt), salt)
 
     def add(self, prefix_hashes: Sequence[int]) -> None:
         """A prompt with these hashes goes to the engine."""

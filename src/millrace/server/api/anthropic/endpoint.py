@@ -19,7 +19,7 @@ from millrace.server.api.anthropic.formatter import MessageFormatter
 from millrace.server.api.chat.endpoint import chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import FieldRules, field_rules
-from millrace.server.api.request_schema import ChatRequest, ModelRequest
+from millrace.server.api.request_schema import ChatRequest, PromptRequest
 from millrace.server.api.transport import json_response
 
 _TEXT_ONLY = "the model reads and writes text only"
@@ -41,7 +41,7 @@ _OWN = FieldRules(
 )
 
 
-class CountRequest(ModelRequest, frozen=True, kw_only=True):
+class CountRequest(PromptRequest, frozen=True, kw_only=True):
     """Body of /v1/messages/count_tokens."""
 
     messages: list[dict[str, Any]]
@@ -136,6 +136,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
         top_p=body.top_p,
         top_k=body.top_k,
         stream=body.stream,
+        cache_salt=body.cache_salt,
     )
 
 

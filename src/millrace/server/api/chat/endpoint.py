@@ -95,6 +95,7 @@ async def prepare_chat(
         ready.max_model_len,
         resume=body.resume_token_ids or (),
         priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
         grammar=grammar,
         reasoning=context.processor.reasoning_bound(body.thinking_token_budget, reasons),
     )

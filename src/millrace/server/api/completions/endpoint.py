@@ -93,6 +93,7 @@ class Completions:
             None if body.max_tokens is None else COMPLETION_MAX_TOKENS,
             resume=body.resume_token_ids or (),
             priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
             grammar=grammar,
         )
 

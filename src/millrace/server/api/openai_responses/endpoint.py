@@ -19,7 +19,7 @@ from millrace.server.api.chat.endpoint import prepare_chat
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import HARMLESS, REFUSED, FieldRules, field_rules
 from millrace.server.api.openai_responses.formatter import ResponseFormatter
-from millrace.server.api.request_schema import ChatRequest, ModelRequest
+from millrace.server.api.request_schema import ChatRequest, PromptRequest
 
 _STATELESS = "the server keeps no conversations; send the whole input"
 _TEXT_ONLY = "the model reads and writes text only"
@@ -45,7 +45,7 @@ _OWN = FieldRules(
 )
 
 
-class ResponsesRequest(ModelRequest, frozen=True, kw_only=True):
+class ResponsesRequest(PromptRequest, frozen=True, kw_only=True):
     """Body of /v1/responses."""
 
     input: str | list[dict[str, Any]]
@@ -130,6 +130,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
 _SHARED = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "parallel_tool_calls", "stream", "chat_template_kwargs",
+    "cache_salt",
 )  # fmt: skip
 
 

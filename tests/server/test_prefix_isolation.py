@@ -1,0 +1,109 @@
+"""A server whose clients share no cached prefixes: by API key, by `cache_salt`, by gateway."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from millrace.common.prefix_hash import SALT_HEADER, hash_chain
+from millrace.gateway.http.message import Request
+from millrace.gateway.http.request_info import read_request_info
+from tests.support.live_server import LiveServer, started
+
+FLAGS = (
+    *("--dtype=float32", "--max-model-len=256", "--max-num-seqs=4", "--snapshot-distance=0"),
+    *("--kv-cache-memory-bytes=16777216", "--api-key=one", "--api-key=two"),
+    *("--gateway-api-key=gate", "--cache-salt-by-api-key", "--served-model-name=small"),
+)
+
+
+@pytest.fixture(scope="module")
+def server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    command = [sys.executable, "-m", "millrace.cli", "serve", str(small_model), "--port=0", *FLAGS]
+    with started(command, tmp_path_factory.mktemp("isolated") / "log") as running:
+        running.wait_ready(120)
+        yield running
+
+
+def body_of(path: str, text: str, salt: str | None) -> dict[str, Any]:
+    more = {} if salt is None else {"cache_salt": salt}
+    if path == "/v1/completions":
+        return {"prompt": text, "max_tokens": 2, **more}
+    if path == "/v1/responses":
+        return {"input": text, "max_output_tokens": 2, **more}
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 2, **more}
+
+
+def cached(usage: dict[str, Any]) -> int:
+    """Cached prompt tokens, as each API names them."""
+    if "cache_read_input_tokens" in usage:
+        return int(usage["cache_read_input_tokens"])
+    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+    return int(details["cached_tokens"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
+)
+def test_a_prompt_is_cached_for_its_own_clients_alone(server: LiveServer, path: str) -> None:
+    text = f"{path} " + "one two three " * 6
+
+    def ask(key: str, salt: str | None = None, header: str = "") -> bool:
+        headers = {"x-api-key": key, **({SALT_HEADER: header} if header else {})}
+        body = body_of(path, text, salt)
+        answer = httpx.post(server.url + path, json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return cached(answer.json()["usage"]) > 0
+
+    clients: list[tuple[str, str | None, str]] = [
+        ("one", None, ""),
+        ("two", None, ""),
+        ("one", "mine", ""),
+        ("two", "mine", ""),
+        ("gate", None, ""),
+        ("gate", None, "abc"),
+        ("gate", "mine", "abc"),
+        ("gate", "abc", ""),
+    ]
+    for client in clients:
+        assert not ask(*client), client
+        assert ask(*client), client
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 1025, 5])
+def test_a_salt_that_is_none_is_refused(server: LiveServer, salt: object) -> None:
+    body = {"prompt": "x", "max_tokens": 1, "cache_salt": salt}
+    headers = {"x-api-key": "one"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cache_salt")
+
+
+def test_a_header_that_is_no_salt_is_refused(server: LiveServer) -> None:
+    headers = {"x-api-key": "one", SALT_HEADER: "a/b"}
+    body = {"prompt": "x", "max_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 400
+    assert SALT_HEADER in answer.json()["error"]["message"]
+
+
+def test_only_the_gateway_learns_which_prefixes_are_cached(server: LiveServer) -> None:
+    body = json.dumps({"prompt": "told " * 40, "max_tokens": 1, "cache_salt": "s"}).encode()
+    headers = {"x-api-key": "gate", SALT_HEADER: "abc", "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 200
+    load = f"{server.url}/load?prefixes_since=0"
+    assert httpx.get(load).status_code == 401
+    for key in ("one", "two"):
+        report = httpx.get(load, headers={"x-api-key": key}).json()
+        assert set(report) == {"requests", "tokens"}
+    told = set(httpx.get(load, headers={"x-api-key": "gate"}).json()["prefixes"]["hashes"])
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    info = read_request_info(Request(b"POST", b"/v1/completions", "1.1", pairs, body, True))
+    assert set(hash_chain(info.prompt, info.cache_salt)) <= told
+    assert not set(hash_chain(info.prompt)) & told
