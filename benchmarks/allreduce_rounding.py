@@ -41,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def add_up(how: str) -> None:
     """Have this process's sums rounded as said."""
 
-    def reduce_norm(
+    def all_reduce_norm(
         self: AllReduce, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *_: bool
     ) -> Any:
         total = torch.stack(self.ranks.all_gather_parts(x)).float().sum(0)
@@ -50,7 +50,7 @@ def add_up(how: str) -> None:
         stream = (total + residual.float()).to(x.dtype)
         return rms_norm(stream, weight, eps), None, stream
 
-    AllReduce.reduce_norm = reduce_norm  # type: ignore[method-assign]
+    AllReduce.all_reduce_norm = all_reduce_norm  # type: ignore[method-assign]
 
 
 def start_rank(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace import LLM, SamplingParams
-from millrace.model.layers import Build
+from millrace.model.layers import BuildContext
 from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead, OutputHead, VocabTable
 from millrace.tasks import TASKS
@@ -107,13 +107,13 @@ def graph_ms(head: OutputHead, rows: int) -> float:
 @torch.inference_mode()
 def product() -> list[dict[str, Any]]:
     shape: Any = SimpleNamespace(vocab_size=248320, hidden_size=5120)
-    build = Build(shape, TensorParallel(), torch.bfloat16, torch.device("cuda"), keep_fp8=True)
+    build = BuildContext(shape, TensorParallel(), torch.bfloat16, torch.device("cuda"), keep_fp8=True)
     table = VocabTable(build, "lm_head.weight")
     table.weight.data.normal_(0, 5120**-0.5)
     rounded = Fp8DraftHead(table)
     torch.cuda.synchronize()
     began = time.perf_counter()
-    rounded.derive()
+    rounded.quantize()
     torch.cuda.synchronize()
     lines: list[dict[str, Any]] = [{"made_ms": round(1e3 * (time.perf_counter() - began), 1)}]
     for rows in ROWS:

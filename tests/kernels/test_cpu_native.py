@@ -28,7 +28,7 @@ NAN = float("nan")
 DTYPES = [torch.float32, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not build.switched_on(), reason="needs a C++ compiler"
+    shutil.which("g++") is None or not build.is_enabled(), reason="needs a C++ compiler"
 )
 
 
@@ -36,8 +36,7 @@ pytestmark = pytest.mark.skipif(
 def compiled() -> None:
     build.build()
     build.library()
-    if build._slot.maker is not None:
-        build._slot.maker.join()
+    build.wait_until_built()
     assert build.library() is not None
 
 
@@ -368,11 +367,11 @@ def test_a_compiler_that_fails_is_one_line(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "COMPILE", ("--no-such-option",))
-    slot = build._Slot()
-    slot.fill()
-    assert slot.library is None
+    state = build.LibraryState()
+    state.fill()
+    assert state.library is None
     assert len(caplog.records) == 1
-    assert "torch's run instead" in caplog.text
+    assert "torch's ops run instead" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -12,7 +12,7 @@ from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
 from millrace.model import vocabulary
 from millrace.model.config import read_config
-from millrace.model.layers import Build
+from millrace.model.layers import BuildContext
 from millrace.model.parallel import TensorParallel
 from millrace.model.parameter import pieces_of
 from millrace.model.qwen3_5 import Qwen3_5, build_model
@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_head_but_for_rounding(
     model = built(directory, mtp=True, draft_fp8=True)
     random_weights(model, 3) if dummy else load(model, directory)
     head, hidden = rounded_head(model), torch.randn(9, 64)
-    assert model.derive() == head.weight.nbytes + head.scale.nbytes == 384 * 64 + 3 * 4
+    assert model.quantize_draft_head() == head.weight.nbytes + head.scale.nbytes == 384 * 64 + 3 * 4
     logits, exact = head.logits(hidden), model.logits(hidden)
     assert logits.shape == exact.shape == (9, 321)
     error = float((logits - exact).norm() / exact.norm())
@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_head_but_for_rounding(
     whole = head.weight.float(), head.scale.clone()
     monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", 128)
     head.weight.view(torch.uint8).fill_(255)
-    model.derive()
+    model.quantize_draft_head()
     assert torch.equal(head.weight.float(), whole[0])
     assert torch.equal(head.scale, whole[1])
 
@@ -62,7 +62,7 @@ def test_nothing_of_it_is_loaded(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, UNIT_TEST, tokenizer=False)
     plain, rounded = (built(directory, mtp=True, draft_fp8=on) for on in (False, True))
     assert plain.draft_output is plain.head
-    assert plain.derive() == 0
+    assert plain.quantize_draft_head() == 0
     names = [[pieces_of(param) for param in model.parameters()] for model in (plain, rounded)]
     assert names[0] == names[1]
 
@@ -87,16 +87,16 @@ def test_a_ranks_logits_are_those_of_its_own_tokens(tmp_path: Path, size: int) -
     weight = -torch.rand(1001, 64) - 0.01
     hidden, exact = torch.ones(2, 64), []
     for rank in range(size):
-        tp = TensorParallel(rank, size, gather=lambda x: x)
+        tp = TensorParallel(rank, size, all_gather=lambda x: x)
         table = VocabTable(
-            Build(config, tp, torch.float32, torch.device("cpu"), True), "lm_head.weight"
+            BuildContext(config, tp, torch.float32, torch.device("cpu"), True), "lm_head.weight"
         )
         share = weight[table.start : table.start + table.rows]
         table.weight.data.zero_()[: len(share)] = share
         head = Fp8DraftHead(table)
-        head.derive()
+        head.quantize()
         assert head.weight.shape[0] % 128 == 0
-        assert head.product(hidden).shape == (2, table.rows)
+        assert head.padded_logits(hidden).shape == (2, table.rows)
         local = head.local_logits(hidden)
         assert local.shape == (2, len(share))
         assert bool((local < 0).all())

@@ -18,8 +18,8 @@ from millrace.kernels.norm import add_rms_norm
 from millrace.kernels.quantize import quantize
 from millrace.kernels.sampling import best, token_of
 from millrace.model.config import read_config
-from millrace.model.layers import Build, Linear
-from millrace.model.parallel import Normed, TensorParallel
+from millrace.model.layers import BuildContext, Linear
+from millrace.model.parallel import NormResult, TensorParallel
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import VocabTable
@@ -57,9 +57,11 @@ class Meeting:
             lambda x: self.sum(rank, x),
             lambda x: torch.cat(self.exchange(rank, x), dim=-1),
         )
-        return replace(alone, reduce_norm=partial(self.reduce_norm, rank)) if fused else alone
+        return (
+            replace(alone, all_reduce_norm=partial(self.all_reduce_norm, rank)) if fused else alone
+        )
 
-    def reduce_norm(
+    def all_reduce_norm(
         self,
         rank: int,
         x: Tensor,
@@ -68,7 +70,7 @@ class Meeting:
         eps: float,
         keep: bool,
         quantized: bool,
-    ) -> Normed:
+    ) -> NormResult:
         normed, total = add_rms_norm(self.sum(rank, x), residual, weight, eps)
         return normed if keep else None, quantize(normed) if quantized else None, total
 
@@ -83,7 +85,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path, size: int) ->
     weight[[37, 320]] = -0.5
 
     def one(rank: int) -> tuple[int, int]:
-        build = Build(config, meeting.rank(rank), torch.float32, cpu, keep_fp8=False)
+        build = BuildContext(config, meeting.rank(rank), torch.float32, cpu, keep_fp8=False)
         head = VocabTable(build, "lm_head.weight")
         share = weight[head.start : head.start + head.rows]
         head.weight.data.zero_()[: len(share)] = share
@@ -172,7 +174,7 @@ def working(size: int, tmp_path: Path, **changes: int) -> str:
 
 
 def test_sizes_that_do_not_work(tmp_path: Path) -> None:
-    start = "tensor_parallel_size {} cannot share out "
+    start = "tensor_parallel_size {} cannot split "
     assert working(3, tmp_path) == start.format(3) + (
         "8 attention heads, 4 GDN key heads, 4 KV heads; sizes that work: 1, 2, 4"
     )

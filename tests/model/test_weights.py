@@ -22,7 +22,7 @@ FP8, FLOAT = "e4m3", "float"
 
 
 def published_27b() -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and kinds of the published 27B-FP8 checkpoint's text part, written out."""
+    """Names, shapes and kinds of the spec 27B-FP8 checkpoint's text part, written out."""
     names: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def fp8(name: str, out: int, width: int) -> None:
@@ -77,12 +77,12 @@ def model_27b(tmp_path: Path, keep_fp8: bool) -> Qwen3_5:
 
 
 def test_27b_names_and_shapes(tmp_path: Path) -> None:
-    """Every published tensor is taken, none is missed, and all have the shape we expect."""
+    """Every spec tensor is taken, none is missed, and all have the shape we expect."""
     model = model_27b(tmp_path, keep_fp8=True)
     expected = expected_tensors(model.config)
-    published = {flat_name(name): value for name, value in published_27b().items()}
-    assert set(expected) == set(published)
-    for name, (shape, kind) in published.items():
+    spec = {flat_name(name): value for name, value in published_27b().items()}
+    assert set(expected) == set(spec)
+    for name, (shape, kind) in spec.items():
         assert name is not None
         assert expected[name].shape == shape, name
         assert ("F8_E4M3" in expected[name].dtypes) == (kind == FP8), name
@@ -168,7 +168,7 @@ def test_missing_fp8_scale_is_named(tmp_path: Path) -> None:
 def test_truncated_file(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, UNIT_TEST) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "cut short" in refusal(tmp_path)
+    assert "truncated" in refusal(tmp_path)
 
 
 def test_other_files(tmp_path: Path) -> None:

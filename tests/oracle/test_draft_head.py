@@ -1,7 +1,7 @@
 """The MTP head against a second implementation, written out from its definition.
 
 `transformers` leaves the head out, so this one is the oracle: no cache, no fusing, one loop a
-thing, straight from the published tensors, in float64.
+thing, straight from the spec tensors, in float64.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def kernels() -> Iterator[Finding]:
 def _native() -> Finding:
     from millrace.kernels.cpu import build
 
-    if not build.switched_on():
+    if not build.is_enabled():
         return Finding("kernels", "native library", "turned off by MILLRACE_NATIVE=0", "warn")
     try:
         path = build.build()

@@ -64,7 +64,7 @@ class Engine:
         self._depth = depth
         self._log = PlanLog(plan_log) if plan_log else None
         self._check = check
-        self._grammars = grammars
+        self.grammars = grammars
         self._compiling: dict[str, tuple[AddRequest, Future[GrammarState]]] = {}
         self._steps: deque[_LaunchedStep] = deque()
         self._immediate: list[Delta] = []  # ends of requests that no step brings
@@ -73,11 +73,11 @@ class Engine:
         """Queue a request. Raises RequestError if it can never run."""
         if request.grammar is None:
             self._immediate += self.scheduler.add(request)
-        elif self._grammars is None:
+        elif self.grammars is None:
             raise RequestError("this engine has no grammars", param="structured_outputs")
         else:
             self.scheduler.check(request)
-            self._compiling[request.id] = request, self._grammars.compile(request)
+            self._compiling[request.id] = request, self.grammars.compile(request)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End requests. Unknown ids are allowed; no further Delta comes for any of them."""
@@ -113,8 +113,8 @@ class Engine:
         while self._steps:
             self._result(self._steps.popleft())
         self._worker.close()
-        if self._grammars:
-            self._grammars.close()
+        if self.grammars:
+            self.grammars.close()
         if self._log:
             self._log.close()
 
@@ -123,7 +123,7 @@ class Engine:
     def _launch(self, plan: StepPlan) -> None:
         if self._log:
             self._log.write(plan)
-        masked = self.scheduler.masked_rows() if self._grammars else []
+        masked = self.scheduler.masked_rows() if self.grammars else []
         make = self._mask_builder(plan, masked) if masked else None
         self._steps.append(_LaunchedStep(self._worker.launch(plan, make), masked))
 
@@ -132,9 +132,9 @@ class Engine:
         if step.result is None:
             step.result = step.pending.result()
             for row, request_id in step.masked:
-                assert self._grammars is not None
+                assert self.grammars is not None
                 drafts = step.result.drafts[row]
-                self._grammars.advance(request_id, step.result.tokens[row], drafts)
+                self.grammars.advance(request_id, step.result.tokens[row], drafts)
         return step.result
 
     def _commit(self, step: _LaunchedStep) -> list[Delta]:
@@ -157,11 +157,11 @@ class Engine:
         ready = [key for key, (_, future) in self._compiling.items() if future.done()]
         for request_id in ready:
             request, future = self._compiling.pop(request_id)
-            assert self._grammars is not None
+            assert self.grammars is not None
             try:
                 state = future.result()
                 ended += self.scheduler.add(request)
-                self._grammars.add(request_id, state)
+                self.grammars.add(request_id, state)
             except UserError as error:
                 ended.append(Delta(request_id, [], "error", error=str(error)))
         return ended
@@ -173,10 +173,10 @@ class Engine:
 
     def _mask_builder(self, plan: StepPlan, rows: Sequence[tuple[int, str]]) -> Callable[[], Masks]:
         def make() -> Masks:
-            assert self._grammars is not None
+            assert self.grammars is not None
             for step in self._steps:  # the plan's own step is not among them yet
                 self._result(step)
-            masks = self._grammars.masks(plan, rows)
+            masks = self.grammars.masks(plan, rows)
             if self._log:
                 self._log.write(masks)
             return masks
@@ -185,12 +185,12 @@ class Engine:
 
     def _check_grammars(self, deltas: list[Delta], step: _LaunchedStep) -> list[Delta]:
         """The deltas, with an error for each request whose output does not match its grammar."""
-        assert self._grammars is not None
+        assert self.grammars is not None
         masked = {request_id for _, request_id in step.masked}
         out = []
         for delta in deltas:
             if delta.id in masked:
-                failure = self._grammars.failure(delta.id)
+                failure = self.grammars.failure(delta.id)
                 if failure is not None:
                     self.scheduler.abort([delta.id])
                     delta = Delta(delta.id, [], "error", error=f"grammar: {failure}")
@@ -200,5 +200,5 @@ class Engine:
         return out
 
     def _drop_grammar(self, request_id: str) -> None:
-        if self._grammars:
-            self._grammars.remove(request_id)
+        if self.grammars:
+            self.grammars.remove(request_id)

@@ -70,7 +70,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._width = width
-        self._states: dict[str, GrammarState] = {}
+        self.states: dict[str, GrammarState] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def compile(self, request: AddRequest) -> Future[GrammarState]:
@@ -79,21 +79,21 @@ class Grammars:
 
     def add(self, request_id: str, state: GrammarState) -> None:
         """Keep the state of a request that the scheduler has accepted."""
-        self._states[request_id] = state
+        self.states[request_id] = state
 
     def remove(self, request_id: str) -> None:
         """Drop the state of a request that has ended; unknown ids are allowed."""
-        self._states.pop(request_id, None)
+        self.states.pop(request_id, None)
 
     def advance(self, request_id: str, tokens: Sequence[int], drafts: list[int]) -> None:
         """A step brought these tokens, and drafts for the next step."""
-        if (state := self._states.get(request_id)) and tokens:
+        if (state := self.states.get(request_id)) and tokens:
             state.advance(tokens)
             state.drafts = drafts
 
     def failure(self, request_id: str) -> str | None:
         """Why a request's output does not match its grammar; None if it does."""
-        state = self._states.get(request_id)
+        state = self.states.get(request_id)
         if state is None or not state.matcher.is_error():
             return None
         return _reason(state.matcher)
@@ -107,7 +107,7 @@ class Grammars:
         single_masks, draft_masks = [], []
         at = 0
         for (_, request_id), width in zip(rows, widths, strict=True):
-            state = self._states.get(request_id)
+            state = self.states.get(request_id)
             first = width if state is None else state.start(width)
             if state is not None and first < width:
                 drafts = state.drafts[first : width - 1]

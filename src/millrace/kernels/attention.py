@@ -1,8 +1,8 @@
-"""Attention over paged keys and values: storing them, and reading them for both kinds of rows.
+"""Attention over paged keys and values: storing them, and reading them for decode and prefill rows.
 
-The reference gathers what each row may see and attends to that. KV rows that no query may see are
-never gathered (a position past the row's end reads its last token instead), so whatever stands in
-stale pages, NaN included, cannot reach a result.
+The reference gathers the KV rows that each query may see, and attends to those. KV rows that no
+query may see are never gathered (a position past the row's end reads the row's last token instead).
+So stale pages, even with NaN in them, cannot change a result.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from millrace.kernels.dispatch import op
 from millrace.kernels.norm import rms_norm
 from millrace.kernels.rope import apply_rope
 
-# Prefill rows of different lengths run as one padded batch up to this share of padding.
+# Prefill rows of different lengths run as one padded batch, up to this share of padding.
 MAX_PADDING = 0.25
-# Spans grow in steps: copies of the same size, step after step, reuse the same memory.
+# Spans grow in steps of this, so that copies of equal size reuse the same memory.
 SPAN_STEP = 16
 
 
@@ -30,7 +30,7 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_rows: Tensor) -> None:
     """
     for new, pages in ((k, cache.keys), (v, cache.values)):
         if pages.dtype == torch.float8_e4m3fn:
-            limit = torch.finfo(pages.dtype).max  # not every torch saturates by itself
+            limit = torch.finfo(pages.dtype).max  # not every version of torch saturates
             bits = new.clamp(-limit, limit).to(pages.dtype).view(torch.uint8)
             pages.view(torch.uint8).flatten(0, 1)[kv_rows] = bits
         else:
@@ -49,10 +49,10 @@ def norm_rope_store(
     cache: KVCache,
     kv_rows: Tensor,
 ) -> Tensor:
-    """All that stands between the attention projection and attention.
+    """The step from the attention projection to attention: norm, rotation, KV store.
 
     qkv: [T, sum(widths)], the (query, gate, key, value) parts of the projection; queries and gates
-    may be left out, with widths of 0. Norms and rotates queries and keys by head, stores keys and
+    may be absent, with widths of 0. Norms and rotates queries and keys by head, stores keys and
     values at kv_rows, and returns the queries [T, query_heads, head_dim].
     """
     kv_heads, dim = cache.keys.shape[2:]
@@ -101,7 +101,7 @@ def attend_prefill(
 
 
 def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Torch's attention, which is fast for many queries a row.
+    """Torch's attention, which is fast for many queries per row.
 
     q: [R, n, query_heads, D]; keys, values: [R, L, kv_heads, D]; visible: bool [R, n, L]. Returns
     q's shape. The query heads of a group are further queries of their KV head, so keys and values
@@ -176,6 +176,6 @@ def _span(
 def _take(pages: Tensor, flat: Tensor) -> Tensor:
     """KV rows [len(flat), kv_heads * head_dim], copied."""
     rows = pages.flatten(0, 1).flatten(1)
-    if pages.dtype == torch.float8_e4m3fn:  # a dtype that the CPU cannot select from
+    if pages.dtype == torch.float8_e4m3fn:  # the CPU has no index_select for e4m3
         return rows.view(torch.uint8).index_select(0, flat).view(pages.dtype)
     return rows.index_select(0, flat)

@@ -1,14 +1,14 @@
-"""What a forward pass is told besides token ids: where each token sits and where memory lies.
+"""The input of a forward pass besides token ids: positions of the tokens, and where memory lies.
 
-A `Batch` describes the rows of one step, a `Caches` the device memory that outlives it. Both are
-plain records: the runtime fills them, the model hands them to the ops in `millrace.kernels`.
+A `Batch` describes the rows of one step, `Caches` the device memory that outlives it. Both are
+plain records: the runtime fills them, and the model passes them to the ops in `millrace.kernels`.
 
 Conventions that every op keeps:
 
 * Tokens of a step are flat, `T` of them: first the decode rows (each of the same `width`), then the
   prefill rows, one after another.
 * Slot 0 and page 0 are null: padded rows use slot 0, whose block table is all zeros, so that
-  whatever they write lands where nobody reads.
+  nobody reads what they write.
 * Lengths on the device are the truth. The host knows upper bounds only (`max_context`).
 """
 
@@ -26,7 +26,7 @@ class DecodeRows:
 
     slots: int64 [D]. starts: int64 [D], position of the row's first token (tokens already in the
     caches). A padded row has slot 0 and start 0. contiguous_from: the first slot, when the slots
-    are neighbours in ascending order (a hint: their states can then be read in place).
+    are neighbours in ascending order (a hint: their states can be read in place).
     """
 
     slots: Tensor
@@ -36,7 +36,7 @@ class DecodeRows:
     contiguous_from: int | None = None
 
     def __post_init__(self) -> None:
-        # Kernels read both as plain arrays; a strided view would name other rows' slots.
+        # Kernels read both as plain arrays and ignore strides.
         assert self.slots.is_contiguous()
         assert self.starts.is_contiguous()
 
@@ -72,9 +72,9 @@ class PrefillRows:
 class Batch:
     """The T tokens of one forward.
 
-    token_slots: int64 [T]. positions: int64 [T], place of each token in its sequence. kv_rows:
-    int64 [T], the flat row (page * page_size + offset) that takes each token's keys and values.
-    Tokens that are only remembered, and attend to nothing, need no rows.
+    token_slots: int64 [T]. positions: int64 [T], position of each token in its sequence. kv_rows:
+    int64 [T], the flat row (page * page_size + offset) for each token's keys and values.
+    decode and prefill may both be None if only keys and values are written.
     """
 
     token_slots: Tensor
@@ -85,7 +85,7 @@ class Batch:
 
     @property
     def max_context(self) -> int:
-        """A bound on every token's position + 1."""
+        """An upper bound of every token's position + 1."""
         return max(part.max_context for part in (self.decode, self.prefill) if part)
 
     @property
@@ -95,7 +95,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SelectedTokens:
-    """Some of a batch's tokens: all whose hidden vectors are asked for.
+    """The tokens of a batch whose hidden vectors are needed.
 
     tokens: int64 [R], in ascending order. batch: the same tokens, each a decode row of its own.
     """
@@ -117,7 +117,7 @@ class KVCache:
 
 @dataclass(slots=True)
 class GDNState:
-    """Recurrent memory of one Gated DeltaNet layer, a row per slot (N rows, row 0 null).
+    """Recurrent state of one Gated DeltaNet layer, one row for each slot (N rows, row 0 null).
 
     state: [N, value_heads, key_dim, value_dim], the state S folded at the last commit; float32 or
     bfloat16. Since then, in the window form, row i < fill of a slot holds
@@ -153,7 +153,7 @@ class Caches:
     page_size: int
 
     def kv_rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Flat KV row of each (slot, position); positions past the table fall on the null page.
+        """Flat KV row of each (slot, position); positions past the block table get the null page.
 
         slots, positions: int64, the same shape; the result has it too.
         """

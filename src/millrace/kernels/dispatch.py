@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the torch reference, or the fast path of the device.
 
-Knows where fast paths live, not what they do. They are imported on the first call on their device,
-so that a machine without a GPU never needs what its fast paths import.
+It knows where fast paths are, not what they do. They are imported at the first call on their
+device, so a machine without a GPU does not need the packages that GPU kernels import.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class BackendChoice(NamedTuple):
 
 
 def op(reference: Callable[P, R]) -> Callable[P, R]:
-    """Make `reference` an op, chosen by the device of its first argument, which is a tensor.
+    """Make `reference` an op that is dispatched by the device of its first argument, a tensor.
 
     A fast path is the function of the same name in `millrace.kernels.gpu.<same module>` for CUDA
-    tensors, in `millrace.kernels.cpu.<same module>` for others. The reference runs where there is
-    none, and where the CPU's returns NotImplemented because it does not take these arguments. The
-    reference itself stays in reach as `__wrapped__`.
+    tensors, in `millrace.kernels.cpu.<same module>` for others. The reference runs if there is no
+    fast path, or if it returns NotImplemented because it does not support the arguments. The
+    reference itself is available as `__wrapped__`.
     """
 
     @functools.cache
@@ -60,20 +60,20 @@ def op(reference: Callable[P, R]) -> Callable[P, R]:
 
 
 def find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | None:
-    """What runs op `name` of `module` on "cpu" or "gpu"; None: the reference does."""
+    """The fast path of op `name` of `module` on "cpu" or "gpu"; None: the reference runs."""
     package, _, leaf = module.rpartition(".")
     fast_module = f"{package}.{device}.{leaf}"
     try:
         found: Callable[..., Any] | None = getattr(importlib.import_module(fast_module), name, None)
     except ModuleNotFoundError as error:
         if error.name not in (fast_module, f"{package}.{device}"):
-            raise  # the fast path is there, but something that it needs is not
+            raise  # the fast path exists, but a package that it needs does not
         return None
     return found
 
 
 def all_ops() -> list[tuple[str, str]]:
-    """Every op: its module, by the whole name, and its own name. Imports the references."""
+    """(full module name, op name) of every op. Imports the references."""
     package, _, own = __name__.rpartition(".")
     found = []
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):

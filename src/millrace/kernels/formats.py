@@ -1,4 +1,4 @@
-"""Formats that ops and a model's configuration must agree on; without torch, so that both can."""
+"""Formats that ops and a model's configuration share; without torch, so that both can import it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """RoPE stretched to `factor` times the original context (YaRN, arXiv 2309.00071).
+    """RoPE extended to `factor` times the original context (YaRN, arXiv 2309.00071).
 
     magnitude multiplies cosines and sines; truncate rounds the blended range outwards.
     """

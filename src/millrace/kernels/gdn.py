@@ -10,7 +10,7 @@ of the last commit and, for every token since, (k_i, u_i, log A_i), A being the 
 
 `advance` is the first two lines, `fold` the third. Decode advances from the slot's window and folds
 when it would overflow; prefill advances a chunk at a time from an empty one and folds after each.
-What stands in the window past its fill is undefined and ignored by selection, never by a product.
+Window rows past the fill are undefined. They are excluded by selection, never multiplied by 0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from millrace.kernels.dispatch import op
 
 CHUNK = 64
 L2_EPS = 1e-6
-FOLDED_TOGETHER = 4
-SPARSEST = 1.5  # slots that a range may span, a row: beyond that, copying the states is cheaper
+FOLD_BATCH = 4
+MAX_SPAN_RATIO = (
+    1.5  # a range may span so many slots per row; beyond that, copying the states is cheaper
+)
 
 
 # --- gates -------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor,
 def conv_decode(
     x: Tensor, cache: GDNState, weight: Tensor, rows: DecodeRows, conv_offset: Tensor
 ) -> Tensor:
-    """silu of the causal convolution over decode rows; keeps what any accepted count will need.
+    """silu of the causal convolution over decode rows; keeps the inputs for any accepted count.
 
     x: [D * width, C]; weight: [C, 4]; conv_offset: int32 [N]. The three inputs before a row are its
     buffer's rows offset .. offset + 2. The buffer then holds the last 2 + width inputs from row 0
@@ -149,7 +151,7 @@ def advance(
     """
     n, ratio = k.shape[2], v.shape[1] // k.shape[1]
     log_a = window.decay() + g.cumsum(-1)
-    # Keys and queries meet the state, the window and each other in one product each.
+    # Keys and queries are multiplied with the state, the window and each other in one GEMM each.
     probes = torch.cat([k, q], dim=2)
     per_value_head = probes if ratio == 1 else probes.repeat_interleave(ratio, 1)
     old = torch.matmul(per_value_head, state).unflatten(2, (2, n))
@@ -177,8 +179,8 @@ def _pairs(probes: Tensor, k: Tensor, log_a: Tensor, before: Tensor) -> Tensor:
     """A_t/A_i (k_i . probe_t) for m tokens i: [R, value_heads, 2, n, m].
 
     probes: the keys, then the queries, of n tokens t: [R, key_heads, 2 * n, key_dim]; log_a:
-    [R, value_heads, n]; k: [R, key_heads, m, key_dim]; before: log A of tokens i. What stands at
-    an i after its t means nothing, and may be infinite.
+    [R, value_heads, n]; k: [R, key_heads, m, key_dim]; before: log A of tokens i. Values at
+    i > t mean nothing, and may be infinite.
     """
     rows, key_heads, m, _ = k.shape
     n, value_heads = log_a.shape[2], log_a.shape[1]
@@ -215,7 +217,7 @@ def gdn_decode(
 
     qkv: [D * width, C] after the convolution; g, beta: float32 [D * width, value_heads]; fill:
     int32 [N], read only. A row whose window cannot take `width` more is folded into its state
-    first and starts at window row 0; otherwise the new rows stand at fill and after. Returns
+    first and starts at window row 0; otherwise the new rows are written from fill on. Returns
     [D * width, value_heads, value_dim] of qkv's dtype.
     """
     filled = fill[rows.slots].to(torch.int64)
@@ -259,7 +261,7 @@ def gdn_decode_conv(
     conv_offset: Tensor,
     rows: DecodeRows,
 ) -> Tensor:
-    """`conv_decode` and `gdn_decode_raw` in one: the whole of a decode step between products.
+    """`conv_decode` and `gdn_decode_raw` in one: all of a decode step between two GEMMs.
 
     x: [D * width, C], of the projection; weight: [C, 4], of the convolution.
     """
@@ -277,7 +279,7 @@ def _slot_index(rows: DecodeRows) -> slice | Tensor:
 def _advance_slots(
     cache: GDNState, rows: DecodeRows, fill: Tensor, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`advance` from the rows' slots, without copying states where the slots lie close together.
+    """`advance` from the rows' slots, without copying states if the slots are close together.
 
     Rows in any order over a range of slots that they mostly fill run as that whole range: slots
     between them get inputs of zeros, and what comes out for those is dropped. inputs: as advance
@@ -285,7 +287,7 @@ def _advance_slots(
     """
     slots = _slot_index(rows)
     low, high = int(rows.slots.min()), int(rows.slots.max()) + 1
-    scattered = isinstance(slots, Tensor) and high - low <= SPARSEST * slots.shape[0]
+    scattered = isinstance(slots, Tensor) and high - low <= MAX_SPAN_RATIO * slots.shape[0]
     if scattered:
         place, slots = rows.slots - low, slice(low, high)
         fill, *inputs_ = (
@@ -319,7 +321,7 @@ def _commit(cache: GDNState, slots: Tensor, fill: Tensor) -> None:
 
     So that the copies stay in the processor's cache.
     """
-    for some, filled in zip(slots.split(FOLDED_TOGETHER), fill.split(FOLDED_TOGETHER), strict=True):
+    for some, filled in zip(slots.split(FOLD_BATCH), fill.split(FOLD_BATCH), strict=True):
         window = _read_window(cache, some, filled, int(filled.max()))
         state = cache.state[some].float()  # a copy: indexed by slots
         cache.state[some] = fold(state, window).to(cache.state.dtype)

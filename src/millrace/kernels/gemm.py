@@ -1,4 +1,4 @@
-"""Products with weights: plain ones and FP8 ones scaled in blocks of 128 x 128."""
+"""GEMMs with weights: plain ones, and FP8 ones with scales for blocks of 128 x 128."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from millrace.kernels.dispatch import op
 from millrace.kernels.formats import FP8_BLOCK
-from millrace.kernels.quantize import E4M3_MAX, LEAST, Quantized
+from millrace.kernels.quantize import E4M3_MAX, MIN_ABSMAX, Quantized
 
 
 @op
@@ -23,28 +23,29 @@ def fp8_linear(
 ) -> Tensor:
     """x @ dequantized weight^T, in dtype.
 
-    weight: e4m3 [out, in]; weight_scale_inv: [ceil(out / 128), ceil(in / 128)], which multiplies.
-    A fast path may also round x to e4m3, by groups of 128 in a row; the reference does not.
+    weight: e4m3 [out, in]; weight_scale_inv: [ceil(out / 128), ceil(in / 128)], multiplied with
+    the blocks. A fast path may quantize x to e4m3 too, in groups of 128 per row; the reference does
+    not.
     """
     plain = x.dequantize().to(dtype) if isinstance(x, Quantized) else x
     return F.linear(plain, dequantize(weight, weight_scale_inv).to(dtype))
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
-    """The float32 weight [out, in] of an e4m3 one and its block scales."""
+    """The float32 weight [out, in] of an e4m3 weight and its block scales."""
     rows, columns = weight.shape
     scale = weight_scale_inv.float().repeat_interleave(FP8_BLOCK, 0)[:rows]
     return weight.float() * scale.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The e4m3 weight [out, in] and its float32 block scales, of a weight of any float dtype.
+    """Quantize a weight of any float dtype: e4m3 [out, in], float32 block scales.
 
-    As `dequantize` takes them. Takes some three times the weight's size in float32 meanwhile.
+    The inverse of `dequantize`. Needs about three times the weight's size in float32 meanwhile.
     """
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scale = blocks.abs().amax((1, 3)).clamp(min=LEAST) / E4M3_MAX
+    scale = blocks.abs().amax((1, 3)).clamp(min=MIN_ABSMAX) / E4M3_MAX
     values = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)
     return values[:rows, :columns].to(torch.float8_e4m3fn), scale

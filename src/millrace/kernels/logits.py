@@ -1,7 +1,7 @@
-"""What changes logits before a token is drawn, and what reports them: plain tensor arithmetic.
+"""What changes logits before a token is sampled, and what reports them: plain tensor arithmetic.
 
-Penalties need the tokens before a position; those lie on the tape, drafts included, so nothing is
-counted from step to step. The formulas are vLLM's and OpenAI's. This module knows no request.
+Penalties need the tokens before a position. These are on the tape, drafts included, so nothing is
+counted from step to step. The formulas are those of vLLM and OpenAI. This module knows no request.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ def penalise(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """Logits under the three penalties.
+    """Apply the three penalties to logits.
 
     logits: float32 [R, V]. tapes: int64 [R, L], each row's tokens by position. ends: int64 [R]; the
     row's context is tapes[:end], its first prompt_len (int64 [R]) tokens the prompt. repetition:
-    divides positive and multiplies negative logits of any token of the context; presence and
-    frequency: taken off once, and for each occurrence, for generated tokens. All float32 [R].
+    divides positive and multiplies negative logits of every token in the context. presence,
+    frequency: subtracted once, and once for each occurrence, from generated tokens. All float32
+    [R].
     """
     place = torch.arange(tapes.shape[1], device=tapes.device)
     known = place < ends[:, None]
@@ -37,12 +38,12 @@ def penalise(
 
 
 def _counts(logits: Tensor, tapes: Tensor, counted: Tensor) -> Tensor:
-    """How often each token stands at a counted place: float32 of logits' shape."""
+    """How often each token occurs at counted positions: float32, shape of logits."""
     return torch.zeros_like(logits).scatter_add_(1, tapes, counted.to(logits.dtype))
 
 
 def drop_improbable(logits: Tensor, min_p: Tensor, temperature: Tensor) -> Tensor:
-    """-inf for tokens less than min_p as probable as the likeliest, at the row's temperature.
+    """-inf for tokens with less than min_p times the highest probability, at the row's temperature.
 
     logits: float32 [R, V]; min_p in [0, 1] and temperature: float32 [R].
     """
@@ -51,14 +52,15 @@ def drop_improbable(logits: Tensor, min_p: Tensor, temperature: Tensor) -> Tenso
 
 
 def apply_masks(logits: Tensor, words: Tensor) -> Tensor:
-    """-inf where a token's bit is 0. logits: float32 [R, V]; words: int32 [R, ceil(V / 32)]."""
+    """Set logits to -inf where a token's bit is 0. logits: float32 [R, V]; words: int32 [R, ceil(V
+    / 32)]."""
     bits = torch.arange(32, dtype=torch.int32, device=words.device)
     allowed = (words[:, :, None] >> bits) & 1
     return logits.masked_fill(allowed.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
-    """Whether the sequence's last token, put at `end`, would complete the sequence: bool [R].
+    """Whether the last token of the sequence would complete it at position `end`: bool [R].
 
     tapes: int64 [R, L]; ends: int64 [R]; sequences: int64 [R, M], right-aligned, -1 in front.
     """
@@ -66,7 +68,7 @@ def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
     length = before.shape[1]
     places = ends[:, None] - length + torch.arange(length, device=tapes.device)
     found = tapes.gather(1, places.clamp(min=0))
-    # A place before the sequence's start would match only padding.
+    # A position below 0 may match padding only.
     return ((before < 0) | ((places >= 0) & (found == before))).all(1)
 
 
@@ -74,8 +76,8 @@ def close_reasoning(
     logits: Tensor, rows: Tensor, tapes: Tensor, ends: Tensor, begin: Tensor, limit: Tensor,
     token: Tensor,
 ) -> None:  # fmt: skip
-    """Leave nothing but `token` to those of the rows where it is due: it would stand at `limit` or
-    behind it, and stands nowhere from `begin` on. In place: no tensor of a step is larger.
+    """Allow only `token` in the rows where it is due: the position is `limit` or later, and the
+    token has not occurred from `begin` on. In place, because logits are a step's largest tensor.
 
     logits: float32 [C, V]; rows: int64 [R], none twice. tapes: int64 [R, L], known up to ends; the
     others int64 [R].
@@ -90,11 +92,11 @@ def close_reasoning(
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens' log-probabilities and ranks, with the `top` likeliest of each row.
+    """Log-probabilities and ranks of the tokens, and the `top` most probable tokens of each row.
 
     logits: float32 [R, V]; tokens: int64 [R], -1 counts as 0. Returns ids int64 [R, 1 + top], their
-    log-probabilities float32 [R, 1 + top] (the token first, then the likeliest in order) and the
-    token's rank, int64 [R], 1 for the likeliest.
+    log-probabilities float32 [R, 1 + top] (the token first, then the most probable in order) and
+    the token's rank, int64 [R], from 1.
     """
     tokens = tokens.clamp(min=0)[:, None]
     own = logits.gather(1, tokens)

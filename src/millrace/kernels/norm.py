@@ -1,4 +1,4 @@
-"""RMS norms: of a residual stream, of attention heads, and the gated one after a GDN layer.
+"""RMS norms: of a residual stream, of attention heads, and the gated one behind a GDN layer.
 
 All are computed in float32 and rounded once, at the end, to the dtype of their input.
 """
@@ -21,10 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @op
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a layer's output to the residual stream and norm the sum for the next one.
+    """Add a layer's output to the residual stream, and norm the sum for the next layer.
 
     x, residual: [T, H]. Returns (rms_norm(x + residual), x + residual); the sum is rounded to the
-    model dtype before it is normed, so that both results tell of the same stream.
+    model dtype before it is normed, so that both results belong to the same stream.
     """
     residual = x + residual
     return rms_norm(residual, weight, eps), residual

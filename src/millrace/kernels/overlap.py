@@ -1,6 +1,6 @@
-"""The two kinds of rows of a step, each by its own kernels, side by side where that pays.
+"""Runs a step's decode rows and prefill rows with their own kernels, overlapped on a GPU.
 
-Knows streams and which rows a batch holds, not what runs over them.
+It knows streams and the rows of a batch, not what is computed for them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from millrace.kernels.batch import Batch, DecodeRows, PrefillRows
 
 
-def each_kind(
+def decode_and_prefill(
     batch: Batch,
     decode: Callable[[DecodeRows], Tensor],
     prefill: Callable[[PrefillRows], Tensor],
 ) -> Tensor:
-    """[T, ...]: what `decode` gives for the decode rows' tokens, then `prefill` for the others'.
+    """[T, ...]: the result of `decode` for the decode rows, then of `prefill` for the prefill rows.
 
-    Decode rows wait for memory, a few prompts for a chain of small products, so on a GPU both run
-    at once. The prompts' stream goes first where both want a multiprocessor: their blocks are few
-    and depend on each other, those of decode rows are many and short.
+    Decode rows are bound by memory, a few prompts by a chain of small GEMMs; so on a GPU both run
+    at once. The prompts' stream has the higher priority: their blocks are few and depend on each
+    other, those of decode rows are many and short.
     """
     if batch.prefill is None:
         assert batch.decode is not None
@@ -33,16 +33,16 @@ def each_kind(
     device = batch.positions.device
     if device.type != "cuda":
         return torch.cat([decode(batch.decode), prefill(batch.prefill)])
-    # Both streams meet here and below, so neither reuses memory that the other still reads.
-    main, aside = torch.cuda.current_stream(device), _aside(device)
-    aside.wait_stream(main)
-    with torch.cuda.stream(aside):
-        behind = prefill(batch.prefill)
-    front = decode(batch.decode)
-    main.wait_stream(aside)
-    return torch.cat([front, behind])
+    # The streams wait for each other here and below, so neither reuses memory that is still read.
+    main, side = torch.cuda.current_stream(device), _prefill_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        prefilled = prefill(batch.prefill)
+    decoded = decode(batch.decode)
+    main.wait_stream(side)
+    return torch.cat([decoded, prefilled])
 
 
 @functools.cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
+def _prefill_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)

@@ -1,7 +1,7 @@
-"""Activations in FP8: rounded to e4m3 by groups of 128 channels, each with a scale that multiplies.
+"""Activations in FP8: e4m3 in groups of 128 channels, each with a scale that multiplies.
 
-Each op here is one from `norm` or `activation` whose result is wanted by an FP8 product only, so
-that a fast path can round while it has the values at hand. The references compose the plain ops.
+Each op here is an op of `norm` or `activation` whose result only an FP8 GEMM reads, so a fast path
+can quantize while the values are in registers. The references are compositions of the plain ops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from millrace.kernels.dispatch import op
 
 GROUP = 128
 E4M3_MAX = 448.0
-LEAST = 1e-10  # a group of zeros has this greatest value
+MIN_ABSMAX = 1e-10  # the largest absolute value of a group of zeros counts as this
 
 
 class Quantized(NamedTuple):
@@ -41,26 +41,26 @@ def quantize(x: Tensor) -> Quantized:
     """x: [T, K]."""
     padding = -x.shape[1] % GROUP
     groups = F.pad(x.float(), (0, padding)).unflatten(1, (-1, GROUP))
-    scales = groups.abs().amax(-1).clamp(min=LEAST) / E4M3_MAX
+    scales = groups.abs().amax(-1).clamp(min=MIN_ABSMAX) / E4M3_MAX
     values = (groups / scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]]
     return Quantized(values.to(torch.float8_e4m3fn), scales)
 
 
 @op
 def silu_mul_quantize(gate_up: Tensor) -> Quantized:
-    """`silu_mul`, quantised."""
+    """`silu_mul`, quantized."""
     return quantize(activation.silu_mul(gate_up))
 
 
 @op
 def sigmoid_gate_quantize(x: Tensor, gate: Tensor) -> Quantized:
-    """`sigmoid_gate`, quantised."""
+    """`sigmoid_gate`, quantized."""
     return quantize(activation.sigmoid_gate(x, gate))
 
 
 @op
 def gated_rms_norm_quantize(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Quantized:
-    """`gated_rms_norm`, quantised."""
+    """`gated_rms_norm`, quantized."""
     return quantize(norm.gated_rms_norm(o, z, weight, eps))
 
 
@@ -68,9 +68,9 @@ def gated_rms_norm_quantize(o: Tensor, z: Tensor, weight: Tensor, eps: float) ->
 def rms_norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, keep: bool
 ) -> tuple[Tensor | None, Quantized, Tensor]:
-    """(rms_norm(s), the same quantised, s) for s = x + residual, or s = x without a residual.
+    """(rms_norm(s), the same quantized, s) for s = x + residual, or s = x without a residual.
 
-    x, residual: [T, H]. The plain norm is None unless it is to be kept.
+    x, residual: [T, H]. The plain norm is None unless keep is set.
     """
     total = x if residual is None else x + residual
     normed = norm.rms_norm(total, weight, eps)

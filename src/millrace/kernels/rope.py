@@ -1,6 +1,6 @@
 """Rotary position embedding of the first dimensions of a head, with YaRN for long contexts.
 
-Text has equal positions in all three rows of interleaved mrope, which then is this 1-D form.
+For text the three rows of interleaved mrope have equal positions, so mrope equals this 1-D form.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def rope_table(
 
 
 def _yarn_frequency(frequency: Tensor, dim: int, theta: float, scaling: YarnScaling) -> Tensor:
-    """Stretch the slow dimensions and keep the fast ones (YaRN, arXiv 2309.00071, section 3.2).
+    """Scale the slow dimensions and keep the fast ones (YaRN, arXiv 2309.00071, section 3.2).
 
-    A dimension that turns more than beta_fast times over the original context stays as it is, one
-    that turns less than beta_slow times is divided by the factor, those between are blended.
+    A dimension that rotates more than beta_fast times over the original context is unchanged. One
+    that rotates less than beta_slow times is divided by the factor. Those between are blended.
     """
 
     def dimension(turns: float) -> float:
@@ -57,10 +57,10 @@ def _yarn_frequency(frequency: Tensor, dim: int, theta: float, scaling: YarnScal
 
 @op
 def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim dimensions of every head; the rest passes through.
+    """Rotate the first rotary_dim dimensions of every head; the others are unchanged.
 
-    x: [T, heads, head_dim]; positions: int64 [T]; cos_sin: a rope_table. Dimension i turns
-    together with i + rotary_dim / 2 ("rotate half"). Same shape and dtype as x.
+    x: [T, heads, head_dim]; positions: int64 [T]; cos_sin: a rope_table. Dimension i is
+    rotated with i + rotary_dim / 2 ("rotate half"). Same shape and dtype as x.
     """
     rotary_dim = cos_sin.shape[-1]
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
-"""Choosing a token from logits: greedy, or a draw whose noise depends on (seed, position) alone.
+"""Sampling a token from logits: greedy, or with noise that depends only on (seed, position).
 
-A draw is the Gumbel-max rule: the token with the largest `logit + temperature * noise`. The noise
-of a token is a hash of the request's seed, the position drawn and the token id, so a draw does not
+A sample is the Gumbel-max rule: the token with the largest `logit + temperature * noise`. The noise
+of a token is a hash of the request's seed, the position and the token id. So a sample does not
 depend on batch, step or device, and needs neither a softmax nor state. Temperature 0 is the greedy
 choice by the same formula. This module knows no request and no step.
 
@@ -15,10 +15,11 @@ The noise, in 32-bit unsigned arithmetic (`mix` is the finaliser of MurmurHash3)
     w = min((float32(x) + 0.5) * 2**-32, 1 - 2**-24)
     noise = -log(-log1p(-w))
 
-Where ranks hold a part of the vocabulary each, every one names the best of its own part (`best`),
-as a number whose order is the rule's: the largest of these numbers names the token (`token_of`).
+`w` is small where the noise is large, so float32 resolves the tail that decides a sample.
 
-`w` is small where the noise is large, so float32 resolves the tail that decides a draw.
+If each rank has a part of the vocabulary, each reports the best token of its part (`best`) as one
+integer. The order of these integers is the order of the rule, so the largest one over all ranks
+gives the token (`token_of`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MUL_A = -0x7A143595  # 0x85EBCA6B
 _MUL_B = -0x3D4D51CB  # 0xC2B2AE35
 _LARGEST = 1.0 - 2.0**-24
 _LAST = (1 << 31) - 1
-NOTHING = -(1 << 63)  # what `best` says of no tokens at all
+NOTHING = -(1 << 63)  # the result of `best` for an empty part
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab: int, start: int = 0) -> Tensor:
@@ -75,9 +76,9 @@ def sample(
     """One token for each row of logits.
 
     logits: float [R, V], -inf where a token is forbidden. temperature, top_p: float32 [R]; top_k,
-    seed, position: int64 [R]; position is the place the token will take in its sequence. noise and
-    filters are the host's word on whether any row has a temperature above 0, and a top_k or top_p
-    that cuts; False saves the work. Ties go to the lowest id. Returns int64 [R].
+    seed, position: int64 [R]; position is the position of the sampled token in its sequence.
+    noise: some row has a temperature above 0. filters: some row has a top_k or top_p that cuts.
+    False saves the work. Ties go to the lowest id. Returns int64 [R].
     """
     logits = logits.float()
     if filters:
@@ -94,11 +95,11 @@ def best(
     logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, start: int,
     *, noise: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The best token of each row among tokens start .. start + n: int64 [R].
+    """The best token of each row among the tokens start .. start + n, as int64 [R].
 
     logits: float [R, n] of these tokens; the rest as in `sample`, without filters. High word: the
-    score's bits as a number of the same order; low word: 2^31 - 1 less the token, so that of equal
-    scores the lowest id is the largest. NOTHING if n is 0.
+    score's bits as an integer of the same order. Low word: 2^31 - 1 - token, so that of equal
+    scores the lowest id wins. NOTHING if n is 0.
     """
     rows, count = logits.shape
     if count == 0:
@@ -115,16 +116,16 @@ def best(
 
 
 def token_of(found: Tensor) -> Tensor:
-    """The token that a result of `best` names: int64, of its shape."""
+    """The token of a result of `best`: int64 of the same shape."""
     return _LAST - (found & 0xFFFFFFFF)
 
 
 def keep_threshold(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """The smallest logit of each row that top_k and then top_p keep; equal logits stay together.
 
-    top_k <= 0 keeps every token. top_p keeps the smallest set of what top_k left, most probable
-    first, whose share of that mass reaches top_p. Rows of temperature 0 only have their largest
-    logit to lose, which is always kept. Arguments as in `sample`, logits float32; float32 [R].
+    top_k <= 0 keeps every token. top_p keeps the smallest set of these, most probable first, whose
+    share of their mass reaches top_p. In rows of temperature 0 only the largest logit matters,
+    which is always kept. Arguments as in `sample`, logits float32; float32 [R].
     """
     vocab = logits.shape[1]
     ranked = logits.sort(dim=1, descending=True).values

@@ -1,6 +1,6 @@
-"""What a checkpoint's config.json says of a Qwen3.5-class dense model, checked, and its sizes.
+"""The config.json of a Qwen3.5-class dense model: read, checked, and the sizes that follow from it.
 
-Needs no torch, so the planner and the scheduler can read it. Knows shapes and bytes, not weights.
+It needs no torch, so the scheduler can read it. It knows shapes and bytes, not weights.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CONV_KERNEL = 4
 class ModelConfig:
     """Shapes and constants of one dense model.
 
-    layer_types has an entry a decoder layer. dtype: the checkpoint's own ("bfloat16" or
-    "float32"). fp8: linears are e4m3 with 128 x 128 block scales. nested: the text model is part of
-    a larger checkpoint, whose tensors are named `model.language_model.*`.
+    layer_types: one entry for each decoder layer. dtype: of the checkpoint. fp8: linear layers are
+    e4m3 with 128 x 128 block scales. nested: the text model is part of a larger checkpoint, whose
+    tensors are named `model.language_model.*`.
     """
 
     hidden_size: int
@@ -73,25 +73,25 @@ class ModelConfig:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
     def kv_heads_on_rank(self, ranks: int) -> int:
-        """KV heads that one rank holds: with more ranks than heads, some hold the same one."""
+        """KV heads of one rank. With more ranks than heads, several ranks have the same head."""
         return max(1, self.num_kv_heads // ranks)
 
     def kv_bytes_per_token(self, dtype: str, ranks: int = 1, mtp: bool = False) -> int:
-        """Bytes of keys and values of one token on one rank; mtp: the draft head's too."""
+        """KV bytes of one token on one rank; mtp: including the draft head's."""
         layers = self.num_attention_layers + (self.mtp_layers if mtp else 0)
         return 2 * layers * self.kv_heads_on_rank(ranks) * self.head_dim * DTYPE_BYTES[dtype]
 
     def state_bytes(self, dtype: str, ranks: int = 1) -> int:
-        """Bytes of one sequence's recurrent states S on one rank, all GDN layers."""
+        """Bytes of the recurrent states S of one sequence on one rank, all GDN layers."""
         cells = self.value_heads // ranks * self.key_dim * self.value_dim
         return self.num_gdn_layers * cells * DTYPE_BYTES[dtype]
 
     def slot_bytes(
         self, state_dtype: str, model_dtype: str, window: int, drafts: int, ranks: int = 1
     ) -> int:
-        """Bytes that one slot holds on one rank: states, windows and convolution inputs.
+        """Bytes of one slot on one rank: states, windows and convolution inputs.
 
-        window: rows W of the recurrent window. drafts: k, which the convolution keeps beyond 3.
+        window: W, rows of the recurrent window. drafts: k; the convolution keeps 3 + k inputs.
         """
         keys = self.key_heads // ranks * window * self.key_dim * DTYPE_BYTES[model_dtype]
         updates = self.value_heads // ranks * window * (self.value_dim + 1) * DTYPE_BYTES["float32"]
@@ -105,9 +105,9 @@ class ModelConfig:
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The model that the checkpoint in `directory` holds; raises CheckpointError if it cannot run.
+    """The configuration of the checkpoint in `directory`. Raises CheckpointError if it cannot run.
 
-    Stop ids come from generation_config.json where it names some, else from config.json.
+    EOS ids come from generation_config.json if it has some, else from config.json.
     """
     directory = Path(directory)
     outer = _read_json(directory / "config.json")
@@ -144,7 +144,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The text config's entries, read with the file's name in every complaint."""
+    """The entries of the text config; every error names the file."""
 
     entries: dict[str, Any]
     path: Path
@@ -173,7 +173,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_class(outer: dict[str, Any], text: dict[str, Any]) -> None:
-    """Refuse what the model code would compute wrongly."""
+    """Raise CheckpointError for options that the model code does not implement."""
     kind = outer.get("model_type")
     if kind not in ("qwen3_5", "qwen3_5_text"):
         raise CheckpointError(f"model_type {kind!r} cannot be run; {SUPPORTED}")
@@ -271,7 +271,7 @@ def _eos_ids(directory: Path, outer: dict[str, Any], text: dict[str, Any]) -> tu
 
 
 def _dtype(outer: dict[str, Any], text: dict[str, Any]) -> Literal["float32", "bfloat16"]:
-    """The checkpoint's dtype; float16 ones run in bfloat16."""
+    """The checkpoint's dtype; float16 checkpoints run in bfloat16."""
     for source in (text, outer):
         name = source.get("dtype") or source.get("torch_dtype")
         if name is not None:

@@ -1,8 +1,8 @@
 """The layers of a Qwen3.5-class model, each a short forward over the ops in `millrace.kernels`.
 
-A layer knows its weights, its rank's share of them and the caches that it is handed; it knows no
-request and no device. What a mixer (attention, GDN) or an MLP returns is this rank's part of a sum
-over the ranks; the norm that follows adds the parts up, with the residual, in one where it can.
+A layer knows its weights (this rank's share) and the caches that it is given. It knows no request
+and no device. A mixer (attention, GDN) or an MLP returns this rank's partial sum. The next norm
+does the all-reduce and the residual add, in one kernel if it can.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from millrace.kernels.gdn import (
 )
 from millrace.kernels.gemm import fp8_linear, linear
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
-from millrace.kernels.overlap import each_kind
+from millrace.kernels.overlap import decode_and_prefill
 from millrace.kernels.quantize import (
     GROUP,
     Quantized,
@@ -37,12 +37,13 @@ from millrace.kernels.quantize import (
 from millrace.kernels.rope import rope_table
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TensorParallel, mlp_unit
-from millrace.model.parameter import Piece, fits_blocks, fp8_parameters, parameter, whole
+from millrace.model.parameter import Piece, fits_blocks, fp8_parameters, full_tensor, parameter
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """What every layer is built from. keep_fp8: e4m3 weights stay so, else they become `dtype`."""
+class BuildContext:
+    """What every layer is built from. keep_fp8: e4m3 weights stay e4m3; else they become
+    `dtype`."""
 
     config: ModelConfig
     tp: TensorParallel
@@ -55,13 +56,13 @@ class Build:
 
 
 class Linear(nn.Module):
-    """A product with one weight made of pieces, in the model dtype or in e4m3 with block scales.
+    """A linear layer whose weight is made of pieces, in the model dtype or e4m3 with block scales.
 
-    An e4m3 weight whose blocks this rank's share would cut is dequantised. An FP8 product takes its
-    input quantised; a plain one that is handed to it is quantised first.
+    If this rank's share of an e4m3 weight would cut scale blocks, the weight is dequantized. An FP8
+    layer takes quantized input; input that is not quantized yet is quantized first.
     """
 
-    def __init__(self, build: Build, pieces: list[Piece]) -> None:
+    def __init__(self, build: BuildContext, pieces: list[Piece]) -> None:
         super().__init__()
         self.dtype = build.dtype
         self.weight_scale_inv: nn.Parameter | None = None
@@ -81,10 +82,10 @@ class Linear(nn.Module):
         assert isinstance(x, Tensor)
         return linear(x, self.weight)
 
-    def outputs_from(self, first: int, x: Tensor | Quantized) -> Tensor:
-        """As forward, the outputs from `first` on alone, which is where one of the pieces begins.
+    def forward_from(self, first: int, x: Tensor | Quantized) -> Tensor:
+        """As forward, but only the outputs from `first` on, where one of the pieces begins.
 
-        Pieces of a weight that stays e4m3 begin where blocks do.
+        The pieces of an e4m3 weight begin at block boundaries.
         """
         if self.weight_scale_inv is not None:
             assert first % FP8_BLOCK == 0
@@ -94,63 +95,65 @@ class Linear(nn.Module):
         return linear(x, self.weight[first:])
 
 
-def _row_parallel(build: Build, name: str, out: int, total_in: int, quantized: bool) -> Linear:
-    """A linear whose inputs are shared out over the ranks; its outputs are summed by the caller."""
+def _row_parallel(
+    build: BuildContext, name: str, out: int, total_in: int, quantized: bool
+) -> Linear:
+    """A linear layer with its inputs split over ranks; the caller sums the outputs over ranks."""
     columns = build.tp.share(total_in)
     return Linear(build, [Piece(name, (out, total_in), ((0, out),), columns, quantized)])
 
 
-class Normed(NamedTuple):
-    """A layer's input, [T, H], in the forms that its products want; the others are None."""
+class NormedInput(NamedTuple):
+    """A layer's normed input, [T, H], plain and quantized; forms that no linear needs are None."""
 
     plain: Tensor | None
     quantized: Quantized | None
 
-    def of(self, product: Linear) -> Tensor | Quantized:
-        """The form that `product` takes."""
-        form = self.quantized if product.fp8 else self.plain
+    def for_linear(self, linear: Linear) -> Tensor | Quantized:
+        """The form that `linear` takes."""
+        form = self.quantized if linear.fp8 else self.plain
         assert form is not None
         return form
 
 
 class Norm(nn.Module):
-    """The weight of an RMS norm, in float32; the ops add 1 to it where the model does."""
+    """An RMS norm with a float32 weight; the ops add 1 to the weight where the model does."""
 
-    def __init__(self, build: Build, name: str, size: int) -> None:
+    def __init__(self, build: BuildContext, name: str, size: int) -> None:
         super().__init__()
         self.tp, self.eps = build.tp, build.config.eps
-        self.weight = parameter([whole(name, size)], torch.float32, build.device)
+        self.weight = parameter([full_tensor(name, size)], torch.float32, build.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum) of the residual and x, this rank's part over all ranks.
+        """(norm of the sum, the sum) of the residual and the all-reduced x.
 
-        The first layer brings no residual yet; x is whole then.
+        residual: None before the first layer; then x needs no all-reduce.
         """
         if residual is None:
             return self.forward(x), x
-        fused = self.tp.reduce_norm(x, residual, self.weight, self.eps, True, False)
+        fused = self.tp.all_reduce_norm(x, residual, self.weight, self.eps, True, False)
         if fused is not None and fused[0] is not None:
             return fused[0], fused[2]
         return add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
 
     def add_for(
-        self, products: list[Linear], x: Tensor, residual: Tensor | None
-    ) -> tuple[Normed, Tensor]:
-        """As `add`, the norm in the forms that `products` take."""
-        if not any(product.fp8 for product in products):
+        self, linears: list[Linear], x: Tensor, residual: Tensor | None
+    ) -> tuple[NormedInput, Tensor]:
+        """As `add`, with the norm in the forms that `linears` need."""
+        if not any(linear.fp8 for linear in linears):
             plain, total = self.add(x, residual)
-            return Normed(plain, None), total
-        keep = not all(product.fp8 for product in products)
+            return NormedInput(plain, None), total
+        keep = not all(linear.fp8 for linear in linears)
         if residual is not None:
-            fused = self.tp.reduce_norm(x, residual, self.weight, self.eps, keep, True)
+            fused = self.tp.all_reduce_norm(x, residual, self.weight, self.eps, keep, True)
             if fused is not None:
-                return Normed(*fused[:2]), fused[2]
+                return NormedInput(*fused[:2]), fused[2]
             x = self.tp.all_reduce(x)
         kept, quantized, total = rms_norm_quantize(x, residual, self.weight, self.eps, keep)
-        return Normed(kept, quantized), total
+        return NormedInput(kept, quantized), total
 
 
 class Rope(nn.Module):
@@ -158,7 +161,7 @@ class Rope(nn.Module):
 
     cos_sin: Tensor
 
-    def __init__(self, build: Build, max_len: int) -> None:
+    def __init__(self, build: BuildContext, max_len: int) -> None:
         super().__init__()
         c = build.config
         table = rope_table(
@@ -171,13 +174,13 @@ class Rope(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries and keys and a gate on its output.
+    """Grouped-query attention with normed queries and keys, and a gate on its output.
 
-    first: the first KV row that exists (1 for the draft head). The published q_proj holds query
-    and gate rows in turn, head by head; here all queries come first, then all gates, keys, values.
+    first: the first KV row that exists (1 for the draft head). In a checkpoint q_proj has query
+    and gate rows by turns, head by head; here all queries come first, then gates, keys, values.
     """
 
-    def __init__(self, build: Build, prefix: str, rope: Rope, first: int) -> None:
+    def __init__(self, build: BuildContext, prefix: str, rope: Rope, first: int) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
         self.rope, self.first = rope, first
@@ -195,12 +198,12 @@ class Attention(nn.Module):
 
     @property
     def inputs(self) -> list[Linear]:
-        """The products that read the layer's input."""
+        """The linear layers that read the normed input."""
         return [self.qkv_proj]
 
-    def forward(self, x: Normed, batch: Batch, cache: KVCache, caches: Caches) -> Tensor:
-        """x: [T, H]; returns [T, H], this rank's part."""
-        qkv = self.qkv_proj(x.of(self.qkv_proj))
+    def forward(self, x: NormedInput, batch: Batch, cache: KVCache, caches: Caches) -> Tensor:
+        """x: [T, H]; returns [T, H], this rank's partial sum."""
+        qkv = self.qkv_proj(x.for_linear(self.qkv_proj))
         q = self._store(qkv, self.widths, batch, cache)
         attended = self._attend(q, batch, cache, caches.block_table).flatten(1)
         gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
@@ -208,9 +211,9 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(gated)
         return out
 
-    def write_kv(self, x: Normed, batch: Batch, cache: KVCache) -> None:
-        """Store what others see of x: keys and values, which are all that is computed."""
-        kv = self.qkv_proj.outputs_from(sum(self.widths[:2]), x.of(self.qkv_proj))
+    def write_kv(self, x: NormedInput, batch: Batch, cache: KVCache) -> None:
+        """Compute and store only the keys and values of x."""
+        kv = self.qkv_proj.forward_from(sum(self.widths[:2]), x.for_linear(self.qkv_proj))
         self._store(kv, [0, 0, *self.widths[2:]], batch, cache)
 
     def _store(self, qkv: Tensor, widths: list[int], batch: Batch, cache: KVCache) -> Tensor:
@@ -235,10 +238,10 @@ class Attention(nn.Module):
         def prefill(rows: PrefillRows) -> Tensor:
             return attend_prefill(q[split:], cache, block_table, rows, self.scale, self.first)
 
-        return each_kind(batch, decode, prefill)
+        return decode_and_prefill(batch, decode, prefill)
 
 
-def _attention_pieces(build: Build, prefix: str) -> list[Piece]:
+def _attention_pieces(build: BuildContext, prefix: str) -> list[Piece]:
     """Queries, gates, keys and values of this rank's heads."""
     c, dim = build.config, build.config.head_dim
     q_shape = (2 * c.num_heads * dim, c.hidden_size)
@@ -257,15 +260,15 @@ def _attention_pieces(build: Build, prefix: str) -> list[Piece]:
 
 
 class GatedDeltaNet(nn.Module):
-    """Linear attention with a decaying state, a short convolution before it, a gated norm after.
+    """Linear attention with a decaying state, a short convolution before it and a gated norm after.
 
-    The projections to q, k, v and z are one; those to a and b, never quantised, are another.
+    One projection makes q, k, v and z, another, never quantized, a and b.
     """
 
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
-    def __init__(self, build: Build, prefix: str) -> None:
+    def __init__(self, build: BuildContext, prefix: str) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
         self.value_heads, self.value_dim = c.value_heads // self.tp.size, c.value_dim
@@ -302,17 +305,17 @@ class GatedDeltaNet(nn.Module):
 
     @property
     def inputs(self) -> list[Linear]:
-        """The products that read the layer's input."""
+        """The linear layers that read the normed input."""
         return [self.in_proj_qkvz, self.in_proj_ab]
 
-    def forward(self, x: Normed, batch: Batch, cache: GDNState, caches: Caches) -> Tensor:
-        """x: [T, H]; returns [T, H], this rank's part."""
-        projected = self.in_proj_qkvz(x.of(self.in_proj_qkvz))
+    def forward(self, x: NormedInput, batch: Batch, cache: GDNState, caches: Caches) -> Tensor:
+        """x: [T, H]; returns [T, H], this rank's partial sum."""
+        projected = self.in_proj_qkvz(x.for_linear(self.in_proj_qkvz))
         qkv, z = projected[:, : self.conv_channels], projected[:, self.conv_channels :]
-        a, b = self.in_proj_ab(x.of(self.in_proj_ab)).chunk(2, dim=-1)
+        a, b = self.in_proj_ab(x.for_linear(self.in_proj_ab)).chunk(2, dim=-1)
         o = self._recur(qkv, a, b, batch, cache, caches)
         z = z.unflatten(-1, (self.value_heads, self.value_dim))
-        by_head = self.out_proj.fp8 and self.value_dim == GROUP  # else the product does it
+        by_head = self.out_proj.fp8 and self.value_dim == GROUP  # else the linear layer quantizes
         norm = gated_rms_norm_quantize if by_head else gated_rms_norm
         out: Tensor = self.out_proj(norm(o, z, self.norm.weight, self.eps))
         return out
@@ -320,7 +323,7 @@ class GatedDeltaNet(nn.Module):
     def _recur(
         self, qkv: Tensor, a: Tensor, b: Tensor, batch: Batch, cache: GDNState, caches: Caches
     ) -> Tensor:
-        """Convolution and recurrence of both kinds of rows: [T, value_heads, value_dim]."""
+        """Convolution and recurrence of decode and prefill rows: [T, value_heads, value_dim]."""
         n, offset, gating = batch.num_decode_tokens, caches.conv_offset, (self.A_log, self.dt_bias)
 
         def decode(rows: DecodeRows) -> Tensor:
@@ -331,10 +334,10 @@ class GatedDeltaNet(nn.Module):
             x = conv_prefill(qkv[n:], cache, self.conv_weight, rows, offset)
             return gdn_prefill(x, *gates(a[n:], b[n:], *gating), cache, rows)
 
-        return each_kind(batch, decode, prefill)
+        return decode_and_prefill(batch, decode, prefill)
 
 
-def _channel_rows(build: Build) -> tuple[tuple[int, int], ...]:
+def _channel_rows(build: BuildContext) -> tuple[tuple[int, int], ...]:
     """This rank's queries, keys and values among the convolution's channels."""
     c, tp = build.config, build.tp
     keys, values = c.key_heads * c.key_dim, c.value_heads * c.value_dim
@@ -342,16 +345,17 @@ def _channel_rows(build: Build) -> tuple[tuple[int, int], ...]:
     return (k0, k1), (keys + k0, keys + k1), (2 * keys + v0, 2 * keys + v1)
 
 
-# --- the rest ----------------------------------------------------------------------------------
+# --- MLP and decoder layer
+# ---------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product.
+    """down(silu(gate(x)) * up(x)), with gate and up in one linear layer.
 
-    A rank's share of the channels is filled up with zeros where they do not divide evenly.
+    If the channels do not divide evenly over the ranks, shares are padded with zeros.
     """
 
-    def __init__(self, build: Build, prefix: str) -> None:
+    def __init__(self, build: BuildContext, prefix: str) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
         unit = mlp_unit(c, self.tp.size, build.keep_fp8)
@@ -383,12 +387,12 @@ class MLP(nn.Module):
 
     @property
     def inputs(self) -> list[Linear]:
-        """The products that read the layer's input."""
+        """The linear layers that read the normed input."""
         return [self.gate_up_proj]
 
-    def forward(self, x: Normed) -> Tensor:
-        """x: [T, H]; returns [T, H], this rank's part."""
-        gate_up = self.gate_up_proj(x.of(self.gate_up_proj))
+    def forward(self, x: NormedInput) -> Tensor:
+        """x: [T, H]; returns [T, H], this rank's partial sum."""
+        gate_up = self.gate_up_proj(x.for_linear(self.gate_up_proj))
         act = silu_mul_quantize if self.down_proj.fp8 else silu_mul
         out: Tensor = self.down_proj(act(gate_up))
         return out
@@ -397,7 +401,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """A mixer and an MLP, each on the normed residual stream."""
 
-    def __init__(self, build: Build, prefix: str, mixer: Attention | GatedDeltaNet) -> None:
+    def __init__(self, build: BuildContext, prefix: str, mixer: Attention | GatedDeltaNet) -> None:
         super().__init__()
         hidden = build.config.hidden_size
         self.input_norm = Norm(build, f"{prefix}.input_layernorm.weight", hidden)
@@ -413,10 +417,11 @@ class DecoderLayer(nn.Module):
         cache: KVCache | GDNState,
         caches: Caches,
     ) -> tuple[Tensor, Tensor]:
-        """x: this rank's part of the last layer's output, residual: the stream without it, both
-        [T, H]; returns both. Without a residual x is the whole stream.
+        """x: this rank's partial sum of the last layer's output; residual: the residual stream
+        without it; both [T, H]. Returns the same pair for this layer. Without a residual x is the
+        residual stream.
 
-        The sum over the ranks and the addition are left to the next norm, fused with it.
+        The all-reduce and the addition are done by the next norm.
         """
         normed, residual = self.input_norm.add_for(self.mixer.inputs, x, residual)
         x = self.mixer(normed, batch, cache, caches)
@@ -426,8 +431,8 @@ class DecoderLayer(nn.Module):
     def write_kv(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: KVCache | GDNState
     ) -> Tensor:
-        """Of attention: store keys and values, and compute no more. Returns the whole stream
-        [T, H], with any rows of which `forward` goes on, without a residual.
+        """For attention layers: store keys and values only. Returns the residual stream [T, H];
+        `forward` can continue with any of its rows, without a residual.
         """
         assert isinstance(self.mixer, Attention)
         assert isinstance(cache, KVCache)

@@ -1,6 +1,7 @@
-"""How a model is cut over the ranks of one tensor-parallel group.
+"""How a model is split over the ranks of a tensor-parallel group.
 
-Knows which sizes work and what a rank's share is; how ranks talk is given as functions.
+It knows which sizes are possible and which share each rank has. The collectives are given to it as
+functions.
 """
 
 from __future__ import annotations
@@ -16,53 +17,54 @@ from millrace.kernels.quantize import Quantized
 from millrace.model.config import ModelConfig
 
 Collective = Callable[[Tensor], Tensor]
-Normed = tuple[Tensor | None, Quantized | None, Tensor]
-ReduceNorm = Callable[[Tensor, Tensor, Tensor, float, bool, bool], Normed | None]
-TILE = 8  # channels: 16 bytes of bfloat16, what matrix products want rows to be a multiple of
+NormResult = tuple[Tensor | None, Quantized | None, Tensor]
+ReduceNorm = Callable[[Tensor, Tensor, Tensor, float, bool, bool], NormResult | None]
+TILE = 8  # channels: 16 bytes of bfloat16; GEMMs need rows of a multiple of it
 
 
-def _alone(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _never(*given: object) -> None:
+def _not_fused(*given: object) -> None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """One rank of `size`. all_reduce: the sum over ranks, the same bits on each, in x's shape.
+    """One rank of `size`. all_reduce: the sum over ranks in x's shape, the same bits on each.
 
-    gather: the ranks' tensors joined along their last dimension, in rank order. largest: number by
-    number the largest of the ranks' int64 tensors, on each rank. reduce_norm, of (x, residual,
-    weight, eps, keep, quantized): the sum of x over ranks plus the residual, as `(its norm if keep,
-    that quantised if quantized, itself)`; None where nothing does that in one.
+    all_gather: the ranks' tensors concatenated in the last dimension, in rank order.
+    all_reduce_max: the elementwise maximum of int64 tensors. all_reduce_norm(x, residual, weight,
+    eps, keep, quantized): for s = the sum of x over ranks + residual, in one kernel, `(norm of s if
+    keep, its quantized form if quantized, s)`; None if no such kernel is in use.
     """
 
     rank: int = 0
     size: int = 1
-    all_reduce: Collective = _alone
-    gather: Collective = _alone
-    largest: Collective = _alone
-    reduce_norm: ReduceNorm = _never
+    all_reduce: Collective = _identity
+    all_gather: Collective = _identity
+    all_reduce_max: Collective = _identity
+    all_reduce_norm: ReduceNorm = _not_fused
 
     def share(self, total: int) -> tuple[int, int]:
-        """This rank's [start, stop) of `total` things, which the size divides."""
+        """This rank's [start, stop) of `total`, which the size divides."""
         each = total // self.size
         return self.rank * each, (self.rank + 1) * each
 
     def kv_share(self, heads: int) -> tuple[int, int]:
-        """This rank's [start, stop) of the KV heads; with more ranks than heads some share one."""
+        """This rank's [start, stop) of the KV heads; with more ranks than heads, ranks share
+        heads."""
         if heads >= self.size:
             return self.share(heads)
         head = self.rank * heads // self.size
         return head, head + 1
 
     def padded_share(self, total: int, unit: int) -> tuple[int, int, int]:
-        """This rank's [start, stop) of `total`, cut between units, and the length of all shares.
+        """This rank's [start, stop) of `total`, split between units, and the length of every share.
 
-        Where the units do not divide evenly, the first ranks have one more, and the others' shares
-        are to be filled up with zeros.
+        If the units do not divide evenly, the first ranks have one more, and the shares of the
+        others must be padded with zeros.
         """
         units = -(-total // unit)
         each, more = divmod(units, self.size)
@@ -73,24 +75,25 @@ class TensorParallel:
 
 
 def mlp_unit(config: ModelConfig, ranks: int, keep_fp8: bool) -> int:
-    """Channels of the MLP that stay together: an FP8 block while there is one for each rank."""
+    """MLP channels that are never split: an FP8 block, if there is one for each rank; else a
+    tile."""
     blocks = -(-config.intermediate_size // FP8_BLOCK)
     return FP8_BLOCK if keep_fp8 and blocks >= ranks else TILE
 
 
 def check_ranks(config: ModelConfig, ranks: int) -> None:
-    """Raise ConfigError, naming the sizes that work, where the model cannot be cut over `ranks`."""
+    """Raise ConfigError, with the sizes that work, if the model cannot be split over `ranks`."""
     reasons = _obstacles(config, ranks)
     if reasons:
         working = [n for n in range(1, config.num_heads + 1) if not _obstacles(config, n)]
         raise ConfigError(
-            f"tensor_parallel_size {ranks} cannot share out {', '.join(reasons)}; "
+            f"tensor_parallel_size {ranks} cannot split {', '.join(reasons)}; "
             f"sizes that work: {', '.join(map(str, working))}"
         )
 
 
 def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
-    """What cannot be cut so often. Heads are never cut; the MLP's channels are, with padding."""
+    """What cannot be split over `ranks`. Heads are never split; MLP channels are, with padding."""
     sizes = [
         (config.num_heads, "attention heads"),
         (config.key_heads, "GDN key heads"),

@@ -1,8 +1,8 @@
-"""Parameters that know which parts of which published tensors they are made of.
+"""Parameters that know which parts of which checkpoint tensors they are made of.
 
-A `Piece` names a published tensor and the rows (and columns) that this rank takes of it; a
-parameter is its pieces, one below the other. Fusing projections and cutting them over ranks are
-both only a list of pieces, so the loader (`weights.py`) needs to know no layer.
+A `Piece` names a checkpoint tensor and the rows (and columns) of it that this rank needs. A
+parameter is the concatenation of its pieces. Fused projections and tensor parallelism are both only
+lists of pieces, so the loader (`weights.py`) knows no layer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of a published tensor.
+    """Part of a checkpoint tensor.
 
-    name: as published in a flat checkpoint (`model.layers.0. ...`). shape: the whole tensor's.
-    rows: the ranges [start, stop) of dimension 0 taken, in this order. columns: the range taken of
-    dimension 1; None takes all. quantized: published as e4m3 with block scales beside it.
-    pad_rows, pad_columns: zeros that follow what is taken.
+    name: as in a flat checkpoint (`model.layers.0. ...`). shape: of the full tensor. rows: the
+    ranges [start, stop) of dimension 0 that are taken, in this order. columns: the range of
+    dimension 1; None: all. quantized: the checkpoint has it in e4m3 with block scales. pad_rows,
+    pad_columns: zeros behind what is taken.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Piece:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the parameter, zeros included."""
+        """Rows in the parameter, padding included."""
         return self.taken_rows + self.pad_rows
 
     @property
     def num_columns(self) -> int:
-        """Columns in the parameter, zeros included; of tensors with two dimensions."""
+        """Columns in the parameter, padding included; for tensors with two dimensions."""
         start, stop = self.columns or (0, self.shape[1])
         return stop - start + self.pad_columns
 
     @property
-    def whole(self) -> bool:
-        """Whether this is the published tensor as it is."""
+    def is_full(self) -> bool:
+        """Whether the piece is the full tensor, unchanged."""
         return self.rows == ((0, self.shape[0]),) and self.columns in (None, (0, self.shape[-1]))
 
     def scale(self) -> Piece | None:
-        """The part of the block scales [ceil(rows/128), ceil(columns/128)] that belongs here.
+        """The piece of the block scales [ceil(rows/128), ceil(columns/128)] for this piece.
 
-        None where a block of 128 x 128 of what is taken would need more than one of them: then
-        this part can only be used dequantised.
+        None if a block of 128 x 128 of this piece would need several scales; then it can only be
+        used dequantized.
         """
         rows = _blocks_of(self.rows)
         columns = _blocks_of(((0, self.shape[1]) if self.columns is None else self.columns,))
@@ -81,9 +81,9 @@ def _blocks(size: int) -> int:
 
 
 def _blocks_of(ranges: tuple[Range, ...]) -> list[int] | None:
-    """For ranges laid side by side, the published block that each block of 128 comes from.
+    """For concatenated ranges, the checkpoint block that each block of 128 comes from.
 
-    None where one would come from several.
+    None if one of them would come from several.
     """
     found: dict[int, int] = {}
     place = 0
@@ -97,13 +97,13 @@ def _blocks_of(ranges: tuple[Range, ...]) -> list[int] | None:
 
 
 def fits_blocks(pieces: list[Piece]) -> bool:
-    """Whether these pieces, one below the other, can stay e4m3 with a scale a block."""
+    """Whether these pieces, concatenated, can stay e4m3 with one scale for each block."""
     edges = all(piece.num_rows % FP8_BLOCK == 0 for piece in pieces[:-1])
     return edges and all(piece.scale() is not None for piece in pieces)
 
 
-def whole(name: str, *shape: int) -> Piece:
-    """A published tensor that every rank takes as it is."""
+def full_tensor(name: str, *shape: int) -> Piece:
+    """A checkpoint tensor that every rank takes in full."""
     return Piece(name, shape, ((0, shape[0]),))
 
 
@@ -113,9 +113,9 @@ def parameter(
     device: torch.device,
     shape: tuple[int, ...] | None = None,
 ) -> nn.Parameter:
-    """An empty parameter made of `pieces`; shape: where it is not simply their rows together.
+    """An empty parameter made of `pieces`. shape: None: their rows, concatenated.
 
-    A shape with more rows than the pieces have ends in rows of zeros.
+    If the shape has more rows than the pieces, the last rows are zeros.
     """
     if shape is None:
         first = pieces[0]
@@ -127,7 +127,7 @@ def parameter(
 
 
 def fp8_parameters(pieces: list[Piece], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """The e4m3 weight made of `pieces`, which fit, and its float32 block scales."""
+    """The e4m3 weight made of `pieces`, for which `fits_blocks` holds, and its float32 scales."""
     kept = [replace(piece, quantized=False) for piece in pieces]
     weight = parameter(kept, torch.float8_e4m3fn, device)
     scales = [scale for piece in kept if (scale := piece.scale()) is not None]

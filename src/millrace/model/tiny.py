@@ -1,7 +1,7 @@
-"""Makes a small Hugging Face checkpoint of random weights, for tests, demonstrations and set-up.
+"""Writes a small Hugging Face checkpoint of random weights, for tests, demonstrations and set-up.
 
-Knows the file formats that a checkpoint directory consists of; the weights teach nothing, but are
-seeded, so that the same call makes the same model everywhere.
+It knows the files of a checkpoint directory. The weights are seeded, so that the same call makes
+the same model everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class TinyShape:
-    """Sizes of a made-up model; the default has 8.9 million parameters and the 27B's head sizes."""
+    """Sizes of a small model. The default has 8.9 million parameters and the head sizes of the
+    27B."""
 
     hidden_size: int = 256
     intermediate_size: int = 640
@@ -76,10 +77,9 @@ def write_checkpoint(
     files: int = 1,
     tokenizer: bool = True,
 ) -> Path:
-    """Write config, weights and tokenizer into `directory`, which is made; returns its path.
+    """Write config, weights and tokenizer into `directory`, which is created. Returns its path.
 
-    nested: names and config as of a checkpoint with a vision part. files: over how many
-    safetensors files the weights are spread.
+    nested: names and config of a checkpoint with a vision part. files: number of safetensors files.
     """
     shape = shape or TinyShape()
     directory = Path(directory)
@@ -155,15 +155,15 @@ def _rope(shape: TinyShape) -> dict[str, Any]:
 
 
 def random_tensors(directory: str | Path, seed: int) -> dict[str, Tensor]:
-    """Seeded weights by flat name for the config.json in `directory`, as it would be published."""
+    """Seeded weights by flat name, for the config.json in `directory`."""
     config = read_config(directory)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     tensors = {}
-    for name, published in expected_tensors(config).items():
+    for name, spec in expected_tensors(config).items():
         fp32 = name.endswith(("A_log", "dt_bias"))
-        is_fp8 = published.dtypes == FP8
+        is_fp8 = spec.dtypes == FP8
         kind = torch.float8_e4m3fn if is_fp8 else torch.float32 if fp32 else dtype
-        tensor = torch.empty(published.shape, dtype=kind)
+        tensor = torch.empty(spec.shape, dtype=kind)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         randomize(tensor, name, generator)
         tensors[name] = tensor

@@ -1,7 +1,7 @@
-"""The ends of the model that know the vocabulary: the embedding, and the heads that make logits.
+"""The embedding and the output heads, which make logits; their rows are split over the ranks.
 
-A rank has a part of the vocabulary's rows. Verifying takes the head as it is published; drafts are
-guesses, and may take a copy of it in FP8.
+Verification uses the head as published. Drafts may use an FP8 copy of it: an inexact draft costs
+acceptance, never a wrong token.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gemm import fp8_linear, linear, quantize_blocks
 from millrace.kernels.quantize import quantize
-from millrace.model.layers import Build
+from millrace.model.layers import BuildContext
 from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, parameter
 
-ROWS_AT_ONCE = 32 * FP8_BLOCK  # of a table, which are float32 while they are rounded
+ROWS_AT_ONCE = 32 * FP8_BLOCK  # rows quantized at once, by way of float32
 
 
 class OutputHead(nn.Module):
-    """From hidden vectors to logits, by rows of the vocabulary shared out over the ranks.
+    """From hidden vectors to logits; the rows of the vocabulary are split over the ranks.
 
-    rows: of this rank, those of padding included, `start` on; all ranks have as many.
+    rows: number of rows of this rank, from `start` on, padding included; the same on all ranks.
     """
 
     def __init__(self, tp: TensorParallel, vocab_size: int, rows: int) -> None:
@@ -32,26 +32,26 @@ class OutputHead(nn.Module):
         self.start = min(tp.rank * rows, vocab_size)
         self.stop = min(self.start + rows, vocab_size)
 
-    def product(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H]; returns [R, rows] of the model dtype, of this rank alone."""
+    def padded_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [R, H]; returns this rank's logits, padding included: [R, rows], model dtype."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H]; returns [R, vocab_size] of the model dtype on every rank."""
-        return self.tp.gather(self.product(hidden).contiguous())[:, : self.vocab_size]
+        """hidden: [R, H]; returns [R, vocab_size], model dtype, on every rank."""
+        return self.tp.all_gather(self.padded_logits(hidden).contiguous())[:, : self.vocab_size]
 
     def local_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H]; returns those of this rank's tokens, from `start` on, without padding."""
-        return self.product(hidden)[:, : self.stop - self.start]
+        """hidden: [R, H]; returns the logits of this rank's tokens, `start` to `stop`."""
+        return self.padded_logits(hidden)[:, : self.stop - self.start]
 
 
 class VocabTable(OutputHead):
-    """Rows of the vocabulary as they are published: the embedding, or the output head.
+    """The embedding or the output head, as published.
 
-    The vocabulary is padded with rows of zeros, so that all ranks have as many, in whole tiles.
+    It is padded with rows of zeros, so that all ranks have the same number of full tiles.
     """
 
-    def __init__(self, build: Build, name: str) -> None:
+    def __init__(self, build: BuildContext, name: str) -> None:
         vocab_size, hidden = build.config.vocab_size, build.config.hidden_size
         tile = TILE if build.tp.size > 1 else 1
         super().__init__(build.tp, vocab_size, -(-vocab_size // (build.tp.size * tile)) * tile)
@@ -67,15 +67,15 @@ class VocabTable(OutputHead):
         found = F.embedding(torch.where(mine, local, 0), self.weight)
         return self.tp.all_reduce(torch.where(mine.unsqueeze(1), found, 0.0))
 
-    def product(self, hidden: Tensor) -> Tensor:
+    def padded_logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight)
 
 
 class Fp8DraftHead(OutputHead):
-    """An output head's rows once more, in e4m3 with block scales: half the bytes to read.
+    """A copy of an output head in e4m3 with block scales: half the bytes to read.
 
-    Nothing is loaded into it; once the table has its weights, `derive` makes it. It has rows in
-    whole blocks, which products in FP8 want, and the last ones may be more than the table's.
+    Nothing is loaded into it: `quantize` fills it once the table has its weights. It is padded to
+    full blocks of rows, which FP8 GEMMs need.
     """
 
     weight: Tensor
@@ -92,14 +92,14 @@ class Fp8DraftHead(OutputHead):
         self.register_buffer("scale", scale, persistent=False)
 
     @torch.no_grad()
-    def derive(self) -> None:
-        """Round the table's rows, some at a time."""
+    def quantize(self) -> None:
+        """Quantize the table, ROWS_AT_ONCE rows at a time."""
         for first in range(0, len(self.weight), ROWS_AT_ONCE):
             last = first + ROWS_AT_ONCE
             values, scale = quantize_blocks(self.table.weight[first:last])
             self.weight[first:last].zero_()[: len(values)] = values
             self.scale[first // FP8_BLOCK : last // FP8_BLOCK] = scale
 
-    def product(self, hidden: Tensor) -> Tensor:
+    def padded_logits(self, hidden: Tensor) -> Tensor:
         rounded = quantize(hidden)
         return fp8_linear(rounded, self.weight, self.scale, hidden.dtype)[:, : self.rows]

@@ -1,8 +1,8 @@
-"""Filling a model's parameters: from a Hugging Face checkpoint, or with seeded random numbers.
+"""Fills a model's parameters: from a Hugging Face checkpoint, or with seeded random numbers.
 
-Every parameter says which published tensors it is made of (`parameter.py`), so this module knows
-files, names, shapes and dtypes, and no layer. Tensors are read one at a time, and only the part
-that this rank needs.
+Every parameter knows the checkpoint tensors that it is made of (`parameter.py`). So this module
+knows files, names, shapes and dtypes, but no layer. Tensors are read one at a time, and only the
+part that this rank needs.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from torch import Tensor, nn
 from millrace.errors import CheckpointError
 from millrace.kernels.gemm import dequantize
 from millrace.model.config import ModelConfig
-from millrace.model.parameter import Piece, parameters_with_pieces, whole
+from millrace.model.parameter import Piece, full_tensor, parameters_with_pieces
 from millrace.model.qwen3_5 import build_model
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F32", "BF16", "F16"}
 FP8 = {"F8_E4M3"}
-LISTED = 20
-FP8_SPREAD = 64.0  # deviation of random e4m3 weights: far from both ends of their range
+MAX_LISTED = 20
+FP8_SPREAD = 64.0  # standard deviation of random e4m3 weights: well within their range
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What a checkpoint should hold under one name. dtypes: any of these safetensors names."""
+class TensorSpec:
+    """The shape of a checkpoint tensor, and the dtypes that are accepted (safetensors names)."""
 
     shape: tuple[int, ...]
     dtypes: frozenset[str]
 
 
-# --- what is expected --------------------------------------------------------------------------
+# --- expected tensors -------------------------------------------------------------------------
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, Published]:
-    """Every tensor of a checkpoint of this shape, by its flat name, draft head included."""
+def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint with this configuration, by flat name, draft head included."""
     model = build_model(config, dtype=torch.bfloat16, device="meta", max_len=1, mtp=True)
     return _expected(model)
 
 
-def _expected(model: nn.Module) -> dict[str, Published]:
-    found: dict[str, Published] = {}
+def _expected(model: nn.Module) -> dict[str, TensorSpec]:
+    found: dict[str, TensorSpec] = {}
     for param, pieces in parameters_with_pieces(model):
         kept = param.dtype == torch.float8_e4m3fn
         for piece in pieces:
             fp8 = kept or piece.quantized
-            found[piece.name] = Published(piece.shape, frozenset(FP8 if fp8 else FLOATS))
+            found[piece.name] = TensorSpec(piece.shape, frozenset(FP8 if fp8 else FLOATS))
             if piece.quantized:
-                scale = whole(piece.name, *piece.shape).scale()
+                scale = full_tensor(piece.name, *piece.shape).scale()
                 assert scale is not None
-                found[scale.name] = Published(scale.shape, frozenset(FLOATS))
+                found[scale.name] = TensorSpec(scale.shape, frozenset(FLOATS))
     return found
 
 
 def flat_name(name: str) -> str | None:
-    """A published name as a flat checkpoint has it; None for tensors that text needs none of."""
+    """The flat name of a checkpoint tensor; None for tensors that the text model does not use."""
     if name.startswith("model.visual."):
         return None
     if name.startswith("model.language_model."):
@@ -77,10 +77,10 @@ def flat_name(name: str) -> str | None:
 
 
 class Checkpoint:
-    """The open files of one checkpoint directory; close it, or use it in a with statement.
+    """The open files of one checkpoint directory; a context manager.
 
-    tensors: flat name -> (file, name in the file). Raises CheckpointError for files that are
-    missing, cut short or no safetensors.
+    tensors: flat name -> (file, name in the file). Raises CheckpointError if a file is missing,
+    truncated or no safetensors file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -106,7 +106,7 @@ class Checkpoint:
             return self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} is cut short or no safetensors file ({error}); fetch it again"
+                f"{path} is truncated or no safetensors file ({error}); fetch it again"
             ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -118,9 +118,9 @@ class Checkpoint:
         return str(handle.get_slice(key).get_dtype())
 
     def read(self, piece: Piece) -> Tensor:
-        """The part of a tensor that `piece` names, its row ranges joined, without its padding."""
+        """The part of a tensor that `piece` names, its row ranges concatenated, without padding."""
         handle, key = self.tensors[piece.name]
-        if piece.whole:
+        if piece.is_full:
             return _as_tensor(handle.get_tensor(key))
         part = handle.get_slice(key)
         if piece.columns is None:
@@ -131,8 +131,8 @@ class Checkpoint:
         return _as_tensor(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def read_dequantized(self, piece: Piece) -> Tensor:
-        """As read, in float32, from e4m3 and its block scales. Ranges need no block's edge."""
-        weight = whole(piece.name, *self.shape(piece.name))
+        """As `read`, dequantized to float32. Ranges may cut blocks."""
+        weight = full_tensor(piece.name, *self.shape(piece.name))
         scale = weight.scale()
         assert scale is not None
         full = dequantize(self.read(weight), self.read(scale))
@@ -155,21 +155,21 @@ def _files(directory: Path) -> list[Path]:
         return [directory / name for name in sorted(set(names))]
     found = sorted(directory.glob("*.safetensors"))
     if not found:
-        raise CheckpointError(f"{directory} holds no *.safetensors files; only these can be read")
+        raise CheckpointError(f"{directory} has no *.safetensors files; only these can be read")
     return found
 
 
-def _go_on() -> None:
-    """Nothing speaks against loading on."""
+def _no_check() -> None:
+    """The default `check`: never raises."""
 
 
-def load(model: nn.Module, directory: str | Path, check: Callable[[], None] = _go_on) -> None:
+def load(model: nn.Module, directory: str | Path, check: Callable[[], None] = _no_check) -> None:
     """Fill every parameter of `model` from the checkpoint in `directory`.
 
-    check: called before each parameter; what it raises ends the loading.
-    Flat and nested names are taken, one file or many; `model.visual.*` is skipped, and so is the
-    draft head where the model has none. Raises one CheckpointError that names every missing,
-    unexpected, misshapen or wrongly typed tensor, before anything is read.
+    check: called before each parameter; if it raises, loading ends. Names may be flat or nested, in
+    one file or many. `model.visual.*` is skipped, and the draft head if the model has none. Before
+    anything is read, one CheckpointError names every tensor that is missing, unexpected, or of a
+    wrong shape or dtype.
     """
     with Checkpoint(directory) as checkpoint, torch.no_grad():
         _check(checkpoint, model, directory)
@@ -179,7 +179,7 @@ def load(model: nn.Module, directory: str | Path, check: Callable[[], None] = _g
 
 
 def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) -> None:
-    """Copy the pieces, one below the other, into the parameter; rows left over become zero."""
+    """Copy the pieces into the parameter, one behind the other; remaining rows become zero."""
     row = 0
     for piece in pieces:
         target = param[row : row + piece.num_rows]
@@ -189,8 +189,8 @@ def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) 
             target = target[: piece.taken_rows, : target.shape[1] - piece.pad_columns]
         if not target.numel():
             continue
-        dequantize_it = piece.quantized and param.dtype != torch.float8_e4m3fn
-        part = checkpoint.read_dequantized(piece) if dequantize_it else checkpoint.read(piece)
+        dequantized = piece.quantized and param.dtype != torch.float8_e4m3fn
+        part = checkpoint.read_dequantized(piece) if dequantized else checkpoint.read(piece)
         target.copy_(part.reshape(target.shape))
     if row < param.shape[0]:
         param[row:].zero_()
@@ -205,12 +205,12 @@ def _check(checkpoint: Checkpoint, model: nn.Module, directory: str | Path) -> N
         elif not _ignored(name, expected):
             problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
     if problems:
-        rest = len(problems) - LISTED
-        listed = problems if rest <= 0 else [*problems[:LISTED], f"and {rest} more"]
+        rest = len(problems) - MAX_LISTED
+        listed = problems if rest <= 0 else [*problems[:MAX_LISTED], f"and {rest} more"]
         raise CheckpointError(f"{directory} does not match its config.json: {'; '.join(listed)}")
 
 
-def _mismatch(name: str, expected: Published, checkpoint: Checkpoint) -> list[str]:
+def _mismatch(name: str, expected: TensorSpec, checkpoint: Checkpoint) -> list[str]:
     shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
     problems = []
     if shape != expected.shape:
@@ -221,20 +221,19 @@ def _mismatch(name: str, expected: Published, checkpoint: Checkpoint) -> list[st
     return problems
 
 
-def _ignored(name: str, expected: dict[str, Published]) -> bool:
-    """Tensors that may be there without being wanted: the draft head, and a tied output head."""
+def _ignored(name: str, expected: dict[str, TensorSpec]) -> bool:
+    """Whether an unexpected tensor is harmless: the draft head, or a tied output head."""
     return name.startswith("mtp.") or (name == "lm_head.weight" and name not in expected)
 
 
 # --- random weights ----------------------------------------------------------------------------
 
 
-def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _go_on) -> None:
-    """Fill every parameter with seeded random numbers of the scales that trained weights have.
+def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _no_check) -> None:
+    """Fill every parameter with seeded random numbers, scaled as in trained models.
 
-    Made on the parameters' device. No weight is zero but by rounding, so speed measured on them
-    is that of real ones. Ranks agree on what they share, and differ where each has its own part.
-    check: as for `load`.
+    They are made on the parameters' device. Hardly any is zero, so measured speed is that of real
+    weights. Ranks get equal numbers for the pieces that they share. check: as in `load`.
     """
     for param, pieces in parameters_with_pieces(model):
         check()
@@ -246,12 +245,12 @@ def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _go_
 
 
 def randomize(data: Tensor, name: str, generator: torch.Generator) -> None:
-    """Fill one published tensor, or a part of it, in place, by what its name says it is."""
+    """Fill one checkpoint tensor, or a part of it, in place; the name says what it is."""
     if name.endswith("weight_scale_inv"):
         spread = FP8_SPREAD * math.sqrt(data.shape[1] * 128)
         data.uniform_(0.5, 1.5, generator=generator).div_(spread)
     elif data.dtype == torch.float8_e4m3fn:
-        for rows in data.split(4096):  # a float copy of a part at a time
+        for rows in data.split(4096):  # limits the bfloat16 copy
             draw = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
             rows.copy_(draw.normal_(0, FP8_SPREAD, generator=generator).clamp_(-448, 448))
     elif name.endswith("A_log"):

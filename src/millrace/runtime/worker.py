@@ -277,7 +277,7 @@ def _load_model(
         random_weights(model, config.args.seed, check)
     else:
         load(model, directory, check)
-    taken = model.derive()
+    taken = model.quantize_draft_head()
     if taken:
         logger.info("the FP8 copy of the output head, for drafts, takes %.0f MiB", taken / 2**20)
 

@@ -61,13 +61,13 @@ def test_what_cannot_start_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPat
 
     def refusing(given: Any, replicas: int, arguments: list[str]) -> Any:
         if arguments[1] == "3":
-            raise UserError("tensor_parallel_size 3 cannot share out 4 KV heads")
+            raise UserError("tensor_parallel_size 3 cannot split 4 KV heads")
         return serve(given, replicas)
 
     monkeypatch.setattr(parallelism, "served", refusing)
     rows = run(measure_parallelism(options(), [(3, 1), (1, 1)], print))
     text = parallelism_table(rows)
-    assert "3x1 n/a: tensor_parallel_size 3 cannot share out 4 KV heads" in text
+    assert "3x1 n/a: tensor_parallel_size 3 cannot split 4 KV heads" in text
     assert [fields["devices"] for fields in parallelism_fields(rows)] == [1]
     with pytest.raises(UserError, match="no arrangement could be measured; 3x1: tensor_parallel"):
         run(measure_parallelism(options(), [(3, 1)], print))

@@ -448,6 +448,6 @@ def test_a_resumed_grammar_goes_on(tiny_model: Path) -> None:
     assert found["bad"][-1].finish_reason == "error"
     assert "grammar" in str(found["bad"][-1].error)
     assert "gone" not in found
-    assert engine._grammars is not None
-    assert not engine._grammars._followers
+    assert engine.grammars is not None
+    assert not engine.grammars.states
     engine.close()

@@ -1,4 +1,4 @@
-"""Attention over pages on the CPU: keys and values are read where they lie."""
+"""Attention over pages on the CPU: keys and values are read in place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
-from millrace.kernels.cpu.call import LANES, at, function, is_bf16, plain, row_wise, threads
+from millrace.kernels.cpu.call import (
+    LANES,
+    all_contiguous,
+    function,
+    is_bf16,
+    pointer,
+    rows_contiguous,
+    threads,
+)
 
-# Numbers of `millrace_attend`.
+# Dtype codes of `millrace_attend`.
 KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 
 
@@ -24,7 +32,7 @@ def attend_decode(
 def attend_prefill(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
 ) -> Tensor:
-    """As the reference, block by block of positions with a running softmax."""
+    """As the reference, in blocks of positions, with a running softmax."""
     return _attend(q, cache, block_table, (rows.slots, rows.starts, rows.offsets), scale, first)
 
 
@@ -40,12 +48,15 @@ def _attend(
     run = function("attend")
     page_size, kv_heads, dim = cache.keys.shape[1:]
     kind = KV_KINDS.get(cache.keys.dtype)
-    if run is None or kind is None or dim % LANES or not plain(q):
+    if run is None or kind is None or dim % LANES or not all_contiguous(q):
         return NotImplemented
     slots, starts, offsets = (x.contiguous() for x in rows)
     out = torch.empty_like(q)
     run(
-        *(at(x) for x in (q, cache.keys, cache.values, block_table, slots, starts, offsets, out)),
+        *(
+            pointer(x)
+            for x in (q, cache.keys, cache.values, block_table, slots, starts, offsets, out)
+        ),
         *(is_bf16(q), kind),
         *(slots.shape[0], q.shape[1], kv_heads, dim, page_size, block_table.shape[1], first),
         *(scale, threads()),
@@ -68,7 +79,11 @@ def norm_rope_store(
     run = function("norm_rope_store")
     kv_heads, dim = cache.keys.shape[2:]
     weights = (q_weight, k_weight, cos_sin)
-    if run is None or not row_wise(qkv) or not plain(cache.keys, cache.values, *weights):
+    if (
+        run is None
+        or not rows_contiguous(qkv)
+        or not all_contiguous(cache.keys, cache.values, *weights)
+    ):
         return NotImplemented
     if any(x.dtype != torch.float32 for x in weights):
         return NotImplemented
@@ -76,8 +91,22 @@ def norm_rope_store(
     q = qkv.new_empty(qkv.shape[0], heads, dim)
     positions, kv_rows = positions.contiguous(), kv_rows.contiguous()
     run(
-        *(at(qkv), qkv.stride(0), at(q_weight), at(k_weight), eps, at(positions)),
-        *(at(cos_sin), cos_sin.shape[1], at(cache.keys), at(cache.values), at(kv_rows), at(q)),
+        *(
+            pointer(qkv),
+            qkv.stride(0),
+            pointer(q_weight),
+            pointer(k_weight),
+            eps,
+            pointer(positions),
+        ),
+        *(
+            pointer(cos_sin),
+            cos_sin.shape[1],
+            pointer(cache.keys),
+            pointer(cache.values),
+            pointer(kv_rows),
+            pointer(q),
+        ),
         *(is_bf16(qkv), is_bf16(cache.keys), qkv.shape[0], heads, kv_heads, dim, threads()),
     )
     return q

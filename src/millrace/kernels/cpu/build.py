@@ -1,10 +1,10 @@
-"""Compiles native.cpp for this very processor, and keeps the result in the user's cache.
+"""Compiles native.cpp for this processor, and keeps the library in the user's cache.
 
     python -m millrace.kernels.cpu.build
 
-`make` does this at set-up. Without it the first process that needs the library compiles it in the
-background (some 3 seconds) and runs the references until it is there. The file's name is a hash
-of all it depends on; it appears by a rename, so no process ever loads half a library.
+`make` does this at set-up. Otherwise the first process that needs the library compiles it in the
+background (about 3 seconds) and runs the references until it is ready. The file's name is a hash of
+everything that it depends on. It is renamed into place, so no process loads half a library.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ COMPILE = (
 COMPILE_LIMIT = 120.0
 
 
-def switched_on() -> bool:
-    """Whether native code may run at all: MILLRACE_NATIVE=0 turns it off."""
+def is_enabled() -> bool:
+    """Whether native code may run pointer all: MILLRACE_NATIVE=0 turns it off."""
     return os.environ.get("MILLRACE_NATIVE", "1") != "0"
 
 
 def build() -> Path:
-    """The library's path, compiled now if need be. Raises OSError or subprocess.SubprocessError."""
+    """The library's path; compiles it if necessary. Raises OSError or
+    subprocess.SubprocessError."""
     path = _path()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def _compiler() -> str:
 
 
 def _path() -> Path:
-    """Where the library lies for this source, these options, this compiler and this processor."""
+    """The library's path for this source, these options, this compiler and this processor."""
     version = subprocess.run(
         [_compiler(), "--version"], check=True, capture_output=True, text=True
     ).stdout
@@ -84,45 +85,51 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-class _Slot:
-    """The library once it is there, and the thread that makes it."""
+class LibraryState:
+    """The library once it is loaded, and the thread that compiles it."""
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
-        self.maker: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
 
     def fill(self) -> None:
         try:
             self.library = ctypes.CDLL(str(build()))
         except (OSError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
-            log.warning("no native CPU kernels, torch's run instead: %s", "".join(reason))
+            log.warning("no native CPU kernels; torch's ops run instead: %s", "".join(reason))
 
 
-_slot = _Slot()
+_state = LibraryState()
 
 
 @functools.cache
 def _start() -> None:
-    """Load a library that is there already; else have it made in the background."""
-    if not switched_on():
+    """Load the library if it is compiled already; else compile it in the background."""
+    if not is_enabled():
         return
     try:
         there = _path().exists()
     except (OSError, subprocess.SubprocessError):
         there = False
     if there:
-        _slot.fill()
+        _state.fill()
         return
-    log.info("native CPU kernels are being compiled; torch's run until they are there")
-    _slot.maker = threading.Thread(target=_slot.fill, name="native-build", daemon=True)
-    _slot.maker.start()
+    log.info("native CPU kernels are being compiled; torch's ops run until they are ready")
+    _state.thread = threading.Thread(target=_state.fill, name="native-build", daemon=True)
+    _state.thread.start()
+
+
+def wait_until_built() -> None:
+    """Wait for a compilation in the background, if there is one."""
+    if _state.thread is not None:
+        _state.thread.join()
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there are none, or not yet."""
+    """The compiled library; None if there is none, or not yet."""
     _start()
-    return _slot.library
+    return _state.library
 
 
 def main() -> None:
@@ -130,7 +137,7 @@ def main() -> None:
         print(f"native CPU kernels: {build()}")
     except (OSError, subprocess.SubprocessError) as error:
         text = (getattr(error, "stderr", None) or str(error)).strip()
-        print(f"no native CPU kernels, torch's will run: {text[:300]}", file=sys.stderr)
+        print(f"no native CPU kernels; torch's ops will run: {text[:300]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

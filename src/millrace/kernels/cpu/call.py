@@ -1,4 +1,4 @@
-"""Calling the compiled functions with tensors: what they take, and how it is handed over."""
+"""Calls the compiled functions with tensors: their signatures, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from millrace.kernels.cpu.build import library
 
 LANES = 16  # head sizes are multiples of it
-KINDS = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-# What each function takes: p a tensor's memory, l an int64_t, i an int, f a float.
+# Parameters of each function: p a tensor's memory, l an int64_t, i an int, f a float.
 SIGNATURES = {
     "attend": "pppppppp" + "ii" + "iiiiiii" + "fi",
     "conv": "plpiipppp" + "ii" + "p" + "ii",
@@ -38,7 +38,7 @@ _declared: dict[str, Callable[..., Any]] = {}
 
 
 def function(name: str) -> Callable[..., Any] | None:
-    """A function of the library by its name without the prefix; None where there is none."""
+    """A function of the library, by its name without the prefix; None if there is no library."""
     compiled = library()
     if compiled is None:
         return None
@@ -49,24 +49,24 @@ def function(name: str) -> Callable[..., Any] | None:
     return _declared[name]
 
 
-def at(x: Tensor | None) -> int | None:
-    """A tensor's memory."""
+def pointer(x: Tensor | None) -> int | None:
+    """Address of a tensor's memory; None for None."""
     return None if x is None else x.data_ptr()
 
 
 def is_bf16(x: Tensor) -> int:
-    """The flag that tells a function of a tensor's dtype."""
+    """The dtype flag of a function: 1 for bfloat16, 0 for float32."""
     return int(x.dtype == torch.bfloat16)
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether all are float32 or bfloat16 and lie in memory in the order of their indices."""
-    return all(x.dtype in KINDS and x.is_contiguous() for x in tensors)
+def all_contiguous(*tensors: Tensor) -> bool:
+    """Whether all are contiguous and float32 or bfloat16."""
+    return all(x.dtype in DTYPES and x.is_contiguous() for x in tensors)
 
 
-def row_wise(x: Tensor) -> bool:
-    """Whether each row of a float32 or bfloat16 tensor is one piece, however far apart they lie."""
-    if x.dtype not in KINDS or not x.shape[0]:
+def rows_contiguous(x: Tensor) -> bool:
+    """Whether each row is contiguous, with any distance between rows, and float32 or bfloat16."""
+    if x.dtype not in DTYPES or not x.shape[0]:
         return False
     return x[0].is_contiguous()
 

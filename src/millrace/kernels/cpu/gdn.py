@@ -1,4 +1,4 @@
-"""Gated DeltaNet on the CPU: states and windows are read and written where they lie."""
+"""Gated DeltaNet on the CPU: states and windows are read and written in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
-from millrace.kernels.cpu.call import KINDS, LANES, at, function, is_bf16, plain, row_wise, threads
+from millrace.kernels.cpu.call import (
+    DTYPES,
+    LANES,
+    all_contiguous,
+    function,
+    is_bf16,
+    pointer,
+    rows_contiguous,
+    threads,
+)
 
 
 def conv_decode(
@@ -33,17 +42,31 @@ def _conv(
     conv_offset: Tensor,
     keep: int,
 ) -> Tensor:
-    """keep: how many inputs, up to the row's last, the buffer holds afterwards."""
+    """keep: how many inputs, the row's last ones, the buffer has afterwards."""
     run = function("conv")
-    if run is None or not row_wise(x) or not plain(weight, cache.conv):
+    if run is None or not rows_contiguous(x) or not all_contiguous(weight, cache.conv):
         return NotImplemented
     if not x.dtype == weight.dtype == cache.conv.dtype:
         return NotImplemented
     out = torch.empty(x.shape, dtype=x.dtype)
     slots = slots.contiguous()
     run(
-        *(at(x), x.stride(0), at(cache.conv), cache.conv.shape[1], x.shape[1], at(weight)),
-        *(at(conv_offset), at(slots), at(offsets), slots.shape[0], keep, at(out)),
+        *(
+            pointer(x),
+            x.stride(0),
+            pointer(cache.conv),
+            cache.conv.shape[1],
+            x.shape[1],
+            pointer(weight),
+        ),
+        *(
+            pointer(conv_offset),
+            pointer(slots),
+            pointer(offsets),
+            slots.shape[0],
+            keep,
+            pointer(out),
+        ),
         *(is_bf16(x), threads()),
     )
     return out
@@ -78,16 +101,16 @@ def _decode(
     fill: Tensor,
     decode: DecodeRows,
 ) -> Tensor:
-    """gates: a and b with gating A_log and dt_bias, or g and beta with none."""
+    """gates: a and b with gating = A_log and dt_bias, or g and beta with gating = None."""
     run, sizes = function("gdn_decode"), _sizes(cache)
     a, b = gates
-    if run is None or sizes is None or not row_wise(qkv) or not _alike(a, b):
+    if run is None or sizes is None or not rows_contiguous(qkv) or not _same_layout(a, b):
         return NotImplemented
     out = qkv.new_empty(qkv.shape[0], *cache.state.shape[1:2], cache.state.shape[3])
     slots = decode.slots.contiguous()
     buffers = (cache.state, cache.window_k, cache.window_u, cache.window_g)
     run(
-        *(at(x) for x in (qkv, a, b, *gating, *buffers, fill, slots, out)),
+        *(pointer(x) for x in (qkv, a, b, *gating, *buffers, fill, slots, out)),
         *(is_bf16(x) for x in (qkv, a, cache.state, cache.window_k)),
         *(slots.shape[0], decode.width, cache.window_k.shape[2]),
         *(qkv.stride(0), a.stride(0), *sizes, threads()),
@@ -96,34 +119,34 @@ def _decode(
 
 
 def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: PrefillRows) -> Tensor:
-    """As the reference, in chunks of 16 tokens a head, whose state stays in the second cache."""
+    """As the reference, in chunks of 16 tokens per head; the state stays in the L2 cache."""
     run, sizes = function("gdn_prefill"), _sizes(cache)
-    if run is None or sizes is None or not row_wise(qkv) or not _alike(g, beta):
+    if run is None or sizes is None or not rows_contiguous(qkv) or not _same_layout(g, beta):
         return NotImplemented
     if g.dtype != torch.float32:
         return NotImplemented
     out = qkv.new_empty(qkv.shape[0], *cache.state.shape[1:2], cache.state.shape[3])
     slots = rows.slots.contiguous()
     run(
-        *(at(x) for x in (qkv, g, beta, cache.state, slots, rows.offsets, out)),
+        *(pointer(x) for x in (qkv, g, beta, cache.state, slots, rows.offsets, out)),
         *(is_bf16(qkv), is_bf16(cache.state), slots.shape[0]),
         *(qkv.stride(0), g.stride(0), *sizes, threads()),
     )
     return out
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of gates have one dtype and one stride."""
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two gate tensors have the same dtype and strides."""
     same = a.dtype == b.dtype and a.stride() == b.stride()
-    return same and a.dtype in KINDS and a.stride(1) == 1
+    return same and a.dtype in DTYPES and a.stride(1) == 1
 
 
 def _sizes(cache: GDNState) -> tuple[int, int, int, int] | None:
-    """Heads and dims of keys and values, if the functions take them."""
+    """(key_heads, value_heads, key_dim, value_dim); None if the functions do not support them."""
     key_heads, _, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
     buffers = (cache.state, cache.window_k, cache.window_u, cache.window_g)
-    if key_dim % LANES or value_dim % LANES or not plain(*buffers):
+    if key_dim % LANES or value_dim % LANES or not all_contiguous(*buffers):
         return None
     if cache.window_u.dtype != torch.float32 or cache.window_g.dtype != torch.float32:
         return None

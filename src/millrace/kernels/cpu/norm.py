@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millrace.kernels.cpu.call import KINDS, at, function, is_bf16, plain, threads
+from millrace.kernels.cpu.call import DTYPES, all_contiguous, function, is_bf16, pointer, threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    if not plain(residual) or residual.dtype != x.dtype:
+    if not all_contiguous(residual) or residual.dtype != x.dtype:
         return NotImplemented
     found = _norm(x, residual, weight, eps)
     return NotImplemented if found is None else found
@@ -25,15 +25,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor] | None:
-    """(the norm, what was normed); None where the function cannot be used."""
+    """(the norm, its input); None if the function does not support the arguments."""
     run, n = function("rms_norm"), x.shape[-1]
-    if run is None or not plain(x, weight) or weight.dtype != torch.float32:
+    if run is None or not all_contiguous(x, weight) or weight.dtype != torch.float32:
         return None
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     run(
-        *(at(x), at(residual), at(weight), eps, x.numel() // n, n, n),
-        *(at(total), at(out), is_bf16(x), threads()),
+        *(pointer(x), pointer(residual), pointer(weight), eps, x.numel() // n, n, n),
+        *(pointer(total), pointer(out), is_bf16(x), threads()),
     )
     return out, total
 
@@ -42,13 +42,13 @@ def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the reference."""
     run = function("gated_rms_norm")
     tokens, heads, n = o.shape
-    if run is None or not plain(o, weight) or weight.dtype != torch.float32:
+    if run is None or not all_contiguous(o, weight) or weight.dtype != torch.float32:
         return NotImplemented
-    if z.dtype != o.dtype or z.dtype not in KINDS or z.stride()[1:] != (n, 1):
+    if z.dtype != o.dtype or z.dtype not in DTYPES or z.stride()[1:] != (n, 1):
         return NotImplemented
     out = o.new_empty(tokens, heads * n)
     run(
-        *(at(o), at(z), z.stride(0), at(weight), eps, tokens * heads),
-        *(heads, n, at(out), is_bf16(o), threads()),
+        *(pointer(o), pointer(z), z.stride(0), pointer(weight), eps, tokens * heads),
+        *(heads, n, pointer(out), is_bf16(o), threads()),
     )
     return out

@@ -22,7 +22,7 @@ from torch import Tensor
 from millrace.errors import RankError
 from millrace.kernels.norm import add_rms_norm
 from millrace.model.config import ModelConfig
-from millrace.model.parallel import Normed, TensorParallel
+from millrace.model.parallel import NormResult, TensorParallel
 from millrace.runtime.ranks.allreduce_algorithms import (
     Algorithm,
     PeerAllReduce,
@@ -95,7 +95,7 @@ class AllReduce:
             return TensorParallel()
         return TensorParallel(
             *(ranks.rank, ranks.size, self.all_reduce),
-            *(ranks.all_gather, ranks.all_reduce_max, self.reduce_norm),
+            *(ranks.all_gather, ranks.all_reduce_max, self.all_reduce_norm),
         )
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ class AllReduce:
         self.calls += 1
         return self.algorithm_for(x)(x)
 
-    def reduce_norm(
+    def all_reduce_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
-    ) -> Normed | None:
+    ) -> NormResult | None:
         """The sum over ranks plus residual and its norm in one kernel; None if that is slower."""
         algorithm = self.algorithm_for(x)
         if not isinstance(algorithm, PeerAllReduce):
             return None
         self.calls += 1
-        return algorithm.reduce_norm(x, residual, weight, eps, keep, quantized)
+        return algorithm.all_reduce_norm(x, residual, weight, eps, keep, quantized)
 
     def algorithm_for(self, x: Tensor) -> Algorithm:
         place = bisect_left(self._bounds, x.nbytes)
@@ -293,7 +293,7 @@ def _cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
 
     def normed() -> object:
         if isinstance(algorithm, PeerAllReduce):
-            return algorithm.reduce_norm(x, residual, weight, 1e-6, True, False)
+            return algorithm.all_reduce_norm(x, residual, weight, 1e-6, True, False)
         return add_rms_norm(algorithm(x), residual, weight, 1e-6)
 
     raw = _event_us(lambda: [algorithm(x) for _ in range(_CALLS)], wait)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from millrace.errors import RankError
-from millrace.model.parallel import Normed
+from millrace.model.parallel import NormResult
 from millrace.runtime.ranks.interruptible import kill_process_after
 from millrace.runtime.ranks.ranks import Ranks
 
@@ -137,9 +137,9 @@ class PeerAllReduce:
 
         return one_shot(x, self.memory)
 
-    def reduce_norm(
+    def all_reduce_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool, quantized: bool
-    ) -> Normed:
+    ) -> NormResult:
         """(rms_norm(s), its quantised form, s) for s = the sum of x over the ranks + residual."""
         from millrace.kernels.gpu.all_reduce import one_shot_norm
 

@@ -120,7 +120,7 @@ class Sampler:
         logits = head.local_logits(hidden)
         heat, seed = s.temperature[slots], s.seed[slots]
         mine = best(logits, heat, seed, positions, head.start, noise=rows.noise)
-        return token_of(head.tp.largest(mine))
+        return token_of(head.tp.all_reduce_max(mine))
 
     def _sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows

@@ -1,11 +1,11 @@
-// Attention over pages: keys and values are read where they lie.
+// Attention over pages: keys and values are read in place.
 //
 // A task is a block of queries that share a KV head in one row: several tokens, and all query heads
-// of the group. Few of them take dot products; many meet packed panels, block by block of
+// of the group. Few queries use dot products; many use GEMMs on packed panels, in blocks of
 // positions, with a running softmax. Rows that no query of a block may see are never read.
 #pragma once
 
-#include "product.h"
+#include "gemm.h"
 
 namespace {
 
@@ -39,7 +39,7 @@ std::vector<Task> tasks_of(const Attention& a) {
     return tasks;
 }
 
-// What a task's queries see. places: distances of positions from the start of the cache.
+// What the queries of a task may see. places: distances of positions from the start of the cache.
 template <class T> struct View {
     const Attention& a;
     Task task;
@@ -74,7 +74,7 @@ template <class T> struct View {
 
 // --- few queries
 
-// total += 32 channels of q and k. Two of bfloat16 take one instruction where there is one.
+// total += 32 channels of q times k; bfloat16 pairs in one instruction, if the processor has it.
 template <class T, class K> inline Floats dot_step(const T* q, const K* k, Floats total) {
     return total + load(q) * load(k) + load(q + LANES) * load(k + LANES);
 }
@@ -110,7 +110,7 @@ void score_few(const View<T>& view, const T* const* q, float* scores) {
                 total[g][i] = multiply(q[g], keys + view.places[p + i], dim);
         }
         for (int g = 0; g < G; g++) {
-            Four four = sums(total[g][0], total[g][1], total[g][2], total[g][3]);
+            Four four = horizontal_sums(total[g][0], total[g][1], total[g][2], total[g][3]);
             std::memcpy(scores + g * n + p, &four, sizeof four);
         }
     }
@@ -137,7 +137,8 @@ void add_values(const View<T>& view, const float* weights, int d, float* out) {
         for (int i = 0; i < WIDE; i++) store(out + g * view.a.dim + d + i * LANES, total[g][i]);
 }
 
-// weights[visible] of scores, in place, and what to divide by; the rest up to n become 0.
+// Softmax weights[visible] of scores, in place, without the division; returns the divisor. The rest
+// up to n become 0.
 inline float soften(float* scores, int visible, int n, float scale) {
     float most = -INFINITY, total = 0;
     for (int p = 0; p < visible; p++) most = std::max(most, scores[p] *= scale);
@@ -151,10 +152,10 @@ inline float soften(float* scores, int visible, int n, float scale) {
 }
 
 template <int G, class T, class K>
-void attend_few(const View<T>& view, std::vector<float>& room) {
+void attend_few(const View<T>& view, std::vector<float>& scratch) {
     int n = int(view.places.size()), dim = view.a.dim, d = 0;
-    room.resize(G * (n + dim));
-    float *weights = room.data(), *out = weights + G * n, share[G];
+    scratch.resize(G * (n + dim));
+    float *weights = scratch.data(), *out = weights + G * n, share[G];
     const T* q[G];
     for (int g = 0; g < G; g++) q[g] = view.query(g);
     score_few<G, T, K>(view, q, weights);
@@ -170,7 +171,7 @@ void attend_few(const View<T>& view, std::vector<float>& room) {
 
 // --- many queries
 
-// A thread's room for a block of queries. Channels are padded to whole panels.
+// A thread's scratch memory for a block of queries. Channels are padded to full panels.
 template <class U> struct Block {
     typedef typename U::Element Element;
     int dim, padded;
@@ -195,7 +196,7 @@ template <class U> inline void pack_keys(Block<U>& b, const typename U::Element*
 }
 // Keys of another dtype are copied first.
 template <class K>
-void pack_copies(Block<Singles>& b, const K* keys, const int64_t* places, int count) {
+void pack_copies(Block<FloatWords>& b, const K* keys, const int64_t* places, int count) {
     for (int p = 0; p < count; p += PANEL) {
         int n = std::min(PANEL, count - p);
         for (int i = 0; i < n; i++)
@@ -205,19 +206,19 @@ void pack_copies(Block<Singles>& b, const K* keys, const int64_t* places, int co
     }
 }
 
-inline void pack_keys(Block<Singles>& b, const bf16* keys, const int64_t* places, int count) {
+inline void pack_keys(Block<FloatWords>& b, const bf16* keys, const int64_t* places, int count) {
     pack_copies(b, keys, places, count);
 }
-inline void pack_keys(Block<Singles>& b, const e4m3* keys, const int64_t* places, int count) {
+inline void pack_keys(Block<FloatWords>& b, const e4m3* keys, const int64_t* places, int count) {
     pack_copies(b, keys, places, count);
 }
 
 // Values are packed by channels: a word holds a channel of STEP positions.
-template <class K> inline Words value_word(Singles, const K* v, const int64_t* places, int, int p) {
+template <class K> inline Words value_word(FloatWords, const K* v, const int64_t* places, int, int p) {
     return (Words)load(v + places[p]);
 }
 #ifdef __AVX512BF16__
-inline Words value_word(Pairs, const bf16* v, const int64_t* places, int count, int p) {
+inline Words value_word(Bf16Pairs, const bf16* v, const int64_t* places, int count, int p) {
     auto widen = [&](int at) {
         return __builtin_convertvector(*reinterpret_cast<const Halves*>(v + places[at]), Words);
     };
@@ -232,8 +233,8 @@ void pack_values(Block<U>& b, const K* values, const int64_t* places, int count)
                 p < count && d < b.dim ? value_word(U(), values + d, places, count, p) : Words{};
 }
 
-// The queries' scores with the packed positions become weights; what was summed so far is to be
-// rescaled by as much as the greatest score rose.
+// Turns the queries' scores with the packed positions into weights, and gives the factor by which the
+// sums so far must be rescaled: the greatest score has risen.
 template <class U> void weigh(Block<U>& b, int q, int visible) {
     float *scores = b.scores.data() + q * SPAN, most = b.most[q], total = 0;
     for (int p = 0; p < visible; p++) most = std::max(most, scores[p]);
@@ -313,12 +314,12 @@ template <class U, class T, class K> void attend_all(const Attention& a, int thr
     std::vector<Task> tasks = tasks_of(a);
     share(int(tasks.size()), threads, [&](int i) {
         static thread_local std::vector<int64_t> places;
-        static thread_local std::vector<float> room;
+        static thread_local std::vector<float> scratch;
         View<T> view(a, tasks[i], places);
         if (view.queries >= FEW) attend_many<U, T, K>(view, room_of<Block<U>>(a.dim));
-        else if (view.queries == 3) attend_few<3, T, K>(view, room);
-        else if (view.queries == 2) attend_few<2, T, K>(view, room);
-        else attend_few<1, T, K>(view, room);
+        else if (view.queries == 3) attend_few<3, T, K>(view, scratch);
+        else if (view.queries == 2) attend_few<2, T, K>(view, scratch);
+        else attend_few<1, T, K>(view, scratch);
     });
 }
 
@@ -333,12 +334,12 @@ extern "C" void millrace_attend(const void* q, const void* keys, const void* val
     Attention a{q,     keys,     values, table,     slots,     starts, offsets, out, rows,
                 heads, kv_heads, dim,    page_size, max_pages, first,  scale};
 #ifdef __AVX512BF16__
-    if (q_bf16 && kv_kind == 1 && dim % PANEL == 0) return attend_all<Pairs, bf16, bf16>(a, threads);
+    if (q_bf16 && kv_kind == 1 && dim % PANEL == 0) return attend_all<Bf16Pairs, bf16, bf16>(a, threads);
 #endif
-    if (q_bf16 && kv_kind == 2) attend_all<Singles, bf16, e4m3>(a, threads);
-    else if (q_bf16 && kv_kind) attend_all<Singles, bf16, bf16>(a, threads);
-    else if (q_bf16) attend_all<Singles, bf16, float>(a, threads);
-    else if (kv_kind == 2) attend_all<Singles, float, e4m3>(a, threads);
-    else if (kv_kind) attend_all<Singles, float, bf16>(a, threads);
-    else attend_all<Singles, float, float>(a, threads);
+    if (q_bf16 && kv_kind == 2) attend_all<FloatWords, bf16, e4m3>(a, threads);
+    else if (q_bf16 && kv_kind) attend_all<FloatWords, bf16, bf16>(a, threads);
+    else if (q_bf16) attend_all<FloatWords, bf16, float>(a, threads);
+    else if (kv_kind == 2) attend_all<FloatWords, float, e4m3>(a, threads);
+    else if (kv_kind) attend_all<FloatWords, float, bf16>(a, threads);
+    else attend_all<FloatWords, float, float>(a, threads);
 }

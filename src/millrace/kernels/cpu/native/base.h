@@ -27,8 +27,8 @@ inline Floats load(const bf16* p) {
     Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16;
     return (Floats)wide;
 }
-// Exponent and mantissa fall into float32's fields; the factor makes up for the other bias, and
-// makes float32's subnormals of e4m3's. All ones is a NaN.
+// Exponent and mantissa are shifted into float32's fields; the factor corrects the exponent bias, also
+// for subnormals. All ones is a NaN.
 inline Floats load(const e4m3* p) {
     Words wide = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Words);
     Words size = wide & 0x7F;
@@ -52,7 +52,7 @@ inline void put(bf16* p, float x) {  // to nearest, ties to even; a NaN stays on
     p->bits = uint16_t(x == x ? rounded : 0x7FC0);
 }
 
-// exp to about 2 ulp, in a form that loops vectorise; 0 where float32 has no normal result.
+// exp to about 2 ulp, in a form that compilers vectorise; 0 if the result is not a normal float32.
 inline float fast_exp(float x) {
     float clamped = std::min(std::max(x, -87.0f), 88.0f);
     float shifted = clamped * 1.44269504f + 12582912.0f;
@@ -85,8 +85,8 @@ inline float sum(Floats x) {
 #endif
 }
 typedef float Four __attribute__((vector_size(16)));
-// The sums of four vectors.
-inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+// The horizontal sums of four vectors.
+inline Four horizontal_sums(Floats a, Floats b, Floats c, Floats d) {
 #ifdef __AVX512F__
     auto pair = [](__m512 x, __m512 y) {
         return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)));
@@ -120,7 +120,7 @@ template <class At> inline void dots(const float* a, At at, int count, int n, fl
             total[2] += x * load(d + j);
             total[3] += x * load(e + j);
         }
-        Four four = sums(total[0], total[1], total[2], total[3]);
+        Four four = horizontal_sums(total[0], total[1], total[2], total[3]);
         std::memcpy(out + i, &four, sizeof four);
     }
     for (; i < count; i++) out[i] = dot(a, at(i), n);

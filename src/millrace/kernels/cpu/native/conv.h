@@ -7,7 +7,7 @@ namespace {
 
 constexpr int BLOCK = 256;  // channels that run together
 
-// Channels c .. c + n of one row of `count` tokens; `keep` inputs from the last ones stay behind.
+// Channels c .. c + n of one row of `count` tokens; the last `keep` inputs are stored.
 template <class T>
 void convolve(const T* x, int64_t stride, T* buffer, int channels, const float* weight, int offset,
               int count, int keep, int c, int n, T* out) {

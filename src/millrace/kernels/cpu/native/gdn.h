@@ -1,4 +1,4 @@
-// Gated DeltaNet in the window form; the equations stand in millrace/kernels/gdn.py.
+// Gated DeltaNet in the window form; the equations are in millrace/kernels/gdn.py.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int CHUNK = 16;  // prompt tokens that advance together
 
-// out[M, WIDE] = probes[M, rows] times state columns. The state is read once; the state that comes
-// after it is fetched meanwhile, so that memory is never idle.
+// out[M, WIDE] = probes[M, rows] times state columns. The state is read once; the next state is
+// prefetched meanwhile, so that memory is never idle.
 template <int M, int WIDE, class S>
 void probe_block(const S* state, const S* next, int rows, int columns, const float* probes,
                  float* out) {
@@ -38,7 +38,7 @@ void probe_columns(const S* state, const S* next, int rows, int columns, const f
     for (; c < columns; c += LANES)
         probe_block<M, 1>(state + c, next + c, rows, columns, probes, out + c);
 }
-// out[m, columns] = probes[m, rows] state[rows, columns], m even. next: the state to fetch.
+// out[m, columns] = probes[m, rows] state[rows, columns], m even. next: the state to prefetch.
 template <class S>
 void probe(const S* state, const S* next, int rows, int columns, const float* probes, int m,
            float* out) {
@@ -72,7 +72,7 @@ void fold_block(float* state, int columns, float decay, const float* k, int key_
         store(state + columns + i * LANES, b[i]);
     }
 }
-// state = A state + sum_i A/A_i k_i u_i^T over n tokens; scaled: room for n * key_dim floats.
+// state = A state + sum_i A/A_i k_i u_i^T over n tokens; scaled: scratch for n * key_dim floats.
 void fold(float* state, int key_dim, int value_dim, const float* k, const float* u,
           const float* log_a, int n, float* scaled) {
     if (!n) return;
@@ -95,7 +95,7 @@ struct Sizes {
     int key_heads, value_heads, key_dim, value_dim;
 };
 
-// A thread's copies: keys and queries of n tokens, a window of w, and what they make together.
+// A thread's copies: keys and queries of n tokens, a window of w tokens, and intermediate results.
 struct Room {
     std::vector<float> probes, window_k, pairs, old, scaled, state, v, out, recent, weights,
         among, beta;
@@ -125,8 +125,8 @@ void read_probes(const void* qkv, int kind, int64_t token, int64_t stride, int h
 }
 
 // pairs[2n, w + n]: every probe with the window's keys and the n new ones.
-void pair_up(const Room& room, int key_dim, int n, int w, float* pairs) {
-    const float *old = room.window_k.data(), *fresh = room.probes.data();
+void pair_up(const Room& scratch, int key_dim, int n, int w, float* pairs) {
+    const float *old = scratch.window_k.data(), *fresh = scratch.probes.data();
     for (int m = 0; m < 2 * n; m++, pairs += w + n) {
         const float* p = fresh + m * key_dim;
         dots(p, [&](int i) { return old + i * key_dim; }, w, key_dim, pairs);
@@ -141,24 +141,24 @@ inline void add_scaled(float* out, float scale, const float* x, int n) {
 
 // Outputs, u and log A of n tokens of one value head after a window of w. u, log_a: the window's
 // rows and behind them the new ones. log_a holds g in the new rows on entry. next, next_u: the state
-// and the window to fetch.
+// and the window to prefetch.
 template <class S>
-void advance(const S* state, const S* next, const float* next_u, const Sizes& z, Room& room, int n,
+void advance(const S* state, const S* next, const float* next_u, const Sizes& z, Room& scratch, int n,
              int w, float* u, float* log_a, const float* beta, float* out) {
     int dv = z.value_dim, all = w + n;
-    float *old = room.old.data(), *recent = room.recent.data();
-    float *weights = room.weights.data(), *among = room.among.data();  // [2n, w] and [2n, n]
+    float *old = scratch.old.data(), *recent = scratch.recent.data();
+    float *weights = scratch.weights.data(), *among = scratch.among.data();  // [2n, w] and [2n, n]
     for (int t = 0; t < n; t++) log_a[w + t] += w + t ? log_a[w + t - 1] : 0.0f;
-    // Pairs decay by as much as lies between the two.
+    // Bf16Pairs decay by as much as lies between the two.
     for (int m = 0; m < 2 * n; m++) {
-        const float now = log_a[w + m % n], *pairs = room.pairs.data() + m * all;
+        const float now = log_a[w + m % n], *pairs = scratch.pairs.data() + m * all;
 #pragma omp simd
         for (int i = 0; i < w; i++) weights[m * w + i] = pairs[i] * fast_exp(now - log_a[i]);
 #pragma omp simd
         for (int i = 0; i < n; i++)
             among[m * n + i] = pairs[w + i] * fast_exp(std::min(now - log_a[w + i], 0.0f));
     }
-    probe(state, next, z.key_dim, dv, room.probes.data(), 2 * n, old);
+    probe(state, next, z.key_dim, dv, scratch.probes.data(), 2 * n, old);
     if (w) probe(u, next_u, w, dv, weights, 2 * n, recent);
     for (int t = 0; t < n; t++) {
         const float *kd = among + t * n, *qd = kd + n * n;
@@ -172,7 +172,7 @@ void advance(const S* state, const S* next, const float* next_u, const Sizes& z,
             add_scaled(from_k, kd[i], u + (w + i) * dv, dv);
             add_scaled(from_q, qd[i], u + (w + i) * dv, dv);
         }
-        const float* v = room.v.data() + t * dv;
+        const float* v = scratch.v.data() + t * dv;
         for (int i = 0; i < dv; i++) mine[i] = beta[t] * (v[i] - from_k[i]);
         for (int i = 0; i < dv; i++) out[t * dv + i] = from_q[i] + qd[t] * mine[i];
     }
@@ -206,46 +206,46 @@ inline void gate(const DecodeCall& c, int64_t token, int head, float* g, float* 
     *beta = 1 / (1 + std::exp(-*beta));
 }
 
-// Bring a state up to its window's last row.
+// Fold a window into its state.
 template <class S>
-void commit(S* state, const Sizes& z, const float* u, const float* log_a, int filled, Room& room) {
+void commit(S* state, const Sizes& z, const float* u, const float* log_a, int filled, Room& scratch) {
     int tile = z.key_dim * z.value_dim;
     constexpr bool in_place = std::is_same_v<S, float>;
-    float* s = in_place ? (float*)state : room.state.data();
+    float* s = in_place ? (float*)state : scratch.state.data();
     if (!in_place) to_floats(state, s, tile);
-    fold(s, z.key_dim, z.value_dim, room.window_k.data(), u, log_a, filled, room.scaled.data());
+    fold(s, z.key_dim, z.value_dim, scratch.window_k.data(), u, log_a, filled, scratch.scaled.data());
     if (!in_place) from_floats(s, state, tile);
 }
 
 // The value heads of one key head of one row.
-template <class S> void decode_task(const DecodeCall& c, int task, int next_task, Room& room) {
+template <class S> void decode_task(const DecodeCall& c, int task, int next_task, Room& scratch) {
     const Sizes& z = c.z;
     int row = task / z.key_heads, kh = task % z.key_heads, n = c.n, dv = z.value_dim;
     int64_t slot = c.slots[row], token = int64_t(row) * n;
     int filled = c.fill[slot], w = filled + n > c.window ? 0 : filled;
     int64_t keys = (slot * z.key_heads + kh) * c.window * z.key_dim;
-    read(c.window_k, c.bf16_window, keys, room.window_k.data(), filled * z.key_dim);
-    read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, room.probes.data());
-    pair_up(room, z.key_dim, n, w, room.pairs.data());
+    read(c.window_k, c.bf16_window, keys, scratch.window_k.data(), filled * z.key_dim);
+    read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, scratch.probes.data());
+    pair_up(scratch, z.key_dim, n, w, scratch.pairs.data());
     for (int r = 0; r < c.ratio(); r++) {
         int vh = kh * c.ratio() + r;
         int64_t head = c.head(task, r);
         int64_t after = r + 1 < c.ratio() ? head + 1 : c.head(next_task, 0);
         float *u = c.window_u + head * c.window * dv, *log_a = c.window_g + head * c.window;
         S *states = static_cast<S*>(c.state), *s = states + head * c.tile();
-        if (w < filled) commit(s, z, u, log_a, filled, room);
+        if (w < filled) commit(s, z, u, log_a, filled, scratch);
         for (int t = 0; t < n; t++) {
-            gate(c, token + t, vh, log_a + w + t, room.beta.data() + t);
+            gate(c, token + t, vh, log_a + w + t, scratch.beta.data() + t);
             int64_t at = (token + t) * c.qkv_stride + 2 * z.key_heads * z.key_dim + vh * dv;
-            read(c.qkv, c.bf16_qkv, at, room.v.data() + t * dv, dv);
+            read(c.qkv, c.bf16_qkv, at, scratch.v.data() + t * dv, dv);
         }
-        advance(s, states + after * c.tile(), c.window_u + after * c.window * dv, z, room, n, w, u,
-                log_a, room.beta.data(), room.out.data());
+        advance(s, states + after * c.tile(), c.window_u + after * c.window * dv, z, scratch, n, w, u,
+                log_a, scratch.beta.data(), scratch.out.data());
         for (int t = 0; t < n; t++)
             write(c.out, c.bf16_qkv, ((token + t) * z.value_heads + vh) * dv,
-                  room.out.data() + t * dv, dv);
+                  scratch.out.data() + t * dv, dv);
     }
-    write(c.window_k, c.bf16_window, keys + w * z.key_dim, room.probes.data(), n * z.key_dim);
+    write(c.window_k, c.bf16_window, keys + w * z.key_dim, scratch.probes.data(), n * z.key_dim);
 }
 
 // --- prompts
@@ -262,7 +262,7 @@ struct PrefillCall {
     Sizes z;
 };
 
-// The states of a key head's value heads stay in the second cache.
+// The states of a key head's value heads stay in the L2 cache.
 struct PrefillRoom : Room {
     std::vector<float> states, u;
     PrefillRoom(int key_dim, int value_dim, int ratio)
@@ -270,22 +270,22 @@ struct PrefillRoom : Room {
           u(CHUNK * value_dim) {}
 };
 
-// n tokens of one value head from its state s on, which then stands after them.
+// n tokens of one value head from its state s, which is then the state after them.
 void prefill_chunk(const PrefillCall& c, int64_t token, int n, int head, float* s,
-                   PrefillRoom& room) {
+                   PrefillRoom& scratch) {
     const Sizes& z = c.z;
-    float log_a[CHUNK], *u = room.u.data();
+    float log_a[CHUNK], *u = scratch.u.data();
     for (int t = 0; t < n; t++) {
         int64_t gates = (token + t) * c.gate_stride + head;
-        log_a[t] = c.g[gates], room.beta[t] = c.beta[gates];
+        log_a[t] = c.g[gates], scratch.beta[t] = c.beta[gates];
         int64_t at = (token + t) * c.qkv_stride + 2 * z.key_heads * z.key_dim + head * z.value_dim;
-        read(c.qkv, c.bf16_qkv, at, room.v.data() + t * z.value_dim, z.value_dim);
+        read(c.qkv, c.bf16_qkv, at, scratch.v.data() + t * z.value_dim, z.value_dim);
     }
-    advance(s, s, u, z, room, n, 0, u, log_a, room.beta.data(), room.out.data());
-    fold(s, z.key_dim, z.value_dim, room.probes.data(), u, log_a, n, room.scaled.data());
+    advance(s, s, u, z, scratch, n, 0, u, log_a, scratch.beta.data(), scratch.out.data());
+    fold(s, z.key_dim, z.value_dim, scratch.probes.data(), u, log_a, n, scratch.scaled.data());
     for (int t = 0; t < n; t++)
         write(c.out, c.bf16_qkv, ((token + t) * z.value_heads + head) * z.value_dim,
-              room.out.data() + t * z.value_dim, z.value_dim);
+              scratch.out.data() + t * z.value_dim, z.value_dim);
 }
 
 // The value heads of one key head of one row.
@@ -293,17 +293,17 @@ void prefill_task(const PrefillCall& c, int task) {
     const Sizes& z = c.z;
     int row = task / z.key_heads, kh = task % z.key_heads, ratio = z.value_heads / z.key_heads;
     int tile = z.key_dim * z.value_dim;
-    PrefillRoom& room = room_of<PrefillRoom>(z.key_dim, z.value_dim, ratio);
+    PrefillRoom& scratch = room_of<PrefillRoom>(z.key_dim, z.value_dim, ratio);
     int64_t first = (c.slots[row] * z.value_heads + kh * ratio) * tile;
-    read(c.state, c.bf16_state, first, room.states.data(), ratio * tile);
+    read(c.state, c.bf16_state, first, scratch.states.data(), ratio * tile);
     for (int token = c.offsets[row]; token < c.offsets[row + 1]; token += CHUNK) {
         int n = std::min(CHUNK, c.offsets[row + 1] - token);
-        read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, room.probes.data());
-        pair_up(room, z.key_dim, n, 0, room.pairs.data());
+        read_probes(c.qkv, c.bf16_qkv, token, c.qkv_stride, kh, n, z, scratch.probes.data());
+        pair_up(scratch, z.key_dim, n, 0, scratch.pairs.data());
         for (int r = 0; r < ratio; r++)
-            prefill_chunk(c, token, n, kh * ratio + r, room.states.data() + r * tile, room);
+            prefill_chunk(c, token, n, kh * ratio + r, scratch.states.data() + r * tile, scratch);
     }
-    write(c.state, c.bf16_state, first, room.states.data(), ratio * tile);
+    write(c.state, c.bf16_state, first, scratch.states.data(), ratio * tile);
 }
 
 }  // namespace
@@ -322,10 +322,10 @@ void millrace_gdn_decode(const void* qkv, const void* a, const void* b, const fl
                  gate_stride, {key_heads, value_heads, key_dim, value_dim}};
     int tasks = rows * key_heads;
     share(tasks, threads, [&](int task) {
-        Room& room = room_of<Room>(key_dim, value_dim, n, window);
+        Room& scratch = room_of<Room>(key_dim, value_dim, n, window);
         int next = std::min(task + threads, tasks - 1);
-        if (bf16_state) decode_task<bf16>(c, task, next, room);
-        else decode_task<float>(c, task, next, room);
+        if (bf16_state) decode_task<bf16>(c, task, next, scratch);
+        else decode_task<float>(c, task, next, scratch);
     });
 }
 

@@ -1,4 +1,4 @@
-// Norms, gates, and rotary embedding on the way into the cache, each in one pass.
+// Norms, gates, and rotary embedding with the KV store, each in one pass.
 #pragma once
 
 #include "pool.h"
@@ -32,18 +32,18 @@ void sigmoid_row(const T* x, const T* gate, int n, T* out) {
     for (int i = 0; i < n; i++) put(out + i, get(x[i]) * sigmoid(get(gate[i])));
 }
 
-// Norm, then rotary embedding, of one head; room: dim floats.
+// Norm, then rotary embedding, of one head; scratch: dim floats.
 template <class T>
 void norm_rope(const T* x, const float* weight, float eps, const float* cos_sin, int rotary,
-               int dim, float* room, T* out) {
+               int dim, float* scratch, T* out) {
     float scale = 1 / std::sqrt(sum_of_squares(x, dim) / dim + eps);
     for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * (1 + weight[i]));
-    to_floats(out, room, rotary);
+    to_floats(out, scratch, rotary);
     int half = rotary / 2;
     const float *cos = cos_sin, *sin = cos_sin + half;
     for (int i = 0; i < half; i++) {
-        put(out + i, room[i] * cos[i] - room[half + i] * sin[i]);
-        put(out + half + i, room[half + i] * cos[i] + room[i] * sin[i]);
+        put(out + i, scratch[i] * cos[i] - scratch[half + i] * sin[i]);
+        put(out + half + i, scratch[half + i] * cos[i] + scratch[i] * sin[i]);
     }
 }
 template <class T, class K>
@@ -52,17 +52,17 @@ void norm_rope_store_all(const T* qkv, int64_t stride, const float* qw, const fl
                          K* values, const int64_t* kv_rows, T* q, int tokens, int heads,
                          int kv_heads, int dim, int threads) {
     share_rows(tokens, (heads + kv_heads) * dim, threads, [&](int64_t t) {
-        static thread_local std::vector<float> room;
+        static thread_local std::vector<float> scratch;
         static thread_local std::vector<T> key;
-        room.resize(dim), key.resize(dim);
+        scratch.resize(dim), key.resize(dim);
         const T *in = qkv + t * stride, *k = in + 2 * heads * dim, *v = k + kv_heads * dim;
         const float* angles = cos_sin + positions[t] * rotary;
         for (int h = 0; h < heads; h++)
-            norm_rope(in + h * dim, qw, eps, angles, rotary, dim, room.data(),
+            norm_rope(in + h * dim, qw, eps, angles, rotary, dim, scratch.data(),
                       q + (t * heads + h) * dim);
         for (int h = 0; h < kv_heads; h++) {
             int64_t at = (kv_rows[t] * kv_heads + h) * dim;
-            norm_rope(k + h * dim, kw, eps, angles, rotary, dim, room.data(), key.data());
+            norm_rope(k + h * dim, kw, eps, angles, rotary, dim, scratch.data(), key.data());
             for (int i = 0; i < dim; i++) put(keys + at + i, get(key[i]));
             for (int i = 0; i < dim; i++) put(values + at + i, get(v[h * dim + i]));
         }

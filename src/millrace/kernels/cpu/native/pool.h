@@ -1,8 +1,8 @@
-// Sharing tasks out over threads, on machines whose cores have other work as well.
+// Distributes tasks over threads, on machines whose cores have other work as well.
 //
-// The caller takes tasks too, and waits for none but those that another thread has begun: a thread
-// that wakes late, or is not let run, costs nothing. Idle threads look for work for a moment (the
-// next call mostly comes within it) and then sleep.
+// The caller runs tasks too, and waits only for tasks that another thread has begun: a thread that
+// wakes late, or is not scheduled, costs nothing. Idle threads spin for a moment (the next call mostly
+// comes within it) and then sleep.
 #pragma once
 
 #include <atomic>
@@ -95,7 +95,7 @@ template <class Body> void share(int tasks, int threads, Body body) {
     static Pool* pool = new Pool;  // never destroyed: its threads run until the process ends
     pool->run(tasks, threads, [](void* context, int task) { (*(Body*)context)(task); }, &body);
 }
-// The same for rows of n elements, some at a time.
+// The same for rows of n elements, several at a time.
 template <class Body> void share_rows(int64_t rows, int n, int threads, Body body) {
     int64_t step = std::max<int64_t>(1, SMALL / 2 / n);
     share(int((rows + step - 1) / step), threads, [&](int task) {
@@ -103,15 +103,15 @@ template <class Body> void share_rows(int64_t rows, int n, int threads, Body bod
     });
 }
 
-// A thread's own T, made from `sizes` when they change.
+// A thread's own T, made again when `sizes` change.
 template <class T, class... Sizes> T& room_of(const Sizes&... sizes) {
-    static thread_local std::optional<T> room;
+    static thread_local std::optional<T> scratch;
     static thread_local std::tuple<Sizes...> made_from;
-    if (!room || made_from != std::tuple<Sizes...>(sizes...)) {
-        room.emplace(sizes...);
+    if (!scratch || made_from != std::tuple<Sizes...>(sizes...)) {
+        scratch.emplace(sizes...);
         made_from = std::tuple<Sizes...>(sizes...);
     }
-    return *room;
+    return *scratch;
 }
 
 }  // namespace

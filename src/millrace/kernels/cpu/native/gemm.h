@@ -1,7 +1,7 @@
-// Products on panels: 32 columns side by side, so that a vector holds the same channel of 16 of them.
+// GEMMs on panels of 32 columns, packed so that a vector holds the same channel of 16 columns.
 //
-// A panel is packed where it is used and stays in the first cache while rows pass it. What a row
-// gives with a column depends on nothing beside the two, so results are the same in any batch.
+// A panel is packed where it is used and stays in the L1 cache while rows are multiplied with it. The
+// result of a row and a column depends on these two only, so results are the same in any batch.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +11,10 @@
 namespace {
 
 constexpr int PANEL = 2 * LANES;
-constexpr int MOST_ROWS = 12;  // rows that pass a panel together: their sums fill the registers
+constexpr int MOST_ROWS = 12;  // rows multiplied at once: their sums fill the registers
 
-// How a row meets a panel. A word holds STEP channels of one column.
-struct Singles {
+// The inner step of row times panel. A word holds STEP channels of one column.
+struct FloatWords {
     typedef float Element;
     static constexpr int STEP = 1;
     static Floats add(Floats total, const float* x, Words panel) {
@@ -22,7 +22,7 @@ struct Singles {
     }
 };
 #ifdef __AVX512BF16__
-struct Pairs {
+struct Bf16Pairs {
     typedef bf16 Element;
     static constexpr int STEP = 2;
     static Floats add(Floats total, const bf16* x, Words panel) {
@@ -34,7 +34,7 @@ struct Pairs {
 };
 #endif
 
-// 16 rows of 16 words become 16 columns.
+// Transposes 16 rows of 16 words.
 inline void transpose(Words r[LANES]) {
 #ifdef __AVX512F__
     __m512i s[LANES], t[LANES];
@@ -63,7 +63,7 @@ inline void transpose(Words r[LANES]) {
 }
 
 // panel[word][PANEL] from `count` columns of `words` words, a multiple of 16; at(c): column c's
-// words. Columns past `count` are zeros. ahead: how far behind a column the next panel's lies.
+// words. Columns past `count` are zeros. ahead: distance from a column to that of the next panel.
 template <class At>
 void pack(At at, int count, int words, int64_t ahead, Words (*panel)[2]) {
     for (int half = 0; half < 2; half++)
@@ -116,15 +116,15 @@ inline void store_some(bf16* out, Floats x, int count) {
 }  // namespace
 
 // out[rows, columns] = x[rows, n] w[columns, n]^T in bfloat16, n a multiple of 32. Returns 0 if this
-// processor cannot.
+// processor has no bfloat16 instructions.
 extern "C" int millrace_linear(const void* x, const void* weight, int rows, int columns, int n,
                                void* out, int threads) {
 #ifdef __AVX512BF16__
     int64_t work = int64_t(rows) * columns * n;
     share((columns + PANEL - 1) / PANEL, work > 32 * SMALL ? threads : 1, [&](int task) {
-        static thread_local std::vector<Words> room;
-        room.resize(std::max(room.size(), size_t(n)));
-        auto panel = (Words(*)[2])room.data();
+        static thread_local std::vector<Words> scratch;
+        scratch.resize(std::max(scratch.size(), size_t(n)));
+        auto panel = (Words(*)[2])scratch.data();
         int c = task * PANEL, count = std::min(PANEL, columns - c);
         auto w = (const bf16*)weight + int64_t(c) * n;
         int64_t ahead = c + 2 * PANEL <= columns ? int64_t(PANEL) * n * sizeof(bf16) : 0;
@@ -132,7 +132,7 @@ extern "C" int millrace_linear(const void* x, const void* weight, int rows, int 
         in_runs(rows, [&](auto run, int first) {
             constexpr int R = decltype(run)::value;
             Floats total[R][2] = {};
-            meet<Pairs, R>((const bf16*)x + int64_t(first) * n, n, panel, n, total);
+            meet<Bf16Pairs, R>((const bf16*)x + int64_t(first) * n, n, panel, n, total);
             for (int r = 0; r < R; r++) {
                 bf16* to = (bf16*)out + int64_t(first + r) * columns + c;
                 store_some(to, total[r][0], count);
