@@ -107,7 +107,8 @@ def graph_ms(head: OutputHead, rows: int) -> float:
 @torch.inference_mode()
 def product() -> list[dict[str, Any]]:
     shape: Any = SimpleNamespace(vocab_size=248320, hidden_size=5120)
-    build = BuildContext(shape, TensorParallel(), torch.bfloat16, torch.device("cuda"), keep_fp8=True)
+    cuda = torch.device("cuda")
+    build = BuildContext(shape, TensorParallel(), torch.bfloat16, cuda, keep_fp8=True)
     table = VocabTable(build, "lm_head.weight")
     table.weight.data.normal_(0, 5120**-0.5)
     rounded = Fp8DraftHead(table)
