@@ -23,8 +23,8 @@ LAYERS = [
     "version errors",
     "protocol config lengths common tasks model_lookup",
     # the engine plane: one replica
-    "text kernels engine",
-    "kernels.cpu kernels.gpu model",
+    "text.tools kernels engine",
+    "text kernels.cpu kernels.gpu model",
     "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
     "runtime.ranks",
     "runtime.step",

@@ -40,7 +40,7 @@ from millrace.text.messages import Message
 from millrace.text.processor import TextProcessor, split_outputs
 from millrace.text.reasoning import opens_reasoning
 from millrace.text.tokenizer import Tokenizer
-from millrace.text.tool_schema import read_tools
+from millrace.text.tools.schema import read_tools
 
 Prompt = str | list[int] | Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Grammar, SamplingParams, StructuredOutputs
 from millrace.text.grammar import output_grammar, output_rules
 from millrace.text.tool_grammar import tool_call_grammar
-from millrace.text.tool_schema import choose_tools, read_tools
-from tests.text.test_tool_parser import SCHEMA, hermes, parse, xml
+from millrace.text.tools.schema import choose_tools, read_tools
+from tests.text.tools.test_parser import SCHEMA, hermes, parse, xml
 
 
 class _Bytes:

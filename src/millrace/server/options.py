@@ -11,7 +11,7 @@ import msgspec
 from millrace.common.api_keys import configured_keys
 from millrace.errors import ConfigError
 from millrace.text.reasoning import ReasoningParser
-from millrace.text.tool_parser import ToolCallParser
+from millrace.text.tools.parser import ToolCallParser
 
 logger = logging.getLogger(__name__)
 

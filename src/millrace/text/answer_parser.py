@@ -11,10 +11,10 @@ from itertools import islice
 
 import msgspec
 
-from millrace.text.call_tags import CALL, FUNCTION
 from millrace.text.detokenizer import Piece
 from millrace.text.reasoning import ReasoningSplitter
-from millrace.text.tool_parser import CallPart, ToolParser
+from millrace.text.tools.call_tags import CALL, FUNCTION
+from millrace.text.tools.parser import CallPart, ToolParser
 
 MAX_TRIALS = 32  # tags in unclosed reasoning at which calls may begin
 _CALL_TAGS = re.compile(f"{CALL}|{FUNCTION}")

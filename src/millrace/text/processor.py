@@ -16,7 +16,6 @@ import msgspec
 from millrace.errors import RequestError
 from millrace.lengths import check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
-from millrace.text.call_tags import FUNCTION
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
 from millrace.text.grammar import output_grammar, output_rules
@@ -25,8 +24,9 @@ from millrace.text.reasoning import END
 from millrace.text.template import ChatTemplate, load_template
 from millrace.text.tokenizer import Tokenizer
 from millrace.text.tool_grammar import can_constrain_auto_calls, tool_call_grammar
-from millrace.text.tool_parser import ToolCallParser
-from millrace.text.tool_schema import Tool, ToolChoice
+from millrace.text.tools.call_tags import FUNCTION
+from millrace.text.tools.parser import ToolCallParser
+from millrace.text.tools.schema import Tool, ToolChoice
 
 
 class TextProcessor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from millrace.errors import RequestError
-from millrace.text.call_tags import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
 from millrace.text.grammar import (
     LEADING_NEWLINES,
     SHARED,
@@ -22,7 +21,8 @@ from millrace.text.grammar import (
     schema_error,
     schema_json,
 )
-from millrace.text.tool_schema import Tool, ToolChoice
+from millrace.text.tools.call_tags import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
+from millrace.text.tools.schema import Tool, ToolChoice
 
 TokenId = Callable[[str], int | None]
 
@@ -32,7 +32,7 @@ def tool_call_grammar(
 ) -> str:
     """The grammar of an answer that may or must call tools. Raises RequestError.
 
-    as_json: which of the two formats of `text.tool_parser`. gap: line breaks may
+    as_json: which of the two formats of `text.tools.parser`. gap: line breaks may
     precede it. token_id: of a marker that is one token; the matcher knows such a token only by its
     id. body: the rule of the same name, which an answer without calls must match.
     """

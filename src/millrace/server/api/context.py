@@ -33,7 +33,7 @@ from millrace.server.http.bodies import BodyReader
 from millrace.server.telemetry.metrics import RequestMetrics
 from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser
-from millrace.text.tool_parser import ToolCallParser
+from millrace.text.tools.parser import ToolCallParser
 
 LONG_TEXT = 2000  # characters; longer texts are encoded on a thread
 

@@ -27,8 +27,8 @@ from millrace.server.api.request_schema import ChatRequest, StreamOptions
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.processor import split_outputs
 from millrace.text.reasoning import START, ReasoningSplitter, opens_reasoning
-from millrace.text.tool_parser import ToolParser
-from millrace.text.tool_schema import ToolChoice, choose_tools, read_tools
+from millrace.text.tools.parser import ToolParser
+from millrace.text.tools.schema import ToolChoice, choose_tools, read_tools
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 

@@ -26,7 +26,7 @@ from millrace.server.api.response_schema import (
 )
 from millrace.text.answer_parser import AnswerParser, AnswerPart
 from millrace.text.detokenizer import Piece
-from millrace.text.tool_parser import CallPart
+from millrace.text.tools.parser import CallPart
 
 
 class ChatFormatter(OpenAiFormatter):

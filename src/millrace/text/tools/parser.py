@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import msgspec
 
-from millrace.text.call_tags import (
+from millrace.text.tools.call_tags import (
     CALL,
     CALL_END,
     CLOSING,
@@ -42,10 +42,10 @@ from millrace.text.call_tags import (
     name_at,
     text_literal,
 )
-from millrace.text.json_repair import JsonRepair, dump, repaired
-from millrace.text.json_schema import TEXT
-from millrace.text.tool_schema import Tool
-from millrace.text.tool_values import read_text, read_value
+from millrace.text.tools.json_repair import JsonRepair, dump, repaired
+from millrace.text.tools.json_schema import TEXT
+from millrace.text.tools.schema import Tool
+from millrace.text.tools.values import read_text, read_value
 
 ToolCallParser = Literal["auto", "qwen3_coder", "qwen3_xml", "hermes", "none"]
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.text.argument_shapes import Shapes, shapes_of
-from millrace.text.json_schema import TEXT
+from millrace.text.tools.argument_shapes import Shapes, shapes_of
+from millrace.text.tools.json_schema import TEXT
 
 MAX_TOOLS = 128  # as OpenAI's API
 _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # nothing that could end a tag or a JSON text

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from millrace.errors import RequestError
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.reasoning import ReasoningSplitter
-from millrace.text.tool_parser import ToolCallParser, ToolParser
-from millrace.text.tool_schema import choose_tools, read_tools
+from millrace.text.tools.parser import ToolCallParser, ToolParser
+from millrace.text.tools.schema import choose_tools, read_tools
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from millrace.text.json_schema import both, listed, named, reads_as, resolve, types_of
+from millrace.text.tools.json_schema import both, listed, named, reads_as, resolve, types_of
 
 MAX_SHAPES = 64
 _MAX_DEPTH = 16

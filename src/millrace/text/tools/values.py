@@ -12,9 +12,9 @@ import json
 import re
 from typing import Any
 
-from millrace.text.call_tags import TAGS, text_literal
-from millrace.text.json_repair import NUMBER, dump, repaired, word
-from millrace.text.json_schema import SCALARS, TEXT, type_of
+from millrace.text.tools.call_tags import TAGS, text_literal
+from millrace.text.tools.json_repair import NUMBER, dump, repaired, word
+from millrace.text.tools.json_schema import SCALARS, TEXT, type_of
 
 # What a bare text must not be where values of that type are allowed, as expressions in the syntax
 # that Python and the matcher share.
