@@ -52,7 +52,7 @@ def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
     if wanted.json_object:
         return f"%json {schema_json({'type': 'object'})}", ""
     if wanted.regex is not None:
-        return "PATTERN", f"PATTERN: {_slashed(wanted.regex)}\n"
+        return "PATTERN", f"PATTERN: {regex_terminal(wanted.regex)}\n"
     if wanted.choice is not None:
         if not all(wanted.choice):
             raise RequestError(f"{field}: a choice is empty", param=field)
@@ -64,10 +64,15 @@ def schema_json(schema: Any, lenient: bool = False) -> str:
     """A schema for the matcher, with white space as it is bound here. lenient: keywords that the
     matcher does not know bind nothing; else they are refused.
     """
-    if isinstance(schema, dict):
-        options = {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
-        schema = {"x-guidance": options, **schema}
-    return json.dumps(schema)
+    return json.dumps(with_options(schema, lenient))
+
+
+def with_options(schema: Any, lenient: bool) -> Any:
+    """A schema with what the matcher is to make of it."""
+    if not isinstance(schema, dict):
+        return schema
+    options = {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient, "coerce_one_of": lenient}
+    return {"x-guidance": options, **schema}
 
 
 def _schema(given: dict[str, Any] | str, field: str) -> Any:
@@ -125,7 +130,7 @@ def error_path(schema: Any, problem: str) -> str:
     problem: what `schema_error` says of the whole.
     """
     root = schema if isinstance(schema, Mapping) else {}
-    shared = {key: root[key] for key in SHARED if key in root}
+    shared = {key: root[key] for key in ("x-guidance", *SHARED) if key in root}
     path, checks = "", 0
     while isinstance(schema, Mapping):
         for step, part in _parts(schema):
@@ -162,7 +167,7 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _regex_problem(regex: str) -> str:
     """What is wrong, and at which character, from the matcher's message with its pointer."""
-    lines = grammar_error(f"start: {_slashed(regex)}").splitlines()
+    lines = grammar_error(f"start: {regex_terminal(regex)}").splitlines()
     errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
     pointers = [line.index("^") for line in lines if line.strip() and not line.strip(" ^")]
     if not errors:
@@ -171,8 +176,8 @@ def _regex_problem(regex: str) -> str:
     return f"{errors[0]}{place}"
 
 
-def _slashed(regex: str) -> str:
-    """The expression between slashes; those inside are escaped unless they are already."""
+def regex_terminal(regex: str) -> str:
+    """An expression between slashes; those inside are escaped unless they are already."""
     escaped = re.sub(
         r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], regex, flags=re.S
     )

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from millrace.errors import RequestError
 from millrace.text.grammar import (
     LEADING_NEWLINES,
-    SHARED,
     error_path,
     grammar_error,
     literal,
     one_line,
     schema_error,
     schema_json,
+    with_options,
 )
-from millrace.text.tools.call_tags import CALL, CALL_END, FUNCTION_END, PARAMETER, PARAMETER_END
+from millrace.text.tools.argument_grammar import ArgumentGrammar, UnboundError
+from millrace.text.tools.call_tags import (
+    CALL,
+    CALL_END,
+    FUNCTION,
+    FUNCTION_END,
+    PARAMETER,
+    PARAMETER_END,
+)
+from millrace.text.tools.json_schema import types_of
 from millrace.text.tools.schema import Tool, ToolChoice
 
 TokenId = Callable[[str], int | None]
@@ -60,11 +68,10 @@ def _start(choice: ToolChoice, gap: bool, has_body: bool) -> str:
 
 
 def _rules(choice: ToolChoice, as_json: bool, token_id: TokenId) -> str:
-    write = _json_call if as_json else _xml_call
     calls = " | ".join(f"call_{at}" for at in range(len(choice.tools)))
     opening, closing = _marker(CALL, token_id), _marker(CALL_END, token_id)
     forced = choice.mode == "required"
-    each = [write(at, tool, forced or tool.strict) for at, tool in enumerate(choice.tools)]
+    each = [_call(at, tool, as_json, forced or tool.strict) for at, tool in enumerate(choice.tools)]
     call = rf'call: {opening} "\n" ({calls}) "\n" {closing}'
     return "\n".join(["WORDS: /(?s:.*)/", call, *each])
 
@@ -77,59 +84,43 @@ def _marker(text: str, token_id: TokenId) -> str:
 def _json_call(at: int, tool: Tool, binds: bool) -> str:
     """binds: the arguments must match the schema; else they are any object."""
     head = literal(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-    schema = (
-        schema_json(tool.parameters, not tool.strict) if binds else schema_json({"type": "object"})
-    )
-    return f'call_{at}: {head} %json {schema} "}}"' + "\n"
+    schema = {**tool.parameters, "type": "object"} if binds else {"type": "object"}
+    return f'call_{at}: {head} %json {schema_json(schema, not tool.strict)} "}}"' + "\n"
 
 
 def _xml_call(at: int, tool: Tool, binds: bool) -> str:
-    """Parameters in the schema's order, those that are not required left out or not."""
-    head, ending = literal(f"<function={tool.name}>\n"), literal(FUNCTION_END)
-    if not binds:
-        name = f"any_{at}"
-        key = rf'{literal(PARAMETER)} /[^>\n]+/ ">\n" {name}_value "\n"'
-        value = f"{name}_value[suffix={literal(PARAMETER_END)}]: /(?s:.*)/"
-        return f"call_{at}: {head} {name}* {ending}\n{name}: {key}\n{value}\n"
-    properties = tool.parameters.get("properties")
-    required = tool.parameters.get("required")
-    properties = properties if isinstance(properties, dict) else {}
-    required = required if isinstance(required, list) else []
-    parts, rules = [], ""
-    for number, (key, schema) in enumerate(properties.items()):
-        name = f"argument_{at}_{number}"
-        parts.append(name if key in required else f"{name}?")
-        rules += _argument(name, key, schema, tool)
-    return f"call_{at}: {' '.join([head, *parts, ending])}\n{rules}"
+    """binds: as in `_json_call`."""
+    if binds:
+        return ArgumentGrammar(tool, f"call_{at}", exact=tool.strict).source()
+    head, ending = literal(f"{FUNCTION}{tool.name}>\n"), literal(FUNCTION_END)
+    name = f"any_{at}"
+    key = rf'{literal(PARAMETER)} /[^<>\n]+/ ">\n" {name}_value "\n"'
+    value = f"{name}_value[suffix={literal(PARAMETER_END)}]: /(?s:.*)/"
+    return f"call_{at}: {head} {name}* {ending}\n{name}: {key}\n{value}\n"
 
 
-def _argument(name: str, key: str, schema: Any, tool: Tool) -> str:
-    head, tail = literal(f"{PARAMETER}{key}>\n"), f"\n{PARAMETER_END}\n"
-    texts = _texts(schema)
-    if texts is not None:
-        choices = " | ".join(literal(text + tail) for text in texts)
-        return f"{name}: {head} ({choices})\n"
-    if tool.argument_types(key) <= {"string"}:
-        value = f"{name}_value"
-        ending = literal(PARAMETER_END)  # the first one ends it, as the parser sees it
-        return f'{name}: {head} {value} "\\n"\n{value}[suffix={ending}]: /(?s:.*)/\n'
-    definitions = {k: tool.parameters[k] for k in SHARED if k in tool.parameters}
-    whole = {**schema, **definitions} if isinstance(schema, dict) else schema
-    return f"{name}: {head} %json {schema_json(whole, not tool.strict)} {literal(tail)}\n"
+def _call(at: int, tool: Tool, as_json: bool, binds: bool) -> str:
+    """The rule of one function's calls. Raises RequestError for what its schema cannot bind."""
+    if binds and "object" not in types_of(tool.parameters, tool.parameters):
+        raise _wrong(at, "", "the arguments of a function are an object")
+    schema = with_options(tool.parameters, not tool.strict)
+    if binds and (problem := schema_error(schema)):
+        raise _wrong(at, error_path(schema, problem), one_line(problem))
+    try:
+        return (_json_call if as_json else _xml_call)(at, tool, binds)
+    except UnboundError as error:
+        raise _wrong(at, "", str(error)) from None
 
 
-def _texts(schema: Any) -> list[str] | None:
-    """The texts that a schema of nothing else lists."""
-    values = schema.get("enum") if isinstance(schema, dict) else None
-    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return values
-    return None
+def _wrong(at: int, path: str, problem: str) -> RequestError:
+    return RequestError(
+        f"tools[{at}].function.parameters{path}: {problem}", param="tools", code="invalid_grammar"
+    )
 
 
 def _refusal(tools: Sequence[Tool], problem: str) -> RequestError:
     for at, tool in enumerate(tools):
         own = schema_error(tool.parameters)
         if own:
-            where = f"tools[{at}].function.parameters{error_path(tool.parameters, own)}"
-            return RequestError(f"{where}: {one_line(own)}", param="tools", code="invalid_grammar")
+            return _wrong(at, error_path(tool.parameters, own), one_line(own))
     return RequestError(f"tools: {one_line(problem)}", param="tools", code="invalid_grammar")

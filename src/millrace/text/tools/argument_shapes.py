@@ -18,7 +18,7 @@ _MAX_DEPTH = 16
 
 class Part(NamedTuple):
     """What one schema says of an object. additional: of properties that it does not name; None if
-    it says nothing.
+    it says nothing. lists: it has a list of properties, be it empty.
     """
 
     properties: Mapping[str, Any]
@@ -27,6 +27,7 @@ class Part(NamedTuple):
     required: frozenset[str]
     least: int = 0
     most: int | None = None
+    lists: bool = True
 
 
 class Shape:
@@ -39,19 +40,19 @@ class Shape:
         names = [name for part in parts for name in part.properties]
         self.names = list(dict.fromkeys([*names, *sorted(self.required - set(names))]))
         self.patterns = list(dict.fromkeys(name for part in parts for name in part.patterns))
-        self.is_open = self._is_open(bool(names or self.patterns))
+        self.is_open = self._is_open()
         self.least = max((part.least for part in parts), default=0)
         most = [part.most for part in parts if part.most is not None]
         self.most = min(most, default=None)
 
-    def _is_open(self, names_some: bool) -> bool:
+    def _is_open(self) -> bool:
         """Whether properties may have other names than those that are told.
 
         JSON Schema allows that unless it is forbidden. Here it must be said, or nothing else be:
         where properties are listed, a model that makes up others is wrong.
         """
         said = [part.additional for part in self._parts if part.additional is not None]
-        return False not in said if said else not names_some
+        return False not in said if said else not any(part.lists for part in self._parts)
 
     def schema(self, name: str) -> Any:
         """What a property must match; False if there cannot be one of that name."""
@@ -159,6 +160,7 @@ def _own(schema: Mapping[str, Any]) -> _Alternatives:
                 else frozenset(),
                 least if isinstance(least, int) else 0,
                 most if isinstance(most, int) else None,
+                lists="properties" in schema or "patternProperties" in schema,
             ),
         )
     ]

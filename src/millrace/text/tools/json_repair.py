@@ -16,6 +16,7 @@ _SPECIAL = {'"': re.compile(r'["\\\x00-\x1f]'), "'": re.compile(r"[\"'\\\x00-\x1
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
+MAX_DIGITS = 4000  # of a number; Python reads no longer one
 _LARGEST = "1.7976931348623157e308"
 _CLOSERS = {"}": True, "]": False, ")": False}
 
@@ -33,7 +34,9 @@ def word(text: str) -> str | None:
     known = _WORDS.get(text.lower())
     if known is not None or not NUMBER.fullmatch(text):
         return known
-    if abs(float(text)) == float("inf"):
+    if len(text) <= MAX_DIGITS + 1 and text.lstrip("-").isdigit():
+        return text
+    if len(text) > MAX_DIGITS or abs(float(text)) == float("inf"):
         return "-" * text.startswith("-") + _LARGEST
     return text
 

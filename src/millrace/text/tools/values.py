@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from millrace.text.tools.call_tags import TAGS, text_literal
 from millrace.text.tools.json_repair import NUMBER, dump, repaired, word
@@ -77,7 +76,7 @@ def _typed(text: str, types: frozenset[str]) -> str | None:
     known = word(text)
     if known is not None:
         too_large = NUMBER.fullmatch(text) and known != text and "number" not in types
-        return None if too_large or len(known) > 4000 else known
+        return None if too_large else known
     try:
         inner = json.loads(text) if text[:1] == '"' else None
     except ValueError:
@@ -89,6 +88,5 @@ def _typed(text: str, types: frozenset[str]) -> str | None:
 
 def _types(scalar: str) -> set[str]:
     """The types of a scalar's JSON."""
-    value: Any = json.loads(scalar) if len(scalar) < 4000 else 0
-    kind = type_of(value)
+    kind = type_of(json.loads(scalar))
     return {kind, "number"} & SCALARS if kind == "integer" else {kind}

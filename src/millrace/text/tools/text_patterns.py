@@ -1,0 +1,91 @@
+"""Bare texts as expressions of the matcher: patterns, lengths and formats of JSON Schema.
+
+Inside JSON the matcher binds a text's keywords itself. Where a text stands bare they are given here
+as terminals of its Lark. Expressions are those of Rust's syntax, without slashes around them.
+"""
+
+from __future__ import annotations
+
+import re
+
+_DIGIT2 = "[0-5][0-9]"
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = (
+    "(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-"
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
+    "|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    f"|{_LEAP}-02-29)"
+)
+_ZONE = f"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):{_DIGIT2})"
+_TIME = rf"(?:[01][0-9]|2[0-3]):{_DIGIT2}:{_DIGIT2}(?:\.[0-9]+)?{_ZONE}"
+_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
+_LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_HOST = rf"{_LABEL}(?:\.{_LABEL})*"
+_ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+_HEX = "[0-9a-fA-F]"
+_URI = r"(?:[a-zA-Z0-9._~:/?@!$&'()*+,;=-]|%[0-9a-fA-F]{2})"
+_CLOCK = "T(?:[0-9]+H(?:[0-9]+M(?:[0-9]+S)?)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S)"
+_DAYS = "(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)"
+
+
+def _ipv6() -> str:
+    group = f"{_HEX}{{1,4}}"
+    forms = [f"(?:{group}:){{7}}{group}", f"(?:{group}:){{6}}{_IPV4}"]
+    for before in range(8):
+        head = f"(?:{group}(?::{group}){{0,{before - 1}}})?" if before else ""
+        after = 6 - before
+        if after >= 0:
+            forms.append(f"{head}::(?:{group}(?::{group}){{0,{after}}})?")
+        if after >= 2:
+            forms.append(f"{head}::(?:{group}:){{0,{after - 2}}}{_IPV4}")
+    return f"(?:{'|'.join(forms)})"
+
+
+FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}[Tt]{_TIME}",
+    "duration": f"P(?:{_DAYS}(?:{_CLOCK})?|{_CLOCK}|[0-9]+W)",
+    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_HOST}",
+    "hostname": _HOST,
+    "ipv4": _IPV4,
+    "ipv6": _ipv6(),
+    "uuid": f"{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}",
+    "uri": f"[a-zA-Z][a-zA-Z0-9+.-]*:{_URI}+(?:#{_URI}*)?",
+}
+
+
+def lengths(least: int, most: int | None) -> str:
+    """Texts of so many characters."""
+    return rf"(?s:.{{{least},{'' if most is None else most}}})"
+
+
+def searched(pattern: str) -> str | None:
+    """Texts in which a schema's pattern finds something; None if it has anchors in its middle."""
+    found = []
+    for option in _options(pattern):
+        starts = option.startswith("^")
+        ends = option.endswith("$") and not re.search(r"(?<!\\)(?:\\\\)*\\\$\Z", option)
+        inner = option[starts : len(option) - ends]
+        if _ANCHOR.search(_OTHERS.sub("", inner)):
+            return None
+        found.append(("" if starts else "(?s:.*)") + f"(?:{inner})" + ("" if ends else "(?s:.*)"))
+    return f"(?:{'|'.join(found)})"
+
+
+_CLASS = r"\[\^?\]?(?:\\[\s\S]|[^\]\\])*\]"
+_OTHERS = re.compile(rf"\\[^bB]|{_CLASS}")  # what is no anchor, whatever it holds
+_ANCHOR = re.compile(r"[\^$]|\\[bB]")
+
+
+def _options(pattern: str) -> list[str]:
+    """The pattern's alternatives, those within groups not counted."""
+    options, depth = [""], 0
+    for part in re.findall(rf"\\[\s\S]|{_CLASS}|[\s\S]", pattern):
+        depth += (part == "(") - (part == ")")
+        if part == "|" and depth == 0:
+            options.append("")
+        else:
+            options[-1] += part
+    return options

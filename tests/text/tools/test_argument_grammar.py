@@ -1,0 +1,337 @@
+"""Forced calls: what the grammar accepts matches the schema, and what matches it accepts."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any, NamedTuple
+
+import jsonschema_rs
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher
+
+from millrace.errors import RequestError
+from millrace.text.answer_parser import AnswerParser
+from millrace.text.tool_grammar import tool_call_grammar
+from millrace.text.tools.parser import ToolParser
+from millrace.text.tools.schema import Tool, choose_tools, read_tools
+from millrace.text.tools.values import needs_quotes
+from tests.text.test_grammar import TOKENIZER, accepts
+
+END = TOKENIZER.eos_token
+MOST = 600  # bytes of a drawn text before it is given up
+
+
+def tool_of(parameters: Any, strict: bool = False) -> Tool:
+    function = {"name": "f", "parameters": parameters, "strict": strict}
+    (tool,) = read_tools([{"type": "function", "function": function}])
+    return tool
+
+
+def source_of(tool: Tool, as_json: bool = False) -> str:
+    choice = choose_tools((tool,), "required", parallel=False)
+    return tool_call_grammar(choice, as_json, False, lambda _: None)
+
+
+def read(tool: Tool, text: str) -> Any:
+    parser = AnswerParser(None, ToolParser([tool]))
+    part = parser.feed(text, last=True)
+    assert part.content == ""
+    (call,) = parser.calls
+    return json.loads(call.arguments)
+
+
+def written(tool: Tool, arguments: dict[str, Any]) -> str:
+    """A call as Qwen's templates write it: texts bare unless they need quotes, the rest as JSON."""
+
+    def value(key: str, given: Any) -> str:
+        bare = isinstance(given, str) and not needs_quotes(given, tool.argument_types(key))
+        return given if bare else json.dumps(given, ensure_ascii=False)
+
+    inner = "".join(
+        f"<parameter={key}>\n{value(key, given)}\n</parameter>\n"
+        for key, given in arguments.items()
+    )
+    return f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>"
+
+
+def drawn(source: str, seed: int) -> str | None:
+    """A text that the grammar accepts, byte by byte at random; None if it becomes too long."""
+    rng = random.Random(seed)
+    matcher = LLMatcher(TOKENIZER, source)
+    made = bytearray()
+    while not matcher.is_stopped():
+        mask = matcher.compute_bitmask()
+        allowed = [at for at in range(257) if mask[at // 8] >> at % 8 & 1]
+        plain = [at for at in allowed if 32 <= at < 127 or at in (10, END)]
+        token = rng.choice([at for at in plain if at in b'\n<>/"5-'] or plain or allowed)
+        token = token if rng.random() < 0.7 else rng.choice(plain or allowed)
+        if token == END:
+            break
+        assert matcher.consume_token(token), matcher.get_error()
+        made.append(token)
+        if len(made) > MOST:
+            return None
+    return made.decode(errors="ignore")
+
+
+class Case(NamedTuple):
+    """A schema and values that match it."""
+
+    schema: Any
+    values: st.SearchStrategy[Any]
+
+
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    st.sampled_from(
+        ["", "5", "-1.5e3", "null", "None", "true", "FALSE", "[1]", "{}", '"5"', '"\\"5\\""', '"x"',
+         "</parameter>", "a\n</parameter>\n<parameter=a>\nb", "<tool_call>", '"</function>"', "\n",
+         "\\n", '\\"5', "5 apples", " null", "x\n", "1e999"]
+    ),
+)  # fmt: skip
+LEAVES = [
+    Case({"type": "string"}, TEXTS),
+    Case({"type": "string", "minLength": 2, "maxLength": 5},
+         TEXTS.filter(lambda text: 2 <= len(text) <= 5)),
+    Case({"type": "string", "pattern": "^[a-c]+$"}, st.sampled_from(["a", "cab"])),
+    Case({"type": "string", "pattern": "b|^x$"}, st.sampled_from(["x", "abc", "b\n"])),
+    Case({"type": "string", "format": "date"}, st.dates().map(str)),
+    Case({"type": "string", "format": "uuid"}, st.uuids().map(str)),
+    Case({"enum": ["on", "off", "5", None, 7, True, "a</parameter>"]},
+         st.sampled_from(["on", "off", "5", None, 7, True, "a</parameter>"])),
+    Case({"const": "fixed"}, st.just("fixed")),
+    Case({"const": 3}, st.just(3)),
+    Case({"type": "integer"}, st.integers(-(10**20), 10**20)),
+    Case({"type": "integer", "minimum": 3, "maximum": 17}, st.integers(3, 17)),
+    Case({"type": "number"}, st.floats(-1e9, 1e9).map(lambda x: round(x, 3))),
+    Case({"type": "boolean"}, st.booleans()),
+    Case({"type": "null"}, st.none()),
+    Case({"type": ["string", "null"]}, TEXTS | st.none()),
+    Case({"type": ["string", "integer", "boolean"]}, TEXTS | st.integers(-9, 9) | st.booleans()),
+    Case({"type": "array", "items": {"type": "string"}}, st.lists(TEXTS, max_size=3)),
+    Case({"type": "object", "additionalProperties": {"type": "integer"}},
+         st.dictionaries(TEXTS, st.integers(0, 9), max_size=2)),
+    Case({"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
+          "additionalProperties": False}, TEXTS.map(lambda t: {"x": t})),
+    Case({}, TEXTS | st.integers(-9, 9) | st.none() | st.lists(st.none(), max_size=2)),
+    Case({"$ref": "#/$defs/choice"}, st.sampled_from(["red", "blue"])),
+    Case({"$ref": "#/$defs/tree"}, st.sampled_from([{}, {"next": {}}, {"next": {"next": {}}}])),
+]  # fmt: skip
+DEFS = {
+    "choice": {"type": "string", "enum": ["red", "blue"]},
+    "tree": {
+        "type": "object",
+        "properties": {"next": {"$ref": "#/$defs/tree"}},
+        "additionalProperties": False,
+    },
+}
+
+
+def any_of(cases: list[Case]) -> Case:
+    return Case({"anyOf": [one.schema for one in cases]}, st.one_of([one.values for one in cases]))
+
+
+PROPERTIES = st.sampled_from(LEAVES) | st.lists(
+    st.sampled_from(LEAVES), min_size=2, max_size=3
+).map(any_of)
+
+
+@st.composite
+def objects(draw: st.DrawFn, names: str = "abc") -> Case:
+    """An object of some properties, or a map."""
+    if draw(st.integers(0, 5)) == 0:
+        entry = draw(PROPERTIES)
+        keys = st.sampled_from(["k", "some key", "x-1"])
+        schema = {"type": "object", "additionalProperties": entry.schema}
+        return Case(schema, st.dictionaries(keys, entry.values, max_size=3))
+    cases = {name: draw(PROPERTIES) for name in names[: draw(st.integers(0, len(names)))]}
+    required = [name for name in cases if draw(st.booleans())]
+    schema: Any = {"type": "object", "required": required}
+    schema["properties"] = {name: one.schema for name, one in cases.items()}
+    if draw(st.booleans()):
+        schema["additionalProperties"] = False
+    fixed = {name: cases[name].values for name in required}
+    optional = {name: one.values for name, one in cases.items() if name not in required}
+    values = st.fixed_dictionaries(fixed, optional=optional)
+    return Case(schema, values.map(lambda got: {k: got[k] for k in cases if k in got}))
+
+
+@st.composite
+def roots(draw: st.DrawFn) -> Case:
+    one = draw(objects())
+    kind = draw(st.sampled_from(["plain", "plain", "ref", "anyOf", "allOf", "pointer"]))
+    if kind == "ref":
+        root = {"$ref": "#/$defs/root", "$defs": {**DEFS, "root": one.schema}}
+        return Case(root, one.values)
+    if kind == "anyOf":
+        other = any_of([one, draw(objects("xyz"))])
+        return Case({**other.schema, "$defs": DEFS}, other.values)
+    if kind == "allOf":
+        limit = {"type": "object", "required": one.schema.get("required", [])}
+        return Case({"allOf": [one.schema, limit], "$defs": DEFS}, one.values)
+    if kind == "pointer" and "a" in one.schema.get("properties", {}):
+        schema = {**one.schema, "$defs": DEFS}
+        schema["properties"] = {**schema["properties"], "z": {"$ref": "#/properties/a"}}
+        return Case(schema, one.values)
+    return Case({**one.schema, "$defs": DEFS}, one.values)
+
+
+CAREFUL = settings(
+    max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@CAREFUL
+@given(roots(), st.data())
+def test_what_is_valid_has_a_text_that_is_accepted(case: Case, data: st.DataObject) -> None:
+    tool = tool_of(case.schema)
+    source = source_of(tool)
+    validator = jsonschema_rs.validator_for(case.schema)
+    for _ in range(3):
+        value = data.draw(case.values)
+        assert validator.is_valid(value)
+        text = written(tool, value)
+        assert read(tool, text) == value, text
+        assert accepts(source, text), text
+
+
+@CAREFUL
+@given(roots(), st.integers(0, 2**32))
+def test_what_is_accepted_is_valid(case: Case, seed: int) -> None:
+    tool = tool_of(case.schema)
+    text = drawn(source_of(tool), seed)
+    assume(text is not None)
+    assert text is not None
+    arguments = read(tool, text)
+    assert jsonschema_rs.validator_for(case.schema).is_valid(arguments), (text, arguments)
+
+
+def properties(**given: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": given, "required": list(given)}
+
+
+CALL_OF_X = "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
+STRINGS = [
+    ({"anyOf": [{"type": "string", "enum": ["on", "off"]}, {"type": "null"}]},
+     ["on", "off", "null"], ['"on"', "On", "None", "x"]),
+    ({"enum": ["a", None, 1]}, ["a", "null", "1"], ['"a"', "2"]),
+    ({"const": "a"}, ["a"], ["b", '"a"']),
+    ({"type": "string", "pattern": "^[a-z]{2}$"}, ["ab"], ["a", "abc", "ab\n"]),
+    ({"type": "string", "pattern": "a|^b$"}, ["xax", "b"], ["bb"]),
+    ({"type": "string", "pattern": r"^\d+[|^$]$"}, ["1|", "22$"], ["1", "1a"]),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ["äö", "\n\n\n"], ["a", "abcd"]),
+    ({"allOf": [{"type": "string", "maxLength": 3}, {"pattern": "^a"}]}, ["ab"], ["ba", "abcd"]),
+    ({"$ref": "#/$defs/red", "maxLength": 4}, ["blue"], ["green", "pink"]),
+    ({"type": "string", "format": "date"}, ["2024-02-29"], ["2023-02-29", "2024-13-01", "x"]),
+    ({"type": "string", "format": "date-time"}, ["2024-02-29T23:59:59.5Z"], ["2024-02-29"]),
+    ({"type": "string", "format": "time"}, ["23:59:59+02:00"], ["24:00:00Z"]),
+    ({"type": "string", "format": "duration"}, ["P1DT2H", "P3W"], ["P", "1D"]),
+    ({"type": "string", "format": "email"}, ["a.b@c.de"], ["a@", "a"]),
+    ({"type": "string", "format": "hostname"}, ["a-b.c"], ["-a", "a..b"]),
+    ({"type": "string", "format": "ipv4"}, ["127.0.0.1"], ["256.0.0.1"]),
+    ({"type": "string", "format": "ipv6"}, ["::1", "1::2:3", "::ffff:1.2.3.4", "1:2:3:4:5:6:7:8"],
+     [":::", "1:2:3:4:5:6:7:8:9", "1::2::3"]),
+    ({"type": "string", "format": "uuid"}, ["12345678-1234-1234-1234-123456789abc"], ["1234"]),
+    ({"type": "string", "format": "uri"}, ["https://a.b/c?d=e#f", "mailto:x@y"], ["a b", "x"]),
+    ({"type": ["integer", "string"]}, ["5", "5 apples", '"5"'], []),
+    ({"type": "integer", "minimum": 3, "maximum": 5}, ["3", "5"], ["2", "6", "3.0"]),
+    ({"type": "integer", "minimum": 10}, ["10", "99"], ["9", "-11"]),
+    ({"type": "boolean"}, ["true"], ["True", "yes"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), STRINGS, ids=lambda one: str(one)[:40])
+def test_a_parameter_keeps_to_its_schema(schema: Any, right: list[str], wrong: list[str]) -> None:
+    defs = {"red": {"type": "string", "enum": ["red", "blue", "green"]}}
+    parameters = {**properties(x=schema), "$defs": defs}
+    for strict in (False, True):
+        tool = tool_of(parameters, strict)
+        source = source_of(tool)
+        for text in right:
+            call = CALL_OF_X.format(text)
+            assert accepts(source, call), text
+            assert jsonschema_rs.validator_for(parameters).is_valid(read(tool, call))
+            for other in wrong:
+                assert not accepts(source, CALL_OF_X.format(other)), other
+
+
+OBJECTS: list[tuple[Any, list[Any], list[Any]]] = [
+    ({"$ref": "#/definitions/A", "definitions": {"A": properties(n={"type": "integer"})}},
+     [{"n": 1}], [{}, {"n": "x"}]),
+    ({"allOf": [properties(a={"type": "string"}), properties(b={"type": "integer"})]},
+     [{"a": "5", "b": 5}], [{"a": "5"}, {"b": 5}]),
+    ({"anyOf": [properties(kind={"const": "a"}, x={"type": "string"}),
+                properties(kind={"const": "b"}, x={"type": "integer"})]},
+     [{"kind": "a", "x": "5"}, {"kind": "b", "x": 5}], [{"kind": "a", "x": 5}, {"kind": "c"}]),
+    ({**properties(a=properties(x={"type": "integer"}), b={"$ref": "#/properties/a"})},
+     [{"a": {"x": 1}, "b": {"x": 2}}], [{"a": {"x": 1}, "b": {}}]),
+    ({"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#"}},
+      "required": ["v"], "additionalProperties": False},
+     [{"v": 1, "next": {"v": 2, "next": {"v": 3}}}], [{"next": {"v": 1}}, {"v": 1, "next": {}}]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1},
+     [{"a": 1}, {"a": 1, "b c": 2}], [{}, {"a": "x"}]),
+    ({"type": "object", "patternProperties": {"^s_": {"type": "string"}, "^n_": {"type": "null"}},
+      "additionalProperties": False}, [{}, {"s_a": "5", "n_b": None}], [{"n_a": 5}, {"a": "x"}]),
+    ({"type": "object", "required": ["z"]}, [{"z": "x"}, {"z": [1]}], [{"y": 1}]),
+    ({"enum": [{"a": 1}, {"a": "x", "b": None}]}, [{"a": 1}, {"a": "x", "b": None}], [{"a": "x"}]),
+    ({"type": "object", "properties": {}}, [{}], [{"a": 1}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), OBJECTS, ids=lambda one: str(one)[:40])
+def test_arguments_keep_to_their_schema(schema: Any, right: list[Any], wrong: list[Any]) -> None:
+    for strict in (False, True):
+        tool = tool_of(schema, strict)
+        xml, as_json = source_of(tool), source_of(tool, as_json=True)
+        for value in right:
+            assert accepts(xml, written(tool, value)), value
+            assert read(tool, written(tool, value)) == value
+            call = json.dumps({"name": "f", "arguments": value}, ensure_ascii=False)
+            assert accepts(as_json, f"<tool_call>\n{call}\n</tool_call>"), value
+        for value in wrong:
+            assert not accepts(xml, written(tool, value)), value
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (properties(a={"not": {}}), r'parameters\.properties\.a: Unimplemented keys: \["not"\]'),
+        (properties(a={"type": "string", "format": "path"}), "Unknown format: path"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}}, "propertyNames"),
+        (properties(a={"oneOf": [{"type": "number"}, {"type": "integer"}]}), "oneOf"),
+        (properties(a={"type": "string", "pattern": "(^a)b"}), "pattern '.*' cannot be bound"),
+        (properties(**{"a>b": {"type": "string"}}), "no parameter can be called 'a>b'"),
+        ({**properties(a={}), "minProperties": 2}, "minProperties"),
+        ({"allOf": [{"anyOf": [properties(**{f"a{i}{j}": {}}) for i in range(5)]}
+                    for j in range(3)]}, "125 alternatives"),
+    ],
+)  # fmt: skip
+def test_a_strict_function_that_cannot_be_bound_is_refused(schema: Any, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        source_of(tool_of(schema, strict=True))
+    assert str(caught.value).startswith("tools[0].function.parameters")
+    assert (caught.value.param, caught.value.code) == ("tools", "invalid_grammar")
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (properties(a={"type": "strin"}), r"\.properties\.a: Invalid type: strin"),
+        (properties(a={"$ref": "#/no"}), "Pointer '/no' does not exist"),
+        ({"$ref": "#"}, "circle"),
+        ({"type": "string"}, "the arguments of a function are an object"),
+        ({"allOf": [properties(a=False)]}, "Unsatisfiable"),
+    ],
+)
+def test_a_schema_that_means_nothing_is_refused(schema: Any, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        source_of(tool_of(schema))
+
+
+def test_what_the_matcher_does_not_know_binds_nothing_where_it_is_not_strict() -> None:
+    unknown = {"type": "string", "format": "path", "contentMediaType": "x"}
+    tool = tool_of(properties(a=unknown, b={"type": "array", "uniqueItems": True}))
+    assert accepts(source_of(tool), written(tool, {"a": "any", "b": [1, 1]}))
