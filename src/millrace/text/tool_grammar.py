@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from millrace.errors import RequestError
+from millrace.text.argument_grammar import ArgumentGrammar, UnboundError
 from millrace.text.grammar import (
     LEADING_NEWLINES,
     error_path,
@@ -20,7 +21,6 @@ from millrace.text.grammar import (
     schema_json,
     with_options,
 )
-from millrace.text.tools.argument_grammar import ArgumentGrammar, UnboundError
 from millrace.text.tools.call_tags import (
     CALL,
     CALL_END,

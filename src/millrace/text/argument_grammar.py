@@ -57,12 +57,14 @@ class UnboundError(Exception):
 
 
 class _Texts(NamedTuple):
-    """Texts that a schema allows, as a terminal. bounds: (least, most) where only the number of
-    their characters is bound; None where more is.
+    """Texts that a schema allows, as a terminal. quoted: the same as they stand between JSON's
+    quotes; None where that cannot be told. bounds: (least, most) characters, where nothing else is
+    bound.
     """
 
     terminal: str
-    bounds: tuple[int, int | None] | None
+    quoted: str | None
+    bounds: tuple[int, int | None] | None = None
 
 
 class ArgumentGrammar:
@@ -257,14 +259,12 @@ class ArgumentGrammar:
         if digits:
             bare.append("~/-?[0-9](?s:.*)/")
         found = [f"({' & '.join(bare)})"]
-        if texts.bounds is not None:
-            least, most = texts.bounds
+        if texts.quoted is not None:
             needy = _TAGGED
             if ambiguous:
                 needy += f' | /(?:\\\\["\\\\])*(?:{ambiguous})(?:\\\\["\\\\])*/'
-            units = f"/{_UNIT}{{{least},{'' if most is None else most}}}/"
             quote = literal('"')
-            found.append(f"({quote} ({units} & ({needy})) {quote})")
+            found.append(f"({quote} ({texts.quoted} & ({needy})) {quote})")
         return found
 
     def _texts(self, schema: Any, depth: int) -> _Texts | None:
@@ -272,12 +272,12 @@ class ArgumentGrammar:
         if schema is False:
             return None
         if not isinstance(schema, dict):
-            return _Texts(_ANY, (0, None))
+            return _bounded(0, None)
         if depth > _MAX_DEPTH:
             raise UnboundError("its references lead in a circle")
         if "string" not in types_of(schema, self._root):
             return None
-        found = [self._own_texts(schema)]
+        found: list[_Texts | None] = [self._own_texts(schema)]
         if isinstance(schema.get("$ref"), str):
             found.append(self._texts(resolve(schema["$ref"], self._root), depth + 1))
         found += [self._texts(part, depth + 1) for part in listed(schema, "allOf")]
@@ -288,21 +288,18 @@ class ArgumentGrammar:
         return _all_of(found)
 
     def _own_texts(self, schema: dict[str, Any]) -> _Texts:
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        found = [_bounded(least, most)]
         texts = schema.get("enum") if "const" not in schema else [schema["const"]]
-        terminals = []
         if isinstance(texts, list):
-            words = [literal(one) for one in texts if isinstance(one, str)]
-            terminals.append(f"({' | '.join(words)})")
+            found.append(_listed([one for one in texts if isinstance(one, str)]))
         if isinstance(schema.get("pattern"), str):
-            terminals.append(self._pattern(schema["pattern"]))
+            found.append(_Texts(self._pattern(schema["pattern"]), None))
         form = schema.get("format")
         if form in FORMATS:
-            terminals.append(regex_terminal(FORMATS[form]))
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
-        bounds = None if terminals else (least, most)
-        if least or most is not None:
-            terminals.append(regex_terminal(lengths(least, most)))
-        return _Texts(_intersection(terminals), bounds)
+            found.append(_Texts(regex_terminal(FORMATS[form]), None))
+        self._refuse_if(form not in (None, "unknown", *FORMATS), f"Unknown format: {form}")
+        return _all_of(found) or found[0]
 
     def _has(self, schema: Any, words: tuple[str, ...], depth: int = 0) -> bool:
         """Whether a schema, or one that it is combined of, says one of these."""
@@ -354,23 +351,35 @@ def _intersection(terminals: Sequence[str]) -> str:
     return kept[0] if len(kept) == 1 else f"({' & '.join(kept)})" if kept else _ANY
 
 
+def _bounded(least: int, most: int | None) -> _Texts:
+    free = least == 0 and most is None
+    terminal = _ANY if free else regex_terminal(lengths(least, most))
+    return _Texts(terminal, f"/{_UNIT}{{{least},{'' if most is None else most}}}/", (least, most))
+
+
+def _listed(texts: Sequence[str]) -> _Texts:
+    bare = " | ".join(map(literal, texts))
+    quoted = " | ".join(literal(dump(text)[1:-1]) for text in texts)
+    return _Texts(f"({bare})", f"({quoted})")
+
+
 def _all_of(texts: Sequence[_Texts | None]) -> _Texts | None:
     found = [one for one in texts if one is not None]
     if len(found) < len(texts):
         return None
-    bounds: tuple[int, int | None] | None = (0, None)
-    for one in found:
-        if bounds is None or one.bounds is None:
-            bounds = None
-            continue
-        mosts = [most for most in (bounds[1], one.bounds[1]) if most is not None]
-        bounds = max(bounds[0], one.bounds[0]), min(mosts, default=None)
-    return _Texts(_intersection([one.terminal for one in found]), bounds)
+    kept = [one for one in found if one.terminal != _ANY] or found[:1]
+    if len(kept) == 1:
+        return kept[0]
+    bounds = [one.bounds for one in kept if one.bounds is not None]
+    if len(bounds) == len(kept):
+        mosts = [most for _, most in bounds if most is not None]
+        return _bounded(max(least for least, _ in bounds), min(mosts, default=None))
+    return _Texts(_intersection([one.terminal for one in kept]), None)
 
 
 def _any_of(texts: Sequence[_Texts]) -> _Texts | None:
-    if not texts:
-        return None
-    if len(texts) == 1 or any(one.bounds == (0, None) for one in texts):
-        return next((one for one in texts if one.bounds == (0, None)), texts[0])
-    return _Texts(f"({' | '.join(one.terminal for one in texts)})", None)
+    if len(texts) < 2:
+        return texts[0] if texts else None
+    quoted = [one.quoted for one in texts if one.quoted is not None]
+    terminals = " | ".join(one.terminal for one in texts)
+    return _Texts(f"({terminals})", f"({' | '.join(quoted)})" if quoted else None)
