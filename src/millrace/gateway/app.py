@@ -72,12 +72,14 @@ class Gateway:
                 log,
             )
             self.monitor.listeners.append(self._relay_server.replicas.apply)
+            self.monitor.suspect_listeners.append(self._relay_server.relay.suspects.update)
             self._relay_server.replicas.apply(self.monitor.members)
         else:
             self._processes = GatewayProcesses(
                 options, self.counters, self.monitor, self._admin.answer, log
             )
             self.monitor.listeners.append(self._processes.send_members)
+            self.monitor.suspect_listeners.append(self._processes.send_suspect)
 
     # --- one process only ------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,37 +99,39 @@ def test_checks_never_touch_load_counters() -> None:
     run(scenario())
 
 
-def test_backoff_doubles_with_each_failure_in_a_row() -> None:
+def test_the_backoff_doubles_with_each_ejection_in_a_row() -> None:
     async def scenario() -> None:
-        replica = await MockReplica(behaviour="silent").start()
-        health = HealthPolicy(health_check_interval=60, backoff=0.1, slow_start=0.0)
-        async with gateway(replica.url, health=health) as (made, target):
-            monitored = made.monitor._monitored[0]
+        bad = await MockReplica(behaviour="silent").start()
+        good = await MockReplica().start()
+        health = HealthPolicy(
+            health_check_interval=0.01, backoff=0.1, slow_start=0.0, consecutive_failures=2
+        )
+        async with gateway(bad.url, good.url, health=health) as (made, target):
             pauses = []
-            for _ in range(3):
-                assert (await post(target)).status == 502
-                now = asyncio.get_running_loop().time()
-                pauses.append(monitored.ejected_until - now)
-                monitored.ejected_until = 0.0
-                await made.monitor.check(0)
-            assert [round(p / 0.1) for p in pauses] == [1, 2, 4]
-            replica.behaviour = "ok"
-            assert (await post(target)).status == 200
-            assert monitored.backoff.failures == 0
-        await replica.stop()
+            for attempt in range(3):
+                for number in range(8):
+                    assert (await post(target, seed=10 * attempt + number)).status == 200
+                assert states(made) == ["down", "up"]
+                began = time.monotonic()
+                await eventually(lambda: states(made) == ["up", "up"])
+                pauses.append(time.monotonic() - began)
+            for pause, expected in zip(pauses, (0.1, 0.2, 0.4), strict=True):
+                assert 0.7 * expected < pause < expected + 0.15
+        await bad.stop()
+        await good.stop()
 
     run(scenario())
 
 
-def test_a_replica_that_answers_nothing_but_errors_is_taken_out() -> None:
+def test_a_replica_that_answers_nothing_but_errors_is_ejected() -> None:
     async def scenario() -> None:
         bad = await MockReplica(behaviour="error", name="bad").start()
         good = await MockReplica(name="good").start()
         async with gateway(bad.url, good.url, health=QUIET, policy="round_robin") as (made, target):
-            statuses = [(await post(target)).status for _ in range(16)]
+            statuses = [(await post(target, seed=number)).status for number in range(16)]
             assert (statuses.count(500), statuses.count(200)) == (5, 11)
             assert states(made) == ["down", "up"]
-            assert "an error 5 times in a row" in made.monitor.members[0].reason
+            assert "5 different requests failed in a row" in made.monitor.members[0].reason
         await bad.stop()
         await good.stop()
 

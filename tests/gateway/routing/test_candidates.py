@@ -16,7 +16,7 @@ from millrace.gateway.routing.replicas import Member, ReplicaSet
 
 def fleet(*members: dict[str, Any]) -> ReplicaSet:
     counters = SharedCounters(1)
-    made = ReplicaSet(counters, counters.process_counters(0), lambda id, reason: None)
+    made = ReplicaSet(counters, counters.process_counters(0), lambda id, outcome: None)
     made.apply(
         Member(id=at, slot=at, target=Target("r", 80 + at), **{"state": "up", **member})
         for at, member in enumerate(members)

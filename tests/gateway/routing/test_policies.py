@@ -36,7 +36,7 @@ def fleet(
     loads: Sequence[int], weights: Sequence[float] = (), ramp: Sequence[float | None] = ()
 ) -> ReplicaSet:
     counters = SharedCounters(1)
-    made = ReplicaSet(counters, counters.process_counters(0), lambda id, reason: None)
+    made = ReplicaSet(counters, counters.process_counters(0), lambda id, outcome: None)
     made.apply(
         Member(
             id=i,
@@ -248,7 +248,7 @@ def test_gateways_that_share_a_board_keep_replicas_within_5_percent_in_tokens() 
         Member(id=i, slot=i, target=Target("127.0.0.1", 8000 + i), state="up") for i in range(6)
     ]
     sets = [
-        ReplicaSet(counters, counters.process_counters(p), lambda id, reason: None)
+        ReplicaSet(counters, counters.process_counters(p), lambda id, outcome: None)
         for p in range(4)
     ]
     for one in sets:

@@ -30,10 +30,22 @@ from millrace.gateway.common.shared_counters import (
     RESIDENT,
     SharedCounters,
 )
+from millrace.gateway.health.evidence import (
+    ReplicaEvidence,
+    RequestEvidence,
+    may_eject,
+)
 from millrace.gateway.health.load_report import LoadReports
 from millrace.gateway.health.probes import UNCERTAIN, HealthProbe, Problem
 from millrace.gateway.routing.prefix_index import ReportedPrefixes
 from millrace.gateway.routing.replicas import Member
+from millrace.gateway.routing.suspects import (
+    BURST_SECONDS,
+    Failure,
+    Outcome,
+    Success,
+    Suspect,
+)
 
 
 class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +67,8 @@ class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
     probe_timeout: float = 60.0
     slow_start: float = 10.0
     load_interval: float = 0.2
+    consecutive_failures: int = 5
+    suspect_timeout: float = 300.0
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +103,9 @@ class _Monitored:
         self.last_success = 0.0
         self.completed = 0
         self.cards: list[dict[str, Any]] = []
+        self.evidence = ReplicaEvidence()
+        self.verified_at = 0.0  # when a failed request last caused a check
+        self.verifying = False
         self.tasks: list[asyncio.Task[None]] = []
 
 
@@ -114,7 +131,9 @@ class HealthMonitor:
         self._next_id = 0
         self._next_slot = 0
         self._running = False
+        self._requests = RequestEvidence(policy.suspect_timeout)
         self.listeners: list[Callable[[list[Member]], None]] = []
+        self.suspect_listeners: list[Callable[[Suspect], None]] = []
 
     @property
     def members(self) -> list[Member]:
@@ -163,6 +182,7 @@ class HealthMonitor:
     def remove(self, id: int) -> None:
         """Remove a replica now; its running requests go to other replicas."""
         monitored = self._monitored.pop(id)
+        self._requests.forget_replica(id)
         for task in monitored.tasks:
             task.cancel()
         self._publish()
@@ -257,20 +277,65 @@ class HealthMonitor:
 
     # --- failures of requests --------------------------------------------------------------------
 
-    def report(self, id: int, reason: str | None) -> None:
-        """A request met a failure at a replica, or (None) succeeded after one."""
+    def report(self, id: int, outcome: Outcome) -> None:
+        """A request met a failure at a replica, or was answered in full after failures."""
         monitored = self._monitored.get(id)
-        if monitored is None:
+        if isinstance(outcome, Success):
+            if monitored is not None:
+                monitored.backoff.reset()
+                monitored.evidence.clear()
+                self._set(monitored, failing=False)
+            self._publish_suspect(self._requests.clear(outcome.digest))
+        elif monitored is not None:
+            if outcome.reached:
+                self._suspect_request(monitored, outcome)
+            if not outcome.lost:
+                self._suspect_replica(monitored, outcome)
+
+    def _suspect_request(self, monitored: _Monitored, failure: Failure) -> None:
+        suspect = self._requests.add(monitored.member.id, monitored.spec.target, failure)
+        self._publish_suspect(suspect)
+        if suspect.refused:
+            asyncio.get_running_loop().call_later(
+                BURST_SECONDS,
+                lambda: self._publish_suspect(self._requests.review(failure.digest)),
+            )
+
+    def _suspect_replica(self, monitored: _Monitored, failure: Failure) -> None:
+        """Eject a replica at which several different requests failed in a row; before that, have a
+        check decide."""
+        self._set(monitored, failing=True)
+        failed = monitored.evidence.add(failure)
+        limit = self._policy.consecutive_failures
+        if monitored.member.state == "down":
             return
-        if reason is None:
-            monitored.backoff.reset()
-            self._set(monitored, failing=False)
-            return
+        if failed >= limit and may_eject(monitored.member, self.members):
+            monitored.ejected_until = time.monotonic() + monitored.backoff.failed()
+            reason = f"{failed} different requests failed in a row; the last: {failure.reason}"
+            self._take_down(monitored, reason)
+        else:
+            self._verify_soon(monitored)
+
+    def _verify_soon(self, monitored: _Monitored) -> None:
+        """Check a replica now because a request failed there, once per second at most."""
         now = time.monotonic()
-        if now < monitored.ejected_until:
-            return  # one crash fails many requests; it counts once
-        monitored.ejected_until = now + monitored.backoff.failed()
-        self._take_down(monitored, reason, failing=True)
+        pause = min(1.0, self._policy.health_check_interval)
+        if monitored.verifying or not self._running or now - monitored.verified_at < pause:
+            return
+        monitored.verifying, monitored.verified_at = True, now
+        self._run(monitored, "the check after a failure", self._verify)
+
+    async def _verify(self, monitored: _Monitored) -> None:
+        try:
+            await self.check(monitored.member.id, verify=True)
+        finally:
+            monitored.verifying = False
+            monitored.tasks = [t for t in monitored.tasks if t is not asyncio.current_task()]
+
+    def _publish_suspect(self, suspect: Suspect | None) -> None:
+        if suspect is not None:
+            for listener in self.suspect_listeners:
+                listener(suspect)
 
     def _take_down(self, monitored: _Monitored, reason: str, **changes: Any) -> None:
         monitored.probe_passed = False
@@ -316,10 +381,12 @@ class HealthMonitor:
                 await asyncio.sleep(self._policy.health_check_interval)
             await self.check(monitored.member.id)
 
-    async def check(self, id: int, *, first: bool = False) -> None:
+    async def check(self, id: int, *, first: bool = False, verify: bool = False) -> None:
         """One health check; it changes health, never the load counters. first: the gateway itself
-        is starting, so no slow start is needed."""
-        monitored = self._monitored[id]
+        is starting, so no slow start is needed. verify: with a completion in any case."""
+        monitored = self._monitored.get(id)
+        if monitored is None:
+            return
         problem = await monitored.health_probe.check_health()
         if problem is UNCERTAIN:
             return
@@ -328,15 +395,18 @@ class HealthMonitor:
                 await self._read_models(monitored)
             if time.monotonic() < monitored.ejected_until:
                 return
-            if self._needs_probe(monitored):
+            if verify or self._needs_probe(monitored):
                 problem = await self._probe(monitored)
         if id not in self._monitored:
             return
         if problem is not None:
+            if verify and monitored.member.state == "up":
+                monitored.ejected_until = time.monotonic() + monitored.backoff.failed()
             self._take_down(monitored, problem.text, lost=monitored.member.lost or problem.lost)
         elif monitored.member.state == "down":
             ramp = None if first else time.monotonic()
             monitored.reported_prefixes.forget()
+            monitored.evidence.clear()
             self._set(monitored, state="up", reason="", lost=False, slow_start_from=ramp)
 
     async def _read_models(self, monitored: _Monitored) -> None:

@@ -100,7 +100,7 @@ class HealthProbe:
             response = await self._fetch("/v1/completions", "POST", body, self._probe_timeout)
         except OSError as error:
             return Problem(f"a completion of one token failed ({error or 'no answer in time'})")
-        if response.status >= 500:
+        if response.status >= 500 and response.status != 501:  # 501: it serves no completions
             text = error_text(response.body)
             return Problem(f"a completion of one token got {response.status} ({text})")
         return None

@@ -33,6 +33,7 @@ from millrace.gateway.processes.supervisor import (
     Stop,
 )
 from millrace.gateway.routing.replicas import ReplicaSet
+from millrace.gateway.routing.suspects import Suspect
 
 _ANSWER_SECONDS = 10.0
 
@@ -80,7 +81,7 @@ async def _run(index: int, channel_fd: int, counters_fd: int, options: GatewayOp
         return admin_apis[0]
 
     relay_server = RelayServer(
-        options, counters, index, make_admin, lambda id, reason: channel.send(Report(id, reason))
+        options, counters, index, make_admin, lambda id, outcome: channel.send(Report(id, outcome))
     )
     drain, listening = 0.0, False
     while (message := await channel.receive()) is not None:
@@ -93,6 +94,8 @@ async def _run(index: int, channel_fd: int, counters_fd: int, options: GatewayOp
                 channel.send(Listening())
         elif isinstance(message, AdminReply):
             admin_apis[0].reply(message)
+        elif isinstance(message, Suspect):
+            relay_server.relay.suspects.update(message)
         elif isinstance(message, Stop):
             drain = message.drain
             break

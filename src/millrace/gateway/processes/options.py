@@ -76,6 +76,9 @@ HEALTH_HELP: Mapping[str, str] = {
     "health_check_timeout": "Seconds that a health check may take.",
     "idle_probe": "Seconds after which an idle replica must complete one token; 0: never.",
     "slow_start": "Seconds in which a new replica's share of requests grows to its full weight.",
+    "consecutive_failures": "Different requests that must fail in a row at a replica to eject it.",
+    "suspect_timeout": "Seconds for which a request is refused on which two replicas failed; "
+    "0: it is not.",
     "load_interval": "Seconds between two load reports of a replica; 0: none are read.",
 }
 

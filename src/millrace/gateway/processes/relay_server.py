@@ -24,6 +24,7 @@ from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.policies import make_policy
 from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import ReplicaSet
+from millrace.gateway.routing.suspects import Outcome
 
 _PUBLISH_SECONDS = 0.5
 _SWEEP_EVERY = 4  # times _PUBLISH_SECONDS
@@ -38,7 +39,7 @@ class RelayServer:
         counters: SharedCounters,
         index: int,
         admin: Callable[[ReplicaSet], AdminHandler],
-        report: Callable[[int, str | None], None],
+        report: Callable[[int, Outcome], None],
         log: Callable[[str], None] = stderr_line,
     ) -> None:
         process_counters = counters.process_counters(index)

@@ -28,6 +28,7 @@ from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import LocalReply, Request
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.routing.replicas import Member
+from millrace.gateway.routing.suspects import Outcome, Suspect
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # beyond the drain, for a process to end by itself
@@ -62,7 +63,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     """To the main process: arguments of `HealthMonitor.report`."""
 
     id: int
-    reason: str | None
+    outcome: Outcome
 
 
 class AdminRequest(msgspec.Struct, frozen=True, tag="request"):
@@ -72,7 +73,7 @@ class AdminRequest(msgspec.Struct, frozen=True, tag="request"):
     request: Request
 
 
-Down = Members | AdminReply | Stop
+Down = Members | AdminReply | Suspect | Stop
 Up = Listening | Report | AdminRequest
 
 
@@ -147,6 +148,11 @@ class GatewayProcesses:
         for child in self._running.values():
             child.channel.send(Members(members))
 
+    def send_suspect(self, suspect: Suspect) -> None:
+        """Send the evidence against a request to every process."""
+        for child in self._running.values():
+            child.channel.send(suspect)
+
     async def start(self) -> None:
         """Take the port and start every process. Raises UserError when it is taken."""
         host, port = self._options.host, self._options.port
@@ -211,7 +217,7 @@ class GatewayProcesses:
             if isinstance(message, Listening):
                 child.listening.set()
             elif isinstance(message, Report):
-                self._monitor.report(message.id, message.reason)
+                self._monitor.report(message.id, message.outcome)
             elif isinstance(message, AdminRequest):
                 reported("a local request", self._reply(child, message), self._log)
 

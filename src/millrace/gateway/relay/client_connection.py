@@ -168,6 +168,10 @@ class ClientConnection(asyncio.Protocol):
         """Send this head together with the next bytes."""
         self._buffered_head = data
 
+    def drop_head(self) -> None:
+        """Forget the head that `buffer_head` was given."""
+        self._buffered_head = b""
+
     def answer(self, own: LocalReply, request: Request) -> None:
         """Send a local reply and go on to the next request."""
         own = own.in_shape_of(request.path)

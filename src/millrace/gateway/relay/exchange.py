@@ -7,6 +7,8 @@ know how replicas are chosen (candidates.py) or how streams are buffered and res
 Before the first byte has gone to the client, a failure moves the request to another replica. A
 stream that has begun is resumed on another replica after the last complete event. Where that is
 impossible the client's connection is closed, so that the client cannot take a part for the whole.
+
+A request at which two replicas fail, without an output token in between, is sent to no third one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from millrace.common.http_client import error_text
 from millrace.gateway.http.message import (
     LocalReply,
     Request,
@@ -29,11 +32,19 @@ from millrace.gateway.relay.idle_timeout import IdleTimeout
 from millrace.gateway.relay.relay import Client, Relay
 from millrace.gateway.relay.replica_connection import ReplicaConnection
 from millrace.gateway.relay.resumption import Resumption
-from millrace.gateway.resume.stream_buffer import ERROR_EVENT
+from millrace.gateway.resume.stream_buffer import ERROR_EVENT, first_error
 from millrace.gateway.routing.candidates import Candidates
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
+from millrace.gateway.routing.suspects import (
+    MAX_REPLICAS_TO_FAIL,
+    Failure,
+    FailureBurst,
+    digest_of,
+    suspect_reply,
+)
 
+_ENGINE_DEAD = b'"engine_dead"'  # the code of an error of a server whose engine has died
 _BUSY = (429, 503)  # such a replica is skipped while there is another one
 _WAIT_STEP = 0.05  # seconds between searches for a replica that can resume a stream
 
@@ -57,6 +68,12 @@ class Exchange:
             relay.replicas, relay.policy, self.info, relay.limits.max_requests_per_replica
         )
         self._failures = 0
+        self._suspicions = 0  # replicas in a row that failed with it and without a new token
+        self._tokens_at_failure = 0
+        self._first_burst: FailureBurst | None = None
+        self._begun = False  # bytes of the response have gone to the client
+        self._stale_failure = ""  # why an idle connection closed on which it had been sent
+        self._busy_reply: LocalReply | None = None
         self._connection: ReplicaConnection | None = None
         self._opening: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None  # queue timeout, or wait for a replica
@@ -78,7 +95,7 @@ class Exchange:
         """Admit the request, queue it, or refuse it."""
         relay, info = self._relay, self.info
         relay.in_flight += 1
-        none = self._candidates.refusal()
+        none = self._candidates.refusal() or self._suspect_refusal()
         if none is not None:
             self._reply(none)
             return
@@ -88,6 +105,16 @@ class Exchange:
             self._reply(error_reply(429, f"{refusal}; try again later", retry_after=wait))
         elif not self._admitted and not self._finished:
             self._timer = self._loop.call_later(relay.limits.queue_timeout, self._queue_timed_out)
+
+    def _suspect_refusal(self) -> LocalReply | None:
+        """502 for a request at which two replicas failed lately. One failure leaves one more
+        try."""
+        suspects = self._relay.suspects
+        suspect = suspects.find(self.request) if suspects else None
+        if suspect is None:
+            return None
+        self._suspicions = min(suspect.failures, MAX_REPLICAS_TO_FAIL - 1)
+        return suspects.refusal(suspect) if suspect.refused else None
 
     def has_capacity(self) -> bool:
         """Whether a replica could take the request now; true as well if no replica is left."""
@@ -138,7 +165,10 @@ class Exchange:
             connection = await self._relay.pool.open(replica)
         except OSError as error:
             self._opening = None
-            self.failed(f"cannot connect ({error or 'timed out'})")
+            reason = f"cannot connect ({error or 'timed out'})"
+            if self._stale_failure:  # the replica had the request, and is gone since
+                reason = f"{self._stale_failure}, and {reason}"
+            self._fail(reason, reached=bool(self._stale_failure))
             return
         self._opening = None
         self._send(connection)
@@ -160,21 +190,20 @@ class Exchange:
         """The response's head has come, and `first`, the start of its body. False: the request goes
         to another replica instead."""
         status = head.status
-        if status in _BUSY and self._candidates.untried():
-            self._skip_replica(f"answered {status}")
+        if status in _BUSY and not self._is_last_answer(status, head, first):
             return False
         if self._stream.resuming:
             if status == 200:
                 return True
-            self.failed(f"answered {status} to a request to resume a stream", lost=status < 500)
+            self._fail(
+                f"answered {status} to a request to resume a stream",
+                reached=status >= 500,
+                reported=status >= 500,
+            )
             return False
-        if (
-            status == 200
-            and head.chunked
-            and ERROR_EVENT in first[:64]
-            and self._candidates.untried()
-        ):
-            self.failed("began its stream with an error")
+        error = first_error(first) if status == 200 and head.chunked else None
+        if error is not None and error.by_server and self._candidates.untried():
+            self.failed(f"began its stream with an error ({error.message})")
             return False
         self.status, self._delimited = status, head.delimited
         self.first_byte = time.perf_counter() - self.began
@@ -189,6 +218,20 @@ class Exchange:
             self._relay.process_counters.count_event("unprotected")
         self._client.buffer_head(response_head(head, self._keep_alive, request.id))
         return True
+
+    def _is_last_answer(self, status: int, head: ResponseHead, first: bytes) -> bool:
+        """Whether the client gets this 429 or 503. False: another replica is tried."""
+        if not self._candidates.untried():
+            return True
+        if status == 503 and _ENGINE_DEAD in first:
+            self.failed("answered that its engine has died")
+            return False
+        if status == 429:
+            wait = header(head.headers, b"retry-after").decode("latin-1")
+            again = int(wait) if wait.isascii() and wait.isdigit() and len(wait) < 6 else 1
+            self._busy_reply = error_reply(429, error_text(first), retry_after=again)
+        self._skip_replica(f"answered {status}")
+        return False
 
     def publish(self, replica: Replica) -> None:
         """Bring the counters of its replica up to date."""
@@ -212,6 +255,7 @@ class Exchange:
         passed = self._stream.feed(data)
         if passed:
             self._failures = 0
+            self._begun = True
             self._client.write(passed)
         if self._stream.failure is not None:
             self.failed(self._stream.failure)
@@ -230,6 +274,7 @@ class Exchange:
         if before is None:
             return False
         if before:
+            self._begun = True
             self._client.write(before)
         self.failed("ended its stream with an error")
         return True
@@ -247,7 +292,9 @@ class Exchange:
             self.failed(self._stream.failure or "ended a stream before its end")
             return
         self._client.write(last)
-        self._relay.replicas.record_answer(replica, self.status)
+        self._relay.replicas.record_answer(
+            replica, self.status, self.request, suspect=self._suspicions > 0
+        )
         if self.info.stream and self.status == 200:
             self._relay.replicas.record_output(self.account.chunks)
         self._finish(self.status, reusable)
@@ -255,28 +302,86 @@ class Exchange:
 
     # --- failures ------------------------------------------------------------------------------
 
-    def failed(self, reason: str, *, stale: bool = False, lost: bool = False) -> None:
-        """The replica failed. stale: an idle connection closed before a byte of the response. lost:
-        reported by the health monitor, which need not be told."""
+    def failed(self, reason: str, *, stale: bool = False) -> None:
+        """The replica failed. stale: an idle connection closed before a byte of the response."""
+        if stale and self.replica is not None and not self._finished:
+            self._connection = None
+            self._stale_failure = reason
+            self._opening = self._loop.create_task(self._open_connection(self.replica))
+        else:
+            self._fail(reason)
+
+    def lost(self, reason: str, *, removed: bool) -> None:
+        """The replica is gone, or was removed, by the word of the health monitor."""
+        self._fail(reason, reached=not removed, reported=not removed, lost=True)
+
+    def _fail(
+        self, reason: str, *, reached: bool = True, reported: bool = True, lost: bool = False
+    ) -> None:
+        """Leave the replica. reached: it had the request, which may be the cause. reported: the
+        health monitor is told; lost: it knows of the replica."""
         replica = self.replica
         if replica is None or self._finished:
             return
-        if stale:
-            self._connection = None
-            self._opening = self._loop.create_task(self._open_connection(replica))
-            return
-        if not lost:
-            self._relay.replicas.report_failure(replica, reason)
+        self._stale_failure = ""
         self._candidates.record_failure(replica, reason)
         self._failures += 1
-        if not self.status:
-            self._release_replica(reusable=False)
-            self._retry()
-        elif self._stream.resumable:
-            self._release_replica(reusable=False)
+        if self.status and not self._begun:
+            self._start_again()
+        if self.status and not self._stream.resumable:
+            self._report(replica, reason, reached, reported, lost)
+            self._abort_response()
+            return
+        self._release_replica(reusable=False)
+        if self.status and not self._stream.interrupt():
+            self._report(replica, reason, reached, reported, lost)
+            self._abort_response()
+            return
+        self._report(replica, reason, reached, reported, lost)
+        if reached and self._is_suspect(replica):
+            self._give_up_suspect(f"{replica.target}: {reason}")
+        elif self.status:
             self._resume_elsewhere()
         else:
+            self._retry()
+
+    def _start_again(self) -> None:
+        """Forget a response of which the client has got nothing yet."""
+        self._client.drop_head()
+        self._stream.close()
+        self._stream = Resumption(self.info, self._relay.buffer, self._relay.limits.max_resumptions)
+        self.status, self.first_byte = 0, None
+
+    def _is_suspect(self, replica: Replica) -> bool:
+        """Count a failure against the request. Returns whether it has failed enough replicas.
+
+        A failure counts together with earlier ones unless it made tokens in between. A stream that
+        had tokens, and whose first failure others shared, may be a victim of another request and
+        gets one more replica.
+        """
+        tokens = self._stream.output_tokens
+        if tokens > self._tokens_at_failure:
+            self._suspicions = 0
+        self._tokens_at_failure = tokens
+        if self._suspicions == 0:
+            self._first_burst = replica.burst
+        self._suspicions += 1
+        victim = tokens > 0 and self._first_burst is not None and self._first_burst.count > 1
+        return self._suspicions >= MAX_REPLICAS_TO_FAIL + victim
+
+    def _report(
+        self, replica: Replica, reason: str, reached: bool, reported: bool, lost: bool
+    ) -> None:
+        if reported:
+            failure = Failure(reason, digest_of(self.request), reached, lost)
+            self._relay.replicas.report_failure(replica, failure)
+
+    def _give_up_suspect(self, reason: str) -> None:
+        """Two replicas failed on the request: it goes to no other one."""
+        if self.status:
             self._abort_response()
+        else:
+            self._reply(suspect_reply(reason))
 
     def _skip_replica(self, reason: str) -> None:
         """The replica is healthy but has no capacity."""
@@ -294,10 +399,7 @@ class Exchange:
         self._attempt()
 
     def _resume_elsewhere(self) -> None:
-        """Resume the stream on another replica."""
-        if not self._stream.interrupt():
-            self._abort_response()
-            return
+        """Resume the stream, which has been interrupted, on another replica."""
         self._relay.process_counters.count_event("resumed")
         ending = self._stream.final_bytes()
         if ending is not None:
@@ -316,7 +418,7 @@ class Exchange:
         if self._stream.resuming:
             self._wait_for_replica()
         else:
-            self._reply(self._candidates.exhausted_reply())
+            self._reply(self._busy_reply or self._candidates.exhausted_reply())
 
     def _wait_for_replica(self) -> None:
         """A stream has begun and no replica can resume it now: wait until one comes back."""

@@ -23,6 +23,7 @@ from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.policies import Policy
 from millrace.gateway.routing.replicas import Replica, ReplicaSet
+from millrace.gateway.routing.suspects import SuspectRequests
 
 
 class AdminHandler(Protocol):
@@ -52,6 +53,10 @@ class Client(Protocol):
 
     def buffer_head(self, data: bytes) -> None:
         """Send this head together with the next bytes."""
+        ...
+
+    def drop_head(self) -> None:
+        """Forget the head that `buffer_head` was given."""
         ...
 
     def answer(self, own: LocalReply, request: Request) -> None:
@@ -98,6 +103,7 @@ class Relay:
         self.access = access or Access()
         self.log = log
         self.in_flight = 0
+        self.suspects = SuspectRequests()
         self.buffer = BufferBudget(limits, self.process_counters)
         self.bodies = BodyBudget(limits, self.process_counters)
         self.pool = Pool(limits)
@@ -114,7 +120,8 @@ class Relay:
     def _lost(self, replica: Replica) -> None:
         """Nothing more will come from it: its requests go to other replicas."""
         for exchange in list(replica.exchanges):
-            exchange.failed(f"lost ({replica.member.reason or 'removed'})", lost=True)
+            reason = f"lost ({replica.member.reason or 'removed'})"
+            exchange.lost(reason, removed=replica.removed)
 
     def publish(self) -> None:
         """Bring this process's counters up to date; called periodically."""

@@ -17,6 +17,7 @@ from millrace.gateway.relay.fast_path import FastPath
 from millrace.gateway.resume.journal import EVENT_END
 from millrace.gateway.routing.replicas import Replica
 
+_STALE_SECONDS = 1.0  # after the request; a later close is not that of an idle connection
 _BODILESS = frozenset((204, 304))
 
 
@@ -81,6 +82,8 @@ class ReplicaConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: ResponseHandler | None = None
         self._reused = False
+        self._sent_at = 0.0
+        self._loop = asyncio.get_running_loop()
         self._paused = False
         self._parser = httptools.HttpResponseParser(self)
         self._begin(no_body=False, decode=False)
@@ -118,6 +121,7 @@ class ReplicaConnection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             self._fail("the connection was closed")
         else:
+            self._sent_at = self._loop.time()
             self._transport.write(data)
 
     def release(self, reusable: bool) -> None:
@@ -284,6 +288,8 @@ class ReplicaConnection(asyncio.Protocol):
         if exchange is None:
             return
         silent = self._reused and not self._head_buffer and not self._head_forwarded
+        # A replica that closes an idle connection does so before it can know of the request.
+        silent = silent and self._loop.time() - self._sent_at < _STALE_SECONDS
         if silent and self._transport is None:
             self._exchange = None
             exchange.failed(reason, stale=True)

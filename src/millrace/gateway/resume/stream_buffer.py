@@ -6,13 +6,59 @@ then, and is counted as unprotected.
 
 from __future__ import annotations
 
+import re
+
+import msgspec
+
+from millrace.common.http_client import error_text
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import ProcessCounters
 from millrace.gateway.resume.journal import Journal, Progress, parse_progress
 
 ERROR_EVENT = b'data: {"error":'
-_CLIENT_ERROR = b'"type":"invalid_request_error"'
+_SSE_LINE_ENDS = re.compile(rb"\r\n|\r|\n")
+_CLIENT_TYPES = re.compile(
+    r"bad_?request|invalid|not_?found|unprocessable|authentication|permission|rate_?limit", re.I
+)
+_LONGEST_ERROR = 4096  # bytes of a first event that are read
 _STEP = 16384  # bytes between two checks of the bounds
+
+
+class StreamError(msgspec.Struct, frozen=True):
+    """An error event. by_server: not about the client's request."""
+
+    message: str
+    by_server: bool
+
+
+def first_error(chunks: bytes) -> StreamError | None:
+    """The error with which a stream begins, from the first bytes of its chunks; None if it does
+    not, or if its first event is not complete."""
+    payload = chunks.partition(b"\r\n")[2]
+    for line in _SSE_LINE_ENDS.split(payload[:_LONGEST_ERROR]):
+        if line.startswith(b"data:"):
+            return read_error(line[5:])
+    return None
+
+
+def read_error(data: bytes) -> StreamError | None:
+    """The error in an event's data; None if it is not one."""
+    try:
+        event = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(event, dict) or "choices" in event:
+        return None
+    error = event.get("error")
+    if error is None and event.get("object") == "error":
+        error = event
+    if not error:
+        return None
+    fields = error if isinstance(error, dict) else {}
+    code, kind = fields.get("code"), str(fields.get("type") or event.get("type") or "")
+    status = int(str(code)) if re.fullmatch("[0-9]{3}", str(code)) else 0
+    by_client = 400 <= status < 500 if status else bool(_CLIENT_TYPES.search(kind))
+    return StreamError(error_text(data), by_server=not by_client)
 
 
 class BufferBudget:
@@ -75,7 +121,11 @@ class StreamBuffer:
     def bytes_before_error(self, data: bytes) -> bytes | None:
         """If this input holds an error event of the replica, the bytes for the client before it;
         else None. Such a stream is treated as broken."""
-        if ERROR_EVENT not in data or _CLIENT_ERROR in data or self._journal is None:
+        if ERROR_EVENT not in data or self._journal is None:
+            return None
+        event = _SSE_LINE_ENDS.split(data[data.index(ERROR_EVENT) + len(b"data:") :], 1)[0]
+        error = read_error(event)
+        if error is not None and not error.by_server:
             return None
         line = data.rfind(b"\r\n", 0, data.index(ERROR_EVENT))
         begin = data.rfind(b"\n", 0, line) + 1 if line > 0 else 0

@@ -27,12 +27,13 @@ from millrace.gateway.common.shared_counters import (
     ProcessCounters,
     SharedCounters,
 )
+from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import Kind, RequestInfo
+from millrace.gateway.routing.suspects import Failure, FailureBurst, Outcome, Success, digest_of
 
 State = Literal["up", "down", "draining"]
 
 _FEW = 32  # replicas times processes; above it numpy is faster
-_MAX_CONSECUTIVE_ERRORS = 5
 _INITIAL_MEAN_OUTPUT = 128.0  # output tokens, until responses have been seen
 
 
@@ -66,8 +67,8 @@ class InFlight(Protocol):
         """Bring the replica's counters up to date."""
         ...
 
-    def failed(self, reason: str, *, lost: bool = False) -> None:
-        """Nothing more will come from the replica. lost: reported by the health monitor."""
+    def lost(self, reason: str, *, removed: bool) -> None:
+        """Nothing more will come from the replica: it is gone, or was removed."""
         ...
 
 
@@ -76,11 +77,12 @@ class Replica:
 
     bytes, chunks, load_growth and resident_growth are plain attributes, because they change with
     every chunk; `publish` adds them to the shared counters. load, in_flight: over all processes, as
-    of the last `ReplicaSet.refresh_load`. exchanges: its running requests of this process.
+    of the last `ReplicaSet.refresh_load`. exchanges: its running requests of this process. burst:
+    the latest failures that they met.
     """
 
     __slots__ = (
-        "_bytes", "_chunks", "bytes", "chunks", "consecutive_errors", "exchanges", "in_flight",
+        "_bytes", "_chunks", "burst", "bytes", "chunks", "exchanges", "in_flight",
         "load", "load_growth", "member", "removed", "resident_growth",
     )  # fmt: skip
 
@@ -89,7 +91,7 @@ class Replica:
         self.load = 0
         self.in_flight = 0
         self.removed = False
-        self.consecutive_errors = 0
+        self.burst = FailureBurst()
         self.bytes = self.chunks = 0
         self._bytes = self._chunks = 0
         self.load_growth = self.resident_growth = 0
@@ -130,7 +132,7 @@ class ReplicaSet:
         self,
         counters: SharedCounters,
         process_counters: ProcessCounters,
-        report: Callable[[int, str | None], None],
+        report: Callable[[int, Outcome], None],
         slow_start: float = 10.0,
     ) -> None:
         self.all: list[Replica] = []
@@ -143,9 +145,6 @@ class ReplicaSet:
         self._slot_count = 0
         self._ramping = False
         self._mean_output = _INITIAL_MEAN_OUTPUT
-        self._ejected_here: dict[
-            int, str
-        ] = {}  # reported, and not yet confirmed by the health monitor
 
     # --- membership ------------------------------------------------------------------------------
 
@@ -162,15 +161,12 @@ class ReplicaSet:
             newly_lost = member.lost and not replica.member.lost
             replica.member = member
             made.append(replica)
-            if member.failing or member.state != "up":
-                self._ejected_here.pop(member.id, None)
             if newly_lost:
                 self.on_lost(replica)
         self.all = sorted(made, key=lambda replica: replica.slot)
         self._slot_count = max((r.slot for r in made), default=-1) + 1
         self._ramping = any(r.member.slow_start_from is not None for r in made)
         for replica in gone.values():
-            self._ejected_here.pop(replica.member.id, None)
             replica.removed = True
             self.on_removed(replica)
 
@@ -180,7 +176,7 @@ class ReplicaSet:
 
     def is_available(self, replica: Replica) -> bool:
         """Whether it may be given requests."""
-        return replica.member.state == "up" and replica.member.id not in self._ejected_here
+        return replica.member.state == "up"
 
     def available(self, tried: Collection[Replica] = (), model: str | None = None) -> list[Replica]:
         """Replicas that take requests for this model, without those already tried. One that does
@@ -204,7 +200,7 @@ class ReplicaSet:
 
     def _why_not(self, replica: Replica) -> str:
         member = replica.member
-        return self._ejected_here.get(member.id) or member.reason or member.state
+        return member.reason or member.state
 
     # --- load ------------------------------------------------------------------------------------
 
@@ -254,27 +250,23 @@ class ReplicaSet:
         self.process_counters.add(replica.slot, IN_FLIGHT, -1)
         replica.publish(self.process_counters)
 
-    # --- what requests meet ----------------------------------------------------------------------
+    # --- outcomes of requests --------------------------------------------------------------------
 
-    def report_failure(self, replica: Replica, reason: str) -> None:
-        """A request met a failure: ejected here at once; the health monitor decides for how
-        long."""
-        self.process_counters.add(replica.slot, FAILURES, 1)
-        self._ejected_here[replica.member.id] = reason
-        self._report(replica.member.id, reason)
+    def report_failure(self, replica: Replica, failure: Failure) -> None:
+        """A request met a failure at a replica; the health monitor decides what follows."""
+        if not failure.lost:
+            self.process_counters.add(replica.slot, FAILURES, 1)
+        replica.burst = replica.burst.after(time.monotonic())
+        self._report(replica.member.id, failure)
 
-    def record_answer(self, replica: Replica, status: int) -> None:
-        """A request was answered in full. One error of the server's is that request's; several in a
-        row are the replica's, which would otherwise draw all requests by being so quick."""
-        if status >= 500:
-            replica.consecutive_errors += 1
-            if replica.consecutive_errors >= _MAX_CONSECUTIVE_ERRORS:
-                replica.consecutive_errors = 0
-                self.report_failure(
-                    replica, f"answered {status}, an error {_MAX_CONSECUTIVE_ERRORS} times in a row"
-                )
+    def record_answer(self, replica: Replica, status: int, request: Request, suspect: bool) -> None:
+        """A request was answered in full. An error of the server counts as a failure, except 501:
+        that one is about the request. suspect: replicas had failed on the request before."""
+        if status >= 500 and status != 501:
+            self.report_failure(
+                replica, Failure(f"answered {status}", digest_of(request), reached=False)
+            )
             return
-        replica.consecutive_errors = 0
         self.process_counters.add(replica.slot, ENDED, 1)
-        if replica.member.failing:
-            self._report(replica.member.id, None)
+        if suspect or replica.member.failing:
+            self._report(replica.member.id, Success(digest_of(request) if suspect else b""))
