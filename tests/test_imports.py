@@ -32,7 +32,7 @@ LAYERS = [
     "replica",
     "llm server.telemetry",
     "server.engine_link",
-    "server.http",
+    "server.http server.sandbox",
     "server.api",
     "server.api.chat server.api.completions",
     "server.api.anthropic server.api.openai_responses server.api.tokenize",

@@ -245,7 +245,8 @@ class LLM:
         wanted = params.structured_outputs
         grammar = None
         if wanted is not None:
-            grammar = self._processor.grammar_for_output(wanted, "structured_outputs", reasons)
+            job = self._processor.output_grammar(wanted, "structured_outputs", reasons)
+            grammar = self._processor.grammar(job.build(), reasons)
         request = self._processor.request(
             str(self._count), token_ids, params, self._max_model_len, grammar=grammar
         )

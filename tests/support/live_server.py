@@ -19,6 +19,7 @@ from millrace.config import EngineArgs
 from millrace.server.options import ServerOptions
 from tests.support.fake_engine import VARIABLE, Behaviour
 
+SANDBOX = "millrace.server.sandbox.child"
 SERVE_FAKE = Path(__file__).with_name("serve_fake.py")
 
 
@@ -45,8 +46,14 @@ class LiveServer:
         assert self.process.poll() is None, self.log
 
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
+        children = psutil.Process(self.process.pid).children()
+        (engine,) = [child for child in children if SANDBOX not in child.cmdline()]
+        return engine
+
+    def sandboxes(self) -> list[psutil.Process]:
+        """The processes that work on clients' data."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if SANDBOX in child.cmdline()]
 
     def metric(self, name: str) -> float:
         """The sum over all labels of one metric."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.common.native_stack import COMPILE_STACK, run_on_stack
 from millrace.common.optional import available
 from millrace.errors import ConfigError, RequestError
 from millrace.protocol import AddRequest, Masks, StepPlan
@@ -145,7 +146,8 @@ class Grammars:
         from llguidance import LLMatcher
 
         assert request.grammar is not None
-        matcher = LLMatcher(self._tokenizer, request.grammar.source)
+        tokenizer, source = self._tokenizer, request.grammar.source
+        matcher = run_on_stack(COMPILE_STACK, lambda: LLMatcher(tokenizer, source))
         if matcher.is_error():
             raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
         state = GrammarState(matcher, request.grammar.after)

@@ -41,6 +41,7 @@ from millrace.server.http.connection import connection_class
 from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions, api_keys, gateway_key
+from millrace.server.sandbox.pool import Sandbox, SandboxOptions
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.text.processor import TextProcessor
 
@@ -80,14 +81,19 @@ async def _serve(
 ) -> int:
     metrics = RequestMetrics()
     client = EngineClient(metrics, options.stream_interval)
+    grammars, encoder = _sandboxes(args)
     tracer = Tracer.to(options.otlp_traces_endpoint)
     await client.start(args, program)
+    grammars.start()
     try:
         page = MetricsPage(
             names[0], metrics, lambda: client.stats, lambda: _cache_config(args, client.ready)
         )
         middleware = _middleware(
-            _api(args, options, names, client, metrics, page), options, metrics, tracer
+            _api(args, options, names, client, metrics, page, (grammars, encoder)),
+            options,
+            metrics,
+            tracer,
         )
         server = _Server(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
@@ -102,6 +108,7 @@ async def _serve(
         await server.serve(sockets=listeners)
         supervision.cancel()
     finally:
+        await asyncio.gather(grammars.close(), encoder.close())
         await client.stop()
         tracer.close()
     if isinstance(client.died, UserError):
@@ -116,6 +123,7 @@ def _api(
     client: EngineClient,
     metrics: RequestMetrics,
     page: MetricsPage,
+    sandboxes: tuple[Sandbox, Sandbox],
 ) -> ASGIApp:
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
@@ -130,8 +138,27 @@ def _api(
         body_reader=BodyReader(
             options.max_body_bytes, options.max_bodies_bytes, options.read_timeout
         ),
+        grammars=sandboxes[0],
+        encoder=sandboxes[1],
     )
     return application(context, page, root=args.model, debug=args.debug)
+
+
+def _sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
+    """The processes that build grammars, and the one that encodes long texts."""
+    tokenizer = str(find_model(args.tokenizer)) if args.tokenizer else args.model
+    grammars = SandboxOptions(
+        name="grammars", processes=2, max_queue=64, job_seconds=10.0, memory_bytes=2 << 30
+    )
+    encoder = SandboxOptions(
+        name="long texts",
+        processes=1,
+        max_queue=16,
+        job_seconds=60.0,
+        memory_bytes=8 << 30,
+        arguments=("--tokenizer", tokenizer),
+    )
+    return Sandbox(grammars), Sandbox(encoder)
 
 
 def _middleware(

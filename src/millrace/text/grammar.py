@@ -13,11 +13,16 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from millrace.common.native_stack import CHECK_STACK, run_on_stack
 from millrace.common.optional import available
 from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
+from millrace.text.tools.json_schema import schema_limit_error
 
 MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
+# The matcher's compiler recurses natively along rules and references: their number bounds its
+# stack. A grammar within these limits may still be too deep; see `millrace.common.native_stack`.
+MAX_RULES = 1000
 MAX_CHECKS = 200  # parts of a wrong schema that are tried to find the fault
 
 # For a start rule: models put line breaks between the end of their reasoning and what follows.
@@ -57,6 +62,13 @@ def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
         if not all(wanted.choice):
             raise RequestError(f"{field}: a choice is empty", param=field)
         return " | ".join(literal(text) for text in wanted.choice), ""
+    rules = len(_RULE.findall(wanted.grammar or ""))
+    if rules > MAX_RULES:
+        raise RequestError(
+            f"{field}.grammar has {rules} rules; at most {MAX_RULES} work",
+            param=field,
+            code="invalid_grammar",
+        )
     return f"%lark {{\n{wanted.grammar}\n}}", ""
 
 
@@ -76,12 +88,17 @@ def with_options(schema: Any, lenient: bool) -> Any:
 
 
 def _schema(given: dict[str, Any] | str, field: str) -> Any:
-    if not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{field}: the schema is not valid JSON: {error}", param=field) from None
+    schema: Any = given
+    if isinstance(given, str):
+        try:
+            schema = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"{field}: the schema is not valid JSON: {error}", param=field
+            ) from None
+    if problem := schema_limit_error(schema):
+        raise RequestError(f"{field}: {problem}", param=field, code="invalid_grammar")
+    return schema
 
 
 def _refusal(wanted: StructuredOutputs, field: str, problem: str) -> RequestError:
@@ -107,6 +124,9 @@ def grammar_error(source: str) -> str:
     return _checked(source)
 
 
+_RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]\w*[^\n:\"/]*:", re.MULTILINE)
+
+
 @lru_cache(maxsize=64)
 def _checked(source: str) -> str:
     if not available("llguidance"):
@@ -115,7 +135,7 @@ def _checked(source: str) -> str:
         )
     from llguidance import LLMatcher
 
-    return str(LLMatcher.validate_grammar(source))
+    return run_on_stack(CHECK_STACK, lambda: str(LLMatcher.validate_grammar(source)))
 
 
 def schema_error(schema: Any) -> str:

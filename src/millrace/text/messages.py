@@ -25,6 +25,19 @@ def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
 
 
+def text_length(messages: Sequence[Any]) -> int:
+    """Characters of all contents; of malformed messages, none."""
+    total = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            total += len(content)
+        elif isinstance(content, list):
+            texts = (part.get("text") for part in content if isinstance(part, Mapping))
+            total += sum(len(text) for text in texts if isinstance(text, str))
+    return total
+
+
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content", param=where)

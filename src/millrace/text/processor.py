@@ -14,17 +14,17 @@ from typing import Any
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.lengths import check_lengths, output_length
+from millrace.lengths import TOO_LONG, check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
-from millrace.text.grammar import output_grammar, output_rules
-from millrace.text.messages import Message, normalize_messages
+from millrace.text.grammar_jobs import OutputGrammar, ToolCallGrammar
+from millrace.text.messages import Message, normalize_messages, text_length
 from millrace.text.reasoning import END
 from millrace.text.template import ChatTemplate, load_template
 from millrace.text.tokenizer import Tokenizer
-from millrace.text.tool_grammar import can_constrain_auto_calls, tool_call_grammar
-from millrace.text.tools.call_tags import FUNCTION
+from millrace.text.tool_grammar import can_constrain_auto_calls
+from millrace.text.tools.call_tags import CALL, CALL_END, FUNCTION
 from millrace.text.tools.parser import ToolCallParser
 from millrace.text.tools.schema import Tool, ToolChoice
 
@@ -91,7 +91,7 @@ class TextProcessor:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. Raises RequestError for a text that is no valid Unicode."""
+        """Token ids of a prompt. Raises RequestError for a text that cannot be encoded."""
         try:
             return self.tokenizer.encode(text, add_special_tokens)
         except (UnicodeError, TypeError):
@@ -99,6 +99,32 @@ class TextProcessor:
                 "the prompt holds half of a surrogate pair, which is not a character",
                 param="prompt",
             ) from None
+
+    def check_text(self, text: str, max_model_len: int, param: str = "prompt") -> None:
+        """Raise RequestError for a text that cannot fit into the model's context, whatever its
+        tokens are. It costs nothing, so it comes before a text is encoded."""
+        self._check_characters(len(text), max_model_len, param)
+
+    def check_chat(self, messages: Sequence[Message], max_model_len: int) -> None:
+        """As `check_text`, of messages before they are rendered: each makes a token at least."""
+        if len(messages) > max_model_len:
+            raise RequestError(
+                f"messages has {len(messages)} entries, but the model's context holds "
+                f"{max_model_len} tokens",
+                param="messages",
+                code=TOO_LONG,
+            )
+        self._check_characters(text_length(messages), max_model_len, "messages")
+
+    def _check_characters(self, count: int, max_model_len: int, param: str) -> None:
+        limit = max_model_len * self.tokenizer.longest_token
+        if count > limit:
+            raise RequestError(
+                f"{param} has {count} characters, but the model's context holds {max_model_len} "
+                f"tokens, which are at most {limit} characters",
+                param=param,
+                code=TOO_LONG,
+            )
 
     def request(
         self,
@@ -182,31 +208,34 @@ class TextProcessor:
             return [bare, spaced]
         return [bare]
 
-    def grammar_for_output(self, wanted: StructuredOutputs, field: str, reasons: bool) -> Grammar:
-        """The grammar of `structured_outputs`. reasons: the answer begins with reasoning, to which
-        the grammar does not apply. field: the client's name for it. Raises RequestError.
+    def output_grammar(self, wanted: StructuredOutputs, field: str, reasons: bool) -> OutputGrammar:
+        """The grammar job of `structured_outputs`. field: the client's name for it. reasons: the
+        answer begins with reasoning, to which the grammar does not apply.
         """
-        return Grammar(output_grammar(wanted, field, reasons), self._reasoning_end(reasons))
+        return OutputGrammar(wanted, field, gap=reasons)
 
-    def grammar_for_tool_calls(
+    def tool_call_grammar(
         self,
         choice: ToolChoice,
         parser: ToolCallParser,
         reasons: bool,
         wanted: tuple[StructuredOutputs, str] | None = None,
-    ) -> Grammar:
-        """The grammar of an answer that may or must call tools. wanted: what it must match where it
-        does not, and the field that says so. Otherwise as `structured`.
+    ) -> ToolCallGrammar:
+        """The grammar job of an answer that may or must call tools. wanted: what an answer without
+        calls must match, and the field that says so. Otherwise as `output_grammar`.
         """
-        body = None
-        if wanted is not None:
-            self.grammar_for_output(
-                *wanted, reasons
-            )  # for its error message, which names the field
-            body = output_rules(*wanted)
-        source = tool_call_grammar(
-            choice, self._writes_json_calls(parser), reasons, self.tokenizer.token_id, body
+        ids = {text: self.tokenizer.token_id(text) for text in (CALL, CALL_END)}
+        return ToolCallGrammar(
+            choice,
+            self._writes_json_calls(parser),
+            gap=reasons,
+            token_ids={text: token for text, token in ids.items() if token is not None},
+            output=wanted and OutputGrammar(*wanted, gap=reasons),
         )
+
+    def grammar(self, source: str, reasons: bool) -> Grammar:
+        """A built grammar as the engine takes it. Raises RequestError if reasoning precedes it that
+        has no end the engine could see."""
         return Grammar(source, self._reasoning_end(reasons))
 
     def constrains_auto_calls(self, choice: ToolChoice) -> bool:

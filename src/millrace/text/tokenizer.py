@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, RequestError
 
 TURN_END = "<|im_end|>"
 
@@ -57,6 +57,8 @@ class Tokenizer:
     """Encodes and decodes by one `tokenizer.json`.
 
     token_bytes: token id -> bytes. special_ids: tokens left out of text unless asked for.
+    longest_token: bytes of the longest token, so that a text of n bytes has at least
+    n / longest_token tokens.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -64,6 +66,9 @@ class Tokenizer:
         self.token_bytes = TokenBytes(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.longest_token = max(
+            (len(_bytes_of(token)) for token in backend.get_vocab()), default=1
+        )
         self._turn_end: int | None = backend.token_to_id(TURN_END)
 
     @classmethod
@@ -89,8 +94,20 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens written out in it are taken as such."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of a text. Special tokens written out in it are taken as such.
+
+        Raises RequestError for a text at which the library fails.
+        """
+        # As a batch of one: that releases the interpreter, and computes no offsets.
+        try:
+            (encoding,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the library's Rust code
+                raise
+            raise RequestError("the tokenizer cannot encode this text; shorten it") from None
+        return list(encoding.ids)
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written so, None if there is none."""

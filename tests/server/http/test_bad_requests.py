@@ -100,7 +100,7 @@ def test_a_wrong_field_is_named(
         ({"prompt": [71] * 512}, "has 512 tokens"),
         ({"prompt": [71] * 600}, "at most 511 work"),
         ({"prompt": [71] * 500, "max_tokens": 100}, "max_tokens 12 works"),
-        ({"prompt": ["hello"] * 5000}, "5000 outputs in one request"),
+        ({"prompt": ["hello"] * 5000}, "5000 entries; at most 1024 work"),
         ({"prompt": "two words"}, "this prompt can never run"),
         ({"prompt": "two words", "stream": True}, "this prompt can never run"),
     ],

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -18,9 +19,11 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive
 
 from millrace.common.api_errors import ApiError, shutting_down
+from millrace.common.framing import FramingError
 from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_salt
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Ready, SamplingParams
+from millrace.lengths import check_lengths
+from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
 from millrace.server.api.fields import OPENAI, FieldRules, parse_body
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
@@ -30,12 +33,18 @@ from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.http.access import client_of
 from millrace.server.http.bodies import BodyReader
+from millrace.server.sandbox.jobs import Answer, EncodeText, Job, Refused, Source, TokenIds
+from millrace.server.sandbox.pool import Sandbox, SandboxBusyError, SandboxFailedError
 from millrace.server.telemetry.metrics import RequestMetrics
+from millrace.text.grammar_jobs import GrammarJob, OutputGrammar
 from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tools.parser import ToolCallParser
 
-LONG_TEXT = 2000  # characters; longer texts are encoded on a thread
+# Characters. The tokenizer releases the interpreter, but needs some 130 bytes a character.
+THREAD_TEXT = 2000  # texts from this length on are encoded on a thread
+SANDBOX_TEXT = 200_000  # and from this length on in a process of their own
+THREAD_BODY = 1 << 20  # bytes; larger bodies are decoded on a thread, in steps of some 30 ms
 
 MAX_SALT = 1024  # characters of a cache_salt
 
@@ -52,6 +61,7 @@ class ApiContext:
     reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
     model calls tools.
     max_queue: requests that may wait beyond those that the engine runs at once.
+    grammars, encoder: the processes that build grammars and encode long texts.
     """
 
     def __init__(
@@ -65,6 +75,8 @@ class ApiContext:
         tool_call_parser: ToolCallParser,
         max_queue: int,
         body_reader: BodyReader,
+        grammars: Sandbox,
+        encoder: Sandbox,
     ) -> None:
         self.client = client
         self.processor = processor
@@ -74,12 +86,22 @@ class ApiContext:
         self._metrics = metrics
         self._max_queue = max_queue
         self._body_reader = body_reader
+        self._grammars = grammars
+        self._encoder = encoder
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 
     async def body(self, request: Request, kind: type[_Body], rules: FieldRules = OPENAI) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
-        body, _ = parse_body(await self._body_reader.read(request), kind, rules)
+        body, _ = await self._parse(request, kind, rules)
         return body
+
+    async def _parse(
+        self, request: Request, kind: type[_Body], rules: FieldRules
+    ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
+        data = await self._body_reader.read(request)
+        return await self.run_in_thread(
+            partial(parse_body, data, kind, rules), len(data) >= THREAD_BODY
+        )
 
     async def read_prompt_body(
         self, request: Request, kind: type[_PromptBody], rules: FieldRules
@@ -89,7 +111,7 @@ class ApiContext:
         The body's cache_salt is then that of its client and its gateway as well. Raises
         RequestError or ApiError.
         """
-        body, given = parse_body(await self._body_reader.read(request), kind, rules)
+        body, given = await self._parse(request, kind, rules)
         fields = PROMPT_FIELDS[request.scope["path"]]
         pieces = [given[name] for name in fields if name in given]
         salt = cache_salt(request, body)
@@ -134,12 +156,68 @@ class ApiContext:
         """The model's name in the answer."""
         return body.model or self.names[0]
 
-    async def token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
-        """A prompt's tokens; a long text is encoded on a thread."""
+    async def token_ids(self, prompt: Prompt, add_special_tokens: bool, ready: Ready) -> list[int]:
+        """A prompt's tokens. Raises RequestError or ApiError, for a text that is certainly too long
+        before it is encoded."""
         if not isinstance(prompt, str):
             return prompt
+        self.processor.check_text(prompt, ready.max_model_len, "prompt")
+        if len(prompt) >= SANDBOX_TEXT:
+            return await self._encode_in_sandbox(prompt, add_special_tokens, ready)
         encode = partial(self.processor.encode, prompt, add_special_tokens)
-        return await self.run_in_thread(encode, len(prompt) >= LONG_TEXT)
+        return await self.run_in_thread(encode, len(prompt) >= THREAD_TEXT)
+
+    async def _encode_in_sandbox(self, text: str, special: bool, ready: Ready) -> list[int]:
+        job = EncodeText(text, special, most=ready.max_model_len)
+        answer = await self._run_sandboxed(
+            self._encoder,
+            job,
+            "prompt",
+            "the prompt cannot be encoded within the limits of time and memory; shorten it",
+        )
+        assert isinstance(answer, TokenIds)
+        if answer.count > ready.max_model_len:
+            check_lengths(answer.count, 0, ready.max_model_len)
+        return array("I", answer.ids).tolist()
+
+    async def grammar(self, job: GrammarJob, reasons: bool) -> Grammar:
+        """A grammar, built and checked in a process of its own. Raises RequestError or ApiError.
+
+        reasons: the answer begins with reasoning, to which the grammar does not apply.
+        """
+        field = job.field if isinstance(job, OutputGrammar) else "tools"
+        answer = await self._run_sandboxed(
+            self._grammars,
+            job,
+            field,
+            f"{field}: the grammar cannot be compiled within the limits of time, memory and "
+            "stack; make it smaller or nest it less deeply",
+            code="invalid_grammar",
+        )
+        assert isinstance(answer, Source)
+        return self.processor.grammar(answer.text, reasons)
+
+    async def _run_sandboxed(
+        self, sandbox: Sandbox, job: Job, param: str, failure: str, code: str | None = None
+    ) -> Answer:
+        try:
+            answer = await sandbox.run(job)
+        except UnicodeError:
+            raise RequestError(
+                f"{param} holds half of a surrogate pair, which is not a character", param=param
+            ) from None
+        except OverflowError:
+            message = f"{param} holds an integer of more than 64 bits"
+            raise RequestError(message, param=param) from None
+        except (SandboxFailedError, FramingError, RecursionError):
+            raise RequestError(failure, param=param, code=code) from None
+        except SandboxBusyError as error:
+            raise ApiError(
+                429, f"{error}; try again later", code="queue_full", headers={"Retry-After": "1"}
+            ) from None
+        if isinstance(answer, Refused):
+            raise RequestError(answer.message, param=answer.param, code=answer.code)
+        return answer
 
     async def run_in_thread(self, work: Callable[[], _Result], long: bool) -> _Result:
         """The result of `work`; on a thread if it may take long."""

@@ -28,7 +28,15 @@ from millrace.text.files import SamplingDefaults
 logger = logging.getLogger(__name__)
 
 MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024  # characters of one; each character of the output is compared with it
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 128  # characters of one; each is encoded
+# Of a body's JSON: what can make many Python objects of few bytes. Text of this amount fits into
+# no model's context.
+MAX_CONTAINERS = 1 << 18  # objects and arrays
+MAX_COMMAS = 1 << 20
+_LARGE_BODY = 1 << 18  # bytes; smaller bodies hold no such number
+_LONGEST_NEUTRAL = 100  # bytes of JSON of the values at which refused fields change nothing
 MAX_PRIORITY = 2**31
 
 
@@ -107,13 +115,14 @@ _warned: set[str] = set()
 
 
 def parse_body(
-    data: bytes, kind: type[_Body], rules: FieldRules = OPENAI
+    data: bytes | bytearray, kind: type[_Body], rules: FieldRules = OPENAI
 ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
     """A body as `kind`, and the JSON of each field as the client wrote it.
 
     The body is split into its fields once and each field is decoded once. Raises RequestError that
     names the field and what it must be.
     """
+    _check_amount(data)
     try:
         given = _split_fields(data)
     except msgspec.ValidationError as error:
@@ -132,6 +141,18 @@ def parse_body(
         if name not in values:
             raise RequestError(f"{name} is missing", param=name)
     return kind(**values), given
+
+
+def _check_amount(data: bytes | bytearray) -> None:
+    """Raise RequestError for a body of so many parts that decoding it would stop the server."""
+    if len(data) < _LARGE_BODY:
+        return
+    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS or data.count(b",") > MAX_COMMAS:
+        raise RequestError(
+            f"the body has too many parts; at most {MAX_CONTAINERS} objects and arrays and "
+            f"{MAX_COMMAS} commas work",
+            code="body_too_large",
+        )
 
 
 @cache
@@ -182,9 +203,12 @@ def _check_other_field(name: str, raw: msgspec.Raw, rules: FieldRules) -> None:
 
 def _is_neutral(raw: msgspec.Raw, neutrals: tuple[Any, ...]) -> bool:
     """Whether a refused field holds null or a value at which it changes nothing."""
+    text = bytes(memoryview(raw)[: _LONGEST_NEUTRAL + 1])
+    if len(text) > _LONGEST_NEUTRAL:
+        return False
     try:
-        value = msgspec.json.decode(raw)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested too deep
+        value = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
         return False
     return value is None or any(_same(value, neutral) for neutral in neutrals)
 
@@ -203,12 +227,9 @@ def _warn_once(name: str) -> None:
 def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> SamplingParams:
     """How to sample for this body. Raises RequestError."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MAX_STOPS:
-        raise RequestError(f"stop has {len(stop)} texts; at most {MAX_STOPS} work", param="stop")
+    _check_texts("stop", stop, MAX_STOPS, MAX_STOP_LENGTH)
     bad_words = body.bad_words or []
-    if len(bad_words) > MAX_BAD_WORDS:
-        message = f"bad_words has {len(bad_words)} texts; at most {MAX_BAD_WORDS} work"
-        raise RequestError(message, param="bad_words")
+    _check_texts("bad_words", bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
     if abs(body.priority or 0) > MAX_PRIORITY:
         raise RequestError("priority must be a 32-bit integer", param="priority")
     return SamplingParams(
@@ -234,6 +255,17 @@ def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> Samp
         include_stop_str_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
     )
+
+
+def _check_texts(name: str, texts: list[str], most: int, longest: int) -> None:
+    """Raise RequestError for too many texts, or one that is too long."""
+    if len(texts) > most:
+        raise RequestError(f"{name} has {len(texts)} texts; at most {most} work", param=name)
+    for at, text in enumerate(texts):
+        if len(text) > longest:
+            raise RequestError(
+                f"{name}[{at}] has {len(text)} characters; at most {longest} work", param=name
+            )
 
 
 def check_resume(body: GenerationRequest, outputs: int) -> None:

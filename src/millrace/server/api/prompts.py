@@ -7,6 +7,7 @@ from typing import cast
 from millrace.errors import RequestError
 
 Prompt = str | list[int]
+MAX_PROMPTS = 1024  # in one body
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
@@ -15,6 +16,9 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
         return [prompt]
     if not prompt:
         raise RequestError("prompt is empty; give a text or token ids", param="prompt")
+    if len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        message = f"prompt has {len(prompt)} entries; at most {MAX_PROMPTS} work"
+        raise RequestError(message, param="prompt")
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return [cast(list[int], prompt)]

@@ -26,7 +26,7 @@ class BodyReader:
     read_timeout: float
     _buffered: int = field(default=0, init=False)
 
-    async def read(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytearray:
         """A JSON body. Raises ApiError: 413 for a body that is too large, 415 for another content
         type, 408 for a body that comes too slowly, 429 while other bodies take all the space.
         """
@@ -50,7 +50,7 @@ class BodyReader:
             ) from None
         finally:
             self._buffered -= len(body)
-        return bytes(body)
+        return body
 
     async def _fill(self, body: bytearray, request: Request) -> None:
         now = asyncio.get_running_loop().time

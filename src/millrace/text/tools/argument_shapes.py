@@ -6,6 +6,7 @@ references and combinations is taken apart here: each alternative is one shape. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from millrace.text.tools.json_schema import both, listed, named, reads_as, resolve, types_of
 
 MAX_SHAPES = 64
+MAX_PARTS = 1000
 _MAX_DEPTH = 16
 
 
@@ -92,14 +94,21 @@ class Shapes(NamedTuple):
 def shapes_of(schema: Any) -> Shapes:
     """The shapes of objects that match a schema."""
     problems: list[str] = []
-    found = _expanded(schema, schema, 0, problems)
+    found = _expanded(schema, schema, 0, problems, Counter())
     return Shapes([Shape(parts, schema) for parts in found], problems[0] if problems else "")
 
 
 _Alternatives = list[tuple[Part, ...]]
 
 
-def _expanded(schema: Any, root: Any, depth: int, problems: list[str]) -> _Alternatives:
+def _expanded(
+    schema: Any, root: Any, depth: int, problems: list[str], read: Counter[str]
+) -> _Alternatives:
+    """read: counts the parts that were read, since shared parts are read again for each use."""
+    read["parts"] += 1
+    if read["parts"] > MAX_PARTS:
+        problems.append(f"its references and combinations are more than {MAX_PARTS} parts")
+        return [()]
     if schema is False:
         return []
     if not isinstance(schema, Mapping):
@@ -112,10 +121,12 @@ def _expanded(schema: Any, root: Any, depth: int, problems: list[str]) -> _Alter
     choices = [_own(schema)]
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        choices.append(_expanded(resolve(reference, root), root, depth + 1, problems))
-    choices += [_expanded(part, root, depth + 1, problems) for part in listed(schema, "allOf")]
+        choices.append(_expanded(resolve(reference, root), root, depth + 1, problems, read))
+    choices += [
+        _expanded(part, root, depth + 1, problems, read) for part in listed(schema, "allOf")
+    ]
     for key in ("anyOf", "oneOf"):
-        options = [_expanded(one, root, depth + 1, problems) for one in listed(schema, key)]
+        options = [_expanded(one, root, depth + 1, problems, read) for one in listed(schema, key)]
         if options:
             choices.append([one for option in options for one in option])
     return _product(choices, problems)

@@ -13,7 +13,38 @@ SCALARS = frozenset({"null", "boolean", "integer", "number"})
 EVERY = SCALARS | {"string", "array", "object"}
 TEXT = frozenset({"string"})
 
+DEFINITIONS = ("$defs", "definitions")  # the keywords for shared parts
+MAX_DEFINITIONS = 1000  # of a schema
+MAX_SCHEMA_DEPTH = 100  # objects and arrays within each other
+MAX_SCHEMA_NODES = 20_000  # objects and arrays in all
 _MAX_DEPTH = 32  # of references and combinations; deeper ones, and circles, bind no type
+
+
+def schema_limit_error(schema: Any) -> str:
+    """The limit that a schema exceeds; empty if it exceeds none. Never recurses."""
+    nodes = definitions = 0
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        below: list[Any] = []
+        for node in level:
+            if not isinstance(node, (dict, list)):
+                continue
+            nodes += 1
+            if isinstance(node, dict):
+                named = (node.get(key) for key in DEFINITIONS)
+                definitions += sum(len(one) for one in named if isinstance(one, dict))
+                below.extend(node.values())
+            else:
+                below.extend(node)
+        if nodes > MAX_SCHEMA_NODES:
+            return f"the schema has more than {MAX_SCHEMA_NODES} objects and arrays"
+        if definitions > MAX_DEFINITIONS:
+            return f"the schema has {definitions} definitions; at most {MAX_DEFINITIONS} work"
+        level = [node for node in below if isinstance(node, (dict, list))]
+        if level and depth >= MAX_SCHEMA_DEPTH:
+            return f"the schema is nested too deeply; at most {MAX_SCHEMA_DEPTH} levels work"
+    return ""
 
 
 def resolve(reference: str, root: Any) -> Any:
@@ -45,25 +76,40 @@ def type_of(value: Any) -> str:
     return "object" if isinstance(value, Mapping) else "array"
 
 
-def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
-    """The types that values may have. `number` comes with `integer`, not the other way round."""
+def types_of(schema: Any, root: Any) -> frozenset[str]:
+    """The types that values may have. `number` comes with `integer`, not the other way round.
+
+    Each part is read once, however often it is referred to; one that refers to itself binds no
+    type there.
+    """
+    return _types_of(schema, root, 0, {})
+
+
+def _types_of(
+    schema: Any, root: Any, depth: int, known: dict[int, frozenset[str]]
+) -> frozenset[str]:
     if schema is False:
         return frozenset()
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return EVERY
+    if id(schema) in known:
+        return known[id(schema)]
+    known[id(schema)] = EVERY  # while it is read
     found = _named_types(schema.get("type"))
     if isinstance(schema.get("enum"), list):
         found &= {type_of(value) for value in schema["enum"]}
     if "const" in schema:
         found &= {type_of(schema["const"])}
     if isinstance(schema.get("$ref"), str):
-        found &= types_of(resolve(schema["$ref"], root), root, depth + 1)
+        found &= _types_of(resolve(schema["$ref"], root), root, depth + 1, known)
     for part in listed(schema, "allOf"):
-        found &= types_of(part, root, depth + 1)
+        found &= _types_of(part, root, depth + 1, known)
     for key in ("anyOf", "oneOf"):
         options = listed(schema, key)
         if options:
-            found &= frozenset().union(*(types_of(one, root, depth + 1) for one in options))
+            types = (_types_of(one, root, depth + 1, known) for one in options)
+            found &= frozenset().union(*types)
+    known[id(schema)] = found
     return found
 
 
@@ -94,11 +140,36 @@ def both(schemas: Sequence[Any]) -> Any:
 
 
 def reads_as(pattern: str, text: str) -> bool:
-    """Whether a schema's pattern finds something; False also for one that Python cannot read."""
+    """Whether a schema's pattern finds something.
+
+    False also for a pattern that Python cannot read, or cannot search within a bounded time:
+    Python's search backtracks, so a client's pattern could stop the server.
+    """
+    if len(text) > _LONGEST_SEARCHED or not _searches_fast(pattern):
+        return False
     try:
         return re.search(pattern, text) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
+
+
+_LONGEST_SEARCHED = 128  # characters; names of arguments are no longer
+_LONGEST_PATTERN = 200
+_MAX_REPEATS = 2
+_MAX_CHOICES = 12
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
+
+
+def _searches_fast(pattern: str) -> bool:
+    """Whether the work of a search is bounded: few repeats and choices, and no repeated group."""
+    if len(pattern) > _LONGEST_PATTERN:
+        return False
+    bare = _ATOM.sub("a", pattern).replace("(?", "(")
+    return (
+        len(re.findall(r"[*+?{]", bare)) <= _MAX_REPEATS
+        and bare.count("|") <= _MAX_CHOICES
+        and re.search(r"\)[*+?{]", bare) is None
+    )
 
 
 def allows(schema: Any, root: Any, value: Any, depth: int = 0) -> bool:

@@ -14,7 +14,7 @@ import msgspec
 
 from millrace.errors import RequestError
 from millrace.text.tools.argument_shapes import Shapes, shapes_of
-from millrace.text.tools.json_schema import TEXT
+from millrace.text.tools.json_schema import TEXT, schema_limit_error
 
 MAX_TOOLS = 128  # as OpenAI's API
 _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # nothing that could end a tag or a JSON text
@@ -92,6 +92,8 @@ def _tool(given: Mapping[str, Any], where: str) -> Tool:
     if parameters is not None and not isinstance(parameters, dict):
         message = f"{where}.function.parameters must be a JSON schema, an object"
         raise RequestError(message, param="tools")
+    if problem := schema_limit_error(parameters):
+        raise RequestError(f"{where}.function.parameters: {problem}", param="tools")
     schema = parameters or {"type": "object", "properties": {}}
     return Tool(name, schema, dict(given), function.get("strict") is True)
 

@@ -96,11 +96,11 @@ class Anthropic:
         """POST /v1/messages/count_tokens"""
         context = self._context
         body = await context.body(request, CountRequest, _OWN)
-        context.check_ready(body)
+        ready = context.check_ready(body)
         chat = as_chat(body)
-        work = partial(chat_text, context, chat, tool_choice(context, chat))
+        work = partial(chat_text, context, chat, tool_choice(context, chat), ready)
         text = await context.run_in_thread(work, long=True)
-        return json_response(TokenCount(len(await context.token_ids(text, False))))
+        return json_response(TokenCount(len(await context.token_ids(text, False, ready))))
 
 
 # --- from Anthropic's body to OpenAI's ----------------------------------------------------------

@@ -7,7 +7,6 @@ to this one and use it too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -17,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
+from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.api.chat.formatter import ChatFormatter
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import CHATS, check_resume, sampling_params, structured_outputs
@@ -25,6 +24,7 @@ from millrace.server.api.formatters import ResponseHeader
 from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.request_schema import ChatRequest, StreamOptions
 from millrace.text.answer_parser import AnswerParser
+from millrace.text.grammar_jobs import GrammarJob
 from millrace.text.processor import split_outputs
 from millrace.text.reasoning import START, ReasoningSplitter, opens_reasoning
 from millrace.text.tools.parser import ToolParser
@@ -80,14 +80,14 @@ async def prepare_chat(
     context.check_capacity(params.n, ready)
     choice = tool_choice(context, body)
     text = await context.run_in_thread(
-        partial(chat_text, context, body, choice), len(body.messages) > 8
+        partial(chat_text, context, body, choice, ready), len(body.messages) > 8
     )
     variables = _variables(context, body)
     starts_with_reasoning = opens_reasoning(context.reasoning_parser, text, variables)
     reasons = starts_with_reasoning or text.rstrip().endswith(START)  # also where the parser is off
-    build = _grammar(context, body, choice, reasons)
-    grammar = await context.run_in_thread(build, True) if build else None
-    token_ids = await context.token_ids(text, body.add_special_tokens)
+    job = _grammar_job(context, body, choice, reasons)
+    grammar = await context.grammar(job, reasons) if job else None
+    token_ids = await context.token_ids(text, body.add_special_tokens, ready)
     request = context.processor.request(
         id,
         context.truncate(token_ids, body, params, ready),
@@ -104,8 +104,10 @@ async def prepare_chat(
     return PreparedChat(requests, params, [parser() for _ in requests])
 
 
-def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice) -> str:
-    """The prompt's text. Raises RequestError."""
+def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice, ready: Ready) -> str:
+    """The prompt's text. Raises RequestError, for messages that are too long before they are
+    rendered."""
+    context.processor.check_chat(body.messages, ready.max_model_len)
     return context.processor.chat_prompt(
         body.messages,
         tools=choice.offered,
@@ -144,10 +146,10 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
     return {**given, **(body.chat_template_kwargs or {})}
 
 
-def _grammar(
+def _grammar_job(
     context: ApiContext, body: ChatRequest, choice: ToolChoice, reasons: bool
-) -> Callable[[], Grammar] | None:
-    """The function that builds the grammar which the answer must match, if there is one."""
+) -> GrammarJob | None:
+    """The grammar that the answer must match, if there is one, to be built."""
     processor, parser = context.processor, context.tool_call_parser
     wanted = structured_outputs(body)
     if choice.mode == "required" and wanted is not None:
@@ -155,10 +157,10 @@ def _grammar(
             f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
         )
     if choice.mode == "required" or (processor.constrains_auto_calls(choice) and wanted is None):
-        return partial(processor.grammar_for_tool_calls, choice, parser, reasons)
+        return processor.tool_call_grammar(choice, parser, reasons)
     if wanted is not None and choice.mode == "auto" and parser != "none":
-        return partial(processor.grammar_for_tool_calls, choice, parser, reasons, wanted)
-    return wanted and partial(processor.grammar_for_output, *wanted, reasons)
+        return processor.tool_call_grammar(choice, parser, reasons, wanted)
+    return wanted and processor.output_grammar(*wanted, reasons)
 
 
 def _parser(context: ApiContext, choice: ToolChoice, starts_with_reasoning: bool) -> AnswerParser:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from functools import partial
 from uuid import uuid4
 
 import msgspec
@@ -25,6 +25,7 @@ from millrace.server.api.prompts import Prompt, split_prompts
 from millrace.server.api.request_schema import CompletionRequest, StreamOptions
 from millrace.text.processor import split_outputs
 
+PROMPTS_IN_A_ROW = 16
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default here; a chat takes what fits
 
 
@@ -55,13 +56,13 @@ class Completions:
         )
         grammar = await self._grammar(body)
         every = msgspec.structs.replace(params, n=made)
-        requests = [
-            one
-            for index, prompt in enumerate(prompts)
-            for one in split_outputs(
-                await self._request(f"{header.id}-{index}", prompt, body, every, ready, grammar)
-            )
-        ]
+        requests: list[AddRequest] = []
+        for index, prompt in enumerate(prompts):
+            request_id = f"{header.id}-{index}"
+            one = await self._request(request_id, prompt, body, every, ready, grammar)
+            requests += split_outputs(one)
+            if index % PROMPTS_IN_A_ROW == PROMPTS_IN_A_ROW - 1:
+                await asyncio.sleep(0)  # other requests go on between short prompts
         formatter = self._formatter(header, body, params, prompts, made)
         return context.respond(requests, params, formatter, ready, bool(body.stream), prefix_hashes)
 
@@ -69,10 +70,8 @@ class Completions:
         wanted = structured_outputs(body)
         if wanted is None:
             return None
-        processor = self._context.processor
-        return await self._context.run_in_thread(
-            partial(processor.grammar_for_output, *wanted, reasons=False), True
-        )
+        job = self._context.processor.output_grammar(*wanted, reasons=False)
+        return await self._context.grammar(job, reasons=False)
 
     async def _request(
         self,
@@ -84,7 +83,7 @@ class Completions:
         grammar: Grammar | None,
     ) -> AddRequest:
         context = self._context
-        token_ids = await context.token_ids(prompt, body.add_special_tokens)
+        token_ids = await context.token_ids(prompt, body.add_special_tokens, ready)
         return context.processor.request(
             id,
             context.truncate(token_ids, body, params, ready),

@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millrace.errors import RequestError
+from millrace.lengths import TOO_LONG
+from millrace.protocol import Ready
 from millrace.server.api.chat.endpoint import chat_text, tool_choice
 from millrace.server.api.context import ApiContext
 from millrace.server.api.request_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -31,11 +33,11 @@ class Tokenize:
         if body.prompt is not None:
             text, special = body.prompt, body.add_special_tokens is not False
         else:
-            text, special = await self._chat_text(body), bool(body.add_special_tokens)
-        tokens = await context.token_ids(text, special)
+            text, special = await self._chat_text(body, ready), bool(body.add_special_tokens)
+        tokens = await context.token_ids(text, special, ready)
         texts = None
         if body.return_token_strs:
-            texts = [context.processor.tokenizer.token_text(token) for token in tokens]
+            texts = await context.run_in_thread(partial(self._token_texts, tokens), long=True)
         return json_response(
             Tokens(
                 count=len(tokens),
@@ -45,7 +47,11 @@ class Tokenize:
             )
         )
 
-    async def _chat_text(self, body: TokenizeRequest) -> str:
+    def _token_texts(self, tokens: list[int]) -> list[str]:
+        token_text = self._context.processor.tokenizer.token_text
+        return [token_text(token) for token in tokens]
+
+    async def _chat_text(self, body: TokenizeRequest, ready: Ready) -> str:
         chat = ChatRequest(
             messages=body.messages or [],
             tools=body.tools,
@@ -53,13 +59,21 @@ class Tokenize:
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
         )
-        work = partial(chat_text, self._context, chat, tool_choice(self._context, chat))
+        work = partial(chat_text, self._context, chat, tool_choice(self._context, chat), ready)
         return await self._context.run_in_thread(work, long=True)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of token ids, special ones included."""
         context = self._context
         body = await context.body(request, DetokenizeRequest)
-        context.check_ready(body)
+        ready = context.check_ready(body)
+        if len(body.tokens) > ready.max_model_len:
+            raise RequestError(
+                f"tokens has {len(body.tokens)} ids; at most {ready.max_model_len} work, as many "
+                "as the model's context holds",
+                param="tokens",
+                code=TOO_LONG,
+            )
         context.processor.check_token_ids(body.tokens, "tokens")
-        return json_response(Text(context.processor.tokenizer.decode(body.tokens, False)))
+        decode = partial(context.processor.tokenizer.decode, body.tokens, False)
+        return json_response(Text(await context.run_in_thread(decode, len(body.tokens) > 1000)))
