@@ -28,5 +28,9 @@ class RequestError(UserError):
         self.code = code
 
 
+class ModelError(Exception):
+    """The model computed what no request can use, such as NaN. The fault is not the request's."""
+
+
 class RankError(Exception):
     """The ranks of a group cannot go on together; the message names the one that is at fault."""

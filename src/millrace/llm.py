@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from millrace.config import EngineArgs, engine_args
-from millrace.errors import ConfigError, RequestError
+from millrace.errors import ConfigError, ModelError, RequestError
 from millrace.model_lookup import find_model
 from millrace.protocol import (
     AddRequest,
@@ -305,7 +305,7 @@ class _Run:
     def take(self, delta: Delta, now: float) -> bool:
         """Add what a step brought. True if its text has ended it, and the engine must drop it."""
         if delta.error is not None:
-            raise RequestError(delta.error)
+            raise (ModelError if delta.model_failed else RequestError)(delta.error)
         piece = self._detokenizer.push(
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )

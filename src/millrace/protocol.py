@@ -217,6 +217,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     queued: float | None = None  # with the first tokens: seconds from arrival to admission
     logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on
+    model_failed: bool = False  # the error is the model's, not the request's
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -236,6 +237,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_hits: int = 0  # of these, found
     drafts: int = 0  # verify rows run
     accepted_per_position: list[int] = []
+    rows_not_finite: int = 0  # ended because their logits were NaN or infinite
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
@@ -417,7 +419,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
 
     Rows are in plan order: decode slots, then the chunks with `last` set. A row that ended holds
     its stop token as the last one. logprobs: by row, where they are wanted. drafts: each row's
-    drafts for the next step, in steps with masks.
+    drafts for the next step, in steps with masks. not_finite: rows that end because their logits
+    were NaN or infinite.
     """
 
     step: int
@@ -426,6 +429,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     logprobs: dict[int, list[TokenLogprobs]] = {}
     prompt_logprobs: list[PromptLogprobs] = []
     drafts: list[list[int]] = []
+    not_finite: list[int] = []
 
 
 class StopRanks(msgspec.Struct, frozen=True, tag="stop"):

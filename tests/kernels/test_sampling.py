@@ -8,7 +8,17 @@ import math
 import pytest
 import torch
 
-from millrace.kernels.sampling import NOTHING, best, gumbel, keep_threshold, sample, token_of
+from millrace.kernels.sampling import (
+    NOT_FINITE,
+    NOTHING,
+    best,
+    checked,
+    checked_token_of,
+    gumbel,
+    keep_threshold,
+    sample,
+    token_of,
+)
 
 M = 0xFFFFFFFF
 
@@ -157,3 +167,29 @@ def test_draws_stay_inside_the_kept_set() -> None:
 
 def _filter(args: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: args[name] for name in ("temperature", "top_p", "top_k")}
+
+
+@pytest.mark.parametrize("filters", [False, True])
+@pytest.mark.parametrize("noise", [False, True])
+def test_rows_that_are_not_finite_are_found_by_the_sampled_token(
+    filters: bool, noise: bool
+) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(7, 500)
+    logits[0] = torch.nan
+    logits[1, 77] = torch.nan
+    logits[2, 77] = -torch.tensor(torch.nan)
+    logits[3, 400] = torch.inf
+    logits[4, 3:] = -torch.inf
+    logits[5] = -torch.inf  # every token is forbidden: it is finite as far as the model goes
+    args = rows(7, top_p=0.9, top_k=20)
+    tokens = sample(logits, **args, noise=noise, filters=filters)
+    usable = [False, False, False, False, True, True, True]
+    assert (checked(logits, tokens) != NOT_FINITE).tolist() == usable
+    assert checked(logits, tokens)[4:].tolist() == tokens[4:].tolist()
+    parts = [(0, 100), (100, 101), (101, 500), (500, 500)]
+    given = (args["temperature"], args["seed"], args["position"])
+    found = [best(logits[:, a:b], *given, a, noise=noise) for a, b in parts]
+    largest = torch.stack(found).amax(0)
+    assert (checked_token_of(largest) != NOT_FINITE).tolist() == usable
+    assert checked_token_of(largest)[4:].tolist() == token_of(largest)[4:].tolist()

@@ -41,10 +41,12 @@ class _Totals:
     generated_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    rows_not_finite: int = 0
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
 
 
+NOT_FINITE_ERROR = "the model computed logits that are NaN or infinite; the request cannot go on"
 LOOKUPS = 4  # waiting prompts that a step looks up in the prefix cache
 
 
@@ -324,8 +326,12 @@ class Scheduler:
 
     def _take_tokens(self, step: Step, result: StepResult) -> list[Delta]:
         deltas = []
+        failed = set(result.not_finite)
         for row, (request, tokens) in enumerate(zip(step.sampled(), result.tokens, strict=True)):
-            if request.phase is Phase.DONE or not tokens:
+            if request.phase is Phase.DONE or not (tokens or row in failed):
+                continue
+            if row in failed:
+                deltas.append(self._end_not_finite(request))
                 continue
             first = not request.first_delta_sent
             request.first_delta_sent = True
@@ -339,6 +345,13 @@ class Scheduler:
                 self._count_accepted(len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
+
+    def _end_not_finite(self, request: Request) -> Delta:
+        """End a request whose row could not be used. What was cached may be the reason: drop it."""
+        self._totals.rows_not_finite += 1
+        self._retire(request)
+        self.reset_prefix_cache()
+        return Delta(request.id, [], "error", error=NOT_FINITE_ERROR, model_failed=True)
 
     def _count_accepted(self, accepted: int) -> None:
         """Count accepted drafts by position, in rows that the end of the request did not cut."""
@@ -382,6 +395,7 @@ class Scheduler:
             prefix_hits=totals.prefix_hits,
             drafts=totals.drafts,
             accepted_per_position=list(totals.accepted),
+            rows_not_finite=totals.rows_not_finite,
         )
 
     def reset_prefix_cache(self) -> None:

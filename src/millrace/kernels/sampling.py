@@ -20,6 +20,9 @@ The noise, in 32-bit unsigned arithmetic (`mix` is the finaliser of MurmurHash3)
 If each rank has a part of the vocabulary, each reports the best token of its part (`best`) as one
 integer. The order of these integers is the order of the rule, so the largest one over all ranks
 gives the token (`token_of`).
+
+A row with a logit that is NaN or +inf samples such a token. So the logit of the sampled token tells
+whether the row is usable: `checked` and `checked_token_of` put NOT_FINITE in place of the token.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ _MUL_B = -0x3D4D51CB  # 0xC2B2AE35
 _LARGEST = 1.0 - 2.0**-24
 _LAST = (1 << 31) - 1
 NOTHING = -(1 << 63)  # the result of `best` for an empty part
+NOT_FINITE = -2  # in place of a token, where a row's logits are NaN or +inf
+_INFINITY = 0x7F800000  # the bits of +inf; `best` reports NaN as +inf
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab: int, start: int = 0) -> Tensor:
@@ -110,6 +115,7 @@ def best(
         scores = torch.addcmul(scores, drawn, temperature[:, None])
     place = scores.argmax(dim=1, keepdim=True)
     score = scores.gather(1, place) + 0.0  # so that -0.0 equals 0.0
+    score = torch.where(score < torch.inf, score, torch.inf)  # NaN has no order
     bits = score.view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ _LAST, bits).to(torch.int64)
     return ((ordered << 32) | (_LAST - start - place))[:, 0]
@@ -118,6 +124,20 @@ def best(
 def token_of(found: Tensor) -> Tensor:
     """The token of a result of `best`: int64 of the same shape."""
     return _LAST - (found & 0xFFFFFFFF)
+
+
+def checked(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens that were sampled from the rows of logits, NOT_FINITE for rows that are not usable.
+
+    logits: float [R, V]; tokens: int64 [R]. Returns int64 [R]. It reads one logit of each row.
+    """
+    usable = logits.gather(1, tokens[:, None])[:, 0] < torch.inf  # False for NaN
+    return torch.where(usable, tokens, NOT_FINITE)
+
+
+def checked_token_of(found: Tensor) -> Tensor:
+    """`token_of`, but NOT_FINITE for rows that are not usable."""
+    return torch.where(found >> 32 < _INFINITY, token_of(found), NOT_FINITE)
 
 
 def keep_threshold(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:

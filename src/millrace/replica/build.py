@@ -18,7 +18,7 @@ from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
 from millrace.engine.scheduler import Scheduler
-from millrace.errors import RankError, UserError
+from millrace.errors import CheckpointError, RankError, UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import AddRequest, Delta, SamplingParams
 from millrace.replica.hang_guard import RANK_FAILED, HangGuard, limit_exit
@@ -211,7 +211,7 @@ def _assemble(
 ) -> Replica:
     worker = _worker(config, model, ranks)
     depth = 1 if config.async_scheduling else 0
-    _warm_up(Engine(Scheduler(worker.limits()), worker, depth=depth))
+    _warm_up(Engine(Scheduler(worker.limits()), worker, depth=depth), config)
     engine = Replica(
         Scheduler(worker.limits()),
         worker,
@@ -227,12 +227,18 @@ def _assemble(
     return engine
 
 
-def _warm_up(engine: Engine) -> None:
-    """Complete one request, so that an engine that reports ready has run."""
+def _warm_up(engine: Engine, config: EngineConfig) -> None:
+    """Complete one request, so that an engine that reports ready has run. Raises CheckpointError
+    for a model that computes NaN."""
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     engine.add(AddRequest(id="warm-up", prompt=[0], params=params))
     while engine.has_work():
-        engine.step()
+        for delta in engine.step():
+            if delta.model_failed:
+                raise CheckpointError(
+                    f"{config.args.model}: the first step, in {config.dtype}, computed logits that "
+                    "are NaN or infinite; the weights are damaged, or need another --dtype"
+                )
 
 
 def _grammars(config: EngineConfig, model: ModelConfig) -> Grammars:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.common.api_errors import ApiError
-from millrace.errors import RequestError
+from millrace.errors import ModelError, RequestError
 from millrace.server.api.context import ApiContext
 from millrace.server.api.pages import Pages
 from millrace.server.engine_link.client import EngineDeadError
@@ -40,5 +40,5 @@ def application(
         Route(row.path, row.handler.__get__(families[row.family]), methods=list(row.methods))
         for row in offered
     ]
-    errors = (ApiError, RequestError, EngineDeadError, HTTPException, Exception)
+    errors = (ApiError, RequestError, ModelError, EngineDeadError, HTTPException, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))

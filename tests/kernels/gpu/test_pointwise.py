@@ -141,6 +141,33 @@ def test_best_of_a_part(device: str, noise: bool):
 
 
 @on_each_device
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("filters", [False, True])
+def test_a_row_that_is_not_finite_samples_what_shows_it(device: str, filters: bool, noise: bool):
+    """Also where only one logit is NaN, and where a block's padding is all that is not NaN."""
+    from millrace.kernels.gpu import sampling as gpu
+
+    torch.manual_seed(8)
+    logits = torch.randn(6, 5000, device=device)
+    logits[0] = torch.nan
+    logits[1, 4999] = torch.nan
+    logits[2, 10] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 4096:] = -torch.inf
+    ones, seed = torch.ones(6, device=device), torch.arange(6, device=device)
+    tokens = gpu.sample(
+        logits, ones, ones * 0.9, seed * 0 + 20, seed, seed, noise=noise, filters=filters
+    )
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < 5000
+    usable = [False, False, False, True, True, True]
+    assert (sampling.checked(logits, tokens) != sampling.NOT_FINITE).tolist() == usable
+    parts = [(0, 4096), (4096, 5000)]
+    found = [gpu.best(logits[:, a:b], ones, seed, seed, a, noise=noise) for a, b in parts]
+    largest = torch.stack(found).amax(0)
+    assert (sampling.checked_token_of(largest) != sampling.NOT_FINITE).tolist() == usable
+
+
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 brings many ties
 @pytest.mark.parametrize("vocab", [40, 1000, 4097])
 def test_keep_threshold(device: str, vocab: int, dtype: torch.dtype):

@@ -65,6 +65,7 @@ def _best_kernel(
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = logits + row.to(tl.int64) * stride + v
     score = tl.load(at, mask=v < V, other=-float("inf")).to(tl.float32)
+    usable = score < float("inf")  # False for NaN, which would otherwise never be the largest
     if FILTER:
         score = tl.where(score >= tl.load(floors + row), score, -float("inf"))
     if NOISE:
@@ -73,6 +74,7 @@ def _best_kernel(
             token = (start + v).to(tl.uint32)
             noise = _noise(tl.load(seed + row), tl.load(position + row), token)
             score = score + heat * noise
+    score = tl.where(usable, score, float("inf"))
     top = tl.max(score, axis=0)
     tl.store(best + row * pieces + tl.program_id(0), top)
     first = tl.min(tl.where(score == top, start + v, 0x7FFFFFFF), axis=0)

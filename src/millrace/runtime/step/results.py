@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from millrace.kernels.sampling import NOT_FINITE
 from millrace.protocol import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from millrace.runtime.step.logits_processors import Logprobs
 
@@ -21,8 +22,9 @@ class StepOutput:
     """A step's result. R sampled rows, `width` candidates a decode row.
 
     tokens: int64 [R, 1 + width], the count of new tokens, then the tokens; None where no row
-    samples. logprobs: by candidate, decode rows first. prompt: (slot, position, log-probabilities)
-    of pieces of prompts. drafts: int64 [R, k], in steps with masks.
+    samples. The last new token of a row may be NOT_FINITE. logprobs: by candidate, decode rows
+    first. prompt: (slot, position, log-probabilities) of pieces of prompts. drafts: int64 [R, k],
+    in steps with masks.
     """
 
     tokens: Tensor | None = None
@@ -57,15 +59,20 @@ class PendingStep:
             self._wait(self._ready)
         out = self._output
         rows = [] if out.tokens is None else out.tokens.tolist()
+        tokens = [row[1 : 1 + row[0]] for row in rows]
+        not_finite = [at for at, new in enumerate(tokens) if new and new[-1] == NOT_FINITE]
+        for at in not_finite:
+            tokens[at].pop()
         return StepResult(
             self._step,
             self._slots,
-            [row[1 : 1 + row[0]] for row in rows],
+            tokens,
             logprobs=self._logprobs(len(rows[0]) - 1) if out.logprobs and rows else {},
             prompt_logprobs=[
                 PromptLogprobs(slot, start, _lines(part)) for slot, start, part in out.prompt
             ],
             drafts=[] if out.drafts is None else out.drafts.tolist(),
+            not_finite=not_finite,
         )
 
     def _logprobs(self, width: int) -> dict[int, list[TokenLogprobs]]:

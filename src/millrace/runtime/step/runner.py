@@ -221,7 +221,8 @@ class Runner:
         counts = place < count[:, None]
         slots = torch.where(counts, rows.slots[:, None], 0)
         positions = torch.where(counts, rows.base[:, None] + 1 + place, 0)
-        self._slots.tokens[slots, positions] = torch.where(counts, drawn, 0)
+        drawn = torch.where(counts, drawn, 0).clamp_(min=0)  # NOT_FINITE is no token
+        self._slots.tokens[slots, positions] = drawn
 
     def _draft(
         self, hidden: Tensor, batch: Batch, rows: SampledRows | None, count: Tensor | None

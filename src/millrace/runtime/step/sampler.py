@@ -21,7 +21,14 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch
-from millrace.kernels.sampling import best, gumbel, sample, token_of
+from millrace.kernels.sampling import (
+    best,
+    checked,
+    checked_token_of,
+    gumbel,
+    sample,
+    token_of,
+)
 from millrace.model.vocabulary import OutputHead
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.step.inputs import SampledRows
@@ -87,12 +94,12 @@ class Sampler:
             hidden, slots, positions = (x[rows.candidates] for x in (hidden, slots, positions))
         ends, logprobs = positions + 1, None
         if processors is None:
-            drawn = self._draw(self._head, hidden, slots, ends, rows)
+            drawn = self._draw(self._head, hidden, slots, ends, rows, check=True)
         else:
             logits = self._head.logits(hidden)
             given = masks() if masks is not None and processors.masked else None
             logits = processors.adjust(logits, slots, ends, batch.max_context, given)
-            drawn = self._sample(logits, slots, ends, rows)
+            drawn = self._sample(logits, slots, ends, rows, check=True)
             logprobs = processors.logprobs(drawn)
         verified = rows.num_decode * self._width
         last = drawn[verified:, None]
@@ -112,18 +119,22 @@ class Sampler:
         slots: Tensor,
         positions: Tensor,
         rows: SampledRows,
+        *,
+        check: bool = False,
     ) -> Tensor:
-        """A token for each row, int64 [R], by temperature, top_k and top_p alone."""
+        """A token for each row, int64 [R], by temperature, top_k and top_p alone. check: NOT_FINITE
+        for rows whose logits are not usable."""
         s = self._slots
         if head.tp.size == 1 or rows.filters:
-            return self._sample(head.logits(hidden), slots, positions, rows)
+            return self._sample(head.logits(hidden), slots, positions, rows, check=check)
         logits = head.local_logits(hidden)
         heat, seed = s.temperature[slots], s.seed[slots]
         mine = best(logits, heat, seed, positions, head.start, noise=rows.noise)
-        return token_of(head.tp.all_reduce_max(mine))
+        found = head.tp.all_reduce_max(mine)
+        return checked_token_of(found) if check else token_of(found)
 
     def _sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows
+        self, logits: Tensor, slots: Tensor, positions: Tensor, rows: SampledRows, *, check: bool
     ) -> Tensor:
         s = self._slots
         drawn = sample(
@@ -136,7 +147,7 @@ class Sampler:
             noise=rows.noise,
             filters=rows.filters,
         )
-        return self._broadcast(drawn)
+        return self._broadcast(checked(logits, drawn) if check else drawn)
 
     # --- acceptance ---------------------------------------------------------------------------
 
@@ -144,7 +155,7 @@ class Sampler:
         """How many of each row's drawn tokens count: int64 [R]; 0 for a row that had ended.
 
         A draft stands if it and all before it equal what was drawn; the first drawn token after
-        them counts too. A stop token ends the row, and so does its greatest length.
+        them counts too. A stop token ends the row, and so do NOT_FINITE and its greatest length.
         """
         s, width = self._slots, self._width
         count = torch.ones_like(rows.base)

@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from millrace.kernels.sampling import NOT_FINITE
 from millrace.protocol import MAX_STOP_IDS, Admission, PageGrant
 from millrace.runtime.step.upload import upload
 
@@ -23,8 +24,8 @@ class Slots:
     """Device rows. N = max_num_seqs + 1.
 
     tokens: int64 [N, max_len + spare]. length: int64 [N], tokens in the caches. ended: bool [N].
-    max_total: int64 [N]. stop_ids: int64 [N, 16], padded with -1. temperature, top_p: float32 [N].
-    top_k: int64 [N], 0 keeps all. seed: int64 [N].
+    max_total: int64 [N]. stop_ids: int64 [N, 17], NOT_FINITE first, padded with -1. temperature,
+    top_p: float32 [N]. top_k: int64 [N], 0 keeps all. seed: int64 [N].
     """
 
     tokens: Tensor
@@ -50,7 +51,7 @@ class Slots:
             length=full(0),
             ended=full(1, dtype=torch.bool),
             max_total=full(0),
-            stop_ids=full(-1, MAX_STOP_IDS),
+            stop_ids=full(NOT_FINITE, 1 + MAX_STOP_IDS),
             temperature=full(0.0, dtype=torch.float32),
             top_p=full(1.0, dtype=torch.float32),
             top_k=full(0),
@@ -62,7 +63,8 @@ class Slots:
         device = self.length.device
         self._write_tapes(admissions)
         stops = [
-            a.stop_token_ids + [-1] * (MAX_STOP_IDS - len(a.stop_token_ids)) for a in admissions
+            [NOT_FINITE, *a.stop_token_ids] + [-1] * (MAX_STOP_IDS - len(a.stop_token_ids))
+            for a in admissions
         ]
         integers = [
             [a.slot, a.start, a.max_total, a.top_k, a.seed, *stop]

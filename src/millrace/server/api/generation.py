@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
-from millrace.errors import RequestError
+from millrace.errors import ModelError, RequestError
 from millrace.protocol import AddRequest, TokenLogprobs
 from millrace.server.api.response_schema import PromptTokensDetails, Usage
 from millrace.server.engine_link.client import EngineClient
@@ -46,7 +46,7 @@ class Generation:
             return Piece("", [], "stop", self._resumed.stop_reason)
         delta = await self.stream.take()
         if delta.error is not None:
-            raise RequestError(delta.error)
+            raise (ModelError if delta.model_failed else RequestError)(delta.error)
         piece = self._output.push(
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )

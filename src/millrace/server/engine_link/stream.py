@@ -146,6 +146,7 @@ def _merged(one: Delta, other: Delta) -> Delta:
         error=other.error,
         logprobs=_joined(one.logprobs, other.logprobs),
         prompt_logprobs=_joined(one.prompt_logprobs, other.prompt_logprobs),
+        model_failed=other.model_failed,
     )
 
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millrace.common.api_errors import ApiError
-from millrace.errors import RequestError
+from millrace.errors import ModelError, RequestError
 from millrace.server.engine_link.client import EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, ModelError):
+        logger.error("a request failed: %s", error)
+        return ApiError(500, str(error), code="model_failed")
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     if isinstance(error, HTTPException):

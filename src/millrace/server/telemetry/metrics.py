@@ -126,6 +126,8 @@ _COUNTERS: tuple[_Row, ...] = (
      lambda s: s.preemptions),
     ("prompt_tokens", "prompt_tokens", "Prompt tokens taken in.", lambda s: s.prompt_tokens),
     ("generation_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
+    ("rows_not_finite", None, "Requests ended because their logits were NaN or infinite.",
+     lambda s: s.rows_not_finite),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up.",
      lambda s: s.prefix_queries),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache.",
