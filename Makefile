@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= millrace-mini
 PORT   ?= 8000
 
-.PHONY: serve test lint bench soak clean
+.PHONY: serve test lint bench soak docs clean
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ bench: $(VENV)/.installed  ## serve 1, 2 and 3 replicas and print the scaling ta
 
 soak: $(VENV)/.installed  ## ten minutes of kills and hostile clients against two replicas
 	@$(BIN)/python benchmarks/soak_fleet.py $(ARGS)
+
+docs: $(VENV)/.installed  ## build the documentation site in build/site, with strict links
+	@$(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,5 +1,8 @@
 """Millrace: an inference engine and fleet for Qwen3.5-class hybrid language models.
 
+The engine plane (engine, replica, runtime, model, kernels, text, server) runs one replica. The
+fleet plane (gateway, fleet, bench) runs many, and knows a replica by HTTP alone.
+
 `LLM`, `SamplingParams` and `StructuredOutputs` are loaded on first use, so that commands which need
 no engine (the gateway, the benchmark) never import PyTorch.
 """
