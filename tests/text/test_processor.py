@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from millrace.errors import CheckpointError, RequestError
 from millrace.protocol import SamplingParams
+from millrace.text.messages import normalize_messages
 from millrace.text.processor import TextProcessor
 from tests.support.text_model import write_text_model
 
@@ -74,6 +75,51 @@ def test_a_token_outside_the_vocabulary_is_named(processor: TextProcessor, token
 def test_an_empty_prompt_is_refused(processor: TextProcessor) -> None:
     with pytest.raises(RequestError, match="at least one token"):
         processor.request("r", [], SamplingParams(), 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ('{"city": "Par', {"city": "Par"}),
+        ('{"city": "Paris", "da', {"city": "Paris"}),
+        ('{"city": "Paris", "days": ', {"city": "Paris"}),
+        ('{"city": "Paris", "tags": ["a", {"b": tr', {"city": "Paris", "tags": ["a", {"b": True}]}),
+        ('{"days": 12', {"days": 12}),
+        ('{"days": -', {"days": None}),
+        ('{"city": "a\\', {"city": "a"}),
+        ('{"city": "a\\u00', {"city": "a"}),
+        ('{"city": "a" ', {"city": "a"}),
+        ("{", {}),
+        ("", {}),
+        (None, {}),
+        ({"a": 1}, {"a": 1}),
+    ],
+)
+def test_arguments_that_were_cut_off_go_back(arguments: Any, meant: dict[str, Any]) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    (message,) = normalize_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"][0]["function"]["arguments"] == meant
+
+
+@pytest.mark.parametrize("arguments", ["Paris", "{broken", "[1]", "3", '{"a": 1} {', '{"a": b}'])
+def test_arguments_without_meaning_are_refused(arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(RequestError, match=r"messages\[0\].tool_calls\[0\].function.arguments"):
+        normalize_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+
+
+def test_messages_without_content_are_empty(processor: TextProcessor) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages: list[Any] = [
+        {"role": "tool", "tool_call_id": "c", "content": "before its call"},
+        {"role": "user", "content": None},
+        {"role": "assistant", "content": None, "reasoning_content": None, "tool_calls": None},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "c", "content": None},
+        {"role": "tool", "tool_call_id": "c"},
+        {"role": "assistant", "content": [], "tool_calls": []},
+    ]
+    assert processor.chat_prompt(messages).count("<|im_start|>") == 8
 
 
 @pytest.mark.parametrize(

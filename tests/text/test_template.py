@@ -74,6 +74,62 @@ def test_renders_what_transformers_renders(
     )
 
 
+PREFILLS = [
+    "<", "end", "|", "im_end", "<|im_end|>", "assistant", "It is ", " It is", "two\nlines\n", "",
+    " ", "\n", "because</think>so", "</think>", "{{ x }}", "hi", "CONTINUE",
+]  # fmt: skip
+
+
+SHIPPED_SOURCE = (SHIPPED / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "as_parts"),
+    [
+        (TEMPLATE, False),
+        (TEMPLATE, True),
+        (TRICKY, False),
+        (SHIPPED_SOURCE, False),
+        (SHIPPED_SOURCE, True),
+    ],
+    ids=["plain", "plain parts", "tricky", "shipped", "shipped parts"],
+)
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("extra", [{}, {"reasoning_content": "thus"}], ids=["bare", "reasoned"])
+def test_continues_where_transformers_continues(
+    tmp_path: Path, source: str, prefill: str, extra: dict[str, str], as_parts: bool
+) -> None:
+    """The final message is continued at its end, whatever the template puts around it."""
+    write_text_model(tmp_path, source)
+    oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = load_template(tmp_path)
+    assert ours is not None
+    content: Any = [{"type": "text", "text": prefill}] if as_parts else prefill
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content, **extra}]
+    try:
+        expected = oracle.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    except ValueError:  # the template leaves some of the content out
+        with pytest.raises(RequestError, match="whose content the template shows"):
+            ours.render(chat, add_generation_prompt=False, continue_final_message=True)
+        return
+    assert expected == ours.render(chat, add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        ({"role": "assistant", "content": None}, "needs a last message with a text"),
+        ({"role": "assistant", "content": []}, "needs a last message with a text"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{}]}, "the last message calls tools"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(last: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        ChatTemplate(TEMPLATE, {}).render(
+            [last], add_generation_prompt=False, continue_final_message=True
+        )
+
+
 def test_the_template_may_stand_in_the_tokenizer_config(tmp_path: Path) -> None:
     write_text_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()

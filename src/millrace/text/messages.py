@@ -5,12 +5,12 @@ Errors name the place of the fault. What a message means is the template's busin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from millrace.errors import RequestError
+from millrace.text.tools.json_repair import completed
 
 Message = Mapping[str, Any]
 
@@ -45,6 +45,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where}.role must be a text such as user", param=f"{where}.role")
     found = {**message, "role": "system" if role == "developer" else role}
+    if "content" not in message and role not in ("assistant", "tool", "function"):
+        raise RequestError(f"{where}.content is missing", param=f"{where}.content")
     found["content"] = _content(message.get("content"), role, f"{where}.content")
     calls = message.get("tool_calls")
     if calls is not None:
@@ -56,7 +58,7 @@ def _content(content: Any, role: str, where: str) -> Any:
     if isinstance(content, list):
         return [_part(part, f"{where}[{at}]") for at, part in enumerate(content)]
     if content is None and role != "assistant":
-        raise RequestError(f"{where} is missing", param=where)
+        return ""
     if content is not None and not isinstance(content, str):
         raise RequestError(f"{where} must be a text or a list of parts", param=where)
     return content
@@ -91,10 +93,12 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(given: Any, where: str) -> dict[str, Any]:
+    """Arguments as an object. Those of an answer that was cut off at max_tokens are closed."""
     if isinstance(given, str):
+        whole = completed(given.strip()) if given.strip() else "{}"
         try:
-            given = msgspec.json.decode(given) if given.strip() else {}
-        except (msgspec.DecodeError, RecursionError) as error:
+            given = json.loads(given if whole is None else whole)
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{where} is not valid JSON: {error}", param=where) from None
     if given is None:
         return {}

@@ -103,6 +103,8 @@ class ChatTemplate:
             )
         values = {"tools": None, "documents": None, **self._tokens, **(variables or {})}
         values["messages"] = [self._content(_named_reasoning(message)) for message in messages]
+        if continue_final_message:
+            values["messages"][-1:] = map(_marked, values["messages"][-1:])
         values["add_generation_prompt"] = add_generation_prompt
         try:
             text = self._template.render(values)
@@ -111,7 +113,9 @@ class ChatTemplate:
                 f"the chat template refuses these messages: {_one_line(error)}", param="messages"
             ) from None
 
-        return _until_content(text, values["messages"][-1]) if continue_final_message else text
+        if continue_final_message:
+            return _until_mark(text, values["messages"][-1]["content"])
+        return text
 
     def _content(self, message: dict[str, Any]) -> dict[str, Any]:
         if self.takes_parts or not isinstance(message.get("content"), list):
@@ -140,22 +144,39 @@ class ChatTemplate:
         return "probed_tool" in text
 
 
-def _until_content(text: str, message: Mapping[str, Any]) -> str:
-    """The prompt up to the end of its last message's content."""
+# Stands where the final message's content ends. Its last character, a space, tells whether the
+# template trims the content.
+_MARK = "\ue000the prompt ends here\ue001 "
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The final message with a mark behind its content."""
     content = message.get("content")
-    if isinstance(content, list):
-        content = content[-1]["text"] if content else ""
-    stripped = (content or "").strip()
-    at = text.rfind(stripped) if stripped else -1
-    if at < 0:
+    if message.get("tool_calls"):
+        raise RequestError(
+            "continue_final_message: the last message calls tools, which no text can follow",
+            param="continue_final_message",
+        )
+    if isinstance(content, str):
+        return {**message, "content": content + _MARK}
+    if isinstance(content, list) and content:
+        *others, part = content
+        return {**message, "content": [*others, {**part, "text": part["text"] + _MARK}]}
+    raise RequestError(
+        "continue_final_message needs a last message with a text", param="continue_final_message"
+    )
+
+
+def _until_mark(text: str, content: Any) -> str:
+    """The prompt up to the end of its last message's content, as transformers cuts it."""
+    given = content if isinstance(content, str) else content[-1]["text"]
+    at = text.rfind(_MARK.rstrip())
+    if at < 0 or given.removesuffix(_MARK).strip() not in text:
         raise RequestError(
             "continue_final_message needs a last message whose content the template shows",
             param="continue_final_message",
         )
-    # The template may have trimmed the content; what it kept is continued.
-    end = at + len(stripped)
-    ending = (content or "")[len((content or "").rstrip()) :]
-    return text[:end] + (ending if text.startswith(ending, end) else "")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
 def _named_reasoning(message: Message) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class OpenAiFormatter:
 
     def __init__(self, header: ResponseHeader, logprobs: LogprobFormatter) -> None:
         self.id = header.id
-        self.needs_usage = header.options.continuous_usage_stats
+        self.needs_usage = bool(header.options.continuous_usage_stats)
         self._header = header
         self._logprobs = logprobs
 

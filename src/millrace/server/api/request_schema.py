@@ -15,8 +15,8 @@ from msgspec import UNSET, UnsetType
 class StreamOptions(msgspec.Struct, frozen=True):
     """include_usage: a last chunk with the token counts; continuous: they are in every chunk."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,12 +28,23 @@ class BodyReader:
     _buffered: int = field(default=0, init=False)
 
     async def read(self, request: Request) -> bytearray:
-        """A JSON body. Raises ApiError: 413 for a body that is too large, 415 for another content
-        type, 408 for a body that comes too slowly, 429 while other bodies take all the space.
+        """A JSON body, without a byte order mark that it may begin with.
+
+        Raises ApiError: 413 for a body that is too large, 415 for another content type or a
+        compressed body, 408 for a body that comes too slowly, 429 while other bodies take all the
+        space.
         """
         kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise ApiError(415, f"content type {kind!r}; send application/json")
+        encoding = request.headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"content encoding {encoding[:60]!r}; send the body uncompressed",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_bytes:
             raise self._too_large()
@@ -50,6 +62,8 @@ class BodyReader:
             ) from None
         finally:
             self._buffered -= len(body)
+        if body.startswith(BOM_UTF8):
+            del body[: len(BOM_UTF8)]
         return body
 
     async def _fill(self, body: bytearray, request: Request) -> None:

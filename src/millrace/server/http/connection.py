@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from millrace.common.api_errors import ApiError
 
@@ -56,7 +60,10 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._head_size = 0
         self._stop_head_timer()
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before and self.scope["http_version"] == "1.0":
+            _send_without_chunks(self.cycle)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -98,6 +105,27 @@ class Connection(HttpToolsProtocol):
                 b"\r\n%b" % (STATUS_LINE[status], len(body), body)
             )
         self.transport.close()
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Have a response without a length end with its connection: HTTP/1.0 knows no chunks.
+
+    The cycle has not begun to run yet.
+    """
+    send = cycle.send
+    unframed = False
+
+    async def send_unframed(message: Any) -> None:
+        nonlocal unframed
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            unframed = b"content-length" not in names
+            cycle.chunked_encoding = False if unframed else None
+        elif message["type"] == "http.response.body" and unframed:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_unframed  # type: ignore[method-assign]
 
 
 def connection_class(head_timeout: float, max_head_bytes: int) -> type[asyncio.Protocol]:

@@ -61,6 +61,8 @@ class JsonRepair:
         self._ends = ends
         self._levels: list[_Level] = []
         self._quote = ""
+        self._given = 0  # characters
+        self._key_at = 0  # where the last key began, with the comma before it
         self.rest = ""
         self.done = False
         self.guesses = 0
@@ -74,9 +76,28 @@ class JsonRepair:
             if step is None:
                 break
             made.append(step)
+            self._given += len(step)
         if last and not self.done:
             made.append(self._close())
         return "".join(made)
+
+    def complete(self, made: str) -> str | None:
+        """What this has made, closed where the text was cut off: a key without a value is left out,
+        a literal that has begun is completed. None if it was no JSON before.
+        """
+        rest = self.rest.strip()
+        if self.guesses or (self.done and rest) or not (self.done or self._levels):
+            return None
+        if self._quote:
+            made += '"'
+        elif rest and not self.done:
+            begun = next((one for one in _WORDS.values() if one.startswith(rest)), "null")
+            if self._at_key():
+                return None
+            made += self._before(is_text=False) + (word(rest) or begun)
+        if self._levels and self._levels[-1].keyed:
+            made = made[: self._key_at]
+        return made + "".join("}" if one.is_object else "]" for one in reversed(self._levels))
 
     # Each step takes some of `rest` and returns what it adds, or None if it needs more text.
 
@@ -179,6 +200,7 @@ class JsonRepair:
         if not level.is_object:
             return comma
         level.keyed = is_text
+        self._key_at = self._given
         self.guesses += not is_text
         return comma if is_text else comma + '"": '
 
@@ -238,3 +260,11 @@ def repaired(text: str) -> tuple[str, int] | None:
     except RecursionError:
         return None
     return None if repair.rest.strip() else (made, repair.guesses)
+
+
+def completed(text: str) -> str | None:
+    """The JSON of an object or array that may have been cut off; None if it is none."""
+    if text[:1] not in ("{", "["):
+        return None
+    repair = JsonRepair()
+    return repair.complete(repair.feed(text))

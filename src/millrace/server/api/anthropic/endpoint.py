@@ -145,6 +145,8 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise RequestError(f"{where}.role must be user or assistant, got {role!r}", param=where)
+    if content is None and role == "assistant":
+        content = ""
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -143,8 +144,8 @@ def _content(block: Block) -> dict[str, Any]:
 def _input(arguments: str) -> Mapping[str, Any]:
     """Arguments as an object; a call that was cut off has none."""
     try:
-        found = msgspec.json.decode(arguments or "{}")
-    except msgspec.DecodeError:
+        found = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -150,18 +150,32 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             thought += _thought(item)
             continue
         message = _item(item, kind, where)
-        if kind == "function_call" and messages and messages[-1]["role"] == "assistant":
-            messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
+        last = messages[-1] if messages else {}
+        if kind == "function_call" and last.get("role") == "assistant" and not thought:
+            last.setdefault("tool_calls", []).extend(message["tool_calls"])
             continue
-        if message["role"] == "assistant" and thought:
-            message["reasoning_content"], thought = thought, ""
-        messages.append(message)
+        messages += _with_thought(message, thought)
+        thought = ""
+    if thought:
+        messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
     return _system_first(messages)
+
+
+def _with_thought(message: dict[str, Any], thought: str) -> list[dict[str, Any]]:
+    """A message behind reasoning; an answer that was cut off has nothing but that."""
+    if not thought:
+        return [message]
+    if message["role"] == "assistant":
+        return [{**message, "reasoning_content": thought}]
+    return [{"role": "assistant", "content": "", "reasoning_content": thought}, message]
 
 
 def _item(item: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
     if kind == "message":
-        return {"role": item.get("role"), "content": _content(item.get("content"), where)}
+        content = item.get("content")
+        if content is None and item.get("role") == "assistant":
+            content = ""
+        return {"role": item.get("role"), "content": _content(content, where)}
     if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
