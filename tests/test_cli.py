@@ -69,7 +69,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(EngineArgs.__struct_fields__) == set(HELP)
     assert set(ServerOptions.__struct_fields__) == set(SERVER_HELP)
-    cli.run(["serve", "--help"])
+    cli.run(["serve", "--help=all"])
     text = capsys.readouterr().out
     for name in (*EngineArgs.__struct_fields__, *ServerOptions.__struct_fields__):
         assert name == "model" or f"--{name.replace('_', '-')}" in text
@@ -172,7 +172,7 @@ def test_replicas_get_the_same_command_line(
     monkeypatch.setattr(
         "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append((args, more))
     )
-    bodies = ["--max-bodies-bytes", str(99 << 20)]
+    bodies = [f"--max-bodies-bytes={99 << 20}"]
     arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", *bodies]
     assert cli.run(arguments) == 0
     ((command, count, host, port), more) = seen[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from millrace import vllm_flags
 from millrace.config import EngineArgs
 from millrace.server.api.fields import HARMLESS, REFUSED
 from millrace.server.api.request_schema import ChatRequest, CompletionRequest
@@ -48,6 +49,11 @@ def test_every_path_is_documented() -> None:
     paths = [route.path.replace(":path", "") for route in ROUTES if not route.debug]
     assert paths
     assert all(f" {path}`" in API for path in paths)
+
+
+def test_the_page_of_vllms_flags_is_made_from_their_table() -> None:
+    page = (ROOT / "docs" / "vllm_flags.md").read_text(encoding="utf-8")
+    assert page == vllm_flags.page()  # python -m millrace.vllm_flags > docs/vllm_flags.md
 
 
 def test_every_metric_is_documented() -> None:

@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "millrace"
 LAYERS = [
     # what every part may use
     "version errors",
-    "protocol config lengths common tasks model_lookup",
+    "protocol config lengths common tasks model_lookup vllm_flags",
     # the engine plane: one replica
     "text.tools kernels engine",
     "text kernels.cpu kernels.gpu model",

@@ -235,3 +235,18 @@ def test_what_cannot_be_loaded_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         LLM(model or str(small_model), **options)
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_out(small_model: Path) -> None:
+    with LLM(str(small_model), skip_tokenizer_init=True, **OPTIONS) as llm:
+        (output,) = llm.generate([[1, 2, 3]], GREEDY)
+        assert (len(output.outputs[0].token_ids), output.outputs[0].text) == (12, "")
+        with pytest.raises(RequestError, match="send token ids"):
+            llm.generate(["hello"], GREEDY)
+
+
+def test_a_scheme_that_the_checkpoint_has_not_is_refused(small_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantization fp8: the weights of .* are float32"):
+        LLM(str(small_model), quantization="fp8", **OPTIONS)
+    with LLM(str(small_model), quantization="none", **OPTIONS) as llm:
+        assert llm.generate([[1]], GREEDY)[0].finished

@@ -44,3 +44,57 @@ def test_an_unknown_name_lists_what_there_is(shelf: Path) -> None:
 def test_a_directory_without_a_config_is_no_model(shelf: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json there"):
         find_model(str(shelf / "two" / "unfinished"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with two commits of a model: `main` names one, the tag `v1` the other."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    model = tmp_path / "hub" / "models--Qwen--Qwen3.5-0.8B"
+    for reference, commit in (("main", "a" * 40), ("v1", "b" * 40), ("refs/pr/1", "c" * 40)):
+        snapshot = model / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        if commit[0] != "c":
+            (snapshot / "config.json").write_text("{}")
+        path = model / "refs" / reference
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit)
+    return tmp_path / "hub"
+
+
+def test_an_id_is_found_in_the_cache_of_hugging_face(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = hub / "models--Qwen--Qwen3.5-0.8B" / "snapshots"
+    name = "Qwen/Qwen3.5-0.8B"
+    assert find_model(name) == snapshots / ("a" * 40)
+    assert find_model(name, "v1") == find_model(name, "b" * 40) == snapshots / ("b" * 40)
+    monkeypatch.delenv("HF_HOME")
+    assert find_model(name, download_dir=str(hub)) == snapshots / ("a" * 40)
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    assert find_model(name) == snapshots / ("a" * 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("Qwen/Qwen3.5-2B",), r"not there in .*; get it with: hf download Qwen/Qwen3\.5-2B$"),
+        (
+            ("Qwen/Qwen3.5-0.8B", "v9"),
+            r"no revision 'v9' in .*\(there: main, refs/pr/1, v1\); .* --revision v9$",
+        ),
+        (("Qwen/Qwen3.5-0.8B", "../x"), r"no revision '\.\./x'"),
+        (("Qwen/Qwen3.5-0.8B", "refs/pr/1"), r"revision 'refs/pr/1' without a config\.json"),
+        (
+            ("Qwen/Qwen3.5-0.8B", None, "/my cache"),
+            r"not there in .* /my cache; .* --cache-dir '/my cache'$",
+        ),
+    ],
+)
+def test_an_id_that_is_not_in_the_cache_gets_the_command_for_it(
+    hub: Path, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        find_model(*options)

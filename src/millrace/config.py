@@ -19,6 +19,7 @@ KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"]
 StateDType = Literal["auto", "float32", "bfloat16"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["fp8", "none"]
 
 MAX_DRAFTS = 5
 # A step of 256 decoding rows of the 27B takes 50 ms on an H200, and 2,048 prompt tokens 110 more.
@@ -58,6 +59,11 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     model: str
     served_model_name: list[str] = []
     tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    download_dir: str | None = None
+    hf_overrides: dict[str, Any] = {}
+    quantization: Quantization | None = None
     dtype: DType = "auto"
     device: Device = "auto"
     load_format: LoadFormat = "auto"
@@ -90,9 +96,19 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 HELP: Mapping[str, str] = {
-    "model": "Directory of a Hugging Face checkpoint, or the name of a model that ships.",
+    "model": "Directory of a Hugging Face checkpoint, the id of one in its cache, or the name of a "
+    "model that ships.",
     "served_model_name": "Name(s) under which the API offers the model (default: the model).",
     "tokenizer": "Directory with tokenizer.json (default: the model's).",
+    "skip_tokenizer_init": "Load no tokenizer: prompts and answers are token ids.",
+    "revision": "Revision of a model in the Hugging Face cache: branch, tag or commit "
+    "(default: main).",
+    "download_dir": "Hugging Face cache to look for models in (default: HF_HUB_CACHE, or hub in "
+    "HF_HOME).",
+    "hf_overrides": "JSON that replaces entries of config.json, such as "
+    '{"max_position_embeddings": 65536}.',
+    "quantization": "What the checkpoint must be: fp8 for weights in FP8, none for others "
+    "(default: either).",
     "dtype": "Data type of weights and activations (auto: the checkpoint's).",
     "device": "Where to run (auto: cuda if there is one).",
     "load_format": "dummy fills in seeded random weights instead of reading the checkpoint.",
@@ -355,10 +371,20 @@ def _max_model_len(args: EngineArgs, facts: ModelFacts) -> int:
     return args.max_model_len
 
 
+def _named_mtp(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = spec.get("method", "mtp")
+    if isinstance(method, str) and method.endswith("_mtp"):
+        return {**spec, "method": "mtp"}
+    if method != "mtp":
+        raise ConfigError(f"speculative_config.method {method!r}: use mtp, the model's own head")
+    return spec
+
+
 def engine_args(**options: Any) -> EngineArgs:
     """EngineArgs from loose keyword options, with unknown names and wrong types named.
 
-    A dict for speculative_config and a single served_model_name are taken as vLLM takes them.
+    A dict for speculative_config and a single served_model_name are taken as vLLM takes them, and
+    so are the names of drafting by an MTP head (qwen3_next_mtp, qwen3_5_mtp and others).
     """
     known = {field.name: field for field in msgspec.structs.fields(EngineArgs)}
     unknown = sorted(set(options) - set(known))
@@ -366,6 +392,8 @@ def engine_args(**options: Any) -> EngineArgs:
         raise ConfigError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     if isinstance(options.get("served_model_name"), str):
         options["served_model_name"] = [options["served_model_name"]]
+    if isinstance(spec := options.get("speculative_config"), Mapping):
+        options["speculative_config"] = _named_mtp(spec)
     for name, value in options.items():
         choices = get_args(known[name].type)
         if choices and all(isinstance(c, str) for c in choices) and value not in choices:

@@ -113,7 +113,9 @@ class LLM:
         args = _resolved(engine_args(model=str(model), **options))
         directory = Path(args.model)
         tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
-        self._processor = TextProcessor.load(directory, tokenizer, generation_config)
+        self._processor = TextProcessor.load(
+            directory, tokenizer, generation_config, skip_tokenizer=args.skip_tokenizer_init
+        )
         self._engine = build_engine(args)
         self._close = weakref.finalize(self, self._engine.close)  # at the latest when Python ends
         config = self._engine.config
@@ -370,4 +372,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _resolved(args: EngineArgs) -> EngineArgs:
-    return msgspec.structs.replace(args, model=str(find_model(args.model)))
+    return msgspec.structs.replace(
+        args, model=str(find_model(args.model, args.revision, args.download_dir))
+    )

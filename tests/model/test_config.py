@@ -159,3 +159,17 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, millrace.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_entries_can_be_replaced(tmp_path: Path, nested: bool) -> None:
+    config = CONFIG_27B_FP8 if nested else tiny_config()
+    read(tmp_path, config)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    changed = read_config(tmp_path, {"max_position_embeddings": 1010000, "rope_parameters": rope})
+    assert changed.max_positions == 1010000
+    assert changed.rope_scaling is not None
+    assert changed.rope_scaling.factor == 4.0
+    assert changed.rope_theta == read_config(tmp_path).rope_theta  # beside what was replaced
+    inner = {"text_config": {"max_position_embeddings": 4095}}
+    assert (read_config(tmp_path, inner).max_positions == 4095) is nested

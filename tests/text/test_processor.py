@@ -172,3 +172,51 @@ def test_max_new_tokens_bounds_what_is_not_said(tmp_path: Path) -> None:
     processor = TextProcessor.load(tmp_path, tmp_path)
     request = processor.request("r", [1], SamplingParams(max_tokens=None), 100)
     assert request.params.max_tokens == 5
+
+
+def test_a_template_can_be_given_with_variables(text_model: Path, tmp_path: Path) -> None:
+    text = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ mood }}"
+    file = tmp_path / "own.jinja"
+    file.write_text(text)
+    for template in (text, str(file)):
+        own = TextProcessor.load(
+            text_model, text_model, template=template, template_variables={"mood": "calm"}
+        )
+        message = {"role": "user", "content": "a"}
+        assert own.chat_prompt([message]) == "[a]calm"
+        assert own.chat_prompt([message], variables={"mood": "wild"}) == "[a]wild"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("/nowhere.jinja", r"--chat-template /nowhere\.jinja: neither a file that can be read"),
+        ("{% for %}", "--chat-template, line 1: "),
+    ],
+)
+def test_a_template_that_is_none_is_refused(text_model: Path, template: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        TextProcessor.load(text_model, text_model, template=template)
+
+
+def test_sampling_defaults_can_be_replaced(text_model: Path) -> None:
+    def defaults(generation_config: str, **entries: Any) -> tuple[float, float, int]:
+        loaded = TextProcessor.load(text_model, text_model, generation_config, sampling=entries)
+        return loaded.defaults.temperature, loaded.defaults.top_p, loaded.defaults.top_k
+
+    assert defaults("auto", temperature=0.1) == (0.1, 0.95, 20)
+    assert defaults("vllm", top_k=3) == (1.0, 1.0, 3)
+    with pytest.raises(CheckpointError, match="mood cannot be set; temperature, top_p"):
+        defaults("auto", mood=1)
+    with pytest.raises(CheckpointError, match=r"--override-generation-config: Expected `int`"):
+        defaults("auto", top_k="three")
+
+
+def test_without_a_tokenizer_prompts_are_token_ids(text_model: Path, tmp_path: Path) -> None:
+    plain = TextProcessor.load(text_model, tmp_path, skip_tokenizer=True)
+    request = plain.request("r", [1, 2, 3], SamplingParams(max_tokens=2), 20)
+    assert (request.prompt, request.boundaries) == ([1, 2, 3], [])
+    piece = plain.detokenizer(request.params).push([4, 5], "length")
+    assert (piece.text, piece.token_ids) == ("", [4, 5])
+    with pytest.raises(RequestError, match=r"--skip-tokenizer-init.*; send token ids"):
+        plain.encode("Hello")

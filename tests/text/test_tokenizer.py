@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, RequestError
 from millrace.text.tokenizer import Tokenizer
 from tests.support.text_model import write_text_model
 
@@ -71,10 +71,12 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_with_another_kind_of_tokenizer_prompts_are_token_ids(tmp_path: Path) -> None:
     path = write_text_model(tmp_path) / "tokenizer.json"
     content = json.loads(path.read_text())
     content["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="WordPiece is not known; ByteLevel is"):
-        Tokenizer.load(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    with pytest.raises(RequestError, match=r"decoder WordPiece is not known, .* send token ids"):
+        loaded.encode("Hello")
+    assert (loaded.decode([1, 2]), loaded.turn_ends([1, 2]), loaded.token_id("a")) == ("", [], None)

@@ -5,6 +5,7 @@ An option that is not given is not passed on: defaults belong to the struct.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -13,6 +14,35 @@ import click
 import msgspec
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_COUNT = re.compile(r"([+-]?\d+(?:\.\d+)?)([kKmMgGtT])")
+_POWERS = "kmgt"
+
+
+class Count(click.ParamType[int]):
+    """A whole number, also as vLLM takes it: 32k is 32,000, 32K is 32,768; 1.5m, 2M, 80g, 1T."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = _COUNT.fullmatch(str(value).strip())
+        try:
+            if found is None:
+                return int(value)
+            number, suffix = found.groups()
+            power = _POWERS.index(suffix.lower()) + 1
+            return int(number) * 1024**power if suffix.isupper() else _decimal(number, power)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number, such as 32768, 32k or 32K", param, ctx)
+
+
+def _decimal(number: str, power: int) -> int:
+    """number x 1000^power; ValueError where that is not whole."""
+    whole, _, fraction = number.partition(".")
+    places = 3 * power
+    if len(fraction) > places:
+        raise ValueError(number)
+    return int(whole + fraction.ljust(places, "0"))
 
 
 def struct_options(
@@ -52,9 +82,10 @@ def _option(field: msgspec.structs.FieldInfo, text: str) -> Callable[[_Command],
     if get_origin(inner) is Literal:
         choice = click.Choice(get_args(inner))
         return click.option(flag, field.name, type=choice, default=None, help=text)
-    if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+    if get_origin(inner) is dict or (isinstance(inner, type) and issubclass(inner, msgspec.Struct)):
         return click.option(flag, field.name, callback=_parse_json, metavar="JSON", help=text)
-    return click.option(flag, field.name, type=inner, default=None, help=text)
+    kind = Count() if inner is int else inner
+    return click.option(flag, field.name, type=kind, default=None, help=text)
 
 
 def _without_none(kind: Any) -> Any:
@@ -68,7 +99,7 @@ def _default_note(field: msgspec.structs.FieldInfo) -> str:
     default = field.default
     if default is True:
         return "  [default: on]"
-    unsaid = default is None or default is False or default is msgspec.NODEFAULT
+    unsaid = default is None or default is False or default is msgspec.NODEFAULT or default == {}
     return "" if unsaid else f"  [default: {default}]"
 
 

@@ -29,8 +29,8 @@ def model(args: EngineArgs) -> Iterator[Finding]:
     from millrace.model.config import read_config
 
     try:
-        directory = find_model(args.model)
-        config = read_config(directory)
+        directory = find_model(args.model, args.revision, args.download_dir)
+        config = read_config(directory, args.hf_overrides)
     except UserError as error:
         yield Finding("model", args.model, str(error), "fail")
         return

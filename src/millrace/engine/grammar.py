@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from millrace.common.native_stack import COMPILE_STACK, run_on_stack
 from millrace.common.optional import available
-from millrace.errors import ConfigError, RequestError
+from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Masks, StepPlan
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ class GrammarState:
 class Grammars:
     """The grammar states of all requests that have a grammar.
 
-    tokenizer: path of a `tokenizer.json`. vocab_size: columns of the model's logits. eos_ids: the
-    tokens that end an output. width: candidates of a decode row.
+    tokenizer: path of a `tokenizer.json`, None if it may not be read. vocab_size: columns of the
+    model's logits. eos_ids: the tokens that end an output. width: candidates of a decode row.
     """
 
     def __init__(
-        self, tokenizer: Path, vocab_size: int, eos_ids: Sequence[int], width: int
+        self, tokenizer: Path | None, vocab_size: int, eos_ids: Sequence[int], width: int
     ) -> None:
         self._path = tokenizer
         self._vocab_size = vocab_size
@@ -163,8 +163,11 @@ class Grammars:
     def _tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        if not self._path.exists():
-            raise ConfigError(f"structured outputs need {self._path}")
+        if self._path is None or not self._path.exists():
+            raise RequestError(
+                f"structured outputs need a tokenizer, {self._path or 'which was not loaded'}",
+                param="structured_outputs",
+            )
         return LLTokenizer(
             self._path.read_text(), n_vocab=self._vocab_size, eos_token=self._eos_ids
         )

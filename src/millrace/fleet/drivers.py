@@ -42,9 +42,18 @@ def _speculation(value: Any) -> list[str]:
     return ["--speculative-algorithm", "NEXTN", *rest] if k else []
 
 
+def _object(name: str) -> Callable[[Any], list[str]]:
+    return lambda value: [name, msgspec.json.encode(value).decode()]
+
+
 _VLLM: Mapping[str, Callable[[Any], list[str]]] = {
     "served_model_name": _each("--served-model-name"),
     "tokenizer": _flag("--tokenizer"),
+    "skip_tokenizer_init": _switch("--skip-tokenizer-init", None),
+    "revision": _flag("--revision"),
+    "download_dir": _flag("--download-dir"),
+    "hf_overrides": _object("--hf-overrides"),
+    "quantization": lambda value: ["--quantization", value] if value != "none" else [],
     "dtype": _flag("--dtype"),
     "load_format": _flag("--load-format"),
     "max_model_len": _flag("--max-model-len"),
@@ -57,15 +66,15 @@ _VLLM: Mapping[str, Callable[[Any], list[str]]] = {
     "gpu_memory_utilization": _flag("--gpu-memory-utilization"),
     "kv_cache_memory_bytes": _flag("--kv-cache-memory-bytes"),
     "enable_prefix_caching": _switch("--enable-prefix-caching", "--no-enable-prefix-caching"),
-    "speculative_config": lambda value: [
-        "--speculative-config",
-        msgspec.json.encode(value).decode(),
-    ],
+    "speculative_config": _object("--speculative-config"),
     "tensor_parallel_size": _flag("--tensor-parallel-size"),
     "async_scheduling": _switch("--async-scheduling", "--no-async-scheduling"),
     "enforce_eager": _switch("--enforce-eager", None),
     "seed": _flag("--seed"),
     "generation_config": _flag("--generation-config"),
+    "override_generation_config": _object("--override-generation-config"),
+    "chat_template": _flag("--chat-template"),
+    "default_chat_template_kwargs": _object("--default-chat-template-kwargs"),
     "api_key": _each("--api-key"),
 }
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from millrace.errors import CheckpointError
@@ -104,15 +106,20 @@ class ModelConfig:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_config(directory: str | Path) -> ModelConfig:
+def read_config(
+    directory: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> ModelConfig:
     """The configuration of the checkpoint in `directory`. Raises CheckpointError if it cannot run.
 
+    overrides: entries that replace those of config.json, objects entry by entry. Of a nested
+    checkpoint they may name the text model's entries with or without `text_config`.
     EOS ids come from generation_config.json if it has some, else from config.json.
     """
     directory = Path(directory)
-    outer = _read_json(directory / "config.json")
+    outer = _overridden(_read_json(directory / "config.json"), overrides)
     nested = outer.get("model_type") == "qwen3_5" and "text_config" in outer
     text: dict[str, Any] = {**outer, **outer["text_config"]} if nested else outer
+    text = _overridden(text, overrides)
     _check_class(outer, text)
     fields = _Fields(text, directory / "config.json")
     rotary_dim, theta, scaling = _rope(fields)
@@ -140,6 +147,15 @@ def read_config(directory: str | Path) -> ModelConfig:
         fp8=_is_fp8(outer, text),
         nested=nested,
     )
+
+
+def _overridden(entries: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(entries)
+    for name, value in overrides.items():
+        old = found.get(name)
+        objects = isinstance(old, dict) and isinstance(value, dict)
+        found[name] = _overridden(old or {}, value) if objects else value
+    return found
 
 
 @dataclass(frozen=True, slots=True)

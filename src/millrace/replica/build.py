@@ -18,7 +18,7 @@ from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
 from millrace.engine.scheduler import Scheduler
-from millrace.errors import CheckpointError, RankError, UserError
+from millrace.errors import CheckpointError, ConfigError, RankError, UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import AddRequest, Delta, SamplingParams
 from millrace.replica.hang_guard import RANK_FAILED, HangGuard, limit_exit
@@ -156,7 +156,7 @@ def _join(config: EngineConfig, rank_info: RankInfo, **options: Any) -> Ranks:
         torch.cuda.set_device(rank_info.local)
         device = torch.cuda.get_device_name()
     one_install = options.get("store") is not None or STARTED_HERE in os.environ
-    model = find_model(config.args.model)
+    model = _directory(config.args)
     known = facts(config.args, model, device, one_install) if rank_info.size > 1 else {}
     return Ranks.join(rank_info, "nccl" if config.device == "cuda" else "gloo", known, **options)
 
@@ -166,7 +166,8 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, ModelConfig]:
 
     from millrace.model.config import read_config
 
-    model = read_config(find_model(args.model))
+    model = read_config(_directory(args), args.hf_overrides)
+    _check_quantization(args, model)
     facts = ModelFacts(
         max_position_embeddings=model.max_positions,
         checkpoint_dtype=model.dtype,
@@ -175,10 +176,28 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, ModelConfig]:
     return resolve(args, facts, cuda=torch.cuda.is_available()), model
 
 
+def _directory(args: EngineArgs) -> Path:
+    return find_model(args.model, args.revision, args.download_dir)
+
+
+def _check_quantization(args: EngineArgs, model: ModelConfig) -> None:
+    """Raise ConfigError unless the checkpoint is quantized as the options say."""
+    if args.quantization == "fp8" and not model.fp8:
+        raise ConfigError(
+            f"quantization fp8: the weights of {args.model} are {model.dtype}, and weights are not "
+            "quantized when they are loaded; give an FP8 checkpoint, or leave it out"
+        )
+    if args.quantization == "none" and model.fp8:
+        raise ConfigError(
+            f"quantization none: the weights of {args.model} are FP8; leave it out, or give a "
+            "checkpoint that is not quantized"
+        )
+
+
 def _worker(config: EngineConfig, model: ModelConfig, ranks: Ranks) -> Worker:
     from millrace.runtime.worker import Worker
 
-    return Worker(config, model, find_model(config.args.model), ranks)
+    return Worker(config, model, _directory(config.args), ranks)
 
 
 class Replica(Engine):
@@ -242,5 +261,7 @@ def _warm_up(engine: Engine, config: EngineConfig) -> None:
 
 
 def _grammars(config: EngineConfig, model: ModelConfig) -> Grammars:
-    tokenizer = find_model(config.args.tokenizer or config.args.model) / "tokenizer.json"
+    args = config.args
+    directory = find_model(args.tokenizer) if args.tokenizer else _directory(args)
+    tokenizer = None if args.skip_tokenizer_init else directory / "tokenizer.json"
     return Grammars(tokenizer, model.vocab_size, model.eos_ids, config.drafts + 1)

@@ -15,7 +15,10 @@ from millrace.config import EngineArgs
 from millrace.version import __version__
 
 # Options that may differ: they name things of one host, or only rank 0 uses them.
-_OWN = {"model", "tokenizer", "served_model_name", "tensor_parallel_size", "plan_log", "max_queue"}
+_OWN = {
+    *("model", "revision", "download_dir", "tokenizer", "served_model_name"),
+    *("tensor_parallel_size", "plan_log", "max_queue"),
+}
 # The source that ranks run, as patterns in the package.
 _RUN = ("model/**/*.py", "runtime/**/*.py", "kernels/**/*.py", "protocol.py", "config.py")
 _SAMPLES, _SAMPLE = 16, 4096  # samples of each weight file, and bytes of each

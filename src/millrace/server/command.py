@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -21,6 +22,7 @@ from millrace.common.safe_log import protect_standard_streams
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
 from millrace.model_lookup import find_model
+from millrace.server.help import write_options
 from millrace.server.options import (
     GATEWAY_KEY_VARIABLE,
     SERVER_HELP,
@@ -29,16 +31,37 @@ from millrace.server.options import (
     check_keys,
     gateway_key,
 )
+from millrace.server.vllm_arguments import Options, rewrite
 
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
 
 
-class _RawArgumentsCommand(click.Command):
-    """A command that keeps its arguments as they were written."""
+class _ServeCommand(click.Command):
+    """Takes the flags of vLLM too, keeps its arguments as read, and has help in groups."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["millrace.arguments"] = list(args)
-        return super().parse_args(ctx, args)
+        args = [self._help_topic(ctx, word) for word in args]
+        arguments, notes = rewrite(args, Options.of(self))
+        if notes:
+            click.echo(f"{ctx.command_path}: without effect: {'; '.join(notes)}", err=True)
+        ctx.meta["millrace.arguments"] = arguments
+        try:
+            return super().parse_args(ctx, list(arguments))
+        except click.NoSuchOption as error:
+            close = get_close_matches(error.option_name, error.possibilities or (), cutoff=0.8)
+            raise click.NoSuchOption(
+                error.option_name, possibilities=close, ctx=error.ctx
+            ) from None
+
+    def _help_topic(self, ctx: click.Context, word: str) -> str:
+        if not word.startswith("--help="):
+            return word
+        ctx.meta["millrace.help"] = word.removeprefix("--help=").lower()
+        return "--help"
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.params if isinstance(param, click.Option)]
+        write_options(ctx, formatter, options, ctx.meta.get("millrace.help", ""))
 
 
 # Options of the gateway in front of several replicas, which the replicas do not get.
@@ -48,7 +71,7 @@ _GATEWAY_OPTIONS = (
 )
 
 
-@click.command(cls=_RawArgumentsCommand)
+@click.command(cls=_ServeCommand)
 @click.argument("model")
 @struct_options(ServerOptions, SERVER_HELP)
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
@@ -56,7 +79,8 @@ _GATEWAY_OPTIONS = (
 def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API.
 
-    MODEL is a directory with a Hugging Face checkpoint, or the name of a model that ships.
+    MODEL is a directory with a Hugging Face checkpoint, the id of one in the Hugging Face cache,
+    or the name of a model that ships.
     """
     args = engine_args(model=model, **given(values, EngineArgs))
     options = msgspec.convert(given(values, ServerOptions), ServerOptions)
@@ -98,7 +122,7 @@ def _check(options: ServerOptions) -> None:
 
 
 def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
-    find_model(args.model)
+    find_model(args.model, args.revision, args.download_dir)
     own = without_options(arguments, _GATEWAY_OPTIONS)
     _run_replicas([sys.executable, "-m", "millrace.cli", "serve", *own], args, options)
 

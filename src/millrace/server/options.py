@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -34,6 +34,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = "least_loaded"
     gateway_processes: int = 1
     generation_config: Literal["auto", "vllm"] = "auto"
+    override_generation_config: dict[str, Any] = {}
+    chat_template: str | None = None
+    default_chat_template_kwargs: dict[str, Any] = {}
     reasoning_parser: ReasoningParser = "auto"
     tool_call_parser: ToolCallParser = "auto"
     max_body_bytes: int = 32 * 2**20
@@ -71,6 +74,12 @@ SERVER_HELP: Mapping[str, str] = {
     "policy": "How the gateway picks among replicas.",
     "gateway_processes": "Processes of the gateway.",
     "generation_config": "auto takes the checkpoint's sampling defaults, vllm takes none.",
+    "override_generation_config": "JSON that replaces sampling defaults, such as "
+    '{"temperature": 0.6}.',
+    "chat_template": "File with a chat template, or the template itself, instead of the "
+    "checkpoint's.",
+    "default_chat_template_kwargs": "JSON with variables of the chat template, such as "
+    '{"enable_thinking": false}; those of a request come first.',
     "reasoning_parser": "How chat answers are split into reasoning and content. auto: where the "
     "prompt opens a <think> block; none: never.",
     "tool_call_parser": "Format of tool calls in chat answers. auto: both of Qwen's formats, XML "

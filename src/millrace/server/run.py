@@ -63,7 +63,7 @@ def run_server(
     )
     raise_file_limit()
     listeners = listen(options.host, options.port)
-    directory = find_model(args.model)
+    directory = find_model(args.model, args.revision, args.download_dir)
     names = args.served_model_name or [args.model]
     args = msgspec.structs.replace(args, model=str(directory))
     with contextlib.ExitStack() as stack:
@@ -129,7 +129,15 @@ def _api(
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
     context = ApiContext(
         client,
-        TextProcessor.load(directory, tokenizer, options.generation_config),
+        TextProcessor.load(
+            directory,
+            tokenizer,
+            options.generation_config,
+            sampling=options.override_generation_config,
+            skip_tokenizer=args.skip_tokenizer_init,
+            template=options.chat_template,
+            template_variables=options.default_chat_template_kwargs,
+        ),
         metrics,
         names=names,
         reasoning_parser=options.reasoning_parser,

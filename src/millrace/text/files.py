@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from millrace.errors import CheckpointError
+
+FILE = "generation_config.json"
+TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True):
@@ -38,10 +43,21 @@ def vocab_size(directory: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def sampling_defaults(directory: Path) -> SamplingDefaults:
-    """What `generation_config.json` suggests, as vLLM's `--generation-config auto` takes it."""
-    path = directory / "generation_config.json"
-    config = read_json(path)
+def sampling_defaults(
+    directory: Path | None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> SamplingDefaults:
+    """What `generation_config.json` suggests, as vLLM's `--generation-config auto` takes it.
+
+    directory: None takes no file. overrides: entries that come before the file's.
+    Raises CheckpointError.
+    """
+    path = "--override-generation-config" if directory is None or overrides else directory / FILE
+    config = {**(read_json(directory / FILE) if directory else {}), **overrides}
+    if unknown := overrides.keys() - TAKEN:
+        raise CheckpointError(
+            f"--override-generation-config: {', '.join(sorted(unknown))} cannot be set; "
+            f"{', '.join(TAKEN)} can"
+        )
     given = {
         "temperature": config.get("temperature"),
         "top_p": config.get("top_p"),

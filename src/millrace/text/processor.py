@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from millrace.text.grammar_jobs import OutputGrammar, ToolCallGrammar
 from millrace.text.messages import Message, normalize_messages, text_length
 from millrace.text.reasoning import END
 from millrace.text.template import ChatTemplate, load_template
-from millrace.text.tokenizer import Tokenizer
+from millrace.text.tokenizer import NoTokenizer, Tokenizer
 from millrace.text.tool_grammar import can_constrain_auto_calls
 from millrace.text.tools.call_tags import CALL, CALL_END, FUNCTION
 from millrace.text.tools.parser import ToolCallParser
@@ -41,25 +42,44 @@ class TextProcessor:
         template: ChatTemplate | None,
         defaults: SamplingDefaults,
         vocab_size: int,
+        template_variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults
         self.vocab_size = vocab_size
+        self._template_variables = template_variables
 
     @classmethod
-    def load(cls, model: Path, tokenizer: Path, generation_config: str = "auto") -> TextProcessor:
+    def load(
+        cls,
+        model: Path,
+        tokenizer: Path,
+        generation_config: str = "auto",
+        *,
+        sampling: Mapping[str, Any] = MappingProxyType({}),
+        skip_tokenizer: bool = False,
+        template: str | None = None,
+        template_variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> TextProcessor:
         """Read what the directories hold. Raises CheckpointError.
 
-        generation_config: auto takes the checkpoint's sampling defaults, vllm takes none.
+        generation_config: auto takes the checkpoint's sampling defaults, vllm takes none. sampling:
+        defaults that come before these. skip_tokenizer: prompts are token ids. template: a chat
+        template, or its file, instead of the checkpoint's. template_variables: what it gets where
+        a request says nothing.
         """
-        tokens = Tokenizer.load(tokenizer)
+        if skip_tokenizer:
+            tokens: Tokenizer = NoTokenizer("the server runs with --skip-tokenizer-init")
+        else:
+            tokens = Tokenizer.load(tokenizer)
         auto = generation_config == "auto"
         return cls(
             tokens,
-            load_template(tokenizer),
-            sampling_defaults(model) if auto else SamplingDefaults(),
+            load_template(tokenizer, template),
+            sampling_defaults(model if auto else None, sampling),
             vocab_size(model) or tokens.vocab_size,
+            template_variables,
         )
 
     def chat_prompt(
@@ -79,10 +99,11 @@ class TextProcessor:
             raise RequestError(
                 "this model has no chat template; send text to /v1/completions", param="messages"
             )
+        variables = {**self._template_variables, **(variables or {})}
         if tools:
             if not self.template.takes_tools:
                 raise RequestError("this model's chat template knows no tools", param="tools")
-            variables = {**(variables or {}), "tools": [tool.given for tool in tools]}
+            variables = {**variables, "tools": [tool.given for tool in tools]}
         return self.template.render(
             normalize_messages(messages),
             add_generation_prompt=add_generation_prompt,

@@ -191,12 +191,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def load_template(directory: Path) -> ChatTemplate | None:
+def load_template(directory: Path, given: str | None = None) -> ChatTemplate | None:
     """The checkpoint's template, or None if it has none.
 
-    `chat_template.jinja` comes first, then `chat_template` of `tokenizer_config.json`.
+    given: another one instead, as a file or as its text. `chat_template.jinja` comes first, then
+    `chat_template` of `tokenizer_config.json`. Raises CheckpointError.
     """
     config = read_json(directory / "tokenizer_config.json")
+    if given is not None:
+        return ChatTemplate(_given_source(given), _special_tokens(config), "--chat-template")
     path = directory / "chat_template.jinja"
     source: Any
     if path.is_file():
@@ -209,6 +212,18 @@ def load_template(directory: Path) -> ChatTemplate | None:
     if source is None:
         return None
     return ChatTemplate(source, _special_tokens(config), name)
+
+
+def _given_source(given: str) -> str:
+    """A template that is a file's name or, with Jinja's braces or of several lines, itself."""
+    if "{{" in given or "{%" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"--chat-template {given}: neither a file that can be read ({error}) nor a template"
+        ) from None
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

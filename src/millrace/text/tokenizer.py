@@ -7,12 +7,15 @@ handled by `millrace.text.detokenizer`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from millrace.errors import CheckpointError, RequestError
+
+log = logging.getLogger(__name__)
 
 TURN_END = "<|im_end|>"
 
@@ -73,7 +76,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read `tokenizer.json`; CheckpointError if it is missing, broken or of another kind."""
+        """Read `tokenizer.json`; CheckpointError if it is missing or broken.
+
+        One of another kind is replaced by a `NoTokenizer`, with a warning.
+        """
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a model directory needs tokenizer.json")
@@ -83,7 +89,9 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from None
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             kind = type(backend.decoder).__name__
-            raise CheckpointError(f"{path}: decoder {kind} is not known; ByteLevel is")
+            reason = f"{path}: decoder {kind} is not known, ByteLevel is"
+            log.warning("%s; prompts and answers are token ids", reason)
+            return NoTokenizer(reason)
         backend.no_truncation()
         backend.no_padding()
         return cls(backend)
@@ -133,3 +141,22 @@ class Tokenizer:
             end + 1 if end < len(token_ids) and self.token_bytes[token_ids[end]] == b"\n" else end
             for end in ends
         ]
+
+
+class NoTokenizer(Tokenizer):
+    """Stands in where there is none: prompts are token ids, and every token's text is empty.
+
+    reason: why there is none.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(tokenizers.Tokenizer(tokenizers.models.BPE()))
+        self.reason = reason
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Refuses every text, with RequestError."""
+        raise RequestError(
+            f"texts cannot be encoded here ({self.reason}); send token ids, as the prompt of "
+            "/v1/completions",
+            param="prompt",
+        )
