@@ -38,7 +38,16 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("engine_command", "engine_args", "enforce_eager"),
     ),
     "server": (
-        *("host", "port", "api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"),
+        *(
+            "host",
+            "port",
+            "api_key",
+            "gateway_api_key",
+            "cache_salt_by_api_key",
+            "ssl_keyfile",
+            "ssl_certfile",
+            "ssl_ca_certs",
+        ),
         *("ssl_cert_reqs", "allowed_origins", "allowed_methods", "allowed_headers"),
         *("allow_credentials", "max_body_bytes", "max_bodies_bytes", "max_header_bytes"),
         *("read_timeout", "shutdown_timeout", "max_engine_restarts", "enable_request_id_headers"),

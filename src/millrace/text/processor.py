@@ -138,6 +138,8 @@ class TextProcessor:
         self._check_characters(text_length(messages), max_model_len, "messages")
 
     def _check_characters(self, count: int, max_model_len: int, param: str) -> None:
+        if isinstance(self.tokenizer, NoTokenizer):
+            raise self.tokenizer.refusal()
         limit = max_model_len * self.tokenizer.longest_token
         if count > limit:
             raise RequestError(

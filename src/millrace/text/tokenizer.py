@@ -155,7 +155,11 @@ class NoTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Refuses every text, with RequestError."""
-        raise RequestError(
+        raise self.refusal()
+
+    def refusal(self) -> RequestError:
+        """Why a text cannot be a prompt, and what can."""
+        return RequestError(
             f"texts cannot be encoded here ({self.reason}); send token ids, as the prompt of "
             "/v1/completions",
             param="prompt",
