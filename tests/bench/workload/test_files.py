@@ -165,16 +165,16 @@ def test_a_trace_keeps_its_times_and_its_shared_blocks(tmp_path: Path) -> None:
         {"timestamp": 2500, "input_length": 600, "output_length": 3, "hash_ids": [1, 2]},
         {"timestamp": 1000, "input_length": 700, "output_length": 4, "hash_ids": [1, 3]},
     )
-    spec, times = read_trace(path, count=None, vocab_size=100, seed=0)
+    spec, times = read_trace(path, count=None, seed=0)
     assert times == (0.0, 1.5)
-    first, second = spec.prompts
-    assert [(p.input_tokens, p.output_tokens) for p in spec.prompts] == [(700, 4), (600, 3)]
+    first, second = (prompt_maker(spec)(index) for index in range(2))
+    assert [(p.input_tokens, p.output_tokens) for p in (first, second)] == [(700, 4), (600, 3)]
     assert first.content[:512] == second.content[:512]
     assert first.content[512:600] != second.content[512:600]
     schedule = Schedule(times=times, speed=2.0)
     assert list(due_times(schedule)) == [0.0, 0.75]
     with pytest.raises(UserError, match=r"line 1: a trace needs the numbers timestamp"):
-        read_trace(lines(tmp_path / "u.jsonl", {"timestamp": 1}), count=1, vocab_size=9, seed=0)
+        read_trace(lines(tmp_path / "u.jsonl", {"timestamp": 1}), count=1, seed=0)
 
 
 # --- when --------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ class ServeFlags(LoadFlags, frozen=True, kw_only=True):
     model: str | None = None
     header: list[str] = []
     ready_check_timeout_sec: float = 0.0
+    reset_prefix_cache: bool = False
     metrics_url: list[str] = []
     dcgm_url: str | None = None
     percentile_metrics: str = "ttft,tpot,itl"

@@ -25,7 +25,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     model: None takes the first model that the server lists. vocab_size: None asks the server.
     duration: seconds after which no more requests are sent. processes: number of load processes.
     timeout and ready_timeout are in seconds. metrics_urls: addresses of replicas whose /metrics are
-    read; none reads the target's. gpus: number of GPUs of the server, for figures per GPU.
+    read; none reads the target's. reset_prefix_cache: whether caches are emptied before the run.
+    gpus: number of GPUs of the server, for figures per GPU.
     """
 
     target: Target
@@ -47,6 +48,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     objectives: dict[str, float] = {}
     timeout: float = 600.0
     ready_timeout: float = 0.0
+    reset_prefix_cache: bool = False
     metrics_urls: tuple[str, ...] = ()
     dcgm_url: str | None = None
     gpus: int | None = None

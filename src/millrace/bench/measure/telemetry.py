@@ -68,7 +68,7 @@ class Telemetry:
         self.observation = no_observation
 
     async def __aenter__(self) -> Telemetry:
-        self._targets = await self._find()
+        self._targets = await find_replicas(self._options)
         self._before = await self._read()
         self._energy = self._gpus.energy_j() if self._gpus else None
         self._task = asyncio.create_task(self._sample())
@@ -91,22 +91,6 @@ class Telemetry:
             gpus=self._gpus.names if self._gpus else [],
             notes=list(notes),
         )
-
-    async def _find(self) -> list[Target]:
-        """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else the
-        target."""
-        if self._options.metrics_urls:
-            return [parse_url(url) for url in self._options.metrics_urls]
-        root = msgspec.structs.replace(self._options.target, prefix="")
-        try:
-            response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)
-            listed = (
-                msgspec.json.decode(response.body)["replicas"] if response.status == 200 else []
-            )
-            named = [parse_url(str(replica["url"])) for replica in listed]
-        except (OSError, msgspec.DecodeError, LookupError, TypeError, AttributeError, UserError):
-            named = []
-        return named or [root]
 
     async def _read(self) -> list[MetricsPage]:
         return list(await asyncio.gather(*(self._page(target) for target in self._targets)))
@@ -137,6 +121,21 @@ def integrate(powers: list[tuple[int, float]]) -> float | None:
     if len(powers) < 2:
         return None
     return sum((b - a) / 1e9 * (low + high) / 2 for (a, low), (b, high) in pairwise(powers))
+
+
+async def find_replicas(options: BenchOptions) -> list[Target]:
+    """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else the
+    target."""
+    if options.metrics_urls:
+        return [parse_url(url) for url in options.metrics_urls]
+    root = msgspec.structs.replace(options.target, prefix="")
+    try:
+        response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)
+        found = msgspec.json.decode(response.body) if response.status == 200 else {}
+        named = [parse_url(str(replica["url"])) for replica in found.get("replicas", ())]
+    except (OSError, msgspec.DecodeError, LookupError, TypeError, AttributeError, UserError):
+        named = []
+    return named or [root]
 
 
 async def _text(target: Target, headers: tuple[tuple[str, str], ...] = ()) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.bench.report.results import LOAD_FIELDS, ResultFile, grouped, load_label
+from millrace.bench.report.results import LOAD_FIELDS, ResultFile, grouped, hit_rate, load_label
 from millrace.bench.report.tables import aligned
 from millrace.errors import UserError
 
@@ -31,6 +31,9 @@ _T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+
+
+_EQUAL_HITS = 0.02  # hit rates that differ by no more come from the same work
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,11 +65,27 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """One load that was measured on both: the number of runs of each, and all ratios."""
+    """One load that was measured on both: the number of runs of each, and all ratios.
+
+    hit_rates: of the prefix caches, the lowest and the highest of A's runs and of B's; None where
+    unknown.
+    """
 
     load: str
     runs: tuple[int, int]
     ratios: list[Ratio]
+    hit_rates: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None)
+
+    @property
+    def warning(self) -> str | None:
+        """A line where the runs found different shares of their prompts in prefix caches."""
+        known = [rate for pair in self.hit_rates if pair is not None for rate in pair]
+        if not known or max(known) - min(known) <= _EQUAL_HITS:
+            return None
+        return (
+            f"warning: prefix cache hits differ between runs ({min(known):.1%} to "
+            f"{max(known):.1%}): these are not repeats of the same work"
+        )
 
 
 def compare(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> list[Comparison]:
@@ -100,7 +119,13 @@ def _one(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> Comparison:
         if all(v is not None and v > 0 for v in (*values_a, *values_b)):
             numbers = [[float(v) for v in side if v] for side in (values_a, values_b)]
             ratios.append(ratio_of(figure, *numbers))
-    return Comparison(load_label(a[0].fields), (len(a), len(b)), ratios)
+    hits = (_hit_range(a), _hit_range(b))
+    return Comparison(load_label(a[0].fields), (len(a), len(b)), ratios, hits)
+
+
+def _hit_range(results: Sequence[ResultFile]) -> tuple[float, float] | None:
+    known = [rate for result in results if (rate := hit_rate(result.fields)) is not None]
+    return (min(known), max(known)) if known else None
 
 
 def _figure(result: ResultFile, name: str) -> float | None:
@@ -148,4 +173,10 @@ def comparison_table(comparison: Comparison) -> str:
         cells = (r.figure, f"{r.a:,.2f}", f"{r.b:,.2f}", f"{r.ratio:.3f}", interval, r.verdict)
         rows.append(cells)
     runs = f"{comparison.runs[0]} run(s) of A, {comparison.runs[1]} of B"
-    return "\n".join([f"{comparison.load}: {runs}", *aligned(rows)])
+    lines = [f"{comparison.load}: {runs}", *aligned(rows)]
+    for name, rates in zip("AB", comparison.hit_rates, strict=True):
+        if rates is not None:
+            lines.append(f"prefix hits of {name}: {rates[0]:.1%} to {rates[1]:.1%}")
+    if comparison.warning is not None:
+        lines.append(comparison.warning)
+    return "\n".join(lines)

@@ -23,7 +23,14 @@ from millrace.bench.report.request_series import (
     sample_series,
     token_rate,
 )
-from millrace.bench.report.results import ResultFile, grouped, interactivity, load_label
+from millrace.bench.report.results import (
+    ResultFile,
+    grouped,
+    hit_rate,
+    hit_text,
+    interactivity,
+    load_label,
+)
 from millrace.bench.report.sweep_table import sweep_rows
 from millrace.errors import UserError
 from millrace.version import __version__
@@ -197,14 +204,14 @@ def _servers(runs: Sequence[ResultFile]) -> Section:
     rows = [("run", "replicas", "acceptance", "by position", "prefix hits", "J / token")]
     for run in runs:
         server = run.fields.get("server") or {}
-        spec, prefix = server.get("speculation"), server.get("prefix_cache")
+        spec = server.get("speculation")
         energy = server.get("joules_per_token")
         cells = (
             _name(run, runs),
             str(len(server.get("replicas") or [])),
             f"{spec['acceptance_rate']:.1%}" if spec else "",
             " ".join(f"{s:.1%}" for s in spec["acceptance_by_position"]) if spec else "",
-            f"{prefix['hit_rate']:.1%}" if prefix else "",
+            hit_text(hit_rate(run.fields)),
             f"{energy:.3g}" if energy is not None else "",
         )
         if any(cells[2:]):
@@ -289,7 +296,7 @@ def _client_cells(client: dict[str, Any]) -> tuple[str, ...]:
 
 _SCALING_HEADINGS = (
     *("replicas", "total tok/s", "per replica", "efficiency"),
-    *("TTFT ms", "TPOT ms", "ITL ms", "accuracy"),
+    *("TTFT ms", "TPOT ms", "ITL ms", "prefix hits", "accuracy"),
 )
 
 
@@ -319,6 +326,7 @@ def _scaling_cells(row: dict[str, Any]) -> tuple[str, ...]:
             " / ".join(f"{row[f'{figure}_{name}_ms']:,.1f}" for figure in ("mean", "median", "p99"))
             for name in ("ttft", "tpot", "itl")
         ),
+        hit_text(row.get("prefix_cache_hit_rate")),
         "n/a" if accuracy is None else f"{accuracy:.1%}",
     )
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from millrace.bench.load import messages
+from millrace.bench.report.results import unexpected_hits
 from millrace.bench.workload.prompts import Lengths, Workload, workload_line
 
 
@@ -87,6 +88,8 @@ def remarks(fields: dict[str, Any]) -> list[str]:
             f"counted from when requests were due: TTFT median {due['median_ttft_ms']:.1f} ms, "
             f"p99 {due['p99_ttft_ms']:.1f} ms"
         )
+    if (warning := unexpected_hits(fields)) is not None:
+        lines.append(warning)
     client = fields["client"]
     if client["client_bound"]:
         lines.append(f"{client['advice']} ({'; '.join(client['reasons'])})")

@@ -102,10 +102,45 @@ def mean_lengths(fields: Mapping[str, Any]) -> tuple[float, float]:
     )
 
 
+def hit_rate(fields: Mapping[str, Any]) -> float | None:
+    """The share of prompt tokens that prefix caches had; None where it is unknown."""
+    found = fields.get("prefix_cache_hit_rate")
+    if found is None:  # files from before that field
+        found = ((fields.get("server") or {}).get("prefix_cache") or {}).get("hit_rate")
+    return None if found is None else float(found)
+
+
+def hit_text(rate: float | None) -> str:
+    """A hit rate in a table; empty where it is unknown."""
+    return "" if rate is None else f"{rate:.1%}"
+
+
 def interactivity(fields: Mapping[str, Any]) -> float:
     """Tokens a second that one user sees: the inverse of the median TPOT."""
     tpot = fields.get("median_tpot_ms") or 0.0
     return 1e3 / tpot if tpot else 0.0
+
+
+_SHARED_BY_TEMPLATE = 64  # tokens that a chat template may put before every prompt
+
+
+def unexpected_hits(fields: Mapping[str, Any]) -> str | None:
+    """A warning where random prompts, which share little, were found in a prefix cache."""
+    rate, done = hit_rate(fields), fields.get("completed") or 0
+    single = (fields.get("multi_turn_turns") or 1) == 1
+    if fields.get("dataset_name") != "random" or not single or not rate or not done:
+        return None
+    mean = fields["total_input_tokens"] / done
+    shared = float(fields.get("random_prefix_len") or 0)
+    if fields.get("backend") == "openai-chat":
+        shared += _SHARED_BY_TEMPLATE
+    if rate * mean - shared <= max(16.0, 0.05 * mean):
+        return None
+    return (
+        f"warning: {rate:.1%} of the prompt tokens came from a prefix cache, though random prompts "
+        f"are new: the server has had these prompts before. Give each run another --seed (this one "
+        f"was {fields.get('seed', 'unknown')}), or use --reset-prefix-cache"
+    )
 
 
 def load_label(fields: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from millrace.bench.measure.client_overhead import ClientOverhead
 from millrace.bench.measure.metrics import LATENCIES, Distribution, Summary, Window, successes
 from millrace.bench.measure.prometheus_reader import prefix_hits, speculation
 from millrace.bench.measure.telemetry import Observation
+from millrace.bench.report.results import hit_rate
 from millrace.bench.report.tables import aligned
 from millrace.bench.workload.prompts import Lengths, RandomSpec
 
@@ -80,6 +81,7 @@ def run_fields(
         "from_due": _from_due(options, done),
         "client": msgspec.to_builtins(client),
         "server": _server_fields(observation, summary),
+        "prefix_cache_hit_rate": _hit_rate(observation, done),
         **detail_fields(outcome.records),
     }
 
@@ -92,6 +94,7 @@ def _load_fields(options: BenchOptions) -> dict[str, Any]:
         "burstiness": schedule.burstiness,
         "max_concurrency": options.max_concurrency,
         "processes": options.processes,
+        "seed": workload.seed,
         "coordinated_omission": _omission(options),
     }
     if options.duration is not None:
@@ -103,6 +106,7 @@ def _load_fields(options: BenchOptions) -> dict[str, Any]:
     if isinstance(workload, RandomSpec):
         fields["random_range_ratio"] = workload.range_ratio
         fields["random_range_convention"] = workload.convention
+        fields["random_prefix_len"] = workload.prefix_len
         fields["random_context_len"] = workload.context_len
         fields["multi_turn_turns"] = workload.turns
     return fields
@@ -148,6 +152,16 @@ def _per_gpu(options: BenchOptions, summary: Summary) -> dict[str, float]:
         )
         fields["output_throughput_per_gpu"] = summary.overall.output_throughput / options.gpus
     return fields
+
+
+def _hit_rate(observation: Observation, done: Sequence[RequestTiming]) -> float | None:
+    """The share of prompt tokens found in prefix caches, by the servers' counters, else by the
+    usage of the answers; None where neither says."""
+    if (counted := prefix_hits(observation.totals)) is not None:
+        return counted["hit_rate"]
+    known = [record for record in done if record.cached_tokens >= 0]
+    tokens = sum(record.input_tokens for record in known)
+    return sum(record.cached_tokens for record in known) / tokens if tokens else None
 
 
 def _server_fields(observation: Observation, summary: Summary) -> dict[str, Any]:
@@ -257,8 +271,8 @@ def _server_rows(result: Mapping[str, Any]) -> list[str]:
         rows["Acceptance length:"] = spec["acceptance_length"]
         shares = " ".join(f"{100 * share:.1f}" for share in spec["acceptance_by_position"])
         rows["Acceptance by position (%):"] = shares or None
-    if (prefix := server.get("prefix_cache")) is not None:
-        rows["Prefix cache hit rate (%):"] = 100 * prefix["hit_rate"]
+    if (hits := hit_rate(result)) is not None:
+        rows["Prefix cache hit rate (%):"] = 100 * hits
     rows["Energy per token (J):"] = server.get("joules_per_token")
     for task, found in (result.get("accuracy") or {}).items():
         rows[f"Accuracy, {task}:"] = found["text"]

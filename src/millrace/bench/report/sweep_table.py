@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from millrace.bench.report.results import interactivity, mean_lengths
+from millrace.bench.report.results import hit_rate, hit_text, interactivity, mean_lengths
 from millrace.bench.report.tables import aligned
 
 _FIGURES = ("mean", "median", "p99")
@@ -18,10 +18,12 @@ def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     head = ["users", *(["req/s asked"] if rates else []), "in", "out", "req/s served"]
     head += ["total tok/s", "output tok/s"]
     head += [*(["tok/s/GPU"] if gpus else []), "tok/s/user", "TTFT ms", "TPOT ms", "ITL ms"]
-    return [(*head, "failed"), *(_row(result, rates, gpus) for result in results)]
+    hits = any(hit_rate(result) is not None for result in results)
+    head += ["prefix hits"] if hits else []
+    return [(*head, "failed"), *(_row(result, rates, gpus, hits) for result in results)]
 
 
-def _row(result: Mapping[str, Any], rates: bool, gpus: bool) -> tuple[str, ...]:
+def _row(result: Mapping[str, Any], rates: bool, gpus: bool, hits: bool) -> tuple[str, ...]:
     rate = result["request_rate"]
     cells = [
         str(result["max_concurrency"] or ""),
@@ -37,6 +39,8 @@ def _row(result: Mapping[str, Any], rates: bool, gpus: bool) -> tuple[str, ...]:
     for name in ("ttft", "tpot", "itl"):
         shown = [f"{figure}_{name}_ms" for figure in _FIGURES]
         cells.append(" / ".join(f"{result[key]:,.1f}" for key in shown if key in result))
+    if hits:
+        cells.append(hit_text(hit_rate(result)))
     return (*cells, str(result["failed"]))
 
 

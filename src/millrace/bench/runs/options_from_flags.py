@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -28,7 +29,6 @@ from millrace.common.http_client import Target, parse_url
 from millrace.errors import UserError
 
 _FILES = ("custom", "sharegpt", "trace")
-_VOCABULARY = 1000  # of a trace's prompts, which are made before the server is asked
 
 
 def serve_options(flags: ServeFlags) -> BenchOptions:
@@ -45,6 +45,7 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
         percentiles=_percentiles(flags.metric_percentiles),
         objectives=_objectives(flags.goodput),
         ready_timeout=flags.ready_check_timeout_sec,
+        reset_prefix_cache=flags.reset_prefix_cache,
         metrics_urls=tuple(flags.metrics_url),
         dcgm_url=flags.dcgm_url,
     )
@@ -116,8 +117,7 @@ def _workload(flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:
 def _from_file(kind: str, path: str, flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:
     wanted = _count(flags, otherwise=None)
     if kind == "trace":
-        vocabulary = flags.random_vocab_size or _VOCABULARY
-        return read_trace(path, count=wanted, vocab_size=vocabulary, seed=flags.seed)
+        return read_trace(path, count=wanted, seed=flags.seed)
     tokens = read_tokenizer(flags.tokenizer) if flags.tokenizer else estimate_tokens
     if kind == "custom":
         spec = read_custom(path, count=wanted, output_len=flags.custom_output_len, tokens=tokens)
@@ -221,6 +221,23 @@ def _objectives(given: Sequence[str]) -> dict[str, float]:
         if name not in ("ttft", "tpot", "e2el"):
             raise UserError(f"--goodput {text!r}: use ttft:MS, tpot:MS or e2el:MS")
     return objectives
+
+
+def with_run_seed(options: BenchOptions, run: int, point: int = 0) -> BenchOptions:
+    """The options of one of several runs: its prompts and arrival times are its own.
+
+    Equal prompts in two runs would measure the server's prefix cache. The first run of the first
+    point keeps the seed of the flags; so do equal runs of two servers.
+    """
+    if run == point == 0:
+        return options
+    key = f"{options.workload.seed}/{point}/{run}".encode()
+    seed = int.from_bytes(blake2b(key, digest_size=6).digest())
+    return msgspec.structs.replace(
+        options,
+        workload=msgspec.structs.replace(options.workload, seed=seed),
+        schedule=msgspec.structs.replace(options.schedule, seed=seed),
+    )
 
 
 def positive_counts(text: str, flag: str) -> list[int]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.report.results import hit_text
 from millrace.bench.report.tables import aligned
 from millrace.bench.runs.accuracy import Accuracy
+from millrace.bench.runs.options_from_flags import with_run_seed
 from millrace.bench.runs.scaling import (
     ScalingOptions,
     ScalingRow,
@@ -59,7 +61,7 @@ async def measure_parallelism(
             if row.problem is None:
                 on_step(f"TP x DP {row.name}, run {repeat + 1} of {options.repeats}")
                 try:
-                    await _measure(options, row)
+                    await _measure(options, row, repeat)
                 except UserError as error:
                     row.problem, row.runs = str(error), []
                     row.accuracy = Accuracy(None, reason="not measured")
@@ -68,10 +70,11 @@ async def measure_parallelism(
     return rows
 
 
-async def _measure(options: ScalingOptions, row: ParallelRow) -> None:
+async def _measure(options: ScalingOptions, row: ParallelRow, repeat: int) -> None:
     arguments = ["--tensor-parallel-size", str(row.ranks)]
     async with served(options, row.replicas, arguments) as target:
-        measured = await run(msgspec.structs.replace(options.load, target=target))
+        load = with_run_seed(options.load, repeat)
+        measured = await run(msgspec.structs.replace(load, target=target))
         if measured.fields["completed"] == 0:
             first = next(record.error for record in measured.records if record.error)
             raise UserError(f"no request succeeded: {first}")
@@ -101,7 +104,7 @@ def parallelism_fields(rows: Sequence[ParallelRow]) -> list[dict[str, Any]]:
 
 
 _HEADINGS = ("TP x DP", "devices", "total tok/s", "a device", "tok/s a user", "TTFT ms", "TPOT ms",
-             "accuracy")  # fmt: skip
+             "prefix hits", "accuracy")  # fmt: skip
 
 
 def parallelism_table(rows: Sequence[ParallelRow]) -> str:
@@ -117,6 +120,7 @@ def parallelism_table(rows: Sequence[ParallelRow]) -> str:
                 f"{fields['per_device']:,.0f}",
                 f"{fields['tokens_per_user']:,.1f}",
                 *(_latency(fields, name) for name in ("ttft", "tpot")),
+                hit_text(row.hit_rate),
                 str(row.accuracy),
             )
         )

@@ -22,7 +22,7 @@ from millrace.bench.report.run_report import benchy_table, error_lines, table
 from millrace.bench.report.save import check_raw, default_name, provenance, save_run
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
-from millrace.bench.runs.options_from_flags import metric_names, serve_options
+from millrace.bench.runs.options_from_flags import metric_names, serve_options, with_run_seed
 from millrace.bench.runs.serve import Run, run
 from millrace.bench.runs.sweep_grid import Point, point_name
 from millrace.errors import UserError
@@ -37,7 +37,8 @@ def measure_runs(flags: ServeFlags) -> int:
     status = 0
     for number in range(flags.num_runs):
         name = f"run{number + 1}" if flags.num_runs > 1 else ""
-        status = max(status, _measure(options, flags, name, with_table=True)[0])
+        ended, _ = _measure(with_run_seed(options, number), flags, name, with_table=True)
+        status = max(status, ended)
         if status == INTERRUPTED:
             break
     return status
@@ -51,12 +52,13 @@ def measure_sweep(points: Sequence[Point], flags: Sequence[SweepFlags]) -> int:
     results: list[dict[str, Any]] = []
     status = 0
     for number in range(common.num_runs):
-        for point, options in zip(points, planned, strict=True):
+        for index, (point, options) in enumerate(zip(points, planned, strict=True)):
             if status == INTERRUPTED:
                 break
             click.echo(f"{point_name(point)}, run {number + 1} of {common.num_runs}", err=True)
             name = f"{point_name(point)}-run{number + 1}"
-            ended, fields = _measure(options, common, name, with_table=False)
+            own = with_run_seed(options, number, index)
+            ended, fields = _measure(own, common, name, with_table=False)
             results.append(fields)
             status = max(status, ended)
     click.echo(sweep_table(results))

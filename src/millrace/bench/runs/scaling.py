@@ -15,8 +15,10 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
+from millrace.bench.report.results import hit_rate, hit_text
 from millrace.bench.report.tables import aligned
 from millrace.bench.runs.accuracy import Accuracy, measure_accuracy
+from millrace.bench.runs.options_from_flags import with_run_seed
 from millrace.bench.runs.serve import run
 from millrace.common.child_process import python_module
 from millrace.common.http_client import Target
@@ -60,6 +62,12 @@ class ScalingRow(msgspec.Struct, kw_only=True):
         """Median of a result field over the runs."""
         return statistics.median(float(run[name]) for run in self.runs)
 
+    @property
+    def hit_rate(self) -> float | None:
+        """Median hit rate of prefix caches over the runs that know it."""
+        known = [rate for run in self.runs if (rate := hit_rate(run)) is not None]
+        return statistics.median(known) if known else None
+
 
 async def measure_scaling(
     options: ScalingOptions, on_step: Callable[[str], None]
@@ -73,7 +81,8 @@ async def measure_scaling(
         for row in rows:
             on_step(f"{row.replicas} replica(s), run {repeat + 1} of {options.repeats}")
             async with served(options, row.replicas) as target:
-                measured = await run(msgspec.structs.replace(options.load, target=target))
+                load = with_run_seed(options.load, repeat)
+                measured = await run(msgspec.structs.replace(load, target=target))
                 if measured.fields["completed"] == 0:
                     first = next(r.error for r in measured.records if r.error)
                     raise UserError(f"{row.replicas} replica(s): no request succeeded: {first}")
@@ -151,6 +160,7 @@ def scaling_fields(rows: Sequence[ScalingRow]) -> list[dict[str, Any]]:
                 "per_replica": total / row.replicas,
                 "efficiency": total / row.replicas / base if base else 0.0,
                 **{name: row.figure(name) for name in latencies},
+                "prefix_cache_hit_rate": row.hit_rate,
                 "completed": sum(run["completed"] for run in row.runs),
                 "failed": sum(run["failed"] for run in row.runs),
                 "accuracy": row.accuracy.value,
@@ -172,6 +182,7 @@ _HEADINGS = (
     "TTFT ms",
     "TPOT ms",
     "ITL ms",
+    "prefix hits",
     "accuracy",
 )
 
@@ -190,6 +201,7 @@ def scaling_table(rows: Sequence[ScalingRow]) -> str:
                 f"{fields['users']:.0f}",
                 f"{fields['request_throughput']:,.2f}",
                 *(_latency_cell(fields, name) for name in _LATENCIES),
+                hit_text(row.hit_rate),
                 str(row.accuracy),
             )
         )

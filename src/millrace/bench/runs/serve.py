@@ -23,7 +23,7 @@ from millrace.bench.load.records import RequestTiming
 from millrace.bench.load.request_builder import make_job
 from millrace.bench.measure.client_overhead import ClientOverhead, measure_client
 from millrace.bench.measure.metrics import Summary, summarize
-from millrace.bench.measure.telemetry import Observation, Telemetry
+from millrace.bench.measure.telemetry import Observation, Telemetry, find_replicas
 from millrace.bench.report.run_report import run_fields
 from millrace.bench.workload.prompts import (
     FileSpec,
@@ -82,6 +82,8 @@ async def run(
         if on_start is not None:
             on_start(options.workload, pool.lengths)
         await warm_up(options, served.model)
+        if options.reset_prefix_cache:
+            await reset_prefix_caches(options)
         async with Telemetry(options) as telemetry:
             outcome = await pool.run(stop, on_progress)
         return _run(options, served, pool.lengths, outcome, telemetry.observation)
@@ -220,6 +222,31 @@ def _warmup_prompts(options: BenchOptions) -> Callable[[int], Prompt]:
         seed=_WARMUP_SEED,
     )
     return prompt_maker(spec, as_text=as_text)
+
+
+_RESETS = ("/reset_prefix_cache", "/flush_cache")  # of vLLM and Millrace, of SGLang
+
+
+async def reset_prefix_caches(options: BenchOptions) -> None:
+    """Empty the prefix cache of every replica. Raises UserError when one cannot do that."""
+    for target in await find_replicas(options):
+        statuses = []
+        for path in _RESETS:
+            try:
+                response = await fetch(target, path, method="POST", headers=options.headers)
+            except OSError as error:
+                raise UserError(
+                    f"--reset-prefix-cache: no answer from {target} ({error})"
+                ) from None
+            statuses.append(response.status)
+            if response.status == 200:
+                break
+        else:
+            raise UserError(
+                f"--reset-prefix-cache: {target} has neither {' nor '.join(_RESETS)} (status "
+                f"{statuses[0]}); serve with --debug (Millrace) or VLLM_SERVER_DEV_MODE=1 (vLLM), "
+                "or give each run another --seed"
+            )
 
 
 async def warm_up(options: BenchOptions, model: str) -> None:

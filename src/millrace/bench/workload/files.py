@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from millrace.bench.workload.prompts import FileSpec, Prompt, Turn
+from millrace.bench.workload.prompts import FileSpec, Prompt, TraceRow, TraceSpec, Turn
 from millrace.errors import UserError
 
 _CHARACTERS = 4  # of English text per token, where there is no tokenizer
@@ -102,37 +101,31 @@ def _exchanges(conversation: Any) -> Iterator[tuple[str, str]]:
         yield str(user["value"]), str(answer["value"])
 
 
-def read_trace(
-    path: str, *, count: int | None, vocab_size: int, seed: int
-) -> tuple[FileSpec, tuple[float, ...]]:
+def read_trace(path: str, *, count: int | None, seed: int) -> tuple[TraceSpec, tuple[float, ...]]:
     """A trace in the Mooncake format, and the arrival times of its requests, in seconds.
 
     JSON Lines with `timestamp` (ms), `input_length`, `output_length` and optionally `hash_ids`:
-    blocks of 512 tokens, of which equal ids stand for equal tokens. Prompts are token ids.
+    blocks of 512 tokens, of which equal ids stand for equal tokens.
     """
-    rows = sorted(_trace_rows(path), key=lambda row: row[0])[:count]
-    if not rows:
+    found = sorted(_trace_rows(path), key=lambda row: row[0])[:count]
+    if not found:
         raise UserError(f"--dataset-path {path}: there is no request in it")
-    first = rows[0][0]
-    prompts = []
-    for number, (_, length, output, blocks) in enumerate(rows):
-        ids: list[int] = []
-        for block in blocks:
-            rng = np.random.default_rng((seed, 1, block))
-            ids += rng.integers(0, vocab_size, _BLOCK_TOKENS).tolist()
-        own = np.random.default_rng((seed, 0, number))
-        ids = ids[:length] + own.integers(0, vocab_size, max(0, length - len(ids))).tolist()
-        prompts.append(Prompt(ids, length, output))
-    spec = FileSpec(prompts=tuple(prompts), count=len(prompts), source=Path(path).name)
-    return spec, tuple((at - first) / 1e3 for at, *_ in rows)
+    spec = TraceSpec(
+        rows=tuple(row for _, row in found),
+        count=len(found),
+        block_tokens=_BLOCK_TOKENS,
+        seed=seed,
+        source=Path(path).name,
+    )
+    return spec, tuple((at - found[0][0]) / 1e3 for at, _ in found)
 
 
-def _trace_rows(path: str) -> Iterator[tuple[float, int, int, list[int]]]:
+def _trace_rows(path: str) -> Iterator[tuple[float, TraceRow]]:
     for number, row in _rows(path):
         try:
             at, length, output = (row[k] for k in ("timestamp", "input_length", "output_length"))
-            blocks = [int(block) for block in row.get("hash_ids") or []]
-            yield float(at), max(1, int(length)), max(1, int(output)), blocks
+            blocks = tuple(int(block) for block in row.get("hash_ids") or [])
+            yield float(at), TraceRow(max(1, int(length)), max(1, int(output)), blocks)
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{path}, line {number}: a trace needs the numbers timestamp (ms), input_length "

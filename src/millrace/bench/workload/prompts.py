@@ -107,7 +107,29 @@ class FileSpec(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
     source: str = "file"
 
 
-Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec
+class TraceRow(msgspec.Struct, frozen=True, array_like=True):
+    """One request of a trace. blocks: ids of the blocks of its prompt; equal ids, equal tokens."""
+
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+
+
+class TraceSpec(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
+    """Requests of the lengths in a trace, with random tokens, in its order.
+
+    block_tokens: the size of a block. After the last row the rows begin again.
+    """
+
+    rows: tuple[TraceRow, ...]
+    count: int | None
+    block_tokens: int = 512
+    vocab_size: int = 1000
+    seed: int = 0
+    source: str = "trace"
+
+
+Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec | TraceSpec
 
 
 def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
@@ -119,6 +141,8 @@ def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Pr
     if isinstance(spec, FileSpec):
         given = spec.prompts
         return lambda index: given[index % len(given)]
+    if isinstance(spec, TraceSpec):
+        return _trace_maker(spec, as_text)
     if isinstance(spec, PolicySpec):
         return _policy_maker(spec, as_text)
     if isinstance(spec, PrefixSpec):
@@ -194,6 +218,21 @@ def _prefix_maker(spec: PrefixSpec, as_text: bool) -> Callable[[int], Prompt]:
         suffix = _draw(_generator(spec.seed, index), spec.suffix_len, vocabulary)
         ids = prefixes[index % spec.num_prefixes] + suffix
         return Prompt(_words(ids) if as_text else ids, len(ids), spec.output_len)
+
+    return make
+
+
+def _trace_maker(spec: TraceSpec, as_text: bool) -> Callable[[int], Prompt]:
+    vocabulary = len(_WORDS) if as_text else spec.vocab_size
+
+    def make(index: int) -> Prompt:
+        row = spec.rows[index % len(spec.rows)]
+        ids: list[int] = []
+        for block in row.blocks:
+            ids += _draw(_generator(spec.seed, 1, block), spec.block_tokens, vocabulary)
+        rest = max(0, row.input_tokens - len(ids))
+        ids = ids[: row.input_tokens] + _draw(_generator(spec.seed, 0, index), rest, vocabulary)
+        return Prompt(_words(ids) if as_text else ids, len(ids), row.output_tokens)
 
     return make
 
@@ -322,6 +361,8 @@ def workload_line(spec: Workload, seen: Lengths) -> str:
 def _kind(spec: Workload) -> str:
     if isinstance(spec, FileSpec):
         return f"prompts of {spec.source}"
+    if isinstance(spec, TraceSpec):
+        return f"requests of {spec.source}"
     if isinstance(spec, PolicySpec):
         return "questions about policies"
     if isinstance(spec, PrefixSpec):
