@@ -67,6 +67,9 @@ def encode_request(
     return "\r\n".join((*lines, "\r\n")).encode() + body
 
 
+_SWITCHING = 101  # the connection leaves HTTP; no other answer follows
+
+
 class Response:
     """What came back for one request.
 
@@ -106,7 +109,12 @@ class Reading:
         """Take bytes that came at that time. Raises httptools.HttpParserError."""
         assert self._parser is not None, "nothing is read any more"
         self._now = now
-        self._parser.feed_data(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            if not self.whole:
+                raise
+            self.keep = False  # bytes after the response, which belong to no request
 
     def release(self) -> None:
         """Nothing more is read. The parser and this hold each other, and nobody may be collecting
@@ -122,6 +130,10 @@ class Reading:
 
     # --- httptools callbacks -------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self.whole:
+            raise ValueError("a second response")  # ends the parsing, see `feed`
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self.got.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
@@ -136,7 +148,12 @@ class Reading:
         self.got.pieces.append((self._now, body))
 
     def on_message_complete(self) -> None:
-        self.whole = True
+        if 100 <= self.got.status < 200 and self.got.status != _SWITCHING:
+            self.got.status = 0  # an interim answer: the real one follows
+            self.got.headers = {}
+            self.chunked = False
+        else:
+            self.whole = True
 
 
 class Connection(asyncio.Protocol):

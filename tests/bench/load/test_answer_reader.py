@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.bench.load.answer_reader import events, read_answer
+from millrace.bench.load.answer_reader import Answer, events, read_answer
 from millrace.common.http_client import Response, error_text
 
 
@@ -73,12 +73,12 @@ def test_the_chunk_that_only_names_a_role_is_no_token() -> None:
     ("made", "expected"),
     [
         (response(text(), text()), "cut off"),
-        (response(b"[DONE]"), "no choice"),
+        (response(b"[DONE]"), "without a finish_reason"),
         (response(text(), b"{oops"), "not the JSON"),
         (response(text(), {"error": {"message": "out of\nmemory"}}), "stream: out of memory"),
         (response(text(), error="the server closed"), "the server closed"),
         (response(b"", status=500), "status 500: "),
-        (response(text(), {"choices": [{"text": 5}]}), "not the JSON"),
+        (response(text(), {"choices": [{"text": 5}]}), "cut off"),
     ],
 )
 def test_what_is_wrong_is_said_and_the_chunks_before_it_are_kept(
@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said_and_the_chunks_before_it_are_kept(
     answer = read_answer(made)
     assert answer.error is not None
     assert expected in answer.error
-    if made.status == 200 and expected != "no choice":
+    if made.status == 200 and "finish_reason" not in expected:
         assert answer.chunk_ns[0] == 0
 
 
@@ -105,3 +105,188 @@ def test_what_is_wrong_is_said_and_the_chunks_before_it_are_kept(
 )
 def test_the_message_of_any_error_body_fits_on_a_line(body: bytes, expected: str) -> None:
     assert error_text(body) == expected
+
+
+# --- what counts as a success ------------------------------------------------------------------
+
+DONE = b"data: [DONE]\n\n"
+
+
+def read(*pieces: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
+    made = Response()
+    made.status, made.headers = status, headers or {}
+    made.pieces = list(enumerate(pieces))
+    return read_answer(made)
+
+
+def event(content: Any) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+ERRORS = [
+    event({"error": {"message": "it broke", "code": 500}}),
+    event({"error": "it broke"}),
+    event({"error": {"code": 500, "message": "it broke"}, "choices": []}),
+    event({"error": {"message": "it broke"}, "choices": [{"text": "x", "finish_reason": None}]}),
+    event({"object": "error", "message": "it broke", "code": 500}),
+    event({"type": "error", "error": {"type": "overloaded_error", "message": "it broke"}}),
+    event({"type": "error", "message": "it broke"}),
+    event({"message": "it broke", "code": 500}),
+    event({"detail": "it broke"}),
+    event({"error_message": "it broke"}),
+    event({"errors": [{"message": "it broke"}]}),
+    event({"choices": [{"delta": {}, "finish_reason": "error", "error": {"message": "it broke"}}]}),
+    event({"choices": [{"text": "", "finish_reason": "it broke"}]}),
+    b'event: error\ndata: {"message":"it broke"}\n\n',
+    b"event: error\ndata: it broke\n\n",
+    b"event:error\r\ndata:it broke\r\n\r\n",
+    b'event: error\ndata: {"error":{"message":"it broke"}}\n\n',
+    b"data: it broke\n\n",
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("ending", [[DONE], [], [event(text("stop")), DONE]])
+def test_an_error_in_a_stream_fails_the_request_with_the_servers_words(
+    error: bytes, ending: list[bytes]
+) -> None:
+    if b'"finish_reason": "it broke"' in error:
+        ending = [piece for piece in ending if b"stop" not in piece]
+    answer = read(event(text()), event(text()), error, *ending)
+    assert answer.error is not None
+    if b"data: it broke" not in error or b"event" in error:
+        assert "it broke" in answer.error
+    assert answer.chunk_ns[:2] == [0, 1]
+
+
+def test_a_bare_error_event_is_an_error() -> None:
+    assert "(no data)" in str(read(event(text("stop")), b"event: error\n\n").error)
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", "content_filter", "eos_token"])
+def test_known_finish_reasons_are_successes(reason: str) -> None:
+    assert read(event(text()), event(text(reason)), DONE).error is None
+    assert read(event(text()), event(text(reason))).error is None  # without [DONE]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "cancelled", "STOP"])
+def test_other_finish_reasons_are_failures(reason: str) -> None:
+    assert f"finish_reason {reason!r}" in str(read(event(text()), event(text(reason)), DONE).error)
+
+
+def test_done_alone_is_no_success() -> None:
+    assert "without a finish_reason" in str(read(event(text()), event(text()), DONE).error)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        event({"type": "ping"}),
+        event({"choices": [], "prompt_filter_results": [{"message": "fine"}]}),
+        event({"choices": [], "usage": {"prompt_tokens": 1}, "message": "done"}),
+        event({"choices": None, "error": None}),
+        event({"error": None, "choices": [{"text": "x", "finish_reason": None}]}),
+        b": keep-alive\n\n",
+        b"event: ping\ndata: {}\n\n",
+    ],
+)
+def test_other_events_are_harmless(harmless: bytes) -> None:
+    assert read(event(text()), harmless, event(text("stop")), DONE).error is None
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"error": {"message": "quota exceeded"}}', "quota exceeded"),
+        (b'{"detail": "no"}', "no"),
+        (b"<html>busy</html>", "busy"),
+        (b'{"choices": [{"text": "all at once", "finish_reason": "stop"}]}', "all at once"),
+    ],
+)
+def test_a_body_that_is_no_stream_is_quoted(body: bytes, expected: str) -> None:
+    answer = read(body)
+    assert "no event stream" in str(answer.error)
+    assert expected in str(answer.error)
+
+
+def test_an_error_status_is_said_with_its_words() -> None:
+    assert read(b"", status=307, headers={"location": "https://b/"}).error == (
+        "status 307: the server redirects to https://b/; give that address"
+    )
+    assert read(event({"error": {"message": "full"}}), status=429).error == "status 429: full"
+
+
+# --- odd but harmless fields, and counts -------------------------------------------------------
+
+
+def usage(**counts: Any) -> bytes:
+    return event({"choices": [], "usage": counts})
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        (event({"choices": None, "usage": {"prompt_tokens": 7, "completion_tokens": 3}}), (7, 3)),
+        (usage(prompt_tokens=7.0, completion_tokens=3.0), (7, 3)),
+        (usage(prompt_tokens=7), (7, None)),
+        (usage(completion_tokens=3), (None, 3)),
+        (usage(prompt_tokens=None, completion_tokens=True), (None, None)),
+        (usage(prompt_tokens="7", completion_tokens=-3), (None, None)),
+        (usage(prompt_tokens=7.5, completion_tokens=0), (None, 0)),
+        (event({"choices": [], "usage": None}), (None, None)),
+        (event({"choices": [], "usage": []}), (None, None)),
+        (
+            b'data: {"choices":[],"usage":{"prompt_tokens":NaN,"completion_tokens":3}}\n\n',
+            (None, 3),
+        ),
+    ],
+)
+def test_counts_are_what_the_server_says_and_missing_where_it_does_not(
+    counts: bytes, expected: tuple[int | None, int | None]
+) -> None:
+    answer = read(event(text("stop")), counts, DONE)
+    assert answer.error is None
+    assert (answer.prompt_tokens, answer.completion_tokens) == expected
+
+
+def test_without_counts_the_chunks_with_text_are_counted() -> None:
+    last = event({"choices": [{"text": "", "finish_reason": "length"}]})
+    answer = read(event(text()), event(text()), event(text()), last, DONE)
+    assert (answer.text_chunks, len(answer.chunk_ns)) == (3, 4)
+    silent = event({"choices": [{"text": "", "finish_reason": None}]})
+    assert read(silent, silent, last).text_chunks == 3  # a server that does not detokenize
+
+
+def test_cached_tokens_may_be_missing() -> None:
+    def cached(details: Any) -> int:
+        counts = usage(prompt_tokens=9, prompt_tokens_details=details)
+        return read(event(text("stop")), counts).cached_tokens
+
+    assert [cached(d) for d in ({"cached_tokens": 4.0}, {}, None, [])] == [4, 0, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"choices":[{"text":"\\ud83d"}]}',  # half of an emoji
+        b'{"choices":[{"text":"x","finish_reason":0}],"id":1e400}',
+        b'{"choices":[{"delta":{"content":"x","tool_calls":{}}}],"sent_ns":"soon"}',
+        b'{"choices":[{"text":"x","logprobs":NaN}]}',
+    ],
+)
+def test_odd_fields_fail_nothing(odd: bytes) -> None:
+    answer = read(b"data: " + odd + b"\n\n", event(text("stop")), DONE)
+    assert (answer.error, answer.text_chunks) == (None, 2)
+    answer.text.encode()
+
+
+def test_a_character_that_is_cut_in_two_is_whole_again() -> None:
+    halves = [
+        b'data: {"choices":[{"text":"\\ud83d"}]}\n\n',
+        b'data: {"choices":[{"text":"\\ude00"}]}\n\n',
+    ]
+    assert read(*halves, event(text("stop"))).text == "\U0001f600x"
+
+
+def test_a_stream_may_begin_with_a_byte_order_mark() -> None:
+    assert read(b"\xef\xbb\xbf" + event(text()), event(text("stop"))).text_chunks == 2

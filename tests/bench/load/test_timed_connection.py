@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,15 +21,31 @@ from tests.support.running import run
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+def chunk(data: bytes, extension: bytes = b"") -> bytes:
+    return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
 
 
-def stream(texts: Sequence[str], newline: bytes = b"\n") -> bytes:
+def stream(
+    texts: Sequence[str],
+    newline: bytes = b"\n",
+    end: bytes = b"0\r\n\r\n",
+    interim: bytes = b"",
+    extension: bytes = b"",
+) -> bytes:
     events = [b'{"choices":[{"text":"%b"}]}' % text.encode() for text in texts]
-    events.append(b"[DONE]")
-    body = b"".join(chunk(b"data: " + event + newline * 2) for event in events)
-    return HEAD + body + b"0\r\n\r\n"
+    events += [b'{"choices":[{"text":"","finish_reason":"stop"}]}', b"[DONE]"]
+    body = b"".join(chunk(b"data: " + event + newline * 2, extension) for event in events)
+    return interim + HEAD + body + end
+
+
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+ENDS = [
+    b"0\r\n\r\n",
+    b"0;x=1\r\n\r\n",
+    b"000\r\n\r\n",
+    b"0\r\nX-Checksum: abc\r\n\r\n",
+    b"0;x\r\nA: b\r\nC: 0\r\n\r\n",
+]
 
 
 class Transport(asyncio.Transport):
@@ -75,11 +92,14 @@ def cut(whole: bytes, at: Sequence[int]) -> list[bytes]:
     texts=st.lists(st.sampled_from(["a", "0", "[DONE]", "x" * 40]), min_size=1, max_size=6),
     at=st.lists(st.integers(0, 900), max_size=12),
     newline=st.sampled_from([b"\n", b"\r\n"]),
+    end=st.sampled_from(ENDS),
+    interim=st.sampled_from([b"", EARLY_HINTS, EARLY_HINTS * 2]),
+    extension=st.sampled_from([b"", b";a", b';a="0\\r"']),
 )
 def test_an_answer_is_whole_exactly_when_its_last_byte_came(
-    texts: list[str], at: list[int], newline: bytes
+    texts: list[str], at: list[int], newline: bytes, end: bytes, interim: bytes, extension: bytes
 ) -> None:
-    whole = stream(texts, newline)
+    whole = stream(texts, newline, end, interim, extension)
     raw, usable = received(cut(whole, at))
     assert raw is not None
     assert usable
@@ -106,6 +126,25 @@ def test_an_answer_with_a_length_and_one_that_is_not_http() -> None:
     assert raw is not None
     assert not usable
     assert "not HTTP/1.1" in (raw.response().error or "")
+
+
+def test_a_body_whose_framing_breaks_is_an_error_and_its_connection_is_not_used_again() -> None:
+    raw, usable = received([HEAD + chunk(b"data: a\n\n"), b"no size\r\n\r\n"])
+    assert raw is not None
+    assert not usable
+    assert "not HTTP/1.1" in (raw.response().error or "")
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_second_response_that_nobody_asked_for_changes_nothing(apart: bool) -> None:
+    """As of a server that times out an idle connection with a 408."""
+    first, second = stream(["a"]), b"HTTP/1.1 408 X\r\nContent-Length: 4\r\n\r\nlate"
+    raw, usable = received([first, second] if apart else [first[:90], first[90:] + second])
+    if raw is None:  # its end is known when the next bytes come
+        raw, usable = received([first[:90], first[90:] + second, b"\r\n\r\n"])
+    assert raw is not None
+    assert not usable
+    assert (raw.response().status, read_answer(raw.response()).error) == (200, None)
 
 
 def test_bytes_that_nobody_asked_for_close_the_connection() -> None:

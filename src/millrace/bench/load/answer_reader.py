@@ -1,7 +1,8 @@
 """Parsing an answer of an OpenAI-compatible server, once it has ended.
 
 From timed pieces of the body to the arrival times of its chunks, its token counts and its error. It
-runs after the stream, so that no parsing delays the time stamp of a chunk.
+runs after the stream, so that no parsing delays the time stamp of a chunk. What is a chunk, a count
+or an error in an event that is not as usual is for `stream_events`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.load.stream_events import (
+    ErrorEvent,
+    event_error,
+    join_texts,
+    lenient_object,
+    token_count,
+)
 from millrace.common.http_client import Response, error_text
 
 _DONE = b"[DONE]"
-
-
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
+_BOM = b"\xef\xbb\xbf"  # a stream may begin with it
+# With any other reason (abort, error, ...) the answer is not what was asked for. The first five are
+# OpenAI's, the others those of servers for Hugging Face's API.
+SUCCESS_REASONS = frozenset(
+    {
+        *("stop", "length", "tool_calls", "function_call", "content_filter"),
+        *("eos_token", "stop_sequence"),
+    }
+)
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -56,8 +63,8 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _Chunk(msgspec.Struct, gc=False):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
+    choices: list[_Choice] | None = None
+    usage: Any = None
     error: Any = None
     sent_ns: int = 0
     received_ns: int = 0
@@ -71,17 +78,18 @@ class Answer(msgspec.Struct):
 
     chunk_ns: arrival of each chunk with a choice, from the first one that has text or ends the
     answer: an opening chunk without text is not a token. Where no chunk has text at all (a server
-    that does not detokenize), every chunk counts but a chat's opening role. The token counts are
-    None where the server sent no usage; cached_tokens is -1 then. text: the text of all chunks.
-    sent_ns, received_ns: the stamps of a server that sends them. error: one line, None for a
-    complete answer.
+    that does not detokenize), every chunk counts but a chat's opening role. text_chunks: those of
+    them that have text, or all where none has. The token counts are None where the server sent
+    none; cached_tokens is -1 then. text: the text of all chunks. sent_ns, received_ns: the stamps
+    of a server that sends them. error: one line, None for a complete answer.
     """
 
     chunk_ns: list[int]
+    text_chunks: int = 0
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int = -1
-    finished: bool = False
+    finish_reason: str | None = None
     error: str | None = None
     text: str = ""
     sent_ns: list[int] = []
@@ -91,8 +99,8 @@ class Answer(msgspec.Struct):
 def events(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """The data of each server-sent event, with the time of the piece that completed it.
 
-    Comments and fields other than `data` are skipped. A last event without its blank line is given
-    too, so that a missing last newline loses nothing.
+    The data of an event named "error" is an ErrorEvent. Comments and other fields are skipped. A
+    last event without its blank line is given too, so that a missing last newline loses nothing.
     """
     rest, at = b"", 0
     for at, piece in pieces:
@@ -115,23 +123,34 @@ def events(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
 def _data(event: bytes) -> bytes:
     if event.startswith(b"data: ") and b"\n" not in event:
         return event[6:]
-    lines = [line[5:].lstrip(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
-    return b"\n".join(lines)
+    lines = event.removeprefix(_BOM).split(b"\n")
+    data = b"\n".join(line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:"))
+    named_error = any(line[6:].strip() == b"error" for line in lines if line.startswith(b"event:"))
+    return ErrorEvent(data or b"(no data)") if named_error else data
 
 
 def read_answer(response: Response) -> Answer:
     """Parse a streamed response. Never raises: a failure is in `error`."""
     if response.status and response.status != 200:
-        return Answer([], error=f"status {response.status}: {error_text(response.body)}")
+        return Answer([], error=_status_error(response))
     reader = _Reader()
-    try:
-        for at, data in events(response.pieces):
-            reader.add(at, data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        reader.answer.error = f"a chunk that is not the JSON of a completion ({error})"
+    count = 0
+    for at, data in events(response.pieces):
+        count += 1
+        reader.add(at, data)
     answer = reader.close()
+    if not count and response.pieces and response.error is None:
+        answer.error = f"no event stream but: {error_text(response.body)}"
     answer.error = answer.error or response.error or _why_incomplete(answer)
     return answer
+
+
+def _status_error(response: Response) -> str:
+    where = response.headers.get("location")
+    if where and 300 <= response.status < 400:
+        return f"status {response.status}: the server redirects to {where}; give that address"
+    first = next((data for _, data in events(response.pieces)), None)
+    return f"status {response.status}: {error_text(response.body if first is None else first)}"
 
 
 class _Reader:
@@ -143,37 +162,58 @@ class _Reader:
         self._opening: list[tuple[int, int]] = []  # (arrival, stamp) of chunks before any text
 
     def add(self, at: int, data: bytes) -> None:
-        answer = self.answer
+        """Take one event. The first error is kept; later events still count."""
         if data == _DONE:
-            answer.finished = True
             return
-        chunk = _chunks.decode(data)
+        answer = self.answer
+        try:
+            chunk = _chunks.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._add_unusual(at, data, str(error))
+            return
         if chunk.usage is None and chunk.choices and chunk.error is None:
             choice = chunk.choices[0]
             if choice.text and choice.finish_reason is None:  # what nearly all of them are
                 self._texts.append(choice.text)
                 answer.chunk_ns.append(at)
+                answer.text_chunks += 1
                 if chunk.sent_ns:
                     answer.sent_ns.append(chunk.sent_ns)
                     answer.received_ns = chunk.received_ns
                 return
-        if chunk.choices:
-            self._add_choice(at, chunk.choices[0], chunk.sent_ns)
+        self._add_chunk(at, data, chunk)
+
+    def _add_unusual(self, at: int, data: bytes, problem: str) -> None:
+        """An event that the strict decoder refuses: an error, odd but harmless, or no JSON."""
+        event = lenient_object(data)
+        if event is None:
+            if isinstance(data, ErrorEvent):
+                problem = f"an error in the stream: {error_text(data)}"
+            else:
+                problem = f"a chunk that is not the JSON of a completion ({problem})"
+            self.answer.error = self.answer.error or problem
+            return
+        self._add_chunk(at, data, _lenient_chunk(event))
+
+    def _add_chunk(self, at: int, data: bytes, chunk: _Chunk) -> None:
+        answer = self.answer
+        choice = chunk.choices[0] if chunk.choices else None
+        if choice is not None:
+            self._add_choice(at, choice, chunk.sent_ns)
         if chunk.received_ns:
             answer.received_ns = chunk.received_ns
-        if chunk.error is not None:
-            answer.error = f"an error in the stream: {error_text(data)}"
-        if (usage := chunk.usage) is not None:
-            answer.prompt_tokens = usage.prompt_tokens
-            answer.completion_tokens = usage.completion_tokens
-            if (details := usage.prompt_tokens_details) is not None:
-                answer.cached_tokens = details.cached_tokens or 0
+        if choice is None or not choice.has_content or chunk.error is not None:
+            found = event_error(data)
+            if found is not None:
+                answer.error = answer.error or f"an error in the stream: {found}"
+        self._add_usage(chunk.usage)
 
     def _add_choice(self, at: int, choice: _Choice, sent_ns: int) -> None:
         answer = self.answer
-        if choice.finish_reason is not None:
-            answer.finished = True
+        if choice.finish_reason:
+            answer.finish_reason = choice.finish_reason
         if choice.has_content:
+            answer.text_chunks += 1
             if choice.delta is None:
                 self._texts.append(choice.text or "")
             else:
@@ -186,19 +226,69 @@ class _Reader:
         if sent_ns:
             answer.sent_ns.append(sent_ns)
 
+    def _add_usage(self, usage: Any) -> None:
+        """Take the counts of a usage object; a count that it lacks stays unknown."""
+        if not isinstance(usage, dict):
+            return
+        answer = self.answer
+        for name in ("prompt_tokens", "completion_tokens"):
+            if (count := token_count(usage.get(name))) is not None:
+                setattr(answer, name, count)
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict):
+            answer.cached_tokens = token_count(details.get("cached_tokens")) or 0
+
     def close(self) -> Answer:
-        """The answer, once there is nothing more to add."""
+        """The answer, after the last event."""
         answer = self.answer
         if not self._texts:
             answer.chunk_ns = [at for at, _ in self._opening]
             answer.sent_ns = [sent for _, sent in self._opening if sent]
-        answer.text = "".join(self._texts)
+            answer.text_chunks = len(self._opening)
+        answer.text = join_texts(self._texts)
         return answer
 
 
+def _lenient_chunk(event: dict[str, Any]) -> _Chunk:
+    """A chunk of the fields that are usable; the others are as if they were not there."""
+    choices = []
+    listed = event.get("choices")
+    for choice in listed if isinstance(listed, list) else ():
+        if isinstance(choice, dict):
+            delta = choice.get("delta")
+            choices.append(
+                _Choice(
+                    _text(choice.get("text")),
+                    _lenient_delta(delta) if isinstance(delta, dict) else None,
+                    _text(choice.get("finish_reason")),
+                )
+            )
+    sent, received = (token_count(event.get(name)) or 0 for name in ("sent_ns", "received_ns"))
+    return _Chunk(choices, event.get("usage"), event.get("error"), sent, received)
+
+
+def _lenient_delta(delta: dict[str, Any]) -> _Delta:
+    calls = delta.get("tool_calls")
+    return _Delta(
+        role=_text(delta.get("role")),
+        content=_text(delta.get("content")),
+        reasoning_content=_text(delta.get("reasoning_content")),
+        reasoning=_text(delta.get("reasoning")),
+        tool_calls=calls if isinstance(calls, list) else None,
+    )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _why_incomplete(answer: Answer) -> str | None:
-    if not answer.finished:
-        return "the stream ended before a finish_reason or [DONE]: it was cut off"
+    """Why an answer without an error is still no success; None for a success."""
+    reason = answer.finish_reason
+    if reason is None:
+        return "the stream ended without a finish_reason: it was cut off"
+    if reason not in SUCCESS_REASONS:
+        return f"the server ended the answer with finish_reason {reason!r}"
     if not answer.chunk_ns:
         return "the stream carried no choice"
     return None

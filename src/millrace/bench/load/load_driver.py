@@ -259,6 +259,7 @@ class Load:
 
     def _add_record(self, sent: _Answered, response: Response, answer: Answer | None) -> None:
         chunk_ns = answer.chunk_ns if answer else []
+        text_chunks = answer.text_chunks if answer else 0
         prompt_tokens = answer.prompt_tokens if answer else None
         output_tokens = answer.completion_tokens if answer else None
         record = RequestTiming(
@@ -269,7 +270,7 @@ class Load:
             end_ns=response.end_ns,
             chunk_ns=array("q", chunk_ns),
             input_tokens=sent.job.input_tokens if prompt_tokens is None else prompt_tokens,
-            output_tokens=len(chunk_ns) if output_tokens is None else output_tokens,
+            output_tokens=text_chunks if output_tokens is None else output_tokens,
             counted=output_tokens is not None,
             cached_tokens=answer.cached_tokens if answer else -1,
             error=answer.error if answer else response.error,

@@ -20,8 +20,8 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
     was due; start_ns: just before it was written to its connection; chunk_ns: when each chunk with
     a token arrived; end_ns: when the stream had ended. input_tokens and output_tokens: as the
     server counted them (`usage`); where it sends no count, the tokens that were sent and the chunks
-    that arrived (`counted` is False then). cached_tokens: of the input, -1 where unknown. error:
-    None for a success.
+    with text that arrived (`counted` is False then). cached_tokens: of the input, -1 where unknown.
+    error: None for a success.
 
     received_ns and sent_ns: when the server read the request and sent each chunk. Only the
     benchmark's own mock servers, on the same host, send these stamps.

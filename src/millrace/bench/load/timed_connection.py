@@ -1,7 +1,8 @@
 """A connection for measuring: the clock is read first, and nothing is parsed while a stream runs.
 
-While chunks arrive, a piece costs a clock, an append and a check of its last bytes. The bytes are
-parsed when the response has ended and its connection is free again (`RawResponse.response`). A
+While chunks arrive, a piece costs a clock, an append and a check of its last bytes. Only where a
+chunked body may have ended, an HTTP parser looks whether it has. The bytes are parsed with their
+times when the response has ended and its connection is free again (`RawResponse.response`). A
 response that is not a chunked stream (an error body, a stream without framing) is parsed as it
 arrives.
 """
@@ -18,9 +19,44 @@ import httptools
 
 from millrace.common.http_client import Reading, Response, Target
 
-_LAST = b"0\r\n\r\n"  # the chunk that ends a chunked body
-_END = b"[DONE]\n\n\r\n" + _LAST
-_SHORT = len(_LAST)  # a piece no longer than this may be the torn end of a body
+_END = b"\r\n\r\n"  # ends every chunked body: that of its last chunk, or of its trailers
+
+
+class _EndFinder:
+    """Finds the end of a chunked body. It takes no body bytes, so that parsing costs little."""
+
+    __slots__ = ("_fed", "_parser", "ended", "spoilt")
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.spoilt = False  # what follows on this connection cannot be told from this response
+        self._fed = 0  # pieces
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+
+    def look(self, pieces: list[tuple[int, bytes]]) -> bool:
+        """Whether these pieces are a whole response; those of earlier calls are among them.
+
+        Bytes that are not HTTP end it too: the parser of the response will say what is wrong.
+        """
+        first, self._fed = self._fed, len(pieces)
+        assert self._parser is not None
+        try:
+            self._parser.feed_data(b"".join([piece for _, piece in pieces[first:]]))
+        except httptools.HttpParserError:
+            self.ended = self.spoilt = True
+        return self.ended
+
+    def on_message_begin(self) -> None:
+        self.spoilt = self.ended
+
+    def on_message_complete(self) -> None:
+        assert self._parser is not None
+        # After an interim answer (1xx) the real one follows.
+        self.ended = self.ended or self._parser.get_status_code() >= 200
+
+    def release(self) -> None:
+        """Nothing more is parsed; the parser and this refer to each other."""
+        self._parser = None
 
 
 class RawResponse(Reading):
@@ -35,16 +71,16 @@ class RawResponse(Reading):
 
     @property
     def begun(self) -> bool:
-        """Whether any byte of an answer has come."""
+        """Whether any byte of an answer has arrived."""
         return bool(self.pieces)
 
     @property
     def error(self) -> str | None:
-        """What broke, as far as it is known."""
+        """The failure, as far as it is known."""
         return self.got.error
 
     def parse(self) -> None:
-        """Parse the pieces that came since the last call; what is not HTTP becomes the error."""
+        """Parse the pieces since the last call; an error of the parser becomes `error`."""
         first, self._fed = self._fed, len(self.pieces)
         try:
             for now, piece in self.pieces[first:]:
@@ -53,7 +89,7 @@ class RawResponse(Reading):
             self.end(f"the server answered something that is not HTTP/1.1 ({error})")
 
     def end(self, error: str | None) -> None:
-        """Note that nothing more comes. The first error is kept."""
+        """Record that nothing more arrives. The first error is kept."""
         self.got.error = self.got.error or error
         self.got.end_ns = self.pieces[-1][0] if self.pieces else perf_counter_ns()
 
@@ -74,7 +110,7 @@ class TimedConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[RawResponse] | None = None
         self._raw = RawResponse()
         self._pieces = self._raw.pieces
-        self._streaming = False
+        self._end: _EndFinder | None = None  # while a chunked body arrives
         self._fd = -1  # none to be written to directly
 
     @property
@@ -88,11 +124,11 @@ class TimedConnection(asyncio.Protocol):
         return self._waiter is not None
 
     def send(self, request: bytes) -> asyncio.Future[RawResponse]:
-        """Write one encoded request; the future resolves to what came back and never raises."""
+        """Write one encoded request; the future resolves to the answer and never raises."""
         assert self._waiter is None, "one request at a time"
         waiter = self._waiter = asyncio.get_running_loop().create_future()
         self._raw = RawResponse()
-        self._pieces, self._streaming = self._raw.pieces, False
+        self._pieces, self._end = self._raw.pieces, None
         if self._transport is None or self._transport.is_closing():
             self._finish("the connection was closed")
         else:
@@ -100,14 +136,14 @@ class TimedConnection(asyncio.Protocol):
         return waiter
 
     def _write(self, request: bytes) -> None:
-        """Hand the request to the kernel now: the loop's transport would do so only when it has
-        gone through everything else that is ready, long after the request's start was noted."""
+        """Pass the request to the kernel now. The loop's transport would do so only after all else
+        that is ready, long after the request's start was taken."""
         assert self._transport is not None
         written = 0
         if self._fd >= 0:
             try:
                 written = os.write(self._fd, request)
-            except OSError:  # the buffer is full, or the connection is gone: the transport knows
+            except OSError:  # the buffer is full, or the connection is gone: left to the transport
                 written = 0
         if written < len(request):
             self._transport.write(request[written:])
@@ -126,7 +162,7 @@ class TimedConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append((perf_counter_ns(), data))
-        if self._streaming and data[-5:] != _LAST and len(data) > _SHORT:
+        if self._end is not None and data[-4:] != _END and len(data) >= len(_END):
             return
         self._look()
 
@@ -145,23 +181,29 @@ class TimedConnection(asyncio.Protocol):
 
     def _look(self) -> None:
         """See whether the response is whole."""
-        raw = self._raw
-        if self._waiter is None:  # bytes that nobody asked for
+        raw, end = self._raw, self._end
+        if self._waiter is None:  # bytes that belong to no request
             self.close()
-        elif self._streaming and self._ends_like_a_stream():
-            self._finish(None)  # parsed later; the next request leaves first
+        elif end is not None:
+            if self._may_have_ended() and end.look(self._pieces):
+                self._finish(None)  # parsed with its times later; the next request leaves first
+                if end.spoilt:
+                    self.close()
         else:
             raw.parse()
-            self._streaming = raw.chunked
             if raw.whole or raw.error:
                 self._finish(None)
+            elif raw.chunked:
+                self._end = _EndFinder()
         if self._waiter is None and not raw.keep:
             self.close()
 
-    def _ends_like_a_stream(self) -> bool:
+    def _may_have_ended(self) -> bool:
         tail = self._pieces[-1][1]
-        if len(tail) < len(_END):
-            tail = self._pieces[-2][1] + tail
+        before = len(self._pieces) - 2
+        while len(tail) < len(_END) and before >= 0:  # the end arrived in several pieces
+            tail = self._pieces[before][1] + tail
+            before -= 1
         return tail.endswith(_END)
 
     def _finish(self, error: str | None) -> None:
@@ -169,7 +211,9 @@ class TimedConnection(asyncio.Protocol):
         if waiter is None:
             return
         self._raw.end(error)
-        self._pieces, self._streaming = [], False  # what comes now is no part of it
+        if self._end is not None:
+            self._end.release()
+        self._pieces, self._end = [], None  # later bytes are no part of it
         if not waiter.done():
             waiter.set_result(self._raw)
 
