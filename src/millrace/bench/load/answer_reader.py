@@ -61,6 +61,11 @@ class _Choice(msgspec.Struct, gc=False):
         """Whether it is the opening chunk of a chat, which has a role alone."""
         return self.delta is not None and self.delta.role is not None and not self.has_content
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether it cannot be a part of an error."""
+        return self.has_content or self.is_role_only or self.finish_reason in SUCCESS_REASONS
+
 
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
@@ -134,12 +139,11 @@ def read_answer(response: Response) -> Answer:
     if response.status and response.status != 200:
         return Answer([], error=_status_error(response))
     reader = _Reader()
-    count = 0
-    for at, data in events(response.pieces):
-        count += 1
+    found = list(events(response.pieces))
+    for at, data in found[:-1] if found and found[-1][1] == _DONE else found:
         reader.add(at, data)
     answer = reader.close()
-    if not count and response.pieces and response.error is None:
+    if not found and response.pieces and response.error is None:
         answer.error = f"no event stream but: {error_text(response.body)}"
     answer.error = answer.error or response.error or _why_incomplete(answer)
     return answer
@@ -163,8 +167,6 @@ class _Reader:
 
     def add(self, at: int, data: bytes) -> None:
         """Take one event. The first error is kept; later events still count."""
-        if data == _DONE:
-            return
         answer = self.answer
         try:
             chunk = _chunks.decode(data)
@@ -176,7 +178,6 @@ class _Reader:
             if choice.text and choice.finish_reason is None:  # what nearly all of them are
                 self._texts.append(choice.text)
                 answer.chunk_ns.append(at)
-                answer.text_chunks += 1
                 if chunk.sent_ns:
                     answer.sent_ns.append(chunk.sent_ns)
                     answer.received_ns = chunk.received_ns
@@ -185,6 +186,8 @@ class _Reader:
 
     def _add_unusual(self, at: int, data: bytes, problem: str) -> None:
         """An event that the strict decoder refuses: an error, odd but harmless, or no JSON."""
+        if data == _DONE:
+            return
         event = lenient_object(data)
         if event is None:
             if isinstance(data, ErrorEvent):
@@ -202,18 +205,20 @@ class _Reader:
             self._add_choice(at, choice, chunk.sent_ns)
         if chunk.received_ns:
             answer.received_ns = chunk.received_ns
-        if choice is None or not choice.has_content or chunk.error is not None:
+        usage = chunk.usage
+        if isinstance(usage, dict):
+            self._add_usage(usage)
+        usual = isinstance(usage, dict) if choice is None else choice.is_usual
+        if not usual or chunk.error is not None or isinstance(data, ErrorEvent):
             found = event_error(data)
             if found is not None:
                 answer.error = answer.error or f"an error in the stream: {found}"
-        self._add_usage(chunk.usage)
 
     def _add_choice(self, at: int, choice: _Choice, sent_ns: int) -> None:
         answer = self.answer
         if choice.finish_reason:
             answer.finish_reason = choice.finish_reason
         if choice.has_content:
-            answer.text_chunks += 1
             if choice.delta is None:
                 self._texts.append(choice.text or "")
             else:
@@ -226,10 +231,8 @@ class _Reader:
         if sent_ns:
             answer.sent_ns.append(sent_ns)
 
-    def _add_usage(self, usage: Any) -> None:
+    def _add_usage(self, usage: dict[str, Any]) -> None:
         """Take the counts of a usage object; a count that it lacks stays unknown."""
-        if not isinstance(usage, dict):
-            return
         answer = self.answer
         for name in ("prompt_tokens", "completion_tokens"):
             if (count := token_count(usage.get(name))) is not None:
@@ -244,7 +247,7 @@ class _Reader:
         if not self._texts:
             answer.chunk_ns = [at for at, _ in self._opening]
             answer.sent_ns = [sent for _, sent in self._opening if sent]
-            answer.text_chunks = len(self._opening)
+        answer.text_chunks = len(self._texts or self._opening)
         answer.text = join_texts(self._texts)
         return answer
 

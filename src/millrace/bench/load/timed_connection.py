@@ -20,6 +20,9 @@ import httptools
 from millrace.common.http_client import Reading, Response, Target
 
 _END = b"\r\n\r\n"  # ends every chunked body: that of its last chunk, or of its trailers
+# The end of nearly all streams: a chunk with the last event, then the last chunk. After that event
+# no answer goes on, so no parser need look; that the framing agrees is checked when it is parsed.
+_USUAL_END = b"\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
 class _EndFinder:
@@ -185,7 +188,7 @@ class TimedConnection(asyncio.Protocol):
         if self._waiter is None:  # bytes that belong to no request
             self.close()
         elif end is not None:
-            if self._may_have_ended() and end.look(self._pieces):
+            if self._ended(end):
                 self._finish(None)  # parsed with its times later; the next request leaves first
                 if end.spoilt:
                     self.close()
@@ -198,13 +201,17 @@ class TimedConnection(asyncio.Protocol):
         if self._waiter is None and not raw.keep:
             self.close()
 
-    def _may_have_ended(self) -> bool:
-        tail = self._pieces[-1][1]
-        before = len(self._pieces) - 2
-        while len(tail) < len(_END) and before >= 0:  # the end arrived in several pieces
-            tail = self._pieces[before][1] + tail
+    def _ended(self, end: _EndFinder) -> bool:
+        """Whether the last piece ends a chunked body."""
+        pieces = self._pieces
+        tail = pieces[-1][1]
+        before = len(pieces) - 2
+        while len(tail) < len(_USUAL_END) and before >= 0:  # the end arrived in several pieces
+            tail = pieces[before][1] + tail
             before -= 1
-        return tail.endswith(_END)
+        if tail.endswith(_USUAL_END):
+            return True
+        return tail.endswith(_END) and end.look(pieces)
 
     def _finish(self, error: str | None) -> None:
         waiter, self._waiter = self._waiter, None
