@@ -30,7 +30,7 @@ from millrace.bench.report.chart import (
 from millrace.bench.report.html_report import environment, report_page
 from millrace.bench.report.results import load_results
 from millrace.bench.report.run_report import benchy_table, table
-from millrace.bench.report.save import check_raw, hide_secrets, read_table, save_run
+from millrace.bench.report.save import check_raw, hide_secrets, new_file, read_table, save_run
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.runs.sweep_grid import grid
 from millrace.errors import UserError
@@ -299,3 +299,26 @@ def test_numbers_and_axes() -> None:
     assert number(12_345) == "12.35k"
     assert number(0.05) == "0.05"
     assert Axis(1, 100, 0, 200, log=True).at(10) == pytest.approx(100)
+
+
+# --- names of files ----------------------------------------------------------------------------
+
+
+def test_names_with_dots_keep_their_raw_data_apart(tmp_path: Path) -> None:
+    written = [
+        save_run(tmp_path / name, fields(), some_records(), SAMPLES, detailed=False, raw="jsonl")
+        for name in ("qwen3.5-rate1.4", "qwen3.5-rate1.8", "a.json")
+    ]
+    paths = [path for run_paths in written for path in run_paths]
+    assert len(set(paths)) == len(paths) == len(list(tmp_path.iterdir()))
+    assert [path.name for path in written[0]] == [
+        *("qwen3.5-rate1.4", "qwen3.5-rate1.4.requests.jsonl", "qwen3.5-rate1.4.samples.jsonl")
+    ]
+    found = load_results(str(tmp_path))
+    assert [result.path.name for result in found] == ["a.json", *(p[0].name for p in written[:2])]
+    assert all(result.raw("requests") in paths for result in found)
+
+
+def test_a_default_name_is_given_once(tmp_path: Path) -> None:
+    names = [new_file(tmp_path / "d" / "run-1.5qps.json").name for _ in range(3)]
+    assert names == ["run-1.5qps.json", "run-1.5qps-2.json", "run-1.5qps-3.json"]

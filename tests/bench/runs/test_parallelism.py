@@ -42,7 +42,7 @@ def test_every_arrangement_is_served_as_asked(
     seen: list[tuple[int, list[str]]] = []
     serve = parallelism.served
 
-    def noting(given: Any, replicas: int, arguments: list[str]) -> Any:
+    def noting(given: Any, replicas: int, arguments: list[str], stop: Any) -> Any:
         seen.append((replicas, arguments))
         return serve(given, replicas)
 
@@ -59,7 +59,7 @@ def test_every_arrangement_is_served_as_asked(
 def test_what_cannot_start_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = parallelism.served
 
-    def refusing(given: Any, replicas: int, arguments: list[str]) -> Any:
+    def refusing(given: Any, replicas: int, arguments: list[str], stop: Any) -> Any:
         if arguments[1] == "3":
             raise UserError("tensor_parallel_size 3 cannot split 4 KV heads")
         return serve(given, replicas)

@@ -140,6 +140,7 @@ def test_the_table_says_why_there_is_no_accuracy() -> None:
         latency,
         latency,
         latency,
+        "",
         "50.0%",
     ]
     assert cells == expected

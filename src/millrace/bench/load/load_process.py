@@ -208,7 +208,8 @@ def _send(out: int, message: FromProcess) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides what is kept
     raise_file_limit()
     out = os.dup(1)
     os.dup2(2, 1)  # printed text must not get between the frames

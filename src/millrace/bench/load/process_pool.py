@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.load.interrupts import unless_stopped
 from millrace.bench.load.messages import (
     FROM_PROCESS,
     TO_PROCESS,
@@ -149,8 +150,11 @@ class Pool:
         stop: asyncio.Event | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Outcome:
-        """Begin, and wait until all processes have ended; `stop` ends the run early."""
-        await self.connect()
+        """Begin, and wait until all processes have ended; `stop` ends the run early.
+
+        Raises InterruptedRunError when `stop` comes before the beginning.
+        """
+        await unless_stopped(self.connect(), stop)
         begin = perf_counter_ns() + _LEAD_NS
         for process in self._processes:
             process.send(Go(begin))

@@ -58,14 +58,14 @@ class ResultFile(msgspec.Struct, frozen=True):
 
 
 def load_results(path: str) -> list[ResultFile]:
-    """The result files at a path, those of a directory by name; other JSON files are skipped.
+    """The result files at a path, those of a directory by name. Other files are skipped.
 
     Raises UserError when there is none.
     """
     place = Path(path)
     if not place.exists():
         raise UserError(f"{path}: no such file or directory; give one that --save-result wrote")
-    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
     found = [result for file in files if (result := _read(file)) is not None]
     if not found:
         raise UserError(f"{path}: there is no result of `millrace bench` in it")
@@ -73,7 +73,12 @@ def load_results(path: str) -> list[ResultFile]:
 
 
 def _read(path: Path) -> ResultFile | None:
+    if path.suffix in (".parquet", ".jsonl", ".html") or not path.is_file():
+        return None
     try:
+        with path.open("rb") as file:
+            if file.read(1) != b"{":
+                return None
         fields = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):
         return None

@@ -75,6 +75,7 @@ def run_fields(
         "mean_input_len": seen.mean_input,
         "mean_output_len": seen.mean_output,
         "cancelled": max(0, planned - len({r.index for r in outcome.records})),
+        "interrupted": outcome.interrupted,
         "usage_missing": sum(not r.counted for r in done),
         **summary_fields(summary),
         **_per_gpu(options, summary),

@@ -37,10 +37,29 @@ def default_name(fields: Mapping[str, Any]) -> str:
     return f"{fields['backend']}-{rate}{concurrency}-{model}-{fields['date']}.json"
 
 
-def write_json(path: Path, content: Any) -> Path:
-    """Write `content` as JSON, its directory made if need be."""
+def new_file(path: Path) -> Path:
+    """An empty file at `path`, or beside it with a number where there is one already.
+
+    It is there when this returns, so two processes never get the same one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
+    stem, number = path.name.removesuffix(".json"), 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{stem}-{number}.json")
+        else:
+            return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write `content` as JSON, its directory made if need be; a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(content)))
+    partial.replace(path)
     return path
 
 
@@ -62,7 +81,8 @@ def save_run(
     written = []
     for name, table in columns.items():
         if raw != "none" and any(table.values()):
-            written.append(_write_table(path.with_suffix(f".{name}"), table, raw))
+            stem = path.name.removesuffix(".json")
+            written.append(_write_table(path.with_name(f"{stem}.{name}"), table, raw))
     kept["raw_data"] = [file.name for file in written]
     return [write_json(path, kept), *written]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.load.interrupts import InterruptedRunError, unless_stopped
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.runs.serve import background_load
 from millrace.common.child_process import kill_process, python_module
@@ -56,7 +57,7 @@ async def accuracy_under_load(
         for task in tasks:
             if stop is not None and stop.is_set():
                 break
-            found[task] = await measure_accuracy(
+            measuring = measure_accuracy(
                 str(options.target),
                 command=command,
                 task=task,
@@ -64,6 +65,9 @@ async def accuracy_under_load(
                 limit=limit,
                 options=_eval_options(options, own),
             )
+            found[task] = await unless_stopped(measuring, stop)
+    except InterruptedRunError:
+        pass  # the tasks that are done are kept
     finally:
         over.set()
         if load is not None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import uvloop
 
 from millrace.bench.flags.structs import OwnServersFlags, ParallelismFlags, ScalingFlags
-from millrace.bench.report.save import provenance, write_json
+from millrace.bench.load.interrupts import Interrupts
+from millrace.bench.report.save import new_file, provenance, write_json
 from millrace.bench.runs.options_from_flags import load_options, positive_counts
 from millrace.bench.runs.parallelism import (
     MOST_CORES,
@@ -39,21 +39,30 @@ FAILED = 1
 
 def run_scaling(model: str, serve_arguments: Sequence[str], flags: ScalingFlags) -> int:
     """Measure every count of replicas; the exit status."""
+    status = 0
     counts = positive_counts(flags.replicas, "--replicas")
     options = _options(model, serve_arguments, flags, counts)
-    rows = uvloop.run(measure_scaling(options, _say))
-    click.echo(scaling_table(rows))
-    return _save("scaling", flags, options, rows, scaling_fields(rows))
+    with Interrupts() as interrupts:
+        found = interrupts.run(lambda stop: measure_scaling(options, _say, stop))
+        rows = [row for row in found if row.runs]
+        if rows:
+            click.echo(scaling_table(rows))
+            status = _save("scaling", flags, options, rows, scaling_fields(rows))
+    return interrupts.status or status
 
 
 def run_parallelism(model: str, serve_arguments: Sequence[str], flags: ParallelismFlags) -> int:
     """Measure every arrangement of ranks and replicas; the exit status."""
+    status = 0
     devices = len(visible_gpus()) or min(usable_cores(), MOST_CORES)
     arrangements = read_arrangements(flags.arrangements, devices)
     options = _options(model, serve_arguments, flags, counts=[1])
-    rows = uvloop.run(measure_parallelism(options, arrangements, _say))
-    click.echo(parallelism_table(rows))
-    return _save("parallelism", flags, options, rows, parallelism_fields(rows))
+    with Interrupts() as interrupts:
+        rows = interrupts.run(lambda stop: measure_parallelism(options, arrangements, _say, stop))
+        if any(row.runs for row in rows):
+            click.echo(parallelism_table(rows))
+            status = _save("parallelism", flags, options, rows, parallelism_fields(rows))
+    return interrupts.status or status
 
 
 def _options(
@@ -100,5 +109,7 @@ def _save(
         "rows": rows,
     }
     path = Path(flags.result_dir) / (flags.result_filename or f"{kind}-{date}.json")
+    if flags.result_filename is None:
+        path = new_file(path)
     click.echo(f"written to {write_json(path, content)}")
     return FAILED if any(run["failed"] for row in rows for run in row.runs) else 0

@@ -7,11 +7,14 @@ start gets a row that says why.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
+from millrace.bench.load.interrupts import InterruptedRunError, unless_stopped
 from millrace.bench.report.results import hit_text
 from millrace.bench.report.tables import aligned
 from millrace.bench.runs.accuracy import Accuracy
@@ -49,38 +52,52 @@ async def measure_parallelism(
     options: ScalingOptions,
     arrangements: Sequence[tuple[int, int]],
     on_step: Callable[[str], None],
+    stop: asyncio.Event | None = None,
 ) -> list[ParallelRow]:
     """Measure every (TP, DP); on_step is called with a description of each step before it begins.
+    `stop` ends it early: rows that were not measured have no runs.
 
     Raises UserError when no arrangement could be measured.
     """
     rows = [ParallelRow(ranks=tp, replicas=dp) for tp, dp in arrangements]
     options = msgspec.structs.replace(options, counts=[row.devices for row in rows])
-    for repeat in range(options.repeats):
-        for row in rows:
-            if row.problem is None:
-                on_step(f"TP x DP {row.name}, run {repeat + 1} of {options.repeats}")
-                try:
-                    await _measure(options, row, repeat)
-                except UserError as error:
-                    row.problem, row.runs = str(error), []
-                    row.accuracy = Accuracy(None, reason="not measured")
-    if not any(row.runs for row in rows):
+    with contextlib.suppress(InterruptedRunError):
+        for repeat in range(options.repeats):
+            for row in rows:
+                if row.problem is None:
+                    on_step(f"TP x DP {row.name}, run {repeat + 1} of {options.repeats}")
+                    await _measure_or_note(options, row, repeat, stop)
+    if not any(row.runs for row in rows) and not (stop and stop.is_set()):
         raise UserError(f"no arrangement could be measured; {rows[0].name}: {rows[0].problem}")
     return rows
 
 
-async def _measure(options: ScalingOptions, row: ParallelRow, repeat: int) -> None:
+async def _measure_or_note(
+    options: ScalingOptions, row: ParallelRow, repeat: int, stop: asyncio.Event | None
+) -> None:
+    """One run of an arrangement; its row says why where there is none."""
+    try:
+        await _measure(options, row, repeat, stop)
+    except UserError as error:
+        row.problem, row.runs = str(error), []
+        row.accuracy = Accuracy(None, reason="not measured")
+
+
+async def _measure(
+    options: ScalingOptions, row: ParallelRow, repeat: int, stop: asyncio.Event | None
+) -> None:
     arguments = ["--tensor-parallel-size", str(row.ranks)]
-    async with served(options, row.replicas, arguments) as target:
+    async with served(options, row.replicas, arguments, stop) as target:
         load = with_run_seed(options.load, repeat)
-        measured = await run(msgspec.structs.replace(load, target=target))
+        measured = await run(msgspec.structs.replace(load, target=target), stop=stop)
         if measured.fields["completed"] == 0:
+            if measured.interrupted:
+                raise InterruptedRunError
             first = next(record.error for record in measured.records if record.error)
             raise UserError(f"no request succeeded: {first}")
         row.runs.append(measured.fields)
         if len(row.runs) == 1:
-            row.accuracy = await check_accuracy(options, target)
+            row.accuracy = await unless_stopped(check_accuracy(options, target), stop)
 
 
 def parallelism_fields(rows: Sequence[ParallelRow]) -> list[dict[str, Any]]:

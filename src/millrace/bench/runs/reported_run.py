@@ -7,19 +7,18 @@ status. What is measured, and how, is for `runs.serve`.
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import uvloop
 
 from millrace.bench.flags.structs import ServeFlags, SweepFlags
+from millrace.bench.load.interrupts import InterruptedRunError, Interrupts
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.live import LiveProgress, remarks
 from millrace.bench.report.run_report import benchy_table, error_lines, table
-from millrace.bench.report.save import check_raw, default_name, provenance, save_run
+from millrace.bench.report.save import check_raw, default_name, new_file, provenance, save_run
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
 from millrace.bench.runs.options_from_flags import metric_names, serve_options, with_run_seed
@@ -27,43 +26,61 @@ from millrace.bench.runs.serve import Run, run
 from millrace.bench.runs.sweep_grid import Point, point_name
 from millrace.errors import UserError
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def measure_runs(flags: ServeFlags) -> int:
-    """All runs of `bench serve`; the exit status is that of the worst one."""
+    """All runs of `bench serve`; the exit status is that of the worst one, or of a signal."""
     _check_output(flags)
     options = serve_options(flags)
     status = 0
-    for number in range(flags.num_runs):
-        name = f"run{number + 1}" if flags.num_runs > 1 else ""
-        ended, _ = _measure(with_run_seed(options, number), flags, name, with_table=True)
-        status = max(status, ended)
-        if status == INTERRUPTED:
-            break
-    return status
+    with Interrupts() as interrupts:
+        for number in range(flags.num_runs):
+            name = f"run{number + 1}" if flags.num_runs > 1 else ""
+            own = with_run_seed(options, number)
+            measured = _measure(own, flags, name, interrupts, with_table=True)
+            status = max(status, measured[0] if measured else 0)
+            if interrupts.number is not None:
+                break
+    return interrupts.status or status
 
 
 def measure_sweep(points: Sequence[Point], flags: Sequence[SweepFlags]) -> int:
-    """All runs of `bench sweep`. flags: those of each point. Returns the worst exit status."""
-    common = flags[0]
-    _check_output(common)
+    """All runs of `bench sweep`. flags: those of each point. Returns the exit status."""
+    _check_output(flags[0])
     planned = [serve_options(one) for one in flags]
     results: list[dict[str, Any]] = []
+    with Interrupts() as interrupts:
+        try:
+            status = _measure_points(points, planned, flags[0], interrupts, results)
+        finally:  # also of what a failure leaves behind
+            if results:
+                click.echo(sweep_table(results))
+                if flags[0].llama_benchy:
+                    click.echo(benchy_table(results))
+    return interrupts.status or status
+
+
+def _measure_points(
+    points: Sequence[Point],
+    planned: Sequence[BenchOptions],
+    flags: SweepFlags,
+    interrupts: Interrupts,
+    results: list[dict[str, Any]],
+) -> int:
+    """All points, then all again; their fields are added to `results`."""
     status = 0
-    for number in range(common.num_runs):
+    for number in range(flags.num_runs):
         for index, (point, options) in enumerate(zip(points, planned, strict=True)):
-            if status == INTERRUPTED:
-                break
-            click.echo(f"{point_name(point)}, run {number + 1} of {common.num_runs}", err=True)
+            if interrupts.number is not None:
+                return status
+            click.echo(f"{point_name(point)}, run {number + 1} of {flags.num_runs}", err=True)
             name = f"{point_name(point)}-run{number + 1}"
             own = with_run_seed(options, number, index)
-            ended, fields = _measure(own, common, name, with_table=False)
-            results.append(fields)
-            status = max(status, ended)
-    click.echo(sweep_table(results))
-    if common.llama_benchy:
-        click.echo(benchy_table(results))
+            measured = _measure(own, flags, name, interrupts, with_table=False)
+            if measured is not None:
+                status = max(status, measured[0])
+                results.append(measured[1])
     return status
 
 
@@ -77,10 +94,22 @@ def _check_output(flags: ServeFlags) -> None:
 
 
 def _measure(
-    options: BenchOptions, flags: ServeFlags, name: str, *, with_table: bool
-) -> tuple[int, dict[str, Any]]:
-    """One run: its exit status and its fields. name: what is added to the names of its files."""
-    outcome, accuracy = uvloop.run(_interruptible(options, flags))
+    options: BenchOptions,
+    flags: ServeFlags,
+    name: str,
+    interrupts: Interrupts,
+    *,
+    with_table: bool,
+) -> tuple[int, dict[str, Any]] | None:
+    """One run: its exit status and its fields; None when it was interrupted before it began.
+
+    name: what is added to the names of its files.
+    """
+    try:
+        outcome, accuracy = interrupts.run(lambda stop: _run_with_accuracy(options, flags, stop))
+    except InterruptedRunError:
+        click.echo("interrupted before the run began: nothing was measured", err=True)
+        return None
     fields = {**outcome.fields, "accuracy": accuracy_fields(accuracy)}
     if with_table:
         click.echo(table(fields, metric_names(flags.percentile_metrics), options.percentiles))
@@ -91,7 +120,7 @@ def _measure(
     if flags.saves:
         _save(outcome, fields, flags, name)
     if outcome.interrupted:
-        return INTERRUPTED, fields
+        return 0, fields  # the signal is the status
     problems = verdict(fields, accuracy, flags)
     for problem in problems:
         click.echo(problem, err=True)
@@ -122,9 +151,12 @@ def _save(outcome: Run, fields: dict[str, Any], flags: ServeFlags, part: str) ->
     name = flags.result_filename or default_name(fields)
     if part:
         name = f"{name.removesuffix('.json')}-{part}.json"
+    path = Path(flags.result_dir) / name
+    if flags.result_filename is None:
+        path = new_file(path)  # runs of one second have one default name
     fields = {**fields, "provenance": provenance(outcome.server_version)}
     paths = save_run(
-        Path(flags.result_dir) / name,
+        path,
         fields,
         outcome.records,
         outcome.observation.samples,
@@ -134,19 +166,11 @@ def _save(outcome: Run, fields: dict[str, Any], flags: ServeFlags, part: str) ->
     click.echo(f"written to {paths[0]}" + "".join(f", {path.name}" for path in paths[1:]))
 
 
-async def _interruptible(
-    options: BenchOptions, flags: ServeFlags
+async def _run_with_accuracy(
+    options: BenchOptions, flags: ServeFlags, stop: asyncio.Event
 ) -> tuple[Run, dict[str, Accuracy]]:
-    """A run and its accuracy. SIGINT ends the run early and keeps what was measured; a second one
-    ends the process."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    """A run and its accuracy. `stop` ends either early and keeps what was measured."""
     progress = LiveProgress(hidden=flags.disable_tqdm, duration=options.duration)
-
-    def interrupt() -> None:
-        stop.set()
-        loop.remove_signal_handler(signal.SIGINT)
-
-    loop.add_signal_handler(signal.SIGINT, interrupt)
     try:
         outcome = await run(options, stop=stop, on_start=progress.start, on_progress=progress.show)
     finally:

@@ -7,6 +7,8 @@ over repeats.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import statistics
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.load.interrupts import InterruptedRunError, unless_stopped
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.report.results import hit_rate, hit_text
 from millrace.bench.report.tables import aligned
@@ -70,27 +73,41 @@ class ScalingRow(msgspec.Struct, kw_only=True):
 
 
 async def measure_scaling(
-    options: ScalingOptions, on_step: Callable[[str], None]
+    options: ScalingOptions, on_step: Callable[[str], None], stop: asyncio.Event | None = None
 ) -> list[ScalingRow]:
     """Measure every count; on_step is called with a description of each step before it begins.
+    `stop` ends it early: rows that were not measured have no runs.
 
     Raises UserError when a server does not come up or fails its first request.
     """
     rows = [ScalingRow(replicas=count) for count in options.counts]
-    for repeat in range(options.repeats):
-        for row in rows:
-            on_step(f"{row.replicas} replica(s), run {repeat + 1} of {options.repeats}")
-            async with served(options, row.replicas) as target:
-                load = with_run_seed(options.load, repeat)
-                measured = await run(msgspec.structs.replace(load, target=target))
-                if measured.fields["completed"] == 0:
-                    first = next(r.error for r in measured.records if r.error)
-                    raise UserError(f"{row.replicas} replica(s): no request succeeded: {first}")
-                row.runs.append(measured.fields)
-                if repeat == 0:
-                    on_step(f"{row.replicas} replica(s), accuracy")
-                    row.accuracy = await check_accuracy(options, target)
+    with contextlib.suppress(InterruptedRunError):
+        for repeat in range(options.repeats):
+            for row in rows:
+                on_step(f"{row.replicas} replica(s), run {repeat + 1} of {options.repeats}")
+                await _measure(options, row, repeat, on_step, stop)
     return rows
+
+
+async def _measure(
+    options: ScalingOptions,
+    row: ScalingRow,
+    repeat: int,
+    on_step: Callable[[str], None],
+    stop: asyncio.Event | None,
+) -> None:
+    """One run of a count, in the first repeat with its accuracy. Raises InterruptedRunError."""
+    async with served(options, row.replicas, stop=stop) as target:
+        load = with_run_seed(options.load, repeat)
+        measured = await run(msgspec.structs.replace(load, target=target), stop=stop)
+        if measured.fields["completed"] == 0 and not measured.interrupted:
+            first = next(r.error for r in measured.records if r.error)
+            raise UserError(f"{row.replicas} replica(s): no request succeeded: {first}")
+        if measured.fields["completed"]:
+            row.runs.append(measured.fields)
+        if repeat == 0:
+            on_step(f"{row.replicas} replica(s), accuracy")
+            row.accuracy = await unless_stopped(check_accuracy(options, target), stop)
 
 
 async def check_accuracy(options: ScalingOptions, target: Target) -> Accuracy:
@@ -110,7 +127,10 @@ async def check_accuracy(options: ScalingOptions, target: Target) -> Accuracy:
 
 @asynccontextmanager
 async def served(
-    options: ScalingOptions, replicas: int, arguments: Sequence[str] = ()
+    options: ScalingOptions,
+    replicas: int,
+    arguments: Sequence[str] = (),
+    stop: asyncio.Event | None = None,
 ) -> AsyncIterator[Target]:
     """`millrace serve` with that many replicas, healthy, on a free port; reaped at the end.
 

@@ -10,6 +10,7 @@ told apart here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,9 +21,9 @@ from typing import Any
 import click
 import msgspec
 import numpy as np
-import uvloop
 
 from millrace.bench.flags.structs import SelftestFlags
+from millrace.bench.load.interrupts import InterruptedRunError, Interrupts, unless_stopped
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import Summary, Window, summarize
@@ -74,15 +75,22 @@ def run_selftest(flags: SelftestFlags) -> int:
     if flags.processes < 1 or not flags.seconds > 0:
         raise UserError("--processes and --seconds: use numbers above 0")
     streams = positive_counts(flags.streams, "--streams")
-    levels = uvloop.run(
-        selftest(
-            streams,
-            processes=flags.processes,
-            seconds=flags.seconds,
-            chat=flags.chat,
-            on_level=lambda level: click.echo(f"{level.streams} streams measured", err=True),
+    with Interrupts() as interrupts:
+        levels = interrupts.run(
+            lambda stop: selftest(
+                streams,
+                processes=flags.processes,
+                seconds=flags.seconds,
+                chat=flags.chat,
+                on_level=lambda level: click.echo(f"{level.streams} streams measured", err=True),
+                stop=stop,
+            )
         )
-    )
+        _report(levels, flags)
+    return interrupts.status or (0 if all(level.within for level in levels) else 1)
+
+
+def _report(levels: Sequence[Level], flags: SelftestFlags) -> None:
     click.echo("\n".join(aligned(level_rows(levels))))
     for level in levels:
         if level.client["client_bound"]:
@@ -90,7 +98,6 @@ def run_selftest(flags: SelftestFlags) -> int:
     if flags.json:
         path = write_json(Path(flags.json), {"levels": levels, **provenance()})
         click.echo(f"written to {path}")
-    return 0 if all(level.within for level in levels) else 1
 
 
 async def selftest(
@@ -100,14 +107,17 @@ async def selftest(
     seconds: float = 5.0,
     chat: bool = False,
     on_level: Callable[[Level], None] | None = None,
+    stop: asyncio.Event | None = None,
 ) -> list[Level]:
-    """Measure every level for about this many seconds. on_level is called with each."""
-    levels = []
-    for count in streams:
-        level = await _level(count, processes, seconds, chat)
-        levels.append(level)
-        if on_level is not None:
-            on_level(level)
+    """Measure every level for about this many seconds. on_level is called with each. `stop` ends
+    it early, with the levels that are done."""
+    levels: list[Level] = []
+    with contextlib.suppress(InterruptedRunError):
+        for count in streams:
+            level = await unless_stopped(_level(count, processes, seconds, chat), stop)
+            levels.append(level)
+            if on_level is not None:
+                on_level(level)
     return levels
 
 

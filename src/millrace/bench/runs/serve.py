@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from millrace.bench.load.arrivals import check_schedule
+from millrace.bench.load.interrupts import unless_stopped
 from millrace.bench.load.load_driver import Load
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
@@ -38,6 +39,7 @@ from millrace.errors import UserError
 from millrace.fleet.device_assignment import usable_cores
 
 _DEFAULT_VOCAB = 1000
+_LIST_LIMIT_S = 30.0  # for the list of models
 _WARMUP_SEED = 1_000_003  # added to the seed for prompts that must differ from the run's
 
 
@@ -72,18 +74,16 @@ async def run(
     workload before anything is sent, on_progress twice a second.
 
     Raises UserError when the server cannot be reached, does not know the model, or fails the
-    first request.
+    first request, and InterruptedRunError when `stop` comes before the run.
     """
     check_schedule(options.schedule)
-    served = await inspect_server(options)
+    served = await unless_stopped(inspect_server(options), stop)
     options = with_server_facts(options, served)
     async with open_pool(options, served.model) as pool:
-        await pool.prepare()
+        await unless_stopped(pool.prepare(), stop)
         if on_start is not None:
             on_start(options.workload, pool.lengths)
-        await warm_up(options, served.model)
-        if options.reset_prefix_cache:
-            await reset_prefix_caches(options)
+        await unless_stopped(warm_up(options, served.model), stop)
         async with Telemetry(options) as telemetry:
             outcome = await pool.run(stop, on_progress)
         return _run(options, served, pool.lengths, outcome, telemetry.observation)
@@ -192,8 +192,21 @@ async def _wait_ready(options: BenchOptions) -> None:
 
 
 async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
-    """The cards of /v1/models, none where the server has no such list."""
-    response = await fetch(options.target, "/v1/models", headers=options.headers)
+    """The cards of /v1/models, none where the server has no such list.
+
+    A server that is slow to list its models is waited for; with --model the list is not needed.
+    """
+    try:
+        response = await fetch(
+            options.target, "/v1/models", headers=options.headers, timeout=_LIST_LIMIT_S
+        )
+    except OSError as error:
+        if options.model is not None:
+            return []
+        raise UserError(
+            f"{options.target} does not list its models at /v1/models "
+            f"({error or f'no answer within {_LIST_LIMIT_S:g} s'}); name one with --model"
+        ) from None
     if response.status in (401, 403):
         raise UserError(
             f"{options.target} refuses access with status {response.status} "
@@ -251,7 +264,8 @@ async def reset_prefix_caches(options: BenchOptions) -> None:
 
 async def warm_up(options: BenchOptions, model: str) -> None:
     """Send requests that are not counted: one alone, to check that the server answers, then
-    `num_warmups` at the run's concurrency. Raises UserError when one fails."""
+    `num_warmups` at the run's concurrency; then empty the prefix caches where that is asked for.
+    Raises UserError when one fails."""
     make = _warmup_prompts(options)
     jobs = [make_job(options, model, make(index)) for index in range(1 + options.num_warmups)]
     for part in (jobs[:1], jobs[1:]):
@@ -265,3 +279,5 @@ async def warm_up(options: BenchOptions, model: str) -> None:
         failed = next((r.error for r in await load.run() if r.error is not None), None)
         if failed is not None:
             raise UserError(f"{options.target} failed a request before the run: {failed}")
+    if options.reset_prefix_cache:
+        await reset_prefix_caches(options)
