@@ -180,6 +180,19 @@ def test_a_signal_between_two_loops_is_noted_and_ends_the_next_one() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_signals_that_a_shell_ignores_for_background_commands_are_heeded() -> None:
+    before = [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)]
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.number is None  # under nohup
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.number == signal.SIGINT
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_a_signal_in_a_loop_sets_the_event() -> None:
     async def main(stop: asyncio.Event) -> Any:
         os.kill(os.getpid(), signal.SIGHUP)

@@ -33,7 +33,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            # nohup ignores SIGHUP, which stays so. Shells ignore SIGINT for commands that they
+            # start in the background, where somebody who sends it means it all the same.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._outside_loop)
         return self
 
