@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from millrace.common.http_client import Target, parse_url
+from millrace.common.sockets import free_port
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
@@ -21,6 +22,8 @@ async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Ta
     """A started gateway, checking health quickly, and where it listens."""
     options.setdefault("health", FAST)
     options.setdefault("replicas", [ReplicaSpec(target=parse_url(u)) for u in urls])
+    several = options.get("processes", 1) > 1
+    options.setdefault("admin_port", free_port("127.0.0.1") if several else 0)
     log = options.pop("log", lambda line: None)
     made = Gateway(GatewayOptions(port=0, **options), log=log)
     await made.start()

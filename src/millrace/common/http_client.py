@@ -8,6 +8,7 @@ what else they mean is for others.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from time import perf_counter_ns
 from typing import cast
@@ -17,6 +18,8 @@ import httptools
 import msgspec
 
 from millrace.errors import UserError
+
+_HOST = re.compile(r"[\w.:%-]{1,255}")  # a name, or an address of either family
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -41,15 +44,17 @@ def parse_url(text: str) -> Target:
 
     Raises UserError for any other scheme, a missing host or a port that is no number.
     """
-    parts = urlsplit(text if "://" in text else f"http://{text}")
     try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
+        host = parts.hostname or ""
+        valid = parts.scheme in ("http", "https") and port != 0 and _HOST.fullmatch(host)
     except ValueError:
-        port = -1
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+        valid = None
+    if not valid:
         raise UserError(f"{text!r} is no URL of a server; use a form like http://127.0.0.1:8000")
     tls = parts.scheme == "https"
-    return Target(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+    return Target(host, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
 
 def encode_request(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import ssl
+import stat
 
 from millrace.errors import ConfigError
 
@@ -78,6 +80,41 @@ def listen(host: str, port: int, *, shared: bool = False) -> list[socket.socket]
             one.close()
         raise _cannot_listen(host, port, error) from None
     return listeners
+
+
+def listen_unix(path: str, flag: str) -> socket.socket:
+    """A Unix socket that listens, for this user alone (mode 0600); one without a listener is
+    replaced. It does not block. Raises ConfigError, which names the flag, if it cannot be had."""
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            if _has_listener(path):
+                raise ConfigError(f"{flag} {path}: another process listens there")
+            os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            one.bind(path)
+        finally:
+            os.umask(before)
+        one.listen(BACKLOG)
+        one.setblocking(False)
+    except ConfigError:
+        one.close()
+        raise
+    except OSError as error:
+        one.close()
+        raise ConfigError(f"{flag} {path}: {error.strerror or error}") from None
+    return one
+
+
+def _has_listener(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
 
 
 def require_free_port(host: str, port: int) -> None:

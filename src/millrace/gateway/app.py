@@ -34,6 +34,7 @@ class Gateway:
         check_options(options)
         check_access_log(options.access_log)
         self._options = options
+        self._admin_port = options.admin_port or 0
         self.counters = SharedCounters(options.processes)
         self.monitor = HealthMonitor(
             self.counters,
@@ -105,6 +106,13 @@ class Gateway:
         return self._processes.port
 
     @property
+    def admin_port(self) -> int:
+        """The port of the admin listener, once started; 0 without one."""
+        if self._relay_server is not None:
+            return self._relay_server.admin_port
+        return self._admin_port
+
+    @property
     def pids(self) -> list[int]:
         """Ids of the gateway processes."""
         return [os.getpid()] if self._processes is None else self._processes.pids
@@ -120,13 +128,17 @@ class Gateway:
         Raises UserError when the port is taken, or a source of replicas cannot be read.
         """
         raise_file_limit()  # two connections a request
-        await self._discovery.start()
-        await self.monitor.start()
-        if self._relay_server is not None:
-            await self._relay_server.start()
-        else:
-            assert self._processes is not None
-            await self._processes.start()
+        try:
+            await self._discovery.start()
+            await self.monitor.start()
+            if self._relay_server is not None:
+                await self._relay_server.start()
+            else:
+                assert self._processes is not None
+                await self._processes.start()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self, drain: float = 0.0) -> None:
         """Close the port, give running requests `drain` seconds to end, then close the rest."""

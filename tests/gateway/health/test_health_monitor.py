@@ -33,10 +33,11 @@ async def post(target: Target, tokens: int = 2, **more: Any) -> Response:
 
 
 async def admin(
-    target: Target, method: str, path: str = "", body: Any = None, key: str | None = None
+    made: Gateway, method: str, path: str = "", body: Any = None, key: str | None = None
 ) -> Response:
     data = b"" if body is None else json.dumps(body).encode()
     headers = (("Authorization", f"Bearer {key}"),) if key else ()
+    target = Target("127.0.0.1", made.admin_port)
     return await fetch(
         target, f"/gateway/replicas{path}", method=method, body=data, headers=headers
     )
@@ -173,9 +174,9 @@ def test_a_drained_replica_ends_its_streams_and_then_goes() -> None:
             running = asyncio.create_task(post(target, 100))
             await eventually(lambda: streamed(made) > 2)
             staying = await MockReplica(name="staying").start()
-            added = await admin(target, "POST", "", {"url": staying.url, "weight": 2})
+            added = await admin(made, "POST", "", {"url": staying.url, "weight": 2})
             assert added.status == 201
-            assert (await admin(target, "DELETE", "/0")).status == 200
+            assert (await admin(made, "DELETE", "/0")).status == 200
             await eventually(lambda: states(made) == ["draining", "up"])
             answers = [await post(target) for _ in range(4)]
             assert {a.headers["x-replica"] for a in answers} == {"staying"}
@@ -191,12 +192,12 @@ def test_a_drained_replica_ends_its_streams_and_then_goes() -> None:
 def test_replicas_are_drained_and_taken_back_and_reweighted() -> None:
     async def scenario() -> None:
         some = [await MockReplica(name=str(i)).start() for i in range(2)]
-        async with gateway(*(r.url for r in some)) as (made, target):
-            assert (await admin(target, "POST", "/1/drain")).status == 200
+        async with gateway(*(r.url for r in some)) as (made, _):
+            assert (await admin(made, "POST", "/1/drain")).status == 200
             assert states(made) == ["up", "draining"]
-            assert (await admin(target, "POST", "/1/undrain")).status == 200
+            assert (await admin(made, "POST", "/1/undrain")).status == 200
             await eventually(lambda: states(made) == ["up", "up"])
-            assert (await admin(target, "PATCH", "/1", {"weight": 3})).status == 200
+            assert (await admin(made, "PATCH", "/1", {"weight": 3})).status == 200
             assert made.replicas.all[1].member.weight == 3
         for replica in some:
             await replica.stop()
@@ -210,7 +211,7 @@ def test_a_stream_of_a_removed_replica_goes_on_elsewhere() -> None:
         async with gateway(*(r.url for r in some), policy="round_robin") as (made, target):
             running = asyncio.create_task(post(target, 60))
             await eventually(lambda: streamed(made) > 2)
-            assert (await admin(target, "DELETE", "/0?force=1")).status == 200
+            assert (await admin(made, "DELETE", "/0?force=1")).status == 200
             assert (await running).body.count(b"w") >= 60
             assert made.counters.events()["resumed"] == 1
         for replica in some:
@@ -235,8 +236,8 @@ def test_changes_that_cannot_be_are_refused(
 ) -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        async with gateway(replica.url) as (made, target):
-            answer = await admin(target, method, path, body)
+        async with gateway(replica.url) as (made, _):
+            answer = await admin(made, method, path, body)
             assert answer.status == status
             assert says in json.loads(answer.body)["error"]["message"]
             assert states(made) == ["up"]
@@ -248,11 +249,11 @@ def test_changes_that_cannot_be_are_refused(
 def test_changes_need_the_admin_key_where_there_is_one() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
-        async with gateway(replica.url, access=Access(admin_key="root")) as (made, target):
-            assert (await admin(target, "POST", "/0/drain")).status == 403
-            assert (await admin(target, "POST", "/0/drain", key="no")).status == 403
+        async with gateway(replica.url, access=Access(admin_key="root")) as (made, _):
+            assert (await admin(made, "POST", "/0/drain")).status == 403
+            assert (await admin(made, "POST", "/0/drain", key="no")).status == 403
             assert states(made) == ["up"]
-            assert (await admin(target, "POST", "/0/drain", key="root")).status == 200
+            assert (await admin(made, "POST", "/0/drain", key="root")).status == 200
         await replica.stop()
 
     run(scenario())

@@ -42,7 +42,8 @@ def test_they_share_counters_know_the_same_replicas_and_one_killed_is_replaced()
             # A replica added through one process is known to both.
             third = await MockReplica(kind="millrace", name="3").start()
             body = json.dumps({"url": third.url}).encode()
-            added = await fetch(target, "/gateway/replicas", method="POST", body=body)
+            admin = Target("127.0.0.1", made.admin_port)
+            added = await fetch(admin, "/gateway/replicas", method="POST", body=body)
             assert added.status == 201
             await eventually(lambda: all(m.state == "up" for m in made.monitor.members))
             health = await asyncio.gather(*(fetch(target, "/health") for _ in range(12)))

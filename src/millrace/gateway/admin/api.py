@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import msgspec
 
@@ -45,6 +46,8 @@ from millrace.gateway.relay.access import Access
 from millrace.gateway.routing.replicas import Member, ReplicaSet
 
 _OWN = (b"/health", b"/metrics", b"/v1/models")
+_ID = re.compile("[0-9]{1,9}")
+_MAX_ADMIN_BODY = 64 << 10
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -112,25 +115,29 @@ class AdminApi:
         path = unquote(request.path.partition(b"?")[0].decode("latin-1"))
         if path == "/metrics":
             return await self._metrics()
-        if path == "/v1/models":
-            if not self._access.allows_api(request):
-                return api_error_reply(self._access.refusal(request))
-            return json_reply(200, {"object": "list", "data": self._monitor.cards})
-        if not (self._access.allows_api(request) or self._access.allows_admin(request)):
+        if not self._may_read(request):
             return api_error_reply(self._access.refusal(request))
+        if path == "/v1/models":
+            return json_reply(200, {"object": "list", "data": self._monitor.cards})
         if request.method == b"GET" and path == "/gateway/replicas":
             return json_reply(200, {"replicas": self._rows()})
         if request.method == b"GET" and path == "/gateway/status":
             return json_reply(200, self.status())
-        if not path.startswith("/gateway/replicas"):
+        if path != "/gateway/replicas" and not path.startswith("/gateway/replicas/"):
             return error_reply(404, f"the gateway has no {path}")
-        if not self._access.allows_admin(request):
-            message = "changes need the admin key (Authorization: Bearer KEY), or to come from the "
-            return error_reply(403, message + "gateway's own host where no key was set")
+        refusal = self._access.admin_refusal(request)
+        if refusal is not None:
+            return api_error_reply(refusal)
+        if len(request.body) > _MAX_ADMIN_BODY:
+            return error_reply(413, f"a change has at most {_MAX_ADMIN_BODY} bytes")
         try:
             return self._administer(request, path)
         except (msgspec.DecodeError, UserError) as error:
             return error_reply(400, str(error))
+
+    def _may_read(self, request: Request) -> bool:
+        """Whether the client has a key of the API, or may change the gateway."""
+        return self._access.allows_api(request) or self._access.admin_refusal(request) is None
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -192,7 +199,7 @@ class AdminApi:
                 source="admin",
             )
             return json_reply(201, self._row_of(monitor.add(spec)))
-        member = monitor.find(int(parts[0])) if parts[0].isdigit() else None
+        member = monitor.find(int(parts[0])) if _ID.fullmatch(parts[0]) else None
         if member is None:
             ids = ", ".join(str(m.id) for m in monitor.members) or "none"
             return error_reply(404, f"no replica {parts[0]!r}; there are: {ids}")
@@ -201,7 +208,7 @@ class AdminApi:
     def _change(self, request: Request, member: Member, rest: list[str]) -> LocalReply:
         monitor, method = self._monitor, request.method
         if method == b"DELETE" and not rest:
-            if b"force=1" in request.path:
+            if "1" in parse_qs(request.path.partition(b"?")[2].decode("latin-1")).get("force", ()):
                 monitor.remove(member.id)
                 return json_reply(200, {"id": member.id, "state": "removed"})
             monitor.drain(member.id, then_remove=True)

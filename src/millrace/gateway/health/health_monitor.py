@@ -47,6 +47,8 @@ from millrace.gateway.routing.suspects import (
     Suspect,
 )
 
+_MAX_MODELS, _MAX_NAME = 1000, 500
+
 
 class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When replicas are checked and how long a failed one stays out. Times are seconds.
@@ -80,6 +82,18 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 0
     models: tuple[str, ...] = ()
     source: str = "flags"
+
+
+def _check_spec(spec: ReplicaSpec) -> None:
+    """Raise UserError for values that are out of range."""
+    if not 0.0 < spec.weight <= 1000.0:
+        raise UserError(f"{spec.target}: weight {spec.weight}: use a number above 0, to 1000")
+    if not 0 <= spec.limit <= 1_000_000:
+        raise UserError(f"{spec.target}: limit {spec.limit}: use 0, for any number, to 1000000")
+    if len(spec.models) > _MAX_MODELS or not all(0 < len(m) <= _MAX_NAME for m in spec.models):
+        raise UserError(
+            f"{spec.target}: models: use up to {_MAX_MODELS} names of 1 to {_MAX_NAME} characters"
+        )
 
 
 class _Monitored:
@@ -157,8 +171,7 @@ class HealthMonitor:
             raise UserError(f"{spec.target}: a replica's URL has no path; give http://host:port")
         if any(w.spec.target == spec.target for w in self._monitored.values()):
             raise UserError(f"{spec.target}: this replica exists already")
-        if not 0.0 < spec.weight <= 1000.0:
-            raise UserError(f"{spec.target}: weight {spec.weight}: use a number above 0, to 1000")
+        _check_spec(spec)
         member = Member(
             id=self._next_id,
             slot=self._free_slot(),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
+from typing import Literal
 
 import msgspec
 
 from millrace.common.api_errors import ApiError, is_anthropic
 
 Headers = list[tuple[bytes, bytes]]
+Via = Literal["public", "admin", "unix"]
 
 # RFC 9110, 7.6.1: for one connection, never passed on. Transfer-Encoding is not listed: a
 # response's body keeps its framing, and a request's body is framed anew.
@@ -26,7 +28,8 @@ MAX_REQUEST_ID = 256
 
 class Request(msgspec.Struct):
     """A complete request. path: with the query, as the client wrote it. id: its X-Request-Id, or a
-    new one. peer: the client's address."""
+    new one. peer: the client's address. via: the listener that took the connection: the public
+    port, the admin port, or the admin Unix socket."""
 
     method: bytes
     path: bytes
@@ -36,6 +39,7 @@ class Request(msgspec.Struct):
     keep_alive: bool
     id: bytes = b"-"
     peer: str = "-"
+    via: Via = "public"
 
 
 def header(headers: Headers, name: bytes) -> bytes:

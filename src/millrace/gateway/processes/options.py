@@ -13,7 +13,7 @@ from millrace.common.sockets import tls_context
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
-from millrace.gateway.relay.access import Access
+from millrace.gateway.relay.access import Access, is_loopback
 from millrace.gateway.routing.policies import DEFAULT_POLICY, POLICIES, PolicyName
 
 
@@ -37,6 +37,9 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     access: Access = Access()
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    admin_uds: str | None = None
     access_log: str | None = None
     merge_metrics: bool = False
     labels: dict[str, str] = {}
@@ -52,6 +55,9 @@ GATEWAY_HELP: Mapping[str, str] = {
     "affinity_gap": "prefix_aware: tokens by which a replica's load may exceed the lowest load.",
     "ssl_certfile": "File with the certificate (PEM) for HTTPS.",
     "ssl_keyfile": "File with the certificate's private key.",
+    "admin_host": "Address of --admin-port; other than loopback it needs --admin-key.",
+    "admin_port": "Port for changes to the gateway, apart from the public one.",
+    "admin_uds": "Unix socket for changes to the gateway; only this user can connect.",
     "access_log": "File that gets one line of JSON per request; - for stderr.",
     "merge_metrics": "Add the metrics of the replicas to /metrics.",
 }
@@ -84,7 +90,8 @@ HEALTH_HELP: Mapping[str, str] = {
 
 ACCESS_HELP: Mapping[str, str] = {
     "api_key": "Key that clients must send to use the API.",
-    "admin_key": "Key for changes to the gateway; without one they must come from this host.",
+    "admin_key": "Key for changes to the gateway. Without one they must be sent to --admin-port or "
+    "--admin-uds.",
     "worker_api_key": "Key that the replicas ask for: their --gateway-api-key if they have one.",
     "cache_salt_by_api_key": "Share cached prefixes only among requests of the same API key.",
 }
@@ -106,4 +113,19 @@ def check_options(options: GatewayOptions) -> None:
             f"{limits.max_body_bytes}, or a body of that size is never accepted"
         )
     options.access.check()
+    _check_admin(options)
     tls_context(options.ssl_certfile, options.ssl_keyfile)
+
+
+def _check_admin(options: GatewayOptions) -> None:
+    if options.admin_port is None:
+        return
+    if not 0 <= options.admin_port <= 65535 or (options.admin_port == 0 and options.processes > 1):
+        raise UserError(f"--admin-port {options.admin_port}: use 1 to 65535")
+    if options.admin_port == options.port != 0:
+        raise UserError(f"--admin-port {options.admin_port}: use another port than --port")
+    if options.access.admin_key is None and not is_loopback(options.admin_host):
+        raise UserError(
+            f"--admin-host {options.admin_host}: give it --admin-key, or whoever reaches it may "
+            "change the gateway; without a key use 127.0.0.1"
+        )

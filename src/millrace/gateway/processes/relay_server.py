@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+import socket
+import ssl
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from millrace.common.safe_log import stderr_line
-from millrace.common.sockets import BACKLOG, listen, tls_context
+from millrace.common.sockets import BACKLOG, listen, listen_unix, tls_context
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
+from millrace.gateway.http.message import Via
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.relay.access_log import AccessLog
 from millrace.gateway.relay.client_connection import ClientConnection
@@ -44,6 +47,7 @@ class RelayServer:
     ) -> None:
         process_counters = counters.process_counters(index)
         self._options = options
+        self._index = index
         self._log = log
         self.replicas = ReplicaSet(counters, process_counters, report, options.health.slow_start)
         policy = make_policy(
@@ -60,27 +64,46 @@ class RelayServer:
             log=self._access_log.write if self._access_log else None,
         )
         self._servers: list[asyncio.Server] = []
+        self._unix_path: Path | None = None
         self._chores: asyncio.Task[None] | None = None
-        self.port = 0
+        self.port = self.admin_port = 0
 
     async def start(self, *, shared_port: bool = False) -> None:
         """Listen. shared_port: other processes listen there too. Raises UserError if taken."""
         options = self._options
+        context = tls_context(options.ssl_certfile, options.ssl_keyfile)
         listeners = listen(options.host, options.port, shared=shared_port)
         self.port = listeners[0].getsockname()[1]
-        context = tls_context(options.ssl_certfile, options.ssl_keyfile)
+        await self._serve(listeners, "public", context)
+        if options.admin_port is not None:
+            listeners = listen(options.admin_host, options.admin_port, shared=shared_port)
+            self.admin_port = listeners[0].getsockname()[1]
+            await self._serve(listeners, "admin", context)
+        if options.admin_uds is not None and self._index == 0:  # one process can have it
+            listener = listen_unix(options.admin_uds, "--admin-uds")
+            self._unix_path = Path(options.admin_uds)
+            await self._serve([listener], "unix", None)
+        self._chores = restarted("the periodic work of the gateway", self._do_chores, self._log)
+
+    async def _serve(
+        self, listeners: Sequence[socket.socket], via: Via, context: ssl.SSLContext | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         for listener in listeners:
             server = await loop.create_server(
-                lambda: ClientConnection(self.relay), sock=listener, backlog=BACKLOG, ssl=context
+                lambda: ClientConnection(self.relay, via),
+                sock=listener,
+                backlog=BACKLOG,
+                ssl=context,
             )
             self._servers.append(server)
-        self._chores = restarted("the periodic work of the gateway", self._do_chores, self._log)
 
     async def stop(self, drain: float = 0.0) -> None:
         """Accept no new connection, give running requests `drain` seconds, then close the rest."""
         for server in self._servers:
             server.close()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
         if self._servers:
             await self.relay.drain(drain)
         if self._chores is not None:

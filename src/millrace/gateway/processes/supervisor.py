@@ -25,7 +25,7 @@ from millrace.common.tasks import reported, restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthMonitor
-from millrace.gateway.http.message import LocalReply, Request
+from millrace.gateway.http.message import LocalReply, Request, error_reply
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.routing.replicas import Member
 from millrace.gateway.routing.suspects import Outcome, Suspect
@@ -222,7 +222,12 @@ class GatewayProcesses:
                 reported("a local request", self._reply(child, message), self._log)
 
     async def _reply(self, child: _Child, message: AdminRequest) -> None:
-        answer = await self._answer(message.request)
+        try:
+            answer = await self._answer(message.request)
+        except Exception:
+            answer = error_reply(500, "the gateway failed on this request; its log says more")
+            child.channel.send(AdminReply(message.number, answer))
+            raise
         child.channel.send(AdminReply(message.number, answer))
 
     async def _restart_loop(self, index: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -12,11 +14,21 @@ from millrace.common.prefix_hash import SALT_HEADER, key_salt
 from millrace.errors import ConfigError
 from millrace.gateway.http.message import Request, header
 
+_FORWARDED = (
+    *(b"forwarded", b"x-forwarded", b"x-real-ip", b"via", b"x-client-ip", b"x-cluster-client-ip"),
+    *(b"true-client-ip", b"cf-connecting-ip", b"x-original-", b"x-envoy-", b"x-amzn-trace-id"),
+)  # beginnings of headers that proxies add
+_NO_ADMIN = (
+    "this gateway takes no changes here: start it with --admin-key and send the key, or with "
+    "--admin-port or --admin-uds and send changes there"
+)
+
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """api_key: what clients must bring one of, none for an open gateway. admin_key: for changes
-    to the gateway itself; without one they are taken from this host alone. worker_api_key: what
-    replicas ask for. cache_salt_by_api_key: requests of different keys share no cached prefixes."""
+    """api_key: keys of which clients must send one; none for an open gateway. admin_key: for
+    changes to the gateway; without one they must come to a listener of their own. worker_api_key:
+    the key that replicas ask for. cache_salt_by_api_key: requests of different keys share no cached
+    prefixes."""
 
     api_key: list[str] = []
     admin_key: str | None = None
@@ -51,11 +63,23 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the client may use the API."""
         return not self.api_key or _has_key(request, tuple(self.api_key))
 
-    def allows_admin(self, request: Request) -> bool:
-        """Whether the client may change the gateway."""
-        if self.admin_key is not None:
-            return _has_key(request, (self.admin_key,))
-        return request.peer in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    def admin_refusal(self, request: Request) -> ApiError | None:
+        """Why a request may not change the gateway; None if it may.
+
+        The client's address is no evidence: behind a proxy on this host all clients have the same.
+        So it needs the admin key, or must come to the admin port or the admin Unix socket. There a
+        web page could still be the sender, and there, too, a proxy could be in front.
+        """
+        if self.admin_key is not None and request.via != "unix":
+            if not _has_key(request, (self.admin_key,)):
+                return ApiError(403, "changes need the admin key (Authorization: Bearer KEY)")
+        elif request.via == "public":
+            return ApiError(403, _NO_ADMIN)
+        elif any(name.lower().startswith(_FORWARDED) for name, _ in request.headers):
+            return ApiError(403, "changes must not come through a proxy; set --admin-key for that")
+        elif request.via == "admin" and not is_loopback(_host_name(request)):
+            return ApiError(403, "changes must be sent to a loopback address, by their Host header")
+        return _web_page_refusal(request)
 
     @property
     def upstream_authorization(self) -> bytes | None:
@@ -63,6 +87,40 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         if self.worker_api_key is not None:
             return b"Bearer " + self.worker_api_key.encode()
         return b"" if self.api_key else None
+
+
+def _web_page_refusal(request: Request) -> ApiError | None:
+    """Refuse what a foreign web page can have a browser send: its Origin, or a body of a type that
+    needs no permission."""
+    origin = header(request.headers, b"origin").lower()
+    site = header(request.headers, b"sec-fetch-site").lower()
+    own = (b"http://" + _host(request), b"https://" + _host(request))
+    if (origin and origin not in own) or site not in (b"", b"none", b"same-origin"):
+        return ApiError(403, "changes must not come from a web page of another origin")
+    kind = header(request.headers, b"content-type").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and (request.body or kind):
+        return ApiError(415, "changes need a JSON body with Content-Type: application/json")
+    return None
+
+
+def _host(request: Request) -> bytes:
+    return header(request.headers, b"host").strip().lower()
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host is `localhost` or a loopback address."""
+    try:
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(request: Request) -> str:
+    """The Host header without its port; empty if it is not valid."""
+    try:
+        return urlsplit("//" + _host(request).decode("latin-1")).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _has_key(request: Request, keys: tuple[str, ...]) -> bool:

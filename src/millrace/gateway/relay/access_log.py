@@ -17,6 +17,7 @@ from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
 
 _BATCH = 64  # lines of one write
+_LONGEST = 512
 
 
 class LoggedRequest(Protocol):
@@ -65,10 +66,10 @@ class AccessLog:
             "id": request.id.decode("latin-1"),
             "client": request.peer,
             "method": request.method.decode("latin-1"),
-            "path": request.path.decode("latin-1"),
+            "path": _short(request.path.decode("latin-1")),
             "status": status,
             "class": info.service_class,
-            "model": info.model,
+            "model": _short(info.model),
             "stream": info.stream,
             "replica": str(exchange.replica.target) if exchange.replica else None,
             "prompt_tokens": info.prompt_tokens if info.for_text else None,
@@ -95,6 +96,13 @@ class AccessLog:
         self._writer.close()
         if self._file is not None:
             self._file.close()
+
+
+def _short(text: str | None) -> str | None:
+    """At most _LONGEST characters of a text that the client chose."""
+    if text is None or len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def _notice(lost: int, reason: str) -> bytes:

@@ -11,12 +11,15 @@ from typing import cast
 import httptools
 
 from millrace.common.api_errors import shutting_down
+from millrace.common.safe_log import stderr_line
+from millrace.common.tasks import describe
 from millrace.gateway.http.bodies import RequestBodies
 from millrace.gateway.http.message import (
     MAX_REQUEST_ID,
     Headers,
     LocalReply,
     Request,
+    Via,
     api_error_reply,
     error_reply,
     header,
@@ -24,19 +27,23 @@ from millrace.gateway.http.message import (
 from millrace.gateway.relay.exchange import Exchange
 from millrace.gateway.relay.relay import Relay
 
+_LINGER_SECONDS = 5.0  # for a client to read the last reply and to stop sending
+_LARGE_BODY = 64 << 10  # bytes; a smaller body is read before its request is refused
 _LEAST_RATE = 16 << 10  # bytes per second at which a request may take longer than client_timeout
 
 
 class ClientConnection(asyncio.Protocol):
-    """One connection; `paused` while the client takes no more bytes."""
+    """One connection; `paused` while the client takes no more bytes. via: its listener."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, via: Via = "public") -> None:
         self._relay = relay
+        self._via = via
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Request | LocalReply] = deque()
         self._exchange: Exchange | LocalReplyTask | None = None
         self._refused = False
+        self._awaits_continue = False
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._last_activity = self._message_began = self._loop.time()
@@ -108,7 +115,29 @@ class ClientConnection(asyncio.Protocol):
         self._grow_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
-        if header(self._headers, b"expect").lower() == b"100-continue":
+        refusal = self._early_refusal()
+        if refusal is not None:
+            self._refuse(refusal)
+        elif header(self._headers, b"expect").lower() == b"100-continue":
+            self._awaits_continue = True
+            self._continue()
+
+    def _early_refusal(self) -> LocalReply | None:
+        """Why the body need not be read: it is too large, or large and without a key."""
+        length = header(self._headers, b"content-length")
+        announced = int(length) if length.isdigit() and len(length) < 20 else 0
+        large = announced > _LARGE_BODY or bool(header(self._headers, b"transfer-encoding"))
+        refusal = self._relay.bodies.refusal(announced, 0)
+        if refusal is None and large:
+            request = Request(b"", self._path, "1.1", self._headers, b"", False)
+            if not self._relay.access.allows_api(request) and self._via == "public":
+                refusal = api_error_reply(self._relay.access.refusal(request), close=True)
+        return refusal
+
+    def _continue(self) -> None:
+        """Send 100 Continue if it is due, and no response is being sent or waited for."""
+        if self._awaits_continue and self._exchange is None and not self._waiting:
+            self._awaits_continue = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -120,6 +149,12 @@ class ClientConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._refused:
             return
+        limit = self._relay.limits.max_pipelined
+        if len(self._waiting) >= limit:
+            message = f"more than {limit} requests were sent ahead of their responses"
+            self._refuse(error_reply(429, message, close=True))
+            return
+        self._awaits_continue = False
         given = header(self._headers, b"x-request-id")
         request = Request(
             method=self._parser.get_method(),
@@ -130,12 +165,10 @@ class ClientConnection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             id=given if 0 < len(given) <= MAX_REQUEST_ID else b"%032x" % getrandbits(128),
             peer=self._peer,
+            via=self._via,
         )
         self._begin()
         self._waiting.append(request)
-        if len(self._waiting) > self._relay.limits.max_pipelined:
-            self.close()
-            return
         self._serve_next()
         if self._waiting and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()  # until the earlier requests have been answered
@@ -189,6 +222,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
         else:
             self._serve_next()
+            self._continue()
 
     def close(self) -> None:
         """Drop the connection at once."""
@@ -220,8 +254,7 @@ class ClientConnection(asyncio.Protocol):
             if isinstance(request, LocalReply):  # a refusal, the last reply on this connection
                 self._relay.process_counters.count_status(request.status)
                 self.write(request.encode())
-                # Read on for a moment: a close with unread bytes would discard the reply.
-                self._loop.call_later(0.5, self._close_after_reply)
+                self._linger()
             else:
                 self._handle(request)
 
@@ -229,6 +262,9 @@ class ClientConnection(asyncio.Protocol):
         relay = self._relay
         if relay.admin.handles(request):
             self._exchange = LocalReplyTask(relay, self, request)
+        elif self._via != "public":
+            message = "only /health, /metrics, /v1/models and /gateway are served here"
+            self.answer(error_reply(404, message), request)
         elif not relay.access.allows_api(request):
             self.answer(api_error_reply(relay.access.refusal(request)), request)
         elif relay.closing:
@@ -246,9 +282,15 @@ class ClientConnection(asyncio.Protocol):
             self._waiting.append(answer)
             self._serve_next()
 
-    def _close_after_reply(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+    def _linger(self) -> None:
+        """Close once the client has read the last reply. Until then its bytes are read and
+        dropped: a close with unread bytes would discard the reply on its way."""
+        if self._transport is None:
+            return
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        self._loop.call_later(_LINGER_SECONDS, self.close)
 
 
 class LocalReplyTask:
@@ -270,5 +312,9 @@ class LocalReplyTask:
         """A local reply was not paused."""
 
     async def _make(self, relay: Relay) -> None:
-        own = await relay.admin.answer(self._request)
+        try:
+            own = await relay.admin.answer(self._request)
+        except Exception as error:
+            stderr_line(f"a local request failed ({describe(error)})")
+            own = error_reply(500, "the gateway failed on this request; its log says more")
         self._client.answer(own, self._request)
