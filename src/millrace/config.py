@@ -126,8 +126,10 @@ HELP: Mapping[str, str] = {
     "block_size": "Tokens in a page of the KV cache.",
     "kv_cache_dtype": "Data type of keys and values (auto: the model's; fp8 has scale 1.0).",
     "mamba_ssm_cache_dtype": "Data type of the recurrent state (auto: float32).",
-    "gpu_memory_utilization": "Share of the device's memory that the engine may take.",
-    "kv_cache_memory_bytes": "Bytes for states, pages and snapshots together.",
+    "gpu_memory_utilization": "Share of a GPU's memory that the engine may take; on a CPU see "
+    "kv_cache_memory_bytes.",
+    "kv_cache_memory_bytes": "Bytes for states, pages and snapshots together (default on a CPU: "
+    "what max_num_seqs sequences of max_model_len tokens need, at most 4 GiB).",
     "enable_prefix_caching": "Reuse pages and states of prompts that begin alike.",
     "snapshot_interval": "Also take a snapshot every so many prompt tokens (default: by size).",
     "snapshot_distance": "Snapshots of one prompt are at least so many tokens apart, as each costs "

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.errors import ConfigError
-from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
+from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 
 COSTS = Costs(page=1 << 20, slot=150 << 20, snapshot=154 << 20)
 
@@ -70,3 +70,12 @@ def test_too_little_for_anything_says_so() -> None:
 def test_snapshots_beyond_what_is_left_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_snapshots 100 .* at most \d+ fit"):
         plan(4 << 30, num_snapshots=100)
+
+
+@given(st.integers(1, 64), st.integers(0, 64))
+def test_enough_is_every_sequence_at_full_length(seqs: int, snapshots: int) -> None:
+    enough = enough_memory(COSTS, max_num_seqs=seqs, pages_per_request=161, num_snapshots=snapshots)
+    found = plan(enough, max_num_seqs=seqs, num_snapshots=snapshots)
+    assert found == MemoryPlan(161 * seqs + 1, snapshots, enough)
+    settled = enough_memory(COSTS, max_num_seqs=seqs, pages_per_request=161, num_snapshots=None)
+    assert plan(settled, max_num_seqs=seqs).bytes <= settled

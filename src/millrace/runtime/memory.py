@@ -65,6 +65,15 @@ def plan_memory(
     return MemoryPlan(pages, snapshots, total)
 
 
+def enough_memory(
+    costs: Costs, *, max_num_seqs: int, pages_per_request: int, num_snapshots: int | None
+) -> int:
+    """Bytes with which every sequence can have its full length, and a snapshot."""
+    snapshots = max_num_seqs if num_snapshots is None else num_snapshots
+    pages = pages_per_request * max_num_seqs + 1
+    return (max_num_seqs + 1) * costs.slot + pages * costs.page + snapshots * costs.snapshot
+
+
 def _snapshots(rest: int, costs: Costs, max_num_seqs: int, wanted: int | None) -> int:
     if wanted is not None:
         if wanted * costs.snapshot > rest:

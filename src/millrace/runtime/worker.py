@@ -26,7 +26,7 @@ from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Limits, Masks, StepPlan, StopRanks
-from millrace.runtime.memory import Costs, MemoryPlan, plan_memory
+from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 from millrace.runtime.profile_run import row_counts, token_counts, workspace_bytes
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
 from millrace.runtime.ranks.plan_codec import MeasureAllReduce
@@ -43,7 +43,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
-# A CPU engine without a memory limit uses at most this share of the free memory, and CPU_MOST.
+# A CPU engine without a memory limit gets what max_num_seqs sequences of max_model_len tokens need,
+# but at most this share of the free memory, and CPU_MOST.
 CPU_SHARE = 0.4
 CPU_MOST = 4 << 30
 LONGEST_MEASURED = 1024  # most rows of an all-reduce message that is measured
@@ -72,6 +73,11 @@ class Worker:
             with _timed("memory"):
                 self.memory = self._plan_memory()
         pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
+        logger.info(
+            "states and KV cache take %.2f GiB: %d sequences, %d tokens, %d snapshots",
+            self.memory.bytes / 2**30, config.max_num_seqs, (pages - 1) * config.page_size,
+            snapshots,
+        )  # fmt: skip
         self._runner = self._build_runner(config, pages, snapshots)
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):
@@ -168,7 +174,13 @@ class Worker:
             free, total = torch.cuda.mem_get_info()
             logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
             return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
-        return min(int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
+        enough = enough_memory(
+            self._costs(),
+            max_num_seqs=self.config.max_num_seqs,
+            pages_per_request=self.config.max_pages_per_request,
+            num_snapshots=args.num_snapshots,
+        )
+        return min(enough, int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
 
     # --- allocation -------------------------------------------------------------------------
 
