@@ -78,9 +78,9 @@ class _WatchedStep:
 
 def heartbeat(engine: Engine) -> Watched:
     """Have an engine's steps noted from here on."""
-    if not isinstance(engine._worker, Watched):
-        engine._worker = Watched(engine._worker)  # type: ignore[assignment]
-    found: Any = engine._worker
+    if not isinstance(engine.worker, Watched):
+        engine.worker = Watched(engine.worker)  # type: ignore[assignment]
+    found: Any = engine.worker
     return found  # type: ignore[no-any-return]
 
 

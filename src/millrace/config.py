@@ -1,8 +1,8 @@
-"""What a user may ask of an engine, and what it was resolved to.
+"""The options of an engine, and the configuration that they are resolved to.
 
-`EngineArgs` holds the options under vLLM's names; `resolve` is a pure function from them and the
-model's own facts to a frozen `EngineConfig`, printed once at start. Sizes that depend on free
-memory (pages, snapshots) are not here: `millrace.runtime.memory` derives them on the device.
+`EngineArgs` has the options, with vLLM's names. `resolve` is a pure function from them and a few
+facts of the model to a frozen `EngineConfig`. Sizes that depend on free memory (pages, snapshots)
+are not here: `millrace.runtime.memory` plans them on the device.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8", "none"]
 
 MAX_DRAFTS = 5
-# A step of 256 decoding rows of the 27B takes 50 ms on an H200, and 2,048 prompt tokens 110 more.
-# In a steady state of 768 tokens in and 384 out, such a step is offered fewer than 1,000.
+# A step of 256 decode rows of the 27B takes 50 ms on an H200, and 110 ms more with 2,048 prompt
+# tokens. In a steady state of 768 tokens in and 384 out, fewer than 1,000 come per step.
 GPU_MIXED_TOKENS = 2048
-GPU_MOST_TOKENS = 65535  # of a step: a kernel that has one block a token can start no more
-# A step computes no more of one long prompt: 100 ms on such an H200, tens of ms of a small model on
-# a CPU. A prompt that comes meanwhile waits until such a step has ended.
+GPU_MOST_TOKENS = 65535  # of a step: the largest grid of kernels with one block per token
+# Tokens of one long prompt per step: 100 ms on such an H200, tens of ms of a small model on a CPU.
+# A prompt that arrives meanwhile waits until the step has ended.
 GPU_LONG_TOKENS, CPU_LONG_TOKENS = 2048, 1024
-# A prompt stops for each of its snapshots. The further step costs about as much as so many tokens.
+# A prompt stops for each of its snapshots. The additional step costs about as much as so many
+# tokens.
 GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
-# Steps with prompts are cut to these numbers of tokens where they can be: a GEMM computes whole
-# tiles of TILE tokens.
+# Steps with prompts are cut to these numbers of tokens if possible: a GEMM computes full tiles of
+# TILE tokens.
 TILE = 128
 SMALL_BUCKETS = (16, 32, 64)
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Drafting by the model's own MTP head.
+    """Speculative decoding with the model's own MTP head.
 
-    quantization: "fp8" rounds a copy of the output head, and makes drafts with it; null or "none"
-    makes them with the head itself. Not said: "fp8" where the checkpoint's weights are, and stay so
-    on the device. synthetic_acceptance: with random weights no draft is ever right; a rate here
-    accepts each draft with that probability instead (one rate for all positions, or one a
-    position).
+    quantization: "fp8": drafts use an FP8 copy of the output head; null or "none": the head itself;
+    not given: "fp8" if the checkpoint is FP8 and stays FP8 on the device. synthetic_acceptance:
+    with random weights no draft is ever right; a rate here accepts each draft with that probability
+    (one rate for all positions, or one for each).
     """
 
     method: Literal["mtp"] = "mtp"
@@ -54,7 +54,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of one engine, named as vLLM names them. Help texts stand in `HELP`."""
+    """Options of one engine, with vLLM's names. Help texts are in `HELP`."""
 
     model: str
     served_model_name: list[str] = []
@@ -97,8 +97,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 HELP: Mapping[str, str] = {
     "model": "Directory of a Hugging Face checkpoint, the id of one in its cache, or the name of a "
-    "model that ships.",
-    "served_model_name": "Name(s) under which the API offers the model (default: the model).",
+    "shipped model.",
+    "served_model_name": "Name(s) of the model in the API (default: the model).",
     "tokenizer": "Directory with tokenizer.json (default: the model's).",
     "skip_tokenizer_init": "Load no tokenizer: prompts and answers are token ids.",
     "revision": "Revision of a model in the Hugging Face cache: branch, tag or commit "
@@ -111,48 +111,48 @@ HELP: Mapping[str, str] = {
     "(default: either).",
     "dtype": "Data type of weights and activations (auto: the checkpoint's).",
     "device": "Where to run (auto: cuda if there is one).",
-    "load_format": "dummy fills in seeded random weights instead of reading the checkpoint.",
+    "load_format": "dummy: seeded random weights instead of those of the checkpoint.",
     "max_model_len": "Longest sequence, prompt and output, in tokens.",
-    "max_num_seqs": "Requests that run at once; each owns a recurrent state.",
+    "max_num_seqs": "Requests that run at the same time; each has a recurrent state.",
     "max_num_batched_tokens": "Tokens that one step may compute.",
-    "mixed_prefill_tokens": "Prompt tokens that one step computes beside decoding rows, so that "
-    "streams do not stall (default: 2048 on a GPU, else as max_num_batched_tokens).",
+    "mixed_prefill_tokens": "Prompt tokens of a step that also has decode rows, so that streams do "
+    "not stall (default: 2048 on a GPU, else max_num_batched_tokens).",
     "long_prefill_token_threshold": "A prompt with more tokens left to compute is long; a step "
-    "computes at most so many of it. 0: none is long (default: 2048 on a GPU, else 1024).",
-    "max_num_partial_prefills": "Prompts that may be computed piece by piece at the same time "
+    "computes at most so many of it. 0: no prompt is long (default: 2048 on a GPU, else 1024).",
+    "max_num_partial_prefills": "Prompts that may be computed chunk by chunk at the same time "
     "(default: any number).",
-    "max_long_partial_prefills": "Of those, how many may be long; shorter ones then overtake "
+    "max_long_partial_prefills": "How many of these may be long; short ones then overtake "
     "(default: 1).",
     "block_size": "Tokens in a page of the KV cache.",
     "kv_cache_dtype": "Data type of keys and values (auto: the model's; fp8 has scale 1.0).",
     "mamba_ssm_cache_dtype": "Data type of the recurrent state (auto: float32).",
-    "gpu_memory_utilization": "Share of a GPU's memory that the engine may take; on a CPU see "
+    "gpu_memory_utilization": "Share of a GPU's memory that the engine may use; on a CPU see "
     "kv_cache_memory_bytes.",
     "kv_cache_memory_bytes": "Bytes for states, pages and snapshots together (default on a CPU: "
     "what max_num_seqs sequences of max_model_len tokens need, at most 4 GiB).",
-    "enable_prefix_caching": "Reuse pages and states of prompts that begin alike.",
-    "snapshot_interval": "Also take a snapshot every so many prompt tokens (default: by size).",
-    "snapshot_distance": "Snapshots of one prompt are at least so many tokens apart, as each costs "
-    "the prompt a step (default: 128 on a GPU, else 64; no more than the interval).",
-    "num_snapshots": "States kept for the prefix cache (default: by memory).",
+    "enable_prefix_caching": "Reuse pages and states of prompts that begin with the same tokens.",
+    "snapshot_interval": "Also take snapshots at multiples of so many tokens (default: none).",
+    "snapshot_distance": "Least distance of snapshots of one prompt, in tokens; each snapshot "
+    "costs the prompt a step (default: 128 on a GPU, else 64; at most the interval).",
+    "num_snapshots": "Snapshots of the prefix cache (default: by memory).",
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; with '
-    '"quantization": "fp8" or "none" for the output head that drafts are made with (default: fp8 '
-    "where the weights are).",
+    '"quantization": "fp8" or "none" for the output head that drafts use (default: fp8 if the '
+    "weights are fp8).",
     "tensor_parallel_size": "Ranks that share the model.",
-    "async_scheduling": "Plan a step while the one before runs (default: on a GPU).",
-    "scheduling_policy": "fcfs serves in order of arrival; priority lets requests bring a rank.",
-    "enforce_eager": "Never capture CUDA graphs.",
-    "seed": "Seed of requests that bring none.",
+    "async_scheduling": "Plan a step while the step before runs (default: on a GPU).",
+    "scheduling_policy": "fcfs: in order of arrival; priority: by priority, then arrival.",
+    "enforce_eager": "Use no CUDA graphs.",
+    "seed": "Seed for requests that have none.",
     "max_queue": "Requests that may wait; more are refused with status 429.",
-    "step_timeout": "Seconds after which a step counts as stuck; the engine is then ended with its "
-    "stacks in the log. 0 waits for ever.",
-    "plan_log": "File that takes every step's plan and result, for replay.",
-    "debug": "Check every invariant after each step and poison what is freed (slow).",
+    "step_timeout": "Seconds after which a step counts as stuck; the engine is then ended, with "
+    "its stacks in the log. 0: no limit.",
+    "plan_log": "File for the plan and result of every step, for replay.",
+    "debug": "Check every invariant after each step, and fill freed memory with NaN (slow).",
 }
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
-    """What `resolve` must know of the model."""
+    """The facts of a model that `resolve` needs."""
 
     max_position_embeddings: int
     checkpoint_dtype: str  # "bfloat16" or "float32"
@@ -160,12 +160,12 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine needs to know before it sees its device's free memory.
+    """Everything that an engine knows before it sees the free memory of its device.
 
-    drafts: k, the drafts verified a step; a step emits 1 .. k + 1 tokens a row. draft_fp8: whether
-    the output head is rounded to FP8 for them; None: if the device keeps the weights in FP8.
-    window: rows W of the recurrent window. snapshot_interval: 0 takes none at fixed distances.
-    long_prefill_token_threshold: 0: no prompt is long. max_num_partial_prefills: 0 sets no bound.
+    drafts: k, drafts verified per step; a step brings 1 .. k + 1 tokens per row. draft_fp8: drafts
+    use an FP8 copy of the output head; None: if the weights stay FP8 on the device. window: W, rows
+    of the recurrent window. snapshot_interval: 0: no snapshots at fixed distances.
+    long_prefill_token_threshold: 0: no prompt is long. max_num_partial_prefills: 0: no limit.
     """
 
     args: EngineArgs
@@ -215,16 +215,16 @@ def bucket_above(tokens: int) -> int:
 
 
 def bucket_below(tokens: int) -> int:
-    """The greatest bucket of at most `tokens`; 0 where there is none."""
+    """The largest bucket of at most `tokens`; 0 if there is none."""
     if tokens >= TILE:
         return tokens // TILE * TILE
     return max((bucket for bucket in SMALL_BUCKETS if bucket <= tokens), default=0)
 
 
 def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
-    """Settle every option that is left open. cuda: whether a CUDA device is there.
+    """Resolve every option. cuda: whether there is a CUDA device.
 
-    Raises ConfigError naming the option, its value and what would work.
+    Raises ConfigError with the option, its value and a value that works.
     """
     _check_choices(args)
     if args.device == "cuda" and not cuda:
@@ -383,10 +383,11 @@ def _named_mtp(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def engine_args(**options: Any) -> EngineArgs:
-    """EngineArgs from loose keyword options, with unknown names and wrong types named.
+    """EngineArgs from keyword options. Raises ConfigError for unknown names and wrong types.
 
-    A dict for speculative_config and a single served_model_name are taken as vLLM takes them, and
-    so are the names of drafting by an MTP head (qwen3_next_mtp, qwen3_5_mtp and others).
+    "model": "Directory of a Hugging Face checkpoint, the id of one in its cache, or the name of a "
+    "shipped model.",
+    "served_model_name": "Name(s) of the model in the API (default: the model).",
     """
     known = {field.name: field for field in msgspec.structs.fields(EngineArgs)}
     unknown = sorted(set(options) - set(known))

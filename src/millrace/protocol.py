@@ -1,7 +1,7 @@
 """Messages between processes: between the API server and an engine, and between an engine's ranks.
 
-Plain data (msgspec structs), encoded with msgpack. This module knows no socket, no tensor and no
-policy; a message says what is to happen, never how.
+Plain data (msgspec structs), encoded with msgpack. A message says what to do, not how. This module
+knows no socket, no tensor and no policy.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from millrace.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
-MAX_STOP_IDS = 16  # tokens that end one request, EOS included; slots have room for so many
+MAX_STOP_IDS = 16  # tokens that end one request, EOS included; slots have space for so many
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the whole output must be; exactly one field is given. Names follow vLLM.
+    """What the output must match. Exactly one field is given. Names follow vLLM.
 
     json: a JSON schema. json_object: any JSON object. regex: a regular expression (Rust syntax).
     choice: one of these texts. grammar: a context-free grammar in Lark's syntax.
@@ -41,16 +41,16 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one request's tokens are chosen and when it ends. Names and defaults follow vLLM.
+    """How tokens of a request are sampled, and when it ends. Names and defaults follow vLLM.
 
-    temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None draws one at admission.
-    max_tokens: None means as many as fit into max_model_len. stop: texts that end the request
-    (the server looks for them); stop_token_ids: tokens that do (the device looks for them).
-    min_p: tokens less than this part as probable as the likeliest are dropped. min_tokens: nothing
-    ends the request before that many. repetition_penalty counts the prompt too, the other two only
-    what was generated. logprobs, prompt_logprobs: how many of the likeliest tokens to report at
-    each position beside the token itself, of the model's own distribution. bad_words: texts that
-    are never generated. n: outputs for one prompt.
+    temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None: one is chosen at
+    admission. max_tokens: None: as many as fit into max_model_len. stop: texts that end the request
+    (the server finds them). stop_token_ids: tokens that end it (the device finds them). min_p:
+    tokens with a probability below min_p times the highest one are excluded. min_tokens: nothing
+    ends the request before. repetition_penalty counts prompt and output, the other penalties only
+    the output. logprobs, prompt_logprobs: how many of the most probable tokens to report at each
+    position, besides the token itself, from the model's own distribution. bad_words: texts that are
+    never generated. n: number of outputs for the prompt.
     """
 
     n: int = 1
@@ -127,9 +127,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What a request's output must match, in llguidance's own grammar format.
+    """A grammar that the output must match, in the format of llguidance.
 
-    after: the token that the grammar starts behind (the end of the reasoning); None: at once.
+    after: the token that the grammar starts behind (the end of reasoning); None: at the start.
     """
 
     source: str
@@ -137,7 +137,7 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """One position: the token that stands there, then the likeliest tokens, most probable first.
+    """Log-probabilities at one position: the token there, then the most probable ones, in order.
 
     logprobs are natural logarithms in the same order. rank: the first token's rank, from 1.
     """
@@ -186,17 +186,17 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """The client has gone, or a stop text was found: free what these requests hold."""
+    """End these requests and free their resources: the client is gone, or a stop text was found."""
 
     ids: list[str]
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
-    """Finish nothing, free everything, end the process."""
+    """Free everything and end the process; open requests are not finished."""
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
-    """Forget every cached prefix; running requests keep what they hold."""
+    """Drop every cached prefix. Running requests keep their pages."""
 
 
 ToEngine = AddRequest | Abort | ResetPrefixCache | Shutdown
@@ -206,12 +206,12 @@ ToEngine = AddRequest | Abort | ResetPrefixCache | Shutdown
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one step brought to one request."""
+    """The new tokens of one request from one step."""
 
     id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None  # the token that ended it, when one did
+    stop_token_id: int | None = None  # the token that ended the request, if one did
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     error: str | None = None
     queued: float | None = None  # with the first tokens: seconds from arrival to admission
@@ -221,7 +221,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and running totals since the engine started; totals only ever grow."""
+    """Gauges, and totals since the engine started."""
 
     steps: int = 0
     running: int = 0
@@ -235,20 +235,20 @@ class EngineStats(msgspec.Struct, frozen=True):
     generated_tokens: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # of these, found
-    drafts: int = 0  # verify rows run
+    drafts: int = 0  # rows with drafts
     accepted_per_position: list[int] = []
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """Everything one step brought, in one message."""
+    """Everything that one step brought, in one message."""
 
     deltas: list[Delta]
     stats: EngineStats
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine has loaded, sized its memory and completed a real step."""
+    """The engine has loaded the model, planned its memory and completed a real request."""
 
     max_model_len: int
     max_num_seqs: int
@@ -258,7 +258,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The engine cannot start or go on. user_error: caused by what the user gave."""
+    """The engine cannot start, or has failed. user_error: caused by options of the user."""
 
     message: str
     user_error: bool
@@ -305,11 +305,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """What few requests ask of their tokens' choice; names as in SamplingParams.
+    """Sampling options that few requests use; names as in SamplingParams.
 
-    prompt_len: where the generated tokens begin. min_total: no stop token takes a position below
-    it. bad_words: token sequences. logprobs, prompt_logprobs: -1 where they are not wanted.
-    masked: the tokens must match a grammar, whose masks come with each step.
+    prompt_len: where the output begins. min_total: no stop token is sampled at a position below
+    it. bad_words: token sequences. logprobs, prompt_logprobs: -1: not asked for. masked: the
+    output must match a grammar, whose masks come with each step.
     """
 
     prompt_len: int
@@ -328,12 +328,12 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A request takes a slot: what the device must know of it until it leaves.
+    """A request gets a slot: all that the device must know of it.
 
-    tokens: every known token (prompt, and what was generated before a preemption).
-    start: how many of them a restored snapshot covers; 0 starts from an empty state.
+    tokens: every known token (prompt, and output before a preemption). start: how many of them a
+    snapshot covers; 0: start from an empty state.
     max_total: the sequence never grows past this many tokens.
-    sampling_seed: chosen by the scheduler, so that every rank and every replay draws alike.
+    seed: chosen by the scheduler, so that every rank and every replay samples the same tokens.
     """
 
     slot: int
@@ -350,7 +350,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PageGrant(msgspec.Struct, frozen=True, array_like=True):
-    """Pages appended to a slot's block table, the first of them at index `first`."""
+    """Pages to append to a slot's block table, the first of them at index `first`."""
 
     slot: int
     first: int
@@ -358,7 +358,7 @@ class PageGrant(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """Prompt tokens [start, start + count) of a slot; `last` ones are followed by sampling."""
+    """Prompt tokens [start, start + count) of a slot. last: the prompt ends here; sample."""
 
     slot: int
     start: int
@@ -374,7 +374,7 @@ class Save(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
-    """What one step does, in the order: admissions, grants, forward over rows, sampling, saves.
+    """What one step does, in this order: admissions, grants, forward, sampling, saves.
 
     decode: slots that verify their drafts and emit at least one token. Rows run in the order
     decode, then chunks. context: an upper bound on any row's length after the step, in tokens.
@@ -390,12 +390,12 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
 
     @property
     def sampled_slots(self) -> list[int]:
-        """Slots of the rows that bring new tokens: decode rows, then final chunks."""
+        """Slots of the rows that are sampled: decode rows, then last chunks."""
         return self.decode + [chunk.slot for chunk in self.chunks if chunk.last]
 
 
 class Masks(msgspec.Struct, frozen=True, tag="masks"):
-    """The tokens that grammars allow in one step: a bit each, of the step's sampled rows `rows`.
+    """The tokens that grammars allow in one step, one bit each, for the sampled rows `rows`.
 
     A decode row has width mask rows, one for each candidate; a final chunk has one. words: int32,
     little-endian, one mask row after the other, ceil(vocabulary / 32) words each.
@@ -415,10 +415,10 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """What one step brought: for each sampled row its slot and its new tokens.
+    """The result of one step: for each sampled row its slot and its new tokens.
 
-    Rows are in plan order: decode slots, then the chunks with `last` set. A row that ended holds
-    its stop token as the last one. logprobs: by row, where they are wanted. drafts: each row's
+    Rows are in plan order: decode slots, then the chunks with `last` set. The last token of a
+    row that ended is its stop token. logprobs: by row, if asked for. drafts: each row's
     drafts for the next step, in steps with masks. not_finite: rows that end because their logits
     were NaN or infinite.
     """
@@ -433,7 +433,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
 
 
 class StopRanks(msgspec.Struct, frozen=True, tag="stop"):
-    """The ranks leave their loop."""
+    """The ranks end their loop."""
 
 
 ToRank = StepPlan | StopRanks

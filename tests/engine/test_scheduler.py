@@ -170,9 +170,9 @@ def test_the_lowest_priority_number_runs_first_and_is_preempted_last() -> None:
         eng.add(msgspec.structs.replace(source, priority=priority))
     preempted = set()
     while eng.has_work():
-        before = set(eng.scheduler._running)
+        before = set(eng.scheduler.running)
         eng.step()
-        preempted |= {r.id for r in before & set(eng.scheduler._waiting)}
+        preempted |= {r.id for r in before & set(eng.scheduler.waiting)}
     assert preempted == {"low"}
     with pytest.raises(RequestError, match="--scheduling-policy priority"):
         engine(limits()).add(msgspec.structs.replace(request("x", [1]), priority=1))
@@ -269,7 +269,7 @@ def test_beside_decoding_rows_a_step_computes_few_prompt_tokens() -> None:
     seen = []
     for _ in range(6):
         eng.step()
-        plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+        plan = eng.worker.plans[-1]  # type: ignore[attr-defined]
         assert plan.decode
         seen.append(sum(chunk.count for chunk in plan.chunks))
     assert seen == [5] * 6
@@ -291,7 +291,7 @@ def test_long_prompts_beside_decoding_rows_fill_whole_tiles() -> None:
     seen = []
     while sum(seen) < 5000:
         eng.step()
-        plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+        plan = eng.worker.plans[-1]  # type: ignore[attr-defined]
         seen.append(sum(chunk.count for chunk in plan.chunks))
         assert len(plan.decode) == 3
     assert {count + 3 * 2 for count in seen[:-1]} == {1024}
@@ -316,7 +316,7 @@ def unchecked(lim: Limits) -> Engine:
 
 def chunk_sizes(eng: Engine) -> list[int]:
     """Prompt tokens of the last step by request, as planned."""
-    plan = eng._worker.plans[-1]  # type: ignore[attr-defined]
+    plan = eng.worker.plans[-1]  # type: ignore[attr-defined]
     return [chunk.count for chunk in plan.chunks]
 
 
@@ -367,7 +367,7 @@ def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
     for name, priority in (("short", 2), ("high", 0)):
         source = request(name, [ord(name[0])] * (64 if name == "short" else 3000), 1)
         eng.add(msgspec.structs.replace(source, priority=priority))
-    running = {r.id: r for r in eng.scheduler._running}
+    running = {r.id: r for r in eng.scheduler.running}
     eng.step()
     assert "short" not in running
     assert chunk_sizes(eng) == [512, 64]  # one long prompt at a time, and the short one
@@ -438,7 +438,7 @@ def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times(
         eng.add(request(f"late{steps}", small, rng.randint(1, 6), ignore_eos=True))
         for delta in eng.step():
             got.setdefault(delta.id, []).extend(delta.token_ids)
-        running = {r.id for r in eng.scheduler._running}
+        running = {r.id for r in eng.scheduler.running}
         assert steps < 100
     # One may come in the step that finds out that pages are lacking.
     assert len(overtook) <= 1 + MAX_OVERTAKES

@@ -136,7 +136,7 @@ def test_aborts_leave_the_others_alone(tiny_model: Path, cold: list[list[int]]) 
 
     def between() -> None:
         if next(steps) in (2, 5, 9):
-            victim = engine.scheduler._running[0].id
+            victim = engine.scheduler.running[0].id
             gone.add(int(victim))
             engine.abort([victim])
 

@@ -40,9 +40,9 @@ SIZES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", SIZES)
 def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, Any]) -> None:
-    worker: Any = build(tiny_model, **options)._worker
+    worker: Any = build(tiny_model, **options).worker
     config = worker.config
-    runner = worker._build_runner(_few_slots(config), 1, 0)
+    runner = worker.build_runner(_few_slots(config), 1, 0)
     tokens: list[int] = []
     forward = runner._model.forward
 
@@ -73,7 +73,7 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
 def test_the_token_counts_of_graphs_are_known_before(
     tiny_model: Path, options: dict[str, Any]
 ) -> None:
-    config = build(tiny_model, **options)._worker.config  # type: ignore[attr-defined]
+    config = build(tiny_model, **options).worker.config  # type: ignore[attr-defined]
     rows = bucket_sizes(config.max_num_seqs)  # and the draft head has one token of each
     assert set(rows) <= set(row_counts(config))
     counts = token_counts(config)
@@ -87,7 +87,7 @@ def test_the_token_counts_of_graphs_are_known_before(
 
 @pytest.mark.parametrize("name", TABLES)
 def test_products_are_compiled_at_every_bound_of_their_ways(tiny_model: Path, name: str) -> None:
-    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = build(tiny_model).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, max_num_batched_tokens=8192, max_num_seqs=1)
     table = json.loads(MEASURED.joinpath(name).read_text())["fp8_products"]
     bounds = {bound for lines in table.values() for bound, _ in lines}
@@ -113,7 +113,7 @@ def test_what_is_compiled_beside_a_start(
     model = build_model(
         read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True, draft_fp8=None
     )
-    config = build(directory, dtype="float32", max_num_seqs=20)._worker.config  # type: ignore[attr-defined]
+    config = build(directory, dtype="float32", max_num_seqs=20).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
     with ExitStack() as beside:
         compile_in_background(config, model, beside)
@@ -147,11 +147,11 @@ def test_memory_is_measured_once_compilers_are_gone(
     monkeypatch.setattr("millrace.runtime.worker.workspace_bytes", noted("rehearsed", 10))
     monkeypatch.setattr(torch.cuda, "mem_get_info", noted("measured", (100, 200)))
     worker: Any = object.__new__(Worker)
-    worker.config = build(tiny_model, gpu_memory_utilization=0.75)._worker.config  # type: ignore[attr-defined]
+    worker.config = build(tiny_model, gpu_memory_utilization=0.75).worker.config  # type: ignore[attr-defined]
     worker.ranks, worker._device = Ranks(), torch.device("cuda")
     with ExitStack() as worker._background:
         worker._background.callback(noted("gone", None))
-        assert worker._budget() == 100 - 10 - 50
+        assert worker.memory_budget() == 100 - 10 - 50
     assert order == ["rehearsed", "gone", "measured"]
 
 
@@ -164,7 +164,7 @@ def test_steps_find_attention_of_decode_rows_compiled(tiny_model: Path, heads: i
     def parts(rows: int, context: int) -> int:
         return decode._decode_config(rows * heads, context, False)[1]
 
-    config = build(tiny_model)._worker.config  # type: ignore[attr-defined]
+    config = build(tiny_model).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, max_model_len=262144)
     contexts = _contexts(config)
     for drafts in (0, 1, 6):  # the last draft's row stands so much further

@@ -39,7 +39,7 @@ def test_a_real_run_replays(tiny_model: Path, tmp_path: Path) -> None:
     engine.close()
     fresh = build(tiny_model, **OPTIONS)
     assert len(list(plan_log.read(log))) > 20
-    assert plan_log.replay(log, fresh._worker) == []
+    assert plan_log.replay(log, fresh.worker) == []
     fresh.close()
 
 

@@ -24,7 +24,7 @@ Started = tuple[EngineConfig, ModelConfig, Qwen3_5]
 def fp8_model(tmp_path: Path, device: str, keep_fp8: bool) -> Started:
     """As a start on this device has them, the model on the CPU."""
     directory = write_checkpoint(tmp_path / "fp8", TinyShape(fp8=True))
-    config = build(directory, dtype="float32")._worker.config  # type: ignore[attr-defined]
+    config = build(directory, dtype="float32").worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device=device, dtype="bfloat16")
     model_config = read_config(directory)
     return config, model_config, build_model(model_config, dtype=torch.bfloat16, keep_fp8=keep_fp8)

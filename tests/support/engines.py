@@ -80,7 +80,7 @@ def run(
 
 def draft_well(engine: Engine, sequences: list[list[int]]) -> None:
     """Let drafts be the right tokens at three positions in four. Slot i + 1 runs prompt i."""
-    runner = engine._worker._runner  # type: ignore[attr-defined]
+    runner = engine.worker.runner  # type: ignore[attr-defined]
     original = runner._draft
 
     def draft(*args: Any) -> None:
@@ -98,7 +98,7 @@ def logits_after(model: Path, tokens: list[int]) -> Tensor:
     """float32 [V]: what the model says after `tokens`, in one cold prefill."""
     engine = build(model)
     seen: list[Tensor] = []
-    runner = engine._worker._runner  # type: ignore[attr-defined]
+    runner = engine.worker.runner  # type: ignore[attr-defined]
     head = runner._model.head
     original = head.logits
     head.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore[func-returns-value]

@@ -36,15 +36,15 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
     def graph(*given: object, **options: object) -> Any:
         yield
 
-    plan_memory = Worker._plan_memory
+    plan_memory = Worker.divide_memory
 
     def plan(self: Worker) -> Any:
-        scratch = self._build_runner(profile_run._few_slots(self.config), 1, 0)
+        scratch = self.build_runner(profile_run._few_slots(self.config), 1, 0)
         profile_run.run_largest_steps(self.config, scratch)
         scratch.capture(self.config.max_num_seqs)
         return plan_memory(self)
 
-    set_attribute(Worker, "_plan_memory", plan)
+    set_attribute(Worker, "divide_memory", plan)
     set_attribute(Ranks, "wait_for_device", Ranks.check)
     set_attribute(torch.cuda, "CUDAGraph", Graph)
     set_attribute(torch.cuda, "graph", graph)
@@ -59,7 +59,7 @@ def fail_at(stage: str, fail: Callable[[], None]) -> None:
     owner, name = {
         "groups": (ranks, "form_groups"),
         "measuring": (worker.AllReduce, "measure"),
-        "weights": (worker, "_load_model"),
+        "weights": (worker, "load_model"),
         "profile run": (profile_run, "run_largest_steps"),
         "capture": (runner.Runner, "capture"),
         "first step": (worker.Worker, "follow"),

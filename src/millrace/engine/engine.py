@@ -60,7 +60,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.scheduler = scheduler
-        self._worker = worker
+        self.worker = worker
         self._depth = depth
         self._log = PlanLog(plan_log) if plan_log else None
         self._check = check
@@ -112,7 +112,7 @@ class Engine:
         """Wait for the launched steps, then free the worker."""
         while self._steps:
             self._result(self._steps.popleft())
-        self._worker.close()
+        self.worker.close()
         if self.grammars:
             self.grammars.close()
         if self._log:
@@ -125,7 +125,7 @@ class Engine:
             self._log.write(plan)
         masked = self.scheduler.masked_rows() if self.grammars else []
         make = self._mask_builder(plan, masked) if masked else None
-        self._steps.append(_LaunchedStep(self._worker.launch(plan, make), masked))
+        self._steps.append(_LaunchedStep(self.worker.launch(plan, make), masked))
 
     def _result(self, step: _LaunchedStep) -> StepResult:
         """A step's result. The first call waits for it and advances the grammars by its tokens."""

@@ -56,8 +56,8 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._kv_manager = KVManager(limits)
-        self._waiting = WaitingQueue()
-        self._running: list[Request] = []  # sorted by rank
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
@@ -79,7 +79,7 @@ class Scheduler:
             stop_token = request.tokens[-1] if reason == "stop" else None
             return [Delta(request.id, [], reason, stop_token)]
         self._requests[request.id] = request
-        self._waiting.add(request)
+        self.waiting.add(request)
         return []
 
     def check(self, source: AddRequest) -> None:
@@ -95,14 +95,14 @@ class Scheduler:
             if request is None or request.phase is Phase.DONE:
                 continue
             if request.phase is Phase.WAITING:
-                self._waiting.remove(request)
+                self.waiting.remove(request)
                 del self._requests[request_id]
                 request.phase = Phase.DONE
             else:
                 self._retire(request)
 
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._launched)
+        return bool(self.waiting or self.running or self._launched)
 
     @property
     def in_flight(self) -> int:
@@ -128,7 +128,7 @@ class Scheduler:
 
     def _plan_decode(self, step: Step) -> None:
         page_size = self.limits.page_size
-        for request in list(self._running):
+        for request in list(self.running):
             if self._draining:
                 break
             if request.phase is not Phase.DECODE or self._certainly_done(request):
@@ -156,7 +156,7 @@ class Scheduler:
                 self._draining = True
                 return False
             # The request of the last rank. Rows are planned by rank, so this step does not name it.
-            victim = self._running[-1]
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
@@ -166,14 +166,14 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Put a request back into the queue. No launched step names it, so its tokens are known."""
         self._totals.preemptions += 1
-        self._running.remove(request)
+        self.running.remove(request)
         self._kv_manager.release(request)
         request.phase, request.split = Phase.WAITING, False
-        self._waiting.add(request)
+        self.waiting.add(request)
 
     def _plan_prompts(self, step: Step) -> None:
         """Plan chunks of running and waiting prompts within the step's token budget."""
-        running = [request for request in self._running if request.phase is Phase.PREFILL]
+        running = [request for request in self.running if request.phase is Phase.PREFILL]
         waiting = self._candidates()
         ready = running + waiting[: self._kv_manager.slots.free]
         decode_tokens = len(step.decode) * self._width
@@ -190,7 +190,7 @@ class Scheduler:
         """Waiting requests that this step may admit, by rank."""
         if self._draining or not self._kv_manager.slots.free:
             return []
-        waiting = self._waiting.candidates(self._waits_for_prefix)
+        waiting = self.waiting.candidates(self._waits_for_prefix)
         version = self._kv_manager.tree.version
         stale = [request for request in waiting if request.estimate_version != version]
         for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
@@ -253,7 +253,7 @@ class Scheduler:
         offer: from the tokens left to compute to the tokens that the step has for them. It is
         called after the lookup: the prefix cache may have changed since the estimate.
         """
-        if not self._waiting.may_admit(request, self._kv_manager.slots.free):
+        if not self.waiting.may_admit(request, self._kv_manager.slots.free):
             return False
         match = self._kv_manager.match(request)
         request.cached_estimate = match.tokens
@@ -261,17 +261,17 @@ class Scheduler:
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
         # One spare page for each running request keeps admissions from causing preemptions.
-        grants = self._kv_manager.admit(request, match, reach, spare=len(self._running))
+        grants = self._kv_manager.admit(request, match, reach, spare=len(self.running))
         if grants is None:
-            self._waiting.lacks_pages(request)
+            self.waiting.lacks_pages(request)
             return False
         step.grants += grants
         request.computed = match.tokens
         request.boundaries = self._kv_manager.boundaries(request, match.shared)
         step.admissions.append(make_admission(request, match.snapshot))
-        self._waiting.admitted(request)
+        self.waiting.admitted(request)
         request.phase = Phase.PREFILL
-        insort(self._running, request, key=rank)
+        insort(self.running, request, key=rank)
         self._count_prompt(request, step.now)
         return True
 
@@ -362,7 +362,7 @@ class Scheduler:
     def _retire(self, request: Request) -> None:
         """End a request; its resources are freed once no launched step names it."""
         request.phase = Phase.DONE
-        self._running.remove(request)
+        self.running.remove(request)
         if request.in_flight == 0:
             self._release(request)
 
@@ -382,8 +382,8 @@ class Scheduler:
         totals, pages, snapshots = self._totals, self._kv_manager.pages, self._kv_manager.snapshots
         return EngineStats(
             steps=totals.steps,
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=len(self.running),
+            waiting=len(self.waiting),
             free_pages=pages.free,
             total_pages=pages.size,
             snapshots_used=snapshots.size - snapshots.free,
@@ -404,8 +404,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""
-        assert list(self._waiting) == sorted(self._waiting, key=rank), "waiting requests by rank"
-        assert self._running == sorted(self._running, key=rank), "running requests by rank"
+        assert list(self.waiting) == sorted(self.waiting, key=rank), "waiting requests by rank"
+        assert self.running == sorted(self.running, key=rank), "running requests by rank"
         for _, step in self._launched:
             assert all(request.slot for request in step.requests()), "launched rows keep their slot"
         owners = [r for r in self._requests.values() if r.phase is not Phase.WAITING]

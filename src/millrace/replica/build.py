@@ -240,7 +240,7 @@ def _assemble(
         config=config,
         grammars=_grammars(config, model),
     )
-    engine.ranks, engine.children, engine.worker = ranks, children, worker
+    engine.ranks, engine.children = ranks, children
     gc.collect()
     gc.freeze()
     return engine

@@ -64,24 +64,24 @@ class Worker:
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
         self.all_reduce.choose(_message_rows(config))
-        self._model = _empty_model(config, model_config, self.all_reduce.parallel())
+        self.model = build_empty_model(config, model_config, self.all_reduce.parallel())
         with ExitStack() as self._background:  # may use GPU memory until it is measured
             with _timed("weights"):
-                compile_in_background(config, self._model, self._background)
-                log_backends(config, model_config, self._model)
-                _load_model(config, self._model, directory, ranks.check)
+                compile_in_background(config, self.model, self._background)
+                log_backends(config, model_config, self.model)
+                load_model(config, self.model, directory, ranks.check)
             with _timed("memory"):
-                self.memory = self._plan_memory()
+                self.memory = self.divide_memory()
         pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
         logger.info(
             "states and KV cache take %.2f GiB: %d sequences, %d tokens, %d snapshots",
             self.memory.bytes / 2**30, config.max_num_seqs, (pages - 1) * config.page_size,
             snapshots,
         )  # fmt: skip
-        self._runner = self._build_runner(config, pages, snapshots)
+        self.runner = self.build_runner(config, pages, snapshots)
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):
-                self._runner.capture(config.max_num_seqs)
+                self.runner.capture(config.max_num_seqs)
 
     def limits(self) -> Limits:
         """The limits that the scheduler works within."""
@@ -110,7 +110,7 @@ class Worker:
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
         """Start a step. masks: builds the masks of rows with a grammar; only rank 0 needs it."""
         self.ranks.send(plan)
-        return PendingStep(plan, self._runner.run(plan, masks), self.ranks.wait)
+        return PendingStep(plan, self.runner.run(plan, masks), self.ranks.wait)
 
     def follow(self) -> None:
         """A rank other than 0: run rank 0's plans until it stops the ranks."""
@@ -118,8 +118,8 @@ class Worker:
             if isinstance(message, MeasureAllReduce):
                 self.all_reduce.measure(message.rows)
             else:
-                self._runner.run(message)
-        self._runner.release()
+                self.runner.run(message)
+        self.runner.release()
 
     def measure_all_reduce(self, rows: list[int]) -> list[Timing]:
         """Measure every all-reduce algorithm at messages of so many rows."""
@@ -128,15 +128,16 @@ class Worker:
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
-        self._runner.release()  # first: NCCL waits for graphs with its collectives
+        self.runner.release()  # first: NCCL waits for graphs with its collectives
         self.ranks.leave()
 
     # --- memory -----------------------------------------------------------------------------
 
-    def _plan_memory(self) -> MemoryPlan:
+    def divide_memory(self) -> MemoryPlan:
+        """The plan of the memory, the same on all ranks."""
         config, args = self.config, self.config.args
         return plan_memory(
-            self.ranks.min_over_ranks(self._budget()),
+            self.ranks.min_over_ranks(self.memory_budget()),
             self._costs(),
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -159,7 +160,7 @@ class Worker:
         tape = (config.max_model_len + 2 * (config.drafts + 1)) * 8
         return Costs(page=token * config.page_size, slot=slot + tape, snapshot=record)
 
-    def _budget(self) -> int:
+    def memory_budget(self) -> int:
         """Bytes available for states, pages and snapshots."""
         args = self.config.args
         if args.kv_cache_memory_bytes is not None:
@@ -167,7 +168,7 @@ class Worker:
         if self._device.type == "cuda":
             taken = workspace_bytes(
                 self.config,
-                lambda config: self._build_runner(config, 1, 0),
+                lambda config: self.build_runner(config, 1, 0),
                 self.ranks.wait_for_device,
             )
             self._background.close()
@@ -184,7 +185,7 @@ class Worker:
 
     # --- allocation -------------------------------------------------------------------------
 
-    def _build_runner(self, config: EngineConfig, pages: int, snapshots: int) -> Runner:
+    def build_runner(self, config: EngineConfig, pages: int, snapshots: int) -> Runner:
         """A runner with slots for config.max_num_seqs requests."""
         model = self.model_config
         caches = allocate_caches(config, model, pages, self.ranks.size, self._device)
@@ -192,7 +193,7 @@ class Worker:
             config.max_num_seqs, config.max_model_len, config.drafts, self._device
         )
         pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
-        return Runner(config, self._model, caches, slots, pool, self.ranks)
+        return Runner(config, self.model, caches, slots, pool, self.ranks)
 
 
 @contextmanager
@@ -213,7 +214,7 @@ def _message_rows(config: EngineConfig) -> list[int]:
     return [n for n in sorted(rows) if n <= LONGEST_MEASURED]
 
 
-def _empty_model(
+def build_empty_model(
     config: EngineConfig, model_config: ModelConfig, parallel: TensorParallel
 ) -> Qwen3_5:
     """The model without weights. FP8 weights stay FP8 if the device has FP8 GEMMs."""
@@ -281,7 +282,7 @@ def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]
     return sizes
 
 
-def _load_model(
+def load_model(
     config: EngineConfig, model: Qwen3_5, directory: Path, check: Callable[[], None]
 ) -> None:
     """Load the weights. check: called meanwhile; raises if loading is pointless."""

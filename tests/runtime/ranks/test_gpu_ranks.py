@@ -58,14 +58,14 @@ def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list
 
     A way that is forced on rank 0 is forced on the others too: they follow its clock.
     """
-    timed = allreduce._cuda_us
+    timed = allreduce.cuda_us
 
     def favour(algorithm: Any, *given: Any) -> list[float]:
         found = timed(algorithm, *given)  # always: the other ranks take part in it
         return found if algorithm.name == way else [1e9] * 3
 
     if way != "chosen":
-        allreduce._cuda_us = favour
+        allreduce.cuda_us = favour
     spec = {"num_speculative_tokens": 2}
     options = {"max_num_seqs": 8, "enforce_eager": eager, "speculative_config": spec}
     engine = build(model, device="cuda", tensor_parallel_size=2, **options)

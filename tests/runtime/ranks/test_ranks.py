@@ -87,7 +87,7 @@ def test_a_stopped_rank_is_named(pair: Replica, monkeypatch: pytest.MonkeyPatch)
 def test_another_plan_is_refused(pair: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is given other bytes than those that rank 0 runs."""
     ranks = pair.ranks
-    send, spoiled = type(ranks)._broadcast, []
+    send, spoiled = type(ranks).broadcast_bytes, []
 
     def spoil(self: object, data: object) -> None:
         if self is ranks and not spoiled:
@@ -96,7 +96,7 @@ def test_another_plan_is_refused(pair: Replica, monkeypatch: pytest.MonkeyPatch)
             data[40] ^= 1  # type: ignore[index]
         send(self, data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(ranks), "_broadcast", spoil)
+    monkeypatch.setattr(type(ranks), "broadcast_bytes", spoil)
     (pid,) = pair.children.pids
     line = failure(pair)
     assert line.startswith(f"rank 1 (pid {pid}) has another plan: step ")

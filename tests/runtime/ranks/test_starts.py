@@ -90,7 +90,7 @@ import pytest
 from tests.runtime.ranks.test_starts import start_failing_ranks
 from tests.support.engines import build
 from millrace.runtime import worker
-worker._load_model = lambda *given: threading.Event().wait()
+worker.load_model = lambda *given: threading.Event().wait()
 with pytest.MonkeyPatch.context() as patch:
     start_failing_ranks(patch, "weights", "kill", Path(sys.argv[2]))
     build(sys.argv[1], tensor_parallel_size=2)

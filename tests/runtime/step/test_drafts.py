@@ -28,7 +28,7 @@ from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.runtime import worker
 from millrace.runtime.step.inputs import SampledRows
-from millrace.runtime.worker import _empty_model
+from millrace.runtime.worker import build_empty_model
 from millrace.tasks import TASKS
 from tests.support.driver import Driver, allocate_caches, make_batch
 from tests.support.engines import TIE, assert_same, build, generate, run
@@ -52,7 +52,7 @@ class Drafted:
 
 def heartbeat(engine: Engine, k: int, sequences: list[list[int]]) -> list[Drafted]:
     """Notes every row's drafts; then lets them be the right ones at three positions in four."""
-    runner = engine._worker._runner  # type: ignore[attr-defined]
+    runner = engine.worker.runner  # type: ignore[attr-defined]
     original, seen = runner._draft, []
 
     def lay_right_tokens(slot: int, known: list[int]) -> None:
@@ -129,7 +129,7 @@ def test_drafts_are_those_of_a_whole_head(
     seen = heartbeat(engine, k, sequences)
     for _ in range(1 + engine.scheduler.limits.prefix_caching):
         generate(engine, PROMPTS, TOKENS)
-    whole = WholeHead(engine._worker._runner._model)  # type: ignore[attr-defined]
+    whole = WholeHead(engine.worker.runner._model)  # type: ignore[attr-defined]
     stats = engine.stats()
     assert stats.drafts > stats.accepted_per_position[0] > 10, "some must stand and some must fall"
     assert stats.accepted_per_position[-1] > 1
@@ -213,7 +213,7 @@ def test_an_output_head_in_fp8_changes_no_token(
         size = ranks if speculative else 1
         engine = build(model, speculative_config=speculative, tensor_parallel_size=size)
         outputs.append([generate(engine, PROMPTS, TOKENS, **way) for way in ways])
-        head = engine._worker._runner._model.draft_output  # type: ignore[attr-defined]
+        head = engine.worker.runner._model.draft_output  # type: ignore[attr-defined]
         assert isinstance(head, Fp8DraftHead) == (speculative is not None)
         engine.close()
     assert_same(model, PROMPTS, outputs[0][0], outputs[1][0])
@@ -226,7 +226,7 @@ def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
     for spoiled in (False, True):
         speculative = {"num_speculative_tokens": 1, "quantization": "fp8"}
         engine = build(MINI, speculative_config=speculative)
-        head = engine._worker._runner._model.draft_output  # type: ignore[attr-defined]
+        head = engine.worker.runner._model.draft_output  # type: ignore[attr-defined]
         if spoiled:
             head.scale.neg_()  # the worst token becomes the best
         outputs.append(generate(engine, prompts, 40))
@@ -238,16 +238,16 @@ def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
 
 def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and only where FP8 is asked for."""
-    config = build(MINI)._worker.config  # type: ignore[attr-defined]
+    config = build(MINI).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", drafts=1, draft_fp8=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(ConfigError, match='has no FP8 GEMM; use "none"'):
-        _empty_model(config, read_config(MINI), TensorParallel())
+        build_empty_model(config, read_config(MINI), TensorParallel())
     built: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "build_model", lambda *given, **named: built.append(named))
     for changed in ({"draft_fp8": None}, {"draft_fp8": False}, {"drafts": 0}):
         few = msgspec.structs.replace(config, **changed)
-        _empty_model(few, read_config(MINI), TensorParallel())
+        build_empty_model(few, read_config(MINI), TensorParallel())
     assert [(named["keep_fp8"], named["draft_fp8"]) for named in built] == [
         (False, None),
         (False, False),

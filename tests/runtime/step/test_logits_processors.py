@@ -45,7 +45,7 @@ class Oracle:
         self._engine = build(model)
         self._seen: list[Tensor] = []
         self._known: dict[tuple[int, ...], Tensor] = {}
-        head = self._engine._worker._runner._model.head  # type: ignore[attr-defined]
+        head = self._engine.worker.runner._model.head  # type: ignore[attr-defined]
         original = head.logits
         head.logits = lambda hidden: self._seen.append(original(hidden)) or self._seen[-1]  # type: ignore[func-returns-value]
 
@@ -379,7 +379,7 @@ def test_grammars(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> 
     assert len(tokens_of(found["plain"])) == LENGTH
     plain.close()
     fresh = build(tiny_model, **options)
-    assert plan_log.replay(log, fresh._worker) == []
+    assert plan_log.replay(log, fresh.worker) == []
     fresh.close()
 
 

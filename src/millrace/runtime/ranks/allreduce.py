@@ -194,7 +194,7 @@ class AllReduce:
             (raw,) = self.ranks.max_over_ranks([host_us(lambda: algorithm(x))])
             return replace(timing, raw_us=raw)
         try:
-            mine = _cuda_us(algorithm, x, self.ranks.wait)
+            mine = cuda_us(algorithm, x, self.ranks.wait)
         except RankError:
             raise
         except Exception as error:
@@ -287,7 +287,7 @@ def host_us(call: Callable[[], object], calls: int = 10) -> float:
 Wait = Callable[[torch.cuda.Event], None]
 
 
-def _cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
+def cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
     """Microseconds [called by the host, in a graph, in a graph with the add and the norm]."""
     residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
 

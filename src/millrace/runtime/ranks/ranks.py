@@ -103,17 +103,17 @@ class Ranks:
         self._begin()
         first = data[:FIRST_BYTES]
         self._first_part[: len(first)] = first
-        self._broadcast(self._first_part)
+        self.broadcast_bytes(self._first_part)
         if len(data) > FIRST_BYTES:
-            self._broadcast(data[FIRST_BYTES:])
+            self.broadcast_bytes(data[FIRST_BYTES:])
 
     def receive(self) -> Message:
         """Other ranks: wait for rank 0's next message, and check its number and digest."""
-        self._broadcast(self._first_part)
+        self.broadcast_bytes(self._first_part)
         data = self._first_part.numpy().tobytes()
         if rest := self._codec.remaining_bytes(data):
             more = torch.empty(rest, dtype=torch.uint8)
-            self._broadcast(more)
+            self.broadcast_bytes(more)
             data += more.numpy().tobytes()
         try:
             message = self._codec.unpack(data)
@@ -131,7 +131,7 @@ class Ranks:
         self.fail(str(error))
         raise error
 
-    def _broadcast(self, data: Tensor) -> None:
+    def broadcast_bytes(self, data: Tensor) -> None:
         with self._errors_name_the_rank():
             self.wait_for_work(self.plans.broadcast([data], _from_rank_0()))
 
