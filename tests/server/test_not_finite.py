@@ -83,7 +83,7 @@ def test_before_the_first_token_it_is_a_500(
 
 def test_later_the_stream_ends_with_the_error(server: LiveServer, bad_token: int) -> None:
     answer = ask(server, PROMPT, stream=True, return_token_ids=True)
-    assert answer.status_code == 200
+    assert answer.status_code == 200, answer.text + server.log
     events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     last = json.loads(events[-2] if events[-1] == "[DONE]" else events[-1])
     assert last["error"]["code"] == "model_failed"

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from millrace.errors import ModelError, RequestError
 from millrace.protocol import AddRequest, Delta, SamplingParams, TokenLogprobs
 from millrace.server.engine_link.stream import Stream
 from millrace.server.telemetry.metrics import Histogram, RequestMetrics
@@ -73,6 +74,23 @@ def test_what_came_before_a_failure_is_not_lost() -> None:
         stream.fail(RuntimeError("later"))
         assert (await stream.take()).finish_reason == "length"
         with pytest.raises(RuntimeError, match="later"):
+            await stream.take()
+
+    run(body())
+
+
+@pytest.mark.parametrize(("model_failed", "kind"), [(False, RequestError), (True, ModelError)])
+def test_an_error_comes_after_the_tokens_before_it(
+    model_failed: bool, kind: type[Exception]
+) -> None:
+    async def body() -> None:
+        stream = new_stream()
+        stream.put(Delta("r", [1]), 11.0)
+        stream.put(Delta("r", [2]), 11.5)
+        stream.put(Delta("r", [], "error", error="why", model_failed=model_failed), 12.0)
+        assert stream.ended
+        assert (await stream.take()).token_ids == [1, 2]
+        with pytest.raises(kind, match="why"):
             await stream.take()
 
     run(body())

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
-from millrace.errors import ModelError, RequestError
 from millrace.protocol import AddRequest, TokenLogprobs
 from millrace.server.api.response_schema import PromptTokensDetails, Usage
 from millrace.server.engine_link.client import EngineClient
@@ -45,8 +44,6 @@ class Generation:
             self.done = True
             return Piece("", [], "stop", self._resumed.stop_reason)
         delta = await self.stream.take()
-        if delta.error is not None:
-            raise (ModelError if delta.model_failed else RequestError)(delta.error)
         piece = self._output.push(
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )

@@ -10,6 +10,7 @@ import asyncio
 from time import monotonic
 from typing import TypeVar
 
+from millrace.errors import ModelError, RequestError
 from millrace.protocol import AddRequest, Delta, FinishReason
 from millrace.server.telemetry.metrics import RequestMetrics
 
@@ -53,6 +54,9 @@ class Stream:
             self._metrics.queue_time.observe(delta.queued)
         if delta.finish_reason is not None:
             self._record_finish(delta.finish_reason, now)
+        if delta.error is not None:
+            self.fail((ModelError if delta.model_failed else RequestError)(delta.error))
+            return
         self._pending = delta if self._pending is None else _merged(self._pending, delta)
         if self._readable():
             self._wake()
@@ -143,10 +147,8 @@ def _merged(one: Delta, other: Delta) -> Delta:
         finish_reason=other.finish_reason,
         stop_token_id=other.stop_token_id,
         cached_tokens=max(one.cached_tokens, other.cached_tokens),
-        error=other.error,
         logprobs=_joined(one.logprobs, other.logprobs),
         prompt_logprobs=_joined(one.prompt_logprobs, other.prompt_logprobs),
-        model_failed=other.model_failed,
     )
 
 
