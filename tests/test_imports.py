@@ -53,7 +53,9 @@ LAYERS = [
     "bench",
     # commands that use both planes
     "chat eval server doctor",
+    "about",
     "cli millrace",
+    "__main__",
 ]
 
 FLEET_PLANE = {"gateway", "fleet", "bench", "plan", "tune", "observe", "deploy", "batch"}

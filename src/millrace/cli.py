@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
+from millrace.about import describe, unsupported_system
 from millrace.common.safe_log import open_standard_descriptors
 from millrace.errors import UserError
-from millrace.version import __version__
 
 # name -> (module, attribute, what it does)
 _COMMANDS = {
@@ -63,9 +63,21 @@ class _CommandError(Exception):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="millrace")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, wanted: _show_version(ctx) if wanted else None,
+    help="Show the version, with its commit, torch and the device, and exit.",
+)
 def cli() -> None:
     """Serve Qwen3.5-class models, on one device or on a fleet, and measure it."""
+
+
+def _show_version(ctx: click.Context) -> None:
+    click.echo(describe())
+    ctx.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's). Returns the exit status."""
+    if problem := unsupported_system():
+        return _complain("millrace", problem)
     try:
         status = cli.main(
             args=None if arguments is None else list(arguments),
