@@ -1,4 +1,6 @@
-"""The CPU's compiled ops against the references, in both dtypes, with NaN where nobody may read."""
+"""The CPU's compiled ops against the references, in both dtypes, with NaN where nothing may be
+read.
+"""
 
 from __future__ import annotations
 
@@ -326,7 +328,7 @@ def test_norms_and_gates(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 4, 6, 16, 33])
 @pytest.mark.parametrize(("columns", "n"), [(8, 32), (100, 96), (512, 256)])
 def test_linear(tokens: int, columns: int, n: int) -> None:
-    """As near to the truth as one rounding; of few rows, none depends on those beside it."""
+    """As exact as one rounding. With few rows, no row depends on the others."""
     x, weight = (draw(size, n, dtype=torch.bfloat16) for size in (tokens, columns))
     out = gemm.linear(x, weight)
     torch.testing.assert_close(
@@ -388,7 +390,7 @@ def test_dispatch_has_the_reference_within_reach() -> None:
 def test_any_number_of_threads_and_of_callers_gives_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tasks are shared out in any order, and a second caller at the same time works alone."""
+    """Tasks run in any order; a second caller at the same time works alone."""
     x, weight = draw(70, 64, dtype=torch.bfloat16), draw(999, 64, dtype=torch.bfloat16)
     wide = draw(900, 128, dtype=torch.float32)
     want = [run(*arguments).clone() for run, arguments in _products(x, weight, wide)]

@@ -117,7 +117,7 @@ def test_window_is_the_recurrence(
 
 @settings(max_examples=30, deadline=None)
 @given(shape=shapes, decay=decays, length=st.integers(1, 200), seed=st.integers(0, 999))
-def test_whole_chunk_is_the_recurrence(
+def test_a_full_chunk_is_the_recurrence(
     shape: tuple[int, int], decay: float, length: int, seed: int
 ) -> None:
     x = Sequence(*shape, length, decay, seed)
@@ -201,7 +201,7 @@ def straight_conv(x: Tensor, weight: Tensor) -> Tensor:
     seed=st.integers(0, 99),
 )
 def test_conv_over_steps(drafts: int, prompts: list[int], choices: list[int], seed: int) -> None:
-    """Prompts in pieces, then verify rows of which some tokens fall, equal one straight pass."""
+    """Prompts in chunks, then verify rows with rejected drafts, equal one pass."""
     rng = torch.Generator().manual_seed(seed)
     width, cache = drafts + 1, empty_cache(4, 1, 2, 8, drafts)
     channels = cache.conv.shape[2]

@@ -1,4 +1,4 @@
-"""The rules that change logits, each against a loop over plain numbers."""
+"""Ops that change logits, each against a loop over plain numbers."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_filters_and_temperature_zero_together() -> None:
     assert sample(logits, **args).tolist() == logits.argmax(1).tolist()
 
 
-def test_draws_stay_inside_the_kept_set() -> None:
+def test_samples_are_in_the_filtered_set() -> None:
     torch.manual_seed(6)
     logits = torch.randn(1, 200).expand(500, -1)
     args = rows(500, top_k=4, temperature=1.5)

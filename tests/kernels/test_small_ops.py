@@ -1,4 +1,4 @@
-"""Norms, gates, rotary tables, FP8 products: each against its formula in float64."""
+"""Norms, gates, rotary tables, FP8 GEMMs: each against its formula in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs are read from every spec form, and what cannot run is refused by name."""
+"""Configs of every published form are read; what is not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from millrace.errors import CheckpointError
 from millrace.model.config import ModelConfig, read_config
 from millrace.model.tiny import TinyShape, config_json
 
-# The spec 27B: text part of its config.json, as far as it says something.
+# The published 27B: text part of its config.json, as far as it says something.
 TEXT_27B: dict[str, Any] = {
     "model_type": "qwen3_5_text",
     "hidden_size": 5120,

@@ -1,4 +1,4 @@
-"""The output head in FP8, which drafts are made with: near to the exact one, and never padding."""
+"""The FP8 output head for drafts: close to the exact one, and never a padding token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rounded_head(model: Qwen3_5) -> Fp8DraftHead:
 def test_logits_are_those_of_the_head_but_for_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: object, dummy: bool
 ) -> None:
-    """From a checkpoint and from random weights; rounded at once or piece by piece."""
+    """From a checkpoint and from random weights; quantized at once or in parts."""
     directory = write_checkpoint(tmp_path, shape, tokenizer=False)  # type: ignore[arg-type]
     model = built(directory, mtp=True, draft_fp8=True)
     random_weights(model, 3) if dummy else load(model, directory)
@@ -68,7 +68,7 @@ def test_nothing_of_it_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_unless_said_it_follows_the_weights(tmp_path: Path, keep: bool) -> None:
+def test_by_default_it_follows_the_weights(tmp_path: Path, keep: bool) -> None:
     directory = write_checkpoint(tmp_path / "a", replace(UNIT_TEST, fp8=True), tokenizer=False)
     model = built(directory, mtp=True, keep_fp8=keep, draft_fp8=None)
     assert isinstance(model.draft_output, Fp8DraftHead) == keep
@@ -81,7 +81,7 @@ def test_unless_said_it_follows_the_weights(tmp_path: Path, keep: bool) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_ranks_logits_are_those_of_its_own_tokens(tmp_path: Path, size: int) -> None:
-    """Its share of 1,001 is no number of whole blocks; all logits but those of padding are < 0."""
+    """Its share of 1,001 is no multiple of a block; all logits but those of padding are < 0."""
     shape = replace(SHAPES[1], vocab_size=1001)
     config = read_config(write_checkpoint(tmp_path, shape, tokenizer=False))
     weight = -torch.rand(1001, 64) - 0.01

@@ -33,7 +33,7 @@ WIDE = replace(SHAPE, fp8=True, head_dim=128, key_dim=128, value_dim=128)
 
 
 class Meeting:
-    """Ranks as threads of one process, which meet at each collective."""
+    """Ranks as threads of one process, which wait for each other at each collective."""
 
     def __init__(self, size: int) -> None:
         self.parts: list[Tensor] = [torch.empty(0)] * size
@@ -50,7 +50,7 @@ class Meeting:
         return torch.stack(self.exchange(rank, x)).sum(0)
 
     def rank(self, rank: int, fused: bool = False) -> TensorParallel:
-        """fused: sums come with the residual add and the norm, as a GPU's kernel does it."""
+        """fused: the all-reduce includes the residual add and the norm, as the GPU kernel does."""
         alone = TensorParallel(
             rank,
             len(self.parts),
@@ -160,7 +160,7 @@ def test_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]
 
 
 @pytest.mark.parametrize("keep_fp8", [False, True])
-def test_sums_fused_with_the_norm(tmp_path: Path, keep_fp8: bool) -> None:
+def test_all_reduce_fused_with_the_norm(tmp_path: Path, keep_fp8: bool) -> None:
     directory = write_checkpoint(tmp_path, WIDE)
     apart = on_ranks(directory, 2, keep_fp8)
     require_same(on_ranks(directory, 2, keep_fp8, fused=True), apart[0], 1e-6)
@@ -189,15 +189,15 @@ def test_sizes_that_do_not_work(tmp_path: Path) -> None:
 # --- FP8 weights -------------------------------------------------------------------------------
 
 
-def dense(product: Linear) -> Tensor:
-    """A product's weight in float32, whatever it is kept in."""
-    if product.weight_scale_inv is None:
-        return product.weight.float()
-    return dequantize(product.weight, product.weight_scale_inv)
+def dense(layer: Linear) -> Tensor:
+    """A layer's weight in float32, from any dtype."""
+    if layer.weight_scale_inv is None:
+        return layer.weight.float()
+    return dequantize(layer.weight, layer.weight_scale_inv)
 
 
 def mlp_weights(directory: Path, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """(gate, up, down of layer 0 as this rank holds them, whether they stayed e4m3)."""
+    """(gate, up, down of layer 0 on this rank, whether they stayed e4m3)."""
     model = build_model(read_config(directory), dtype=torch.float32, tp=tp, keep_fp8=True)
     load(model, directory)
     mlp = model.layers[0].mlp
@@ -218,7 +218,7 @@ def mlp_weights(directory: Path, tp: TensorParallel) -> tuple[Tensor, Tensor, Te
 def test_fp8_shares_are_the_weights(
     tmp_path: Path, intermediate: int, size: int, fp8: bool
 ) -> None:
-    """Bit for bit: what the ranks hold is the whole, and the rest is zeros."""
+    """Bit for bit: the ranks' shares together are the full weight; the rest is zeros."""
     directory = write_checkpoint(tmp_path, replace(WIDE, intermediate_size=intermediate))
     alone = mlp_weights(directory, TensorParallel())[:3]
     shares = [mlp_weights(directory, TensorParallel(rank, size)) for rank in range(size)]
@@ -244,7 +244,7 @@ def test_fp8_shares_are_the_weights(
     ],
 )
 def test_fp8_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]) -> None:
-    """Activations are rounded too, and a few fall on the other side: near on average."""
+    """Activations are quantized too, and a few round differently: close on average."""
     directory = write_checkpoint(tmp_path, replace(WIDE, **changes))
     plain = run(directory, TensorParallel())
     rounding = mean_difference(run(directory, TensorParallel(), keep_fp8=True), plain)

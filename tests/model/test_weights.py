@@ -1,4 +1,4 @@
-"""Checkpoints load whole, or are refused with every fault named."""
+"""Checkpoints load completely, or are refused with every fault named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FP8, FLOAT = "e4m3", "float"
 
 
 def published_27b() -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and kinds of the spec 27B-FP8 checkpoint's text part, written out."""
+    """Names, shapes and kinds of the published 27B-FP8 checkpoint's text part, written out."""
     names: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def fp8(name: str, out: int, width: int) -> None:
@@ -77,7 +77,7 @@ def model_27b(tmp_path: Path, keep_fp8: bool) -> Qwen3_5:
 
 
 def test_27b_names_and_shapes(tmp_path: Path) -> None:
-    """Every spec tensor is taken, none is missed, and all have the shape we expect."""
+    """Every published tensor is read, none is missing, and all have the expected shape."""
     model = model_27b(tmp_path, keep_fp8=True)
     expected = expected_tensors(model.config)
     spec = {flat_name(name): value for name, value in published_27b().items()}

@@ -1,7 +1,7 @@
 """The MTP head against a second implementation, written out from its definition.
 
 `transformers` leaves the head out, so this one is the oracle: no cache, no fusing, one loop a
-thing, straight from the spec tensors, in float64.
+thing, straight from the published tensors, in float64.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class WrittenOutHead:
         return out
 
     def drafts(self, tokens: list[int], hidden: list[Tensor]) -> list[Tensor]:
-        """tokens[i] stands at position i + 1, and hidden[i] is what is known of position i."""
+        """tokens[i] is at position i + 1, and hidden[i] belongs to position i."""
         c, t, layer = self.config, self.tensors, "mtp.layers.0"
         streams, queries, gates, keys, values = [], [], [], [], []
         for index, (token, before) in enumerate(zip(tokens, hidden, strict=True)):
@@ -137,9 +137,9 @@ def test_head_equals_its_definition(make_pair: MakePair, shape: TinyShape) -> No
     torch.testing.assert_close(ours.double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_remembering_is_enough_for_those_behind(make_pair: MakePair) -> None:
-    """Tokens whose keys and values alone were computed are seen as if all of them were; what they
-    brought into the layer is enough to guess at some of them afterwards."""
+def test_later_tokens_need_only_keys_and_values(make_pair: MakePair) -> None:
+    """Later tokens see tokens with keys and values only as if they were computed in full; the input
+    of the layer is enough to make drafts at some of them afterwards."""
     pair = make_pair()
     assert pair.model.mtp is not None
     ids, driver = pair.ids(20), pair.driver()
@@ -158,7 +158,7 @@ def test_remembering_is_enough_for_those_behind(make_pair: MakePair) -> None:
 
 
 def test_rejected_drafts_leave_no_trace(make_pair: MakePair) -> None:
-    """Rows written for drafts that fell are overwritten before anything may read them."""
+    """Rows of rejected drafts are overwritten before anything may read them."""
     pair = make_pair()
     ids, slot = pair.ids(12), 1
     _, [hidden] = pair.driver().step(prefill=[(slot, ids)])

@@ -1,4 +1,4 @@
-"""What a checkpoint may look like changes nothing of what it says: FP8, nested, YaRN."""
+"""The form of a checkpoint does not change its results: FP8, nested names, YaRN."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_fp8_equals_its_dequantised_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(result, reference(plain), rtol=0, atol=1e-4)
 
 
-def test_kept_fp8_equals_dequantised(tmp_path: Path) -> None:
+def test_fp8_weights_equal_dequantized_ones(tmp_path: Path) -> None:
     """Weights that stay e4m3, fused and reordered block by block, are the same weights.
 
     Their products differ by the rounding of the activations to e4m3 alone.

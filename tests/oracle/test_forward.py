@@ -112,7 +112,7 @@ def test_prompt_of_k_plus_1_tokens(make_pair: MakePair, drafts: int) -> None:
 
 @pytest.mark.parametrize("last", ["full_attention", "linear_attention"])
 def test_only_the_ends_of_prompts_are_asked_for(make_pair: MakePair, last: str) -> None:
-    """They are right, and so is what they see of the others, whose own hidden are not computed."""
+    """Selected tokens are right, and read the keys and values of the others correctly."""
     types = ("full_attention", "linear_attention", "linear_attention", last)
     pair = make_pair(dataclasses.replace(UNIT_TEST, layer_types=types))
     driver, ids = pair.driver(drafts=1), pair.ids(60)

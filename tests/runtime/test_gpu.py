@@ -59,7 +59,7 @@ def no_sync() -> Iterator[None]:
 
 
 def mtp(k: int, head: str = "none", **options: Any) -> dict[str, Any]:
-    """head: how the output head is rounded for drafts."""
+    """head: the output head for drafts, exact or FP8."""
     speculative = {"num_speculative_tokens": k, "quantization": head}
     return {"speculative_config": speculative, **options}
 
@@ -138,7 +138,7 @@ def test_sampled_tokens_do_not_depend_on_drafts_or_graphs(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["millrace-mini", "millrace-mini-fp8"])
 @pytest.mark.parametrize("rows", [4, 24])
-def test_with_an_output_head_in_fp8_as_many_drafts_stand(name: str, rows: int) -> None:
+def test_an_fp8_output_head_accepts_as_many_drafts(name: str, rows: int) -> None:
     """In bfloat16, with few rows and with many, which go to other kernels."""
     items = [TASKS[task].make(i, 0, "heldout") for task in ("math", "chat") for i in range(12)]
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "max_model_len": 1024}
@@ -186,8 +186,8 @@ WISHES: list[dict[str, Any]] = [
 ]
 
 
-def _with_wishes(model: Path, **options: Any) -> dict[str, list[Delta]]:
-    """Every prompt with one of the wishes, and some under a grammar."""
+def _with_options(model: Path, **options: Any) -> dict[str, list[Delta]]:
+    """Every prompt with one of the sampling options, and some under a grammar."""
     engine = build(model, max_num_seqs=8, **options)
     for index, prompt in enumerate(PROMPTS):
         add(engine, str(index), prompt, **WISHES[index % len(WISHES)])
@@ -200,10 +200,10 @@ def _with_wishes(model: Path, **options: Any) -> dict[str, list[Delta]]:
 
 
 @pytest.mark.parametrize("options", [{}, mtp(1), mtp(3, enforce_eager=True)])
-def test_wishes_bring_the_cpus_tokens(model: Path, options: dict[str, Any]) -> None:
+def test_sampling_options_bring_the_cpus_tokens(model: Path, options: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    want = _with_wishes(model)
-    got = _with_wishes(model, device="cuda", **options)
+    want = _with_options(model)
+    got = _with_options(model, device="cuda", **options)
     same = sum(tokens_of(want[name]) == tokens_of(got[name]) for name in want)
     assert same >= len(want) - 2, "fp32 rounding may flip a token now and then, not as a rule"
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""What the start says of the backends of ops: which run, and why no faster ones do."""
+"""The report of backends: which run, and why faster ones do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One set of prompts, served in every way the engine knows: the greedy tokens stay the same."""
+"""One set of prompts, served with every option: the greedy tokens stay the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def cold(tiny_model: Path) -> list[list[int]]:
-    """Each prompt alone, whole, without drafts or cache."""
+    """Each prompt alone, in one chunk, without drafts or cache."""
     out = []
     for prompt in PROMPTS:
         tokens, _ = run(tiny_model, [prompt], max_num_seqs=1)
@@ -130,7 +130,7 @@ def test_same_tokens_on_two_ranks(tiny_model: Path, cold: list[list[int]], k: in
 
 
 def test_aborts_leave_the_others_alone(tiny_model: Path, cold: list[list[int]]) -> None:
-    """A request that leaves in mid-flight gives its slot and pages to others unharmed."""
+    """An aborted request gives its slot and pages to others without harm."""
     engine = build(tiny_model, **mtp(1, async_scheduling=True, enable_prefix_caching=True))
     steps = iter(range(1000))
 

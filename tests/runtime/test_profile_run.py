@@ -1,4 +1,4 @@
-"""The rehearsal: the largest steps run on one page, whatever the limits are."""
+"""The profile run: the largest steps run on one page, whatever the limits are."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_token_counts_of_graphs_are_known_before(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_products_are_compiled_at_every_bound_of_their_ways(tiny_model: Path, name: str) -> None:
+def test_gemms_are_compiled_at_every_bound_of_their_backends(tiny_model: Path, name: str) -> None:
     config = build(tiny_model).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, max_num_batched_tokens=8192, max_num_seqs=1)
     table = json.loads(MEASURED.joinpath(name).read_text())["fp8_products"]
@@ -95,10 +95,10 @@ def test_products_are_compiled_at_every_bound_of_their_ways(tiny_model: Path, na
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_compiled_beside_a_start(
+def test_what_is_compiled_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Every FP8 weight's shape, where products are in bfloat16; for drafts' logits by rows."""
+    """Every FP8 weight's shape, if GEMMs are in bfloat16; for drafts' logits by rows."""
     asked: list[set[tuple[int, int, int]]] = []
     ended: list[bool] = []
 
@@ -158,7 +158,7 @@ def test_memory_is_measured_once_compilers_are_gone(
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_steps_find_attention_of_decode_rows_compiled(tiny_model: Path, heads: int) -> None:
-    """Into however many parts it cuts them, which depends on rows and context."""
+    """For every number of parts, which depends on rows and context."""
     from millrace.kernels.gpu.attention import decode
 
     def parts(rows: int, context: int) -> int:

@@ -30,7 +30,7 @@ engine.close()
 
 
 def test_a_real_run_replays(tiny_model: Path, tmp_path: Path) -> None:
-    """PlanCodec alone bring the same tokens again: sampling, drafts, cache hits and all."""
+    """Plans alone bring the same tokens again, with sampling, drafts and cache hits."""
     log = tmp_path / "plan.log"
     engine = build(tiny_model, plan_log=str(log), **OPTIONS)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a start logs of the ops that its model runs."""
+"""The log of a start about the ops that its model runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drives a model step by step as the runtime does, one call a step, with every trap laid.
+"""Drives a model step by step as the runtime does, one call a step, with NaN in all unused memory.
 
 Memory that nobody may read is filled with NaN: the null page and null slot, pages and window rows
 not written yet, the last page of each sequence past its end. Pages are dealt out in random order.
@@ -169,7 +169,7 @@ class Driver:
         return list(pieces[: len(decode)]), list(pieces[len(decode) + padded :])
 
     def accept(self, slot: int, count: int, width: int) -> None:
-        """Of the last step's `width` tokens of this decode row, the first `count` hold."""
+        """Accept the first `count` of this decode row's `width` tokens of the last step."""
         windows = [c.window_u.shape[2] for c in self.caches.layers if isinstance(c, GDNState)]
         if windows:
             fill = int(self.caches.fill[slot])

@@ -1,4 +1,4 @@
-"""Engines over a tiny random model, for tests that compare what they say."""
+"""Engines over a tiny random model, for tests that compare their tokens."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(
 
 
 def draft_well(engine: Engine, sequences: list[list[int]]) -> None:
-    """Let drafts be the right tokens at three positions in four. Slot i + 1 runs prompt i."""
+    """Make drafts the right tokens at three positions in four. Slot i + 1 runs prompt i."""
     runner = engine.worker.runner  # type: ignore[attr-defined]
     original = runner._draft
 
@@ -95,7 +95,7 @@ def draft_well(engine: Engine, sequences: list[list[int]]) -> None:
 
 
 def logits_after(model: Path, tokens: list[int]) -> Tensor:
-    """float32 [V]: what the model says after `tokens`, in one cold prefill."""
+    """float32 [V]: the logits after `tokens`, from one cold prefill."""
     engine = build(model)
     seen: list[Tensor] = []
     runner = engine.worker.runner  # type: ignore[attr-defined]

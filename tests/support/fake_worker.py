@@ -35,7 +35,7 @@ def next_token(tag: int) -> int:
 
 
 def expected_output(prompt: list[int], max_total: int, eos: frozenset[int]) -> list[int]:
-    """What any correct engine brings for this prompt."""
+    """The tokens that any correct engine brings for this prompt."""
     tag, out = tag_of(prompt), []
     while len(prompt) + len(out) < max_total:
         token = next_token(tag)

@@ -1,4 +1,4 @@
-"""Two GPUs: the CPU's tokens, whichever way sums go; the CPU twin is test_metamorphic.py."""
+"""Two GPUs: the tokens of the CPU, with every all-reduce algorithm (see test_metamorphic.py)."""
 
 from __future__ import annotations
 
