@@ -14,8 +14,7 @@ import time
 import msgspec
 
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.validation import Limits
-from millrace.protocol import AddRequest, Outputs, SamplingParams, StepPlan, StepResult
+from millrace.protocol import AddRequest, Limits, Outputs, SamplingParams, StepPlan, StepResult
 
 encode = msgspec.msgpack.Encoder().encode
 

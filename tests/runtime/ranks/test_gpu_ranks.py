@@ -53,18 +53,18 @@ def in_a_process(case: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(case, *given).result(timeout=240)
 
 
-def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list[int]]]]:
-    """The ways that sums go by, and the same prompts' tokens twice.
+def served(model: Path, name: str, eager: bool) -> tuple[set[str], list[list[list[int]]]]:
+    """The chosen all-reduce algorithms, and the tokens of the same prompts, twice.
 
-    A way that is forced on rank 0 is forced on the others too: they follow its clock.
+    An algorithm that is forced on rank 0 is used by all ranks: they use the same measured times.
     """
     timed = allreduce.cuda_us
 
     def favour(algorithm: Any, *given: Any) -> list[float]:
         found = timed(algorithm, *given)  # always: the other ranks take part in it
-        return found if algorithm.name == way else [1e9] * 3
+        return found if algorithm.name == name else [1e9] * 3
 
-    if way != "chosen":
+    if name != "chosen":
         allreduce.cuda_us = favour
     spec = {"num_speculative_tokens": 2}
     options = {"max_num_seqs": 8, "enforce_eager": eager, "speculative_config": spec}
@@ -77,7 +77,7 @@ def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list
 
 
 @pytest.mark.parametrize(
-    ("way", "eager"),
+    ("name", "eager"),
     [
         ("chosen", False),
         ("chosen", True),
@@ -87,15 +87,15 @@ def served(model: Path, way: str, eager: bool) -> tuple[set[str], list[list[list
         ("one-shot with norm", False),
     ],
 )
-def test_the_cpus_tokens(model: Path, on_cpu: list[list[int]], way: str, eager: bool) -> None:
-    chosen, runs = in_a_process(served, model, way, eager)
-    assert way in ("chosen", *chosen)
+def test_the_cpus_tokens(model: Path, on_cpu: list[list[int]], name: str, eager: bool) -> None:
+    chosen, runs = in_a_process(served, model, name, eager)
+    assert name in ("chosen", *chosen)
     for run in runs:
         assert_same(model, PROMPTS, on_cpu, run, GPU_TIE)
 
 
 def drawn(model: Path) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """Draws from the ranks' parts of the logits, and from all of them gathered."""
+    """Tokens sampled from the ranks' parts of the logits, and from gathered logits."""
     spec = {"num_speculative_tokens": 2}
     engine = build(
         model, device="cuda", tensor_parallel_size=2, max_num_seqs=8, speculative_config=spec
@@ -111,8 +111,8 @@ def drawn(model: Path) -> list[tuple[list[list[int]], list[list[int]]]]:
 
 def test_the_best_of_the_ranks_is_the_best_of_all_logits(model: Path) -> None:
     """A top_k that cuts nothing has all logits gathered; the draws are the same, bit for bit."""
-    for run_interruptibly, gathered in in_a_process(drawn, model):
-        assert run_interruptibly == gathered
+    for split, gathered in in_a_process(drawn, model):
+        assert split == gathered
 
 
 def served_again(model: Path) -> list[list[list[int]]]:
@@ -139,22 +139,22 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.mark.parametrize(
-    ("stage", "way"),
+    ("stage", "how"),
     [
         ("measuring", "kill"),
-        ("rehearsal", "kill"),
-        ("rehearsal", "raise"),
+        ("profile run", "kill"),
+        ("profile run", "raise"),
         ("capture", "kill"),
         ("capture", "raise"),
         ("first step", "kill"),
     ],
 )
 def test_a_rank_that_fails_while_kernels_wait_for_it(
-    model: Path, stage: str, way: str, tmp_path: Path
+    model: Path, stage: str, how: str, tmp_path: Path
 ) -> None:
-    """Rank 0 raises, or ends where its GPU lets it do nothing else; it says why either way."""
+    """Rank 0 raises, or ends where its GPU lets it do nothing else; it gives the reason."""
     note = tmp_path / "failed"
-    command = [sys.executable, "-c", START, str(model), stage, way, str(note)]
+    command = [sys.executable, "-c", START, str(model), stage, how, str(note)]
     env = child_environment()
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     spent = time.time() - float(note.read_text())
