@@ -67,13 +67,28 @@ class _Texts(NamedTuple):
     bounds: tuple[int, int | None] | None = None
 
 
+class Terminals:
+    """The terminals of a grammar, each told once: most parameters have the same ones."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def name(self, body: str) -> str:
+        """The name of a terminal with that right side."""
+        return self._names.setdefault(body, f"TERMINAL_{len(self._names)}")
+
+    def source(self) -> str:
+        return "".join(f"{name}: {body}\n" for body, name in self._names.items())
+
+
 class ArgumentGrammar:
     """Writes the rule `name`: a call of the tool in Qwen's format, without the outer tags.
 
     exact: raise UnboundError for what cannot be bound; else that binds nothing.
     """
 
-    def __init__(self, tool: Tool, name: str, exact: bool) -> None:
+    def __init__(self, tool: Tool, name: str, exact: bool, terminals: Terminals) -> None:
+        self._terminal = terminals.name
         self._tool = tool
         self._root = tool.parameters
         self._name = name
@@ -179,7 +194,7 @@ class ArgumentGrammar:
         """
         types = types_of(schema, self._root) & read_as
         values = values_of(schema, self._root)
-        if values is not None:
+        if values is not None and not self._has(schema, ("pattern",)):
             texts = [_written(one, read_as) for one in values if _is_of(one, types)]
             return self._choice([literal(text + _TAIL) for text in texts if text is not None])
         terminals = [
@@ -253,14 +268,15 @@ class ArgumentGrammar:
         if texts is None:
             return []
         ambiguous = "|".join(AMBIGUOUS[kind] for kind in sorted(read_as & AMBIGUOUS.keys()))
-        bare = [texts.terminal, f"~{_TAGGED}"]
+        tagged = self._terminal(_TAGGED)
+        bare = [texts.terminal, f"~{tagged}"]
         if ambiguous:
             bare.append(f'~/["\\\\]*(?:{ambiguous})["\\\\]*/')
         if digits:
             bare.append("~/-?[0-9](?s:.*)/")
         found = [f"({' & '.join(bare)})"]
         if texts.quoted is not None:
-            needy = _TAGGED
+            needy = tagged
             if ambiguous:
                 needy += f' | /(?:\\\\["\\\\])*(?:{ambiguous})(?:\\\\["\\\\])*/'
             quote = literal('"')
@@ -315,12 +331,7 @@ class ArgumentGrammar:
     # --- rules ------------------------------------------------------------------------------------
 
     def _rule(self, body: str) -> str:
-        return self._named(f"{self._name}_{len(self._rules)}", body)
-
-    def _terminal(self, body: str) -> str:
-        return self._named(f"{self._name}_{len(self._rules)}".upper(), body)
-
-    def _named(self, name: str, body: str) -> str:
+        name = f"{self._name}_{len(self._rules)}"
         self._rules.append(f"{name}: {body}")
         return name
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from millrace.errors import RequestError
-from millrace.text.argument_grammar import ArgumentGrammar, UnboundError
+from millrace.text.argument_grammar import ArgumentGrammar, Terminals, UnboundError
 from millrace.text.grammar import (
     LEADING_NEWLINES,
     error_path,
@@ -71,9 +71,13 @@ def _rules(choice: ToolChoice, as_json: bool, token_id: TokenId) -> str:
     calls = " | ".join(f"call_{at}" for at in range(len(choice.tools)))
     opening, closing = _marker(CALL, token_id), _marker(CALL_END, token_id)
     forced = choice.mode == "required"
-    each = [_call(at, tool, as_json, forced or tool.strict) for at, tool in enumerate(choice.tools)]
+    terminals = Terminals()
+    each = [
+        _call(at, tool, as_json, forced or tool.strict, terminals)
+        for at, tool in enumerate(choice.tools)
+    ]
     call = rf'call: {opening} "\n" ({calls}) "\n" {closing}'
-    return "\n".join(["WORDS: /(?s:.*)/", call, *each])
+    return "\n".join(["WORDS: /(?s:.*)/", call, *each, terminals.source()])
 
 
 def _marker(text: str, token_id: TokenId) -> str:
@@ -88,10 +92,10 @@ def _json_call(at: int, tool: Tool, binds: bool) -> str:
     return f'call_{at}: {head} %json {schema_json(schema, not tool.strict)} "}}"' + "\n"
 
 
-def _xml_call(at: int, tool: Tool, binds: bool) -> str:
+def _xml_call(at: int, tool: Tool, binds: bool, terminals: Terminals) -> str:
     """binds: as in `_json_call`."""
     if binds:
-        return ArgumentGrammar(tool, f"call_{at}", exact=tool.strict).source()
+        return ArgumentGrammar(tool, f"call_{at}", tool.strict, terminals).source()
     head, ending = literal(f"{FUNCTION}{tool.name}>\n"), literal(FUNCTION_END)
     name = f"any_{at}"
     key = rf'{literal(PARAMETER)} /[^<>\n]+/ ">\n" {name}_value "\n"'
@@ -99,15 +103,17 @@ def _xml_call(at: int, tool: Tool, binds: bool) -> str:
     return f"call_{at}: {head} {name}* {ending}\n{name}: {key}\n{value}\n"
 
 
-def _call(at: int, tool: Tool, as_json: bool, binds: bool) -> str:
+def _call(at: int, tool: Tool, as_json: bool, binds: bool, terminals: Terminals) -> str:
     """The rule of one function's calls. Raises RequestError for what its schema cannot bind."""
     if binds and "object" not in types_of(tool.parameters, tool.parameters):
         raise _wrong(at, "", "the arguments of a function are an object")
     schema = with_options(tool.parameters, not tool.strict)
     if binds and (problem := schema_error(schema)):
         raise _wrong(at, error_path(schema, problem), one_line(problem))
+    if as_json:
+        return _json_call(at, tool, binds)
     try:
-        return (_json_call if as_json else _xml_call)(at, tool, binds)
+        return _xml_call(at, tool, binds, terminals)
     except UnboundError as error:
         raise _wrong(at, "", str(error)) from None
 
