@@ -262,9 +262,22 @@ class TextProcessor:
         return Grammar(source, self._reasoning_end(reasons))
 
     def constrains_auto_calls(self, choice: ToolChoice) -> bool:
-        """Whether a grammar constrains the calls of an answer that may have none."""
-        strict = choice.mode == "auto" and any(tool.strict for tool in choice.tools)
-        return strict and can_constrain_auto_calls(self.tokenizer.token_id)
+        """Whether a grammar constrains the calls of an answer that may have none.
+
+        Raises RequestError for strict tools if none can: calls would look like text.
+        """
+        strict = [tool.name for tool in choice.tools if tool.strict]
+        if choice.mode != "auto" or not strict:
+            return False
+        if not can_constrain_auto_calls(self.tokenizer.token_id):
+            raise RequestError(
+                f"tools: {strict[0]} is strict, but {CALL} is not a token of this model, so no "
+                "grammar can tell its calls from text; leave strict out, or force a call with "
+                "tool_choice",
+                param="tools",
+                code="invalid_grammar",
+            )
+        return True
 
     def _writes_json_calls(self, parser: ToolCallParser) -> bool:
         if parser == "auto":

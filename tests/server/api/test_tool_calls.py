@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,6 +144,62 @@ def told(deltas: list[dict[str, Any]]) -> Any:
         "".join(delta.get("content", "") for delta in deltas),
         calls,
     )
+
+
+NO_CLOSING_TAGS = re.sub(r"\n?</.*>", "", XML)
+DRIFTED: dict[str, Any] = {
+    "missing tags": (f"</think>\n\n{NO_CLOSING_TAGS}\n{JSON}", CALLS),
+    "one block": (f"</think>\n\n{XML.replace('</tool_call>', '')}\n<function=now>", CALLS),
+    "no opening tag": (f"</think>\n\n{XML.replace('<tool_call>', '')}", CALLS[:1]),
+    "unclosed reasoning": (f"I look.\n{XML}\n{JSON}", CALLS),
+    "literals": ("</think>\n\n<tool_call>\n<function=weather>\n<parameter=city>\n\"</b>\"\n"
+                 "</parameter>\n<parameter=days>\nNone\n",
+                 [("weather", {"city": '"</b>"', "days": None})]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DRIFTED)
+def test_drifted_calls_are_the_same_streamed_and_whole(
+    http: httpx.Client, claude: anthropic.Anthropic, kind: str
+) -> None:
+    text, calls = DRIFTED[kind]
+    body: Any = {"messages": [{"role": "user", "content": text}], "tools": TOOLS}
+    (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+    whole = choice["message"]
+    functions = [call["function"] for call in whole["tool_calls"]]
+    assert [(one["name"], json.loads(one["arguments"])) for one in functions] == calls
+    assert choice["finish_reason"] == "tool_calls"
+    chunks = events(http, "/v1/chat/completions", {**body, "stream": True})
+    streamed = told([chunk["choices"][0]["delta"] for chunk in chunks])
+    assert streamed[:2] == (whole["reasoning_content"] or "", whole["content"] or "")
+    assert list(streamed[2].values()) == [[one["name"], one["arguments"]] for one in functions]
+    message = claude.messages.create(
+        model="fake", max_tokens=800, messages=body["messages"], tools=ANTHROPIC
+    )
+    used = [(one.name, one.input) for one in message.content if one.type == "tool_use"]
+    assert used == calls
+
+
+def test_a_call_that_is_cut_stays_open(http: httpx.Client) -> None:
+    """And goes back as history."""
+    body: Any = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 60}
+    (choice,) = http.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["arguments"].startswith('{"city": "R')
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call["function"]["arguments"])
+    messages = [*MESSAGES, choice["message"], {"role": "tool", "tool_call_id": "c", "content": ""}]
+    answer = http.post("/v1/chat/completions", json={**body, "messages": messages})
+    assert answer.status_code == 200, answer.text
+
+
+def test_strict_calls_that_look_like_text_are_refused(http: httpx.Client) -> None:
+    function = {"name": "now", "strict": True}
+    body = {"messages": MESSAGES, "tools": [{"type": "function", "function": function}]}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["code"] == "invalid_grammar"
+    assert "<tool_call> is not a token of this model" in error["message"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}])

@@ -72,6 +72,18 @@ VALUES = [
     ("days", "many", "many"),
     ("ratio", "1.5e3", 1500.0),
     ("ratio", "NaN", "NaN"),
+    ("ratio", ".5", 0.5),
+    ("ratio", "-1.", -1.0),
+    ("ratio", "1e999", 1.7976931348623157e308),
+    ("ratio", "[1", [1]),
+    ("days", "+3", 3),
+    ("days", "1_000", 1000),
+    ("days", "1e999", "1e999"),
+    ("days", "0x10", "0x10"),
+    ("days", '"7"', 7),
+    ("metric", '"true"', True),
+    ("where", '"{\\"a\\": 1}"', {"a": 1}),
+    ("where", "{'a': True, 'b': None}", {"a": True, "b": None}),
     ("metric", "true", True),
     ("metric", "False", False),
     ("tags", '["a", "</b>"]', ["a", "</b>"]),
@@ -191,6 +203,11 @@ def arguments_of(text: str) -> list[tuple[str, Any]]:
 
 CLOSERS = re.compile(r"(</(?:parameter|function|tool_call)>\n?)")
 TWO_CALLS = xml("weather", city="Paris", days="3") + "\n" + xml("weather", city="Rome", days="4")
+
+
+def test_calls_of_both_formats_may_lack_their_closing_tags() -> None:
+    text = "".join(CLOSERS.split(xml("weather", city="x"))[::2]) + hermes("now")
+    assert arguments_of(text) == [("weather", {"city": "x"}), ("now", {})]
 
 
 @pytest.mark.parametrize("kept", range(1 << 8))

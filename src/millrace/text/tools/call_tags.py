@@ -22,6 +22,7 @@ TAGS = (CALL, CALL_END, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
 CLOSING = (PARAMETER_END, FUNCTION_END, CALL_END)
 MAX_NAME = 128  # characters of a function's or a parameter's name
 
+_NAME_FIELD = '{"name":"'
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"([^<>\n]*)(>|(?=[<\n]))")
 _LITERAL = re.compile(r'"(?:[^"\\\n]|\\[^\n])*("|\n|\\?\Z)')
@@ -118,12 +119,24 @@ class ValueEnd:
         at = after_space(text, at + len(CALL))
         if at == len(text):
             return None if not last else False
+        if text[at] == "{":
+            json_name = _json_name(text[at : at + 2 * MAX_NAME], last)
+            return json_name in self._functions if isinstance(json_name, str) else json_name
         known = begins(text, at, (FUNCTION,), last)
         return self._calls(text, at, last) if known else known
 
     def _calls(self, text: str, at: int, last: bool) -> bool | None:
         name = name_at(text, at + len(FUNCTION), last)
         return name[0] in self._functions if isinstance(name, tuple) else name
+
+
+def _json_name(text: str, last: bool) -> str | bool | None:
+    """The name in the begin of a call as JSON. None: undecided. False: it begins otherwise."""
+    packed = "".join(text.split())
+    if not packed.startswith(_NAME_FIELD):
+        return None if _NAME_FIELD.startswith(packed) and not last else False
+    name, closed, _ = packed[len(_NAME_FIELD) :].partition('"')
+    return name if closed else None if not last and len(text) < 2 * MAX_NAME else False
 
 
 def _in_literal(text: str, at: int, last: bool) -> bool | None:

@@ -8,6 +8,7 @@ a JSON text whose content `needs_quotes` is read as that content. The grammar of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -77,12 +78,25 @@ def _typed(text: str, types: frozenset[str]) -> str | None:
     if known is not None:
         too_large = NUMBER.fullmatch(text) and known != text and "number" not in types
         return None if too_large else known
+    if (number := _number(text, types)) is not None:
+        return number
     try:
         inner = json.loads(text) if text[:1] == '"' else None
     except ValueError:
         return None
     if isinstance(inner, str) and not inner.startswith('"'):  # JSON within JSON
         return _typed(inner.strip(), types) or dump(inner)
+    return None
+
+
+def _number(text: str, types: frozenset[str]) -> str | None:
+    """The JSON of a number that only Python writes so, such as `+3`, `.5` or `1_000`."""
+    if len(text) > 400 or not re.fullmatch(r"[+-]?[0-9_.]+([eE][+-]?[0-9]+)?", text):
+        return None
+    for kind, reads in (("integer", int), ("number", float)):
+        if kind in types:
+            with contextlib.suppress(ValueError):
+                return word(str(reads(text)))
     return None
 
 

@@ -156,7 +156,8 @@ def _grammar_job(
         raise RequestError(
             f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
         )
-    if choice.mode == "required" or (processor.constrains_auto_calls(choice) and wanted is None):
+    calls_only = wanted is None and parser != "none"
+    if choice.mode == "required" or (calls_only and processor.constrains_auto_calls(choice)):
         return processor.tool_call_grammar(choice, parser, reasons)
     if wanted is not None and choice.mode == "auto" and parser != "none":
         return processor.tool_call_grammar(choice, parser, reasons, wanted)
