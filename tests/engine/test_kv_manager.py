@@ -42,7 +42,7 @@ def admitted(held: KVManager, asking: Request) -> None:
     asking.computed = len(asking.tokens)
 
 
-def test_a_request_that_does_not_fit_is_given_nothing() -> None:
+def test_a_request_that_does_not_fit_gets_no_resources() -> None:
     held, limits = kv_manager(pages=3)
     first, second = (request(limits, list(range(8))) for _ in range(2))
     admitted(held, first)
@@ -56,7 +56,7 @@ def test_a_request_that_does_not_fit_is_given_nothing() -> None:
     assert held.slots.free == 2
 
 
-def test_no_snapshot_is_given_up_where_that_would_not_do() -> None:
+def test_no_snapshot_is_evicted_in_vain() -> None:
     held, limits = kv_manager(pages=5)
     first = request(limits, list(range(12)))
     admitted(held, first)
@@ -92,7 +92,7 @@ def test_a_prefix_is_shared_and_its_pages_outlive_their_request() -> None:
     held.check([second], saving=0)
 
 
-def test_pages_are_freed_at_the_cost_of_snapshots() -> None:
+def test_snapshots_are_evicted_for_pages() -> None:
     held, limits = kv_manager(pages=3)
     first = request(limits, list(range(8)))
     admitted(held, first)
@@ -109,7 +109,7 @@ def test_pages_are_freed_at_the_cost_of_snapshots() -> None:
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
-def test_a_prompt_whose_positions_are_all_wanted_is_computed_whole(logprobs: int | None) -> None:
+def test_a_prompt_with_prompt_logprobs_is_computed_in_full(logprobs: int | None) -> None:
     held, limits = kv_manager()
     first = request(limits, list(range(8)))
     admitted(held, first)
@@ -120,7 +120,7 @@ def test_a_prompt_whose_positions_are_all_wanted_is_computed_whole(logprobs: int
     assert held.match(second).tokens == (0 if logprobs else 4)
 
 
-def test_prefill_stops_at_whole_pages_within_the_prompt() -> None:
+def test_prefill_stops_at_full_pages_within_the_prompt() -> None:
     held, limits = kv_manager(snapshot_interval=8)
     asking = request(limits, list(range(22)))
     asking.source = msgspec.structs.replace(asking.source, boundaries=[13, 40])
@@ -131,7 +131,7 @@ def test_prefill_stops_at_whole_pages_within_the_prompt() -> None:
     assert without.boundaries(request(few, list(range(22))), shared=4) == []
 
 
-def test_of_snapshots_close_to_each_other_the_first_is_kept() -> None:
+def test_of_snapshots_close_to_each_other_the_first_is_taken() -> None:
     held, limits = kv_manager(snapshot_distance=8)
     asking = request(limits, list(range(40)))
     asking.source = msgspec.structs.replace(asking.source, boundaries=[5, 10, 17, 20, 34])
@@ -146,7 +146,7 @@ def test_of_snapshots_close_to_each_other_the_first_is_kept() -> None:
     distance=st.integers(0, 24),
     cached=st.integers(0, 10),
 )
-def test_what_resumes_computes_less_than_the_distance_again(
+def test_a_resumed_prompt_computes_less_than_the_distance_again(
     turns: list[int], shared: int, distance: int, cached: int
 ) -> None:
     held, limits = kv_manager(pages=20, snapshot_distance=distance)

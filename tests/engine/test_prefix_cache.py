@@ -60,14 +60,14 @@ def _publish(tree: PrefixTree, pages: Pool, snapshots: Pool, tokens: list[int]) 
         pages.release(page)
 
 
-def test_a_prompt_is_never_matched_whole() -> None:
+def test_a_match_leaves_at_least_one_token() -> None:
     tree, pages, snapshots = _tree()
     _publish(tree, pages, snapshots, [1, 2, 3, 4])
     assert tree.match([1, 2, 3, 4]).tokens == tree.cached([1, 2, 3, 4]) == 0
     assert tree.match([1, 2, 3, 4, 5]).tokens == tree.cached([1, 2, 3, 4, 5]) == 4
 
 
-def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_third() -> None:
+def test_a_junction_is_discovered_on_the_second_use_and_hit_on_the_third() -> None:
     tree, pages, snapshots = _tree()
     first, second = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 9, 9]
     tree.record_prompt(first)
@@ -77,7 +77,7 @@ def test_a_shared_part_at_no_boundary_is_found_on_the_second_use_and_hit_on_the_
     assert tree.match([1, 2, 3, 4, 8, 8]).tokens == 4
 
 
-def test_pages_are_held_only_on_the_way_to_a_snapshot() -> None:
+def test_only_pages_on_the_path_to_a_snapshot_are_cached() -> None:
     tree, pages, snapshots = _tree()
     tree.record_prompt([1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert pages.free == 64
@@ -88,7 +88,7 @@ def test_pages_are_held_only_on_the_way_to_a_snapshot() -> None:
     assert not tree.evict()
 
 
-def test_eviction_takes_what_was_used_longest_ago() -> None:
+def test_eviction_is_least_recently_used() -> None:
     tree, pages, snapshots = _tree()
     _publish(tree, pages, snapshots, [1, 2])
     _publish(tree, pages, snapshots, [3, 4])
@@ -98,7 +98,7 @@ def test_eviction_takes_what_was_used_longest_ago() -> None:
     assert tree.match([3, 4, 5]).tokens == 0
 
 
-def test_a_look_at_the_cache_is_no_use_of_it() -> None:
+def test_an_estimate_does_not_count_as_a_use() -> None:
     tree, pages, snapshots = _tree()
     before = tree.version
     _publish(tree, pages, snapshots, [1, 2])
@@ -110,7 +110,7 @@ def test_a_look_at_the_cache_is_no_use_of_it() -> None:
     assert (tree.cached([1, 2, 5]), tree.cached([3, 4, 5])) == (0, 2)
 
 
-def test_a_second_snapshot_of_the_same_prefix_is_given_back() -> None:
+def test_a_second_snapshot_of_the_same_prefix_is_freed() -> None:
     tree, pages, snapshots = _tree()
     _publish(tree, pages, snapshots, [1, 2])
     _publish(tree, pages, snapshots, [1, 2])
@@ -137,7 +137,7 @@ _action = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_action, max_size=40))
-def test_tree_agrees_with_a_set_of_snapshots(actions: list[tuple[str, list[int]]]) -> None:
+def test_the_tree_equals_a_simple_model(actions: list[tuple[str, list[int]]]) -> None:
     tree, pages, snapshots = _tree(pages=200, snapshots=5)
     cached: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
     for kind, tokens in actions:

@@ -1,4 +1,4 @@
-"""Prompts under different cache salts share no page and no snapshot, whatever runs together."""
+"""Prompts with different cache salts share no page and no snapshot, in any mix of requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ STEM = list(range(10, 34))
 
 
 class Witness(FakeWorker):
-    """Notes under which salt each page and snapshot was written, and who is given it later.
+    """Records the salt of each page and snapshot when it is written, and which requests get it
+    later.
 
     salts: of each request, by its seed.
     """
@@ -66,7 +67,7 @@ def source(number: int, length: int, salt: str) -> AddRequest:
 
 
 def serve(eng: Engine, sources: list[AddRequest], gaps: list[int]) -> dict[str, int]:
-    """Add them some steps apart and run to the end. Returns each one's cached tokens."""
+    """Add the requests some steps apart and run to the end. Returns the cached tokens of each."""
     cached, output = {}, {one.id: list[int]() for one in sources}
     waiting = list(zip(sources, gaps, strict=True))
     while waiting or eng.has_work():
@@ -91,7 +92,7 @@ def serve(eng: Engine, sources: list[AddRequest], gaps: list[int]) -> dict[str, 
     num_pages=st.integers(26, 60),
     num_snapshots=st.integers(1, 8),
 )
-def test_no_page_and_no_snapshot_crosses_from_salt_to_salt(
+def test_salts_share_no_page_and_no_snapshot(
     requests: list[tuple[int, str, int]], num_pages: int, num_snapshots: int
 ) -> None:
     salts = [salt for _, salt, _ in requests]
@@ -103,8 +104,8 @@ def test_no_page_and_no_snapshot_crosses_from_salt_to_salt(
 
 
 @pytest.mark.parametrize("salt", SALTS)
-def test_a_salt_hides_nothing_from_itself(salt: str) -> None:
-    """The second prompt of each salt finds the first one's; nobody finds those of other salts."""
+def test_requests_with_the_same_salt_share_prefixes(salt: str) -> None:
+    """The second prompt of each salt finds the first one's prefix, never that of another salt."""
     salts = [*SALTS, salt]
     eng, witness = engine(salts, 60, 8)
     cached = serve(eng, [source(n, 24, one) for n, one in enumerate(salts)], [99] * len(salts))
@@ -114,7 +115,7 @@ def test_a_salt_hides_nothing_from_itself(salt: str) -> None:
 
 
 def test_what_others_send_does_not_change_where_a_prompt_is_cached() -> None:
-    """Junctions are found among prompts of one salt: others' prompts leave no trace in it."""
+    """Junctions are discovered among prompts of one salt only."""
     alone, _ = engine(["a", "a"], 60, 8)
     before = serve(alone, [source(0, 20, "a"), source(1, 12, "a")], [99, 99])
     crowd, _ = engine(["a", "b", "b", "a"], 60, 8)

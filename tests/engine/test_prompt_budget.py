@@ -1,4 +1,4 @@
-"""How a step's prompt tokens are shared out."""
+"""How a step's prompt tokens are shared between prompts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def opened(tokens: int = 2048, decode_tokens: int = 0, **changes: Any) -> Prompt
 
 
 @given(st.integers(1, 70_000))
-def test_buckets_enclose_every_number_of_tokens(tokens: int) -> None:
+def test_buckets_around_every_number_of_tokens(tokens: int) -> None:
     buckets = token_buckets(tokens)
     assert buckets == sorted(set(buckets))
     assert bucket_above(tokens) == buckets[-1] >= tokens
@@ -61,7 +61,7 @@ def test_a_long_prompt_gets_a_quarter_where_others_wait_for_the_step() -> None:
     assert budget.chunk(2048) == 2048  # not long
 
 
-def test_what_a_snapshot_stops_is_left_for_others() -> None:
+def test_tokens_left_by_a_snapshot_stop_go_to_others() -> None:
     budget = opened(2048)
     budget.spend_whole(48)
     assert (budget.left, budget.whole(976), budget.whole(977)) == (2000, 976, 0)
@@ -89,7 +89,7 @@ def test_without_a_threshold_no_prompt_is_long() -> None:
     assert budget.chunk(30_000) == 8192
 
 
-def test_few_prompts_are_computed_piece_by_piece_at_the_same_time() -> None:
+def test_a_limit_of_partial_prefills() -> None:
     budget = opened(8192, max_long_partial_prefills=2, max_num_partial_prefills=2)
     budget.spend_chunk(30_000, 2048, 2048)
     assert budget.chunk(20_000) == 2048
@@ -113,7 +113,7 @@ def test_few_prompts_are_computed_piece_by_piece_at_the_same_time() -> None:
         (452, 100_000, 1980),  # 2,432 = 19 tiles
     ],
 )
-def test_prompts_are_spread_evenly_over_steps_of_whole_tiles(
+def test_prompts_are_spread_evenly_over_steps_of_full_tiles(
     decode_tokens: int, missing: int, tokens: int
 ) -> None:
     assert step_tokens(limits(), decode_tokens, missing) == tokens
@@ -125,7 +125,7 @@ def test_prompts_are_spread_evenly_over_steps_of_whole_tiles(
     missing=st.integers(1, 50_000),
     batched=st.integers(601, 9000),
 )
-def test_steps_stay_within_their_bounds_and_take_no_more_of_them(
+def test_steps_stay_within_their_limits_and_are_as_few_as_possible(
     decode_tokens: int, mixed: int, missing: int, batched: int
 ) -> None:
     sizes = limits(max_num_batched_tokens=batched, mixed_prefill_tokens=mixed)

@@ -1,4 +1,4 @@
-"""The scheduler with a worker of plain arithmetic: right tokens, nothing lost, whatever happens."""
+"""The scheduler with a worker of plain arithmetic: right tokens and no leak, in every mix."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def assert_all_free(eng: Engine) -> None:
     partial=st.integers(0, 2),
     long=st.integers(0, 2),
 )
-def test_any_mix_gives_each_request_its_own_tokens(
+def test_every_mix_of_requests_brings_the_right_tokens(
     seed: int,
     depth: int,
     drafts: int,
@@ -179,7 +179,7 @@ def test_the_lowest_priority_number_runs_first_and_is_preempted_last() -> None:
 
 
 def test_outputs_of_one_prompt_share_its_pages() -> None:
-    """Those that wait for the first one find all whole pages of the prompt in the cache."""
+    """Outputs that wait for the first one find all full pages of the prompt in the cache."""
     eng = engine(limits(num_pages=100, num_snapshots=4))
     prompt = list(range(1, 15))
     for number in range(4):
@@ -205,7 +205,7 @@ def test_a_resumed_request_that_has_all_its_tokens_ends_at_once() -> None:
     assert not eng.has_work()
 
 
-def test_preemption_happens_and_loses_nothing() -> None:
+def test_preemption_loses_no_token() -> None:
     lim = limits(num_pages=20, drafts=0, prefix_caching=False)
     eng = engine(lim)
     prompts = {f"r{i}": [i + 1] * 12 for i in range(4)}
@@ -259,7 +259,7 @@ def test_a_prompt_of_k_plus_1_tokens_is_a_prompt() -> None:
     assert [chunk.count for chunk in plan.chunks] == [4]
 
 
-def test_beside_decoding_rows_a_step_computes_few_prompt_tokens() -> None:
+def test_a_step_with_decode_rows_computes_few_prompt_tokens() -> None:
     eng = engine(limits(mixed_prefill_tokens=5, drafts=0))
     eng.add(request("a", [1] * 20, 20, ignore_eos=True))
     eng.step()
@@ -275,8 +275,8 @@ def test_beside_decoding_rows_a_step_computes_few_prompt_tokens() -> None:
     assert seen == [5] * 6
 
 
-def test_long_prompts_beside_decoding_rows_fill_whole_tiles() -> None:
-    """The decoding rows' tokens count too, and the last piece is as long as it is."""
+def test_long_prompts_with_decode_rows_fill_tiles() -> None:
+    """The tokens of decode rows count too; the last chunk has any length."""
     eng = engine(
         limits(
             mixed_prefill_tokens=1100, max_num_batched_tokens=4000, max_model_len=6000,
@@ -299,7 +299,7 @@ def test_long_prompts_beside_decoding_rows_fill_whole_tiles() -> None:
 
 
 def roomy(**changes: object) -> Limits:
-    """Sizes at which neither pages nor slots are short, of long prompts too."""
+    """Limits with enough pages and slots, also for long prompts."""
     sizes: dict[str, object] = {
         "max_num_seqs": 16, "max_num_batched_tokens": 2048, "mixed_prefill_tokens": 1024,
         "max_model_len": 40_000, "page_size": 16, "num_pages": 20_000, "num_snapshots": 0,
@@ -309,7 +309,7 @@ def roomy(**changes: object) -> Limits:
 
 
 def unchecked(lim: Limits) -> Engine:
-    """An engine for long prompts, whose worker does not look at every token behind them."""
+    """An engine for long prompts, whose worker does not check every earlier token."""
     worker = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, checks=False)
     return Engine(Scheduler(lim), worker, check=True)
 
@@ -334,8 +334,8 @@ def test_a_short_prompt_does_not_wait_behind_long_ones() -> None:
     ]  # 128 tokens in all: a quarter for the long one, whole tiles
 
 
-def test_what_counts_is_what_is_left_to_compute() -> None:
-    """A long prompt of which all but its end is cached is a short one."""
+def test_cached_tokens_do_not_make_a_prompt_long() -> None:
+    """A long prompt with all but its end in the cache counts as short."""
     eng = unchecked(roomy(num_snapshots=8))
     prompt = [1 + n % 40 for n in range(4000)]
     eng.add(request("first", prompt, 1))
@@ -383,7 +383,7 @@ def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
     interval=st.sampled_from([0, 256]),
     decoding=st.integers(0, 6),
 )
-def test_a_long_prompt_ends_however_many_short_ones_come(
+def test_a_long_prompt_ends_under_a_flood_of_short_ones(
     seed: int, length: int, threshold: int, depth: int, interval: int, decoding: int
 ) -> None:
     """It gets `min_chunk` tokens of each step, fewer only where it saves a snapshot."""
@@ -416,10 +416,10 @@ def test_a_long_prompt_ends_however_many_short_ones_come(
     caching=st.booleans(),
     length=st.integers(30, 40),
 )
-def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times(
+def test_overtaking_a_request_that_lacks_pages_is_limited(
     seed: int, depth: int, caching: bool, length: int
 ) -> None:
-    """Small ones that keep coming use what is free, and then let it in."""
+    """Small requests that keep coming use the free pages, and then let it in."""
     rng = random.Random(seed)
     lim = limits(max_num_seqs=8, num_pages=13, drafts=0, prefix_caching=caching)
     eng = engine(lim, depth)
@@ -446,7 +446,7 @@ def test_a_request_that_lacks_pages_is_overtaken_a_bounded_number_of_times(
     assert_all_free(eng)
 
 
-def test_abort_returns_everything_in_every_phase() -> None:
+def test_abort_frees_everything_in_every_phase() -> None:
     for steps in range(8):
         for depth in (0, 1):
             eng = engine(limits(), depth)
@@ -476,7 +476,7 @@ def test_requests_that_cannot_run_are_refused_with_the_reason() -> None:
         eng.add(request("a", [1]))
 
 
-def test_seeds_are_kept_where_given_and_differ_where_not() -> None:
+def test_given_seeds_are_used_and_others_differ() -> None:
     eng = engine(limits())
     eng.add(request("a", [1], seed=7))
     eng.add(request("b", [1]))
@@ -518,7 +518,7 @@ def test_results_out_of_order_are_refused() -> None:
         scheduler.commit(StepResult(99, [1], [[1]]))
 
 
-def test_the_first_tokens_tell_how_long_a_request_waited() -> None:
+def test_the_first_delta_has_the_queue_time() -> None:
     scheduler = Scheduler(limits(max_num_seqs=1, drafts=0))
     for name in ("a", "b"):
         source = request(name, [1, 2], max_tokens=2, ignore_eos=True)
@@ -534,7 +534,7 @@ def test_the_first_tokens_tell_how_long_a_request_waited() -> None:
     ]  # fmt: skip
 
 
-def test_without_drafts_none_are_counted() -> None:
+def test_no_drafts_are_counted_without_drafts() -> None:
     eng = engine(limits(drafts=0))
     eng.add(request("a", [1, 2, 3]))
     run(eng)

@@ -1,4 +1,4 @@
-"""Who may be admitted before a request that came earlier, and how often."""
+"""Which requests may overtake an earlier one, and how often."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_last_free_slot_is_for_the_first_in_the_queue() -> None:
     assert queue.may_admit(second, 1)
 
 
-def test_one_that_lacks_pages_is_overtaken_a_bounded_number_of_times() -> None:
+def test_overtaking_is_limited() -> None:
     big, later = request(1), [request(2 + n) for n in range(MAX_OVERTAKES + 1)]
     urgent = request(100, priority=-1)
     queue = queue_of(big, *later, urgent)
@@ -71,7 +71,7 @@ def test_one_that_lacks_pages_is_overtaken_a_bounded_number_of_times() -> None:
     assert queue.may_admit(later[-1], 4)
 
 
-def test_when_it_leaves_the_others_may_be_admitted() -> None:
+def test_after_the_blocked_request_others_may_be_admitted() -> None:
     big, later = request(1), [request(2 + n) for n in range(MAX_OVERTAKES + 1)]
     queue = queue_of(big, *later)
     queue.candidates(lambda _: False)
@@ -82,7 +82,7 @@ def test_when_it_leaves_the_others_may_be_admitted() -> None:
     assert queue.may_admit(later[-1], 4)
 
 
-def test_a_step_tries_few_requests_that_lack_pages() -> None:
+def test_failed_admissions_per_step_are_limited() -> None:
     waiting = [request(n) for n in range(MAX_FAILURES + 1)]
     queue = queue_of(*waiting)
     queue.candidates(lambda _: False)
