@@ -35,7 +35,7 @@ def llm(small_model: Path) -> Iterator[LLM]:
 
 
 def idle(llm: LLM) -> bool:
-    return not llm._engine.has_work() and llm.stats().running == 0
+    return not llm.engine.has_work() and llm.stats().running == 0
 
 
 def test_prompts_in_every_shape_give_the_same(llm: LLM) -> None:
@@ -141,7 +141,7 @@ def test_one_wrong_prompt_runs_none(llm: LLM, prompts: Any, params: Any, message
 
 
 def test_an_interrupt_leaves_the_engine_idle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, calls = llm._engine.step, []
+    step, calls = llm.engine.step, []
 
     def interrupted() -> Any:
         calls.append(1)
@@ -150,11 +150,11 @@ def test_an_interrupt_leaves_the_engine_idle(llm: LLM, monkeypatch: pytest.Monke
         return step()
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._engine, "step", interrupted)
+        patch.setattr(llm.engine, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello", "world"], GREEDY)
-    while llm._engine.has_work():
-        llm._engine.step()
+    while llm.engine.has_work():
+        llm.engine.step()
     assert idle(llm)
     assert llm.generate(["hello"], GREEDY)[0].finished
 

@@ -1,4 +1,4 @@
-"""The Python API: an engine in this process, called as vLLM's `LLM` is.
+"""The Python API: an engine in this process, with the interface of vLLM's `LLM`.
 
     from millrace import LLM, SamplingParams
 
@@ -6,7 +6,7 @@
         for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
             print(output.outputs[0].text)
 
-One thread at a time may use it. Serving many clients is the server's business.
+One thread at a time may use it. For many clients use `millrace serve`.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Logprob:
     decoded_token: str | None = None
 
 
-Logprobs = dict[int, Logprob]  # of one position, the token that stands there first
+Logprobs = dict[int, Logprob]  # of one position; the token of the output comes first
 
 
 @dataclass
 class CompletionOutput:
     """One output. stop_reason: the stop text or stop token id that ended it, if one did.
 
-    logprobs: one entry a token, where sampling_params.logprobs asks for them;
-    cumulative_logprob: the sum over the tokens themselves.
+    logprobs: one entry per token, if sampling_params.logprobs is set. cumulative_logprob: the sum
+    over the tokens of the output.
     """
 
     index: int
@@ -76,7 +76,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic()`; 0.0 where they have not yet."""
+    """Times in seconds of `time.monotonic()`; 0.0: not yet."""
 
     arrival_time: float = 0.0
     first_token_time: float = 0.0
@@ -85,9 +85,9 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """One prompt and what came of it. prompt: its text, None if it was given as token ids.
+    """One prompt and its outputs. prompt: its text; None if it was given as token ids.
 
-    prompt_logprobs: one entry a token, None for the first, where they are asked for.
+    prompt_logprobs: one entry per token, None for the first, if they are asked for.
     """
 
     request_id: str
@@ -101,10 +101,10 @@ class RequestOutput:
 
 
 class LLM:
-    """A model, loaded, in this process. Options are those of `millrace serve`, in snake_case.
+    """A loaded model in this process. Options are those of `millrace serve`, in snake_case.
 
-    generation_config: "auto" takes the checkpoint's sampling defaults, "vllm" takes none.
-    Raises UserError for a model or an option that cannot work.
+    generation_config: "auto": the checkpoint's sampling defaults; "vllm": none. engine: the engine
+    behind it. Raises UserError for a model or an option that cannot work.
     """
 
     def __init__(self, model: str, *, generation_config: str = "auto", **options: Any) -> None:
@@ -116,9 +116,9 @@ class LLM:
         self._processor = TextProcessor.load(
             directory, tokenizer, generation_config, skip_tokenizer=args.skip_tokenizer_init
         )
-        self._engine = build_engine(args)
-        self._close = weakref.finalize(self, self._engine.close)  # at the latest when Python ends
-        config = self._engine.config
+        self.engine = build_engine(args)
+        self._close = weakref.finalize(self, self.engine.close)  # at interpreter exit at the latest
+        config = self.engine.config
         assert config is not None
         self._max_model_len = config.max_model_len
         self._count = 0
@@ -196,8 +196,8 @@ class LLM:
         return msgspec.convert(given, SamplingParams)
 
     def stats(self) -> EngineStats:
-        """The engine's gauges, and its totals since it was built."""
-        return self._engine.stats()
+        """The gauges of the engine, and its totals since it was built."""
+        return self.engine.stats()
 
     def close(self) -> None:
         """Free the device. The model cannot be used afterwards; closing again does nothing."""
@@ -266,9 +266,9 @@ class LLM:
         ]
 
     def _finish(self, groups: Sequence[Sequence[_Run]], show: bool) -> list[RequestOutput]:
-        """Run them all to their ends; none stays in the engine, whatever happens."""
+        """Run all requests to their ends. None stays in the engine, even after an exception."""
         runs = [run for group in groups for run in group]
-        engine, open_runs = self._engine, {run.request.id: run for run in runs}
+        engine, open_runs = self.engine, {run.request.id: run for run in runs}
         console = Console(stderr=True)
         try:
             for run in runs:
@@ -284,7 +284,7 @@ class LLM:
 
 
 class _Run:
-    """One output on its way through the engine; those of one prompt share a RequestOutput."""
+    """One output while it runs. The outputs of one prompt share a RequestOutput."""
 
     def __init__(
         self,
@@ -305,7 +305,8 @@ class _Run:
         output.outputs.append(self._own)
 
     def take(self, delta: Delta, now: float) -> bool:
-        """Add what a step brought. True if its text has ended it, and the engine must drop it."""
+        """Add the new tokens of a step. True if a stop text was found, and the engine must abort
+        it."""
         if delta.error is not None:
             raise (ModelError if delta.model_failed else RequestError)(delta.error)
         piece = self._detokenizer.push(

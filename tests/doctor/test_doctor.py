@@ -110,7 +110,7 @@ def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("MILLRACE_NATIVE", raising=False)
     monkeypatch.setattr(build, "build", missing)
-    found = devices._native()
+    found = devices.native_library()
     assert found.verdict == "warn"
     assert "no g++" in found.value
     assert "compiler" in found.advice
@@ -119,7 +119,7 @@ def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     small = shutil.disk_usage("/")._replace(total=64 << 20, free=60 << 20)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: small)
-    found = machine._shared_memory()
+    found = machine.shared_memory()
     assert found.verdict == "warn"
     assert "--shm-size" in found.advice
 

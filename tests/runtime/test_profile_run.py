@@ -23,9 +23,8 @@ from millrace.runtime.profile_run import (
     run_largest_steps,
     token_counts,
 )
-from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step.cuda_graphs import bucket_sizes
-from millrace.runtime.worker import Worker, compile_in_background
+from millrace.runtime.worker import compile_in_background, gpu_memory_budget
 from tests.kernels.gpu.gpu_support import HAS_TRITON
 from tests.kernels.gpu.test_gemm_choice import MEASURED, TABLES
 from tests.support.engines import build
@@ -132,27 +131,20 @@ def test_what_is_compiled_in_the_background(
     assert sizes == wanted | {(2048, 256, rows) for rows in row_counts(config)}
 
 
-def test_memory_is_measured_once_compilers_are_gone(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_measured_once_compilers_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def noted(what: str, found: Any) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            order.append(what)
-            return found
+    def step(name: str, result: Any) -> Callable[..., Any]:
+        def run() -> Any:
+            order.append(name)
+            return result
 
         return run
 
-    monkeypatch.setattr("millrace.runtime.worker.workspace_bytes", noted("rehearsed", 10))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", noted("measured", (100, 200)))
-    worker: Any = object.__new__(Worker)
-    worker.config = build(tiny_model, gpu_memory_utilization=0.75).worker.config  # type: ignore[attr-defined]
-    worker.ranks, worker._device = Ranks(), torch.device("cuda")
-    with ExitStack() as worker._background:
-        worker._background.callback(noted("gone", None))
-        assert worker.memory_budget() == 100 - 10 - 50
-    assert order == ["rehearsed", "gone", "measured"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", step("read memory", (100, 200)))
+    budget = gpu_memory_budget(0.75, step("profile run", 10), step("stop compilers", None))
+    assert budget == 100 - 10 - 50
+    assert order == ["profile run", "stop compilers", "read memory"]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

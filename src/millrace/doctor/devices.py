@@ -53,14 +53,14 @@ def kernels() -> Iterator[Finding]:
         yield from backends() if triton.verdict == "ok" else ()
         device, native = "gpu", True
     else:
-        compiled = _native()
+        compiled = native_library()
         yield compiled
         device, native = "cpu", compiled.verdict == "ok"
     for module, name in all_ops():
         yield _path(device, native, module, name)
 
 
-def _native() -> Finding:
+def native_library() -> Finding:
     from millrace.kernels.cpu import build
 
     if not build.is_enabled():

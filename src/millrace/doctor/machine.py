@@ -60,7 +60,7 @@ def machine() -> Iterator[Finding]:
     limit = _cgroup_limit()
     if limit is not None and limit < total:
         yield Finding("machine", "memory limit", f"{limit / GiB:.1f} GiB (control group)")
-    yield _shared_memory()
+    yield shared_memory()
     yield _temporary_directory()
 
 
@@ -100,7 +100,7 @@ def _cgroup_limit() -> int | None:
     return None
 
 
-def _shared_memory() -> Finding:
+def shared_memory() -> Finding:
     """Ranks and NCCL communicate through it; containers have 64 MiB by default."""
     try:
         usage = shutil.disk_usage("/dev/shm")

@@ -166,15 +166,9 @@ class Worker:
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
-            taken = workspace_bytes(
-                self.config,
-                lambda config: self.build_runner(config, 1, 0),
-                self.ranks.wait_for_device,
+            return gpu_memory_budget(
+                args.gpu_memory_utilization, self._workspace, self._background.close
             )
-            self._background.close()
-            free, total = torch.cuda.mem_get_info()
-            logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
-            return int(free - taken - (1.0 - args.gpu_memory_utilization) * total)
         enough = enough_memory(
             self._costs(),
             max_num_seqs=self.config.max_num_seqs,
@@ -182,6 +176,12 @@ class Worker:
             num_snapshots=args.num_snapshots,
         )
         return min(enough, int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
+
+    def _workspace(self) -> int:
+        """Bytes that the largest steps and graphs need, measured."""
+        return workspace_bytes(
+            self.config, lambda config: self.build_runner(config, 1, 0), self.ranks.wait_for_device
+        )
 
     # --- allocation -------------------------------------------------------------------------
 
@@ -194,6 +194,21 @@ class Worker:
         )
         pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
         return Runner(config, self.model, caches, slots, pool, self.ranks)
+
+
+def gpu_memory_budget(
+    utilization: float, workspace: Callable[[], int], stop_compilers: Callable[[], None]
+) -> int:
+    """Bytes of the GPU for states, pages and snapshots.
+
+    utilization: the share of all memory that the engine may use. workspace: measures what steps and
+    graphs need. stop_compilers: called before free memory is read, because compilers use some.
+    """
+    taken = workspace()
+    stop_compilers()
+    free, total = torch.cuda.mem_get_info()
+    logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
+    return int(free - taken - (1.0 - utilization) * total)
 
 
 @contextmanager
