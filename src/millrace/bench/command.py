@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from millrace.bench.flags.command_line import flags_of, read_flags
+from millrace.bench.flags.command_line import SeveralValues, flags_of, read_flags
 from millrace.bench.flags.structs import (
     CompareFlags,
     OwnServersFlags,
@@ -30,7 +30,7 @@ def bench() -> None:
     """Measure servers: throughput, latency and, beside them, accuracy."""
 
 
-@bench.command()
+@bench.command(cls=SeveralValues)
 @flags_of(ServeFlags)
 def serve(**values: Any) -> None:
     """Load a running server and print its figures."""
@@ -39,7 +39,7 @@ def serve(**values: Any) -> None:
     _exit(measure_runs(read_flags(ServeFlags, values)))
 
 
-@bench.command()
+@bench.command(cls=SeveralValues)
 @flags_of(SweepFlags)
 @click.pass_context
 def sweep(context: click.Context, /, **values: Any) -> None:

@@ -8,6 +8,7 @@ what else they mean is for others.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import ssl
 from time import perf_counter_ns
@@ -23,12 +24,17 @@ _HOST = re.compile(r"[\w.:%-]{1,255}")  # a name, or an address of either family
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where a server is: `prefix` is put before every path; `tls` for https."""
+    """Where a server is: `prefix` is put before every path, `query` after it; `tls` for https.
+
+    verify: whether the server's certificate is checked.
+    """
 
     host: str
     port: int
     tls: bool = False
     prefix: str = ""
+    query: str = ""
+    verify: bool = True
 
     @property
     def authority(self) -> str:
@@ -40,9 +46,9 @@ class Target(msgspec.Struct, frozen=True):
 
 
 def parse_url(text: str) -> Target:
-    """A Target from `http://host:port/prefix`; a bare `host:port` is taken as http.
+    """A Target from `http://host:port/prefix?query`; a bare `host:port` is taken as http.
 
-    Raises UserError for any other scheme, a missing host or a port that is no number.
+    Raises UserError for any other scheme, a missing host, a port that is no number, or a user name.
     """
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
@@ -53,8 +59,14 @@ def parse_url(text: str) -> Target:
         valid = None
     if not valid:
         raise UserError(f"{text!r} is no URL of a server; use a form like http://127.0.0.1:8000")
+    if parts.username or parts.fragment or any(c in text for c in " \r\n\t"):
+        raise UserError(
+            f"{parts.hostname}: a URL here has neither user name, fragment nor white space; "
+            "give keys as headers"
+        )
     tls = parts.scheme == "https"
-    return Target(host, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+    port = port or (443 if tls else 80)
+    return Target(host, port, tls, parts.path.rstrip("/"), parts.query)
 
 
 def encode_request(
@@ -64,14 +76,27 @@ def encode_request(
     body: bytes = b"",
     headers: tuple[tuple[str, str], ...] = (),
 ) -> bytes:
-    """The bytes of one request that asks for the connection to be kept open."""
-    lines = [f"{method} {target.prefix}{path} HTTP/1.1", f"Host: {target.authority}"]
-    lines += [f"{name}: {value}" for name, value in headers]
+    """The bytes of one request that asks for the connection to be kept open.
+
+    headers: replace those of the same name that this function would add, and of several with one
+    name the first is sent. The framing of the body is not theirs to set.
+    """
+    lines = {"host": f"Host: {target.authority}"}
     if body:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    return "\r\n".join((*lines, "\r\n")).encode() + body
+        lines["content-type"] = "Content-Type: application/json"
+    given: dict[str, str] = {}
+    for name, value in headers:
+        if name.lower() not in _FRAMING:
+            given.setdefault(name.lower(), f"{name}: {value}")
+    lines |= given
+    if body or method == "POST":
+        lines["content-length"] = f"Content-Length: {len(body)}"
+    query = f"{'&' if '?' in path else '?'}{target.query}" if target.query else ""
+    start = f"{method} {target.prefix}{path}{query} HTTP/1.1"
+    return "\r\n".join((start, *lines.values(), "\r\n")).encode() + body
 
 
+_FRAMING = ("content-length", "transfer-encoding")
 _SWITCHING = 101  # the connection leaves HTTP; no other answer follows
 
 
@@ -243,9 +268,19 @@ class Connection(asyncio.Protocol):
             waiter.set_result(response)
 
 
+@functools.cache
+def ssl_context(verify: bool) -> ssl.SSLContext:
+    """The context of all connections of this process: making one takes some 20 ms."""
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 async def connect(target: Target) -> Connection:
     """An open connection. Raises OSError when there is none to be had."""
-    context = ssl.create_default_context() if target.tls else None
+    context = ssl_context(target.verify) if target.tls else None
     _, connection = await asyncio.get_running_loop().create_connection(
         Connection, target.host, target.port, ssl=context
     )

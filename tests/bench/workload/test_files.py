@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from millrace.bench.command import bench
 from millrace.bench.load.arrivals import Schedule, check_schedule, due_times, rate_at
-from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt, read_trace
+from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt
 from millrace.bench.workload.prompts import (
     FileSpec,
     PolicySpec,
@@ -27,6 +27,7 @@ from millrace.bench.workload.prompts import (
     random_prompts,
     workload_line,
 )
+from millrace.bench.workload.traces import read_trace
 from millrace.errors import UserError
 
 
@@ -123,7 +124,7 @@ def test_custom_lines_are_text_ids_or_messages(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("{", "line 1: not a JSON object"),
-        ('{"text": "x"}', "line 1: neither a prompt"),
+        ('{"words": "x"}', "line 1: neither a prompt"),
         ('{"prompt": ""}', "line 1: neither a prompt"),
         ('{"prompt": "x", "output_tokens": 0}', "output_tokens 0 is not a count"),
         ("", "there is no prompt in it"),
@@ -151,7 +152,8 @@ def test_sharegpt_gives_what_people_said_and_how_long_answers_were(tmp_path: Pat
         return len(text.split())
 
     spec = read_sharegpt(str(path), count=None, output_len=None, turns=2, tokens=words)
-    (prompt,) = spec.prompts
+    prompt, greeted = spec.prompts
+    assert (greeted.content, greeted.output_tokens) == ("four", 3)  # what the model said first
     assert (prompt.content, prompt.input_tokens, prompt.output_tokens) == ("one two three", 3, 2)
     assert [(t.text, t.output_tokens) for t in prompt.later_turns] == [("four", 3)]
     path.write_text('{"a": 1}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import click
 import msgspec
 
 from millrace.bench.flags.help_texts import HELP
@@ -19,6 +20,27 @@ _Flags = TypeVar("_Flags", bound=msgspec.Struct)
 def flags_of(kind: type[msgspec.Struct]) -> Callable[[_Command], _Command]:
     """Decorator: the options of a command whose flags are `kind`."""
     return struct_options(kind, HELP)
+
+
+class SeveralValues(click.Command):
+    """A command without arguments, some of whose flags take several values: `--goodput a b`."""
+
+    SEVERAL = ("--goodput", "--metadata", "--header", "--metrics-url", "--over")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        flag: str | None = None  # that may take one more value
+        awaited = False  # whether the next word is its first value
+        for word in args:
+            if awaited:
+                awaited = False
+            elif word.startswith("-"):
+                flag = word if word in self.SEVERAL else None
+                awaited = flag is not None
+            elif flag is not None:
+                spread.append(flag)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
 
 def read_flags(kind: type[_Flags], values: Mapping[str, Any]) -> _Flags:

@@ -72,6 +72,8 @@ class ServeFlags(LoadFlags, frozen=True, kw_only=True):
     port: int = 8000
     endpoint: str | None = None
     model: str | None = None
+    served_model_name: str | None = None
+    insecure: bool = False
     header: list[str] = []
     ready_check_timeout_sec: float = 0.0
     reset_prefix_cache: bool = False
@@ -84,6 +86,9 @@ class ServeFlags(LoadFlags, frozen=True, kw_only=True):
     save_detailed: bool = False
     result_dir: str = "."
     result_filename: str | None = None
+    append_result: bool = False
+    metadata: list[str] = []
+    label: str | None = None
     raw: RawFormat = "auto"
     num_runs: int = 1
     disable_tqdm: bool = False

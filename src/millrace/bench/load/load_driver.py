@@ -46,6 +46,7 @@ class _Answered(msgspec.Struct, frozen=True):
     job: Job
     scheduled_ns: int
     start_ns: int
+    connect_ns: int
     raw: RawResponse
 
 
@@ -194,9 +195,9 @@ class Load:
 
     async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Answered:
         connection: TimedConnection | None = None
-        start_ns = perf_counter_ns()
+        begun_ns = start_ns = perf_counter_ns()
+        reused = connection = self._take_idle()
         try:
-            reused = connection = self._take_idle()
             if connection is None:
                 connection = await connect(self._target)
             # Setting up a connection belongs to the client's own queueing, not to the server.
@@ -211,7 +212,8 @@ class Load:
             raw = self._failed_response(error)
         finally:
             self._release(connection)
-        return _Answered(index, job, scheduled_ns or start_ns, start_ns, raw)
+        connect_ns = 0 if reused else start_ns - begun_ns
+        return _Answered(index, job, scheduled_ns or start_ns, start_ns, connect_ns, raw)
 
     def _take_idle(self) -> TimedConnection | None:
         while self._idle:
@@ -275,6 +277,7 @@ class Load:
             cached_tokens=answer.cached_tokens if answer else -1,
             error=answer.error if answer else response.error,
             received_ns=answer.received_ns if answer else 0,
+            connect_ns=sent.connect_ns,
             sent_ns=array("q", answer.sent_ns if answer else []),
         )
         self.records.append(record)

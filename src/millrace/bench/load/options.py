@@ -22,7 +22,8 @@ ENDPOINTS: Mapping[Backend, str] = {
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of one run, named as the flags of the command.
 
-    model: None takes the first model that the server lists. vocab_size: None asks the server.
+    model: None takes the first model that the server lists. model_id: its name in the results, None
+    for the same. label: a name for the run. vocab_size: None asks the server.
     duration: seconds after which no more requests are sent. processes: number of load processes.
     timeout and ready_timeout are in seconds. metrics_urls: addresses of replicas whose /metrics are
     read; none reads the target's. reset_prefix_cache: whether caches are emptied before the run.
@@ -33,6 +34,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend = "openai"
     endpoint: str | None = None
     model: str | None = None
+    model_id: str | None = None
+    label: str | None = None
     workload: Workload
     vocab_size: int | None = None
     schedule: Schedule = Schedule()

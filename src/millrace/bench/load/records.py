@@ -21,7 +21,8 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
     a token arrived; end_ns: when the stream had ended. input_tokens and output_tokens: as the
     server counted them (`usage`); where it sends no count, the tokens that were sent and the chunks
     with text that arrived (`counted` is False then). cached_tokens: of the input, -1 where unknown.
-    error: None for a success.
+    error: None for a success. connect_ns: what opening a connection took before the start, 0 where
+    one was open.
 
     received_ns and sent_ns: when the server read the request and sent each chunk. Only the
     benchmark's own mock servers, on the same host, send these stamps.
@@ -40,6 +41,7 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     received_ns: int = 0
     sent_ns: Sequence[int] = ()
+    connect_ns: int = 0
 
     @property
     def ttft(self) -> float:
@@ -96,6 +98,7 @@ INT_FIELDS = (
     "counted",
     "cached_tokens",
     "received_ns",
+    "connect_ns",
 )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count as count_up
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from millrace.bench.load.load_driver import Job
 from millrace.bench.load.options import ENDPOINTS, BenchOptions
+from millrace.bench.workload.messages import is_messages, messages_text
 from millrace.bench.workload.prompts import Content, Prompt, Turn
 from millrace.common.http_client import encode_request
+from millrace.errors import UserError
 
 
 def indices(count: int | None, process: int, processes: int) -> Iterator[int]:
@@ -22,13 +24,24 @@ def indices(count: int | None, process: int, processes: int) -> Iterator[int]:
 
 
 def make_job(options: BenchOptions, model: str, prompt: Prompt, index: int = -1) -> Job:
-    """The request of a prompt; its `then` makes the turns that follow."""
-    content = prompt.content
-    if options.chat and not _is_messages(content):
-        content = [{"role": "user", "content": content}]
-    elif not options.chat and not isinstance(content, str) and _is_messages(content):
-        content = "\n\n".join(str(message.get("content", "")) for message in content)
-    return _job(options, model, content, prompt, index, 0)
+    """The request of a prompt; its `then` makes the turns that follow.
+
+    Raises UserError for a content that the API cannot take.
+    """
+    return _job(options, model, _fitting(options, prompt.content), prompt, index, 0)
+
+
+def _fitting(options: BenchOptions, content: Content) -> Content:
+    """The content as the API takes it: messages for a chat, a text or token ids otherwise."""
+    if is_messages(content):
+        return content if options.chat else messages_text(cast("list[dict[str, Any]]", content))
+    if not options.chat:
+        return content
+    if not isinstance(content, str):
+        raise UserError(
+            "token ids cannot be sent as a chat message; use --backend openai, or a file with text"
+        )
+    return [{"role": "user", "content": content}]
 
 
 def _job(
@@ -41,10 +54,10 @@ def _job(
             following, *rest = prompt.later_turns
             longer = _with_next_turn(content, answer, following)
             words = prompt.input_tokens + len(answer.split()) + len(following.text.split())
-            next_prompt = Prompt(longer, words, following.output_tokens, tuple(rest))
+            next_prompt = Prompt(longer, words, following.output_tokens, tuple(rest), prompt.extra)
             return _job(options, model, longer, next_prompt, index, turn + 1)
 
-    body = _body(options, model, content, prompt.output_tokens)
+    body = _body(options, model, content, prompt)
     path = options.endpoint or ENDPOINTS[options.backend]
     request = encode_request(
         options.target, "POST", path, msgspec.json.encode(body), options.headers
@@ -56,26 +69,20 @@ def _with_next_turn(content: Content, answer: str, following: Turn) -> Content:
     """The conversation so far, then the answer, then the user's next turn."""
     if isinstance(content, str):
         return f"{content}\n{answer}\n{following.text}"
-    assert _is_messages(content)
+    assert isinstance(content, list)
     said = [{"role": "assistant", "content": answer}, {"role": "user", "content": following.text}]
     return [*content, *said]
 
 
-def _is_messages(content: Content) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], dict)
-
-
-def _body(
-    options: BenchOptions, model: str, content: Content, output_tokens: int
-) -> dict[str, Any]:
+def _body(options: BenchOptions, model: str, content: Content, prompt: Prompt) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "messages" if options.chat else "prompt": content,
-        "max_tokens": output_tokens,
+        "max_tokens": prompt.output_tokens,
         "temperature": options.temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     if options.ignore_eos:
         body["ignore_eos"] = True
-    return body | options.extra_body
+    return body | prompt.extra | options.extra_body

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
 from time import perf_counter_ns
 from typing import cast
 
 import httptools
 
-from millrace.common.http_client import Reading, Response, Target
+from millrace.common.http_client import Reading, Response, Target, ssl_context
 
 _END = b"\r\n\r\n"  # ends every chunked body: that of its last chunk, or of its trailers
 # The end of nearly all streams: a chunk with the last event, then the last chunk. After that event
@@ -227,7 +226,7 @@ class TimedConnection(asyncio.Protocol):
 
 async def connect(target: Target) -> TimedConnection:
     """An open connection. Raises OSError when there is none to be had."""
-    context = ssl.create_default_context() if target.tls else None
+    context = ssl_context(target.verify) if target.tls else None
     _, connection = await asyncio.get_running_loop().create_connection(
         TimedConnection, target.host, target.port, ssl=context
     )

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from millrace.bench.load.process_pool import Outcome, ProcessRecords
+from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.metrics import Samples, Summary
 
 BUSY_SHARE = 0.85  # of a core: above this a process is late because it has no time left
@@ -31,11 +32,18 @@ _NO_CORES = (
 )
 
 
+_CONNECTING = 0.05  # of the requests' time: a larger share makes the rate the client's
+_CONNECTIONS = (
+    "client-bound: the server closes connections that could be used again; let it keep them open"
+)
+
+
 class ClientOverhead(msgspec.Struct, frozen=True, kw_only=True):
     """What the load generator cost. Shares are of a core; times are in ms, or in us by name.
 
     error_ms: how far TTFT and ITL may be off, by percentile. reasons: why the load generator
-    limited the run, empty where it did not. advice: what to do about that.
+    limited the run, empty where it did not. advice: what to do about that. connect_share: of the
+    requests' time, what opening connections took before their start.
     """
 
     processes: int
@@ -48,6 +56,7 @@ class ClientOverhead(msgspec.Struct, frozen=True, kw_only=True):
     median_send_delay_ms: float
     p99_send_delay_ms: float
     max_send_delay_ms: float
+    connect_share: float
     error_ms: dict[str, dict[str, float]]
     relative_error: dict[str, dict[str, float]]
     client_bound: bool
@@ -63,8 +72,8 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientO
     chunks = max(1, sum(len(record.chunk_ns) for record in outcome.records))
     errors = timing_errors(parts)
     relative = relative_errors(errors, summary)
+    connecting = connect_share(outcome.records)
     reasons = bound_reasons(shares, errors, relative)
-    idle_and_late = bool(reasons) and max(shares) < _TARGET_SHARE
     return ClientOverhead(
         processes=len(shares),
         cpu_share=max(shares),
@@ -76,11 +85,12 @@ def measure_client(outcome: Outcome, summary: Summary, *, cores: int) -> ClientO
         median_send_delay_ms=float(np.median(delays)),
         p99_send_delay_ms=float(np.percentile(delays, 99)),
         max_send_delay_ms=max(delays),
+        connect_share=connecting,
         error_ms=errors,
         relative_error=relative,
-        client_bound=bool(reasons),
-        reasons=reasons,
-        advice=(_NO_CORES if idle_and_late else advice(shares, cores)) if reasons else None,
+        client_bound=bool(reasons) or connecting > _CONNECTING,
+        reasons=reasons + _connect_reasons(connecting),
+        advice=_advice(reasons, connecting, shares, cores),
     )
 
 
@@ -171,6 +181,28 @@ def bound_reasons(
                     f"{name.upper()} {figure} may be off by {error:.1f} ms ({share:.0%})"
                 )
     return reasons
+
+
+def connect_share(records: Sequence[RequestTiming]) -> float:
+    """The share of the requests' time that went into opening connections, before their start."""
+    connecting = sum(record.connect_ns for record in records)
+    total = connecting + sum(record.end_ns - record.start_ns for record in records)
+    return connecting / total if total > 0 else 0.0
+
+
+def _connect_reasons(share: float) -> list[str]:
+    if share <= _CONNECTING:
+        return []
+    return [f"opening connections took {share:.0%} of the requests' time, before their start"]
+
+
+def _advice(
+    reasons: Sequence[str], connecting: float, shares: Sequence[float], cores: int
+) -> str | None:
+    """What would help; None where nothing limited the run."""
+    if reasons:
+        return _NO_CORES if max(shares) < _TARGET_SHARE else advice(shares, cores)
+    return _CONNECTIONS if connecting > _CONNECTING else None
 
 
 def advice(shares: Sequence[float], cores: int) -> str:

@@ -66,26 +66,36 @@ def load_results(path: str) -> list[ResultFile]:
     if not place.exists():
         raise UserError(f"{path}: no such file or directory; give one that --save-result wrote")
     files = sorted(place.iterdir()) if place.is_dir() else [place]
-    found = [result for file in files if (result := _read(file)) is not None]
+    found = [result for file in files for result in _read(file)]
     if not found:
         raise UserError(f"{path}: there is no result of `millrace bench` in it")
     return found
 
 
-def _read(path: Path) -> ResultFile | None:
+def _read(path: Path) -> list[ResultFile]:
+    """The results in a file: one, or one in each line of a file that was appended to."""
     if path.suffix in (".parquet", ".jsonl", ".html") or not path.is_file():
-        return None
+        return []
     try:
-        with path.open("rb") as file:
-            if file.read(1) != b"{":
-                return None
-        fields = msgspec.json.decode(path.read_bytes())
+        data = path.read_bytes() if _begins_like_json(path) else b""
+        try:
+            contents = [msgspec.json.decode(data)]
+        except msgspec.DecodeError:
+            contents = [msgspec.json.decode(line) for line in data.splitlines() if line.strip()]
     except (OSError, msgspec.DecodeError):
-        return None
+        return []
+    return [ResultFile(path, fields) for fields in contents if _is_result(fields)]
+
+
+def _begins_like_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"{"
+
+
+def _is_result(fields: Any) -> bool:
     if not isinstance(fields, dict):
-        return None
-    known = "total_token_throughput" in fields or ("table" in fields and "rows" in fields)
-    return ResultFile(path, fields) if known else None
+        return False
+    return "total_token_throughput" in fields or ("table" in fields and "rows" in fields)
 
 
 def load_key(fields: Mapping[str, Any]) -> tuple[Any, ...]:

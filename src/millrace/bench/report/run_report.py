@@ -68,8 +68,9 @@ def run_fields(
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": options.backend,
-        "model_id": model,
-        "tokenizer_id": model,
+        "label": options.label or options.backend,
+        "model_id": options.model_id or model,
+        "tokenizer_id": options.model_id or model,
         "num_prompts": planned,
         **_load_fields(options),
         "mean_input_len": seen.mean_input,

@@ -34,7 +34,8 @@ def default_name(fields: Mapping[str, Any]) -> str:
     concurrency = f"-concurrency{fields['max_concurrency']}" if fields["max_concurrency"] else ""
     model = str(fields["model_id"]).rstrip("/").rsplit("/", 1)[-1]
     rate = f"{fields['request_rate']}qps"
-    return f"{fields['backend']}-{rate}{concurrency}-{model}-{fields['date']}.json"
+    label = str(fields.get("label") or fields["backend"]).replace("/", "_")
+    return f"{label}-{rate}{concurrency}-{model}-{fields['date']}.json"
 
 
 def new_file(path: Path) -> Path:
@@ -71,20 +72,41 @@ def save_run(
     *,
     detailed: bool,
     raw: RawFormat,
+    append: bool = False,
 ) -> list[Path]:
     """Write the JSON file of a run and its raw data; returns the paths.
+
+    append: add a line to the file, and keep the raw data of the runs before it.
 
     Raises UserError when raw data are to be Parquet and pyarrow is not installed.
     """
     kept = {name: v for name, v in fields.items() if detailed or name not in DETAIL}
     columns = {"requests": request_columns(records), "samples": sample_columns(samples)}
-    written = []
+    stem, written = path.name.removesuffix(".json"), []
+    if append:
+        stem = _free_stem(path, stem)
     for name, table in columns.items():
         if raw != "none" and any(table.values()):
-            stem = path.name.removesuffix(".json")
             written.append(_write_table(path.with_name(f"{stem}.{name}"), table, raw))
     kept["raw_data"] = [file.name for file in written]
+    if append:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            start = b"\n" if file.tell() else b""
+            file.write(start + msgspec.json.encode(kept))
+        return [path, *written]
     return [write_json(path, kept), *written]
+
+
+def _free_stem(path: Path, stem: str) -> str:
+    """A stem of names of raw data that are not there yet."""
+    number, found = 1, stem
+    while any(path.parent.glob(f"{found}.requests.*")) or any(
+        path.parent.glob(f"{found}.samples.*")
+    ):
+        number += 1
+        found = f"{stem}-{number}"
+    return found
 
 
 def check_raw(raw: RawFormat) -> str:

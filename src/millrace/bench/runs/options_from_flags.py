@@ -6,9 +6,11 @@ Every refusal names the flag and what would work.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
+from urllib.request import proxy_bypass
 
 import msgspec
 
@@ -16,7 +18,7 @@ from millrace.bench.flags.structs import LoadFlags, ServeFlags
 from millrace.bench.load.arrivals import Schedule, check_schedule
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.measure.metrics import LATENCIES
-from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt, read_trace
+from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt
 from millrace.bench.workload.files import tokenizer_counts as read_tokenizer
 from millrace.bench.workload.prompts import (
     PolicySpec,
@@ -25,6 +27,7 @@ from millrace.bench.workload.prompts import (
     Workload,
     check_spec,
 )
+from millrace.bench.workload.traces import read_trace
 from millrace.common.http_client import Target, parse_url
 from millrace.errors import UserError
 
@@ -40,7 +43,9 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
         load_options(flags, _target(flags)),
         backend=flags.backend,
         endpoint=flags.endpoint,
-        model=flags.model,
+        model=flags.served_model_name or flags.model,
+        model_id=flags.model if flags.served_model_name else None,
+        label=flags.label,
         headers=_headers(flags.header),
         percentiles=_percentiles(flags.metric_percentiles),
         objectives=_objectives(flags.goodput),
@@ -167,21 +172,64 @@ def _at_least_one(name: str, value: int | None) -> None:
 
 
 def _target(flags: ServeFlags) -> Target:
-    if flags.base_url:
-        return parse_url(flags.base_url)
-    return Target(flags.host, flags.port)
+    """The server. A base URL may end in /v1, as other clients want it."""
+    target = parse_url(flags.base_url) if flags.base_url else Target(flags.host, flags.port)
+    prefix = target.prefix if flags.endpoint else target.prefix.removesuffix("/v1")
+    return msgspec.structs.replace(target, prefix=prefix, verify=not flags.insecure)
 
 
-def _headers(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for text in given:
+def ignored_proxy(target: Target) -> str | None:
+    """A remark where the environment names a proxy for the server: it is not used."""
+    names = ("HTTPS_PROXY" if target.tls else "HTTP_PROXY", "ALL_PROXY")
+    found = next((n for name in names for n in (name, name.lower()) if os.environ.get(n)), None)
+    if found is None or proxy_bypass(target.host):
+        return None
+    return (
+        f"{found}={os.environ[found]} is ignored: requests go to {target} directly; "
+        "give the proxy's own address with --base-url to measure through it"
+    )
+
+
+def metadata_fields(listed: Sequence[str]) -> dict[str, str]:
+    """Further fields of the result file. Raises UserError for what is not NAME=VALUE."""
+    fields = {}
+    for text in listed:
         name, found, value = text.partition("=")
-        if not found or not name:
-            raise UserError(f"--header {text!r}: use the form Name=Value")
-        pairs.append((name, value))
-    if key := os.environ.get("OPENAI_API_KEY"):
+        if not found or not name.strip():
+            raise UserError(f"--metadata {text!r}: use the form NAME=VALUE")
+        fields[name.strip()] = value.strip()
+    return fields
+
+
+def _headers(listed: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Headers of every request: those of --header, then the key of OPENAI_API_KEY."""
+    pairs = [_header(text) for text in listed]
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not _VALUE.fullmatch(key):
+        raise UserError("OPENAI_API_KEY: there is a line end or control character in it")
+    if key:
         pairs.append(("Authorization", f"Bearer {key}"))
-    return tuple(pairs)
+    found: dict[str, tuple[str, str]] = {}
+    for name, value in pairs:
+        found.setdefault(name.lower(), (name, value))
+    return tuple(found.values())
+
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_NOT_OURS = ("content-length", "transfer-encoding", "connection", "expect", "accept-encoding")
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    name, value = name.strip(), value.strip()
+    if not found or not _NAME.fullmatch(name):
+        raise UserError(f"--header {text!r}: use the form Name=Value")
+    if not _VALUE.fullmatch(value):
+        raise UserError(f"--header {name}: its value has a line end or control character")
+    if name.lower() in _NOT_OURS:
+        raise UserError(f"--header {name}: the load generator sets this header by itself")
+    return name, value
 
 
 def _json_object(flag: str, text: str) -> dict[str, Any]:

@@ -21,7 +21,13 @@ from millrace.bench.report.run_report import benchy_table, error_lines, table
 from millrace.bench.report.save import check_raw, default_name, new_file, provenance, save_run
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.runs.accuracy import Accuracy, accuracy_fields, accuracy_under_load
-from millrace.bench.runs.options_from_flags import metric_names, serve_options, with_run_seed
+from millrace.bench.runs.options_from_flags import (
+    ignored_proxy,
+    metadata_fields,
+    metric_names,
+    serve_options,
+    with_run_seed,
+)
 from millrace.bench.runs.serve import Run, run
 from millrace.bench.runs.sweep_grid import Point, point_name
 from millrace.errors import UserError
@@ -33,6 +39,7 @@ def measure_runs(flags: ServeFlags) -> int:
     """All runs of `bench serve`; the exit status is that of the worst one, or of a signal."""
     _check_output(flags)
     options = serve_options(flags)
+    _remark_on_proxy(options)
     status = 0
     with Interrupts() as interrupts:
         for number in range(flags.num_runs):
@@ -49,6 +56,7 @@ def measure_sweep(points: Sequence[Point], flags: Sequence[SweepFlags]) -> int:
     """All runs of `bench sweep`. flags: those of each point. Returns the exit status."""
     _check_output(flags[0])
     planned = [serve_options(one) for one in flags]
+    _remark_on_proxy(planned[0])
     results: list[dict[str, Any]] = []
     with Interrupts() as interrupts:
         try:
@@ -84,11 +92,19 @@ def _measure_points(
     return status
 
 
+def _remark_on_proxy(options: BenchOptions) -> None:
+    if (remark := ignored_proxy(options.target)) is not None:
+        click.echo(remark, err=True)
+
+
 def _check_output(flags: ServeFlags) -> None:
     remark = check_raw(flags.raw)
     if remark and flags.saves:
         click.echo(remark, err=True)
     metric_names(flags.percentile_metrics)
+    metadata_fields(flags.metadata)
+    if flags.append_result and flags.result_filename is None:
+        raise UserError("--append-result needs the file: give --result-filename")
     if flags.num_runs < 1:
         raise UserError(f"--num-runs {flags.num_runs}: use 1 or more")
 
@@ -149,12 +165,16 @@ def verdict(
 
 def _save(outcome: Run, fields: dict[str, Any], flags: ServeFlags, part: str) -> None:
     name = flags.result_filename or default_name(fields)
-    if part:
+    if part and not flags.append_result:
         name = f"{name.removesuffix('.json')}-{part}.json"
     path = Path(flags.result_dir) / name
+    append = flags.append_result and flags.result_filename is not None
     if flags.result_filename is None:
         path = new_file(path)  # runs of one second have one default name
-    fields = {**fields, "provenance": provenance(outcome.server_version)}
+    metadata = metadata_fields(flags.metadata)
+    for taken in metadata.keys() & fields.keys():
+        click.echo(f"--metadata {taken} is left out: the file has a figure of that name", err=True)
+    fields = {**metadata, **fields, "provenance": provenance(outcome.server_version)}
     paths = save_run(
         path,
         fields,
@@ -162,6 +182,7 @@ def _save(outcome: Run, fields: dict[str, Any], flags: ServeFlags, part: str) ->
         outcome.observation.samples,
         detailed=flags.save_detailed,
         raw=flags.raw,
+        append=append,
     )
     click.echo(f"written to {paths[0]}" + "".join(f", {path.name}" for path in paths[1:]))
 

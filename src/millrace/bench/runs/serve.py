@@ -178,6 +178,9 @@ async def _wait_ready(options: BenchOptions) -> None:
     while True:
         try:
             health = await fetch(options.target, "/health", headers=options.headers)
+            if 300 <= health.status < 400:
+                where = health.headers.get("location", "another address")
+                raise UserError(f"{options.target} redirects to {where}; give that as --base-url")
             if health.status != 503:
                 return
             problem = f"{options.target} is not ready ({error_text(health.body)}); wait for it"

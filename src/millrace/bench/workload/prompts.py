@@ -45,12 +45,14 @@ class Turn(msgspec.Struct, frozen=True):
 
 class Prompt(msgspec.Struct, frozen=True):
     """One request: its content (token ids, text or chat messages), the tokens (words) of that, the
-    output tokens to generate, and the turns that follow after the answer."""
+    output tokens to generate, the turns that follow after the answer, and further fields of the
+    request's body."""
 
     content: Content
     input_tokens: int
     output_tokens: int
     later_turns: tuple[Turn, ...] = ()
+    extra: dict[str, Any] = {}
 
 
 class RandomSpec(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
