@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 
 from millrace.bench.load.process_pool import Outcome, ProcessRecords
@@ -119,6 +120,22 @@ def test_a_client_that_is_idle_and_late_is_told_that_other_programs_use_the_core
     assert one.client_bound
     assert "other programs use the cores" in one.advice
     assert any("TTFT p50 may be off by 30.0 ms" in reason for reason in one.reasons)
+
+
+def test_a_run_that_mostly_opens_connections_is_the_clients() -> None:
+    """As with a server that closes each connection, over TLS: 26% of the time in the worst case."""
+    one = part([(10, 0.1), (50, 0.1)], [50, 100, 150])
+    slow = msgspec.structs.replace(one.records[0], connect_ns=50 * MS)
+    found = client(msgspec.structs.replace(one, records=[slow]))
+    assert found.client_bound
+    assert found.connect_share == pytest.approx(0.25)
+    assert found.reasons == [
+        "opening connections took 25% of the requests' time, before their start"
+    ]
+    assert found.advice == (
+        "client-bound: the server closes connections that could be used again; let it keep them "
+        "open"
+    )
 
 
 def test_errors_that_no_server_shows_are_none() -> None:

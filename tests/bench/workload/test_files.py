@@ -161,6 +161,90 @@ def test_sharegpt_gives_what_people_said_and_how_long_answers_were(tmp_path: Pat
         read_sharegpt(str(path), count=None, output_len=None, turns=1, tokens=words)
 
 
+@pytest.mark.parametrize(
+    ("row", "content", "input_tokens", "output_tokens"),
+    [
+        ({"text": "two words"}, "two words", 2, 5),  # AIPerf
+        ({"texts": ["two words"], "output_sequence_length": 7}, "two words", 2, 7),
+        ({"prompt": "a b", "prompt_tokens_count": 9, "output_tokens_count": 3}, "a b", 2, 3),
+        ({"question": "why not", "max_tokens": 4}, "why not", 2, 4),
+        ({"prompt": [1, 2, 3], "output_length": 2.0}, [1, 2, 3], 3, 2),
+        (
+            {"custom_id": "r1", "method": "POST", "url": "/v1/completions",
+             "body": {"model": "x", "prompt": "a b c", "max_tokens": 6}},
+            "a b c", 3, 6,
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a b"}]}]},
+            [{"role": "user", "content": [{"type": "text", "text": "a b"}]}], 2, 5,
+        ),
+    ],
+)  # fmt: skip
+def test_rows_of_other_tools(
+    tmp_path: Path, row: dict[str, Any], content: Any, input_tokens: int, output_tokens: int
+) -> None:
+    for text in (json.dumps(row), "\ufeff" + json.dumps(row) + "\r\n", json.dumps([row], indent=1)):
+        path = tmp_path / "p.jsonl"
+        path.write_text(text)
+        spec = read_custom(str(path), count=None, output_len=5, tokens=lambda t: len(t.split()))
+        (prompt,) = spec.prompts
+        assert (prompt.content, prompt.input_tokens) == (content, input_tokens)
+        assert prompt.output_tokens == output_tokens
+
+
+def test_a_request_of_a_batch_file_keeps_its_other_fields(tmp_path: Path) -> None:
+    body = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5,
+            "temperature": 0.7, "tools": [{}], "stream": False}  # fmt: skip
+    path = lines(tmp_path / "b.jsonl", {"custom_id": "r1", "url": "/x", "body": body})
+    (prompt,) = read_custom(path, count=None, output_len=9, tokens=estimate_tokens).prompts
+    assert prompt.extra == {"temperature": 0.7, "tools": [{}]}
+    assert prompt.output_tokens == 5
+
+
+def test_aiperfs_inputs_and_sessions(tmp_path: Path) -> None:
+    path = tmp_path / "inputs.json"
+    payloads = [{"messages": [{"role": "user", "content": t}], "max_tokens": 3} for t in "ab"]
+    path.write_text(json.dumps({"data": [{"session_id": "s", "payloads": payloads}]}, indent=2))
+    spec = read_custom(str(path), count=None, output_len=9, tokens=estimate_tokens)
+    assert [p.output_tokens for p in spec.prompts] == [3, 3]
+    session = lines(tmp_path / "s.jsonl", {"session_id": "s", "turns": [{"text": "a"}, "b"]})
+    (prompt,) = read_custom(session, count=None, output_len=9, tokens=estimate_tokens).prompts
+    assert (prompt.content, [turn.text for turn in prompt.later_turns]) == ("a", ["b"])
+
+
+def test_a_csv_with_a_column_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,output_tokens_count\n"a, b",3\nc,\n')
+    spec = read_custom(str(path), count=None, output_len=9, tokens=estimate_tokens)
+    assert [(p.content, p.output_tokens) for p in spec.prompts] == [("a, b", 3), ("c", 9)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"prompt": "x y", "output_tokens": true}', "line 1: output_tokens True is not a count"),
+        ('{"prompt": [true, 1]}', "line 1: neither a prompt"),
+        ('{"prompt": [-1]}', "line 1: neither a prompt"),
+        ('{"messages": [1]}', "line 1: a message is 1"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "a message's content is 5"),
+        ('{"timestamp": 1, "input_length": 2, "output_length": 3}', "use --dataset-name trace"),
+        ('[{"conversations": []}]', "use --dataset-name sharegpt"),
+        ('{"session_id": "s", "turns": [{"image": "x"}]}', "line 1: a turn has no text"),
+        ("a,b\n1,2\n", "line 1: not a JSON object, nor CSV with a column of prompts"),
+        ("PAR1", "a Parquet file"),
+        (b"\xff\x00\xff", "not UTF-8 text"),
+    ],
+)
+def test_what_would_be_other_work_is_refused(
+    tmp_path: Path, content: str | bytes, expected: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        read_custom(str(path), count=None, output_len=5, tokens=estimate_tokens)
+    assert expected in str(caught.value)
+
+
 def test_a_trace_keeps_its_times_and_its_shared_blocks(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "t.jsonl",

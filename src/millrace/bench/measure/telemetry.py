@@ -126,9 +126,11 @@ def integrate(powers: list[tuple[int, float]]) -> float | None:
 async def find_replicas(options: BenchOptions) -> list[Target]:
     """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else the
     target."""
+    verify = options.target.verify
     if options.metrics_urls:
-        return [parse_url(url) for url in options.metrics_urls]
-    root = msgspec.structs.replace(options.target, prefix="")
+        named = [parse_url(url) for url in options.metrics_urls]
+        return [msgspec.structs.replace(target, verify=verify) for target in named]
+    root = msgspec.structs.replace(options.target, prefix="", query="")
     try:
         response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)
         found = msgspec.json.decode(response.body) if response.status == 200 else {}
