@@ -95,9 +95,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _arguments(given: Any, where: str) -> dict[str, Any]:
     """Arguments as an object. Those of an answer that was cut off at max_tokens are closed."""
     if isinstance(given, str):
-        whole = completed(given.strip()) if given.strip() else "{}"
         try:
-            given = json.loads(given if whole is None else whole)
+            given = _object(given.strip() or "{}")
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{where} is not valid JSON: {error}", param=where) from None
     if given is None:
@@ -105,3 +104,14 @@ def _arguments(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RequestError(f"{where} must be a JSON object", param=where)
     return given
+
+
+def _object(text: str) -> Any:
+    """Raises ValueError for what is neither JSON nor the begin of an object or array."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        whole = completed(text)
+        if whole is None:
+            raise
+        return json.loads(whole)

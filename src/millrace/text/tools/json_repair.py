@@ -12,8 +12,11 @@ import re
 from typing import Any
 
 _BARE = re.compile(r"[^\s,:{}\[\]()\"'<]+|<")
-_SPECIAL = {'"': re.compile(r'["\\\x00-\x1f]'), "'": re.compile(r"[\"'\\\x00-\x1f]")}
-_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+_PLAIN = {  # what stands in a text as it does in JSON, by the quote around it
+    '"': re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+'),
+    "'": re.compile(r"(?:[^\"'\\\x00-\x1f]|\\(?:[\"\\/bfnrt]|u[0-9a-fA-F]{4}))+"),
+}
+_SPACE = re.compile(r"\s*")
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 MAX_DIGITS = 4000  # of a number; Python reads no longer one
@@ -61,15 +64,21 @@ class JsonRepair:
         self._ends = ends
         self._levels: list[_Level] = []
         self._quote = ""
+        self._text = ""
+        self._at = 0  # in the text
         self._given = 0  # characters
         self._key_at = 0  # where the last key began, with the comma before it
-        self.rest = ""
         self.done = False
         self.guesses = 0
 
+    @property
+    def rest(self) -> str:
+        """What has not been taken yet; what follows the object if it is done."""
+        return self._text[self._at :]
+
     def feed(self, text: str, last: bool = False) -> str:
         """The JSON that the text adds. last: nothing follows, so that all is closed."""
-        self.rest += text
+        self._text, self._at = self._text[self._at :] + text, 0
         made: list[str] = []
         while not self.done:
             step = self._in_text(last) if self._quote else self._token(last)
@@ -99,15 +108,15 @@ class JsonRepair:
             made = made[: self._key_at]
         return made + "".join("}" if one.is_object else "]" for one in reversed(self._levels))
 
-    # Each step takes some of `rest` and returns what it adds, or None if it needs more text.
+    # Each step takes some of the text and returns what it adds, or None if it needs more of it.
 
     def _token(self, last: bool) -> str | None:
-        self.rest = self.rest.lstrip()
-        if not self.rest:
+        self._at = _space_end(self._text, self._at)
+        if self._at == len(self._text):
             return None
-        first = self.rest[0]
+        first = self._text[self._at]
         if first == "<" and self._ends:
-            ended = self._end_at(0, last)
+            ended = self._end_at(self._at, last)
             if ended is not False:
                 return None if ended is None else self._close()
         if first in "{[(":
@@ -127,9 +136,9 @@ class JsonRepair:
         return self._take(1, before + ("{" if first == "{" else "["))
 
     def _bare(self, last: bool) -> str | None:
-        found = _BARE.match(self.rest)
+        found = _BARE.match(self._text, self._at)
         assert found is not None
-        if found.end() == len(self.rest) and not last:
+        if found.end() == len(self._text) and not last:
             return None
         text = found.group()
         known = word(text)
@@ -139,43 +148,40 @@ class JsonRepair:
         return self._take(len(text), self._before(is_text=False) + known)
 
     def _in_text(self, last: bool) -> str | None:
-        found = _SPECIAL[self._quote].search(self.rest)
-        if found is None:
-            return self._take(len(self.rest), self.rest) if self.rest else None
-        if found.start():
-            return self._take(found.start(), self.rest[: found.start()])
-        char = self.rest[0]
+        if self._at == len(self._text):
+            return None
+        found = _PLAIN[self._quote].match(self._text, self._at)
+        if found:
+            return self._take(len(found.group()), found.group())
+        char = self._text[self._at]
         if char == "\\":
-            return self._escape(last)
+            return self._wrong_escape(last)
         if char == self._quote:
             return self._quote_mark(last)
         if char == "\n" and self._ends:
-            ended = self._end_at(len(self.rest) - len(self.rest.lstrip()), last)
+            ended = self._end_at(_space_end(self._text, self._at), last)
             if ended is not False:
                 return None if ended is None else self._close()
         return self._take(1, dump(char)[1:-1])
 
-    def _escape(self, last: bool) -> str | None:
-        if len(self.rest) < (6 if self.rest[1:2] == "u" else 2) and not last:
+    def _wrong_escape(self, last: bool) -> str | None:
+        following = self._text[self._at + 1 : self._at + 6]
+        if not last and len(following) < (5 if following[:1] == "u" else 1):
             return None
-        found = _ESCAPE.match(self.rest)
-        if found:
-            return self._take(found.end(), found.group())
-        if self.rest[1:2] == "'":
-            return self._take(2, "'")
-        return self._take(1, "\\\\")
+        return self._take(2, "'") if following[:1] == "'" else self._take(1, "\\\\")
 
     def _quote_mark(self, last: bool) -> str | None:
         """A quote ends a text where JSON could go on behind it, else it is a part of the text."""
-        after = self.rest[1:].lstrip()
-        if not after and not last:
+        after = _space_end(self._text, self._at + 1)
+        at_end = after == len(self._text)
+        if at_end and not last:
             return None
-        ends = not after or after[0] in ",:}])" or "\n" in self.rest[1 : -len(after) or None]
+        ends: bool | None = at_end or self._text[after] in ",:}])"
+        ends = ends or "\n" in self._text[self._at + 1 : after]
         if not ends and self._ends:
-            tag = self._end_at(len(self.rest) - len(after), last)
-            if tag is None:
+            ends = self._end_at(after, last)
+            if ends is None:
                 return None
-            ends = tag
         if not ends:
             self.guesses += 1
             return self._take(1, '\\"' if self._quote == '"' else "'")
@@ -240,14 +246,21 @@ class JsonRepair:
         return made
 
     def _end_at(self, at: int, last: bool) -> bool | None:
-        if self.rest.startswith(self._ends, at):
+        if self._text.startswith(self._ends, at):
             return True
-        begun = self.rest[at:]
+        begun = self._text[at : at + max(map(len, self._ends))]
         return None if not last and any(end.startswith(begun) for end in self._ends) else False
 
     def _take(self, count: int, made: str) -> str:
-        self.rest = self.rest[count:]
+        self._at += count
         return made
+
+
+def _space_end(text: str, at: int) -> int:
+    """The first position from `at` that is no white space."""
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()
 
 
 def repaired(text: str) -> tuple[str, int] | None:
