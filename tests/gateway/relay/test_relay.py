@@ -23,6 +23,7 @@ from millrace.common.http_client import Target, connect, encode_request, fetch
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import FAILURES, IN_FLIGHT
 from millrace.gateway.health.health_monitor import HealthPolicy
+from millrace.gateway.relay.access import Access
 from tests.support.gateways import gateway, streamed
 from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import eventually, run
@@ -116,10 +117,36 @@ def test_a_request_arrives_whole_without_the_clients_connection_headers() -> Non
                 b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
             )
             assert (await raw(target, sent)).startswith(b"HTTP/1.1 204 Gone")
+        host = server.url.removeprefix("http://").encode()
         assert server.requests == [
-            b"POST /v1/x?q=1 HTTP/1.1\r\nHost: me\r\nAuthorization: Bearer k\r\n"
+            b"POST /v1/x?q=1 HTTP/1.1\r\nHost: " + host + b"\r\nAuthorization: Bearer k\r\n"
             b"X-Request-Id: seven\r\nContent-Length: 5\r\n\r\nabcde"
         ]
+        await server.stop()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("worker_api_key", [None, "inner"])
+def test_no_replica_sees_a_clients_key(worker_api_key: str | None) -> None:
+    async def scenario() -> None:
+        server = await ScriptedServer([b"HTTP/1.1 204 Gone\r\n\r\n"]).start()
+        access = Access(api_key=["secret"], worker_api_key=worker_api_key)
+        async with gateway(server.url, access=access) as (_, target):
+            sent = (
+                b"POST /v1/x?a=1&key=s%65cret&b=2 HTTP/1.1\r\nHost: gw.example\r\n"
+                b"Authorization: Bearer secret\r\nX-API-Key: secret\r\nApi-Key: other\r\n"
+                b"Proxy-Authorization: Basic x\r\nX-Odd: my secret here\r\nCookie: t=secret\r\n"
+                b"X-Millrace-Probe: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            )
+            assert (await raw(target, sent)).startswith(b"HTTP/1.1 204 Gone")
+        (seen,) = server.requests
+        host = server.url.removeprefix("http://").encode()
+        inner = b"Authorization: Bearer inner\r\n" if worker_api_key else b""
+        head = b"POST /v1/x?a=1&b=2 HTTP/1.1\r\nHost: " + host + b"\r\n" + inner
+        assert seen.startswith(head + b"X-Request-Id: ")
+        assert seen.endswith(b"\r\nContent-Length: 0\r\n\r\n")
+        assert seen.count(b"\r\n") == 5 + bool(worker_api_key)
         await server.stop()
 
     run(scenario())

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from millrace.common.http_client import Response, Target, fetch
+from millrace.common.http_client import Response, Target, connect, encode_request, fetch
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import HealthPolicy
 from millrace.gateway.resume.journal import Journal, parse_progress
@@ -303,6 +304,77 @@ def test_what_a_journal_passes_on_ends_with_whole_events(cuts: list[int]) -> Non
     assert progress.token_ids == expected(20)
     assert progress.prompt_token_ids == PROMPT
     assert progress.finished
+
+
+def framed(text: bytes, size: int) -> list[bytes]:
+    return [
+        b"%x\r\n%b\r\n" % (len(piece), piece)
+        for piece in (text[at : at + size] for at in range(0, len(text), size))
+    ]
+
+
+EVENTS = [f'data: {{"choices":[{{"text":"t{i}","token_ids":[{i}]}}]}}'.encode() for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        framed(b"".join(e + b"\r\n\r\n" for e in EVENTS), 40),  # CRLF, chunks cut in mid-event
+        [p for e in EVENTS for p in framed(e + b"\r\n\r\n", 999)],  # CRLF
+        [p for e in EVENTS for p in framed(e + b"\r\r", 999)],  # CR
+        framed(b"".join(e + b"\n\n" for e in EVENTS), 7),  # chunks cut in mid-event
+        [b"fffff\r\n", *(e + b"\n\n" for e in EVENTS)],  # one chunk that comes slowly
+        [b"1;x=y\r\n:\r\n", *(p for e in EVENTS for p in framed(e + b"\n\n", 999))],
+        framed(bytes(range(256)), 60),  # not events at all
+    ],
+)
+def test_no_framing_is_held_back(pieces: list[bytes]) -> None:
+    """The first piece passes at once, and nothing waits for what is not on its way."""
+    journal, passed = Journal(strip=True), b""
+    for number, piece in enumerate(pieces, 1):
+        passed += journal.feed(piece)
+        assert len(b"".join(pieces[:number])) - len(passed) <= len(b"fffff\r\n") + len(EVENTS[0])
+    assert journal.unsupported_framing
+
+
+@pytest.mark.parametrize("framing", ["crlf", "mid-event", "gzip", "slow chunk"])
+def test_a_stream_in_any_framing_arrives_as_it_is_sent(framing: str) -> None:
+    async def scenario() -> None:
+        events = [f'data: {{"choices":[{{"text":"t{i}"}}]}}\n\n'.encode() for i in range(8)]
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        pieces = [p for event in events for p in framed(event, 999)]
+        if framing == "crlf":
+            pieces = [p for e in events for p in framed(e.replace(b"\n", b"\r\n"), 999)]
+        elif framing == "mid-event":
+            pieces = framed(b"".join(events), 25)
+        elif framing == "gzip":
+            head += b"Content-Encoding: gzip\r\n"
+            packer = zlib.compressobj(wbits=31)
+            packed = [packer.compress(e) + packer.flush(zlib.Z_SYNC_FLUSH) for e in events]
+            pieces = [p for piece in packed for p in framed(piece, 999)]
+        else:
+            text = b"".join(events)
+            pieces = [b"%x\r\n" % len(text), *(text[i : i + 20] for i in range(0, len(text), 20))]
+            pieces.append(b"\r\n")
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        replica = await ScriptedServer(
+            [head, *pieces, b"0\r\n\r\n"], pause_s=0.2, card={"id": "m", "owned_by": "vllm"}
+        ).start()
+        async with gateway(replica.url, health=QUIET) as (made, target):
+            connection = await connect(target)
+            body = json.dumps({"model": "m", "prompt": "x", "stream": True}).encode()
+            sent = encode_request(target, "POST", "/v1/completions", body)
+            response = await connection.send(sent)
+            connection.close()
+            assert response.error is None
+            times = [moment for moment, _ in response.pieces]
+            assert len(times) >= 6
+            assert times[-1] - times[0] > 0.2e9 * (len(times) - 2) * 0.8
+            assert made.relay.in_flight == 0
+            assert made.counters.gauge("kept_bytes") == 0
+        await replica.stop()
+
+    run(scenario())
 
 
 def test_text_that_looks_like_token_ids_stays() -> None:

@@ -5,9 +5,11 @@ Pure functions between structures and bytes. RequestBodies of responses never co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from typing import Literal
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -19,10 +21,22 @@ Via = Literal["public", "admin", "unix"]
 # RFC 9110, 7.6.1: for one connection, never passed on. Transfer-Encoding is not listed: a
 # response's body keeps its framing, and a request's body is framed anew.
 _HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate")
+    (
+        *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade"),
+        *(b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info"),
+    )
 )
-_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
-_OURS = frozenset((b"x-request-id", b"authorization", b"x-api-key"))
+# Set anew for the replica, or meant for the gateway alone.
+_REPLACED = frozenset(
+    (
+        *(b"host", b"content-length", b"transfer-encoding", b"expect", b"trailer"),
+        *(b"x-request-id", b"x-millrace-probe"),
+    )
+)
+_CREDENTIALS = frozenset(
+    (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-auth-token")
+)
+_WORD_ENDS = re.compile(rb"[\s=;,:\"]+")
 MAX_REQUEST_ID = 256
 
 
@@ -62,29 +76,57 @@ def passed_on(headers: Headers) -> Headers:
     return [(key, value) for key, value in headers if key.lower() not in dropped]
 
 
+class Upstream(msgspec.Struct, frozen=True):
+    """What a replica is told instead of what the client sent.
+
+    host: the replica's authority. authorization: instead of the client's credentials; None passes
+    those on, b"" sends none. secrets: keys of clients; a header or a query parameter that holds one
+    is not passed on.
+    """
+
+    host: bytes
+    authorization: bytes | None = None
+    secrets: tuple[bytes, ...] = ()
+
+
 def request_bytes(
-    request: Request,
-    body: bytes | None = None,
-    *,
-    path: bytes | None = None,
-    authorization: bytes | None = None,
+    request: Request, upstream: Upstream, body: bytes | None = None, path: bytes | None = None
 ) -> bytes:
     """The request for a replica. An HTTP/1.0 client's stays HTTP/1.0, so that the answer comes in
-    a framing which that client can read.
-
-    body and path replace the request's own. authorization: sent instead of the client's; None
-    passes that on, b"" sends none.
-    """
-    dropped = _FRAMING | _OURS if authorization is not None else _FRAMING | {b"x-request-id"}
-    headers_out = [(k, v) for k, v in passed_on(request.headers) if k.lower() not in dropped]
-    if authorization:
-        headers_out.append((b"Authorization", authorization))
+    a framing which that client can read. body and path replace the request's own."""
+    secrets = upstream.secrets
+    dropped = _REPLACED if upstream.authorization is None else _REPLACED | _CREDENTIALS
+    headers_out = [(b"Host", upstream.host)]
+    for name, value in passed_on(request.headers):
+        if name.lower() not in dropped and not _holds(value, secrets):
+            headers_out.append((name, value))
+    if upstream.authorization:
+        headers_out.append((b"Authorization", upstream.authorization))
     headers_out.append((b"X-Request-Id", request.id))
     body = request.body if body is None else body
     if body or request.method in (b"POST", b"PUT", b"PATCH"):
         headers_out.append((b"Content-Length", b"%d" % len(body)))
-    start = b"%b %b HTTP/%b" % (request.method, path or request.path, request.version.encode())
+    path = _without_secrets(path or request.path, secrets)
+    start = b"%b %b HTTP/%b" % (request.method, path, request.version.encode())
     return _head(start, headers_out) + body
+
+
+def _holds(value: bytes, secrets: tuple[bytes, ...]) -> bool:
+    """Whether one of the words of a header or a query parameter is a secret."""
+    return bool(secrets) and not set(secrets).isdisjoint(_WORD_ENDS.split(value))
+
+
+def _without_secrets(path: bytes, secrets: tuple[bytes, ...]) -> bytes:
+    """The path without query parameters that hold a client's key."""
+    name, mark, query = path.partition(b"?")
+    if not mark or not secrets:
+        return path
+    kept = [
+        parameter
+        for parameter in query.split(b"&")
+        if not _holds(unquote_to_bytes(parameter), secrets)
+    ]
+    return name + mark + b"&".join(kept) if kept else name
 
 
 class ResponseHead(msgspec.Struct, frozen=True):

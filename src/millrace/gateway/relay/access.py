@@ -82,6 +82,12 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return _web_page_refusal(request)
 
     @property
+    def secrets(self) -> tuple[bytes, ...]:
+        """Keys of clients, which no replica may see."""
+        keys = self.api_key if self.admin_key is None else [*self.api_key, self.admin_key]
+        return tuple(key.encode() for key in keys)
+
+    @property
     def upstream_authorization(self) -> bytes | None:
         """The Authorization that replicas get; None: the client's own."""
         if self.worker_api_key is not None:

@@ -46,6 +46,7 @@ from millrace.gateway.routing.suspects import (
 
 _ENGINE_DEAD = b'"engine_dead"'  # the code of an error of a server whose engine has died
 _BUSY = (429, 503)  # such a replica is skipped while there is another one
+_HOLD_SECONDS = 0.05  # for the rest of a chunk that was cut
 _WAIT_STEP = 0.05  # seconds between searches for a replica that can resume a stream
 
 
@@ -76,6 +77,7 @@ class Exchange:
         self._busy_reply: LocalReply | None = None
         self._connection: ReplicaConnection | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._hold_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # queue timeout, or wait for a replica
         self._idle_timeout = IdleTimeout(
             self.account,
@@ -176,9 +178,8 @@ class Exchange:
     def _send(self, connection: ReplicaConnection) -> None:
         self._connection = connection
         path, body = self._stream.build_request(connection.replica.member.kind)
-        data = request_bytes(
-            self.request, body, path=path, authorization=self._relay.access.upstream_authorization
-        )
+        upstream = self._relay.upstream(connection.replica)
+        data = request_bytes(self.request, upstream, body, path)
         if self._client.paused:
             connection.pause()
         no_body = self.request.method == b"HEAD"
@@ -212,7 +213,8 @@ class Exchange:
         self._keep_alive = head.delimited and request.keep_alive and request.version == "1.1"
         kind = header(head.headers, b"content-type")
         streams = status == 200 and head.chunked and kind.startswith(b"text/event-stream")
-        if streams and self.info.resumable and self._member_kind != "other":
+        encoded = header(head.headers, b"content-encoding") not in (b"", b"identity")
+        if streams and self.info.resumable and not encoded and self._member_kind != "other":
             self._stream.start_buffering()
         elif streams and self.info.stream:
             self._relay.process_counters.count_event("unprotected")
@@ -259,6 +261,23 @@ class Exchange:
             self._client.write(passed)
         if self._stream.failure is not None:
             self.failed(self._stream.failure)
+        elif self._stream.holds_back and self._hold_timer is None:
+            self._hold_timer = self._loop.call_later(
+                _HOLD_SECONDS, self._release_held, self.account.chunks
+            )
+
+    def _release_held(self, chunks: int) -> None:
+        """Pass on bytes that are still held back: their chunk is not completed at once."""
+        self._hold_timer = None
+        if self._finished or not self._stream.holds_back:
+            return
+        if self.account.chunks != chunks:  # others have come since; measure from now
+            self._hold_timer = self._loop.call_later(
+                _HOLD_SECONDS, self._release_held, self.account.chunks
+            )
+            return
+        self._begun = True
+        self._client.write(self._stream.give_up_buffer())
 
     def fast_path(self) -> FastPath | None:
         """The fast path for the pieces to come, from between two events; None if there is none."""
@@ -483,6 +502,8 @@ class Exchange:
         self._release_replica(reusable)
         relay.in_flight -= 1
         self._idle_timeout.stop()
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
         if self._timer is not None:
             self._timer.cancel()
         self._stream.close()

@@ -15,7 +15,7 @@ from millrace.common.safe_log import dropped_lines
 from millrace.common.tasks import task_failures
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.http.bodies import BodyBudget
-from millrace.gateway.http.message import LocalReply, Request
+from millrace.gateway.http.message import LocalReply, Request, Upstream
 from millrace.gateway.relay.access import Access
 from millrace.gateway.relay.access_log import LoggedRequest
 from millrace.gateway.relay.connection_pool import Pool
@@ -112,6 +112,13 @@ class Relay:
         self._published = _process_totals()
         replicas.on_lost = self._lost
         replicas.on_removed = self._removed
+
+    def upstream(self, replica: Replica) -> Upstream:
+        """What this replica is told instead of what clients send."""
+        access = self.access
+        return Upstream(
+            replica.target.authority.encode(), access.upstream_authorization, access.secrets
+        )
 
     def _removed(self, replica: Replica) -> None:
         self.pool.removed(replica)

@@ -98,6 +98,15 @@ class Resumption:
             return self._continuation.feed(data)
         return data if self._buffer is None else self._buffer.feed(data)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether the client has not got all bytes that have come."""
+        return self._buffer is not None and self._buffer.holds_back
+
+    def give_up_buffer(self) -> bytes:
+        """Stop buffering: the stream cannot be resumed. Returns the bytes that were held back."""
+        return self._buffer.give_up() if self._buffer is not None else b""
+
     def fast_path(self, account: LoadAccount, write: Callable[[bytes], None]) -> FastPath | None:
         """The fast path for the pieces to come, from between two events; None if there is none."""
         if self._continuation is not None:

@@ -17,7 +17,8 @@ EVENT_END = b"\n\n\r\n"  # the end of an event and of its HTTP chunk
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d, ]*\]|null)')
 _IDS_KEY = b',"token_ids":['
 _IDS_NAME = b"token_ids"
-_MAX_TAIL = 4 << 20
+_SIZE_LINE = re.compile(rb"[0-9A-Fa-f]{1,8}\r?")
+_MAX_TAIL = 256 << 10  # bytes of a chunk that may be held back
 
 
 def strip_token_ids(chunk: bytes, line: int) -> bytes | None:
@@ -58,15 +59,31 @@ class Journal:
         return self._size
 
     def feed(self, data: bytes) -> bytes:
-        """Bytes have come: returns the bytes for the client now, up to the last complete event."""
+        """Bytes have come: returns the bytes for the client now. That is all of them, but for the
+        beginning of a chunk whose rest is on its way."""
+        if self.unsupported_framing:
+            return data
         if self._tail:
             data, self._tail = self._tail + data, b""
         if not data.endswith(EVENT_END):
-            cut = data.rfind(EVENT_END)
-            if cut < 0:
-                return self._keep_tail(data)
-            self._tail = data[cut + 4 :]
-            data = data[: cut + 4]
+            cut = data.rfind(EVENT_END) + len(EVENT_END)
+            cut = cut if cut >= len(EVENT_END) else 0
+            rest = data[cut:]
+            if not _is_cut_chunk(rest):
+                self.unsupported_framing = True
+                return self._accept(data[:cut]) + rest
+            self._tail, data = rest, data[:cut]
+        return self._accept(data)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the client has not got all bytes that have come."""
+        return bool(self._tail)
+
+    def _accept(self, data: bytes) -> bytes:
+        """Keep complete events; returns them for the client."""
+        if not data:
+            return b""
         self._pieces.append(data)
         return self._strip_token_ids(data) if self.strip else data
 
@@ -86,13 +103,6 @@ class Journal:
     def raw(self) -> bytes:
         """All that the client has received, with the token ids that were removed."""
         return b"".join(self._pieces)
-
-    def _keep_tail(self, data: bytes) -> bytes:
-        if len(data) < _MAX_TAIL:
-            self._tail = data
-            return b""
-        self.unsupported_framing = True
-        return data
 
     def _strip_token_ids(self, data: bytes) -> bytes:
         """The chunks without their token ids, reframed."""
@@ -123,6 +133,20 @@ class Journal:
             out.append(b"%x\r\n%b\r\n" % (len(payload), payload))
             at = line + 4 + size
         return b"".join(out)
+
+
+def _is_cut_chunk(data: bytes) -> bool:
+    """Whether this is the beginning of one chunk, without a complete event in it: TCP has cut it,
+    and the rest is on its way. Anything else is a framing that cannot be followed."""
+    line = data.find(b"\r\n")
+    if line < 0:
+        return _SIZE_LINE.fullmatch(data) is not None
+    if not _SIZE_LINE.fullmatch(data, 0, line):
+        return False
+    size = int(data[:line], 16)
+    if size == 0:  # the last chunk, perhaps with trailers
+        return len(data) <= _MAX_TAIL
+    return len(data) < line + 4 + size <= _MAX_TAIL and b"\n\n" not in data[line + 2 : -2]
 
 
 class Progress(msgspec.Struct):

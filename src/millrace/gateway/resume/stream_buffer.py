@@ -114,6 +114,20 @@ class StreamBuffer:
             passed += self._update_size(journal)
         return passed
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether the client has not got all bytes that have come."""
+        return self._journal is not None and self._journal.holds_back
+
+    def give_up(self) -> bytes:
+        """Stop buffering while the stream runs; returns the bytes that were held back."""
+        journal = self._journal
+        if journal is None:
+            return b""
+        self._budget.count_unprotected()
+        self.close()
+        return journal.discard()
+
     def finish(self, data: bytes) -> bytes:
         """The response is complete: all bytes that the client has not got."""
         return data if self._journal is None else self._journal.finish(data)
@@ -148,9 +162,7 @@ class StreamBuffer:
         if self._budget.allows(journal.size, more) and not journal.unsupported_framing:
             self._add(more)
             return b""
-        self._budget.count_unprotected()
-        self.close()
-        return journal.discard()
+        return self.give_up()
 
     def _add(self, change: int) -> None:
         self._counted += change
