@@ -67,7 +67,9 @@ def test_a_full_replica_is_picked_only_if_all_are_full() -> None:
 def test_what_is_said_when_nobody_can_be_found() -> None:
     replicas = fleet({"models": ("a",)}, {"models": ("b",), "state": "down", "reason": "asleep"})
     assert make_candidates(replicas, "a").refusal() is None
-    assert make_candidates(replicas).refusal() is None
+    nameless = (404, "the request names no model; served are: a, b")
+    assert message(make_candidates(replicas).refusal()) == nameless
+    assert make_candidates(fleet({"models": ("a",)}, {"models": ()})).refusal() is None
     unknown = message(make_candidates(replicas, "c").refusal())
     assert unknown == (404, "no replica serves model 'c'; served are: a, b")
     assert message(make_candidates(replicas, "b").refusal()) == (

@@ -43,9 +43,11 @@ from millrace.gateway.http.message import (
     json_reply,
 )
 from millrace.gateway.relay.access import Access
+from millrace.gateway.routing.candidates import model_not_found
 from millrace.gateway.routing.replicas import Member, ReplicaSet
 
 _OWN = (b"/health", b"/metrics", b"/v1/models")
+_MODEL = "/v1/models/"
 _ID = re.compile("[0-9]{1,9}")
 _MAX_ADMIN_BODY = 64 << 10
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -69,7 +71,9 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def is_local_request(request: Request) -> bool:
     """Whether a request is for the gateway itself."""
     path = request.path.partition(b"?")[0]
-    return path.startswith(b"/gateway/") or (request.method == b"GET" and path in _OWN)
+    if request.method == b"GET" and (path in _OWN or path.startswith(_MODEL.encode())):
+        return True
+    return path.startswith(b"/gateway/")
 
 
 def health_reply(replicas: ReplicaSet) -> LocalReply:
@@ -117,6 +121,8 @@ class AdminApi:
             return await self._metrics()
         if not self._may_read(request):
             return api_error_reply(self._access.refusal(request))
+        if path.startswith(_MODEL):
+            return self._model(path.removeprefix(_MODEL))
         if path == "/v1/models":
             return json_reply(200, {"object": "list", "data": self._monitor.cards})
         if request.method == b"GET" and path == "/gateway/replicas":
@@ -134,6 +140,16 @@ class AdminApi:
             return self._administer(request, path)
         except (msgspec.DecodeError, UserError) as error:
             return error_reply(400, str(error))
+
+    def _model(self, name: str) -> LocalReply:
+        """One model, as /v1/models has it."""
+        for card in self._monitor.cards:
+            if card.get("id") == name:
+                return json_reply(200, card)
+        known = {name for member in self._monitor.members for name in member.models}
+        if name in known:
+            return json_reply(200, {"id": name, "object": "model"})
+        return model_not_found(f"no replica serves model {name!r}", known)
 
     def _may_read(self, request: Request) -> bool:
         """Whether the client has a key of the API, or may change the gateway."""

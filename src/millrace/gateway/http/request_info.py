@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS, SALT_HEADER, combined_salt
+from millrace.gateway.http.lenient import decode_leniently, find_model
 from millrace.gateway.http.message import Request, header
 
 ServiceClass = Literal["interactive", "batch"]
@@ -101,16 +102,25 @@ def read_request_info(request: Request, keep: bool = True) -> RequestInfo:
     service_class = header(request.headers, b"x-service-class")
     batch: ServiceClass = "batch" if service_class.lower() == b"batch" else "interactive"
     key = header(request.headers, b"x-session-id")
-    if request.method != b"POST" or not path.startswith("/v1/"):
+    if not request.body:
         return RequestInfo(request=request, service_class=batch, affinity_key=key)
-    try:
-        body = _decode(request.body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return RequestInfo(request=request, service_class=batch, affinity_key=key)
-    if path not in PROMPT_FIELDS:
+    body = _read_body(request)
+    if request.method != b"POST" or path not in PROMPT_FIELDS:
         return RequestInfo(request=request, service_class=batch, affinity_key=key, model=body.model)
     info = _generation(request, body, path, batch, key)
     return info if keep else msgspec.structs.replace(info, resumable=False)
+
+
+def _read_body(request: Request) -> _Body:
+    """What can be read of a body, with any fields in it."""
+    try:
+        return _decode(request.body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        lenient = decode_leniently(request.body, _Body)
+        if lenient is not None:
+            return lenient
+        kind = header(request.headers, b"content-type")
+        return _Body(model=find_model(request.body, kind))
 
 
 def _generation(

@@ -6,12 +6,18 @@ It picks one, and makes the reply for the case that there is none. It sends noth
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from millrace.gateway.http.message import LocalReply, error_reply
 from millrace.gateway.http.request_info import RequestInfo
 from millrace.gateway.routing.policies import Policy
 from millrace.gateway.routing.replicas import Replica, ReplicaSet
+
+
+def model_not_found(problem: str, known: Collection[str]) -> LocalReply:
+    """404 that names the models."""
+    names = ", ".join(sorted(known)) or "none"
+    return error_reply(404, f"{problem}; served are: {names}", code="model_not_found")
 
 
 class Candidates:
@@ -35,9 +41,9 @@ class Candidates:
         """The reply if no replica can take the request at all; else None."""
         model, known = self._info.model, self._replica_set.models()
         if model is not None and known and model not in known:
-            names = ", ".join(sorted(known))
-            message = f"no replica serves model {model!r}; served are: {names}"
-            return error_reply(404, message, code="model_not_found")
+            return model_not_found(f"no replica serves model {model!r}", known)
+        if model is None and self._info.request.body and self._replica_set.models_differ():
+            return model_not_found("the request names no model", known)
         return None if self._replica_set.available(model=model) else self._outage_reply()
 
     def exhausted_reply(self) -> LocalReply:

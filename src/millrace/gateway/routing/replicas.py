@@ -174,6 +174,11 @@ class ReplicaSet:
         """Names of the models that replicas offer, whatever their health."""
         return {name for replica in self.all for name in replica.member.models}
 
+    def models_differ(self) -> bool:
+        """Whether replicas offer different models, so that a request must name one."""
+        offers = {frozenset(replica.member.models) for replica in self.all}
+        return len(offers - {frozenset()}) > 1
+
     def is_available(self, replica: Replica) -> bool:
         """Whether it may be given requests."""
         return replica.member.state == "up"
