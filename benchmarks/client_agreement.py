@@ -107,8 +107,8 @@ def report(options: argparse.Namespace) -> None:
             rows.append((figure, f"{r.a:.2f}", f"{r.b:.2f}", f"{r.ratio:.3f}", interval, told))
     print("\n".join(aligned(rows)))
     if options.json:
-        buffer = {"requests": options.requests, "concurrency": options.concurrency, "runs": runs}
-        options.json.write_text(json.dumps(buffer, indent=1) + "\n")
+        content = {"requests": options.requests, "concurrency": options.concurrency, "runs": runs}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -332,9 +332,9 @@ def main() -> None:
     results = run(options)
     print(table(results))
     if options.json:
-        buffer = {k: str(v) for k, v in vars(options).items() if k not in ("json",)}
+        settings = {k: str(v) for k, v in vars(options).items() if k not in ("json",)}
         rows = [asdict(result) for result in results]
-        options.json.write_text(json.dumps({"options": buffer, "results": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"options": settings, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

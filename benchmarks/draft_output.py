@@ -64,10 +64,10 @@ def noise(llm: LLM, count: int, temperature: float) -> list[list[int]]:
     return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, params)]
 
 
-def acceptance(model: str, k: int, temperature: float, info: Any, args: Any) -> dict[str, Any]:
+def acceptance(model: str, k: int, temperature: float, ask: Any, args: Any) -> dict[str, Any]:
     """One line of the table: rows of drafts and the share that stood, by position, either head."""
     line: dict[str, Any] = {
-        "model": model, "ask": info.__name__, "drafts": k, "temperature": temperature,
+        "model": model, "ask": ask.__name__, "drafts": k, "temperature": temperature,
     }  # fmt: skip
     said = []
     for head in HEADS:
@@ -76,7 +76,7 @@ def acceptance(model: str, k: int, temperature: float, info: Any, args: Any) -> 
             str(MODELS / model), device=args.device, dtype=args.dtype, max_model_len=1024,
             max_num_seqs=32, gpu_memory_utilization=0.3, speculative_config=speculative,
         ) as llm:  # fmt: skip
-            said.append(info(llm, args.count, temperature))
+            said.append(ask(llm, args.count, temperature))
             stats = llm.stats()
         rates = [round(n / stats.drafts, 4) for n in stats.accepted_per_position]
         line[head] = {"rows": stats.drafts, "stood": rates}
@@ -141,11 +141,11 @@ def main() -> None:
         found |= {"device": torch.cuda.get_device_name(), "product": product()}
     else:
         found["acceptance"] = [
-            acceptance(model, k, temperature, info, args)
+            acceptance(model, k, temperature, ask, args)
             for model in ("millrace-mini", "millrace-mini-fp8")
             for k in (1, 3)
             for temperature in (0.0, 1.0)
-            for info in (tasks, noise)
+            for ask in (tasks, noise)
         ]
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -76,7 +76,7 @@ class _WatchedStep:
         return result
 
 
-def heartbeat(engine: Engine) -> Watched:
+def watch(engine: Engine) -> Watched:
     """Have an engine's steps noted from here on."""
     if not isinstance(engine.worker, Watched):
         engine.worker = Watched(engine.worker)  # type: ignore[assignment]
@@ -189,7 +189,7 @@ def requests(
 
 def closed_run(engine: Engine, todo: Iterable[AddRequest], concurrency: int) -> Trace:
     """Keep `concurrency` requests under way until all are done."""
-    waiting, watched = deque(todo), heartbeat(engine)
+    waiting, watched = deque(todo), watch(engine)
     watched.steps = []
     synchronize()
     trace = Trace(concurrency, time.perf_counter())

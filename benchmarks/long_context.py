@@ -129,8 +129,8 @@ def plot(rows: list[dict[str, float]], page_bytes: int, file: Path) -> None:
     axes[1].plot(lengths, [OUTPUT / r["cached_cpu_s"] for r in rows], "s-", label="output")
     axes[1].set(title="tokens a second of CPU time", yscale="log")
     axes[1].legend()
-    buffer = [row["pages"] * page_bytes / 1e6 for row in rows]
-    axes[2].plot(lengths, buffer, "o-", label="KV pages of the prompt")
+    page_megabytes = [row["pages"] * page_bytes / 1e6 for row in rows]
+    axes[2].plot(lengths, page_megabytes, "o-", label="KV pages of the prompt")
     axes[2].plot(
         lengths, [r["resident_mb"] - rows[0]["resident_mb"] for r in rows], "s-",
         label="growth of the process",

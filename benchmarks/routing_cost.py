@@ -39,12 +39,12 @@ def cost(policy: str, count: int, processes: int) -> float:
     fleet.apply(
         Member(id=i, slot=i, target=Target("10.0.0.1", 8000 + i), state="up") for i in range(count)
     )
-    picking = make_policy(policy, fleet, PrefixTable(counters.prefixes))
+    chosen_policy = make_policy(policy, fleet, PrefixTable(counters.prefixes))
     able, some = fleet.available(), asks()
 
     def picks() -> None:
         for number in range(PICKS):
-            picking.pick(able, some[number % 64])
+            chosen_policy.pick(able, some[number % 64])
 
     return min(timeit.repeat(picks, number=1, repeat=7)) / PICKS * 1e6
 

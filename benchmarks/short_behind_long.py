@@ -94,7 +94,7 @@ def await_ready(port: int, process: subprocess.Popen[bytes], seconds: float = 12
     raise SystemExit(f"the server on port {port} did not get ready")
 
 
-def info(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
+def send(port: int, model: str, prompt: list[int], outputs: int) -> Answer:
     """One streamed completion."""
     body = {
         "model": model, "prompt": prompt, "max_tokens": outputs, "stream": True,
@@ -120,7 +120,7 @@ class Measured:
     rates: dict[str, float] = field(default_factory=dict)
 
 
-class ClientOverhead:
+class Client:
     """Asks one server. Every prompt is new, so that no prefix is cached."""
 
     def __init__(self, server: Server, model: str, seed: int) -> None:
@@ -132,7 +132,7 @@ class ClientOverhead:
         return [self._rng.randrange(3, VOCABULARY) for _ in range(length)]
 
     def send(self, length: int, outputs: int) -> Future[Answer]:
-        return self._pool.submit(info, self._server.port, self._model, self.prompt(length), outputs)
+        return self._pool.submit(send, self._server.port, self._model, self.prompt(length), outputs)
 
     def alone(self) -> dict[str, float]:
         answer = self.send(SHORT, 8).result()
@@ -220,7 +220,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             sides = [(before, old), (now, new)]
             for rounds, side in sides if number % 2 else reversed(sides):
-                found = ClientOverhead(side, options.model, seed=number).round()
+                found = Client(side, options.model, seed=number).round()
                 rounds += [found] if number else []  # the first round warms up
     report(before, now)
 
