@@ -129,11 +129,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class Grammar(msgspec.Struct, frozen=True):
     """A grammar that the output must match, in the format of llguidance.
 
-    after: the token that the grammar starts behind (the end of reasoning); None: at the start.
+    start_after: the token that the grammar starts behind (the end of reasoning); None: at the
+    start.
     """
 
     source: str
-    after: int | None = None
+    start_after: int | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -164,11 +165,10 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     boundaries: prompt positions after which a shared prefix is likely to end (the end of a chat
     turn); the prefix cache takes its snapshots there. arrival: seconds, `time.monotonic()` of the
     server, which shares the engine's clock. resume: tokens that count as generated already; the
-    request goes on behind them. after: the id of a request with the same prompt; this one waits
-    until that one's prompt is cached. priority: lower ones run first. bad_words: the token
+    request continues behind them. wait_for: the id of a request with the same prompt; this one
+    waits until that one's prompt is cached. priority: lower ones run first. bad_words: the token
     sequences of `params.bad_words`. cache_salt: the prompt shares cached prefixes only with prompts
-    of the same salt. `params.n` is the server's business: each output is
-    a request of its own.
+    of the same salt. `params.n` is the server's business: each output is a request of its own.
     """
 
     id: str
@@ -177,7 +177,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     boundaries: list[int] = []
     arrival: float = 0.0
     resume: list[int] = []
-    after: str | None = None
+    wait_for: str | None = None
     priority: int = 0
     bad_words: list[list[int]] = []
     cache_salt: str = ""

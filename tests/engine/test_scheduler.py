@@ -129,11 +129,11 @@ def test_every_mix_of_requests_brings_the_right_tokens(
         total = min(len(prompt) + most, lim.max_model_len)
         output = expected_output(prompt, total, lim.eos_ids)
         resumed = rng.randint(0, len(output)) if rng.random() < 0.2 else 0
-        after = f"r{rng.randint(0, number)}" if rng.random() < 0.3 else None
+        wait_for = f"r{rng.randint(0, number)}" if rng.random() < 0.3 else None
         source = msgspec.structs.replace(
             request(name, prompt, most),
             resume=output[:resumed],
-            after=after,
+            wait_for=wait_for,
             priority=rng.randint(-1, 1),
         )
         eng.add(source)
@@ -184,13 +184,13 @@ def test_outputs_of_one_prompt_share_its_pages() -> None:
     prompt = list(range(1, 15))
     for number in range(4):
         source = request(str(number), prompt, 4)
-        eng.add(msgspec.structs.replace(source, after="0" if number else None))
+        eng.add(msgspec.structs.replace(source, wait_for="0" if number else None))
     cached = {}
     while eng.has_work():
         for delta in eng.step():
             cached[delta.id] = delta.cached_tokens
     assert cached == {"0": 0, "1": 12, "2": 12, "3": 12}
-    eng.add(msgspec.structs.replace(request("lone", prompt, 4), after="long gone"))
+    eng.add(msgspec.structs.replace(request("lone", prompt, 4), wait_for="long gone"))
     assert run(eng)["lone"]
 
 

@@ -1,1 +1,1 @@
-"""What to run next: requests, pages, the prefix tree, the scheduler. Imports no torch."""
+"""Decides what each step computes: requests, scheduler, KV manager, prefix cache. No torch."""

@@ -31,30 +31,30 @@ _EVERYTHING = -1  # an int32 of ones
 class GrammarState:
     """How far one request's output has come in its grammar.
 
-    after: the token that the grammar starts behind; None once it has been seen.
+    start_after: the token that the grammar starts behind; None once it has been seen.
     drafts: draft tokens behind the last known token, not verified yet.
     """
 
-    def __init__(self, matcher: LLMatcher, after: int | None) -> None:
+    def __init__(self, matcher: LLMatcher, start_after: int | None) -> None:
         self.matcher = matcher
-        self.after = after
+        self.start_after = start_after
         self.drafts: list[int] = []
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Advance by tokens of the output."""
         for token in tokens:
-            if self.after is not None:
-                self.after = None if token == self.after else self.after
+            if self.start_after is not None:
+                self.start_after = None if token == self.start_after else self.start_after
             elif not self.matcher.is_stopped():  # a finished grammar rejects the end token
                 self.matcher.consume_token(token)
 
     def start(self, candidates: int) -> int:
         """Index of the first of the next `candidates` that the grammar masks; `candidates` if
         none."""
-        if self.after is None:
+        if self.start_after is None:
             return 0
         seen = self.drafts[: candidates - 1]
-        return seen.index(self.after) + 1 if self.after in seen else candidates
+        return seen.index(self.start_after) + 1 if self.start_after in seen else candidates
 
 
 class Grammars:
@@ -150,7 +150,7 @@ class Grammars:
         matcher = run_on_stack(COMPILE_STACK, lambda: LLMatcher(tokenizer, source))
         if matcher.is_error():
             raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
-        state = GrammarState(matcher, request.grammar.after)
+        state = GrammarState(matcher, request.grammar.start_after)
         state.advance(request.resume)
         if matcher.is_error():
             raise RequestError(

@@ -239,7 +239,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, request: Request) -> bool:
         """Whether the request waits until another one's prompt is cached."""
-        leader = self._requests.get(request.source.after or "")
+        leader = self._requests.get(request.source.wait_for or "")
         return (
             leader is not None
             and leader.ordinal < request.ordinal  # so that no two wait for each other

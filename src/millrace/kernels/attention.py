@@ -153,7 +153,7 @@ def _span(
     count: int,
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `count` tokens from `starts` on may see: keys, values [R, L, kv_heads, D], and who may.
+    """Keys and values [R, L, kv_heads, D] that `count` tokens from `starts` on may see, and a mask.
 
     ends: the rows' lengths, which may fall short of starts + count where rows are padded. visible:
     bool [R, count, L]. Column j is position first + j; one at or past a row's end, or past its

@@ -1,4 +1,4 @@
-"""The input of a forward pass besides token ids: positions of the tokens, and where memory lies.
+"""The input of a forward pass besides token ids: positions of the tokens, and memory.
 
 A `Batch` describes the rows of one step, `Caches` the device memory that outlives it. Both are
 plain records: the runtime fills them, and the model passes them to the ops in `millrace.kernels`.

@@ -320,7 +320,7 @@ def split_outputs(request: AddRequest) -> list[AddRequest]:
                 request,
                 id=f"{request.id}-{at}" if at else request.id,
                 params=msgspec.structs.replace(params, n=1, seed=seed),
-                after=request.id if at else None,
+                wait_for=request.id if at else None,
             )
         )
     return made

@@ -111,7 +111,7 @@ class Generations:
 
     def usage(self) -> Usage:
         """Token counts so far. A prompt counts once, however many outputs it has."""
-        firsts = [one for one in self.all if one.request.after is None]
+        firsts = [one for one in self.all if one.request.wait_for is None]
         prompt = sum(len(one.request.prompt) for one in firsts)
         completion = sum(one.completion_tokens for one in self.all)
         cached = sum(one.cached_tokens for one in firsts)

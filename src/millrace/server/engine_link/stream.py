@@ -32,7 +32,7 @@ class Stream:
         self.params = request.params
         self.ended = False
         self.prompt_len = len(request.prompt)
-        self.counts_prompt = request.after is None
+        self.counts_prompt = request.wait_for is None
         self.arrival = request.arrival
         self.first_token_time = self.last_token_time = self.queue_time = 0.0
         self.generated_tokens = self.cached_tokens = 0
