@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from millrace.cli import run
 from millrace.doctor import devices, machine, packages
+from millrace.doctor.finding import Finding, show
 from millrace.kernels.cpu import build
 from millrace.model.tiny import TinyShape, config_json
 from tests.kernels.gpu.gpu_support import HAS_TRITON
@@ -198,3 +201,22 @@ def test_other_machines_do_not_import_deep_gemm(replace_package: Replace) -> Non
 def test_collectives_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--collectives"]) == 2
     assert "needs a MODEL" in capsys.readouterr().err
+
+
+def test_what_fails_is_shown_last() -> None:
+    findings = [
+        Finding("machine", "disk", "full", "fail", "delete something"),
+        Finding("machine", "memory", "enough"),
+        Finding("packages", "uvloop", "old", "warn"),
+        Finding("model", "by name", "mini"),
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    show(findings, console)
+    assert isinstance(console.file, io.StringIO)
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert lines == [
+        *("model", "ok by name mini", "packages", "warn uvloop old"),
+        *("machine", "ok memory enough", "FAIL disk full", "delete something"),
+        "4 looked at: 1 fails, 1 warns",
+        "FAIL machine: disk: full; delete something",
+    ]

@@ -129,7 +129,7 @@ def test_compare_pairs_two_runs(url: str, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--tasks", "math"), "either --base-url"),
-        (("--base-url", "localhost:1"), "not a URL"),
+        (("--base-url", "ftp://localhost"), "'ftp://localhost' is no URL of a server"),
         (("--base-url", "http://127.0.0.1:1/v1"), "no answer"),
         (("--base-url", "http://x/v1", "--tasks", "poetry"), "there are policy, math, chat"),
         (("--base-url", "http://x/v1", "--tasks", " , "), "names no task"),

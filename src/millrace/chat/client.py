@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.common.http_client import Target, error_text, parse_url
+from millrace.common.http_client import error_text, parse_base_url
 from millrace.errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -51,9 +51,7 @@ class Client:
     """A server's API. base_url: with or without /v1 at its end."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        target = parse_url(base_url)
-        prefix = target.prefix.removesuffix("/v1")
-        self.target = Target(target.host, target.port, target.tls, prefix)
+        self.target = parse_base_url(base_url)
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"

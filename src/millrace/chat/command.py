@@ -13,7 +13,7 @@ from millrace.errors import ConfigError
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model", required=False)
 @click.argument("serve_options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--base-url", help="A running server, such as http://127.0.0.1:8000.")
+@click.option("--base-url", help="A running server: http://127.0.0.1:8000, or with /v1.")
 @click.option("--api-key", help="Key of the server (default: MILLRACE_API_KEY or OPENAI_API_KEY).")
 @click.option("--system", default="", help="System message.")
 @click.option("--temperature", type=float, help="Temperature of every answer.")

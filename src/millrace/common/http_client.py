@@ -69,6 +69,12 @@ def parse_url(text: str) -> Target:
     return Target(host, port, tls, parts.path.rstrip("/"), parts.query)
 
 
+def parse_base_url(text: str) -> Target:
+    """As `parse_url`, for a server of the OpenAI API: a final `/v1` may be there or not."""
+    target = parse_url(text)
+    return msgspec.structs.replace(target, prefix=target.prefix.removesuffix("/v1").rstrip("/"))
+
+
 def encode_request(
     target: Target,
     method: str,

@@ -31,7 +31,11 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
-    """Print a line for each finding, grouped by topic, then the totals."""
+    """Print a line for each finding, grouped by topic, then the totals, and what fails at the end.
+
+    A topic with a warning comes after those without, and one that fails comes last.
+    """
+    findings = _worst_last(findings)
     width = max(len(one.name) for one in findings)
     for topic, group in groupby(findings, key=lambda one: one.topic):
         console.print(Text(topic, style="bold"))
@@ -47,3 +51,22 @@ def show(findings: Sequence[Finding], console: Console) -> None:
         f"{len(findings)} looked at: {fails} {'fails' if fails == 1 else 'fail'}, "
         f"{warnings} {'warns' if warnings == 1 else 'warn'}"
     )
+    for one in findings:
+        if one.verdict == "fail":
+            text = f"FAIL  {one.topic}: {one.name}: {one.value}"
+            console.print(Text(text + (f"; {one.advice}" if one.advice else ""), style="bold red"))
+
+
+def _worst_last(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings by topic, in their order, but topics and findings that fail last."""
+    weight: dict[Verdict, int] = {"ok": 0, "warn": 1, "fail": 2}
+    topics = list(dict.fromkeys(one.topic for one in findings))
+    worst = {
+        topic: max(weight[one.verdict] for one in findings if one.topic == topic)
+        for topic in topics
+    }
+
+    def place(one: Finding) -> tuple[int, int, int]:
+        return worst[one.topic], topics.index(one.topic), weight[one.verdict]
+
+    return sorted(findings, key=place)

@@ -13,7 +13,10 @@ from millrace.tasks import TASKS
 
 
 @click.command("eval", help="Measure a model's accuracy on held-out items with known answers.")
-@click.option("--base-url", help="An OpenAI-compatible server, as http://127.0.0.1:8000/v1.")
+@click.option(
+    "--base-url",
+    help="An OpenAI-compatible server: http://127.0.0.1:8000, or with /v1.",
+)
 @click.option("--model", help="A model directory, or the name of a model that ships, run here.")
 @click.option("--served-model-name", help="The model's name at the server [the first it lists].")
 @click.option("--tasks", default="policy,math", show_default=True, help=f"Of {', '.join(TASKS)}.")

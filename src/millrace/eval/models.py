@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
+from millrace.common.http_client import parse_base_url
 from millrace.errors import UserError
 from millrace.protocol import EngineStats
 from millrace.tasks import TASKS, Item
@@ -71,12 +71,9 @@ class Endpoint:
         concurrency: int = 64,
         timeout: float = 600.0,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--base-url {base_url}: not a URL; http://127.0.0.1:8000/v1 is one")
-        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
-        path = parts.path.rstrip("/")
-        self._path = path if path.endswith("/v1") else f"{path}/v1"
+        target = parse_base_url(base_url)
+        self._secure, self._host, self._port = target.tls, target.host, target.port
+        self.api_path = f"{target.prefix}/v1"
         self._url, self._timeout = base_url, timeout
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -91,7 +88,7 @@ class Endpoint:
     def _first_model(self) -> str:
         connection = self.connect()
         try:
-            connection.request("GET", f"{self._path}/models", headers=self._headers)
+            connection.request("GET", f"{self.api_path}/models", headers=self._headers)
             response = connection.getresponse()
             listed = json.loads(response.read())
             return str(listed["data"][0]["id"])
@@ -102,7 +99,7 @@ class Endpoint:
             ) from error
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"--base-url {self._url}: GET {self._path}/models gave no list of models; "
+                f"--base-url {self._url}: GET {self.api_path}/models gave no list of models; "
                 "name one with --served-model-name"
             ) from error
         finally:
@@ -179,7 +176,7 @@ class Endpoint:
     def _exchange(self, connection: http.client.HTTPConnection, body: bytes) -> tuple[int, bytes]:
         for attempt in range(ATTEMPTS):
             try:
-                connection.request("POST", f"{self._path}/chat/completions", body, self._headers)
+                connection.request("POST", f"{self.api_path}/chat/completions", body, self._headers)
                 response = connection.getresponse()
                 break
             except ConnectionError:

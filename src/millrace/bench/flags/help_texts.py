@@ -45,7 +45,7 @@ HELP: Mapping[str, str] = {
     "extra_body": "JSON object merged into the body of every request.",
     "request_timeout": "Seconds that one request may take.",
     "backend": "Which API is called.",
-    "base_url": "URL of the server; otherwise --host and --port.",
+    "base_url": "URL of the server, with or without /v1; otherwise --host and --port.",
     "host": "Host of the server.",
     "port": "Port of the server.",
     "endpoint": "Path of the API (default: that of the backend).",

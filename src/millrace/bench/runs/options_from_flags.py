@@ -28,7 +28,7 @@ from millrace.bench.workload.prompts import (
     check_spec,
 )
 from millrace.bench.workload.traces import read_trace
-from millrace.common.http_client import Target, parse_url
+from millrace.common.http_client import Target, parse_base_url, parse_url
 from millrace.errors import UserError
 
 _FILES = ("custom", "sharegpt", "trace")
@@ -40,7 +40,7 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
     Raises UserError for the first bad one.
     """
     return msgspec.structs.replace(
-        load_options(flags, _target(flags)),
+        load_options(flags, target_of(flags)),
         backend=flags.backend,
         endpoint=flags.endpoint,
         model=flags.served_model_name or flags.model,
@@ -171,11 +171,12 @@ def _at_least_one(name: str, value: int | None) -> None:
         raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
 
 
-def _target(flags: ServeFlags) -> Target:
-    """The server. A base URL may end in /v1, as other clients want it."""
-    target = parse_url(flags.base_url) if flags.base_url else Target(flags.host, flags.port)
-    prefix = target.prefix if flags.endpoint else target.prefix.removesuffix("/v1")
-    return msgspec.structs.replace(target, prefix=prefix, verify=not flags.insecure)
+def target_of(flags: ServeFlags) -> Target:
+    """The server. A base URL may end in /v1, as other clients want it. Raises UserError."""
+    target = Target(flags.host, flags.port)
+    if flags.base_url:
+        target = (parse_url if flags.endpoint else parse_base_url)(flags.base_url)
+    return msgspec.structs.replace(target, verify=not flags.insecure)
 
 
 def ignored_proxy(target: Target) -> str | None:

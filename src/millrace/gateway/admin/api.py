@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
-from millrace.common.http_client import fetch, parse_url
+from millrace.common.http_client import fetch, parse_base_url
 from millrace.common.safe_log import dropped_lines
 from millrace.common.tasks import task_failures
 from millrace.errors import UserError
@@ -208,7 +208,7 @@ class AdminApi:
                 return error_reply(405, "use GET or POST here", headers=[("Allow", "GET, POST")])
             body = msgspec.json.decode(request.body, type=NewReplica)
             spec = ReplicaSpec(
-                target=parse_url(body.url),
+                target=parse_base_url(body.url),
                 weight=body.weight,
                 limit=body.limit,
                 models=body.models,

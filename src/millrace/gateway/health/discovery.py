@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from millrace.common.http_client import Target, parse_url
+from millrace.common.http_client import Target, parse_base_url
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
@@ -60,7 +60,7 @@ def parse_spec(words: Sequence[str], source: str, where: str) -> ReplicaSpec:
         values[key] = value
     try:
         return ReplicaSpec(
-            target=parse_url(words[0]),
+            target=parse_base_url(words[0]),
             weight=float(values.get("weight", "1")),
             limit=int(values.get("limit", "0")),
             models=tuple(name for name in values.get("models", "").split(",") if name),
