@@ -7,12 +7,21 @@ BIN    := $(VENV)/bin
 MODEL  ?= millrace-mini
 PORT   ?= 8000
 
-.PHONY: serve test lint bench soak docs clean
+# What `make lock` leaves out of the lock files: PyTorch, and what comes by it alone.
+UNLOCKED := torch networkx sympy mpmath
+COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --upgrade \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	$(UNLOCKED:%=--no-emit-package %)
 
-$(VENV)/.installed: pyproject.toml
+.PHONY: serve test lint bench soak docs lock sbom audit clean
+
+# The locked versions come first, by their hashes; what pyproject.toml has beyond them comes after.
+$(VENV)/.installed: pyproject.toml requirements/test.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing millrace into $(VENV) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+		-r requirements/test.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@$(BIN)/python -m millrace.kernels.cpu.build
 	@touch $@
@@ -39,6 +48,29 @@ soak: $(VENV)/.installed  ## ten minutes of kills and hostile clients against tw
 docs: $(VENV)/.installed  ## build the documentation site in build/site, with strict links
 	@$(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
+
+$(VENV)/.supply: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[supply]'
+	@touch $@
+
+lock: $(VENV)/.supply  ## make the lock files anew, with the newest versions that pyproject.toml allows
+	@$(COMPILE) --extra bench --extra otel --no-emit-package setuptools \
+		-o requirements/ship.lock
+	@$(COMPILE) --extra test -o requirements/test.lock
+
+sbom: $(VENV)/.supply  ## list what ships in build/sbom.cdx.json (CycloneDX)
+	@mkdir -p build
+	@{ echo '$(TORCH)'; cat requirements/ship.lock; } > build/ship.txt  # PyTorch ships, unlocked
+	@$(BIN)/cyclonedx-py requirements build/ship.txt --pyproject pyproject.toml \
+		--output-reproducible --of JSON -o build/sbom.cdx.json
+	@echo "build/sbom.cdx.json"
+
+# --strict: a package whose advisories cannot be read is a failure, not a pass.
+audit: $(VENV)/.supply  ## look the locked versions up in the advisories of their registry
+	@mkdir -p build
+	@echo '$(TORCH)' > build/torch.txt
+	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
+		-r build/torch.txt -r requirements/ship.lock -r requirements/test.lock
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
