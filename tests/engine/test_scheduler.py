@@ -16,7 +16,7 @@ from millrace.engine.engine import Engine
 from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.waiting_queue import MAX_OVERTAKES
-from millrace.errors import RequestError, UserError
+from millrace.errors import ConfigError, RequestError, UserError
 from millrace.protocol import AddRequest, Delta, Limits, SamplingParams, StepPlan, StepResult
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
 
@@ -486,6 +486,26 @@ def test_given_seeds_are_used_and_others_differ() -> None:
     seeds = [a.seed for a in plan.admissions]
     assert seeds[0] == 7
     assert len(set(seeds)) == 3
+
+
+def test_a_plan_log_on_a_full_disk_ends_and_the_engine_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    eng = engine(limits(), log=Path("/dev/full"))
+    prompts = {f"r{number}": [number + 1] * 12 for number in range(40)}
+    for name, prompt in prompts.items():
+        eng.add(request(name, prompt, 30, ignore_eos=True))
+    got = run(eng)
+    eng.close()
+    for name, prompt in prompts.items():
+        assert got[name] == expected_output(prompt, 42, frozenset())
+    (line,) = caplog.messages
+    assert line == "plan log /dev/full: No space left on device; it ends here"
+
+
+def test_a_plan_log_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--plan-log .*: No such file or directory"):
+        engine(limits(), log=tmp_path / "none" / "log")
 
 
 def test_plan_log_replays(tmp_path: Path) -> None:

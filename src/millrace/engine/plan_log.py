@@ -7,14 +7,19 @@ on a fresh worker of the same configuration must bring the same results.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from millrace.common.framing import Framing, FramingError
 from millrace.engine.worker_protocol import Worker
-from millrace.errors import UserError
+from millrace.errors import ConfigError, UserError
 from millrace.protocol import Masks, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 Entry = StepPlan | Masks | StepResult
 
@@ -22,16 +27,32 @@ _FRAMING: Framing[Entry] = Framing(Entry, longest=1 << 30)
 
 
 class PlanLog:
-    """Appends plans and results to a file."""
+    """Appends plans and results to a file. Raises UserError if the file cannot be made.
+
+    A file that cannot be written any more, on a full disk, ends the log and not the engine.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._path = path
+        try:
+            self._file: BinaryIO | None = path.open("wb")
+        except OSError as error:
+            raise ConfigError(f"--plan-log {path}: {error.strerror}") from None
 
     def write(self, entry: Entry) -> None:
-        self._file.write(_FRAMING.encode(entry))
+        if self._file is None:
+            return
+        try:
+            self._file.write(_FRAMING.encode(entry))
+        except OSError as error:
+            logger.error("plan log %s: %s; it ends here", self._path, error.strerror)
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what is still buffered has no room either
+                file.close()
 
 
 def read(path: Path) -> Iterator[Entry]:
