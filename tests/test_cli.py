@@ -128,7 +128,7 @@ def test_a_list_is_repeated_or_written_as_json(monkeypatch: pytest.MonkeyPatch) 
         "millrace.server.run.run_server", lambda args, options: seen.append(options) or 0
     )
     flags = ["--allowed-origins", '["https://a", "https://b"]', "--api-key", "x", "--api-key", "y"]
-    assert cli.run(["serve", "m", *flags]) == 0
+    assert cli.run(["serve", "m", "--max-server-restarts", "0", *flags]) == 0
     assert seen[0].allowed_origins == ["https://a", "https://b"]
     assert seen[0].api_key == ["x", "y"]
 
@@ -152,12 +152,12 @@ def test_options_become_engine_arguments(monkeypatch: pytest.MonkeyPatch, text_m
             "serve", str(text_model), "--port", "0", "--served-model-name", "a",
             "--served-model-name", "b", "--no-enable-prefix-caching", "--max-num-seqs=3",
             "--async-scheduling", "--speculative-config",
-            '{"method": "mtp", "num_speculative_tokens": 2}',
+            '{"method": "mtp", "num_speculative_tokens": 2}', "--max-server-restarts=0",
         ]
     )  # fmt: skip
     args, options = seen
     assert status == 5
-    assert options == ServerOptions(port=0)
+    assert options == ServerOptions(port=0, max_server_restarts=0)
     assert (args.model, args.served_model_name) == (str(text_model), ["a", "b"])
     assert (args.enable_prefix_caching, args.async_scheduling) == (False, True)
     assert args.max_num_seqs == 3
@@ -176,7 +176,8 @@ def test_replicas_get_the_same_command_line(
     arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", *bodies]
     assert cli.run(arguments) == 0
     ((command, count, host, port), more) = seen[0]
-    assert command[1:] == ["-m", "millrace.cli", "serve", str(text_model), *bodies]
+    own = [str(text_model), *bodies, "--max-server-restarts", "0"]
+    assert command[1:] == ["-m", "millrace.cli", "serve", *own]
     assert (count, host, port) == (2, "127.0.0.1", 81)
     assert (more["device"], more["gpus_per_replica"]) == ("auto", 1)
     assert more["gateway"].limits.max_bodies_bytes == 99 << 20

@@ -46,14 +46,15 @@ class LiveServer:
         assert self.process.poll() is None, self.log
 
     def engine(self) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        (engine,) = [child for child in children if SANDBOX not in child.cmdline()]
+        (engine,) = [one for one in self._processes() if "--socket-dir" in one.cmdline()]
         return engine
 
     def sandboxes(self) -> list[psutil.Process]:
         """The processes that work on clients' data."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if SANDBOX in child.cmdline()]
+        return [one for one in self._processes() if SANDBOX in one.cmdline()]
+
+    def _processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def metric(self, name: str) -> float:
         """The sum over all labels of one metric."""

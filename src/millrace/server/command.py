@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Any
@@ -96,9 +95,7 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
 
         ctx.exit(run_rank(args))
     else:
-        from millrace.server.run import run_server
-
-        ctx.exit(run_server(args, options))
+        ctx.exit(_serve_one(args, options, ctx.meta["millrace.arguments"]))
 
 
 def _check(options: ServerOptions) -> None:
@@ -111,7 +108,7 @@ def _check(options: ServerOptions) -> None:
             f"max_bodies_bytes {options.max_bodies_bytes}: use at least max_body_bytes, "
             f"{options.max_body_bytes}, or a body of that size is never taken"
         )
-    for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts"):
+    for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts", "max_server_restarts"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
     if options.engine == "millrace" and (options.engine_args or options.engine_command):
@@ -121,10 +118,33 @@ def _check(options: ServerOptions) -> None:
         raise ConfigError(f"port {options.port}: use 0 to 65535")
 
 
+def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> int:
+    """A server in this process, or one that this process watches. Returns the exit status."""
+    from millrace.common.child_process import python_module
+    from millrace.common.sockets import listen, tls_context
+    from millrace.server.supervisor import is_supervised, supervise
+
+    if not options.max_server_restarts or is_supervised() or "RANK" in os.environ:
+        from millrace.server.run import run_server
+
+        return run_server(args, options)
+    tls_context(  # what cannot work is reported here, once
+        options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
+    )
+    listeners = listen(options.host, options.port)
+    find_model(args.model)
+    command = python_module("millrace.cli", "serve", *arguments)
+    return supervise(command, listeners, options.max_server_restarts)
+
+
 def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
     find_model(args.model, args.revision, args.download_dir)
     own = without_options(arguments, _GATEWAY_OPTIONS)
-    _run_replicas([sys.executable, "-m", "millrace.cli", "serve", *own], args, options)
+    from millrace.common.child_process import python_module
+
+    # The gateway's supervisor restarts them.
+    command = python_module("millrace.cli", "serve", *own, "--max-server-restarts", "0")
+    _run_replicas(command, args, options)
 
 
 def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     stream_interval: int = 1
     shutdown_timeout: float = 10.0
     max_engine_restarts: int = 3
+    max_server_restarts: int = 3
     enable_request_id_headers: bool = True
     disable_uvicorn_access_log: bool = False
     disable_access_log_for_endpoints: str = "/health,/ping,/metrics,/load"
@@ -107,6 +108,8 @@ SERVER_HELP: Mapping[str, str] = {
     "shutdown_timeout": "Seconds that open requests get to finish when the server stops.",
     "max_engine_restarts": "Times in a row that the engine is started again after it died; after "
     "after that the server ends too.",
+    "max_server_restarts": "Times in a row that the server process is started again after a crash; "
+    "0 runs it without a parent process that watches it.",
     "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's, or a "
     "new one.",
     "disable_uvicorn_access_log": "Write no access log.",

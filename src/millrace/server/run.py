@@ -42,6 +42,7 @@ from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions, api_keys, gateway_key
 from millrace.server.sandbox.pool import Sandbox, SandboxOptions
+from millrace.server.supervisor import inherited_listeners
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.text.processor import TextProcessor
 
@@ -62,7 +63,7 @@ def run_server(
         options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
     )
     raise_file_limit()
-    listeners = listen(options.host, options.port)
+    listeners = inherited_listeners() or listen(options.host, options.port)
     directory = find_model(args.model, args.revision, args.download_dir)
     names = args.served_model_name or [args.model]
     args = msgspec.structs.replace(args, model=str(directory))
@@ -260,8 +261,9 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn does it, but the signal is not raised again after the server has ended."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                loop.add_signal_handler(number, self._stop)
         faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
         yield
 
