@@ -179,6 +179,10 @@ def test_other_files(tmp_path: Path) -> None:
     assert "no *.safetensors" in refusal(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
     assert "gone is named" in refusal(tmp_path)
+    for name in ("../../etc/passwd", "/etc/passwd", "sub/x.safetensors", "..", "", 7):
+        index = json.dumps({"weight_map": {"a": name}})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert "a shard is a file in the same directory" in refusal(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert "index.json" in refusal(tmp_path)
 

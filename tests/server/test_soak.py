@@ -28,7 +28,8 @@ from tests.support.live_server import LiveServer, started, wait_for
 from tests.support.soak import holdings, soak
 
 FLAGS = (
-    "--debug", "--port=0", "--dtype=float32", "--max-model-len=1024", "--max-num-seqs=6",
+    "--debug", "--port=0", "--max-server-restarts=0", "--dtype=float32",
+    "--max-model-len=1024", "--max-num-seqs=6",
     "--max-num-batched-tokens=64", "--kv-cache-memory-bytes=4000000", "--read-timeout=1",
     '--speculative-config={"method": "mtp", "num_speculative_tokens": 2}',
 )  # fmt: skip

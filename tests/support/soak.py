@@ -335,8 +335,8 @@ def holdings(url: str, pid: int) -> HeldResources:
         assert found, f"no {name} in the metrics"
         return float(found.group(1))
 
-    context = psutil.Process(pid)
-    (engine,) = context.children()
+    server = psutil.Process(pid)
+    (engine,) = [one for one in server.children() if "--socket-dir" in one.cmdline()]
     return HeldResources(
         running=metric("num_requests_running"),
         waiting=metric("num_requests_waiting"),
@@ -345,7 +345,7 @@ def holdings(url: str, pid: int) -> HeldResources:
         requests=metric("http_requests_open"),
         connections=metric("http_connections"),
         tasks=metric("front_tasks"),
-        front_files=context.num_fds(),
+        front_files=server.num_fds(),
         engine_files=engine.num_fds(),
         engine_threads=engine.num_threads(),
     )

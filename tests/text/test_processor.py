@@ -158,7 +158,14 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
         TextProcessor.load(tmp_path, tmp_path).chat_prompt([{"role": "user", "content": "x"}])
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"top_k": "many"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]", "{", '{"top_k": "many"}', '{"temperature": -5}', '{"temperature": 1e999}',
+        '{"top_p": 0}', '{"min_p": 2}', '{"repetition_penalty": 0}', '{"max_new_tokens": 0}',
+        '{"top_k": -7}', "[" * 100_000, '{"top_k": ' + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
 def test_a_broken_generation_config_is_named(tmp_path: Path, content: str) -> None:
     write_text_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)

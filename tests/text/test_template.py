@@ -187,3 +187,77 @@ def test_messages_cannot_be_replaced_by_variables() -> None:
 def test_a_template_with_an_error_names_its_line() -> None:
     with pytest.raises(CheckpointError, match="line 2"):
         ChatTemplate("ok\n{% if %}", {}, "model/chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"a": 1}, "must be a text, not dict"),
+        (17, "must be a text, not int"),
+        ([{"name": 1, "template": ""}], "each entry must be"),
+        (["text"], "each entry must be"),
+        ([{"name": "default", "template": 3}], "must be a text, not int"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "chat_template: "),
+    ],
+)
+def test_a_template_of_a_wrong_type_is_refused_at_the_start(
+    tmp_path: Path, source: object, message: str
+) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": source}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        load_template(tmp_path)
+
+
+def test_a_template_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+        load_template(tmp_path)
+
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def test_an_endless_template_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millrace.text.template.RENDER_SECONDS", 0.2)
+    with pytest.raises(CheckpointError, match=r"over 0\.2 s for one short message"):
+        ChatTemplate(ENDLESS, {})
+
+
+def test_a_template_that_some_messages_make_endless_refuses_those(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("millrace.text.template.RENDER_SECONDS", 0.2)
+    template = ChatTemplate("{% if messages | length > 1 %}" + ENDLESS + "{% endif %}", {})
+    message = {"role": "user", "content": "x"}
+    assert template.render([message]) == ""
+    with pytest.raises(RequestError, match=r"takes over 0\.2 s"):
+        template.render([message, message])
+    assert template.render([message]) == ""
+
+
+@pytest.mark.parametrize("expression", ["'a' * 10 ** 9", "[1] * 99999999", "9 ** 999"])
+def test_a_template_makes_no_huge_values(expression: str) -> None:
+    template = ChatTemplate(
+        "{% if messages[0].content == 'go' %}{{ ("
+        + expression
+        + ") | string | length }}{% endif %}",
+        {},
+    )
+    with pytest.raises(RequestError, match="more than"):
+        template.render([{"role": "user", "content": "go"}])
+
+
+def test_loops_know_their_place_and_length() -> None:
+    source = (
+        "{% for m in messages[::-1] %}{{ loop.index }}/{{ loop.length }}"
+        "{{ ',' if not loop.last }}{% endfor %}"
+        "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}"
+        "{% for m in messages if m.role == 'user' %}{{ loop.previtem is defined }}{% endfor %}"
+        "{% for m in nothing %}{% else %}none{% endfor %}"
+    )
+    message = {"role": "user", "content": "x"}
+    assert ChatTemplate(source, {}).render([message, message]) == "1/2,2/2a1FalseTruenone"

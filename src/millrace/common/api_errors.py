@@ -125,9 +125,9 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
-def shortened(text: str) -> str:
-    """A text of at most LONGEST_MESSAGE characters; a longer one loses its middle."""
-    if len(text) <= LONGEST_MESSAGE:
+def shortened(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """A text of at most `longest` characters, 100 or more; a longer one loses its middle."""
+    if len(text) <= longest:
         return text
-    part = LONGEST_MESSAGE // 2 - 20
-    return f"{text[:part]} ... ({len(text)} characters) ... {text[-part:]}"[:LONGEST_MESSAGE]
+    part = longest // 2 - 20
+    return f"{text[:part]} ... ({len(text)} characters) ... {text[-part:]}"[:longest]

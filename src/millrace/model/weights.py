@@ -149,10 +149,15 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} cannot be read: {error!r}; fetch it again") from None
-        return [directory / name for name in sorted(set(names))]
+        for name in names:
+            if not isinstance(name, str) or name in ("", "..") or name != Path(name).name:
+                raise CheckpointError(
+                    f"{index} names {str(name)[:100]!r}; a shard is a file in the same directory"
+                )
+        return [directory / name for name in sorted(names)]
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{directory} has no *.safetensors files; only these can be read")

@@ -132,16 +132,16 @@ def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -
         options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
     )
     listeners = listen(options.host, options.port)
-    find_model(args.model)
+    find_model(args.model, args.revision, args.download_dir)
     command = python_module("millrace.cli", "serve", *arguments)
     return supervise(command, listeners, options.max_server_restarts)
 
 
 def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> None:
-    find_model(args.model, args.revision, args.download_dir)
-    own = without_options(arguments, _GATEWAY_OPTIONS)
     from millrace.common.child_process import python_module
 
+    find_model(args.model, args.revision, args.download_dir)
+    own = without_options(arguments, _GATEWAY_OPTIONS)
     # The gateway's supervisor restarts them.
     command = python_module("millrace.cli", "serve", *own, "--max-server-restarts", "0")
     _run_replicas(command, args, options)

@@ -85,7 +85,6 @@ async def _serve(
     grammars, encoder = _sandboxes(args)
     tracer = Tracer.to(options.otlp_traces_endpoint)
     await client.start(args, program)
-    grammars.start()
     try:
         page = MetricsPage(
             names[0], metrics, lambda: client.stats, lambda: _cache_config(args, client.ready)
@@ -102,7 +101,7 @@ async def _serve(
         page.gauges.update(_gauges(middleware, server))
         supervision = reported(
             "the supervision of the engine",
-            _supervise_engine(client, options, server, names[0], listeners[0]),
+            _supervise_engine(client, options, server, names[0], listeners[0], grammars.start),
             logger.error,
             on_failure=lambda error: _end_unsupervised(client, server, error),
         )
@@ -224,10 +223,15 @@ async def _supervise_engine(
     server: uvicorn.Server,
     name: str,
     listener: socket.socket,
+    on_ready: Callable[[], None],
 ) -> None:
-    """Print that the engine is ready, restart it when it dies, end the server at its last death."""
+    """Print that the engine is ready, restart it when it dies, end the server at its last death.
+
+    on_ready: called once, with the first Ready.
+    """
     with contextlib.suppress(UserError, EngineDeadError):
         ready = await client.wait_ready()
+        on_ready()
         scheme = "https" if options.ssl_certfile else "http"
         print(_startup_message(ready, name, scheme, listener), flush=True)
     await Restarter(client, options.max_engine_restarts).run()

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, RequestError
+from millrace.protocol import SamplingParams
 
 FILE = "generation_config.json"
 TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -32,14 +33,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON object: {error}") from None
 
 
 def vocab_size(directory: Path) -> int | None:
     """Rows of the embedding, from `config.json` (flat, or under `text_config`)."""
     config = read_json(directory / "config.json")
-    size = config.get("text_config", config).get("vocab_size")
+    text = config.get("text_config", config)
+    size = text.get("vocab_size") if isinstance(text, dict) else None
     return size if isinstance(size, int) else None
 
 
@@ -66,9 +70,12 @@ def sampling_defaults(
         "repetition_penalty": config.get("repetition_penalty"),
         "max_tokens": config.get("max_new_tokens"),
     }
+    said = {name: value for name, value in given.items() if value is not None}
     try:
-        return msgspec.convert(
-            {name: value for name, value in given.items() if value is not None}, SamplingDefaults
-        )
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        defaults = msgspec.convert(said, SamplingDefaults)
+        msgspec.convert(said, SamplingParams)  # for its ranges: a request must not fail by them
+    except (msgspec.ValidationError, RequestError) as error:
+        raise CheckpointError(
+            f"{path}: {error}; mend it or start with --generation-config vllm"
+        ) from None
+    return defaults

@@ -7,12 +7,16 @@ use is what Hugging Face gives them, so that both render the same text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -22,6 +26,11 @@ from millrace.errors import CheckpointError, RequestError
 from millrace.text.files import read_json
 from millrace.text.messages import Message
 
+RENDER_SECONDS = 10.0
+MAX_REPEATED = 1 << 20  # parts of a text or list that `*` makes
+MAX_POWER = 64
+_TIMED = "_timed"
+_TOO_SLOW = "template_too_slow"
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -55,11 +64,70 @@ def _to_json(
     )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+class _TooSlowError(jinja2.TemplateError):
+    """A template has used up the time of one rendering."""
+
+
+class _Deadline(threading.local):
+    """When the rendering of this thread must be done, on the monotonic clock."""
+
+    at = math.inf
+    loops = 0
+
+    def check(self) -> None:
+        """Count one iteration of a loop; raise _TooSlowError if the time is up."""
+        self.loops += 1
+        if self.loops % 256 == 0 and monotonic() > self.at:
+            raise _TooSlowError("it takes too long")
+
+
+_deadline = _Deadline()
+
+
+class _TimedIterable:
+    """What a template loops over, with a look at the clock in each iteration."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in self._values:
+            _deadline.check()
+            yield value
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, without the two operators that make large values of small ones."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for value, times in ((left, right), (right, left)):
+            is_sequence = isinstance(value, (str, list, tuple)) and isinstance(times, int)
+            if operator == "*" and is_sequence and len(value) * times > MAX_REPEATED:
+                raise jinja2.TemplateError(f"a value of more than {MAX_REPEATED} parts")
+        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= MAX_POWER):
+            raise jinja2.TemplateError(f"a power of more than {MAX_POWER}")
+        return super().call_binop(context, operator, left, right)
+
+    def compile_timed(self, source: str) -> jinja2.Template:
+        """The template of a source, in which every loop looks at the clock."""
+        tree = self.parse(source)
+        for loop in list(tree.find_all(nodes.For)):
+            line = loop.iter.lineno
+            loop.iter = nodes.Filter(loop.iter, _TIMED, [], [], None, None, lineno=line)
+        return self.from_string(tree)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    environment.filters[_TIMED] = _TimedIterable
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment
@@ -74,11 +142,16 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
         """Raises CheckpointError if the source is not a template."""
+        if not isinstance(source, str):
+            raise CheckpointError(f"{name}: a template must be a text, not {type(source).__name__}")
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment().compile_timed(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{name}, line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name}: {_one_line(error)}") from None
         self.source = source
+        self._name = name
         self._tokens = dict(tokens)
         self.takes_parts = self._probe()
         self.takes_tools = self._probe_tools()
@@ -106,8 +179,15 @@ class ChatTemplate:
         if continue_final_message:
             values["messages"][-1:] = map(_marked, values["messages"][-1:])
         values["add_generation_prompt"] = add_generation_prompt
+        _deadline.at = monotonic() + RENDER_SECONDS
         try:
             text = self._template.render(values)
+        except _TooSlowError:
+            raise RequestError(
+                f"the chat template takes over {RENDER_SECONDS:g} s for these messages",
+                param="messages",
+                code=_TOO_SLOW,
+            ) from None
         except Exception as error:  # a template is a program, and raises what it likes
             raise RequestError(
                 f"the chat template refuses these messages: {_one_line(error)}", param="messages"
@@ -130,8 +210,16 @@ class ChatTemplate:
         try:
             listed = self.render([{"role": "user", "content": parts}])
             return listed == self.render([{"role": "user", "content": "leftright"}])
-        except RequestError:
+        except RequestError as error:
+            self._require_fast(error)
             return False
+
+    def _require_fast(self, error: RequestError) -> None:
+        """Raise CheckpointError for a template that is too slow for a single short message."""
+        if error.code == _TOO_SLOW:
+            raise CheckpointError(
+                f"{self._name}: it takes over {RENDER_SECONDS:g} s for one short message"
+            ) from None
 
     def _probe_tools(self) -> bool:
         """Whether a tool's name shows up in the prompt."""
@@ -139,7 +227,8 @@ class ChatTemplate:
         tools = [{"type": "function", "function": function}]
         try:
             text = self.render([{"role": "user", "content": "text"}], variables={"tools": tools})
-        except RequestError:
+        except RequestError as error:
+            self._require_fast(error)
             return False
         return "probed_tool" in text
 
@@ -203,12 +292,15 @@ def load_template(directory: Path, given: str | None = None) -> ChatTemplate | N
     path = directory / "chat_template.jinja"
     source: Any
     if path.is_file():
-        name, source = str(path), path.read_text(encoding="utf-8")
+        try:
+            name, source = str(path), path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
     else:
         name, source = f"{directory / 'tokenizer_config.json'}: chat_template", None
         source = config.get("chat_template")
     if isinstance(source, list):  # several, each with a name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        source = _named_templates(source, name).get("default")
     if source is None:
         return None
     return ChatTemplate(source, _special_tokens(config), name)
@@ -224,6 +316,16 @@ def _given_source(given: str) -> str:
         raise CheckpointError(
             f"--chat-template {given}: neither a file that can be read ({error}) nor a template"
         ) from None
+
+
+def _named_templates(entries: list[Any], name: str) -> dict[str, Any]:
+    """Template by name. Raises CheckpointError."""
+    found = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise CheckpointError(f'{name}: each entry must be {{"name": ..., "template": ...}}')
+        found[entry["name"]] = entry.get("template")
+    return found
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from millrace.server.sandbox.pool import (
     SandboxOptions,
 )
 from millrace.text.tokenizer import Tokenizer
+from tests.support.live_server import SANDBOX
 
 
 def grammar(text: str) -> OutputGrammar:
@@ -47,6 +48,11 @@ def deep_schema() -> OutputGrammar:
     return OutputGrammar(StructuredOutputs(json=schema), "response_format", gap=False)
 
 
+def children() -> list[psutil.Process]:
+    """The sandbox processes of this process."""
+    return [one for one in psutil.Process().children() if SANDBOX in one.cmdline()]
+
+
 def run(work: Callable[[Sandbox], Awaitable[None]], **options: object) -> None:
     """Do `work` with a sandbox, and leave no process behind."""
     given = {"processes": 1, "max_queue": 4, "job_seconds": 20.0, "memory_bytes": 2 << 30}
@@ -59,7 +65,7 @@ def run(work: Callable[[Sandbox], Awaitable[None]], **options: object) -> None:
             await sandbox.close()
 
     asyncio.run(main())
-    assert not psutil.Process().children()
+    assert not children()
 
 
 def test_a_grammar_is_built_or_refused_with_the_reason() -> None:
@@ -96,7 +102,7 @@ def test_the_number_of_rules_has_a_limit_that_the_error_names() -> None:
 def test_a_job_has_a_time_limit() -> None:
     async def work(sandbox: Sandbox) -> None:
         assert isinstance(await sandbox.run(grammar('start: "warm"')), Source)
-        (child,) = psutil.Process().children()
+        (child,) = children()
         os.kill(child.pid, signal.SIGSTOP)
         with pytest.raises(SandboxFailedError, match="took over"):
             await sandbox.run(grammar('start: "late"'))
@@ -108,9 +114,9 @@ def test_a_job_has_a_time_limit() -> None:
 def test_a_process_that_dies_while_idle_is_replaced() -> None:
     async def work(sandbox: Sandbox) -> None:
         assert isinstance(await sandbox.run(grammar('start: "one"')), Source)
-        (child,) = psutil.Process().children()
+        (child,) = children()
         child.kill()
-        while child.pid in {one.pid for one in psutil.Process().children()}:
+        while child.pid in {one.pid for one in children()}:
             await asyncio.sleep(0.01)
         assert isinstance(await sandbox.run(grammar('start: "two"')), Source)
 
@@ -120,7 +126,7 @@ def test_a_process_that_dies_while_idle_is_replaced() -> None:
 def test_the_queue_has_a_limit() -> None:
     async def work(sandbox: Sandbox) -> None:
         assert isinstance(await sandbox.run(grammar('start: "warm"')), Source)
-        (child,) = psutil.Process().children()
+        (child,) = children()
         os.kill(child.pid, signal.SIGSTOP)
         waiting = [asyncio.ensure_future(sandbox.run(grammar(f'start: "{at}"'))) for at in range(8)]
         await asyncio.sleep(0.2)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from millrace.common.scratch import ScratchDirectory
 from millrace.config import EngineArgs
 from millrace.protocol import Failed, FromEngine, ToEngine
 from millrace.replica.watchdog import REPORT, where
@@ -58,7 +57,8 @@ class EngineLink:
         Raises OSError when there can be no process.
         """
         self._loop = asyncio.get_running_loop()
-        self._directory = _socket_directory()
+        self._scratch = _socket_directory()
+        self._directory = self._scratch.path
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._to_engine = context.socket(zmq.PUSH)
         self._to_engine.setsockopt(zmq.SNDHWM, 0)  # the number of requests is bounded elsewhere
@@ -143,13 +143,13 @@ class EngineLink:
         self._loop.remove_reader(self._descriptor)
         self._to_engine.close(linger=0)
         self._from_engine.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.remove()
 
 
-def _socket_directory() -> Path:
+def _socket_directory() -> ScratchDirectory:
     """A directory that only this user can enter, with a name short enough for a socket."""
-    directory = Path(tempfile.mkdtemp(prefix="millrace-"))
-    if len(str(directory)) > MAX_IPC_PATH:
-        directory.rmdir()
-        directory = Path(tempfile.mkdtemp(prefix="millrace-", dir="/tmp"))
+    directory = ScratchDirectory()
+    if len(str(directory.path)) > MAX_IPC_PATH:
+        directory.remove()
+        directory = ScratchDirectory(Path("/tmp"))
     return directory

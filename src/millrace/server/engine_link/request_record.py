@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
+from millrace.common.api_errors import shortened
+
 if TYPE_CHECKING:
     from millrace.server.engine_link.stream import Stream
 
+LOGGED_PATH = 256  # characters of a path that are logged
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that was gone before its answer
 
 current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
@@ -36,9 +39,9 @@ class RequestRecord:
 
     @property
     def path(self) -> str:
-        """As the client wrote it, without the query: printable ASCII, on stream line."""
+        """As the client wrote it, without the query: printable ASCII of a bounded length."""
         raw: bytes = self.scope.get("raw_path") or b"/"
-        return raw.decode("latin-1")
+        return shortened(raw.decode("latin-1"), LOGGED_PATH)
 
     @property
     def route(self) -> str:
