@@ -1,0 +1,39 @@
+"""Grammars in the engine: what has passed the sandbox cannot overflow a stack here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from millrace.common.native_stack import CHECK_STACK, COMPILE_STACK
+
+COMPILE = """
+import json, sys
+from pathlib import Path
+from millrace.engine.grammar import Grammars
+from millrace.protocol import AddRequest, Grammar, SamplingParams
+from millrace.text.grammar_jobs import OutputGrammar
+from millrace.protocol import StructuredOutputs
+
+names = [f"a{at}" for at in range(990)]
+definitions = {a: {"items": {"items": {"$ref": f"#/$defs/{b}"}}} for a, b in zip(names, names[1:])}
+schema = {"$defs": {**definitions, names[-1]: {"type": "string"}}, "$ref": "#/$defs/a0"}
+source = OutputGrammar(StructuredOutputs(json=schema), "f", gap=False).build()
+grammars = Grammars(Path(sys.argv[1]), 600, [2], 1)
+request = AddRequest("a", [1], SamplingParams(), grammar=Grammar(source))
+state = grammars.compile(request).result(60)
+grammars.add("a", state)
+assert grammars.failure("a") is None
+grammars.close()
+"""
+
+
+def test_a_deep_grammar_that_passed_the_check_compiles_in_an_engine(text_model: Path) -> None:
+    """Its compilation takes more stack than a thread has by default."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(text_model / "tokenizer.json")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert COMPILE_STACK >= 4 * CHECK_STACK
