@@ -23,7 +23,8 @@ from tests.support.live_server import LiveServer, started
 from tests.support.soak import HeldResources, holdings, soak
 
 FLAGS = (
-    "--debug", "--port=0", "--max-server-restarts=0", "--max-model-len=512", "--max-num-seqs=8", "--read-timeout=1",
+    "--debug", "--port=0", "--max-server-restarts=0", "--max-model-len=512", "--max-num-seqs=8",
+    "--read-timeout=1",
     "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=24500000", "--num-snapshots=2",
 )  # fmt: skip
 
