@@ -110,7 +110,7 @@ class LLM:
     def __init__(self, model: str, *, generation_config: str = "auto", **options: Any) -> None:
         if generation_config not in ("auto", "vllm"):
             raise ConfigError(f"generation_config {generation_config!r}: use auto or vllm")
-        args = _resolved(engine_args(model=str(model), **options))
+        args = _with_found_model(engine_args(model=str(model), **options))
         directory = Path(args.model)
         tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
         self._processor = TextProcessor.load(
@@ -135,12 +135,13 @@ class LLM:
         such. sampling_params: for all, or one each. use_tqdm: show progress at a terminal.
         Raises RequestError if one of them cannot run; then none does.
         """
-        given = _as_list(prompts)
+        given = _prompt_list(prompts)
         params = self._params_for(len(given), sampling_params)
         groups = [
-            self._runs(*self._read(prompt), one) for prompt, one in zip(given, params, strict=True)
+            self._outputs_of(*self._read_prompt(prompt), one)
+            for prompt, one in zip(given, params, strict=True)
         ]
-        return self._finish(groups, use_tqdm)
+        return self._run_to_end(groups, use_tqdm)
 
     def chat(
         self,
@@ -174,8 +175,8 @@ class LLM:
                 variables=chat_template_kwargs,
             )
             token_ids = self._processor.encode(text, add_special_tokens=False)
-            groups.append(self._runs(text, token_ids, one, opens_reasoning("auto", text)))
-        return self._finish(groups, use_tqdm)
+            groups.append(self._outputs_of(text, token_ids, one, opens_reasoning("auto", text)))
+        return self._run_to_end(groups, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode and decode."""
@@ -227,7 +228,7 @@ class LLM:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; give one each")
         return list(given)
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of a prompt in any of its shapes."""
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
@@ -239,9 +240,9 @@ class LLM:
             return prompt, self._processor.encode(prompt)
         return None, list(prompt)
 
-    def _runs(
+    def _outputs_of(
         self, text: str | None, token_ids: list[int], params: SamplingParams, reasons: bool = False
-    ) -> list[_Run]:
+    ) -> list[_RunningOutput]:
         """A prompt's outputs. reasons: they begin with reasoning."""
         self._count += 1
         wanted = params.structured_outputs
@@ -261,11 +262,13 @@ class LLM:
         )
         tokenizer = self._processor.tokenizer
         return [
-            _Run(one, output, self._processor.detokenizer(params), tokenizer)
+            _RunningOutput(one, output, self._processor.detokenizer(params), tokenizer)
             for one in split_outputs(request)
         ]
 
-    def _finish(self, groups: Sequence[Sequence[_Run]], show: bool) -> list[RequestOutput]:
+    def _run_to_end(
+        self, groups: Sequence[Sequence[_RunningOutput]], show: bool
+    ) -> list[RequestOutput]:
         """Run all requests to their ends. None stays in the engine, even after an exception."""
         runs = [run for group in groups for run in group]
         engine, open_runs = self.engine, {run.request.id: run for run in runs}
@@ -276,14 +279,14 @@ class LLM:
             with Progress(console=console, disable=not (show and console.is_terminal)) as progress:
                 task = progress.add_task("outputs", total=len(runs))
                 while open_runs:
-                    ended = _take(open_runs, engine.step(), engine.abort)
+                    ended = _dispatch_deltas(open_runs, engine.step(), engine.abort)
                     progress.advance(task, ended)
         finally:
             engine.abort(list(open_runs))
         return [group[0].output for group in groups]
 
 
-class _Run:
+class _RunningOutput:
     """One output while it runs. The outputs of one prompt share a RequestOutput."""
 
     def __init__(
@@ -304,7 +307,7 @@ class _Run:
             self._own.logprobs, self._own.cumulative_logprob = [], 0.0
         output.outputs.append(self._own)
 
-    def take(self, delta: Delta, now: float) -> bool:
+    def add_delta(self, delta: Delta, now: float) -> bool:
         """Add the new tokens of a step. True if a stop text was found, and the engine must abort
         it."""
         if delta.error is not None:
@@ -316,7 +319,7 @@ class _Run:
         self._texts.append(piece.text)
         own.token_ids += piece.token_ids
         own.finish_reason, own.stop_reason = piece.finish_reason, piece.stop_reason
-        self._note_logprobs(piece.logprobs or (), delta.prompt_logprobs)
+        self._add_logprobs(piece.logprobs or (), delta.prompt_logprobs)
         output.num_cached_tokens = max(output.num_cached_tokens, delta.cached_tokens)
         output.metrics.first_token_time = output.metrics.first_token_time or now
         if piece.finish_reason is not None:
@@ -326,7 +329,7 @@ class _Run:
             output.metrics.finished_time = now
         return self._detokenizer.ended_by_text and delta.finish_reason is None
 
-    def _note_logprobs(
+    def _add_logprobs(
         self, given: Sequence[TokenLogprobs], prompt: list[TokenLogprobs] | None
     ) -> None:
         own = self._own
@@ -346,8 +349,8 @@ def _logprobs(position: TokenLogprobs, tokenizer: Tokenizer) -> Logprobs:
     return found
 
 
-def _take(
-    runs: dict[str, _Run], deltas: Iterable[Delta], abort: Callable[[Iterable[str]], None]
+def _dispatch_deltas(
+    runs: dict[str, _RunningOutput], deltas: Iterable[Delta], abort: Callable[[Iterable[str]], None]
 ) -> int:
     """Hand deltas to their runs; drop the runs that have ended, and return how many did."""
     now = monotonic()
@@ -356,14 +359,14 @@ def _take(
         run = runs.get(delta.id)
         if run is None:
             continue
-        if run.take(delta, now):
+        if run.add_delta(delta, now):
             abort([delta.id])
         if run.done:
             del runs[delta.id]
     return before - len(runs)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt, of whatever shape, as a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
@@ -372,7 +375,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _resolved(args: EngineArgs) -> EngineArgs:
+def _with_found_model(args: EngineArgs) -> EngineArgs:
     return msgspec.structs.replace(
         args, model=str(find_model(args.model, args.revision, args.download_dir))
     )
