@@ -42,7 +42,7 @@ from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions, api_keys, gateway_key
 from millrace.server.sandbox.pool import Sandbox, SandboxOptions
-from millrace.server.supervisor import inherited_listeners
+from millrace.server.supervisor import hangups_are_ignored, inherited_listeners
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.text.processor import TextProcessor
 
@@ -266,7 +266,7 @@ class _Server(uvicorn.Server):
         """As uvicorn does it, but the signal is not raised again after the server has ended."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            if number != signal.SIGHUP or not hangups_are_ignored():
                 loop.add_signal_handler(number, self._stop)
         faulthandler.register(signal.SIGUSR1)  # for a look at its stacks while it runs
         yield

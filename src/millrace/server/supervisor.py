@@ -42,6 +42,11 @@ def supervise(
     return _Supervisor(command, listeners, max_restarts, Backoff(policy)).run()
 
 
+def hangups_are_ignored() -> bool:
+    """Whether this process was started under nohup."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 def is_supervised() -> bool:
     """Whether this process was started by a supervisor whose sockets it has not taken yet."""
     return VARIABLE in os.environ
@@ -82,7 +87,7 @@ class _Supervisor:
         self._stopping = threading.Event()
 
     def run(self) -> int:
-        heard = [one for one in FORWARDED if signal.getsignal(one) is not signal.SIG_IGN]  # nohup
+        heard = [one for one in FORWARDED if one != signal.SIGHUP or not hangups_are_ignored()]
         previous = {number: signal.signal(number, self._forward) for number in heard}
         try:
             return self._run()
