@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from millrace.common.prefix_hash import SALT_HEADER, hash_chain
+from millrace.common.sockets import free_port
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import read_request_info
-from tests.support.live_server import LiveServer, started
+from tests.support.live_server import LiveServer, started, wait_for
 
 FLAGS = (
     *("--dtype=float32", "--max-model-len=256", "--max-num-seqs=4", "--snapshot-distance=0"),
@@ -107,3 +108,33 @@ def test_only_the_gateway_learns_which_prefixes_are_cached(server: LiveServer) -
     info = read_request_info(Request(b"POST", b"/v1/completions", "1.1", pairs, body, True))
     assert set(hash_chain(info.prompt, info.cache_salt)) <= told
     assert not set(hash_chain(info.prompt)) & told
+
+
+def test_behind_a_gateway_clients_are_kept_apart_too(small_model: Path, tmp_path: Path) -> None:
+    """Both sides of `serve --replicas`: the gateway salts by key, and may read the prefixes."""
+    port = free_port("127.0.0.1")
+    flags = [one for one in FLAGS if not one.startswith("--gateway-api-key")]
+    command = [
+        *(sys.executable, "-m", "millrace.cli", "serve", str(small_model), f"--port={port}"),
+        *("--replicas=2", "--policy=prefix_aware", "--device=cpu", *flags),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with started(command, tmp_path / "log") as fleet:
+        wait_for(lambda: "2 replicas on http" in fleet.log or fleet.process.poll() is not None, 180)
+        body = {"prompt": "one two three " * 8, "max_tokens": 2}
+
+        def cached_tokens(key: str) -> int:
+            headers = {"x-api-key": key}
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return cached(answer.json()["usage"])
+
+        assert cached_tokens("one") == 0
+        assert cached_tokens("two") == 0
+        for _ in range(3):  # each client's prompt finds the replica that has it
+            assert cached_tokens("one") > 0
+            assert cached_tokens("two") > 0
+        replicas = httpx.get(f"{url}/gateway/replicas", headers={"x-api-key": "one"}).json()
+        load = f"{replicas['replicas'][0]['url']}/load?prefixes_since=0"
+        for key in ("one", "two"):
+            assert "prefixes" not in httpx.get(load, headers={"x-api-key": key}).json()
