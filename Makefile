@@ -61,16 +61,17 @@ lock: $(VENV)/.supply  ## make the lock files anew, with the newest versions tha
 sbom: $(VENV)/.supply  ## list what ships in build/sbom.cdx.json (CycloneDX)
 	@mkdir -p build
 	@{ echo '$(TORCH)'; cat requirements/ship.lock; } > build/ship.txt  # PyTorch ships, unlocked
-	@$(BIN)/cyclonedx-py requirements build/ship.txt --pyproject pyproject.toml \
+	@$(BIN)/python -W ignore -m cyclonedx_py requirements build/ship.txt --pyproject pyproject.toml \
 		--output-reproducible --of JSON -o build/sbom.cdx.json
 	@echo "build/sbom.cdx.json"
 
 # --strict: a package whose advisories cannot be read is a failure, not a pass.
+AUDIT = $(BIN)/pip-audit --strict --disable-pip --progress-spinner off
 audit: $(VENV)/.supply  ## look the locked versions up in the advisories of their registry
 	@mkdir -p build
 	@echo '$(TORCH)' > build/torch.txt
-	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
-		-r build/torch.txt -r requirements/ship.lock -r requirements/test.lock
+	@$(AUDIT) --require-hashes -r requirements/ship.lock -r requirements/test.lock
+	@$(AUDIT) --no-deps -r build/torch.txt
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
