@@ -130,11 +130,27 @@ LEAVES = [
     Case({"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
           "additionalProperties": False}, TEXTS.map(lambda t: {"x": t})),
     Case({}, TEXTS | st.integers(-9, 9) | st.none() | st.lists(st.none(), max_size=2)),
+    Case({"type": "number", "minimum": 0, "exclusiveMaximum": 2.5}, st.sampled_from([0, 1.25, 2])),
+    Case({"type": "integer", "minimum": -1000}, st.integers(-1000, 10**6)),
+    Case({"type": "integer", "minimum": 0, "maximum": 90, "multipleOf": 30},
+         st.sampled_from([0, 30, 60, 90])),
+    Case({"allOf": [{"$ref": "#/$defs/choice"}], "description": "x", "default": "red"},
+         st.sampled_from(["red", "blue"])),
+    Case({"allOf": [{"type": "string", "maxLength": 9}, {"minLength": 2}, {"pattern": "[0-9]"}]},
+         st.sampled_from(["12", "a1", "5 apples"])),
+    Case({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+         TEXTS | st.lists(st.integers(), max_size=2)),
+    Case({"type": "array", "prefixItems": [{"type": "string"}, {"type": "null"}], "items": False,
+          "minItems": 2}, TEXTS.map(lambda text: [text, None])),
+    Case({"type": ["object", "string"], "properties": {"k": {"type": "boolean"}}},
+         TEXTS | st.sampled_from([{}, {"k": True}])),
     Case({"$ref": "#/$defs/choice"}, st.sampled_from(["red", "blue"])),
+    Case({"$ref": "#/$defs/either"}, TEXTS | st.integers(0, 9)),
     Case({"$ref": "#/$defs/tree"}, st.sampled_from([{}, {"next": {}}, {"next": {"next": {}}}])),
 ]  # fmt: skip
 DEFS = {
     "choice": {"type": "string", "enum": ["red", "blue"]},
+    "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
     "tree": {
         "type": "object",
         "properties": {"next": {"$ref": "#/$defs/tree"}},
@@ -175,7 +191,7 @@ def objects(draw: st.DrawFn, names: str = "abc") -> Case:
 @st.composite
 def roots(draw: st.DrawFn) -> Case:
     one = draw(objects())
-    kind = draw(st.sampled_from(["plain", "plain", "ref", "anyOf", "allOf", "pointer"]))
+    kind = draw(st.sampled_from(["plain", "plain", "ref", "anyOf", "allOf", "rest", "pointer"]))
     if kind == "ref":
         root = {"$ref": "#/$defs/root", "$defs": {**DEFS, "root": one.schema}}
         return Case(root, one.values)
@@ -185,6 +201,11 @@ def roots(draw: st.DrawFn) -> Case:
     if kind == "allOf":
         limit = {"type": "object", "required": one.schema.get("required", [])}
         return Case({"allOf": [one.schema, limit], "$defs": DEFS}, one.values)
+    if kind == "rest" and "properties" in one.schema:
+        entry = draw(PROPERTIES)
+        schema = {**one.schema, "additionalProperties": entry.schema, "$defs": DEFS}
+        others = st.dictionaries(st.sampled_from(["k", "z z"]), entry.values, max_size=2)
+        return Case(schema, st.tuples(one.values, others).map(lambda pair: {**pair[0], **pair[1]}))
     if kind == "pointer" and "a" in one.schema.get("properties", {}):
         schema = {**one.schema, "$defs": DEFS}
         schema["properties"] = {**schema["properties"], "z": {"$ref": "#/properties/a"}}

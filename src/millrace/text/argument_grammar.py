@@ -47,6 +47,7 @@ _TAGGED = f"/(?s:.*)(?:{_TAG})(?s:.*)/"
 # A character in JSON's quotes; of the ways to write one those that keep a tag as it is.
 _UNIT = r'(?:[^"\\\x00-\x1f]|\\["\\\/bfnrt]|\\u00[01][0-9a-f])'
 _WHOLE = f"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})"
+_UNESCAPED = r'/[^"\\\x00-\x1f]*/'
 _NUMBER_WORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _NAME_END = ">\n"
 _TAIL = f"\n{PARAMETER_END}\n"
@@ -58,13 +59,17 @@ class UnboundError(Exception):
 
 class _Texts(NamedTuple):
     """Texts that a schema allows, as a terminal. quoted: the same as they stand between JSON's
-    quotes; None where that cannot be told. bounds: (least, most) characters, where nothing else is
-    bound.
+    quotes; None if only those are known that stand there as they are. bounds: (least, most)
+    characters, where nothing else is bound.
     """
 
     terminal: str
     quoted: str | None
     bounds: tuple[int, int | None] | None = None
+
+    @property
+    def in_quotes(self) -> str:
+        return self.quoted or f"({self.terminal} & {_UNESCAPED})"
 
 
 class Terminals:
@@ -275,12 +280,11 @@ class ArgumentGrammar:
         if digits:
             bare.append("~/-?[0-9](?s:.*)/")
         found = [f"({' & '.join(bare)})"]
-        if texts.quoted is not None:
-            needy = tagged
-            if ambiguous:
-                needy += f' | /(?:\\\\["\\\\])*(?:{ambiguous})(?:\\\\["\\\\])*/'
-            quote = literal('"')
-            found.append(f"({quote} ({texts.quoted} & ({needy})) {quote})")
+        needy = tagged
+        if ambiguous:
+            needy += f' | /(?:\\\\["\\\\])*(?:{ambiguous})(?:\\\\["\\\\])*/'
+        quote = literal('"')
+        found.append(f"({quote} ({texts.in_quotes} & ({needy})) {quote})")
         return found
 
     def _texts(self, schema: Any, depth: int) -> _Texts | None:
@@ -391,6 +395,5 @@ def _all_of(texts: Sequence[_Texts | None]) -> _Texts | None:
 def _any_of(texts: Sequence[_Texts]) -> _Texts | None:
     if len(texts) < 2:
         return texts[0] if texts else None
-    quoted = [one.quoted for one in texts if one.quoted is not None]
     terminals = " | ".join(one.terminal for one in texts)
-    return _Texts(f"({terminals})", f"({' | '.join(quoted)})" if quoted else None)
+    return _Texts(f"({terminals})", f"({' | '.join(one.in_quotes for one in texts)})")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from millrace.text.tools.json_repair import JsonRepair, completed, repaired
 
 TEXTS = st.text(max_size=6) | st.sampled_from(
-    ["</tool_call>", '"', "\\", "a\nb", "'", "{", "\\u12"]
+    ["</tool_call>", '"', "\\", "a\nb", "'", "{", "\\u12", "\\ud800", "\\ud83e\\udd8a"]
 )
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -64,7 +64,7 @@ def test_json_that_is_cut_off_is_closed(value: Any, cut: int) -> None:
 
 
 SYMBOLS = ["{", "}", "[", "]", ",", ":", '"', "'", "\\", "\n", " ", "a", "1", "-", "None", "tru",
-           "1e999", "\\u12", "</tool_call>", "<", "🦊", '"a": ']  # fmt: skip
+           "1e999", "\\u12", "\\ud800", "\\ude00", "</tool_call>", "<", "🦊", '"a": ']  # fmt: skip
 
 
 @PROFILE
@@ -83,6 +83,7 @@ def test_whatever_begins_as_json_becomes_json(text: str, cuts: list[int]) -> Non
         ("{'a': 'it\\'s', \"b\": None}", {"a": "it's", "b": None}, False),
         ("[True, FALSE, null,]", [True, False, None], False),
         ('["a\nb\t", "C:\\dir"]', ["a\nb\t", "C:\\dir"], False),
+        ('["\\ud83e\\udd8a", "\\ud83e", "\\udd8a\\u0041"]', ["🦊", "\ufffd", "\ufffdA"], False),
         ('["say "hi" now"]', ['say "hi" now'], True),
         ('{a: b, "c": 5}', {"a": "b", "c": 5}, True),
         ('{"a": [1, 2}', {"a": [1, 2]}, True),

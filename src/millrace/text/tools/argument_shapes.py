@@ -69,10 +69,13 @@ class Shape:
             found += matching or told
         return both(found) if patterns or self.is_open else False
 
+    def tells(self, name: str) -> bool:
+        """Whether a property of that name is listed, or found by a pattern."""
+        return name in self.names or any(reads_as(one, name) for one in self.patterns)
+
     def types(self, name: str) -> frozenset[str]:
         """The types of a property; none if there cannot be one of that name."""
-        known = name in self.names or any(reads_as(one, name) for one in self.patterns)
-        if not known and not self.is_open:
+        if not self.tells(name) and not self.is_open:
             return frozenset()
         return types_of(self.schema(name), self._root)
 

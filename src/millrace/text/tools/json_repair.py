@@ -12,10 +12,15 @@ import re
 from typing import Any
 
 _BARE = re.compile(r"[^\s,:{}\[\]()\"'<]+|<")
+_UNICODE = (  # escapes; halves of a pair only together
+    r"u(?![dD][89a-fA-F])[0-9a-fA-F]{4}"
+    r"|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 _PLAIN = {  # what stands in a text as it does in JSON, by the quote around it
-    '"': re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+'),
-    "'": re.compile(r"(?:[^\"'\\\x00-\x1f]|\\(?:[\"\\/bfnrt]|u[0-9a-fA-F]{4}))+"),
+    '"': re.compile(rf'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|{_UNICODE}))+'),
+    "'": re.compile(rf"(?:[^\"'\\\x00-\x1f]|\\(?:[\"\\/bfnrt]|{_UNICODE}))+"),
 }
+_HALF = re.compile(r"u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _SPACE = re.compile(r"\s*")
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
@@ -165,10 +170,15 @@ class JsonRepair:
         return self._take(1, dump(char)[1:-1])
 
     def _wrong_escape(self, last: bool) -> str | None:
-        following = self._text[self._at + 1 : self._at + 6]
-        if not last and len(following) < (5 if following[:1] == "u" else 1):
+        following = self._text[self._at + 1 : self._at + 12]
+        needed = 1 if following[:1] != "u" else 11 if _HALF.match(following) else 5
+        if not last and len(following) < needed:
             return None
-        return self._take(2, "'") if following[:1] == "'" else self._take(1, "\\\\")
+        if following[:1] == "'":
+            return self._take(2, "'")
+        if _HALF.match(following):  # of a pair that is no pair
+            return self._take(6, "\\ufffd")
+        return self._take(1, "\\\\")
 
     def _quote_mark(self, last: bool) -> str | None:
         """A quote ends a text where JSON could go on behind it, else it is a part of the text."""

@@ -41,8 +41,8 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
         return frozenset().union(*(shape.types(key) for shape in self.shapes.all)) or TEXT
 
     def names_argument(self, key: str) -> bool:
-        """Whether an argument may have that name."""
-        return any(shape.types(key) for shape in self.shapes.all)
+        """Whether the schema names an argument so, or has a pattern that finds its name."""
+        return any(shape.tells(key) for shape in self.shapes.all)
 
     @property
     def lists_arguments(self) -> bool:
