@@ -21,11 +21,20 @@ _CALL_TAGS = re.compile(f"{CALL}|{FUNCTION}")
 
 
 class AnswerPart(msgspec.Struct, frozen=True):
-    """What some text added."""
+    """What some text added. items: content and parts of calls in their order; reasoning comes
+    before them.
+    """
 
     reasoning: str = ""
-    content: str = ""
-    calls: list[CallPart] = []
+    items: list[str | CallPart] = []
+
+    @property
+    def content(self) -> str:
+        return "".join(one for one in self.items if isinstance(one, str))
+
+    @property
+    def calls(self) -> list[CallPart]:
+        return [one for one in self.items if isinstance(one, CallPart)]
 
 
 class Call(msgspec.Struct):
@@ -71,13 +80,15 @@ class AnswerParser:
             if last and self._reasoning.unclosed:
                 reasoning, content = self._unclosed(self._reasoning.unclosed, cut)
         if self._tools is None:
-            return AnswerPart(reasoning, content)
-        content, parts = self._tools.feed(content, last, cut)
-        for part in parts:
+            return AnswerPart(reasoning, [content] if content else [])
+        items = self._tools.feed(content, last, cut)
+        for part in items:
+            if isinstance(part, str):
+                continue
             if part.id is not None and part.name is not None:
                 self.calls.append(Call(part.id, part.name))
             self.calls[part.index].arguments += part.arguments
-        return AnswerPart(reasoning, content, parts)
+        return AnswerPart(reasoning, items)
 
     def feed_piece(self, piece: Piece) -> AnswerPart:
         """As `feed`, of a piece of the output; one with a finish reason is the last."""
@@ -88,7 +99,8 @@ class AnswerParser:
         """Reasoning that never closed, divided where calls begin with which the answer ends."""
         assert self._tools is not None
         for found in islice(_CALL_TAGS.finditer(text), 0 if cut else MAX_TRIALS):
-            content, calls = self._tools.renewed().feed(text[found.start() :], last=True)
-            if calls and not content.strip():
+            items = self._tools.renewed().feed(text[found.start() :], last=True)
+            content = "".join(one for one in items if isinstance(one, str))
+            if not content.strip() and any(isinstance(one, CallPart) for one in items):
                 return text[: found.start()].rstrip(), text[found.start() :]
         return text, ""

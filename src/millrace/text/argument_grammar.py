@@ -8,6 +8,7 @@ goes back; objects, arrays and bounded numbers are the matcher's own JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -33,11 +34,11 @@ from millrace.text.tools.json_schema import (
     values_of,
 )
 from millrace.text.tools.schema import Tool
-from millrace.text.tools.text_patterns import FORMATS, lengths, searched
+from millrace.text.tools.text_patterns import FORMATS, lengths, searched, whole_numbers
 from millrace.text.tools.values import AMBIGUOUS, needs_quotes
 
-MAX_LISTED = 256  # whole numbers within bounds that are listed one by one
 _ANNOTATIONS = {"title", "description", "default", "examples", "$defs", "definitions"}
+MAX_BOUND = 10**20  # of a whole number; those of greater ones are the matcher's
 MAX_PATTERNS = 3  # of property names; each set of them is a rule
 _MAX_DEPTH = 16
 
@@ -48,7 +49,8 @@ _TAGGED = f"/(?s:.*)(?:{_TAG})(?s:.*)/"
 _UNIT = r'(?:[^"\\\x00-\x1f]|\\["\\\/bfnrt]|\\u00[01][0-9a-f])'
 _WHOLE = f"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})"
 _UNESCAPED = r'/[^"\\\x00-\x1f]*/'
-_NUMBER_WORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_NUMBER_WORDS = (*sorted(_BOUNDS), "multipleOf")
 _NAME_END = ">\n"
 _TAIL = f"\n{PARAMETER_END}\n"
 
@@ -227,17 +229,18 @@ class ArgumentGrammar:
         if not types:
             return []
         values = values_of(schema, self._root)
-        if values is None and isinstance(schema, dict) and isinstance(schema.get("minimum"), int):
-            most = schema.get("maximum")
-            if types == {"integer"} and isinstance(most, int):
-                few = range(schema["minimum"], min(most, schema["minimum"] + MAX_LISTED) + 1)
-                if few and few[-1] == most:
-                    values = [one for one in few if allows(schema, self._root, one)]
         if values is not None:
             return [literal(dump(one)) for one in values if _is_of(one, types)]
         if not self._has(schema, (*_NUMBER_WORDS, "const", "enum")):
             return [f"/{NUMBER.pattern if 'number' in types else _WHOLE}/"]
-        if schema.keys() - _ANNOTATIONS - {"type"} != {"anyOf"}:
+        keys = schema.keys() - _ANNOTATIONS - {"type"}
+        if types == {"integer"} and keys <= _BOUNDS:
+            least, most = _whole_bounds(schema)
+            if max(abs(least or 0), abs(most or 0)) > MAX_BOUND:
+                return None
+            pattern = whole_numbers(least, most)
+            return [] if pattern is None else [f"/{pattern}/"]
+        if keys != {"anyOf"}:
             return None
         found: list[str] = []
         for option in schema["anyOf"]:
@@ -338,6 +341,17 @@ class ArgumentGrammar:
         name = f"{self._name}_{len(self._rules)}"
         self._rules.append(f"{name}: {body}")
         return name
+
+
+def _whole_bounds(schema: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The least and the greatest whole number within a schema's bounds."""
+    least = [math.ceil(schema["minimum"])] if "minimum" in schema else []
+    most = [math.floor(schema["maximum"])] if "maximum" in schema else []
+    if "exclusiveMinimum" in schema:
+        least.append(math.floor(schema["exclusiveMinimum"]) + 1)
+    if "exclusiveMaximum" in schema:
+        most.append(math.ceil(schema["exclusiveMaximum"]) - 1)
+    return max(least, default=None), min(most, default=None)
 
 
 def _is_of(value: Any, types: frozenset[str]) -> bool:

@@ -152,6 +152,7 @@ DRIFTED: dict[str, Any] = {
     "one block": (f"</think>\n\n{XML.replace('</tool_call>', '')}\n<function=now>", CALLS),
     "no opening tag": (f"</think>\n\n{XML.replace('<tool_call>', '')}", CALLS[:1]),
     "unclosed reasoning": (f"I look.\n{XML}\n{JSON}", CALLS),
+    "words behind": (f"</think>\n\nSo: {XML}\nAnd {JSON[:-12]} then.", CALLS),
     "literals": ("</think>\n\n<tool_call>\n<function=weather>\n<parameter=city>\n\"</b>\"\n"
                  "</parameter>\n<parameter=days>\nNone\n",
                  [("weather", {"city": '"</b>"', "days": None})]),
@@ -173,11 +174,18 @@ def test_drifted_calls_are_the_same_streamed_and_whole(
     streamed = told([chunk["choices"][0]["delta"] for chunk in chunks])
     assert streamed[:2] == (whole["reasoning_content"] or "", whole["content"] or "")
     assert list(streamed[2].values()) == [[one["name"], one["arguments"]] for one in functions]
-    message = claude.messages.create(
-        model="fake", max_tokens=800, messages=body["messages"], tools=ANTHROPIC
-    )
+    asked: Any = {"model": "fake", "max_tokens": 800, "messages": body["messages"]}
+    message = claude.messages.create(**asked, tools=ANTHROPIC)
     used = [(one.name, one.input) for one in message.content if one.type == "tool_use"]
     assert used == calls
+    with claude.messages.stream(**asked, tools=ANTHROPIC) as stream:
+        content = stream.get_final_message().content
+    assert [shown(one) for one in content] == [shown(one) for one in message.content]
+
+
+def shown(block: Any) -> Any:
+    """A block of Anthropic's API without its id."""
+    return {key: value for key, value in block.to_dict().items() if key not in ("id", "signature")}
 
 
 def test_a_call_that_is_cut_stays_open(http: httpx.Client) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from millrace.errors import RequestError
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.reasoning import ReasoningSplitter
-from millrace.text.tools.parser import ToolCallParser, ToolParser
+from millrace.text.tools.parser import CallPart, ToolCallParser, ToolParser
 from millrace.text.tools.schema import choose_tools, read_tools
 
 SCHEMA: dict[str, Any] = {
@@ -180,12 +180,12 @@ def test_cuts_change_nothing(text: str, cuts: list[int]) -> None:
 def test_arguments_are_streamed_as_they_come() -> None:
     one = ToolParser(TOOLS)
     one.feed("<tool_call>\n<function=weather>\n<parameter=city>\n")
-    _, parts = one.feed("Rio de")
-    assert "".join(part.arguments for part in parts) == "Rio de"
+    assert one.feed("Rio de") == [CallPart(0, "Rio de")]
     one = ToolParser(TOOLS)
-    _, parts = one.feed('<tool_call>\n{"name": "weather", "arguments": {"city": "Rio')
-    assert parts[0].name == "weather"
-    assert parts[1].arguments == '{"city": "Rio'
+    first, *parts = one.feed('<tool_call>\n{"name": "weather", "arguments": {"city": "Rio')
+    assert isinstance(first, CallPart)
+    assert first.name == "weather"
+    assert parts == [CallPart(0, '{"city": "Rio')]
 
 
 def test_reasoning_is_taken_off_first() -> None:

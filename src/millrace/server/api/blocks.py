@@ -37,13 +37,14 @@ class Blocks:
         """(what happens, to which block, the text that is added) in order."""
         if part.reasoning:
             yield from self._append("reasoning", part.reasoning)
-        if part.content:
-            yield from self._append("content", part.content)
-        for call in part.calls:
-            if call.id is not None:
-                yield from self._open_block("call", call.id, call.name or "")
-            if call.arguments:
-                yield from self._append("call", call.arguments)
+        for item in part.items:
+            if isinstance(item, str):
+                yield from self._append("content", item)
+                continue
+            if item.id is not None:
+                yield from self._open_block("call", item.id, item.name or "")
+            if item.arguments:
+                yield from self._append("call", item.arguments)
 
     def close(self) -> Iterator[tuple[Action, Block, str]]:
         """No part follows."""

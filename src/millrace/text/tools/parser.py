@@ -79,8 +79,7 @@ class ToolParser:
         self._held = ""
         self._last = False
         self._state: Callable[[], bool] = self._in_content
-        self._content: list[str] = []
-        self._parts: list[CallPart] = []
+        self._made: list[str | CallPart] = []
         self._index = -1
         self._opener = ""  # what has been taken of what may yet be no call
         self._in_block = False  # a <tool_call> is open
@@ -94,8 +93,8 @@ class ToolParser:
         """A parser of the same tools and formats at its beginning."""
         return ToolParser(list(self._tools.values()), self._parser)
 
-    def feed(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[CallPart]]:
-        """(content, parts of calls) that the text adds. last: the answer ends here. cut: it ends
+    def feed(self, text: str, last: bool = False, cut: bool = False) -> list[str | CallPart]:
+        """Content and parts of calls, in their order, that the text adds. last: the answer ends here. cut: it ends
         before the model ended it, so that an open call stays open.
         """
         self._held += text
@@ -104,9 +103,8 @@ class ToolParser:
             pass
         if last:
             self._finish(cut)
-        content, parts = "".join(self._content), self._parts
-        self._content, self._parts = [], []
-        return content, parts
+        made, self._made = self._made, []
+        return [one for one in made if one]
 
     # Each state looks at the held text and returns True if it took some of it or changed the state.
 
@@ -185,7 +183,7 @@ class ToolParser:
     def _no_call_if(self, certain: bool) -> bool:
         """What follows the tag is no call: both are content after all."""
         if certain:
-            self._content.append(self._opener)
+            self._made.append(self._opener)
             self._opener, self._in_block = "", False
             self._state = self._in_content
         return certain
@@ -390,9 +388,9 @@ class ToolParser:
     def _finish(self, cut: bool) -> None:
         """Nothing follows: what is held is content if no call has begun, and else belongs to it."""
         if self._state == self._in_content:
-            self._content.append(self._held)
+            self._made.append(self._held)
         elif self._state in (self._call_opened, self._json_body):
-            self._content.append(self._opener + self._held)
+            self._made.append(self._opener + self._held)
         elif self._state == self._json_arguments and not cut:
             self._part(self._scan.feed("", last=True))
         elif self._state == self._in_value:
@@ -415,15 +413,15 @@ class ToolParser:
         self._name = name
         self._opener = ""
         self._given: set[str] = set()
-        self._parts.append(CallPart(self._index, id=f"call_{uuid4().hex[:24]}", name=name))
+        self._made.append(CallPart(self._index, id=f"call_{uuid4().hex[:24]}", name=name))
         self._state = self._function_opened
 
     def _part(self, arguments: str) -> None:
         if arguments:
-            self._parts.append(CallPart(self._index, arguments))
+            self._made.append(CallPart(self._index, arguments))
 
     def _show(self, count: int) -> None:
-        self._content.append(self._held[:count])
+        self._made.append(self._held[:count])
         self._take(count)
 
     def _take(self, count: int) -> None:

@@ -61,6 +61,49 @@ def lengths(least: int, most: int | None) -> str:
     return rf"(?s:.{{{least},{'' if most is None else most}}})"
 
 
+def whole_numbers(least: int | None, most: int | None) -> str | None:
+    """The whole numbers from `least` to `most`, as JSON writes them; None bounds nothing. None if
+    there are none.
+    """
+    if least is not None and most is not None and least > most:
+        return None
+    found = []
+    if most is None or most >= 0:
+        found += _digits(max(least or 0, 0), most)
+    if least is None or least < 0:
+        highest = -most if most is not None and most < 0 else 1
+        found += [f"-{one}" for one in _digits(highest, None if least is None else -least)]
+    return f"(?:{'|'.join(found)})"
+
+
+def _digits(least: int, most: int | None) -> list[str]:
+    """Expressions of the numbers from `least`, which is not negative."""
+    found = []
+    first = str(least)
+    for length in range(len(first), len(first if most is None else str(most)) + 1):
+        low = max(least, 10 ** (length - 1) if length > 1 else 0)
+        high = 10**length - 1 if most is None else min(most, 10**length - 1)
+        found += _same_length(str(low), str(high))
+    if most is None:
+        found.append(f"[1-9][0-9]{{{len(first)},}}")
+    return found
+
+
+def _same_length(low: str, high: str) -> list[str]:
+    """Expressions of the numbers between two of the same length."""
+    if not low:
+        return [""]
+    rest = len(low) - 1
+    if low[1:] == "0" * rest and high[1:] == "9" * rest:
+        return [f"[{low[0]}-{high[0]}]" + (f"[0-9]{{{rest}}}" if rest else "")]
+    if low[0] == high[0]:
+        return [low[0] + one for one in _same_length(low[1:], high[1:])]
+    found = [low[0] + one for one in _same_length(low[1:], "9" * rest)]
+    if int(high[0]) - int(low[0]) > 1:
+        found += _same_length(f"{int(low[0]) + 1}{'0' * rest}", f"{int(high[0]) - 1}{'9' * rest}")
+    return found + [high[0] + one for one in _same_length("0" * rest, high[1:])]
+
+
 def searched(pattern: str) -> str | None:
     """Texts in which a schema's pattern finds something; None if it has anchors in its middle."""
     found = []
