@@ -72,7 +72,8 @@ def command(
         }
         policy = ["--policy", name.rpartition(" ")[2]] if name.startswith("millrace policy") else []
         urls_said = ["--worker-urls", ",".join(urls)]
-        path = os.pathsep.join(filter(None, [options.before, os.environ.get("PYTHONPATH")]))
+        paths = [str(options.before or ""), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
         found = ["env", f"PYTHONPATH={path}"] if name == "millrace before" else []
         return [*found, *OURS, "--port", str(port), *urls_said, *more.get(name, policy)]
     if name in ("nginx", "haproxy", "envoy"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from millrace.cli import run
+from millrace.gateway.command import replica_specs
 
 MOCK = str(Path(__file__).parents[1] / "support" / "mock_replica.py")
 GATEWAY = [sys.executable, "-m", "millrace.cli", "gateway"]
@@ -71,3 +72,22 @@ def test_bad_input_gets_one_line(
     said = capsys.readouterr().err
     assert expected in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:1,b:2", [("a:1", ()), ("b:2", ())]),
+        ("http://a:1;models=x,y", [("a:1", ("x", "y"))]),
+        ("http://a:1;models=x,http://b:2", [("a:1", ("x",)), ("b:2", ())]),
+        ("http://a:1;models=x,y,https://b:2;models=z", [("a:1", ("x", "y")), ("b:2", ("z",))]),
+        ("127.0.0.1:1;weight=2,127.0.0.1:2", [("127.0.0.1:1", ()), ("127.0.0.1:2", ())]),
+        ("[::1]:1;models=x,[::2]:2", [("[::1]:1", ("x",)), ("[::2]:2", ())]),
+        ("http://a:1;models=org/x:7b,y", [("a:1", ("org/x:7b", "y"))]),
+    ],
+)
+def test_commas_separate_replicas_and_models(
+    text: str, expected: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    specs = replica_specs([text])
+    assert [(spec.target.authority, spec.models) for spec in specs] == expected

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -30,6 +31,8 @@ from millrace.gateway.processes.options import (
 from millrace.gateway.processes.relay_server import freeze_garbage_collector
 from millrace.gateway.proxy_config import RENDERERS, render
 from millrace.gateway.relay.access import Access
+
+_NEXT_URL = re.compile(r",(?=https?://|\[[0-9a-fA-F:]+\]|\d+\.\d+\.\d+\.\d+:\d)")
 
 
 def _without_help(kind: type[msgspec.Struct], help: Mapping[str, str]) -> frozenset[str]:
@@ -86,20 +89,21 @@ def status(url: str, interval: float, once: bool, api_key: str | None) -> None:
 @click.option("--port", type=int, default=8000, show_default=True)
 def render_command(kind: str, worker_urls: tuple[str, ...], host: str, port: int) -> None:
     """Print a configuration of another proxy, which only balances load."""
-    click.echo(render(kind, _specs(worker_urls), host, port), nl=False)
+    click.echo(render(kind, replica_specs(worker_urls), host, port), nl=False)
 
 
-def _specs(texts: tuple[str, ...]) -> list[ReplicaSpec]:
-    # A comma separates URLs; behind a semicolon it separates the models of one replica.
+def replica_specs(texts: Sequence[str]) -> list[ReplicaSpec]:
+    """The replicas that --worker-urls names. Raises UserError."""
+    # A comma separates URLs; behind a semicolon also the models of one replica.
     return [
         parse_spec(one.split(";"), "flags", "--worker-urls")
         for text in texts
-        for one in (text if ";" in text else text.replace(",", " ")).split()
+        for one in (_NEXT_URL.sub(" ", text) if ";" in text else text.replace(",", " ")).split()
     ]
 
 
 def _options(flags: dict[str, Any]) -> GatewayOptions:
-    specs = _specs(flags["worker_urls"])
+    specs = replica_specs(flags["worker_urls"])
     if not specs and not flags["worker_file"] and not flags["worker_dns"]:
         raise UserError("--worker-urls: name at least one replica, as http://127.0.0.1:8001")
     access = given(flags, Access)

@@ -67,6 +67,16 @@ def test_a_green_health_page_is_not_enough() -> None:
     run(scenario())
 
 
+def test_a_replica_that_serves_no_completions_is_taken_as_it_is() -> None:
+    async def scenario() -> None:
+        embedder = await MockReplica(probe_status=501).start()
+        async with gateway(embedder.url) as (made, _):
+            assert states(made) == ["up"]
+        await embedder.stop()
+
+    run(scenario())
+
+
 def test_an_idle_replica_must_prove_a_step_again_and_a_busy_one_need_not() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()

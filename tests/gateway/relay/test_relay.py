@@ -202,6 +202,47 @@ def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection() -> None:
     run(scenario())
 
 
+def test_interim_answers_are_not_taken_for_the_answer() -> None:
+    """Before the answer, in one piece with it, and several of them."""
+
+    async def scenario() -> None:
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+        stream = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(b"data: x\n\n", [])
+        for pieces in (
+            [hints, stream],
+            [hints + stream],
+            [hints * 2, b"HTTP/1.1 102 \r\n\r\n", stream],
+        ):
+            server = await ScriptedServer(pieces, pause_s=0.02).start()
+            async with gateway(server.url) as (_, target):
+                answer = await post(target)
+                assert (answer.status, answer.body) == (200, b"data: x\n\n")
+            await server.stop()
+
+    run(scenario())
+
+
+def test_a_full_replica_beside_a_dead_one_has_the_last_word() -> None:
+    async def scenario() -> None:
+        body = b'{"error": {"message": "the queue is full"}}'
+        answer = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: %d\r\n\r\n" % len(body)
+        full = await ScriptedServer([answer + body]).start()
+        dead = await MockReplica().start()
+        quiet = HealthPolicy(health_check_interval=60)
+        urls = [full.url, dead.url]
+        async with gateway(*urls, health=quiet, policy="round_robin") as (made, target):
+            await dead.stop()
+            for number in range(4):
+                refused = await post(target, completion(user=str(number)))
+                assert (refused.status, refused.headers["retry-after"]) == (429, "7")
+                assert b"the queue is full" in refused.body
+            assert made.monitor.members[0].state == "up"
+        await full.stop()
+
+    run(scenario())
+
+
 def test_a_head_request_ends_with_its_head() -> None:
     async def scenario() -> None:
         server = await ScriptedServer([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"]).start()
