@@ -33,7 +33,7 @@ def test_the_limit_is_read_from_the_environment(value: str, limit: int | None) -
 
 
 @given(count=st.integers(1, 8), each=st.integers(1, 4), spare=st.integers(0, 3))
-def test_every_gpu_goes_to_one_replica(count: int, each: int, spare: int) -> None:
+def test_every_gpu_is_assigned_to_one_replica(count: int, each: int, spare: int) -> None:
     gpus = [str(i) for i in range(count * each + spare)]
     shares = replica_environments(count, device="auto", gpus=gpus, cores=1, gpus_per_replica=each)
     given_out = [gpu for share in shares for gpu in share["CUDA_VISIBLE_DEVICES"].split(",")]

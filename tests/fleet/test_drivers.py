@@ -29,7 +29,7 @@ GIVEN = {
 }
 
 
-def test_vllm_is_told_in_its_words() -> None:
+def test_options_of_vllm() -> None:
     command = engine_command("vllm", "some/model", GIVEN, own="--swap-space 4", program="/opt/vllm")
     assert command[:3] == ["/opt/vllm", "serve", "some/model"]
     said = dict(zip(command[3::2], command[4::2], strict=False))
@@ -42,7 +42,7 @@ def test_vllm_is_told_in_its_words() -> None:
     assert not {"--replicas", "--policy"} & set(command)
 
 
-def test_sglang_is_told_in_its_words() -> None:
+def test_options_of_sglang() -> None:
     command = engine_command(
         "sglang", "some/model", GIVEN, program="python -m sglang.launch_server"
     )

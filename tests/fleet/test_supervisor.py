@@ -79,7 +79,7 @@ def test_replicas_come_up_share_the_load_and_go_away() -> None:
     assert any(line.startswith("[replica 1] mock replica") for line in lines)
 
 
-def test_each_replica_is_told_its_share_of_the_cores(
+def test_each_replica_gets_its_share_of_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -18,7 +18,7 @@ MOCK = str(Path(__file__).parents[1] / "support" / "mock_replica.py")
 GATEWAY = [sys.executable, "-m", "millrace.cli", "gateway"]
 
 
-def test_it_serves_until_it_is_told_to_end() -> None:
+def test_it_serves_until_sigterm() -> None:
     replica = subprocess.Popen([sys.executable, MOCK], stdout=subprocess.PIPE, text=True)
     assert replica.stdout is not None
     url = f"127.0.0.1:{replica.stdout.readline().split()[-1]}"

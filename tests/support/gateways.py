@@ -9,8 +9,10 @@ from typing import Any
 from millrace.common.http_client import Target, parse_url
 from millrace.common.sockets import free_port
 from millrace.gateway.app import Gateway
+from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
+from millrace.gateway.routing.replicas import ReplicaSet
 
 FAST = HealthPolicy(
     health_check_interval=0.05, health_check_timeout=1.0, backoff=0.2, slow_start=0.0
@@ -31,6 +33,12 @@ async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Ta
         yield made, Target("127.0.0.1", made.port)
     finally:
         await made.stop()
+
+
+def replica_set() -> ReplicaSet:
+    """A set of no replicas, with counters of its own."""
+    counters = SharedCounters(1)
+    return ReplicaSet(counters, counters.process_counters(0), lambda id, outcome: None)
 
 
 def streamed(made: Gateway, replica: int = 0) -> int:

@@ -80,9 +80,13 @@ class MockReplica:
 
     async def stop(self) -> None:
         self._server.close()
+        self.abort_connections()
+        await asyncio.sleep(0)
+
+    def abort_connections(self) -> None:
+        """Drop every connection, in the middle of what it carries."""
         for writer in list(self._writers):
             writer.transport.abort()
-        await asyncio.sleep(0)
 
     @property
     def url(self) -> str:

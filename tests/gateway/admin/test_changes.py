@@ -173,7 +173,7 @@ def test_a_unix_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not(
         ({"admin_port": 8000, "port": 8000}, "use another port"),
     ],
 )
-def test_admin_listeners_that_cannot_be(options: dict[str, Any], says: str) -> None:
+def test_invalid_admin_listeners(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         check_options(GatewayOptions(**options))
     key = {"admin_host": "0.0.0.0", "admin_port": 8001}

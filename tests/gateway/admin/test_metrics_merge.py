@@ -73,7 +73,7 @@ def test_every_request_gets_a_line_in_the_access_log(tmp_path: Path) -> None:
     assert len(second["id"]) == 32
 
 
-def test_the_table_shows_each_replica_and_what_ails_it() -> None:
+def test_the_table_shows_each_replica_and_its_problem() -> None:
     async def scenario() -> None:
         well, ill = await MockReplica().start(), await MockReplica(healthy=False).start()
         async with gateway(well.url, ill.url) as (made, target):
@@ -97,7 +97,7 @@ def test_the_table_shows_each_replica_and_what_ails_it() -> None:
     run(scenario())
 
 
-def test_a_slow_client_of_a_kept_stream_costs_bounded_memory() -> None:
+def test_a_slow_client_of_a_buffered_stream_costs_bounded_memory() -> None:
     """The gateway stops reading from the replica while the client does not read."""
 
     async def scenario() -> None:

@@ -152,7 +152,7 @@ def test_a_replica_that_answers_nothing_but_errors_is_ejected() -> None:
 # --- load reports ------------------------------------------------------------------------------
 
 
-def test_what_a_replica_carries_for_others_counts() -> None:
+def test_load_from_other_clients_counts() -> None:
     async def scenario() -> None:
         busy = await MockReplica(kind="millrace", load={"requests": 9, "tokens": 5000}).start()
         free = await MockReplica(kind="millrace", load={"requests": 0, "tokens": 0}).start()
@@ -177,7 +177,7 @@ def test_a_report_without_tokens_is_weighed_by_requests() -> None:
 # --- coming and going --------------------------------------------------------------------------
 
 
-def test_a_drained_replica_ends_its_streams_and_then_goes() -> None:
+def test_a_drained_replica_ends_its_streams_and_is_removed() -> None:
     async def scenario() -> None:
         leaving = await MockReplica(name="leaving", gap_s=0.02).start()
         async with gateway(leaving.url, health=QUIET) as (made, target):
@@ -215,7 +215,7 @@ def test_replicas_are_drained_and_taken_back_and_reweighted() -> None:
     run(scenario())
 
 
-def test_a_stream_of_a_removed_replica_goes_on_elsewhere() -> None:
+def test_a_stream_of_a_removed_replica_is_resumed_on_another() -> None:
     async def scenario() -> None:
         some = [await MockReplica(kind="millrace", gap_s=0.02).start() for _ in range(2)]
         async with gateway(*(r.url for r in some), policy="round_robin") as (made, target):
@@ -241,7 +241,7 @@ def test_a_stream_of_a_removed_replica_goes_on_elsewhere() -> None:
         ("PATCH", "/0", {"weight": 0}, 400, "above 0"),
     ],
 )
-def test_changes_that_cannot_be_are_refused(
+def test_invalid_changes_are_refused(
     method: str, path: str, body: Any, status: int, says: str
 ) -> None:
     async def scenario() -> None:

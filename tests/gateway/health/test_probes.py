@@ -34,7 +34,7 @@ async def answering(status: str, body: bytes) -> AsyncIterator[tuple[HealthProbe
     server.close()
 
 
-def test_a_replica_that_is_well() -> None:
+def test_a_healthy_replica() -> None:
     async def scenario() -> None:
         replica = await MockReplica(kind="millrace", model="mine").start()
         one = health_probe(parse_url(replica.url))
@@ -48,7 +48,7 @@ def test_a_replica_that_is_well() -> None:
     run(scenario())
 
 
-def test_a_replica_that_says_what_is_wrong() -> None:
+def test_a_replica_that_reports_a_problem() -> None:
     async def scenario() -> None:
         async with answering("503 No", b'{"error": {"message": "loading"}}') as (
             one,
@@ -75,7 +75,7 @@ def test_an_offer_that_cannot_be_read_is_none(body: bytes) -> None:
     run(scenario())
 
 
-def test_nobody_there() -> None:
+def test_a_refused_connection() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
         await replica.stop()
@@ -90,7 +90,7 @@ def test_nobody_there() -> None:
     run(scenario())
 
 
-def test_one_missing_answer_says_nothing_and_two_say_lost() -> None:
+def test_one_missing_answer_is_no_evidence_and_two_mean_lost() -> None:
     async def scenario() -> None:
         async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read(-1)

@@ -77,7 +77,7 @@ async def _kill_one_under_load(pids: list[int], target: Target) -> None:
         json.dumps({**BODY, "max_tokens": 250}).encode(),
     )
     running = [connection.send(request) for connection in connections]
-    ports = [c._transport.get_extra_info("sockname")[1] for c in connections]  # type: ignore
+    ports = [c.local_port for c in connections]
     await eventually(lambda: all(port in _owners(pids) for port in ports))
     owners = [_owners(pids)[port] for port in ports]
     os.kill(pids[0], signal.SIGKILL)

@@ -9,6 +9,7 @@ from millrace.gateway.relay.fast_path import FastPath
 from millrace.gateway.resume.journal import Journal
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import ReplicaSet
+from tests.support.gateways import replica_set
 
 
 def chunk(payload: bytes) -> bytes:
@@ -30,10 +31,10 @@ class Way:
 
 
 def way(journal: Journal | None = None) -> Way:
-    return Way(ReplicaSet.__new__(ReplicaSet), journal)
+    return Way(replica_set(), journal)
 
 
-def test_an_event_passes_and_is_counted_and_kept() -> None:
+def test_an_event_is_forwarded_counted_and_buffered() -> None:
     journal = Journal(strip=False)
     one = way(journal)
     assert one.fast_path.try_forward(chunk(EVENT))
@@ -42,7 +43,7 @@ def test_an_event_passes_and_is_counted_and_kept() -> None:
     assert journal.size == len(chunk(EVENT))
 
 
-def test_token_ids_are_taken_out_and_kept() -> None:
+def test_token_ids_are_removed_and_buffered() -> None:
     journal = Journal(strip=True)
     one = way(journal)
     assert one.fast_path.try_forward(chunk(EVENT))
@@ -50,7 +51,7 @@ def test_token_ids_are_taken_out_and_kept() -> None:
     assert journal.raw == chunk(EVENT)
 
 
-def test_what_is_not_one_whole_chunk_of_events_is_left_alone() -> None:
+def test_other_pieces_are_refused_unchanged() -> None:
     whole = chunk(EVENT)
     for piece in (
         whole + whole,

@@ -6,7 +6,7 @@ import asyncio
 
 from millrace.gateway.relay.idle_timeout import IdleTimeout
 from millrace.gateway.routing.load_account import LoadAccount
-from millrace.gateway.routing.replicas import ReplicaSet
+from tests.support.gateways import replica_set
 from tests.support.running import eventually, run
 
 
@@ -14,7 +14,7 @@ class Watched:
     """A silence and how often it was timeouts."""
 
     def __init__(self, limit: float) -> None:
-        self.account = LoadAccount(ReplicaSet.__new__(ReplicaSet))
+        self.account = LoadAccount(replica_set())
         self.paused = False
         self.timeouts = 0
         self.idle_timeout = IdleTimeout(self.account, limit, lambda: self.paused, self._count)
@@ -23,7 +23,7 @@ class Watched:
         self.timeouts += 1
 
 
-def test_it_is_told_again_and_again_until_it_stops() -> None:
+def test_the_callback_is_called_repeatedly_until_stop() -> None:
     async def scenario() -> None:
         one = Watched(limit=0.02)
         one.idle_timeout.start()
@@ -36,7 +36,7 @@ def test_it_is_told_again_and_again_until_it_stops() -> None:
     run(scenario())
 
 
-def test_what_comes_or_a_paused_client_puts_it_off() -> None:
+def test_chunks_and_a_paused_client_delay_the_timeout() -> None:
     async def scenario() -> None:
         coming, paused, left = (Watched(limit=0.05) for _ in range(3))
         paused.paused = True

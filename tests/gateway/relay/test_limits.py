@@ -44,7 +44,7 @@ async def post(target: Target, tokens: int = 2, *headers: tuple[str, str], **mor
 # --- keys --------------------------------------------------------------------------------------
 
 
-def test_a_gateway_with_keys_lets_in_who_has_one_and_keeps_it_to_itself() -> None:
+def test_a_gateway_with_keys_admits_them_and_does_not_pass_them_on() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()
         access = Access(api_key=["one", "two"], worker_api_key="inner", admin_key="root")
@@ -150,7 +150,7 @@ def test_requests_above_the_limit_wait_and_above_the_queue_are_refused() -> None
     run(scenario())
 
 
-def test_who_waits_too_long_is_told_to_come_again() -> None:
+def test_a_request_that_waits_too_long_gets_429() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.5).start()
         limits = GatewayLimits(max_concurrent_requests=1, queue_timeout=0.1)
@@ -185,7 +185,7 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
     run(scenario())
 
 
-def test_batch_has_its_own_limit_and_interactive_goes_first() -> None:
+def test_batch_has_its_own_limit_and_interactive_is_admitted_first() -> None:
     async def scenario() -> None:
         replica = await MockReplica(first_s=0.1).start()
         limits = GatewayLimits(
@@ -282,7 +282,7 @@ def test_prompt_tokens_are_estimated(body: bytes, tokens: int) -> None:
     assert estimate_tokens(body) == tokens
 
 
-def test_of_a_long_prompt_only_the_beginning_is_kept_twice() -> None:
+def test_only_the_beginning_of_a_long_prompt_is_copied() -> None:
     one = asked(b'{"prompt": [%s]}' % b",".join([b"7"] * 100_000))
     assert one.prompt_tokens == 100_000
     assert len(one.prompt) == 16384

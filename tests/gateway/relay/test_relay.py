@@ -106,7 +106,7 @@ def test_a_response_passes_byte_for_byte(
     run(scenario())
 
 
-def test_a_request_arrives_whole_without_the_clients_connection_headers() -> None:
+def test_a_request_arrives_without_the_clients_connection_headers() -> None:
     async def scenario() -> None:
         server = await ScriptedServer([b"HTTP/1.1 204 Gone\r\n\r\n"]).start()
         async with gateway(server.url) as (_, target):
@@ -223,7 +223,7 @@ def test_interim_answers_are_not_taken_for_the_answer() -> None:
     run(scenario())
 
 
-def test_a_full_replica_beside_a_dead_one_has_the_last_word() -> None:
+def test_the_429_of_a_replica_survives_a_dead_neighbour() -> None:
     async def scenario() -> None:
         body = b'{"error": {"message": "the queue is full"}}'
         answer = b"HTTP/1.1 429 X\r\nRetry-After: 7\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -257,7 +257,7 @@ def test_a_head_request_ends_with_its_head() -> None:
     run(scenario())
 
 
-def test_a_slow_client_holds_the_replica_back_and_loses_nothing() -> None:
+def test_a_slow_client_slows_the_replica_down_and_loses_nothing() -> None:
     body = random.Random(0).randbytes(30_000_000)
 
     async def scenario() -> None:
@@ -409,10 +409,9 @@ def test_a_stale_idle_connection_costs_no_request_and_no_ejection() -> None:
         ):
             assert (await post(target)).status == 200
             # The relay's idle connection dies in the very moment in which it is used again.
-            side = next(iter(made.relay.pool._idle.values()))[0]
-            for writer in list(replica._writers):
-                writer.transport.abort()
-            assert side.open
+            (idle,) = made.relay.pool.idle(made.replicas.all[0])
+            replica.abort_connections()
+            assert idle.open
             assert (await post(target)).status == 200
             assert made.counters.replica_sums(1)[0][FAILURES] == 0
         await replica.stop()
@@ -445,7 +444,7 @@ def test_kill_9_of_a_replica_loses_no_request_that_has_no_byte_yet() -> None:
     run(scenario())
 
 
-def test_a_replica_that_says_nothing_gives_504() -> None:
+def test_a_replica_that_sends_nothing_gives_504() -> None:
     async def scenario() -> None:
         mute = await MockReplica(behaviour="hang").start()
         async with gateway(mute.url, limits=GatewayLimits(request_timeout=0.3)) as (made, target):
@@ -519,7 +518,7 @@ def test_a_malformed_or_oversized_request_is_refused(sent: bytes, status: int) -
     run(scenario())
 
 
-def test_a_client_that_asks_first_is_told_to_go_on() -> None:
+def test_a_client_that_expects_100_continue_gets_it() -> None:
     async def scenario() -> None:
         replica = await MockReplica(behaviour="plain").start()
         async with gateway(replica.url) as (_, target):

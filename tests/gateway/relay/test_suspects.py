@@ -115,7 +115,7 @@ def test_two_replicas_see_it_and_a_copy_is_refused_at_once(how: str, warm: bool)
     run(scenario())
 
 
-def test_requests_beside_it_are_answered_and_are_not_suspects() -> None:
+def test_other_running_requests_are_answered_and_are_not_suspects() -> None:
     """They stream on replicas that it kills; they go on elsewhere, and are no suspects."""
 
     async def scenario() -> None:

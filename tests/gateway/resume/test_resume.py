@@ -65,7 +65,7 @@ def words(count: int) -> str:
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize(("first", "second"), [("millrace", "millrace"), ("vllm", "vllm")])
-def test_a_broken_stream_goes_on_elsewhere(first: str, second: str, chat: bool) -> None:
+def test_a_broken_stream_is_resumed_on_another_replica(first: str, second: str, chat: bool) -> None:
     async def scenario() -> None:
         bad = await MockReplica(kind=first, cut_after=5, name="bad").start()
         good = await MockReplica(kind=second, name="good").start()
@@ -293,7 +293,7 @@ def test_wherever_a_stream_breaks_the_client_has_all_tokens_once(
 
 
 @given(cuts=st.lists(st.integers(0, 9999), max_size=20))
-def test_what_a_journal_passes_on_ends_with_whole_events(cuts: list[int]) -> None:
+def test_a_journal_passes_on_complete_events(cuts: list[int]) -> None:
     journal, passed = Journal(strip=False), b""
     for piece in split(BODY, cuts):
         passed += journal.feed(piece)

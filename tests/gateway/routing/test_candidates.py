@@ -64,7 +64,7 @@ def test_a_full_replica_is_picked_only_if_all_are_full() -> None:
     assert bounded.pick(bounded.untried()) in replicas.all
 
 
-def test_what_is_said_when_nobody_can_be_found() -> None:
+def test_replies_when_no_replica_can_be_found() -> None:
     replicas = fleet({"models": ("a",)}, {"models": ("b",), "state": "down", "reason": "asleep"})
     assert make_candidates(replicas, "a").refusal() is None
     nameless = (404, "the request names no model; served are: a, b")

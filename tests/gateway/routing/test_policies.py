@@ -102,7 +102,7 @@ def test_least_loaded_takes_a_minimum_and_turns_among_equals(loads: list[int]) -
 def test_least_loaded_weighs_loads_and_corrections() -> None:
     some = fleet([100, 150], weights=[1, 2])
     assert pick(LeastLoaded(some), some) == 1
-    some._counters.set_load_correction(1, 400)
+    some.counters.set_load_correction(1, 400)
     assert pick(LeastLoaded(some), some) == 0
 
 
@@ -135,7 +135,7 @@ def test_a_new_replica_starts_slowly() -> None:
 
 
 def aware(some: ReplicaSet, gap: int = 4096) -> PrefixAware:
-    return PrefixAware(some, PrefixTable(some._counters.prefixes), gap)
+    return PrefixAware(some, PrefixTable(some.counters.prefixes), gap)
 
 
 def test_prompts_that_begin_alike_go_to_one_replica_and_others_spread() -> None:
@@ -235,7 +235,7 @@ def test_without_a_session_the_user_or_the_prompt_is_the_key() -> None:
 
 def test_an_unknown_policy_names_the_known_ones() -> None:
     some = fleet([0])
-    table = PrefixTable(some._counters.prefixes)
+    table = PrefixTable(some.counters.prefixes)
     with pytest.raises(UserError, match="least_loaded, round_robin, random, power_of_two"):
         make_policy("best", some, table)
     assert all(pick(make_policy(name, some, table), some) == 0 for name in POLICIES)

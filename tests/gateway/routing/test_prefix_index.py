@@ -60,7 +60,7 @@ def test_a_prompt_that_a_replica_got_another_way_finds_its_way_there(processes: 
     run(scenario())
 
 
-def test_a_server_tells_what_a_client_asked_it_directly(text_model: Path, tmp_path: Path) -> None:
+def test_a_server_reports_prefixes_of_direct_requests(text_model: Path, tmp_path: Path) -> None:
     with (
         fake_server(text_model, tmp_path / "a") as a,
         fake_server(text_model, tmp_path / "b") as b,
@@ -92,7 +92,7 @@ def test_a_replica_that_has_restarted_is_forgotten() -> None:
     run(scenario())
 
 
-def test_one_that_comes_back_with_its_cache_tells_all_again() -> None:
+def test_a_replica_that_comes_back_reports_all_prefixes_again() -> None:
     counters = SharedCounters(1)
     reported, table = ReportedPrefixes(counters, 3), PrefixTable(counters.prefixes)
     reported.apply(PrefixReport("a", "a.1", CHAIN), "0")
@@ -107,7 +107,7 @@ def test_one_that_comes_back_with_its_cache_tells_all_again() -> None:
 @pytest.mark.parametrize(
     ("policy", "kind"), [("least_loaded", "millrace"), ("prefix_aware", "other")]
 )
-def test_who_has_no_use_or_no_answer_for_it_is_not_asked(policy: str, kind: str) -> None:
+def test_prefixes_are_read_only_where_they_are_used(policy: str, kind: str) -> None:
     async def scenario() -> None:
         replica = await MockReplica(kind=kind, load={"requests": 1, "tokens": 5}).start()
         async with gateway(replica.url, policy=policy, health=POLLING):

@@ -43,6 +43,10 @@ class Pool:
             )
         return connection
 
+    def idle(self, replica: Replica) -> list[ReplicaConnection]:
+        """The idle connections to a replica."""
+        return list(self._idle.get(replica, ()))
+
     def keep(self, connection: ReplicaConnection) -> None:
         """Keep a connection for the next request to its replica."""
         idle = self._idle.setdefault(connection.replica, [])

@@ -139,7 +139,7 @@ class ReplicaSet:
         self.process_counters = process_counters
         self.on_lost: Callable[[Replica], None] = lambda replica: None
         self.on_removed: Callable[[Replica], None] = lambda replica: None
-        self._counters = counters
+        self.counters = counters
         self._report = report
         self._slow_start = slow_start
         self._slot_count = 0
@@ -211,11 +211,11 @@ class ReplicaSet:
 
     def refresh_load(self, replicas: Sequence[Replica]) -> None:
         """Update load and in_flight of these replicas, over all processes."""
-        if len(replicas) * self._counters.processes <= _FEW:
+        if len(replicas) * self.counters.processes <= _FEW:
             for replica in replicas:
-                replica.load, replica.in_flight = self._counters.load_and_in_flight(replica.slot)
+                replica.load, replica.in_flight = self.counters.load_and_in_flight(replica.slot)
             return
-        rows = self._counters.replica_sums(self._slot_count)
+        rows = self.counters.replica_sums(self._slot_count)
         for replica in replicas:
             row = rows[replica.slot]
             replica.load, replica.in_flight = row[LOAD], row[IN_FLIGHT]
