@@ -44,6 +44,7 @@ class ClientConnection(asyncio.Protocol):
         self._exchange: Exchange | LocalReplyTask | None = None
         self._refused = False
         self._awaits_continue = False
+        self._large_body = min(_LARGE_BODY, relay.limits.max_body_bytes)
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._last_activity = self._message_began = self._loop.time()
@@ -115,22 +116,30 @@ class ClientConnection(asyncio.Protocol):
         self._grow_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
-        refusal = self._early_refusal()
+        announced, large, expects = 0, False, False
+        for name, value in self._headers:  # one pass: it costs every request
+            size = len(name)
+            if size == 14 and name.lower() == b"content-length":
+                announced = int(value) if value.isdigit() and len(value) < 20 else 0
+                large = announced > self._large_body
+            elif size == 17 and name.lower() == b"transfer-encoding":
+                large = True
+            elif size == 6 and name.lower() == b"expect":
+                expects = value.lower() == b"100-continue"
+        refusal = self._early_refusal(announced) if large or expects else None
         if refusal is not None:
             self._refuse(refusal)
-        elif header(self._headers, b"expect").lower() == b"100-continue":
+        elif expects:
             self._awaits_continue = True
             self._continue()
 
-    def _early_refusal(self) -> LocalReply | None:
-        """Why the body need not be read: it is too large, or large and without a key."""
-        length = header(self._headers, b"content-length")
-        announced = int(length) if length.isdigit() and len(length) < 20 else 0
-        large = announced > _LARGE_BODY or bool(header(self._headers, b"transfer-encoding"))
+    def _early_refusal(self, announced: int) -> LocalReply | None:
+        """Why the body need not be read: it is too large, or there is no key. announced: its size,
+        0 if it is not known."""
         refusal = self._relay.bodies.refusal(announced, 0)
-        if refusal is None and large:
+        if refusal is None and self._via == "public":
             request = Request(b"", self._path, "1.1", self._headers, b"", False)
-            if not self._relay.access.allows_api(request) and self._via == "public":
+            if not self._relay.access.allows_api(request):
                 refusal = api_error_reply(self._relay.access.refusal(request), close=True)
         return refusal
 

@@ -102,6 +102,7 @@ class Relay:
         self.admission = admission
         self.access = access or Access()
         self.log = log
+        self._upstreams: dict[Replica, Upstream] = {}
         self.in_flight = 0
         self.suspects = SuspectRequests()
         self.buffer = BufferBudget(limits, self.process_counters)
@@ -115,13 +116,16 @@ class Relay:
 
     def upstream(self, replica: Replica) -> Upstream:
         """What this replica is told instead of what clients send."""
-        access = self.access
-        return Upstream(
-            replica.target.authority.encode(), access.upstream_authorization, access.secrets
-        )
+        upstream = self._upstreams.get(replica)
+        if upstream is None:
+            access, host = self.access, replica.target.authority.encode()
+            upstream = Upstream(host, access.upstream_authorization, access.secrets)
+            self._upstreams[replica] = upstream
+        return upstream
 
     def _removed(self, replica: Replica) -> None:
         self.pool.removed(replica)
+        self._upstreams.pop(replica, None)
         self._lost(replica)
 
     def _lost(self, replica: Replica) -> None:
