@@ -112,7 +112,8 @@ class TimedConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[RawResponse] | None = None
         self._raw = RawResponse()
         self._pieces = self._raw.pieces
-        self._end: _EndFinder | None = None  # while a chunked body arrives
+        self._streaming = False  # while a chunked body arrives
+        self._end: _EndFinder | None = None
         self._fd = -1  # none to be written to directly
 
     @property
@@ -130,7 +131,7 @@ class TimedConnection(asyncio.Protocol):
         assert self._waiter is None, "one request at a time"
         waiter = self._waiter = asyncio.get_running_loop().create_future()
         self._raw = RawResponse()
-        self._pieces, self._end = self._raw.pieces, None
+        self._pieces, self._streaming = self._raw.pieces, False
         if self._transport is None or self._transport.is_closing():
             self._finish("the connection was closed")
         else:
@@ -164,7 +165,7 @@ class TimedConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append((perf_counter_ns(), data))
-        if self._end is not None and data[-4:] != _END and len(data) >= len(_END):
+        if self._streaming and data[-4:] != _END and len(data) > 3:
             return
         self._look()
 
@@ -183,24 +184,24 @@ class TimedConnection(asyncio.Protocol):
 
     def _look(self) -> None:
         """See whether the response is whole."""
-        raw, end = self._raw, self._end
+        raw = self._raw
         if self._waiter is None:  # bytes that belong to no request
             self.close()
-        elif end is not None:
-            if self._ended(end):
+        elif self._streaming:
+            if self._ended():
+                spoilt = self._end is not None and self._end.spoilt
                 self._finish(None)  # parsed with its times later; the next request leaves first
-                if end.spoilt:
+                if spoilt:
                     self.close()
         else:
             raw.parse()
+            self._streaming = raw.chunked
             if raw.whole or raw.error:
                 self._finish(None)
-            elif raw.chunked:
-                self._end = _EndFinder()
         if self._waiter is None and not raw.keep:
             self.close()
 
-    def _ended(self, end: _EndFinder) -> bool:
+    def _ended(self) -> bool:
         """Whether the last piece ends a chunked body."""
         pieces = self._pieces
         tail = pieces[-1][1]
@@ -210,7 +211,11 @@ class TimedConnection(asyncio.Protocol):
             before -= 1
         if tail.endswith(_USUAL_END):
             return True
-        return tail.endswith(_END) and end.look(pieces)
+        if not tail.endswith(_END):
+            return False
+        if self._end is None:
+            self._end = _EndFinder()
+        return self._end.look(pieces)
 
     def _finish(self, error: str | None) -> None:
         waiter, self._waiter = self._waiter, None
@@ -219,7 +224,8 @@ class TimedConnection(asyncio.Protocol):
         self._raw.end(error)
         if self._end is not None:
             self._end.release()
-        self._pieces, self._end = [], None  # later bytes are no part of it
+            self._end = None
+        self._pieces, self._streaming = [], False  # later bytes are no part of it
         if not waiter.done():
             waiter.set_result(self._raw)
 
