@@ -160,8 +160,7 @@ class Reading:
     @property
     def open_ended(self) -> bool:
         """Whether the body has neither a length nor chunks, and so ends with its connection."""
-        headers = self.got.headers
-        framed = "content-length" in headers or "transfer-encoding" in headers
+        framed = "content-length" in self.got.headers or self.chunked
         return self.got.status != 0 and not framed
 
     # --- httptools callbacks -------------------------------------------------------------------

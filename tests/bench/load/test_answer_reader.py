@@ -53,7 +53,7 @@ def test_comments_other_fields_and_split_data_lines() -> None:
     assert [data for _, data in events([(0, stream)])] == [b"a\nb", b"c"]
 
 
-def test_a_whole_answer() -> None:
+def test_a_complete_answer() -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 4}}
     answer = read_answer(response(text(), text("length"), usage, b"[DONE]"))
     assert answer.error is None
@@ -81,9 +81,7 @@ def test_the_chunk_that_only_names_a_role_is_no_token() -> None:
         (response(text(), {"choices": [{"text": 5}]}), "cut off"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_chunks_before_it_are_kept(
-    made: Response, expected: str
-) -> None:
+def test_an_error_is_named_and_the_chunks_before_it_count(made: Response, expected: str) -> None:
     answer = read_answer(made)
     assert answer.error is not None
     assert expected in answer.error
@@ -135,6 +133,9 @@ ERRORS = [
     event({"detail": "it broke"}),
     event({"error_message": "it broke"}),
     event({"errors": [{"message": "it broke"}]}),
+    event({"status": "error", "reason": "it broke"}),
+    event({"event": "error", "msg": "it broke"}),
+    event({"object": "error", "detail": "it broke", "choices": []}),
     event({"choices": [{"delta": {}, "finish_reason": "error", "error": {"message": "it broke"}}]}),
     event({"choices": [{"text": "", "finish_reason": "it broke"}]}),
     b'event: error\ndata: {"message":"it broke"}\n\n',
@@ -209,6 +210,11 @@ def test_a_body_that_is_no_stream_is_quoted(body: bytes, expected: str) -> None:
     assert expected in str(answer.error)
 
 
+def test_a_compressed_body_is_named() -> None:
+    answer = read(b"\x1f\x8b...", headers={"content-encoding": "gzip"})
+    assert "compressed its answer (gzip)" in str(answer.error)
+
+
 def test_an_error_status_is_said_with_its_words() -> None:
     assert read(b"", status=307, headers={"location": "https://b/"}).error == (
         "status 307: the server redirects to https://b/; give that address"
@@ -232,8 +238,9 @@ def usage(**counts: Any) -> bytes:
         (usage(completion_tokens=3), (None, 3)),
         (usage(prompt_tokens=None, completion_tokens=True), (None, None)),
         (usage(prompt_tokens="7", completion_tokens=-3), (None, None)),
-        (usage(prompt_tokens=7.5, completion_tokens=0), (None, 0)),
+        (usage(prompt_tokens=7.5, completion_tokens=1), (None, 1)),
         (event({"choices": [], "usage": None}), (None, None)),
+        (usage(prompt_tokens=9, completion_tokens=0), (9, None)),  # there was text
         (event({"choices": [], "usage": []}), (None, None)),
         (
             b'data: {"choices":[],"usage":{"prompt_tokens":NaN,"completion_tokens":3}}\n\n',

@@ -30,7 +30,7 @@ SPEC = RandomSpec(count=40, input_len=6, output_len=5, range_ratio=0.5, vocab_si
 
 
 @given(limit=st.integers(1, 500), processes=st.integers(1, 32))
-def test_places_are_shared_out_whole_and_evenly(limit: int, processes: int) -> None:
+def test_a_limit_is_divided_evenly_over_processes(limit: int, processes: int) -> None:
     parts = [part or 0 for part in split_limit(limit, processes)]
     assert sum(parts) == limit
     assert max(parts) - min(parts) <= 1

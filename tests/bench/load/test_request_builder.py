@@ -132,12 +132,20 @@ def test_bad_headers_are_refused(
         ("http://h:1/v1/", "POST /v1/completions HTTP/1.1"),
         ("http://h:1/team/v1?api-version=3", "POST /team/v1/completions?api-version=3 HTTP/1.1"),
         ("h:1", "POST /v1/completions HTTP/1.1"),
+        ("h:1/v1/chat/completions", "POST /v1/completions HTTP/1.1"),
+        ("http://h:1/a/v1/completions", "POST /a/v1/completions HTTP/1.1"),
     ],
 )
 def test_a_base_url_may_have_a_path_and_a_query(url: str, expected: str) -> None:
     options = serve_options(ServeFlags(base_url=url))
     request = make_job(options, "m", Prompt([1], 1, 1)).request
     assert request.decode().split("\r\n")[0] == expected
+
+
+def test_an_endpoint_is_a_path_behind_the_base_url() -> None:
+    options = serve_options(ServeFlags(base_url="http://h:1/v1", endpoint="complete"))
+    request = make_job(options, "m", Prompt([1], 1, 1)).request
+    assert request.startswith(b"POST /v1/complete HTTP/1.1")
 
 
 @pytest.mark.parametrize("url", ["http://me:key@h", "http://h/#x", "http://h/a b"])

@@ -96,7 +96,7 @@ def cut(whole: bytes, at: Sequence[int]) -> list[bytes]:
     interim=st.sampled_from([b"", EARLY_HINTS, EARLY_HINTS * 2]),
     extension=st.sampled_from([b"", b";a", b';a="0\\r"']),
 )
-def test_an_answer_is_whole_exactly_when_its_last_byte_came(
+def test_an_answer_is_complete_exactly_when_its_last_byte_has_arrived(
     texts: list[str], at: list[int], newline: bytes, end: bytes, interim: bytes, extension: bytes
 ) -> None:
     whole = stream(texts, newline, end, interim, extension)
@@ -136,7 +136,7 @@ def test_a_body_whose_framing_breaks_is_an_error_and_its_connection_is_not_used_
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_second_response_that_nobody_asked_for_changes_nothing(apart: bool) -> None:
+def test_an_unrequested_second_response_changes_nothing(apart: bool) -> None:
     """As of a server that times out an idle connection with a 408."""
     first, second = stream(["a"]), b"HTTP/1.1 408 X\r\nContent-Length: 4\r\n\r\nlate"
     raw, usable = received([first, second] if apart else [first[:90], first[90:] + second])
@@ -147,11 +147,24 @@ def test_a_second_response_that_nobody_asked_for_changes_nothing(apart: bool) ->
     assert (raw.response().status, read_answer(raw.response()).error) == (200, None)
 
 
-def test_bytes_that_nobody_asked_for_close_the_connection() -> None:
+def test_unrequested_bytes_close_the_connection() -> None:
     raw, usable = received([stream(["a"]), b"more"])
     assert raw is not None
     assert raw.response().error is None
     assert not usable
+
+
+def test_a_coding_that_is_not_chunked_ends_with_its_connection() -> None:
+    async def scenario() -> str | None:
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n"
+        server = await ScriptedServer([head + b"all of it"], close=True).start()
+        connection = await connect(parse_url(server.url))
+        response = (await connection.send(b"GET / HTTP/1.1\r\n\r\n")).response()
+        connection.close()
+        await server.stop()
+        return response.error
+
+    assert run(scenario()) is None
 
 
 def test_a_body_that_ends_with_its_connection() -> None:
@@ -166,7 +179,7 @@ def test_a_body_that_ends_with_its_connection() -> None:
     assert run(scenario()) == (None, b"all of it")
 
 
-def test_a_large_request_arrives_whole() -> None:
+def test_a_large_request_arrives_completely() -> None:
     """More than the socket takes at once: the rest goes through the transport."""
 
     async def scenario() -> int:
@@ -183,7 +196,7 @@ def test_a_large_request_arrives_whole() -> None:
     assert run(scenario()) == 8_000_000
 
 
-def test_an_answer_goes_when_nobody_holds_it() -> None:
+def test_an_unreferenced_answer_is_freed_without_garbage_collection() -> None:
     """Nobody collects garbage while a run measures."""
     freed: list[int] = []
 

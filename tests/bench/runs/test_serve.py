@@ -368,3 +368,39 @@ def test_a_bad_flag_gets_a_line_that_says_what_works(flags: tuple[Any, ...], exp
     message = failure(call(*flags))
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("location", "refused"),
+    [
+        ("https://127.0.0.1:{port}/health", True),
+        ("http://other.example/health", True),
+        ("//other.example/", True),
+        ("/health/", False),
+        ("http://127.0.0.1:{port}/health/", False),
+    ],
+)
+def test_a_redirect_to_another_server_is_named(location: str, refused: bool) -> None:
+    class Redirecting(MockReplica):
+        def _get(self, path: str, writer: asyncio.StreamWriter) -> None:
+            if path != "/health":
+                super()._get(path, writer)
+                return
+            where = location.format(port=self.port)
+            head = f"HTTP/1.1 307 X\r\nLocation: {where}\r\nContent-Length: 0\r\n\r\n"
+            writer.write(head.encode())
+
+    async def scenario() -> int:
+        replica = await Redirecting().start()
+        workload = RandomSpec(count=2, input_len=3, output_len=2)
+        try:
+            options = BenchOptions(target=parse_url(replica.url), workload=workload)
+            return int((await run_bench(options)).fields["completed"])
+        finally:
+            await replica.stop()
+
+    if refused:
+        with pytest.raises(UserError, match=r"redirects to .*; give that server as --base-url"):
+            run(scenario())
+    else:
+        assert run(scenario()) == 2

@@ -144,9 +144,16 @@ def read_answer(response: Response) -> Answer:
         reader.add(at, data)
     answer = reader.close()
     if not found and response.pieces and response.error is None:
-        answer.error = f"no event stream but: {error_text(response.body)}"
+        answer.error = _not_a_stream(response)
     answer.error = answer.error or response.error or _why_incomplete(answer)
     return answer
+
+
+def _not_a_stream(response: Response) -> str:
+    coding = response.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        return f"the server compressed its answer ({coding}), which it was not asked to do"
+    return f"no event stream but: {error_text(response.body)}"
 
 
 def _status_error(response: Response) -> str:
@@ -247,6 +254,8 @@ class _Reader:
         if not self._texts:
             answer.chunk_ns = [at for at, _ in self._opening]
             answer.sent_ns = [sent for _, sent in self._opening if sent]
+        elif answer.completion_tokens == 0:
+            answer.completion_tokens = None  # there is text: nobody counted it
         answer.text_chunks = len(self._texts or self._opening)
         answer.text = join_texts(self._texts)
         return answer

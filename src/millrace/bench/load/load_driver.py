@@ -273,7 +273,7 @@ class Load:
             chunk_ns=array("q", chunk_ns),
             input_tokens=sent.job.input_tokens if prompt_tokens is None else prompt_tokens,
             output_tokens=text_chunks if output_tokens is None else output_tokens,
-            counted=output_tokens is not None,
+            counted=output_tokens is not None and prompt_tokens is not None,
             cached_tokens=answer.cached_tokens if answer else -1,
             error=answer.error if answer else response.error,
             received_ns=answer.received_ns if answer else 0,

@@ -20,7 +20,8 @@ class ErrorEvent(bytes):
 
 
 # Fields of an event without choices that say what went wrong, in servers' own shapes of errors.
-_MESSAGES = ("message", "detail", "errors", "error_message", "error_msg")
+_MESSAGES = ("message", "detail", "errors", "error_message", "error_msg", "msg", "reason")
+_FAILED = ("error", "failed", "failure")  # as an object's kind or status
 
 
 def event_error(data: bytes) -> str | None:
@@ -32,7 +33,7 @@ def event_error(data: bytes) -> str | None:
         return None
     if event.get("error"):
         return _words(event["error"])
-    if event.get("object") == "error" or event.get("type") == "error":
+    if any(event.get(name) in _FAILED for name in ("object", "type", "event", "status")):
         return _words(event)
     choices = event.get("choices")
     if isinstance(choices, list) and choices:
@@ -46,6 +47,8 @@ def event_error(data: bytes) -> str | None:
 
 def _words(error: Any) -> str:
     """The words of an error in any shape: a text, or an object with a message."""
+    if isinstance(error, dict) and not error.get("error"):
+        error = next((error[name] for name in _MESSAGES if error.get(name)), error)
     try:
         return error_text(msgspec.json.encode(error))
     except (msgspec.MsgspecError, UnicodeEncodeError):  # half a surrogate pair

@@ -27,11 +27,13 @@ _USUAL_END = b"\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 class _EndFinder:
     """Finds the end of a chunked body. It takes no body bytes, so that parsing costs little."""
 
-    __slots__ = ("_fed", "_parser", "ended", "spoilt")
+    __slots__ = ("_fed", "_parser", "desynchronized", "ended")
 
     def __init__(self) -> None:
         self.ended = False
-        self.spoilt = False  # what follows on this connection cannot be told from this response
+        self.desynchronized = (
+            False  # what follows on this connection cannot be told from this response
+        )
         self._fed = 0  # pieces
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
@@ -45,11 +47,11 @@ class _EndFinder:
         try:
             self._parser.feed_data(b"".join([piece for _, piece in pieces[first:]]))
         except httptools.HttpParserError:
-            self.ended = self.spoilt = True
+            self.ended = self.desynchronized = True
         return self.ended
 
     def on_message_begin(self) -> None:
-        self.spoilt = self.ended
+        self.desynchronized = self.ended
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
@@ -189,9 +191,9 @@ class TimedConnection(asyncio.Protocol):
             self.close()
         elif self._streaming:
             if self._ended():
-                spoilt = self._end is not None and self._end.spoilt
+                desynchronized = self._end is not None and self._end.desynchronized
                 self._finish(None)  # parsed with its times later; the next request leaves first
-                if spoilt:
+                if desynchronized:
                     self.close()
         else:
             raw.parse()

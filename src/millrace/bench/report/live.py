@@ -80,7 +80,8 @@ def remarks(fields: dict[str, Any]) -> list[str]:
     lines = []
     if fields["usage_missing"]:
         lines.append(
-            f"{fields['usage_missing']} answers had no usage: their chunks were counted as tokens"
+            f"{fields['usage_missing']} answers had no usage, or a part of it: chunks with text "
+            "were counted as output tokens, and prompt tokens as they were sent"
         )
     if fields["from_due"] is not None and fields["client"]["p99_send_delay_ms"] > 1.0:
         due = fields["from_due"]

@@ -16,7 +16,7 @@ import msgspec
 
 from millrace.bench.flags.structs import LoadFlags, ServeFlags
 from millrace.bench.load.arrivals import Schedule, check_schedule
-from millrace.bench.load.options import BenchOptions
+from millrace.bench.load.options import ENDPOINTS, BenchOptions
 from millrace.bench.measure.metrics import LATENCIES
 from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt
 from millrace.bench.workload.files import tokenizer_counts as read_tokenizer
@@ -31,6 +31,7 @@ from millrace.bench.workload.traces import read_trace
 from millrace.common.http_client import Target, parse_base_url, parse_url
 from millrace.errors import UserError
 
+_API_PATHS = tuple(dict.fromkeys(ENDPOINTS.values()))
 _FILES = ("custom", "sharegpt", "trace")
 
 
@@ -42,7 +43,7 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
     return msgspec.structs.replace(
         load_options(flags, target_of(flags)),
         backend=flags.backend,
-        endpoint=flags.endpoint,
+        endpoint=None if flags.endpoint is None else f"/{flags.endpoint.lstrip('/')}",
         model=flags.served_model_name or flags.model,
         model_id=flags.model if flags.served_model_name else None,
         label=flags.label,
@@ -172,10 +173,18 @@ def _at_least_one(name: str, value: int | None) -> None:
 
 
 def target_of(flags: ServeFlags) -> Target:
-    """The server. A base URL may end in /v1, as other clients want it. Raises UserError."""
+    """The server. A base URL may end in /v1, as other clients want it, or in a whole endpoint.
+
+    Raises UserError.
+    """
     target = Target(flags.host, flags.port)
-    if flags.base_url:
-        target = (parse_url if flags.endpoint else parse_base_url)(flags.base_url)
+    if flags.base_url and flags.endpoint:
+        target = parse_url(flags.base_url)
+    elif flags.base_url:
+        target = parse_base_url(flags.base_url)
+        prefix = target.prefix
+        prefix = next((prefix.removesuffix(e) for e in _API_PATHS if prefix.endswith(e)), prefix)
+        target = msgspec.structs.replace(target, prefix=prefix)
     return msgspec.structs.replace(target, verify=not flags.insecure)
 
 

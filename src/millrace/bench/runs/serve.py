@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -34,7 +35,8 @@ from millrace.bench.workload.prompts import (
     Workload,
     prompt_maker,
 )
-from millrace.common.http_client import error_text, fetch
+from millrace.bench.workload.text_files import whole_number
+from millrace.common.http_client import Response, Target, error_text, fetch
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import usable_cores
 
@@ -159,7 +161,7 @@ async def inspect_server(options: BenchOptions) -> ServerFacts:
     if model is None:
         raise UserError(f"{options.target} lists no model at /v1/models; name one with --model")
     listed_size = next((card.get("vocab_size") for card in cards if card.get("id") == model), None)
-    vocab = options.vocab_size or (listed_size if isinstance(listed_size, int) else _DEFAULT_VOCAB)
+    vocab = options.vocab_size or whole_number(listed_size, least=1) or _DEFAULT_VOCAB
     return ServerFacts(model, vocab, await _version(options))
 
 
@@ -178,9 +180,7 @@ async def _wait_ready(options: BenchOptions) -> None:
     while True:
         try:
             health = await fetch(options.target, "/health", headers=options.headers)
-            if 300 <= health.status < 400:
-                where = health.headers.get("location", "another address")
-                raise UserError(f"{options.target} redirects to {where}; give that as --base-url")
+            _check_redirect(options.target, health)
             if health.status != 503:
                 return
             problem = f"{options.target} is not ready ({error_text(health.body)}); wait for it"
@@ -192,6 +192,17 @@ async def _wait_ready(options: BenchOptions) -> None:
         if time.monotonic() >= deadline:
             raise UserError(f"{problem}, or let the benchmark wait with --ready-check-timeout-sec")
         await asyncio.sleep(0.2)
+
+
+def _check_redirect(target: Target, response: Response) -> None:
+    """Raise UserError where a server sends its clients to another one."""
+    where = response.headers.get("location", "")
+    if not 300 <= response.status < 400 or "//" not in where:
+        return
+    other = urlsplit(where if "://" in where else f"http{'s' if target.tls else ''}:{where}")
+    port = other.port or (443 if other.scheme == "https" else 80)
+    if (other.scheme == "https", other.hostname, port) != (target.tls, target.host, target.port):
+        raise UserError(f"{target} redirects to {where}; give that server as --base-url")
 
 
 async def _listed_models(options: BenchOptions) -> list[dict[str, Any]]:
