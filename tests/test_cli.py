@@ -52,7 +52,15 @@ HEAVY = (
     "command",
     [
         *("serve", "chat", "bench", "bench serve", "bench sweep", "bench compare"),
-        *("bench report", "bench selftest", "bench scaling", "bench parallelism", "eval", "doctor"),
+        *(
+            "bench report",
+            "bench throughput",
+            "bench selftest",
+            "bench scaling",
+            "bench parallelism",
+            "eval",
+            "doctor",
+        ),
     ],
 )
 def test_help_imports_nothing_heavy(command: str) -> None:

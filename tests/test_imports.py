@@ -53,7 +53,7 @@ LAYERS = [
     "bench",
     # commands that use both planes
     "chat eval server doctor",
-    "about",
+    "about offline",
     "cli millrace",
     "__main__",
 ]

@@ -22,7 +22,7 @@ _COMMANDS = {
     "serve": ("millrace.server.command", "serve", "Serve a model over an OpenAI-compatible API."),
     "chat": ("millrace.chat.command", "chat", "Talk with a model in the terminal."),
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
-    "bench": ("millrace.bench.command", "bench", "Measure servers."),
+    "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
     "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }

@@ -178,6 +178,11 @@ class LLM:
             groups.append(self._outputs_of(text, token_ids, one, opens_reasoning("auto", text)))
         return self._run_to_end(groups, use_tqdm)
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it; the tokenizer may have fewer."""
+        return self._processor.vocab_size
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode and decode."""
         return self._processor.tokenizer

@@ -1,0 +1,1 @@
+"""Measures an engine in this process, without a server, as `vllm bench throughput` does."""
