@@ -94,8 +94,10 @@ class ToolParser:
         return ToolParser(list(self._tools.values()), self._parser)
 
     def feed(self, text: str, last: bool = False, cut: bool = False) -> list[str | CallPart]:
-        """Content and parts of calls, in their order, that the text adds. last: the answer ends here. cut: it ends
-        before the model ended it, so that an open call stays open.
+        """Content and parts of calls, in their order, that the text adds.
+
+        last: the answer ends here. cut: it ends before the model ended it, so that an open call
+        stays open.
         """
         self._held += text
         self._last = last
