@@ -296,6 +296,67 @@ def test_a_watched_file_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run(scenario())
 
 
+def test_models_are_read_again_when_a_replica_comes_back() -> None:
+    async def scenario() -> None:
+        replica = await MockReplica(model="old").start()
+        async with gateway(replica.url) as (made, target):
+            assert made.monitor.members[0].models == ("old",)
+            replica.model, replica.kind, replica.healthy = "new", "millrace", False
+            await eventually(lambda: states(made) == ["down"])
+            replica.healthy = True
+            await eventually(lambda: states(made) == ["up"])
+            member = made.monitor.members[0]
+            assert (member.models, member.kind) == (("new",), "millrace")
+            cards = json.loads((await fetch(target, "/v1/models")).body)["data"]
+            assert [card["id"] for card in cards] == ["new"]
+        await replica.stop()
+
+    run(scenario())
+
+
+def test_models_of_a_replica_that_stays_up_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as adapters that were loaded since."""
+    monkeypatch.setattr("millrace.gateway.health.health_monitor._MODELS_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        replica = await MockReplica(model="old").start()
+        async with gateway(replica.url) as (made, _):
+            replica.model = "new"
+            await eventually(lambda: made.monitor.members[0].models == ("new",))
+            assert states(made) == ["up"]
+        await replica.stop()
+
+    run(scenario())
+
+
+def test_every_field_of_a_watched_file_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileSource, "interval", 0.02)
+
+    async def scenario() -> None:
+        replica = await MockReplica().start()
+        listed = tmp_path / "replicas"
+        listed.write_text(f"{replica.url} weight=2\n")
+
+        def fields(made: Gateway) -> tuple[float, int, tuple[str, ...]]:
+            (member,) = made.monitor.members
+            return member.weight, member.limit, member.models
+
+        async with gateway(worker_file=str(listed), replicas=[]) as (made, _):
+            assert fields(made) == (2.0, 0, ("mock",))
+            listed.write_text(f"{replica.url} limit=7 models=a,b\n")
+            await eventually(lambda: fields(made) == (1.0, 7, ("a", "b")))
+            listed.write_text(f"{replica.url}\n")
+            await eventually(lambda: fields(made) == (1.0, 0, ("mock",)))
+            listed.write_text(f"{replica.url} limit=-1\n")
+            await asyncio.sleep(0.1)
+            assert fields(made) == (1.0, 0, ("mock",))
+        await replica.stop()
+
+    run(scenario())
+
+
 def test_every_address_of_a_name_is_a_replica() -> None:
     async def scenario() -> None:
         replica = await MockReplica().start()

@@ -47,6 +47,7 @@ from millrace.gateway.routing.suspects import (
     Suspect,
 )
 
+_MODELS_SECONDS = 10.0  # between two readings of the models of a healthy replica
 _MAX_MODELS, _MAX_NAME = 1000, 500
 
 
@@ -117,6 +118,8 @@ class _Monitored:
         self.last_success = 0.0
         self.completed = 0
         self.cards: list[dict[str, Any]] = []
+        self.served_models: tuple[str, ...] = ()  # as the replica itself says
+        self.models_read_at = 0.0
         self.evidence = ReplicaEvidence()
         self.verified_at = 0.0  # when a failed request last caused a check
         self.verifying = False
@@ -230,12 +233,19 @@ class HealthMonitor:
             elif monitored.spec.source == source:
                 if monitored.member.state == "draining":
                     self.undrain(id)
-                if wanted[target].weight != monitored.member.weight:
-                    self.set_weight(id, wanted[target].weight)
+                self._configure(monitored, wanted[target])
         there = {monitored.spec.target for monitored in self._monitored.values()}
         for target, spec in wanted.items():
             if target not in there:
                 self.add(spec)
+
+    def _configure(self, monitored: _Monitored, spec: ReplicaSpec) -> None:
+        """Apply every field of a source's new entry for a replica."""
+        if spec != monitored.spec:
+            _check_spec(spec)
+            monitored.spec = spec
+            models = spec.models or monitored.served_models
+            self._set(monitored, weight=spec.weight, limit=spec.limit, models=models)
 
     def find(self, id: int) -> Member | None:
         """The replica of that id."""
@@ -404,7 +414,7 @@ class HealthMonitor:
         if problem is UNCERTAIN:
             return
         if problem is None:
-            if not monitored.cards:
+            if self._must_read_models(monitored):
                 await self._read_models(monitored)
             if time.monotonic() < monitored.ejected_until:
                 return
@@ -425,10 +435,16 @@ class HealthMonitor:
     async def _read_models(self, monitored: _Monitored) -> None:
         """Read which models it serves, and which kind of server it is."""
         served = await monitored.health_probe.read_models()
+        monitored.models_read_at = time.monotonic()
         if served is not None:
-            monitored.cards = served.cards
+            monitored.cards, monitored.served_models = served.cards, served.names
             names = monitored.spec.models or served.names
             self._set(monitored, models=names, kind=served.kind)
+
+    def _must_read_models(self, monitored: _Monitored) -> bool:
+        """Whether its models may have changed: it is coming back, or was asked a while ago."""
+        age = time.monotonic() - monitored.models_read_at
+        return not monitored.cards or monitored.member.state == "down" or age > _MODELS_SECONDS
 
     def _needs_probe(self, monitored: _Monitored) -> bool:
         ended = self._counters.replica_total(monitored.member.slot, ENDED)
