@@ -44,7 +44,8 @@ def test_it_serves_until_sigterm() -> None:
     [
         ([], "name at least one replica"),
         (["--worker-urls", "ftp://x"], "use a form like http://127.0.0.1:8000"),
-        (["--worker-urls", "http://127.0.0.1:9/v1"], "a replica's URL has no path"),
+        (["--worker-urls", "http://127.0.0.1:9/v2"], "a replica's URL has no path"),
+        (["--worker-urls", "http://127.0.0.1:9?a=b"], "a replica's URL has no path"),
         (["--worker-urls", "127.0.0.1:9;size=2"], "use weight=, limit= or models="),
         (["--worker-urls", "127.0.0.1:9", "--processes", "0"], "use 1 to 128"),
         (["--worker-urls", "127.0.0.1:9", "--ssl-keyfile", "k"], "go together"),
@@ -78,7 +79,7 @@ def test_bad_input_gets_one_line(
     ("text", "expected"),
     [
         ("a:1,b:2", [("a:1", ()), ("b:2", ())]),
-        ("http://a:1;models=x,y", [("a:1", ("x", "y"))]),
+        ("http://a:1/v1;models=x,y", [("a:1", ("x", "y"))]),
         ("http://a:1;models=x,http://b:2", [("a:1", ("x",)), ("b:2", ())]),
         ("http://a:1;models=x,y,https://b:2;models=z", [("a:1", ("x", "y")), ("b:2", ("z",))]),
         ("127.0.0.1:1;weight=2,127.0.0.1:2", [("127.0.0.1:1", ()), ("127.0.0.1:2", ())]),

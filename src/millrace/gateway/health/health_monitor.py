@@ -170,7 +170,7 @@ class HealthMonitor:
 
     def add(self, spec: ReplicaSpec) -> Member:
         """Add a replica and check it. Raises UserError if it is there already or is not valid."""
-        if spec.target.prefix:
+        if spec.target.prefix or spec.target.query:
             raise UserError(f"{spec.target}: a replica's URL has no path; give http://host:port")
         if any(w.spec.target == spec.target for w in self._monitored.values()):
             raise UserError(f"{spec.target}: this replica exists already")
