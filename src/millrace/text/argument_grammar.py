@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
-from millrace.text.grammar import literal, regex_terminal, schema_json
+from millrace.text.grammar import literal, schema_json
+from millrace.text.text_terminals import Terminals, TextTerminals, UnboundError
 from millrace.text.tools.argument_shapes import Shape
 from millrace.text.tools.call_tags import (
     FUNCTION,
@@ -21,7 +22,6 @@ from millrace.text.tools.call_tags import (
     MAX_NAME,
     PARAMETER,
     PARAMETER_END,
-    TAGS,
     name_at,
 )
 from millrace.text.tools.json_repair import MAX_DIGITS, NUMBER, dump
@@ -34,58 +34,19 @@ from millrace.text.tools.json_schema import (
     values_of,
 )
 from millrace.text.tools.schema import Tool
-from millrace.text.tools.text_patterns import FORMATS, lengths, searched, whole_numbers
-from millrace.text.tools.values import AMBIGUOUS, needs_quotes
+from millrace.text.tools.text_patterns import whole_numbers
+from millrace.text.tools.values import needs_quotes
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "$defs", "definitions"}
 MAX_BOUND = 10**20  # of a whole number; those of greater ones are the matcher's
 MAX_PATTERNS = 3  # of property names; each set of them is a rule
 _MAX_DEPTH = 16
 
-_ANY = "/(?s:.*)/"
-_TAG = "|".join(TAGS).replace("/", r"\/")
-_TAGGED = f"/(?s:.*)(?:{_TAG})(?s:.*)/"
-# A character in JSON's quotes; of the ways to write one those that keep a tag as it is.
-_UNIT = r'(?:[^"\\\x00-\x1f]|\\["\\\/bfnrt]|\\u00[01][0-9a-f])'
 _WHOLE = f"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})"
-_UNESCAPED = r'/[^"\\\x00-\x1f]*/'
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _NUMBER_WORDS = (*sorted(_BOUNDS), "multipleOf")
 _NAME_END = ">\n"
 _TAIL = f"\n{PARAMETER_END}\n"
-
-
-class UnboundError(Exception):
-    """A part of a schema that no grammar binds here. The message says which and why."""
-
-
-class _Texts(NamedTuple):
-    """Texts that a schema allows, as a terminal. quoted: the same as they stand between JSON's
-    quotes; None if only those are known that stand there as they are. bounds: (least, most)
-    characters, where nothing else is bound.
-    """
-
-    terminal: str
-    quoted: str | None
-    bounds: tuple[int, int | None] | None = None
-
-    @property
-    def in_quotes(self) -> str:
-        return self.quoted or f"({self.terminal} & {_UNESCAPED})"
-
-
-class Terminals:
-    """The terminals of a grammar, each told once: most parameters have the same ones."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}
-
-    def name(self, body: str) -> str:
-        """The name of a terminal with that right side."""
-        return self._names.setdefault(body, f"TERMINAL_{len(self._names)}")
-
-    def source(self) -> str:
-        return "".join(f"{name}: {body}\n" for body, name in self._names.items())
 
 
 class ArgumentGrammar:
@@ -96,6 +57,7 @@ class ArgumentGrammar:
 
     def __init__(self, tool: Tool, name: str, exact: bool, terminals: Terminals) -> None:
         self._terminal = terminals.name
+        self._texts = TextTerminals(tool.parameters, exact, terminals)
         self._tool = tool
         self._root = tool.parameters
         self._name = name
@@ -161,7 +123,7 @@ class ArgumentGrammar:
         if len(patterns) > MAX_PATTERNS:
             self._refuse_if(True, f"more than {MAX_PATTERNS} patternProperties cannot be bound")
             return []
-        terminals = {one: self._pattern(one) for one in patterns}
+        terminals = {one: self._texts.pattern(one) for one in patterns}
         sets = [
             some for count in range(len(patterns) + 1) for some in combinations(patterns, count)
         ]
@@ -187,11 +149,6 @@ class ArgumentGrammar:
                 found |= types_of(other.schema_of_others(()), self._root)
         return found
 
-    def _pattern(self, pattern: str) -> str:
-        found = searched(pattern)
-        self._refuse_if(found is None, f"the pattern {pattern!r} cannot be bound")
-        return _ANY if found is None else regex_terminal(found)
-
     # --- values -----------------------------------------------------------------------------------
 
     def _value(self, schema: Any, read_as: frozenset[str]) -> str | None:
@@ -216,7 +173,7 @@ class ArgumentGrammar:
             in_json |= numbers
         terminals += words or ()
         if "string" in types:
-            terminals += self._texts_of(schema, read_as, words is None)
+            terminals += self._texts.of(schema, read_as, words is None)
         options = []
         if terminals:
             options.append(self._terminal(f"({' | '.join(terminals)}) {literal(_TAIL)}"))
@@ -268,62 +225,6 @@ class ArgumentGrammar:
             part = {"$defs": definitions, "allOf": [part, {"type": names}]}
         return f"%json {schema_json(part, not self._exact)}"
 
-    def _texts_of(self, schema: Any, read_as: frozenset[str], digits: bool) -> list[str]:
-        """Terminals of the texts, bare and in quotes. digits: numbers are JSON of the matcher, with
-        which a bare text must not begin then.
-        """
-        texts = self._texts(schema, 0)
-        if texts is None:
-            return []
-        ambiguous = "|".join(AMBIGUOUS[kind] for kind in sorted(read_as & AMBIGUOUS.keys()))
-        tagged = self._terminal(_TAGGED)
-        bare = [texts.terminal, f"~{tagged}"]
-        if ambiguous:
-            bare.append(f'~/["\\\\]*(?:{ambiguous})["\\\\]*/')
-        if digits:
-            bare.append("~/-?[0-9](?s:.*)/")
-        found = [f"({' & '.join(bare)})"]
-        needy = tagged
-        if ambiguous:
-            needy += f' | /(?:\\\\["\\\\])*(?:{ambiguous})(?:\\\\["\\\\])*/'
-        quote = literal('"')
-        found.append(f"({quote} ({texts.in_quotes} & ({needy})) {quote})")
-        return found
-
-    def _texts(self, schema: Any, depth: int) -> _Texts | None:
-        """The texts that a schema allows; None if there are none."""
-        if schema is False:
-            return None
-        if not isinstance(schema, dict):
-            return _bounded(0, None)
-        if depth > _MAX_DEPTH:
-            raise UnboundError("its references lead in a circle")
-        if "string" not in types_of(schema, self._root):
-            return None
-        found: list[_Texts | None] = [self._own_texts(schema)]
-        if isinstance(schema.get("$ref"), str):
-            found.append(self._texts(resolve(schema["$ref"], self._root), depth + 1))
-        found += [self._texts(part, depth + 1) for part in listed(schema, "allOf")]
-        for key in ("anyOf", "oneOf"):
-            options = [self._texts(part, depth + 1) for part in listed(schema, key)]
-            if options:
-                found.append(_any_of([one for one in options if one is not None]))
-        return _all_of(found)
-
-    def _own_texts(self, schema: dict[str, Any]) -> _Texts:
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
-        found = [_bounded(least, most)]
-        texts = schema.get("enum") if "const" not in schema else [schema["const"]]
-        if isinstance(texts, list):
-            found.append(_listed([one for one in texts if isinstance(one, str)]))
-        if isinstance(schema.get("pattern"), str):
-            found.append(_Texts(self._pattern(schema["pattern"]), None))
-        form = schema.get("format")
-        if form in FORMATS:
-            found.append(_Texts(regex_terminal(FORMATS[form]), None))
-        self._refuse_if(form not in (None, "unknown", *FORMATS), f"Unknown format: {form}")
-        return _all_of(found) or found[0]
-
     def _has(self, schema: Any, words: tuple[str, ...], depth: int = 0) -> bool:
         """Whether a schema, or one that it is combined of, says one of these."""
         if not isinstance(schema, dict) or depth > _MAX_DEPTH:
@@ -373,41 +274,3 @@ def _name_terminal(names: Sequence[str]) -> str:
     edge = r"""[^<>\n\s"']"""
     shape = rf"/{edge}(?:[^<>\n]{{0,{MAX_NAME - 2}}}{edge})?/"
     return f"({shape} & ~({' | '.join(map(literal, names))}))" if names else shape
-
-
-def _intersection(terminals: Sequence[str]) -> str:
-    kept = list(dict.fromkeys(one for one in terminals if one != _ANY))
-    return kept[0] if len(kept) == 1 else f"({' & '.join(kept)})" if kept else _ANY
-
-
-def _bounded(least: int, most: int | None) -> _Texts:
-    free = least == 0 and most is None
-    terminal = _ANY if free else regex_terminal(lengths(least, most))
-    return _Texts(terminal, f"/{_UNIT}{{{least},{'' if most is None else most}}}/", (least, most))
-
-
-def _listed(texts: Sequence[str]) -> _Texts:
-    bare = " | ".join(map(literal, texts))
-    quoted = " | ".join(literal(dump(text)[1:-1]) for text in texts)
-    return _Texts(f"({bare})", f"({quoted})")
-
-
-def _all_of(texts: Sequence[_Texts | None]) -> _Texts | None:
-    found = [one for one in texts if one is not None]
-    if len(found) < len(texts):
-        return None
-    kept = [one for one in found if one.terminal != _ANY] or found[:1]
-    if len(kept) == 1:
-        return kept[0]
-    bounds = [one.bounds for one in kept if one.bounds is not None]
-    if len(bounds) == len(kept):
-        mosts = [most for _, most in bounds if most is not None]
-        return _bounded(max(least for least, _ in bounds), min(mosts, default=None))
-    return _Texts(_intersection([one.terminal for one in kept]), None)
-
-
-def _any_of(texts: Sequence[_Texts]) -> _Texts | None:
-    if len(texts) < 2:
-        return texts[0] if texts else None
-    terminals = " | ".join(one.terminal for one in texts)
-    return _Texts(f"({terminals})", f"({' | '.join(one.in_quotes for one in texts)})")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from millrace.errors import RequestError
-from millrace.text.argument_grammar import ArgumentGrammar, Terminals, UnboundError
+from millrace.text.argument_grammar import ArgumentGrammar
 from millrace.text.grammar import (
     LEADING_NEWLINES,
     error_path,
@@ -21,6 +21,7 @@ from millrace.text.grammar import (
     schema_json,
     with_options,
 )
+from millrace.text.text_terminals import Terminals, UnboundError
 from millrace.text.tools.call_tags import (
     CALL,
     CALL_END,

@@ -346,6 +346,13 @@ def test_an_answer_that_is_cut_leaves_its_call_open(text: str) -> None:
     assert not cut.calls[0].arguments.endswith("}")
 
 
+@pytest.mark.parametrize("tail", ["", "\n", "\n</", "\n</parameter", "\n<parameter=da"])
+def test_a_value_that_is_cut_shows_no_begun_tag(tail: str) -> None:
+    one = AnswerParser(None, ToolParser(TOOLS))
+    one.feed(f"<tool_call>\n<function=weather>\n<parameter=city>\nPar{tail}", last=True, cut=True)
+    assert one.calls[0].arguments == '{"city": "Par'
+
+
 MUTATIONS = st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["drop", "twice", "swap"])))
 WRITTEN = st.sampled_from(
     [

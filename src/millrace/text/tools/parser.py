@@ -38,14 +38,12 @@ from millrace.text.tools.call_tags import (
     ValueEnd,
     after_space,
     begins,
-    followed,
     name_at,
-    text_literal,
 )
 from millrace.text.tools.json_repair import JsonRepair, dump, repaired
 from millrace.text.tools.json_schema import TEXT
+from millrace.text.tools.parameter import ParameterValue
 from millrace.text.tools.schema import Tool
-from millrace.text.tools.values import read_text, read_value
 
 ToolCallParser = Literal["auto", "qwen3_coder", "qwen3_xml", "hermes", "none"]
 
@@ -100,7 +98,7 @@ class ToolParser:
         stays open.
         """
         self._held += text
-        self._last = last
+        self._last = last and not cut
         while self._state():  # each state takes what it can, and says whether another may go on
             pass
         if last:
@@ -226,35 +224,14 @@ class ToolParser:
 
     def _open_parameter(self, key: str) -> None:
         tool = self._tools.get(self._name)
-        self._types = tool.argument_types(key) if tool else TEXT
-        self._streams = self._types <= TEXT
+        self._value = ParameterValue(
+            tool.argument_types(key) if tool else TEXT,
+            lambda quoted: ValueEnd(self._opens_parameter, self._tools, quoted),
+        )
         self._given_again = key in self._given  # the first one holds
-        if not self._given_again:
-            self._part(f"{', ' if self._given else '{'}{dump(key)}: " + '"' * self._streams)
+        self._value_part(f"{', ' if self._given else '{'}{dump(key)}: {self._value.opening}")
         self._given.add(key)
-        self._state = self._parameter_opened
-
-    def _parameter_opened(self) -> bool:
-        """Directly behind `<parameter=KEY>`, where a line break may still come."""
-        if not self._held and not self._last:
-            return False
-        self._held = self._held.removeprefix("\n")
-        if not self._held and not self._last:
-            self._state = self._value_opened
-            return False
-        return self._value_opened()
-
-    def _value_opened(self) -> bool:
-        if not self._held and not self._last:
-            return False
-        first = self._held[:1]
-        self._literal = self._streams and first == '"'
-        quoted = not self._streams and first in ("{", "[", '"')
-        self._end = ValueEnd(self._opens_parameter, self._tools, quoted)
-        self._line_start = True
-        self._searched = 0
-        self._state = self._in_literal if self._literal else self._in_value
-        return True
+        self._state = self._in_value
 
     def _opens_parameter(self, name: str, line_start: bool) -> bool:
         """Whether `<parameter=NAME>` inside of a value is the next one. A text may speak of it."""
@@ -262,48 +239,16 @@ class ToolParser:
         if tool is not None and name not in self._given and tool.names_argument(name):
             return True
         lists_others = tool is not None and tool.lists_arguments
-        return line_start and not (self._streams and lists_others)
-
-    def _in_literal(self) -> bool:
-        """A text in quotes: they are taken off if it needs them."""
-        length = text_literal(self._held)
-        if length > 0:
-            ends = followed(self._held, length, TAGS, self._last)
-            if ends is None:
-                return False
-            content = self._held[:length]
-            if ends and read_text(content, self._types) != content:
-                self._value_part(dump(read_text(content, self._types))[1:])
-                self._take(after_space(self._held, length))
-                self._leave_value()
-                return True
-        elif length < 0 and not self._last:
-            return False
-        self._state = self._in_value
-        return True
+        return line_start and not (self._value.streams and lists_others)
 
     def _in_value(self) -> bool:
-        certain, found = self._end.find(self._held, self._line_start, self._last, self._searched)
-        if found:
-            value = self._held[:certain].removesuffix("\n")
-            ending = dump(value)[1:] if self._streams else read_value(value, self._types)
-            self._value_part(ending)
-            self._take(certain)
-            self._leave_value()
-            return True
-        if not self._streams:
-            self._searched = certain
-            return False
-        certain -= self._held[:certain].endswith("\n")
-        if certain:
-            self._value_part(dump(self._held[:certain])[1:-1])
-            self._line_start = self._held[certain - 1] == "\n"
-            self._take(certain)
-        return False
-
-    def _leave_value(self) -> None:
-        self._held = self._held.removeprefix(PARAMETER_END)
-        self._state = self._between_parameters
+        made, taken = self._value.read(self._held, self._last)
+        self._value_part(made)
+        self._take(taken)
+        if self._value.ended:
+            self._held = self._held.removeprefix(PARAMETER_END)
+            self._state = self._between_parameters
+        return self._value.ended
 
     def _value_part(self, text: str) -> None:
         if not self._given_again:
@@ -396,19 +341,12 @@ class ToolParser:
         elif self._state == self._json_arguments and not cut:
             self._part(self._scan.feed("", last=True))
         elif self._state == self._in_value:
-            self._finish_value(cut)
+            self._value_part(self._value.finish(self._held, cut))
+            self._part("" if cut else "}")
         elif self._state in (self._function_opened, self._between_parameters) and not cut:
             self._part("}" if self._given else "{}")
         self._held = ""
         self._state = self._in_content
-
-    def _finish_value(self, cut: bool) -> None:
-        value = self._held if cut else self._held.removesuffix("\n")
-        if cut:
-            self._value_part(dump(value)[1:-1] if self._streams else "")
-            return
-        self._value_part(dump(value)[1:] if self._streams else read_value(value, self._types))
-        self._part("}")
 
     def _begin(self, name: str) -> None:
         self._index += 1
