@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -11,17 +12,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("benchmarks/LEDGER.md", "models/mini/README.md", "models/mini/results/training.png")
-PARTS = ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+HOOK = ast.parse((ROOT / "docs" / "site.py").read_text(encoding="utf-8"))
+
+
+def outside() -> list[str]:
+    """The files outside docs/ that the hook of the site names."""
+    found: list[str] = []
+    for node in HOOK.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            found += ast.literal_eval(node.value)
+    return found
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of everything that the site is made of."""
-    for name in PARTS:
-        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in OUTSIDE:
+    for name in ("mkdocs.yml", *outside()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
