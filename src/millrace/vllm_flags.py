@@ -271,6 +271,17 @@ _REFUSED = {
     "safetensors are read by one loader; leave it out": "--model-loader-extra-config",
 }  # fmt: skip
 
+# Values of options here that vLLM takes and Millrace does not: why, and what works.
+_WHOLE = "the model's whole context is the default; if it does not fit, the start says what does"
+_HALF = "float16 is not run; use bfloat16"
+REFUSED_VALUES: Mapping[tuple[str, str], str] = {
+    ("--max-model-len", "auto"): _WHOLE,
+    ("--max-model-len", "-1"): _WHOLE,
+    ("--dtype", "float16"): _HALF,
+    ("--dtype", "half"): _HALF,
+    ("--dtype", "float"): "use float32",
+}
+
 Fate = Literal["harmless", "refused"]
 
 
@@ -342,6 +353,11 @@ def page() -> str:
         "## Refused",
         "The start ends with a line that says why, unless the value is one of those in brackets.",
         _by_words("refused", ("why, and what works", "flags")),
+        "Of options that are here too, some values are refused:",
+        _table(
+            ("why, and what works", "value"),
+            [(why, f"`{flag} {value}`") for (flag, value), why in REFUSED_VALUES.items()],
+        ),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -137,3 +137,25 @@ def test_a_wrong_option_ends_with_one_line_of_the_engine(small_model: Path, tmp_
         assert server.process.wait(60) == 2
         (line,) = server.log.splitlines()
         assert line.startswith("millrace serve: max_model_len 100000000 is beyond")
+
+
+def test_a_server_without_a_tokenizer_takes_token_ids(small_model: Path, tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "millrace", "serve", str(small_model), "--port=0", *flags]
+    with started([*command, "--skip-tokenizer-init"], tmp_path / "log") as running:
+        running.wait_ready(120)
+        assert '"prompt":[1,2,3],"return_token_ids":true' in running.log
+
+        def post(path: str, **body: Any) -> Any:
+            return httpx.post(f"{running.url}/v1/{path}", json=body, timeout=60).json()
+
+        answer = post("completions", prompt=[1, 2, 3], max_tokens=4, **EXTRA, logprobs=2)
+        (choice,) = answer["choices"]
+        assert (choice["text"], len(choice["token_ids"])) == ("", 4)
+        assert choice["logprobs"]["tokens"] == [f"token_id:{t}" for t in choice["token_ids"]]
+        assert "send token ids" in post("completions", prompt="hello")["error"]["message"]
+        hello = [{"role": "user", "content": "hello"}]
+        assert "send token ids" in post("chat/completions", messages=hello)["error"]["message"]
+        bound = {"structured_outputs": {"regex": "a"}}
+        refused = post("completions", prompt=[1], **bound)["error"]["message"]
+        assert refused == "structured outputs need a tokenizer, which was not loaded"

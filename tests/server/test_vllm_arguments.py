@@ -12,7 +12,7 @@ from millrace.server.command import serve
 from millrace.server.help import GROUPS
 from millrace.server.options import ServerOptions
 from millrace.server.vllm_arguments import Options, Rewritten, rewrite
-from millrace.vllm_flags import PARTS, SAME, SYNONYMS, TABLE, positive_form
+from millrace.vllm_flags import PARTS, REFUSED_VALUES, SAME, SYNONYMS, TABLE, positive_form
 
 FIELDS = {*EngineArgs.__struct_fields__, *ServerOptions.__struct_fields__}
 NAMES = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--config"}
@@ -93,6 +93,8 @@ def test_flags_without_effect_are_noted_and_dropped(given: str, note: str) -> No
     ("given", "said"),
     [
         ("-pp 2", "--pipeline-parallel-size 2: layers are not split over devices; use --tensor"),
+        ("--max_model_len auto", "--max-model-len auto: the model's whole context is the default"),
+        ("--dtype=half", "--dtype half: float16 is not run; use bfloat16"),
         ("--enable-lora", "--enable-lora: LoRA adapters are not served; merge the adapter"),
         ("--cpu-offload-gb=4", "--cpu-offload-gb 4: weights and caches stay on the device"),
         ("--tokenizer-mode slow", "--tokenizer-mode slow: tokenizer.json is read"),
@@ -143,6 +145,7 @@ def test_the_table_fits_the_options() -> None:
     assert targets <= NAMES | set(TABLE)
     assert {option for option, _ in PARTS.values()} <= NAMES
     assert all(row.words for row in TABLE.values())
+    assert {flag for flag, _ in REFUSED_VALUES} <= SAME
 
 
 def test_no_flag_is_harmless_in_both_directions_by_accident() -> None:

@@ -79,4 +79,5 @@ def test_with_another_kind_of_tokenizer_prompts_are_token_ids(tmp_path: Path) ->
     loaded = Tokenizer.load(tmp_path)
     with pytest.raises(RequestError, match=r"decoder WordPiece is not known, .* send token ids"):
         loaded.encode("Hello")
+    assert loaded.token_text(7) == "token_id:7"
     assert (loaded.decode([1, 2]), loaded.turn_ends([1, 2]), loaded.token_id("a")) == ("", [], None)

@@ -101,7 +101,15 @@ async def _serve(
         page.gauges.update(_gauges(middleware, server))
         supervision = reported(
             "the supervision of the engine",
-            _supervise_engine(client, options, server, names[0], listeners[0], grammars.start),
+            _supervise_engine(
+                client,
+                options,
+                server,
+                names[0],
+                listeners[0],
+                grammars.start,
+                args.skip_tokenizer_init,
+            ),
             logger.error,
             on_failure=lambda error: _end_unsupervised(client, server, error),
         )
@@ -224,6 +232,7 @@ async def _supervise_engine(
     name: str,
     listener: socket.socket,
     on_ready: Callable[[], None],
+    token_ids: bool,
 ) -> None:
     """Print that the engine is ready, restart it when it dies, end the server at its last death.
 
@@ -233,7 +242,7 @@ async def _supervise_engine(
         ready = await client.wait_ready()
         on_ready()
         scheme = "https" if options.ssl_certfile else "http"
-        print(_startup_message(ready, name, scheme, listener), flush=True)
+        print(_startup_message(ready, name, scheme, listener, token_ids), flush=True)
     await Restarter(client, options.max_engine_restarts).run()
     server.should_exit = True
 
@@ -320,15 +329,21 @@ def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.C
     )
 
 
-def _startup_message(ready: Ready, name: str, scheme: str, listener: socket.socket) -> str:
+def _startup_message(
+    ready: Ready, name: str, scheme: str, listener: socket.socket, token_ids: bool
+) -> str:
+    """What is printed when the engine is ready. token_ids: prompts must be token ids."""
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     url = f"{scheme}://{host}:{port}"
-    example = msgspec.json.encode(
-        {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
-    ).decode()
+    path: str
+    body: dict[str, object]
+    path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    if token_ids:
+        path, body = "completions", {"prompt": [1, 2, 3], "return_token_ids": True}
+    example = msgspec.json.encode({"model": name, **body, "max_tokens": 64}).decode()
     return (
         f"{ready.summary}\n"
         f"Millrace serves {name} at {url}. Try:\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{example}'"
+        f"  curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{example}'"
     )

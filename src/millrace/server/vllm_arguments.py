@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from millrace.errors import ConfigError
-from millrace.vllm_flags import PARTS, SYNONYMS, TABLE, Row, positive_form
+from millrace.vllm_flags import PARTS, REFUSED_VALUES, SYNONYMS, TABLE, Row, positive_form
 
 _OPTIMIZATION = re.compile(r"-O=?(\d)")
 _NUMBER = re.compile(r"-\d")
@@ -183,6 +183,9 @@ def _dropped(item: Item, options: Options, notes: dict[str, str]) -> bool:
     flag = item.flag
     if found := _DOTTED.fullmatch(flag):
         flag = found.group(1)
+    for value in item.values:
+        if words := REFUSED_VALUES.get((flag, value)):
+            raise ConfigError(f"{flag} {value}: {words}")
     if flag in ("", "--model") or flag in options.switches | options.valued or flag in PARTS:
         return False
     if (row := TABLE.get(flag)) is not None:

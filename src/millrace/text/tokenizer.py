@@ -157,6 +157,10 @@ class NoTokenizer(Tokenizer):
         """Refuses every text, with RequestError."""
         raise self.refusal()
 
+    def token_text(self, token_id: int) -> str:
+        """The name of a token in logprobs, where it stands for its text."""
+        return f"token_id:{token_id}"
+
     def refusal(self) -> RequestError:
         """Why a text cannot be a prompt, and what can."""
         return RequestError(
