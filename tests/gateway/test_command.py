@@ -18,7 +18,8 @@ MOCK = str(Path(__file__).parents[1] / "support" / "mock_replica.py")
 GATEWAY = [sys.executable, "-m", "millrace.cli", "gateway"]
 
 
-def test_it_serves_until_sigterm() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_it_serves_until_it_gets_a_signal(number: signal.Signals) -> None:
     replica = subprocess.Popen([sys.executable, MOCK], stdout=subprocess.PIPE, text=True)
     assert replica.stdout is not None
     url = f"127.0.0.1:{replica.stdout.readline().split()[-1]}"
@@ -31,7 +32,7 @@ def test_it_serves_until_sigterm() -> None:
         address = line.split()[2].rstrip(",")
         with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
             assert json.load(answer)["data"][0]["id"] == "mock"
-        gateway.send_signal(signal.SIGTERM)
+        gateway.send_signal(number)
         assert gateway.wait(10) == 0
     finally:
         for process in (gateway, replica):

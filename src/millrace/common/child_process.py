@@ -45,6 +45,13 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Signals that ask a service to stop in good order. SIGHUP is one of them, unless it is ignored
+    as nohup has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
 def kill_group(leader: int) -> None:
     """Kill every process of the group that `leader` leads. Raises nothing if there is none."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -9,7 +9,6 @@ the gateway sends it nothing. The command can be any that takes --host and --por
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ import msgspec
 import uvloop
 
 from millrace.common.backoff import Backoff, BackoffPolicy
+from millrace.common.child_process import stop_signals
 from millrace.common.http_client import Target
 from millrace.common.safe_log import protect_standard_streams, stderr_line
 from millrace.common.sockets import free_port, require_free_port
@@ -237,7 +237,7 @@ async def _run(options: FleetOptions) -> None:
             supervisor.kill()  # asked twice: do not wait
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         loop.add_signal_handler(number, stop_or_kill)
     starting = asyncio.create_task(supervisor.start())
     stopping = asyncio.create_task(stop.wait())

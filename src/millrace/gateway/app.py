@@ -64,23 +64,33 @@ class Gateway:
         self._relay_server: RelayServer | None = None
         self._processes: GatewayProcesses | None = None
         if options.processes == 1:
-            self._relay_server = RelayServer(
-                options,
-                self.counters,
-                0,
-                lambda replicas: _LocalAdminApi(self._admin, replicas),
-                self.monitor.report,
-                log,
-            )
-            self.monitor.listeners.append(self._relay_server.replicas.apply)
-            self.monitor.suspect_listeners.append(self._relay_server.relay.suspects.update)
-            self._relay_server.replicas.apply(self.monitor.members)
+            self._relay_server = self._make_relay_server(log)
         else:
-            self._processes = GatewayProcesses(
-                options, self.counters, self.monitor, self._admin.answer, log
-            )
-            self.monitor.listeners.append(self._processes.send_members)
-            self.monitor.suspect_listeners.append(self._processes.send_suspect)
+            self._processes = self._make_processes(log)
+
+    def _make_relay_server(self, log: Callable[[str], None]) -> RelayServer:
+        """The relay of a gateway of one process."""
+        server = RelayServer(
+            self._options,
+            self.counters,
+            0,
+            lambda replicas: _LocalAdminApi(self._admin, replicas),
+            self.monitor.report,
+            log,
+        )
+        self.monitor.listeners.append(server.replicas.apply)
+        self.monitor.suspect_listeners.append(server.relay.suspects.update)
+        server.replicas.apply(self.monitor.members)
+        return server
+
+    def _make_processes(self, log: Callable[[str], None]) -> GatewayProcesses:
+        """The processes of a gateway of several."""
+        processes = GatewayProcesses(
+            self._options, self.counters, self.monitor, self._admin.answer, log
+        )
+        self.monitor.listeners.append(processes.send_members)
+        self.monitor.suspect_listeners.append(processes.send_suspect)
+        return processes
 
     # --- one process only ------------------------------------------------------------------------
 

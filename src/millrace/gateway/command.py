@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 import uvloop
 
 from millrace.common.api_keys import configured_keys, keys_of_file
+from millrace.common.child_process import stop_signals
 from millrace.common.flags import given, struct_options
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
@@ -127,7 +127,7 @@ async def _serve(options: GatewayOptions, drain: float) -> None:
     def stop_or_hurry() -> None:
         (hurry if stop.is_set() else stop).set()  # asked twice: do not wait
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         loop.add_signal_handler(number, stop_or_hurry)
     relay = Gateway(options)
     await relay.start()

@@ -32,14 +32,13 @@ from millrace.gateway.relay.idle_timeout import IdleTimeout
 from millrace.gateway.relay.relay import Client, Relay
 from millrace.gateway.relay.replica_connection import ReplicaConnection
 from millrace.gateway.relay.resumption import Resumption
+from millrace.gateway.relay.suspicion import Suspicion
 from millrace.gateway.resume.stream_buffer import ERROR_EVENT, first_error
 from millrace.gateway.routing.candidates import Candidates
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
 from millrace.gateway.routing.suspects import (
-    MAX_REPLICAS_TO_FAIL,
     Failure,
-    FailureBurst,
     digest_of,
     suspect_reply,
 )
@@ -69,9 +68,7 @@ class Exchange:
             relay.replicas, relay.policy, self.info, relay.limits.max_requests_per_replica
         )
         self._failures = 0
-        self._suspicions = 0  # replicas in a row that failed with it and without a new token
-        self._tokens_at_failure = 0
-        self._first_burst: FailureBurst | None = None
+        self._suspicion = Suspicion()
         self._begun = False  # bytes of the response have gone to the client
         self._stale_failure = ""  # why an idle connection closed on which it had been sent
         self._busy_reply: LocalReply | None = None
@@ -115,7 +112,7 @@ class Exchange:
         suspect = suspects.find(self.request) if suspects else None
         if suspect is None:
             return None
-        self._suspicions = min(suspect.failures, MAX_REPLICAS_TO_FAIL - 1)
+        self._suspicion.has_failed_before(suspect.failures)
         return suspects.refusal(suspect) if suspect.refused else None
 
     def has_capacity(self) -> bool:
@@ -312,7 +309,7 @@ class Exchange:
             return
         self._client.write(last)
         self._relay.replicas.record_answer(
-            replica, self.status, self.request, suspect=self._suspicions > 0
+            replica, self.status, self.request, suspect=self._suspicion.failures > 0
         )
         if self.info.stream and self.status == 200:
             self._relay.replicas.record_output(self.account.chunks)
@@ -357,7 +354,7 @@ class Exchange:
             self._abort_response()
             return
         self._report(replica, reason, reached, reported, lost)
-        if reached and self._is_suspect(replica):
+        if reached and self._suspicion.add(replica.burst, self._stream.output_tokens):
             self._give_up_suspect(f"{replica.target}: {reason}")
         elif self.status:
             self._resume_elsewhere()
@@ -370,23 +367,6 @@ class Exchange:
         self._stream.close()
         self._stream = Resumption(self.info, self._relay.buffer, self._relay.limits.max_resumptions)
         self.status, self.first_byte = 0, None
-
-    def _is_suspect(self, replica: Replica) -> bool:
-        """Count a failure against the request. Returns whether it has failed enough replicas.
-
-        A failure counts together with earlier ones unless it made tokens in between. A stream that
-        had tokens, and whose first failure others shared, may be a victim of another request and
-        gets one more replica.
-        """
-        tokens = self._stream.output_tokens
-        if tokens > self._tokens_at_failure:
-            self._suspicions = 0
-        self._tokens_at_failure = tokens
-        if self._suspicions == 0:
-            self._first_burst = replica.burst
-        self._suspicions += 1
-        victim = tokens > 0 and self._first_burst is not None and self._first_burst.count > 1
-        return self._suspicions >= MAX_REPLICAS_TO_FAIL + victim
 
     def _report(
         self, replica: Replica, reason: str, reached: bool, reported: bool, lost: bool
