@@ -21,10 +21,11 @@ import click
 import pytest
 
 from millrace.cli import cli
-from tests.support.live_server import LiveServer, started
+from millrace.common.sockets import free_port
+from tests.support.live_server import LiveServer, started, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SKETCHES = {"docs/model.md"}  # python that needs tensors which the text describes
 
 
@@ -139,7 +140,7 @@ def test_the_readmes_curl_gets_what_is_shown(server: LiveServer, tmp_path: Path)
         pytest.skip("curl is not installed")
     ((_, words),) = [one for one in COMMANDS if one[0] == "README.md" and one[1][0] == "curl"]
     answer = json.loads(run(*at_server(words, server), "-s", place=tmp_path))
-    readme = " ".join(PAGES[0].read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"`{answer['choices'][0]['message']['content']}`" in readme
 
 
@@ -161,3 +162,26 @@ def test_a_measurement_runs(
 ) -> None:
     command = [sys.executable, "-m", "millrace", *at_server(words, server), *less]
     assert run(*command, place=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_gateway_takes_the_documented_changes(server: LiveServer, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    changes = [words for page, words in COMMANDS if page == "docs/gateway.md" and "curl" in words]
+    assert len(changes) >= 4
+    port, admin = free_port("127.0.0.1"), free_port("127.0.0.1")
+    urls = f"{server.url},{server.url.replace('127.0.0.1', 'localhost')}"
+    flags = [f"--worker-urls={urls}", f"--port={port}", f"--admin-port={admin}"]
+    millrace = [sys.executable, "-m", "millrace"]
+    with started([*millrace, "gateway", *flags], tmp_path / "log") as gateway:
+        wait_for(lambda: "gateway on" in gateway.log, 30)
+        for words in changes:
+            there = [word.replace("127.0.0.1:8009", f"127.0.0.1:{admin}") for word in words]
+            assert isinstance(json.loads(run(*there, "-sf", place=tmp_path) or "{}"), dict)
+        url = f"http://127.0.0.1:{port}"
+        (status,) = [w for _, w in MILLRACE if w[:2] == ["gateway", "status"]]
+        shown = [word.replace("http://127.0.0.1:8000", url) for word in status]
+        table = run(*millrace, *shown, "--once", place=tmp_path)
+    assert server.url.removeprefix("http://") in table
+    assert "10.0.0.3" not in table  # it was added, drained and removed
