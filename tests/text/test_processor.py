@@ -227,3 +227,26 @@ def test_without_a_tokenizer_prompts_are_token_ids(text_model: Path, tmp_path: P
     assert (piece.text, piece.token_ids) == ("", [4, 5])
     with pytest.raises(RequestError, match=r"--skip-tokenizer-init.*; send token ids"):
         plain.encode("Hello")
+
+
+WRONG = (-5, 2**70, 1e300, "x", "", "{{", True, [], [1], [{"a": 1}], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])
+def test_a_value_of_any_type_is_refused_in_one_line_or_works(tmp_path: Path, name: str) -> None:
+    write_text_model(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / name
+    content = json.loads(file.read_text())
+    if name == "tokenizer_config.json":
+        content |= {"chat_template": "{{ messages }}", "added": None}
+    for key in (*content, None):
+        for value in WRONG:
+            file.write_text(json.dumps(value if key is None else {**content, key: value}))
+            try:
+                processor = TextProcessor.load(tmp_path, tmp_path)
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+                assert str(tmp_path) in str(error)
+            else:
+                assert processor.defaults.temperature >= 0
