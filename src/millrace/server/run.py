@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import faulthandler
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ def run_server(
         options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
     )
     raise_file_limit()
+    # A prompt is encoded alone: the tokenizer's thread pool would only add a hand-over.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     listeners = inherited_listeners() or listen(options.host, options.port)
     directory = find_model(args.model, args.revision, args.download_dir)
     names = args.served_model_name or [args.model]
@@ -164,7 +167,7 @@ def _sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
     """The processes that build grammars, and the one that encodes long texts."""
     tokenizer = str(find_model(args.tokenizer)) if args.tokenizer else args.model
     grammars = SandboxOptions(
-        name="grammars", processes=2, max_queue=64, job_seconds=10.0, memory_bytes=2 << 30
+        name="grammars", processes=2, max_queue=64, job_seconds=5.0, memory_bytes=2 << 30
     )
     encoder = SandboxOptions(
         name="long texts",
