@@ -97,8 +97,11 @@ def test_every_option_is_offered_and_explained(capsys: pytest.CaptureFixture[str
         (["serve", "m", "--dtype", "int3"], "'int3' is not one of 'auto', 'float32'"),
         (["serve", "m", "--speculative-config", "{"], "'{' is not a JSON object"),
         (["serve", "m", "--speculative-config", '{"k": 1}'], "unknown field `k`"),
-        (["serve", "/nowhere"], "model '/nowhere': neither a directory nor a shipped model"),
-        (["serve", "/tmp"], "/tmp: no config.json there"),
+        (
+            ["serve", "/nowhere", "--port=0"],
+            "model '/nowhere': neither a directory nor a shipped model",
+        ),
+        (["serve", "/tmp", "--port=0"], "/tmp: no config.json there"),
         (["serve", "/nowhere", "--replicas", "2"], "neither a directory nor a shipped model"),
         (["serve", "m", "--host", "no such host"], "host 'no such host'"),
         (["serve", "m", "--stream-interval", "0"], "stream_interval 0: use 1 or more"),
