@@ -173,15 +173,27 @@ def percentiles(name: str, values: list[float]) -> dict[str, float]:
 
 
 def requests(
-    count: int, seed: int, inputs: tuple[int, int], outputs: tuple[int, int], vocab: int
+    count: int,
+    seed: int,
+    inputs: tuple[int, int],
+    outputs: tuple[int, int],
+    vocab: int,
+    **sampling: Any,
 ) -> list[AddRequest]:
-    """Token-id prompts of random tokens, lengths uniform in [low, high], temperature 1."""
+    """Token-id prompts of random tokens, lengths uniform in [low, high], temperature 1.
+
+    sampling: what else `SamplingParams` are to have.
+    """
     rng = random.Random(seed)
     found = []
     for number in range(count):
         prompt = [rng.randrange(vocab) for _ in range(rng.randint(*inputs))]
         params = SamplingParams(
-            temperature=1.0, max_tokens=rng.randint(*outputs), ignore_eos=True, seed=number
+            temperature=1.0,
+            max_tokens=rng.randint(*outputs),
+            ignore_eos=True,
+            seed=number,
+            **sampling,
         )
         found.append(AddRequest(f"{seed}-{number}", prompt, params))
     return found

@@ -69,6 +69,8 @@ BASE: dict[str, Any] = {
 # What each phase's engine has otherwise than BASE.
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "default": {"max_num_seqs": 256},
+    "runs": {"max_num_seqs": 256},
+    "sampled": {"max_num_seqs": 256},
     "throughput": {"max_num_seqs": 256},
     "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
     "wide": {"max_num_seqs": 448},
@@ -77,6 +79,8 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 }
 # And what its scheduler has otherwise than the engine was built with.
 LIMITS: dict[str, dict[str, Any]] = {"throughput": {"mixed_prefill_tokens": 16384}}
+# What requests of a phase ask for beside temperature 1: "sampled" takes Qwen's generation_config.
+SAMPLING: dict[str, dict[str, Any]] = {"sampled": {"top_k": 20, "top_p": 0.95}}
 STARTS = ("start", "warm")
 
 
@@ -199,13 +203,16 @@ def phase(
         long_context(engine, scale, record)
         return
     rows = engine.scheduler.limits.max_num_seqs
-    warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab)
+    sampling = SAMPLING.get(name, {})
+    warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab, **sampling)
     closed_run(engine, warmup, scale.warmup)
-    throughput(engine, rows, options, record)
-    if name == "throughput":
+    throughput(engine, rows, options, record, sampling)
+    if name in ("runs", "sampled"):
+        few_requests(engine, scale, record, sampling)
+    if name in ("throughput", "runs", "sampled"):
         return
     if name == "default":
-        few_requests(engine, scale, record)
+        few_requests(engine, scale, record, sampling)
         prefill_alone(engine, rows, scale, record)
         options.write()
     drafts = engine.scheduler.limits.drafts
@@ -217,12 +224,17 @@ def phase(
 
 
 def throughput(
-    engine: Engine, rows: int, options: argparse.Namespace, record: dict[str, Any]
+    engine: Engine,
+    rows: int,
+    options: argparse.Namespace,
+    record: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Closed runs of three waves of requests."""
     scale, runs = options.scale, record.setdefault("runs", [])
     for repeat in range(options.repeats):
-        todo = requests(3 * rows, repeat, scale.inputs, scale.outputs, scale.vocab)
+        lengths = scale.inputs, scale.outputs
+        todo = requests(3 * rows, repeat, *lengths, scale.vocab, **sampling)
         runs.append(closed_run(engine, todo, rows).summary())
         print(json.dumps(runs[-1]), flush=True)
         options.write()
@@ -248,13 +260,15 @@ def prefill_alone(engine: Engine, rows: int, scale: Scale, record: dict[str, Any
     print(f"prefill {record['prefill_tok_s']:.0f} tok/s", flush=True)
 
 
-def few_requests(engine: Engine, scale: Scale, record: dict[str, Any]) -> None:
+def few_requests(
+    engine: Engine, scale: Scale, record: dict[str, Any], sampling: dict[str, Any]
+) -> None:
     """Output tok/s of a few requests at once, three times each."""
     for rows in scale.batches:
         rates = []
         for repeat in range(3):
             shape = ((scale.inputs[1],) * 2, (scale.outputs[0],) * 2)
-            todo = requests(rows, 60 + repeat, *shape, scale.vocab)
+            todo = requests(rows, 60 + repeat, *shape, scale.vocab, **sampling)
             rates.append(closed_run(engine, todo, rows).summary()["output_tok_s"])
         record[f"batch_{rows}_output_tok_s"] = rates
         print(f"batch {rows}: {[round(rate) for rate in rates]} output tok/s", flush=True)

@@ -19,6 +19,7 @@ from millrace.eval.models import GenerationOptions, InProcess
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.protocol import Delta
+from millrace.runtime.step.cuda_graphs import StepGraphs
 from millrace.tasks import TASKS
 from tests.runtime.step.test_logits_processors import PATTERN, add, finish, regex, tokens_of
 from tests.support.engines import assert_same, build, generate, with_few_pages
@@ -122,6 +123,49 @@ def test_no_step_waits_for_the_device(
     torch.cuda.set_sync_debug_mode("default")
     assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
     engine.close()
+
+
+@pytest.mark.parametrize("options", [{}, mtp(2)])
+def test_nothing_is_compiled_or_captured_once_ready(
+    model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Nor does a step wait for the device, whatever its rows ask for."""
+    from triton.runtime.jit import JITFunction
+
+    from millrace.kernels.gpu import cuda_source
+
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 2048, **options}
+    engine = build(model, device="cuda", max_num_seqs=8, debug=False, **options)
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise AssertionError(f"a step compiles or captures {given[:1]}")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", refuse)
+    monkeypatch.setattr(cuda_source, "compiled", refuse)
+    monkeypatch.setattr(StepGraphs, "_capture", refuse)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for sampling in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.95}):
+            generate(engine, PROMPTS, 12, **sampling)
+        for index, prompt in enumerate(PROMPTS):
+            add(engine, str(index), prompt, **WISHES[index % len(WISHES)])
+        add(engine, "grammar", PROMPTS[0], grammar=regex(PATTERN), max_tokens=30)
+        finish(engine)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.stats().prefix_hits > 0
+    engine.close()
+
+
+def test_graphs_bring_the_tokens_of_eager_steps(model: Path) -> None:
+    """In bfloat16, in which a rounding shows."""
+    outputs = []
+    for eager in (False, True):
+        engine = build(model, device="cuda", dtype="bfloat16", max_num_seqs=8, enforce_eager=eager)
+        outputs.append(generate(engine, PROMPTS, 32))
+        engine.close()
+    same = sum(a == b for a, b in zip(*outputs, strict=True))
+    assert same >= len(PROMPTS) - 2, "products of more tokens may be tiled otherwise"
 
 
 def test_sampled_tokens_do_not_depend_on_drafts_or_graphs(model: Path) -> None:

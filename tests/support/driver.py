@@ -49,14 +49,20 @@ def allocate_caches(
         shape = (pages, page_size, c.kv_heads_on_rank(ranks), c.head_dim)
         return KVCache(nan(*shape, dtype=kv_dtype or dtype), nan(*shape, dtype=kv_dtype or dtype))
 
+    hk, hv = c.key_heads // ranks, c.value_heads // ranks
+    count = sum(kind != "full_attention" for kind in c.layer_types)
+    states = nan(count, rows, hv, c.key_dim, c.value_dim, dtype=state_dtype)
+    convs = nan(count, rows, 3 + drafts, c.conv_channels // ranks)
+    parts = zip(states, convs, strict=True)
+
     def gdn() -> GDNState:
-        hk, hv = c.key_heads // ranks, c.value_heads // ranks
+        state, conv = next(parts)
         return GDNState(
-            state=nan(rows, hv, c.key_dim, c.value_dim, dtype=state_dtype),
+            state=state,
             window_k=nan(rows, hk, window, c.key_dim),
             window_u=nan(rows, hv, window, c.value_dim, dtype=torch.float32),
             window_g=nan(rows, hv, window, dtype=torch.float32),
-            conv=nan(rows, 3 + drafts, c.conv_channels // ranks),
+            conv=conv,
         )
 
     order = 1 + torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed))
@@ -64,6 +70,8 @@ def allocate_caches(
     table[1:] = order.view(slots, pages_per_slot).to(torch.int32)
     return Caches(
         layers=[kv() if kind == "full_attention" else gdn() for kind in c.layer_types],
+        states=states,
+        convs=convs,
         mtp=kv() if model.mtp is not None else None,
         block_table=table,
         fill=torch.zeros(rows, dtype=torch.int32),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
+from millrace.kernels.batch import Batch, DecodeRows, KVCache, PrefillRows
 from millrace.kernels.dispatch import op
 from millrace.kernels.norm import rms_norm
 from millrace.kernels.rope import apply_rope
@@ -66,6 +66,33 @@ def norm_rope_store(
 
 
 @op
+def attend(
+    q: Tensor, cache: KVCache, block_table: Tensor, batch: Batch, scale: float, first: int = 0
+) -> Tensor:
+    """Attention of a batch's tokens, both kinds of rows, over their own pages.
+
+    q: [T, query_heads, head_dim]; the rest as attend_decode and attend_prefill take it. Returns q's
+    shape and dtype.
+    """
+    known = batch.trimmed()
+    n, parts = known.num_decode_tokens, []
+    if known.decode is not None:
+        parts.append(attend_decode(q[:n], cache, block_table, known.decode, scale, first))
+    if known.prefill is not None:
+        rows, tokens = known.prefill.alone(), q[n : known.positions.shape[0]]
+        parts.append(attend_prefill(tokens, cache, block_table, rows, scale, first))
+    return fill_up(parts, q.shape[0])
+
+
+def fill_up(parts: list[Tensor], tokens: int) -> Tensor:
+    """The parts [n, ...] of a batch one after another, and zeros for the padding of its tokens."""
+    padding = tokens - sum(len(part) for part in parts)
+    if padding:
+        parts = [*parts, parts[0].new_zeros(padding, *parts[0].shape[1:])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@op
 def attend_decode(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0
 ) -> Tensor:
@@ -86,7 +113,7 @@ def attend_prefill(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
 ) -> Tensor:
     """Attention of prompt tokens: as attend_decode, for rows of `rows.counts` tokens each."""
-    counts, ends = list(rows.counts), rows.starts + rows.offsets.diff()
+    counts, ends = list(rows.host_counts), rows.starts + rows.offsets.diff()
     if len(counts) * max(counts) * (1 - MAX_PADDING) <= sum(counts):
         padded = torch.nn.utils.rnn.pad_sequence(q.split(counts), batch_first=True)
         span = _span(cache, block_table, rows.slots, rows.starts, ends, max(counts), first)

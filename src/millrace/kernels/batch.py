@@ -6,15 +6,18 @@ plain records: the runtime fills them, and the model passes them to the ops in `
 Conventions that every op keeps:
 
 * Tokens of a step are flat, `T` of them: first the decode rows (each of the same `width`), then the
-  prefill rows, one after another.
+  prefill rows, one after another, then padding.
 * Slot 0 and page 0 are null: padded rows use slot 0, whose block table is all zeros, so that
-  nobody reads what they write.
-* Lengths on the device are the truth. The host knows upper bounds only (`max_context`).
+  nobody reads what they write. Padded rows have no tokens; what an op returns for padded tokens is
+  undefined and never read, not even by other ops of another token.
+* Lengths on the device are the truth. The host knows upper bounds only (`max_context`), and of a
+  padded batch, which is what a CUDA graph runs on, not even how many rows there are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,27 +48,95 @@ class DecodeRows:
 class PrefillRows:
     """Rows of prompt tokens, of any lengths.
 
-    slots: int64 [P]. starts: int64 [P]. counts and host_starts: the lengths and starts as host
-    integers; offsets: int32 [P + 1], cumulative counts on the device.
+    slots: int64 [P]. starts: int64 [P]. offsets: int32 [P + 1], the tokens of the batch that the
+    rows begin with, and where the last one ends. counts and host_starts: the lengths and starts as
+    host integers; None where only the device knows them, and rows of no tokens may come last; no
+    row is longer than `bound` then.
     """
 
     slots: Tensor
     starts: Tensor
     offsets: Tensor
-    counts: tuple[int, ...]
-    host_starts: tuple[int, ...]
+    counts: tuple[int, ...] | None
+    host_starts: tuple[int, ...] | None
+    bound: int = 0
+    _tables: dict[object, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.slots.is_contiguous()
         assert self.starts.is_contiguous()
 
     @property
-    def max_count(self) -> int:
-        return max(self.counts)
+    def host_counts(self) -> tuple[int, ...]:
+        """The lengths, for ops of the host, whose batches are never padded."""
+        assert self.counts is not None
+        return self.counts
 
     @property
     def max_context(self) -> int:
+        if self.counts is None or self.host_starts is None:
+            return self.bound
         return max(s + c for s, c in zip(self.host_starts, self.counts, strict=True))
+
+    def alone(self) -> PrefillRows:
+        """The same rows where no tokens come before them."""
+        return replace(self, offsets=self.offsets - self.offsets[0], _tables={})
+
+    def tiles(self, size: int, tokens: int) -> Tensor:
+        """The rows cut into tiles of `size` tokens: int32 [2, n], row and number of each tile.
+
+        tokens: T of the batch. The row is -1 for what is left of n, a bound that holds for any
+        lengths. Made once for each size.
+        """
+        return self.kept(("tiles", size), lambda: _tiles(self.offsets, size, tokens))
+
+    def places(self, tokens: int) -> Tensor:
+        """int32 [T]: each token's place in its prefill row, -1 for the others."""
+        return self.kept("places", lambda: _places(self.offsets, tokens))
+
+    def token_slots(self, tokens: int) -> Tensor:
+        """int64 [T]: each token's slot, 0 for those outside the prefill rows."""
+        return self.kept("slots", lambda: _token_slots(self, tokens))
+
+    def live(self) -> Tensor:
+        """int32 [1]: how many rows have tokens; they come first."""
+        return self.kept("live", lambda: (self.offsets.diff() > 0).sum(0, True).to(torch.int32))
+
+    def kept(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of these rows, made once."""
+        found = self._tables.get(key)
+        if found is None:
+            found = self._tables[key] = make()
+        return found
+
+
+def _tiles(offsets: Tensor, size: int, tokens: int) -> Tensor:
+    rows = offsets.shape[0] - 1
+    tiles = (offsets.diff() + (size - 1)) // size
+    ends = tiles.cumsum(0, dtype=torch.int32)
+    number = torch.arange(tokens // size + rows, dtype=torch.int32, device=offsets.device)
+    row = torch.searchsorted(ends, number, right=True, out_int32=True)
+    inside = row < rows
+    first = (ends - tiles)[row.clamp(max=rows - 1)]
+    return torch.stack([torch.where(inside, row, -1), number - first])
+
+
+def _row_of(offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 [T]: the tokens' numbers, and the row of each; bool [T]: whether it is in one."""
+    rows = offsets.shape[0] - 1
+    token = torch.arange(tokens, dtype=torch.int32, device=offsets.device)
+    row = torch.searchsorted(offsets, token, right=True, out_int32=True) - 1
+    return token, row.clamp(0, rows - 1), (row >= 0) & (row < rows)
+
+
+def _places(offsets: Tensor, tokens: int) -> Tensor:
+    token, row, inside = _row_of(offsets, tokens)
+    return torch.where(inside, token - offsets[row], -1)
+
+
+def _token_slots(rows: PrefillRows, tokens: int) -> Tensor:
+    _, row, inside = _row_of(rows.offsets, tokens)
+    return torch.where(inside, rows.slots[row], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +146,7 @@ class Batch:
     token_slots: int64 [T]. positions: int64 [T], position of each token in its sequence. kv_rows:
     int64 [T], the flat row (page * page_size + offset) for each token's keys and values.
     decode and prefill may both be None if only keys and values are written.
+    padded: rows and tokens may be padding; how many are not only the device knows.
     """
 
     token_slots: Tensor
@@ -82,6 +154,7 @@ class Batch:
     kv_rows: Tensor
     decode: DecodeRows | None
     prefill: PrefillRows | None
+    padded: bool = False
 
     @property
     def max_context(self) -> int:
@@ -90,7 +163,29 @@ class Batch:
 
     @property
     def num_decode_tokens(self) -> int:
+        """Of a batch that is not padded."""
+        assert not self.padded
         return 0 if self.decode is None else self.decode.slots.shape[0] * self.decode.width
+
+    def trimmed(self) -> Batch:
+        """Without padding, for ops of the host; reads the device's tables."""
+        if not self.padded:
+            return self
+        decode, prefill, tokens = self.decode, self.prefill, 0
+        if decode is not None:
+            count = int((decode.slots != 0).sum())
+            tokens = count * decode.width
+            cut = replace(decode, slots=decode.slots[:count], starts=decode.starts[:count])
+            decode = cut if count else None
+        if prefill is not None:
+            count = int(prefill.live())
+            offsets = prefill.offsets[: count + 1]
+            tokens = int(offsets[-1])
+            slots, starts = prefill.slots[:count], prefill.starts[:count]
+            known = tuple(offsets.diff().tolist()), tuple(starts.tolist())
+            prefill = PrefillRows(slots, starts, offsets, *known) if count else None
+        slots, positions = self.token_slots[:tokens], self.positions[:tokens]
+        return Batch(slots, positions, self.kv_rows[:tokens], decode, prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +234,16 @@ class GDNState:
 class Caches:
     """All device memory that outlives a step, for one rank.
 
-    layers: one entry per decoder layer. mtp: the draft head's own keys and values; its row j holds
-    f(hidden j-1, token j), so row 0 is never written and never read.
+    layers: one entry per decoder layer. states, convs: [L, N, ...], the memory in which the `state`
+    and `conv` of the L GDN layers lie, in their order. mtp: the draft head's own keys and values;
+    its row j holds f(hidden j-1, token j), so row 0 is never written and never read.
     block_table: int32 [N, max_pages], 0 where no page is granted. fill: int32 [N], rows in the
     window. conv_offset: int32 [N].
     """
 
     layers: list[KVCache | GDNState]
+    states: Tensor
+    convs: Tensor
     mtp: KVCache | None
     block_table: Tensor
     fill: Tensor

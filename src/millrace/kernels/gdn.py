@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
+from millrace.kernels.attention import fill_up
+from millrace.kernels.batch import Batch, DecodeRows, GDNState, PrefillRows
 from millrace.kernels.dispatch import op
 
 CHUNK = 64
@@ -76,16 +77,18 @@ def conv_prefill(
     """
     pieces: list[Tensor] = []
     before = _previous_inputs(cache, rows.slots, conv_offset)
-    for row, piece in enumerate(x.split(list(rows.counts))):
+    for row, piece in enumerate(x.split(list(rows.host_counts))):
         pieces += [before[row], piece]
     inputs = torch.cat(pieces)
-    ends = rows.offsets[1:].to(torch.int64) + 3 * torch.arange(1, len(rows.counts) + 1).to(x.device)
+    ends = rows.offsets[1:].to(torch.int64) + 3 * torch.arange(1, len(rows.host_counts) + 1).to(
+        x.device
+    )
     cache.conv[rows.slots, :3] = inputs[ends[:, None] + torch.arange(-3, 0, device=x.device)]
     out = _convolve(inputs.unsqueeze(0), weight).squeeze(0)
-    if len(rows.counts) == 1:
+    if len(rows.host_counts) == 1:
         return out
-    starts = [sum(rows.counts[:row]) + 3 * row for row in range(len(rows.counts))]
-    return torch.cat([out[s : s + n] for s, n in zip(starts, rows.counts, strict=True)])
+    starts = [sum(rows.host_counts[:row]) + 3 * row for row in range(len(rows.host_counts))]
+    return torch.cat([out[s : s + n] for s, n in zip(starts, rows.host_counts, strict=True)])
 
 
 def _previous_inputs(cache: GDNState, slots: slice | Tensor, conv_offset: Tensor) -> Tensor:
@@ -269,6 +272,37 @@ def gdn_decode_conv(
     return gdn_decode_raw(qkv, a, b, A_log, dt_bias, cache, fill, rows)
 
 
+@op
+def gdn(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    conv_offset: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """Convolution and recurrence of a batch's tokens, both kinds of rows.
+
+    x: [T, C], a and b: [T, value_heads], of the projections; the rest as the ops above and below
+    take it. Returns [T, value_heads, value_dim] of x's dtype.
+    """
+    known = batch.trimmed()
+    n, end, parts = known.num_decode_tokens, known.positions.shape[0], []
+    gating = (A_log, dt_bias)
+    if known.decode is not None:
+        given = (x[:n], weight, a[:n], b[:n], *gating, cache, fill, conv_offset)
+        parts.append(gdn_decode_conv(*given, known.decode))
+    if known.prefill is not None:
+        rows = known.prefill.alone()
+        qkv = conv_prefill(x[n:end], cache, weight, rows, conv_offset)
+        parts.append(gdn_prefill(qkv, *gates(a[n:end], b[n:end], *gating), cache, rows))
+    return fill_up(parts, x.shape[0])
+
+
 def _slot_index(rows: DecodeRows) -> slice | Tensor:
     """The rows' slots; a slice where they are neighbours, which reads states without a copy."""
     if rows.contiguous_from is None:
@@ -335,9 +369,9 @@ def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: Pre
     state and writes the state after the row's last token. Returns [T, value_heads, value_dim] of
     qkv's dtype.
     """
-    out: list[Tensor] = [qkv.new_empty(0)] * len(rows.counts)
-    qkvs, gs, betas = (x.split(list(rows.counts)) for x in (qkv, g, beta))
-    for group in _groups(rows.counts):
+    out: list[Tensor] = [qkv.new_empty(0)] * len(rows.host_counts)
+    qkvs, gs, betas = (x.split(list(rows.host_counts)) for x in (qkv, g, beta))
+    for group in _groups(rows.host_counts):
         padded = [_pad([x[row] for row in group]) for x in (qkvs, gs, betas)]
         q, k, v = _split_heads(padded[0], cache)
         slots = rows.slots[group] if len(group) < len(out) else rows.slots
@@ -345,7 +379,7 @@ def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: Pre
         o, state = _scan(state, q, k, v, *(x.transpose(1, 2) for x in padded[1:]))
         cache.state[slots] = state.to(cache.state.dtype)
         for row, o_row in zip(group, o.transpose(1, 2), strict=True):
-            out[row] = o_row[: rows.counts[row]]
+            out[row] = o_row[: rows.host_counts[row]]
     return torch.cat(out).to(qkv.dtype)
 
 

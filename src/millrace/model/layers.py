@@ -14,18 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from millrace.kernels.activation import sigmoid_gate, silu_mul
-from millrace.kernels.attention import attend_decode, attend_prefill, norm_rope_store
-from millrace.kernels.batch import Batch, Caches, DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.attention import attend, norm_rope_store
+from millrace.kernels.batch import Batch, Caches, GDNState, KVCache
 from millrace.kernels.formats import FP8_BLOCK
-from millrace.kernels.gdn import (
-    conv_prefill,
-    gates,
-    gdn_decode_conv,
-    gdn_prefill,
-)
+from millrace.kernels.gdn import gdn
 from millrace.kernels.gemm import fp8_linear, linear
 from millrace.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
-from millrace.kernels.overlap import decode_and_prefill
 from millrace.kernels.quantize import (
     GROUP,
     Quantized,
@@ -205,7 +199,7 @@ class Attention(nn.Module):
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         qkv = self.qkv_proj(x.for_linear(self.qkv_proj))
         q = self._store(qkv, self.widths, batch, cache)
-        attended = self._attend(q, batch, cache, caches.block_table).flatten(1)
+        attended = attend(q, cache, caches.block_table, batch, self.scale, self.first).flatten(1)
         gate = qkv[:, self.widths[0] : 2 * self.widths[0]]
         gated = (sigmoid_gate_quantize if self.o_proj.fp8 else sigmoid_gate)(attended, gate)
         out: Tensor = self.o_proj(gated)
@@ -213,8 +207,16 @@ class Attention(nn.Module):
 
     def write_kv(self, x: NormedInput, batch: Batch, cache: KVCache) -> None:
         """Compute and store only the keys and values of x."""
-        kv = self.qkv_proj.forward_from(sum(self.widths[:2]), x.for_linear(self.qkv_proj))
+        kv = self._keys_and_values(x.for_linear(self.qkv_proj))
         self._store(kv, [0, 0, *self.widths[2:]], batch, cache)
+
+    def multiply(self, tokens: int) -> None:
+        """The GEMM of `write_kv`, of so many tokens, whose results nobody needs."""
+        weight, dtype = self.qkv_proj.weight, self.qkv_proj.dtype
+        self._keys_and_values(weight.new_zeros(tokens, weight.shape[1], dtype=dtype))
+
+    def _keys_and_values(self, x: Tensor | Quantized) -> Tensor:
+        return self.qkv_proj.forward_from(sum(self.widths[:2]), x)
 
     def _store(self, qkv: Tensor, widths: list[int], batch: Batch, cache: KVCache) -> Tensor:
         return norm_rope_store(
@@ -228,17 +230,6 @@ class Attention(nn.Module):
             cache,
             batch.kv_rows,
         )
-
-    def _attend(self, q: Tensor, batch: Batch, cache: KVCache, block_table: Tensor) -> Tensor:
-        split = batch.num_decode_tokens
-
-        def decode(rows: DecodeRows) -> Tensor:
-            return attend_decode(q[:split], cache, block_table, rows, self.scale, self.first)
-
-        def prefill(rows: PrefillRows) -> Tensor:
-            return attend_prefill(q[split:], cache, block_table, rows, self.scale, self.first)
-
-        return decode_and_prefill(batch, decode, prefill)
 
 
 def _attention_pieces(build: BuildContext, prefix: str) -> list[Piece]:
@@ -313,28 +304,13 @@ class GatedDeltaNet(nn.Module):
         projected = self.in_proj_qkvz(x.for_linear(self.in_proj_qkvz))
         qkv, z = projected[:, : self.conv_channels], projected[:, self.conv_channels :]
         a, b = self.in_proj_ab(x.for_linear(self.in_proj_ab)).chunk(2, dim=-1)
-        o = self._recur(qkv, a, b, batch, cache, caches)
+        recurrent = (cache, caches.fill, caches.conv_offset, batch)
+        o = gdn(qkv, self.conv_weight, a, b, self.A_log, self.dt_bias, *recurrent)
         z = z.unflatten(-1, (self.value_heads, self.value_dim))
         by_head = self.out_proj.fp8 and self.value_dim == GROUP  # else the linear layer quantizes
         norm = gated_rms_norm_quantize if by_head else gated_rms_norm
         out: Tensor = self.out_proj(norm(o, z, self.norm.weight, self.eps))
         return out
-
-    def _recur(
-        self, qkv: Tensor, a: Tensor, b: Tensor, batch: Batch, cache: GDNState, caches: Caches
-    ) -> Tensor:
-        """Convolution and recurrence of decode and prefill rows: [T, value_heads, value_dim]."""
-        n, offset, gating = batch.num_decode_tokens, caches.conv_offset, (self.A_log, self.dt_bias)
-
-        def decode(rows: DecodeRows) -> Tensor:
-            x, weight, fill = qkv[:n], self.conv_weight, caches.fill
-            return gdn_decode_conv(x, weight, a[:n], b[:n], *gating, cache, fill, offset, rows)
-
-        def prefill(rows: PrefillRows) -> Tensor:
-            x = conv_prefill(qkv[n:], cache, self.conv_weight, rows, offset)
-            return gdn_prefill(x, *gates(a[n:], b[n:], *gating), cache, rows)
-
-        return decode_and_prefill(batch, decode, prefill)
 
 
 def _channel_rows(build: BuildContext) -> tuple[tuple[int, int], ...]:

@@ -70,6 +70,24 @@ class Qwen3_5(nn.Module):  # noqa: N801, the model's own name
         )
         return torch.full_like(stream, torch.nan).index_copy_(0, selected.tokens, found)
 
+    @property
+    def query_group(self) -> int:
+        """Query heads of a KV head, on this rank."""
+        c = self.config
+        size = self.head.tp.size
+        return c.num_heads // size // c.kv_heads_on_rank(size)
+
+    def multiply(self, tokens: int) -> None:
+        """A GEMM of each shape that a forward has, of so many tokens, whose results nobody needs:
+        so that what is compiled for them, or loaded, is there."""
+        seen: set[tuple[int, ...]] = set()
+        for module in self.modules():
+            if isinstance(module, Linear) and module.weight.shape not in seen:
+                seen.add(module.weight.shape)
+                module(module.weight.new_zeros(tokens, module.weight.shape[1], dtype=module.dtype))
+            if isinstance(module, MTPHead):
+                module.attention.multiply(tokens)
+
     def quantize_draft_head(self) -> int:
         """Fill the FP8 draft head, if there is one, from the loaded weights. Returns its bytes."""
         if not isinstance(self.draft_output, Fp8DraftHead):
@@ -103,6 +121,13 @@ class MTPHead(nn.Module):
         self.fc = Linear(build, [full_tensor("mtp.fc.weight", hidden, 2 * hidden)])
         self.layer = _decoder_layer(build, "mtp.layers.0", True, rope, first=1)
         self.norm = Norm(build, "mtp.norm.weight", hidden)
+
+    @property
+    def attention(self) -> Attention:
+        """What writes the layer's keys and values."""
+        mixer = self.layer.mixer
+        assert isinstance(mixer, Attention)
+        return mixer
 
     def forward(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
         """`write_kv`, then `draft_hidden` at every token: [T, H]. Arguments as in `write_kv`."""

@@ -13,13 +13,14 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from millrace.config import EngineConfig
+from millrace.config import EngineConfig, token_buckets
 from millrace.protocol import Admission, Chunk, StepPlan
-from millrace.runtime.step.cuda_graphs import bucket_sizes
+from millrace.runtime.step.cuda_graphs import GraphSizes, bucket_sizes
 from millrace.runtime.step.runner import Runner
 
 SHORT = 16  # tokens of a short prompt
 SEVERAL = 3  # prompts that make several
+GRAPH_BYTES = 8 << 20  # of the driver's, for each graph: an allowance, for models of 64 layers
 BETWEEN = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 
@@ -42,33 +43,36 @@ def workspace_bytes(
     if not config.args.enforce_eager:
         _collect(settle)
         before = torch.cuda.memory_reserved()
-        runner.capture(config.max_num_seqs, largest_only=True)
+        runner.capture(config, largest_only=True)
         _collect(settle)
         graphs = torch.cuda.memory_reserved() - before
+        graphs += len(list(GraphSizes.of(config).all())) * GRAPH_BYTES
     del runner
     _collect(settle)
     return steps + graphs
 
 
 def run_largest_steps(config: EngineConfig, runner: Runner) -> None:
-    """The largest step of prompts alone, and the largest of decode rows beside prompts.
+    """A row beside one token at ever longer contexts, for which other kernels are compiled.
 
-    Then several short prompts, and a row beside one token at ever longer contexts, for which other
-    kernels are compiled.
+    Then the largest step of prompts alone, the largest of decode rows beside prompts, and several
+    short prompts. The first have too few tokens for DeepGEMM, whose kernels are compiled by other
+    processes meanwhile.
     """
+    for context in _contexts(config):
+        runner.run(_step([Chunk(1, 0, 1, last=True)], [0], context))
     runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
     runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
     runner.run(_step(_short(config), []))
-    for context in _contexts(config):
-        runner.run(_step([Chunk(1, 0, 1, last=True)], [0], context))
 
 
 def token_counts(config: EngineConfig) -> list[int]:
     """Tokens that a step's products may have: the rehearsal's, and those of the steps to come.
 
-    Steps with prompts may have any number. Kernels are tiled by 16 and 32 tokens and by multiples
-    of 64, and the ways of products (kernels/gpu/gemm/choice.py) change there and at a few numbers
-    between, so those stand for the ones below them; large ones differ little.
+    Steps with prompts that run in no graph may have any number. Kernels are tiled by 16 and 32
+    tokens and by multiples of 64, and the ways of products (kernels/gpu/gemm/choice.py) change
+    there and at a few numbers between, so those stand for the ones below them; large ones differ
+    little.
     """
     width, batched = config.drafts + 1, config.max_num_batched_tokens
     alone, beside, short = (
@@ -83,6 +87,7 @@ def token_counts(config: EngineConfig) -> list[int]:
     if not config.args.enforce_eager:
         counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
         counts |= {*BETWEEN, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
+        counts |= set(token_buckets(config.most_mixed_tokens))
     return sorted(counts)
 
 

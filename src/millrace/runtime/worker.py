@@ -79,9 +79,11 @@ class Worker:
             snapshots,
         )  # fmt: skip
         self.runner = self.build_runner(config, pages, snapshots)
+        if config.device == "cuda":
+            self.runner.try_snapshots()
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):
-                self.runner.capture(config.max_num_seqs)
+                self._capture()
 
     def limits(self) -> Limits:
         """The limits that the scheduler works within."""
@@ -182,6 +184,13 @@ class Worker:
         return workspace_bytes(
             self.config, lambda config: self.build_runner(config, 1, 0), self.ranks.wait_for_device
         )
+
+    def _capture(self) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        count = self.runner.capture(self.config)
+        torch.cuda.empty_cache()  # of what ran before it was captured
+        taken = free - torch.cuda.mem_get_info()[0]
+        logger.info("%d graphs of steps take %.0f MiB", count, taken / 2**20)
 
     # --- allocation -------------------------------------------------------------------------
 
@@ -325,19 +334,27 @@ def allocate_caches(
         shape = (num_pages, config.page_size, model.kv_heads_on_rank(ranks), model.head_dim)
         return KVCache(*(zeros(*shape, dtype=DTYPES[config.kv_dtype]) for _ in range(2)))
 
+    kinds = model.layer_types
+    count = sum(kind != "full_attention" for kind in kinds)
+    shape = (count, rows, value_heads, model.key_dim, model.value_dim)
+    states = zeros(*shape, dtype=DTYPES[config.state_dtype])
+    convs = zeros(count, rows, width, model.conv_channels // ranks, dtype=dtype)
+    parts = zip(states, convs, strict=True)
+
     def gdn() -> GDNState:
+        state, conv = next(parts)
         return GDNState(
-            state=zeros(
-                rows, value_heads, model.key_dim, model.value_dim, dtype=DTYPES[config.state_dtype]
-            ),
+            state=state,
             window_k=zeros(rows, key_heads, config.window, model.key_dim, dtype=dtype),
             window_u=zeros(rows, value_heads, config.window, model.value_dim),
             window_g=zeros(rows, value_heads, config.window),
-            conv=zeros(rows, width, model.conv_channels // ranks, dtype=dtype),
+            conv=conv,
         )
 
     return Caches(
-        layers=[kv() if kind == "full_attention" else gdn() for kind in model.layer_types],
+        layers=[kv() if kind == "full_attention" else gdn() for kind in kinds],
+        states=states,
+        convs=convs,
         mtp=kv() if config.drafts else None,
         block_table=zeros(rows, config.max_pages_per_request, dtype=torch.int32),
         fill=zeros(rows, dtype=torch.int32),

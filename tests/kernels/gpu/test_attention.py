@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from millrace.kernels import attention, norm, rope
-from millrace.kernels.batch import DecodeRows, KVCache, PrefillRows
+from millrace.kernels.batch import Batch, DecodeRows, KVCache, PrefillRows
 from tests.kernels.gpu.gpu_support import INTERPRETED, on_each_device, relative
 
 PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 24
@@ -124,17 +124,73 @@ def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int,
     assert torch.equal(got[seen], want[seen])
 
 
-def test_rows_are_widened_as_many_at_a_time_as_may_be(monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_widened_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    """Those that are longer than all the room, or whose keys are split, take none."""
     from millrace.kernels.gpu.attention import prefill as gpu
 
-    monkeypatch.setattr(gpu, "WIDENED_MOST", 100)
-    counts, starts = (10, 20, 5, 1, 30, 60), (40, 30, 0, 200, 0, 40)
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    slots = torch.arange(1, 7)
-    groups = gpu._groups(PrefillRows(slots, torch.tensor(starts), offsets, counts, starts))
-    assert [some.slots.tolist() for some in groups] == [[1, 2], [3], [4], [5], [6]]
-    assert [some.offsets.tolist() for some in groups[:2]] == [[0, 10, 30], [30, 35]]
-    assert [some.host_starts for some in groups] == [(40, 30), (0,), (200,), (0,), (40,)]
+    monkeypatch.setattr(gpu, "WIDENED_MOST", 2200)
+    counts, starts = (10, 20, 5, 1, 300, 300, 0), (40, 30, 0, 1200, 3000, 900, 0)
+    offsets = torch.tensor([7, *counts]).cumsum(0).int()
+    slots = torch.arange(7)
+    for known in ((counts, starts), (None, None)):
+        rows = PrefillRows(slots, torch.tensor(starts), offsets, *known)
+        assert gpu._places_of_keys(rows).tolist() == [0, 50, 100, -1, -1, 105, -1]
+
+
+@on_each_device
+@pytest.mark.parametrize(("first", "known"), [(0, True), (1, False)])
+def test_few_tokens_behind_a_long_context(device: str, first: int, known: bool):
+    """Their keys are split; what else is in the batch, and what the host knows, changes no bit."""
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu.attention import split
+
+    torch.manual_seed(5)
+    counts, starts = (3, 12, 1, 30), (1100, 0, 2100, 1015)
+    cache, table = make_cache([s + c for s, c in zip(starts, counts, strict=True)], device,
+                              torch.float32)  # fmt: skip
+    at, slots = torch.tensor(starts, device=device), torch.arange(1, 5, device=device)
+    offsets = torch.tensor([2, *counts]).cumsum(0).int().to(device)
+    lengths = (counts, starts) if known else (None, None)
+    rows = PrefillRows(slots, at, offsets, *lengths)
+    assert split.split_rows(rows).tolist() == [True, False, True, True]
+    q = torch.randn(2 + sum(counts) + 3, KV_HEADS * GROUP, DIM, device=device)
+    got = gpu.attend_prefill(q, cache, table, rows, 0.2, first)[2:-3]
+    host = PrefillRows(slots, at, offsets - 2, counts, starts)
+    want = attention.attend_prefill.__wrapped__(q[2:-3], cache, table, host, 0.2, first)
+    seen = torch.ones(sum(counts), dtype=torch.bool, device=device)
+    seen[counts[0]] = first == 0
+    assert relative(got[seen], want[seen]) < 1e-5
+    for row in (0, 3):
+        begin = sum(counts[:row])
+        end = begin + counts[row]
+        one = PrefillRows(slots[row : row + 1], at[row : row + 1], offsets[:2] * 0,
+                          (counts[row],), (starts[row],))  # fmt: skip
+        one.offsets[1] = counts[row]
+        alone = gpu.attend_prefill(q[2 + begin : 2 + end], cache, table, one, 0.2, first)
+        assert torch.equal(alone, got[begin:end])
+
+
+@on_each_device
+@pytest.mark.parametrize("decode", [0, 2])
+def test_a_padded_batch(device: str, decode: int):
+    """Both kinds of rows at once, in more room than they need."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(6)
+    counts, starts, width = (4, 17, 0), (20, 0, 0), 2
+    cache, table = make_cache([24, 17, 30, 5], device, torch.float32)
+    slots = torch.tensor([1, 2, 0], device=device)
+    offsets = torch.tensor([decode * width, *counts]).cumsum(0).int().to(device)
+    rows = PrefillRows(slots, torch.tensor(starts, device=device), offsets, None, None, 64)
+    slots, lengths = ([4, 3, 0, 0], [3, 28, 0, 0]) if decode else ([0, 0], [0, 0])
+    part = DecodeRows(*(torch.tensor(x, device=device) for x in (slots, lengths)), width, 64)
+    tokens = torch.zeros(32, dtype=torch.int64, device=device)
+    batch = Batch(tokens, tokens, tokens, part, rows, padded=True)
+    q = torch.randn(32, KV_HEADS * GROUP, DIM, device=device)
+    want = attention.attend.__wrapped__(q, cache, table, batch, 0.2)
+    got = gpu.attend(q, cache, table, batch, 0.2)
+    live = decode * width + sum(counts)
+    assert relative(got[:live], want[:live]) < 1e-5
 
 
 @on_each_device

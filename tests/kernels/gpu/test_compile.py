@@ -110,6 +110,12 @@ def prefill_rows(prompts: int = 1) -> PrefillRows:
     return PrefillRows(rows, rows, offsets, (PROMPT,) * prompts, (0,) * prompts)
 
 
+def padded_rows() -> PrefillRows:
+    """As a graph's, of whose lengths the host knows a bound alone."""
+    rows, offsets = empty(8, dtype=torch.int64), empty(9, dtype=torch.int32)
+    return PrefillRows(rows, rows, offsets, None, None, 4096)
+
+
 def gdn_state(shape: Shape, width: int, window: int = 16) -> GDNState:
     keys, values, dim = shape.key_heads, shape.value_heads, shape.gdn_dim
     return GDNState(
@@ -138,7 +144,8 @@ def gdn(shape: Shape) -> None:
     g, beta = conv.gates(a, b, *biases)
     wide = empty(PROMPT, shape.channels + heads * shape.gdn_dim)
     qkv = conv.conv_prefill(wide[:, : shape.channels], cache, taps, prefill_rows(), slots)
-    prefill.gdn_prefill(qkv, g, beta, cache, prefill_rows())
+    for rows in (prefill_rows(), prefill_rows(3), padded_rows()):
+        prefill.gdn_prefill(qkv, g, beta, cache, rows)
 
 
 def attention(shape: Shape) -> None:
@@ -161,6 +168,7 @@ def attention(shape: Shape) -> None:
     )
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16)
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16, widen=False)
+    gpu.attend_prefill(q, cache, table, padded_rows(), 1 / 16)
     for width in (1, 2) if shape is LARGE else (2,):
         gpu.attend_decode(q[: DECODE * width], cache, table, decode_rows(width), 1 / 16)
     k, v = empty(PROMPT, 2 * kv_heads, dim).split(kv_heads, 1)
@@ -215,7 +223,24 @@ def sampling(shape: Shape) -> None:
         )
 
 
-PARTS: list[Callable[[Shape], None]] = [gdn, attention, between_products, products, sampling]
+def snapshots(shape: Shape) -> None:
+    from millrace.kernels.gpu import copy
+
+    dim, heads = shape.gdn_dim, shape.value_heads
+    records, states = (empty(3, n, heads, dim, dim, dtype=shape.state) for n in (5, 9))
+    rows = empty(2, dtype=torch.int64)
+    copy.copy_rows(records, rows, states, rows)
+    copy.copy_rows(empty(3, 5, 3, shape.channels), rows, empty(3, 9, 4, shape.channels), rows)
+
+
+PARTS: list[Callable[[Shape], None]] = [
+    gdn,
+    attention,
+    between_products,
+    products,
+    sampling,
+    snapshots,
+]
 
 
 @pytest.mark.parametrize("shape", [MINI, LARGE], ids=["mini", "large"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from millrace.kernels import gdn
-from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
+from millrace.kernels.batch import Batch, DecodeRows, GDNState, PrefillRows
 from tests.kernels.gpu.gpu_support import INTERPRETED, on_each_device, relative
 
 
@@ -222,6 +222,43 @@ def test_conv_prefill(device: str):
     want = gdn.conv_prefill.__wrapped__(x, expected, weight, rows, offset)
     assert relative(conv.conv_prefill(x, cache, weight, rows, offset), want) < 1e-5
     assert torch.equal(cache.conv, expected.conv)
+
+
+@on_each_device
+@pytest.mark.parametrize("decode", [0, 2])
+def test_a_padded_batch(device: str, decode: int):
+    """Both kinds of rows at once, in more room than they need; padding touches no slot."""
+    from millrace.kernels.gpu import gdn as gpu
+
+    torch.manual_seed(8)
+    width, heads, dims = 2, (1, 2), (64, 64)
+    cache = make_cache(9, heads, dims, 16, width, device)
+    channels, fill = cache.conv.shape[2], torch.tensor([0, 0, 0, 0, 3, 0, 0, 15, 0]).int()
+    fill_windows(cache, fill)
+    expected = copy.deepcopy(cache)
+    counts = (3, 70, 0, 0)
+    offsets = torch.tensor([decode * width, *counts]).cumsum(0).int().to(device)
+    slots = torch.tensor([2, 6, 0, 0], device=device)
+    rows = PrefillRows(slots, torch.zeros_like(slots), offsets, None, None, 100)
+    known = torch.tensor([7, 4, 0, 0, 0] if decode else [0, 0], device=device)
+    part = DecodeRows(known, torch.zeros_like(known), width, 100)
+    tokens = torch.zeros(96, dtype=torch.int64, device=device)
+    batch = Batch(tokens, tokens, tokens, part, rows, padded=True)
+    x = torch.randn(96, channels, device=device)
+    a, b = torch.randn(96, 2 * heads[1], device=device).split(heads[1], -1)
+    weight = torch.randn(channels, 4, device=device)
+    gating = torch.rand(2, heads[1], device=device)
+    offset = torch.tensor([0, 0, 1, 0, 1, 0, 0, 1, 0], dtype=torch.int32, device=device)
+    given = (x, weight, a, b, *gating)
+    want = gdn.gdn.__wrapped__(*given, expected, fill.to(device), offset, batch)
+    got = gpu.gdn(*given, cache, fill.to(device), offset, batch)
+    live = decode * width + sum(counts)
+    limit = 1e-5 if INTERPRETED else 2e-3
+    assert relative(got[:live], want[:live]) < limit
+    for name in ("state", "window_k", "window_u", "window_g", "conv"):
+        mine, theirs = getattr(cache, name), getattr(expected, name)
+        assert relative(mine[1:], theirs[1:]) < limit, name
+        assert relative(mine[0], theirs[0]) == 0, name
 
 
 @on_each_device

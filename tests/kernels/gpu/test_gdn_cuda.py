@@ -157,7 +157,10 @@ class Step:
         self, first: str, kernels: dict[str, Emulated], qkv: Tensor, conv: gpu.Pair | None
     ) -> Tensor:
         form = gpu.Native(kernels[first], kernels["answer"], self.form.shape.threads)
-        return gpu.launch_native(form, qkv, self.gates, self.cache, self.fill, self.rows, conv)
+        heads, dim = self.cache.state.shape[1::2]
+        out = torch.empty(len(qkv), heads, dim, dtype=qkv.dtype)
+        gpu.launch_native(form, qkv, self.gates, self.cache, self.fill, self.rows, conv, out)
+        return out
 
 
 def live(step: Step, cache: GDNState) -> dict[str, Tensor]:

@@ -243,3 +243,22 @@ def test_noise_is_the_reference_noise(device: str):
                                  rows.long() * 9)), filters=False,
     )  # fmt: skip
     assert got.tolist() == list(range(vocab))
+
+
+@on_each_device
+def test_copy_rows(device: str):
+    """Of every layer, and the front of rows that differ in length."""
+    from millrace.kernels import copy
+    from millrace.kernels.gpu import copy as gpu
+
+    torch.manual_seed(1)
+    source = torch.randn(3, 6, 5, 700, device=device)
+    rows, to_rows = torch.tensor([[4, 0], [1, 3]], device=device).unbind(1)
+    rows, to_rows = torch.tensor([4, 1], device=device), to_rows  # a column of a table too
+    for height in (5, 3, 7):
+        to, want = (torch.zeros(3, 4, height, 700, device=device) for _ in range(2))
+        copy.copy_rows.__wrapped__(want, to_rows, source, rows)
+        gpu.copy_rows(to, to_rows, source, rows)
+        assert torch.equal(to, want)
+        assert torch.equal(to[:, 3, :3], source[:, 1, :3])
+        assert not to[:, 1].any()

@@ -62,10 +62,8 @@ def heartbeat(engine: Engine, k: int, sequences: list[list[int]]) -> list[Drafte
                     if random.Random(position).random() < 0.75:
                         runner._slots.tokens[slot, position] = sequence[position]
 
-    def draft(hidden: Tensor, batch: Any, rows: SampledRows | None, count: Tensor | None) -> None:
-        original(hidden, batch, rows, count)
-        if rows is None or count is None:
-            return
+    def draft(hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
+        original(hidden, rows, count, context)
         ends = (rows.base + count + 1).tolist()
         for slot, end, live in zip(rows.slots.tolist(), ends, (count > 0).tolist(), strict=True):
             tape = runner._slots.tokens[slot, : end + k].tolist()

@@ -1,88 +1,264 @@
-"""CUDA graphs of the decode step, one for each number of rows that is run often enough to matter.
+"""CUDA graphs of a step's two parts: its forward, and what follows for the rows that are sampled.
 
-A step of decode rows only depends on nothing but which slots run: lengths, tokens, windows and
-drafts are all on the device. So the whole step, drafts included, is one graph whose only input is a
-list of slots; rows beyond the ones asked for run on the null slot.
+A forward depends on nothing but a short vector of numbers: which slots decode, which chunks of
+which prompts there are. Lengths, tokens, windows and drafts are all on the device, and rows and
+tokens beyond those asked for are padding. So a graph serves every step that fits into its sizes:
+there is one for each bucket of decode rows alone, and one for each bucket of tokens, times a few
+classes of decode rows beside them, for steps with prompts. What follows depends on the sampled rows
+alone, so it has graphs of its own, by their number: counts add up and do not multiply, and a step
+whose rows have wishes takes the same forward. All graphs read one vector and pass on one buffer of
+hidden vectors.
 """
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from millrace.runtime.step.upload import upload
+from millrace.config import EngineConfig, bucket_above, token_buckets
+from millrace.protocol import StepPlan
+from millrace.runtime.step.inputs import Numbers, Room, Sizes, listed, tokens_of
+from millrace.runtime.step.upload import overwrite
 
-NULL_SLOT = 0
+MOST_CHUNKS = 16  # of a step's prompts; rows that are not there cost launches
+FEW_ROWS = 64  # decode rows of the class between none and all
+FEW_TOKENS = 1024  # of a step's, up to which there are graphs for fewer than all decode rows
+
+
+class Forward(NamedTuple):
+    """What a forward's graph has room for: decode rows, chunks, tokens."""
+
+    decode: int
+    chunks: int
+    tokens: int
+
+
+class Tail(NamedTuple):
+    """And that of what follows: sampled rows; whether any draws with top_k or top_p."""
+
+    rows: int
+    filters: bool
 
 
 @dataclass(slots=True)
 class _Captured:
-    """A graph with its input (slots int64 [rows]) and its output."""
+    """A part in a graph; on a CPU, which has none, it runs anew each time."""
 
-    graph: torch.cuda.CUDAGraph
-    slots: Tensor
-    out: Tensor
+    run: Callable[[], Tensor | None]
+    graph: torch.cuda.CUDAGraph | None = None
+    out: Tensor | None = None
+
+    def replay(self) -> Tensor | None:
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.out
 
 
-class DecodeGraphs:
-    """Captures `step` for each bucket of rows, and replays it.
+def _recorded(
+    run: Callable[[], Tensor | None], graph: torch.cuda.CUDAGraph, pool: Any, stream: Any
+) -> Tensor | None:
+    """Capture what `run` launches. Nothing is freed meanwhile that waits for the device.
 
-    step: (slots int64 [rows], filters) -> the step's result [rows, ...], without host or sync.
+    `torch.cuda.graph` would also empty PyTorch's cache each time, and the next one fill it again.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.stream(stream):
+            # Other threads, such as NCCL's, may query events meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                return run()
+            finally:
+                graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The two parts of a step, without host or sync.
+
+    forward: writes the hidden vectors of the tokens that the numbers tell of to the buffer [T, H].
+    tail: from that buffer to the step's result [R, ...]. fits: whether the lengths of a plan's
+    chunks may run in a graph. products: the model's products of so many tokens, of which each has
+    kernels of its own.
+    """
+
+    forward: Callable[[Numbers, Room, Tensor], None]
+    tail: Callable[[Numbers, Tensor, bool], Tensor]
+    fits: Callable[[StepPlan], bool]
+    products: Callable[[int], None]
+
+
+class StepGraphs:
+    """Captures the parts of steps and replays them.
+
+    hidden: [T, H], the buffer, for the tokens of the largest step. context: no row is ever longer.
     settle: waits for the device, and not for ranks that are gone.
     """
 
     def __init__(
         self,
-        step: Callable[[Tensor, bool], Tensor],
-        max_rows: int,
-        device: torch.device,
+        parts: Parts,
+        sizes: GraphSizes,
+        hidden: Tensor,
+        context: int,
         settle: Callable[[], None],
     ) -> None:
-        self._step = step
-        self._settle = settle
-        self._device = device
-        self._buckets = bucket_sizes(max_rows)
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._parts, self._settle = parts, settle
+        self._sizes, self._context = sizes, context
+        self._width, self._device = sizes.width, hidden.device
+        self._vector = torch.zeros(len(sizes.most), dtype=torch.int64, device=hidden.device)
+        self.hidden = hidden
+        self.numbers = Numbers.split(self._vector, sizes.most)
+        self._captured: dict[Forward | Tail, _Captured] = {}
+        self._seen: set[int] = set()  # decode rows beside prompts whose kernels are loaded
         self._pool: Any = None  # the memory that all graphs share
+        self._stream = torch.cuda.Stream() if hidden.is_cuda else None
 
-    def capture_all(self) -> None:
-        """Capture every bucket, largest first, so that the others fit into its memory."""
-        for rows in reversed(self._buckets):
-            self._get(rows, filters=False)
+    # --- capturing --------------------------------------------------------------------------
 
-    def capture_largest(self, filters: bool) -> None:
-        self._get(self._buckets[-1], filters)
+    def capture(self, largest_only: bool = False) -> int:
+        """Capture every graph, larger ones first, so that the others fit into their memory;
+        returns how many. largest_only: one of each kind, to see what they take."""
+        for key in self._sizes.largest() if largest_only else self._sizes.all():
+            self._captured[key] = self._capture(key)
+        return len(self._captured)
 
-    def run(self, slots: list[int], filters: bool) -> Tensor:
-        """The result of a step over `slots`: [len(slots), ...]. Valid until the next run."""
-        rows = self._buckets[bisect_left(self._buckets, len(slots))]
-        captured = self._get(rows, filters)
-        padded = slots + [NULL_SLOT] * (rows - len(slots))
-        captured.slots.copy_(upload(padded, self._device))
-        captured.graph.replay()
-        return captured.out[: len(slots)]
-
-    def _get(self, rows: int, filters: bool) -> _Captured:
-        found = self._captured.get((rows, filters))
-        if found is None:
-            found = self._captured[rows, filters] = self._capture(rows, filters)
-        return found
-
-    def _capture(self, rows: int, filters: bool) -> _Captured:
-        slots = torch.full((rows,), NULL_SLOT, dtype=torch.int64, device=self._device)
-        self._step(slots, filters)  # compiles and tunes what is used for the first time
+    def _capture(self, key: Forward | Tail) -> _Captured:
+        run = self._runs(key)
+        if self._device.type != "cuda":
+            return _Captured(run)
+        self._prepare(key, run)
         self._settle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's, may query events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._step(slots, filters)
+        out = _recorded(run, graph, self._pool, self._stream)
         self._pool = self._pool or graph.pool()
-        return _Captured(graph, slots, out)
+        return _Captured(run, graph, out)
+
+    def _prepare(self, key: Forward | Tail, run: Callable[[], object]) -> None:
+        """Compile and load what is used for the first time. Forwards beside the same decode rows
+        differ in the tiling of products alone."""
+        if isinstance(key, Forward) and key.chunks and key.decode in self._seen:
+            self._parts.products(key.tokens)
+            return
+        run()
+        if isinstance(key, Forward) and key.chunks:
+            self._seen.add(key.decode)
+
+    def _runs(self, key: Forward | Tail) -> Callable[[], Tensor | None]:
+        if isinstance(key, Tail):
+            cut = self.numbers.cut(Sizes(0, 0, key.rows))
+            return lambda: self._parts.tail(cut, self.hidden, key.filters)
+        cut = self.numbers.cut(Sizes(key.decode, key.chunks, 0))
+        room = Room(self._width, key.tokens, self._context)
+        return lambda: self._parts.forward(cut, room, self.hidden)
+
+    # --- replaying --------------------------------------------------------------------------
+
+    def forward(self, plan: StepPlan) -> bool:
+        """Run a plan's forward, and leave its hidden vectors in the buffer; False where no graph
+        has room for it."""
+        key = self._sizes.forward(plan)
+        found = self._captured.get(key) if key else None
+        if found is None or not self._parts.fits(plan):
+            return False
+        overwrite(self._vector, listed(plan, self._width, self._sizes.most))
+        found.replay()
+        return True
+
+    def take(self, plan: StepPlan, hidden: Tensor) -> None:
+        """Put the hidden vectors of a plan's candidates, [R * width, H], where `tail` looks."""
+        self.hidden[: len(hidden)] = hidden
+        first = [row * self._width for row in range(len(plan.sampled_slots))]
+        overwrite(self._vector, listed(plan, self._width, self._sizes.most, first))
+
+    def tail(self, rows: int, filters: bool) -> Tensor:
+        """What follows the forward: [rows, ...], valid until the next one."""
+        out = self._captured[self._sizes.tail(rows, filters)].replay()
+        assert out is not None
+        return out[:rows]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """Which graphs there are.
+
+    rows: buckets of rows. tokens: buckets of tokens of steps with prompts. most: what the vector
+    has room for.
+    """
+
+    width: int
+    rows: list[int]
+    tokens: list[int]
+    most: Sizes
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> GraphSizes:
+        rows = bucket_sizes(config.max_num_seqs)
+        # Steps with prompts are graphs only in the arrangements in which that was tried on a GPU.
+        tried = config.args.tensor_parallel_size == 1 and config.kv_dtype != "bfloat16"
+        tokens = token_buckets(config.most_mixed_tokens) if tried else []
+        most = Sizes(rows[-1], min(MOST_CHUNKS, rows[-1]), rows[-1])
+        return cls(config.drafts + 1, rows, tokens, most)
+
+    @property
+    def most_tokens(self) -> int:
+        return max([*self.tokens, self.rows[-1] * self.width])
+
+    def forward(self, plan: StepPlan) -> Forward | None:
+        """The graph that a plan's forward may run in; None: there is none."""
+        if not self.most.cover(Sizes.of(plan)):
+            return None
+        if not plan.chunks:
+            decode = self.rows[bisect_left(self.rows, len(plan.decode))]
+            return Forward(decode, 0, decode * self.width)
+        tokens = bucket_above(tokens_of(plan, self.width))
+        classes = self._classes(tokens)
+        return self._mixed(classes[bisect_left(classes, len(plan.decode))], tokens)
+
+    def tail(self, rows: int, filters: bool) -> Tail:
+        return Tail(self.rows[bisect_left(self.rows, rows)], filters)
+
+    def all(self) -> Iterator[Forward | Tail]:
+        """Every graph, larger ones first."""
+        for tokens in reversed(self.tokens):
+            for decode in reversed(self._classes(tokens)):
+                yield self._mixed(decode, tokens)
+        for rows in reversed(self.rows):
+            yield Forward(rows, 0, rows * self.width)
+        for filters in (True, False):
+            for rows in reversed(self.rows):
+                yield Tail(rows, filters)
+
+    def largest(self) -> Iterator[Forward | Tail]:
+        """The largest of each kind."""
+        if self.tokens:
+            yield self._mixed(self.rows[-1], self.tokens[-1])
+        yield Forward(self.rows[-1], 0, self.rows[-1] * self.width)
+        yield Tail(self.rows[-1], True)
+
+    def _mixed(self, decode: int, tokens: int) -> Forward:
+        return Forward(decode, min(self.most.chunks, tokens), tokens)
+
+    def _classes(self, tokens: int) -> list[int]:
+        """Decode rows that there is room for beside prompts, in steps of so many tokens.
+
+        Rows that are not there cost little beside many tokens.
+        """
+        few, most = min(FEW_ROWS, self.rows[-1]), self.rows[-1]
+        if tokens > FEW_TOKENS:
+            return [most]
+        return sorted({0, few, most} if tokens > few * self.width else {0, few})
 
 
 def bucket_sizes(max_rows: int) -> list[int]:

@@ -1,95 +1,158 @@
 """From a plan to the tensors of a step: which token of which slot sits where.
 
 Row structure (who runs, how many tokens) comes from the plan; lengths come from the device, so a
-plan made before the last result is known still reads the right positions.
+plan made before the last result is known still reads the right positions. A plan becomes one vector
+of whole numbers, and the device makes the rest of that: so a step of any shape is the same work
+for the host, and a CUDA graph runs whatever steps fit into its sizes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, Caches, DecodeRows, PrefillRows, SelectedTokens
-from millrace.protocol import Chunk, StepPlan
-from millrace.runtime.step.upload import upload
+from millrace.protocol import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class SampledRows:
-    """The R rows of a step that bring new tokens: its decode rows, then its final chunks.
+class Sizes:
+    """Of a step or a graph: decode rows, chunks, and rows that are sampled."""
 
-    slots: int64 [R]. base: int64 [R], position of the row's first candidate input; the token
-    sampled from candidate j takes position base + 1 + j. first: int64 [R], the flat token that is
-    candidate 0. candidates: int64 [D * width + R - D], the flat tokens whose logits are wanted, or
-    None for all. num_decode: D. noise, filters: whether any row draws with a temperature, and with
-    top_k or top_p.
+    decode: int
+    chunks: int
+    sampled: int
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Sizes:
+        return cls(len(plan.decode), len(plan.chunks), len(plan.sampled_slots))
+
+    def __len__(self) -> int:
+        """Numbers of a step's vector."""
+        return 1 + self.decode + 3 * self.chunks + 3 * self.sampled
+
+    def cover(self, other: Sizes) -> bool:
+        mine = (self.decode, self.chunks, self.sampled)
+        theirs = (other.decode, other.chunks, other.sampled)
+        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A step's vector, by what its numbers are; rows that are padding are zeros, and come last.
+
+    decoding: int64 [1], how many decode rows there are. decode: int64 [D], their slots. chunks:
+    int64 [3, P], slot, start and count of each. sampled: int64 [3, R], slot, first token and
+    whether it verifies drafts, of each row that brings new tokens.
     """
 
-    slots: Tensor
-    base: Tensor
-    first: Tensor
-    candidates: Tensor | None
-    num_decode: int
-    noise: bool
-    filters: bool
+    decoding: Tensor
+    decode: Tensor
+    chunks: Tensor
+    sampled: Tensor
+
+    @classmethod
+    def split(cls, vector: Tensor, sizes: Sizes) -> Numbers:
+        """vector: int64 [len(sizes)], as `listed` orders it."""
+        parts = [1, sizes.decode, 3 * sizes.chunks, 3 * sizes.sampled]
+        decoding, decode, chunks, sampled = vector.split(parts)
+        return cls(decoding, decode, chunks.view(3, -1), sampled.view(3, -1))
+
+    def cut(self, sizes: Sizes) -> Numbers:
+        """The first ones of each kind."""
+        chunks, sampled = self.chunks[:, : sizes.chunks], self.sampled[:, : sizes.sampled]
+        return Numbers(self.decoding, self.decode[: sizes.decode], chunks, sampled)
 
 
-def decode_batch(slots: Tensor, length: Tensor, caches: Caches, width: int, context: int) -> Batch:
-    """Decode rows only. slots: int64 [D]; length: int64 [N], by slot."""
-    starts = length[slots]
-    positions = (starts[:, None] + torch.arange(width, device=slots.device)).flatten()
-    token_slots = slots.repeat_interleave(width, output_size=slots.shape[0] * width)
-    rows = DecodeRows(slots, starts, width, context)
-    return Batch(token_slots, positions, caches.kv_rows(token_slots, positions), rows, None)
-
-
-def decode_sampled(batch: Batch, width: int, noise: bool, filters: bool) -> SampledRows:
-    """The sampled rows of a batch of decode rows only: all of them."""
-    assert batch.decode is not None
-    slots = batch.decode.slots
-    first = torch.arange(0, batch.positions.shape[0], width, device=slots.device)
-    starts = batch.decode.starts
-    return SampledRows(slots, starts, first, None, slots.shape[0], noise, filters)
-
-
-def mixed_batch(plan: StepPlan, length: Tensor, caches: Caches, width: int) -> Batch:
-    """Decode rows of `width` tokens, then the plan's chunks. length: int64 [N], by slot."""
-    device = length.device
-    slots, positions = [], []
-    decode = prefill = None
-    if plan.decode:
-        batch = decode_batch(upload(plan.decode, device), length, caches, width, plan.context)
-        assert batch.decode is not None
-        decode = replace(batch.decode, contiguous_from=_neighbours(plan.decode))
-        slots.append(batch.token_slots)
-        positions.append(batch.positions)
-    if plan.chunks:
-        prefill = _prefill_rows(plan.chunks, device)
-        table = upload(_prefill_tokens(plan.chunks), device)
-        slots.append(table[0])
-        positions.append(table[1])
-    token_slots, token_positions = torch.cat(slots), torch.cat(positions)
-    kv_rows = caches.kv_rows(token_slots, token_positions)
-    return Batch(token_slots, token_positions, kv_rows, decode, prefill)
-
-
-def _prefill_tokens(chunks: list[Chunk]) -> list[list[int]]:
-    """Slot and position of every prompt token, in two rows."""
+def listed(plan: StepPlan, width: int, sizes: Sizes, first: list[int] | None = None) -> list[int]:
+    """A plan's numbers, filled up with zeros to `sizes`. first: of the sampled rows, their first
+    tokens, where they do not stand as in the plan."""
+    chunks, decode = plan.chunks, plan.decode
+    if first is None:
+        ends = zip(chunks, chunk_ends(plan, width), strict=True)
+        first = [*range(0, len(decode) * width, width), *(end for c, end in ends if c.last)]
     return [
-        list(chain.from_iterable([c.slot] * c.count for c in chunks)),
-        list(chain.from_iterable(range(c.start, c.start + c.count) for c in chunks)),
+        len(decode),
+        *_filled(decode, sizes.decode),
+        *_filled([chunk.slot for chunk in chunks], sizes.chunks),
+        *_filled([chunk.start for chunk in chunks], sizes.chunks),
+        *_filled([chunk.count for chunk in chunks], sizes.chunks),
+        *_filled(plan.sampled_slots, sizes.sampled),
+        *_filled(first, sizes.sampled),
+        *_filled([1] * len(decode), sizes.sampled),
     ]
 
 
-def _prefill_rows(chunks: list[Chunk], device: torch.device) -> PrefillRows:
-    counts = tuple(chunk.count for chunk in chunks)
-    starts = tuple(chunk.start for chunk in chunks)
-    table = upload([[chunk.slot for chunk in chunks], list(starts)], device)
-    offsets = upload(list(accumulate(counts, initial=0)), device, torch.int32)
-    return PrefillRows(table[0], table[1], offsets, counts, starts)
+def _filled(values: list[int], size: int) -> list[int]:
+    return values + [0] * (size - len(values))
+
+
+def chunk_ends(plan: StepPlan, width: int) -> list[int]:
+    """The flat token that each of the plan's chunks ends with."""
+    counts = [chunk.count for chunk in plan.chunks]
+    return [end - 1 for end in accumulate(counts, initial=len(plan.decode) * width)][1:]
+
+
+def tokens_of(plan: StepPlan, width: int) -> int:
+    return len(plan.decode) * width + sum(chunk.count for chunk in plan.chunks)
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a batch is made for. width: tokens of a decode row. tokens: T. context: no token's
+    position is greater."""
+
+    width: int
+    tokens: int
+    context: int
+
+
+def exact_batch(
+    plan: StepPlan, numbers: Numbers, length: Tensor, caches: Caches, room: Room
+) -> Batch:
+    """A plan's tokens, with all that the host knows of them. length: int64 [N], by slot."""
+    width = room.width
+    batch = padded_batch(numbers, length, caches, room)
+    decode, prefill = batch.decode, batch.prefill
+    if decode is not None:
+        first = _neighbours(plan.decode)
+        decode = DecodeRows(decode.slots, decode.starts, width, plan.context, first)
+    if prefill is not None:
+        counts, starts = zip(*((c.count, c.start) for c in plan.chunks), strict=True)
+        prefill = PrefillRows(prefill.slots, prefill.starts, prefill.offsets, counts, starts)
+    return Batch(batch.token_slots, batch.positions, batch.kv_rows, decode, prefill)
+
+
+def padded_batch(numbers: Numbers, length: Tensor, caches: Caches, room: Room) -> Batch:
+    """The tokens that the numbers tell of, in room.tokens places. Nothing waits for the device."""
+    device, width = length.device, room.width
+    token = torch.arange(room.tokens, device=device)
+    slots, positions = torch.zeros_like(token), torch.zeros_like(token)
+    decode = prefill = None
+    if numbers.decode.shape[0]:
+        starts = length[numbers.decode]
+        row = (token // width).clamp(max=numbers.decode.shape[0] - 1)
+        mine = token < numbers.decoding * width
+        slots = torch.where(mine, numbers.decode[row], slots)
+        positions = torch.where(mine, starts[row] + token % width, positions)
+        decode = DecodeRows(numbers.decode, starts, width, room.context)
+    if numbers.chunks.shape[1]:
+        chunk_slots, starts, counts = numbers.chunks
+        offsets = torch.cat([numbers.decoding * width, counts]).cumsum(0)
+        row = torch.searchsorted(offsets, token, right=True) - 1
+        mine = (row >= 0) & (row < counts.shape[0])
+        row = row.clamp(0, counts.shape[0] - 1)
+        slots = torch.where(mine, chunk_slots[row], slots)
+        positions = torch.where(mine, starts[row] + token - offsets[row], positions)
+        ends = offsets.to(torch.int32)
+        prefill = PrefillRows(chunk_slots, starts, ends, None, None, room.context)
+    return Batch(slots, positions, caches.kv_rows(slots, positions), decode, prefill, padded=True)
 
 
 def _neighbours(slots: list[int]) -> int | None:
@@ -97,55 +160,15 @@ def _neighbours(slots: list[int]) -> int | None:
     return slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
 
 
-def mixed_sampled(
-    plan: StepPlan, batch: Batch, width: int, noise: bool, filters: bool
-) -> SampledRows | None:
-    """The rows of a mixed batch that bring new tokens; None if there are none."""
-    ends = [
-        end for chunk, end in zip(plan.chunks, chunk_ends(plan, batch), strict=True) if chunk.last
-    ]
-    if not ends and not plan.decode:
-        return None
-    device = batch.positions.device
-    verify = torch.arange(batch.num_decode_tokens, device=device)
-    last = upload(ends, device)
-    first = torch.cat([verify[::width], last])
-    return SampledRows(
-        slots=batch.token_slots[first],
-        base=batch.positions[first],
-        first=first,
-        candidates=torch.cat([verify, last]),
-        num_decode=len(plan.decode),
-        noise=noise,
-        filters=filters,
-    )
-
-
-def chunk_ends(plan: StepPlan, batch: Batch) -> list[int]:
-    """The flat token that each of the plan's chunks ends with."""
-    counts = [chunk.count for chunk in plan.chunks]
-    return [end - 1 for end in accumulate(counts, initial=batch.num_decode_tokens)][1:]
-
-
-def row_ends(plan: StepPlan, batch: Batch) -> SelectedTokens:
+def row_ends(plan: StepPlan, batch: Batch, ends: Tensor) -> SelectedTokens:
     """The last token of every row, of decode rows all. A step without prompt log-probabilities and
-    drafts reads the hidden of no other.
+    drafts reads the hidden of no other. ends: int64, the last tokens of the plan's chunks.
     """
-    ends = [*range(batch.num_decode_tokens), *chunk_ends(plan, batch)]
-    tokens = upload(ends, batch.positions.device)
-    return SelectedTokens(tokens, singles(batch, tokens, batch.max_context))
-
-
-def singles(batch: Batch, tokens: Tensor, context: int) -> Batch:
-    """Some of a batch's tokens, int64 [R], each a row; context: bound on their positions + 1."""
+    device = batch.positions.device
+    tokens = torch.cat([torch.arange(batch.num_decode_tokens, device=device), ends])
     slots, positions = batch.token_slots[tokens], batch.positions[tokens]
-    rows = DecodeRows(slots, positions, 1, context)
-    return Batch(slots, positions, batch.kv_rows[tokens], rows, None)
-
-
-def shifted(batch: Batch, caches: Caches) -> Batch:
-    """The tokens one position on, where the draft head remembers them with this batch's hidden."""
-    return places(batch.token_slots, batch.positions + 1, caches)
+    rows = DecodeRows(slots, positions, 1, batch.max_context)
+    return SelectedTokens(tokens, Batch(slots, positions, batch.kv_rows[tokens], rows, None))
 
 
 def places(slots: Tensor, positions: Tensor, caches: Caches) -> Batch:
@@ -157,3 +180,41 @@ def single_batch(slots: Tensor, positions: Tensor, context: int, caches: Caches)
     """One token a row. slots, positions: int64 [R]; context: bound on positions + 1."""
     rows = DecodeRows(slots, positions, 1, context)
     return Batch(slots, positions, caches.kv_rows(slots, positions), rows, None)
+
+
+# --- rows that are sampled ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The R rows of a step that bring new tokens: its decode rows, then its final chunks.
+
+    Each has `width` candidates, of which a final chunk's first alone is one. slots: int64 [R].
+    base: int64 [R], position of the row's first candidate; the token sampled from candidate j takes
+    position base + 1 + j. first: int64 [R], the flat token that is candidate 0. verify: bool [R],
+    decode rows. noise, filters: whether any row draws with a temperature, and with top_k or top_p.
+    """
+
+    slots: Tensor
+    base: Tensor
+    first: Tensor
+    verify: Tensor
+    noise: bool
+    filters: bool
+
+    def candidates(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, position and flat token of each candidate: int64 [R * width]; a final chunk's first
+        one stands for all of its."""
+        place = torch.arange(width, device=self.slots.device) * self.verify[:, None]
+        slots = self.slots[:, None].expand(-1, width)
+        positions, tokens = (x[:, None] + place for x in (self.base, self.first))
+        return slots.flatten(), positions.flatten(), tokens.flatten()
+
+
+def sampled_rows(numbers: Numbers, length: Tensor, noise: bool, filters: bool) -> SampledRows:
+    """length: int64 [N], by slot: of decode rows without their candidates, of chunks with all of
+    their tokens."""
+    slots, first, verify = numbers.sampled
+    verifies = verify != 0
+    base = length[slots] - torch.where(verifies | (slots == 0), 0, 1)
+    return SampledRows(slots, base, first, verifies, noise, filters)

@@ -57,7 +57,8 @@ class _RowOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A candidate of a sampled row that asks for something. index: among all candidates."""
+    """A candidate of a sampled row that asks for something. index: among all candidates, of which
+    every row has `width`."""
 
     index: int
     wish: _RowOptions
@@ -90,12 +91,11 @@ class LogitsProcessors:
         if not self._by_slot:
             return None
         found = []
-        index = 0
         for row, slot in enumerate(plan.sampled_slots):
             width = self._width if row < len(plan.decode) else 1
             if wish := self._by_slot.get(slot):
-                found += [_Candidate(index + place, wish) for place in range(width)]
-            index += width
+                first = row * self._width
+                found += [_Candidate(first + place, wish) for place in range(width)]
         return StepProcessors(found, self._slots) if found else None
 
     def reads_prompts(self, plan: StepPlan) -> bool:

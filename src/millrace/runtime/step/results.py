@@ -22,8 +22,8 @@ class StepOutput:
     """A step's result. R sampled rows, `width` candidates a decode row.
 
     tokens: int64 [R, 1 + width], the count of new tokens, then the tokens; None where no row
-    samples. The last new token of a row may be NOT_FINITE. logprobs: by candidate, decode rows
-    first. prompt: (slot, position, log-probabilities) of pieces of prompts. drafts: int64 [R, k],
+    samples. The last new token of a row may be NOT_FINITE. logprobs: by candidate, `width`
+    a row. prompt: (slot, position, log-probabilities) of pieces of prompts. drafts: int64 [R, k],
     in steps with masks.
     """
 
@@ -45,7 +45,6 @@ class PendingStep:
         self._wait = wait
         self._step = plan.step
         self._slots = plan.sampled_slots
-        self._num_decode = len(plan.decode)
         self._ready: torch.cuda.Event | None = None
         if _on_device(output):
             output = _to_host(output)
@@ -78,12 +77,10 @@ class PendingStep:
     def _logprobs(self, width: int) -> dict[int, list[TokenLogprobs]]:
         """By sampled row, its candidates' in order."""
         assert self._output.logprobs is not None
-        verified = self._num_decode * width
         found: dict[int, list[TokenLogprobs]] = {}
         lines = _lines(self._output.logprobs)
         for index, line in zip(self._output.logprobs.rows, lines, strict=True):
-            row = index // width if index < verified else self._num_decode + index - verified
-            found.setdefault(row, []).append(line)
+            found.setdefault(index // width, []).append(line)
         return found
 
 

@@ -18,19 +18,21 @@ from millrace.model.qwen3_5 import Qwen3_5
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
-from millrace.runtime.step.cuda_graphs import DecodeGraphs
+from millrace.runtime.step.cuda_graphs import GraphSizes, Parts, StepGraphs
 from millrace.runtime.step.inputs import (
+    Numbers,
+    Room,
     SampledRows,
+    Sizes,
     chunk_ends,
-    decode_batch,
-    decode_sampled,
-    mixed_batch,
-    mixed_sampled,
+    exact_batch,
+    listed,
+    padded_batch,
     places,
     row_ends,
-    shifted,
+    sampled_rows,
     single_batch,
-    singles,
+    tokens_of,
 )
 from millrace.runtime.step.logits_processors import LogitsProcessors, StepProcessors
 from millrace.runtime.step.results import StepOutput
@@ -60,101 +62,157 @@ class Runner:
         self._slots = slots
         self._snapshots = snapshots
         self._width = config.drafts + 1
+        self._longest = config.max_model_len + self._width  # tokens of a row
         self._device = slots.length.device
         heads = model.head, model.draft_output
         self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
         self._settle = ranks.wait_for_device
         self._processors = LogitsProcessors(slots, self._width, model.config.vocab_size)
-        self._graphs: DecodeGraphs | None = None  # of whole decode steps
-        self._forwards: DecodeGraphs | None = None  # of their forwards alone
+        self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, masks: MasksOfStep = None) -> StepOutput:
         """Launch a step. masks: the step's grammars' masks, asked for behind the forward."""
         self._admit(plan)
         processors = self._processors.of_step(plan)
-        if self._graphs is not None and processors is None and not plan.chunks:
-            _, filters = self._sampler.flags(plan)
-            return StepOutput(self._graphs.run(plan.decode, filters))
-        batch = mixed_batch(plan, self._slots.length, self._caches, self._width)
-        rows = mixed_sampled(plan, batch, self._width, *self._sampler.flags(plan))
-        hidden = self._forward(plan, batch)
-        out = self._after(hidden, batch, rows, processors, masks)
-        self._save(plan, batch, hidden)
-        prompt = self._processors.prompt_logprobs(
-            plan, hidden, batch.num_decode_tokens, self._model.logits
-        )
+        graphs, numbers = self._graphs, None
+        # Prompts beside rows that ask for more run eagerly, as do steps that no graph has room for.
+        shared = processors is None or not plan.chunks
+        if graphs is not None and shared and graphs.forward(plan):
+            hidden = graphs.hidden
+        else:
+            numbers = self._numbers(plan)
+            hidden = self._eager(plan, numbers)
+            if graphs is not None and plan.sampled_slots and processors is None:
+                graphs.take(plan, hidden[self._rows(plan, numbers).candidates(self._width)[2]])
+        out = self._tail_of(plan, hidden, numbers, processors, masks)
+        self._save(plan, hidden)
+        offset = len(plan.decode) * self._width
+        prompt = self._processors.prompt_logprobs(plan, hidden, offset, self._model.logits)
         return replace(out, prompt=prompt)
 
     @torch.inference_mode()
-    def capture(self, most: int, largest_only: bool = False) -> None:
-        """Capture the graphs of decode steps of up to `most` rows (on a GPU).
+    def capture(self, config: EngineConfig, largest_only: bool = False) -> int:
+        """Capture the graphs of steps; returns how many. On a CPU, which has none, steps run in the
+        sizes of graphs from then on.
 
-        largest_only: one of each kind, to see what they take.
+        config: which graphs; it may allow more rows than there are slots, to see what they take.
+        largest_only: one of each kind.
         """
-        device, settle = self._device, self._settle
-        self._graphs = DecodeGraphs(self._decode_step, most, device, settle)
-        self._forwards = DecodeGraphs(self._decode_forward, most, device, settle)
-        if largest_only:
-            self._graphs.capture_largest(filters=True)
-            self._forwards.capture_largest(filters=False)
-        else:
-            self._graphs.capture_all()
+        sizes = GraphSizes.of(config)
+        parts = Parts(self._forward, self._tail, self._fits, self._model.multiply)
+        hidden = self._snapshots.hidden.new_zeros(sizes.most_tokens, self._model.config.hidden_size)
+        self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._settle)
+        return self._graphs.capture(largest_only)
+
+    @torch.inference_mode()
+    def try_snapshots(self) -> None:
+        """Take one of the null slot and put it back, so that what copies them is compiled."""
+        if len(self._snapshots.hidden):
+            null = upload([0], self._device)
+            self._snapshots.save(self._caches, null, null, self._snapshots.hidden[null])
+            self._snapshots.restore(self._caches, null, null)
 
     def release(self) -> None:
         """Drop the graphs; no step may follow."""
-        self._graphs = self._forwards = None
+        self._graphs = None
 
-    def _decode_step(self, slots: Tensor, filters: bool) -> Tensor:
-        """A step of decode rows only, from their slots alone."""
-        batch = self._decode_batch(slots)
-        rows = decode_sampled(batch, self._width, noise=True, filters=filters)
-        hidden = self._model(self._ids(batch), batch, self._caches)
-        out = self._after(hidden, batch, rows, None, None).tokens
+    # --- a step's parts -----------------------------------------------------------------------
+
+    def _forward(self, numbers: Numbers, room: Room, hidden: Tensor) -> None:
+        """A forward of tokens that only the device knows, and what it leaves behind."""
+        batch = padded_batch(numbers, self._slots.length, self._caches, room)
+        out = self._model(self._ids(batch), batch, self._caches)
+        self._pass_on(out, batch)
+        hidden[: room.tokens] = out
+
+    def _eager(self, plan: StepPlan, numbers: Numbers) -> Tensor:
+        """The same of tokens that the host knows: [T, H], of those at least that are read."""
+        room = Room(self._width, tokens_of(plan, self._width), plan.context)
+        batch = exact_batch(plan, numbers, self._slots.length, self._caches, room)
+        every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
+        asked = None
+        if not every:
+            ends = upload(chunk_ends(plan, self._width), self._device)
+            asked = row_ends(plan, batch, ends)
+        hidden: Tensor = self._model(self._ids(batch), batch, self._caches, asked)
+        self._pass_on(hidden, batch)
+        return hidden
+
+    def _pass_on(self, hidden: Tensor, batch: Batch) -> None:
+        """Behind a forward: the draft head remembers each token with the one that the tape has
+        behind it (where that is still to be drawn, it remembers it once more when it drafts), and
+        chunks have their tokens.
+        """
+        if self._config.drafts:
+            ahead = places(batch.token_slots, batch.positions + 1, self._caches)
+            self._write_draft_kv(ahead, hidden)
+        if batch.prefill is not None:
+            rows = batch.prefill
+            self._slots.length[rows.slots] = rows.starts + rows.offsets.diff()
+            records.empty_windows(self._caches, rows.slots)
+
+    def _tail_of(
+        self,
+        plan: StepPlan,
+        hidden: Tensor,
+        numbers: Numbers | None,
+        processors: StepProcessors | None,
+        masks: MasksOfStep,
+    ) -> StepOutput:
+        """What follows the forward of a plan. numbers: its own, where they are there already."""
+        if not plan.sampled_slots:
+            return StepOutput()
+        if self._graphs is not None and processors is None:
+            _, filters = self._sampler.flags(plan)
+            return StepOutput(self._graphs.tail(len(plan.sampled_slots), filters))
+        rows = self._rows(plan, numbers or self._numbers(plan))
+        return self._after(hidden, rows, plan.context, processors, masks)
+
+    def _tail(self, numbers: Numbers, hidden: Tensor, filters: bool) -> Tensor:
+        """The same of rows that only the device knows, without wishes."""
+        rows = sampled_rows(numbers, self._slots.length, noise=True, filters=filters)
+        out = self._after(hidden, rows, self._longest, None, None).tokens
         assert out is not None
         return out
-
-    def _decode_forward(self, slots: Tensor, filters: bool) -> Tensor:
-        """The hidden vectors of such a step: [rows, width, H]."""
-        batch = self._decode_batch(slots)
-        hidden: Tensor = self._model(self._ids(batch), batch, self._caches)
-        return hidden.view(slots.shape[0], self._width, -1)
-
-    def _decode_batch(self, slots: Tensor) -> Batch:
-        context = self._config.max_model_len + self._width
-        return decode_batch(slots, self._slots.length, self._caches, self._width, context)
-
-    def _forward(self, plan: StepPlan, batch: Batch) -> Tensor:
-        """The hidden vectors of the step's tokens: [T, H], of those at least that are read."""
-        if self._forwards is not None and not plan.chunks:
-            hidden: Tensor = self._forwards.run(plan.decode, filters=False).flatten(0, 1)
-        else:
-            every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
-            asked = None if every else row_ends(plan, batch)
-            hidden = self._model(self._ids(batch), batch, self._caches, asked)
-        return hidden
 
     def _after(
         self,
         hidden: Tensor,
-        batch: Batch,
-        rows: SampledRows | None,
+        rows: SampledRows,
+        context: int,
         processors: StepProcessors | None,
         masks: MasksOfStep,
     ) -> StepOutput:
-        """Behind the forward: draw, accept, keep, draft."""
-        out, count = StepOutput(), None
-        if rows is not None:
-            drawn, logprobs = self._sampler.targets(hidden, batch, rows, processors, masks)
-            count = self._sampler.accept(drawn, rows)
-            self._write_tape(drawn, rows, count)
-            out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
-        self._move_on(batch, rows, count)
+        """Draw, accept, keep, draft. context: no row is longer afterwards."""
+        drawn, logprobs = self._sampler.targets(hidden, context, rows, processors, masks)
+        count = self._sampler.accept(drawn, rows)
+        self._write_tape(drawn, rows, count)
+        self._move_on(rows, count)
         if self._config.drafts:
-            self._draft(hidden, batch, rows, count)
-        if rows is not None and count is not None and processors is not None and processors.masked:
+            self._draft(hidden, rows, count, context)
+        out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
+        if processors is not None and processors.masked:
             out = replace(out, drafts=self._drafts(rows, count))
         return out
+
+    def _numbers(self, plan: StepPlan) -> Numbers:
+        sizes = Sizes.of(plan)
+        return Numbers.split(upload(listed(plan, self._width, sizes), self._device), sizes)
+
+    def _rows(self, plan: StepPlan, numbers: Numbers) -> SampledRows:
+        noise, filters = self._sampler.flags(plan)
+        noise = noise or self._graphs is not None  # one kernel for all: no other is compiled
+        return sampled_rows(numbers.cut(Sizes.of(plan)), self._slots.length, noise, filters)
+
+    def _fits(self, plan: StepPlan) -> bool:
+        """Whether kernels that run in a graph have room for the lengths of a plan's chunks."""
+        if self._device.type != "cuda":
+            return True
+        from millrace.kernels.gpu.attention.split import fits  # imports what only GPUs have
+
+        lengths = [(chunk.start, chunk.count) for chunk in plan.chunks]
+        return fits(lengths, self._model.query_group, self._snapshots.hidden.itemsize)
 
     # --- before the forward -----------------------------------------------------------------
 
@@ -198,22 +256,16 @@ class Runner:
 
     # --- after it ---------------------------------------------------------------------------
 
-    def _move_on(self, batch: Batch, rows: SampledRows | None, count: Tensor | None) -> None:
-        """Lengths, windows and offsets as they stand after the step."""
-        s, caches = self._slots, self._caches
-        if batch.prefill is not None:
-            slots = batch.prefill.slots
-            s.length[slots] = batch.prefill.starts + batch.prefill.offsets.diff()
-            records.empty_windows(caches, slots)
-        if rows is None or count is None:
-            return
-        if batch.decode is not None:
-            slots, taken = batch.decode.slots, count[: rows.num_decode]
-            s.length[slots] = batch.decode.starts + taken
-            caches.conv_offset[slots] = (taken - 1).clamp(min=0).to(torch.int32)
-            fill = caches.fill[slots]
-            folded = fill + self._width > self._config.window
-            caches.fill[slots] = (torch.where(folded, 0, fill) + taken).to(torch.int32)
+    def _move_on(self, rows: SampledRows, count: Tensor) -> None:
+        """Lengths, windows and offsets of decode rows as they stand after the step."""
+        s, caches, slots = self._slots, self._caches, rows.slots
+        s.length[slots] = torch.where(rows.verify, rows.base + count, s.length[slots])
+        fill = caches.fill[slots]
+        folded = fill + self._width > self._config.window
+        filled = torch.where(folded, 0, fill) + count
+        caches.fill[slots] = torch.where(rows.verify, filled, 0).to(torch.int32)
+        offset = torch.where(rows.verify, (count - 1).clamp(min=0), 0)
+        caches.conv_offset[slots] = offset.to(torch.int32)
 
     def _write_tape(self, drawn: Tensor, rows: SampledRows, count: Tensor) -> None:
         """Tokens that count go to their positions; the others to the null slot's tape."""
@@ -224,29 +276,21 @@ class Runner:
         drawn = torch.where(counts, drawn, 0).clamp_(min=0)  # NOT_FINITE is no token
         self._slots.tokens[slots, positions] = drawn
 
-    def _draft(
-        self, hidden: Tensor, batch: Batch, rows: SampledRows | None, count: Tensor | None
-    ) -> None:
-        """The draft head remembers the step's tokens, then guesses on from each row's last, which
-        stands one position on: k drafts. A row that had ended guesses as if its first had stood.
+    def _draft(self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
+        """From each row's last token, which stands one position on, the draft head guesses k
+        drafts. A row that had ended guesses as if its first had stood.
         """
         mtp, caches, drafts = self._model.mtp, self._caches, self._config.drafts
         assert mtp is not None
-        ahead = shifted(batch, caches)
-        x = self._write_draft_kv(ahead, hidden)
-        if rows is None or count is None:
-            return
-        last = rows.first + (count - 1).clamp(min=0)
-        reach = batch.max_context + 1
-        row = singles(ahead, last, reach)
-        feed, position = mtp.draft_hidden(x[last], row, caches), row.positions
+        last = (count - 1).clamp(min=0)
+        position, feed = rows.base + last + 1, hidden[rows.first + last]
+        ids = self._slots.tokens[rows.slots, position]
         for step in range(1, drafts + 1):
+            row = single_batch(rows.slots, position, context + step, caches)
+            feed = mtp(ids, feed, row, caches)
             position = position + 1
-            drawn = self._sampler.draft(feed, position, rows)
-            self._slots.tokens[rows.slots, position] = drawn
-            if step < drafts:
-                row = single_batch(rows.slots, position, reach + step, caches)
-                feed = mtp(drawn, feed, row, caches)
+            ids = self._sampler.draft(feed, position, rows)
+            self._slots.tokens[rows.slots, position] = ids
 
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
         """The drafts that wait behind each row's last token: int64 [R, k]."""
@@ -261,10 +305,15 @@ class Runner:
         assert self._model.mtp is not None
         return self._model.mtp.write_kv(self._ids(batch), hidden, batch, self._caches)
 
-    def _save(self, plan: StepPlan, batch: Batch, hidden: Tensor) -> None:
+    def _save(self, plan: StepPlan, hidden: Tensor) -> None:
         if not plan.saves:
             return
-        ends = dict(zip((c.slot for c in plan.chunks), chunk_ends(plan, batch), strict=True))
-        table = [[save.slot, save.snapshot, ends[save.slot]] for save in plan.saves]
-        slots, index, last = upload(table, self._device).unbind(1)
-        self._snapshots.save(self._caches, slots, index, hidden[last])
+        ends = zip((c.slot for c in plan.chunks), chunk_ends(plan, self._width), strict=True)
+        last, saves = dict(ends), plan.saves
+        table = [
+            [s.slot for s in saves],
+            [s.snapshot for s in saves],
+            [last[s.slot] for s in saves],
+        ]
+        slots, index, tokens = upload(table, self._device)
+        self._snapshots.save(self._caches, slots, index, hidden[tokens])

@@ -9,7 +9,7 @@ Ranks hold a part of the vocabulary each. Where no row needs to see all of it (f
 wishes), each finds the best token of its own part, and only these are compared between ranks.
 
 A row's candidates are its last known token and its drafts; the token drawn at one of them takes the
-position behind it.
+position behind it. A final chunk has its last token alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from millrace.config import EngineConfig
-from millrace.kernels.batch import Batch
 from millrace.kernels.sampling import (
     best,
     checked,
@@ -79,32 +78,29 @@ class Sampler:
     def targets(
         self,
         hidden: Tensor,
-        batch: Batch,
+        context: int,
         rows: SampledRows,
         processors: StepProcessors | None,
         masks: Callable[[], Masks] | None,
     ) -> tuple[Tensor, Logprobs | None]:
-        """What the target draws at each candidate: int64 [R, width], -1 where there is none.
+        """What the target draws at each candidate: int64 [R, width]; what a final chunk draws
+        behind its first means nothing.
 
-        hidden: [T, H] of the step's tokens. masks: asked for only once the forward is launched.
-        Log-probabilities come where a wish asks for them.
+        hidden: [T, H] of the step's tokens. context: no drawn token's position is greater. masks:
+        asked for only once the forward is launched. Log-probabilities come where a wish asks for
+        them.
         """
-        slots, positions = batch.token_slots, batch.positions
-        if rows.candidates is not None:
-            hidden, slots, positions = (x[rows.candidates] for x in (hidden, slots, positions))
-        ends, logprobs = positions + 1, None
+        slots, positions, tokens = rows.candidates(self._width)
+        hidden, ends, logprobs = hidden[tokens], positions + 1, None
         if processors is None:
             drawn = self._draw(self._head, hidden, slots, ends, rows, check=True)
         else:
             logits = self._head.logits(hidden)
             given = masks() if masks is not None and processors.masked else None
-            logits = processors.adjust(logits, slots, ends, batch.max_context, given)
+            logits = processors.adjust(logits, slots, ends, context, given)
             drawn = self._sample(logits, slots, ends, rows, check=True)
             logprobs = processors.logprobs(drawn)
-        verified = rows.num_decode * self._width
-        last = drawn[verified:, None]
-        padded = torch.nn.functional.pad(last, (0, self._width - 1), value=-1)
-        return torch.cat([drawn[:verified].view(-1, self._width), padded]), logprobs
+        return drawn.view(-1, self._width), logprobs
 
     def draft(self, hidden: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
         """What the draft head guesses for each row's position: int64 [R], by temperature,
@@ -159,8 +155,8 @@ class Sampler:
         """
         s, width = self._slots, self._width
         count = torch.ones_like(rows.base)
-        if width > 1 and rows.num_decode:
-            count[: rows.num_decode] += self._standing_drafts(drawn, rows)
+        if width > 1:
+            count += self._standing_drafts(drawn, rows)
         place = torch.arange(width, device=self._device)
         stops = (drawn[:, :, None] == s.stop_ids[rows.slots][:, None, :]).any(-1)
         stops &= place < count[:, None]
@@ -173,22 +169,21 @@ class Sampler:
         return count
 
     def _standing_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
-        """Leading drafts of the decode rows that stand: int64 [D]."""
-        d, k = rows.num_decode, self._width - 1
-        slots, positions = rows.slots[:d, None], rows.base[:d, None] + 1
-        positions = positions + torch.arange(k, device=self._device)
-        drafts = self._slots.tokens[slots, positions]
+        """Leading drafts of each row that stand: int64 [R]; 0 for final chunks."""
+        k = self._width - 1
+        positions = rows.base[:, None] + 1 + torch.arange(k, device=self._device)
+        drafts = self._slots.tokens[rows.slots[:, None], positions]
         if self._config.acceptance is None:
-            stands = drafts == drawn[:d, :k]
+            stands = rows.verify[:, None] & (drafts == drawn[:, :k])
         else:
-            stands = self._synthetic(rows.slots[:d], rows.base[:d])
-            drawn[:d, :k] = torch.where(stands, drafts, drawn[:d, :k])
+            stands = rows.verify[:, None] & self._synthetic(rows.slots, rows.base)
+            drawn[:, :k] = torch.where(stands, drafts, drawn[:, :k])
         return stands.long().cumprod(1).sum(1)
 
     def _synthetic(self, slots: Tensor, base: Tensor) -> Tensor:
-        """Draws with the configured rates, whatever the drafts are worth: bool [D, k]."""
+        """Draws with the configured rates, whatever the drafts are worth: bool [R, k]."""
         k = self._rates.shape[0]
         positions = (base[:, None] + torch.arange(k, device=self._device)).flatten()
-        seeds = self._slots.seed[slots].repeat_interleave(k)
+        seeds = self._slots.seed[slots][:, None].expand(-1, k).flatten()
         noise = gumbel(seeds, positions + _SYNTHETIC, 1)[:, 0]
         return torch.exp(-torch.exp(-noise)).view(-1, k) < self._rates

@@ -13,34 +13,32 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Caches, GDNState
+from millrace.kernels.copy import copy_rows
 
 CONV_INPUTS = 3
 
 
 @dataclass(slots=True)
 class Snapshots:
-    """M records. states, convs: per GDN layer [M, ...] as GDNState has them; hidden: [M, H]."""
+    """M records. states, convs: [L, M, ...], of the L GDN layers as Caches has them.
 
-    states: list[Tensor]
-    convs: list[Tensor]
+    hidden: [M, H].
+    """
+
+    states: Tensor
+    convs: Tensor
     hidden: Tensor
 
     @classmethod
     def allocate(
         cls, caches: Caches, count: int, hidden_size: int, dtype: torch.dtype
     ) -> Snapshots:
-        layers = gdn_layers(caches)
-        device = caches.fill.device
+        states, convs = caches.states, caches.convs
+        layers, channels = states.shape[0], convs.shape[3]
         return cls(
-            states=[
-                torch.empty(count, *x.state.shape[1:], dtype=x.state.dtype, device=device)
-                for x in layers
-            ],
-            convs=[
-                torch.empty(count, CONV_INPUTS, x.conv.shape[2], dtype=x.conv.dtype, device=device)
-                for x in layers
-            ],
-            hidden=torch.empty(count, hidden_size, dtype=dtype, device=device),
+            states=states.new_empty(layers, count, *states.shape[2:]),
+            convs=convs.new_empty(layers, count, CONV_INPUTS, channels),
+            hidden=torch.empty(count, hidden_size, dtype=dtype, device=states.device),
         )
 
     def save(self, caches: Caches, slots: Tensor, records: Tensor, hidden: Tensor) -> None:
@@ -48,25 +46,22 @@ class Snapshots:
 
         slots, records: int64 [R]; hidden: [R, H].
         """
-        for layer, state, conv in zip(gdn_layers(caches), self.states, self.convs, strict=True):
-            state[records] = layer.state[slots]
-            conv[records] = layer.conv[slots, :CONV_INPUTS]
+        copy_rows(self.states, records, caches.states, slots)
+        copy_rows(self.convs, records, caches.convs, slots)
         self.hidden[records] = hidden
 
     def restore(self, caches: Caches, slots: Tensor, records: Tensor) -> Tensor:
         """Copy records into slots, windows emptied. Returns the records' hidden vectors [R, H]."""
-        for layer, state, conv in zip(gdn_layers(caches), self.states, self.convs, strict=True):
-            layer.state[slots] = state[records]
-            layer.conv[slots, :CONV_INPUTS] = conv[records]
+        copy_rows(caches.states, slots, self.states, records)
+        copy_rows(caches.convs, slots, self.convs, records)
         empty_windows(caches, slots)
         return self.hidden[records]
 
 
 def reset(caches: Caches, slots: Tensor) -> None:
     """Put slots (int64 [R]) at length 0: zero state and inputs, empty window."""
-    for layer in gdn_layers(caches):
-        layer.state.index_fill_(0, slots, 0)
-        layer.conv.index_fill_(0, slots, 0)
+    caches.states.index_fill_(1, slots, 0)
+    caches.convs.index_fill_(1, slots, 0)
     empty_windows(caches, slots)
 
 

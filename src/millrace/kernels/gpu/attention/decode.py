@@ -34,44 +34,55 @@ def _decode_kernel(
     row = tl.program_id(1)
     piece = tl.program_id(2)
     slot = tl.load(slots + row)
-    start = tl.load(starts + row).to(tl.int32)
-    m_index = tl.arange(0, M)
-    token = m_index // GROUP
-    head = kh * GROUP + m_index % GROUP
-    d = tl.arange(0, DB)
-    live_q = token < N
-    q_at = (((row * N + token) * HEADS + head) * D).to(tl.int64)[:, None] + d[None, :]
-    q_mask = live_q[:, None] & (d < D)[None, :]
-    Q = _operand(tl.load(q + q_at, mask=q_mask, other=0.0), keys)
-    length = start + N
-    size = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
-    low = piece * size
-    high = tl.minimum(low + size, length)
-    table = block_table + slot * table_stride
-    if PAIRS:
-        m, mass, acc = _attend_range_of_pairs(
-            Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
-            FIRST, PAGE, D, BN, STAGES,
-        )  # fmt: skip
-    else:
-        m, mass, acc = _attend_range(
-            Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
-            FIRST, PAGE, D, DB, BN, STAGES,
-        )  # fmt: skip
-    if PARTS == 1:
-        safe = tl.where(mass > 0, mass, 1.0)
-        tl.store(out + q_at, (acc / safe[:, None]).to(out.dtype.element_ty), mask=q_mask)
-    else:
-        at = ((row * N + token) * HEADS + head) * PARTS + piece
-        tl.store(part + at.to(tl.int64)[:, None] * D + d[None, :], acc, mask=q_mask)
-        tl.store(part_ml + at * 2, m, mask=live_q)
-        tl.store(part_ml + at * 2 + 1, mass, mask=live_q)
+    if slot != 0:  # else the row is padding, and has no tokens
+        start = tl.load(starts + row).to(tl.int32)
+        m_index = tl.arange(0, M)
+        token = m_index // GROUP
+        head = kh * GROUP + m_index % GROUP
+        d = tl.arange(0, DB)
+        live_q = token < N
+        q_at = (((row * N + token) * HEADS + head) * D).to(tl.int64)[:, None] + d[None, :]
+        q_mask = live_q[:, None] & (d < D)[None, :]
+        Q = _operand(tl.load(q + q_at, mask=q_mask, other=0.0), keys)
+        length = start + N
+        size = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
+        low = piece * size
+        high = tl.minimum(low + size, length)
+        table = block_table + slot * table_stride
+        if PAIRS:
+            m, mass, acc = _attend_range_of_pairs(
+                Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
+                FIRST, PAGE, D, BN, STAGES,
+            )  # fmt: skip
+        else:
+            m, mass, acc = _attend_range(
+                Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
+                FIRST, PAGE, D, DB, BN, STAGES,
+            )  # fmt: skip
+        if PARTS == 1:
+            safe = tl.where(mass > 0, mass, 1.0)
+            tl.store(out + q_at, (acc / safe[:, None]).to(out.dtype.element_ty), mask=q_mask)
+        else:
+            at = ((row * N + token) * HEADS + head) * PARTS + piece
+            tl.store(part + at.to(tl.int64)[:, None] * D + d[None, :], acc, mask=q_mask)
+            tl.store(part_ml + at * 2, m, mask=live_q)
+            tl.store(part_ml + at * 2 + 1, mass, mask=live_q)
+
+
+@triton.jit(do_not_specialize=["EACH"])
+def _join_kernel(
+    part, part_ml, slots, out, EACH, D: tl.constexpr, DB: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Join the parts of one token and query head, of which a row has EACH."""
+    index = tl.program_id(0).to(tl.int64)
+    if tl.load(slots + tl.program_id(0) // EACH) != 0:
+        _join(part, part_ml, out, index, D, DB, PARTS)
 
 
 @triton.jit
-def _join_kernel(part, part_ml, out, D: tl.constexpr, DB: tl.constexpr, PARTS: tl.constexpr):
-    """Join the parts of one token and query head."""
-    index = tl.program_id(0).to(tl.int64)
+def _join(
+    part, part_ml, out, index, D: tl.constexpr, DB: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
     d = tl.arange(0, DB)
     top = tl.full((), -float("inf"), tl.float32)
     for p in tl.static_range(PARTS):
@@ -91,13 +102,17 @@ def _join_kernel(part, part_ml, out, D: tl.constexpr, DB: tl.constexpr, PARTS: t
 def attend_decode(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: DecodeRows, scale: float, first: int = 0,
     config: tuple[int, int, int, int] | None = None, pairs: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As the reference. config: (block, parts, warps, stages); None takes the measured one. pairs:
-    whether values are read as pairs of channels; None: where they can be."""
+    """As the reference; rows stand first in q, and results in out, which is as long as q.
+
+    config: (block, parts, warps, stages); None takes the measured one. pairs: whether values are
+    read as pairs of channels; None: where they can be.
+    """
     count, n = rows.slots.shape[0], rows.width
     page, kv_heads, dim = cache.keys.shape[1:]
     heads = q.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if count == 0:
         return out
     pairs = _pairs(q, cache) if pairs is None else pairs
@@ -118,7 +133,7 @@ def attend_decode(
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(count * n * heads,)](
-            part, part_ml, out, D=dim, DB=wide, PARTS=parts, num_warps=2
+            part, part_ml, rows.slots, out, n * heads, D=dim, DB=wide, PARTS=parts, num_warps=2
         )
     return out
 

@@ -75,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(DV, 3)
   const int vh = blockIdx.x, row = blockIdx.y, kh = vh / RATIO;
   const int lane = threadIdx.x % 32, g = lane / 4, l = lane % 4, v0 = threadIdx.x / 32 * 32;
   const i64 slot = slots[row], head = slot * HV + vh;
+  if (slot == 0) return;  // the row is padding, and has no tokens
   state += head * DK * DV + v0;
   window_u += head * W * DV + v0;
 

@@ -1,7 +1,7 @@
 """The short convolution of a GDN layer with its buffer of past inputs, and the gates.
 
 A program owns a strip of channels, so what it reads from the buffer nobody else overwrites. Prefill
-cuts a row into blocks that all may read the old buffer; it is rewritten by a second kernel.
+cuts its tokens into blocks that all may read the old buffer; a second kernel rewrites it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def _conv_decode_kernel(
     c = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
     mask = c < C
     slot = tl.load(slots + row).to(tl.int64)
+    mask = mask & (slot != 0)  # else the row is padding, and has no tokens
     old = buffer + slot * slot_stride + tl.load(offsets + slot).to(tl.int64) * C + c
     w0, w1, w2, w3 = _taps(weight, c, mask, STRIP)
     i0 = tl.load(old, mask=mask, other=0.0)
@@ -58,35 +59,35 @@ def _conv_decode_kernel(
         i2 = i3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _conv_prefill_kernel(
-    x, buffer, weight, slots, offsets, starts, out, x_stride, slot_stride, C,
+    x, buffer, weight, slots, offsets, places, out, x_stride, slot_stride, T, C,
     BLOCK: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2)
-    start = tl.load(starts + row)
-    count = tl.load(starts + row + 1) - start
-    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) * BLOCK < count:
+    """BLOCK tokens of the batch. slots: of each token; places: of each in its row, or -1."""
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + token, mask=token < T, other=-1)
+    if tl.max(place, axis=0) >= 0:
         c = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
-        slot = tl.load(slots + row).to(tl.int64)
-        old = buffer + slot * slot_stride + tl.load(offsets + slot).to(tl.int64) * C + c
         inside = (c < C)[None, :]
+        live = place >= 0
+        first = live & (place < 3)  # these read the buffer too
+        slot = tl.load(slots + token, mask=first, other=0)
+        offset = tl.load(offsets + slot, mask=first, other=0)
+        old = slot * slot_stride + (offset + place).to(tl.int64) * C
         y = tl.zeros((BLOCK, STRIP), tl.float32)
         for tap in tl.static_range(4):
-            place = t - 3 + tap
-            token = (start + place).to(tl.int64)[:, None]
-            live = ((place >= 0) & (t < count))[:, None] & inside
-            value = tl.load(x + token * x_stride + c[None, :], mask=live, other=0.0)
+            behind = place - 3 + tap
+            at = x + (token - 3 + tap).to(tl.int64)[:, None] * x_stride + c[None, :]
+            value = tl.load(at, mask=(live & (behind >= 0))[:, None] & inside, other=0.0)
             if tap < 3:
-                past = (place < 0)[:, None] & inside
-                at = old[None, :] + ((place + 3) * C)[:, None]
-                value += tl.load(at, mask=past, other=0.0)
+                past = (first & (behind < 0))[:, None] & inside
+                value += tl.load(buffer + (old + tap * C)[:, None] + c[None, :], past, other=0.0)
             w = tl.load(weight + c * 4 + tap, mask=c < C, other=0.0).to(tl.float32)
             y += value.to(tl.float32) * w[None, :]
         y = y / (1.0 + tl.exp(-y))
-        at = (start + t).to(tl.int64)[:, None] * C + c[None, :]
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=(t < count)[:, None] & inside)
+        to = token.to(tl.int64)[:, None] * C + c[None, :]
+        tl.store(out + to, y.to(out.dtype.element_ty), mask=live[:, None] & inside)
 
 
 @triton.jit
@@ -99,15 +100,16 @@ def _keep_last_kernel(
     mask = c < C
     start = tl.load(starts + row).to(tl.int64)
     end = tl.load(starts + row + 1).to(tl.int64)
-    slot = tl.load(slots + row).to(tl.int64)
-    new = buffer + slot * slot_stride + c
-    old = new + tl.load(offsets + slot).to(tl.int64) * C
-    for j in tl.static_range(3):
-        token = end - 3 + j
-        # Row j of the new buffer is at or before row j of the old one, which is read by then.
-        past = tl.load(old + (token - start + 3) * C, mask=mask & (token < start), other=0.0)
-        value = tl.load(x + token * x_stride + c, mask=mask & (token >= start), other=0.0)
-        tl.store(new + j * C, value + past, mask=mask)
+    if end > start:
+        slot = tl.load(slots + row).to(tl.int64)
+        new = buffer + slot * slot_stride + c
+        old = new + tl.load(offsets + slot).to(tl.int64) * C
+        for j in tl.static_range(3):
+            token = end - 3 + j
+            # Row j of the new buffer is at or before row j of the old one, which is read by then.
+            past = tl.load(old + (token - start + 3) * C, mask=mask & (token < start), other=0.0)
+            value = tl.load(x + token * x_stride + c, mask=mask & (token >= start), other=0.0)
+            tl.store(new + j * C, value + past, mask=mask)
 
 
 @triton.jit
@@ -154,16 +156,17 @@ def conv_decode(
 def conv_prefill(
     x: Tensor, cache: GDNState, weight: Tensor, rows: PrefillRows, conv_offset: Tensor
 ) -> Tensor:
-    """As the reference; x may be a slice of a wider projection."""
-    channels, count = x.shape[1], len(rows.counts)
-    out = torch.empty(x.shape[0], channels, dtype=x.dtype, device=x.device)
-    scalars = (x.stride(0), cache.conv.stride(0), channels)
+    """As the reference; x may be a slice of a wider projection, and rows stand anywhere in it."""
+    tokens, channels = x.shape
+    out = torch.empty(tokens, channels, dtype=x.dtype, device=x.device)
+    scalars = (x.stride(0), cache.conv.stride(0))
     block, strip, warps = PROMPT_TILE
-    _conv_prefill_kernel[(triton.cdiv(channels, strip), triton.cdiv(rows.max_count, block), count)](
-        x, cache.conv, weight, rows.slots, conv_offset, rows.offsets, out, *scalars,
-        BLOCK=block, STRIP=strip, num_warps=warps,
+    _conv_prefill_kernel[(triton.cdiv(channels, strip), triton.cdiv(tokens, block))](
+        x, cache.conv, weight, rows.token_slots(tokens), conv_offset, rows.places(tokens), out,
+        *scalars, tokens, channels, BLOCK=block, STRIP=strip, num_warps=warps,
     )  # fmt: skip
-    _keep_last_kernel[(triton.cdiv(channels, STRIP), count)](
-        x, cache.conv, rows.slots, conv_offset, rows.offsets, *scalars, STRIP=STRIP, num_warps=2
-    )
+    _keep_last_kernel[(triton.cdiv(channels, STRIP), rows.slots.shape[0])](
+        x, cache.conv, rows.slots, conv_offset, rows.offsets, *scalars, channels, STRIP=STRIP,
+        num_warps=2,
+    )  # fmt: skip
     return out

@@ -150,15 +150,19 @@ def launch(
     rows: DecodeRows,
     config: tuple[int, int] | None = None,
     conv: Pair | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Run the kernels for `gdn_decode`; see there for the arguments.
+    """Run the kernels for `gdn_decode`; see there for the arguments. Rows of slot 0 are padding and
+    have no tokens. out: where the results go, as many as there are tokens in qkv.
 
     raw: (A_log, dt_bias) when g and beta are the projections a and b instead, of any row stride.
     config: (value tile, warps) of the second kernel's Triton form; None takes the CUDA forms where
     they apply. conv: (weight, conv_offset) when qkv is the projection, still to be convolved.
     """
+    if out is None:
+        out = triton_form.outputs(qkv, cache, rows)
     if rows.slots.shape[0] == 0:
-        return triton_form.buffers(qkv, cache, rows)[0]
+        return out
     has_cuda = qkv.is_cuda and config is None
 
     def found() -> Native | None:
@@ -171,8 +175,10 @@ def launch(
         form = found()
     gates = (g, beta, *(raw or (g, g)))
     if form is None:
-        return triton_form.launch(qkv, gates, raw is not None, cache, fill, rows, config)
-    return launch_native(form, qkv, gates, cache, fill, rows, conv)
+        triton_form.launch(qkv, gates, raw is not None, cache, fill, rows, config, out)
+    else:
+        launch_native(form, qkv, gates, cache, fill, rows, conv, out)
+    return out
 
 
 def launch_native(
@@ -183,12 +189,13 @@ def launch_native(
     fill: Tensor,
     rows: DecodeRows,
     conv: Pair | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """Both kernels in CUDA. conv: the weight and conv_offset, for a form that convolves.
 
     gates: g, beta, A_log, dt_bias, of which the last two may be anything unless they are used.
     """
-    out, *between = triton_form.buffers(qkv, cache, rows)
+    between = triton_form.buffers(cache, rows)
     key_heads, value_heads, value_dim = cache.window_k.shape[1], *cache.state.shape[1::2]
     count, heads = rows.slots.shape[0], (key_heads, value_heads)
     weight, offset = conv or (qkv, fill)
@@ -196,12 +203,11 @@ def launch_native(
     form.prepare(
         grid=(key_heads, count, 1), block=(form.threads, 1, 1),
         args=[qkv, weight, cache.conv, offset, probes, *gates, cache.window_k, cache.window_g, fill,
-              rows.slots, *between, qkv.stride(0), cache.conv.stride(0), gates[0].stride(0),
-              *heads],
+              rows.slots, *between, len(qkv), qkv.stride(0), cache.conv.stride(0),
+              gates[0].stride(0), *heads],
     )  # fmt: skip
     form.answer(
         grid=(value_heads, count, 1), block=(value_dim, 1, 1),
         args=[probes, cache.state, cache.window_u, fill, rows.slots, *between, out,
               probes.stride(0), *heads],
     )  # fmt: skip
-    return out

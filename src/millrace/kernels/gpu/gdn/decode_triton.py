@@ -94,6 +94,8 @@ def _prepare_kernel(
     kh = tl.program_id(0)
     row = tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
+    if slot == 0:  # the row is padding, and has no tokens
+        return
     filled = tl.minimum(tl.load(fill + slot), W)
     full = filled + N > W
     place = tl.where(full, 0, filled)
@@ -170,6 +172,8 @@ def _answer_kernel(
     kh = vh // RATIO
     row = tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
+    if slot == 0:
+        return
     d = tl.arange(0, DK)
     v = (tl.program_id(0) % TILES) * BV + tl.arange(0, BV)
     head = slot * HV + vh
@@ -215,16 +219,22 @@ def _answer_kernel(
         tl.store(u_at + (place + t) * DV, new_u[t])
 
 
-def buffers(qkv: Tensor, cache: GDNState, rows: DecodeRows) -> tuple[Tensor, Tensor, Tensor]:
-    """For outputs, and for what the first kernel leaves for the second: coefficients as _layout has
-    them, and old keys."""
+def outputs(qkv: Tensor, cache: GDNState, rows: DecodeRows) -> Tensor:
+    """For the rows' results."""
+    tokens = rows.slots.shape[0] * rows.width
+    heads, dim = cache.state.shape[1], cache.state.shape[3]
+    return torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
+
+
+def buffers(cache: GDNState, rows: DecodeRows) -> tuple[Tensor, Tensor]:
+    """For what the first kernel leaves for the second: coefficients as _layout has them, and old
+    keys."""
     count, n = rows.slots.shape[0], rows.width
     key_heads, window, key_dim = cache.window_k.shape[1:]
-    value_heads, _, value_dim = cache.state.shape[1:]
+    value_heads = cache.state.shape[1]
     size = 2 * n * (window + n + 1) + n + window + 1
-    out = torch.empty(count * n, value_heads, value_dim, dtype=qkv.dtype, device=qkv.device)
     coefs = cache.window_g.new_empty(count, value_heads, size)
-    return out, coefs, cache.window_g.new_empty(count, key_heads, window, key_dim)
+    return coefs, cache.window_g.new_empty(count, key_heads, window, key_dim)
 
 
 def launch(
@@ -235,12 +245,13 @@ def launch(
     fill: Tensor,
     rows: DecodeRows,
     config: tuple[int, int] | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """Run both kernels. gates: g, beta, A_log, dt_bias; raw: the first two are projections a and b.
 
     config: (value tile, warps) of the second one.
     """
-    out, *between = buffers(qkv, cache, rows)
+    between = buffers(cache, rows)
     count, n = rows.slots.shape[0], rows.width
     key_heads, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
@@ -257,4 +268,3 @@ def launch(
         qkv.stride(0), key_heads, value_heads,
         **shape, DV=value_dim, BV=tile, num_warps=warps,
     )  # fmt: skip
-    return out

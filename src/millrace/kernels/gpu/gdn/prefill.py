@@ -63,9 +63,10 @@ def _put(at, T, live, b, COLUMN: tl.constexpr):
     tl.store(at[:, None] + c[None, :], (T * b[None, :]).to(at.dtype.element_ty), live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def _blocks_kernel(
-    qkv, g, beta, offsets, t_out, gsum, k_norm, q_norm, qkv_stride, gate_stride, HK, HV,
+    qkv, g, beta, offsets, tiles, t_out, gsum, k_norm, q_norm, qkv_stride, gate_stride, HK, HV,
+    TILES,
     DK: tl.constexpr, RATIO: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 B and G of one chunk and value head, and the norms of its keys and queries.
@@ -73,13 +74,13 @@ def _blocks_kernel(
     The chunk is four blocks of 16 tokens; a block of the inverse takes only blocks on its left.
     Products of raw keys are exact in bfloat16; norms come in afterwards.
     """
-    chunk = tl.program_id(0)
-    vh = tl.program_id(1)
-    row = tl.program_id(2)
-    kh = vh // RATIO
-    begin = tl.load(offsets + row)
-    count = tl.load(offsets + row + 1) - begin
-    if chunk * CHUNK < count:
+    row = tl.load(tiles + tl.program_id(0))
+    if row >= 0:
+        chunk = tl.load(tiles + TILES + tl.program_id(0))
+        vh = tl.program_id(1)
+        kh = vh // RATIO
+        begin = tl.load(offsets + row)
+        count = tl.load(offsets + row + 1) - begin
         dtype = qkv.dtype.element_ty
         r = tl.arange(0, 16)
         t0 = chunk * CHUNK + r
@@ -182,55 +183,62 @@ def _blocks_kernel(
 
 @triton.jit
 def _walk_kernel(
-    qkv, t_in, gsum, k_norm, q_norm, offsets, slots, state, out, qkv_stride, HK, HV,
+    qkv, t_in, gsum, k_norm, q_norm, offsets, slots, live_rows, state, out, qkv_stride, HK, HV,
     DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, RATIO: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one row, value head and tile of value channels, on raw queries, keys and values.
+    """Walk one value head and tile of value channels, on raw queries, keys and values, of every
+    row whose turn it is.
 
     U = T (V - e^G K S); norms scale rows of the results, so that operands go to the products as
     they lie in memory.
     """
     vh = tl.program_id(1)
-    row = tl.program_id(2)
     kh = vh // RATIO
-    begin = tl.load(offsets + row)
-    count = tl.load(offsets + row + 1) - begin
-    slot = tl.load(slots + row).to(tl.int64)
     dtype = qkv.dtype.element_ty
     d = tl.arange(0, DK)
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     r = tl.arange(0, CHUNK)
     below = (r[None, :] // 16) <= (r[:, None] // 16)
-    state_at = state + ((slot * HV + vh) * DK + d[:, None]) * DV + v[None, :]
-    S = tl.load(state_at).to(tl.float32)
-    for start in tl.range(0, count, CHUNK, num_stages=STAGES):
-        live = start + r < count
-        token = (begin + start + r).to(tl.int64)
-        head = token * HV + vh
-        row_at = qkv + token * qkv_stride
-        q = tl.load(row_at[:, None] + (kh * DK + d)[None, :], mask=live[:, None], other=0.0)
-        k = tl.load(row_at[:, None] + ((HK + kh) * DK + d)[None, :], mask=live[:, None], other=0.0)
-        value_at = row_at[:, None] + (2 * HK * DK + vh * DV + v)[None, :]
-        value = tl.load(value_at, mask=live[:, None], other=0.0)
-        T = tl.load(t_in + head[:, None] * 64 + r[None, :], mask=live[:, None] & below, other=0.0)
-        nk = tl.load(k_norm + token * HK + kh, mask=live, other=0.0)
-        nq = tl.load(q_norm + token * HK + kh, mask=live, other=0.0)
-        final = begin + tl.minimum(start + CHUNK, count) - 1
-        last = tl.load(gsum + final.to(tl.int64) * HV + vh)
-        G = tl.load(gsum + head, mask=live, other=0.0)
-        G = tl.where(live, G, last)
-        rounded = S.to(dtype)
-        wanted = value.to(tl.float32) - _dot(k, rounded) * (nk * tl.exp(G))[:, None]
-        new = _dot(T, wanted.to(dtype))
-        gap = tl.where(r[:, None] >= r[None, :], G[:, None] - G[None, :], -float("inf"))
-        scores = _dot(q, tl.trans(k)) * tl.exp(gap) * nq[:, None] * nk[None, :]
-        o = _dot(q, rounded) * (nq * tl.exp(G))[:, None]
-        o += _dot(scores.to(dtype), new.to(dtype))
-        tl.store(out + head[:, None] * DV + v[None, :], o.to(out.dtype.element_ty), live[:, None])
-        late = (new * (nk * tl.exp(last - G))[:, None]).to(dtype)
-        S = S * tl.exp(last) + _dot(tl.trans(k), late)
-    tl.store(state_at, S.to(state.dtype.element_ty))
+    for row in range(tl.program_id(2), tl.load(live_rows), tl.num_programs(2)):
+        begin = tl.load(offsets + row)
+        count = tl.load(offsets + row + 1) - begin
+        slot = tl.load(slots + row).to(tl.int64)
+        state_at = state + ((slot * HV + vh) * DK + d[:, None]) * DV + v[None, :]
+        S = tl.load(state_at).to(tl.float32)
+        for start in tl.range(0, count, CHUNK, num_stages=STAGES):
+            live = start + r < count
+            token = (begin + start + r).to(tl.int64)
+            head = token * HV + vh
+            row_at = qkv + token * qkv_stride
+            q = tl.load(row_at[:, None] + (kh * DK + d)[None, :], mask=live[:, None], other=0.0)
+            k = tl.load(
+                row_at[:, None] + ((HK + kh) * DK + d)[None, :], mask=live[:, None], other=0.0
+            )
+            value_at = row_at[:, None] + (2 * HK * DK + vh * DV + v)[None, :]
+            value = tl.load(value_at, mask=live[:, None], other=0.0)
+            T = tl.load(
+                t_in + head[:, None] * 64 + r[None, :], mask=live[:, None] & below, other=0.0
+            )
+            nk = tl.load(k_norm + token * HK + kh, mask=live, other=0.0)
+            nq = tl.load(q_norm + token * HK + kh, mask=live, other=0.0)
+            final = begin + tl.minimum(start + CHUNK, count) - 1
+            last = tl.load(gsum + final.to(tl.int64) * HV + vh)
+            G = tl.load(gsum + head, mask=live, other=0.0)
+            G = tl.where(live, G, last)
+            rounded = S.to(dtype)
+            wanted = value.to(tl.float32) - _dot(k, rounded) * (nk * tl.exp(G))[:, None]
+            new = _dot(T, wanted.to(dtype))
+            gap = tl.where(r[:, None] >= r[None, :], G[:, None] - G[None, :], -float("inf"))
+            scores = _dot(q, tl.trans(k)) * tl.exp(gap) * nq[:, None] * nk[None, :]
+            o = _dot(q, rounded) * (nq * tl.exp(G))[:, None]
+            o += _dot(scores.to(dtype), new.to(dtype))
+            tl.store(
+                out + head[:, None] * DV + v[None, :], o.to(out.dtype.element_ty), live[:, None]
+            )
+            late = (new * (nk * tl.exp(last - G))[:, None]).to(dtype)
+            S = S * tl.exp(last) + _dot(tl.trans(k), late)
+        tl.store(state_at, S.to(state.dtype.element_ty))
 
 
 def gdn_prefill(
@@ -240,32 +248,41 @@ def gdn_prefill(
     cache: GDNState,
     rows: PrefillRows,
     config: tuple[int, int, int, int] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As the reference. config: (warps of the solve, value tile, warps and stages of the walk)."""
+    """As the reference; rows stand anywhere in qkv, and results in out, which is as long as qkv.
+
+    config: (warps of the solve, value tile, warps and stages of the walk).
+    """
     tokens, (key_heads, _, key_dim) = qkv.shape[0], cache.window_k.shape[1:]
     _, value_heads, _, value_dim = cache.state.shape
-    solve_warps, tile, warps, stages = config or _config(qkv.dtype, len(rows.counts))
+    solve_warps, tile, warps, stages = config or _config(qkv.dtype, rows)
     tile, device = min(tile, value_dim), qkv.device
     t = torch.empty(tokens, value_heads, CHUNK.value, dtype=qkv.dtype, device=device)
-    out = torch.empty(tokens, value_heads, value_dim, dtype=qkv.dtype, device=device)
+    if out is None:
+        out = torch.empty(tokens, value_heads, value_dim, dtype=qkv.dtype, device=device)
     gsum = torch.empty(tokens, value_heads, dtype=torch.float32, device=device)
     k_norm, q_norm = torch.empty(2, tokens, key_heads, dtype=torch.float32, device=device)
-    count, shape = len(rows.counts), {"DK": key_dim, "RATIO": value_heads // key_heads}
-    _blocks_kernel[(triton.cdiv(rows.max_count, CHUNK.value), value_heads, count)](
-        qkv, g, beta, rows.offsets, t, gsum, k_norm, q_norm, qkv.stride(0), g.stride(0),
-        key_heads, value_heads, **shape, STRIP=min(key_dim, 32), num_warps=solve_warps,
+    shape = {"DK": key_dim, "RATIO": value_heads // key_heads}
+    chunks = rows.tiles(CHUNK.value, tokens)
+    _blocks_kernel[(chunks.shape[1], value_heads)](
+        qkv, g, beta, rows.offsets, chunks, t, gsum, k_norm, q_norm, qkv.stride(0), g.stride(0),
+        key_heads, value_heads, chunks.shape[1], **shape, STRIP=min(key_dim, 32),
+        num_warps=solve_warps,
     )  # fmt: skip
-    _walk_kernel[(value_dim // tile, value_heads, count)](
-        qkv, t, gsum, k_norm, q_norm, rows.offsets, rows.slots, cache.state, out, qkv.stride(0),
-        key_heads, value_heads, **shape, DV=value_dim, BV=tile, STAGES=stages, num_warps=warps,
+    _walk_kernel[(value_dim // tile, value_heads, rows.slots.shape[0])](
+        qkv, t, gsum, k_norm, q_norm, rows.offsets, rows.slots, rows.live(), cache.state, out,
+        qkv.stride(0), key_heads, value_heads, **shape, DV=value_dim, BV=tile, STAGES=stages,
+        num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def _config(dtype: torch.dtype, prompts: int) -> tuple[int, int, int, int]:
+def _config(dtype: torch.dtype, rows: PrefillRows) -> tuple[int, int, int, int]:
     """A few prompts leave multiprocessors idle, so their walks fetch ahead; many share them, and
     what a second stage would hold in shared memory is better spent on one more walk. float32 takes
-    twice the shared memory."""
+    twice the shared memory. A graph's rows are mostly few."""
     if dtype == torch.float32:
         return 4, 32, 4, 1
-    return 1, 64, 4, 2 if prompts <= 2 else 1
+    few = rows.counts is None or len(rows.counts) <= 2
+    return 1, 64, 4, 2 if few else 1

@@ -128,11 +128,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     gdn_prepare(const qkv_t* qkv, const qkv_t* weight, qkv_t* conv, const int* conv_offset,
                 qkv_t* convolved, const gate_t* g, const gate_t* beta, const float* a_log,
                 const float* dt_bias, key_t* window_k, float* window_g, const int* fill,
-                const i64* slots, float* coefs, float* old_keys, int qkv_stride, int conv_stride,
-                int gate_stride, int HK, int HV) {
+                const i64* slots, float* coefs, float* old_keys, int tokens, int qkv_stride,
+                int conv_stride, int gate_stride, int HK, int HV) {
   const int kh = blockIdx.x, row = blockIdx.y;
   const u32 me = threadIdx.x, lane = me % 32, warp = me / 32;
   const int token = row * N, head = kh * RATIO;
+  if (token + N > tokens) return;  // the row is padding, and nothing lies where it would
   __shared__ __align__(16) key_t keys[WT][ROW];
   __shared__ __align__(16) qkv_t probe[PT][ROW];      // key of token p for p < N, query of p - N
   __shared__ float dots[WT + 16][PT + 1], scale[PT];  // raw products, which `scale` normalises
@@ -158,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 #endif
   const int slot = slots[row];
+  if (slot == 0) return;  // the row is padding, and has no tokens
   const int filled = min(fill[slot], W);
   const bool full = filled + N > W;
   const int place = full ? 0 : filled;
