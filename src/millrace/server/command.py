@@ -185,6 +185,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
                 api_key=keys,
                 worker_api_key=worker_key,
                 cache_salt_by_api_key=options.cache_salt_by_api_key,
+                allowed_origins=options.allowed_origins,
             ),
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,

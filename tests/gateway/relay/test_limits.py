@@ -23,7 +23,7 @@ from millrace.gateway.http.request_info import body_for, estimate_tokens, read_r
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.relay.access import Access
 from tests.support.gateways import gateway
-from tests.support.mock_replica import MockReplica
+from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import eventually, run
 
 QUIET = HealthPolicy(health_check_interval=60, slow_start=0.0)
@@ -146,6 +146,31 @@ def test_requests_above_the_limit_wait_and_above_the_queue_are_refused() -> None
                 made.counters.gauge("interactive") == made.counters.gauge("queued_interactive") == 0
             )
         await replica.stop()
+
+    run(scenario())
+
+
+def test_a_gateway_with_keys_answers_browsers_and_probes_like_a_single_server() -> None:
+    async def scenario() -> None:
+        server = await ScriptedServer([b"HTTP/1.1 204 Gone\r\n\r\n"]).start()
+        page = ("Origin", "http://app.example")
+        access = Access(api_key=["k"], allowed_origins=["http://app.example"])
+        async with gateway(server.url, access=access) as (_, target):
+            for path in ("/ping", "/version", "/openapi.json?x=1"):
+                assert (await fetch(target, path)).status == 204
+            preflight = (page, ("Access-Control-Request-Method", "POST"))
+            path = "/v1/chat/completions"
+            answer = await fetch(target, path, method="OPTIONS", headers=preflight)
+            assert answer.status == 204
+            assert (await fetch(target, path, method="OPTIONS", headers=(page,))).status == 401
+            for headers in ((page, ("Authorization", "Bearer k")), (page,)):
+                answer = await fetch(target, "/v1/models", headers=headers)
+                assert answer.status == (200 if len(headers) == 2 else 401)
+                assert answer.headers["access-control-allow-origin"] == "http://app.example"
+                assert answer.headers["vary"] == "Origin"
+            other = await fetch(target, "/v1/models", headers=(("Origin", "http://evil.example"),))
+            assert "access-control-allow-origin" not in other.headers
+        await server.stop()
 
     run(scenario())
 

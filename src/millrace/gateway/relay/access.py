@@ -18,6 +18,7 @@ _FORWARDED = (
     *(b"forwarded", b"x-forwarded", b"x-real-ip", b"via", b"x-client-ip", b"x-cluster-client-ip"),
     *(b"true-client-ip", b"cf-connecting-ip", b"x-original-", b"x-envoy-", b"x-amzn-trace-id"),
 )  # beginnings of headers that proxies add
+_OPEN_PATHS = frozenset((b"/ping", b"/version", b"/openapi.json"))
 _NO_ADMIN = (
     "this gateway takes no changes here: start it with --admin-key and send the key, or with "
     "--admin-port or --admin-uds and send changes there"
@@ -34,6 +35,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     admin_key: str | None = None
     worker_api_key: str | None = None
     cache_salt_by_api_key: bool = False
+    allowed_origins: list[str] = []
 
     def check(self) -> None:
         """Raise ConfigError for a key that is empty."""
@@ -59,9 +61,29 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         """What a request is told that has no key, or a wrong one."""
         return no_access(given=bool(_key(request)))
 
+    def cors_headers(self, request: Request) -> tuple[tuple[str, str], ...]:
+        """Headers that let scripts of an allowed page read a response; () for other clients."""
+        if not self.allowed_origins:
+            return ()
+        origin = header(request.headers, b"origin").decode("latin-1")
+        if not origin or not {"*", origin} & set(self.allowed_origins):
+            return ()
+        return (
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Expose-Headers", "X-Request-Id"),
+            ("Vary", "Origin"),
+        )
+
     def allows_api(self, request: Request) -> bool:
-        """Whether the client may use the API."""
-        return not self.api_key or _has_key(request, tuple(self.api_key))
+        """Whether the client may use the API. Some paths need no key, as at a single server, nor
+        do the preflights of browsers, which never have one."""
+        if not self.api_key or request.path.partition(b"?")[0] in _OPEN_PATHS:
+            return True
+        if request.method == b"OPTIONS" and header(
+            request.headers, b"access-control-request-method"
+        ):
+            return True
+        return _has_key(request, tuple(self.api_key))
 
     def admin_refusal(self, request: Request) -> ApiError | None:
         """Why a request may not change the gateway; None if it may.

@@ -9,6 +9,7 @@ from random import getrandbits
 from typing import cast
 
 import httptools
+import msgspec
 
 from millrace.common.api_errors import shutting_down
 from millrace.common.safe_log import stderr_line
@@ -217,6 +218,9 @@ class ClientConnection(asyncio.Protocol):
     def answer(self, own: LocalReply, request: Request) -> None:
         """Send a local reply and go on to the next request."""
         own = own.in_shape_of(request.path)
+        more = self._relay.access.cors_headers(request)
+        if more:
+            own = msgspec.structs.replace(own, headers=(*own.headers, *more))
         keep_alive = request.keep_alive and not own.close
         self._relay.process_counters.count_status(own.status)
         self.write(own.encode(request.id, keep_alive))
