@@ -93,8 +93,8 @@ ACCESS_HELP: Mapping[str, str] = {
     "admin_key": "Key for changes to the gateway. Without one they must be sent to --admin-port or "
     "--admin-uds.",
     "worker_api_key": "Key that the replicas ask for: their --gateway-api-key if they have one.",
-    "allowed_origins": "Web page whose scripts may read the gateway's own replies; * is every page. "
-    "Replicas answer for theirs.",
+    "allowed_origins": "Page whose scripts may read the gateway's own replies; * is every page; "
+    "replicas answer for theirs.",
     "cache_salt_by_api_key": "Share cached prefixes only among requests of the same API key.",
 }
 
