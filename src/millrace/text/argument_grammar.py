@@ -84,20 +84,28 @@ class ArgumentGrammar:
         """Parameters in the schema's order, optional ones left out or not, then those of a map.
         None if no arguments match.
         """
-        parts, written = [], []
-        for name in shape.names:
+        parts: list[str] = []
+        names = self._names(shape)
+        for name in names:
             value = self._value(shape.schema(name), self._tool.argument_types(name))
             if value is None or not _is_writable(name):
                 if name in shape.required:
                     self._refuse_if(value is not None, f"no parameter can be called {name!r}")
                     return None
                 continue
-            written.append(name)
             rule = self._rule(f"{literal(f'{PARAMETER}{name}{_NAME_END}')} {value}")
             parts.append(rule if name in shape.required else f"{rule}?")
-        entries = self._entries(shape)
+        entries = self._entries(shape, names)
         parts.append(self._map(shape, len(shape.required), len(parts), entries))
         return " ".join(part for part in parts if part) or '""'
+
+    def _names(self, shape: Shape) -> list[str]:
+        """The names that a shape lists, and those of its map that other shapes list: the parser
+        reads such a parameter by the types of all of them.
+        """
+        others = [name for other in self._tool.shapes.all for name in other.names]
+        mapped = [name for name in others if name not in shape.names and shape.types(name)]
+        return list(dict.fromkeys([*shape.names, *mapped]))
 
     def _refuse_if(self, unbound: bool, problem: str) -> None:
         if unbound and self._exact:
@@ -117,7 +125,7 @@ class ArgumentGrammar:
             return f"{rule}*"
         return f"{rule}{{{least},{'' if most is None else most}}}"
 
-    def _entries(self, shape: Shape) -> list[str]:
+    def _entries(self, shape: Shape, names: Sequence[str]) -> list[str]:
         """The parameters of other names: one rule for each set of patterns that may find them."""
         patterns = shape.patterns
         if len(patterns) > MAX_PATTERNS:
@@ -136,7 +144,7 @@ class ArgumentGrammar:
                 continue
             unlike = [f"~{terminals[one]}" for one in patterns if one not in some]
             like = [terminals[one] for one in some]
-            key = " & ".join([_name_terminal(shape.names), *like, *unlike])
+            key = " & ".join([_name_terminal(names), *like, *unlike])
             head = self._terminal(f"{literal(PARAMETER)} ({key}) {literal(_NAME_END)}")
             found.append(f"{head} {value}")
         return found
@@ -146,7 +154,8 @@ class ArgumentGrammar:
         found = types_of(shape.schema_of_others(patterns), self._root)
         for other in self._tool.shapes.all if found else ():
             if other is not shape:
-                found |= types_of(other.schema_of_others(()), self._root)
+                for some in [(), *((one,) for one in other.patterns)]:
+                    found |= types_of(other.schema_of_others(some), self._root)
         return found
 
     # --- values -----------------------------------------------------------------------------------

@@ -248,6 +248,13 @@ def test_closing_tags_may_be_missing(kept: int) -> None:
          "</tool_call>", "", [("now", {}), ("weather", {"city": "x"})]),
         ('<tool_call>\n{"name": "now", "arguments": {}}\n{"name": "now", "arguments": {}, "id": 1}'
          "\n</tool_call>", "", [("now", {}), ("now", {})]),
+        # closing tags alone on their lines, with words behind them
+        (xml("weather", city="x").replace("</function>", "stray <b>\n</function>"),
+         "", [("weather", {"city": "x"})]),
+        ("<tool_call>\n<function=weather>\n<parameter=city>\nx\n</function>\nDone.", "Done.",
+         [("weather", {"city": "x"})]),
+        ("<tool_call>\n<function=weather>\n<parameter=city>\nx\n</tool_call>\nDone.", "Done.",
+         [("weather", {"city": "x"})]),
         # the first of two values of one parameter holds
         (xml("weather", city="x").replace("</function>", "<parameter=city>\ny\n</parameter>\n"
          "</function>"), "", [("weather", {"city": "x"})]),
@@ -282,6 +289,7 @@ def test_tags_without_a_call_stay_content(text: str) -> None:
         "<parameter=unknown>\nx",
         'print("</tool_call>")',
         "\n\nempty lines\n\n",
+        "<function name='a'>\n<parameter>\n1\n</parameter>\n2\n</function>\nand more",
         "C:\\dir \\n 'x'",
     ],
 )

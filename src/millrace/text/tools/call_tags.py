@@ -9,6 +9,7 @@ however the text was cut: None means that more text must come before it can be t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container
 
 CALL = "<tool_call>"
@@ -85,6 +86,7 @@ class ValueEnd:
         self._opens = opens
         self._functions = functions
         self._quoted = quoted
+        self._open = Counter[str]()  # elements of the value's own, by their closing tags
 
     def find(self, text: str, line_start: bool, last: bool, at: int = 0) -> tuple[int, bool]:
         """(characters that belong to the value for certain, whether the tag that ends it follows).
@@ -101,14 +103,30 @@ class ValueEnd:
             at += 1
         return len(text), False
 
+    def passed(self, text: str) -> None:
+        """This much of the value has been taken; what `find` is given next follows it."""
+        for tag in CLOSING:
+            self._open[tag] += _still_open(text, tag)
+
+    def _closes(self, text: str, at: int, tag: str, line_start: bool, last: bool) -> bool | None:
+        """Whether a closing tag ends the value. Alone on a line it does, even if the format cannot
+        go on behind it, unless the value has opened an element of that name.
+        """
+        ends = followed(text, at + len(tag), TAGS, last)
+        if ends is not False or not line_start:
+            return ends
+        after = after_space(text, at + len(tag))
+        alone = "\n" in text[at + len(tag) : after]
+        return alone and self._open[tag] + _still_open(text[:at], tag) <= 0
+
     def _ends(self, text: str, at: int, line_start: bool, last: bool) -> bool | None:
         known = begins(text, at, TAGS, last)
         if not known:
             return known
+        line_start = text[at - 1] == "\n" if at else line_start
         for tag in CLOSING:
             if text.startswith(tag, at):
-                return followed(text, at + len(tag), TAGS, last)
-        line_start = text[at - 1] == "\n" if at else line_start
+                return self._closes(text, at, tag, line_start, last)
         if text.startswith(PARAMETER, at):
             name = name_at(text, at + len(PARAMETER), last)
             return self._opens(name[0], line_start) if isinstance(name, tuple) else name
@@ -128,6 +146,11 @@ class ValueEnd:
     def _calls(self, text: str, at: int, last: bool) -> bool | None:
         name = name_at(text, at + len(FUNCTION), last)
         return name[0] in self._functions if isinstance(name, tuple) else name
+
+
+def _still_open(text: str, closing: str) -> int:
+    """Elements that a text opens, less those that it closes."""
+    return text.count(closing.replace("</", "<")[:-1]) - text.count(closing)
 
 
 def _json_name(text: str, last: bool) -> str | bool | None:

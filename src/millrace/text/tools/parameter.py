@@ -97,4 +97,5 @@ class ParameterValue:
         certain -= text[:certain].endswith("\n")  # it may stand before the closing tag
         if certain:
             self._line_start = text[certain - 1] == "\n"
+            self._end.passed(text[:certain])
         return dump(text[:certain])[1:-1], certain
