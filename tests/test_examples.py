@@ -26,7 +26,7 @@ from tests.support.live_server import LiveServer, started, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-SKETCHES = {"docs/model.md"}  # python that needs tensors which the text describes
+SKETCHES = {"docs/model.md"}  # run by tests/model/test_documented_use.py, which has its tensors
 
 
 class Block(NamedTuple):

@@ -9,7 +9,9 @@ and what to use instead. How a command line is rewritten by these tables is the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from millrace.errors import ConfigError
 
 VLLM_VERSION = "0.33"
 
@@ -325,6 +327,24 @@ def positive_form(flag: str) -> tuple[str, bool] | None:
     if flag.startswith("--enable-"):
         return f"--disable-{flag[9:]}", False
     return None
+
+
+def own_keywords(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Of the keywords of vLLM's `LLM`, those that are not in these tables, and a note for each of
+    the others that has no effect. Raises ConfigError for what is refused.
+    """
+    kept, notes = {}, []
+    for name, value in options.items():
+        row = TABLE.get(f"--{name.replace('_', '-')}")
+        if row is None:
+            kept[name] = value
+        elif row.fate == "harmless":
+            notes.append(f"{name} ({row.words})")
+        elif value in (None, False, {}, []) or str(value) in row.harmless_at:
+            notes.append(f"{name} (as it is anyway)")
+        else:
+            raise ConfigError(f"{name} {value!r}: {row.words}")
+    return kept, notes
 
 
 # --- docs/vllm_flags.md ------------------------------------------------------------------------
