@@ -11,6 +11,7 @@ One thread at a time may use it. For many clients use `millrace serve`.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ from millrace.text.processor import TextProcessor, split_outputs
 from millrace.text.reasoning import opens_reasoning
 from millrace.text.tokenizer import Tokenizer
 from millrace.text.tools.schema import read_tools
+from millrace.vllm_flags import own_keywords
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | Mapping[str, Any]
 
@@ -103,6 +107,8 @@ class RequestOutput:
 class LLM:
     """A loaded model in this process. Options are those of `millrace serve`, in snake_case.
 
+    Those of vLLM's `LLM` that have no effect here are accepted with a note in the log.
+
     generation_config: "auto": the checkpoint's sampling defaults; "vllm": none. engine: the engine
     behind it. Raises UserError for a model or an option that cannot work.
     """
@@ -110,7 +116,10 @@ class LLM:
     def __init__(self, model: str, *, generation_config: str = "auto", **options: Any) -> None:
         if generation_config not in ("auto", "vllm"):
             raise ConfigError(f"generation_config {generation_config!r}: use auto or vllm")
-        args = _with_found_model(engine_args(model=str(model), **options))
+        own, notes = own_keywords(options)
+        if notes:
+            logger.warning("without effect: %s", "; ".join(notes))
+        args = _with_found_model(engine_args(model=str(model), **own))
         directory = Path(args.model)
         tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
         self._processor = TextProcessor.load(

@@ -12,7 +12,15 @@ from millrace.server.command import serve
 from millrace.server.help import GROUPS
 from millrace.server.options import ServerOptions
 from millrace.server.vllm_arguments import Options, Rewritten, rewrite
-from millrace.vllm_flags import PARTS, REFUSED_VALUES, SAME, SYNONYMS, TABLE, positive_form
+from millrace.vllm_flags import (
+    PARTS,
+    REFUSED_VALUES,
+    SAME,
+    SYNONYMS,
+    TABLE,
+    own_keywords,
+    positive_form,
+)
 
 FIELDS = {*EngineArgs.__struct_fields__, *ServerOptions.__struct_fields__}
 NAMES = {f"--{name.replace('_', '-')}" for name in FIELDS} | {"--config"}
@@ -158,3 +166,19 @@ def test_every_group_of_the_help_names_options() -> None:
     listed = [name for names in GROUPS.values() for name in names]
     assert len(listed) == len(set(listed))
     assert set(listed) <= FIELDS - {"model"}
+
+
+def test_keywords_of_vllms_llm_go_through_the_same_table() -> None:
+    given = {
+        "seed": 1,
+        "trust_remote_code": True,
+        "pipeline_parallel_size": 1,
+        "enable_lora": False,
+    }
+    own, notes = own_keywords(given)
+    assert own == {"seed": 1}
+    assert [note.split()[0] for note in notes] == [
+        *("trust_remote_code", "pipeline_parallel_size", "enable_lora"),
+    ]
+    with pytest.raises(ConfigError, match="enable_lora True: LoRA adapters are not served"):
+        own_keywords({"enable_lora": True})
