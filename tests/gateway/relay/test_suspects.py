@@ -154,6 +154,29 @@ def test_a_copy_of_a_request_that_failed_once_goes_to_one_more_replica() -> None
     run(scenario())
 
 
+def test_an_only_replica_whose_engine_dies_of_it_sees_it_twice() -> None:
+    async def scenario() -> None:
+        async with poisoned("engine dies", 1) as ((only,), made, target):
+            assert [(await post(target, BAD)).status for _ in range(2)] == [503, 503]
+            refused = await post(target, BAD)
+            assert (refused.status, only.seen) == (502, 2)
+            assert up(made) == 1
+
+    run(scenario())
+
+
+def test_a_replica_without_capacity_is_not_ejected() -> None:
+    async def scenario() -> None:
+        async with poisoned("drop", 2) as (replicas, made, target):
+            for replica in replicas:
+                replica.behaviour, replica.kind = "unavailable", "other"
+            answers = [(await post(target, f"good {number}")).status for number in range(20)]
+            assert set(answers) == {503}
+            assert up(made) == 2
+
+    run(scenario())
+
+
 def test_a_clients_mistake_in_a_stream_is_passed_on_and_costs_no_replica() -> None:
     async def scenario() -> None:
         async with poisoned("client's mistake", 2) as (replicas, made, target):

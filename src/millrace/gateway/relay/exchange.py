@@ -220,10 +220,14 @@ class Exchange:
 
     def _is_last_answer(self, status: int, head: ResponseHead, first: bytes) -> bool:
         """Whether the client gets this 429 or 503. False: another replica is tried."""
+        died = "answered that its engine has died"
+        engine_died = status == 503 and _ENGINE_DEAD in first
         if not self._candidates.untried():
+            if engine_died and self.replica is not None:
+                self._report(self.replica, died, reached=True, reported=True, lost=False)
             return True
-        if status == 503 and _ENGINE_DEAD in first:
-            self.failed("answered that its engine has died")
+        if engine_died:
+            self.failed(died)
             return False
         if status == 429:
             wait = header(head.headers, b"retry-after").decode("latin-1")

@@ -33,6 +33,7 @@ from millrace.gateway.routing.suspects import Failure, FailureBurst, Outcome, Su
 
 State = Literal["up", "down", "draining"]
 
+_NO_EVIDENCE = (501, 503)  # errors of the server that do not speak against a replica
 _FEW = 32  # replicas times processes; above it numpy is faster
 _INITIAL_MEAN_OUTPUT = 128.0  # output tokens, until responses have been seen
 
@@ -265,12 +266,13 @@ class ReplicaSet:
         self._report(replica.member.id, failure)
 
     def record_answer(self, replica: Replica, status: int, request: Request, suspect: bool) -> None:
-        """A request was answered in full. An error of the server counts as a failure, except 501:
-        that one is about the request. suspect: replicas had failed on the request before."""
-        if status >= 500 and status != 501:
-            self.report_failure(
-                replica, Failure(f"answered {status}", digest_of(request), reached=False)
-            )
+        """A request was answered in full. An error of the server counts as a failure, except 501,
+        which is about the request, and 503, which is about load. suspect: replicas had failed on
+        the request before."""
+        if status >= 500:
+            if status not in _NO_EVIDENCE:
+                failure = Failure(f"answered {status}", digest_of(request), reached=False)
+                self.report_failure(replica, failure)
             return
         self.process_counters.add(replica.slot, ENDED, 1)
         if suspect or replica.member.failing:
