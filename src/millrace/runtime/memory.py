@@ -68,8 +68,10 @@ def plan_memory(
 def enough_memory(
     costs: Costs, *, max_num_seqs: int, pages_per_request: int, num_snapshots: int | None
 ) -> int:
-    """Bytes with which every sequence can have its full length, and a snapshot."""
-    snapshots = max_num_seqs if num_snapshots is None else num_snapshots
+    """Bytes with which every sequence can have its full length, and as many snapshots as are
+    useful."""
+    useful = SNAPSHOTS_PER_SEQUENCE * max_num_seqs
+    snapshots = useful if num_snapshots is None else num_snapshots
     pages = pages_per_request * max_num_seqs + 1
     return (max_num_seqs + 1) * costs.slot + pages * costs.page + snapshots * costs.snapshot
 

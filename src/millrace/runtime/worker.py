@@ -47,6 +47,7 @@ DTYPES = {
 # but at most this share of the free memory, and CPU_MOST.
 CPU_SHARE = 0.4
 CPU_MOST = 4 << 30
+CPU_LEAST = 256 << 20  # so that a few short sequences have a useful prefix cache
 LONGEST_MEASURED = 1024  # most rows of an all-reduce message that is measured
 
 
@@ -177,6 +178,7 @@ class Worker:
             pages_per_request=self.config.max_pages_per_request,
             num_snapshots=args.num_snapshots,
         )
+        enough = max(enough, CPU_LEAST)
         return min(enough, int(_available_memory() * CPU_SHARE) // self.ranks.size, CPU_MOST)
 
     def _workspace(self) -> int:
