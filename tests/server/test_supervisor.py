@@ -21,7 +21,7 @@ from millrace.server.options import ServerOptions
 from millrace.server.supervisor import supervise
 from tests.support.fake_engine import VARIABLE as ENGINE_VARIABLE
 from tests.support.fake_engine import Behaviour
-from tests.support.live_server import SANDBOX, SERVE_FAKE, started, wait_for
+from tests.support.live_server import SANDBOX, SERVE_FAKE, command_line, started, wait_for
 
 FAST = BackoffPolicy(first=0.01, longest=0.05)
 # Runs a command under the supervisor: argv[1] restarts, the rest the command.
@@ -126,7 +126,7 @@ def test_a_server_that_is_killed_comes_back_on_its_port(text_model: Path, tmp_pa
         for _ in range(2):
             (server,) = psutil.Process(supervisor.process.pid).children()
             below = server.children(recursive=True)
-            assert [one for one in below if SANDBOX in one.cmdline()]
+            assert [one for one in below if SANDBOX in command_line(one)]
             os.kill(server.pid, signal.SIGSEGV)
             assert httpx.get(f"{url}/version", timeout=30).status_code == 200
             wait_for(lambda: httpx.get(f"{url}/health", timeout=30).status_code == 200, 30)

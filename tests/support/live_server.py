@@ -46,12 +46,12 @@ class LiveServer:
         assert self.process.poll() is None, self.log
 
     def engine(self) -> psutil.Process:
-        (engine,) = [one for one in self._processes() if "--socket-dir" in one.cmdline()]
+        (engine,) = [one for one in self._processes() if "--socket-dir" in command_line(one)]
         return engine
 
     def sandboxes(self) -> list[psutil.Process]:
         """The processes that work on clients' data."""
-        return [one for one in self._processes() if SANDBOX in one.cmdline()]
+        return [one for one in self._processes() if SANDBOX in command_line(one)]
 
     def _processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -68,6 +68,14 @@ class LiveServer:
         return self.metric("millrace:num_requests_running") + self.metric(
             "millrace:num_requests_waiting"
         )
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """A process's arguments; none once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 10.0) -> None:

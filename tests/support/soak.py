@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.support.live_server import command_line
+
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven")
 SHARED = " ".join(WORDS * 6)  # what many prompts begin with
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -336,7 +338,7 @@ def holdings(url: str, pid: int) -> HeldResources:
         return float(found.group(1))
 
     server = psutil.Process(pid)
-    (engine,) = [one for one in server.children() if "--socket-dir" in one.cmdline()]
+    (engine,) = [one for one in server.children() if "--socket-dir" in command_line(one)]
     return HeldResources(
         running=metric("num_requests_running"),
         waiting=metric("num_requests_waiting"),

@@ -22,7 +22,7 @@ from millrace.server.sandbox.pool import (
     SandboxOptions,
 )
 from millrace.text.tokenizer import Tokenizer
-from tests.support.live_server import SANDBOX
+from tests.support.live_server import SANDBOX, command_line
 
 
 def grammar(text: str) -> OutputGrammar:
@@ -50,7 +50,7 @@ def deep_schema() -> OutputGrammar:
 
 def children() -> list[psutil.Process]:
     """The sandbox processes of this process."""
-    return [one for one in psutil.Process().children() if SANDBOX in one.cmdline()]
+    return [one for one in psutil.Process().children() if SANDBOX in command_line(one)]
 
 
 def run(work: Callable[[Sandbox], Awaitable[None]], **options: object) -> None:
@@ -116,7 +116,7 @@ def test_a_process_that_dies_while_idle_is_replaced() -> None:
         assert isinstance(await sandbox.run(grammar('start: "one"')), Source)
         (child,) = children()
         child.kill()
-        while child.pid in {one.pid for one in children()}:
+        while psutil.pid_exists(child.pid):  # until it is reaped
             await asyncio.sleep(0.01)
         assert isinstance(await sandbox.run(grammar('start: "two"')), Source)
 
