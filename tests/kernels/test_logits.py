@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from millrace.kernels.logits import (
     apply_masks,
-    close_reasoning,
-    completes,
-    drop_improbable,
-    penalise,
+    apply_min_p,
+    apply_penalties,
+    completes_sequence,
+    force_reasoning_end,
     token_logprobs,
 )
 
@@ -38,7 +38,7 @@ def test_penalties_count_what_the_context_holds(
         tapes[row, : len(context)] = torch.tensor(context)
     rates = [torch.full((len(rows),), x) for x in (repetition, presence, frequency)]
     ends = torch.tensor([len(context) for context, _ in rows])
-    got = penalise(logits, tapes, ends, torch.tensor([n for _, n in rows]), *rates)
+    got = apply_penalties(logits, tapes, ends, torch.tensor([n for _, n in rows]), *rates)
     for row, (context, prompt_len) in enumerate(rows):
         for token in range(VOCAB):
             want = float(logits[row, token])
@@ -62,7 +62,7 @@ def test_reasoning_ends_when_it_is_due(rows: list[tuple[list[int], int, int]]) -
     limit = begin + torch.tensor([budget for _, _, budget in rows])
     got = torch.cat([logits, logits]).flip(0)  # rows in any order, among others
     at = torch.arange(2 * len(rows) - 1, -1, -1)[: len(rows)]
-    close_reasoning(got, at, tapes, ends, begin, limit, torch.full_like(ends, end))
+    force_reasoning_end(got, at, tapes, ends, begin, limit, torch.full_like(ends, end))
     assert torch.equal(got[: len(rows)], logits.flip(0))
     got = got[at]
     for row, (context, prompt_len, budget) in enumerate(rows):
@@ -76,7 +76,7 @@ def test_reasoning_ends_when_it_is_due(rows: list[tuple[list[int], int, int]]) -
 def test_min_p_keeps_what_is_probable_enough() -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2)) * 3
     min_p, heat = torch.tensor([0.0, 0.1, 1.0]), torch.tensor([1.0, 0.7, 1.0])
-    got = drop_improbable(logits, min_p, heat)
+    got = apply_min_p(logits, min_p, heat)
     for row in range(3):
         p = torch.softmax(logits[row] / heat[row], 0)
         keep = p >= min_p[row] * p.max()
@@ -101,7 +101,7 @@ def test_a_sequence_is_completed_only_behind_all_its_tokens() -> None:
     tapes = torch.tensor([[1, 2, 3, 4, 0, 0]] * 5)
     ends = torch.tensor([4, 4, 3, 1, 0])
     sequences = torch.tensor([[-1, 4, 9], [3, 4, 9], [2, 3, 9], [9, 1, 5], [-1, -1, 5]])
-    assert completes(tapes, ends, sequences).tolist() == [True, True, True, False, True]
+    assert completes_sequence(tapes, ends, sequences).tolist() == [True, True, True, False, True]
 
 
 def test_logprobs_are_of_the_softmax() -> None:

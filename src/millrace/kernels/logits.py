@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def penalise(
+def apply_penalties(
     logits: Tensor,
     tapes: Tensor,
     ends: Tensor,
@@ -42,7 +42,7 @@ def _counts(logits: Tensor, tapes: Tensor, counted: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_add_(1, tapes, counted.to(logits.dtype))
 
 
-def drop_improbable(logits: Tensor, min_p: Tensor, temperature: Tensor) -> Tensor:
+def apply_min_p(logits: Tensor, min_p: Tensor, temperature: Tensor) -> Tensor:
     """-inf for tokens with less than min_p times the highest probability, at the row's temperature.
 
     logits: float32 [R, V]; min_p in [0, 1] and temperature: float32 [R].
@@ -59,7 +59,7 @@ def apply_masks(logits: Tensor, words: Tensor) -> Tensor:
     return logits.masked_fill(allowed.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
-def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
+def completes_sequence(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
     """Whether the last token of the sequence would complete it at position `end`: bool [R].
 
     tapes: int64 [R, L]; ends: int64 [R]; sequences: int64 [R, M], right-aligned, -1 in front.
@@ -72,7 +72,7 @@ def completes(tapes: Tensor, ends: Tensor, sequences: Tensor) -> Tensor:
     return ((before < 0) | ((places >= 0) & (found == before))).all(1)
 
 
-def close_reasoning(
+def force_reasoning_end(
     logits: Tensor, rows: Tensor, tapes: Tensor, ends: Tensor, begin: Tensor, limit: Tensor,
     token: Tensor,
 ) -> None:  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a GPU's largest steps take beyond weights and caches, found by running them.
+"""The memory that a GPU's largest steps need beyond weights and caches, measured by running them.
 
-Their rows run on scratch caches of one page: a block table of zeros sends every key and value to
-the null page, and decode rows all run on the null slot. So nothing is needed but the workspace that
-is measured, and what the steps compile is compiled before the first request. Ranks rehearse alike.
+The steps run on scratch caches of one page: a block table of zeros sends every key and value to the
+null page, and all decode rows use the null slot. So only the workspace is allocated, which is
+measured, and what the steps compile is compiled before the first request. All ranks do the same.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ BETWEEN = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 
 def workspace_bytes(
-    config: EngineConfig, build: Callable[[EngineConfig], Runner], settle: Callable[[], None]
+    config: EngineConfig,
+    build: Callable[[EngineConfig], Runner],
+    wait_for_device: Callable[[], None],
 ) -> int:
-    """Bytes that the largest steps and the graphs take at once, on the current GPU.
+    """Bytes that the largest steps and the graphs need together, on the current GPU.
 
-    build: a runner with caches of one page for the slots that a config asks for. settle: waits for
-    the device, and not for ranks that are gone.
+    build: a runner with caches of one page for the slots that a config asks for. wait_for_device:
+    has a limit, so it ends if ranks have failed.
     """
-    _collect(settle)
+    _collect(wait_for_device)
     runner = build(_few_slots(config))
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     run_largest_steps(config, runner)
-    settle()
+    wait_for_device()
     steps = torch.cuda.max_memory_reserved() - before
     graphs = 0
     if not config.args.enforce_eager:
-        _collect(settle)
+        _collect(wait_for_device)
         before = torch.cuda.memory_reserved()
         runner.capture(config, largest_only=True)
-        _collect(settle)
+        _collect(wait_for_device)
         graphs = torch.cuda.memory_reserved() - before
         graphs += len(list(GraphSizes.of(config).all())) * GRAPH_BYTES
     del runner
-    _collect(settle)
+    _collect(wait_for_device)
     return steps + graphs
 
 
 def run_largest_steps(config: EngineConfig, runner: Runner) -> None:
-    """A row beside one token at ever longer contexts, for which other kernels are compiled.
+    """Run a decode row with one prompt token at growing contexts, which need different kernels.
 
-    Then the largest step of prompts alone, the largest of decode rows beside prompts, and several
-    short prompts. The first have too few tokens for DeepGEMM, whose kernels are compiled by other
-    processes meanwhile.
+    Then run the largest step with prompts only, the largest with decode rows and prompts, and
+    several short prompts. The first steps have too few tokens for DeepGEMM, whose kernels other
+    processes compile meanwhile.
     """
     for context in _contexts(config):
         runner.run(_step([Chunk(1, 0, 1, last=True)], [0], context))
@@ -67,12 +69,11 @@ def run_largest_steps(config: EngineConfig, runner: Runner) -> None:
 
 
 def token_counts(config: EngineConfig) -> list[int]:
-    """Tokens that a step's products may have: the rehearsal's, and those of the steps to come.
+    """Token counts of a step's GEMMs: those of the profile run, and of later steps.
 
     Steps with prompts that run in no graph may have any number. Kernels are tiled by 16 and 32
-    tokens and by multiples of 64, and the ways of products (kernels/gpu/gemm/choice.py) change
-    there and at a few numbers between, so those stand for the ones below them; large ones differ
-    little.
+    tokens and by multiples of 64, and GEMM backends (kernels/gpu/gemm/choice.py) change there and
+    at a few numbers between. So each of these covers the smaller ones; large ones differ little.
     """
     width, batched = config.drafts + 1, config.max_num_batched_tokens
     alone, beside, short = (
@@ -92,7 +93,7 @@ def token_counts(config: EngineConfig) -> list[int]:
 
 
 def row_counts(config: EngineConfig) -> list[int]:
-    """Rows that a step may draft for, as `token_counts` has tokens."""
+    """Numbers of rows that a step may draft for, as in `token_counts`."""
     alone, beside = (
         len(_chunks(config, tokens))
         for tokens in (config.max_num_batched_tokens, config.mixed_prefill_tokens)
@@ -110,7 +111,7 @@ def _few_slots(config: EngineConfig) -> EngineConfig:
 
 
 def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
-    """Whole prompts, as long as they may be, that fill a step; slot 0 is the null slot."""
+    """Prompts of the greatest length that fill a step; slot 0 is the null slot."""
     longest = config.max_model_len - 1
     counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     counts = counts[: config.max_num_seqs]
@@ -120,7 +121,7 @@ def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
 def _short(config: EngineConfig) -> list[Chunk]:
     count = min(SHORT, config.max_model_len - 1)
     prompts = min(SEVERAL, config.max_num_seqs, config.max_num_batched_tokens // count)
-    start = config.max_model_len - 1 - count  # as far as may be, since kernels differ there too
+    start = config.max_model_len - 1 - count  # as late as possible, since kernels differ there too
     return [Chunk(slot, start, count, last=True) for slot in range(1, max(prompts, 1) + 1)]
 
 
@@ -149,7 +150,7 @@ def _step(chunks: list[Chunk], decode: list[int], context: int = 0) -> StepPlan:
     )  # fmt: skip
 
 
-def _collect(settle: Callable[[], None]) -> None:
-    settle()  # first: what frees memory waits for the device
+def _collect(wait_for_device: Callable[[], None]) -> None:
+    wait_for_device()  # first: to free memory waits for the device without a limit
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Drafts are what a head says that ran whole, over the whole sequence, in one go.
 
-The runner's head remembers tokens step by step, chunk by chunk, behind drafts that fell, and goes
-through its layer at a row's last token only. None of that may show.
+The runner's head writes keys and values step by step, chunk by chunk, after rejected drafts, and
+goes through its layer at a row's last token only. None of that may show.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def test_drafts_are_those_of_a_whole_head(
         generate(engine, PROMPTS, TOKENS)
     whole = WholeHead(engine.worker.runner._model)  # type: ignore[attr-defined]
     stats = engine.stats()
-    assert stats.drafts > stats.accepted_per_position[0] > 10, "some must stand and some must fall"
+    assert stats.drafts > stats.accepted_per_position[0] > 10, (
+        "some must be accepted and some rejected"
+    )
     assert stats.accepted_per_position[-1] > 1
     assert bool(stats.prefix_hits) == bool(options.get("enable_prefix_caching"))
     for one in set(seen):
@@ -180,7 +182,7 @@ def answered(
         pytest.param(1, 0.0, {"tensor_parallel_size": 2}, id="1-ranks"),
     ],
 )
-def test_with_an_output_head_in_fp8_as_many_drafts_stand(
+def test_an_fp8_output_head_accepts_as_many_drafts(
     k: int, temperature: float, options: dict[str, Any]
 ) -> None:
     """Within 0.2% of those that the exact one makes on one rank, and what is said is the same."""
@@ -219,7 +221,7 @@ def test_an_output_head_in_fp8_changes_no_token(
 
 
 def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
-    """Spoiled, it makes none that stands, and costs nothing but time."""
+    """A spoiled head makes no accepted draft, and costs only time."""
     prompts, outputs, stood = [[5, 90, 17, 300], [44] * 9], [], []
     for spoiled in (False, True):
         speculative = {"num_speculative_tokens": 1, "quantization": "fp8"}

@@ -229,7 +229,7 @@ def test_no_rule_takes_many_rows_at_once(tiny_model: Path, monkeypatch: pytest.M
 
         return run
 
-    names = {"penalise", "drop_improbable", "apply_masks", "token_logprobs"}
+    names = {"apply_penalties", "apply_min_p", "apply_masks", "token_logprobs"}
     for name in names:
         monkeypatch.setattr(processors, name, noted(name, getattr(processors, name)))
     engine = build(tiny_model, speculative_config={"num_speculative_tokens": 3})

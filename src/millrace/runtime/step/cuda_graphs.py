@@ -6,7 +6,7 @@ tokens beyond those asked for are padding. So a graph serves every step that fit
 there is one for each bucket of decode rows alone, and one for each bucket of tokens, times a few
 classes of decode rows beside them, for steps with prompts. What follows depends on the sampled rows
 alone, so it has graphs of its own, by their number: counts add up and do not multiply, and a step
-whose rows have wishes takes the same forward. All graphs read one vector and pass on one buffer of
+with logits processors uses the same forward. All graphs read one vector and pass on one buffer of
 hidden vectors.
 """
 
@@ -64,7 +64,7 @@ class _Captured:
 def _recorded(
     run: Callable[[], Tensor | None], graph: torch.cuda.CUDAGraph, pool: Any, stream: Any
 ) -> Tensor | None:
-    """Capture what `run` launches. Nothing is freed meanwhile that waits for the device.
+    """Capture what `run` launches. Nothing is freed meanwhile, because that waits for the device.
 
     `torch.cuda.graph` would also empty PyTorch's cache each time, and the next one fill it again.
     """
@@ -87,23 +87,23 @@ def _recorded(
 class Parts:
     """The two parts of a step, without host or sync.
 
-    forward: writes the hidden vectors of the tokens that the numbers tell of to the buffer [T, H].
+    forward: writes the hidden vectors of the numbers' tokens to the buffer [T, H].
     tail: from that buffer to the step's result [R, ...]. fits: whether the lengths of a plan's
-    chunks may run in a graph. products: the model's products of so many tokens, of which each has
-    kernels of its own.
+    chunks may run in a graph. gemms: runs the model's GEMMs for so many tokens, which have their
+    own kernels.
     """
 
     forward: Callable[[Numbers, Room, Tensor], None]
     tail: Callable[[Numbers, Tensor, bool], Tensor]
     fits: Callable[[StepPlan], bool]
-    products: Callable[[int], None]
+    gemms: Callable[[int], None]
 
 
 class StepGraphs:
     """Captures the parts of steps and replays them.
 
     hidden: [T, H], the buffer, for the tokens of the largest step. context: no row is ever longer.
-    settle: waits for the device, and not for ranks that are gone.
+    wait_for_device: has a limit, so it ends if ranks have failed.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class StepGraphs:
         sizes: GraphSizes,
         hidden: Tensor,
         context: int,
-        settle: Callable[[], None],
+        wait_for_device: Callable[[], None],
     ) -> None:
-        self._parts, self._settle = parts, settle
+        self._parts, self._wait_for_device = parts, wait_for_device
         self._sizes, self._context = sizes, context
         self._width, self._device = sizes.width, hidden.device
         self._vector = torch.zeros(len(sizes.most), dtype=torch.int64, device=hidden.device)
@@ -139,7 +139,7 @@ class StepGraphs:
         if self._device.type != "cuda":
             return _Captured(run)
         self._prepare(key, run)
-        self._settle()
+        self._wait_for_device()
         graph = torch.cuda.CUDAGraph()
         out = _recorded(run, graph, self._pool, self._stream)
         self._pool = self._pool or graph.pool()
@@ -147,9 +147,9 @@ class StepGraphs:
 
     def _prepare(self, key: Forward | Tail, run: Callable[[], object]) -> None:
         """Compile and load what is used for the first time. Forwards beside the same decode rows
-        differ in the tiling of products alone."""
+        differ only in the tiling of GEMMs."""
         if isinstance(key, Forward) and key.chunks and key.decode in self._seen:
-            self._parts.products(key.tokens)
+            self._parts.gemms(key.tokens)
             return
         run()
         if isinstance(key, Forward) and key.chunks:

@@ -69,7 +69,7 @@ class Numbers:
 
 def listed(plan: StepPlan, width: int, sizes: Sizes, first: list[int] | None = None) -> list[int]:
     """A plan's numbers, filled up with zeros to `sizes`. first: of the sampled rows, their first
-    tokens, where they do not stand as in the plan."""
+    tokens, if they are not in the plan's order."""
     chunks, decode = plan.chunks, plan.decode
     if first is None:
         ends = zip(chunks, chunk_ends(plan, width), strict=True)
@@ -172,7 +172,7 @@ def row_ends(plan: StepPlan, batch: Batch, ends: Tensor) -> SelectedTokens:
 
 
 def places(slots: Tensor, positions: Tensor, caches: Caches) -> Batch:
-    """Tokens that are remembered and attend to nothing. slots, positions: int64 [T]."""
+    """Tokens of which only keys and values are written. slots, positions: int64 [T]."""
     return Batch(slots, positions, caches.kv_rows(slots, positions), None, None)
 
 

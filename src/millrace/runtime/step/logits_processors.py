@@ -1,8 +1,7 @@
-"""What few requests ask of a step beyond temperature, top_k and top_p: from Extras to tensors.
+"""Sampling options beyond temperature, top_k and top_p, which few requests use: Extras to tensors.
 
-A step whose rows ask for nothing never comes here. Everything a candidate's context decides is read
-from the tape, so nothing is kept from step to step but the wishes themselves. Nothing waits for the
-device.
+Steps without such rows do not come here. Everything that depends on a candidate's context is read
+from the tape, so only the options are kept from step to step. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from torch import Tensor
 
 from millrace.kernels.logits import (
     apply_masks,
-    close_reasoning,
-    completes,
-    drop_improbable,
-    penalise,
+    apply_min_p,
+    apply_penalties,
+    completes_sequence,
+    force_reasoning_end,
     token_logprobs,
 )
 from millrace.protocol import Admission, Extras, Masks, StepPlan
 from millrace.runtime.step.slots import Slots
 from millrace.runtime.step.upload import upload
 
-# Rows of prompt log-probabilities computed at once: their logits are the largest tensor of a step.
+# Rows of prompt log-probabilities computed at once; their logits are a step's largest tensor.
 PROMPT_ROWS = 128
-# And of a step's candidates that one rule works on: it may take eight times the size of their
-# logits, in float32, and no memory was set aside for that.
+# Candidates that one processor works on at once: it may need eight times the size of their logits
+# in float32, and no memory is set aside for that.
 AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities on the device. rows: what each of the N lines stands for, see the user.
+    """Log-probabilities on the device. rows: what each of the N lines belongs to; see the caller.
 
     ids: int64 [N, 1 + K]; values: float32 [N, 1 + K]; ranks: int64 [N]; as `token_logprobs` says.
     """
@@ -57,15 +56,14 @@ class _RowOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A candidate of a sampled row that asks for something. index: among all candidates, of which
-    every row has `width`."""
+    """A candidate of a row with options. index: among all candidates; every row has `width`."""
 
     index: int
-    wish: _RowOptions
+    options: _RowOptions
 
 
 class LogitsProcessors:
-    """The wishes of every slot."""
+    """The options of every slot."""
 
     def __init__(self, slots: Slots, width: int, vocab_size: int) -> None:
         self._slots = slots
@@ -74,8 +72,8 @@ class LogitsProcessors:
         self._device = slots.length.device
         self._by_slot: dict[int, _RowOptions] = {}
 
-    def note(self, admission: Admission) -> None:
-        """A request takes a slot."""
+    def admit(self, admission: Admission) -> None:
+        """A request gets a slot."""
         extras = admission.extras
         if extras is None:
             self._by_slot.pop(admission.slot, None)
@@ -87,21 +85,23 @@ class LogitsProcessors:
         self._by_slot[admission.slot] = _RowOptions(extras, admission.stop_token_ids, allowed)
 
     def of_step(self, plan: StepPlan) -> StepProcessors | None:
-        """What the step's sampled rows ask for; None if that is nothing."""
+        """The processors of the step's sampled rows; None if no row has options."""
         if not self._by_slot:
             return None
         found = []
         for row, slot in enumerate(plan.sampled_slots):
             width = self._width if row < len(plan.decode) else 1
-            if wish := self._by_slot.get(slot):
+            if options := self._by_slot.get(slot):
                 first = row * self._width
-                found += [_Candidate(first + place, wish) for place in range(width)]
+                found += [_Candidate(first + place, options) for place in range(width)]
         return StepProcessors(found, self._slots) if found else None
 
     def reads_prompts(self, plan: StepPlan) -> bool:
         """Whether `prompt_logprobs` reads the hidden of this plan's chunks."""
         processors = (self._by_slot.get(chunk.slot) for chunk in plan.chunks)
-        return any(wish is not None and wish.extras.prompt_logprobs >= 0 for wish in processors)
+        return any(
+            options is not None and options.extras.prompt_logprobs >= 0 for options in processors
+        )
 
     def prompt_logprobs(
         self, plan: StepPlan, hidden: Tensor, offset: int, head: Callable[[Tensor], Tensor]
@@ -113,22 +113,22 @@ class LogitsProcessors:
         out = []
         starts = accumulate((chunk.count for chunk in plan.chunks), initial=offset)
         for chunk, start in zip(plan.chunks, starts, strict=False):
-            wish = self._by_slot.get(chunk.slot)
-            if wish is None or wish.extras.prompt_logprobs < 0:
+            options = self._by_slot.get(chunk.slot)
+            if options is None or options.extras.prompt_logprobs < 0:
                 continue
-            count = min(chunk.start + chunk.count, wish.extras.prompt_len - 1) - chunk.start
+            count = min(chunk.start + chunk.count, options.extras.prompt_len - 1) - chunk.start
             for at in range(0, max(count, 0), PROMPT_ROWS):
                 rows = min(PROMPT_ROWS, count - at)
                 first = chunk.start + at + 1
                 tokens = self._slots.tokens[chunk.slot, first : first + rows]
                 logits = head(hidden[start + at : start + at + rows]).float()
-                found = token_logprobs(logits, tokens, wish.extras.prompt_logprobs)
+                found = token_logprobs(logits, tokens, options.extras.prompt_logprobs)
                 out.append((chunk.slot, first, Logprobs(list(range(rows)), *found)))
         return out
 
 
 class StepProcessors:
-    """The wishes of one step's candidates."""
+    """The options of one step's candidates."""
 
     def __init__(self, candidates: list[_Candidate], slots: Slots) -> None:
         self._candidates = candidates
@@ -139,7 +139,7 @@ class StepProcessors:
     @property
     def masked(self) -> bool:
         """Whether a row follows a grammar."""
-        return any(c.wish.extras.masked for c in self._candidates)
+        return any(c.options.extras.masked for c in self._candidates)
 
     def adjust(
         self, logits: Tensor, slots: Tensor, ends: Tensor, context: int, masks: Masks | None
@@ -149,7 +149,7 @@ class StepProcessors:
         logits: [C, V] as the model has them. slots, ends: int64 [C], each candidate's slot and the
         position its token will take. context: no end is greater. masks: of the step's grammars.
         """
-        self._raw = logits if self._wanting_logprobs() else None  # before any rule
+        self._raw = logits if self._wanting_logprobs() else None  # before any processor
         logits = logits.to(torch.float32, copy=True)
         if masks is not None:
             self._apply_masks(logits, masks)
@@ -157,31 +157,32 @@ class StepProcessors:
         self._add_bias(logits)
         self._hold_stops_back(logits, ends)
         self._ban_words(logits, slots, ends)
-        self._penalise(logits, slots, ends, context)
-        self._drop_improbable(logits, slots)
-        self._close_reasoning(logits, slots, ends, context)
+        self._apply_penalties(logits, slots, ends, context)
+        self._apply_min_p(logits, slots)
+        self._force_reasoning_end(logits, slots, ends, context)
         return logits
 
     def logprobs(self, drawn: Tensor) -> Logprobs | None:
-        """Of the drawn tokens (int64 [C]), by candidate; None if nobody asked."""
+        """Log-probabilities of the sampled tokens (int64 [C]) by candidate; None if not asked
+        for."""
         if self._raw is None:
             return None
         wanting = self._wanting_logprobs()
         indices = [c.index for c in wanting]
-        top = max(c.wish.extras.logprobs for c in wanting)
+        top = max(c.options.extras.logprobs for c in wanting)
         found = [
             token_logprobs(self._raw[rows].float(), drawn[rows], top)
             for rows in upload(indices, self._device).split(AT_ONCE)
         ]
         return Logprobs(indices, *(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    # --- one rule each, in the order in which they apply --------------------------------------
+    # --- processors, in the order in which they apply -----------------------------------------
 
     def _wanting_logprobs(self) -> list[_Candidate]:
-        return [c for c in self._candidates if c.wish.extras.logprobs >= 0]
+        return [c for c in self._candidates if c.options.extras.logprobs >= 0]
 
     def _apply_masks(self, logits: Tensor, masks: Masks) -> None:
-        indices = [c.index for c in self._candidates if c.wish.extras.masked]
+        indices = [c.index for c in self._candidates if c.options.extras.masked]
         words = torch.frombuffer(bytearray(masks.words), dtype=torch.int32)
         words = words.view(len(indices), -1)
         if self._device.type != "cpu":
@@ -190,7 +191,9 @@ class StepProcessors:
         _revise(logits, rows, lambda some, part: apply_masks(some, words[part]))
 
     def _allow(self, logits: Tensor) -> None:
-        chosen = [(c.index, c.wish.allowed) for c in self._candidates if c.wish.allowed is not None]
+        chosen = [
+            (c.index, c.options.allowed) for c in self._candidates if c.options.allowed is not None
+        ]
         if chosen:
             rows = upload([index for index, _ in chosen], self._device)
             words = torch.stack([words for _, words in chosen])
@@ -200,7 +203,7 @@ class StepProcessors:
         terms = [
             (c.index, token, bias)
             for c in self._candidates
-            for token, bias in c.wish.extras.logit_bias.items()
+            for token, bias in c.options.extras.logit_bias.items()
         ]
         if terms:
             rows, tokens, biases = zip(*terms, strict=True)
@@ -209,10 +212,10 @@ class StepProcessors:
 
     def _hold_stops_back(self, logits: Tensor, ends: Tensor) -> None:
         terms = [
-            (c.index, token, c.wish.extras.min_total)
+            (c.index, token, c.options.extras.min_total)
             for c in self._candidates
-            if c.wish.extras.min_total
-            for token in c.wish.stop_ids
+            if c.options.extras.min_total
+            for token in c.options.stop_ids
         ]
         if terms:
             rows, tokens, limits = zip(*terms, strict=True)
@@ -220,7 +223,7 @@ class StepProcessors:
             self._add(logits, rows, tokens, _ban(early))
 
     def _ban_words(self, logits: Tensor, slots: Tensor, ends: Tensor) -> None:
-        terms = [(c.index, word) for c in self._candidates for word in c.wish.extras.bad_words]
+        terms = [(c.index, word) for c in self._candidates for word in c.options.extras.bad_words]
         if not terms:
             return
         longest = max(len(word) for _, word in terms)
@@ -228,14 +231,14 @@ class StepProcessors:
         rows = [index for index, _ in terms]
         at = upload(rows, self._device)
         tapes = self._slots.tokens[slots[at]]
-        hit = completes(tapes, ends[at], upload(padded, self._device))
+        hit = completes_sequence(tapes, ends[at], upload(padded, self._device))
         self._add(logits, rows, [word[-1] for _, word in terms], _ban(hit))
 
-    def _penalise(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
-        chosen = [c for c in self._candidates if _penalised(c.wish.extras)]
+    def _apply_penalties(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
+        chosen = [c for c in self._candidates if _has_penalties(c.options.extras)]
         if not chosen:
             return
-        extras = [c.wish.extras for c in chosen]
+        extras = [c.options.extras for c in chosen]
         table = upload([[c.index for c in chosen], [e.prompt_len for e in extras]], self._device)
         rates = [
             [e.repetition_penalty for e in extras],
@@ -247,48 +250,50 @@ class StepProcessors:
 
         def rule(some: Tensor, part: slice) -> Tensor:
             known, end = tapes[slots[rows[part]]], ends[rows[part]]
-            return penalise(some, known, end, table[1, part], *penalties[:, part].unbind())
+            return apply_penalties(some, known, end, table[1, part], *penalties[:, part].unbind())
 
         _revise(logits, rows, rule)
 
-    def _drop_improbable(self, logits: Tensor, slots: Tensor) -> None:
-        chosen = [c for c in self._candidates if c.wish.extras.min_p > 0]
+    def _apply_min_p(self, logits: Tensor, slots: Tensor) -> None:
+        chosen = [c for c in self._candidates if c.options.extras.min_p > 0]
         if not chosen:
             return
         rows = upload([c.index for c in chosen], self._device)
-        least = upload([c.wish.extras.min_p for c in chosen], self._device, torch.float32)
+        least = upload([c.options.extras.min_p for c in chosen], self._device, torch.float32)
         heat = self._slots.temperature[slots[rows]]
-        _revise(logits, rows, lambda some, part: drop_improbable(some, least[part], heat[part]))
+        _revise(logits, rows, lambda some, part: apply_min_p(some, least[part], heat[part]))
 
-    def _close_reasoning(self, logits: Tensor, slots: Tensor, ends: Tensor, context: int) -> None:
+    def _force_reasoning_end(
+        self, logits: Tensor, slots: Tensor, ends: Tensor, context: int
+    ) -> None:
         terms = [
-            (c.index, c.wish.extras.prompt_len, bound.tokens, bound.end)
+            (c.index, c.options.extras.prompt_len, bound.tokens, bound.end)
             for c in self._candidates
-            if (bound := c.wish.extras.reasoning) is not None
+            if (bound := c.options.extras.reasoning) is not None
         ]
         if not terms:
             return
         rows, begin, budget, token = upload(list(zip(*terms, strict=True)), self._device)
         tapes = self._slots.tokens[:, :context][slots[rows]]
-        close_reasoning(logits, rows, tapes, ends[rows], begin, begin + budget, token)
+        force_reasoning_end(logits, rows, tapes, ends[rows], begin, begin + budget, token)
 
     def _add(
         self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], values: Tensor
     ) -> None:
-        """Add values at (row, token); places named twice get both."""
+        """Add values at (row, token); duplicates add up."""
         at = upload([list(rows), list(tokens)], self._device)
         logits.index_put_((at[0], at[1]), values, accumulate=True)
 
 
 def _revise(logits: Tensor, rows: Tensor, rule: Callable[[Tensor, slice], Tensor]) -> None:
-    """Put what the rule makes of these rows in their place, some at a time. rule: of their logits
-    and of which part of the rows they are."""
+    """Replace these rows by the result of `rule`, some at a time. rule: from their logits, and
+    which part of the rows they are, to new logits."""
     for start in range(0, len(rows), AT_ONCE):
         part = slice(start, start + AT_ONCE)
         logits[rows[part]] = rule(logits[rows[part]], part)
 
 
-def _penalised(extras: Extras) -> bool:
+def _has_penalties(extras: Extras) -> bool:
     penalties = (extras.presence_penalty, extras.frequency_penalty, extras.repetition_penalty)
     return penalties != (0.0, 0.0, 1.0)
 

@@ -1,7 +1,7 @@
-"""One step on the device: forward, sample, accept, draft, keep.
+"""Runs one step on the device: forward, sample, accept, draft, save.
 
-The device decides: which drafts stand, where a sequence ends, how long it is. Nothing here waits
-for the device or reads a value back; the result is tensors that the worker copies out.
+The device decides which drafts are accepted, where a sequence ends and how long it is. Nothing here
+waits for the device or reads a value back; the result is tensors that the worker copies out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MasksOfStep = Callable[[], Masks] | None
 
 
 class Runner:
-    """Carries out plans on one rank's tensors."""
+    """Runs plans on the tensors of one rank."""
 
     def __init__(
         self,
@@ -66,17 +66,17 @@ class Runner:
         self._device = slots.length.device
         heads = model.head, model.draft_output
         self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
-        self._settle = ranks.wait_for_device
+        self._wait_for_device = ranks.wait_for_device
         self._processors = LogitsProcessors(slots, self._width, model.config.vocab_size)
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, masks: MasksOfStep = None) -> StepOutput:
-        """Launch a step. masks: the step's grammars' masks, asked for behind the forward."""
+        """Launch a step. masks: builds the grammar masks; called after the forward."""
         self._admit(plan)
         processors = self._processors.of_step(plan)
         graphs, numbers = self._graphs, None
-        # Prompts beside rows that ask for more run eagerly, as do steps that no graph has room for.
+        # Prompts with rows that use processors run eagerly, and so do steps that fit no graph.
         shared = processors is None or not plan.chunks
         if graphs is not None and shared and graphs.forward(plan):
             hidden = graphs.hidden
@@ -93,56 +93,57 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, config: EngineConfig, largest_only: bool = False) -> int:
-        """Capture the graphs of steps; returns how many. On a CPU, which has none, steps run in the
+        """Capture the graphs of steps; returns how many. A CPU has none; there, steps have the
         sizes of graphs from then on.
 
-        config: which graphs; it may allow more rows than there are slots, to see what they take.
-        largest_only: one of each kind.
+        config: decides which graphs; it may allow more rows than there are slots, to measure
+        memory. largest_only: one of each kind.
         """
         sizes = GraphSizes.of(config)
         parts = Parts(self._forward, self._tail, self._fits, self._model.multiply)
         hidden = self._snapshots.hidden.new_zeros(sizes.most_tokens, self._model.config.hidden_size)
-        self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._settle)
+        self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._wait_for_device)
         return self._graphs.capture(largest_only)
 
     @torch.inference_mode()
     def try_snapshots(self) -> None:
-        """Take one of the null slot and put it back, so that what copies them is compiled."""
+        """Save and restore the null slot, so that the copy kernels are compiled."""
         if len(self._snapshots.hidden):
             null = upload([0], self._device)
             self._snapshots.save(self._caches, null, null, self._snapshots.hidden[null])
             self._snapshots.restore(self._caches, null, null)
 
     def release(self) -> None:
-        """Drop the graphs; no step may follow."""
+        """Free the graphs; no step may follow."""
         self._graphs = None
 
     # --- a step's parts -----------------------------------------------------------------------
 
     def _forward(self, numbers: Numbers, room: Room, hidden: Tensor) -> None:
-        """A forward of tokens that only the device knows, and what it leaves behind."""
+        """The forward for tokens that only the device knows, with its writes to caches."""
         batch = padded_batch(numbers, self._slots.length, self._caches, room)
         out = self._model(self._ids(batch), batch, self._caches)
-        self._pass_on(out, batch)
+        self._finish_forward(out, batch)
         hidden[: room.tokens] = out
 
     def _eager(self, plan: StepPlan, numbers: Numbers) -> Tensor:
-        """The same of tokens that the host knows: [T, H], of those at least that are read."""
+        """The forward for tokens that the host knows: hidden [T, H], at least of those that are
+        read."""
         room = Room(self._width, tokens_of(plan, self._width), plan.context)
         batch = exact_batch(plan, numbers, self._slots.length, self._caches, room)
         every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
-        asked = None
+        selected = None
         if not every:
             ends = upload(chunk_ends(plan, self._width), self._device)
-            asked = row_ends(plan, batch, ends)
-        hidden: Tensor = self._model(self._ids(batch), batch, self._caches, asked)
-        self._pass_on(hidden, batch)
+            selected = row_ends(plan, batch, ends)
+        hidden: Tensor = self._model(self._ids(batch), batch, self._caches, selected)
+        self._finish_forward(hidden, batch)
         return hidden
 
-    def _pass_on(self, hidden: Tensor, batch: Batch) -> None:
-        """Behind a forward: the draft head remembers each token with the one that the tape has
-        behind it (where that is still to be drawn, it remembers it once more when it drafts), and
-        chunks have their tokens.
+    def _finish_forward(self, hidden: Tensor, batch: Batch) -> None:
+        """After a forward: write the draft head's keys and values of each token, from the next
+        token on the tape (if that is not sampled yet, they are written again with the draft), and
+        set the lengths of chunks.
         """
         if self._config.drafts:
             ahead = places(batch.token_slots, batch.positions + 1, self._caches)
@@ -160,23 +161,23 @@ class Runner:
         processors: StepProcessors | None,
         masks: MasksOfStep,
     ) -> StepOutput:
-        """What follows the forward of a plan. numbers: its own, where they are there already."""
+        """What follows the forward of a plan. numbers: its vector, if it is uploaded already."""
         if not plan.sampled_slots:
             return StepOutput()
         if self._graphs is not None and processors is None:
             _, filters = self._sampler.flags(plan)
             return StepOutput(self._graphs.tail(len(plan.sampled_slots), filters))
         rows = self._rows(plan, numbers or self._numbers(plan))
-        return self._after(hidden, rows, plan.context, processors, masks)
+        return self._sample_and_draft(hidden, rows, plan.context, processors, masks)
 
     def _tail(self, numbers: Numbers, hidden: Tensor, filters: bool) -> Tensor:
-        """The same of rows that only the device knows, without wishes."""
+        """The same for rows that only the device knows, without processors."""
         rows = sampled_rows(numbers, self._slots.length, noise=True, filters=filters)
-        out = self._after(hidden, rows, self._longest, None, None).tokens
+        out = self._sample_and_draft(hidden, rows, self._longest, None, None).tokens
         assert out is not None
         return out
 
-    def _after(
+    def _sample_and_draft(
         self,
         hidden: Tensor,
         rows: SampledRows,
@@ -184,11 +185,11 @@ class Runner:
         processors: StepProcessors | None,
         masks: MasksOfStep,
     ) -> StepOutput:
-        """Draw, accept, keep, draft. context: no row is longer afterwards."""
+        """Sample, accept, write the tape, draft. context: no row is longer afterwards."""
         drawn, logprobs = self._sampler.targets(hidden, context, rows, processors, masks)
         count = self._sampler.accept(drawn, rows)
         self._write_tape(drawn, rows, count)
-        self._move_on(rows, count)
+        self._advance_lengths(rows, count)
         if self._config.drafts:
             self._draft(hidden, rows, count, context)
         out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
@@ -202,7 +203,9 @@ class Runner:
 
     def _rows(self, plan: StepPlan, numbers: Numbers) -> SampledRows:
         noise, filters = self._sampler.flags(plan)
-        noise = noise or self._graphs is not None  # one kernel for all: no other is compiled
+        noise = (
+            noise or self._graphs is not None
+        )  # always the kernel with noise: no other is compiled
         return sampled_rows(numbers.cut(Sizes.of(plan)), self._slots.length, noise, filters)
 
     def _fits(self, plan: StepPlan) -> bool:
@@ -220,8 +223,8 @@ class Runner:
         if plan.admissions:
             self._slots.admit(plan.admissions)
             for admission in plan.admissions:
-                self._sampler.note(admission)
-                self._processors.note(admission)
+                self._sampler.admit(admission)
+                self._processors.admit(admission)
         grant_pages(self._caches.block_table, plan.admissions, plan.grants)
         if self._config.args.debug:
             self._poison(plan)
@@ -233,8 +236,8 @@ class Runner:
             self._resume(resumed)
 
     def _resume(self, admissions: list[Admission]) -> None:
-        """Restore snapshots, and the draft head's first row after them, which they do not hold:
-        it depends on the token that follows, and that may differ from request to request.
+        """Restore snapshots, and write the draft head's first row after them. Snapshots do not have
+        that row: it depends on the next token, which differs from request to request.
         """
         table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
         slots, index = upload(table, self._device)
@@ -256,8 +259,8 @@ class Runner:
 
     # --- after it ---------------------------------------------------------------------------
 
-    def _move_on(self, rows: SampledRows, count: Tensor) -> None:
-        """Lengths, windows and offsets of decode rows as they stand after the step."""
+    def _advance_lengths(self, rows: SampledRows, count: Tensor) -> None:
+        """Set lengths, window fills and offsets of decode rows to their values after the step."""
         s, caches, slots = self._slots, self._caches, rows.slots
         s.length[slots] = torch.where(rows.verify, rows.base + count, s.length[slots])
         fill = caches.fill[slots]
@@ -268,7 +271,7 @@ class Runner:
         caches.conv_offset[slots] = offset.to(torch.int32)
 
     def _write_tape(self, drawn: Tensor, rows: SampledRows, count: Tensor) -> None:
-        """Tokens that count go to their positions; the others to the null slot's tape."""
+        """Write tokens that count to their positions, the others to the null slot's tape."""
         place = torch.arange(self._width, device=self._device)
         counts = place < count[:, None]
         slots = torch.where(counts, rows.slots[:, None], 0)
@@ -277,8 +280,8 @@ class Runner:
         self._slots.tokens[slots, positions] = drawn
 
     def _draft(self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
-        """From each row's last token, which stands one position on, the draft head guesses k
-        drafts. A row that had ended guesses as if its first had stood.
+        """Draft k tokens from each row's last token. A row that had ended drafts as if its first
+        sampled token counted.
         """
         mtp, caches, drafts = self._model.mtp, self._caches, self._config.drafts
         assert mtp is not None
@@ -293,14 +296,13 @@ class Runner:
             self._slots.tokens[rows.slots, position] = ids
 
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
-        """The drafts that wait behind each row's last token: int64 [R, k]."""
+        """The drafts behind each row's last token: int64 [R, k]."""
         ahead = 1 + torch.arange(self._config.drafts, device=self._device)
         return self._slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
 
     def _write_draft_kv(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The draft head remembers the tape's tokens at batch.positions; returns its input there.
-
-        hidden: [T, H], of the tokens before them.
+        """Write the draft head's keys and values of the tape's tokens at batch.positions; returns
+        the head's input there. hidden: [T, H], of the tokens before them.
         """
         assert self._model.mtp is not None
         return self._model.mtp.write_kv(self._ids(batch), hidden, batch, self._caches)

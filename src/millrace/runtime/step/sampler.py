@@ -1,15 +1,15 @@
-"""Which tokens a step brings: draw at every candidate, and see how many of them stand.
+"""Samples a token at every candidate position, and decides how many drafts are accepted.
 
-Verification is sampling. Every position is drawn with noise that depends only on the request's seed
-and the position, and a draft stands if it equals what the target draws there. So a request's
-tokens are the same with any number of drafts, and drafting changes speed alone. The draft head
-draws with the same noise, which makes the two agree as often as their distributions allow.
+Verification is sampling. The token at a position is sampled with noise that depends only on the
+request's seed and the position. A draft is accepted if it equals that token. So the tokens of a
+request are the same with any number of drafts; drafts change the speed only. The draft head samples
+with the same noise, so both agree as often as their distributions allow.
 
-Ranks hold a part of the vocabulary each. Where no row needs to see all of it (for top_k, top_p or
-wishes), each finds the best token of its own part, and only these are compared between ranks.
+Each rank has a part of the vocabulary. If no row needs all of it (for top_k, top_p or logits
+processors), each rank finds the best token of its part, and only these are compared between ranks.
 
-A row's candidates are its last known token and its drafts; the token drawn at one of them takes the
-position behind it. A final chunk has its last token alone.
+The candidates of a row are its last known token and its drafts. The token sampled at a candidate
+gets the position behind it. A final chunk has only its last token as candidate.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from millrace.runtime.step.inputs import SampledRows
 from millrace.runtime.step.logits_processors import Logprobs, StepProcessors
 from millrace.runtime.step.slots import Slots
 
-# Positions of synthetic acceptance draws lie beyond every real position.
+# Positions for synthetic acceptance are beyond every real position.
 _SYNTHETIC = 1 << 40
 
 
 class Sampler:
-    """Draws for one rank's rows. head: from hidden [T, H] to logits [T, V], or its part of them.
+    """Samples for the rows of one rank. head: from hidden [T, H] to logits [T, V], or its part.
 
-    draft_head: the same for drafts, and may round more. broadcast: rank 0's tensor for every rank;
-    the same one alone.
+    draft_head: the head for drafts; may be less exact. broadcast: rank 0's tensor on every rank.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class Sampler:
         self._filtered: set[int] = set()  # slots with top_k or top_p
         self._rates = torch.tensor(config.acceptance or (), device=self._device)
 
-    def note(self, a: Admission) -> None:
-        """A request takes a slot."""
+    def admit(self, a: Admission) -> None:
+        """A request gets a slot."""
         (self._noisy.add if a.temperature > 0 else self._noisy.discard)(a.slot)
         filtered = a.temperature > 0 and (a.top_k > 0 or a.top_p < 1)
         (self._filtered.add if filtered else self._filtered.discard)(a.slot)
 
     def flags(self, plan: StepPlan) -> tuple[bool, bool]:
-        """Whether any row that samples draws with a temperature, and with top_k or top_p."""
+        """Whether any sampled row uses a temperature, and whether any uses top_k or top_p."""
         slots = plan.sampled_slots
         return not self._noisy.isdisjoint(slots), not self._filtered.isdisjoint(slots)
 
@@ -83,12 +82,11 @@ class Sampler:
         processors: StepProcessors | None,
         masks: Callable[[], Masks] | None,
     ) -> tuple[Tensor, Logprobs | None]:
-        """What the target draws at each candidate: int64 [R, width]; what a final chunk draws
-        behind its first means nothing.
+        """The sampled token at each candidate: int64 [R, width]. Those of a final chunk behind its
+        first have no meaning.
 
-        hidden: [T, H] of the step's tokens. context: no drawn token's position is greater. masks:
-        asked for only once the forward is launched. Log-probabilities come where a wish asks for
-        them.
+        hidden: [T, H] of the step's tokens. context: no sampled position is greater. masks: called
+        only after the forward is launched. Log-probabilities: if a request asks for them.
         """
         slots, positions, tokens = rows.candidates(self._width)
         hidden, ends, logprobs = hidden[tokens], positions + 1, None
@@ -103,9 +101,7 @@ class Sampler:
         return drawn.view(-1, self._width), logprobs
 
     def draft(self, hidden: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
-        """What the draft head guesses for each row's position: int64 [R], by temperature,
-        top_k and top_p alone.
-        """
+        """The draft for each row's position: int64 [R], by temperature, top_k and top_p only."""
         return self._draw(self._draft_head, hidden, rows.slots, positions, rows)
 
     def _draw(
@@ -148,15 +144,15 @@ class Sampler:
     # --- acceptance ---------------------------------------------------------------------------
 
     def accept(self, drawn: Tensor, rows: SampledRows) -> Tensor:
-        """How many of each row's drawn tokens count: int64 [R]; 0 for a row that had ended.
+        """How many of each row's sampled tokens count: int64 [R]; 0 for a row that had ended.
 
-        A draft stands if it and all before it equal what was drawn; the first drawn token after
-        them counts too. A stop token ends the row, and so do NOT_FINITE and its greatest length.
+        A draft is accepted if it and all drafts before it equal the sampled tokens. The first
+        sampled token after them counts too. A stop token, NOT_FINITE and max_total end the row.
         """
         s, width = self._slots, self._width
         count = torch.ones_like(rows.base)
         if width > 1:
-            count += self._standing_drafts(drawn, rows)
+            count += self._accepted_drafts(drawn, rows)
         place = torch.arange(width, device=self._device)
         stops = (drawn[:, :, None] == s.stop_ids[rows.slots][:, None, :]).any(-1)
         stops &= place < count[:, None]
@@ -168,20 +164,20 @@ class Sampler:
         s.ended[rows.slots] = ended | (first_stop < count) | (count >= room)
         return count
 
-    def _standing_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
-        """Leading drafts of each row that stand: int64 [R]; 0 for final chunks."""
+    def _accepted_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
+        """How many leading drafts of each row are accepted: int64 [R]; 0 for final chunks."""
         k = self._width - 1
         positions = rows.base[:, None] + 1 + torch.arange(k, device=self._device)
         drafts = self._slots.tokens[rows.slots[:, None], positions]
         if self._config.acceptance is None:
-            stands = rows.verify[:, None] & (drafts == drawn[:, :k])
+            accepted = rows.verify[:, None] & (drafts == drawn[:, :k])
         else:
-            stands = rows.verify[:, None] & self._synthetic(rows.slots, rows.base)
-            drawn[:, :k] = torch.where(stands, drafts, drawn[:, :k])
-        return stands.long().cumprod(1).sum(1)
+            accepted = rows.verify[:, None] & self._synthetic(rows.slots, rows.base)
+            drawn[:, :k] = torch.where(accepted, drafts, drawn[:, :k])
+        return accepted.long().cumprod(1).sum(1)
 
     def _synthetic(self, slots: Tensor, base: Tensor) -> Tensor:
-        """Draws with the configured rates, whatever the drafts are worth: bool [R, k]."""
+        """Random acceptance at the configured rates, independent of the drafts: bool [R, k]."""
         k = self._rates.shape[0]
         positions = (base[:, None] + torch.arange(k, device=self._device)).flatten()
         seeds = self._slots.seed[slots][:, None].expand(-1, k).flatten()

@@ -1,8 +1,8 @@
-"""What the device knows of each running request: one row per slot, stable for the request's life.
+"""The state of each running request on the device: one row per slot, stable for the request's life.
 
-The token table is the tape of a sequence: every known token by position, then the drafts that wait
-for verification. A step gathers its inputs from it and writes its outputs to it, so sampled tokens
-feed the next step without the host. Row 0 is the null slot that padded rows use.
+The token table is the tape of a sequence: every known token by position, then the drafts that are
+not verified yet. A step gathers its inputs from it and writes its outputs to it, so sampled tokens
+feed the next step without the host. Row 0 is the null slot, which padded rows use.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A record is the recurrent state folded at L, the last three convolution inputs, and the hidden
 vector of token L - 1 after the final norm (the draft head's row L needs it). With the KV pages it
-is all that is needed to go on from L. It is taken and put back only while a slot's window is empty.
+is all that is needed to continue from L. It is saved and restored only while a slot's window is
+empty.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def reset(caches: Caches, slots: Tensor) -> None:
 
 
 def empty_windows(caches: Caches, slots: Tensor) -> None:
-    """As a state stands after prefill: nothing in the window, the last inputs at offset 0."""
+    """The form of a state after prefill: an empty window, the last inputs at offset 0."""
     caches.fill.index_fill_(0, slots, 0)
     caches.conv_offset.index_fill_(0, slots, 0)
 

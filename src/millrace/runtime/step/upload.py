@@ -1,6 +1,6 @@
-"""Host integers onto the device without waiting for it.
+"""Copies host integers to the device without waiting for it.
 
-On a GPU a copy from ordinary memory would wait for all work before it; from pinned memory it is
+On a GPU a copy from ordinary memory would wait for all work before it; a copy from pinned memory is
 queued like a kernel. The caching host allocator keeps a pinned block until its copy has run.
 """
 
