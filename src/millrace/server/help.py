@@ -35,7 +35,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "devices": (
         *("device", "tensor_parallel_size", "replicas", "policy", "gateway_processes", "engine"),
-        *("engine_command", "engine_args", "enforce_eager"),
+        *("engine_command", "engine_args", "enforce_eager", "prefill_graphs"),
     ),
     "server": (
         *(

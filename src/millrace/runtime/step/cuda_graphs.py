@@ -125,6 +125,11 @@ class StepGraphs:
         self._pool: Any = None  # the memory that all graphs share
         self._stream = torch.cuda.Stream() if hidden.is_cuda else None
 
+    @property
+    def covers_prompts(self) -> bool:
+        """Whether there are graphs of steps with prompts."""
+        return bool(self._sizes.tokens)
+
     # --- capturing --------------------------------------------------------------------------
 
     def capture(self, largest_only: bool = False) -> int:
@@ -205,9 +210,7 @@ class GraphSizes:
     @classmethod
     def of(cls, config: EngineConfig) -> GraphSizes:
         rows = bucket_sizes(config.max_num_seqs)
-        # Steps with prompts are graphs only in the arrangements in which that was tried on a GPU.
-        tried = config.args.tensor_parallel_size == 1 and config.kv_dtype != "bfloat16"
-        tokens = token_buckets(config.most_mixed_tokens) if tried else []
+        tokens = token_buckets(config.most_mixed_tokens) if has_prefill_graphs(config) else []
         most = Sizes(rows[-1], min(MOST_CHUNKS, rows[-1]), rows[-1])
         return cls(config.drafts + 1, rows, tokens, most)
 
@@ -259,6 +262,13 @@ class GraphSizes:
         if tokens > FEW_TOKENS:
             return [most]
         return sorted({0, few, most} if tokens > few * self.width else {0, few})
+
+
+def has_prefill_graphs(config: EngineConfig) -> bool:
+    """Whether steps with prompts are graphs, too: if asked for, and only in the arrangements in
+    which that was tried on a GPU."""
+    tried = config.args.tensor_parallel_size == 1 and config.kv_dtype != "bfloat16"
+    return config.args.prefill_graphs and tried
 
 
 def bucket_sizes(max_rows: int) -> list[int]:

@@ -105,6 +105,11 @@ class Runner:
         self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._wait_for_device)
         return self._graphs.capture(largest_only)
 
+    @property
+    def has_prefill_graphs(self) -> bool:
+        """Whether steps with prompts run in graphs."""
+        return self._graphs is not None and self._graphs.covers_prompts
+
     @torch.inference_mode()
     def try_snapshots(self) -> None:
         """Save and restore the null slot, so that the copy kernels are compiled."""
