@@ -51,7 +51,8 @@ HEAVY = (
 @pytest.mark.parametrize(
     "command",
     [
-        *("serve", "chat", "bench", "bench serve", "bench sweep", "bench compare"),
+        *("serve", "chat", "gateway", "gateway status", "gateway render"),
+        *("bench", "bench serve", "bench sweep", "bench compare"),
         *(
             "bench report",
             "bench throughput",

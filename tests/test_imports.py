@@ -21,6 +21,7 @@ SOURCE = ROOT / "src" / "millrace"
 LAYERS = [
     # what every part may use
     "version errors",
+    "target",
     "protocol config lengths common tasks model_lookup vllm_flags",
     # the engine plane: one replica
     "text.tools kernels engine",
@@ -60,7 +61,7 @@ LAYERS = [
 
 FLEET_PLANE = {"gateway", "fleet", "bench", "plan", "tune", "observe", "deploy", "batch"}
 # What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
-FLEET_GROUND = {"version", "errors", "common", "tasks"}
+FLEET_GROUND = {"version", "errors", "target", "common", "tasks"}
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {

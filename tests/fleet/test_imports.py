@@ -8,6 +8,7 @@ import sys
 PROGRAM = """
 import sys
 import millrace.bench.command, millrace.gateway.command, millrace.fleet.supervisor
+import millrace.gateway.serve, millrace.gateway.admin.status
 from millrace.bench.runs import own_servers, reported_run, results_commands, selftest
 below = ("torch", "transformers", "tokenizers", "zmq")
 below += tuple(f"millrace.{name}" for name in ("engine", "runtime", "model", "kernels", "server"))

@@ -1,26 +1,23 @@
-"""`millrace gateway`: its flags, and the commands `status` and `render`."""
+"""`millrace gateway`: its flags, and the commands `status` and `render`.
+
+Nothing heavy is imported before a command runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 import msgspec
-import uvloop
 
 from millrace.common.api_keys import configured_keys, keys_of_file
-from millrace.common.child_process import stop_signals
 from millrace.common.flags import given, struct_options
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
-from millrace.gateway.admin.status import show_status
-from millrace.gateway.app import Gateway
 from millrace.gateway.common.limits import GatewayLimits
-from millrace.gateway.health.discovery import parse_spec
-from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
+from millrace.gateway.common.replica_spec import HealthPolicy, ReplicaSpec
 from millrace.gateway.processes.options import (
     ACCESS_HELP,
     GATEWAY_HELP,
@@ -28,7 +25,6 @@ from millrace.gateway.processes.options import (
     LIMITS_HELP,
     GatewayOptions,
 )
-from millrace.gateway.processes.relay_server import freeze_garbage_collector
 from millrace.gateway.proxy_config import RENDERERS, render
 from millrace.gateway.relay.access import Access
 
@@ -67,7 +63,11 @@ def gateway(ctx: click.Context, /, **flags: Any) -> None:
     if ctx.invoked_subcommand is None:
         options = _options(flags)
         protect_standard_streams()
-        uvloop.run(_serve(options, flags["drain_timeout"]))
+        import uvloop
+
+        from millrace.gateway.serve import serve
+
+        uvloop.run(serve(options, flags["drain_timeout"]))
 
 
 @gateway.command()
@@ -79,6 +79,8 @@ def gateway(ctx: click.Context, /, **flags: Any) -> None:
 )
 def status(url: str, interval: float, once: bool, api_key: str | None) -> None:
     """Show a running gateway's replicas, live."""
+    from millrace.gateway.admin.status import show_status
+
     show_status(url, interval, once, api_key)
 
 
@@ -94,6 +96,8 @@ def render_command(kind: str, worker_urls: tuple[str, ...], host: str, port: int
 
 def replica_specs(texts: Sequence[str]) -> list[ReplicaSpec]:
     """The replicas that --worker-urls names. Raises UserError."""
+    from millrace.gateway.health.discovery import parse_spec
+
     # A comma separates URLs; behind a semicolon also the models of one replica.
     return [
         parse_spec(one.split(";"), "flags", "--worker-urls")
@@ -118,33 +122,3 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
         health=msgspec.convert(given(flags, HealthPolicy), HealthPolicy),
         access=msgspec.convert(access, Access),
     )
-
-
-async def _serve(options: GatewayOptions, drain: float) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop_or_hurry() -> None:
-        (hurry if stop.is_set() else stop).set()  # asked twice: do not wait
-
-    for number in stop_signals():
-        loop.add_signal_handler(number, stop_or_hurry)
-    relay = Gateway(options)
-    await relay.start()
-    freeze_garbage_collector()
-    members = relay.monitor.members
-    scheme = "https" if options.ssl_certfile else "http"
-    several = f", {options.processes} processes" if options.processes > 1 else ""
-    click.echo(
-        f"gateway on {scheme}://{options.host}:{relay.port}, {relay.healthy} of {len(members)} "
-        f"replicas healthy, policy {options.policy}{several}"
-    )
-    await stop.wait()
-    stopping = asyncio.create_task(relay.stop(drain))
-    hurrying = asyncio.create_task(hurry.wait())
-    await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)
-        await relay.stop(0.0)
-    hurrying.cancel()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from millrace.errors import UserError
-from millrace.gateway.health.health_monitor import ReplicaSpec
+from millrace.gateway.common.replica_spec import ReplicaSpec
 
 
 def nginx(specs: Sequence[ReplicaSpec], host: str, port: int) -> str:

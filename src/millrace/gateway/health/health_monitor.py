@@ -23,6 +23,9 @@ from millrace.common.http_client import Target
 from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
+from millrace.gateway.common.replica_spec import HealthPolicy as HealthPolicy
+from millrace.gateway.common.replica_spec import ReplicaSpec as ReplicaSpec
+from millrace.gateway.common.replica_spec import check_spec
 from millrace.gateway.common.shared_counters import (
     ENDED,
     IN_FLIGHT,
@@ -48,53 +51,6 @@ from millrace.gateway.routing.suspects import (
 )
 
 _MODELS_SECONDS = 10.0  # between two readings of the models of a healthy replica
-_MAX_MODELS, _MAX_NAME = 1000, 500
-
-
-class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When replicas are checked and how long a failed one stays out. Times are seconds.
-
-    max_missed_checks: health checks in a row without an answer after which a replica counts as
-    lost. backoff: how long a replica stays out after its first failure; it doubles with each
-    failure in a row, up to backoff_limit. idle_probe: a replica that has completed no request for
-    this long must complete one token; 0 for never. load_interval: between two load reports; 0 for
-    none.
-    """
-
-    health_check_interval: float = 1.0
-    health_check_timeout: float = 5.0
-    max_missed_checks: int = 2
-    backoff: float = 1.0
-    backoff_limit: float = 30.0
-    idle_probe: float = 30.0
-    probe_timeout: float = 60.0
-    slow_start: float = 10.0
-    load_interval: float = 0.2
-    consecutive_failures: int = 5
-    suspect_timeout: float = 300.0
-
-
-class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A configured replica. source: where it comes from; a source removes only its own replicas.
-    models: empty to read them from the replica."""
-
-    target: Target
-    weight: float = 1.0
-    limit: int = 0
-    models: tuple[str, ...] = ()
-    source: str = "flags"
-
-
-def _check_spec(spec: ReplicaSpec) -> None:
-    """Raise UserError for values that are out of range."""
-    if not 0.0 < spec.weight <= 1000.0:
-        raise UserError(f"{spec.target}: weight {spec.weight}: use a number above 0, to 1000")
-    if not 0 <= spec.limit <= 1_000_000:
-        raise UserError(f"{spec.target}: limit {spec.limit}: use 0, for any number, to 1000000")
-    if len(spec.models) > _MAX_MODELS or not all(0 < len(m) <= _MAX_NAME for m in spec.models):
-        raise UserError(
-            f"{spec.target}: models: use up to {_MAX_MODELS} names of 1 to {_MAX_NAME} characters"
-        )
 
 
 class _Monitored:
@@ -174,7 +130,7 @@ class HealthMonitor:
             raise UserError(f"{spec.target}: a replica's URL has no path; give http://host:port")
         if any(w.spec.target == spec.target for w in self._monitored.values()):
             raise UserError(f"{spec.target}: this replica exists already")
-        _check_spec(spec)
+        check_spec(spec)
         member = Member(
             id=self._next_id,
             slot=self._free_slot(),
@@ -242,7 +198,7 @@ class HealthMonitor:
     def _configure(self, monitored: _Monitored, spec: ReplicaSpec) -> None:
         """Apply every field of a source's new entry for a replica."""
         if spec != monitored.spec:
-            _check_spec(spec)
+            check_spec(spec)
             monitored.spec = spec
             models = spec.models or monitored.served_models
             self._set(monitored, weight=spec.weight, limit=spec.limit, models=models)

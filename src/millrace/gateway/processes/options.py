@@ -6,15 +6,19 @@ It knows no command line and starts nothing; command.py makes flags from these s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import msgspec
 
-from millrace.common.sockets import tls_context
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits
-from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
+from millrace.gateway.common.replica_spec import (
+    DEFAULT_POLICY,
+    HealthPolicy,
+    PolicyName,
+    ReplicaSpec,
+)
 from millrace.gateway.relay.access import Access, is_loopback
-from millrace.gateway.routing.policies import DEFAULT_POLICY, POLICIES, PolicyName
 
 
 class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +105,9 @@ ACCESS_HELP: Mapping[str, str] = {
 
 def check_options(options: GatewayOptions) -> None:
     """Raise UserError for options that cannot work."""
-    if options.policy not in POLICIES:
-        raise UserError(f"--policy {options.policy!r}: use one of {', '.join(POLICIES)}")
+    policies = get_args(PolicyName)
+    if options.policy not in policies:
+        raise UserError(f"--policy {options.policy!r}: use one of {', '.join(policies)}")
     if not 1 <= options.processes <= 128:
         raise UserError(f"--processes {options.processes}: use 1 to 128")
     limits = options.limits
@@ -116,6 +121,9 @@ def check_options(options: GatewayOptions) -> None:
         )
     options.access.check()
     _check_admin(options)
+
+    from millrace.common.sockets import tls_context
+
     tls_context(options.ssl_certfile, options.ssl_keyfile)
 
 

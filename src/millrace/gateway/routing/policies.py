@@ -11,7 +11,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Protocol
 
 from millrace.common.prefix_hash import BLOCK, hash_chain
 from millrace.errors import UserError
@@ -179,9 +179,6 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-PolicyName = Literal[
-    "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
-]
 PolicyFactory = Callable[[ReplicaSet, PrefixTable, int], Policy]
 
 POLICIES: Mapping[str, PolicyFactory] = {
@@ -192,7 +189,6 @@ POLICIES: Mapping[str, PolicyFactory] = {
     "prefix_aware": PrefixAware,
     "consistent_hash": lambda replica_set, table, gap: ConsistentHash(replica_set),
 }
-DEFAULT_POLICY: PolicyName = "least_loaded"
 BY_PREFIX = frozenset({"prefix_aware"})  # policies that use the prefix table
 
 
