@@ -272,7 +272,8 @@ class Exchange:
         self._hold_timer = None
         if self._finished or not self._stream.holds_back:
             return
-        if self.account.chunks != chunks:  # others have come since; measure from now
+        # Others have come since, or nothing is read because the client is slow: wait again.
+        if self.account.chunks != chunks or self._client.paused:
             self._hold_timer = self._loop.call_later(
                 _HOLD_SECONDS, self._release_held, self.account.chunks
             )
