@@ -110,6 +110,10 @@ def test_a_server_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
     wait_for(lambda: not psutil.pid_exists(int(pid.read_text())))
 
 
+def sandboxes(server: psutil.Process) -> list[psutil.Process]:
+    return [one for one in server.children() if SANDBOX in command_line(one)]
+
+
 def test_a_server_that_is_killed_comes_back_on_its_port(text_model: Path, tmp_path: Path) -> None:
     args = EngineArgs(model=str(text_model), served_model_name=["fake"])
     options = ServerOptions(port=0)
@@ -125,8 +129,8 @@ def test_a_server_that_is_killed_comes_back_on_its_port(text_model: Path, tmp_pa
         url = supervisor.url
         for _ in range(2):
             (server,) = psutil.Process(supervisor.process.pid).children()
+            wait_for(lambda: sandboxes(server))  # noqa: B023
             below = server.children(recursive=True)
-            assert [one for one in below if SANDBOX in command_line(one)]
             os.kill(server.pid, signal.SIGSEGV)
             assert httpx.get(f"{url}/version", timeout=30).status_code == 200
             wait_for(lambda: httpx.get(f"{url}/health", timeout=30).status_code == 200, 30)
