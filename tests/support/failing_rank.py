@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,34 @@ AFTER = 3  # all-reduces of a stage that still succeed
 
 def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> None:
     """Make CPU ranks profile and capture as GPU ranks do; a captured step just runs."""
-    import torch
-
+    from millrace.protocol import StepPlan
     from millrace.runtime import profile_run
     from millrace.runtime.ranks.ranks import Ranks
+    from millrace.runtime.step.cuda_graphs import Forward, StepGraphs, Tail
+    from millrace.runtime.step.inputs import listed
+    from millrace.runtime.step.upload import overwrite
     from millrace.runtime.worker import Worker
 
-    class Graph:
-        def pool(self) -> None:
-            return None
-
-    @contextmanager
-    def graph(*given: object, **options: object) -> Any:
-        yield
-
-    plan_memory = Worker.divide_memory
+    plan_memory, record = Worker.divide_memory, StepGraphs._capture
 
     def plan(self: Worker) -> Any:
         scratch = self.build_runner(profile_run._few_slots(self.config), 1, 0)
         profile_run.run_largest_steps(self.config, scratch)
-        scratch.capture(self.config.max_num_seqs)
+        scratch.capture(self.config)
         return plan_memory(self)
+
+    def capture(self: StepGraphs, key: Forward | Tail) -> Any:
+        # A GPU runs each part once before it records it. On a CPU rows of the null slot are padding.
+        rows = [1] * (key.rows if isinstance(key, Tail) else key.decode)
+        plan = StepPlan(0, [], [], rows, [], [], 1)
+        overwrite(self._vector, listed(plan, self._width, self._sizes.most))
+        self._runs(key)()
+        self._wait_for_device()
+        return record(self, key)
 
     set_attribute(Worker, "divide_memory", plan)
     set_attribute(Ranks, "wait_for_device", Ranks.check)
-    set_attribute(torch.cuda, "CUDAGraph", Graph)
-    set_attribute(torch.cuda, "graph", graph)
+    set_attribute(StepGraphs, "_capture", capture)
 
 
 def fail_at(stage: str, fail: Callable[[], None]) -> None:
