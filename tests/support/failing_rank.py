@@ -38,7 +38,7 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
         return plan_memory(self)
 
     def capture(self: StepGraphs, key: Forward | Tail) -> Any:
-        # A GPU runs each part once before it records it. On a CPU rows of the null slot are padding.
+        # A GPU runs each part once before it records it. Rows of the null slot would be padding.
         rows = [1] * (key.rows if isinstance(key, Tail) else key.decode)
         plan = StepPlan(0, [], [], rows, [], [], 1)
         overwrite(self._vector, listed(plan, self._width, self._sizes.most))
