@@ -52,6 +52,12 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     doomed: set[int] = field(default_factory=set)  # client ports of killed gateway processes
+    # From the stop to the kill of each: connections opened then may wait at the killed process.
+    deaths: list[tuple[float, float]] = field(default_factory=list)
+
+    def lost_with_gateway(self, port: int, opened: float) -> bool:
+        """Whether a connection may have ended because its gateway process was killed."""
+        return port in self.doomed or any(begin <= opened <= end for begin, end in self.deaths)
 
 
 # --- the fleet ---------------------------------------------------------------------------------
@@ -136,8 +142,12 @@ def hit(kind: str, victim: int, port: int, tally: Tally) -> None:
         asyncio.get_running_loop().call_later(STOPPED_SECONDS, go_on, victim)
         return
     if kind == "gateway":
+        stopped = time.monotonic()
         os.kill(victim, signal.SIGSTOP)  # so that it accepts no more meanwhile
         tally.doomed |= clients_of(victim, port)
+        os.kill(victim, signal.SIGKILL)
+        tally.deaths.append((stopped, time.monotonic()))
+        return
     os.kill(victim, signal.SIGKILL)
 
 
@@ -154,14 +164,14 @@ async def honest(
 ) -> None:
     draw = random.Random(seed)
     while time.monotonic() < end:
-        index, port = draw.randrange(16), 0
+        index, port, opened = draw.randrange(16), 0, time.monotonic()
         try:
             connection = await connect(target)
             port = connection.local_port
             got = await answer(connection, target, index, model, tokens)
             connection.close()
         except (OSError, ValueError, TimeoutError) as error:
-            doomed = port in tally.doomed
+            doomed = tally.lost_with_gateway(port, opened)
             tally.honest["failed with its gateway process" if doomed else "failed"] += 1
             if not doomed:
                 tally.problems.append(f"honest request {index} failed: {str(error)[:300]}")
