@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import psutil
 
 from millrace.common.http_client import Target
+from millrace.common.sockets import free_port
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.proxy_config import render
 
@@ -41,12 +41,6 @@ POLICIES = ("least_loaded", "round_robin", "random", "power_of_two", "prefix_awa
 def on_core(core: int | None, words: Sequence[str]) -> list[str]:
     """The command, kept on one core if one is named."""
     return list(words) if core is None else ["taskset", "-c", str(core), *words]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def build(directory: Path) -> None:
@@ -108,7 +102,7 @@ def command(
         return []
     launch = [program, "launch"] if name == "sglang-router" else [program]
     rest = ["--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
-    rest += ["--prometheus-port", str(free_port())]
+    rest += ["--prometheus-port", str(free_port("127.0.0.1"))]
     return [*launch, *rest, "--worker-urls", *urls]
 
 
@@ -192,7 +186,7 @@ def one_run(
     name: str, streams: int, work: Path, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """Start mock and proxy afresh, measure, stop both. None for a proxy that is not here."""
-    replicas, port = [free_port(), free_port()], free_port()
+    replicas, port = [free_port("127.0.0.1"), free_port("127.0.0.1")], free_port("127.0.0.1")
     # No words for the mock's kind makes the gateway keep nothing; the others do not look at it.
     mock = [str(work / "mock"), *map(str, replicas), str(options.first), str(options.gap)]
     mock = on_core(options.pin[1], [*mock, str(options.chunks), "millrace"])

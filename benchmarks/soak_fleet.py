@@ -21,7 +21,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ import uvloop
 from gateway_kill import ROOT, answer, asked_alone, clients_of
 
 from millrace.common.http_client import Target, connect, fetch
+from millrace.common.sockets import free_port
 
 KINDS = ("engine", "server", "gateway", "stop")
 STOPPED_SECONDS = 8.0
@@ -61,13 +61,6 @@ class Tally:
 
 
 # --- the fleet ---------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start(model: str, port: int, log: str) -> subprocess.Popen[bytes]:
@@ -322,7 +315,7 @@ def memory(supervisor: int) -> int:
 
 
 async def run(options: argparse.Namespace) -> int:
-    target, tally = Target("127.0.0.1", free_port()), Tally()
+    target, tally = Target("127.0.0.1", free_port("127.0.0.1")), Tally()
     fleet = start(options.model, target.port, options.log)
     try:
         if not await wait_healthy(target, 180):

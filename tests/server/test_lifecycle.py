@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from millrace.common.sockets import free_port
 from tests.support.fake_engine import Behaviour
 from tests.support.live_server import LiveServer, fake_server, wait_for
 
@@ -167,7 +168,7 @@ def test_an_engine_that_cannot_load(
 
 
 def test_while_the_engine_loads_nothing_is_served(text_model: Path, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     behaviour = Behaviour(load=1.5)
     with fake_server(text_model, tmp_path / "log", behaviour, ready=False, port=port) as server:
         url = f"http://127.0.0.1:{port}"
@@ -250,12 +251,6 @@ def test_a_port_in_use_is_refused_at_once(text_model: Path, tmp_path: Path) -> N
             assert server.process.wait(10) == 2
             assert f"cannot listen on 127.0.0.1 port {port}" in server.log
             assert len(server.log.splitlines()) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answers(url: str) -> bool:
