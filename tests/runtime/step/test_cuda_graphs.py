@@ -13,7 +13,7 @@ import torch
 from millrace.config import token_buckets
 from millrace.engine.engine import Engine
 from millrace.protocol import Chunk, StepPlan
-from millrace.runtime.step.cuda_graphs import Forward, GraphSizes, Tail
+from millrace.runtime.step.cuda_graphs import MOST_CHUNKS, Forward, GraphSizes, Tail
 from millrace.runtime.step.inputs import Sizes, tokens_of
 from tests.runtime.step.test_logits_processors import PATTERN, add, finish, regex
 from tests.runtime.step.test_logits_processors import tokens_of as tokens_in
@@ -63,6 +63,15 @@ def test_the_same_tokens_where_requests_are_preempted(tiny_model: Path) -> None:
     engine = with_few_pages(in_graph_sizes(build(tiny_model, prefill_graphs=True, **mtp(2))), 16)
     assert generate(engine, PROMPTS, 60) == generate(build(tiny_model), PROMPTS, 60)
     assert engine.stats().preemptions > 0
+
+
+def test_more_prompts_in_a_step_than_a_graph_has_room_for(tiny_model: Path) -> None:
+    prompts = [[3 + i, 7, 9 + i][: 1 + i % 3] for i in range(MOST_CHUNKS + 8)]
+    options: dict[str, Any] = {"max_num_seqs": len(prompts), **mtp(1)}
+    want = generate(build(tiny_model, **options), prompts, TOKENS)
+    for graphs in (False, True):
+        engine = in_graph_sizes(build(tiny_model, prefill_graphs=graphs, **options))
+        assert generate(engine, prompts, TOKENS) == want
 
 
 @pytest.mark.parametrize("k", [0, 2])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from millrace.config import EngineConfig, bucket_above, token_buckets
 from millrace.protocol import StepPlan
-from millrace.runtime.step.inputs import Numbers, Room, Sizes, listed, tokens_of
+from millrace.runtime.step.inputs import Numbers, Room, Sizes, listed, listed_sampled, tokens_of
 from millrace.runtime.step.upload import overwrite
 
 MOST_CHUNKS = 16  # of a step's prompts; rows that are not there cost launches
@@ -184,8 +184,7 @@ class StepGraphs:
     def take(self, plan: StepPlan, hidden: Tensor) -> None:
         """Put the hidden vectors of a plan's candidates, [R * width, H], where `tail` looks."""
         self.hidden[: len(hidden)] = hidden
-        first = [row * self._width for row in range(len(plan.sampled_slots))]
-        overwrite(self._vector, listed(plan, self._width, self._sizes.most, first))
+        overwrite(self._vector, listed_sampled(plan, self._width, self._sizes.most))
 
     def tail(self, rows: int, filters: bool) -> Tensor:
         """What follows the forward: [rows, ...], valid until the next one."""

@@ -67,26 +67,37 @@ class Numbers:
         return Numbers(self.decoding, self.decode[: sizes.decode], chunks, sampled)
 
 
-def listed(plan: StepPlan, width: int, sizes: Sizes, first: list[int] | None = None) -> list[int]:
-    """A plan's numbers, filled up with zeros to `sizes`. first: of the sampled rows, their first
-    tokens, if they are not in the plan's order."""
+def listed(plan: StepPlan, width: int, sizes: Sizes) -> list[int]:
+    """A plan's numbers, filled up with zeros to `sizes`, which cover the plan."""
     chunks, decode = plan.chunks, plan.decode
-    if first is None:
-        ends = zip(chunks, chunk_ends(plan, width), strict=True)
-        first = [*range(0, len(decode) * width, width), *(end for c, end in ends if c.last)]
+    ends = zip(chunks, chunk_ends(plan, width), strict=True)
+    first = [*range(0, len(decode) * width, width), *(end for c, end in ends if c.last)]
     return [
         len(decode),
         *_filled(decode, sizes.decode),
         *_filled([chunk.slot for chunk in chunks], sizes.chunks),
         *_filled([chunk.start for chunk in chunks], sizes.chunks),
         *_filled([chunk.count for chunk in chunks], sizes.chunks),
-        *_filled(plan.sampled_slots, sizes.sampled),
-        *_filled(first, sizes.sampled),
-        *_filled([1] * len(decode), sizes.sampled),
+        *_sampled(plan, first, sizes.sampled),
     ]
 
 
+def listed_sampled(plan: StepPlan, width: int, sizes: Sizes) -> list[int]:
+    """The numbers of a plan's sampled rows alone, whose candidates are `width` tokens each, row
+    after row. sizes: cover the sampled rows; there may be more chunks than they have room for."""
+    first = range(0, len(plan.sampled_slots) * width, width)
+    before = len(sizes) - 3 * sizes.sampled
+    return [0] * before + _sampled(plan, list(first), sizes.sampled)
+
+
+def _sampled(plan: StepPlan, first: list[int], size: int) -> list[int]:
+    """Slot, first token and whether it verifies drafts, of each sampled row."""
+    verify = [1] * len(plan.decode)
+    return [*_filled(plan.sampled_slots, size), *_filled(first, size), *_filled(verify, size)]
+
+
 def _filled(values: list[int], size: int) -> list[int]:
+    assert len(values) <= size
     return values + [0] * (size - len(values))
 
 
