@@ -160,11 +160,13 @@ def prompt_rows(slots: list[int], rows: list[tuple[int, int]]) -> PrefillRows:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "rotary"), [(32, 8), (256, 64), (24, 24)])
-@pytest.mark.parametrize("heads", [4, 0], ids=["", "no-queries"])
-def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int, heads: int) -> None:
+@pytest.mark.parametrize(("dim", "rotary"), [(32, 8), (256, 64), (24, 24), (128, 128)])
+@pytest.mark.parametrize(
+    ("heads", "gates"), [(4, 4), (4, 0), (0, 0)], ids=["", "no-gates", "no-queries"]
+)
+def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int, heads: int, gates: int) -> None:
     kv_heads = 2
-    widths = [heads * dim, heads * dim, kv_heads * dim, kv_heads * dim]
+    widths = [heads * dim, gates * dim, kv_heads * dim, kv_heads * dim]
     qkv = draw(7, sum(widths), dtype=dtype)
     table = rope_table(dim, rotary, 1e4, 64, None, "cpu")
     kv_rows, positions = torch.randperm(12)[:7], torch.randperm(64)[:7]
@@ -361,7 +363,7 @@ def test_no_library_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call, "library", lambda: None)
     assert call.function("attend") is None
     x = draw(3, 32)
-    assert bool((norm.rms_norm(x, torch.zeros(32), 1e-6) != 0).all())
+    assert bool((norm.rms_norm(x, torch.ones(32), 1e-6) != 0).all())
 
 
 def test_a_compiler_that_fails_is_one_line(

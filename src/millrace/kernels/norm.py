@@ -1,11 +1,11 @@
 """RMS norms: of a residual stream, of attention heads, and the gated one behind a GDN layer.
 
-All are computed in float32 and rounded once, at the end, to the dtype of their input.
+All are computed in float32 and rounded once, at the end, to the dtype of their input. They multiply
+by the weight as it is given: a model with norms of 1 + weight adds the 1 when it is loaded.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,9 +14,8 @@ from millrace.kernels.dispatch import op
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * (1 + weight). x: [..., H] of any leading shape, weight: [H]."""
-    normed = F.rms_norm(x.float(), (x.shape[-1],), None, eps)
-    return torch.addcmul(normed, normed, weight.float()).to(x.dtype)
+    """x / rms(x) * weight. x: [..., H] of any leading shape, weight: [H]."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
 @op
@@ -34,7 +33,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The output norm of a GDN layer: per head o / rms(o) * weight * silu(z), norm before gate.
 
-    o, z: [T, value_heads, value_dim]; weight: [value_dim], plain (no 1 +). Returns
+    o, z: [T, value_heads, value_dim]; weight: [value_dim]. Returns
     [T, value_heads * value_dim] of o's dtype.
     """
     normed = F.rms_norm(o.float(), (o.shape[-1],), weight.float(), eps)

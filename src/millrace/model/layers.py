@@ -7,7 +7,7 @@ does the all-reduce and the residual add, in one kernel if it can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -111,12 +111,13 @@ class NormedInput(NamedTuple):
 
 
 class Norm(nn.Module):
-    """An RMS norm with a float32 weight; the ops add 1 to the weight where the model does."""
+    """An RMS norm with a float32 weight. offset: added to the weight of the checkpoint."""
 
-    def __init__(self, build: BuildContext, name: str, size: int) -> None:
+    def __init__(self, build: BuildContext, name: str, size: int, offset: float = 1.0) -> None:
         super().__init__()
         self.tp, self.eps = build.tp, build.config.eps
-        self.weight = parameter([full_tensor(name, size)], torch.float32, build.device)
+        piece = replace(full_tensor(name, size), offset=offset)
+        self.weight = parameter([piece], torch.float32, build.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -291,7 +292,7 @@ class GatedDeltaNet(nn.Module):
         for name in ("A_log", "dt_bias"):
             piece = Piece(f"{prefix}.{name}", (c.value_heads,), (heads,))
             setattr(self, name, parameter([piece], torch.float32, build.device))
-        self.norm = Norm(build, f"{prefix}.norm.weight", c.value_dim)
+        self.norm = Norm(build, f"{prefix}.norm.weight", c.value_dim, offset=0.0)
         self.out_proj = _row_parallel(build, f"{prefix}.out_proj.weight", width, values, c.fp8)
 
     @property

@@ -25,7 +25,7 @@ class Piece:
     name: as in a flat checkpoint (`model.layers.0. ...`). shape: of the full tensor. rows: the
     ranges [start, stop) of dimension 0 that are taken, in this order. columns: the range of
     dimension 1; None: all. quantized: the checkpoint has it in e4m3 with block scales. pad_rows,
-    pad_columns: zeros behind what is taken.
+    pad_columns: zeros behind what is taken. offset: added to what is read.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Piece:
     quantized: bool = False
     pad_rows: int = 0
     pad_columns: int = 0
+    offset: float = 0.0
 
     @property
     def taken_rows(self) -> int:

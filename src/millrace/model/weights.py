@@ -197,6 +197,8 @@ def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) 
         dequantized = piece.quantized and param.dtype != torch.float8_e4m3fn
         part = checkpoint.read_dequantized(piece) if dequantized else checkpoint.read(piece)
         target.copy_(part.reshape(target.shape))
+        if piece.offset:
+            target.add_(piece.offset)
     if row < param.shape[0]:
         param[row:].zero_()
 
@@ -247,6 +249,8 @@ def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _no_
         key = f"{seed} {first.name} {first.rows} {first.columns}"
         generator.manual_seed(zlib.crc32(key.encode()))
         randomize(param.data, first.name, generator)
+        if first.offset:
+            param.data.add_(first.offset)
 
 
 def randomize(data: Tensor, name: str, generator: torch.Generator) -> None:

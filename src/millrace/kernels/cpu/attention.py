@@ -107,6 +107,7 @@ def norm_rope_store(
             pointer(kv_rows),
             pointer(q),
         ),
-        *(is_bf16(qkv), is_bf16(cache.keys), qkv.shape[0], heads, kv_heads, dim, threads()),
+        *(is_bf16(qkv), is_bf16(cache.keys), qkv.shape[0], heads, kv_heads, dim, widths[1]),
+        threads(),
     )
     return q

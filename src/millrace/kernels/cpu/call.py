@@ -23,7 +23,7 @@ SIGNATURES = {
     "gdn_decode": "ppppppppppp" + "p" + "iiii" + "iii" + "ll" + "iiiii",
     "gdn_prefill": "ppppppp" + "iii" + "ll" + "iiiii",
     "linear": "ppiii" + "pi",
-    "norm_rope_store": "plppfp" + "pipppp" + "iiiiiii",
+    "norm_rope_store": "plppfp" + "pipppp" + "iiiiiiii",
     "rms_norm": "pppflil" + "ppii",
     "sigmoid_gate": "pplli" + "pii",
     "silu_mul": "pli" + "pii",

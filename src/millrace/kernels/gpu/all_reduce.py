@@ -79,7 +79,7 @@ def _one_shot_kernel(
         value = total.to(tl.float32)
         w = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
         inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(value * value, axis=1), axis=0) / width + eps)
-        value = value * inverse * (1.0 + w)
+        value = value * inverse * w
         if KEEP:
             tl.store(normed + here, value.to(normed.dtype.element_ty), mask=mask)
         if QUANTIZE:

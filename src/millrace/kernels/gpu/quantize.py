@@ -88,7 +88,7 @@ def _norm_kernel(
         at = i * 1024 + channel
         mask = at < width if RAGGED else at >= 0
         w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        value = held[i] * inverse * (1.0 + w)
+        value = held[i] * inverse * w
         if KEEP:
             to = normed + token * width + at
             tl.store(to, value.to(normed.dtype.element_ty), mask=mask)

@@ -289,7 +289,7 @@ Wait = Callable[[torch.cuda.Event], None]
 
 def cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
     """Microseconds [called by the host, in a graph, in a graph with the add and the norm]."""
-    residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
+    residual, weight = torch.zeros_like(x), torch.ones(x.shape[1], device=x.device)
 
     def normed() -> object:
         if isinstance(algorithm, PeerAllReduce):
@@ -302,7 +302,7 @@ def cuda_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> list[float]:
 
 def _between_us(algorithm: Algorithm, x: Tensor, wait: Wait) -> float:
     """Microseconds per call by the host, each followed by the graph of a norm."""
-    residual, weight = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
+    residual, weight = torch.zeros_like(x), torch.ones(x.shape[1], device=x.device)
     add_rms_norm(x, residual, weight, 1e-6)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

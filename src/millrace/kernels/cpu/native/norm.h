@@ -13,7 +13,7 @@ void norm_row(const T* x, const T* residual, const float* weight, float eps, int
     const T* in = residual ? total : x;
     float scale = 1 / std::sqrt(sum_of_squares(in, n) / n + eps);
 #pragma omp simd
-    for (int i = 0; i < n; i++) put(out + i, get(in[i]) * scale * (1 + weight[i]));
+    for (int i = 0; i < n; i++) put(out + i, get(in[i]) * scale * weight[i]);
 }
 template <class T>
 void gated_row(const T* o, const T* z, const float* weight, float eps, int n, T* out) {
@@ -37,7 +37,7 @@ template <class T>
 void norm_rope(const T* x, const float* weight, float eps, const float* cos_sin, int rotary,
                int dim, float* scratch, T* out) {
     float scale = 1 / std::sqrt(sum_of_squares(x, dim) / dim + eps);
-    for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * (1 + weight[i]));
+    for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * weight[i]);
     to_floats(out, scratch, rotary);
     int half = rotary / 2;
     const float *cos = cos_sin, *sin = cos_sin + half;
@@ -46,16 +46,17 @@ void norm_rope(const T* x, const float* weight, float eps, const float* cos_sin,
         put(out + half + i, scratch[half + i] * cos[i] + scratch[i] * sin[i]);
     }
 }
+// A row of qkv has queries, then `gate` channels that are skipped, keys and values.
 template <class T, class K>
 void norm_rope_store_all(const T* qkv, int64_t stride, const float* qw, const float* kw, float eps,
                          const int64_t* positions, const float* cos_sin, int rotary, K* keys,
                          K* values, const int64_t* kv_rows, T* q, int tokens, int heads,
-                         int kv_heads, int dim, int threads) {
+                         int kv_heads, int dim, int gate, int threads) {
     share_rows(tokens, (heads + kv_heads) * dim, threads, [&](int64_t t) {
         static thread_local std::vector<float> scratch;
         static thread_local std::vector<T> key;
         scratch.resize(dim), key.resize(dim);
-        const T *in = qkv + t * stride, *k = in + 2 * heads * dim, *v = k + kv_heads * dim;
+        const T *in = qkv + t * stride, *k = in + heads * dim + gate, *v = k + kv_heads * dim;
         const float* angles = cos_sin + positions[t] * rotary;
         for (int h = 0; h < heads; h++)
             norm_rope(in + h * dim, qw, eps, angles, rotary, dim, scratch.data(),
@@ -107,11 +108,11 @@ void millrace_norm_rope_store(const void* qkv, int64_t stride, const float* qw, 
                               float eps, const int64_t* positions, const float* cos_sin,
                               int rotary, void* keys, void* values, const int64_t* kv_rows,
                               void* q, int is_bf16, int kv_bf16, int tokens, int heads,
-                              int kv_heads, int dim, int threads) {
+                              int kv_heads, int dim, int gate, int threads) {
 #define MILLRACE_STORE(T, K)                                                                   \
     norm_rope_store_all((const T*)qkv, stride, qw, kw, eps, positions, cos_sin, rotary,        \
                         (K*)keys, (K*)values, kv_rows, (T*)q, tokens, heads, kv_heads, dim,    \
-                        threads)
+                        gate, threads)
     if (is_bf16 && kv_bf16) MILLRACE_STORE(bf16, bf16);
     else if (is_bf16) MILLRACE_STORE(bf16, float);
     else if (kv_bf16) MILLRACE_STORE(float, bf16);

@@ -22,8 +22,8 @@ def _norm_rope(x, weight, cos_sin, eps, D: tl.constexpr, DB: tl.constexpr, R: tl
     other = tl.load(x + partner, mask=turned, other=0.0).to(tl.float32)
     value = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / D + eps)
-    value = value * inverse * (1.0 + tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32))
-    other *= inverse * (1.0 + tl.load(weight + partner, mask=turned, other=0.0).to(tl.float32))
+    value = value * inverse * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    other *= inverse * tl.load(weight + partner, mask=turned, other=0.0).to(tl.float32)
     # The norm rounds to the model dtype, as the op of its own does.
     value = value.to(dtype).to(tl.float32)
     other = other.to(dtype).to(tl.float32)
