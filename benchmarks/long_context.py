@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from millrace import LLM, SamplingParams
+from millrace.model.cache_spec import CacheOptions
 from millrace.model.config import read_config
 from millrace.model_lookup import find_model
 
@@ -146,6 +147,13 @@ def plot(rows: list[dict[str, float]], page_bytes: int, file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
+def cache_options(dtype: str) -> CacheOptions:
+    """Those of the measured engine that pages depend on."""
+    return CacheOptions(
+        dtype, dtype, "float32", page_size=16, max_pages=1, drafts=1, window=16, draft_head=True
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="millrace-mini")
@@ -164,7 +172,10 @@ def main() -> int:
         model = stretched(find_model(options.model), Path(directory))
         equal = check_equal(model, options.equal_at) if options.equal_at else None
         print("equal tokens:", equal, flush=True)
-        rows, page_bytes = [], 16 * read_config(model).kv_bytes_per_token(options.dtype, 1, True)
+        rows, page_bytes = (
+            [],
+            read_config(model).cache_spec(cache_options(options.dtype)).page_bytes(),
+        )
         with LLM(str(model), max_num_batched_tokens=2048, speculative_config=MTP, **OPTIONS) as llm:
             measure(llm, 256)  # warm
             for length in (one for one in LENGTHS if one <= options.longest):

@@ -76,22 +76,6 @@ def test_27b(tmp_path: Path) -> None:
     assert config.eos_ids == (248046, 248044)
 
 
-def test_27b_bytes(tmp_path: Path) -> None:
-    """Bytes of a token, of a state and of the convolution, counted by hand."""
-    config = read(tmp_path, CONFIG_27B_FP8)
-    assert config.kv_bytes_per_token("bfloat16") == 65_536
-    assert config.kv_bytes_per_token("float8_e4m3fn") == 32_768
-    assert config.kv_bytes_per_token("bfloat16", mtp=True) == 65_536 + 4_096
-    assert config.kv_bytes_per_token("bfloat16", ranks=4) == 65_536 // 4
-    assert config.state_bytes("float32") == 150_994_944
-    assert config.state_bytes("bfloat16", ranks=2) == 75_497_472 // 2
-    window = config.slot_bytes("float32", "bfloat16", window=0, drafts=0) - 150_994_944
-    assert window == 2_949_120
-    rows = 48 * (16 * 128 * 2 + 48 * 129 * 4)  # a window row: k in bfloat16; u and log A in float32
-    full = config.slot_bytes("float32", "bfloat16", window=16, drafts=0)
-    assert full == 150_994_944 + 2_949_120 + 16 * rows
-
-
 def test_nested_text_config_is_the_flat_one(tmp_path: Path) -> None:
     import dataclasses
 

@@ -16,11 +16,13 @@ from millrace.kernels.batch import (
     Caches,
     DecodeRows,
     GDNState,
-    KVCache,
     PrefillRows,
     SelectedTokens,
 )
+from millrace.model.cache_spec import CacheOptions
 from millrace.model.qwen3_5 import Qwen3_5
+from millrace.runtime.step.caches import allocate_caches as allocate_spec
+from millrace.runtime.step.caches import tensors_of
 
 NAN = float("nan")
 Row = tuple[int, Sequence[int]]
@@ -39,45 +41,19 @@ def allocate_caches(
     seed: int = 0,
 ) -> Caches:
     """Caches of `slots` live slots (1 ..), all of it NaN, with every slot's pages granted."""
-    c, dtype = model.config, next(model.parameters()).dtype
-    rows, pages = slots + 1, 1 + slots * pages_per_slot
-
-    def nan(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.full(shape, NAN, dtype=torch.float32).to(dtype)
-
-    def kv() -> KVCache:
-        shape = (pages, page_size, c.kv_heads_on_rank(ranks), c.head_dim)
-        return KVCache(nan(*shape, dtype=kv_dtype or dtype), nan(*shape, dtype=kv_dtype or dtype))
-
-    hk, hv = c.key_heads // ranks, c.value_heads // ranks
-    count = sum(kind != "full_attention" for kind in c.layer_types)
-    states = nan(count, rows, hv, c.key_dim, c.value_dim, dtype=state_dtype)
-    convs = nan(count, rows, 3 + drafts, c.conv_channels // ranks)
-    parts = zip(states, convs, strict=True)
-
-    def gdn() -> GDNState:
-        state, conv = next(parts)
-        return GDNState(
-            state=state,
-            window_k=nan(rows, hk, window, c.key_dim),
-            window_u=nan(rows, hv, window, c.value_dim, dtype=torch.float32),
-            window_g=nan(rows, hv, window, dtype=torch.float32),
-            conv=conv,
-        )
-
-    order = 1 + torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed))
-    table = torch.zeros(rows, pages_per_slot, dtype=torch.int32)
-    table[1:] = order.view(slots, pages_per_slot).to(torch.int32)
-    return Caches(
-        layers=[kv() if kind == "full_attention" else gdn() for kind in c.layer_types],
-        states=states,
-        convs=convs,
-        mtp=kv() if model.mtp is not None else None,
-        block_table=table,
-        fill=torch.zeros(rows, dtype=torch.int32),
-        conv_offset=torch.zeros(rows, dtype=torch.int32),
-        page_size=page_size,
+    dtype = next(model.parameters()).dtype
+    names = (str(d).removeprefix("torch.") for d in (dtype, kv_dtype or dtype, state_dtype))
+    options = CacheOptions(
+        *names, page_size, pages_per_slot, drafts, window, draft_head=model.mtp is not None
     )
+    rows, pages = slots + 1, 1 + slots * pages_per_slot
+    caches = allocate_spec(model.config.cache_spec(options), slots=rows, pages=pages, ranks=ranks)
+    for tensor in tensors_of(caches):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.full(tensor.shape, NAN).to(tensor.dtype))
+    order = 1 + torch.randperm(pages - 1, generator=torch.Generator().manual_seed(seed))
+    caches.block_table[1:] = order.view(slots, pages_per_slot).to(torch.int32)
+    return caches
 
 
 def make_batch(

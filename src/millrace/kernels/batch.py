@@ -234,16 +234,16 @@ class GDNState:
 class Caches:
     """All device memory that outlives a step, for one rank.
 
-    layers: one entry per decoder layer. states, convs: [L, N, ...], the memory in which the `state`
-    and `conv` of the L GDN layers lie, in their order. mtp: the draft head's own keys and values;
-    its row j holds f(hidden j-1, token j), so row 0 is never written and never read.
+    layers: one entry per decoder layer. stacks: by field name, [L, N, ...], the memory in which the
+    fields of L layers lie, in their order, that the record of a prefix keeps (`state` and `conv` of
+    the GDN layers). mtp: the draft head's own keys and values; its row j holds
+    f(hidden j-1, token j), so row 0 is never written and never read.
     block_table: int32 [N, max_pages], 0 where no page is granted. fill: int32 [N], rows in the
     window. conv_offset: int32 [N].
     """
 
     layers: list[KVCache | GDNState]
-    states: Tensor
-    convs: Tensor
+    stacks: dict[str, Tensor]
     mtp: KVCache | None
     block_table: Tensor
     fill: Tensor

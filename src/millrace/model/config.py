@@ -15,14 +15,21 @@ from typing import Any, Literal
 
 from millrace.errors import CheckpointError
 from millrace.kernels.formats import FP8_BLOCK, YarnScaling
+from millrace.model.cache_spec import (
+    CONV_KERNEL,
+    CacheOptions,
+    CacheSpec,
+    LayerCache,
+    attention_cache,
+    gated_delta_cache,
+    hidden_vector,
+)
 
 LayerType = Literal["full_attention", "linear_attention"]
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 SUPPORTED = (
     "supported are dense Qwen3.5-class models (model_type qwen3_5 or qwen3_5_text); "
     "--engine vllm serves others"
 )
-CONV_KERNEL = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +85,23 @@ class ModelConfig:
         """KV heads of one rank. With more ranks than heads, several ranks have the same head."""
         return max(1, self.num_kv_heads // ranks)
 
-    def kv_bytes_per_token(self, dtype: str, ranks: int = 1, mtp: bool = False) -> int:
-        """KV bytes of one token on one rank; mtp: including the draft head's."""
-        layers = self.num_attention_layers + (self.mtp_layers if mtp else 0)
-        return 2 * layers * self.kv_heads_on_rank(ranks) * self.head_dim * DTYPE_BYTES[dtype]
+    def cache_spec(self, options: CacheOptions) -> CacheSpec:
+        """The memory of its layers."""
 
-    def state_bytes(self, dtype: str, ranks: int = 1) -> int:
-        """Bytes of the recurrent states S of one sequence on one rank, all GDN layers."""
-        cells = self.value_heads // ranks * self.key_dim * self.value_dim
-        return self.num_gdn_layers * cells * DTYPE_BYTES[dtype]
+        def attention(name: str) -> LayerCache:
+            return attention_cache(name, options, self.num_kv_heads, self.head_dim)
 
-    def slot_bytes(
-        self, state_dtype: str, model_dtype: str, window: int, drafts: int, ranks: int = 1
-    ) -> int:
-        """Bytes of one slot on one rank: states, windows and convolution inputs.
-
-        window: W, rows of the recurrent window. drafts: k; the convolution keeps 3 + k inputs.
-        """
-        keys = self.key_heads // ranks * window * self.key_dim * DTYPE_BYTES[model_dtype]
-        updates = self.value_heads // ranks * window * (self.value_dim + 1) * DTYPE_BYTES["float32"]
-        inputs = (CONV_KERNEL - 1 + drafts) * self.conv_channels // ranks * DTYPE_BYTES[model_dtype]
-        return self.state_bytes(state_dtype, ranks) + self.num_gdn_layers * (
-            keys + updates + inputs
+        heads = self.key_heads, self.value_heads, self.key_dim, self.value_dim
+        layers = tuple(
+            attention(f"layers.{i}")
+            if kind == "full_attention"
+            else gated_delta_cache(f"layers.{i}", options, *heads)
+            for i, kind in enumerate(self.layer_types)
+        )
+        if not options.draft_head:
+            return CacheSpec(options, layers)
+        return CacheSpec(
+            options, layers, attention("draft"), hidden_vector(options, self.hidden_size)
         )
 
 

@@ -14,11 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
-from millrace.kernels.batch import Caches, GDNState, KVCache
+from millrace.model.cache_spec import CacheOptions
 from millrace.model.config import ModelConfig
 from millrace.model.layers import Attention, Linear
 from millrace.model.parallel import TensorParallel
@@ -31,18 +30,14 @@ from millrace.runtime.profile_run import row_counts, token_counts, workspace_byt
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
 from millrace.runtime.ranks.plan_codec import MeasureAllReduce
 from millrace.runtime.ranks.ranks import Ranks
+from millrace.runtime.step.caches import DTYPES, allocate_caches
 from millrace.runtime.step.results import PendingStep
 from millrace.runtime.step.runner import Runner
-from millrace.runtime.step.slots import Slots
-from millrace.runtime.step.snapshots import CONV_INPUTS, Snapshots
+from millrace.runtime.step.slots import Slots, tape_length
+from millrace.runtime.step.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 # A CPU engine without a memory limit gets what max_num_seqs sequences of max_model_len tokens need,
 # but at most this share of the free memory, and CPU_MOST.
 CPU_SHARE = 0.4
@@ -61,6 +56,7 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self.model_config = model_config
+        self.cache_spec = model_config.cache_spec(cache_options(config))
         self.all_reduce = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
@@ -156,17 +152,13 @@ class Worker:
         )
 
     def _costs(self) -> Costs:
-        config, model, ranks = self.config, self.model_config, self.ranks.size
-        mtp = config.drafts > 0
-        token = model.kv_bytes_per_token(config.kv_dtype, ranks, mtp)
-        slot = model.slot_bytes(
-            config.state_dtype, config.dtype, config.window, config.drafts, ranks
+        config, ranks = self.config, self.ranks.size
+        row = Slots.row_bytes(config.max_model_len, config.drafts)
+        return Costs(
+            page=self.cache_spec.page_bytes(ranks),
+            slot=self.cache_spec.slot_bytes(ranks) + row,
+            snapshot=self.cache_spec.snapshot_bytes(ranks),
         )
-        width = DTYPES[config.dtype].itemsize
-        conv = CONV_INPUTS * (model.conv_channels // ranks) * model.num_gdn_layers * width
-        record = model.state_bytes(config.state_dtype, ranks) + conv + model.hidden_size * width
-        tape = (config.max_model_len + 2 * (config.drafts + 1)) * 8
-        return Costs(page=token * config.page_size, slot=slot + tape, snapshot=record)
 
     def memory_budget(self) -> int:
         """Bytes available for states, pages and snapshots."""
@@ -203,12 +195,11 @@ class Worker:
 
     def build_runner(self, config: EngineConfig, pages: int, snapshots: int) -> Runner:
         """A runner with slots for config.max_num_seqs requests."""
-        model = self.model_config
-        caches = allocate_caches(config, model, pages, self.ranks.size, self._device)
-        slots = Slots.allocate(
-            config.max_num_seqs, config.max_model_len, config.drafts, self._device
-        )
-        pool = Snapshots.allocate(caches, snapshots, model.hidden_size, DTYPES[config.dtype])
+        spec, ranks, device = self.cache_spec, self.ranks.size, self._device
+        rows = config.max_num_seqs + 1
+        caches = allocate_caches(spec, slots=rows, pages=pages, ranks=ranks, device=device)
+        slots = Slots.allocate(config.max_num_seqs, config.max_model_len, config.drafts, device)
+        pool = Snapshots.allocate(spec, snapshots, ranks, device)
         return Runner(config, self.model, caches, slots, pool, self.ranks)
 
 
@@ -235,6 +226,20 @@ def _timed(part: str) -> Iterator[None]:
     logger.info("%s: %.1f s", part, time.perf_counter() - began)
 
 
+def cache_options(config: EngineConfig) -> CacheOptions:
+    """What the memory of the model's layers depends on."""
+    return CacheOptions(
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        state_dtype=config.state_dtype,
+        page_size=config.page_size,
+        max_pages=config.max_pages_per_request,
+        drafts=config.drafts,
+        window=config.window,
+        draft_head=config.drafts > 0,
+    )
+
+
 def _message_rows(config: EngineConfig) -> list[int]:
     """Rows of the all-reduce messages to measure: of decode steps, small to large, and of chunks.
 
@@ -259,7 +264,7 @@ def build_empty_model(
         dtype=DTYPES[config.dtype],
         device=config.device,
         tp=parallel,
-        max_len=config.max_model_len + 2 * (config.drafts + 1),
+        max_len=tape_length(config.max_model_len, config.drafts),
         mtp=config.drafts > 0,
         keep_fp8=fp8,
         draft_fp8=config.draft_fp8,
@@ -324,50 +329,6 @@ def load_model(
     taken = model.quantize_draft_head()
     if taken:
         logger.info("the FP8 copy of the output head, for drafts, takes %.0f MiB", taken / 2**20)
-
-
-def allocate_caches(
-    config: EngineConfig, model: ModelConfig, num_pages: int, ranks: int, device: torch.device
-) -> Caches:
-    """Zeroed KV pages and state slots of every layer, for one rank."""
-    rows, width = config.max_num_seqs + 1, config.drafts + 3
-    key_heads, value_heads = model.key_heads // ranks, model.value_heads // ranks
-    dtype = DTYPES[config.dtype]
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def kv() -> KVCache:
-        shape = (num_pages, config.page_size, model.kv_heads_on_rank(ranks), model.head_dim)
-        return KVCache(*(zeros(*shape, dtype=DTYPES[config.kv_dtype]) for _ in range(2)))
-
-    kinds = model.layer_types
-    count = sum(kind != "full_attention" for kind in kinds)
-    shape = (count, rows, value_heads, model.key_dim, model.value_dim)
-    states = zeros(*shape, dtype=DTYPES[config.state_dtype])
-    convs = zeros(count, rows, width, model.conv_channels // ranks, dtype=dtype)
-    parts = zip(states, convs, strict=True)
-
-    def gdn() -> GDNState:
-        state, conv = next(parts)
-        return GDNState(
-            state=state,
-            window_k=zeros(rows, key_heads, config.window, model.key_dim, dtype=dtype),
-            window_u=zeros(rows, value_heads, config.window, model.value_dim),
-            window_g=zeros(rows, value_heads, config.window),
-            conv=conv,
-        )
-
-    return Caches(
-        layers=[kv() if kind == "full_attention" else gdn() for kind in kinds],
-        states=states,
-        convs=convs,
-        mtp=kv() if config.drafts else None,
-        block_table=zeros(rows, config.max_pages_per_request, dtype=torch.int32),
-        fill=zeros(rows, dtype=torch.int32),
-        conv_offset=zeros(rows, dtype=torch.int32),
-        page_size=config.page_size,
-    )
 
 
 def _available_memory() -> int:

@@ -18,6 +18,7 @@ from millrace.model.qwen3_5 import Qwen3_5
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
+from millrace.runtime.step.caches import DTYPES
 from millrace.runtime.step.cuda_graphs import GraphSizes, Parts, StepGraphs
 from millrace.runtime.step.inputs import (
     Numbers,
@@ -101,7 +102,10 @@ class Runner:
         """
         sizes = GraphSizes.of(config)
         parts = Parts(self._forward, self._tail, self._fits, self._model.multiply)
-        hidden = self._snapshots.hidden.new_zeros(sizes.most_tokens, self._model.config.hidden_size)
+        hidden = torch.zeros(
+            sizes.most_tokens, self._model.config.hidden_size,
+            dtype=DTYPES[config.dtype], device=self._device,
+        )  # fmt: skip
         self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._wait_for_device)
         return self._graphs.capture(largest_only)
 
@@ -113,9 +117,10 @@ class Runner:
     @torch.inference_mode()
     def try_snapshots(self) -> None:
         """Save and restore the null slot, so that the copy kernels are compiled."""
-        if len(self._snapshots.hidden):
-            null = upload([0], self._device)
-            self._snapshots.save(self._caches, null, null, self._snapshots.hidden[null])
+        if self._snapshots.count:
+            null, size = upload([0], self._device), self._model.config.hidden_size
+            hidden = torch.zeros(1, size, dtype=DTYPES[self._config.dtype], device=self._device)
+            self._snapshots.save(self._caches, null, null, hidden)
             self._snapshots.restore(self._caches, null, null)
 
     def release(self) -> None:
@@ -220,7 +225,7 @@ class Runner:
         from millrace.kernels.gpu.attention.split import fits  # imports what only GPUs have
 
         lengths = [(chunk.start, chunk.count) for chunk in plan.chunks]
-        return fits(lengths, self._model.query_group, self._snapshots.hidden.itemsize)
+        return fits(lengths, self._model.query_group, DTYPES[self._config.dtype].itemsize)
 
     # --- before the forward -----------------------------------------------------------------
 
@@ -247,7 +252,7 @@ class Runner:
         table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
         slots, index = upload(table, self._device)
         hidden = self._snapshots.restore(self._caches, slots, index)
-        if self._config.drafts:
+        if hidden is not None:
             self._write_draft_kv(places(slots, self._slots.length[slots], self._caches), hidden)
 
     def _poison(self, plan: StepPlan) -> None:

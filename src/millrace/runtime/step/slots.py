@@ -7,8 +7,8 @@ feed the next step without the host. Row 0 is the null slot, which padded rows u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import chain
 
 import torch
@@ -39,15 +39,17 @@ class Slots:
     seed: Tensor
 
     @classmethod
-    def allocate(cls, max_num_seqs: int, max_len: int, drafts: int, device: torch.device) -> Slots:
+    def allocate(
+        cls, max_num_seqs: int, max_len: int, drafts: int, device: torch.device | str
+    ) -> Slots:
         """Empty rows. The tape has room for the drafts beyond the longest sequence."""
-        rows, width = max_num_seqs + 1, max_len + 2 * (drafts + 1)
+        rows = max_num_seqs + 1
 
         def full(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((rows, *shape), value, dtype=dtype, device=device)
 
         return cls(
-            tokens=full(0, width),
+            tokens=full(0, tape_length(max_len, drafts)),
             length=full(0),
             ended=full(1, dtype=torch.bool),
             max_total=full(0),
@@ -57,6 +59,15 @@ class Slots:
             top_k=full(0),
             seed=full(0),
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def row_bytes(cls, max_len: int, drafts: int) -> int:
+        """Bytes of one row, as `allocate` makes it."""
+        row = cls.allocate(0, max_len, drafts, "meta")
+        return sum(tensor.nbytes for tensor in row.tensors())
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Write the rows of new requests."""
@@ -89,6 +100,11 @@ class Slots:
         for a in admissions:
             self.tokens[a.slot, : len(a.tokens)] = flat[at : at + len(a.tokens)]
             at += len(a.tokens)
+
+
+def tape_length(max_len: int, drafts: int) -> int:
+    """Tokens of a row of the tape."""
+    return max_len + 2 * (drafts + 1)
 
 
 def grant_pages(

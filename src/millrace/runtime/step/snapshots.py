@@ -1,13 +1,14 @@
 """The canonical record of a sequence at length L, and the pool that prefixes resume from.
 
-A record is the recurrent state folded at L, the last three convolution inputs, and the hidden
-vector of token L - 1 after the final norm (the draft head's row L needs it). With the KV pages it
-is all that is needed to continue from L. It is saved and restored only while a slot's window is
-empty.
+What is in a record is said by the model's `CacheSpec`: of a hybrid model the recurrent state folded
+at L and the last three convolution inputs, with a draft head also the hidden vector of token L - 1
+after the final norm (the draft head's row L needs it). With the KV pages it is all that is needed
+to continue from L. It is saved and restored only while a slot's window is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,54 +16,65 @@ from torch import Tensor
 
 from millrace.kernels.batch import Caches, GDNState
 from millrace.kernels.copy import copy_rows
-
-CONV_INPUTS = 3
+from millrace.model.cache_spec import CONV_INPUTS, CacheSpec
+from millrace.runtime.step.caches import DTYPES
 
 
 @dataclass(slots=True)
 class Snapshots:
-    """M records. states, convs: [L, M, ...], of the L GDN layers as Caches has them.
+    """M records. stacks: [L, M, ...] for each of `Caches.stacks`, the part that a record keeps.
 
-    hidden: [M, H].
+    hidden: [M, H]; None without a draft head.
     """
 
-    states: Tensor
-    convs: Tensor
-    hidden: Tensor
+    count: int
+    stacks: dict[str, Tensor]
+    hidden: Tensor | None
 
     @classmethod
     def allocate(
-        cls, caches: Caches, count: int, hidden_size: int, dtype: torch.dtype
+        cls, spec: CacheSpec, count: int, ranks: int = 1, device: torch.device | str = "cpu"
     ) -> Snapshots:
-        states, convs = caches.states, caches.convs
-        layers, channels = states.shape[0], convs.shape[3]
-        return cls(
-            states=states.new_empty(layers, count, *states.shape[2:]),
-            convs=convs.new_empty(layers, count, CONV_INPUTS, channels),
-            hidden=torch.empty(count, hidden_size, dtype=dtype, device=states.device),
-        )
+        """`count` records without content."""
+
+        def empty(dtype: str, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=DTYPES[dtype], device=device)
+
+        stacks = {
+            name: empty(same[0].dtype, len(same), count, *same[0].recorded_shape(ranks))
+            for name, same in spec.stacks().items()
+        }
+        hidden = spec.hidden
+        vectors = None if hidden is None else empty(hidden.dtype, count, *hidden.shape(ranks))
+        return cls(count, stacks, vectors)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.stacks.values()
+        if self.hidden is not None:
+            yield self.hidden
 
     def save(self, caches: Caches, slots: Tensor, records: Tensor, hidden: Tensor) -> None:
         """Copy slots (window empty, offset 0) into records.
 
         slots, records: int64 [R]; hidden: [R, H].
         """
-        copy_rows(self.states, records, caches.states, slots)
-        copy_rows(self.convs, records, caches.convs, slots)
-        self.hidden[records] = hidden
+        for name, stack in self.stacks.items():
+            copy_rows(stack, records, caches.stacks[name], slots)
+        if self.hidden is not None:
+            self.hidden[records] = hidden
 
-    def restore(self, caches: Caches, slots: Tensor, records: Tensor) -> Tensor:
+    def restore(self, caches: Caches, slots: Tensor, records: Tensor) -> Tensor | None:
         """Copy records into slots, windows emptied. Returns the records' hidden vectors [R, H]."""
-        copy_rows(caches.states, slots, self.states, records)
-        copy_rows(caches.convs, slots, self.convs, records)
+        for name, stack in self.stacks.items():
+            copy_rows(caches.stacks[name], slots, stack, records)
         empty_windows(caches, slots)
-        return self.hidden[records]
+        return None if self.hidden is None else self.hidden[records]
 
 
 def reset(caches: Caches, slots: Tensor) -> None:
     """Put slots (int64 [R]) at length 0: zero state and inputs, empty window."""
-    caches.states.index_fill_(1, slots, 0)
-    caches.convs.index_fill_(1, slots, 0)
+    for stack in caches.stacks.values():
+        stack.index_fill_(1, slots, 0)
     empty_windows(caches, slots)
 
 
