@@ -64,7 +64,6 @@ BASE: dict[str, Any] = {
     "gpu_memory_utilization": 0.92,
     "enable_prefix_caching": False,
     "block_size": 64,
-    "prefill_graphs": True,
     "speculative_config": {"num_speculative_tokens": 1, "synthetic_acceptance": 0.9},
 }
 # What each phase's engine has otherwise than BASE.

@@ -88,7 +88,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     async_scheduling: bool | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
-    prefill_graphs: bool = False
+    prefill_graphs: bool = True
     seed: int = 0
     max_queue: int = 4096
     step_timeout: float = 300.0
@@ -143,8 +143,8 @@ HELP: Mapping[str, str] = {
     "async_scheduling": "Plan a step while the step before runs (default: on a GPU).",
     "scheduling_policy": "fcfs: in order of arrival; priority: by priority, then arrival.",
     "enforce_eager": "Use no CUDA graphs.",
-    "prefill_graphs": "Run steps with prompts as CUDA graphs, too: experimental, for one GPU and "
-    "an FP8 KV cache.",
+    "prefill_graphs": "Run steps with prompts as CUDA graphs, too (not yet where ranks share "
+    "a model).",
     "seed": "Seed for requests that have none.",
     "max_queue": "Requests that may wait; more are refused with status 429.",
     "step_timeout": "Seconds after which a step counts as stuck; the engine is then ended, with "

@@ -78,10 +78,8 @@ def mtp(k: int, head: str = "none", **options: Any) -> dict[str, Any]:
         pytest.param(mtp(3, enable_prefix_caching=True, max_num_batched_tokens=100), id="mtp-3"),
         pytest.param(mtp(5, block_size=64), id="mtp-5"),
         pytest.param(mtp(2, "fp8"), id="mtp-2-fp8"),
-        pytest.param({"prefill_graphs": True}, id="prefill-graphs"),
-        pytest.param(
-            mtp(3, prefill_graphs=True, enable_prefix_caching=True), id="prefill-graphs-mtp-3"
-        ),
+        pytest.param({"prefill_graphs": False}, id="eager-prompts"),
+        pytest.param(mtp(3, prefill_graphs=False), id="eager-prompts-mtp-3"),
     ],
 )
 def test_the_cpus_tokens(model: Path, on_cpu: list[list[int]], options: dict[str, Any]) -> None:
@@ -130,7 +128,7 @@ def test_no_step_waits_for_the_device(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, mtp(2), {"prefill_graphs": True}, mtp(2, prefill_graphs=True)]
+    "options", [{}, mtp(2), {"prefill_graphs": False}, mtp(2, prefill_graphs=False)]
 )
 def test_nothing_is_compiled_or_captured_once_ready(
     model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -163,18 +161,19 @@ def test_nothing_is_compiled_or_captured_once_ready(
     engine.close()
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8_e4m3"])
-def test_graphs_bring_the_tokens_of_eager_steps(model: Path, kv: str) -> None:
-    """In bfloat16, in which a rounding shows; with an FP8 KV cache prompts have graphs, too."""
+@pytest.mark.parametrize(("kv", "share"), [("auto", 0.85), ("fp8_e4m3", 0.6)])
+def test_graphs_bring_the_tokens_of_eager_steps(model: Path, kv: str, share: float) -> None:
+    """In bfloat16, in which a rounding shows. An FP8 KV cache turns some of these into steps of
+    6%, so fewer texts of random weights stay the same: 12 of 17 were, on an H200."""
     outputs = []
-    for options in ({"enforce_eager": True}, {}, {"prefill_graphs": True}):
+    for options in ({"enforce_eager": True}, {}, {"prefill_graphs": False}):
         engine = build(
             model, device="cuda", dtype="bfloat16", kv_cache_dtype=kv, max_num_seqs=8, **options
         )
         outputs.append(generate(engine, PROMPTS, 32))
         engine.close()
     same = [sum(a == b for a, b in zip(outputs[0], other, strict=True)) for other in outputs[1:]]
-    assert min(same) >= len(PROMPTS) - 2, "GEMMs of more tokens may be tiled otherwise"
+    assert min(same) >= share * len(PROMPTS), "GEMMs of more tokens may be tiled otherwise"
 
 
 def test_sampled_tokens_do_not_depend_on_drafts_or_graphs(model: Path) -> None:

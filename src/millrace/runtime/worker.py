@@ -81,11 +81,8 @@ class Worker:
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):
                 self._capture()
-        if config.args.prefill_graphs and not self.runner.has_prefill_graphs:
-            logger.warning(
-                "prefill_graphs has no effect: steps with prompts can be CUDA graphs only on one "
-                "GPU, with an FP8 KV cache, and without enforce_eager"
-            )
+            if config.args.prefill_graphs and not self.runner.has_prefill_graphs:
+                logger.warning("steps with prompts run eagerly, since ranks share the model")
 
     def limits(self) -> Limits:
         """The limits that the scheduler works within."""

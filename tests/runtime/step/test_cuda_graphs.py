@@ -54,13 +54,13 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_same_tokens(tiny_model: Path, plain: list[list[int]], options: dict[str, Any]) -> None:
-    engine = in_graph_sizes(build(tiny_model, prefill_graphs=True, **options))
+    engine = in_graph_sizes(build(tiny_model, **options))
     for _ in range(2):
         assert generate(engine, PROMPTS, TOKENS) == plain
 
 
 def test_the_same_tokens_where_requests_are_preempted(tiny_model: Path) -> None:
-    engine = with_few_pages(in_graph_sizes(build(tiny_model, prefill_graphs=True, **mtp(2))), 16)
+    engine = with_few_pages(in_graph_sizes(build(tiny_model, **mtp(2))), 16)
     assert generate(engine, PROMPTS, 60) == generate(build(tiny_model), PROMPTS, 60)
     assert engine.stats().preemptions > 0
 
@@ -81,7 +81,7 @@ def test_the_same_draws(tiny_model: Path, k: int) -> None:
     options = mtp(k) if k else {}
     assert (
         generate(
-            in_graph_sizes(build(tiny_model, prefill_graphs=True, **options)),
+            in_graph_sizes(build(tiny_model, **options)),
             PROMPTS,
             TOKENS,
             **given,
@@ -101,7 +101,7 @@ def test_rows_with_wishes_share_the_forward(tiny_model: Path, k: int) -> None:
 
     options = mtp(k) if k else {}
     want = run(build(tiny_model, **options))
-    got = run(in_graph_sizes(build(tiny_model, prefill_graphs=True, **options)))
+    got = run(in_graph_sizes(build(tiny_model, **options)))
     for name, deltas in want.items():
         assert tokens_in(got[name]) == tokens_in(deltas)
         ours, theirs = (
@@ -134,7 +134,6 @@ def plans(rows: int, width: int) -> Iterator[StepPlan]:
 @pytest.mark.parametrize("options", [{"max_num_seqs": 256}, {"max_num_seqs": 20, **mtp(3)}])
 def test_every_step_has_a_graph_that_is_captured(tiny_model: Path, options: dict[str, Any]) -> None:
     options = {"max_num_batched_tokens": 3000, "mixed_prefill_tokens": 2048, **options}
-    options["prefill_graphs"] = True
     config = build(tiny_model, kv_cache_memory_bytes=1 << 28, **options).worker.config  # type: ignore[attr-defined]
     sizes = GraphSizes.of(config)
     captured = list(sizes.all())
@@ -170,15 +169,13 @@ def test_what_no_graph_has_room_for(tiny_model: Path) -> None:
     assert sizes.tail(2, filters=False) == Tail(2, False)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"prefill_graphs": True, "dtype": "bfloat16"}, {"prefill_graphs": True}]
-)
-def test_prompts_have_graphs_only_where_they_are_asked_for(
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"prefill_graphs": False}])
+def test_prompts_have_graphs_unless_they_are_switched_off(
     tiny_model: Path, options: dict[str, Any]
 ) -> None:
     engine = build(tiny_model, max_num_seqs=3, **options)
     sizes = GraphSizes.of(engine.worker.config)  # type: ignore[attr-defined]
-    assert bool(sizes.tokens) == (options == {"prefill_graphs": True})
+    assert bool(sizes.tokens) == ("prefill_graphs" not in options)
     plan = StepPlan(0, [], [], [], [Chunk(1, 0, 1, last=False)], [], 9)
     captured = set(sizes.all())
     assert (sizes.forward(plan) in captured) == bool(sizes.tokens)

@@ -264,10 +264,9 @@ class GraphSizes:
 
 
 def has_prefill_graphs(config: EngineConfig) -> bool:
-    """Whether steps with prompts are graphs, too: if asked for, and only in the arrangements in
-    which that was tried on a GPU."""
-    tried = config.args.tensor_parallel_size == 1 and config.kv_dtype != "bfloat16"
-    return config.args.prefill_graphs and tried
+    """Whether steps with prompts are graphs, too. Ranks that share a model run them eagerly: their
+    graphs of prompts were never tried on several GPUs."""
+    return config.args.prefill_graphs and config.args.tensor_parallel_size == 1
 
 
 def bucket_sizes(max_rows: int) -> list[int]:

@@ -77,9 +77,7 @@ class Runner:
         self._admit(plan)
         processors = self._processors.of_step(plan)
         graphs, numbers = self._graphs, None
-        # Prompts with rows that use processors run eagerly, and so do steps that fit no graph.
-        shared = processors is None or not plan.chunks
-        if graphs is not None and shared and graphs.forward(plan):
+        if graphs is not None and graphs.forward(plan):
             hidden = graphs.hidden
         else:
             numbers = self._numbers(plan)
