@@ -137,10 +137,14 @@ class TextProcessor:
             )
         self._check_characters(text_length(messages), max_model_len, "messages")
 
+    def most_characters(self, max_model_len: int) -> int:
+        """Characters that a text of so many tokens can have at most."""
+        return max_model_len * self.tokenizer.longest_token
+
     def _check_characters(self, count: int, max_model_len: int, param: str) -> None:
         if isinstance(self.tokenizer, NoTokenizer):
             raise self.tokenizer.refusal()
-        limit = max_model_len * self.tokenizer.longest_token
+        limit = self.most_characters(max_model_len)
         if count > limit:
             raise RequestError(
                 f"{param} has {count} characters, but the model's context holds {max_model_len} "
@@ -205,10 +209,13 @@ class TextProcessor:
         )
 
     def reasoning_bound(self, tokens: int | None, reasons: bool) -> ReasoningBound | None:
-        """What ends reasoning after `tokens`; None without reasoning. Raises RequestError."""
+        """What ends reasoning after `tokens`; None without reasoning, and for -1, which sets no
+        limit. Raises RequestError."""
+        if tokens == -1:
+            return None
         if tokens is not None and tokens < 0:
             raise RequestError(
-                f"thinking_token_budget must be at least 0, got {tokens}",
+                f"thinking_token_budget must be at least 0, or -1 for no limit, got {tokens}",
                 param="thinking_token_budget",
             )
         if tokens is None or not reasons:

@@ -7,7 +7,7 @@ in one token or in several, and the split is the same however the text is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 START = "<think>"
@@ -88,6 +88,32 @@ class ReasoningSplitter:
 
     def _answer(self, text: str, last: bool) -> tuple[str, str]:
         return "", text
+
+
+class ReasoningCounter:
+    """Counts the tokens before `</think>`. token_bytes: the bytes of each token id.
+
+    tokens: those so far; all of the output's while it has not closed its reasoning. The marker is
+    found across tokens, too.
+    """
+
+    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+        self._bytes = token_bytes
+        self._tail = b""
+        self._closed = False
+        self.tokens = 0
+
+    def feed(self, token_ids: Iterable[int]) -> None:
+        """Take the next tokens of the output."""
+        for token in () if self._closed else token_ids:
+            self._tail = self._tail[1 - len(END) :] + self._bytes[token]
+            if _END_BYTES in self._tail:
+                self._closed = True
+                return
+            self.tokens += 1
+
+
+_END_BYTES = END.encode()
 
 
 def _certain(text: str, markers: tuple[str, ...]) -> str:

@@ -292,6 +292,89 @@ def test_a_prompt_is_truncated_from_its_front(http: httpx.Client) -> None:
         assert (len(prompt), prompt[-2:]) == (length, [72, 73])
 
 
+def test_the_side_of_truncation_is_the_clients(http: httpx.Client) -> None:
+    body = {"prompt": [71, 72, *[73] * 600, 74], "max_tokens": 4, "return_token_ids": True}
+
+    def kept(count: int, **fields: Any) -> list[int]:
+        fields["truncate_prompt_tokens"] = count
+        answer = http.post(COMPLETIONS, json={**body, **fields}).json()
+        ids: list[int] = answer["choices"][0]["prompt_token_ids"]
+        return ids
+
+    assert kept(3, truncation_side="right") == [71, 72, 73]
+    assert kept(2, truncation_side="left") == kept(2) == [73, 74]
+    assert len(kept(-1, truncation_side="right")) == 508
+    wrong = http.post(COMPLETIONS, json={**body, "truncation_side": "middle"})
+    assert "truncation_side" in refused(wrong, 400)["message"]
+
+
+@pytest.mark.parametrize(("side", "text"), [("left", " end"), ("right", "begin")])
+def test_a_text_far_too_long_can_be_truncated(http: httpx.Client, side: str, text: str) -> None:
+    prompt = "begin" + " spät" * 60_000 + " end"
+    body = {"prompt": prompt, "max_tokens": 1}
+    assert refused(http.post(COMPLETIONS, json=body), 400)
+    wanted = {"truncate_prompt_tokens": 8, "truncation_side": side, "return_token_ids": True}
+    answer = http.post(COMPLETIONS, json={**body, **wanted}).json()
+    prompt_ids = answer["choices"][0]["prompt_token_ids"]
+    shown = http.post("/detokenize", json={"tokens": prompt_ids}).json()["prompt"]
+    assert shown.startswith(text) if side == "right" else shown.endswith(text)
+
+
+def test_the_prompt_of_a_chat_is_shown_on_request(http: httpx.Client) -> None:
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    body = {"messages": MESSAGES, "max_tokens": 3}
+    assert http.post(CHAT, json=body).json()["prompt_text"] is None
+    wanted = {**body, "return_prompt_text": True}
+    assert http.post(CHAT, json=wanted).json()["prompt_text"] == rendered
+    first, *others = events(http, CHAT, {**wanted, "stream": True})
+    assert first["prompt_text"] == rendered
+    assert not any("prompt_text" in chunk for chunk in others)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_chunk_has_as_many_tokens_as_asked_for(http: httpx.Client, path: str) -> None:
+    prompt = {"messages": MESSAGES} if path == CHAT else {"prompt": "hello"}
+    body = {**prompt, "max_tokens": 9, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    chunks = events(http, path, {**body, "stream_interval": 4})
+    counts = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks]
+    assert all(count >= 4 for count in counts[1:-1])
+    assert sum(counts) == 9
+    wrong = http.post(path, json={**body, "stream_interval": 0})
+    assert "stream_interval" in refused(wrong, 400)["message"]
+
+
+def test_keys_that_say_nothing_are_null(http: httpx.Client) -> None:
+    chat = http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 2}).json()
+    nulls = ("service_tier", "system_fingerprint", "prompt_logprobs", "prompt_token_ids")
+    assert [chat[key] for key in nulls] == [None] * 4
+    message = chat["choices"][0]["message"]
+    empty = ("refusal", "annotations", "audio", "function_call", "reasoning_content", "reasoning")
+    assert [message[key] for key in empty] == [None] * 6
+    text = http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2}).json()
+    assert [text[key] for key in nulls[:2]] == [None] * 2
+    choice = text["choices"][0]
+    assert [choice[key] for key in (*nulls[2:], "token_ids", "logprobs")] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"watermarking": True},
+        {"ec_transfer_params": {"a": 1}},
+        {"media_io_kwargs": {"video": {"fps": 1}}},
+        {"return_weight_versions": True},
+        {"routed_experts_prompt_start": 3},
+    ],
+)
+def test_what_vllm_has_besides_is_refused_with_the_reason(
+    http: httpx.Client, field: dict[str, Any]
+) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 2}
+    error = refused(http.post(CHAT, json={**body, **field}), 400)
+    assert error["code"] == "unsupported_parameter"
+    assert http.post(CHAT, json={**body, **dict.fromkeys(field)}).status_code == 200
+
+
 def test_the_final_message_is_continued(http: httpx.Client) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "It is "}]
     body = {

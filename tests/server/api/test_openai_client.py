@@ -114,7 +114,8 @@ def test_streamed_token_ids_add_up(client: openai.OpenAI, chat: bool) -> None:
 
 def test_token_ids_are_not_sent_unasked(client: openai.OpenAI) -> None:
     answer: Any = client.completions.create(model="fake", prompt="hello", max_tokens=2)
-    assert not hasattr(answer.choices[0], "token_ids")
+    assert answer.choices[0].token_ids is None
+    assert answer.choices[0].prompt_token_ids is None
 
 
 @pytest.mark.parametrize("stream", [True, False])

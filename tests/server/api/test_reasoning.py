@@ -102,7 +102,8 @@ def test_it_can_be_turned_off(tmp_path: Path) -> None:
     with _server(tmp_path, reasoning_parser="none") as server:
         answer = ask(_client(server), "a </think> b")
     assert answer.choices[0].message.content == "user\na </think> b"
-    assert not hasattr(answer.choices[0].message, "reasoning_content")
+    assert answer.choices[0].message.reasoning_content is None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 0
 
 
 def test_the_model_that_ships_answers_without_its_marker(tmp_path: Path) -> None:
@@ -145,8 +146,32 @@ def test_a_budget_holds_where_reasoning_is_not_told_apart(tmp_path: Path) -> Non
     assert closed_at(answer, token_id(tmp_path / "model", "</think>")) == 3
 
 
+def test_a_budget_of_minus_one_is_no_limit(client: openai.OpenAI, end: int) -> None:
+    wanted = {"thinking_token_budget": -1, "return_token_ids": True}
+    free = ask(client, "so it is", extra_body={"return_token_ids": True})
+    assert (
+        ask(client, "so it is", extra_body=wanted).choices[0].token_ids == free.choices[0].token_ids
+    )
+
+
+def test_the_tokens_of_reasoning_are_counted(client: openai.OpenAI, end: int) -> None:
+    ids = {"return_token_ids": True}
+    answer = ask(client, "So spät </think> Hello", extra_body=ids)
+    count = answer.usage.completion_tokens_details.reasoning_tokens
+    assert count == closed_at(answer, end)
+    unclosed = ask(client, "no end", n=2)
+    details = unclosed.usage.completion_tokens_details
+    assert details.reasoning_tokens == unclosed.usage.completion_tokens
+    resumed = {"resume_token_ids": answer.choices[0].token_ids[:-2]}
+    again = ask(client, "So spät </think> Hello", extra_body=resumed)
+    assert again.usage.completion_tokens_details.reasoning_tokens == count
+    options = {"include_usage": True}
+    *_, last = ask(client, "So spät </think> Hello", stream=True, stream_options=options)
+    assert last.usage == answer.usage
+
+
 def test_a_budget_below_zero_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
-        ask(client, "x", extra_body={"thinking_token_budget": -1})
+        ask(client, "x", extra_body={"thinking_token_budget": -2})
     with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
-        ask(client, "x", extra_body={"thinking_token_budget": -1, **OFF})
+        ask(client, "x", extra_body={"thinking_token_budget": -2, **OFF})

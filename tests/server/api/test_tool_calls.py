@@ -267,6 +267,33 @@ def test_a_streamed_message_is_the_same(claude: anthropic.Anthropic) -> None:
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
 
 
+def test_thinking_is_signed(claude: anthropic.Anthropic) -> None:
+    whole = claude.messages.create(**ASKED, tools=ANTHROPIC).content[0]
+    with claude.messages.stream(**ASKED, tools=ANTHROPIC) as stream:
+        raw: list[Any] = [
+            event for event in stream if event.type in ("content_block_start", "signature")
+        ]
+        streamed = stream.get_final_message()
+    assert whole.type == "thinking"
+    assert len(whole.signature) > 20
+    assert raw[0].content_block.signature == ""
+    assert raw[1].signature == whole.signature
+    assert streamed.content[0] == whole
+    details = streamed.usage.output_tokens_details
+    assert details is not None
+    assert 0 < details.thinking_tokens < streamed.usage.output_tokens
+    assert streamed.usage.cache_creation_input_tokens == 0
+
+
+def test_template_variables_reach_the_template_of_messages(claude: anthropic.Anthropic) -> None:
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    answer = claude.messages.create(**ASKED, extra_body=off)
+    assert [block.type for block in answer.content] == ["text"]
+    count = claude.messages.count_tokens(model="fake", messages=MESSAGES, extra_body=off)
+    usage = answer.usage
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == count.input_tokens
+
+
 def test_how_a_message_ends(claude: anthropic.Anthropic) -> None:
     plain: Any = {"model": "fake", "messages": [{"role": "user", "content": "a</think>b STOP"}]}
     full = claude.messages.create(**plain, max_tokens=99)

@@ -156,11 +156,23 @@ class ApiContext:
         """The model's name in the answer."""
         return body.model or self.names[0]
 
-    async def token_ids(self, prompt: Prompt, add_special_tokens: bool, ready: Ready) -> list[int]:
+    async def token_ids(
+        self,
+        prompt: Prompt,
+        add_special_tokens: bool,
+        ready: Ready,
+        body: GenerationRequest | None = None,
+    ) -> list[int]:
         """A prompt's tokens. Raises RequestError or ApiError, for a text that is certainly too long
-        before it is encoded."""
+        before it is encoded.
+
+        body: if `truncate` is to cut the tokens, such a text loses what would be cut off.
+        """
         if not isinstance(prompt, str):
             return prompt
+        if body is not None and body.truncate_prompt_tokens is not None:
+            most = self.processor.most_characters(ready.max_model_len)
+            prompt = prompt[:most] if body.truncation_side == "right" else prompt[-most:]
         self.processor.check_text(prompt, ready.max_model_len, "prompt")
         if len(prompt) >= SANDBOX_TEXT:
             return await self._encode_in_sandbox(prompt, add_special_tokens, ready)
@@ -228,7 +240,8 @@ class ApiContext:
     def truncate(
         self, prompt: list[int], body: GenerationRequest, params: SamplingParams, ready: Ready
     ) -> list[int]:
-        """The last `truncate_prompt_tokens` of a prompt; -1: what leaves room for the output."""
+        """`truncate_prompt_tokens` of a prompt, its last ones unless the side says otherwise; -1:
+        what leaves room for the output."""
         kept = body.truncate_prompt_tokens
         most = ready.max_model_len - (params.max_tokens or 1)
         if kept is None or most < 1:  # the latter is refused when the prompt's length is checked
@@ -238,7 +251,8 @@ class ApiContext:
                 f"truncate_prompt_tokens must be -1 or from 1 to {most}, got {kept}",
                 param="truncate_prompt_tokens",
             )
-        return prompt[-(most if kept == -1 else kept) :]
+        count = most if kept == -1 else kept
+        return prompt[:count] if body.truncation_side == "right" else prompt[-count:]
 
     def respond(
         self,
@@ -248,17 +262,28 @@ class ApiContext:
         ready: Ready,
         stream: bool,
         prefix_hashes: Sequence[int] = (),
+        *,
+        stream_interval: int | None = None,
+        reasons: bool = False,
     ) -> ASGIApp:
         """The application that runs the requests and sends what `formatter` makes of them.
 
-        chain: the hashes of their prompt.
+        prefix_hashes: of their prompt. stream_interval: tokens of a chunk, if the server's are
+        fewer. reasons: the outputs begin with reasoning, whose tokens are counted. Raises
+        RequestError for an interval of less than one.
         """
+        if stream_interval is not None and stream_interval < 1:
+            message = f"stream_interval must be at least 1, got {stream_interval}"
+            raise RequestError(message, param="stream_interval")
 
         def open_generations(receive: Receive) -> Generations:
             self.check_capacity(len(requests), ready)  # again: encoding took time
             self.client.prefix_reporter.add(prefix_hashes)
             pairs = [(one, self.processor.detokenizer(params)) for one in requests]
-            return Generations(self.client, pairs, receive)
+            opened = Generations(self.client, pairs, receive, stream_interval if stream else None)
+            if reasons:
+                opened.count_reasoning(self.processor.tokenizer.token_bytes)
+            return opened
 
         return (
             StreamingResponse(open_generations, formatter)

@@ -74,6 +74,12 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "guided_decoding_backend": ((), "there is one, llguidance"),
     "guided_whitespace_pattern": ((), "white space in JSON is the model's choice"),
     "repetition_detection": ((), "use repetition_penalty or stop"),
+    "watermarking": ((False,), "texts are not marked"),
+    "ec_transfer_params": ((), "the replica keeps its caches to itself"),
+    "media_io_kwargs": (({},), "the model reads and writes text only"),
+    "return_weight_versions": ((False,), "the weights stay the same while the server runs"),
+    "routed_experts_prompt_start": ((0,), "no experts are reported"),
+    "early_stopping": ((False,), "it belongs to beam search"),
 }  # fmt: skip
 
 # Known fields without influence on the answer.
@@ -87,6 +93,11 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
+        "session_id",  # gateways send what has the same one to the same replica
+        "prompt_cache_options",
+        "return_token_offsets",  # of vLLM's endpoints that only render
+        "mm_payload",
+        "return_mm_kwargs",
         "cache_salt",  # where nothing is cached; bodies with a prompt have the field
     }
 )

@@ -153,9 +153,11 @@ class CompletionFormatter(OpenAiFormatter):
         if self._best is not None:
             kept = _most_likely(pieces, *self._best)
         choices = [
-            self._choice(generations[at], pieces[at], True, index) for index, at in enumerate(kept)
+            _with_nulls(self._choice(generations[at], pieces[at], True, index))
+            for index, at in enumerate(kept)
         ]
-        return self._completion(choices, usage)
+        whole = self._completion(choices, usage)
+        return msgspec.structs.replace(whole, service_tier=None, system_fingerprint=None)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType) -> Completion:
         head = self._header
@@ -196,6 +198,13 @@ class CompletionFormatter(OpenAiFormatter):
             positions, self._offsets.get(generation.index, 0), unpredicted
         )
         return words
+
+
+def _with_nulls(choice: CompletionChoice) -> CompletionChoice:
+    """A choice of a whole answer: keys that clients read are there also where they say nothing."""
+    names = ("token_ids", "prompt_token_ids", "prompt_logprobs")
+    missing = {name: None for name in names if getattr(choice, name) is UNSET}
+    return msgspec.structs.replace(choice, **missing)
 
 
 def _most_likely(pieces: Sequence[Piece], shown: int, made: int) -> list[int]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from millrace.protocol import AddRequest, TokenLogprobs
-from millrace.server.api.response_schema import PromptTokensDetails, Usage
+from millrace.server.api.response_schema import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    Usage,
+)
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.engine_link.stream import Stream
 from millrace.server.http.errors import ClientGoneError
 from millrace.text.detokenizer import Detokenizer, Piece
+from millrace.text.reasoning import ReasoningCounter
 
 
 class Generation:
@@ -19,6 +24,7 @@ class Generation:
 
     resumed: text of the tokens of `request.resume`, which the client has already.
     completion_tokens: counts those tokens too. prompt_logprobs: known with the first piece.
+    reasoning: counts the tokens of the reasoning that the output begins with; None: of none.
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class Generation:
         self.completion_tokens = len(request.resume)
         self.cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.reasoning: ReasoningCounter | None = None
         self._output = output
         self._resumed = output.push(list(request.resume))
 
@@ -48,6 +55,8 @@ class Generation:
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )
         self.completion_tokens += len(piece.token_ids)
+        if self.reasoning is not None:
+            self.reasoning.feed(piece.token_ids)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.done = piece.finish_reason is not None
@@ -73,7 +82,8 @@ class Generation:
 class Generations:
     """All outputs of one HTTP request; a context manager that ends them all when it is left.
 
-    receive: the ASGI channel that reports when the client disconnects.
+    receive: the ASGI channel that reports when the client disconnects. stream_interval: as in
+    `EngineClient.open`.
     """
 
     def __init__(
@@ -81,11 +91,12 @@ class Generations:
         client: EngineClient,
         requests: Iterable[tuple[AddRequest, Detokenizer]],
         receive: Callable[[], Awaitable[Any]],
+        stream_interval: int | None = None,
     ) -> None:
         self._client = client
         self._receive = receive
         self.all = [
-            Generation(index, request, client.open(request), output)
+            Generation(index, request, client.open(request, stream_interval), output)
             for index, (request, output) in enumerate(requests)
         ]
 
@@ -109,13 +120,26 @@ class Generations:
             for task in tasks:
                 task.cancel()
 
+    def count_reasoning(self, token_bytes: Mapping[int, bytes]) -> None:
+        """Count the tokens of the reasoning that every output begins with."""
+        for one in self.all:
+            one.reasoning = ReasoningCounter(token_bytes)
+            one.reasoning.feed(one.request.resume)
+
     def usage(self) -> Usage:
         """Token counts so far. A prompt counts once, however many outputs it has."""
         firsts = [one for one in self.all if one.request.wait_for is None]
         prompt = sum(len(one.request.prompt) for one in firsts)
         completion = sum(one.completion_tokens for one in self.all)
         cached = sum(one.cached_tokens for one in firsts)
-        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+        reasoning = sum(one.reasoning.tokens for one in self.all if one.reasoning is not None)
+        return Usage(
+            prompt,
+            completion,
+            prompt + completion,
+            PromptTokensDetails(cached),
+            CompletionTokensDetails(reasoning),
+        )
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

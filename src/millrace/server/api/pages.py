@@ -23,6 +23,7 @@ from millrace.version import __version__
 
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /load. requests: open ones. tokens: of their prompts and their outputs so far.
+    server_load: the same as requests, under vLLM's name.
 
     prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
     cache, and the server has no keys or the request has the gateway's.
@@ -30,6 +31,7 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
 
     requests: int
     tokens: int
+    server_load: int
     prefixes: PrefixReport | None = None
 
 
@@ -88,7 +90,8 @@ class Pages:
         if not client_of(request.scope).reads_prefixes:
             cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
-        return json_response(Load(self._client.open_requests, self._client.open_tokens, prefixes))
+        requests = self._client.open_requests
+        return json_response(Load(requests, self._client.open_tokens, requests, prefixes))
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

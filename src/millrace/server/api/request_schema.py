@@ -6,7 +6,7 @@ the server's default. Fields that are known but not served stand in `fields.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -36,7 +36,8 @@ class GenerationRequest(PromptRequest, frozen=True, kw_only=True):
     """What both endpoints take.
 
     resume_token_ids: tokens that count as generated already; the answer holds what follows them.
-    guided_*: older names for the fields of structured_outputs.
+    guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
+    cut; left keeps its end. stream_interval: tokens of a chunk, where the server's are fewer.
     """
 
     n: int | None = 1
@@ -66,10 +67,12 @@ class GenerationRequest(PromptRequest, frozen=True, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: int | None = 0
     resume_token_ids: list[int] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    stream_interval: int | None = None
     return_token_ids: bool | None = False
 
 
@@ -104,6 +107,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    return_prompt_text: bool | None = False
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -23,6 +23,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """reasoning_tokens: those before the end of the reasoning, where it is split off."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Token counts of a whole request."""
 
@@ -30,6 +36,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,19 +80,21 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    token_ids: list[int] | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of /v1/completions, and each chunk of its stream."""
+    """Answer of /v1/completions, and each chunk of its stream, which has no tier."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
+    service_tier: UnsetType | None = UNSET
+    system_fingerprint: UnsetType | None = UNSET
     usage: Usage | UnsetType = UNSET
 
 
@@ -108,15 +117,20 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's answer. Where reasoning is split off, what is empty is None.
+    """The assistant's answer. What is empty is None, except calls, which are then absent.
 
-    reasoning: the same as reasoning_content, under the name that newer clients read.
+    reasoning: the same as reasoning_content, under the name that newer clients read. Refusals,
+    annotations, audio and function_call stand in OpenAI's type; here they are never more.
     """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
-    reasoning_content: str | UnsetType | None = UNSET
-    reasoning: str | UnsetType | None = UNSET
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -128,20 +142,27 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of /v1/chat/completions."""
+    """Answer of /v1/chat/completions. Keys that clients read are there also where they say nothing.
+
+    prompt_text: what the chat template wrote, where the body asks for it.
+    """
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
+    service_tier: None = None
+    system_fingerprint: None = None
     usage: Usage
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_text: str | None = None
+    kv_transfer_params: None = None
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,6 +197,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -113,9 +113,13 @@ class EngineClient:
         """Tokens of open requests: their prompts, and what they have generated so far."""
         return sum(stream.prompt_len + stream.generated_tokens for stream in self._streams.values())
 
-    def open(self, request: AddRequest) -> Stream:
-        """Hand a request to the engine. Whoever opens a stream closes it."""
-        stream = Stream(request, self._metrics, self._stream_interval)
+    def open(self, request: AddRequest, stream_interval: int | None = None) -> Stream:
+        """Hand a request to the engine. Whoever opens a stream closes it.
+
+        stream_interval: tokens that its reader waits for, if they are more than usual.
+        """
+        interval = max(self._stream_interval, stream_interval or 1)
+        stream = Stream(request, self._metrics, interval)
         if (seen := request_record.current.get()) is not None:
             seen.streams.append(stream)
         if self.died is not None:

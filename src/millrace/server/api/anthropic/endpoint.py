@@ -18,7 +18,7 @@ from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
 from millrace.server.api.chat.endpoint import chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import FieldRules, field_rules
+from millrace.server.api.fields import REFUSED, FieldRules, field_rules
 from millrace.server.api.request_schema import ChatRequest, PromptRequest
 from millrace.server.api.transport import json_response
 
@@ -29,6 +29,8 @@ _NOTHING_CLEARED: tuple[Any, ...] = (
 )
 _OWN = FieldRules(
     refused={
+        **{name: REFUSED[name] for name in ("watermarking", "vllm_xargs")},
+        **{name: REFUSED[name] for name in ("kv_transfer_params", "ec_transfer_params")},
         "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
         "container": ((), "the server runs no code"),
         "context_management": (_NOTHING_CLEARED, "the server leaves conversations as they are"),
@@ -36,7 +38,7 @@ _OWN = FieldRules(
     },
     harmless=frozenset(
         {"metadata", "service_tier", "cache_control", "betas", "inference_geo", "diagnostics"}
-        | {"user_profile_id", "workspace_id"}
+        | {"user_profile_id", "workspace_id", "mm_payload", "return_mm_kwargs"}
     ),
 )
 
@@ -50,6 +52,7 @@ class CountRequest(PromptRequest, frozen=True, kw_only=True):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, frozen=True, kw_only=True):
@@ -89,7 +92,13 @@ class Anthropic:
             id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )
         return context.respond(
-            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
+            prepared.requests,
+            prepared.params,
+            formatter,
+            ready,
+            bool(body.stream),
+            prefix_hashes,
+            reasons=prepared.reasons,
         )
 
     async def count(self, request: Request) -> ASGIApp:
@@ -123,7 +132,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
         response_format=_response_format(body.output_config),
-        chat_template_kwargs=_thinking(body.thinking),
+        chat_template_kwargs=_variables(body),
         thinking_token_budget=_budget(body.thinking),
     )
     if not isinstance(body, MessagesRequest):
@@ -238,6 +247,13 @@ def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] 
         message = f"tool_choice.type must be auto, any, tool or none, got {kind!r}"
         raise RequestError(message, param="tool_choice")
     return modes[kind], parallel
+
+
+def _variables(body: CountRequest) -> dict[str, Any] | None:
+    """Template variables, those of `thinking` among them."""
+    thinking = _thinking(body.thinking)
+    given = body.chat_template_kwargs
+    return thinking if given is None else {**(thinking or {}), **given}
 
 
 def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -27,6 +28,8 @@ class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
+    output_tokens_details: dict[str, int] | None = None
+    service_tier: Literal["standard"] = "standard"
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,11 +68,11 @@ class MessageFormatter:
         self._last = piece
         part = self._parser.feed_piece(piece)
         for event in self._blocks.add_part(part):
-            yield self._block_event(*event)
+            yield from self._block_events(*event)
 
     def final_events(self, usage: Usage) -> Iterator[bytes]:
         for event in self._blocks.close():
-            yield self._block_event(*event)
+            yield from self._block_events(*event)
         reason, sequence = _stop(self._last, self._parser)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         counts = _usage(usage, usage.completion_tokens)
@@ -105,19 +108,24 @@ class MessageFormatter:
             usage=usage,
         )
 
-    def _block_event(self, action: Action, block: Block, text: str) -> bytes:
-        if action == "close":
-            return _event("content_block_stop", index=block.index)
+    def _block_events(self, action: Action, block: Block, text: str) -> Iterator[bytes]:
         if action == "open":
             empty = _content(Block(block.index, block.kind, "", block.id, block.name))
-            return _event("content_block_start", index=block.index, content_block=empty)
+            yield _event("content_block_start", index=block.index, content_block=empty)
+            return
+        if action == "close":
+            if block.kind == "reasoning":
+                delta = {"type": "signature_delta", "signature": _signature(block)}
+                yield _event("content_block_delta", index=block.index, delta=delta)
+            yield _event("content_block_stop", index=block.index)
+            return
         if block.kind == "reasoning":
             delta = {"type": "thinking_delta", "thinking": text}
         elif block.kind == "content":
             delta = {"type": "text_delta", "text": text}
         else:
             delta = {"type": "input_json_delta", "partial_json": text}
-        return _event("content_block_delta", index=block.index, delta=delta)
+        yield _event("content_block_delta", index=block.index, delta=delta)
 
 
 def _event(kind: str, **fields: Any) -> bytes:
@@ -130,15 +138,24 @@ def _usage(usage: Usage, output_tokens: int) -> MessageUsage:
         input_tokens=usage.prompt_tokens - cached,
         output_tokens=output_tokens,
         cache_read_input_tokens=cached,
+        output_tokens_details={"thinking_tokens": usage.completion_tokens_details.reasoning_tokens},
     )
 
 
 def _content(block: Block) -> dict[str, Any]:
     if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": block.text, "signature": ""}
+        return {"type": "thinking", "thinking": block.text, "signature": _signature(block)}
     if block.kind == "content":
         return {"type": "text", "text": block.text}
     return {"type": "tool_use", "id": block.id, "name": block.name, "input": _input(block.text)}
+
+
+def _signature(block: Block) -> str:
+    """The signature of a block's reasoning; empty before there is any.
+
+    Clients send it back and some insist on one. Nothing is checked with it here.
+    """
+    return hashlib.sha256(block.text.encode()).hexdigest() if block.text else ""
 
 
 def _input(arguments: str) -> Mapping[str, Any]:

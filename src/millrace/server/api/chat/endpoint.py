@@ -34,11 +34,14 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class PreparedChat(msgspec.Struct, frozen=True):
-    """A chat as engine requests. parsers: one for each of the requests."""
+    """A chat as engine requests. parsers: one for each of the requests. text: of the prompt, as the
+    template wrote it. reasons: the answers begin with reasoning, which is split off."""
 
     requests: list[AddRequest]
     params: SamplingParams
     parsers: list[AnswerParser]
+    text: str
+    reasons: bool
 
 
 class Chat:
@@ -64,10 +67,21 @@ class Chat:
             context.processor.tokenizer, bool(body.return_tokens_as_token_ids)
         )
         formatter = ChatFormatter(
-            header, logprobs, prepared.parsers, shows_reasoning=body.include_reasoning
+            header,
+            logprobs,
+            prepared.parsers,
+            shows_reasoning=body.include_reasoning,
+            prompt_text=prepared.text if body.return_prompt_text else None,
         )
         return context.respond(
-            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
+            prepared.requests,
+            prepared.params,
+            formatter,
+            ready,
+            bool(body.stream),
+            prefix_hashes,
+            stream_interval=body.stream_interval,
+            reasons=prepared.reasons,
         )
 
 
@@ -101,7 +115,8 @@ async def prepare_chat(
     )
     requests = split_outputs(request)
     parser = partial(_parser, context, choice, starts_with_reasoning)
-    return PreparedChat(requests, params, [parser() for _ in requests])
+    parsers = [parser() for _ in requests]
+    return PreparedChat(requests, params, parsers, text, starts_with_reasoning)
 
 
 def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice, ready: Ready) -> str:

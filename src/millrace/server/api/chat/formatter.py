@@ -30,7 +30,7 @@ from millrace.text.tools.parser import CallPart
 
 
 class ChatFormatter(OpenAiFormatter):
-    """Answers of /v1/chat/completions. parsers: one for each choice."""
+    """Answers of /v1/chat/completions. parsers: one for each choice. prompt_text: None hides it."""
 
     def __init__(
         self,
@@ -39,8 +39,10 @@ class ChatFormatter(OpenAiFormatter):
         parsers: Sequence[AnswerParser],
         *,
         shows_reasoning: bool = True,
+        prompt_text: str | None = None,
     ) -> None:
         super().__init__(header, logprobs)
+        self._prompt_text = prompt_text
         self._parsers = parsers
         self._shows_reasoning = shows_reasoning
 
@@ -64,6 +66,7 @@ class ChatFormatter(OpenAiFormatter):
             usage,
             self._prompt_ids(generation) if first else UNSET,
             self._prompt_logprobs(generation) if first else UNSET,
+            self._prompt_text if first and self._prompt_text is not None else UNSET,
         )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -75,6 +78,7 @@ class ChatFormatter(OpenAiFormatter):
         usage: Usage | UnsetType,
         prompt_token_ids: list[int] | UnsetType = UNSET,
         prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
+        prompt_text: str | UnsetType = UNSET,
     ) -> ChatChunk:
         head = self._header
         return ChatChunk(
@@ -85,6 +89,7 @@ class ChatFormatter(OpenAiFormatter):
             usage=usage,
             prompt_token_ids=prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
+            prompt_text=prompt_text,
         )
 
     def full_response(
@@ -100,8 +105,9 @@ class ChatFormatter(OpenAiFormatter):
                 for generation, piece in zip(generations, pieces, strict=True)
             ],
             usage=usage,
-            prompt_token_ids=self._prompt_ids(generations[0]),
-            prompt_logprobs=self._prompt_logprobs(generations[0]),
+            prompt_token_ids=self._prompt_ids(generations[0]) or None,
+            prompt_logprobs=self._prompt_logprobs(generations[0]) or None,
+            prompt_text=self._prompt_text,
         )
 
     def _choice(self, generation: Generation, piece: Piece) -> ChatChoice:
@@ -113,7 +119,7 @@ class ChatFormatter(OpenAiFormatter):
             logprobs=self._format_logprobs(piece),
             finish_reason=finish_reason(piece, parser),
             stop_reason=piece.stop_reason,
-            token_ids=self._token_ids(piece),
+            token_ids=piece.token_ids if self._header.with_ids else None,
         )
 
     def _delta(self, part: AnswerPart, parser: AnswerParser, first: bool) -> ChatDelta:
@@ -134,9 +140,7 @@ class ChatFormatter(OpenAiFormatter):
     ) -> ChatMessage:
         if not parser.splits:
             return ChatMessage(content=part.content)
-        thought: str | UnsetType | None = UNSET
-        if parser.reasons and self._shows_reasoning:
-            thought = part.reasoning or None
+        thought = (part.reasoning or None) if self._shows_reasoning else None
         return ChatMessage(
             content=part.content or None,
             reasoning_content=thought,

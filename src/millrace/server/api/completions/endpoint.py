@@ -64,7 +64,15 @@ class Completions:
             if index % PROMPTS_IN_A_ROW == PROMPTS_IN_A_ROW - 1:
                 await asyncio.sleep(0)  # other requests go on between short prompts
         formatter = self._formatter(header, body, params, prompts, made)
-        return context.respond(requests, params, formatter, ready, bool(body.stream), prefix_hashes)
+        return context.respond(
+            requests,
+            params,
+            formatter,
+            ready,
+            bool(body.stream),
+            prefix_hashes,
+            stream_interval=body.stream_interval,
+        )
 
     async def _grammar(self, body: CompletionRequest) -> Grammar | None:
         wanted = structured_outputs(body)
@@ -83,7 +91,7 @@ class Completions:
         grammar: Grammar | None,
     ) -> AddRequest:
         context = self._context
-        token_ids = await context.token_ids(prompt, body.add_special_tokens, ready)
+        token_ids = await context.token_ids(prompt, body.add_special_tokens, ready, body)
         return context.processor.request(
             id,
             context.truncate(token_ids, body, params, ready),
