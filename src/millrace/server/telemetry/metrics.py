@@ -138,8 +138,8 @@ _COUNTERS: tuple[_Row, ...] = (
     ("generation_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
     ("prompt_tokens_cached", "prompt_tokens_cached",
      "Prompt tokens that came from the prefix cache.", lambda s: s.prefix_hits),
-    ("rows_not_finite", "corrupted_requests", "Requests ended because their logits were NaN or infinite.",
-     lambda s: s.rows_not_finite),
+    ("rows_not_finite", "corrupted_requests",
+     "Requests ended because their logits were NaN or infinite.", lambda s: s.rows_not_finite),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up.",
      lambda s: s.prefix_queries),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache.",
@@ -159,7 +159,9 @@ _COUNTERS: tuple[_Row, ...] = (
     )),
 )  # fmt: skip
 
-_HISTOGRAMS: tuple[tuple[str | None, str | None, str, Callable[[RequestMetrics], Histogram]], ...] = (
+_HistogramRow = tuple[str | None, str | None, str, Callable[[RequestMetrics], Histogram]]
+
+_HISTOGRAMS: tuple[_HistogramRow, ...] = (
     ("time_to_first_token_seconds", "time_to_first_token_seconds",
      "From a request's arrival to its first token.", lambda m: m.time_to_first_token),
     ("request_queue_time_seconds", "request_queue_time_seconds",
