@@ -111,9 +111,7 @@ class Generations:
         self._client = client
         self._receive = receive
         self.all = [
-            Generation(
-                index, request, client.open(request, stream_interval), output, client.close
-            )
+            Generation(index, request, client.open(request, stream_interval), output, client.close)
             for index, (request, output) in enumerate(requests)
         ]
 
