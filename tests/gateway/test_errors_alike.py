@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +121,28 @@ def test_nothing_that_could_answer_is_there(text_model: Path, tmp_path: Path) ->
         assert body["error"].pop("code") in ("engine_loading", "unavailable")
         del headers["content-length"]
     assert ours == theirs
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+def test_a_prompt_that_is_too_long(server: LiveServer, path: str, stream: bool) -> None:
+    """The replica's own error, asked for once: no other replica could answer."""
+    path, key = f"/v1/{path}", {"Authorization": f"Bearer {KEY}"}
+    messages = [{"role": "user", "content": "word " * 5000}]
+    prompts = {"/v1/completions": {"prompt": "word " * 5000}, "/v1/responses": {"input": messages}}
+    body = {**prompts.get(path, {"messages": messages}), "max_tokens": 5, "stream": stream}
+    if path == "/v1/responses":
+        del body["max_tokens"]
+    own = httpx.post(f"{server.url}{path}", headers=key, json=body, timeout=20)
+
+    async def ask() -> Response:
+        async with gateway(server.url, access=Access(worker_api_key=KEY)) as (_, target):
+            pairs = (("Content-Type", "application/json"),)
+            data = json.dumps(body).encode()
+            return await fetch(target, path, method="POST", body=data, headers=pairs)
+
+    theirs = run(ask())
+    assert theirs.status == own.status_code
+    assert re.search("maximum context length is|prompt is too long", own.text)
+    volatile = r"resp_[0-9a-f]+|\"created_at\":[0-9]+"
+    assert re.sub(volatile, "", theirs.body.decode()) == re.sub(volatile, "", own.text)

@@ -16,6 +16,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     502: "bad_gateway_error",
     503: "service_unavailable_error",
@@ -47,6 +48,7 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -73,6 +75,7 @@ class ApiError(Exception):
     """A request that gets this status and message.
 
     code, headers: those of the status where nothing else is given. A long message loses its middle.
+    anthropic_message: the words of Anthropic's API, where clients look for others there.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(shortened(message))
+        self._anthropic_message = anthropic_message
         self.status = status
         self.param = None if param is None else shortened(param)
         self.code = code or _CODES.get(status)
@@ -102,7 +107,10 @@ class ApiError(Exception):
         """The body in Anthropic's shape."""
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(self.status, fallback)
-        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": self._anthropic_message or str(self)},
+        }
 
     def encode(self, path: str = "") -> bytes:
         """The JSON body as the API of that path has it."""

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-import msgspec
-
 from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
 from millrace.engine.plan_log import PlanLog
@@ -108,15 +106,7 @@ class Engine:
         self.scheduler.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
-        """The scheduler's figures; requests whose grammars are compiled wait too."""
-        stats, compiling = self.scheduler.stats(), len(self._compiling)
-        if not compiling:
-            return stats
-        return msgspec.structs.replace(
-            stats,
-            waiting=stats.waiting + compiling,
-            waiting_deferred=stats.waiting_deferred + compiling,
-        )
+        return self.scheduler.stats()
 
     def close(self) -> None:
         """Wait for the launched steps, then free the worker."""

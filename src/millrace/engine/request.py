@@ -60,7 +60,6 @@ class Request:
     prompt_counted: bool = False  # its prompt is in the prefix cache statistics
     prompt_cached: bool = False
     first_delta_sent: bool = False
-    preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.lengths import TOO_LONG, check_lengths, output_length
+from millrace.lengths import check_least, check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
@@ -128,13 +128,7 @@ class TextProcessor:
 
     def check_chat(self, messages: Sequence[Message], max_model_len: int) -> None:
         """As `check_text`, of messages before they are rendered: each makes a token at least."""
-        if len(messages) > max_model_len:
-            raise RequestError(
-                f"messages has {len(messages)} entries, but the model's context holds "
-                f"{max_model_len} tokens",
-                param="messages",
-                code=TOO_LONG,
-            )
+        check_least(len(messages), max_model_len, "messages")
         self._check_characters(text_length(messages), max_model_len, "messages")
 
     def most_characters(self, max_model_len: int) -> int:
@@ -144,14 +138,7 @@ class TextProcessor:
     def _check_characters(self, count: int, max_model_len: int, param: str) -> None:
         if isinstance(self.tokenizer, NoTokenizer):
             raise self.tokenizer.refusal()
-        limit = self.most_characters(max_model_len)
-        if count > limit:
-            raise RequestError(
-                f"{param} has {count} characters, but the model's context holds {max_model_len} "
-                f"tokens, which are at most {limit} characters",
-                param=param,
-                code=TOO_LONG,
-            )
+        check_least(-(-count // self.tokenizer.longest_token), max_model_len, param)
 
     def request(
         self,

@@ -33,7 +33,15 @@ from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.http.access import client_of
 from millrace.server.http.bodies import BodyReader
-from millrace.server.sandbox.jobs import Answer, EncodeText, Job, Refused, Source, TokenIds
+from millrace.server.sandbox.jobs import (
+    Answer,
+    EncodeText,
+    Job,
+    KeptTokens,
+    Refused,
+    Source,
+    TokenIds,
+)
 from millrace.server.sandbox.pool import Sandbox, SandboxBusyError, SandboxFailedError
 from millrace.server.telemetry.metrics import RequestMetrics
 from millrace.text.grammar_jobs import GrammarJob, OutputGrammar
@@ -166,21 +174,37 @@ class ApiContext:
         """A prompt's tokens. Raises RequestError or ApiError, for a text that is certainly too long
         before it is encoded.
 
-        body: if `truncate` is to cut the tokens, such a text loses what would be cut off.
+        body: if `truncate` is to cut the tokens, no text is too long; it loses what would be cut
+        off.
         """
         if not isinstance(prompt, str):
             return prompt
+        kept: KeptTokens = "all"
         if body is not None and body.truncate_prompt_tokens is not None:
+            kept = "first" if body.truncation_side == "right" else "last"
             most = self.processor.most_characters(ready.max_model_len)
-            prompt = prompt[:most] if body.truncation_side == "right" else prompt[-most:]
+            prompt = prompt[:most] if kept == "first" else prompt[-most:]
         self.processor.check_text(prompt, ready.max_model_len, "prompt")
         if len(prompt) >= SANDBOX_TEXT:
-            return await self._encode_in_sandbox(prompt, add_special_tokens, ready)
+            answer = await self._encode_in_sandbox(prompt, add_special_tokens, ready, kept)
+            if kept == "all" and answer.count > ready.max_model_len:
+                check_lengths(answer.count, 0, ready.max_model_len)
+            return array("I", answer.ids).tolist()
         encode = partial(self.processor.encode, prompt, add_special_tokens)
         return await self.run_in_thread(encode, len(prompt) >= THREAD_TEXT)
 
-    async def _encode_in_sandbox(self, text: str, special: bool, ready: Ready) -> list[int]:
-        job = EncodeText(text, special, most=ready.max_model_len)
+    async def count_tokens(self, text: str, ready: Ready) -> int:
+        """How many tokens a text has, more than the model's context too. Raises RequestError or
+        ApiError."""
+        if len(text) >= SANDBOX_TEXT:
+            return (await self._encode_in_sandbox(text, False, ready, "all")).count
+        encode = partial(self.processor.encode, text, False)
+        return len(await self.run_in_thread(encode, len(text) >= THREAD_TEXT))
+
+    async def _encode_in_sandbox(
+        self, text: str, special: bool, ready: Ready, kept: KeptTokens
+    ) -> TokenIds:
+        job = EncodeText(text, special, most=ready.max_model_len, kept=kept)
         answer = await self._run_sandboxed(
             self._encoder,
             job,
@@ -188,9 +212,7 @@ class ApiContext:
             "the prompt cannot be encoded within the limits of time and memory; shorten it",
         )
         assert isinstance(answer, TokenIds)
-        if answer.count > ready.max_model_len:
-            check_lengths(answer.count, 0, ready.max_model_len)
-        return array("I", answer.ids).tolist()
+        return answer
 
     async def grammar(self, job: GrammarJob, reasons: bool) -> Grammar:
         """A grammar, built and checked in a process of its own. Raises RequestError or ApiError.
@@ -241,17 +263,19 @@ class ApiContext:
         self, prompt: list[int], body: GenerationRequest, params: SamplingParams, ready: Ready
     ) -> list[int]:
         """`truncate_prompt_tokens` of a prompt, its last ones unless the side says otherwise; -1:
-        what leaves room for the output."""
-        kept = body.truncate_prompt_tokens
-        most = ready.max_model_len - (params.max_tokens or 1)
-        if kept is None or most < 1:  # the latter is refused when the prompt's length is checked
+        what leaves room for the output.
+
+        What is left may still be too long for the output; the check of its length tells so.
+        """
+        kept, limit = body.truncate_prompt_tokens, ready.max_model_len
+        if kept is None:
             return prompt
-        if not (kept == -1 or 1 <= kept <= most):
+        if not (kept == -1 or 1 <= kept <= limit):
             raise RequestError(
-                f"truncate_prompt_tokens must be -1 or from 1 to {most}, got {kept}",
+                f"truncate_prompt_tokens must be -1 or from 1 to {limit}, got {kept}",
                 param="truncate_prompt_tokens",
             )
-        count = most if kept == -1 else kept
+        count = max(1, limit - (params.max_tokens or 1)) if kept == -1 else kept
         return prompt[:count] if body.truncation_side == "right" else prompt[-count:]
 
     def respond(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import cast
 
 from millrace.errors import RequestError
@@ -28,3 +30,14 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
         "prompt mixes kinds; give a text, a list of texts, token ids, or a list of token id lists",
         param="prompt",
     )
+
+
+@contextlib.contextmanager
+def naming_prompt(index: int, count: int) -> Iterator[None]:
+    """Errors of one of several prompts say which."""
+    try:
+        yield
+    except RequestError as error:
+        if count > 1 and error.param == "prompt":
+            error.args = (f"prompt[{index}]: {error}",)
+        raise

@@ -31,6 +31,11 @@ def json_response(body: msgspec.Struct) -> Response:
     return Response(_encode(body), media_type="application/json")
 
 
+def stream_response(events: Iterable[bytes]) -> Response:
+    """A stream whose events are all known."""
+    return Response(b"".join(events), headers={k.decode(): v.decode() for k, v in _HEADERS})
+
+
 class FullResponse:
     """An ASGI application that answers once everything is generated."""
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from millrace.common.api_errors import ApiError
 from millrace.errors import ModelError, RequestError
+from millrace.lengths import ContextLengthError
 from millrace.server.engine_link.client import EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), param=error.param, code=error.code)
+        words = error.anthropic_words if isinstance(error, ContextLengthError) else None
+        return ApiError(
+            400, str(error), param=error.param, code=error.code, anthropic_message=words
+        )
     if isinstance(error, ModelError):
         logger.error("a request failed: %s", error)
         return ApiError(500, str(error), code="model_failed")

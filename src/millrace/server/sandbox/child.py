@@ -88,7 +88,10 @@ def _answer(job: Job, tokenizer: Tokenizer | None) -> Answer:
 
 def _encoded(job: EncodeText, tokenizer: Tokenizer) -> TokenIds:
     ids = tokenizer.encode(job.text, job.add_special_tokens)
-    return TokenIds(len(ids), array("I", ids).tobytes() if len(ids) <= job.most else b"")
+    count = len(ids)
+    if count > job.most:
+        ids = {"all": [], "first": ids[: job.most], "last": ids[-job.most :]}[job.kept]
+    return TokenIds(count, array("I", ids).tobytes())
 
 
 if __name__ == "__main__":

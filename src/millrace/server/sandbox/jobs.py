@@ -6,6 +6,8 @@ or end the process, and no other job is affected.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from millrace.common.framing import Framing
@@ -14,12 +16,18 @@ from millrace.text.grammar_jobs import GrammarJob, OutputGrammar, ToolCallGramma
 MAX_MESSAGE = 256 << 20  # bytes; a body is smaller, and its tokens have four bytes each
 
 
+KeptTokens = Literal["all", "first", "last"]
+
+
 class EncodeText(msgspec.Struct, frozen=True, tag="encode"):
-    """Encode a text. most: more token ids than that are not sent back, only their number."""
+    """Encode a text. most: of more token ids than that only the number is sent back, and the
+    first or the last of them, if those are to be kept.
+    """
 
     text: str
     add_special_tokens: bool
     most: int
+    kept: KeptTokens = "all"
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -33,7 +41,8 @@ class Source(msgspec.Struct, frozen=True, tag="source"):
 
 
 class TokenIds(msgspec.Struct, frozen=True, tag="tokens"):
-    """A text's tokens. ids: four bytes each, native byte order; empty if they are too many."""
+    """A text's tokens. ids: four bytes each, native byte order; if they are
+    too many, those that are kept."""
 
     count: int
     ids: bytes
@@ -54,6 +63,6 @@ job_framing: Framing[Job] = Framing(Job, MAX_MESSAGE)
 answer_framing: Framing[Answer] = Framing(Answer, MAX_MESSAGE)
 
 __all__ = [
-    "Answer", "EncodeText", "GrammarJob", "Job", "Ready", "Refused", "Source", "TokenIds",
-    "answer_framing", "job_framing",
+    "Answer", "EncodeText", "GrammarJob", "Job", "KeptTokens", "Ready", "Refused", "Source",
+    "TokenIds", "answer_framing", "job_framing",
 ]  # fmt: skip

@@ -107,9 +107,10 @@ class Anthropic:
         body = await context.body(request, CountRequest, _OWN)
         ready = context.check_ready(body)
         chat = as_chat(body)
-        work = partial(chat_text, context, chat, tool_choice(context, chat), ready)
+        choice = tool_choice(context, chat)
+        work = partial(chat_text, context, chat, choice, ready, must_fit=False)
         text = await context.run_in_thread(work, long=True)
-        return json_response(TokenCount(len(await context.token_ids(text, False, ready))))
+        return json_response(TokenCount(await context.count_tokens(text, ready)))
 
 
 # --- from Anthropic's body to OpenAI's ----------------------------------------------------------

@@ -101,7 +101,7 @@ async def prepare_chat(
     reasons = starts_with_reasoning or text.rstrip().endswith(START)  # also where the parser is off
     job = _grammar_job(context, body, choice, reasons)
     grammar = await context.grammar(job, reasons) if job else None
-    token_ids = await context.token_ids(text, body.add_special_tokens, ready)
+    token_ids = await context.token_ids(text, body.add_special_tokens, ready, body)
     request = context.processor.request(
         id,
         context.truncate(token_ids, body, params, ready),
@@ -119,10 +119,18 @@ async def prepare_chat(
     return PreparedChat(requests, params, parsers, text, starts_with_reasoning)
 
 
-def chat_text(context: ApiContext, body: ChatRequest, choice: ToolChoice, ready: Ready) -> str:
+def chat_text(
+    context: ApiContext,
+    body: ChatRequest,
+    choice: ToolChoice,
+    ready: Ready,
+    *,
+    must_fit: bool = True,
+) -> str:
     """The prompt's text. Raises RequestError, for messages that are too long before they are
-    rendered."""
-    context.processor.check_chat(body.messages, ready.max_model_len)
+    rendered; must_fit: whether they can be."""
+    if must_fit and body.truncate_prompt_tokens is None:
+        context.processor.check_chat(body.messages, ready.max_model_len)
     return context.processor.chat_prompt(
         body.messages,
         tools=choice.offered,

@@ -21,7 +21,7 @@ from millrace.server.api.fields import (
 )
 from millrace.server.api.formatters import CompletionFormatter, ResponseHeader
 from millrace.server.api.logprobs import LogprobFormatter
-from millrace.server.api.prompts import Prompt, split_prompts
+from millrace.server.api.prompts import Prompt, naming_prompt, split_prompts
 from millrace.server.api.request_schema import CompletionRequest, StreamOptions
 from millrace.text.processor import split_outputs
 
@@ -59,7 +59,8 @@ class Completions:
         requests: list[AddRequest] = []
         for index, prompt in enumerate(prompts):
             request_id = f"{header.id}-{index}"
-            one = await self._request(request_id, prompt, body, every, ready, grammar)
+            with naming_prompt(index, len(prompts)):
+                one = await self._request(request_id, prompt, body, every, ready, grammar)
             requests += split_outputs(one)
             if index % PROMPTS_IN_A_ROW == PROMPTS_IN_A_ROW - 1:
                 await asyncio.sleep(0)  # other requests go on between short prompts

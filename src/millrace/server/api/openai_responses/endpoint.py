@@ -15,11 +15,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
-from millrace.server.api.chat.endpoint import prepare_chat
+from millrace.lengths import ContextLengthError
+from millrace.server.api.chat.endpoint import PreparedChat, prepare_chat
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import HARMLESS, REFUSED, FieldRules, field_rules
 from millrace.server.api.openai_responses.formatter import ResponseFormatter
 from millrace.server.api.request_schema import ChatRequest, PromptRequest
+from millrace.server.api.transport import stream_response
+from millrace.server.http.errors import as_api_error
+from millrace.text.answer_parser import AnswerParser
 
 _STATELESS = "the server keeps no conversations; send the whole input"
 _TEXT_ONLY = "the model reads and writes text only"
@@ -86,7 +90,25 @@ class Responses:
         body, prefix_hashes = await context.read_prompt_body(request, ResponsesRequest, RULES)
         ready = context.check_ready(body)
         id = f"resp_{uuid4().hex}"
-        prepared = await prepare_chat(context, as_chat(body), id, ready)
+        try:
+            prepared = await prepare_chat(context, as_chat(body), id, ready)
+        except ContextLengthError as error:
+            if not body.stream:
+                raise
+            # Codex finds this error in no other place than an event of the stream.
+            formatter = self._formatter(id, body, None)
+            return stream_response(formatter.refusal_events(as_api_error(error)))
+        formatter = self._formatter(id, body, prepared)
+        return context.respond(
+            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
+        )
+
+    def _formatter(
+        self, id: str, body: ResponsesRequest, prepared: PreparedChat | None
+    ) -> ResponseFormatter:
+        """What formats the answer to a chat, or the error where there is none."""
+        context = self._context
+        sampling = context.processor.defaults if prepared is None else prepared.params
         header = {
             "id": id,
             "object": "response",
@@ -98,18 +120,16 @@ class Responses:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": body.reasoning,
-            "temperature": prepared.params.temperature,
+            "temperature": sampling.temperature,
             "text": body.text or {"format": {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
-            "top_p": prepared.params.top_p,
+            "top_p": sampling.top_p,
             "truncation": "disabled",
             "store": False,
         }
-        formatter = ResponseFormatter(header, prepared.parsers[0], context.processor.tokenizer)
-        return context.respond(
-            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
-        )
+        parser = AnswerParser(None, None) if prepared is None else prepared.parsers[0]
+        return ResponseFormatter(header, parser, context.processor.tokenizer)
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:

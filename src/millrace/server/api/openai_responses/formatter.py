@@ -91,10 +91,18 @@ class ResponseFormatter:
         yield self._event(f"response.{body.status}", response=body)
 
     def error_events(self, error: ApiError) -> Iterable[bytes]:
+        code = error.code if error.status < 500 and error.code else "server_error"
         body = msgspec.structs.replace(
-            self._body("failed", None), error={"code": "server_error", "message": str(error)}
+            self._body("failed", None), error={"code": code, "message": str(error)}
         )
         return (self._event("response.failed", response=body),)
+
+    def refusal_events(self, error: ApiError) -> Iterable[bytes]:
+        """A stream that has nothing but its error, as OpenAI's API sends it."""
+        info = error.body.error
+        flat = {"code": info.code, "message": info.message, "param": info.param}
+        yield self._event("error", error=info, **flat)
+        yield from self.error_events(error)
 
     def full_response(
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage

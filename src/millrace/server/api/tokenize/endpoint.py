@@ -69,8 +69,8 @@ class Tokenize:
         ready = context.check_ready(body)
         if len(body.tokens) > ready.max_model_len:
             raise RequestError(
-                f"tokens has {len(body.tokens)} ids; at most {ready.max_model_len} work, as many "
-                "as the model's context holds",
+                f"This model's maximum context length is {ready.max_model_len} tokens. However, "
+                f"tokens has {len(body.tokens)} ids; send them in parts",
                 param="tokens",
                 code=TOO_LONG,
             )
