@@ -1,6 +1,8 @@
 """The engine compared with transformers on one device: log-probabilities of the sampled tokens.
 
     python benchmarks/logprobs_h200.py [--layers 8] [--out benchmarks/results/logprobs_h200.json]
+    python benchmarks/logprobs_h200.py --kv-cache-dtype fp8_e4m3 --no-prefill-graphs
+    python benchmarks/logprobs_h200.py --serve-only    # without transformers
     python benchmarks/logprobs_h200.py --tiny          # a tiny model, on any machine
 
 27B shapes with seeded random weights, none of them zero. The engine serves more requests than it
@@ -20,6 +22,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -43,8 +46,9 @@ from millrace.model.parameter import parameters_with_pieces
 from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, config_json
 from millrace.model.weights import random_weights
-from millrace.protocol import AddRequest, SamplingParams
+from millrace.protocol import AddRequest, SamplingParams, StepPlan
 from millrace.replica.build import build_engine
+from millrace.runtime.step.cuda_graphs import StepGraphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 0
@@ -57,6 +61,7 @@ Drawn = dict[str, tuple[list[int], list[int], list[float]]]  # prompt, tokens, l
 
 def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[str, Any]]:
     """What the engine drew, and how it ran."""
+    launched = counted_launches()
     engine = build_engine(
         engine_args(
             model=str(directory),
@@ -69,6 +74,7 @@ def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[st
             max_num_batched_tokens=options.chunk,
             gpu_memory_utilization=0.45,
             enable_prefix_caching=False,
+            prefill_graphs=not options.no_prefill_graphs,
             speculative_config={"num_speculative_tokens": 1},
             **({} if DEVICE == "cuda" else {"kv_cache_memory_bytes": 1 << 28}),
         )
@@ -98,8 +104,24 @@ def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[st
     return drawn, {
         "drafts": stats.drafts,
         "accepted": accepted,
+        "rows_not_finite": stats.rows_not_finite,
+        "forwards": launched,
         "by_kind": trace.summary()["by_kind"],
     }
+
+
+def counted_launches() -> dict[str, int]:
+    """How many steps with prompts run in graphs and how many do not, from now on."""
+    found, forward = {"graph": 0, "eager": 0}, StepGraphs.forward
+
+    def counted(self: StepGraphs, plan: StepPlan) -> bool:
+        done = forward(self, plan)
+        if plan.chunks:
+            found["graph" if done else "eager"] += 1
+        return done
+
+    StepGraphs.forward = counted  # type: ignore[method-assign]
+    return found
 
 
 def drawn_requests(count: int, vocab: int, tiny: bool) -> list[AddRequest]:
@@ -225,6 +247,10 @@ def compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
     drawn, ran = served(options, directory)
     say("served")
+    if options.serve_only:
+        logprobs = [x for _, _, found in drawn.values() for x in found]
+        sane = all(math.isfinite(x) and x <= 0.0 for x in logprobs)
+        return {"tokens": len(logprobs), "right": sane and not ran["rows_not_finite"], **ran}
     gc.collect()
     if fp8:
         torch.cuda.empty_cache()
@@ -260,6 +286,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=384)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--no-prefill-graphs", action="store_true")
+    parser.add_argument("--serve-only", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

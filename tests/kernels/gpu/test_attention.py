@@ -138,13 +138,19 @@ def test_rows_are_widened_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPat
 
 
 @on_each_device
-@pytest.mark.parametrize(("first", "known"), [(0, True), (1, False)])
-def test_few_tokens_behind_a_long_context(device: str, first: int, known: bool):
-    """Their keys are split; what else is in the batch, and what the host knows, changes no bit."""
+@pytest.mark.parametrize(
+    ("first", "known", "programs"), [(0, True, 132), (1, False, 132), (0, False, 3)]
+)
+def test_few_tokens_behind_a_long_context(
+    device: str, first: int, known: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Their keys are split; what else is in the batch, what the host knows, and how many parts a
+    program has to go through, changes no bit."""
     from millrace.kernels.gpu import attention as gpu
     from millrace.kernels.gpu.attention import split
 
     torch.manual_seed(5)
+    monkeypatch.setattr(split, "PROGRAMS", programs)
     counts, starts = (3, 12, 1, 30), (1100, 0, 2100, 1015)
     cache, table = make_cache([s + c for s, c in zip(starts, counts, strict=True)], device,
                               torch.float32)  # fmt: skip
