@@ -109,6 +109,24 @@ def test_streamed_calls_of_two_choices(client: openai.OpenAI) -> None:
         assert one[0][2] > 3  # arguments come in parts, as they are written
 
 
+@pytest.mark.parametrize("interval", [1, 3, 8, 1000])
+def test_a_chunk_has_one_part_of_a_call(client: openai.OpenAI, interval: int) -> None:
+    """Clients read an index once in a chunk, so several parts of a call in it are one."""
+    stream = client.chat.completions.create(
+        model="fake", messages=MESSAGES, tools=TOOLS, stream=True,
+        extra_body={"stream_interval": interval},
+    )  # fmt: skip
+    calls: dict[int, list[str]] = {}
+    for chunk in stream:
+        parts = chunk.choices[0].delta.tool_calls or []
+        assert len({part.index for part in parts}) == len(parts)
+        for part in parts:
+            assert part.function is not None
+            one = calls.setdefault(part.index, [part.function.name or "", ""])
+            one[1] += part.function.arguments or ""
+    assert [(name, json.loads(text)) for name, text in calls.values()] == CALLS
+
+
 def test_a_call_can_be_resumed_in_its_middle(http: httpx.Client) -> None:
     body = {
         "messages": MESSAGES, "tools": TOOLS, "stream": True, "return_token_ids": True

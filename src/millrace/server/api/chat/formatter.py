@@ -132,7 +132,7 @@ class ChatFormatter(OpenAiFormatter):
             content=part.content or UNSET,
             reasoning_content=thought,
             reasoning=thought,
-            tool_calls=[_call_delta(one) for one in part.calls] or UNSET,
+            tool_calls=[_call_delta(one) for one in _by_index(part.calls)] or UNSET,
         )
 
     def _message(
@@ -175,6 +175,24 @@ def full_answer(
 def finish_reason(piece: Piece, parser: AnswerParser) -> FinishReason | None:
     """Why the answer ended, under OpenAI's names."""
     return "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
+
+
+def _by_index(parts: Sequence[CallPart]) -> list[CallPart]:
+    """The parts of a chunk, one for each call: clients may read an index only once in a chunk."""
+    merged: dict[int, CallPart] = {}
+    for part in parts:
+        before = merged.get(part.index)
+        merged[part.index] = (
+            part
+            if before is None
+            else CallPart(
+                part.index,
+                id=before.id or part.id,
+                name=before.name or part.name,
+                arguments=before.arguments + part.arguments,
+            )
+        )
+    return list(merged.values())
 
 
 def _call_delta(part: CallPart) -> ToolCall:
