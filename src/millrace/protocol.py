@@ -21,7 +21,9 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     """What the output must match. Exactly one field is given. Names follow vLLM.
 
     json: a JSON schema. json_object: any JSON object. regex: a regular expression (Rust syntax).
-    choice: one of these texts. grammar: a context-free grammar in Lark's syntax.
+    choice: one of these texts. grammar: a context-free grammar in the syntax of Lark, or of EBNF
+    with `root ::= ...`. structural_tag: text in which some parts have a structure, as an object or
+    its JSON.
     """
 
     json: dict[str, Any] | str | None = None
@@ -29,13 +31,14 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in self.__struct_fields__ if getattr(self, name)]
         if len(given) != 1:
             raise RequestError(
-                "structured_outputs takes exactly one of json, json_object, regex, choice and "
-                f"grammar, got {' and '.join(given) or 'none'}",
+                "structured_outputs takes exactly one of json, json_object, regex, choice, grammar "
+                f"and structural_tag, got {' and '.join(given) or 'none'}",
                 param="structured_outputs",
             )
 

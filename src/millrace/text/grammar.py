@@ -17,6 +17,8 @@ from millrace.common.native_stack import CHECK_STACK, run_on_stack
 from millrace.common.optional import available
 from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
+from millrace.text.gbnf import gbnf_to_lark, is_gbnf
+from millrace.text.structural_tag import StructuralTagError, structural_tag_rules
 from millrace.text.tools.json_schema import schema_limit_error
 
 MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
@@ -62,14 +64,51 @@ def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
         if not all(wanted.choice):
             raise RequestError(f"{field}: a choice is empty", param=field)
         return " | ".join(literal(text) for text in wanted.choice), ""
-    rules = len(_RULE.findall(wanted.grammar or ""))
+    if wanted.structural_tag is not None:
+        return _structural_tag(wanted.structural_tag, field)
+    return _lark(wanted.grammar or "", f"{field}.grammar", field), ""
+
+
+def _lark(grammar: str, place: str, field: str) -> str:
+    """A grammar of a client, in Lark or EBNF, for the right side of a rule."""
+    grammar = _as_lark(grammar, place, field)
+    rules = len(_RULE.findall(grammar))
     if rules > MAX_RULES:
         raise RequestError(
-            f"{field}.grammar has {rules} rules; at most {MAX_RULES} work",
+            f"{place} has {rules} rules; at most {MAX_RULES} work",
             param=field,
             code="invalid_grammar",
         )
-    return f"%lark {{\n{wanted.grammar}\n}}", ""
+    return f"%lark {{\n{grammar}\n}}"
+
+
+def _as_lark(grammar: str, place: str, field: str) -> str:
+    if len(grammar) > MAX_GRAMMAR or not is_gbnf(grammar):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except ValueError as error:
+        raise RequestError(
+            f"{place}: {one_line(str(error))}", param=field, code="invalid_grammar"
+        ) from None
+
+
+def _structural_tag(given: dict[str, Any] | str, field: str) -> tuple[str, str]:
+    try:
+        return structural_tag_rules(
+            given,
+            json_rule=lambda schema: f"%json {schema_json(schema)}",
+            regex_rule=regex_terminal,
+            grammar_rule=lambda grammar: _lark(grammar, f"{field}: a grammar", field),
+        )
+    except StructuralTagError as error:
+        raise RequestError(
+            f"{field}.structural_tag: {error}", param=field, code="invalid_grammar"
+        ) from None
+    except RecursionError:
+        raise RequestError(
+            f"{field}.structural_tag is nested too deeply", param=field, code="invalid_grammar"
+        ) from None
 
 
 def schema_json(schema: Any, lenient: bool = False) -> str:
@@ -110,7 +149,10 @@ def _refusal(wanted: StructuredOutputs, field: str, problem: str) -> RequestErro
     elif wanted.regex is not None:
         where, text = f"{field}.regex", _regex_problem(wanted.regex)
     elif wanted.grammar is not None:
-        where, text = f"{field}.grammar", one_line(grammar_error(wanted.grammar) or problem)
+        lark = _as_lark(wanted.grammar, f"{field}.grammar", field)
+        where, text = f"{field}.grammar", one_line(grammar_error(lark) or problem)
+    elif wanted.structural_tag is not None:
+        where = f"{field}.structural_tag"
     return RequestError(f"{where}: {text}", param=field, code="invalid_grammar")
 
 

@@ -356,14 +356,19 @@ def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
 
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """OpenAI's three kinds as fields of structured_outputs."""
+    """OpenAI's three kinds, and vLLM's fourth, as fields of structured_outputs."""
     kind = (given or {}).get("type")
     if given is None or kind == "text":
         return None
     if kind == "json_object":
         return {"json_object": True}
+    if kind == "structural_tag":
+        return {"structural_tag": given}
     if kind != "json_schema":
-        message = f"response_format.type must be text, json_object or json_schema, got {kind!r}"
+        message = (
+            "response_format.type must be text, json_object, json_schema or structural_tag, "
+            f"got {kind!r}"
+        )
         raise RequestError(message, param="response_format")
     described = given.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
