@@ -24,7 +24,8 @@ LAYERS = [
     "target",
     "protocol config lengths common tasks model_lookup vllm_flags",
     # the engine plane: one replica
-    "text.tools kernels engine",
+    "text.tools kernels engine.cache",
+    "engine",
     "text kernels.cpu kernels.gpu model",
     "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
     "runtime.ranks",

@@ -282,6 +282,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_long_partial_prefills: prompts, and long ones among them, that are computed chunk by chunk
     at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
     snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
+    cache_policy: "snapshot": prompts resume at snapshots; "page": at any whole page.
     """
 
     max_num_seqs: int
@@ -292,6 +293,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_snapshots: int
     drafts: int
     prefix_caching: bool = True
+    cache_policy: Literal["snapshot", "page"] = "snapshot"
     snapshot_interval: int = 0
     snapshot_distance: int = 0
     mixed_prefill_tokens: int = 0

@@ -64,12 +64,12 @@ def test_no_snapshot_is_evicted_in_vain() -> None:
     assert snapshot is not None
     held.publish(first, 4, snapshot)
     assert not held.ensure_free_pages(3)
-    assert held.tree.num_snapshots == 1
+    assert held.policy.snapshots == (1, 2)
     held.release(first)
     assert (held.pages.free, held.pages.evictable) == (4, 1)
     assert not held.ensure_free_pages(6)
     assert held.ensure_free_pages(5)
-    assert held.tree.num_snapshots == 0
+    assert held.policy.snapshots == (0, 2)
 
 
 def test_a_prefix_is_shared_and_its_pages_outlive_their_request() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,8 @@ class Witness(FakeWorker):
     """
 
     def __init__(self, limits: Limits, salts: list[str]) -> None:
-        super().__init__(limits.page_size, limits.drafts, limits.max_num_batched_tokens)
+        sizes = limits.page_size, limits.drafts, limits.max_num_batched_tokens
+        super().__init__(*sizes, policy=limits.cache_policy)
         self.salt_of_request = salts
         self.salt_of_slot: dict[int, str] = {}
         self.salt_of_page: dict[int, str] = {}
@@ -36,8 +38,9 @@ class Witness(FakeWorker):
         resumed = set()
         for admission in plan.admissions:
             salt = self.salt_of_slot[admission.slot] = self.salt_of_request[admission.seed]
-            if admission.snapshot >= 0:
-                assert self.salt_of_snapshot[admission.snapshot] == salt
+            if admission.start > 0:
+                if admission.snapshot >= 0:
+                    assert self.salt_of_snapshot[admission.snapshot] == salt
                 resumed.add(admission.slot)
                 self.resumed.append(salt)
         for grant in plan.grants:
@@ -52,10 +55,16 @@ class Witness(FakeWorker):
         return super().launch(plan, masks)
 
 
-def engine(salts: list[str], num_pages: int, num_snapshots: int) -> tuple[Engine, Witness]:
+Policy = Literal["snapshot", "page"]
+POLICIES: tuple[Policy, ...] = ("snapshot", "page")
+
+
+def engine(
+    salts: list[str], num_pages: int, num_snapshots: int, policy: Policy = "snapshot"
+) -> tuple[Engine, Witness]:
     limits = Limits(
-        max_num_seqs=3, max_num_batched_tokens=16, max_model_len=48, page_size=4,
-        num_pages=num_pages, num_snapshots=num_snapshots, drafts=1, eos_ids=frozenset(),
+        max_num_seqs=3, max_num_batched_tokens=16, max_model_len=48, page_size=4, drafts=1,
+        num_pages=num_pages, num_snapshots=num_snapshots, eos_ids=frozenset(), cache_policy=policy,
     )  # fmt: skip
     witness = Witness(limits, salts)
     return Engine(Scheduler(limits), witness, depth=1, check=True), witness
@@ -91,23 +100,25 @@ def serve(eng: Engine, sources: list[AddRequest], gaps: list[int]) -> dict[str, 
     ),
     num_pages=st.integers(26, 60),
     num_snapshots=st.integers(1, 8),
+    policy=st.sampled_from(POLICIES),
 )
 def test_salts_share_no_page_and_no_snapshot(
-    requests: list[tuple[int, str, int]], num_pages: int, num_snapshots: int
+    requests: list[tuple[int, str, int]], num_pages: int, num_snapshots: int, policy: Policy
 ) -> None:
     salts = [salt for _, salt, _ in requests]
-    eng, _ = engine(salts, num_pages, num_snapshots)
+    eng, _ = engine(salts, num_pages, num_snapshots, policy)
     sources = [source(n, length, salt) for n, (length, salt, _) in enumerate(requests)]
     serve(eng, sources, [gap for *_, gap in requests])
     eng.scheduler.reset_prefix_cache()
     assert eng.stats().free_pages == eng.stats().total_pages
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("salt", SALTS)
-def test_requests_with_the_same_salt_share_prefixes(salt: str) -> None:
+def test_requests_with_the_same_salt_share_prefixes(salt: str, policy: Policy) -> None:
     """The second prompt of each salt finds the first one's prefix, never that of another salt."""
     salts = [*SALTS, salt]
-    eng, witness = engine(salts, 60, 8)
+    eng, witness = engine(salts, 60, 8, policy)
     cached = serve(eng, [source(n, 24, one) for n, one in enumerate(salts)], [99] * len(salts))
     assert [cached[str(n)] for n in range(3)] == [0, 0, 0]
     assert cached["3"] == 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,7 +37,9 @@ def limits(**changes: object) -> Limits:
 
 
 def engine(lim: Limits, depth: int = 0, seed: int = 0, log: Path | None = None) -> Engine:
-    worker = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=seed)
+    worker = FakeWorker(
+        lim.page_size, lim.drafts, lim.max_num_batched_tokens, seed=seed, policy=lim.cache_policy
+    )
     return Engine(Scheduler(lim), worker, depth=depth, check=True, plan_log=log)
 
 
@@ -61,6 +64,11 @@ def run(
     raise AssertionError("the engine did not come to rest")
 
 
+def iter_deltas(eng: Engine) -> Iterator[Delta]:
+    while eng.has_work():
+        yield from eng.step()
+
+
 def assert_all_free(eng: Engine) -> None:
     eng.scheduler.reset_prefix_cache()
     eng.scheduler.check_integrity()
@@ -83,6 +91,7 @@ def assert_all_free(eng: Engine) -> None:
     threshold=st.sampled_from([0, 1, 6, 20]),
     partial=st.integers(0, 2),
     long=st.integers(0, 2),
+    policy=st.sampled_from(["snapshot", "page"]),
 )
 def test_every_mix_of_requests_brings_the_right_tokens(
     seed: int,
@@ -97,6 +106,7 @@ def test_every_mix_of_requests_brings_the_right_tokens(
     threshold: int,
     partial: int,
     long: int,
+    policy: str,
 ) -> None:
     """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, requests that
     resume or wait for another's prompt: none of it changes a token.
@@ -109,6 +119,7 @@ def test_every_mix_of_requests_brings_the_right_tokens(
         max_num_batched_tokens=budget,
         snapshot_interval=interval,
         prefix_caching=caching,
+        cache_policy=policy,
         priorities=True,
         mixed_prefill_tokens=mixed,
         long_prefill_token_threshold=threshold,
@@ -239,6 +250,50 @@ def test_prefix_is_hit_on_the_second_use_at_a_known_boundary_and_on_the_third_el
         while eng.has_work():
             deltas_seen += [delta.cached_tokens for delta in eng.step() if delta.finish_reason]
     assert deltas_seen == [0, 16]
+
+
+def test_a_page_cache_knows_prompts_and_answers() -> None:
+    """The next turn finds all whole pages of the last one, and no step was cut for that."""
+    eng = engine(limits(num_pages=100, cache_policy="page", num_snapshots=0))
+    prompt = list(range(1, 11))
+    eng.add(request("a", prompt, 9, ignore_eos=True))
+    answer = run(eng)["a"]
+    assert eng.worker.plans[0].chunks[0].count == 10  # type: ignore[attr-defined]
+    eng.add(request("b", [*prompt, *answer, 7, 8, 9], 4))
+    cached = {delta.id: delta.cached_tokens for delta in iter_deltas(eng)}
+    assert cached == {"b": 16}  # of 18 whose keys and values were computed
+    assert eng.stats().prefix_hits == 16
+    assert_all_free(eng)
+
+
+def test_a_preempted_request_finds_its_pages_in_a_page_cache() -> None:
+    computed = {}
+    for caching in (False, True):
+        lim = limits(num_pages=20, drafts=0, prefix_caching=caching, cache_policy="page")
+        eng = engine(lim)
+        prompts = {f"r{i}": [i + 1] * 12 for i in range(4)}
+        for name, prompt in prompts.items():
+            eng.add(request(name, prompt, 30, ignore_eos=True))
+        got = run(eng)
+        assert got == {n: expected_output(p, 42, frozenset()) for n, p in prompts.items()}
+        assert eng.stats().preemptions > 0
+        plans = eng.worker.plans  # type: ignore[attr-defined]
+        computed[caching] = sum(chunk.count for plan in plans for chunk in plan.chunks)
+    assert computed[True] < computed[False]
+
+
+def test_what_a_failed_request_computed_is_not_cached() -> None:
+    eng = engine(limits(num_pages=100, cache_policy="page", drafts=0), depth=1)
+    eng.add(request("a", list(range(1, 17)), 8))
+    scheduler = eng.scheduler
+    first, second = scheduler.plan(), scheduler.plan()
+    assert first is not None
+    assert second is not None
+    scheduler.commit(StepResult(first.step, [1], [[]], not_finite=[0]))
+    scheduler.commit(StepResult(second.step, [1], [[5]]))
+    scheduler.check_integrity()
+    assert not scheduler.has_work()
+    assert scheduler.stats().free_pages == 99
 
 
 def test_a_fully_cached_prompt_still_computes_a_token() -> None:

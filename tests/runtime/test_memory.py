@@ -79,3 +79,14 @@ def test_enough_is_every_sequence_at_full_length(seqs: int, snapshots: int) -> N
     assert found == MemoryPlan(161 * seqs + 1, snapshots, enough)
     settled = enough_memory(COSTS, max_num_seqs=seqs, pages_per_request=161, num_snapshots=None)
     assert plan(settled, max_num_seqs=seqs).bytes <= settled
+
+
+@given(st.integers(1, 64), st.booleans())
+def test_without_snapshots_pages_get_the_rest(seqs: int, caching: bool) -> None:
+    costs = Costs(page=1 << 20, slot=1 << 12, snapshot=0)
+    sizes: dict[str, Any] = {"max_num_seqs": seqs, "pages_per_request": 161, "num_snapshots": None}
+    enough = enough_memory(costs, **sizes)
+    more: dict[str, Any] = {"max_model_len": 2560, "page_size": 16, "prefix_caching": caching}
+    found = plan_memory(enough, costs, **sizes, **more)
+    assert found.num_snapshots == 0
+    assert found.num_pages == 161 * seqs * (2 if caching else 1) + 1

@@ -70,8 +70,16 @@ class FakeWorker:
     """See the module. `seed` drives how many drafts are accepted."""
 
     def __init__(
-        self, page_size: int, drafts: int, max_tokens: int, *, seed: int = 0, checks: bool = True
+        self,
+        page_size: int,
+        drafts: int,
+        max_tokens: int,
+        *,
+        seed: int = 0,
+        checks: bool = True,
+        policy: str = "snapshot",
     ) -> None:
+        self._policy = policy
         self._page_size = page_size
         self._width = drafts + 1
         self._max_tokens = max_tokens
@@ -123,7 +131,8 @@ class FakeWorker:
             assert 0 < a.start < len(a.tokens)
             assert self._snapshots[a.snapshot] == a.tokens[: a.start], "snapshot of another prefix"
         else:
-            assert a.start == 0
+            assert a.start == 0 or self._policy == "page"
+            assert a.start % self._page_size == 0
         self._rows[a.slot] = _Row(list(a.tokens), a.start, a.max_total, frozenset(a.stop_token_ids))
 
     def _verify(self, slot: int) -> list[int]:

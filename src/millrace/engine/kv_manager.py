@@ -1,7 +1,8 @@
 """Slots, pages and snapshots: which request or cached prefix owns what of the device's memory.
 
 It allocates and frees what the scheduler asks for. It does not decide which request runs, waits or
-is preempted, nor when the resources of a request may be freed.
+is preempted, nor when the resources of a request may be freed. What is cached, and what is given up
+for pages, is decided by the cache policy (`engine/cache/policy.py`).
 """
 
 from __future__ import annotations
@@ -9,21 +10,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-from millrace.engine.prefix_cache import NO_SNAPSHOT, NULL_PAGE, Match, Pool, PrefixTree
+from millrace.engine.cache.page_tree import PageTree
+from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Match
+from millrace.engine.cache.pool import NULL_PAGE, Pool
+from millrace.engine.cache.snapshot_tree import SnapshotTree
 from millrace.engine.request import Request
 from millrace.protocol import Limits, PageGrant
 
 _NOTHING = Match(0, [], NO_SNAPSHOT, 0)
 
 
+def cache_policy(limits: Limits, pages: Pool) -> CachePolicy:
+    """The policy that the limits name."""
+    if limits.cache_policy == "page":
+        return PageTree(limits.page_size, pages)
+    return SnapshotTree(
+        limits.page_size,
+        pages,
+        limits.num_snapshots,
+        interval=limits.snapshot_interval,
+        distance=limits.snapshot_distance,
+    )
+
+
 class KVManager:
-    """The pools of one replica, and the tree of the prompts it has seen."""
+    """The pools of one replica, and the policy that keeps the prefixes it has seen."""
 
     def __init__(self, limits: Limits) -> None:
         self.slots = Pool(limits.max_num_seqs, first=1)
         self.pages = Pool(limits.num_pages - 1, first=NULL_PAGE + 1)
-        self.snapshots = Pool(limits.num_snapshots)
-        self.tree = PrefixTree(limits.page_size, self.pages, self.snapshots)
+        self.policy = cache_policy(limits, self.pages)
         self._limits = limits
 
     # --- pages ------------------------------------------------------------------------------
@@ -38,7 +54,7 @@ class KVManager:
         if self.pages.free + self.pages.evictable < count:
             return False
         while self.pages.free < count:
-            self.tree.evict()
+            self.policy.evict()
         return True
 
     def grant(self, request: Request, count: int) -> PageGrant:
@@ -55,7 +71,7 @@ class KVManager:
         """The cached prefix of the request's tokens; empty if the request may not use the cache."""
         if not self.may_use_cache(request):
             return _NOTHING
-        return self.tree.match(request.tokens, request.source.cache_salt)
+        return self.policy.match(request.tokens, request.source.cache_salt)
 
     def admit(
         self, request: Request, match: Match, length: int, spare: int
@@ -75,7 +91,9 @@ class KVManager:
         return [*shared, self.grant(request, missing)]
 
     def release(self, request: Request) -> None:
-        """Free the slot and the pages of the request."""
+        """Free the slot and the pages of the request. No launched step names it, so what it has
+        computed is known, and stays cached as far as the policy wants."""
+        self.store(request, min(request.upper, len(request.tokens) - 1))
         for page in request.pages:
             self.pages.release(page)
         request.pages = []
@@ -91,67 +109,49 @@ class KVManager:
 
     def estimate_cached_tokens(self, request: Request) -> None:
         """Look up how much of a waiting request's prompt is cached now."""
-        request.estimate_version = self.tree.version
+        request.estimate_version = self.policy.version
         request.cached_estimate = 0
         if self.may_use_cache(request):
-            request.cached_estimate = self.tree.cached(request.tokens, request.source.cache_salt)
+            request.cached_estimate = self.policy.cached(request.tokens, request.source.cache_salt)
 
     def can_gain_from_cache(self, request: Request) -> bool:
-        """Whether it could resume from a snapshot of another request with the same prompt."""
-        return (
-            self._limits.num_snapshots > 0
-            and self.may_use_cache(request)
-            and self.tree.round_down(request.prompt_len - 1)
-            >= max(1, self._limits.snapshot_distance)
-        )
+        """Whether it could resume where another request with the same prompt has been."""
+        return self.may_use_cache(request) and self.policy.can_resume(request.prompt_len)
 
     def record_prompt(self, request: Request) -> None:
         """Note the request's prompt, so that later prompts discover what they share with it."""
-        self.tree.record_prompt(request.tokens, request.source.cache_salt)
+        self.policy.record_prompt(request.tokens, request.source.cache_salt)
 
     def boundaries(self, request: Request, shared: int) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an
-        earlier prompt began with too.
-
-        Each stop costs a step. So of two that are less than `snapshot_distance` apart only the
-        first is cached: a prompt that resumes there computes fewer tokens than that again.
-        """
-        limits, aligned = self._limits, self.tree.round_down
-        if not limits.prefix_caching or limits.num_snapshots == 0:
+        earlier prompt began with too."""
+        if not self._limits.prefix_caching:
             return []
-        end = aligned(len(request.tokens) - 1)
-        wanted = {end, shared, *(aligned(b) for b in request.source.boundaries)}
-        if limits.snapshot_interval:
-            wanted.update(range(limits.snapshot_interval, end, limits.snapshot_interval))
-        cached: list[int] = []
-        last = request.computed
-        for boundary in sorted(b for b in wanted if request.computed < b <= end):
-            if boundary - last >= limits.snapshot_distance:
-                cached.append(boundary)
-                last = boundary
-        return cached[::-1]
+        ends = request.source.boundaries
+        return self.policy.stops(request.computed, len(request.tokens), ends, shared)
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
         or launched steps write all of them."""
-        if self.tree.has_snapshot(request.tokens, depth, request.source.cache_salt):
-            return None
-        if self.snapshots.free == 0 and not self.tree.evict():
-            return None
-        return self.snapshots.allocate(1)[0]
+        return self.policy.begin_save(request.tokens[:depth], request.source.cache_salt)
 
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: depth // self._limits.page_size]
-        self.tree.publish(request.tokens[:depth], pages, snapshot, request.source.cache_salt)
+        self.policy.publish(request.tokens[:depth], pages, snapshot, request.source.cache_salt)
+
+    def store(self, request: Request, length: int) -> None:
+        """The request's first `length` tokens have been computed: cache what needs no snapshot."""
+        if self._limits.prefix_caching and not request.failed:
+            self.policy.store(request.tokens[:length], request.pages, request.source.cache_salt)
 
     # --- integrity --------------------------------------------------------------------------
 
     def check(self, owners: Collection[Request], saving: int) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: the
         requests that have slots and pages. saving: snapshots that launched steps write."""
-        self.tree.check()
-        cached = self.tree.cached_pages()
+        self.policy.check(saving)
+        cached = self.policy.cached_pages()
         expected = Counter(cached)
         for request in owners:
             expected.update(request.pages)
@@ -161,9 +161,6 @@ class KVManager:
         assert self.pages.evictable == alone, "pages that only the prefix cache holds"
         slots = [request.slot for request in owners]
         assert len(set(slots)) == len(slots) == self.slots.size - self.slots.free, "slots"
-        assert self.tree.num_snapshots + saving == self.snapshots.size - self.snapshots.free, (
-            "snapshots"
-        )
         for request in owners:
             covered = len(request.pages) * self._limits.page_size
             needed = min(request.computed, request.max_total)

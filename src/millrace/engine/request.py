@@ -59,6 +59,7 @@ class Request:
     queue_seconds: float = 0.0  # seconds from its arrival to its first admission
     prompt_counted: bool = False  # its prompt is in the prefix cache statistics
     prompt_cached: bool = False
+    failed: bool = False  # its logits were not finite, so what it computed must not be used
     first_delta_sent: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 

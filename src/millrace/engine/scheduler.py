@@ -7,8 +7,8 @@ may be planned ahead of the last known result; until then the host uses upper bo
 A step has decode rows (each verifies its drafts), then chunks of prompts, as long as there are
 tokens, slots and pages. prompt_budget.py shares the tokens between prompts. waiting_queue.py says
 which waiting request may overtake another. Requests are ranked by priority, then by age. Without
-free pages the scheduler evicts snapshots first, and then preempts the request of the last rank,
-which waits again and is computed again.
+free pages the scheduler gives up cached prefixes first, and then preempts the request of the last
+rank, which waits again and is computed again.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Scheduler:
         if self._draining or not self._kv_manager.slots.free:
             return []
         waiting = self.waiting.candidates(self._waits_for_prefix)
-        version = self._kv_manager.tree.version
+        version = self._kv_manager.policy.version
         stale = [request for request in waiting if request.estimate_version != version]
         for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
             self._kv_manager.estimate_cached_tokens(request)
@@ -308,7 +308,9 @@ class Scheduler:
         for request, depth, snapshot in step.saves:
             self._kv_manager.publish(request, depth, snapshot)
         for request, chunk in step.chunks:
-            request.prompt_cached |= chunk.last
+            if chunk.last:
+                request.prompt_cached = True
+                self._kv_manager.store(request, chunk.start + chunk.count)
         self._take_prompt_logprobs(step, result)
         deltas = self._take_tokens(step, result)
         for request in step.requests():
@@ -349,6 +351,7 @@ class Scheduler:
     def _end_not_finite(self, request: Request) -> Delta:
         """End a request whose row could not be used. What was cached may be the reason: drop it."""
         self._totals.rows_not_finite += 1
+        request.failed = True
         self._retire(request)
         self.reset_prefix_cache()
         return Delta(request.id, [], "error", error=NOT_FINITE_ERROR, model_failed=True)
@@ -379,15 +382,16 @@ class Scheduler:
         return [(row, r.id) for row, r in enumerate(sampled) if r.source.grammar is not None]
 
     def stats(self) -> EngineStats:
-        totals, pages, snapshots = self._totals, self._kv_manager.pages, self._kv_manager.snapshots
+        totals, pages = self._totals, self._kv_manager.pages
+        used, snapshots = self._kv_manager.policy.snapshots
         return EngineStats(
             steps=totals.steps,
             running=len(self.running),
             waiting=len(self.waiting),
             free_pages=pages.free,
             total_pages=pages.size,
-            snapshots_used=snapshots.size - snapshots.free,
-            snapshots_total=snapshots.size,
+            snapshots_used=used,
+            snapshots_total=snapshots,
             preemptions=totals.preemptions,
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
@@ -400,7 +404,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached prefix. Running requests keep their pages."""
-        self._kv_manager.tree.clear()
+        self._kv_manager.policy.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""

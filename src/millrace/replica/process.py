@@ -187,6 +187,9 @@ def summary(engine: Engine) -> str:
     """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
     assert config is not None
+    resume = f"at {limits.num_snapshots} snapshots"
+    if limits.cache_policy == "page":
+        resume = "at any page"
     return "\n".join(
         [
             f"model {config.args.model}: {config.dtype} on {config.device}, "
@@ -195,7 +198,7 @@ def summary(engine: Engine) -> str:
             f"max_num_batched_tokens {limits.max_num_batched_tokens}",
             f"KV {config.kv_dtype}: {limits.num_pages - 1} pages of {limits.page_size} tokens; "
             f"state {config.state_dtype}, window {config.window}; "
-            f"{limits.num_snapshots} snapshots for the prefix cache",
+            f"cached prompts resume {resume}",
             f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
         ]
     )

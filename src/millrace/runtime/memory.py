@@ -3,7 +3,8 @@ small.
 
 Pure arithmetic on bytes: the worker measures and allocates. Slots come first (max_num_seqs of them,
 each a recurrent state with its window). Then come the pages of at least one longest sequence, then
-snapshots up to a share of what is left, then pages with the rest.
+snapshots up to a share of what is left, then pages with the rest. A model without recurrent states
+has no snapshots: its cached prefixes are pages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SNAPSHOTS_PER_SEQUENCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Bytes on one rank: of a page (all layers), of a slot, of a snapshot."""
+    """Bytes on one rank: of a page (all layers), of a slot, of a snapshot (0: there are none)."""
 
     page: int
     slot: int
@@ -56,10 +57,11 @@ def plan_memory(
             _refusal(budget, costs, max_num_seqs, max_model_len, page_size, pages_per_request)
         )
     rest = budget - slots - least
-    snapshots = _snapshots(rest, costs, max_num_seqs, num_snapshots) if prefix_caching else 0
+    snapshots = 0
+    if prefix_caching and costs.snapshot:
+        snapshots = _snapshots(rest, costs, max_num_seqs, num_snapshots)
     rest -= snapshots * costs.snapshot
-    # More pages than this are useless: all sequences at full length, and all snapshots.
-    useful = pages_per_request * (max_num_seqs + snapshots) + 1
+    useful = _useful_pages(costs, max_num_seqs, pages_per_request, snapshots, prefix_caching)
     pages = min(pages_per_request + 1 + rest // costs.page, useful)
     total = slots + pages * costs.page + snapshots * costs.snapshot
     return MemoryPlan(pages, snapshots, total)
@@ -69,11 +71,22 @@ def enough_memory(
     costs: Costs, *, max_num_seqs: int, pages_per_request: int, num_snapshots: int | None
 ) -> int:
     """Bytes with which every sequence can have its full length, and as many snapshots as are
-    useful."""
+    useful; without snapshots, pages of as many longest prefixes as there are sequences."""
     useful = SNAPSHOTS_PER_SEQUENCE * max_num_seqs
     snapshots = useful if num_snapshots is None else num_snapshots
-    pages = pages_per_request * max_num_seqs + 1
+    longest = max_num_seqs if costs.snapshot else 2 * max_num_seqs
+    pages = pages_per_request * longest + 1
     return (max_num_seqs + 1) * costs.slot + pages * costs.page + snapshots * costs.snapshot
+
+
+def _useful_pages(
+    costs: Costs, max_num_seqs: int, pages_per_request: int, snapshots: int, prefix_caching: bool
+) -> int:
+    """More pages than this are useless: all sequences at full length, and all cached prefixes."""
+    prefixes = snapshots
+    if prefix_caching and not costs.snapshot:
+        prefixes = SNAPSHOTS_PER_SEQUENCE * max_num_seqs
+    return pages_per_request * (max_num_seqs + prefixes) + 1
 
 
 def _snapshots(rest: int, costs: Costs, max_num_seqs: int, wanted: int | None) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
-from millrace.model.cache_spec import CacheOptions
+from millrace.model.cache_spec import CacheOptions, CacheSpec
 from millrace.model.config import ModelConfig
 from millrace.model.layers import Attention, Linear
 from millrace.model.parallel import TensorParallel
@@ -75,6 +75,11 @@ class Worker:
             self.memory.bytes / 2**30, config.max_num_seqs, (pages - 1) * config.page_size,
             snapshots,
         )  # fmt: skip
+        if unused := unused_options(config, self.cache_spec):
+            logger.warning(
+                "%s: no effect, because prompts of this model resume at any page",
+                ", ".join(unused),
+            )
         self.runner = self.build_runner(config, pages, snapshots)
         if config.device == "cuda":
             self.runner.try_snapshots()
@@ -100,6 +105,7 @@ class Worker:
             num_snapshots=self.memory.num_snapshots,
             drafts=config.drafts,
             prefix_caching=config.args.enable_prefix_caching,
+            cache_policy="snapshot" if self.cache_spec.needs_snapshots else "page",
             snapshot_interval=config.snapshot_interval,
             snapshot_distance=config.snapshot_distance,
             eos_ids=frozenset(self.model_config.eos_ids),
@@ -221,6 +227,13 @@ def _timed(part: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     logger.info("%s: %.1f s", part, time.perf_counter() - began)
+
+
+def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
+    """Options about snapshots that were given for a model without them."""
+    names = ("num_snapshots", "snapshot_interval", "snapshot_distance")
+    given = [name for name in names if getattr(config.args, name)]
+    return [] if spec.needs_snapshots else given
 
 
 def cache_options(config: EngineConfig) -> CacheOptions:

@@ -257,7 +257,7 @@ class Runner:
         if plan.admissions:
             slots = [a.slot for a in plan.admissions]
             records.poison(self._caches, upload(slots, self._device))
-        shared = {(a.slot, 0) for a in plan.admissions if a.snapshot >= 0}
+        shared = {(a.slot, 0) for a in plan.admissions if a.start > 0}
         pages = [p for g in plan.grants if (g.slot, g.first) not in shared for p in g.pages]
         if pages:
             records.poison_pages(self._caches, upload(pages, self._device))

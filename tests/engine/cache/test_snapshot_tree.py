@@ -1,97 +1,66 @@
-"""Pool and prefix tree, compared with simple models of both."""
+"""The tree of prompts with snapshots, compared with a simple model."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.engine.prefix_cache import NO_SNAPSHOT, Pool, PrefixTree
+from millrace.engine.cache.policy import NO_SNAPSHOT
+from millrace.engine.cache.pool import Pool
+from millrace.engine.cache.snapshot_tree import SnapshotTree
 
 PAGE = 2
 
 
-def test_pool_counts_references() -> None:
-    pool = Pool(3, first=1)
-    assert pool.allocate(2) == [1, 2]
-    pool.retain(1)
-    pool.release(1)
-    assert pool.free == 1
-    pool.release(1)
-    assert pool.free == 2
-    with pytest.raises(RuntimeError, match="freed twice"):
-        pool.release(1)
-    with pytest.raises(RuntimeError, match="is free"):
-        pool.retain(1)
-    with pytest.raises(RuntimeError, match="3 requested"):
-        pool.allocate(3)
-
-
-def test_pool_counts_what_eviction_would_free() -> None:
-    pool = Pool(3)
-    pool.allocate(2)
-    pool.retain_cached(0)
-    pool.retain_cached(1)
-    assert pool.evictable == 0  # both have another reference
-    pool.release(0)
-    assert pool.evictable == 1
-    pool.retain(0)
-    assert pool.evictable == 0
-    pool.release(0)
-    pool.release_cached(1)
-    pool.release(1)
-    assert (pool.evictable, pool.free) == (1, 2)
-    pool.release_cached(0)
-    assert (pool.evictable, pool.free) == (0, 3)
-
-
 def _tree(
     pages: int = 64, snapshots: int = 8, max_nodes: int = 1 << 16
-) -> tuple[PrefixTree, Pool, Pool]:
-    page_pool, snapshot_pool = Pool(pages, first=1), Pool(snapshots)
-    return PrefixTree(PAGE, page_pool, snapshot_pool, max_nodes), page_pool, snapshot_pool
+) -> tuple[SnapshotTree, Pool]:
+    pool = Pool(pages, first=1)
+    return SnapshotTree(PAGE, pool, snapshots, max_nodes=max_nodes), pool
 
 
-def _publish(tree: PrefixTree, pages: Pool, snapshots: Pool, tokens: list[int]) -> None:
+def _publish(tree: SnapshotTree, pages: Pool, tokens: list[int]) -> None:
     """Publish as a request would: with pages of its own, which it then releases."""
     own = pages.allocate(len(tokens) // PAGE)
-    tree.publish(tokens, own, snapshots.allocate(1)[0])
+    snapshot = tree.begin_save(tokens)
+    if snapshot is not None:
+        tree.publish(tokens, own, snapshot)
     for page in own:
         pages.release(page)
 
 
 def test_a_match_leaves_at_least_one_token() -> None:
-    tree, pages, snapshots = _tree()
-    _publish(tree, pages, snapshots, [1, 2, 3, 4])
+    tree, pages = _tree()
+    _publish(tree, pages, [1, 2, 3, 4])
     assert tree.match([1, 2, 3, 4]).tokens == tree.cached([1, 2, 3, 4]) == 0
     assert tree.match([1, 2, 3, 4, 5]).tokens == tree.cached([1, 2, 3, 4, 5]) == 4
 
 
 def test_a_junction_is_discovered_on_the_second_use_and_hit_on_the_third() -> None:
-    tree, pages, snapshots = _tree()
+    tree, pages = _tree()
     first, second = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 9, 9]
     tree.record_prompt(first)
     found = tree.match(second)
     assert (found.tokens, found.shared) == (0, 4)
-    _publish(tree, pages, snapshots, second[: found.shared])
+    _publish(tree, pages, second[: found.shared])
     assert tree.match([1, 2, 3, 4, 8, 8]).tokens == 4
 
 
 def test_only_pages_on_the_path_to_a_snapshot_are_cached() -> None:
-    tree, pages, snapshots = _tree()
+    tree, pages = _tree()
     tree.record_prompt([1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert pages.free == 64
-    _publish(tree, pages, snapshots, [1, 2, 3, 4])
+    _publish(tree, pages, [1, 2, 3, 4])
     assert pages.free == 62
     assert tree.evict()
-    assert (pages.free, snapshots.free) == (64, 8)
+    assert (pages.free, tree.snapshots) == (64, (0, 8))
     assert not tree.evict()
 
 
 def test_eviction_is_least_recently_used() -> None:
-    tree, pages, snapshots = _tree()
-    _publish(tree, pages, snapshots, [1, 2])
-    _publish(tree, pages, snapshots, [3, 4])
+    tree, pages = _tree()
+    _publish(tree, pages, [1, 2])
+    _publish(tree, pages, [3, 4])
     tree.match([1, 2, 5])
     tree.evict()
     assert tree.match([1, 2, 5]).tokens == 2
@@ -99,10 +68,10 @@ def test_eviction_is_least_recently_used() -> None:
 
 
 def test_an_estimate_does_not_count_as_a_use() -> None:
-    tree, pages, snapshots = _tree()
+    tree, pages = _tree()
     before = tree.version
-    _publish(tree, pages, snapshots, [1, 2])
-    _publish(tree, pages, snapshots, [3, 4])
+    _publish(tree, pages, [1, 2])
+    _publish(tree, pages, [3, 4])
     assert tree.version == before + 2
     assert tree.cached([1, 2, 5]) == 2
     tree.evict()
@@ -111,14 +80,19 @@ def test_an_estimate_does_not_count_as_a_use() -> None:
 
 
 def test_a_second_snapshot_of_the_same_prefix_is_freed() -> None:
-    tree, pages, snapshots = _tree()
-    _publish(tree, pages, snapshots, [1, 2])
-    _publish(tree, pages, snapshots, [1, 2])
-    assert (pages.free, snapshots.free) == (63, 7)
+    tree, pages = _tree()
+    own = pages.allocate(1)
+    first, second = tree.begin_save([1, 2]), tree.begin_save([1, 2])
+    assert first is not None
+    assert second is not None
+    tree.publish([1, 2], own, first)
+    tree.publish([1, 2], own, second)
+    assert (pages.free, tree.snapshots) == (63, (1, 8))
+    assert tree.begin_save([1, 2]) is None
 
 
 def test_ghosts_are_bounded() -> None:
-    tree, _, _ = _tree(max_nodes=10)
+    tree, _ = _tree(max_nodes=10)
     for start in range(100):
         tree.record_prompt([start, 1, 2, 3, 4, 5, 6])
         tree.check()
@@ -138,16 +112,16 @@ _action = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_action, max_size=40))
 def test_the_tree_equals_a_simple_model(actions: list[tuple[str, list[int]]]) -> None:
-    tree, pages, snapshots = _tree(pages=200, snapshots=5)
+    tree, pages = _tree(pages=200, snapshots=5)
     cached: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
     for kind, tokens in actions:
         full_pages = tuple(tokens[: len(tokens) // PAGE * PAGE])
-        if kind == "publish" and full_pages and (snapshots.free or tree.evict()):
-            if len(cached) == 5:
-                cached.pop(0)
-            _publish(tree, pages, snapshots, list(full_pages))
+        if kind == "publish" and full_pages:
             if full_pages not in cached:
+                if len(cached) == 5:
+                    cached.pop(0)
                 cached.append(full_pages)
+            _publish(tree, pages, list(full_pages))
         elif kind == "record":
             tree.record_prompt(tokens)
         elif kind == "match":
@@ -166,4 +140,4 @@ def test_the_tree_equals_a_simple_model(actions: list[tuple[str, list[int]]]) ->
         tree.check()
         needed = {p[: i + PAGE] for p in cached for i in range(0, len(p), PAGE)}
         assert pages.size - pages.free == len(needed)
-        assert snapshots.size - snapshots.free == len(cached)
+        assert tree.snapshots == (len(cached), 5)

@@ -1,0 +1,92 @@
+"""What a cache policy decides: what of a prompt is cached, where it can be resumed, and what is
+given up when pages run short.
+
+The KV manager and the scheduler know a policy by this interface alone. A policy knows tokens, page
+numbers and snapshot numbers; it knows no request and no step. Prompts under different salts share
+nothing. A prompt is never matched whole: at least one token is left to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+NO_SNAPSHOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The cached prefix of a prompt.
+
+    tokens: prompt tokens that `pages`, and `snapshot` if there is one, cover. shared: tokens that
+    an earlier prompt began with too; what lies between the two was not cached.
+    """
+
+    tokens: int
+    pages: list[int]
+    snapshot: int
+    shared: int
+
+
+class CachePolicy(Protocol):
+    """See the module. It takes references to pages from the pool that it was built with."""
+
+    @property
+    def version(self) -> int:
+        """Grows when it changes what can be resumed."""
+
+    @property
+    def snapshots(self) -> tuple[int, int]:
+        """(in use, in all)."""
+
+    # --- lookup -----------------------------------------------------------------------------
+
+    def match(self, tokens: Sequence[int], salt: str = "") -> Match:
+        """The longest prefix to resume from, which counts as used."""
+
+    def cached(self, tokens: Sequence[int], salt: str = "") -> int:
+        """How many tokens `match` would find now. It does not count as a use of them."""
+
+    def can_resume(self, length: int) -> bool:
+        """Whether a second prompt of the same `length` tokens could skip some of them."""
+
+    # --- insertion --------------------------------------------------------------------------
+
+    def record_prompt(self, tokens: Sequence[int], salt: str = "") -> None:
+        """Note a prompt that is going to be computed."""
+
+    def stops(self, start: int, length: int, ends: Iterable[int], shared: int) -> list[int]:
+        """Where the prefill of a prompt of `length` tokens must stop, nearest last, so that what is
+        computed by then can be saved. start: tokens that are cached. ends: of its chat turns.
+        """
+
+    def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
+        """At such a stop behind `tokens`: the snapshot that the step writes. None: none is needed,
+        or none is free."""
+
+    def publish(
+        self, tokens: Sequence[int], pages: Sequence[int], snapshot: int, salt: str = ""
+    ) -> None:
+        """Insert tokens (whole pages, all computed) whose snapshot has been written. It takes over
+        the caller's reference to the snapshot."""
+
+    def store(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> None:
+        """All of tokens have been computed, and lie in `pages`: insert what needs no snapshot."""
+
+    # --- removal ----------------------------------------------------------------------------
+
+    def evict(self) -> bool:
+        """Give up what is worth least, and with it the references to its pages. False: there is
+        nothing left."""
+
+    def clear(self) -> None:
+        """Give up everything."""
+
+    # --- integrity --------------------------------------------------------------------------
+
+    def cached_pages(self) -> list[int]:
+        """Every page that it refers to."""
+
+    def check(self, saving: int = 0) -> None:
+        """Raise AssertionError if an invariant is broken. saving: snapshots that steps write."""
