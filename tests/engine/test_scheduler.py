@@ -518,7 +518,7 @@ def test_requests_that_cannot_run_are_refused_with_the_reason() -> None:
     eng = engine(limits(vocab_size=50))
     for bad, words in (
         (request("a", []), "empty"),
-        (request("a", [1] * 48), "at most 47 work"),
+        (request("a", [1] * 48), "at most 47 tokens"),
         (request("a", [1], stop_token_ids=list(range(40))), "at most 16"),
         (request("a", [1, 90]), "contains token 90; the model's tokens are 0 to 49"),
         (request("a", [1], logit_bias={50: 1.0}), "logit_bias contains token 50"),
