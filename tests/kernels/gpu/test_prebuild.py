@@ -30,6 +30,7 @@ from tests.support.child_environment import python_path
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton")
 
 from millrace.kernels.gpu.gemm import prebuild  # noqa: E402
+from millrace.kernels.gpu.gemm.tiling import kernel_of  # noqa: E402
 
 LIMIT = 60.0  # seconds for what takes some of them on a quiet machine
 PRODUCTS = [(128, 256, tokens, 120 + tokens % 3) for tokens in range(9, 200)]
@@ -258,7 +259,12 @@ def test_on_a_gpu(
     assert not caplog.records
     assert marker.read_text()
     kernels = set((tmp_path / "cache").glob("kernel.*"))
-    assert kernels
+    cores = torch.cuda.get_device_properties().multi_processor_count
+    foretold = {
+        kernel_of(tokens, outputs, inputs, some or cores)
+        for outputs, inputs, tokens, some in prebuild.deep_gemm_products(sizes)
+    }
+    assert len(kernels) == len(foretold)
     assert torch.cuda.mem_get_info()[0] > free - (256 << 20)
     monkeypatch.setattr(prebuild, "Children", None)  # nobody may ask for them
     with prebuild.compiling(sizes):
@@ -306,4 +312,9 @@ def test_products_are_those_that_go_to_deep_gemm(
     found = prebuild.deep_gemm_products([(*shape, n) for shape in shapes for n in counts])
     assert len(found) == len(set(found))
     assert set(found) == wanted
+    kernels = [kernel_of(n, o, i, multiprocessors or 132) for o, i, n, multiprocessors in found]
+    distinct = len(set(kernels))
+    assert len(set(kernels[:distinct])) == distinct  # one of each comes first
+    if installed:
+        assert kernels.count(kernels[0]) == max(map(kernels.count, kernels)) > 2
     assert bool(wanted) == installed

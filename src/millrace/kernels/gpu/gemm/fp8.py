@@ -138,7 +138,7 @@ def deep_gemm_matmul(
     library = _deep_gemm()
     assert library is not None
     out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
-    library.set_num_sms(multiprocessors or _all_multiprocessors())
+    library.set_num_sms(multiprocessors_of(multiprocessors))
     library.fp8_gemm_nt(tuple(x), (weight, scale), out)
     return out
 
@@ -207,6 +207,11 @@ def _way(tokens: int, outputs: int, width: int) -> GemmBackend:
     if way.multiprocessors and way.multiprocessors > _all_multiprocessors():
         return DEEP_GEMM  # this process has a part of the GPU that was measured; more is refused
     return way
+
+
+def multiprocessors_of(wanted: int) -> int:
+    """How many DeepGEMM takes where `wanted` is asked of it, 0 for all."""
+    return wanted or _all_multiprocessors()
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 The library compiles a kernel when a product first asks for it: one at a time, some seconds each. It
 has one for each tiling that it picks, by the weight's shape and the number of tokens. So children
-call it on empty tensors of all of these, and whoever needs a kernel later finds it. Two that
+call it on empty tensors of all of these, and whoever needs a kernel later finds it. Each kernel is
+compiled once, as far as `tiling` can foretell it, those that most products take first. Two that
 compile the same one do not disturb each other: each renames its own directory into place.
 
 What fails here is a warning, and kernels are then compiled where they are used. A marker in the
@@ -36,6 +37,7 @@ from millrace.common.child_process import (
     reap,
 )
 from millrace.common.optional import probe
+from millrace.kernels.gpu.gemm.tiling import Kernel, kernel_of
 from millrace.kernels.quantize import GROUP, Quantized
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int, int]  # outputs and inputs of an e4m3 weight, tokens
 Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for all
 
-MOST = 8  # children
+MOST = 14  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 4  # they take at most one part in so many of what is free
@@ -78,9 +80,10 @@ def compiling(sizes: Collection[Size]) -> Iterator[None]:
 
 
 def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
-    """Those of the products that go to DeepGEMM on this GPU, neighbours in size far apart.
+    """Those of the products that go to DeepGEMM on this GPU, one of each kernel first.
 
-    Neighbours share kernels, which two children would then compile at once.
+    So no two children compile the same one at once. The others find their kernels; where they do
+    not, because the library decides otherwise, neighbours in size share one, and are far apart.
     """
     from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
 
@@ -90,7 +93,21 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
         if (way := deep_gemm_way(tokens, outputs, inputs))
     ]
     random.Random(0).shuffle(products)
-    return products
+    first = _one_of_each_kernel(products)
+    seen = set(first)
+    return [*first, *(one for one in products if one not in seen)]
+
+
+def _one_of_each_kernel(products: list[Product]) -> list[Product]:
+    """A product for each kernel that is foretold, ordered by how many products take it."""
+    from millrace.kernels.gpu.gemm.fp8 import multiprocessors_of
+
+    users: dict[Kernel, list[Product]] = {}
+    for product in products:
+        outputs, inputs, tokens, _ = product
+        kernel = kernel_of(tokens, outputs, inputs, multiprocessors_of(product[3]))
+        users.setdefault(kernel, []).append(product)
+    return [some[0] for some in sorted(users.values(), key=len, reverse=True)]
 
 
 def on_this_gpu(products: list[Product]) -> Children | None:
