@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from engine_runs import commit
 
 from millrace import LLM, SamplingParams
-from millrace.model.layers import BuildContext
+from millrace.model.build_context import BuildContext
 from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead, OutputHead, VocabTable
 from millrace.tasks import TASKS
@@ -108,7 +108,7 @@ def graph_ms(head: OutputHead, rows: int) -> float:
 def product() -> list[dict[str, Any]]:
     shape: Any = SimpleNamespace(vocab_size=248320, hidden_size=5120)
     cuda = torch.device("cuda")
-    build = BuildContext(shape, TensorParallel(), torch.bfloat16, cuda, keep_fp8=True)
+    build = BuildContext(shape, TensorParallel(), torch.bfloat16, cuda, keep_quantized=True)
     table = VocabTable(build, "lm_head.weight")
     table.weight.data.normal_(0, 5120**-0.5)
     rounded = Fp8DraftHead(table)

@@ -41,9 +41,9 @@ from qwen27b import write_config
 from millrace.config import engine_args
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
+from millrace.model.build import build_model
 from millrace.model.config import read_config
 from millrace.model.parameter import parameters_with_pieces
-from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, config_json
 from millrace.model.weights import random_weights
 from millrace.protocol import AddRequest, SamplingParams, StepPlan
@@ -143,7 +143,7 @@ def published(directory: Path, fp8: bool) -> tuple[dict[str, Tensor], set[str]]:
     """The engine's weights by their published names, dequantised, and which of them were FP8."""
     model = build_model(
         read_config(directory), dtype=torch.bfloat16, device=DEVICE, max_len=8, mtp=True,
-        keep_fp8=fp8,
+        keep_quantized=fp8,
     )  # fmt: skip
     random_weights(model, SEED)
     found: dict[str, Tensor] = {}

@@ -17,8 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from millrace.kernels.batch import GDNState
+from millrace.model.build import build_model
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
-from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import write_checkpoint
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches, make_batch
@@ -26,7 +27,7 @@ from tests.support.driver import Driver, allocate_caches, make_batch
 ROWS, PROMPT, STEPS, WINDOW = 32, 128, 48, 16
 
 
-def decode_driver(model: Qwen3_5, drafts: int) -> Driver:
+def decode_driver(model: CausalLM, drafts: int) -> Driver:
     """32 sequences of 128 tokens, their windows filled to different heights."""
     driver = Driver(model, allocate_caches(model, ROWS, 20, page_size=16, drafts=drafts))
     for slot in range(1, ROWS + 1):
@@ -40,7 +41,7 @@ def decode_driver(model: Qwen3_5, drafts: int) -> Driver:
     return driver
 
 
-def decode(model: Qwen3_5, drafts: int, shuffled: bool) -> list[float]:
+def decode(model: CausalLM, drafts: int, shuffled: bool) -> list[float]:
     """Milliseconds of each decode step, logits included."""
     driver, width, times = decode_driver(model, drafts), drafts + 1, []
     order = list(range(1, ROWS + 1))
@@ -59,7 +60,7 @@ def decode(model: Qwen3_5, drafts: int, shuffled: bool) -> list[float]:
     return times
 
 
-def prefill(model: Qwen3_5, rows: int, tokens: int, ends: bool = False) -> list[float]:
+def prefill(model: CausalLM, rows: int, tokens: int, ends: bool = False) -> list[float]:
     """Milliseconds of one step over `rows` prompts of `tokens` each.
 
     ends: only the hidden of each prompt's last token is asked for, as the engine does.
@@ -76,7 +77,7 @@ def prefill(model: Qwen3_5, rows: int, tokens: int, ends: bool = False) -> list[
 
 
 @torch.inference_mode()
-def draft_head(model: Qwen3_5, rows: int, tokens: int) -> tuple[list[float], list[float]]:
+def draft_head(model: CausalLM, rows: int, tokens: int) -> tuple[list[float], list[float]]:
     """Milliseconds of the draft head over `rows` rows of `tokens` each, in turn: through its layer
     at all of them, and at each row's last.
     """

@@ -65,7 +65,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 def test_27b(tmp_path: Path) -> None:
     config = read(tmp_path, CONFIG_27B_FP8, {"eos_token_id": [248046, 248044]})
-    assert config.fp8
+    assert config.quantization.method == "fp8"
     assert config.nested
     assert not config.tied
     assert (config.num_layers, config.num_attention_layers, config.num_gdn_layers) == (64, 16, 48)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from millrace.kernels.batch import Batch, DecodeRows
+from millrace.model.build import build_model
 from millrace.model.config import read_config
-from millrace.model.qwen3_5 import build_model
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches, make_batch
 

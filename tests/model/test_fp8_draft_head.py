@@ -11,11 +11,12 @@ import torch
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
 from millrace.model import vocabulary
+from millrace.model.build import build_model
+from millrace.model.build_context import BuildContext
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
-from millrace.model.layers import BuildContext
 from millrace.model.parallel import TensorParallel
 from millrace.model.parameter import pieces_of
-from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import Fp8DraftHead, VocabTable
 from millrace.model.weights import load, random_weights
@@ -23,11 +24,11 @@ from millrace.model.weights import load, random_weights
 SHAPES = [replace(UNIT_TEST, vocab_size=321, tied=tied) for tied in (True, False)]
 
 
-def built(directory: Path, **options: bool | None) -> Qwen3_5:
+def built(directory: Path, **options: bool | None) -> CausalLM:
     return build_model(read_config(directory), dtype=torch.float32, **options)  # type: ignore[arg-type]
 
 
-def rounded_head(model: Qwen3_5) -> Fp8DraftHead:
+def rounded_head(model: CausalLM) -> Fp8DraftHead:
     assert isinstance(model.draft_output, Fp8DraftHead)
     return model.draft_output
 
@@ -70,12 +71,12 @@ def test_nothing_of_it_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [False, True])
 def test_by_default_it_follows_the_weights(tmp_path: Path, keep: bool) -> None:
     directory = write_checkpoint(tmp_path / "a", replace(UNIT_TEST, fp8=True), tokenizer=False)
-    model = built(directory, mtp=True, keep_fp8=keep, draft_fp8=None)
+    model = built(directory, mtp=True, keep_quantized=keep, draft_fp8=None)
     assert isinstance(model.draft_output, Fp8DraftHead) == keep
-    model = built(directory, mtp=False, keep_fp8=keep, draft_fp8=None)
+    model = built(directory, mtp=False, keep_quantized=keep, draft_fp8=None)
     assert model.draft_output is model.head  # nobody drafts
     directory = write_checkpoint(tmp_path / "b", UNIT_TEST, tokenizer=False)
-    model = built(directory, mtp=True, keep_fp8=keep, draft_fp8=None)
+    model = built(directory, mtp=True, keep_quantized=keep, draft_fp8=None)
     assert model.draft_output is model.head  # of no FP8 checkpoint
 
 

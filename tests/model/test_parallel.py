@@ -17,12 +17,15 @@ from millrace.kernels.gemm import dequantize
 from millrace.kernels.norm import add_rms_norm
 from millrace.kernels.quantize import quantize
 from millrace.kernels.sampling import best, token_of
+from millrace.model.build import build_model
+from millrace.model.build_context import BuildContext
 from millrace.model.config import read_config
-from millrace.model.layers import BuildContext, Linear
+from millrace.model.formats.fp8_block import Fp8BlockLinear
+from millrace.model.formats.plain import PlainLinear
 from millrace.model.parallel import NormResult, TensorParallel
-from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import VocabTable
+from millrace.model.weight_format import Linear
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches, make_batch
 
@@ -85,7 +88,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path, size: int) ->
     weight[[37, 320]] = -0.5
 
     def one(rank: int) -> tuple[int, int]:
-        build = BuildContext(config, meeting.rank(rank), torch.float32, cpu, keep_fp8=False)
+        build = BuildContext(config, meeting.rank(rank), torch.float32, cpu, keep_quantized=False)
         head = VocabTable(build, "lm_head.weight")
         share = weight[head.start : head.start + head.rows]
         head.weight.data.zero_()[: len(share)] = share
@@ -99,10 +102,10 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path, size: int) ->
     assert token_of(torch.tensor([max(found for _, found in both)])).tolist() == [37]
 
 
-def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Tensor]:
+def run(directory: Path, tp: TensorParallel, kept: bool = False) -> list[Tensor]:
     """Prefill, a verify row and the draft head on one rank: logits and hidden."""
     config = read_config(directory)
-    model = build_model(config, dtype=torch.float32, tp=tp, mtp=True, keep_fp8=keep_fp8)
+    model = build_model(config, dtype=torch.float32, tp=tp, mtp=True, keep_quantized=kept)
     load(model, directory)
     padding = model.embedding.weight[max(0, config.vocab_size - model.embedding.start) :]
     assert not bool(padding.any())
@@ -126,12 +129,12 @@ def run(directory: Path, tp: TensorParallel, keep_fp8: bool = False) -> list[Ten
 
 
 def on_ranks(
-    directory: Path, size: int, keep_fp8: bool = False, fused: bool = False
+    directory: Path, size: int, kept: bool = False, fused: bool = False
 ) -> list[list[Tensor]]:
     """What `run` returns on each of `size` ranks."""
     meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:
-        runs = [pool.submit(run, directory, meeting.rank(r, fused), keep_fp8) for r in range(size)]
+        runs = [pool.submit(run, directory, meeting.rank(r, fused), kept) for r in range(size)]
         return [one.result(120) for one in runs]
 
 
@@ -159,11 +162,11 @@ def test_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]
     require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
 
 
-@pytest.mark.parametrize("keep_fp8", [False, True])
-def test_all_reduce_fused_with_the_norm(tmp_path: Path, keep_fp8: bool) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_all_reduce_fused_with_the_norm(tmp_path: Path, kept: bool) -> None:
     directory = write_checkpoint(tmp_path, WIDE)
-    apart = on_ranks(directory, 2, keep_fp8)
-    require_same(on_ranks(directory, 2, keep_fp8, fused=True), apart[0], 1e-6)
+    apart = on_ranks(directory, 2, kept)
+    require_same(on_ranks(directory, 2, kept, fused=True), apart[0], 1e-6)
 
 
 def working(size: int, tmp_path: Path, **changes: int) -> str:
@@ -191,18 +194,19 @@ def test_sizes_that_do_not_work(tmp_path: Path) -> None:
 
 def dense(layer: Linear) -> Tensor:
     """A layer's weight in float32, from any dtype."""
-    if layer.weight_scale_inv is None:
-        return layer.weight.float()
-    return dequantize(layer.weight, layer.weight_scale_inv)
+    if isinstance(layer, Fp8BlockLinear):
+        return dequantize(layer.weight, layer.weight_scale_inv)
+    assert isinstance(layer, PlainLinear)
+    return layer.weight.float()
 
 
 def mlp_weights(directory: Path, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, bool]:
     """(gate, up, down of layer 0 on this rank, whether they stayed e4m3)."""
-    model = build_model(read_config(directory), dtype=torch.float32, tp=tp, keep_fp8=True)
+    model = build_model(read_config(directory), dtype=torch.float32, tp=tp, keep_quantized=True)
     load(model, directory)
     mlp = model.layers[0].mlp
     gate, up = dense(mlp.gate_up_proj).chunk(2)
-    return gate, up, dense(mlp.down_proj), mlp.gate_up_proj.fp8 and mlp.down_proj.fp8
+    return gate, up, dense(mlp.down_proj), mlp.gate_up_proj.takes_fp8 and mlp.down_proj.takes_fp8
 
 
 @pytest.mark.parametrize(
@@ -247,8 +251,8 @@ def test_fp8_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, 
     """Activations are quantized too, and a few round differently: close on average."""
     directory = write_checkpoint(tmp_path, replace(WIDE, **changes))
     plain = run(directory, TensorParallel())
-    rounding = mean_difference(run(directory, TensorParallel(), keep_fp8=True), plain)
-    ranks = on_ranks(directory, size, keep_fp8=True)
+    rounding = mean_difference(run(directory, TensorParallel(), kept=True), plain)
+    ranks = on_ranks(directory, size, kept=True)
     require_same(ranks, ranks[0], 0.0)
     assert 0.0 < rounding < 0.3
     assert mean_difference(ranks[0], plain) < 1.5 * rounding

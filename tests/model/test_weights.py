@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from millrace.errors import CheckpointError
+from millrace.model.build import build_model
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
+from millrace.model.families.qwen3_5 import flat_name
 from millrace.model.parameter import pieces_of
-from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import UNIT_TEST, TinyShape, write_checkpoint
-from millrace.model.weights import expected_tensors, flat_name, load, random_weights
+from millrace.model.weights import expected_tensors, load, random_weights
 from tests.model.test_config import CONFIG_27B_FP8
 
 FP8, FLOAT = "e4m3", "float"
@@ -68,17 +70,22 @@ def published_27b() -> dict[str, tuple[tuple[int, ...], str]]:
     return names
 
 
-def model_27b(tmp_path: Path, keep_fp8: bool) -> Qwen3_5:
+def model_27b(tmp_path: Path, kept: bool) -> CausalLM:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_27B_FP8))
     config = read_config(tmp_path)
     return build_model(
-        config, dtype=torch.bfloat16, device="meta", max_len=16, mtp=True, keep_fp8=keep_fp8
+        config,
+        dtype=torch.bfloat16,
+        device="meta",
+        max_len=16,
+        mtp=True,
+        keep_quantized=kept,
     )
 
 
 def test_27b_names_and_shapes(tmp_path: Path) -> None:
     """Every published tensor is read, none is missing, and all have the expected shape."""
-    model = model_27b(tmp_path, keep_fp8=True)
+    model = model_27b(tmp_path, kept=True)
     expected = expected_tensors(model.config)
     spec = {flat_name(name): value for name, value in published_27b().items()}
     assert set(expected) == set(spec)
@@ -88,11 +95,11 @@ def test_27b_names_and_shapes(tmp_path: Path) -> None:
         assert ("F8_E4M3" in expected[name].dtypes) == (kind == FP8), name
 
 
-@pytest.mark.parametrize("keep_fp8", [True, False])
-def test_27b_rows_are_taken_once(tmp_path: Path, keep_fp8: bool) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_27b_rows_are_taken_once(tmp_path: Path, kept: bool) -> None:
     """On the meta device: the pieces of all parameters together are each tensor exactly once."""
     taken: dict[str, int] = {}
-    for param in model_27b(tmp_path, keep_fp8).parameters():
+    for param in model_27b(tmp_path, kept).parameters():
         pieces = pieces_of(param)
         assert sum(piece.num_rows for piece in pieces) == param.shape[0]
         for piece in pieces:
@@ -101,13 +108,13 @@ def test_27b_rows_are_taken_once(tmp_path: Path, keep_fp8: bool) -> None:
             taken[piece.name] = taken.get(piece.name, 0) + len(rows)
     for name, (shape, kind) in published_27b().items():
         flat = flat_name(name)
-        if flat is not None and (keep_fp8 or not name.endswith("_scale_inv")):
+        if flat is not None and (kept or not name.endswith("_scale_inv")):
             assert taken[flat] == shape[0], f"{name} ({kind})"
 
 
 def test_27b_weight_bytes(tmp_path: Path) -> None:
     """29.95 GB of text and draft weights, as the checkpoint's files have."""
-    params = model_27b(tmp_path, keep_fp8=True).parameters()
+    params = model_27b(tmp_path, kept=True).parameters()
     total = sum(p.numel() * (2 if p.dtype == torch.float32 else p.itemsize) for p in params)
     assert abs(total / 1e9 - 29.95) < 0.01
 
@@ -115,7 +122,7 @@ def test_27b_weight_bytes(tmp_path: Path) -> None:
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def build(directory: Path, mtp: bool = True) -> Qwen3_5:
+def build(directory: Path, mtp: bool = True) -> CausalLM:
     return build_model(read_config(directory), dtype=torch.float32, mtp=mtp)
 
 
@@ -206,7 +213,9 @@ def test_random_weights(tmp_path: Path) -> None:
         hidden_size=128, intermediate_size=256, num_layers=4, head_dim=128, vocab_size=300, fp8=True
     )
     config = read_config(write_checkpoint(tmp_path, shape))
-    models = [build_model(config, dtype=torch.bfloat16, mtp=True, keep_fp8=True) for _ in range(3)]
+    models = [
+        build_model(config, dtype=torch.bfloat16, mtp=True, keep_quantized=True) for _ in range(3)
+    ]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         random_weights(model, seed)
     same, differ = True, False

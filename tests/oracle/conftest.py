@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from millrace.model.build import build_model
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
-from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.tiny import UNIT_TEST, TinyShape, write_checkpoint
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches
@@ -28,7 +29,7 @@ class Pair:
     """One checkpoint, loaded twice. reference(ids) gives float32 logits [T, vocab]."""
 
     directory: Path
-    model: Qwen3_5
+    model: CausalLM
     reference_model: Any
 
     @torch.inference_mode()

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
+from millrace.model.build import build_model
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
-from millrace.model.layers import Linear
-from millrace.model.qwen3_5 import Qwen3_5, build_model
+from millrace.model.formats.fp8_block import Fp8BlockLinear
 from millrace.model.tiny import UNIT_TEST, TinyShape, write_checkpoint
 from millrace.model.weights import load
 from tests.support.driver import Driver, allocate_caches
@@ -38,13 +39,13 @@ FP8_SHAPE = TinyShape(
 )
 
 
-def ours(directory: Path, **options: Any) -> Qwen3_5:
+def ours(directory: Path, **options: Any) -> CausalLM:
     model = build_model(read_config(directory), dtype=torch.float32, mtp=True, **options)
     load(model, directory)
     return model
 
 
-def logits(model: Qwen3_5) -> torch.Tensor:
+def logits(model: CausalLM) -> torch.Tensor:
     driver = Driver(model, allocate_caches(model, 1, 40))
     driver.admit(1)
     _, [hidden] = driver.step(prefill=[(1, IDS)])
@@ -96,12 +97,12 @@ def test_fp8_weights_equal_dequantized_ones(tmp_path: Path) -> None:
         FP8_SHAPE, hidden_size=256, intermediate_size=384, head_dim=128, key_dim=128, value_dim=128
     )
     directory = write_checkpoint(tmp_path, shape)
-    kept = ours(directory, keep_fp8=True)
+    kept = ours(directory, keep_quantized=True)
     plain = ours(directory)
     pairs = [
         (a, b)
         for a, b in zip(kept.modules(), plain.modules(), strict=True)
-        if isinstance(a, Linear) and a.fp8
+        if isinstance(a, Fp8BlockLinear)
     ]
     assert len(pairs) > 10
     for a, b in pairs:

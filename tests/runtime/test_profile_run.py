@@ -14,8 +14,8 @@ import torch
 
 from millrace.config import token_buckets
 from millrace.kernels.gpu.gemm import prebuild
+from millrace.model.build import build_model
 from millrace.model.config import read_config
-from millrace.model.qwen3_5 import build_model
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.profile_run import (
     _contexts,
@@ -111,7 +111,7 @@ def test_what_is_compiled_in_the_background(
     monkeypatch.setattr(prebuild, "compiling", compiling)
     directory = write_checkpoint(tmp_path / "fp8", TinyShape(fp8=True))
     model = build_model(
-        read_config(directory), dtype=torch.bfloat16, mtp=True, keep_fp8=True, draft_fp8=None
+        read_config(directory), dtype=torch.bfloat16, mtp=True, keep_quantized=True, draft_fp8=None
     )
     config = build(directory, dtype="float32", max_num_seqs=20).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", dtype=dtype)

@@ -20,7 +20,7 @@ from millrace.kernels.batch import (
     SelectedTokens,
 )
 from millrace.model.cache_spec import CacheOptions
-from millrace.model.qwen3_5 import Qwen3_5
+from millrace.model.causal_lm import CausalLM
 from millrace.runtime.step.caches import allocate_caches as allocate_spec
 from millrace.runtime.step.caches import tensors_of
 
@@ -29,7 +29,7 @@ Row = tuple[int, Sequence[int]]
 
 
 def allocate_caches(
-    model: Qwen3_5,
+    model: CausalLM,
     slots: int,
     pages_per_slot: int,
     page_size: int = 4,
@@ -116,7 +116,7 @@ def ask_for_ends(caches: Caches, batch: Batch) -> SelectedTokens:
 class Driver:
     """A model with its caches and the lengths that a runtime would keep."""
 
-    def __init__(self, model: Qwen3_5, caches: Caches) -> None:
+    def __init__(self, model: CausalLM, caches: Caches) -> None:
         self.model, self.caches = model, caches
         self.lengths = torch.zeros(caches.fill.shape[0], dtype=torch.int64)
 

@@ -59,7 +59,7 @@ def _fp8_draft_head(config: ModelConfig, args: EngineArgs) -> int:
         settled = resolve(args, _facts(config), cuda=torch.cuda.is_available())
     except UserError:
         return 0
-    default = config.fp8 and settled.device == "cuda"
+    default = config.quantization.method == "fp8" and settled.device == "cuda"
     wanted = default if settled.draft_fp8 is None else settled.draft_fp8
     return config.vocab_size * config.hidden_size if settled.drafts and wanted else 0
 

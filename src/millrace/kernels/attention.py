@@ -41,8 +41,8 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_rows: Tensor) -> None:
 def norm_rope_store(
     qkv: Tensor,
     widths: list[int],
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     positions: Tensor,
     cos_sin: Tensor,
@@ -52,15 +52,17 @@ def norm_rope_store(
     """The step from the attention projection to attention: norm, rotation, KV store.
 
     qkv: [T, sum(widths)], the (query, gate, key, value) parts of the projection; queries and gates
-    may be absent, with widths of 0. Norms and rotates queries and keys by head, stores keys and
-    values at kv_rows, and returns the queries [T, query_heads, head_dim].
+    may be absent, with widths of 0. Norms (where there is a weight) and rotates queries and keys by
+    head, stores keys and values at kv_rows, and returns the queries [T, query_heads, head_dim].
     """
     kv_heads, dim = cache.keys.shape[2:]
     q, _, k, v = qkv.split(widths, dim=-1)
-    q, k = (
-        apply_rope(rms_norm(x.unflatten(-1, (heads, dim)), weight, eps), positions, cos_sin)
-        for x, weight, heads in ((q, q_weight, widths[0] // dim), (k, k_weight, kv_heads))
-    )
+
+    def rotated(x: Tensor, weight: Tensor | None, heads: int) -> Tensor:
+        x = x.unflatten(-1, (heads, dim))
+        return apply_rope(x if weight is None else rms_norm(x, weight, eps), positions, cos_sin)
+
+    q, k = rotated(q, q_weight, widths[0] // dim), rotated(k, k_weight, kv_heads)
     store_kv(k, v.unflatten(-1, (kv_heads, dim)), cache, kv_rows)
     return q
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from millrace.errors import ConfigError
-from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.quantize import Quantized
 from millrace.model.config import ModelConfig
 
@@ -74,11 +73,10 @@ class TensorParallel:
         return min(first * unit, total), min((first + count) * unit, total), length
 
 
-def mlp_unit(config: ModelConfig, ranks: int, keep_fp8: bool) -> int:
-    """MLP channels that are never split: an FP8 block, if there is one for each rank; else a
-    tile."""
-    blocks = -(-config.intermediate_size // FP8_BLOCK)
-    return FP8_BLOCK if keep_fp8 and blocks >= ranks else TILE
+def mlp_unit(channels: int, ranks: int, block: int) -> int:
+    """Channels of an MLP that are never split: a block of the weights' format, if there is one for
+    each rank; else a tile."""
+    return block if block > 1 and -(-channels // block) >= ranks else TILE
 
 
 def check_ranks(config: ModelConfig, ranks: int) -> None:

@@ -1,41 +1,104 @@
 """Parameters that know which parts of which checkpoint tensors they are made of.
 
-A `Piece` names a checkpoint tensor and the rows (and columns) of it that this rank needs. A
+A `Piece` names a weight of the checkpoint and the rows (and columns) of it that this rank needs. A
 parameter is the concatenation of its pieces. Fused projections and tensor parallelism are both only
-lists of pieces, so the loader (`weights.py`) knows no layer.
+lists of pieces, so the loader (`weights.py`) knows no layer. How the part of a weight is read, from
+one tensor or several, is said by the piece's `Reader`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from millrace.kernels.formats import FP8_BLOCK
+from millrace.model.initializers import Initializer, matrix
 
 Range = tuple[int, int]
+FLOATS = frozenset({"F32", "BF16", "F16"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A checkpoint tensor: its shape, the dtypes that are accepted (safetensors names), and what
+    random numbers are like it."""
+
+    shape: tuple[int, ...]
+    dtypes: frozenset[str]
+    init: Initializer = field(default=matrix, compare=False)
+
+
+class TensorFile(Protocol):
+    """Opened checkpoint files."""
+
+    def read(self, piece: Piece) -> Tensor:
+        """The part of the tensor `piece.name` that the piece takes, row ranges concatenated,
+        without padding."""
+        ...
+
+
+class Reader(Protocol):
+    """How a part of a weight is read from the checkpoint."""
+
+    def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
+        """Every tensor that the whole weight has in a checkpoint, by flat name."""
+        ...
+
+    def read(self, files: TensorFile, piece: Piece) -> Tensor:
+        """What the piece takes, without padding, in any dtype that can be copied."""
+        ...
+
+    def init(self, piece: Piece) -> Initializer:
+        """Random numbers like those that `read` returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Reads one tensor as it is stored, in one of these dtypes."""
+
+    dtypes: frozenset[str] = FLOATS
+
+    def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
+        return {piece.name: TensorSpec(piece.shape, self.dtypes, piece.random)}
+
+    def read(self, files: TensorFile, piece: Piece) -> Tensor:
+        return files.read(piece)
+
+    def init(self, piece: Piece) -> Initializer:
+        return piece.random
+
+
+AS_STORED = Stored()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of a checkpoint tensor.
+    """Part of a weight of the checkpoint.
 
-    name: as in a flat checkpoint (`model.layers.0. ...`). shape: of the full tensor. rows: the
+    name: as in a flat checkpoint (`model.layers.0. ...`). shape: of the full weight. rows: the
     ranges [start, stop) of dimension 0 that are taken, in this order. columns: the range of
-    dimension 1; None: all. quantized: the checkpoint has it in e4m3 with block scales. pad_rows,
-    pad_columns: zeros behind what is taken. offset: added to what is read.
+    dimension 1; None: all. pad_rows, pad_columns: zeros behind what is taken. offset: added to what
+    is read. reader: how it is read. random: random numbers like the weight's.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: tuple[Range, ...]
     columns: Range | None = None
-    quantized: bool = False
     pad_rows: int = 0
     pad_columns: int = 0
     offset: float = 0.0
+    reader: Reader = AS_STORED
+    random: Initializer = field(default=matrix, compare=False)
+
+    @property
+    def module(self) -> str:
+        """The name of the layer whose weight this is."""
+        return self.name.removesuffix(".weight")
 
     @property
     def taken_rows(self) -> int:
@@ -56,51 +119,6 @@ class Piece:
     def is_full(self) -> bool:
         """Whether the piece is the full tensor, unchanged."""
         return self.rows == ((0, self.shape[0]),) and self.columns in (None, (0, self.shape[-1]))
-
-    def scale(self) -> Piece | None:
-        """The piece of the block scales [ceil(rows/128), ceil(columns/128)] for this piece.
-
-        None if a block of 128 x 128 of this piece would need several scales; then it can only be
-        used dequantized.
-        """
-        rows = _blocks_of(self.rows)
-        columns = _blocks_of(((0, self.shape[1]) if self.columns is None else self.columns,))
-        if rows is None or columns is None:
-            return None
-        return Piece(
-            name=self.name + "_scale_inv",
-            shape=tuple(_blocks(size) for size in self.shape),
-            rows=tuple((block, block + 1) for block in rows),
-            columns=(columns[0], columns[-1] + 1) if columns else (0, 0),
-            pad_rows=_blocks(self.num_rows) - len(rows),
-            pad_columns=_blocks(self.num_columns) - len(columns),
-        )
-
-
-def _blocks(size: int) -> int:
-    return -(-size // FP8_BLOCK)
-
-
-def _blocks_of(ranges: tuple[Range, ...]) -> list[int] | None:
-    """For concatenated ranges, the checkpoint block that each block of 128 comes from.
-
-    None if one of them would come from several.
-    """
-    found: dict[int, int] = {}
-    place = 0
-    for start, stop in ranges:
-        while start < stop:
-            step = min(stop - start, FP8_BLOCK - start % FP8_BLOCK, FP8_BLOCK - place % FP8_BLOCK)
-            if found.setdefault(place // FP8_BLOCK, start // FP8_BLOCK) != start // FP8_BLOCK:
-                return None
-            start, place = start + step, place + step
-    return list(found.values())
-
-
-def fits_blocks(pieces: list[Piece]) -> bool:
-    """Whether these pieces, concatenated, can stay e4m3 with one scale for each block."""
-    edges = all(piece.num_rows % FP8_BLOCK == 0 for piece in pieces[:-1])
-    return edges and all(piece.scale() is not None for piece in pieces)
 
 
 def full_tensor(name: str, *shape: int) -> Piece:
@@ -125,14 +143,6 @@ def parameter(
     made = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
     made.pieces = tuple(pieces)  # type: ignore[attr-defined]
     return made
-
-
-def fp8_parameters(pieces: list[Piece], device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """The e4m3 weight made of `pieces`, for which `fits_blocks` holds, and its float32 scales."""
-    kept = [replace(piece, quantized=False) for piece in pieces]
-    weight = parameter(kept, torch.float8_e4m3fn, device)
-    scales = [scale for piece in kept if (scale := piece.scale()) is not None]
-    return weight, parameter(scales, torch.float32, device)
 
 
 def pieces_of(param: Tensor) -> tuple[Piece, ...]:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from millrace.model.config import read_config
-from millrace.model.weights import FP8, expected_tensors, randomize
+from millrace.model.weights import expected_tensors
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -161,11 +161,11 @@ def random_tensors(directory: str | Path, seed: int) -> dict[str, Tensor]:
     tensors = {}
     for name, spec in expected_tensors(config).items():
         fp32 = name.endswith(("A_log", "dt_bias"))
-        is_fp8 = spec.dtypes == FP8
+        is_fp8 = spec.dtypes == {"F8_E4M3"}
         kind = torch.float8_e4m3fn if is_fp8 else torch.float32 if fp32 else dtype
         tensor = torch.empty(spec.shape, dtype=kind)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        randomize(tensor, name, generator)
+        spec.init(tensor, generator)
         tensors[name] = tensor
     return tensors
 

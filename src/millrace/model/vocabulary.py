@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gemm import fp8_linear, linear, quantize_blocks
 from millrace.kernels.quantize import quantize
-from millrace.model.layers import BuildContext
+from millrace.model.build_context import BuildContext
 from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, parameter
 

@@ -8,11 +8,9 @@ part that this rank needs.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from millrace.errors import CheckpointError
-from millrace.kernels.gemm import dequantize
+from millrace.model.build import build_model
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
-from millrace.model.parameter import Piece, full_tensor, parameters_with_pieces
-from millrace.model.qwen3_5 import build_model
+from millrace.model.parameter import Piece, TensorSpec, parameters_with_pieces
+from millrace.model.registry import family_named
 
 INDEX = "model.safetensors.index.json"
-FLOATS = {"F32", "BF16", "F16"}
-FP8 = {"F8_E4M3"}
 MAX_LISTED = 20
-FP8_SPREAD = 64.0  # standard deviation of random e4m3 weights: well within their range
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """The shape of a checkpoint tensor, and the dtypes that are accepted (safetensors names)."""
-
-    shape: tuple[int, ...]
-    dtypes: frozenset[str]
 
 
 # --- expected tensors -------------------------------------------------------------------------
@@ -52,25 +40,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
 def _expected(model: nn.Module) -> dict[str, TensorSpec]:
     found: dict[str, TensorSpec] = {}
-    for param, pieces in parameters_with_pieces(model):
-        kept = param.dtype == torch.float8_e4m3fn
+    for _, pieces in parameters_with_pieces(model):
         for piece in pieces:
-            fp8 = kept or piece.quantized
-            found[piece.name] = TensorSpec(piece.shape, frozenset(FP8 if fp8 else FLOATS))
-            if piece.quantized:
-                scale = full_tensor(piece.name, *piece.shape).scale()
-                assert scale is not None
-                found[scale.name] = TensorSpec(scale.shape, frozenset(FLOATS))
+            found |= piece.reader.tensors(piece)
     return found
-
-
-def flat_name(name: str) -> str | None:
-    """The flat name of a checkpoint tensor; None for tensors that the text model does not use."""
-    if name.startswith("model.visual."):
-        return None
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name
 
 
 # --- loading -----------------------------------------------------------------------------------
@@ -79,11 +52,11 @@ def flat_name(name: str) -> str | None:
 class Checkpoint:
     """The open files of one checkpoint directory; a context manager.
 
-    tensors: flat name -> (file, name in the file). Raises CheckpointError if a file is missing,
-    truncated or no safetensors file.
+    flat_name: of a tensor in a file, as in `Family`. tensors: flat name -> (file, name in the
+    file). Raises CheckpointError if a file is missing, truncated or no safetensors file.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, flat_name: Callable[[str], str | None]) -> None:
         self._stack = ExitStack()
         self.tensors: dict[str, tuple[Any, str]] = {}
         for path in _files(Path(directory)):
@@ -130,15 +103,6 @@ class Checkpoint:
             pieces = [part[start:stop, left:right] for start, stop in piece.rows]
         return _as_tensor(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
-    def read_dequantized(self, piece: Piece) -> Tensor:
-        """As `read`, dequantized to float32. Ranges may cut blocks."""
-        weight = full_tensor(piece.name, *self.shape(piece.name))
-        scale = weight.scale()
-        assert scale is not None
-        full = dequantize(self.read(weight), self.read(scale))
-        rows = torch.cat([full[start:stop] for start, stop in piece.rows])
-        return rows if piece.columns is None else rows[:, slice(*piece.columns)]
-
 
 def _as_tensor(value: Any) -> Tensor:
     assert isinstance(value, Tensor)
@@ -168,16 +132,16 @@ def _no_check() -> None:
     """The default `check`: never raises."""
 
 
-def load(model: nn.Module, directory: str | Path, check: Callable[[], None] = _no_check) -> None:
+def load(model: CausalLM, directory: str | Path, check: Callable[[], None] = _no_check) -> None:
     """Fill every parameter of `model` from the checkpoint in `directory`.
 
-    check: called before each parameter; if it raises, loading ends. Names may be flat or nested, in
-    one file or many. `model.visual.*` is skipped, and the draft head if the model has none. Before
-    anything is read, one CheckpointError names every tensor that is missing, unexpected, or of a
-    wrong shape or dtype.
+    check: called before each parameter; if it raises, loading ends. Tensors may be in one file or
+    many. Before anything is read, one CheckpointError names every tensor that is missing,
+    unexpected, or of a wrong shape or dtype.
     """
-    with Checkpoint(directory) as checkpoint, torch.no_grad():
-        _check(checkpoint, model, directory)
+    family = family_named(model.config.family)
+    with Checkpoint(directory, family.flat_name) as checkpoint, torch.no_grad():
+        _check(checkpoint, model, directory, family.optional)
         for param, pieces in parameters_with_pieces(model):
             check()
             _fill(param, pieces, checkpoint)
@@ -194,8 +158,7 @@ def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) 
             target = target[: piece.taken_rows, : target.shape[1] - piece.pad_columns]
         if not target.numel():
             continue
-        dequantized = piece.quantized and param.dtype != torch.float8_e4m3fn
-        part = checkpoint.read_dequantized(piece) if dequantized else checkpoint.read(piece)
+        part = piece.reader.read(checkpoint, piece)
         target.copy_(part.reshape(target.shape))
         if piece.offset:
             target.add_(piece.offset)
@@ -203,13 +166,15 @@ def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) 
         param[row:].zero_()
 
 
-def _check(checkpoint: Checkpoint, model: nn.Module, directory: str | Path) -> None:
+def _check(
+    checkpoint: Checkpoint, model: nn.Module, directory: str | Path, optional: tuple[str, ...]
+) -> None:
     expected = _expected(model)
     problems = [f"missing {name}" for name in expected if name not in checkpoint.tensors]
     for name in checkpoint.tensors:
         if name in expected:
             problems += _mismatch(name, expected[name], checkpoint)
-        elif not _ignored(name, expected):
+        elif not _ignored(name, expected, optional):
             problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
     if problems:
         rest = len(problems) - MAX_LISTED
@@ -228,9 +193,9 @@ def _mismatch(name: str, expected: TensorSpec, checkpoint: Checkpoint) -> list[s
     return problems
 
 
-def _ignored(name: str, expected: dict[str, TensorSpec]) -> bool:
-    """Whether an unexpected tensor is harmless: the draft head, or a tied output head."""
-    return name.startswith("mtp.") or (name == "lm_head.weight" and name not in expected)
+def _ignored(name: str, expected: dict[str, TensorSpec], optional: tuple[str, ...]) -> bool:
+    """Whether an unexpected tensor is harmless: optional in the family, or a tied output head."""
+    return name.startswith(optional) or (name == "lm_head.weight" and name not in expected)
 
 
 # --- random weights ----------------------------------------------------------------------------
@@ -248,29 +213,6 @@ def random_weights(model: nn.Module, seed: int, check: Callable[[], None] = _no_
         generator = torch.Generator(device=param.device)
         key = f"{seed} {first.name} {first.rows} {first.columns}"
         generator.manual_seed(zlib.crc32(key.encode()))
-        randomize(param.data, first.name, generator)
+        first.reader.init(first)(param.data, generator)
         if first.offset:
             param.data.add_(first.offset)
-
-
-def randomize(data: Tensor, name: str, generator: torch.Generator) -> None:
-    """Fill one checkpoint tensor, or a part of it, in place; the name says what it is."""
-    if name.endswith("weight_scale_inv"):
-        spread = FP8_SPREAD * math.sqrt(data.shape[1] * 128)
-        data.uniform_(0.5, 1.5, generator=generator).div_(spread)
-    elif data.dtype == torch.float8_e4m3fn:
-        for rows in data.split(4096):  # limits the bfloat16 copy
-            draw = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
-            rows.copy_(draw.normal_(0, FP8_SPREAD, generator=generator).clamp_(-448, 448))
-    elif name.endswith("A_log"):
-        data.uniform_(1, 16, generator=generator).log_()
-    elif name.endswith("dt_bias"):  # softplus(dt_bias) is then spread over 0.001 .. 0.1
-        step = data.uniform_(math.log(0.001), math.log(0.1), generator=generator).exp_()
-        step.expm1_().log_()
-    elif name.endswith("conv1d.weight"):
-        data.uniform_(-0.5, 0.5, generator=generator)
-    elif data.dim() == 1:
-        center = 1.0 if name.endswith("linear_attn.norm.weight") else 0.0
-        data.normal_(center, 0.1, generator=generator)
-    else:
-        data.normal_(0, 1 / math.sqrt(data.shape[1]), generator=generator)

@@ -182,15 +182,15 @@ def _directory(args: EngineArgs) -> Path:
 
 def _check_quantization(args: EngineArgs, model: ModelConfig) -> None:
     """Raise ConfigError unless the checkpoint is quantized as the options say."""
-    if args.quantization == "fp8" and not model.fp8:
+    if args.quantization == "fp8" and model.quantization.method != "fp8":
         raise ConfigError(
             f"quantization fp8: the weights of {args.model} are {model.dtype}, and weights are not "
             "quantized when they are loaded; give an FP8 checkpoint, or leave it out"
         )
-    if args.quantization == "none" and model.fp8:
+    if args.quantization == "none" and model.quantization.method != "none":
         raise ConfigError(
-            f"quantization none: the weights of {args.model} are FP8; leave it out, or give a "
-            "checkpoint that is not quantized"
+            f"quantization none: the weights of {args.model} are {model.quantization.format.name}; "
+            "leave it out, or give a checkpoint that is not quantized"
         )
 
 

@@ -17,12 +17,16 @@ import torch
 
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
+from millrace.model.build import build_model
 from millrace.model.cache_spec import CacheOptions, CacheSpec
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
-from millrace.model.layers import Attention, Linear
+from millrace.model.formats.fp8_block import FORMAT as FP8
+from millrace.model.formats.plain import PlainLinear
+from millrace.model.layers.attention import Attention
 from millrace.model.parallel import TensorParallel
-from millrace.model.qwen3_5 import Qwen3_5, build_model
 from millrace.model.vocabulary import Fp8DraftHead
+from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
@@ -262,9 +266,9 @@ def _message_rows(config: EngineConfig) -> list[int]:
 
 def build_empty_model(
     config: EngineConfig, model_config: ModelConfig, parallel: TensorParallel
-) -> Qwen3_5:
-    """The model without weights. FP8 weights stay FP8 if the device has FP8 GEMMs."""
-    fp8 = config.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+) -> CausalLM:
+    """The model without weights. Quantized weights stay so if the device has GEMMs for them."""
+    fp8 = FP8.is_fast_on(torch.device(config.device))
     if config.device == "cuda" and config.drafts and config.draft_fp8 and not fp8:
         raise ConfigError(
             'speculative_config.quantization "fp8": this GPU has no FP8 GEMM; use "none"'
@@ -276,12 +280,12 @@ def build_empty_model(
         tp=parallel,
         max_len=tape_length(config.max_model_len, config.drafts),
         mtp=config.drafts > 0,
-        keep_fp8=fp8,
+        keep_quantized=None,
         draft_fp8=config.draft_fp8,
     )
 
 
-def compile_in_background(config: EngineConfig, model: Qwen3_5, background: ExitStack) -> None:
+def compile_in_background(config: EngineConfig, model: CausalLM, background: ExitStack) -> None:
     """Compile the model's FP8 GEMMs in other processes, until `background` is closed."""
     if config.device != "cuda" or config.dtype != "bfloat16":
         return
@@ -290,37 +294,40 @@ def compile_in_background(config: EngineConfig, model: Qwen3_5, background: Exit
     background.enter_context(compiling(_fp8_sizes(config, model)))
 
 
-def log_backends(config: EngineConfig, model_config: ModelConfig, model: Qwen3_5) -> None:
-    """Log the backend of each op on a GPU, and whether FP8 weights are dequantized."""
-    linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
-    if model_config.fp8 and not linears:
+def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
+    """Log the backend of each op on a GPU, and whether quantized weights are dequantized."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    found = model_config.quantization
+    if found.method != "none" and all(isinstance(module, PlainLinear) for module in linears):
         device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
         level = logging.WARNING if config.device == "cuda" else logging.INFO
-        logger.log(level, "FP8 weights become %s: %s has no FP8 GEMM", config.dtype, device)
+        form, dtype = found.format.name, config.dtype
+        logger.log(level, "%s weights become %s: %s has no %s GEMM", form, dtype, device, form)
     if config.device != "cuda":
         return
     from millrace.kernels.gpu.gdn import decode  # needs packages for GPUs
     from millrace.runtime import kernel_report  # needs packages for GPUs
 
     shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
-    dtype, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
+    bf16, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
     shape = decode.Shape(
         N=config.drafts + 1, W=config.window, DK=model_config.key_dim, DV=model_config.value_dim,
-        RATIO=model_config.value_heads // model_config.key_heads, RAW=True, CONV=True,
-        QKV_BF16=dtype, STATE_BF16=state, KEY_BF16=dtype, GATE_BF16=dtype,
+        RATIO=model_config.value_heads // max(model_config.key_heads, 1), RAW=True, CONV=True,
+        QKV_BF16=bf16, STATE_BF16=state, KEY_BF16=bf16, GATE_BF16=bf16,
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
     kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn))
 
 
-def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]]:
+def _fp8_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int]]:
     """(outputs, inputs, tokens) of the GEMMs with e4m3 weights."""
-    linears = [module for module in model.modules() if isinstance(module, Linear) and module.fp8]
-    shapes = {(linear.weight.shape[0], linear.weight.shape[1]) for linear in linears}
+    shapes = set()
     for module in model.modules():
-        if isinstance(module, Attention) and module.qkv_proj.fp8:
+        if isinstance(module, Linear) and module.takes_fp8:
+            shapes.add((module.outputs, module.inputs))
+        if isinstance(module, Attention) and module.qkv_proj.takes_fp8:
             # For tokens that are not sampled, the draft head computes keys and values only.
-            shapes.add((sum(module.widths[2:]), module.qkv_proj.weight.shape[1]))
+            shapes.add((sum(module.widths[2:]), module.qkv_proj.inputs))
     sizes = {(*shape, tokens) for shape in shapes for tokens in token_counts(config)}
     if isinstance(model.draft_output, Fp8DraftHead):
         outputs, inputs = model.draft_output.weight.shape
@@ -329,7 +336,7 @@ def _fp8_sizes(config: EngineConfig, model: Qwen3_5) -> set[tuple[int, int, int]
 
 
 def load_model(
-    config: EngineConfig, model: Qwen3_5, directory: Path, check: Callable[[], None]
+    config: EngineConfig, model: CausalLM, directory: Path, check: Callable[[], None]
 ) -> None:
     """Load the weights. check: called meanwhile; raises if loading is pointless."""
     if config.args.load_format == "dummy":

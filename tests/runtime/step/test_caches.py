@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from millrace.kernels.batch import GDNState
 from millrace.model.cache_spec import CacheOptions
 from millrace.model.config import ModelConfig
+from millrace.model.formats.plain import UNQUANTIZED
 from millrace.runtime.step.caches import allocate_caches, tensors_of
 from millrace.runtime.step.slots import Slots
 from millrace.runtime.step.snapshots import Snapshots
 
 BASE = ModelConfig(
-    hidden_size=64, intermediate_size=64, layer_types=(), num_heads=8, num_kv_heads=2, head_dim=16,
-    rotary_dim=8, rope_theta=1e4, rope_scaling=None, key_heads=4, value_heads=4, key_dim=16,
-    value_dim=16, vocab_size=32, tied=True, eps=1e-6, max_positions=64, eos_ids=(), mtp_layers=1,
-    dtype="float32", fp8=False, nested=False,
+    family="", hidden_size=64, intermediate_size=64, layer_types=(), num_heads=8, num_kv_heads=2,
+    head_dim=16, rotary_dim=8, rope_theta=1e4, rope_scaling=None, key_heads=4, value_heads=4,
+    key_dim=16, value_dim=16, vocab_size=32, tied=True, eps=1e-6, max_positions=64, eos_ids=(),
+    mtp_layers=1, dtype="float32", quantization=UNQUANTIZED, nested=False,
 )  # fmt: skip
 
 configs = st.builds(

@@ -21,9 +21,9 @@ from millrace.engine.engine import Engine
 from millrace.errors import ConfigError
 from millrace.eval.models import GenerationOptions, InProcess
 from millrace.kernels.batch import Caches
+from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
 from millrace.model.parallel import TensorParallel
-from millrace.model.qwen3_5 import Qwen3_5
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.runtime import worker
@@ -78,7 +78,7 @@ def heartbeat(engine: Engine, k: int, sequences: list[list[int]]) -> list[Drafte
 class WholeHead:
     """Drafts from nothing but the tokens, by a head that goes through its layer at each of them."""
 
-    def __init__(self, model: Qwen3_5) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model
 
     @torch.inference_mode()
@@ -240,7 +240,7 @@ def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) 
     """One line, and only where FP8 is asked for."""
     config = build(MINI).worker.config  # type: ignore[attr-defined]
     config = msgspec.structs.replace(config, device="cuda", drafts=1, draft_fp8=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ConfigError, match='has no FP8 GEMM; use "none"'):
         build_empty_model(config, read_config(MINI), TensorParallel())
     built: list[dict[str, Any]] = []
@@ -248,8 +248,8 @@ def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) 
     for changed in ({"draft_fp8": None}, {"draft_fp8": False}, {"drafts": 0}):
         few = msgspec.structs.replace(config, **changed)
         build_empty_model(few, read_config(MINI), TensorParallel())
-    assert [(named["keep_fp8"], named["draft_fp8"]) for named in built] == [
-        (False, None),
-        (False, False),
-        (False, True),
+    assert [(named["keep_quantized"], named["draft_fp8"]) for named in built] == [
+        (None, None),
+        (None, False),
+        (None, True),
     ]

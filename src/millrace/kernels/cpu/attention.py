@@ -67,8 +67,8 @@ def _attend(
 def norm_rope_store(
     qkv: Tensor,
     widths: list[int],
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     positions: Tensor,
     cos_sin: Tensor,
@@ -78,7 +78,7 @@ def norm_rope_store(
     """As the reference, in one pass over the projection."""
     run = function("norm_rope_store")
     kv_heads, dim = cache.keys.shape[2:]
-    weights = (q_weight, k_weight, cos_sin)
+    weights = [x for x in (q_weight, k_weight, cos_sin) if x is not None]
     if (
         run is None
         or not rows_contiguous(qkv)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch, Caches
-from millrace.model.qwen3_5 import Qwen3_5
+from millrace.model.causal_lm import CausalLM
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
@@ -51,7 +51,7 @@ class Runner:
     def __init__(
         self,
         config: EngineConfig,
-        model: Qwen3_5,
+        model: CausalLM,
         caches: Caches,
         slots: Slots,
         snapshots: Snapshots,

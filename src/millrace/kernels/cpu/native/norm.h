@@ -32,12 +32,16 @@ void sigmoid_row(const T* x, const T* gate, int n, T* out) {
     for (int i = 0; i < n; i++) put(out + i, get(x[i]) * sigmoid(get(gate[i])));
 }
 
-// Norm, then rotary embedding, of one head; scratch: dim floats.
+// Norm where there is a weight, then rotary embedding, of one head; scratch: dim floats.
 template <class T>
 void norm_rope(const T* x, const float* weight, float eps, const float* cos_sin, int rotary,
                int dim, float* scratch, T* out) {
-    float scale = 1 / std::sqrt(sum_of_squares(x, dim) / dim + eps);
-    for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * weight[i]);
+    if (weight) {
+        float scale = 1 / std::sqrt(sum_of_squares(x, dim) / dim + eps);
+        for (int i = 0; i < dim; i++) put(out + i, get(x[i]) * scale * weight[i]);
+    } else {
+        for (int i = 0; i < dim; i++) out[i] = x[i];
+    }
     to_floats(out, scratch, rotary);
     int half = rotary / 2;
     const float *cos = cos_sin, *sin = cos_sin + half;

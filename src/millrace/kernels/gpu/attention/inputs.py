@@ -11,7 +11,9 @@ from millrace.kernels.batch import KVCache
 
 
 @triton.jit
-def _norm_rope(x, weight, cos_sin, eps, D: tl.constexpr, DB: tl.constexpr, R: tl.constexpr):
+def _norm_rope(
+    x, weight, cos_sin, eps, D: tl.constexpr, DB: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr
+):
     """One head: normed where there is a weight, then rotated. x, cos_sin: pointers to rows."""
     d = tl.arange(0, DB)
     value = tl.load(x + d, mask=d < D, other=0.0)
@@ -21,12 +23,13 @@ def _norm_rope(x, weight, cos_sin, eps, D: tl.constexpr, DB: tl.constexpr, R: tl
     turned = d < R
     other = tl.load(x + partner, mask=turned, other=0.0).to(tl.float32)
     value = value.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / D + eps)
-    value = value * inverse * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    other *= inverse * tl.load(weight + partner, mask=turned, other=0.0).to(tl.float32)
-    # The norm rounds to the model dtype, as the op of its own does.
-    value = value.to(dtype).to(tl.float32)
-    other = other.to(dtype).to(tl.float32)
+    if NORM:
+        inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / D + eps)
+        value = value * inverse * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        other *= inverse * tl.load(weight + partner, mask=turned, other=0.0).to(tl.float32)
+        # The norm rounds to the model dtype, as the op of its own does.
+        value = value.to(dtype).to(tl.float32)
+        other = other.to(dtype).to(tl.float32)
     angle = d % HALF
     cos = tl.load(cos_sin + angle, mask=turned, other=1.0)
     sin = tl.load(cos_sin + HALF + angle, mask=turned, other=0.0)
@@ -46,6 +49,7 @@ def _round(x, dtype: tl.constexpr):
 def _qkv_kernel(
     qkv, q_weight, k_weight, positions, cos_sin, kv_rows, q_out, keys, values, stride, k_first,
     v_first, HEADS, KV_HEADS, eps, D: tl.constexpr, DB: tl.constexpr, R: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: a query, a key or a value, in this order."""
     token = tl.program_id(1).to(tl.int64)
@@ -54,7 +58,7 @@ def _qkv_kernel(
     angles = cos_sin + tl.load(positions + token) * R
     base = qkv + token * stride
     if head < HEADS:
-        y = _norm_rope(base + head * D, q_weight, angles, eps, D, DB, R)
+        y = _norm_rope(base + head * D, q_weight, angles, eps, D, DB, R, NORM)
         q_at = q_out + (token * HEADS + head) * D + d
         tl.store(q_at, y.to(q_out.dtype.element_ty), mask=d < D)
     else:
@@ -62,7 +66,7 @@ def _qkv_kernel(
         kh = (head - HEADS) % KV_HEADS
         at = (row * KV_HEADS + kh) * D + d
         if head < HEADS + KV_HEADS:
-            y = _norm_rope(base + k_first + kh * D, k_weight, angles, eps, D, DB, R)
+            y = _norm_rope(base + k_first + kh * D, k_weight, angles, eps, D, DB, R, NORM)
             y = y.to(qkv.dtype.element_ty)
             tl.store(keys + at, _round(y, keys.dtype.element_ty), mask=d < D)
         else:
@@ -94,14 +98,14 @@ def store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_rows: Tensor) -> None:
 
 
 def norm_rope_store(
-    qkv: Tensor, widths: list[int], q_weight: Tensor, k_weight: Tensor, eps: float,
+    qkv: Tensor, widths: list[int], q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
     positions: Tensor, cos_sin: Tensor, cache: KVCache, kv_rows: Tensor,
 ) -> Tensor:  # fmt: skip
     """All between the attention projection and attention, in one pass.
 
     qkv: [T, sum(widths)], the projection's (query, gate, key, value) parts, of which queries and
-    gates may be left out, with widths of 0. Norms and rotates queries and keys, stores keys and
-    values, returns the queries [T, query_heads, head_dim].
+    gates may be left out, with widths of 0. Norms (where there are weights) and rotates queries and
+    keys, stores keys and values, returns the queries [T, query_heads, head_dim].
     """
     kv_heads, dim = cache.keys.shape[2:]
     heads = widths[0] // dim
@@ -111,6 +115,7 @@ def norm_rope_store(
         _qkv_kernel[(heads + 2 * kv_heads, qkv.shape[0])](
             qkv, q_weight, k_weight, positions, cos_sin, kv_rows, q, cache.keys, cache.values,
             qkv.stride(0), k_first, k_first + widths[2], heads, kv_heads, eps, D=dim,
-            DB=triton.next_power_of_2(dim), R=cos_sin.shape[1], num_warps=1,
+            DB=triton.next_power_of_2(dim), R=cos_sin.shape[1], NORM=q_weight is not None,
+            num_warps=1,
         )  # fmt: skip
     return q

@@ -1,0 +1,55 @@
+"""The gated MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from millrace.kernels.activation import silu_mul
+from millrace.kernels.quantize import silu_mul_quantize
+from millrace.model.build_context import BuildContext
+from millrace.model.layers.linear import block_of, linear
+from millrace.model.layers.norm import NormedInput
+from millrace.model.parallel import mlp_unit
+from millrace.model.parameter import Piece
+from millrace.model.weight_format import Linear
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up in one linear layer.
+
+    If the channels do not divide evenly over the ranks, shares are padded with zeros.
+    """
+
+    def __init__(self, build: BuildContext, prefix: str) -> None:
+        super().__init__()
+        c, self.tp = build.config, build.tp
+        block = block_of(build, [f"{prefix}.{name}_proj" for name in ("gate", "up", "down")])
+        unit = mlp_unit(c.intermediate_size, self.tp.size, block)
+        start, stop, length = self.tp.padded_share(c.intermediate_size, unit)
+        pad = length - (stop - start)
+        into, out = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+        gate_up = [
+            Piece(f"{prefix}.{name}_proj.weight", into, ((start, stop),), pad_rows=pad)
+            for name in ("gate", "up")
+        ]
+        down = Piece(
+            f"{prefix}.down_proj.weight",
+            out,
+            ((0, c.hidden_size),),
+            (start, stop),
+            pad_columns=pad,
+        )
+        self.gate_up_proj = linear(build, gate_up)
+        self.down_proj = linear(build, [down])
+
+    @property
+    def inputs(self) -> list[Linear]:
+        """The linear layers that read the normed input."""
+        return [self.gate_up_proj]
+
+    def forward(self, x: NormedInput) -> Tensor:
+        """x: [T, H]; returns [T, H], this rank's partial sum."""
+        gate_up = self.gate_up_proj(x.for_linear(self.gate_up_proj))
+        act = silu_mul_quantize if self.down_proj.takes_fp8 else silu_mul
+        out: Tensor = self.down_proj(act(gate_up))
+        return out

@@ -1,0 +1,117 @@
+"""The interface between linear layers and the formats that their weights are stored in.
+
+A `WeightFormat` knows how the weight of a linear layer is named, shaped and cut in a checkpoint,
+how it is dequantized, and which `Linear` multiplies with it as it is. Layers know none of that:
+they say which rows and columns they take (`Piece`), and the checkpoint's `Quantization` says which
+layers are in which format. The formats themselves are in `formats/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from millrace.kernels.quantize import Quantized
+from millrace.model.initializers import Initializer
+from millrace.model.parameter import Piece, TensorFile, TensorSpec
+
+if TYPE_CHECKING:
+    from millrace.model.build_context import BuildContext
+
+
+class Linear(nn.Module):
+    """A linear layer: this rank's share of its weight, [outputs, inputs], in some format.
+
+    dtype: of its results. takes_fp8: whether it multiplies with inputs that are quantized to e4m3
+    in groups of 128 (`Quantized`); inputs that are not quantized yet are quantized first.
+    """
+
+    takes_fp8 = False
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        (self.outputs, self.inputs), self.dtype = shape, dtype
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x: [T, inputs]; returns [T, outputs] in `dtype`."""
+        raise NotImplementedError
+
+    def forward_from(self, first: int, x: Tensor | Quantized) -> Tensor:
+        """As forward, but only the outputs from `first` on, where one of the pieces begins."""
+        raise NotImplementedError
+
+    def multiply(self, tokens: int, first: int = 0) -> None:
+        """The GEMM of so many tokens, with the outputs from `first` on, whose results nobody needs:
+        so that what is compiled for it, or loaded, is there."""
+        device = next(self.parameters()).device
+        x = torch.zeros(tokens, self.inputs, dtype=self.dtype, device=device)
+        if first:
+            self.forward_from(first, x)
+        else:
+            self(x)
+
+
+class WeightFormat(ABC):
+    """One way to store the weights of linear layers. Formats are stateless.
+
+    name: for messages. methods: the `quant_method`s of config.json that are read by this format.
+    block: rows and columns of a weight that are never split between ranks, if it can be avoided.
+    """
+
+    name: str
+    methods: tuple[str, ...] = ()
+    block: int = 1
+
+    def read_config(self, entries: Mapping[str, Any]) -> Quantization:
+        """The `quantization_config` of a checkpoint. Raises CheckpointError for options that are
+        not implemented."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def is_fast_on(self, device: torch.device) -> bool:
+        """Whether the device has a GEMM for this format; else weights are dequantized at load."""
+
+    @abstractmethod
+    def linear(self, build: BuildContext, pieces: list[Piece]) -> Linear | None:
+        """A layer that keeps the format; None if these pieces cannot be kept in it.
+
+        For example, a rank's share may begin within a block that has one scale.
+        """
+
+    # Formats are the `Reader`s of weights that become the model dtype when they are loaded.
+
+    @abstractmethod
+    def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
+        """Every tensor that the whole weight has in a checkpoint, by flat name."""
+
+    @abstractmethod
+    def read(self, files: TensorFile, piece: Piece) -> Tensor:
+        """What the piece takes, dequantized."""
+
+    def init(self, piece: Piece) -> Initializer:
+        """Random numbers like those that `read` returns."""
+        return piece.random
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Which linear layers of a checkpoint are in which format.
+
+    method: `quant_method` of config.json, or "none". format: of all linear layers but those in
+    skipped, which are plain: whole names, or parts of names between dots.
+    """
+
+    method: str
+    format: WeightFormat
+    plain: WeightFormat
+    skipped: tuple[str, ...] = ()
+
+    def format_of(self, module: str) -> WeightFormat:
+        """The format of the linear layer of this flat name (`model.layers.0.mlp.up_proj`)."""
+        name = f".{module}."
+        return self.plain if any(f".{skip}." in name for skip in self.skipped) else self.format
