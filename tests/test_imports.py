@@ -21,6 +21,7 @@ SOURCE = ROOT / "src" / "millrace"
 LAYERS = [
     # what every part may use
     "version errors",
+    "vllm_keywords",
     "target",
     "protocol config lengths common tasks model_lookup vllm_flags",
     # the engine plane: one replica

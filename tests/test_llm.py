@@ -128,7 +128,7 @@ def test_without_sampling_params_the_checkpoints_defaults_hold(llm: LLM) -> None
         (["ok", [10**6]], None, "not in the vocabulary"),
         (["ok", ""], None, "at least one token"),
         (["ok", {"text": "x"}], None, "a prompt is"),
-        (["ok", [1] * 300], None, "at most 255 work"),
+        (["ok", [1] * 300], None, "at most 255 tokens"),
         (["ok"], [GREEDY, GREEDY], "2 sampling_params for 1 prompts"),
     ],
 )
@@ -250,3 +250,66 @@ def test_a_scheme_that_the_checkpoint_has_not_is_refused(small_model: Path) -> N
         LLM(str(small_model), quantization="fp8", **OPTIONS)
     with LLM(str(small_model), quantization="none", **OPTIONS) as llm:
         assert llm.generate([[1]], GREEDY)[0].finished
+
+
+def test_an_output_ends_where_the_context_does(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1000, min_tokens=999, ignore_eos=True)
+    for output in llm.generate([[1] * 200, [2] * 255], params):
+        assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 256
+        assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("priority", [None, 0, 1, [2, 1]])
+def test_priorities_without_effect_are_taken(llm: LLM, priority: Any) -> None:
+    assert len(llm.generate(["a", "b"], GREEDY, priority=priority)) == 2
+    chat: list[Any] = [{"role": "user", "content": "hi"}]
+    assert len(llm.chat([chat, chat], GREEDY, priority=priority)) == 2
+
+
+@pytest.mark.parametrize("priority", [[], [0], [0, 0, 0]])
+def test_each_prompt_has_one_priority(llm: LLM, priority: Any) -> None:
+    with pytest.raises(RequestError, match="priorities for 2 prompts"):
+        llm.generate(["a", "b"], GREEDY, priority=priority)
+
+
+def test_priorities_order_requests(small_model: Path) -> None:
+    options = {**OPTIONS, "max_num_seqs": 1, "scheduling_policy": "priority"}
+    with LLM(str(small_model), **options) as llm:
+        outputs = llm.generate(["a", "b", "c"], GREEDY, priority=[2, 1, 0])
+    ends = [output.metrics.finished_time for output in outputs]
+    assert ends == sorted(ends, reverse=True)
+
+
+def test_other_keywords_of_vllms_calls(llm: LLM) -> None:
+    chat: list[Any] = [{"role": "user", "content": "hi"}]
+    plain = llm.chat(chat, GREEDY)[0].outputs[0].token_ids
+    more: Any = {
+        "lora_request": None, "chat_template_content_format": "openai",
+        "tokenization_kwargs": {"add_special_tokens": False}, "mm_processor_kwargs": None,
+    }  # fmt: skip
+    assert llm.chat(chat, GREEDY, **more)[0].outputs[0].token_ids == plain
+    kwargs = {"tokenization_kwargs": {"truncation": 1}}
+    for wrong in ({"lora_request": object()}, {"chat_template": "x"}, kwargs):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            llm.chat(chat, GREEDY, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_template_and_defaults_may_be_given(small_model: Path) -> None:
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    with LLM(
+        str(small_model),
+        chat_template=template,
+        override_generation_config={"temperature": 0.0, "max_new_tokens": 3},
+        **OPTIONS,
+    ) as llm:
+        (output,) = llm.chat([{"role": "user", "content": "hi"}])
+        assert output.prompt == "[hi]"
+        assert llm.get_default_sampling_params().temperature == 0.0
+        assert len(output.outputs[0].token_ids) <= 3
+
+
+def test_cached_prefixes_can_be_forgotten(llm: LLM) -> None:
+    prompt = list(range(40)) * 4
+    llm.generate([prompt], GREEDY)
+    assert llm.reset_prefix_cache()
+    assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 0

@@ -109,11 +109,21 @@ class LLM:
 
     Those of vLLM's `LLM` that have no effect here are accepted with a note in the log.
 
-    generation_config: "auto": the checkpoint's sampling defaults; "vllm": none. engine: the engine
-    behind it. Raises UserError for a model or an option that cannot work.
+    generation_config: "auto": the checkpoint's sampling defaults; "vllm": none.
+    override_generation_config: defaults that come before these. chat_template: a template, or its
+    file, instead of the checkpoint's. engine: the engine behind it. Raises UserError for a model or
+    an option that cannot work.
     """
 
-    def __init__(self, model: str, *, generation_config: str = "auto", **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        generation_config: str = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> None:
         if generation_config not in ("auto", "vllm"):
             raise ConfigError(f"generation_config {generation_config!r}: use auto or vllm")
         own, notes = own_keywords(options)
@@ -123,7 +133,12 @@ class LLM:
         directory = Path(args.model)
         tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
         self._processor = TextProcessor.load(
-            directory, tokenizer, generation_config, skip_tokenizer=args.skip_tokenizer_init
+            directory,
+            tokenizer,
+            generation_config,
+            sampling=override_generation_config or {},
+            skip_tokenizer=args.skip_tokenizer_init,
+            template=chat_template,
         )
         self.engine = build_engine(args)
         self._close = weakref.finalize(self, self.engine.close)  # at interpreter exit at the latest
@@ -137,18 +152,27 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs come in the prompts' order.
 
         prompts: a text, {"prompt": text}, {"prompt_token_ids": ids} or token ids, or a list of
-        such. sampling_params: for all, or one each. use_tqdm: show progress at a terminal.
-        Raises RequestError if one of them cannot run; then none does.
+        such. sampling_params: for all, or one each; an output ends where the model's context does,
+        whatever its max_tokens. use_tqdm: show progress at a terminal. priority: for all, or one
+        each; lower goes first, with scheduling_policy="priority". tokenization_kwargs:
+        add_special_tokens. Raises RequestError if one of them cannot run; then none does.
         """
+        _refuse_lora(lora_request)
+        special = _special_tokens(tokenization_kwargs, default=True)
         given = _prompt_list(prompts)
         params = self._params_for(len(given), sampling_params)
+        ranks = self._priorities_for(len(given), priority)
         groups = [
-            self._outputs_of(*self._read_prompt(prompt), one)
-            for prompt, one in zip(given, params, strict=True)
+            self._outputs_of(*self._read_prompt(prompt, special), one, priority=rank)
+            for prompt, one, rank in zip(given, params, ranks, strict=True)
         ]
         return self._run_to_end(groups, use_tqdm)
 
@@ -162,20 +186,35 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. Otherwise as `generate`.
 
         The text is all that the model wrote: its reasoning and `</think>`, its calls of tools.
-        Structured outputs bind what comes behind the reasoning.
+        Structured outputs bind what comes behind the reasoning. chat_template: give it to `LLM`.
+        chat_template_content_format, mm_processor_kwargs: without effect on texts.
         """
+        _refuse_lora(lora_request)
+        if chat_template is not None:
+            raise RequestError(
+                "chat_template: one LLM has one template; give it to LLM(chat_template=...)",
+                param="chat_template",
+            )
+        special = _special_tokens(tokenization_kwargs, default=False)
         offered = read_tools(tools)
         conversations = cast(
             Sequence[Sequence[Message]],
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
         )
         params = self._params_for(len(conversations), sampling_params)
+        ranks = self._priorities_for(len(conversations), priority)
         groups = []
-        for conversation, one in zip(conversations, params, strict=True):
+        for conversation, one, rank in zip(conversations, params, ranks, strict=True):
             text = self._processor.chat_prompt(
                 conversation,
                 tools=offered,
@@ -183,8 +222,9 @@ class LLM:
                 continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,
             )
-            token_ids = self._processor.encode(text, add_special_tokens=False)
-            groups.append(self._outputs_of(text, token_ids, one, opens_reasoning("auto", text)))
+            token_ids = self._processor.encode(text, add_special_tokens=special)
+            reasons = opens_reasoning("auto", text)
+            groups.append(self._outputs_of(text, token_ids, one, reasons, priority=rank))
         return self._run_to_end(groups, use_tqdm)
 
     @property
@@ -193,7 +233,7 @@ class LLM:
         return self._processor.vocab_size
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer: encode and decode."""
+        """The model's tokenizer, with the most used names of transformers' tokenizers."""
         return self._processor.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -209,6 +249,11 @@ class LLM:
         if defaults.max_tokens is not None:
             given["max_tokens"] = defaults.max_tokens
         return msgspec.convert(given, SamplingParams)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix."""
+        self.engine.reset_prefix_cache()
+        return True
 
     def stats(self) -> EngineStats:
         """The gauges of the engine, and its totals since it was built."""
@@ -242,7 +287,18 @@ class LLM:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; give one each")
         return list(given)
 
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _priorities_for(self, count: int, given: int | Sequence[int] | None) -> list[int]:
+        """One for each prompt; 0 where they have no effect."""
+        one = given if isinstance(given, int) else 0
+        ranks = [one] * count if given is None or isinstance(given, int) else list(given)
+        if len(ranks) != count:
+            raise RequestError(f"{len(ranks)} priorities for {count} prompts; give one each")
+        if any(ranks) and not self.engine.scheduler.limits.priorities:
+            logger.warning('priority has no effect without scheduling_policy="priority"')
+            return [0] * count
+        return ranks
+
+    def _read_prompt(self, prompt: Prompt, special: bool) -> tuple[str | None, list[int]]:
         """(text or None, token ids) of a prompt in any of its shapes."""
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
@@ -251,21 +307,36 @@ class LLM:
                 raise RequestError('a prompt is {"prompt": text} or {"prompt_token_ids": ids}')
             prompt = cast(str, prompt["prompt"])
         if isinstance(prompt, str):
-            return prompt, self._processor.encode(prompt)
+            return prompt, self._processor.encode(prompt, add_special_tokens=special)
         return None, list(prompt)
 
     def _outputs_of(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, reasons: bool = False
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        reasons: bool = False,
+        priority: int = 0,
     ) -> list[_RunningOutput]:
         """A prompt's outputs. reasons: they begin with reasoning."""
         self._count += 1
+        room = self._max_model_len - len(token_ids)
+        if params.max_tokens is not None and params.max_tokens > room >= 1:
+            least = min(params.min_tokens, room)
+            params = msgspec.structs.replace(params, max_tokens=room, min_tokens=least)
         wanted = params.structured_outputs
         grammar = None
         if wanted is not None:
             job = self._processor.output_grammar(wanted, "structured_outputs", reasons)
             grammar = self._processor.grammar(job.build(), reasons)
         request = self._processor.request(
-            str(self._count), token_ids, params, self._max_model_len, grammar=grammar
+            str(self._count),
+            token_ids,
+            params,
+            self._max_model_len,
+            priority=priority,
+            grammar=grammar,
+            reasoning=self._processor.reasoning_bound(params.thinking_token_budget, reasons),
         )
         output = RequestOutput(
             request_id=request.id,
@@ -387,6 +458,26 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(item, int) for item in prompts):
         return [cast(list[int], list(prompts))]
     return list(cast(Sequence[Prompt], prompts))
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise RequestError(
+            "lora_request: adapters are not served; merge the adapter into the checkpoint",
+            param="lora_request",
+        )
+
+
+def _special_tokens(given: Mapping[str, Any] | None, default: bool) -> bool:
+    """Whether a text gets the tokenizer's special tokens. Raises RequestError for other options."""
+    options = dict(given or {})
+    special = bool(options.pop("add_special_tokens", default))
+    if options:
+        raise RequestError(
+            f"tokenization_kwargs: {next(iter(options))} is not known; add_special_tokens is",
+            param="tokenization_kwargs",
+        )
+    return special
 
 
 def _with_found_model(args: EngineArgs) -> EngineArgs:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from millrace.errors import RequestError
+from millrace.vllm_keywords import KeywordMeta
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
@@ -43,7 +44,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=KeywordMeta):
     """How tokens of a request are sampled, and when it ends. Names and defaults follow vLLM.
 
     temperature: 0 is greedy. top_k: 0 or -1 keeps every token. seed: None: one is chosen at
@@ -53,7 +54,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ends the request before. repetition_penalty counts prompt and output, the other penalties only
     the output. logprobs, prompt_logprobs: how many of the most probable tokens to report at each
     position, besides the token itself, from the model's own distribution. bad_words: texts that are
-    never generated. n: number of outputs for the prompt.
+    never generated. n: number of outputs for the prompt. thinking_token_budget: the reasoning that
+    an answer of `LLM.chat` begins with is closed after so many tokens; -1: it is not.
+
+    None is taken for the default of a list, and one text for a list of it. Other keywords of vLLM
+    are accepted where they change nothing (`millrace.vllm_keywords`).
     """
 
     n: int = 1
@@ -79,9 +84,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         """Raise RequestError for the first value out of its range."""
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            given = getattr(self, name)
+            if given is None or isinstance(given, str):
+                whole = [] if given is None else [given]
+                msgspec.structs.force_setattr(self, name, whole)
         self._require("n", self.n >= 1, "at least 1")
         self._require("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")

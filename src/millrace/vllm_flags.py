@@ -181,6 +181,8 @@ _HARMLESS_AT = (
      "--max-model-len, or --tensor-parallel-size",
      "--cpu-offload-gb --kv-offloading-size --offload-group-size"),
     ("auto", "weights and caches stay on the device; leave it out", "--offload-backend"),
+    ("1", "weights and caches stay on the device; leave it out",
+     "--offload-num-in-group --offload-prefetch-step"),
     ("0 0.0", "requests wait until their memory is there; leave it out", "--watermark"),
     ("1", "prompts run in every step; bound them with --mixed-prefill-tokens",
      "--prefill-schedule-interval"),
@@ -226,8 +228,7 @@ _REFUSED = {
         "--enable-scale-out --weight-transfer-config --aux-output-config",
     "routers read /load and /metrics; there are no cache events": "--kv-events-config",
     "weights and caches stay on the device; leave it out":
-        "--cpu-offload-params --offload-num-in-group --offload-prefetch-step --offload-params "
-        "--kv-sharing-fast-prefill",
+        "--cpu-offload-params --offload-params --kv-sharing-fast-prefill",
     "an engine does not sleep; stop it, it starts again in seconds":
         "--enable-sleep-mode --sleep-mode-backend --sleep-mode-offload-cudagraph "
         "--sleep-preserve-parameter-names --enable-nccl-comm-suspend",
@@ -333,18 +334,40 @@ def own_keywords(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     """Of the keywords of vLLM's `LLM`, those that are not in these tables, and a note for each of
     the others that has no effect. Raises ConfigError for what is refused.
     """
-    kept, notes = {}, []
+    kept: dict[str, Any] = {}
+    notes = []
     for name, value in options.items():
-        row = TABLE.get(f"--{name.replace('_', '-')}")
-        if row is None:
-            kept[name] = value
+        flag = f"--{name.replace('_', '-')}"
+        row = TABLE.get(flag)
+        if flag in PARTS:
+            if value is not None:
+                option, key = PARTS[flag]
+                whole = option.removeprefix("--").replace("-", "_")
+                kept[whole] = {**(options.get(whole) or {}), **(kept.get(whole) or {}), key: value}
+        elif flag == "--data-parallel-size":
+            if value not in (None, 1):
+                raise ConfigError(
+                    f"{name} {value!r}: an LLM is one replica; use `millrace serve --replicas`"
+                )
+        elif flag == "--reasoning-parser":
+            notes.append(f"{name} (the text of LLM.chat holds the reasoning)")
+        elif row is None:
+            if value is not None and name not in kept:  # None: the default
+                kept[name] = value
         elif row.fate == "harmless":
             notes.append(f"{name} ({row.words})")
-        elif value in (None, False, {}, []) or str(value) in row.harmless_at:
+        elif _changes_nothing(flag, value, row):
             notes.append(f"{name} (as it is anyway)")
         else:
             raise ConfigError(f"{name} {value!r}: {row.words}")
     return kept, notes
+
+
+def _changes_nothing(flag: str, value: Any, row: Row) -> bool:
+    """Whether a refused keyword holds a value at which it has no effect."""
+    if flag == "--structured-outputs-config" and isinstance(value, Mapping):
+        return not any(value[key] for key in value.keys() - {"backend"})
+    return value in (None, False, {}, []) or str(value) in row.harmless_at
 
 
 # --- docs/vllm_flags.md ------------------------------------------------------------------------

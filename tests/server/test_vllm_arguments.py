@@ -182,3 +182,28 @@ def test_keywords_of_vllms_llm_go_through_the_same_table() -> None:
     ]
     with pytest.raises(ConfigError, match="enable_lora True: LoRA adapters are not served"):
         own_keywords({"enable_lora": True})
+
+
+def test_ordinary_keywords_of_vllms_llm_are_taken() -> None:
+    own, _ = own_keywords(
+        {
+            "tokenizer": None,
+            "hf_overrides": None,
+            "quantization": None,
+            "data_parallel_size": 1,
+            "reasoning_parser": "qwen3",
+            "spec_method": "mtp",
+            "spec_tokens": 2,
+            "offload_num_in_group": 1,
+            "structured_outputs_config": {"backend": "xgrammar"},
+            "max_model_len": 512,
+        }
+    )
+    assert own == {
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+        "max_model_len": 512,
+    }
+    with pytest.raises(ConfigError, match="data_parallel_size 2: an LLM is one replica"):
+        own_keywords({"data_parallel_size": 2})
+    with pytest.raises(ConfigError, match="matched by llguidance"):
+        own_keywords({"structured_outputs_config": {"disable_any_whitespace": True}})

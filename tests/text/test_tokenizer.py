@@ -81,3 +81,17 @@ def test_with_another_kind_of_tokenizer_prompts_are_token_ids(tmp_path: Path) ->
         loaded.encode("Hello")
     assert loaded.token_text(7) == "token_id:7"
     assert (loaded.decode([1, 2]), loaded.turn_ends([1, 2]), loaded.token_id("a")) == ("", [], None)
+
+
+def test_it_has_the_most_used_names_of_transformers(tokenizer: Tokenizer) -> None:
+    vocab = tokenizer.get_vocab()
+    assert len(vocab) == len(tokenizer) == tokenizer.vocab_size
+    end = vocab["<|im_end|>"]
+    assert tokenizer.eos_token_id == end
+    assert tokenizer.bos_token_id is None
+    assert end in tokenizer.all_special_ids
+    assert "<|im_end|>" in tokenizer.all_special_tokens
+    assert tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
+    assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "no such token"]) == [end, None]
+    ids = tokenizer.encode("hello there")
+    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(ids)) == ids

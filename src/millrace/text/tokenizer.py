@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -132,6 +133,47 @@ class Tokenizer:
         table = self.token_bytes
         return b"".join([table[i] for i in token_ids if i not in skipped]).decode(errors="replace")
 
+    # --- names of transformers' tokenizers ---------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token as the vocabulary writes it, with its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that the tokenizer puts before a text; None if it puts none."""
+        first = self.encode("")
+        return first[0] if first else None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a chat turn, or else a text; None if neither is known."""
+        known = (self.token_id(text) for text in (TURN_END, "<|endoftext|>"))
+        return next((token for token in known if token is not None), None)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return sorted(self.special_ids)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return [self.token_text(token) for token in self.all_special_ids]
+
+    def convert_ids_to_tokens(self, token_ids: int | Sequence[int]) -> Any:
+        """The token of an id as the vocabulary writes it, or those of several."""
+        if isinstance(token_ids, int):
+            return self._backend.id_to_token(token_ids)
+        return [self._backend.id_to_token(token) for token in token_ids]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token as the vocabulary writes it, or those of several; None if unknown."""
+        if isinstance(tokens, str):
+            return self.token_id(tokens)
+        return [self.token_id(token) for token in tokens]
+
     def turn_ends(self, token_ids: Sequence[int]) -> list[int]:
         """Positions right after each end of a chat turn and the line break that follows it."""
         if self._turn_end is None:
@@ -152,6 +194,10 @@ class NoTokenizer(Tokenizer):
     def __init__(self, reason: str) -> None:
         super().__init__(tokenizers.Tokenizer(tokenizers.models.BPE()))
         self.reason = reason
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Refuses every text, with RequestError."""
