@@ -102,7 +102,7 @@ def _structural_tag(given: dict[str, Any] | str, field: str) -> tuple[str, str]:
     try:
         return structural_tag_rules(
             given,
-            json_rule=lambda schema: f"%json {schema_json(schema)}",
+            json_rule=lambda schema: f"%json {schema_json(readable(schema, 'plain'))}",
             regex_rule=regex_terminal,
             grammar_rule=lambda grammar: _lark(grammar, f"{field}: a grammar", field),
         )

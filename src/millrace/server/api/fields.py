@@ -110,7 +110,7 @@ def field_rules(kind: type[ModelRequest], own: FieldRules = OPENAI) -> FieldRule
     elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
     for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
         for field in msgspec.structs.fields(other):
-            if field.name not in kind.__struct_fields__:
+            if field.name not in {*kind.__struct_fields__, *own.harmless}:
                 neutral = () if field.required else (field.default,)
                 elsewhere[field.name] = (neutral, f"it belongs to {path}")
     return FieldRules({**elsewhere, **own.refused}, own.harmless)
