@@ -552,7 +552,7 @@ def test_requests_that_cannot_run_are_refused_with_the_reason() -> None:
         (request("a", [1], stop_token_ids=list(range(40))), "at most 16"),
         (request("a", [1, 90]), "contains token 90; the model's tokens are 0 to 49"),
         (request("a", [1], logit_bias={50: 1.0}), "logit_bias contains token 50"),
-        (msgspec.structs.replace(request("a", [1]), resume=[2] * 48), "have 49 tokens"),
+        (msgspec.structs.replace(request("a", [1]), resume=[2] * 48), "requested 49 tokens"),
     ):
         with pytest.raises(RequestError, match=words):
             eng.add(bad)
