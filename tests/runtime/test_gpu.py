@@ -223,7 +223,7 @@ def test_where_the_output_head_is_rounded(name: str, head: str | None, rounded: 
         MODELS / name, device="cuda", dtype="bfloat16", enforce_eager=True,
         gpu_memory_utilization=0.1, speculative_config=speculative,
     )  # fmt: skip
-    found = engine.worker.runner._model.draft_output  # type: ignore[attr-defined]
+    found = engine.worker.model.draft_output  # type: ignore[attr-defined]
     assert isinstance(found, Fp8DraftHead) == rounded
     engine.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from torch import Tensor
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
+from millrace.kernels.batch import Batch
 from millrace.protocol import AddRequest, EngineStats, SamplingParams
 from millrace.replica import build as replica
+from millrace.runtime.step.drafter import Drafter
+from millrace.runtime.step.inputs import SampledRows
+from millrace.runtime.step.runner import Runner
+from millrace.runtime.worker import Worker
 
 TIE = 1e-4  # two runs may differ only where the two best logits are closer than this
 
@@ -78,30 +84,65 @@ def run(
         engine.close()
 
 
+@dataclass
+class WatchedDrafter:
+    """The drafter of a runner; `after` sees, or changes on the tape, what each step drafts.
+
+    after: called with the step's sampled rows and how many of their tokens count.
+    """
+
+    drafter: Drafter
+    after: Callable[[SampledRows, Tensor], None]
+
+    def observe(self, batch: Batch, hidden: Tensor) -> None:
+        self.drafter.observe(batch, hidden)
+
+    def resume(self, slots: Tensor, hidden: Tensor) -> None:
+        self.drafter.resume(slots, hidden)
+
+    def draft(self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
+        self.drafter.draft(hidden, rows, count, context)
+        self.after(rows, count)
+
+
+def runner_of(engine: Engine) -> Runner:
+    """The runner of an engine's worker in this process."""
+    assert isinstance(engine.worker, Worker)
+    return engine.worker.runner
+
+
+def watch_drafts(runner: Runner, after: Callable[[SampledRows, Tensor], None]) -> None:
+    assert runner.drafter is not None
+    runner.drafter = WatchedDrafter(runner.drafter, after)
+
+
 def draft_well(engine: Engine, sequences: list[list[int]]) -> None:
     """Make drafts the right tokens at three positions in four. Slot i + 1 runs prompt i."""
-    runner = engine.worker.runner  # type: ignore[attr-defined]
-    original = runner._draft
+    slots = runner_of(engine).slots
 
-    def draft(*args: Any) -> None:
-        original(*args)
-        tape, lengths = runner._slots.tokens, runner._slots.length.tolist()
+    def after(rows: SampledRows, count: Tensor) -> None:
+        tape, lengths = slots.tokens, slots.length.tolist()
         for slot, sequence in enumerate(sequences, start=1):
             for position in range(lengths[slot] + 1, min(lengths[slot] + 6, len(sequence))):
                 if random.Random(position).random() < 0.75:
                     tape[slot, position] = sequence[position]
 
-    runner._draft = draft
+    watch_drafts(runner_of(engine), after)
+
+
+def watch_logits(engine: Engine) -> list[Tensor]:
+    """A list that gets the logits [R, V] of each step's candidates."""
+    assert isinstance(engine.worker, Worker)
+    head = engine.worker.model.head
+    original, seen = head.logits, list[Tensor]()
+    head.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
+    return seen
 
 
 def logits_after(model: Path, tokens: list[int]) -> Tensor:
     """float32 [V]: the logits after `tokens`, from one cold prefill."""
     engine = build(model)
-    seen: list[Tensor] = []
-    runner = engine.worker.runner  # type: ignore[attr-defined]
-    head = runner._model.head
-    original = head.logits
-    head.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore[func-returns-value]
+    seen = watch_logits(engine)
     generate(engine, [tokens], 1)
     engine.close()
     return seen[-1][0]

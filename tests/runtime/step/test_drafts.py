@@ -31,7 +31,15 @@ from millrace.runtime.step.inputs import SampledRows
 from millrace.runtime.worker import build_empty_model
 from millrace.tasks import TASKS
 from tests.support.driver import Driver, allocate_caches, make_batch
-from tests.support.engines import TIE, assert_same, build, generate, run
+from tests.support.engines import (
+    TIE,
+    assert_same,
+    build,
+    generate,
+    run,
+    runner_of,
+    watch_drafts,
+)
 
 MINI = Path(__file__).resolve().parents[3] / "models" / "millrace-mini"
 
@@ -52,26 +60,25 @@ class Drafted:
 
 def heartbeat(engine: Engine, k: int, sequences: list[list[int]]) -> list[Drafted]:
     """Notes every row's drafts; then lets them be the right ones at three positions in four."""
-    runner = engine.worker.runner  # type: ignore[attr-defined]
-    original, seen = runner._draft, []
+    runner, seen = runner_of(engine), list[Drafted]()
+    tokens = runner.slots.tokens
 
     def lay_right_tokens(slot: int, known: list[int]) -> None:
         for sequence in sequences:
             if sequence[: len(known)] == known:
                 for position in range(len(known), min(len(known) + k, len(sequence))):
                     if random.Random(position).random() < 0.75:
-                        runner._slots.tokens[slot, position] = sequence[position]
+                        tokens[slot, position] = sequence[position]
 
-    def draft(hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
-        original(hidden, rows, count, context)
+    def after(rows: SampledRows, count: Tensor) -> None:
         ends = (rows.base + count + 1).tolist()
         for slot, end, live in zip(rows.slots.tolist(), ends, (count > 0).tolist(), strict=True):
-            tape = runner._slots.tokens[slot, : end + k].tolist()
+            tape = tokens[slot, : end + k].tolist()
             if live:
                 seen.append(Drafted(tuple(tape[:end]), tuple(tape[end:])))
                 lay_right_tokens(slot, tape[:end])
 
-    runner._draft = draft
+    watch_drafts(runner, after)
     return seen
 
 
@@ -127,7 +134,7 @@ def test_drafts_are_those_of_a_whole_head(
     seen = heartbeat(engine, k, sequences)
     for _ in range(1 + engine.scheduler.limits.prefix_caching):
         generate(engine, PROMPTS, TOKENS)
-    whole = WholeHead(engine.worker.runner._model)  # type: ignore[attr-defined]
+    whole = WholeHead(engine.worker.model)  # type: ignore[attr-defined]
     stats = engine.stats()
     assert stats.drafts > stats.accepted_per_position[0] > 10, (
         "some must be accepted and some rejected"
@@ -213,7 +220,7 @@ def test_an_output_head_in_fp8_changes_no_token(
         size = ranks if speculative else 1
         engine = build(model, speculative_config=speculative, tensor_parallel_size=size)
         outputs.append([generate(engine, PROMPTS, TOKENS, **way) for way in ways])
-        head = engine.worker.runner._model.draft_output  # type: ignore[attr-defined]
+        head = engine.worker.model.draft_output  # type: ignore[attr-defined]
         assert isinstance(head, Fp8DraftHead) == (speculative is not None)
         engine.close()
     assert_same(model, PROMPTS, outputs[0][0], outputs[1][0])
@@ -226,7 +233,7 @@ def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
     for spoiled in (False, True):
         speculative = {"num_speculative_tokens": 1, "quantization": "fp8"}
         engine = build(MINI, speculative_config=speculative)
-        head = engine.worker.runner._model.draft_output  # type: ignore[attr-defined]
+        head = engine.worker.model.draft_output  # type: ignore[attr-defined]
         if spoiled:
             head.scale.neg_()  # the worst token becomes the best
         outputs.append(generate(engine, prompts, 40))

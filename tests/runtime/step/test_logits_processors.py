@@ -21,7 +21,7 @@ from millrace.engine import plan_log
 from millrace.engine.engine import Engine
 from millrace.protocol import AddRequest, Delta, Grammar, ReasoningBound, SamplingParams
 from millrace.runtime.step import logits_processors as processors
-from tests.support.engines import build, draft_well
+from tests.support.engines import build, draft_well, watch_logits
 
 AT_ONCE = 3  # candidates, so that rules meet them in parts
 PROMPTS = [[5, 9, 40, 77, 120, 6, 9, 9], [3, 4]]
@@ -43,11 +43,8 @@ class Oracle:
 
     def __init__(self, model: Path) -> None:
         self._engine = build(model)
-        self._seen: list[Tensor] = []
+        self._seen = watch_logits(self._engine)
         self._known: dict[tuple[int, ...], Tensor] = {}
-        head = self._engine.worker.runner._model.head  # type: ignore[attr-defined]
-        original = head.logits
-        head.logits = lambda hidden: self._seen.append(original(hidden)) or self._seen[-1]  # type: ignore[func-returns-value]
 
     def logits(self, context: list[int]) -> Tensor:
         key = tuple(context)

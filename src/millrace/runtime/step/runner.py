@@ -20,6 +20,7 @@ from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
 from millrace.runtime.step.caches import DTYPES
 from millrace.runtime.step.cuda_graphs import GraphSizes, Parts, StepGraphs
+from millrace.runtime.step.drafter import Drafter, MTPDrafter
 from millrace.runtime.step.inputs import (
     Numbers,
     Room,
@@ -29,10 +30,8 @@ from millrace.runtime.step.inputs import (
     exact_batch,
     listed,
     padded_batch,
-    places,
     row_ends,
     sampled_rows,
-    single_batch,
     tokens_of,
 )
 from millrace.runtime.step.logits_processors import LogitsProcessors, StepProcessors
@@ -46,7 +45,8 @@ MasksOfStep = Callable[[], Masks] | None
 
 
 class Runner:
-    """Runs plans on the tensors of one rank."""
+    """Runs plans on the tensors of one rank. slots: the running requests' rows, with the tape.
+    drafter: what proposes drafts; None without drafts."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Runner:
         self._config = config
         self._model = model
         self._caches = caches
-        self._slots = slots
+        self.slots = slots
         self._snapshots = snapshots
         self._width = config.drafts + 1
         self._longest = config.max_model_len + self._width  # tokens of a row
@@ -69,6 +69,10 @@ class Runner:
         self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
         self._wait_for_device = ranks.wait_for_device
         self._processors = LogitsProcessors(slots, self._width, model.config.vocab_size)
+        self.drafter: Drafter | None = None
+        if config.drafts:
+            assert model.mtp is not None
+            self.drafter = MTPDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
@@ -129,7 +133,7 @@ class Runner:
 
     def _forward(self, numbers: Numbers, room: Room, hidden: Tensor) -> None:
         """The forward for tokens that only the device knows, with its writes to caches."""
-        batch = padded_batch(numbers, self._slots.length, self._caches, room)
+        batch = padded_batch(numbers, self.slots.length, self._caches, room)
         out = self._model(self._ids(batch), batch, self._caches)
         self._finish_forward(out, batch)
         hidden[: room.tokens] = out
@@ -138,7 +142,7 @@ class Runner:
         """The forward for tokens that the host knows: hidden [T, H], at least of those that are
         read."""
         room = Room(self._width, tokens_of(plan, self._width), plan.context)
-        batch = exact_batch(plan, numbers, self._slots.length, self._caches, room)
+        batch = exact_batch(plan, numbers, self.slots.length, self._caches, room)
         every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
         selected = None
         if not every:
@@ -149,16 +153,12 @@ class Runner:
         return hidden
 
     def _finish_forward(self, hidden: Tensor, batch: Batch) -> None:
-        """After a forward: write the draft head's keys and values of each token, from the next
-        token on the tape (if that is not sampled yet, they are written again with the draft), and
-        set the lengths of chunks.
-        """
-        if self._config.drafts:
-            ahead = places(batch.token_slots, batch.positions + 1, self._caches)
-            self._write_draft_kv(ahead, hidden)
+        """After a forward: tell the drafter of its tokens, and set the lengths of chunks."""
+        if self.drafter is not None:
+            self.drafter.observe(batch, hidden)
         if batch.prefill is not None:
             rows = batch.prefill
-            self._slots.length[rows.slots] = rows.starts + rows.offsets.diff()
+            self.slots.length[rows.slots] = rows.starts + rows.offsets.diff()
             records.empty_windows(self._caches, rows.slots)
 
     def _tail_of(
@@ -180,7 +180,7 @@ class Runner:
 
     def _tail(self, numbers: Numbers, hidden: Tensor, filters: bool) -> Tensor:
         """The same for rows that only the device knows, without processors."""
-        rows = sampled_rows(numbers, self._slots.length, noise=True, filters=filters)
+        rows = sampled_rows(numbers, self.slots.length, noise=True, filters=filters)
         out = self._sample_and_draft(hidden, rows, self._longest, None, None).tokens
         assert out is not None
         return out
@@ -198,8 +198,8 @@ class Runner:
         count = self._sampler.accept(drawn, rows)
         self._write_tape(drawn, rows, count)
         self._advance_lengths(rows, count)
-        if self._config.drafts:
-            self._draft(hidden, rows, count, context)
+        if self.drafter is not None:
+            self.drafter.draft(hidden, rows, count, context)
         out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
         if processors is not None and processors.masked:
             out = replace(out, drafts=self._drafts(rows, count))
@@ -214,7 +214,7 @@ class Runner:
         noise = (
             noise or self._graphs is not None
         )  # always the kernel with noise: no other is compiled
-        return sampled_rows(numbers.cut(Sizes.of(plan)), self._slots.length, noise, filters)
+        return sampled_rows(numbers.cut(Sizes.of(plan)), self.slots.length, noise, filters)
 
     def _fits(self, plan: StepPlan) -> bool:
         """Whether kernels that run in a graph have room for the lengths of a plan's chunks."""
@@ -229,7 +229,7 @@ class Runner:
 
     def _admit(self, plan: StepPlan) -> None:
         if plan.admissions:
-            self._slots.admit(plan.admissions)
+            self.slots.admit(plan.admissions)
             for admission in plan.admissions:
                 self._sampler.admit(admission)
                 self._processors.admit(admission)
@@ -244,14 +244,13 @@ class Runner:
             self._resume(resumed)
 
     def _resume(self, admissions: list[Admission]) -> None:
-        """Restore snapshots, and write the draft head's first row after them. Snapshots do not have
-        that row: it depends on the next token, which differs from request to request.
-        """
+        """Restore snapshots, and tell the drafter of them."""
         table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
         slots, index = upload(table, self._device)
         hidden = self._snapshots.restore(self._caches, slots, index)
-        if hidden is not None:
-            self._write_draft_kv(places(slots, self._slots.length[slots], self._caches), hidden)
+        if self.drafter is not None:
+            assert hidden is not None
+            self.drafter.resume(slots, hidden)
 
     def _poison(self, plan: StepPlan) -> None:
         if plan.admissions:
@@ -263,13 +262,13 @@ class Runner:
             records.poison_pages(self._caches, upload(pages, self._device))
 
     def _ids(self, batch: Batch) -> Tensor:
-        return self._slots.tokens[batch.token_slots, batch.positions]
+        return self.slots.tokens[batch.token_slots, batch.positions]
 
     # --- after it ---------------------------------------------------------------------------
 
     def _advance_lengths(self, rows: SampledRows, count: Tensor) -> None:
         """Set lengths, window fills and offsets of decode rows to their values after the step."""
-        s, caches, slots = self._slots, self._caches, rows.slots
+        s, caches, slots = self.slots, self._caches, rows.slots
         s.length[slots] = torch.where(rows.verify, rows.base + count, s.length[slots])
         fill = caches.fill[slots]
         folded = fill + self._width > self._config.window
@@ -285,35 +284,12 @@ class Runner:
         slots = torch.where(counts, rows.slots[:, None], 0)
         positions = torch.where(counts, rows.base[:, None] + 1 + place, 0)
         drawn = torch.where(counts, drawn, 0).clamp_(min=0)  # NOT_FINITE is no token
-        self._slots.tokens[slots, positions] = drawn
-
-    def _draft(self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
-        """Draft k tokens from each row's last token. A row that had ended drafts as if its first
-        sampled token counted.
-        """
-        mtp, caches, drafts = self._model.mtp, self._caches, self._config.drafts
-        assert mtp is not None
-        last = (count - 1).clamp(min=0)
-        position, feed = rows.base + last + 1, hidden[rows.first + last]
-        ids = self._slots.tokens[rows.slots, position]
-        for step in range(1, drafts + 1):
-            row = single_batch(rows.slots, position, context + step, caches)
-            feed = mtp(ids, feed, row, caches)
-            position = position + 1
-            ids = self._sampler.draft(feed, position, rows)
-            self._slots.tokens[rows.slots, position] = ids
+        self.slots.tokens[slots, positions] = drawn
 
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
         """The drafts behind each row's last token: int64 [R, k]."""
         ahead = 1 + torch.arange(self._config.drafts, device=self._device)
-        return self._slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
-
-    def _write_draft_kv(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Write the draft head's keys and values of the tape's tokens at batch.positions; returns
-        the head's input there. hidden: [T, H], of the tokens before them.
-        """
-        assert self._model.mtp is not None
-        return self._model.mtp.write_kv(self._ids(batch), hidden, batch, self._caches)
+        return self.slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
 
     def _save(self, plan: StepPlan, hidden: Tensor) -> None:
         if not plan.saves:
