@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, Caches
-from millrace.model.qwen3_5 import MTPHead
+from millrace.model.causal_lm import DraftHead
 from millrace.runtime.step.inputs import SampledRows, places, single_batch
 from millrace.runtime.step.sampler import Sampler
 from millrace.runtime.step.slots import Slots
@@ -34,7 +34,7 @@ class Drafter(Protocol):
         """
 
 
-class MTPDrafter:
+class HeadDrafter:
     """Drafts by the model's own head, which keeps keys and values of every token.
 
     Its row of a token needs the hidden vector of the token before, and the token itself. So what
@@ -43,7 +43,7 @@ class MTPDrafter:
     """
 
     def __init__(
-        self, head: MTPHead, caches: Caches, slots: Slots, sampler: Sampler, drafts: int
+        self, head: DraftHead, caches: Caches, slots: Slots, sampler: Sampler, drafts: int
     ) -> None:
         self._head, self._caches, self._slots = head, caches, slots
         self._sampler, self._drafts = sampler, drafts

@@ -20,7 +20,7 @@ from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
 from millrace.runtime.step.caches import DTYPES
 from millrace.runtime.step.cuda_graphs import GraphSizes, Parts, StepGraphs
-from millrace.runtime.step.drafter import Drafter, MTPDrafter
+from millrace.runtime.step.drafter import Drafter, HeadDrafter
 from millrace.runtime.step.inputs import (
     Numbers,
     Room,
@@ -72,7 +72,7 @@ class Runner:
         self.drafter: Drafter | None = None
         if config.drafts:
             assert model.mtp is not None
-            self.drafter = MTPDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
+            self.drafter = HeadDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
