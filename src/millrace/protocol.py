@@ -232,15 +232,29 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on
     model_failed: bool = False  # the error is the model's, not the request's
+    preemptions: int = 0  # with the end: how often the request was put back for want of pages
+
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges, and totals since the engine started."""
+    """Gauges, and totals since the engine started.
+
+    free_pages: nothing holds them. evictable_pages: only the prefix cache does, so they are there
+    for whoever needs them. waiting_deferred: of those that wait, how many wait for something else
+    than room: a grammar that is compiled, or a prompt that another request computes for them.
+    step_tokens: how many steps computed up to so many tokens, prompts and outputs together, for
+    each of STEP_TOKENS, and how many more than the last; steps without a token are not counted.
+    step_tokens_sum: their tokens.
+    """
 
     steps: int = 0
     running: int = 0
     waiting: int = 0
+    waiting_deferred: int = 0
     free_pages: int = 0
+    evictable_pages: int = 0
     total_pages: int = 0
     snapshots_used: int = 0
     snapshots_total: int = 0
@@ -252,6 +266,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     drafts: int = 0  # rows with drafts
     accepted_per_position: list[int] = []
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
+    step_tokens: list[int] = []
+    step_tokens_sum: int = 0
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -19,7 +19,15 @@ from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import ConfigError, RequestError, UserError
-from millrace.protocol import AddRequest, Delta, Limits, SamplingParams, StepPlan, StepResult
+from millrace.protocol import (
+    STEP_TOKENS,
+    AddRequest,
+    Delta,
+    Limits,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
 
 
@@ -223,8 +231,13 @@ def test_preemption_loses_no_token() -> None:
     prompts = {f"r{i}": [i + 1] * 12 for i in range(4)}
     for name, prompt in prompts.items():
         eng.add(request(name, prompt, 30, ignore_eos=True))
-    got = run(eng)
-    assert eng.stats().preemptions > 0
+    got: dict[str, list[int]] = {}
+    preemptions = 0
+    while eng.has_work():
+        for delta in eng.step():
+            got.setdefault(delta.id, []).extend(delta.token_ids)
+            preemptions += delta.preemptions if delta.finish_reason else 0
+    assert eng.stats().preemptions == preemptions > 0
     for name, prompt in prompts.items():
         assert got[name] == expected_output(prompt, 42, frozenset())
     assert_all_free(eng)
@@ -637,6 +650,36 @@ def test_the_first_delta_has_the_queue_time() -> None:
     assert [(delta.id, delta.queued) for delta in deltas_seen] == [
         ("a", 1.0), ("a", None), ("b", 3.0), ("b", None)
     ]  # fmt: skip
+
+
+def test_pages_that_only_the_prefix_cache_holds_can_be_evicted() -> None:
+    eng = engine(limits(num_pages=100))
+    eng.add(request("a", list(range(1, 14)), 4))
+    run(eng)
+    stats = eng.stats()
+    assert stats.evictable_pages == 3
+    assert stats.free_pages + stats.evictable_pages == stats.total_pages
+
+
+def test_tokens_of_steps_are_counted() -> None:
+    eng = engine(limits(drafts=0, num_snapshots=0))
+    eng.add(request("a", list(range(1, 6)), 3, ignore_eos=True))
+    run(eng)
+    stats = eng.stats()
+    # One step of 5 prompt tokens and the first output token, two of one token.
+    assert stats.step_tokens == [2, 1, *[0] * (len(STEP_TOKENS) - 1)]
+    assert stats.step_tokens_sum == 8
+
+
+def test_requests_that_wait_for_a_prefix_are_deferred() -> None:
+    scheduler = Scheduler(limits(num_pages=100))
+    prompt = list(range(1, 15))
+    for number in range(3):
+        source = request(str(number), prompt, 4)
+        scheduler.add(msgspec.structs.replace(source, wait_for="0" if number else None))
+    assert (scheduler.stats().waiting, scheduler.stats().waiting_deferred) == (3, 0)
+    scheduler.plan()
+    assert (scheduler.stats().waiting, scheduler.stats().waiting_deferred) == (2, 2)
 
 
 def test_no_drafts_are_counted_without_drafts() -> None:

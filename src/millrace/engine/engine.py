@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+import msgspec
+
 from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
 from millrace.engine.plan_log import PlanLog
@@ -115,7 +117,15 @@ class Engine:
         self.scheduler.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        """The scheduler's figures; requests whose grammars are compiled wait too."""
+        stats, compiling = self.scheduler.stats(), len(self._compiling)
+        if not compiling:
+            return stats
+        return msgspec.structs.replace(
+            stats,
+            waiting=stats.waiting + compiling,
+            waiting_deferred=stats.waiting_deferred + compiling,
+        )
 
     def close(self) -> None:
         """Wait for the launched steps, then free the worker."""

@@ -23,6 +23,7 @@ def make_delta(
         queued=request.queue_seconds if first else None,
         logprobs=logprobs and _trim_logprobs(request, logprobs[: len(tokens)]),
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
+        preemptions=request.preemptions,
     )
 
 

@@ -61,6 +61,7 @@ class Request:
     prompt_cached: bool = False
     failed: bool = False  # its logits were not finite, so what it computed must not be used
     first_delta_sent: bool = False
+    preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property

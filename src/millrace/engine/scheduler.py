@@ -13,7 +13,7 @@ rank, which waits again and is computed again.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,7 +28,16 @@ from millrace.engine.step import Step
 from millrace.engine.validation import check, make_request
 from millrace.engine.waiting_queue import WaitingQueue, rank
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Chunk, Delta, EngineStats, Limits, StepPlan, StepResult
+from millrace.protocol import (
+    STEP_TOKENS,
+    AddRequest,
+    Chunk,
+    Delta,
+    EngineStats,
+    Limits,
+    StepPlan,
+    StepResult,
+)
 
 
 @dataclass(slots=True)
@@ -44,6 +53,8 @@ class _Totals:
     rows_not_finite: int = 0
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
+    step_tokens_sum: int = 0
 
 
 NOT_FINITE_ERROR = "the model computed logits that are NaN or infinite; the request cannot go on"
@@ -166,6 +177,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Put a request back into the queue. No launched step names it, so its tokens are known."""
         self._totals.preemptions += 1
+        request.preemptions += 1
         self.running.remove(request)
         self._kv_manager.release(request)
         request.phase, request.split = Phase.WAITING, False
@@ -189,6 +201,7 @@ class Scheduler:
     def _candidates(self) -> list[Request]:
         """Waiting requests that this step may admit, by rank."""
         if self._draining or not self._kv_manager.slots.free:
+            self.waiting.deferred = 0  # they wait for room first
             return []
         waiting = self.waiting.candidates(self._waits_for_prefix)
         version = self._kv_manager.policy.version
@@ -280,12 +293,12 @@ class Scheduler:
             return
         request.prompt_counted = True
         request.queue_seconds = now - request.source.arrival
-        request.cached_tokens = request.computed
+        request.cached_tokens = min(request.computed, request.prompt_len)
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
             self._kv_manager.record_prompt(request)
             self._totals.prefix_queries += request.prompt_len
-            self._totals.prefix_hits += request.computed
+            self._totals.prefix_hits += request.cached_tokens
 
     def _record_launch(self, step: Step) -> StepPlan:
         self._totals.steps += 1
@@ -313,6 +326,7 @@ class Scheduler:
                 self._kv_manager.store(request, chunk.start + chunk.count)
         self._take_prompt_logprobs(step, result)
         deltas = self._take_tokens(step, result)
+        self._count_tokens(step, deltas)
         for request in step.requests():
             if request.phase is Phase.DONE and request.in_flight == 0:
                 self._release(request)
@@ -347,6 +361,14 @@ class Scheduler:
                 self._count_accepted(len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
+
+    def _count_tokens(self, step: Step, deltas: list[Delta]) -> None:
+        """Count the tokens that a step computed, if any: of prompts, and those it generated."""
+        computed = sum(chunk.count for _, chunk in step.chunks)
+        computed += sum(len(delta.token_ids) for delta in deltas)
+        if computed:
+            self._totals.step_tokens[bisect_left(STEP_TOKENS, computed)] += 1
+            self._totals.step_tokens_sum += computed
 
     def _end_not_finite(self, request: Request) -> Delta:
         """End a request whose row could not be used. What was cached may be the reason: drop it."""
@@ -388,7 +410,9 @@ class Scheduler:
             steps=totals.steps,
             running=len(self.running),
             waiting=len(self.waiting),
+            waiting_deferred=min(self.waiting.deferred, len(self.waiting)),
             free_pages=pages.free,
+            evictable_pages=pages.evictable,
             total_pages=pages.size,
             snapshots_used=used,
             snapshots_total=snapshots,
@@ -400,6 +424,8 @@ class Scheduler:
             drafts=totals.drafts,
             accepted_per_position=list(totals.accepted),
             rows_not_finite=totals.rows_not_finite,
+            step_tokens=list(totals.step_tokens),
+            step_tokens_sum=totals.step_tokens_sum,
         )
 
     def reset_prefix_cache(self) -> None:

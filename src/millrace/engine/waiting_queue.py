@@ -32,6 +32,7 @@ class WaitingQueue:
         self._candidates: deque[Request] = deque()  # of this step; the first one still waits
         self._blocked: Request | None = None  # the first of those that lack pages
         self._failures = 0
+        self.deferred = 0  # of the newest candidates: those that wait for a prefix
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
@@ -49,9 +50,9 @@ class WaitingQueue:
 
     def candidates(self, waits_for_prefix: Callable[[Request], bool]) -> list[Request]:
         """The requests that a new step considers, by rank, without those that wait for a prefix."""
-        found = [
-            request for request in islice(self._requests, WINDOW) if not waits_for_prefix(request)
-        ]
+        window = list(islice(self._requests, WINDOW))
+        found = [request for request in window if not waits_for_prefix(request)]
+        self.deferred = len(window) - len(found)
         self._candidates, self._failures = deque(found), 0
         return found
 

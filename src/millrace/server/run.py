@@ -225,6 +225,10 @@ def _cache_config(args: EngineArgs, ready: Ready | None) -> dict[str, str]:
         "cache_dtype": args.kv_cache_dtype,
         "enable_prefix_caching": str(args.enable_prefix_caching),
         "gpu_memory_utilization": str(args.gpu_memory_utilization),
+        "kv_cache_size_tokens": str((ready.num_pages - 1) * ready.page_size),
+        "kv_cache_max_concurrency": str(
+            round((ready.num_pages - 1) * ready.page_size / ready.max_model_len, 2)
+        ),
     }
 
 

@@ -127,6 +127,30 @@ def test_a_request_ends_once() -> None:
     assert +metrics.finished == {"stop": 1, "abort": 1}
 
 
+def test_a_stop_text_ends_a_request_like_a_stop_token() -> None:
+    metrics = RequestMetrics()
+    stream = new_stream(metrics)
+    stream.put(Delta("r", [1, 2], queued=0.0), 11.0)
+    stream.end_by_text()
+    assert not stream.ended  # the engine is still to be told
+    stream.put(Delta("r", [3], "length"), 12.0)
+    stream.abandon()
+    assert +metrics.finished == {"stop": 1}
+    assert metrics.generation_tokens.sum == 2
+
+
+def test_what_a_request_cost_is_known_at_its_end() -> None:
+    metrics = RequestMetrics()
+    stream = new_stream(metrics)
+    stream.put(Delta("r", [1], cached_tokens=2), 10.5)
+    stream.put(Delta("r", [], "length", cached_tokens=2, preemptions=3), 11.0)
+    assert metrics.prefill_computed_tokens.sum == 1
+    assert metrics.preemptions.sum == 3
+    # vLLM counts requests of one token here, at 0.
+    assert metrics.time_per_output_token_or_zero.buckets(vllm=True)[-1] == ("+Inf", 1.0)
+    assert metrics.time_per_output_token.buckets(vllm=True)[-1] == ("+Inf", 0.0)
+
+
 def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:
     histogram = Histogram((1.0, 2.0), finer=(0.5,))
     for value in (0.5, 1.0, 1.5, 99.0):

@@ -65,6 +65,44 @@ def test_a_request_moves_the_metrics(http: httpx.Client, server: LiveServer) -> 
     assert {name: server.metric(name) - before[name] for name in names} == names
 
 
+def test_several_outputs_of_a_prompt_are_one_request_with_a_longest_output(
+    http: httpx.Client, server: LiveServer
+) -> None:
+    names = {
+        "vllm:request_params_n_sum": 2,
+        "vllm:request_params_n_count": 1,
+        "vllm:request_max_num_generation_tokens_sum": 9,
+        "vllm:request_max_num_generation_tokens_count": 1,
+        "vllm:request_generation_tokens_count": 2,
+    }
+    before = {name: server.metric(name) for name in names}
+    http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 9, "n": 2})
+    assert {name: server.metric(name) - before[name] for name in names} == names
+
+
+def test_an_answer_that_a_stop_text_ends_is_a_success(
+    http: httpx.Client, server: LiveServer
+) -> None:
+    page = 'vllm:request_success_total{engine="0",finished_reason="%s",model_name="fake"}'
+
+    def count(reason: str) -> float:
+        rows = http.get("/metrics").text.splitlines()
+        return sum(float(row.split()[-1]) for row in rows if row.startswith(page % reason))
+
+    before = count("stop"), count("abort")
+    body = {"prompt": "hello there", "max_tokens": 400, "stop": "hello"}
+    assert http.post("/v1/completions", json=body).json()["choices"][0]["stop_reason"] == "hello"
+    assert (count("stop"), count("abort")) == (before[0] + 1, before[1])
+
+
+def test_waiting_requests_have_a_reason(http: httpx.Client) -> None:
+    page = http.get("/metrics").text
+    pattern = r"^vllm:num_requests_waiting_by_reason\{.*reason=\"(\w+)\".*\} (\S+)$"
+    rows = dict(re.findall(pattern, page, re.MULTILINE))
+    assert set(rows) == {"capacity", "deferred"}
+    assert re.search(r'^vllm:admission_rejections_total\{.*"max_num_queued_reqs"', page, re.M)
+
+
 def test_histogram_buckets_are_cumulative(http: httpx.Client) -> None:
     page = http.get("/metrics").text
     pattern = r"^millrace:e2e_request_latency_seconds_bucket{.*le=\"(.*?)\".*} (\S+)$"
@@ -121,7 +159,12 @@ READ_ELSEWHERE = """
     e2e_request_latency_seconds_bucket request_queue_time_seconds_sum
     request_inference_time_seconds_bucket request_prefill_time_seconds_sum
     request_decode_time_seconds_sum request_prompt_tokens_bucket request_generation_tokens_bucket
-    request_params_n_bucket request_params_max_tokens_bucket
+    request_params_n_bucket request_params_max_tokens_bucket request_max_num_generation_tokens_sum
+    request_num_preemptions_bucket request_prefill_kv_computed_tokens_bucket
+    iteration_tokens_total_bucket num_requests_waiting_by_reason prompt_tokens_by_source_total
+    prompt_tokens_cached_total prompt_tokens_cached_by_source_total corrupted_requests_total
+    external_prefix_cache_queries_total external_prefix_cache_hits_total mm_cache_queries_total
+    mm_cache_hits_total
 """
 
 

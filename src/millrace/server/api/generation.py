@@ -25,10 +25,16 @@ class Generation:
     resumed: text of the tokens of `request.resume`, which the client has already.
     completion_tokens: counts those tokens too. prompt_logprobs: known with the first piece.
     reasoning: counts the tokens of the reasoning that the output begins with; None: of none.
+    close: called with the stream when a stop text has ended the output.
     """
 
     def __init__(
-        self, index: int, request: AddRequest, stream: Stream, output: Detokenizer
+        self,
+        index: int,
+        request: AddRequest,
+        stream: Stream,
+        output: Detokenizer,
+        close: Callable[[Stream], None],
     ) -> None:
         self.index = index
         self.request = request
@@ -39,6 +45,7 @@ class Generation:
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.reasoning: ReasoningCounter | None = None
         self._output = output
+        self._close = close
         self._resumed = output.push(list(request.resume))
 
     @property
@@ -49,11 +56,14 @@ class Generation:
         """The next piece; `done` afterwards if it was the last. Raises what ended it early."""
         if self._output.ended_by_text and not self.done:  # a stop text in the resumed tokens
             self.done = True
+            self._end_by_text()
             return Piece("", [], "stop", self._resumed.stop_reason)
         delta = await self.stream.take()
         piece = self._output.push(
             delta.token_ids, delta.finish_reason, delta.stop_token_id, delta.logprobs
         )
+        if self._output.ended_by_text:
+            self._end_by_text()
         self.completion_tokens += len(piece.token_ids)
         if self.reasoning is not None:
             self.reasoning.feed(piece.token_ids)
@@ -61,6 +71,11 @@ class Generation:
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.done = piece.finish_reason is not None
         return piece
+
+    def _end_by_text(self) -> None:
+        """The engine knows no stop texts; it ends the request when it is told to."""
+        self.stream.end_by_text()
+        self._close(self.stream)
 
     async def read_all(self) -> Piece:
         """All of the output as one piece."""
@@ -96,7 +111,7 @@ class Generations:
         self._client = client
         self._receive = receive
         self.all = [
-            Generation(index, request, client.open(request, stream_interval), output)
+            Generation(index, request, client.open(request, stream_interval), output, client.close)
             for index, (request, output) in enumerate(requests)
         ]
 
@@ -106,8 +121,13 @@ class Generations:
 
     async def __aexit__(self, *_: object) -> None:
         self._disconnect_watch.cancel()
+        prompts: dict[str, list[Stream]] = {}
         for generation in self.all:
             self._client.close(generation.stream)
+            first = generation.request.wait_for or generation.request.id
+            prompts.setdefault(first, []).append(generation.stream)
+        for streams in prompts.values():
+            self._client.record_prompt(streams)
 
     async def each(self, work: Callable[[Generation], Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run `work` on all generations concurrently; the first error ends the others."""

@@ -135,6 +135,12 @@ class EngineClient:
             stream.abandon()
             self._link.send(Abort([stream.id]))
 
+    def record_prompt(self, streams: Sequence[Stream]) -> None:
+        """Record a prompt whose outputs have all ended. streams: of all of its outputs."""
+        if all(stream.finish_reason in ("stop", "length") for stream in streams):
+            self._metrics.n.observe(len(streams))
+            self._metrics.longest_output.observe(max(s.generated_tokens for s in streams))
+
     def fail_all(self, error: Exception) -> None:
         """Give every open request this error."""
         for stream in self._streams.values():

@@ -36,6 +36,7 @@ class Stream:
         self.arrival = request.arrival
         self.first_token_time = self.last_token_time = self.queue_time = 0.0
         self.generated_tokens = self.cached_tokens = 0
+        self.preemptions = 0
         self.finish_reason: FinishReason | None = None
         self._metrics = metrics
         self._interval = interval
@@ -53,6 +54,8 @@ class Stream:
             self.queue_time = delta.queued
             self._metrics.queue_time.observe(delta.queued)
         if delta.finish_reason is not None:
+            self.ended = True
+            self.preemptions = delta.preemptions
             self._record_finish(delta.finish_reason, now)
         if delta.error is not None:
             self.fail((ModelError if delta.model_failed else RequestError)(delta.error))
@@ -70,6 +73,7 @@ class Stream:
     def engine_died(self, error: Exception) -> None:
         """The engine has died with all that it held; the reader gets `error`."""
         if not self.ended:
+            self.ended = True
             self._record_finish("error", monotonic())
             self.fail(error)
 
@@ -87,8 +91,13 @@ class Stream:
 
     def abandon(self) -> None:
         """The reader has gone."""
-        if not self.ended:
-            self._record_finish("abort", monotonic())
+        self.ended = True
+        self._record_finish("abort", monotonic())
+
+    def end_by_text(self) -> None:
+        """The reader has found a stop text: the request has ended, though the engine may not know
+        it yet."""
+        self._record_finish("stop", monotonic())
 
     def _readable(self) -> bool:
         """Whether the reader gets something now."""
@@ -116,7 +125,8 @@ class Stream:
         self.generated_tokens += count
 
     def _record_finish(self, reason: FinishReason, now: float) -> None:
-        self.ended = True
+        if self.finish_reason is not None:
+            return
         self.finish_reason = reason
         metrics = self._metrics
         metrics.finished[reason] += 1
@@ -129,14 +139,15 @@ class Stream:
         metrics.decode_time.observe(self.last_token_time - self.first_token_time)
         metrics.prompt_tokens.observe(self.prompt_len)
         metrics.generation_tokens.observe(self.generated_tokens)
+        metrics.prefill_computed_tokens.observe(self.prompt_len - self.cached_tokens)
+        metrics.preemptions.observe(self.preemptions)
         if self.params.max_tokens is not None:
             metrics.max_tokens.observe(self.params.max_tokens)
-        if self.counts_prompt:
-            metrics.n.observe(self.params.n)
-        if self.generated_tokens > 1:
-            metrics.time_per_output_token.observe(
-                (self.last_token_time - self.first_token_time) / (self.generated_tokens - 1)
-            )
+        after_first = self.generated_tokens - 1
+        mean = (self.last_token_time - self.first_token_time) / max(after_first, 1)
+        metrics.time_per_output_token_or_zero.observe(mean)
+        if after_first > 0:
+            metrics.time_per_output_token.observe(mean)
 
 
 def _merged(one: Delta, other: Delta) -> Delta:

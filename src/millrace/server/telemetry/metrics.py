@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -20,7 +21,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from millrace.protocol import EngineStats, FinishReason
+from millrace.protocol import STEP_TOKENS, EngineStats, FinishReason
 
 # vLLM's buckets, in seconds, tokens and outputs.
 _FIRST_TOKEN = (
@@ -37,6 +38,7 @@ _REQUEST = (
 )  # fmt: skip
 _TOKENS = tuple(float(m * 10**power) for power in range(7) for m in (1, 2, 5))
 _OUTPUTS = (1.0, 2.0, 5.0, 10.0, 20.0)
+_PREEMPTIONS = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
 # What Millrace adds to them under its own names, where tokens come faster than vLLM's buckets see.
 _FINE = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04)
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
@@ -83,6 +85,7 @@ class RequestMetrics:
         self.time_to_first_token = Histogram(_FIRST_TOKEN, _FINE)
         self.inter_token_latency = Histogram(_TOKEN, _FINE)
         self.time_per_output_token = Histogram(_TOKEN, _FINE)
+        self.time_per_output_token_or_zero = Histogram(_TOKEN)
         self.queue_time = Histogram(_REQUEST, (*_FINE, *_TOKEN))
         self.end_to_end = Histogram(_REQUEST, _TOKEN)
         self.inference_time = Histogram(_REQUEST, _TOKEN)
@@ -92,27 +95,34 @@ class RequestMetrics:
         self.generation_tokens = Histogram(_TOKENS)
         self.max_tokens = Histogram(_TOKENS)
         self.n = Histogram(_OUTPUTS)
+        self.longest_output = Histogram(_TOKENS)
+        self.prefill_computed_tokens = Histogram(_TOKENS)
+        self.preemptions = Histogram(_PREEMPTIONS)
         self.finished: Counter[FinishReason] = Counter(dict.fromkeys(_REASONS, 0))
         self.http: Counter[tuple[str, str, int]] = Counter()  # route, method, status
         self.rejected = 0
         self.restarts = 0
 
 
-def _used(free: int, total: int) -> float:
-    return 1.0 - free / total if total else 0.0
+def _kv_usage(stats: EngineStats) -> float:
+    """What the prefix cache alone holds is free for whoever needs it, so it is not in use."""
+    available = stats.free_pages + stats.evictable_pages
+    return 1.0 - available / stats.total_pages if stats.total_pages else 0.0
 
 
 # name, vLLM's name if it has one of the same meaning, what it is, its value
-_Row = tuple[str, str | None, str, Callable[[EngineStats], float]]
+_Row = tuple[str | None, str | None, str, Callable[[EngineStats], float]]
 
 _GAUGES: tuple[_Row, ...] = (
     ("num_requests_running", "num_requests_running", "Requests that own a slot.",
      lambda s: s.running),
     ("num_requests_waiting", "num_requests_waiting", "Requests that wait for a slot.",
      lambda s: s.waiting),
-    ("kv_cache_usage_perc", "kv_cache_usage_perc", "Share of KV pages in use; 1 is all.",
-     lambda s: _used(s.free_pages, s.total_pages)),
+    ("kv_cache_usage_perc", "kv_cache_usage_perc",
+     "Share of KV pages that requests hold; 1 is all.", _kv_usage),
     ("kv_pages_free", None, "KV pages that nothing holds.", lambda s: s.free_pages),
+    ("kv_pages_evictable", None, "KV pages that only the prefix cache holds.",
+     lambda s: s.evictable_pages),
     ("kv_pages_total", None, "KV pages that there are.", lambda s: s.total_pages),
     ("snapshots_used", None, "State snapshots that the prefix cache holds.",
      lambda s: s.snapshots_used),
@@ -126,8 +136,10 @@ _COUNTERS: tuple[_Row, ...] = (
      lambda s: s.preemptions),
     ("prompt_tokens", "prompt_tokens", "Prompt tokens taken in.", lambda s: s.prompt_tokens),
     ("generation_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
-    ("rows_not_finite", None, "Requests ended because their logits were NaN or infinite.",
-     lambda s: s.rows_not_finite),
+    ("prompt_tokens_cached", "prompt_tokens_cached",
+     "Prompt tokens that came from the prefix cache.", lambda s: s.prefix_hits),
+    ("rows_not_finite", "corrupted_requests",
+     "Requests ended because their logits were NaN or infinite.", lambda s: s.rows_not_finite),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up.",
      lambda s: s.prefix_queries),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache.",
@@ -138,17 +150,30 @@ _COUNTERS: tuple[_Row, ...] = (
      lambda s: s.drafts * len(s.accepted_per_position)),
     ("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens",
      "Draft tokens accepted.", lambda s: sum(s.accepted_per_position)),
+    # vLLM has these at 0 where it has no such cache, and there is none here.
+    *((None, name, text, lambda _: 0) for name, text in (
+        ("external_prefix_cache_queries", "Prompt tokens looked up on other replicas; none are."),
+        ("external_prefix_cache_hits", "Prompt tokens found on other replicas; none are."),
+        ("mm_cache_queries", "Images and sounds looked up; prompts are texts."),
+        ("mm_cache_hits", "Images and sounds found; prompts are texts."),
+    )),
 )  # fmt: skip
 
-_HISTOGRAMS: tuple[tuple[str, str, str, Callable[[RequestMetrics], Histogram]], ...] = (
+_HistogramRow = tuple[str | None, str | None, str, Callable[[RequestMetrics], Histogram]]
+
+_HISTOGRAMS: tuple[_HistogramRow, ...] = (
     ("time_to_first_token_seconds", "time_to_first_token_seconds",
      "From a request's arrival to its first token.", lambda m: m.time_to_first_token),
     ("request_queue_time_seconds", "request_queue_time_seconds",
      "From a request's arrival to the step that admits it.", lambda m: m.queue_time),
     ("inter_token_latency_seconds", "inter_token_latency_seconds",
      "Between two steps that brought tokens to one request.", lambda m: m.inter_token_latency),
-    ("time_per_output_token_seconds", "request_time_per_output_token_seconds",
-     "Mean over a request's tokens after the first.", lambda m: m.time_per_output_token),
+    ("time_per_output_token_seconds", None,
+     "Mean over a request's tokens after the first, of requests of several tokens.",
+     lambda m: m.time_per_output_token),
+    (None, "request_time_per_output_token_seconds",
+     "Mean over a request's tokens after the first; 0 for a request of one token.",
+     lambda m: m.time_per_output_token_or_zero),
     ("e2e_request_latency_seconds", "e2e_request_latency_seconds",
      "From a request's arrival to its end.", lambda m: m.end_to_end),
     ("request_prompt_tokens", "request_prompt_tokens", "Prompt tokens of a request.",
@@ -164,6 +189,13 @@ _HISTOGRAMS: tuple[tuple[str, str, str, Callable[[RequestMetrics], Histogram]], 
     ("request_params_max_tokens", "request_params_max_tokens", "The max_tokens of requests.",
      lambda m: m.max_tokens),
     ("request_params_n", "request_params_n", "Outputs asked for by a request.", lambda m: m.n),
+    ("request_max_num_generation_tokens", "request_max_num_generation_tokens",
+     "Tokens of the longest of a request's outputs.", lambda m: m.longest_output),
+    ("request_prefill_kv_computed_tokens", "request_prefill_kv_computed_tokens",
+     "Prompt tokens of a request that were computed, not cached.",
+     lambda m: m.prefill_computed_tokens),
+    ("request_num_preemptions", "request_num_preemptions",
+     "How often a request was put back for want of pages.", lambda m: m.preemptions),
 )  # fmt: skip
 
 
@@ -211,14 +243,24 @@ class MetricsPage:
         for name, vllm_name, text, pick in _HISTOGRAMS:
             for full in _names(name, vllm_name):
                 histogram = pick(self._requests)
-                family = HistogramMetricFamily(full, text, labels=list(self._labels))
                 rows = histogram.buckets(vllm=full.startswith("vllm:"))
-                family.add_metric([*self._labels.values()], rows, histogram.sum)
-                yield family
+                yield self._histogram(full, text, rows, histogram.sum)
+
+    def _histogram(
+        self, name: str, text: str, buckets: list[tuple[str, float]], total: float
+    ) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=list(self._labels))
+        family.add_metric([*self._labels.values()], buckets, total)
+        return family
 
     def _labelled(self, stats: EngineStats) -> Iterator[Metric]:
         """Figures with labels of their own."""
         requests = self._requests
+        yield from self._waiting_by_reason(stats)
+        for full in _names("iteration_tokens_total", "iteration_tokens_total"):
+            text = "Tokens that a step computes, of prompts and outputs."
+            yield self._histogram(full, text, _step_buckets(stats), stats.step_tokens_sum)
+        yield self._admission_rejections()
         accepted = {(str(at),): count for at, count in enumerate(stats.accepted_per_position)}
         finished = {(str(reason),): count for reason, count in requests.finished.items()}
         for name, vllm_name, text, label, counts in (
@@ -226,6 +268,11 @@ class MetricsPage:
              "Draft tokens accepted at each position.", "position", accepted),
             ("requests_finished", "request_success", "Requests ended, by how they did.",
              "finished_reason", finished),
+            ("prompt_tokens_by_source", "prompt_tokens_by_source",
+             "Prompt tokens, by where they came from.", "source", _by_source(stats)),
+            ("prompt_tokens_cached_by_source", "prompt_tokens_cached_by_source",
+             "Prompt tokens found in the prefix cache, by where it is.", "source",
+             {("device",): stats.prefix_hits}),
             ("requests_rejected", None, "Requests refused because the queue was full.",
              "reason", {("queue_full",): requests.rejected}),
         ):  # fmt: skip
@@ -243,6 +290,26 @@ class MetricsPage:
             for full in _names("cache_config_info", "cache_config_info"):
                 yield self._gauge(full, text, 1.0, config)
 
+    def _waiting_by_reason(self, stats: EngineStats) -> Iterator[Metric]:
+        deferred = stats.waiting_deferred
+        text = "Requests that wait: for room (capacity), or for something else (deferred)."
+        for full in _names("num_requests_waiting_by_reason", "num_requests_waiting_by_reason"):
+            family = GaugeMetricFamily(full, text, labels=[*self._labels, "reason"])
+            for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
+                family.add_metric([*self._labels.values(), reason], count)
+            yield family
+
+    def _admission_rejections(self) -> Metric:
+        """vLLM's name for refused requests; it has no label `engine`."""
+        text = "Requests refused because the queue was full."
+        family = CounterMetricFamily(
+            "vllm:admission_rejections", text, labels=["model_name", "reason"]
+        )
+        model = self._labels["model_name"]
+        family.add_metric([model, "max_num_queued_reqs"], self._requests.rejected)
+        family.add_metric([model, "max_num_queued_tokens"], 0)  # there is no such limit
+        return family
+
     def _gauge(
         self, name: str, text: str, value: float, more: Mapping[str, str] | None = None
     ) -> Metric:
@@ -259,7 +326,23 @@ class MetricsPage:
         return family
 
 
-def _names(name: str, vllm_name: str | None) -> Iterator[str]:
-    yield f"millrace:{name}"
+def _step_buckets(stats: EngineStats) -> list[tuple[str, float]]:
+    """The histogram of tokens in a step, counted cumulatively."""
+    counts = stats.step_tokens or [0] * (len(STEP_TOKENS) + 1)
+    bounds = [*(str(float(bound)) for bound in STEP_TOKENS), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(counts)), strict=True))
+
+
+def _by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
+    return {
+        ("local_compute",): stats.prompt_tokens - stats.prefix_hits,
+        ("local_cache_hit",): stats.prefix_hits,
+        ("external_kv_transfer",): 0,  # prompts are computed where they are served
+    }
+
+
+def _names(name: str | None, vllm_name: str | None) -> Iterator[str]:
+    if name:
+        yield f"millrace:{name}"
     if vllm_name:
         yield f"vllm:{vllm_name}"
