@@ -63,14 +63,16 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
     made: dict[Any, Pair] = {}
 
     def make(
-        shape: TinyShape = UNIT_TEST, dtype: torch.dtype = torch.float32, seed: int = 0
+        shape: TinyShape | dict[str, Any] = UNIT_TEST,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> Pair:
-        key = (shape, dtype, seed)
+        key = (repr(shape), dtype, seed)
         if key not in made:
             directory = write_checkpoint(
                 tmp_path_factory.mktemp("pair"), shape, seed=seed, tokenizer=False
             )
-            model = build_model(read_config(directory), dtype=dtype, mtp=shape.mtp)
+            model = build_model(read_config(directory), dtype=dtype, mtp=True)
             load(model, directory)
             reference = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
             made[key] = Pair(directory, model, reference)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from millrace.model.config import read_config
 from millrace.model.weights import expected_tensors
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# The ids of <|im_end|> and <|endoftext|>: special tokens follow the 256 bytes.
+STOPS = [256 + SPECIAL_TOKENS.index("<|im_end|>"), 256 + SPECIAL_TOKENS.index("<|endoftext|>")]
+STOP_IDS = {"eos_token_id": STOPS[0], "bos_token_id": None, "pad_token_id": None}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -67,10 +71,36 @@ UNIT_TEST = TinyShape(
     dtype="float32",
 )
 
+# The config.json of a small Qwen3: change entries with `{**QWEN3, ...}`.
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1_000_000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "dtype": "float32",
+}
+FP8_BLOCKS: dict[str, Any] = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
 
 def write_checkpoint(
     directory: str | Path,
-    shape: TinyShape | None = None,
+    shape: TinyShape | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     nested: bool = False,
@@ -79,16 +109,17 @@ def write_checkpoint(
 ) -> Path:
     """Write config, weights and tokenizer into `directory`, which is created. Returns its path.
 
-    nested: names and config of a checkpoint with a vision part. files: number of safetensors files.
+    shape: sizes of a Qwen3.5, or the entries of a config.json, of any family. nested: names and
+    config of a checkpoint with a vision part. files: number of safetensors files.
     """
     shape = shape or TinyShape()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = config_json(shape)
+    config = config_json(shape) if isinstance(shape, TinyShape) else {**STOP_IDS, **shape}
     if nested:
         config = _nest(config)
     _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {"eos_token_id": _stop_ids()})
+    _write_json(directory / "generation_config.json", {"eos_token_id": STOPS})
     tensors = random_tensors(directory, seed)
     if nested:
         tensors = {_nested_name(name): tensor for name, tensor in tensors.items()}
@@ -129,16 +160,10 @@ def config_json(shape: TinyShape) -> dict[str, Any]:
         "attn_output_gate": True,
         "mtp_num_hidden_layers": int(shape.mtp),
         "dtype": shape.dtype,
-        "eos_token_id": _stop_ids()[0],
-        "bos_token_id": None,
-        "pad_token_id": None,
+        **STOP_IDS,
     }
     if shape.fp8:
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-        }
+        config["quantization_config"] = FP8_BLOCKS
     return config
 
 
@@ -191,11 +216,6 @@ def write_tokenizer(directory: Path) -> None:
     )
 
 
-def _stop_ids() -> list[int]:
-    """The ids of <|im_end|> and <|endoftext|>: special tokens follow the 256 bytes."""
-    return [256 + SPECIAL_TOKENS.index("<|im_end|>"), 256 + SPECIAL_TOKENS.index("<|endoftext|>")]
-
-
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     outer = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
@@ -232,13 +252,23 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+SHAPES: dict[str, TinyShape | dict[str, Any]] = {
+    "qwen3_5": TinyShape(),
+    "qwen3": {
+        **QWEN3, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8,
+        "head_dim": 128, "vocab_size": 2048, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
 def main() -> None:
     """Write a small checkpoint of random weights into DIRECTORY."""
     parser = argparse.ArgumentParser(prog="millrace.model.tiny", description=main.__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--family", choices=SHAPES, default="qwen3_5", help="of the model")
     options = parser.parse_args()
-    print(write_checkpoint(options.directory, seed=options.seed))
+    print(write_checkpoint(options.directory, SHAPES[options.family], seed=options.seed))
 
 
 if __name__ == "__main__":
