@@ -26,6 +26,11 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The ids of <|im_end|> and <|endoftext|>: special tokens follow the 256 bytes.
 STOPS = [256 + SPECIAL_TOKENS.index("<|im_end|>"), 256 + SPECIAL_TOKENS.index("<|endoftext|>")]
 STOP_IDS = {"eos_token_id": STOPS[0], "bos_token_id": None, "pad_token_id": None}
+# Dtypes of tensors that are not in the checkpoint's dtype, by their names in safetensors.
+STORED = {
+    "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -186,9 +191,8 @@ def random_tensors(directory: str | Path, seed: int) -> dict[str, Tensor]:
     tensors = {}
     for name, spec in expected_tensors(config).items():
         fp32 = name.endswith(("A_log", "dt_bias"))
-        is_fp8 = spec.dtypes == {"F8_E4M3"}
-        kind = torch.float8_e4m3fn if is_fp8 else torch.float32 if fp32 else dtype
-        tensor = torch.empty(spec.shape, dtype=kind)
+        of_format = [STORED[known] for known in spec.dtypes if known in STORED]
+        tensor = torch.empty(spec.shape, dtype=[*of_format, torch.float32 if fp32 else dtype][0])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         spec.init(tensor, generator)
         tensors[name] = tensor
