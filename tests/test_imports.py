@@ -23,7 +23,7 @@ LAYERS = [
     "version errors",
     "vllm_keywords",
     "target",
-    "protocol config lengths common tasks model_lookup vllm_flags",
+    "protocol config lengths response_ids common tasks model_lookup vllm_flags",
     # the engine plane: one replica
     "text.tools kernels engine.cache",
     "engine",

@@ -108,7 +108,8 @@ def _check(options: ServerOptions) -> None:
             f"max_bodies_bytes {options.max_bodies_bytes}: use at least max_body_bytes, "
             f"{options.max_body_bytes}, or a body of that size is never taken"
         )
-    for name in ("read_timeout", "shutdown_timeout", "max_engine_restarts", "max_server_restarts"):
+    positive = ("read_timeout", "shutdown_timeout", "max_engine_restarts", "max_server_restarts")
+    for name in (*positive, "max_stored_responses", "max_stored_bytes"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise ConfigError(f"{name} {getattr(options, name)}: use 0 or more")
     if options.engine == "millrace" and (options.engine_args or options.engine_command):

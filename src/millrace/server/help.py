@@ -51,6 +51,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("ssl_cert_reqs", "allowed_origins", "allowed_methods", "allowed_headers"),
         *("allow_credentials", "max_body_bytes", "max_bodies_bytes", "max_header_bytes"),
         *("read_timeout", "shutdown_timeout", "max_engine_restarts", "enable_request_id_headers"),
+        *("max_stored_responses", "max_stored_bytes"),
     ),
     "logs": (
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "uvicorn_log_level"),

@@ -28,7 +28,7 @@ def openapi_document(routes: Sequence[ApiRoute]) -> bytes:
     for row in routes:
         path = _PATH_PARAMETER.sub(r"{\1}", row.path)
         operation = _operation(row, schema_of)
-        paths[path] = {method.lower(): operation for method in row.methods}
+        paths.setdefault(path, {}).update({one.lower(): operation for one in row.methods})
     document = {
         "openapi": "3.1.0",
         "info": {"title": "Millrace", "version": __version__},

@@ -55,6 +55,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     allowed_headers: list[str] = []
     allow_credentials: bool = False
     stream_interval: int = 1
+    max_stored_responses: int = 1000
+    max_stored_bytes: int = 256 * 2**20
     shutdown_timeout: float = 10.0
     max_engine_restarts: int = 3
     max_server_restarts: int = 3
@@ -105,6 +107,9 @@ SERVER_HELP: Mapping[str, str] = {
     "allowed_headers": "Header that such pages may send (default: all).",
     "allow_credentials": "Allow such pages to send cookies.",
     "stream_interval": "Tokens in one chunk of a stream, after its first chunk.",
+    "max_stored_responses": "Responses that /v1/responses keeps in memory for later requests; 0 "
+    "keeps none.",
+    "max_stored_bytes": "Most bytes of stored responses and the conversations before them.",
     "shutdown_timeout": "Seconds that open requests get to finish when the server stops.",
     "max_engine_restarts": "Times in a row that the engine is started again after it died; after "
     "after that the server ends too.",

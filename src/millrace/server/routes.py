@@ -21,8 +21,10 @@ from millrace.server.api.anthropic.endpoint import (
 from millrace.server.api.anthropic.formatter import Message
 from millrace.server.api.chat.endpoint import Chat
 from millrace.server.api.completions.endpoint import Completions
-from millrace.server.api.openai_responses.endpoint import Responses, ResponsesRequest
-from millrace.server.api.openai_responses.formatter import ResponseBody
+from millrace.server.api.openai_responses.endpoint import Responses
+from millrace.server.api.openai_responses.listing import ItemList
+from millrace.server.api.openai_responses.request import Deleted, ResponsesRequest
+from millrace.server.api.openai_responses.response_body import ResponseBody
 from millrace.server.api.pages import Load, Pages
 from millrace.server.api.request_schema import (
     ChatRequest,
@@ -76,6 +78,22 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "/v1/responses", _POST, "Answer an input",
         Responses, Responses.create, ResponsesRequest, ResponseBody,
+    ),
+    ApiRoute(
+        "/v1/responses/{id}", _GET, "A stored response, or its stream",
+        Responses, Responses.retrieve, answer=ResponseBody, query=("stream", "starting_after"),
+    ),
+    ApiRoute(
+        "/v1/responses/{id}", ("DELETE",), "Forget a stored response",
+        Responses, Responses.delete, answer=Deleted,
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/cancel", _POST, "End a response that runs in the background",
+        Responses, Responses.cancel, answer=ResponseBody,
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/input_items", _GET, "What a stored response was an answer to",
+        Responses, Responses.input_items, answer=ItemList, query=("limit", "order", "after"),
     ),
     ApiRoute(
         "/v1/messages", _POST, "Continue a chat, in Anthropic's format",

@@ -159,6 +159,8 @@ def _api(
         ),
         grammars=sandboxes[0],
         encoder=sandboxes[1],
+        max_stored_responses=options.max_stored_responses,
+        max_stored_bytes=options.max_stored_bytes,
     )
     return application(context, page, root=args.model, debug=args.debug)
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from millrace.errors import RequestError
 from millrace.text.argument_grammar import ArgumentGrammar
 from millrace.text.grammar import (
     LEADING_NEWLINES,
+    client_grammar,
     error_path,
     grammar_error,
     literal,
     one_line,
-    readable,
     schema_error,
     schema_json,
     with_options,
@@ -33,6 +31,7 @@ from millrace.text.tools.call_tags import (
     PARAMETER,
     PARAMETER_END,
 )
+from millrace.text.tools.custom import INPUT
 from millrace.text.tools.json_schema import types_of
 from millrace.text.tools.schema import Tool, ToolChoice
 
@@ -48,19 +47,12 @@ def tool_call_grammar(
     precede it. token_id: of a marker that is one token; the matcher knows such a token only by its
     id. body: the rule of the same name, which an answer without calls must match.
     """
-    tools = tuple(_readable(tool) for tool in choice.tools)
-    choice = msgspec.structs.replace(choice, tools=tools)
     start = f"start: {_start(choice, gap, body is not None)}\n"
     source = start + (body or "") + _rules(choice, as_json, token_id)
     problem = grammar_error(source)
     if problem:
         raise _refusal(choice.tools, problem)
     return source
-
-
-def _readable(tool: Tool) -> Tool:
-    schema = readable(tool.parameters, "strict" if tool.strict else "lenient")
-    return msgspec.structs.replace(tool, parameters=schema)
 
 
 def can_constrain_auto_calls(token_id: TokenId) -> bool:
@@ -114,8 +106,26 @@ def _xml_call(at: int, tool: Tool, binds: bool, terminals: Terminals) -> str:
     return f"call_{at}: {head} {name}* {ending}\n{name}: {key}\n{value}\n"
 
 
+def _lark_call(at: int, tool: Tool, as_json: bool, lark: str) -> str:
+    """A call of a custom tool whose input has a grammar of its own. Raises RequestError."""
+    where = f"tools[{at}].custom.format.grammar"
+    if as_json:
+        raise RequestError(
+            f"{where}: this model writes calls as JSON, in which only a regex can be bound; give "
+            "one, or leave the format out",
+            param="tools",
+            code="invalid_grammar",
+        )
+    rule = client_grammar(lark, where, "tools")
+    head = literal(f"{FUNCTION}{tool.name}>\n{PARAMETER}{INPUT}>\n")
+    ending = literal(f"\n{PARAMETER_END}\n{FUNCTION_END}")
+    return f"call_{at}: {head} input_{at} {ending}\ninput_{at}: {rule}\n"
+
+
 def _call(at: int, tool: Tool, as_json: bool, binds: bool, terminals: Terminals) -> str:
     """The rule of one function's calls. Raises RequestError for what its schema cannot bind."""
+    if tool.lark is not None:
+        return _lark_call(at, tool, as_json, tool.lark)
     if binds and "object" not in types_of(tool.parameters, tool.parameters):
         raise _wrong(at, "", "the arguments of a function are an object")
     schema = with_options(tool.parameters, not tool.strict)
@@ -137,6 +147,9 @@ def _wrong(at: int, path: str, problem: str) -> RequestError:
 
 def _refusal(tools: Sequence[Tool], problem: str) -> RequestError:
     for at, tool in enumerate(tools):
+        if tool.lark is not None and (own := grammar_error(tool.lark)):
+            message = f"tools[{at}].custom.format.grammar: {one_line(own)}"
+            return RequestError(message, param="tools", code="invalid_grammar")
         own = schema_error(tool.parameters)
         if own:
             return _wrong(at, error_path(tool.parameters, own), one_line(own))

@@ -33,6 +33,11 @@ class Blocks:
         self.all: list[Block] = []
         self._open: Block | None = None
 
+    @property
+    def open(self) -> Block | None:
+        """The block that is not closed yet."""
+        return self._open
+
     def add_part(self, part: AnswerPart) -> Iterator[tuple[Action, Block, str]]:
         """(what happens, to which block, the text that is added) in order."""
         if part.reasoning:
@@ -48,9 +53,9 @@ class Blocks:
 
     def close(self) -> Iterator[tuple[Action, Block, str]]:
         """No part follows."""
-        if self._open is not None:
-            yield "close", self._open, ""
-            self._open = None
+        closed, self._open = self._open, None
+        if closed is not None:
+            yield "close", closed, ""
 
     def _append(self, kind: Kind, text: str) -> Iterator[tuple[Action, Block, str]]:
         if self._open is None or self._open.kind != kind:

@@ -24,7 +24,7 @@ from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_sal
 from millrace.errors import RequestError
 from millrace.lengths import check_lengths
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
-from millrace.server.api.fields import OPENAI, FieldRules, parse_body, warn_once
+from millrace.server.api.fields import OPENAI, FieldRules, parse_body
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
 from millrace.server.api.prompts import Prompt
@@ -70,6 +70,8 @@ class ApiContext:
     model calls tools.
     max_queue: requests that may wait beyond those that the engine runs at once.
     grammars, encoder: the processes that build grammars and encode long texts.
+    max_stored_responses, max_stored_bytes: bounds of the responses that are kept. response_tag:
+    stands in their ids.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class ApiContext:
         body_reader: BodyReader,
         grammars: Sandbox,
         encoder: Sandbox,
+        max_stored_responses: int = 0,
+        max_stored_bytes: int = 0,
     ) -> None:
         self.client = client
         self.processor = processor
@@ -96,6 +100,9 @@ class ApiContext:
         self._body_reader = body_reader
         self._grammars = grammars
         self._encoder = encoder
+        self.max_stored_responses = max_stored_responses
+        self.max_stored_bytes = max_stored_bytes
+        self.response_tag = ""
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 
     async def body(self, request: Request, kind: type[_Body], rules: FieldRules = OPENAI) -> _Body:
@@ -229,8 +236,6 @@ class ApiContext:
             code="invalid_grammar",
         )
         assert isinstance(answer, Source)
-        for note in answer.notes:
-            warn_once(f"{field}: this part of a schema that is not strict binds nothing: {note}")
         return self.processor.grammar(answer.text, reasons)
 
     async def _run_sandboxed(
@@ -302,20 +307,39 @@ class ApiContext:
             message = f"stream_interval must be at least 1, got {stream_interval}"
             raise RequestError(message, param="stream_interval")
 
+        interval = stream_interval if stream else None
+
         def open_generations(receive: Receive) -> Generations:
-            self.check_capacity(len(requests), ready)  # again: encoding took time
-            self.client.prefix_reporter.add(prefix_hashes)
-            pairs = [(one, self.processor.detokenizer(params)) for one in requests]
-            opened = Generations(self.client, pairs, receive, stream_interval if stream else None)
-            if reasons:
-                opened.count_reasoning(self.processor.tokenizer.token_bytes)
-            return opened
+            return self.open_generations(
+                requests, params, ready, receive, prefix_hashes,
+                stream_interval=interval, reasons=reasons,
+            )  # fmt: skip
 
         return (
             StreamingResponse(open_generations, formatter)
             if stream
             else FullResponse(open_generations, formatter)
         )
+
+    def open_generations(
+        self,
+        requests: list[AddRequest],
+        params: SamplingParams,
+        ready: Ready,
+        receive: Receive,
+        prefix_hashes: Sequence[int] = (),
+        *,
+        stream_interval: int | None = None,
+        reasons: bool = False,
+    ) -> Generations:
+        """The requests, handed to the engine; arguments as of `respond`. Raises ApiError."""
+        self.check_capacity(len(requests), ready)  # again: encoding took time
+        self.client.prefix_reporter.add(prefix_hashes)
+        pairs = [(one, self.processor.detokenizer(params)) for one in requests]
+        opened = Generations(self.client, pairs, receive, stream_interval)
+        if reasons:
+            opened.count_reasoning(self.processor.tokenizer.token_bytes)
+        return opened
 
 
 def cache_salt(request: Request, body: PromptRequest) -> str:

@@ -23,7 +23,8 @@ from millrace.version import __version__
 
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /load. requests: open ones. tokens: of their prompts and their outputs so far.
-    server_load: the same as requests, under vLLM's name.
+    server_load: the same as requests, under vLLM's name. response_tag: stands in the ids of the
+    responses that are stored here.
 
     prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
     cache, and the server has no keys or the request has the gateway's.
@@ -32,6 +33,7 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: int
     tokens: int
     server_load: int
+    response_tag: str = ""
     prefixes: PrefixReport | None = None
 
 
@@ -91,7 +93,8 @@ class Pages:
             cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
         requests = self._client.open_requests
-        return json_response(Load(requests, self._client.open_tokens, requests, prefixes))
+        tokens, tag = self._client.open_tokens, self._context.response_tag
+        return json_response(Load(requests, tokens, requests, tag, prefixes))
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

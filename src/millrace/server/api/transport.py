@@ -20,7 +20,7 @@ OpenGenerations = Callable[[Receive], Generations]
 
 _encode = msgspec.json.Encoder().encode
 
-_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # tells nginx to pass every chunk on at once
@@ -33,7 +33,7 @@ def json_response(body: msgspec.Struct) -> Response:
 
 def stream_response(events: Iterable[bytes]) -> Response:
     """A stream whose events are all known."""
-    return Response(b"".join(events), headers={k.decode(): v.decode() for k, v in _HEADERS})
+    return Response(b"".join(events), headers={k.decode(): v.decode() for k, v in STREAM_HEADERS})
 
 
 class FullResponse:
@@ -88,7 +88,7 @@ class StreamingResponse:
 
     async def _start(self) -> None:
         self._started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
 
     async def _write(self, events: Iterable[bytes], more: bool = True) -> None:
         """Send events at once. A client must not get half of one: each ends with a blank line."""

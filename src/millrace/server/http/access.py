@@ -22,10 +22,12 @@ _CLIENT = "millrace.client"
 
 class Client(NamedTuple):
     """What is known of who sent a request. salt: of its API key, empty where keys share cached
-    prefixes. reads_prefixes: it may ask which prefixes are cached."""
+    prefixes. reads_prefixes: it may ask which prefixes are cached. owner: of the responses that it
+    may use; empty where there are no keys."""
 
     salt: str = ""
     reads_prefixes: bool = True
+    owner: str = ""
 
 
 class Access:
@@ -57,7 +59,8 @@ class Access:
             raise no_access(given=bool(key))
         from_gateway = self._gateway_keys.accept(key)
         salted = self._salt_by_key and not from_gateway  # a gateway sends salts of its own
-        scope[_CLIENT] = Client(key_salt(key) if salted else "", from_gateway)
+        own = key_salt(key)
+        scope[_CLIENT] = Client(own if salted else "", from_gateway, own)
 
 
 def client_of(scope: Scope) -> Client:

@@ -35,10 +35,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Source(msgspec.Struct, frozen=True, tag="source"):
-    """The source of a grammar that compiles. notes: what of its schemas binds nothing."""
+    """The source of a grammar that compiles."""
 
     text: str
-    notes: list[str] = []
 
 
 class TokenIds(msgspec.Struct, frozen=True, tag="tokens"):

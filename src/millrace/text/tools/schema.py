@@ -14,6 +14,7 @@ import msgspec
 
 from millrace.errors import RequestError
 from millrace.text.tools.argument_shapes import Shapes, shapes_of
+from millrace.text.tools.custom import INPUT
 from millrace.text.tools.json_schema import TEXT, schema_limit_error
 
 MAX_TOOLS = 128  # as OpenAI's API
@@ -21,15 +22,17 @@ _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # nothing that could end a tag o
 
 
 class Tool(msgspec.Struct, frozen=True, dict=True):
-    """One function. given: as the client described it. parameters: the schema of its arguments.
+    """One function. given: as the prompt describes it. parameters: the schema of its arguments.
 
-    strict: they must match it also where the model is free to call or not.
+    strict: they must match it also where the model is free to call or not. lark: the grammar of a
+    custom tool's input; None where the schema says all.
     """
 
     name: str
     parameters: dict[str, Any]
     given: dict[str, Any]
     strict: bool = False
+    lark: str | None = None
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -69,7 +72,10 @@ def read_tools(given: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
     if len(given) > MAX_TOOLS:
         message = f"tools has {len(given)} entries; at most {MAX_TOOLS} work"
         raise RequestError(message, param="tools")
-    tools = tuple(_tool(one, f"tools[{at}]") for at, one in enumerate(given))
+    tools = tuple(
+        (_custom if one.get("type") == "custom" else _tool)(one, f"tools[{at}]")
+        for at, one in enumerate(given)
+    )
     names = [tool.name for tool in tools]
     for name in names:
         if names.count(name) > 1:
@@ -83,11 +89,7 @@ def _tool(given: Mapping[str, Any], where: str) -> Tool:
         raise RequestError(
             f'{where} must be {{"type": "function", "function": {{"name": ...}}}}', param="tools"
         )
-    name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(
-            f"{where}.function.name must be 1 to 128 letters, digits or _ . : / -", param="tools"
-        )
+    name = _name(function, f"{where}.function")
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         message = f"{where}.function.parameters must be a JSON schema, an object"
@@ -96,6 +98,53 @@ def _tool(given: Mapping[str, Any], where: str) -> Tool:
         raise RequestError(f"{where}.function.parameters: {problem}", param="tools")
     schema = parameters or {"type": "object", "properties": {}}
     return Tool(name, schema, dict(given), function.get("strict") is True)
+
+
+def _name(described: Mapping[str, Any], where: str) -> str:
+    name = described.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        message = f"{where}.name must be 1 to 128 letters, digits or _ . : / -"
+        raise RequestError(message, param="tools")
+    return name
+
+
+def _custom(given: Mapping[str, Any], where: str) -> Tool:
+    """A custom tool, as a function that takes one text. Its format binds the text always."""
+    custom = given.get("custom")
+    if not isinstance(custom, Mapping):
+        raise RequestError(
+            f'{where} must be {{"type": "custom", "custom": {{"name": ...}}}}', param="tools"
+        )
+    name = _name(custom, f"{where}.custom")
+    text, lark, told = _format(custom.get("format"), f"{where}.custom.format")
+    schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
+    shown = {**schema, "properties": {INPUT: {"type": "string"}}}
+    described = "\n\n".join(filter(None, (str(custom.get("description") or ""), told)))
+    function = {"name": name, "description": described, "parameters": shown}
+    strict = lark is not None or "pattern" in text
+    return Tool(name, schema, {"type": "function", "function": function}, strict, lark)
+
+
+def _format(form: Any, where: str) -> tuple[dict[str, Any], str | None, str]:
+    """(schema of a custom tool's input, its grammar in Lark, what the model is told of it)."""
+    if form is None or (isinstance(form, Mapping) and form.get("type") == "text"):
+        return {"type": "string"}, None, ""
+    if not isinstance(form, Mapping) or form.get("type") != "grammar":
+        raise RequestError(f'{where} must be of type "text" or "grammar"', param="tools")
+    grammar = form.get("grammar")
+    syntax, definition = "", None
+    if isinstance(grammar, Mapping):
+        syntax, definition = str(grammar.get("syntax")), grammar.get("definition")
+    if syntax not in ("lark", "regex") or not isinstance(definition, str):
+        message = f"{where}.grammar needs a syntax, lark or regex, and a definition, a text"
+        raise RequestError(message, param="tools")
+    told = f"The input must match this {syntax} grammar:\n{definition}"
+    if syntax == "lark":
+        return {"type": "string"}, definition, told
+    whole = definition.removeprefix("^")
+    if not whole.endswith("\\$"):
+        whole = whole.removesuffix("$")
+    return {"type": "string", "pattern": f"^(?:{whole})$"}, None, told
 
 
 def choose_tools(
@@ -128,7 +177,9 @@ def _allowed(tools: tuple[Tool, ...], given: Any, parallel: bool) -> ToolChoice:
 
 
 def _named(tools: tuple[Tool, ...], choice: Any) -> Tool:
-    function = choice.get("function") if isinstance(choice, Mapping) else None
+    function = None
+    if isinstance(choice, Mapping):
+        function = choice.get("custom" if choice.get("type") == "custom" else "function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise _bad_choice(choice)

@@ -55,6 +55,9 @@ class Chat:
         context = self._context
         body, prefix_hashes = await context.read_prompt_body(request, ChatRequest, CHATS)
         ready = context.check_ready(body)
+        if any(tool.get("type") == "custom" for tool in body.tools or ()):
+            message = "tools of type custom are served by /v1/responses; describe a function here"
+            raise RequestError(message, param="tools")
         header = ResponseHeader(
             id=f"chatcmpl-{uuid4().hex}",
             created=int(time.time()),
@@ -175,17 +178,16 @@ def _grammar_job(
     """The grammar that the answer must match, if there is one, to be built."""
     processor, parser = context.processor, context.tool_call_parser
     wanted = structured_outputs(body)
-    output = None
-    if wanted is not None:
-        outputs, field, strictness = wanted
-        output = processor.output_grammar(outputs, field, reasons, strictness)
-    if parser != "none" and (
-        choice.mode == "required"
-        or (choice.mode == "auto" and output is not None)
-        or processor.constrains_auto_calls(choice)
-    ):
-        return processor.tool_call_grammar(choice, parser, reasons, output)
-    return output
+    if choice.mode == "required" and wanted is not None:
+        raise RequestError(
+            f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
+        )
+    calls_only = wanted is None and parser != "none"
+    if choice.mode == "required" or (calls_only and processor.constrains_auto_calls(choice)):
+        return processor.tool_call_grammar(choice, parser, reasons)
+    if wanted is not None and choice.mode == "auto" and parser != "none":
+        return processor.tool_call_grammar(choice, parser, reasons, wanted)
+    return wanted and processor.output_grammar(*wanted, reasons)
 
 
 def _parser(context: ApiContext, choice: ToolChoice, starts_with_reasoning: bool) -> AnswerParser:

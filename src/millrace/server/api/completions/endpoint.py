@@ -79,8 +79,7 @@ class Completions:
         wanted = structured_outputs(body)
         if wanted is None:
             return None
-        outputs, field, strictness = wanted
-        job = self._context.processor.output_grammar(outputs, field, False, strictness)
+        job = self._context.processor.output_grammar(*wanted, reasons=False)
         return await self._context.grammar(job, reasons=False)
 
     async def _request(

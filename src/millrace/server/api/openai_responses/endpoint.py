@@ -1,284 +1,266 @@
-"""POST /v1/responses: the basics of OpenAI's newer API over the same engine.
+"""/v1/responses: OpenAI's newer API over the same engine.
 
-A body becomes a chat body. Nothing is stored after the answer, so each request brings its whole
-conversation. The format of the answer is in `formatter`.
+A body becomes a chat body (`items`), and a stored response goes on where it ended (`store`). The
+format of the answer is in `formatter`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
-from typing import Any
-from uuid import uuid4
+from collections.abc import Sequence
+from functools import partial
 
+import msgspec
 from starlette.requests import Request
-from starlette.types import ASGIApp
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message
 
 from millrace.errors import RequestError
 from millrace.lengths import ContextLengthError
-from millrace.server.api.chat.endpoint import PreparedChat, prepare_chat
+from millrace.protocol import Ready
+from millrace.response_ids import OWNER_HEADER
+from millrace.server.api.chat.endpoint import PreparedChat
 from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import HARMLESS, REFUSED, FieldRules, field_rules
+from millrace.server.api.generation import Generations
+from millrace.server.api.openai_responses.background import BackgroundRun, EventStream
+from millrace.server.api.openai_responses.fitting import prepare_fitting
 from millrace.server.api.openai_responses.formatter import ResponseFormatter
-from millrace.server.api.request_schema import ChatRequest, PromptRequest
-from millrace.server.api.transport import stream_response
+from millrace.server.api.openai_responses.items import Item, as_chat, input_items
+from millrace.server.api.openai_responses.listing import item_list
+from millrace.server.api.openai_responses.request import (
+    RULES,
+    Deleted,
+    ResponsesRequest,
+    check_body,
+    shown_logprobs,
+)
+from millrace.server.api.openai_responses.response_body import ResponseBody
+from millrace.server.api.openai_responses.store import ResponseStore, StoredResponse
+from millrace.server.api.openai_responses.token_logprobs import TextLogprobs
+from millrace.server.api.openai_responses.tools import OfferedTool
+from millrace.server.api.transport import json_response, stream_response
+from millrace.server.http.access import client_of
 from millrace.server.http.errors import as_api_error
 from millrace.text.answer_parser import AnswerParser
 
-_STATELESS = "the server keeps no conversations; send the whole input"
-_TEXT_ONLY = "the model reads and writes text only"
-_TEXTS = ("input_text", "output_text", "text")
-
-_OWN = FieldRules(
-    refused={
-        **REFUSED,
-        "previous_response_id": ((), _STATELESS),
-        "conversation": ((), _STATELESS),
-        "prompt": ((), "there are no stored prompts; send instructions and input"),
-        "background": ((False,), "answers come on the connection that asked for them"),
-        "truncation": (("disabled",), "an input that is too long is refused, not cut"),
-        "include": (([], ["reasoning.encrypted_content"]), "there is nothing more to include"),
-        "max_tool_calls": ((), "the server calls no tools itself"),
-        "top_logprobs": ((0,), "use /v1/chat/completions"),
-        "context_management": ((), _STATELESS),
-        "n": ((1,), "use /v1/chat/completions"),
-        "logprobs": ((False,), "use /v1/chat/completions"),
-        "response_format": ((), "use text.format"),
-    },
-    harmless=HARMLESS | {"stream_options"},
-)
-
-
-class ResponsesRequest(PromptRequest, frozen=True, kw_only=True):
-    """Body of /v1/responses."""
-
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = True
-    reasoning: dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
-    stream: bool | None = False
-    # vLLM's, beside OpenAI's
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-RULES = field_rules(ResponsesRequest, _OWN)
+_encode = msgspec.json.Encoder().encode
 
 
 class Responses:
-    """The endpoint."""
+    """The endpoints."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
+        self._store = ResponseStore(context.max_stored_responses, context.max_stored_bytes)
+        context.response_tag = self._store.tag if self._store.enabled else ""
 
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/responses"""
         context = self._context
         body, prefix_hashes = await context.read_prompt_body(request, ResponsesRequest, RULES)
         ready = context.check_ready(body)
-        id = f"resp_{uuid4().hex}"
+        check_body(body)
+        owner = _owner(request)
+        items = self._items(body, owner)
+        chat, offered = as_chat(body, items)
+        id = self._store.new_id()
         try:
-            prepared = await prepare_chat(context, as_chat(body), id, ready)
+            prepared = await prepare_fitting(
+                context, chat, id, ready, truncates=body.truncation == "auto"
+            )
         except ContextLengthError as error:
             if not body.stream:
                 raise
             # Codex finds this error in no other place than an event of the stream.
-            formatter = self._formatter(id, body, None)
+            formatter = self._formatter(id, body, None, {})
             return stream_response(formatter.refusal_events(as_api_error(error)))
-        formatter = self._formatter(id, body, prepared)
+        formatter = self._formatter(id, body, prepared, offered)
+        if body.background:
+            return self._begin(body, prepared, formatter, ready, prefix_hashes, owner, items)
+        if formatter.body.store:
+            formatter.on_end = partial(self._keep, owner, items)
         return context.respond(
-            prepared.requests, prepared.params, formatter, ready, bool(body.stream), prefix_hashes
+            prepared.requests,
+            prepared.params,
+            formatter,
+            ready,
+            bool(body.stream),
+            prefix_hashes,
+            reasons=prepared.reasons,
         )
 
+    async def retrieve(self, request: Request) -> ASGIApp:
+        """GET /v1/responses/ID, also as a stream of events."""
+        found = self._found(request)
+        query = request.query_params
+        if query.get("stream", "").lower() not in ("true", "1"):
+            return Response(found.body, media_type="application/json")
+        start = _starting_after(query.get("starting_after")) + 1
+        if found.run is None:
+            raise RequestError(
+                "this response has no stream to read: it was not created with background: true; "
+                "leave out stream",
+                param="stream",
+            )
+        found.run.check_start(start)
+        return EventStream(found.run, start)
+
+    async def delete(self, request: Request) -> ASGIApp:
+        """DELETE /v1/responses/ID; what runs in the background ends."""
+        found = self._found(request)
+        self._store.delete(found.id, found.owner)
+        if found.run is not None and found.running:
+            await found.run.cancel()
+        return json_response(Deleted(id=found.id))
+
+    async def cancel(self, request: Request) -> ASGIApp:
+        """POST /v1/responses/ID/cancel"""
+        found = self._found(request)
+        if found.run is None:
+            raise RequestError(
+                "only a response that was created with background: true can be cancelled; close "
+                "the connection of another one"
+            )
+        if found.running:
+            await found.run.cancel()
+        return Response(found.body, media_type="application/json")
+
+    async def input_items(self, request: Request) -> ASGIApp:
+        """GET /v1/responses/ID/input_items"""
+        return json_response(item_list(self._found(request), request.query_params))
+
+    def _found(self, request: Request) -> StoredResponse:
+        return self._store.get(request.path_params["id"], _owner(request))
+
+    def _items(self, body: ResponsesRequest, owner: str) -> list[Item]:
+        """All items of the conversation. Raises RequestError."""
+        items: list[Item] = []
+        if body.previous_response_id is not None:
+            items += self._store.previous(body.previous_response_id, owner).items()
+        for item in input_items(body.input):
+            if item.get("type") == "item_reference":
+                item = self._store.output_item(str(item.get("id")), owner)
+            items.append(item)
+        return items
+
     def _formatter(
-        self, id: str, body: ResponsesRequest, prepared: PreparedChat | None
+        self,
+        id: str,
+        body: ResponsesRequest,
+        prepared: PreparedChat | None,
+        tools: dict[str, OfferedTool],
     ) -> ResponseFormatter:
         """What formats the answer to a chat, or the error where there is none."""
         context = self._context
-        sampling = context.processor.defaults if prepared is None else prepared.params
-        header = {
-            "id": id,
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": context.model_name(body),
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "reasoning": body.reasoning,
-            "temperature": sampling.temperature,
-            "text": body.text or {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
-            "top_p": sampling.top_p,
-            "truncation": "disabled",
-            "store": False,
-        }
-        parser = AnswerParser(None, None) if prepared is None else prepared.parsers[0]
-        return ResponseFormatter(header, parser, context.processor.tokenizer)
-
-
-def as_chat(body: ResponsesRequest) -> ChatRequest:
-    """The same request as a chat. Raises RequestError for what is not served."""
-    messages = _messages(body)
-    shared = {name: getattr(body, name) for name in _SHARED}
-    return ChatRequest(
-        messages=messages,
-        max_tokens=body.max_output_tokens,
-        tools=[_tool(tool, f"tools[{at}]") for at, tool in enumerate(body.tools or [])] or None,
-        tool_choice=_tool_choice(body.tool_choice),
-        reasoning_effort=_effort(body.reasoning),
-        response_format=_response_format(body.text),
-        **shared,
-    )
-
-
-_SHARED = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "stop", "parallel_tool_calls", "stream", "chat_template_kwargs",
-    "cache_salt",
-)  # fmt: skip
-
-
-def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if body.instructions:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    if not body.input:
-        raise RequestError("input is empty; give a text or at least one item", param="input")
-    thought = ""
-    for at, item in enumerate(body.input):
-        kind = item.get("type", "message")
-        where = f"input[{at}]"
-        if kind == "reasoning":
-            thought += _thought(item)
-            continue
-        message = _item(item, kind, where)
-        last = messages[-1] if messages else {}
-        if kind == "function_call" and last.get("role") == "assistant" and not thought:
-            last.setdefault("tool_calls", []).extend(message["tool_calls"])
-            continue
-        messages += _with_thought(message, thought)
-        thought = ""
-    if thought:
-        messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
-    return messages
-
-
-def _with_thought(message: dict[str, Any], thought: str) -> list[dict[str, Any]]:
-    """A message behind reasoning; an answer that was cut off has nothing but that."""
-    if not thought:
-        return [message]
-    if message["role"] == "assistant":
-        return [{**message, "reasoning_content": thought}]
-    return [{"role": "assistant", "content": "", "reasoning_content": thought}, message]
-
-
-def _item(item: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
-    if kind == "message":
-        content = item.get("content")
-        if content is None and item.get("role") == "assistant":
-            content = ""
-        return {"role": item.get("role"), "content": _content(content, where)}
-    if kind == "function_call":
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
-        return {"role": "assistant", "content": None, "tool_calls": [call]}
-    if kind == "function_call_output":
-        output = item.get("output")
-        text = _content(output, where) if output is not None else ""
-        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": text}
-    if kind == "item_reference":
-        raise RequestError(f"{where}: {_STATELESS}", param="input")
-    raise RequestError(
-        f"{where}.type must be message, reasoning, function_call or function_call_output, "
-        f"got {str(kind)[:60]!r}",
-        param="input",
-    )
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where}: content must be a text or a list of parts", param="input")
-    texts = []
-    for at, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if kind else None
-        if kind not in (*_TEXTS, "refusal") or not isinstance(text, str):
-            raise RequestError(
-                f"{where}: part {at} must be of type {' or '.join(_TEXTS)}; {_TEXT_ONLY}",
-                param="input",
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _thought(item: Mapping[str, Any]) -> str:
-    """The text of a reasoning item; a summary if that is all there is."""
-    for name in ("content", "summary"):
-        parts = item.get(name)
-        texts = [
-            part["text"]
-            for part in (parts if isinstance(parts, list) else ())
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-        ]
-        if texts:
-            return "\n".join(texts)
-    return ""
-
-
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise RequestError(
-            f"{where}: the server runs no tools such as {str(tool.get('type'))[:60]!r}; describe "
-            "it as a function and run it yourself",
-            param="tools",
+        logprobs = None
+        if shown_logprobs(body) is not None:
+            logprobs = TextLogprobs(context.processor.tokenizer)
+        return ResponseFormatter(
+            self._header(id, body, prepared),
+            AnswerParser(None, None) if prepared is None else prepared.parsers[0],
+            item_tag=self._store.tag,
+            tools=tools,
+            logprobs=logprobs,
+            shows_reasoning=body.include_reasoning,
         )
-    named = ("name", "description", "parameters", "strict")
-    function = {key: tool[key] for key in named if tool.get(key) is not None}
-    return {"type": "function", "function": function}
+
+    def _header(
+        self, id: str, body: ResponsesRequest, prepared: PreparedChat | None
+    ) -> ResponseBody:
+        """What the answer repeats of the request."""
+        context = self._context
+        sampling = context.processor.defaults if prepared is None else prepared.params
+        return ResponseBody(
+            id=id,
+            created_at=int(time.time()),
+            model=context.model_name(body),
+            background=bool(body.background),
+            instructions=body.instructions,
+            previous_response_id=body.previous_response_id,
+            max_output_tokens=body.max_output_tokens,
+            max_tool_calls=body.max_tool_calls,
+            metadata=body.metadata or {},
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            reasoning=body.reasoning,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_logprobs=body.top_logprobs or 0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            text=body.text or {"format": {"type": "text"}},
+            tool_choice=body.tool_choice or "auto",
+            tools=body.tools or [],
+            truncation=body.truncation or "disabled",
+            store=body.store is not False and self._store.enabled,
+            prompt_cache_key=body.prompt_cache_key,
+            safety_identifier=body.safety_identifier,
+            user=body.user,
+        )
+
+    def _keep(self, owner: str, items: Sequence[Item], body: ResponseBody) -> None:
+        """Store an answer that has ended well."""
+        if body.status in ("completed", "incomplete"):
+            self._store.add(StoredResponse(owner, [_encode(item) for item in items], body))
+
+    def _begin(
+        self,
+        body: ResponsesRequest,
+        prepared: PreparedChat,
+        formatter: ResponseFormatter,
+        ready: Ready,
+        prefix_hashes: Sequence[int],
+        owner: str,
+        items: Sequence[Item],
+    ) -> ASGIApp:
+        """Run a response in the background. Raises RequestError or ApiError if it cannot begin."""
+        if not formatter.body.store:
+            raise RequestError(
+                "background needs stored responses, which this server does not keep "
+                "(--max-stored-responses 0)",
+                param="background",
+            )
+
+        def open_generations() -> Generations:
+            return self._context.open_generations(
+                prepared.requests, prepared.params, ready, _never, prefix_hashes,
+                reasons=prepared.reasons,
+            )  # fmt: skip
+
+        run = BackgroundRun(open_generations, formatter, keeps_events=bool(body.stream))
+        stored = StoredResponse(owner, [_encode(item) for item in items], formatter.body, run)
+        self._store.add(stored)
+        try:
+            run.start()
+        except BaseException:
+            self._store.delete(stored.id, owner)
+            raise
+        formatter.on_end = stored.settle
+        run.on_change = partial(self._store.resize, stored)
+        if body.stream:
+            return EventStream(run, 0)
+        return Response(stored.body, media_type="application/json")
 
 
-def _tool_choice(given: Any) -> Any:
-    """A named tool, as chats write it."""
-    if not isinstance(given, Mapping):
-        return given
-    if given.get("type") == "function":
-        return {"type": "function", "function": {"name": given.get("name")}}
-    if given.get("type") == "allowed_tools" and isinstance(given.get("tools"), list):
-        some = {**given, "tools": [_tool_choice(one) for one in given["tools"]]}
-        return {"type": "allowed_tools", "allowed_tools": some}
-    return dict(given)
+def _owner(request: Request) -> str:
+    """Whose responses a request may use: of its API key, and of whom its gateway names."""
+    named = request.headers.get(OWNER_HEADER, "")
+    return f"{client_of(request.scope).owner}.{named}"
 
 
-def _effort(given: Mapping[str, Any] | None) -> str | None:
-    effort = (given or {}).get("effort")
-    if effort is not None and not isinstance(effort, str):
-        raise RequestError("reasoning.effort must be a text", param="reasoning")
-    return effort
+def _starting_after(given: str | None) -> int:
+    """The number of the last event that the client has; -1: none."""
+    if given is None:
+        return -1
+    if not given.isascii() or not given.isdigit() or len(given) > 9:
+        raise RequestError(
+            f"starting_after must be the number of an event, got {given[:20]!r}",
+            param="starting_after",
+        )
+    return int(given)
 
 
-def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """text.format, which has the schema one level higher than response_format has it."""
-    wanted = (given or {}).get("format")
-    if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema":
-        return dict(wanted) if isinstance(wanted, Mapping) else None
-    return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+async def _never() -> Message:
+    """No client is waited for that could go."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
