@@ -25,7 +25,7 @@ def test_a_gpu_and_a_cpu_have_their_own_defaults() -> None:
         8192,
     )
     assert (on_cpu.device, on_cpu.max_num_seqs, on_cpu.max_num_batched_tokens) == ("cpu", 64, 2048)
-    assert (on_gpu.mixed_prefill_tokens, on_cpu.mixed_prefill_tokens) == (2048, 2048)
+    assert (on_gpu.mixed_prefill_tokens, on_cpu.mixed_prefill_tokens) == (1536, 2048)
     assert (on_gpu.async_scheduling, on_cpu.async_scheduling) == (True, False)
     assert resolved(cuda=True, device="cpu").device == "cpu"
     assert resolved(cuda=True, max_num_batched_tokens=1000).mixed_prefill_tokens == 1000
@@ -58,7 +58,7 @@ def test_snapshots_are_no_further_apart_than_the_interval() -> None:
 
 
 def test_the_largest_step_with_both_kinds_of_rows() -> None:
-    assert resolved(cuda=True).most_mixed_tokens == 2048 + 256
+    assert resolved(cuda=True).most_mixed_tokens == 1536 + 256
     assert resolved().most_mixed_tokens == 2048  # no step is larger
 
 

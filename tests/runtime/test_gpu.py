@@ -127,6 +127,19 @@ def test_no_step_waits_for_the_device(
     engine.close()
 
 
+def test_a_step_that_samples_nothing_is_waited_for(model: Path) -> None:
+    """Otherwise every step of a long prompt is launched before another prompt can be planned."""
+    engine = build(
+        model, device="cuda", max_num_seqs=2, max_num_batched_tokens=64, async_scheduling=False
+    )
+    add(engine, "long", list(range(3, 203)), max_tokens=1)
+    torch.cuda._sleep(1 << 28)  # about 0.15 s, ahead of the step
+    assert engine.step() == []
+    assert torch.cuda.current_stream().query()
+    finish(engine)
+    engine.close()
+
+
 @pytest.mark.parametrize(
     "options", [{}, mtp(2), {"prefill_graphs": False}, mtp(2, prefill_graphs=False)]
 )

@@ -121,7 +121,8 @@ class Worker:
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
         """Start a step. masks: builds the masks of rows with a grammar; only rank 0 needs it."""
         self.ranks.send(plan)
-        return PendingStep(plan, self.runner.run(plan, masks), self.ranks.wait)
+        output = self.runner.run(plan, masks)
+        return PendingStep(plan, output, self._device.type == "cuda", self.ranks.wait)
 
     def follow(self) -> None:
         """A rank other than 0: run rank 0's plans until it stops the ranks."""

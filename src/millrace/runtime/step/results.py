@@ -34,19 +34,26 @@ class StepOutput:
 
 
 class PendingStep:
-    """A launched step, to be read once it has run. wait: how the host waits for the device."""
+    """A launched step, to be read once it has run.
+
+    It has run when all of it has, also where it brings nothing: otherwise the host would launch
+    every step of a long prompt at once, and a request that arrives meanwhile would wait for them.
+
+    wait: how the host waits for the device.
+    """
 
     def __init__(
         self,
         plan: StepPlan,
         output: StepOutput,
+        on_gpu: bool,
         wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
     ) -> None:
         self._wait = wait
         self._step = plan.step
         self._slots = plan.sampled_slots
         self._ready: torch.cuda.Event | None = None
-        if _on_device(output):
+        if on_gpu:
             output = _to_host(output)
             self._ready = torch.cuda.Event()
             self._ready.record()
@@ -82,12 +89,6 @@ class PendingStep:
         for index, line in zip(self._output.logprobs.rows, lines, strict=True):
             found.setdefault(index // width, []).append(line)
         return found
-
-
-def _on_device(output: StepOutput) -> bool:
-    if output.tokens is not None:
-        return output.tokens.is_cuda
-    return any(part.ids.is_cuda for _, _, part in output.prompt)
 
 
 def _lines(part: Logprobs) -> list[TokenLogprobs]:
