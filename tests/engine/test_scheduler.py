@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.engine import plan_log
-from millrace.engine.engine import Engine
+from millrace.engine.engine import LARGE_PIECE, Engine
 from millrace.engine.prompt_budget import min_chunk
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.waiting_queue import MAX_OVERTAKES
@@ -386,6 +387,35 @@ def chunk_sizes(eng: Engine) -> list[int]:
     """Prompt tokens of the last step by request, as planned."""
     plan = eng.worker.plans[-1]  # type: ignore[attr-defined]
     return [chunk.count for chunk in plan.chunks]
+
+
+@pytest.mark.parametrize(("threshold", "later"), [(LARGE_PIECE, 1), (LARGE_PIECE // 2, 2)])
+def test_nothing_is_launched_behind_a_large_piece_of_a_prompt(threshold: int, later: int) -> None:
+    """So a request that arrives while it runs is in the next step; with a small one in the next
+    but one."""
+    lim = roomy(long_prefill_token_threshold=threshold)
+    worker = FakeWorker(lim.page_size, lim.drafts, lim.max_num_batched_tokens, checks=False)
+    eng = Engine(Scheduler(lim), worker, depth=1, check=True)
+    launch, running = worker.launch, 3  # the step that runs when the request arrives
+
+    def launch_and_wait(plan: StepPlan, masks: object = None) -> Any:
+        pending = launch(plan, None)
+        if len(worker.plans) == running + 1:
+            pending.result = arrive(pending.value)
+        return pending
+
+    def arrive(value: StepResult) -> Callable[[], StepResult]:
+        def result() -> StepResult:
+            eng.add(request("short", [9] * 64, max_tokens=2))
+            return value
+
+        return result
+
+    worker.launch = launch_and_wait  # type: ignore[method-assign]
+    eng.add(request("long", [7] * 8192, max_tokens=2))
+    run(eng)
+    first = next(i for i, plan in enumerate(worker.plans) if len(plan.chunks) == 2)
+    assert first == running + later
 
 
 def test_a_short_prompt_does_not_wait_behind_long_ones() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from millrace.errors import CheckpointError, RequestError
+from millrace.text.messages import normalize_messages
 from millrace.text.template import ChatTemplate, load_template
 from tests.support.text_model import TEMPLATE, write_text_model
 
@@ -261,3 +264,61 @@ def test_loops_know_their_place_and_length() -> None:
     )
     message = {"role": "user", "content": "x"}
     assert ChatTemplate(source, {}).render([message, message]) == "1/2,2/2a1FalseTruenone"
+
+
+STRICT = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be at the beginning.') }}
+    {%- endif %}
+    {{- '[' ~ message.role ~ ']' ~ message.content }}
+{%- endfor %}"""
+FORGETFUL = """\
+{%- if messages[0].role == 'system' %}{{- '[system]' ~ messages[0].content }}{% endif %}
+{%- for message in messages if message.role != 'system' %}
+    {{- '[' ~ message.role ~ ']' ~ message.content }}
+{%- endfor %}"""
+FREE = "{%- for one in messages %}{{- '[' ~ one.role ~ ']' ~ one.content }}{%- endfor %}"
+MESSAGES = st.lists(
+    st.builds(
+        lambda role, text: {"role": role, "content": text},
+        st.sampled_from(["system", "developer", "user", "assistant"]),
+        st.sampled_from(["one", "two", "three", ""])
+        | st.lists(
+            st.builds(lambda text: {"type": "text", "text": text}, st.just("part")), max_size=1
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(messages=MESSAGES, source=st.sampled_from([STRICT, FORGETFUL, SHIPPED_SOURCE, FREE]))
+def test_no_system_message_is_refused_or_lost(messages: list[Any], source: str) -> None:
+    """Each text is in the prompt, in order; what is no system message stays where it is."""
+    template = ChatTemplate(source, {"eos_token": "", "pad_token": "", "bos_token": ""})
+    given = normalize_messages(messages)
+    text = template.render(given)
+    systems = [one for one in given if one["role"] == "system"]
+    others = [one for one in given if one["role"] != "system"]
+    if source == FREE:
+        assert text == "".join(f"[{one['role']}]{joined(one)}" for one in given)
+    elif source != SHIPPED_SOURCE:
+        front = "\n\n".join(joined(one) for one in systems if joined(one))
+        first = f"[system]{front}" if systems else ""
+        assert text == first + "".join(f"[{one['role']}]{joined(one)}" for one in others)
+    at = 0
+    for one in systems if source == SHIPPED_SOURCE else ():
+        at = text.index(joined(one), at)
+
+
+def joined(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def test_a_final_system_message_can_be_continued() -> None:
+    template = ChatTemplate(FREE, {})
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    text = template.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "[user]a[system]b"

@@ -20,6 +20,7 @@ from millrace.protocol import StructuredOutputs
 from millrace.text.gbnf import gbnf_to_lark, is_gbnf
 from millrace.text.structural_tag import StructuralTagError, structural_tag_rules
 from millrace.text.tools.json_schema import schema_limit_error
+from millrace.text.tools.schema_dialects import Strictness, read_schema, without_patterns
 
 MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
 # The matcher's compiler recurses natively along rules and references: their number bounds its
@@ -35,27 +36,31 @@ LEADING_NEWLINES = r"/\n{0,2}/ "
 _WHITE_SPACE = r"\n? {0,16}"
 
 
-def output_grammar(wanted: StructuredOutputs, field: str, gap: bool) -> str:
+def output_grammar(
+    wanted: StructuredOutputs, field: str, gap: bool, strictness: Strictness = "plain"
+) -> str:
     """The grammar of `structured_outputs`. field: the client's name for it. gap: line breaks
-    may precede it. Raises RequestError that says what is wrong, and where.
+    may precede it. strictness: of a schema. Raises RequestError that says what is wrong, and where.
     """
-    source = f"start: {LEADING_NEWLINES if gap else ''}body\n{output_rules(wanted, field)}"
+    rules = output_rules(wanted, field, strictness)
+    source = f"start: {LEADING_NEWLINES if gap else ''}body\n{rules}"
     problem = grammar_error(source)
     if problem:
-        raise _refusal(wanted, field, problem)
+        raise _refusal(wanted, field, strictness, problem)
     return source
 
 
-def output_rules(wanted: StructuredOutputs, field: str) -> str:
+def output_rules(wanted: StructuredOutputs, field: str, strictness: Strictness = "plain") -> str:
     """The rule `body` in llguidance's Lark, and those that it needs."""
-    body, rules = _body(wanted, field)
+    body, rules = _body(wanted, field, strictness)
     return f"body: {body}\n{rules}"
 
 
-def _body(wanted: StructuredOutputs, field: str) -> tuple[str, str]:
+def _body(wanted: StructuredOutputs, field: str, strictness: Strictness) -> tuple[str, str]:
     """(the right side of the rule, further rules)."""
     if wanted.json is not None:
-        return f"%json {schema_json(_schema(wanted.json, field))}", ""
+        schema = _schema(wanted.json, field, strictness)
+        return f"%json {schema_json(schema, strictness == 'lenient')}", ""
     if wanted.json_object:
         return f"%json {schema_json({'type': 'object'})}", ""
     if wanted.regex is not None:
@@ -97,7 +102,7 @@ def _structural_tag(given: dict[str, Any] | str, field: str) -> tuple[str, str]:
     try:
         return structural_tag_rules(
             given,
-            json_rule=lambda schema: f"%json {schema_json(schema)}",
+            json_rule=lambda schema: f"%json {schema_json(readable(schema, 'plain'))}",
             regex_rule=regex_terminal,
             grammar_rule=lambda grammar: client_grammar(grammar, f"{field}: a grammar", field),
         )
@@ -126,7 +131,19 @@ def with_options(schema: Any, lenient: bool) -> Any:
     return {"x-guidance": options, **schema}
 
 
-def _schema(given: dict[str, Any] | str, field: str) -> Any:
+def readable(schema: Any, strictness: Strictness) -> Any:
+    """A schema as the matcher reads it; lenient: without patterns that it cannot read."""
+    schema = read_schema(schema, strictness)
+    if strictness == "lenient" and schema_error(with_options(schema, True)):
+        return without_patterns(schema, _compiles)
+    return schema
+
+
+def _compiles(pattern: str) -> bool:
+    return not schema_error({"type": "string", "pattern": pattern})
+
+
+def _schema(given: dict[str, Any] | str, field: str, strictness: Strictness) -> Any:
     schema: Any = given
     if isinstance(given, str):
         try:
@@ -137,13 +154,15 @@ def _schema(given: dict[str, Any] | str, field: str) -> Any:
             ) from None
     if problem := schema_limit_error(schema):
         raise RequestError(f"{field}: {problem}", param=field, code="invalid_grammar")
-    return schema
+    return readable(schema, strictness)
 
 
-def _refusal(wanted: StructuredOutputs, field: str, problem: str) -> RequestError:
+def _refusal(
+    wanted: StructuredOutputs, field: str, strictness: Strictness, problem: str
+) -> RequestError:
     where, text = field, one_line(problem)
     if wanted.json is not None:
-        schema = _schema(wanted.json, field)
+        schema = with_options(_schema(wanted.json, field, strictness), strictness == "lenient")
         own = schema_error(schema) or problem
         where, text = f"{field}, schema{error_path(schema, own)}", one_line(own)
     elif wanted.regex is not None:
@@ -163,21 +182,31 @@ def grammar_error(source: str) -> str:
     """What is wrong with a grammar; empty if nothing is."""
     if len(source) > MAX_GRAMMAR:
         return f"the grammar has {len(source)} characters; at most {MAX_GRAMMAR} work"
-    return _checked(source)
+    error, _ = _checked(source)
+    return error
+
+
+def grammar_notes(source: str) -> tuple[str, ...]:
+    """What of the schemas of a grammar without faults binds nothing, a line each."""
+    return tuple(one_line(note) for note in _checked(source)[1])
 
 
 _RULE = re.compile(r"^[ \t]*[?!]?[A-Za-z_]\w*[^\n:\"/]*:", re.MULTILINE)
 
 
 @lru_cache(maxsize=64)
-def _checked(source: str) -> str:
+def _checked(source: str) -> tuple[str, tuple[str, ...]]:
+    """(what is wrong, what binds nothing)."""
     if not available("llguidance"):
         raise RequestError(
             "structured outputs need llguidance, which the server cannot import; see its log"
         )
     from llguidance import LLMatcher
 
-    return run_on_stack(CHECK_STACK, lambda: str(LLMatcher.validate_grammar(source)))
+    failed, messages = run_on_stack(
+        CHECK_STACK, lambda: LLMatcher.validate_grammar_with_warnings(source)
+    )
+    return ("\n".join(messages), ()) if failed else ("", tuple(messages))
 
 
 def schema_error(schema: Any) -> str:

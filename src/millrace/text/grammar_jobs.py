@@ -13,19 +13,21 @@ from millrace.protocol import StructuredOutputs
 from millrace.text.grammar import output_grammar, output_rules
 from millrace.text.tool_grammar import tool_call_grammar
 from millrace.text.tools.schema import ToolChoice
+from millrace.text.tools.schema_dialects import Strictness
 
 
 class OutputGrammar(msgspec.Struct, frozen=True, tag="output"):
     """The grammar of structured outputs. field: the client's name for them. gap: line breaks may
-    precede the output."""
+    precede the output. strictness: of a schema."""
 
     wanted: StructuredOutputs
     field: str
     gap: bool
+    strictness: Strictness = "plain"
 
     def build(self) -> str:
         """The grammar's source. Raises RequestError that says what is wrong, and where."""
-        return output_grammar(self.wanted, self.field, self.gap)
+        return output_grammar(self.wanted, self.field, self.gap, self.strictness)
 
 
 class ToolCallGrammar(msgspec.Struct, frozen=True, tag="tools"):
@@ -33,7 +35,7 @@ class ToolCallGrammar(msgspec.Struct, frozen=True, tag="tools"):
 
     as_json: whether calls are written as JSON, else as XML. gap: line breaks may precede the
     answer. token_ids: of markers that are one token. output: what an answer without calls must
-    match; None: nothing, or every answer calls.
+    match; None: nothing. Where every answer calls, it is only checked.
     """
 
     choice: ToolChoice
@@ -46,8 +48,10 @@ class ToolCallGrammar(msgspec.Struct, frozen=True, tag="tools"):
         """The grammar's source. Raises RequestError that says what is wrong, and where."""
         body = None
         if self.output is not None:
-            self.output.build()  # for its error message, which names the field
-            body = output_rules(self.output.wanted, self.output.field)
+            output = self.output
+            output.build()  # for its error message, which names the field
+            if self.choice.mode != "required":
+                body = output_rules(output.wanted, output.field, output.strictness)
         return tool_call_grammar(self.choice, self.as_json, self.gap, self.token_ids.get, body)
 
 

@@ -28,6 +28,7 @@ from millrace.text.tool_grammar import can_constrain_auto_calls
 from millrace.text.tools.call_tags import CALL, CALL_END, FUNCTION
 from millrace.text.tools.parser import ToolCallParser
 from millrace.text.tools.schema import Tool, ToolChoice
+from millrace.text.tools.schema_dialects import Strictness
 
 
 class TextProcessor:
@@ -225,21 +226,27 @@ class TextProcessor:
             return [bare, spaced]
         return [bare]
 
-    def output_grammar(self, wanted: StructuredOutputs, field: str, reasons: bool) -> OutputGrammar:
+    def output_grammar(
+        self,
+        wanted: StructuredOutputs,
+        field: str,
+        reasons: bool,
+        strictness: Strictness = "plain",
+    ) -> OutputGrammar:
         """The grammar job of `structured_outputs`. field: the client's name for it. reasons: the
-        answer begins with reasoning, to which the grammar does not apply.
+        answer begins with reasoning, to which the grammar does not apply. strictness: of a schema.
         """
-        return OutputGrammar(wanted, field, gap=reasons)
+        return OutputGrammar(wanted, field, reasons, strictness)
 
     def tool_call_grammar(
         self,
         choice: ToolChoice,
         parser: ToolCallParser,
         reasons: bool,
-        wanted: tuple[StructuredOutputs, str] | None = None,
+        output: OutputGrammar | None = None,
     ) -> ToolCallGrammar:
-        """The grammar job of an answer that may or must call tools. wanted: what an answer without
-        calls must match, and the field that says so. Otherwise as `output_grammar`.
+        """The grammar job of an answer that may or must call tools. output: what an answer without
+        calls must match. Otherwise as `output_grammar`.
         """
         ids = {text: self.tokenizer.token_id(text) for text in (CALL, CALL_END)}
         return ToolCallGrammar(
@@ -247,7 +254,7 @@ class TextProcessor:
             self._writes_json_calls(parser),
             gap=reasons,
             token_ids={text: token for text, token in ids.items() if token is not None},
-            output=wanted and OutputGrammar(*wanted, gap=reasons),
+            output=output,
         )
 
     def grammar(self, source: str, reasons: bool) -> Grammar:

@@ -137,7 +137,9 @@ class ChatTemplate:
     """One compiled template and the special tokens that it may name.
 
     takes_parts: whether it reads a message's content also as a list of parts; others get the parts
-    joined into one text. takes_tools: whether it writes tools into the prompt.
+    joined into one text. takes_tools: whether it writes tools into the prompt. takes_systems:
+    whether it writes several system messages, wherever they stand; others get them as one, in
+    front.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
@@ -153,6 +155,8 @@ class ChatTemplate:
         self.source = source
         self._name = name
         self._tokens = dict(tokens)
+        self.takes_parts = self.takes_systems = True  # while that is tried
+        self.takes_systems = self._probe_systems()
         self.takes_parts = self._probe()
         self.takes_tools = self._probe_tools()
 
@@ -175,7 +179,10 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         values = {"tools": None, "documents": None, **self._tokens, **(variables or {})}
-        values["messages"] = [self._content(_named_reasoning(message)) for message in messages]
+        read = [self._content(_named_reasoning(message)) for message in messages]
+        if not self.takes_systems:
+            read = _systems_first(read, continue_final_message)
+        values["messages"] = read
         if continue_final_message:
             values["messages"][-1:] = map(_marked, values["messages"][-1:])
         values["add_generation_prompt"] = add_generation_prompt
@@ -206,7 +213,6 @@ class ChatTemplate:
     def _probe(self) -> bool:
         """Whether two text parts render like the one text that they make."""
         parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
-        self.takes_parts = True
         try:
             listed = self.render([{"role": "user", "content": parts}])
             return listed == self.render([{"role": "user", "content": "leftright"}])
@@ -231,6 +237,37 @@ class ChatTemplate:
             self._require_fast(error)
             return False
         return "probed_tool" in text
+
+    def _probe_systems(self) -> bool:
+        """Whether a second and a later system message show up in the prompt."""
+        names = ("first", "second", "later")
+        first, second, later = (
+            {"role": "system", "content": f"system probe {name}"} for name in names
+        )
+        turn = [{"role": "user", "content": "text"}, {"role": "assistant", "content": "text"}]
+        user = {"role": "user", "content": "text"}
+        try:
+            text = self.render([first, second, *turn, later, user])
+        except RequestError:
+            return False
+        return all(f"system probe {name}" in text for name in names)
+
+
+def _systems_first(messages: list[dict[str, Any]], continued: bool) -> list[dict[str, Any]]:
+    """The system messages as one, in front of the others. continued: the final message stays."""
+    count = len(messages) - 1 if continued else len(messages)
+    systems = [one for one in messages[:count] if one.get("role") == "system"]
+    if not systems or (len(systems) == 1 and messages[0] is systems[0]):
+        return messages
+    others = [one for one in messages[:count] if one.get("role") != "system"]
+    texts = [text for one in systems if (text := _joined(one.get("content")))]
+    return [{**systems[0], "content": "\n\n".join(texts)}, *others, *messages[count:]]
+
+
+def _joined(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
 
 
 # Stands where the final message's content ends. Its last character, a space, tells whether the

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from millrace.errors import RequestError
 from millrace.text.argument_grammar import ArgumentGrammar
 from millrace.text.grammar import (
@@ -18,6 +20,7 @@ from millrace.text.grammar import (
     grammar_error,
     literal,
     one_line,
+    readable,
     schema_error,
     schema_json,
     with_options,
@@ -47,12 +50,19 @@ def tool_call_grammar(
     precede it. token_id: of a marker that is one token; the matcher knows such a token only by its
     id. body: the rule of the same name, which an answer without calls must match.
     """
+    tools = tuple(_readable(tool) for tool in choice.tools)
+    choice = msgspec.structs.replace(choice, tools=tools)
     start = f"start: {_start(choice, gap, body is not None)}\n"
     source = start + (body or "") + _rules(choice, as_json, token_id)
     problem = grammar_error(source)
     if problem:
         raise _refusal(choice.tools, problem)
     return source
+
+
+def _readable(tool: Tool) -> Tool:
+    schema = readable(tool.parameters, "strict" if tool.strict else "lenient")
+    return msgspec.structs.replace(tool, parameters=schema)
 
 
 def can_constrain_auto_calls(token_id: TokenId) -> bool:

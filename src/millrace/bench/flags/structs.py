@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 Backend = Literal["openai", "openai-chat", "vllm"]
-Dataset = Literal["random", "prefix_repetition", "policy", "custom", "sharegpt", "trace"]
+Dataset = Literal["random", "prefix_repetition", "policy", "custom", "sharegpt", "trace", "agent"]
 PresetName = Literal["write-up", "inferencex"]
 RampStrategy = Literal["linear", "exponential"]
 RangeConvention = Literal["vllm", "inferencex"]
@@ -43,6 +43,17 @@ class LoadFlags(msgspec.Struct, frozen=True, kw_only=True):
     custom_output_len: int = 256
     sharegpt_output_len: int | None = None
     policy_output_len: int = 160
+    agent_turns: int = 12
+    agent_system_len: int = 1500
+    agent_user_len: int = 100
+    agent_output_len: int = 120
+    agent_tool_min: int = 200
+    agent_tool_max: int = 8000
+    agent_tools: float = 0.7
+    agent_aux: float = 0.25
+    agent_branch: float = 0.08
+    agent_compaction: float = 0.2
+    agent_pause: float = 5.0
     max_concurrency: int | None = None
     request_rate: float = math.inf
     burstiness: float = 1.0

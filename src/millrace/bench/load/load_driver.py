@@ -29,7 +29,8 @@ class Job(msgspec.Struct, frozen=True):
 
     index: its number in the whole workload; -1 lets the driver count. turn: its number in its
     conversation. then: makes the request of the next turn from the text of this answer; it returns
-    None at the end of the conversation.
+    None at the end of the conversation. pause: seconds to wait before it is sent. kind, base,
+    fresh: as in its record.
     """
 
     request: bytes
@@ -37,6 +38,10 @@ class Job(msgspec.Struct, frozen=True):
     index: int = -1
     turn: int = 0
     then: Callable[[str], Job | None] | None = None
+    pause: float = 0.0
+    kind: int = 0
+    base: int = -1
+    fresh: int = 1000
 
 
 class _Answered(msgspec.Struct, frozen=True):
@@ -177,6 +182,8 @@ class Load:
             following: Job | None = job
             while following is not None:
                 job = following
+                if job.pause:
+                    await asyncio.sleep(job.pause)
                 sent = await self._request(index, job, scheduled_ns)
                 if job.then is None:
                     break
@@ -267,6 +274,9 @@ class Load:
         record = RequestTiming(
             index=sent.index,
             turn=sent.job.turn,
+            kind=sent.job.kind,
+            base=sent.job.base,
+            fresh=sent.job.fresh,
             scheduled_ns=sent.scheduled_ns,
             start_ns=sent.start_ns,
             end_ns=response.end_ns,

@@ -24,6 +24,10 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
     error: None for a success. connect_ns: what opening a connection took before the start, 0 where
     one was open.
 
+    base: the turn of the same conversation whose prompt and answer this prompt begins with; -1:
+    none. fresh: permille of the prompt that no earlier request has, where there is no base. kind:
+    what it is in an agent's session, by its place in `workload.agent.KINDS`.
+
     received_ns and sent_ns: when the server read the request and sent each chunk. Only the
     benchmark's own mock servers, on the same host, send these stamps.
     """
@@ -36,6 +40,9 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int
     output_tokens: int
     turn: int = 0
+    kind: int = 0
+    base: int = -1
+    fresh: int = 1000
     counted: bool = True
     cached_tokens: int = -1
     error: str | None = None
@@ -99,6 +106,9 @@ INT_FIELDS = (
     "cached_tokens",
     "received_ns",
     "connect_ns",
+    "kind",
+    "base",
+    "fresh",
 )
 
 

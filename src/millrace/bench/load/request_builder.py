@@ -10,6 +10,14 @@ import msgspec
 
 from millrace.bench.load.load_driver import Job
 from millrace.bench.load.options import ENDPOINTS, BenchOptions
+from millrace.bench.workload.agent import (
+    KINDS,
+    AgentTurn,
+    Continuation,
+    Exchange,
+    Messages,
+    continuation,
+)
 from millrace.bench.workload.messages import is_messages, messages_text
 from millrace.bench.workload.prompts import Content, Prompt, Turn
 from millrace.common.http_client import encode_request
@@ -28,6 +36,9 @@ def make_job(options: BenchOptions, model: str, prompt: Prompt, index: int = -1)
 
     Raises UserError for a content that the API cannot take.
     """
+    if prompt.later_turns and isinstance(prompt.later_turns[0], AgentTurn):
+        first = Continuation(cast("Messages", prompt.content), (), -1, prompt.fresh)
+        return _agent_job(options, model, prompt, index, 0, first)
     return _job(options, model, _fitting(options, prompt.content), prompt, index, 0)
 
 
@@ -62,7 +73,37 @@ def _job(
     request = encode_request(
         options.target, "POST", path, msgspec.json.encode(body), options.headers
     )
-    return Job(request, prompt.input_tokens, index, turn, then)
+    return Job(request, prompt.input_tokens, index, turn, then, fresh=prompt.fresh)
+
+
+def _agent_job(
+    options: BenchOptions, model: str, prompt: Prompt, index: int, turn: int, given: Continuation
+) -> Job:
+    """Request number `turn` of a session. prompt: the session as it was made."""
+    now = cast("AgentTurn", prompt.later_turns[turn - 1]) if turn else AgentTurn("", 0)
+    output_tokens = now.output_tokens if turn else prompt.output_tokens
+    count = sum(len(str(message["content"]).split()) for message in given.messages)
+    content = _fitting(options, given.messages)
+    body = _body(options, model, content, Prompt(content, count, output_tokens))
+    path = options.endpoint or ENDPOINTS[options.backend]
+    request = encode_request(
+        options.target, "POST", path, msgspec.json.encode(body), options.headers
+    )
+
+    def then(answer: str) -> Job | None:
+        if turn == len(prompt.later_turns):
+            return None
+        line = given.line
+        if now.kind != "aux":
+            line = (*line, Exchange(turn, given.messages, answer))
+        following = cast("AgentTurn", prompt.later_turns[turn])
+        system = cast("Messages", prompt.content)[:1]
+        after = continuation(line, system, following)
+        return _agent_job(options, model, prompt, index, turn + 1, after)
+
+    return Job(
+        request, count, index, turn, then, now.pause, KINDS.index(now.kind), given.base, given.fresh
+    )
 
 
 def _with_next_turn(content: Content, answer: str, following: Turn) -> Content:

@@ -20,10 +20,11 @@ from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.client_overhead import ClientOverhead
 from millrace.bench.measure.metrics import LATENCIES, Distribution, Summary, Window, successes
 from millrace.bench.measure.prometheus_reader import prefix_hits, speculation
+from millrace.bench.measure.reuse import reuse_fields
 from millrace.bench.measure.telemetry import Observation
 from millrace.bench.report.results import hit_rate
 from millrace.bench.report.tables import aligned
-from millrace.bench.workload.prompts import Lengths, RandomSpec
+from millrace.bench.workload.prompts import AgentSpec, Lengths, RandomSpec, TraceSpec
 
 _TITLES = {
     "ttft": ("TTFT", "Time to First Token"),
@@ -84,6 +85,7 @@ def run_fields(
         "client": msgspec.to_builtins(client),
         "server": _server_fields(observation, summary),
         "prefix_cache_hit_rate": _hit_rate(observation, done),
+        **_reuse(options, outcome.records),
         **detail_fields(outcome.records),
     }
 
@@ -141,6 +143,13 @@ def _from_due(options: BenchOptions, done: Sequence[RequestTiming]) -> dict[str,
         fields[f"median_{name}_ms"] = 1e3 * float(np.median(seconds))
         fields[f"p99_{name}_ms"] = 1e3 * float(np.percentile(seconds, 99))
     return fields
+
+
+def _reuse(options: BenchOptions, records: Sequence[RequestTiming]) -> dict[str, Any]:
+    """Of workloads that say which tokens are new."""
+    if not isinstance(options.workload, AgentSpec | TraceSpec):
+        return {}
+    return {"reuse": reuse_fields(records)}
 
 
 def _per_gpu(options: BenchOptions, summary: Summary) -> dict[str, float]:
@@ -258,10 +267,28 @@ def table(result: Mapping[str, Any], shown: Iterable[str], percentiles: Sequence
         lines.append(_row("Duration (s):", steady["duration"]))
         lines.append(_row("Output token throughput (tok/s):", steady["output_throughput"]))
         lines.append(_row("Total token throughput (tok/s):", steady["total_token_throughput"]))
+    lines += _reuse_rows(result.get("reuse"))
     lines += _server_rows(result)
     lines += _client_rows(result.get("client"))
     lines.append("=" * _WIDTH)
     return "\n".join(lines)
+
+
+def _reuse_rows(reuse: Mapping[str, Any] | None) -> list[str]:
+    """TTFT by turn, and the tokens computed again."""
+    if not reuse:
+        return []
+    rows = [
+        _row(
+            f"TTFT p50 / p95 of turn {one['turns']} (ms):",
+            _pair(one, "median_ttft_ms", "p95_ttft_ms"),
+        )
+        for one in reuse["turns"]
+    ]
+    for name, found in reuse["tokens"].items():
+        label = "Recomputed / new tokens" + ("" if name == "all" else f", {name}")
+        rows.append(_row(f"{label}:", f"{found['recomputed_over_new']:.3f}"))
+    return [f"{'Conversations':-^{_WIDTH}}", *rows] if rows else []
 
 
 def _server_rows(result: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from millrace.bench.measure.metrics import LATENCIES
 from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt
 from millrace.bench.workload.files import tokenizer_counts as read_tokenizer
 from millrace.bench.workload.prompts import (
+    AgentSpec,
     PolicySpec,
     PrefixSpec,
     RandomSpec,
@@ -98,6 +99,8 @@ def _workload(flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:
     count = _count(flags, otherwise=1000)
     if kind == "policy":
         return PolicySpec(count=count, output_len=flags.policy_output_len, seed=flags.seed), None
+    if kind == "agent":
+        return _agent(flags), None
     if kind == "prefix_repetition":
         return PrefixSpec(
             count=count,
@@ -118,6 +121,13 @@ def _workload(flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:
         turns=flags.multi_turn_turns,
         seed=flags.seed,
     ), None
+
+
+def _agent(flags: LoadFlags) -> AgentSpec:
+    """Sessions; --num-prompts counts these, not their requests."""
+    names = [name for name in AgentSpec.__struct_fields__ if hasattr(flags, f"agent_{name}")]
+    values = {name: getattr(flags, f"agent_{name}") for name in names}
+    return AgentSpec(count=_count(flags, otherwise=50), seed=flags.seed, **values)
 
 
 def _from_file(kind: str, path: str, flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:

@@ -46,13 +46,15 @@ class Turn(msgspec.Struct, frozen=True):
 class Prompt(msgspec.Struct, frozen=True):
     """One request: its content (token ids, text or chat messages), the tokens (words) of that, the
     output tokens to generate, the turns that follow after the answer, and further fields of the
-    request's body."""
+    request's body. fresh: permille of the input that no earlier request has, where that is known.
+    """
 
     content: Content
     input_tokens: int
     output_tokens: int
     later_turns: tuple[Turn, ...] = ()
     extra: dict[str, Any] = {}
+    fresh: int = 1000
 
 
 class RandomSpec(msgspec.Struct, frozen=True, kw_only=True, tag="random"):
@@ -131,7 +133,31 @@ class TraceSpec(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     source: str = "trace"
 
 
-Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec | TraceSpec
+class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, tag="agent"):
+    """Sessions of an agent; see `workload.agent`. Lengths are in words.
+
+    turns: requests of a session, without auxiliary calls. tools: the share of turns that bring a
+    tool's result, of tool_min to tool_max words. aux, branch: how likely each is before a turn, and
+    compaction in a session. pause: mean seconds before a message of the user.
+    """
+
+    count: int | None
+    turns: int = 12
+    system_len: int = 1500
+    user_len: int = 100
+    output_len: int = 120
+    tool_min: int = 200
+    tool_max: int = 8000
+    tools: float = 0.7
+    aux: float = 0.25
+    branch: float = 0.08
+    compaction: float = 0.2
+    pause: float = 5.0
+    vocab_size: int = 1000
+    seed: int = 0
+
+
+Workload = RandomSpec | PrefixSpec | PolicySpec | FileSpec | TraceSpec | AgentSpec
 
 
 def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Prompt]:
@@ -147,6 +173,10 @@ def prompt_maker(spec: Workload, *, as_text: bool = False) -> Callable[[int], Pr
         return _trace_maker(spec, as_text)
     if isinstance(spec, PolicySpec):
         return _policy_maker(spec, as_text)
+    if isinstance(spec, AgentSpec):
+        from millrace.bench.workload.agent import agent_maker  # builds on this module
+
+        return agent_maker(spec)
     if isinstance(spec, PrefixSpec):
         return _prefix_maker(spec, as_text)
     return _conversation_maker(spec) if spec.turns > 1 else _random_maker(spec, as_text)
@@ -172,6 +202,11 @@ def _draw(rng: np.random.Generator, length: int, vocabulary: int) -> list[int]:
 
 def _words(ids: Sequence[int]) -> str:
     return " ".join([_WORDS[i] for i in ids])
+
+
+def words(rng: np.random.Generator, count: int) -> str:
+    """So many random words."""
+    return _words(_draw(rng, count, len(_WORDS)))
 
 
 _SHARED = 1 << 40  # key of what several items share; no item has this number
@@ -226,6 +261,7 @@ def _prefix_maker(spec: PrefixSpec, as_text: bool) -> Callable[[int], Prompt]:
 
 def _trace_maker(spec: TraceSpec, as_text: bool) -> Callable[[int], Prompt]:
     vocabulary = len(_WORDS) if as_text else spec.vocab_size
+    fresh = _fresh_shares(spec)
 
     def make(index: int) -> Prompt:
         row = spec.rows[index % len(spec.rows)]
@@ -234,9 +270,26 @@ def _trace_maker(spec: TraceSpec, as_text: bool) -> Callable[[int], Prompt]:
             ids += _draw(_generator(spec.seed, 1, block), spec.block_tokens, vocabulary)
         rest = max(0, row.input_tokens - len(ids))
         ids = ids[: row.input_tokens] + _draw(_generator(spec.seed, 0, index), rest, vocabulary)
-        return Prompt(_words(ids) if as_text else ids, len(ids), row.output_tokens)
+        content = _words(ids) if as_text else ids
+        share = fresh[index] if index < len(fresh) else 1000 * rest // len(ids)
+        return Prompt(content, len(ids), row.output_tokens, fresh=share)
 
     return make
+
+
+def _fresh_shares(spec: TraceSpec) -> list[int]:
+    """Permille of each row's tokens that lie in no block of an earlier row."""
+    seen: set[int] = set()
+    shares = []
+    for row in spec.rows:
+        known = 0
+        for block in row.blocks:
+            if block not in seen:
+                break
+            known += spec.block_tokens
+        seen.update(row.blocks)
+        shares.append(round(1000 * max(0, row.input_tokens - known) / row.input_tokens))
+    return shares
 
 
 def _policy_maker(spec: PolicySpec, as_text: bool) -> Callable[[int], Prompt]:
@@ -294,6 +347,10 @@ def check_spec(spec: Workload) -> None:
         }
     elif isinstance(spec, PolicySpec):
         positive["--policy-output-len"] = spec.output_len
+    elif isinstance(spec, AgentSpec):
+        from millrace.bench.workload.agent import check_agent  # builds on this module
+
+        check_agent(spec)
     for flag, value in positive.items():
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: use 1 or more")
@@ -367,6 +424,8 @@ def _kind(spec: Workload) -> str:
         return f"requests of {spec.source}"
     if isinstance(spec, PolicySpec):
         return "questions about policies"
+    if isinstance(spec, AgentSpec):
+        return f"sessions of {spec.turns} turns"
     if isinstance(spec, PrefixSpec):
         return f"prompts on {spec.num_prefixes} prefixes of {spec.prefix_len}"
     kind = "random prompts" if spec.turns == 1 else f"conversations of {spec.turns} turns"

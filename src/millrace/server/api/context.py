@@ -24,7 +24,7 @@ from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_sal
 from millrace.errors import RequestError
 from millrace.lengths import check_lengths
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
-from millrace.server.api.fields import OPENAI, FieldRules, parse_body
+from millrace.server.api.fields import OPENAI, FieldRules, parse_body, warn_once
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
 from millrace.server.api.prompts import Prompt
@@ -236,6 +236,8 @@ class ApiContext:
             code="invalid_grammar",
         )
         assert isinstance(answer, Source)
+        for note in answer.notes:
+            warn_once(f"{field}: this part of a schema that is not strict binds nothing: {note}")
         return self.processor.grammar(answer.text, reasons)
 
     async def _run_sandboxed(

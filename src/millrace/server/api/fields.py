@@ -24,6 +24,7 @@ from millrace.server.api.request_schema import (
     ModelRequest,
 )
 from millrace.text.files import SamplingDefaults
+from millrace.text.tools.schema_dialects import Strictness
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def field_rules(kind: type[ModelRequest], own: FieldRules = OPENAI) -> FieldRule
     elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
     for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
         for field in msgspec.structs.fields(other):
-            if field.name not in kind.__struct_fields__:
+            if field.name not in {*kind.__struct_fields__, *own.harmless}:
                 neutral = () if field.required else (field.default,)
                 elsewhere[field.name] = (neutral, f"it belongs to {path}")
     return FieldRules({**elsewhere, **own.refused}, own.harmless)
@@ -123,6 +124,7 @@ _PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
 _split_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _warned: set[str] = set()
+_MOST_WARNINGS = 1000
 
 
 def parse_body(
@@ -209,7 +211,7 @@ def _check_other_field(name: str, raw: msgspec.Raw, rules: FieldRules) -> None:
                 code="unsupported_parameter",
             )
     elif name not in rules.harmless:
-        _warn_once(name)
+        warn_once(f"unknown field {name[:80]!r} is ignored")
 
 
 def _is_neutral(raw: msgspec.Raw, neutrals: tuple[Any, ...]) -> bool:
@@ -229,10 +231,11 @@ def _same(value: Any, neutral: Any) -> bool:
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _warn_once(name: str) -> None:
-    if name not in _warned and len(_warned) < 1000:
-        _warned.add(name)
-        logger.warning("unknown field %.80r is ignored", name)
+def warn_once(message: str) -> None:
+    """Log what a client's field does not do; each message once, and at most a thousand of them."""
+    if message not in _warned and len(_warned) < _MOST_WARNINGS:
+        _warned.add(message)
+        logger.warning("%.300s", message)
 
 
 def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> SamplingParams:
@@ -319,8 +322,16 @@ def _prompt_logprobs(body: GenerationRequest) -> int | None:
     return body.prompt_logprobs
 
 
-def structured_outputs(body: GenerationRequest) -> tuple[StructuredOutputs, str] | None:
-    """What the answer must match, and the name of the field that says so. Raises RequestError."""
+class WantedOutput(NamedTuple):
+    """What an answer must match, the field that says so, and how strict its schema is."""
+
+    outputs: StructuredOutputs
+    field: str
+    strictness: Strictness
+
+
+def structured_outputs(body: GenerationRequest) -> WantedOutput | None:
+    """What the answer must match. Raises RequestError."""
     found = [
         (name, wanted)
         for name, wanted in (
@@ -341,8 +352,9 @@ def structured_outputs(body: GenerationRequest) -> tuple[StructuredOutputs, str]
         known = ", ".join(StructuredOutputs.__struct_fields__)
         message = f"{name}.{unknown[0]} is not supported; {known} are"
         raise RequestError(message, param=name, code="unsupported_parameter")
+    strictness = _strictness(body.response_format)
     try:
-        return msgspec.convert(wanted, StructuredOutputs), name
+        return WantedOutput(msgspec.convert(wanted, StructuredOutputs), name, strictness)
     except msgspec.ValidationError as error:
         raise _invalid_field(name, str(error)) from None
 
@@ -356,28 +368,60 @@ def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
 
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """OpenAI's three kinds, and vLLM's fourth, as fields of structured_outputs."""
+    """OpenAI's three kinds, and vLLM's fourth, as fields of structured_outputs.
+
+    A schema may stand beside the type as well, as llama.cpp, Together and Fireworks have it.
+    """
     kind = (given or {}).get("type")
     if given is None or kind == "text":
         return None
-    if kind == "json_object":
-        return {"json_object": True}
     if kind == "structural_tag":
         return {"structural_tag": given}
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         message = (
             "response_format.type must be text, json_object, json_schema or structural_tag, "
             f"got {kind!r}"
         )
         raise RequestError(message, param="response_format")
-    described = given.get("json_schema")
-    schema = described.get("schema") if isinstance(described, dict) else None
+    schema = _given_schema(given)
+    if kind == "json_object" and schema is None:
+        return {"json_object": True}
     if not isinstance(schema, dict):
         raise RequestError(
             "response_format.json_schema.schema must be a JSON schema, an object",
             param="response_format",
         )
+    if kind == "json_object":
+        return {"json": {"type": "object", **schema}}
     return {"json": schema or {"type": ["object", "array", "string", "number", "boolean", "null"]}}
+
+
+def _given_schema(given: dict[str, Any]) -> Any:
+    """The schema of a response_format, wherever it stands; None if there is none.
+
+    What else stands there changes nothing, and is logged if nobody knows it.
+    """
+    described = given.get("json_schema")
+    inner = described if isinstance(described, dict) else {}
+    known = {"type", "json_schema", "schema", "strict", "name", "description"}
+    for name in sorted([*(given.keys() - known), *(inner.keys() - known)]):
+        warn_once(f"unknown field {f'response_format.{name}'[:80]!r} is ignored")
+    schema = inner.get("schema")
+    return given.get("schema") if schema is None else schema
+
+
+def _strictness(response_format: dict[str, Any] | None) -> Strictness:
+    """How a response_format's schema is bound; others have no `strict`."""
+    given = response_format or {}
+    described = given.get("json_schema")
+    strict = described.get("strict") if isinstance(described, dict) else None
+    strict = given.get("strict") if strict is None else strict
+    if strict not in (None, True, False):
+        raise RequestError(
+            f"response_format.json_schema.strict must be true or false, got {strict!r:.60}",
+            param="response_format",
+        )
+    return "plain" if strict is None else "strict" if strict else "lenient"
 
 
 _Number = TypeVar("_Number", int, float)

@@ -30,6 +30,7 @@ from millrace.server.sandbox.jobs import (
     answer_framing,
     job_framing,
 )
+from millrace.text.grammar import grammar_notes
 from millrace.text.tokenizer import Tokenizer
 
 READ_BYTES = 1 << 20
@@ -81,7 +82,8 @@ def _answer(job: Job, tokenizer: Tokenizer | None) -> Answer:
         if isinstance(job, EncodeText):
             assert tokenizer is not None
             return _encoded(job, tokenizer)
-        return Source(job.build())
+        source = job.build()
+        return Source(source, list(grammar_notes(source)))
     except RequestError as error:
         return Refused(str(error), error.param, error.code)
 

@@ -35,9 +35,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Source(msgspec.Struct, frozen=True, tag="source"):
-    """The source of a grammar that compiles."""
+    """The source of a grammar that compiles. notes: what of its schemas binds nothing."""
 
     text: str
+    notes: list[str] = []
 
 
 class TokenIds(msgspec.Struct, frozen=True, tag="tokens"):

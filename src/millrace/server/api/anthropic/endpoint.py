@@ -189,12 +189,14 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
-    content = block.get("content") or ""
-    return {
-        "role": "tool",
-        "tool_call_id": block.get("tool_use_id"),
-        "content": _text(content, f"{where}.content"),
-    }
+    """A tool's result. Templates have no field for a failure, so its text says it."""
+    text = _text(block.get("content") or "", f"{where}.content")
+    failed = block.get("is_error")
+    if not isinstance(failed, bool | None):
+        raise RequestError(f"{where}.is_error must be true or false", param=where.split(".")[0])
+    if failed:
+        text = f"Error: {text}" if text else "Error: the tool failed and said nothing."
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:

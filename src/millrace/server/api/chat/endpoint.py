@@ -178,16 +178,17 @@ def _grammar_job(
     """The grammar that the answer must match, if there is one, to be built."""
     processor, parser = context.processor, context.tool_call_parser
     wanted = structured_outputs(body)
-    if choice.mode == "required" and wanted is not None:
-        raise RequestError(
-            f"{wanted[1]} and tool_choice exclude each other; give one", param=wanted[1]
-        )
-    calls_only = wanted is None and parser != "none"
-    if choice.mode == "required" or (calls_only and processor.constrains_auto_calls(choice)):
-        return processor.tool_call_grammar(choice, parser, reasons)
-    if wanted is not None and choice.mode == "auto" and parser != "none":
-        return processor.tool_call_grammar(choice, parser, reasons, wanted)
-    return wanted and processor.output_grammar(*wanted, reasons)
+    output = None
+    if wanted is not None:
+        outputs, field, strictness = wanted
+        output = processor.output_grammar(outputs, field, reasons, strictness)
+    if parser != "none" and (
+        choice.mode == "required"
+        or (choice.mode == "auto" and output is not None)
+        or processor.constrains_auto_calls(choice)
+    ):
+        return processor.tool_call_grammar(choice, parser, reasons, output)
+    return output
 
 
 def _parser(context: ApiContext, choice: ToolChoice, starts_with_reasoning: bool) -> AnswerParser:

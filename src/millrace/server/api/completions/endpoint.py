@@ -79,7 +79,8 @@ class Completions:
         wanted = structured_outputs(body)
         if wanted is None:
             return None
-        job = self._context.processor.output_grammar(*wanted, reasons=False)
+        outputs, field, strictness = wanted
+        job = self._context.processor.output_grammar(outputs, field, False, strictness)
         return await self._context.grammar(job, reasons=False)
 
     async def _request(

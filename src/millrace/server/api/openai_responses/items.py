@@ -99,7 +99,7 @@ def _messages(instructions: str | None, items: Sequence[Item]) -> list[dict[str,
         thought = ""
     if thought:
         messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
-    return _system_first(messages)
+    return messages
 
 
 def _with_thought(message: dict[str, Any], thought: str) -> list[dict[str, Any]]:
@@ -169,16 +169,6 @@ def _thought(item: Item) -> str:
         if texts:
             return "\n".join(texts)
     return ""
-
-
-def _system_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All system messages joined into one: templates take one, as the first message."""
-    system = [one for one in messages if one["role"] in ("system", "developer")]
-    if len(system) < 2:
-        return messages
-    others = [one for one in messages if one["role"] not in ("system", "developer")]
-    text = "\n\n".join(one["content"] for one in system)
-    return [{"role": "system", "content": text}, *others]
 
 
 def _effort(given: Mapping[str, Any] | None) -> str | None:

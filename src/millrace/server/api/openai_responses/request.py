@@ -117,7 +117,8 @@ def response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     wanted = (given or {}).get("format")
     if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema":
         return dict(wanted) if isinstance(wanted, Mapping) else None
-    return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+    described = {name: wanted[name] for name in ("schema", "strict") if name in wanted}
+    return {"type": "json_schema", "json_schema": described}
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,139 @@
+"""A client's JSON schema as the matcher reads it: without what says nothing, in one dialect.
+
+Schemas come from many generators (pydantic, zod, OpenAPI). They hold annotations, keywords with a
+value that allows everything, and keywords that others of the matcher's say as well. What is left
+means the same. Knows no tool and no grammar; which keywords the matcher has is known there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from millrace.text.tools.text_patterns import FORMATS
+
+Strictness = Literal["strict", "plain", "lenient"]
+"""strict: the client said so, and what cannot be bound is refused, unknown formats too. plain: it
+said nothing; an unknown format is an annotation, as JSON Schema has it. lenient: it said `strict:
+false`, and what cannot be bound binds nothing."""
+
+_ONE = (
+    "items", "additionalItems", "additionalProperties", "not", "contains", "propertyNames", "if",
+    "then", "else", "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+_LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_EVERYTHING: tuple[Any, ...] = (True, {})
+_DIALECT = re.compile(r"https?://json-schema\.org/(draft-0[3467]|draft/20(?:19-09|20-12))/schema#?")
+_UNANCHORED = "://json-schema.org/"
+
+
+def read_schema(schema: Any, strictness: Strictness) -> Any:
+    """The schema without what says nothing. Its depth is bounded by `schema_limit_error`."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: _part(key, value, strictness) for key, value in schema.items()}
+    _read_dialect(found)
+    _drop_neutral(found)
+    _read_names(found)
+    form = found.get("format")
+    if strictness != "strict" and isinstance(form, str) and form not in FORMATS:
+        del found["format"]
+    return found
+
+
+def _part(key: str, value: Any, strictness: Strictness) -> Any:
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: read_schema(part, strictness) for name, part in value.items()}
+    if key in _LISTED and isinstance(value, list):
+        return [read_schema(part, strictness) for part in value]
+    if key in _ONE:
+        return read_schema(value, strictness)
+    return value
+
+
+def _read_dialect(schema: dict[str, Any]) -> None:
+    """`$schema` under the name that the matcher has; dropped where it names another language."""
+    if "$schema" not in schema:
+        return
+    known = _DIALECT.fullmatch(str(schema["$schema"]))
+    if known is None:
+        del schema["$schema"]
+        return
+    scheme = "https" if known[1].startswith("draft/") else "http"
+    schema["$schema"] = f"{scheme}{_UNANCHORED}{known[1]}/schema"
+
+
+def _drop_neutral(schema: dict[str, Any]) -> None:
+    """Keywords whose value allows everything."""
+    if schema.get("uniqueItems") is False or schema.get("maxItems") in (0, 1):
+        schema.pop("uniqueItems", None)
+    if schema.get("contains") is None or (
+        schema.get("minContains") == 0 and "maxContains" not in schema
+    ):
+        for key in ("contains", "minContains", "maxContains"):
+            schema.pop(key, None)
+    if "if" not in schema or not schema.keys() & {"then", "else"}:
+        for key in ("if", "then", "else"):
+            schema.pop(key, None)
+    for key in ("unevaluatedItems", "unevaluatedProperties", "propertyNames"):
+        if schema.get(key) in _EVERYTHING:
+            del schema[key]
+    for key in ("dependentRequired", "dependentSchemas", "dependencies"):
+        if schema.get(key) == {}:
+            del schema[key]
+    if schema.get("not") is False:
+        del schema["not"]
+    schema.pop("$dynamicAnchor", None)  # `$dynamicRef` is refused by its own name
+
+
+def _read_names(schema: dict[str, Any]) -> None:
+    """`propertyNames` of a map, as properties or patternProperties."""
+    names = schema.get("propertyNames")
+    if not isinstance(names, dict):
+        return
+    words = names.keys() - {"title", "description"}
+    if names.get("type", "string") == "string":
+        words -= {"type"}
+    if not words:
+        del schema["propertyNames"]
+        return
+    if schema.keys() & {"properties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}:
+        return
+    values = schema.get("additionalProperties", True)
+    listed = names.get("enum")
+    if words == {"enum"} and isinstance(listed, list) and all(type(one) is str for one in listed):
+        schema["properties"] = dict.fromkeys(listed, values)
+    elif words == {"pattern"} and isinstance(names["pattern"], str):
+        schema["patternProperties"] = {names["pattern"]: values}
+    else:
+        return
+    schema["additionalProperties"] = False
+    del schema["propertyNames"]
+
+
+def without_patterns(schema: Any, compiles: Callable[[str], bool]) -> Any:
+    """The schema without the patterns that the matcher cannot read: they bind nothing."""
+    if isinstance(schema, list):
+        return [without_patterns(part, compiles) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for key in (*_ONE, *_LISTED):
+        if isinstance(found.get(key), (Mapping, list)):
+            found[key] = without_patterns(found[key], compiles)
+    for key in _NAMED:
+        if isinstance(found.get(key), Mapping):
+            parts = found[key].items()
+            found[key] = {name: without_patterns(part, compiles) for name, part in parts}
+    if isinstance(found.get("pattern"), str) and not compiles(found["pattern"]):
+        del found["pattern"]
+    patterns = found.get("patternProperties")
+    if isinstance(patterns, Mapping):
+        found["patternProperties"] = {
+            name: part for name, part in patterns.items() if compiles(name)
+        }
+        if len(found["patternProperties"]) < len(patterns):
+            found.pop("additionalProperties", None)  # it may have been meant for the other names
+    return found
