@@ -12,23 +12,26 @@ import msgspec
 import pytest
 import torch
 
-from millrace.config import token_buckets
+from millrace.config import EngineConfig, token_buckets
 from millrace.kernels.gpu.gemm import prebuild
 from millrace.model.build import build_model
 from millrace.model.config import read_config
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.profile_run import (
-    _contexts,
-    _few_slots,
+    FEW_TOKENS,
+    ProfileRun,
+    declared_warmup,
     row_counts,
-    run_largest_steps,
     token_counts,
 )
 from millrace.runtime.step.cuda_graphs import bucket_sizes
+from millrace.runtime.step.inputs import tokens_of
 from millrace.runtime.worker import compile_in_background, gpu_memory_budget
 from tests.kernels.gpu.gpu_support import HAS_TRITON
 from tests.kernels.gpu.test_gemm_choice import MEASURED, TABLES
-from tests.support.engines import build
+from tests.support.engines import build, watch_drafts
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 SIZES: list[dict[str, Any]] = [
     {},
@@ -38,13 +41,25 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
+def as_cuda(config: EngineConfig, **changes: Any) -> EngineConfig:
+    """The configuration of the same engine on a GPU, whose kernels declare what they need."""
+    return msgspec.structs.replace(config, device="cuda", **changes)
+
+
+def config_of(model: Path, **options: Any) -> EngineConfig:
+    config = build(model, **options).config
+    assert config is not None
+    return config
+
+
 @pytest.mark.parametrize("options", SIZES)
-def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, Any]) -> None:
+def test_the_steps_run_on_one_page(tiny_model: Path, options: dict[str, Any]) -> None:
+    """As many tokens and drafted rows as are said, and every result is a number."""
     worker: Any = build(tiny_model, **options).worker
-    config = worker.config
-    runner = worker.build_runner(_few_slots(config), 1, 0)
+    profile = ProfileRun.of(as_cuda(worker.config))
+    runner = worker.build_runner(ProfileRun(worker.config, profile.steps).scratch_config, 1, 0)
     tokens: list[int] = []
-    forward = runner._model.forward
+    forward = worker.model.forward
 
     def noted(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         tokens.append(len(ids))
@@ -52,43 +67,55 @@ def test_the_largest_steps_run_on_one_page(tiny_model: Path, options: dict[str, 
         assert hidden[-1].isfinite().all()  # without drafts only ends are asked for
         return hidden
 
-    runner._model.forward = noted
+    worker.model.forward = noted
     drafted: list[int] = []
-    draft = runner._sampler.draft
-    runner._sampler.draft = lambda *given: drafted.append(len(given[0])) or draft(*given)
-    run_largest_steps(config, runner)
-    most = config.max_num_seqs * (config.max_model_len - 1)
-    few, (alone, mixed, short) = tokens[:-3], tokens[-3:]
-    assert few == [config.drafts + 2] * len(_contexts(config))
+    if worker.config.drafts:
+        watch_drafts(runner, lambda rows, count: drafted.append(len(rows.slots)))
+    profile.run(runner)
+    assert tokens == [tokens_of(plan, worker.config.drafts + 1) for plan in profile.steps]
+    assert set(tokens) <= set(token_counts(profile.config))
+    assert len(drafted) == (len(tokens) if worker.config.drafts else 0)
+    assert set(drafted) <= set(row_counts(profile.config))
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_the_largest_steps_and_those_that_kernels_declare(
+    tiny_model: Path, options: dict[str, Any]
+) -> None:
+    config = config_of(tiny_model, **options)
+    width, most = config.drafts + 1, config.max_num_seqs * (config.max_model_len - 1)
+    counts = [tokens_of(plan, width) for plan in ProfileRun.of(as_cuda(config)).steps]
+    alone, mixed = (tokens_of(plan, width) for plan in ProfileRun.of(config).steps)
     assert alone == min(config.max_num_batched_tokens, most)
-    decoding = config.max_num_seqs * (config.drafts + 1)
-    assert mixed == decoding + min(config.mixed_prefill_tokens, most)
-    assert 0 < short <= min(48, most)
-    assert set(tokens) <= set(token_counts(config))
-    assert len(drafted) == len(tokens) * config.drafts
-    assert set(drafted) <= set(row_counts(config))
+    assert mixed == config.max_num_seqs * width + min(config.mixed_prefill_tokens, most)
+    declared = declared_warmup(as_cuda(config))
+    asked = [shape.decode * width + sum(n for _, n in shape.prompts) for shape in declared.steps]
+    few = [count for count in asked if count <= FEW_TOKENS]
+    assert few
+    rest = [count for count in asked if count > FEW_TOKENS]
+    assert counts == [*few, alone, mixed, *rest]
+    assert declared.snapshots
+    assert not declared_warmup(config).snapshots  # a CPU compiles nothing
 
 
 @pytest.mark.parametrize("options", SIZES)
 def test_the_token_counts_of_graphs_are_known_before(
     tiny_model: Path, options: dict[str, Any]
 ) -> None:
-    config = build(tiny_model, **options).worker.config  # type: ignore[attr-defined]
+    config = as_cuda(config_of(tiny_model, **options))
     rows = bucket_sizes(config.max_num_seqs)  # and the draft head has one token of each
     assert set(rows) <= set(row_counts(config))
     counts = token_counts(config)
     assert {*rows, *(n * (config.drafts + 1) for n in rows)} <= set(counts)
     assert len(counts) < 120
-    args = msgspec.structs.replace(config.args, enforce_eager=True)
-    eager = msgspec.structs.replace(config, args=args)
+    eager = as_cuda(config, args=msgspec.structs.replace(config.args, enforce_eager=True))
     assert len(token_counts(eager)) <= 4
     assert len(row_counts(eager)) <= 4
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_gemms_are_compiled_at_every_bound_of_their_backends(tiny_model: Path, name: str) -> None:
-    config = build(tiny_model).worker.config  # type: ignore[attr-defined]
-    config = msgspec.structs.replace(config, max_num_batched_tokens=8192, max_num_seqs=1)
+    config = as_cuda(config_of(tiny_model), max_num_batched_tokens=8192, max_num_seqs=1)
     table = json.loads(MEASURED.joinpath(name).read_text())["fp8_products"]
     bounds = {bound for lines in table.values() for bound, _ in lines}
     assert bounds | set(token_buckets(config.most_mixed_tokens)) <= set(token_counts(config))
@@ -113,8 +140,7 @@ def test_what_is_compiled_in_the_background(
     model = build_model(
         read_config(directory), dtype=torch.bfloat16, mtp=True, keep_quantized=True, draft_fp8=None
     )
-    config = build(directory, dtype="float32", max_num_seqs=20).worker.config  # type: ignore[attr-defined]
-    config = msgspec.structs.replace(config, device="cuda", dtype=dtype)
+    config = as_cuda(config_of(directory, dtype="float32", max_num_seqs=20), dtype=dtype)
     with ExitStack() as beside:
         compile_in_background(config, model, beside)
         assert not ended
@@ -148,18 +174,13 @@ def test_memory_is_measured_once_compilers_are_gone(monkeypatch: pytest.MonkeyPa
     assert order == ["profile run", "stop compilers", "read memory"]
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_steps_find_attention_of_decode_rows_compiled(tiny_model: Path, heads: int) -> None:
+def test_steps_find_attention_of_decode_rows_compiled(heads: int) -> None:
     """For every number of parts, which depends on rows and context."""
-    from millrace.kernels.gpu.attention import decode
+    from millrace.kernels.gpu.attention.decode import contexts_of_parts, key_parts
 
-    def parts(rows: int, context: int) -> int:
-        return decode._decode_config(rows * heads, context, False)[1]
-
-    config = build(tiny_model).worker.config  # type: ignore[attr-defined]
-    config = msgspec.structs.replace(config, max_model_len=262144)
-    contexts = _contexts(config)
+    contexts = contexts_of_parts(262144)
     for drafts in (0, 1, 6):  # the last draft's row stands so much further
-        known = {parts(1, context + drafts) for context in contexts}
-        assert known == {parts(n, c) for n in (1, 30, 256) for c in range(50, 20000, 50)}
+        known = {key_parts(heads, context + drafts) for context in contexts}
+        ran = {key_parts(n * heads, c) for n in (1, 30, 256) for c in range(50, 20000, 50)}
+        assert known == ran

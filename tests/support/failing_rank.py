@@ -32,8 +32,9 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
     plan_memory, record = Worker.divide_memory, StepGraphs._capture
 
     def plan(self: Worker) -> Any:
-        scratch = self.build_runner(profile_run._few_slots(self.config), 1, 0)
-        profile_run.run_largest_steps(self.config, scratch)
+        profile = profile_run.ProfileRun.of(self.config)
+        scratch = self.build_runner(profile.scratch_config, 1, 0)
+        profile.run(scratch)
         scratch.capture(self.config)
         return plan_memory(self)
 
@@ -61,7 +62,7 @@ def fail_at(stage: str, fail: Callable[[], None]) -> None:
         "groups": (ranks, "form_groups"),
         "measuring": (worker.AllReduce, "measure"),
         "weights": (worker, "load_model"),
-        "profile run": (profile_run, "run_largest_steps"),
+        "profile run": (profile_run.ProfileRun, "run"),
         "capture": (runner.Runner, "capture"),
         "first step": (worker.Worker, "follow"),
     }[stage]

@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -61,15 +61,25 @@ def op(reference: Callable[P, R]) -> Callable[P, R]:
 
 def find_fast_path(device: str, module: str, name: str) -> Callable[..., Any] | None:
     """The fast path of op `name` of `module` on "cpu" or "gpu"; None: the reference runs."""
+    found: Callable[..., Any] | None = getattr(_fast_module(device, module), name, None)
+    return found
+
+
+def _fast_module(device: str, module: str) -> ModuleType | None:
     package, _, leaf = module.rpartition(".")
     fast_module = f"{package}.{device}.{leaf}"
     try:
-        found: Callable[..., Any] | None = getattr(importlib.import_module(fast_module), name, None)
+        return importlib.import_module(fast_module)
     except ModuleNotFoundError as error:
         if error.name not in (fast_module, f"{package}.{device}"):
             raise  # the fast path exists, but a package that it needs does not
         return None
-    return found
+
+
+def fast_modules(device: str) -> list[ModuleType]:
+    """The modules of fast paths for "cpu" or "gpu". Imports the references, too."""
+    modules = dict.fromkeys(module for module, _ in all_ops())
+    return [found for module in modules if (found := _fast_module(device, module))]
 
 
 def all_ops() -> list[tuple[str, str]]:

@@ -2,26 +2,29 @@
 
 The steps run on scratch caches of one page: a block table of zeros sends every key and value to the
 null page, and all decode rows use the null slot. So only the workspace is allocated, which is
-measured, and what the steps compile is compiled before the first request. All ranks do the same.
+measured. What kernels need to have run before the first request runs with them: the kernels declare
+it (`kernels/warmup.py`). All ranks do the same.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from millrace.config import EngineConfig, token_buckets
+from millrace.kernels import warmup
+from millrace.kernels.warmup import StepLimits, StepShape, Warmup
 from millrace.protocol import Admission, Chunk, StepPlan
 from millrace.runtime.step.cuda_graphs import GraphSizes, bucket_sizes
+from millrace.runtime.step.inputs import tokens_of
 from millrace.runtime.step.runner import Runner
 
-SHORT = 16  # tokens of a short prompt
-SEVERAL = 3  # prompts that make several
+FEW_TOKENS = 16  # steps of no more use none of the GEMM kernels that other processes compile
 GRAPH_BYTES = 8 << 20  # of the driver's, for each graph: an allowance, for models of 64 layers
-BETWEEN = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 
 def workspace_bytes(
@@ -35,10 +38,11 @@ def workspace_bytes(
     has a limit, so it ends if ranks have failed.
     """
     _collect(wait_for_device)
-    runner = build(_few_slots(config))
+    profile = ProfileRun.of(config)
+    runner = build(profile.scratch_config)
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    run_largest_steps(config, runner)
+    profile.run(runner)
     wait_for_device()
     steps = torch.cuda.max_memory_reserved() - before
     graphs = 0
@@ -54,87 +58,91 @@ def workspace_bytes(
     return steps + graphs
 
 
-def run_largest_steps(config: EngineConfig, runner: Runner) -> None:
-    """Run a decode row with one prompt token at growing contexts, which need different kernels.
+@dataclass(frozen=True, slots=True)
+class ProfileRun:
+    """The steps that run before any request, in their order.
 
-    Then run the largest step with prompts only, the largest with decode rows and prompts, and
-    several short prompts. The first steps have too few tokens for DeepGEMM, whose kernels other
-    processes compile meanwhile.
+    First those of few tokens, since other processes compile the GEMMs of the others; then the
+    largest step with prompts only, and the largest with decode rows and prompts; then all others
+    that kernels ask for.
     """
-    for context in _contexts(config):
-        runner.run(_step([Chunk(1, 0, 1, last=True)], [0], context))
-    runner.run(_step(_chunks(config, config.max_num_batched_tokens), []))
-    runner.run(_step(_chunks(config, config.mixed_prefill_tokens), [0] * config.max_num_seqs))
-    runner.run(_step(_short(config), []))
+
+    config: EngineConfig
+    steps: tuple[StepPlan, ...]
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> ProfileRun:
+        declared = [_step(shape) for shape in declared_warmup(config).steps]
+        width = config.drafts + 1
+        few = [plan for plan in declared if tokens_of(plan, width) <= FEW_TOKENS]
+        others = [plan for plan in declared if tokens_of(plan, width) > FEW_TOKENS]
+        return cls(config, (*few, *(_step(shape) for shape in _largest(config)), *others))
+
+    @property
+    def scratch_config(self) -> EngineConfig:
+        """With as many slots as prompts of a step."""
+        slots = max(len(plan.chunks) for plan in self.steps)
+        return msgspec.structs.replace(self.config, max_num_seqs=slots)
+
+    def run(self, runner: Runner) -> None:
+        for plan in self.steps:
+            runner.run(plan)
+
+
+# --- sizes -------------------------------------------------------------------------------------
 
 
 def token_counts(config: EngineConfig) -> list[int]:
-    """Token counts of a step's GEMMs: those of the profile run, and of later steps.
+    """Token counts of a step's GEMMs: those of the profile run, and where kernels change.
 
-    Steps with prompts that run in no graph may have any number. Kernels are tiled by 16 and 32
-    tokens and by multiples of 64, and GEMM backends (kernels/gpu/gemm/choice.py) change there and
-    at a few numbers between. So each of these covers the smaller ones; large ones differ little.
+    Steps with prompts that run in no graph may have any number; each number here stands for those
+    between it and the next smaller one.
     """
-    width, batched = config.drafts + 1, config.max_num_batched_tokens
-    alone, beside, short = (
-        sum(chunk.count for chunk in chunks)
-        for chunks in (
-            _chunks(config, batched),
-            _chunks(config, config.mixed_prefill_tokens),
-            _short(config),
-        )
-    )
-    counts = {alone, beside + config.max_num_seqs * width, short, 1 + width}
+    width = config.drafts + 1
+    counts = {tokens_of(plan, width) for plan in ProfileRun.of(config).steps}
     if not config.args.enforce_eager:
         counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
-        counts |= {*BETWEEN, *range(64, min(batched, 4096) + 1, 64), *range(1024, batched, 1024)}
+        counts |= declared_warmup(config).tokens
         counts |= set(token_buckets(config.most_mixed_tokens))
     return sorted(counts)
 
 
 def row_counts(config: EngineConfig) -> list[int]:
     """Numbers of rows that a step may draft for, as in `token_counts`."""
-    alone, beside = (
-        len(_chunks(config, tokens))
-        for tokens in (config.max_num_batched_tokens, config.mixed_prefill_tokens)
-    )
-    counts = {alone, beside + config.max_num_seqs, len(_short(config)), 2}
+    counts = {len(plan.sampled_slots) for plan in ProfileRun.of(config).steps}
     if not config.args.enforce_eager:
         counts |= set(bucket_sizes(config.max_num_seqs))
     return sorted(counts)
 
 
-def _few_slots(config: EngineConfig) -> EngineConfig:
-    """As many slots as prompts of a step."""
-    largest = _chunks(config, config.max_num_batched_tokens)
-    return msgspec.structs.replace(config, max_num_seqs=max(len(largest), len(_short(config))))
+def declared_warmup(config: EngineConfig) -> Warmup:
+    """What the kernels of the device need to have run."""
+    limits = StepLimits(
+        config.max_num_seqs, config.drafts + 1, config.max_num_batched_tokens, config.max_model_len
+    )
+    return warmup.declared(config.device, limits)
 
 
-def _chunks(config: EngineConfig, tokens: int) -> list[Chunk]:
-    """Prompts of the greatest length that fill a step; slot 0 is the null slot."""
+# --- steps -------------------------------------------------------------------------------------
+
+
+def _largest(config: EngineConfig) -> Iterator[StepShape]:
+    yield StepShape(0, _prompts(config, config.max_num_batched_tokens))
+    yield StepShape(config.max_num_seqs, _prompts(config, config.mixed_prefill_tokens))
+
+
+def _prompts(config: EngineConfig, tokens: int) -> tuple[tuple[int, int], ...]:
+    """Prompts of the greatest length that fill a step."""
     longest = config.max_model_len - 1
     counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    counts = counts[: config.max_num_seqs]
-    return [Chunk(slot, 0, count, last=True) for slot, count in enumerate(counts, 1)]
+    return tuple((0, count) for count in counts[: config.max_num_seqs])
 
 
-def _short(config: EngineConfig) -> list[Chunk]:
-    count = min(SHORT, config.max_model_len - 1)
-    prompts = min(SEVERAL, config.max_num_seqs, config.max_num_batched_tokens // count)
-    start = config.max_model_len - 1 - count  # as late as possible, since kernels differ there too
-    return [Chunk(slot, start, count, last=True) for slot in range(1, max(prompts, 1) + 1)]
-
-
-def _contexts(config: EngineConfig) -> list[int]:
-    """One for each number of parts that attention cuts a decode row's keys into, by its length.
-
-    Graphs are captured at the greatest context alone.
-    """
-    return [100 << i for i in range(7) if 100 << i <= config.max_model_len]
-
-
-def _step(chunks: list[Chunk], decode: list[int], context: int = 0) -> StepPlan:
-    """context: of the decode rows; 0: the longest chunk's."""
+def _step(shape: StepShape) -> StepPlan:
+    """Prompts have slots from 1 on; decode rows use slot 0, the null slot."""
+    chunks = [
+        Chunk(n, start, count, last=True) for n, (start, count) in enumerate(shape.prompts, 1)
+    ]
     longest = max(chunk.start + chunk.count for chunk in chunks)
     admissions = [
         Admission(
@@ -145,8 +153,8 @@ def _step(chunks: list[Chunk], decode: list[int], context: int = 0) -> StepPlan:
         for chunk in chunks
     ]  # fmt: skip
     return StepPlan(
-        step=0, admissions=admissions, grants=[], decode=decode, chunks=chunks, saves=[],
-        context=context or longest + 1,
+        step=0, admissions=admissions, grants=[], decode=[0] * shape.decode, chunks=chunks,
+        saves=[], context=shape.context or longest + 1,
     )  # fmt: skip
 
 

@@ -30,7 +30,12 @@ from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
 from millrace.protocol import Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
-from millrace.runtime.profile_run import row_counts, token_counts, workspace_bytes
+from millrace.runtime.profile_run import (
+    declared_warmup,
+    row_counts,
+    token_counts,
+    workspace_bytes,
+)
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
 from millrace.runtime.ranks.plan_codec import MeasureAllReduce
 from millrace.runtime.ranks.ranks import Ranks
@@ -85,7 +90,7 @@ class Worker:
                 ", ".join(unused),
             )
         self.runner = self.build_runner(config, pages, snapshots)
-        if config.device == "cuda":
+        if declared_warmup(config).snapshots:
             self.runner.try_snapshots()
         if config.device == "cuda" and not config.args.enforce_eager:
             with _timed("graphs"):

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.warmup import StepLimits, Warmup
+
 BLOCK = 4096
 
 
@@ -31,3 +33,8 @@ def copy_rows(to: Tensor, to_rows: Tensor, source: Tensor, rows: Tensor) -> None
             to, to_rows, source, rows, to.stride(0), to.stride(1), source.stride(0),
             source.stride(1), width, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
+
+
+def warmup(limits: StepLimits) -> Warmup:
+    """Snapshots are copied by these kernels alone."""
+    return Warmup(snapshots=True)

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, KVCache
-from millrace.kernels.gpu.attention.decode import attend_decode
+from millrace.kernels.gpu.attention.decode import attend_decode, contexts_of_parts
 from millrace.kernels.gpu.attention.inputs import norm_rope_store, store_kv
 from millrace.kernels.gpu.attention.prefill import attend_prefill
 from millrace.kernels.overlap import decode_and_prefill
+from millrace.kernels.warmup import StepLimits, StepShape, Warmup
 
-__all__ = ["attend", "attend_decode", "attend_prefill", "norm_rope_store", "store_kv"]
+__all__ = ["attend", "attend_decode", "attend_prefill", "norm_rope_store", "store_kv", "warmup"]
+SHORT = 16  # tokens of a short prompt
+SEVERAL = 3  # prompts that make several
 
 
 def attend(
@@ -26,3 +29,14 @@ def attend(
         lambda rows: attend_prefill(q, cache, block_table, rows, scale, first, out=out),
     )
     return out
+
+
+def warmup(limits: StepLimits) -> Warmup:
+    """A decode row at a context for each number of parts that its keys are cut into; several short
+    prompts, as late in their sequences as possible: kernels differ there, too."""
+    one_token = ((0, 1),)
+    rows = [StepShape(1, one_token, context) for context in contexts_of_parts(limits.length)]
+    count = min(SHORT, limits.length - 1)
+    prompts = max(1, min(SEVERAL, limits.rows, limits.tokens // count))
+    short = StepShape(0, ((limits.length - 1 - count, count),) * prompts)
+    return Warmup((*rows, short))

@@ -20,6 +20,9 @@ from millrace.kernels.gpu.attention.softmax import (
     _operand,
 )
 
+MOST_PARTS = 64  # of a row's keys
+LEAST_KEYS = 128  # of a part, where there is more than one
+
 
 @triton.jit
 def _decode_kernel(
@@ -145,8 +148,25 @@ def _pairs(q: Tensor, cache: KVCache) -> bool:
 
 
 def _decode_config(programs: int, max_context: int, pairs: bool) -> tuple[int, int, int, int]:
-    """(block, parts, warps, stages): parts enough for every multiprocessor, none too short."""
-    parts = 1
-    while parts < 64 and programs * parts < 1024 and max_context > 128 * parts:
-        parts *= 2
+    """(block, parts, warps, stages)."""
+    parts = key_parts(programs, max_context)
     return (32, 1, 2, 5) if pairs and parts == 1 else (64, parts, 4, 3)
+
+
+def key_parts(programs: int, max_context: int) -> int:
+    """Parts that a row's keys are cut into: enough for every multiprocessor, none too short.
+
+    programs: rows times KV heads, each a program for every part.
+    """
+    parts = 1
+    while parts < MOST_PARTS and programs * parts < 1024 and max_context > LEAST_KEYS * parts:
+        parts *= 2
+    return parts
+
+
+def contexts_of_parts(longest: int) -> list[int]:
+    """A context for each number of parts that there is, up to the longest."""
+    parts = (2**i for i in range(MOST_PARTS.bit_length()))
+    # A little less than the most, so that the rows of drafts, which go further, have no other.
+    contexts = (LEAST_KEYS * count * 25 // 32 for count in parts)
+    return [context for context in contexts if context <= longest]
