@@ -251,6 +251,20 @@ def test_compiles(part: Callable[[Shape], None], shape: Shape, compiler: Compile
     assert {n: size for n, size in compiler.shared.items() if size > SHARED_MEMORY} == {}
 
 
+def test_what_launches_the_product_behind_it_compiles(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+):
+    from millrace.kernels.gpu import quantize
+
+    between_products(LARGE)
+    forms = {name: len(found) for name, found in compiler.forms.items()}
+    monkeypatch.setattr(quantize, "launches_early", lambda: True)
+    between_products(LARGE)
+    more = {name: len(found) - forms[name] for name, found in compiler.forms.items()}
+    # Of five pointwise and three norm kernels those that quantise; the others stay as they are.
+    assert (more["_pointwise_kernel"], more["_norm_kernel"]) == (4, 2)
+
+
 def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
     """Else the first step of so many waits for a compiler."""
     from millrace.kernels.gpu import attention as gpu

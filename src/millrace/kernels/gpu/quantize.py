@@ -2,20 +2,26 @@
 
 Each of these ops also has a plain form that leaves its result in the model dtype; both come from
 one kernel. Scales lie group by group (a column per group, tokens padded to a multiple of 4), the
-order in which FP8 products on Hopper read them.
+order in which FP8 products on Hopper read them. With EARLY_LAUNCHES what quantises lets the product
+behind it be launched at once: that one's blocks set themselves up meanwhile, and wait before they
+read.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from millrace.kernels.quantize import GROUP, Quantized
 
 E4M3_MAX = tl.constexpr(448.0)
 COPY, SILU_MUL, SIGMOID_GATE, GATED_NORM = range(4)
+EARLY_LAUNCHES = False  # `benchmarks/early_launch_h200.py` compares
 NORM_STRIP = 1024  # channels that a norm holds as one piece: [8, GROUP]
 
 
@@ -30,9 +36,11 @@ def quantize_groups(y):
 def _pointwise_kernel(
     x, y, weight, out, scales, x_stride, y_stride, width, scale_stride, eps,
     OP: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token's groups program_id(1) * G and after; a group has DIM channels in WIDE lanes."""
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * G + tl.arange(0, G)
     lane = tl.arange(0, WIDE)
@@ -63,10 +71,12 @@ def _pointwise_kernel(
 def _norm_kernel(
     x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
     scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,
-    STRIPS: tl.constexpr, RAGGED: tl.constexpr,
+    STRIPS: tl.constexpr, RAGGED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """rms_norm of one token after adding the residual where ADD, in STRIPS pieces of [8, 128]
     channels that are held between two passes. RAGGED: the last one is not full."""
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, 8)
     channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -161,7 +171,7 @@ def norm(
             *(q or (x, x)), x.stride(0), _or(residual, x).stride(0), width,
             q.scales.stride(1) if q else 0, eps, ADD=residual is not None, KEEP=keep,
             QUANTIZE=quantized, STRIPS=-(-width // NORM_STRIP), RAGGED=width % NORM_STRIP > 0,
-            num_warps=4,
+            EARLY=quantized and launches_early(), num_warps=4,
         )  # fmt: skip
     return normed, q, sums
 
@@ -187,8 +197,17 @@ def _launch_pointwise(
     _pointwise_kernel[(x.shape[0], -(-groups // per_program))](
         x, y, _or(weight, x), out, _or(scales, x), x.stride(0), y.stride(0), width,
         0 if scales is None else scales.stride(1), eps, OP=op, DIM=dim, G=per_program,
-        WIDE=triton.next_power_of_2(dim), QUANTIZE=scales is not None, num_warps=4,
+        WIDE=triton.next_power_of_2(dim), QUANTIZE=scales is not None,
+        EARLY=scales is not None and launches_early(), num_warps=4,
     )  # fmt: skip
+
+
+@functools.cache
+def launches_early() -> bool:
+    """Whether a product is launched before what quantises its input has ended."""
+    if not (EARLY_LAUNCHES and torch.cuda.is_available()):
+        return False
+    return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def empty_quantized(tokens: int, width: int, device: torch.device) -> Quantized:

@@ -23,7 +23,7 @@ from millrace.kernels.gpu.gemm import choice
 from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
 from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
-from millrace.kernels.gpu.quantize import quantize
+from millrace.kernels.gpu.quantize import launches_early, quantize
 from millrace.kernels.quantize import GROUP, Quantized
 
 
@@ -131,6 +131,15 @@ def _deep_gemm() -> ModuleType | None:
     return probe("deep_gemm").module
 
 
+@functools.cache
+def allow_early_launches() -> None:
+    """Have DeepGEMM's kernels launched while the kernel before them runs, or not, as
+    `launches_early` says; once a process. They wait for its end before they read or write."""
+    allow = getattr(getattr(_deep_gemm(), "_C", None), "set_pdl", None)
+    if allow is not None:
+        allow(launches_early())
+
+
 def deep_gemm_matmul(
     x: Quantized, weight: Tensor, scale: Tensor, multiprocessors: int = 0
 ) -> Tensor:
@@ -138,6 +147,7 @@ def deep_gemm_matmul(
     library = _deep_gemm()
     assert library is not None
     out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
+    allow_early_launches()
     library.set_num_sms(multiprocessors_of(multiprocessors))
     library.fp8_gemm_nt(tuple(x), (weight, scale), out)
     return out
