@@ -58,6 +58,12 @@ def test_a_long_prompt_gets_a_quarter_where_others_wait_for_the_step() -> None:
     budget = opened(8192)
     budget.spend_whole(64)
     assert budget.chunk(30_000) == 512 - 64  # 512 tokens in all
+
+
+def test_a_long_prompt_gets_a_quarter_where_short_ones_came_lately() -> None:
+    budget = PromptBudget(limits(), 8192, 0, small=True)
+    budget.start_priority()
+    assert budget.chunk(30_000) == 512
     assert budget.chunk(2048) == 2048  # not long
 
 

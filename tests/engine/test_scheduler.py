@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from millrace.engine import plan_log
 from millrace.engine.engine import LARGE_PIECE, Engine
-from millrace.engine.prompt_budget import min_chunk
+from millrace.engine.prompt_budget import SMALL_STEPS, min_chunk
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import ConfigError, RequestError, UserError
@@ -443,6 +443,23 @@ def test_cached_tokens_do_not_make_a_prompt_long() -> None:
     eng.step()
     eng.add(request("again", [*prompt, 5, 6, 7], 1))
     assert [delta.id for delta in eng.step() + eng.step()] == ["again"]
+
+
+def test_steps_of_a_long_prompt_are_small_while_short_ones_come() -> None:
+    """So that the next short one waits for the end of a small step."""
+    eng = unchecked(roomy())
+    eng.add(request("long", [1] * 16_000, 1))
+    eng.step()
+    large = chunk_sizes(eng)[0]
+    eng.add(request("short", [2] * 10, 1))
+    sizes = []
+    for _ in range(SMALL_STEPS + 3):
+        eng.step()
+        sizes.append(chunk_sizes(eng))
+    at = next(i for i, step in enumerate(sizes) if len(step) == 2)
+    assert sum(sizes[at]) <= large // 4
+    assert sizes[at + 1 : at + 1 + SMALL_STEPS] == [[large // 4]] * SMALL_STEPS
+    assert sizes[at + 1 + SMALL_STEPS] == [large]
 
 
 def test_the_first_of_several_long_prompts_ends_first() -> None:

@@ -127,6 +127,15 @@ def test_no_step_waits_for_the_device(
     engine.close()
 
 
+def test_a_closed_engine_leaves_no_memory(model: Path) -> None:
+    """Although the garbage collector does not look at what was there when it was frozen."""
+    taken = []
+    for _ in range(3):
+        build(model, device="cuda", dtype="bfloat16", max_num_seqs=8, **mtp(1)).close()
+        taken.append(torch.cuda.memory_allocated())
+    assert max(taken) - taken[0] < 1 << 20
+
+
 def test_a_step_that_samples_nothing_is_waited_for(model: Path) -> None:
     """Otherwise every step of a long prompt is launched before another prompt can be planned."""
     engine = build(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,22 @@ def test_rows_with_wishes_share_the_forward(tiny_model: Path, k: int) -> None:
             for some in (got[name], deltas)
         )
         assert [line.token_ids for line in ours] == [line.token_ids for line in theirs]
+
+
+def test_a_closed_engine_is_freed_without_the_garbage_collector(tiny_model: Path) -> None:
+    """It does not look at what was there when it was frozen."""
+    engine = in_graph_sizes(build(tiny_model))
+    generate(engine, PROMPTS, 4)
+    worker: Any = engine.worker
+    model = weakref.ref(worker.model)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.close()
+        del engine, worker
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 # --- which graph a step takes --------------------------------------------------------------------

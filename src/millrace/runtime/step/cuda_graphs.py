@@ -168,6 +168,12 @@ class StepGraphs:
         room = Room(self._width, key.tokens, self._context)
         return lambda: self._parts.forward(cut, room, self.hidden)
 
+    def release(self) -> None:
+        """Free the graphs; no step may follow. What runs them knows this object, and objects that
+        were there when the process froze its garbage collector are freed only by the last
+        reference."""
+        self._captured.clear()
+
     # --- replaying --------------------------------------------------------------------------
 
     def forward(self, plan: StepPlan) -> bool:

@@ -127,6 +127,8 @@ class Runner:
 
     def release(self) -> None:
         """Free the graphs; no step may follow."""
+        if self._graphs is not None:
+            self._graphs.release()
         self._graphs = None
 
     # --- a step's parts -----------------------------------------------------------------------
