@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from millrace.common.native_stack import CHECK_STACK, COMPILE_STACK
+from millrace.engine.grammar import Grammars
+from millrace.errors import RequestError
+from millrace.protocol import AddRequest, Grammar, SamplingParams
 
 COMPILE = """
 import json, sys
@@ -37,3 +42,12 @@ def test_a_deep_grammar_that_passed_the_check_compiles_in_an_engine(text_model: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert COMPILE_STACK >= 4 * CHECK_STACK
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_refuses_grammars(text_model: Path) -> None:
+    """It must not end the engine: its vocabulary is larger than the model's."""
+    grammars = Grammars(text_model / "tokenizer.json", 32, [2], 1)
+    request = AddRequest("a", [1], SamplingParams(), grammar=Grammar('start: "a"'))
+    with pytest.raises(RequestError, match="do not work with this model's tokenizer: vocab size"):
+        grammars.compile(request).result(60)
+    grammars.close()

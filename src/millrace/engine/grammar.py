@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from millrace.common.native_stack import COMPILE_STACK, run_on_stack
 from millrace.common.optional import available
+from millrace.common.rust_panic import is_library_failure
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Masks, StepPlan
 
@@ -168,9 +169,15 @@ class Grammars:
                 f"structured outputs need a tokenizer, {self._path or 'which was not loaded'}",
                 param="structured_outputs",
             )
-        return LLTokenizer(
-            self._path.read_text(), n_vocab=self._vocab_size, eos_token=self._eos_ids
-        )
+        try:
+            return LLTokenizer(
+                self._path.read_text(), n_vocab=self._vocab_size, eos_token=self._eos_ids
+            )
+        except BaseException as error:
+            if not is_library_failure(error):
+                raise
+            reason = f"structured outputs do not work with this model's tokenizer: {error}"
+            raise RequestError(reason, param="structured_outputs") from None
 
     @cached_property
     def _executor(self) -> LLExecutor:

@@ -14,7 +14,9 @@ from typing import Any
 
 import tokenizers
 
+from millrace.common.rust_panic import is_library_failure
 from millrace.errors import CheckpointError, RequestError
+from millrace.text.tokenizer_file import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -84,17 +86,12 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a model directory needs tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from None
+        backend = read_tokenizer(path)
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             kind = type(backend.decoder).__name__
             reason = f"{path}: decoder {kind} is not known, ByteLevel is"
             log.warning("%s; prompts and answers are token ids", reason)
             return NoTokenizer(reason)
-        backend.no_truncation()
-        backend.no_padding()
         return cls(backend)
 
     @property
@@ -113,7 +110,7 @@ class Tokenizer:
                 [text], add_special_tokens=add_special_tokens
             )
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the library's Rust code
+            if not is_library_failure(error):
                 raise
             raise RequestError("the tokenizer cannot encode this text; shorten it") from None
         return list(encoding.ids)

@@ -17,6 +17,7 @@ import msgspec
 from millrace.bench.workload.messages import check_messages, text_parts
 from millrace.bench.workload.prompts import FileSpec, Prompt, Turn
 from millrace.bench.workload.text_files import read_text, rows_of, whole_number
+from millrace.common.rust_panic import is_library_failure
 from millrace.errors import UserError
 
 _CHARACTERS = 4  # of English text per token, where there is no tokenizer
@@ -41,8 +42,10 @@ def tokenizer_counts(path: str) -> CountTokens:
         raise UserError(f"--tokenizer {path}: no tokenizer.json there; give a model directory")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise UserError(f"--tokenizer {file}: cannot be read ({error})") from error
+    except BaseException as error:
+        if not is_library_failure(error):
+            raise
+        raise UserError(f"--tokenizer {file}: cannot be read ({error})") from None
     return lambda text: max(1, len(tokenizer.encode(text, add_special_tokens=False).ids))
 
 
