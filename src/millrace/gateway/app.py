@@ -13,6 +13,13 @@ from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
 from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import LocalReply, Request
+from millrace.gateway.processes.listeners import (
+    Listener,
+    close_listeners,
+    open_listeners,
+    port_of,
+    remove_unix_socket,
+)
 from millrace.gateway.processes.options import GatewayOptions, check_options
 from millrace.gateway.processes.relay_server import RelayServer, check_access_log
 from millrace.gateway.processes.supervisor import GatewayProcesses
@@ -62,6 +69,7 @@ class Gateway:
             restarts=lambda: self._processes.restarts if self._processes else 0,
         )
         self._relay_server: RelayServer | None = None
+        self._listeners: list[Listener] = []  # of a gateway of one process
         self._processes: GatewayProcesses | None = None
         if options.processes == 1:
             self._relay_server = self._make_relay_server(log)
@@ -111,7 +119,7 @@ class Gateway:
     def port(self) -> int:
         """The port it listens on; valid after `start`."""
         if self._relay_server is not None:
-            return self._relay_server.port
+            return port_of(self._listeners, "public")
         assert self._processes is not None
         return self._processes.port
 
@@ -119,7 +127,7 @@ class Gateway:
     def admin_port(self) -> int:
         """The port of the admin listener, once started; 0 without one."""
         if self._relay_server is not None:
-            return self._relay_server.admin_port
+            return port_of(self._listeners, "admin")
         return self._admin_port
 
     @property
@@ -142,7 +150,8 @@ class Gateway:
             await self._discovery.start()
             await self.monitor.start()
             if self._relay_server is not None:
-                await self._relay_server.start()
+                (self._listeners,) = open_listeners(self._options)
+                await self._relay_server.start(self._listeners)
             else:
                 assert self._processes is not None
                 await self._processes.start()
@@ -154,6 +163,9 @@ class Gateway:
         """Close the port, give running requests `drain` seconds to end, then close the rest."""
         await self._discovery.stop()
         if self._relay_server is not None:
+            close_listeners(self._listeners)
+            if self._listeners:
+                remove_unix_socket(self._options.admin_uds)
             await self._relay_server.stop(drain)
         if self._processes is not None:
             await self._processes.stop(drain)

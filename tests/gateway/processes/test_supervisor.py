@@ -7,11 +7,17 @@ import contextlib
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from millrace.common.http_client import Response, Target, connect, encode_request, fetch
+from millrace.common.sockets import free_port
+from millrace.errors import UserError
+from millrace.gateway.app import Gateway
+from millrace.gateway.processes.options import GatewayOptions
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica
 from tests.support.running import eventually, run
@@ -100,3 +106,59 @@ def _owners(pids: list[int]) -> dict[int, int]:
                 if other.raddr:
                     found[other.raddr.port] = pid
     return found
+
+
+def test_connections_that_a_killed_process_has_not_accepted_are_served() -> None:
+    """They wait at its socket, which the main process holds; the other process takes them."""
+
+    async def scenario() -> None:
+        replica = await MockReplica(kind="millrace").start()
+        async with gateway(replica.url, processes=2) as (made, target):
+            victim = made.pids[0]
+            os.kill(victim, signal.SIGSTOP)
+            await eventually(lambda: psutil.Process(victim).status() == psutil.STATUS_STOPPED)
+            waiting = [asyncio.create_task(post(target)) for _ in range(32)]
+            await asyncio.sleep(0.3)
+            left = [task for task in waiting if not task.done()]
+            assert 0 < len(left) < 32
+            os.kill(victim, signal.SIGKILL)
+            answers = await asyncio.gather(*waiting)
+            assert [answer.status for answer in answers] == [200] * 32
+            while len(made.pids) < 2 or victim in made.pids:
+                # Until there is another process, new ones do not wait for it.
+                assert (await asyncio.wait_for(post(target), 1.0)).status == 200
+            await eventually(lambda: made.counters.gauge("interactive") == 0)
+            fresh = await asyncio.gather(*(post(target) for _ in range(16)))
+            assert [answer.status for answer in fresh] == [200] * 16
+        await replica.stop()
+
+    run(scenario())
+
+
+def test_two_gateways_do_not_share_a_port_unnoticed() -> None:
+    async def scenario() -> None:
+        async with gateway(processes=2) as (made, _):
+            other = GatewayOptions(
+                port=free_port("127.0.0.1"), admin_port=made.admin_port, processes=2
+            )
+            with pytest.raises(UserError, match=f"port {made.admin_port}: it is in use"):
+                await Gateway(other).start()
+
+    run(scenario())
+
+
+def test_the_unix_socket_goes_on_while_its_process_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "admin"
+
+    async def scenario() -> None:
+        async with gateway(processes=2, admin_uds=str(path)) as (made, _):
+            os.kill(made.pids[0], signal.SIGKILL)
+            for _ in range(20):
+                reader, writer = await asyncio.open_unix_connection(str(path))
+                writer.write(b"GET /gateway/status HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == b"200"
+                writer.close()
+                await asyncio.sleep(0.05)
+
+    run(scenario())
+    assert not path.exists()

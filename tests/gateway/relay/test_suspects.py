@@ -214,6 +214,24 @@ def test_what_a_gateway_process_knows_the_others_know() -> None:
     run(scenario())
 
 
+def test_copies_on_a_replica_that_dies_once_are_answered_by_others() -> None:
+    """Whoever kills the replica: its failure is one, however many copies it had."""
+
+    async def scenario() -> None:
+        async with poisoned("nothing", 3, policy="round_robin") as (replicas, made, target):
+            for replica in replicas:
+                replica.gap_s = 0.05
+            copies = [asyncio.create_task(post(target, "one", max_tokens=12)) for _ in range(9)]
+            await eventually(lambda: all(len(r.exchanges) == 3 for r in made.replicas.all))
+            await replicas[0].stop()
+            await asyncio.sleep(0.1)
+            copies += [asyncio.create_task(post(target, "one", max_tokens=12)) for _ in range(3)]
+            assert [answer.status for answer in await asyncio.gather(*copies)] == [200] * 12
+            await eventually(lambda: len(made.relay.suspects) == 0)
+
+    run(scenario())
+
+
 def test_a_request_that_succeeds_is_cleared() -> None:
     async def scenario() -> None:
         async with poisoned("drop", 1) as ((only,), made, target):
@@ -234,8 +252,8 @@ def request(body: bytes) -> Request:
     return Request(b"POST", b"/v1/completions", "1.1", [], body, True)
 
 
-def failure(name: str) -> Failure:
-    return Failure("died", digest_of(request(name.encode())))
+def failure(name: str, sent_at: float = 0.0) -> Failure:
+    return Failure("died", digest_of(request(name.encode())), sent_at=sent_at)
 
 
 def test_victims_of_another_request_are_refused_for_a_shorter_time() -> None:
@@ -251,6 +269,21 @@ def test_victims_of_another_request_are_refused_for_a_shorter_time() -> None:
     for replica in (3, 4):
         alone = evidence.add(replica, "r", failure("c"))
     assert (alone.refused, alone.seconds) == (True, 300.0)
+
+
+def test_copies_that_one_failure_meets_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = RequestEvidence(300.0)
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for later in (0.0, 0.2, 5.0):  # the last one notices it late
+        now = 1000.0 + later
+        suspect = evidence.add(0, "r0", failure("a", sent_at=999.0))
+        assert (suspect.failures, suspect.refused) == (1, False)
+    for copy in range(2):
+        assert evidence.add(1, "r1", failure("a", sent_at=999.0 + copy)).failures == 2
+    assert evidence.add(0, "r0", failure("a", sent_at=999.0)).failures == 2
+    # One that was sent after the failure has met another one.
+    assert evidence.add(0, "r0", failure("a", sent_at=1004.0)).failures == 3
 
 
 def test_with_a_timeout_of_0_nothing_is_refused() -> None:

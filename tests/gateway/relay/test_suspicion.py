@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millrace.gateway.relay.suspicion import Suspicion
-from millrace.gateway.routing.suspects import FailureBurst
+from millrace.gateway.routing.suspects import Failure, FailureBurst
 
 
 def last(*failures: tuple[int, bool], before: int = 0) -> list[bool]:
@@ -14,8 +14,10 @@ def last(*failures: tuple[int, bool], before: int = 0) -> list[bool]:
     suspicion.has_failed_before(before)
     made = []
     for tokens, shared in failures:
-        burst = FailureBurst(0.0).after(0.0)
-        made.append(suspicion.add(burst.after(0.1) if shared else burst, tokens))
+        burst = FailureBurst(0.0).after(0.0, Failure("died", b"this"))
+        if shared:
+            burst = burst.after(0.1, Failure("died", b"another"))
+        made.append(suspicion.add(burst, tokens))
     return made
 
 

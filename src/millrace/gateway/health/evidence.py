@@ -7,6 +7,7 @@ nor the last one. A request is suspect once replicas have failed on it, and is r
 
 Requests that were running on a replica when another request killed it are suspects as well. So a
 failure that several requests met at the same moment weighs less: they are refused for a short time.
+Several copies of a request that were running there then have met one failure together, not several.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from collections.abc import Sequence
 
 from millrace.gateway.routing.replicas import Member
 from millrace.gateway.routing.suspects import (
-    BURST_SECONDS,
     MAX_REPLICAS_TO_FAIL,
     Failure,
+    FailureBurst,
     Suspect,
     size_of,
 )
 
 _SHARED_SECONDS = 30.0  # for which a request is refused that may be another one's victim
 _MAX_CASES = 1024
+_REMEMBERED_BURSTS = 4  # of a request
 _CERTAIN_FAILURES = 3  # of a request; so many moments are no coincidence
 
 
@@ -54,20 +56,12 @@ def may_eject(member: Member, members: Sequence[Member]) -> bool:
     return left >= 1 and 2 * left >= len(peers)
 
 
-class _Burst:
-    """The requests that failed at one replica at one moment."""
-
-    def __init__(self, began: float) -> None:
-        self.began = began
-        self.digests: set[bytes] = set()
-
-
 class _Case:
     """One suspect request."""
 
     def __init__(self) -> None:
         self.failures = 0
-        self.bursts: list[_Burst] = []
+        self.bursts: list[FailureBurst] = []  # the last ones, none twice
         self.reason = ""
         self.updated = 0.0
 
@@ -78,20 +72,20 @@ class RequestEvidence:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._cases: OrderedDict[bytes, _Case] = OrderedDict()
-        self._bursts: dict[int, _Burst] = {}  # by replica
+        self._bursts: dict[int, FailureBurst] = {}  # by replica
 
     def add(self, replica: int, target: object, failure: Failure) -> Suspect:
         """A replica failed while it had this request."""
         now = time.monotonic()
-        burst = self._bursts.get(replica)
-        if burst is None or now - burst.began > BURST_SECONDS:
-            burst = self._bursts[replica] = _Burst(now)
-        burst.digests.add(failure.digest)
+        burst = self._bursts.get(replica, FailureBurst()).after(now, failure)
+        self._bursts[replica] = burst
         case = self._cases.pop(failure.digest, None)
         if case is None or now - case.updated > max(self._seconds, _SHARED_SECONDS):
             case = _Case()
-        case.failures += 1
-        case.bursts = [*case.bursts[-1:], burst]
+        if burst not in case.bursts or burst.is_met_anew(failure):
+            case.failures += 1
+        others = [one for one in case.bursts if one is not burst]
+        case.bursts = [*others[1 - _REMEMBERED_BURSTS :], burst]
         case.reason = f"{target}: {failure.reason}"
         case.updated = now
         self._cases[failure.digest] = case
@@ -116,7 +110,7 @@ class RequestEvidence:
         self._bursts.pop(replica, None)
 
     def _suspect(self, digest: bytes, case: _Case) -> Suspect:
-        alone = any(len(burst.digests) == 1 for burst in case.bursts)
+        alone = any(burst.count == 1 for burst in case.bursts[-2:])
         certain = alone or case.failures >= _CERTAIN_FAILURES
         refused = case.failures >= MAX_REPLICAS_TO_FAIL and self._seconds > 0
         seconds = min(_SHARED_SECONDS, self._seconds) if refused and not certain else self._seconds

@@ -1,7 +1,7 @@
 """The program of one gateway process, where a gateway has several.
 
 Arguments: its part of the counters, the descriptors of its channel and of the counters, and the id
-of the main process, with which it ends. Options come as JSON on stdin.
+of the main process, with which it ends. Options and listeners come as JSON on stdin.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from millrace.common.safe_log import protect_standard_streams
 from millrace.gateway.admin.api import health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.http.message import LocalReply, Request, error_reply
-from millrace.gateway.processes.options import GatewayOptions
+from millrace.gateway.processes.listeners import close_listeners, inherit
 from millrace.gateway.processes.relay_server import RelayServer, freeze_garbage_collector
 from millrace.gateway.processes.supervisor import (
     AdminReply,
     AdminRequest,
     Channel,
+    Cover,
     Down,
     Listening,
     Members,
     Report,
+    Start,
     Stop,
 )
 from millrace.gateway.routing.replicas import ReplicaSet
@@ -70,7 +72,8 @@ class RemoteAdminApi:
             waiter.set_result(message.answer)
 
 
-async def _run(index: int, channel_fd: int, counters_fd: int, options: GatewayOptions) -> None:
+async def _run(index: int, channel_fd: int, counters_fd: int, given: Start) -> None:
+    options, listeners = given.options, inherit(given.listeners)
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=channel_fd))
     channel = Channel(reader, writer, Down)
     counters = SharedCounters(options.processes, counters_fd)
@@ -88,7 +91,7 @@ async def _run(index: int, channel_fd: int, counters_fd: int, options: GatewayOp
         if isinstance(message, Members):
             relay_server.replicas.apply(message.members)
             if not listening:
-                await relay_server.start(shared_port=True)
+                await relay_server.start(listeners[index])
                 listening = True
                 freeze_garbage_collector()
                 channel.send(Listening())
@@ -96,9 +99,16 @@ async def _run(index: int, channel_fd: int, counters_fd: int, options: GatewayOp
             admin_apis[0].reply(message)
         elif isinstance(message, Suspect):
             relay_server.relay.suspects.update(message)
+        elif isinstance(message, Cover):
+            for other in range(len(listeners)):
+                if other in message.dead:
+                    await relay_server.serve(other, listeners[other])
+                elif other != index:
+                    relay_server.cease(other)
         elif isinstance(message, Stop):
             drain = message.drain
             break
+    close_listeners(*listeners)
     await relay_server.stop(drain)
 
 
@@ -108,8 +118,8 @@ def main() -> None:
     # The main process decides when to stop, also when Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     protect_standard_streams()
-    options = msgspec.json.decode(sys.stdin.buffer.read(), type=GatewayOptions)
-    uvloop.run(_run(index, channel_fd, counters_fd, options))
+    given = msgspec.json.decode(sys.stdin.buffer.read(), type=Start)
+    uvloop.run(_run(index, channel_fd, counters_fd, given))
 
 
 if __name__ == "__main__":

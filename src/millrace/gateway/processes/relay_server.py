@@ -1,4 +1,4 @@
-"""One gateway process's relay: it listens, publishes counters and closes silent clients.
+"""One gateway process's relay: it accepts clients, publishes counters, closes silent connections.
 
 It is the same in a gateway of one process, next to the health monitor, and in one of several, where
 the health monitor is in the main process. It does not know which.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import socket
-import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from millrace.common.safe_log import stderr_line
-from millrace.common.sockets import BACKLOG, listen, listen_unix, tls_context
+from millrace.common.sockets import BACKLOG, tls_context
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
-from millrace.gateway.http.message import Via
+from millrace.gateway.processes.listeners import ListenerSet
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.relay.access_log import AccessLog
 from millrace.gateway.relay.client_connection import ClientConnection
@@ -63,48 +61,45 @@ class RelayServer:
             access=options.access,
             log=self._access_log.write if self._access_log else None,
         )
-        self._servers: list[asyncio.Server] = []
-        self._unix_path: Path | None = None
+        self._servers: dict[int, list[asyncio.Server]] = {}  # by the number of the listener set
         self._chores: asyncio.Task[None] | None = None
-        self.port = self.admin_port = 0
 
-    async def start(self, *, shared_port: bool = False) -> None:
-        """Listen. shared_port: other processes listen there too. Raises UserError if taken."""
-        options = self._options
-        context = tls_context(options.ssl_certfile, options.ssl_keyfile)
-        listeners = listen(options.host, options.port, shared=shared_port)
-        self.port = listeners[0].getsockname()[1]
-        await self._serve(listeners, "public", context)
-        if options.admin_port is not None:
-            listeners = listen(options.admin_host, options.admin_port, shared=shared_port)
-            self.admin_port = listeners[0].getsockname()[1]
-            await self._serve(listeners, "admin", context)
-        if options.admin_uds is not None and self._index == 0:  # one process can have it
-            listener = listen_unix(options.admin_uds, "--admin-uds")
-            self._unix_path = Path(options.admin_uds)
-            await self._serve([listener], "unix", None)
+    async def start(self, listeners: ListenerSet) -> None:
+        """Accept connections at this process's own listeners."""
+        await self.serve(self._index, listeners)
         self._chores = restarted("the periodic work of the gateway", self._do_chores, self._log)
 
-    async def _serve(
-        self, listeners: Sequence[socket.socket], via: Via, context: ssl.SSLContext | None
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    async def serve(self, number: int, listeners: ListenerSet) -> None:
+        """Accept connections at the listener set of this number as well."""
+        if number in self._servers:
+            return
+        options, loop = self._options, asyncio.get_running_loop()
+        context = tls_context(options.ssl_certfile, options.ssl_keyfile)
+        servers = self._servers[number] = []
         for listener in listeners:
+            via = listener.via
             server = await loop.create_server(
-                lambda: ClientConnection(self.relay, via),
-                sock=listener,
+                lambda via=via: ClientConnection(self.relay, via),
+                sock=listener.socket.dup(),  # so that ours still listens once this server is closed
                 backlog=BACKLOG,
-                ssl=context,
+                ssl=None if via == "unix" else context,
             )
-            self._servers.append(server)
+            servers.append(server)
+
+    def cease(self, number: int) -> None:
+        """Accept no more connections at that listener set; those accepted go on."""
+        for server in self._servers.pop(number, ()):
+            server.close()
 
     async def stop(self, drain: float = 0.0) -> None:
-        """Accept no new connection, give running requests `drain` seconds, then close the rest."""
-        for server in self._servers:
-            server.close()
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)
-        if self._servers:
+        """Accept no new connection, give running requests `drain` seconds, then close the rest.
+
+        The listeners are closed by whoever opened them, before this.
+        """
+        started = bool(self._servers)
+        for number in list(self._servers):
+            self.cease(number)
+        if started:
             await self.relay.drain(drain)
         if self._chores is not None:
             self._chores.cancel()

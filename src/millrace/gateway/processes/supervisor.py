@@ -1,8 +1,10 @@
 """Several gateway processes on one port, and the main process that restarts them.
 
-Every process listens for itself (SO_REUSEPORT), so a process that dies loses only its own
-connections, and the kernel gives new ones to the others. They share the counters' memory. Over a
-socket the main process sends each the list of replicas and answers its local requests.
+Every process accepts at a socket of its own (SO_REUSEPORT), which the main process holds as well. A
+process that dies loses the connections that it had accepted; until another one has taken its place,
+the others accept at its socket too, so those that wait there are served. They share the counters'
+memory. Over a socket the main process sends each the list of replicas and answers its local
+requests.
 """
 
 from __future__ import annotations
@@ -20,12 +22,20 @@ import msgspec
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import end_process, python_module
 from millrace.common.framing import Framing
-from millrace.common.sockets import bind, require_free_port
 from millrace.common.tasks import reported, restarted
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import LocalReply, Request, error_reply
+from millrace.gateway.processes.listeners import (
+    Inherited,
+    Listener,
+    close_listeners,
+    inheritable,
+    open_listeners,
+    port_of,
+    remove_unix_socket,
+)
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.routing.replicas import Member
 from millrace.gateway.routing.suspects import Outcome, Suspect
@@ -34,6 +44,13 @@ _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0  # beyond the drain, for a process to end by itself
 _RESTARTS = BackoffPolicy(first=0.1, longest=10.0, settled=30.0)
 _LONGEST_MESSAGE = 1 << 30  # bytes: a request for the gateway itself with its body
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a process gets on stdin. listeners: of every process."""
+
+    options: GatewayOptions
+    listeners: list[list[Inherited]]
 
 
 class Members(msgspec.Struct, frozen=True, tag="members"):
@@ -47,6 +64,13 @@ class AdminReply(msgspec.Struct, frozen=True, tag="reply"):
 
     number: int
     answer: LocalReply
+
+
+class Cover(msgspec.Struct, frozen=True, tag="cover"):
+    """To a process: accept connections for these processes too, which are not listening now, and
+    for no others."""
+
+    dead: list[int]
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -73,7 +97,7 @@ class AdminRequest(msgspec.Struct, frozen=True, tag="request"):
     request: Request
 
 
-Down = Members | AdminReply | Suspect | Stop
+Down = Members | AdminReply | Suspect | Cover | Stop
 Up = Listening | Report | AdminRequest
 
 
@@ -131,7 +155,7 @@ class GatewayProcesses:
         self._monitor = monitor
         self._answer = answer
         self._log = log
-        self._reserved_ports: list[socket.socket] = []
+        self._listeners: list[list[Listener]] = []
         self._running: dict[int, _Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -154,13 +178,9 @@ class GatewayProcesses:
             child.channel.send(suspect)
 
     async def start(self) -> None:
-        """Take the port and start every process. Raises UserError when it is taken."""
-        host, port = self._options.host, self._options.port
-        require_free_port(host, port)  # another program that shares it would go unnoticed below
-        # Bound until `stop`, so that the port stays reserved while processes are restarted.
-        self._reserved_ports = bind(host, port, shared=True)
-        self.port = self._reserved_ports[0].getsockname()[1]
-        self._options = msgspec.structs.replace(self._options, port=self.port)
+        """Take the ports and start every process. Raises UserError when one is taken."""
+        self._listeners = open_listeners(self._options, self._options.processes)
+        self.port = port_of(self._listeners[0], "public")
         await asyncio.gather(*(self._spawn(i) for i in range(self._options.processes)))
         if not all(child.listening.is_set() for child in self._running.values()):
             await self.stop(0.0)
@@ -178,6 +198,7 @@ class GatewayProcesses:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        close_listeners(*self._listeners)  # each process closes them too: nobody listens any more
         for child in self._running.values():
             child.channel.send(Stop(drain))
         running = self._running.values()
@@ -185,21 +206,23 @@ class GatewayProcesses:
         await asyncio.gather(*(end_process(child.process, step) for child in running))
         for child in running:
             child.channel.close()
-        for reserved in self._reserved_ports:
-            reserved.close()
+        if self._listeners:
+            remove_unix_socket(self._options.admin_uds)
 
     async def _spawn(self, index: int) -> None:
         ours, theirs = socket.socketpair()
+        listeners = inheritable(self._listeners)
         with theirs:
             arguments = (index, theirs.fileno(), self._counters.fd, os.getpid())
+            inherited = [one.fd for row in listeners for one in row]
             process = await asyncio.create_subprocess_exec(
                 *python_module("millrace.gateway.processes.gateway_process", *map(str, arguments)),
                 stdin=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(), self._counters.fd),
+                pass_fds=(theirs.fileno(), self._counters.fd, *inherited),
                 start_new_session=True,  # a Ctrl-C is for us; we tell them
             )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(self._options))
+        process.stdin.write(msgspec.json.encode(Start(self._options, listeners)))
         process.stdin.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         child = _Child(process, Channel(reader, writer, Up))
@@ -216,10 +239,20 @@ class GatewayProcesses:
         while (message := await child.channel.receive()) is not None:
             if isinstance(message, Listening):
                 child.listening.set()
+                self._send_cover()
             elif isinstance(message, Report):
                 self._monitor.report(message.id, message.outcome)
             elif isinstance(message, AdminRequest):
                 reported("a local request", self._reply(child, message), self._log)
+
+    def _send_cover(self) -> None:
+        """Tell every process that listens for which others it accepts connections."""
+        running = self._running
+        dead = [i for i in range(self._options.processes)
+                if i not in running or not running[i].listening.is_set()]  # fmt: skip
+        for child in running.values():
+            if child.listening.is_set():
+                child.channel.send(Cover(dead))
 
     async def _reply(self, child: _Child, message: AdminRequest) -> None:
         try:
@@ -238,6 +271,8 @@ class GatewayProcesses:
             child = self._running[index]
             status = await child.process.wait()
             child.channel.close()
+            child.listening.clear()
+            self._send_cover()
             self._counters.clear_gauges(index)
             pause = backoff.failed(time.monotonic() - began)
             self._log(

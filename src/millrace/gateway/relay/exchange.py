@@ -43,7 +43,7 @@ from millrace.gateway.routing.suspects import (
     suspect_reply,
 )
 
-_ENGINE_DEAD = b'"engine_dead"'  # the code of an error of a server whose engine has died
+_ENGINE_DEAD = b'"engine_dead"'  # the code of an error if the engine died with the request
 _BUSY = (429, 503)  # such a replica is skipped while there is another one
 _HOLD_SECONDS = 0.05  # for the rest of a chunk that was cut
 _WAIT_STEP = 0.05  # seconds between searches for a replica that can resume a stream
@@ -69,6 +69,7 @@ class Exchange:
         )
         self._failures = 0
         self._suspicion = Suspicion()
+        self._sent_at = 0.0  # to the last replica
         self._begun = False  # bytes of the response have gone to the client
         self._stale_failure = ""  # why an idle connection closed on which it had been sent
         self._busy_reply: LocalReply | None = None
@@ -114,6 +115,13 @@ class Exchange:
             return None
         self._suspicion.has_failed_before(suspect.failures)
         return suspects.refusal(suspect) if suspect.refused else None
+
+    def _is_suspect(self) -> bool:
+        """Whether replicas have failed on it, or on a copy of it since it was sent."""
+        suspects = self._relay.suspects
+        return self._suspicion.failures > 0 or (
+            len(suspects) > 0 and suspects.find(self.request) is not None
+        )
 
     def has_capacity(self) -> bool:
         """Whether a replica could take the request now; true as well if no replica is left."""
@@ -180,6 +188,7 @@ class Exchange:
         if self._client.paused:
             connection.pause()
         no_body = self.request.method == b"HEAD"
+        self._sent_at = time.monotonic()
         connection.send(self, data, no_body=no_body, decode=self._stream.resuming)
 
     # --- from the replica ----------------------------------------------------------------------
@@ -314,7 +323,7 @@ class Exchange:
             return
         self._client.write(last)
         self._relay.replicas.record_answer(
-            replica, self.status, self.request, suspect=self._suspicion.failures > 0
+            replica, self.status, self.request, suspect=self._is_suspect()
         )
         if self.info.stream and self.status == 200:
             self._relay.replicas.record_output(self.account.chunks)
@@ -377,7 +386,7 @@ class Exchange:
         self, replica: Replica, reason: str, reached: bool, reported: bool, lost: bool
     ) -> None:
         if reported:
-            failure = Failure(reason, digest_of(self.request), reached, lost)
+            failure = Failure(reason, digest_of(self.request), reached, lost, self._sent_at)
             self._relay.replicas.report_failure(replica, failure)
 
     def _give_up_suspect(self, reason: str) -> None:

@@ -262,7 +262,7 @@ class ReplicaSet:
         """A request met a failure at a replica; the health monitor decides what follows."""
         if not failure.lost:
             self.process_counters.add(replica.slot, FAILURES, 1)
-        replica.burst = replica.burst.after(time.monotonic())
+        replica.burst = replica.burst.after(time.monotonic(), failure)
         self._report(replica.member.id, failure)
 
     def record_answer(self, replica: Replica, status: int, request: Request, suspect: bool) -> None:

@@ -17,6 +17,7 @@ from millrace.gateway.http.message import LocalReply, Request, error_reply
 
 MAX_REPLICAS_TO_FAIL = 2  # replicas that see a request on which they fail
 BURST_SECONDS = 1.0  # failures at one replica within this time are of one moment
+LONGEST_BURST_SECONDS = 10.0  # for those of requests that had been sent before
 _MAX_SUSPECTS = 4096
 
 
@@ -24,13 +25,15 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
     """A failure that a request met at a replica.
 
     digest: of the request. reached: the request had been sent, so it may be the cause. lost: the
-    health monitor itself reported that the replica is gone.
+    health monitor itself reported that the replica is gone. sent_at: by `time.monotonic()`, which
+    all processes of a host share.
     """
 
     reason: str
     digest: bytes
     reached: bool = True
     lost: bool = False
+    sent_at: float = 0.0
 
 
 class Success(msgspec.Struct, frozen=True, tag="success"):
@@ -71,17 +74,34 @@ def size_of(digest: bytes) -> int:
 
 
 class FailureBurst:
-    """Failures that requests of this process met at one replica at one moment."""
+    """Failures that requests met at one replica at one moment. began: by `time.monotonic()`.
 
-    def __init__(self, began: float = -BURST_SECONDS) -> None:
+    Those that had been sent before it began belong to it for longer: all of them meet the same
+    failure of the replica, but some of them notice late.
+    """
+
+    def __init__(self, began: float = -LONGEST_BURST_SECONDS) -> None:
         self.began = began
-        self.count = 0
+        self._digests: set[bytes] = set()
 
-    def after(self, now: float) -> FailureBurst:
-        """The burst to which a failure at `now` belongs, with that failure counted."""
-        burst = self if now - self.began <= BURST_SECONDS else FailureBurst(now)
-        burst.count += 1
+    @property
+    def count(self) -> int:
+        """Different requests that it met."""
+        return len(self._digests)
+
+    def after(self, now: float, failure: Failure) -> FailureBurst:
+        """The burst to which a failure at `now` belongs, with that failure in it."""
+        since = now - self.began
+        same = since <= BURST_SECONDS or (
+            since <= LONGEST_BURST_SECONDS and not self.is_met_anew(failure)
+        )
+        burst = self if same else FailureBurst(now)
+        burst._digests.add(failure.digest)
         return burst
+
+    def is_met_anew(self, failure: Failure) -> bool:
+        """Whether the request was sent after the burst had begun."""
+        return failure.sent_at > self.began
 
 
 class SuspectRequests:

@@ -360,7 +360,8 @@ def cache_salt(request: Request, body: PromptRequest) -> str:
 def unavailable(client: EngineClient) -> ApiError:
     """Why no request can be served now."""
     if client.died is not None:
-        return ApiError(503, f"the engine is gone: {client.died}", code="engine_dead")
+        # Not "engine_dead": this request never was in the engine, so it did not cause the death.
+        return ApiError(503, f"the engine is gone: {client.died}", code="engine_restarting")
     if client.ready is None:
         return ApiError(503, "the engine is loading", code="engine_loading")
     return shutting_down()
