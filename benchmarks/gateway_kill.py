@@ -3,8 +3,8 @@
 Three real engines in fp32 run behind `millrace serve --replicas 3`. Greedy answers are recorded
 once without disturbance. Then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a
 gateway process gets SIGKILL) every few seconds, and every answer is compared with the recorded one.
-A gateway process that is killed loses its own connections: it is stopped first and its connections
-are listed, so that failures on other connections can be told from those.
+A gateway process that is killed loses the connections that it has accepted: it is stopped first and
+these are listed, so that failures on other connections can be told from those.
 
     python benchmarks/gateway_kill.py --seconds 120 --every 6 --what replica
 """
@@ -147,23 +147,22 @@ async def murders(
                 asyncio.get_running_loop().call_later(15, _continue, victim)
             else:
                 if options.what == "gateway":
-                    os.kill(victim, signal.SIGSTOP)  # so that it accepts no more meanwhile
-                    doomed |= clients_of(victim, target.port)
+                    doomed |= stopped_clients(victim, target.port)
                 os.kill(victim, signal.SIGKILL)
         await asyncio.sleep(options.every)
     return count
 
 
-def clients_of(pid: int, port: int) -> set[int]:
-    """Ports of those connected to `port` at this process, which is stopped, and of those that wait
-    to be accepted. The latter are read last, for more come all the time."""
-    held = psutil.Process(pid).net_connections("tcp")
-    ports = {one.raddr.port for one in held if one.raddr and one.laddr.port == port}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, ours, theirs, state, *rest = line.split()
-        if state == "01" and rest[5] == "0" and int(ours.rpartition(":")[2], 16) == port:
-            ports.add(int(theirs.rpartition(":")[2], 16))
-    return ports
+def stopped_clients(pid: int, port: int) -> set[int]:
+    """Stop a process, so that it accepts no more, and list the ports of its clients at `port`."""
+    process = psutil.Process(pid)
+    process.suspend()
+    deadline = time.monotonic() + 5.0
+    while process.status() != psutil.STATUS_STOPPED:  # on a busy machine the stop takes a while
+        if time.monotonic() > deadline:
+            raise SystemExit(f"process {pid} did not stop within 5 s")
+    held = process.net_connections("tcp")
+    return {one.raddr.port for one in held if one.raddr and one.laddr.port == port}
 
 
 def _continue(pid: int) -> None:

@@ -9,7 +9,7 @@ and malformed HTTP all along. At the end nothing may be missing, wrong, hung or 
     python benchmarks/soak_fleet.py --seconds 600            # or: make soak
 
 Exit status 1 if an honest request failed on a connection whose gateway process lived, if an answer
-differs, if a hostile request got no answer in time or a 500, or if something stayed.
+differs, if a hostile request got no answer, none in time or a 500, or if something stayed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from typing import Any
 
 import psutil
 import uvloop
-from gateway_kill import ROOT, answer, asked_alone, clients_of
+from gateway_kill import ROOT, answer, asked_alone, stopped_clients
 
 from millrace.common.http_client import Target, connect, fetch
 from millrace.common.sockets import free_port
+
+sys.path.insert(0, str(ROOT))
+
+from tests.support.soak import post
 
 KINDS = ("engine", "server", "gateway", "stop")
 STOPPED_SECONDS = 8.0
@@ -52,12 +56,6 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     doomed: set[int] = field(default_factory=set)  # client ports of killed gateway processes
-    # From the stop to the kill of each: connections opened then may wait at the killed process.
-    deaths: list[tuple[float, float]] = field(default_factory=list)
-
-    def lost_with_gateway(self, port: int, opened: float) -> bool:
-        """Whether a connection may have ended because its gateway process was killed."""
-        return port in self.doomed or any(begin <= opened <= end for begin, end in self.deaths)
 
 
 # --- the fleet ---------------------------------------------------------------------------------
@@ -135,12 +133,7 @@ def hit(kind: str, victim: int, port: int, tally: Tally) -> None:
         asyncio.get_running_loop().call_later(STOPPED_SECONDS, go_on, victim)
         return
     if kind == "gateway":
-        stopped = time.monotonic()
-        os.kill(victim, signal.SIGSTOP)  # so that it accepts no more meanwhile
-        tally.doomed |= clients_of(victim, port)
-        os.kill(victim, signal.SIGKILL)
-        tally.deaths.append((stopped, time.monotonic()))
-        return
+        tally.doomed |= stopped_clients(victim, port)
     os.kill(victim, signal.SIGKILL)
 
 
@@ -157,14 +150,14 @@ async def honest(
 ) -> None:
     draw = random.Random(seed)
     while time.monotonic() < end:
-        index, port, opened = draw.randrange(16), 0, time.monotonic()
+        index, port = draw.randrange(16), 0
         try:
             connection = await connect(target)
             port = connection.local_port
             got = await answer(connection, target, index, model, tokens)
             connection.close()
         except (OSError, ValueError, TimeoutError) as error:
-            doomed = tally.lost_with_gateway(port, opened)
+            doomed = port in tally.doomed
             tally.honest["failed with its gateway process" if doomed else "failed"] += 1
             if not doomed:
                 tally.problems.append(f"honest request {index} failed: {str(error)[:300]}")
@@ -176,12 +169,6 @@ async def honest(
 
 
 # --- hostile clients ---------------------------------------------------------------------------
-
-
-def post(path: str, body: bytes, *headers: str) -> bytes:
-    head = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", *headers]
-    head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-    return "\r\n".join((*head, "\r\n")).encode("latin-1") + body
 
 
 def chat(**fields: Any) -> bytes:
@@ -269,7 +256,7 @@ async def hostile(target: Target, seed: int, pause: float, end: float, tally: Ta
         took = time.monotonic() - began
         tally.slowest[name] = max(took, tally.slowest.get(name, 0.0))
         tally.hostile[name, outcome] += 1
-        if port not in tally.doomed and outcome in ("no answer in time", "500"):
+        if port not in tally.doomed and outcome in ("no answer in time", "closed", "500"):
             tally.problems.append(f"{name}: {outcome} for {data[:200]!r}")
         await asyncio.sleep(pause)
 
