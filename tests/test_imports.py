@@ -25,7 +25,7 @@ LAYERS = [
     "target",
     "protocol config lengths response_ids common tasks model_lookup vllm_flags",
     # the engine plane: one replica
-    "text.tools kernels engine.cache",
+    "text.tools text.checkpoint kernels engine.cache",
     "engine",
     "text kernels.cpu kernels.gpu model",
     "model.formats",

@@ -34,3 +34,9 @@ class ModelError(Exception):
 
 class RankError(Exception):
     """The ranks of a group cannot go on together; the message names the one that is at fault."""
+
+
+def is_library_failure(error: BaseException) -> bool:
+    """Whether native code failed: it raised an `Exception`, or its Rust part panicked, which
+    reaches Python as something else."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from millrace.common.native_stack import COMPILE_STACK, run_on_stack
 from millrace.common.optional import available
-from millrace.common.rust_panic import is_library_failure
-from millrace.errors import RequestError
+from millrace.errors import RequestError, is_library_failure
 from millrace.protocol import AddRequest, Masks, StepPlan
 
 if TYPE_CHECKING:

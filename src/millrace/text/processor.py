@@ -17,8 +17,8 @@ import msgspec
 from millrace.errors import RequestError
 from millrace.lengths import check_least, check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
+from millrace.text.checkpoint.files import SamplingDefaults, sampling_defaults, vocab_size
 from millrace.text.detokenizer import Detokenizer
-from millrace.text.files import SamplingDefaults, sampling_defaults, vocab_size
 from millrace.text.grammar_jobs import OutputGrammar, ToolCallGrammar
 from millrace.text.messages import Message, normalize_messages, text_length
 from millrace.text.reasoning import END

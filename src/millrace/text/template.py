@@ -23,7 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from millrace.errors import CheckpointError, RequestError
-from millrace.text.files import read_json
+from millrace.text.checkpoint.files import read_json
 from millrace.text.messages import Message
 
 RENDER_SECONDS = 10.0

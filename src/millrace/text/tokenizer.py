@@ -14,9 +14,8 @@ from typing import Any
 
 import tokenizers
 
-from millrace.common.rust_panic import is_library_failure
-from millrace.errors import CheckpointError, RequestError
-from millrace.text.tokenizer_file import read_tokenizer
+from millrace.errors import CheckpointError, RequestError, is_library_failure
+from millrace.text.checkpoint.tokenizer_file import read_tokenizer
 
 log = logging.getLogger(__name__)
 

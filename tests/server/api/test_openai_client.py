@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from millrace.text.files import vocab_size
+from millrace.text.checkpoint.files import vocab_size
 from tests.support.live_server import LiveServer
 
 CHAT: list[Any] = [{"role": "user", "content": "Wer reitet so spät? 🦊"}]

@@ -17,8 +17,7 @@ import msgspec
 from millrace.bench.workload.messages import check_messages, text_parts
 from millrace.bench.workload.prompts import FileSpec, Prompt, Turn
 from millrace.bench.workload.text_files import read_text, rows_of, whole_number
-from millrace.common.rust_panic import is_library_failure
-from millrace.errors import UserError
+from millrace.errors import UserError, is_library_failure
 
 _CHARACTERS = 4  # of English text per token, where there is no tokenizer
 

@@ -23,7 +23,7 @@ from millrace.server.api.request_schema import (
     GenerationRequest,
     ModelRequest,
 )
-from millrace.text.files import SamplingDefaults
+from millrace.text.checkpoint.files import SamplingDefaults
 from millrace.text.tools.schema_dialects import Strictness
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from millrace.errors import CheckpointError
-from millrace.text import tokenizer_file
-from millrace.text.tokenizer_file import read_tokenizer
+from millrace.text.checkpoint import tokenizer_file
+from millrace.text.checkpoint.tokenizer_file import read_tokenizer
 from tests.support.text_model import write_text_model
 
 Change = dict[str, Any]

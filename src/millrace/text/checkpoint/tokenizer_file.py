@@ -5,7 +5,7 @@ process at once only if its parts are those of a byte-level BPE and fit together
 model. Any other one is tried in a process of its own before. What the tokenizer is used for is not
 known here.
 
-    python -m millrace.text.tokenizer_file PARENT_PID FILE
+    python -m millrace.text.checkpoint.tokenizer_file PARENT_PID FILE
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import msgspec
 import tokenizers
 
 from millrace.common.child_process import end_with_parent, python_module
-from millrace.common.rust_panic import is_library_failure
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, is_library_failure
 
 TRY_SECONDS = 120.0  # to read a file in a process of its own
 TRY_BYTES = 8 << 30  # of address space for that
@@ -108,7 +107,7 @@ def _merged(pair: str | list[str]) -> str:
 
 def _try_in_child(path: Path) -> None:
     """Raise CheckpointError for a file that a process of its own cannot read."""
-    command = python_module("millrace.text.tokenizer_file", str(os.getpid()), str(path))
+    command = python_module("millrace.text.checkpoint.tokenizer_file", str(os.getpid()), str(path))
     try:
         tried = subprocess.run(
             command,
