@@ -46,9 +46,11 @@ def test_every_refused_and_every_harmless_field_is_documented() -> None:
 
 
 def test_every_path_is_documented() -> None:
-    paths = [route.path.replace(":path", "") for route in ROUTES if not route.debug]
+    paths = {route.path.replace(":path", "") for route in ROUTES if not route.manages}
     assert paths
     assert all(f" {path}`" in API for path in paths)
+    managing = section(OPERATIONS, "Pause and sleep")
+    assert all(row.path in managing for row in ROUTES if row.manages)
 
 
 def test_the_page_of_vllms_flags_is_made_from_their_table() -> None:

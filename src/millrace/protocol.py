@@ -213,7 +213,13 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
     """Drop every cached prefix. Running requests keep their pages."""
 
 
-ToEngine = AddRequest | Abort | ResetPrefixCache | Shutdown
+class SetPaused(msgspec.Struct, frozen=True, tag="set_paused"):
+    """Run no further step, or go on. Requests are taken in all the same."""
+
+    paused: bool
+
+
+ToEngine = AddRequest | Abort | ResetPrefixCache | SetPaused | Shutdown
 
 
 # --- engine -> server --------------------------------------------------------------------------
@@ -268,6 +274,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
     step_tokens: list[int] = []
     step_tokens_sum: int = 0
+    paused: bool = False  # no step runs until the server says so
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):

@@ -78,6 +78,8 @@ _HARMLESS = {
         --scheduler-reserve-full-isl --enable-log-deltas
     """,
     "no statistics are logged, /metrics has them": "--disable-log-stats",
+    "/tokenizer_info is there": "--enable-tokenizer-info-endpoint",
+    "/sleep and /wake_up need --admin-key": "--enable-sleep-mode",
     "requests are never logged, only the access log names them": "--enable-log-requests "
     "--max-log-len=",
     "kernels and graphs are chosen at the start for the device": """
@@ -229,8 +231,8 @@ _REFUSED = {
     "routers read /load and /metrics; there are no cache events": "--kv-events-config",
     "weights and caches stay on the device; leave it out":
         "--cpu-offload-params --offload-params --kv-sharing-fast-prefill",
-    "an engine does not sleep; stop it, it starts again in seconds":
-        "--enable-sleep-mode --sleep-mode-backend --sleep-mode-offload-cudagraph "
+    "an engine that sleeps is a process that has ended, see --admin-key":
+        "--sleep-mode-backend --sleep-mode-offload-cudagraph "
         "--sleep-preserve-parameter-names --enable-nccl-comm-suspend",
     "drafts are made by the model's own MTP head; use --speculative-config "
     '\'{"method": "mtp", "num_speculative_tokens": 1}\'': "--spec-model --diffusion-config",
@@ -266,7 +268,6 @@ _REFUSED = {
     "the client runs its tools": "--tool-server",
     "send thinking_token_budget in a request": "--reasoning-config",
     "structured outputs are matched by llguidance; leave it out": "--structured-outputs-config",
-    "/tokenize and /detokenize are there": "--enable-tokenizer-info-endpoint",
     "texts are not marked": "--watermark-config",
     "answers carry no fingerprint": "--fingerprint-value",
     "states are rounded to nearest; leave it out": "--enable-mamba-cache-stochastic-rounding",

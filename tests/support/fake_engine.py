@@ -29,6 +29,8 @@ from millrace.protocol import (
     FinishReason,
     Outputs,
     Ready,
+    ResetPrefixCache,
+    SetPaused,
     Shutdown,
     ToEngine,
     TokenLogprobs,
@@ -148,6 +150,8 @@ class FakeEngine:
         self._seats = args.max_num_seqs or 64
         self._waiting: deque[Echo] = deque()
         self._running: dict[str, Echo] = {}
+        self._paused = False
+        self._resets = 0
         self._steps = self._prompt_tokens = self._generated = self._seen = 0
 
     def run(self, parent: int) -> int:
@@ -167,7 +171,7 @@ class FakeEngine:
             if any(isinstance(message, Shutdown) for message in messages) and not behaviour.deaf:
                 return 0
             deltas = [delta for message in messages for delta in self._take(message)]
-            deltas += self._step()
+            deltas += [] if self._paused else self._step()
             if deltas or messages or now - heard >= 1.0:
                 heard = now
                 self._send(Outputs(deltas, self._stats()))
@@ -175,7 +179,7 @@ class FakeEngine:
 
     def _receive(self) -> list[ToEngine]:
         messages: list[ToEngine] = []
-        wait = 0 if self._running or self._waiting else 100
+        wait = 0 if (self._running or self._waiting) and not self._paused else 100
         while self._incoming.poll(wait):
             messages.append(self._decode(self._incoming.recv()))
             wait = 0
@@ -186,6 +190,10 @@ class FakeEngine:
             for request_id in message.ids:
                 self._running.pop(request_id, None)
             self._waiting = deque(one for one in self._waiting if one.id not in message.ids)
+        elif isinstance(message, SetPaused):
+            self._paused = message.paused
+        elif isinstance(message, ResetPrefixCache):
+            self._resets += 1
         elif isinstance(message, AddRequest):
             self._seen += 1
             if self._seen == self._behaviour.die_after:
@@ -218,6 +226,8 @@ class FakeEngine:
     def _stats(self) -> EngineStats:
         return EngineStats(
             steps=self._steps,
+            paused=self._paused,
+            snapshots_used=self._resets,
             running=len(self._running),
             waiting=len(self._waiting),
             free_pages=70,

@@ -35,6 +35,7 @@ from millrace.protocol import (
     Outputs,
     Ready,
     ResetPrefixCache,
+    SetPaused,
     Shutdown,
     ToEngine,
 )
@@ -140,10 +141,11 @@ def _end_if_stuck(server: _ServerLink, why: str) -> None:
 def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) -> None:
     """Serve until a Shutdown message, or until the server process is gone."""
     last_sent = 0.0
+    paused = False
     while True:
         now = time.monotonic()
         watchdog.beat(now)
-        busy = engine.has_work()
+        busy = engine.has_work() and not paused
         messages = server.receive(0 if busy else IDLE_POLL_MS)
         refused: list[Delta] = []
         for message in messages:
@@ -153,12 +155,17 @@ def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) 
                 engine.abort(message.ids)
             elif isinstance(message, ResetPrefixCache):
                 engine.reset_prefix_cache()
+            elif isinstance(message, SetPaused):
+                paused = message.paused
             else:
                 refused += _add(engine, message)
         engine.check()
-        deltas = refused + (engine.step() if engine.has_work() else [])
+        deltas = refused + (engine.step() if engine.has_work() and not paused else [])
         if deltas or messages or now - last_sent >= HEARTBEAT:
-            server.send(Outputs(deltas, engine.stats()))
+            stats = engine.stats()
+            server.send(
+                Outputs(deltas, msgspec.structs.replace(stats, paused=True) if paused else stats)
+            )
             last_sent = now
         if os.getppid() != parent:
             return

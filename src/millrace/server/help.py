@@ -43,6 +43,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
             "port",
             "api_key",
             "gateway_api_key",
+            "admin_key",
             "cache_salt_by_api_key",
             "ssl_keyfile",
             "ssl_certfile",

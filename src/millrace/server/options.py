@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 GATEWAY_KEY_VARIABLE = "MILLRACE_GATEWAY_API_KEY"
+ADMIN_KEY_VARIABLE = "MILLRACE_SERVER_ADMIN_KEY"
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
@@ -46,6 +47,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_key: list[str] = []
     gateway_api_key: str | None = None
     cache_salt_by_api_key: bool = False
+    admin_key: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
@@ -96,6 +98,8 @@ SERVER_HELP: Mapping[str, str] = {
     "api_key": "API key that requests must send (default: MILLRACE_API_KEY, VLLM_API_KEY or none).",
     "gateway_api_key": "Key of the gateway; where there are keys, only a request with this key may "
     "ask which prefixes are cached (default: MILLRACE_GATEWAY_API_KEY or none).",
+    "admin_key": "Offer /pause, /sleep, /reset_prefix_cache and the like, to requests with this "
+    "key (default: MILLRACE_SERVER_ADMIN_KEY or none).",
     "cache_salt_by_api_key": "Share cached prefixes only among requests of the same API key.",
     "ssl_keyfile": "File with the private key for HTTPS.",
     "ssl_certfile": "File with the certificate for HTTPS.",
@@ -146,9 +150,18 @@ def gateway_key(options: ServerOptions) -> str | None:
     return keys[0] if keys else None
 
 
+def admin_key(options: ServerOptions) -> str | None:
+    """The key of whoever manages this server, if there is one. Raises ConfigError for an empty
+    one."""
+    given = [] if options.admin_key is None else [options.admin_key]
+    keys = configured_keys(given, "--admin-key", [ADMIN_KEY_VARIABLE])
+    return keys[0] if keys else None
+
+
 def check_keys(options: ServerOptions) -> None:
     """Raise ConfigError for an empty key, and for salts by key without keys."""
     keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
     gateway_key(options)
+    admin_key(options)
     if options.cache_salt_by_api_key and not keys:
         raise ConfigError("--cache-salt-by-api-key needs --api-key: without keys all are the same")

@@ -6,7 +6,7 @@ can hold what the other lacks.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -21,6 +21,15 @@ from millrace.server.api.anthropic.endpoint import (
 from millrace.server.api.anthropic.formatter import Message
 from millrace.server.api.chat.endpoint import Chat
 from millrace.server.api.completions.endpoint import Completions
+from millrace.server.api.management import (
+    Done,
+    IsPaused,
+    IsSleeping,
+    Management,
+    PauseState,
+    SleepState,
+    WakeState,
+)
 from millrace.server.api.openai_responses.endpoint import Responses
 from millrace.server.api.openai_responses.listing import ItemList
 from millrace.server.api.openai_responses.request import Deleted, ResponsesRequest
@@ -49,8 +58,8 @@ class ApiRoute(NamedTuple):
     """One path. family: the class whose instance serves it; handler: that class's method.
 
     body: the type of the request's JSON, None where it has none. answer: the type of the answer's
-    JSON, None for plain text. query: names of the query's parameters. debug: offered only by a
-    server started with --debug.
+    JSON, None for plain text. query: names of the query's parameters. manages: it changes what the
+    engine does, so a server offers it only with --admin-key, whose key it needs, or with --debug.
     """
 
     path: str
@@ -61,7 +70,7 @@ class ApiRoute(NamedTuple):
     body: Any = None
     answer: Any = None
     query: tuple[str, ...] = ()
-    debug: bool = False
+    manages: bool = False
 
 
 _GET, _POST = ("GET",), ("POST",)
@@ -112,6 +121,10 @@ ROUTES: tuple[ApiRoute, ...] = (
         Tokenize, Tokenize.detokenize, DetokenizeRequest, Text,
     ),
     ApiRoute(
+        "/tokenizer_info", _GET, "The tokenizer's configuration and the chat template",
+        Tokenize, Tokenize.info, answer=dict[str, Any],
+    ),
+    ApiRoute(
         "/v1/models", _GET, "The model that is served", Pages, Pages.models, answer=ModelList
     ),
     ApiRoute(
@@ -134,6 +147,63 @@ ROUTES: tuple[ApiRoute, ...] = (
     ),
     ApiRoute(
         "/reset_prefix_cache", _POST, "Forget every cached prefix that no running request holds",
-        Pages, Pages.reset_prefix_cache, debug=True,
+        Management, Management.reset_prefix_cache, answer=Done, manages=True,
+    ),
+    ApiRoute(
+        "/pause", _POST, "Serve nothing until /resume", Management, Management.pause,
+        answer=PauseState, query=("mode", "clear_cache"), manages=True,
+    ),
+    ApiRoute(
+        "/resume", _POST, "Serve again", Management, Management.resume,
+        answer=PauseState, manages=True,
+    ),
+    ApiRoute(
+        "/is_paused", _GET, "Whether nothing is served until /resume",
+        Management, Management.is_paused, answer=IsPaused, manages=True,
+    ),
+    ApiRoute(
+        "/sleep", _POST, "End the engine, which frees all of its memory",
+        Management, Management.sleep, answer=SleepState, query=("level", "mode"), manages=True,
+    ),
+    ApiRoute(
+        "/wake_up", _POST, "Start the engine again", Management, Management.wake_up,
+        answer=WakeState, query=("tags",), manages=True,
+    ),
+    ApiRoute(
+        "/is_sleeping", _GET, "Whether the engine sleeps", Management, Management.is_sleeping,
+        answer=IsSleeping, manages=True,
     ),
 )  # fmt: skip
+
+_POOLING = (
+    "this server generates text only; an embedding or ranking model, served by `vllm serve` or "
+    "Text Embeddings Inference, has this endpoint"
+)
+_SPEECH = (
+    "this server reads and writes text only; a speech model, such as Whisper under `vllm serve`, "
+    "has this endpoint"
+)
+_CODE = "code and weights are not changed while the server runs; start it again"
+_ADAPTERS = "adapters are not served; merge the adapter into the checkpoint"
+
+# Endpoints of OpenAI's and vLLM's servers that are not here: why, and what has them.
+ABSENT: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
+            *("/rerank", "/v1/rerank", "/v2/rerank"),
+        ),
+        _POOLING,
+    ),
+    **dict.fromkeys(
+        ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/realtime"),
+        _SPEECH,
+    ),
+    "/v1/images/generations": "this server reads and writes text only",
+    "/v1/moderations": "this server generates text only",
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _ADAPTERS),
+    **dict.fromkeys(
+        ("/collective_rpc", "/init_weight_transfer_engine", "/update_weights", "/weight_checker"),
+        _CODE,
+    ),
+}

@@ -34,6 +34,7 @@ from millrace.protocol import Ready
 from millrace.server.api.context import ApiContext
 from millrace.server.app import application
 from millrace.server.engine_link.client import EngineClient, EngineDeadError
+from millrace.server.engine_link.control import EngineControl
 from millrace.server.engine_link.process import ENGINE_PROGRAM
 from millrace.server.engine_link.restarter import Restarter
 from millrace.server.http.access import Access
@@ -41,7 +42,8 @@ from millrace.server.http.bodies import BodyReader
 from millrace.server.http.connection import connection_class
 from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
-from millrace.server.options import ServerOptions, api_keys, gateway_key
+from millrace.server.options import ServerOptions, admin_key, api_keys, gateway_key
+from millrace.server.routes import ROUTES
 from millrace.server.sandbox.pool import Sandbox, SandboxOptions
 from millrace.server.supervisor import hangups_are_ignored, inherited_listeners
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
@@ -85,15 +87,20 @@ async def _serve(
 ) -> int:
     metrics = RequestMetrics()
     client = EngineClient(metrics, options.stream_interval)
+    control = EngineControl(client)
     grammars, encoder = _sandboxes(args)
     tracer = Tracer.to(options.otlp_traces_endpoint)
     await client.start(args, program)
     try:
         page = MetricsPage(
-            names[0], metrics, lambda: client.stats, lambda: _cache_config(args, client.ready)
+            names[0],
+            metrics,
+            lambda: client.stats,
+            lambda: _cache_config(args, client.ready),
+            sleep_level=lambda: control.sleep_level or 0,
         )
         middleware = _middleware(
-            _api(args, options, names, client, metrics, page, (grammars, encoder)),
+            _api(args, options, names, client, metrics, page, (grammars, encoder), control),
             options,
             metrics,
             tracer,
@@ -135,6 +142,7 @@ def _api(
     metrics: RequestMetrics,
     page: MetricsPage,
     sandboxes: tuple[Sandbox, Sandbox],
+    control: EngineControl,
 ) -> ASGIApp:
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
@@ -159,10 +167,12 @@ def _api(
         ),
         grammars=sandboxes[0],
         encoder=sandboxes[1],
+        control=control,
         max_stored_responses=options.max_stored_responses,
         max_stored_bytes=options.max_stored_bytes,
     )
-    return application(context, page, root=args.model, debug=args.debug)
+    managed = args.debug or admin_key(options) is not None
+    return application(context, page, root=args.model, managed=managed)
 
 
 def _sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
@@ -193,6 +203,8 @@ def _middleware(
             api_keys(options),
             gateway_key(options),
             salt_by_key=options.cache_salt_by_api_key,
+            admin_key=admin_key(options),
+            admin_paths=[row.path for row in ROUTES if row.manages],
         ),
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,

@@ -17,7 +17,12 @@ import msgspec
 from millrace.errors import RequestError
 from millrace.lengths import check_least, check_lengths, output_length
 from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
-from millrace.text.checkpoint.files import SamplingDefaults, sampling_defaults, vocab_size
+from millrace.text.checkpoint.files import (
+    SamplingDefaults,
+    read_json,
+    sampling_defaults,
+    vocab_size,
+)
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.grammar_jobs import OutputGrammar, ToolCallGrammar
 from millrace.text.messages import Message, normalize_messages, text_length
@@ -35,6 +40,7 @@ class TextProcessor:
     """The text side of one model.
 
     vocab_size: token ids are below it (the embedding may have more rows than the tokenizer tokens).
+    tokenizer_config: what the checkpoint says of its tokenizer.
     """
 
     def __init__(
@@ -44,7 +50,9 @@ class TextProcessor:
         defaults: SamplingDefaults,
         vocab_size: int,
         template_variables: Mapping[str, Any] = MappingProxyType({}),
+        tokenizer_config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        self.tokenizer_config = tokenizer_config
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults
@@ -81,6 +89,7 @@ class TextProcessor:
             sampling_defaults(model if auto else None, sampling),
             vocab_size(model) or tokens.vocab_size,
             template_variables,
+            {} if skip_tokenizer else read_json(tokenizer / "tokenizer_config.json"),
         )
 
     def chat_prompt(

@@ -271,8 +271,8 @@ async def reset_prefix_caches(options: BenchOptions) -> None:
         else:
             raise UserError(
                 f"--reset-prefix-cache: {target} has neither {' nor '.join(_RESETS)} (status "
-                f"{statuses[0]}); serve with --debug (Millrace) or VLLM_SERVER_DEV_MODE=1 (vLLM), "
-                "or give each run another --seed"
+                f"{statuses[0]}); serve with --admin-key, and send that key (Millrace), or with "
+                "VLLM_SERVER_DEV_MODE=1 (vLLM), or give each run another --seed"
             )
 
 

@@ -31,6 +31,7 @@ from millrace.server.api.prompts import Prompt
 from millrace.server.api.request_schema import GenerationRequest, ModelRequest, PromptRequest
 from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
+from millrace.server.engine_link.control import EngineControl
 from millrace.server.http.access import client_of
 from millrace.server.http.bodies import BodyReader
 from millrace.server.sandbox.jobs import (
@@ -69,7 +70,8 @@ class ApiContext:
     reasoning_parser: how chats are split into reasoning and content. tool_call_parser: how the
     model calls tools.
     max_queue: requests that may wait beyond those that the engine runs at once.
-    grammars, encoder: the processes that build grammars and encode long texts.
+    grammars, encoder: the processes that build grammars and encode long texts. control: what
+    pauses the engine and puts it to sleep.
     max_stored_responses, max_stored_bytes: bounds of the responses that are kept. response_tag:
     stands in their ids.
     """
@@ -87,10 +89,12 @@ class ApiContext:
         body_reader: BodyReader,
         grammars: Sandbox,
         encoder: Sandbox,
+        control: EngineControl,
         max_stored_responses: int = 0,
         max_stored_bytes: int = 0,
     ) -> None:
         self.client = client
+        self.control = control
         self.processor = processor
         self.names = names
         self.reasoning_parser = reasoning_parser
@@ -362,6 +366,10 @@ def unavailable(client: EngineClient) -> ApiError:
     if client.died is not None:
         # Not "engine_dead": this request never was in the engine, so it did not cause the death.
         return ApiError(503, f"the engine is gone: {client.died}", code="engine_restarting")
+    if client.refusal == "asleep":
+        return ApiError(503, "the engine sleeps; POST /wake_up wakes it", code="asleep")
+    if client.refusal == "paused":
+        return ApiError(503, "the engine is paused; POST /resume ends that", code="paused")
     if client.ready is None:
         return ApiError(503, "the engine is loading", code="engine_loading")
     return shutting_down()

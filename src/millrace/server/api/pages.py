@@ -103,8 +103,3 @@ class Pages:
     async def openapi(self, _: Request) -> Response:
         """GET /openapi.json"""
         return Response(self._document, media_type="application/json")
-
-    async def reset_prefix_cache(self, _: Request) -> Response:
-        """POST /reset_prefix_cache"""
-        self._client.reset_prefix_cache()
-        return Response(status_code=200)

@@ -6,7 +6,8 @@ still gets a proper status. A later failure becomes an event of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -27,7 +28,7 @@ STREAM_HEADERS = [
 ]
 
 
-def json_response(body: msgspec.Struct) -> Response:
+def json_response(body: msgspec.Struct | Mapping[str, Any]) -> Response:
     return Response(_encode(body), media_type="application/json")
 
 

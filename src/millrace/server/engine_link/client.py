@@ -10,18 +10,21 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from time import monotonic
+from typing import Literal
 
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.protocol import (
     Abort,
     AddRequest,
+    Delta,
     EngineStats,
     Failed,
     FromEngine,
     Outputs,
     Ready,
     ResetPrefixCache,
+    SetPaused,
     Shutdown,
 )
 from millrace.server.engine_link import request_record
@@ -46,7 +49,9 @@ class EngineClient:
 
     ready: the engine's Ready message, None before. died: why the engine ended, None while it runs.
     stats: its latest figures. prefix_reporter: hashes of the prompts that were sent to it.
-    draining: new requests are refused. stream_interval: tokens that a stream's reader waits for.
+    draining: new requests are refused. refusal: why they are although the server does not stop:
+    paused or asleep; None while they are not. stream_interval: tokens that a stream's reader waits
+    for.
     """
 
     def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
@@ -55,6 +60,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.prefix_reporter = PrefixReporter()
         self.draining = False
+        self.refusal: Literal["paused", "asleep"] | None = None
         self._metrics = metrics
         self._stream_interval = stream_interval
         self._streams: dict[str, Stream] = {}
@@ -74,16 +80,8 @@ class EngineClient:
         """Start another engine in place of one that has died; this one may die at once."""
         assert self.died is not None
         await self._link.stop()
-        self.ready = self.died = None
-        self._silent_seconds = 0
-        self._kill_reason = None
         self._metrics.restarts += 1
-        self._changed.clear()
-        self._link = EngineLink(self._on_message_from_engine, self._on_process_end)
-        try:
-            await self._link.start(self._args, self._program)
-        except OSError as error:
-            self._die(EngineDeadError(f"the engine could not be started: {error}"))
+        await self.start_engine()
 
     async def wait_ready(self) -> Ready:
         """Wait for the engine's first real step. Raises UserError or EngineDeadError."""
@@ -102,7 +100,9 @@ class EngineClient:
 
     @property
     def healthy(self) -> bool:
-        return self.ready is not None and self.died is None and not self.draining
+        """Whether new requests are served."""
+        loaded = self.ready is not None and self.died is None
+        return loaded and not self.draining and self.refusal is None
 
     @property
     def open_requests(self) -> int:
@@ -151,6 +151,42 @@ class EngineClient:
         if self.died is None:
             self._link.send(ResetPrefixCache())
             self.prefix_reporter.clear()
+
+    def abort_all(self) -> None:
+        """End every open request, each with the finish reason `abort`."""
+        now = monotonic()
+        open_ids = [stream.id for stream in self._streams.values() if not stream.ended]
+        for request_id in open_ids:
+            self._streams[request_id].put(Delta(request_id, [], "abort"), now)
+        if open_ids:
+            self._link.send(Abort(open_ids))
+
+    def set_engine_paused(self, paused: bool) -> None:
+        """Have the engine run no further step, or go on; its figures then say so."""
+        if self.died is None:
+            self._link.send(SetPaused(paused))
+
+    async def end_engine(self) -> None:
+        """End the engine's process, in order or by force, and keep the server: `start_engine`
+        starts another. No request is open."""
+        self.ready = None
+        self._changed.clear()
+        self._link.send(Shutdown())
+        await self._link.stop()
+        self.stats = EngineStats()
+        self.prefix_reporter.clear()
+
+    async def start_engine(self) -> None:
+        """Start an engine in place of one that has ended; it loads while this returns."""
+        self.ready = self.died = None
+        self._silent_seconds = 0
+        self._kill_reason = None
+        self._changed.clear()
+        self._link = EngineLink(self._on_message_from_engine, self._on_process_end)
+        try:
+            await self._link.start(self._args, self._program)
+        except OSError as error:
+            self._die(EngineDeadError(f"the engine could not be started: {error}"))
 
     async def stop(self) -> None:
         """End the engine, by force if it must be, and remove what `start` made."""

@@ -6,7 +6,7 @@ result with `client_of`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from starlette.types import Scope
@@ -34,7 +34,8 @@ class Access:
     """The keys of which a request must bring one; without any, every request may pass.
 
     gateway_key: a gateway's; where there are keys, only it may ask which prefixes are cached.
-    salt_by_key: requests of different keys share no cached prefixes.
+    salt_by_key: requests of different keys share no cached prefixes. admin_key: what requests for
+    `admin_paths` bring instead, where there is one.
     """
 
     def __init__(
@@ -43,7 +44,11 @@ class Access:
         gateway_key: str | None = None,
         *,
         salt_by_key: bool = False,
+        admin_key: str | None = None,
+        admin_paths: Collection[str] = (),
     ) -> None:
+        self._admin_keys = ApiKeys([] if admin_key is None else [admin_key])
+        self._admin_paths = frozenset(admin_paths)
         gateway_keys = [] if gateway_key is None else [gateway_key]
         self._keys = ApiKeys([*keys, *gateway_keys])
         self._gateway_keys = ApiKeys(gateway_keys)
@@ -51,10 +56,15 @@ class Access:
 
     def admit(self, scope: Scope) -> None:
         """Note who sent the request. Raises ApiError (401) unless it may pass."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        for_admin = self._admin_keys and scope["path"] in self._admin_paths
+        if not (self._keys or for_admin) or scope["path"] in OPEN_PATHS:
             return
         headers = dict(scope["headers"])
         key = presented_key(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        if for_admin:
+            if not self._admin_keys.accept(key):
+                raise no_access(given=bool(key))
+            return
         if not self._keys.accept(key):
             raise no_access(given=bool(key))
         from_gateway = self._gateway_keys.accept(key)

@@ -203,7 +203,8 @@ class MetricsPage:
     """The page that Prometheus reads.
 
     stats: gives the engine's latest figures. config: facts of the engine that never change, once
-    they are known. gauges: further figures by name, each with what it is.
+    they are known. sleep_level: 0 while the engine is awake. gauges: further figures by name, each
+    with what it is.
     """
 
     def __init__(
@@ -212,7 +213,9 @@ class MetricsPage:
         requests: RequestMetrics,
         stats: Callable[[], EngineStats],
         config: Callable[[], Mapping[str, str]] = dict,
+        sleep_level: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._sleep_level = sleep_level
         self._labels = {"model_name": model, "engine": "0"}
         self._requests = requests
         self._stats = stats
@@ -261,6 +264,7 @@ class MetricsPage:
             text = "Tokens that a step computes, of prompts and outputs."
             yield self._histogram(full, text, _step_buckets(stats), stats.step_tokens_sum)
         yield self._admission_rejections()
+        yield from self._sleep_state()
         accepted = {(str(at),): count for at, count in enumerate(stats.accepted_per_position)}
         finished = {(str(reason),): count for reason, count in requests.finished.items()}
         for name, vllm_name, text, label, counts in (
@@ -297,6 +301,14 @@ class MetricsPage:
             family = GaugeMetricFamily(full, text, labels=[*self._labels, "reason"])
             for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
                 family.add_metric([*self._labels.values(), reason], count)
+            yield family
+
+    def _sleep_state(self) -> Iterator[Metric]:
+        text = "1 for the state that the engine is in: awake, or asleep at level 1 or 2."
+        for full in _names("engine_sleep_state", "engine_sleep_state"):
+            family = GaugeMetricFamily(full, text, labels=[*self._labels, "sleep_state"])
+            for level, state in enumerate(("awake", "weights_offloaded", "discard_all")):
+                family.add_metric([*self._labels.values(), state], self._sleep_level() == level)
             yield family
 
     def _admission_rejections(self) -> Metric:

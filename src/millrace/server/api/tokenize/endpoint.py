@@ -1,8 +1,9 @@
-"""POST /tokenize and /detokenize: what a prompt is made of, in vLLM's shapes."""
+"""/tokenize, /detokenize and /tokenizer_info: what a prompt is made of, in vLLM's shapes."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,9 +17,11 @@ from millrace.server.api.request_schema import ChatRequest, DetokenizeRequest, T
 from millrace.server.api.response_schema import Text, Tokens
 from millrace.server.api.transport import json_response
 
+_FILES = ("vocab_file", "merges_file", "tokenizer_file", "name_or_path")  # of whoever made it
+
 
 class Tokenize:
-    """The two endpoints."""
+    """The three endpoints."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
@@ -77,3 +80,25 @@ class Tokenize:
         context.processor.check_token_ids(body.tokens, "tokens")
         decode = partial(context.processor.tokenizer.decode, body.tokens, False)
         return json_response(Text(await context.run_in_thread(decode, len(body.tokens) > 1000)))
+
+    async def info(self, _: Request) -> Response:
+        """GET /tokenizer_info: what the checkpoint says of its tokenizer, and the chat template."""
+        processor = self._context.processor
+        config = {
+            key: _plain(value)
+            for key, value in processor.tokenizer_config.items()
+            if key not in _FILES
+        }
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        if processor.template is not None:
+            config["chat_template"] = processor.template.source
+        return json_response(config)
+
+
+def _plain(value: Any) -> Any:
+    """A special token that is described by an object, as its text."""
+    if isinstance(value, dict):
+        if value.get("__type") == "AddedToken":
+            return value.get("content")
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
