@@ -1,4 +1,4 @@
-"""Qwen3.5-27B-FP8 shapes on one GPU: throughput, latency, and where a step's time goes.
+"""FP8 shapes of published models on one GPU: throughput, latency, and where a step's time goes.
 
 Seeded random weights (none is rounded to zero), synthetic acceptance 0.9 with one draft,
 temperature 1, token-id prompts with lengths uniform in [512, 1024], outputs uniform in [256, 512],
@@ -7,18 +7,21 @@ end tokens ignored: the workload of the other engines' figures in LEDGER.md.
     python benchmarks/h200_throughput.py --phases default,throughput,bf16_state,warm --repeats 1
     python benchmarks/h200_throughput.py --phases wide,nomtp,long --repeats 1
     python benchmarks/h200_throughput.py --phases start
+    python benchmarks/h200_throughput.py --phases floors --model qwen3-8b
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
 Each phase is one arrangement (see ARRANGEMENTS). The phases of a call share a process and its
 compiled code, and neighbours that differ in the scheduler alone share an engine. Results are merged
 into --out after each phase: several calls can share the work, and an interrupted call loses little.
-Minutes on an H200: default 2.5 + 1.2 a repeat, throughput 1.2 a repeat, bf16_state 0.7 + 1.2 a
-repeat, wide 1 + 2 a repeat, nomtp 1 + 1.7 a repeat, long 1.5, start 2, warm 0.5.
+The model is Qwen3.5-27B unless --model says otherwise. Minutes on an H200: floors 1, default 2.5 +
+1.2 a repeat, throughput 1.2 a repeat, bf16_state 0.7 + 1.2 a repeat, wide 1 + 2 a repeat, nomtp 1 +
+1.7 a repeat, long 1.5, start 2, warm 0.5.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -47,12 +50,12 @@ from engine_runs import (
     requests,
     synchronize,
 )
-from qwen27b import read_sizes, step_work, write_config
+from model_shapes import SHAPES, prefill_work, read_sizes, step_work, write_config
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
-from millrace.model.tiny import TinyShape, config_json
+from millrace.model.tiny import QWEN3, TinyShape, config_json
 from millrace.replica.build import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +79,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "wide": {"max_num_seqs": 448},
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
+    "floors": {"max_num_seqs": 256},
 }
 # And what its scheduler has otherwise than the engine was built with.
 LIMITS: dict[str, dict[str, Any]] = {"throughput": {"mixed_prefill_tokens": 16384}}
@@ -159,6 +163,14 @@ def achieved(record: dict[str, Any], sizes: Any, context: float, drafts: int) ->
 # --- phases ------------------------------------------------------------------------------------
 
 
+def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The engine's arguments in phase `name`."""
+    found = {**BASE, **ARRANGEMENTS[name], **(TINY_ARGS if options.tiny else {})}
+    if not SHAPES[options.model].get("mtp_num_hidden_layers"):
+        found["speculative_config"] = None
+    return found
+
+
 class Engines:
     """One engine at a time, kept while phases ask for the same."""
 
@@ -170,7 +182,7 @@ class Engines:
 
     def of(self, name: str, record: dict[str, Any]) -> Engine:
         """An idle engine as phase `name` wants it."""
-        arguments = {**BASE, **ARRANGEMENTS[name], **(TINY_ARGS if self._options.tiny else {})}
+        arguments = arguments_of(name, self._options)
         if self._engine is None or arguments != self._built:
             self.close()
             began, first = time.perf_counter(), not self._built
@@ -206,6 +218,9 @@ def phase(
     sampling = SAMPLING.get(name, {})
     warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab, **sampling)
     closed_run(engine, warmup, scale.warmup)
+    if name == "floors":
+        floors(engine, rows, scale, record, read_sizes(model))
+        return
     throughput(engine, rows, options, record, sampling)
     if name in ("runs", "sampled"):
         few_requests(engine, scale, record, sampling)
@@ -251,6 +266,24 @@ def profile(
     print(json.dumps({"decode": decode, "achieved": record["achieved"]}, indent=1), flush=True)
 
 
+def floors(engine: Engine, rows: int, scale: Scale, record: dict[str, Any], sizes: Any) -> None:
+    """Decode steps and prompts against what the device can do at best; no run of requests."""
+    profile(engine, rows, engine.scheduler.limits.drafts, scale, record, sizes)
+    prefill_alone(engine, rows, scale, record)
+    length = scale.inputs[1]
+    work = prefill_work(sizes, 1, length)
+    rate = record["prefill_tok_s"] / length  # prompts a second
+    record["prefill_achieved"] = {
+        "tflop_s": work.flops * rate / 1e12,
+        "share_of_floor": work.floors()["all"] * rate,
+        "floor_tok_s": length / work.floors()["all"],
+    }
+    floor = record["achieved"]["floor_ms"]["all"]
+    record["decode_share_of_floor"] = floor / record["decode"]["step_ms"]
+    found = {name: record[name] for name in ("prefill_achieved", "decode_share_of_floor")}
+    print(json.dumps(found, indent=1), flush=True)
+
+
 def prefill_alone(engine: Engine, rows: int, scale: Scale, record: dict[str, Any]) -> None:
     length = scale.inputs[1]
     record["prefill"] = prefill_profile(engine, rows // 2, length, scale.vocab, 3)
@@ -286,7 +319,8 @@ def long_context(engine: Engine, scale: Scale, record: dict[str, Any]) -> None:
 def start_up(name: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Seconds until an engine is ready, in new processes. "start": nothing compiled yet, then all
     of it; "warm": only the latter, with what this machine has compiled."""
-    command = [sys.executable, __file__, "--phases", "ready", "--layers", str(options.layers)]
+    command = [sys.executable, __file__, "--phases", "ready", "--model", options.model]
+    command += ["--layers", str(options.layers)] if options.layers else []
     command += ["--tiny"] if options.tiny else []
     with tempfile.TemporaryDirectory() as caches:
         names = ("TRITON_CACHE_DIR", "DG_JIT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -306,7 +340,7 @@ def start_up(name: str, options: argparse.Namespace, record: dict[str, Any]) -> 
 def ready(options: argparse.Namespace, model: Path) -> None:
     """What `start_up` runs: an engine that has completed a real step, and its time."""
     began = time.perf_counter()
-    arguments = {**BASE, **ARRANGEMENTS["default"], **(TINY_ARGS if options.tiny else {})}
+    arguments = arguments_of("default", options)
     build_engine(engine_args(model=str(model), **arguments)).close()
     print(f"{time.perf_counter() - began:.1f}")
 
@@ -371,28 +405,39 @@ def table(phases: dict[str, Any]) -> str:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--phases", default=",".join([*ARRANGEMENTS, "start"]))
+    parser.add_argument(
+        "--phases",
+        default=",".join([*(name for name in ARRANGEMENTS if name != "floors"), "start"]),
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--model", choices=SHAPES, default="qwen3.5-27b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     options = parser.parse_args()
     options.phases = options.phases.split(",")
     known = {*ARRANGEMENTS, *STARTS, "ready"}
     if unknown := [name for name in options.phases if name not in known]:
         parser.error(f"--phases: no {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    options.scale = TINY if options.tiny else Scale()
+    vocab = min(Scale().vocab, SHAPES[options.model]["vocab_size"])
+    options.scale = TINY if options.tiny else dataclasses.replace(Scale(), vocab=vocab)
     options.out = options.out or (
         Path(tempfile.gettempdir(), "h200_tiny.json")
         if options.tiny
-        else ROOT / "benchmarks" / "results" / "h200.json"
+        else ROOT / "benchmarks" / "results" / f"h200{_suffix(options.model)}.json"
     )
     return options
 
 
+def _suffix(model: str) -> str:
+    return "" if model == "qwen3.5-27b" else f"_{model}"
+
+
 def model_directory(options: argparse.Namespace, parent: Path) -> Path:
     if not options.tiny:
-        return write_config(parent / "qwen27b", options.layers)
-    parent.joinpath("config.json").write_text(json.dumps(config_json(TinyShape())))
+        return write_config(parent / options.model, options.layers, options.model)
+    hybrid = options.model == "qwen3.5-27b"
+    small = config_json(TinyShape()) if hybrid else {**QWEN3, "vocab_size": TINY.vocab}
+    parent.joinpath("config.json").write_text(json.dumps(small))
     return parent
 
 

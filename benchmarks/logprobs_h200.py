@@ -36,7 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import closed_run, commit
-from qwen27b import write_config
+from model_shapes import write_config
 
 from millrace.config import engine_args
 from millrace.kernels.gemm import dequantize

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import commit
 from h200_throughput import BASE, TINY_ARGS
-from qwen27b import write_config
+from model_shapes import write_config
 
 from millrace.config import engine_args
 from millrace.model.tiny import TinyShape, config_json

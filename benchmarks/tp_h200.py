@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 
 import torch  # noqa: E402
 from engine_runs import commit  # noqa: E402
-from qwen27b import write_config  # noqa: E402
+from model_shapes import write_config  # noqa: E402
 
 from millrace.bench.report.tables import aligned  # noqa: E402
 from millrace.model.tiny import TinyShape, write_checkpoint  # noqa: E402

@@ -162,9 +162,13 @@ def prompt_rows(slots: list[int], rows: list[tuple[int, int]]) -> PrefillRows:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotary"), [(32, 8), (256, 64), (24, 24), (128, 128)])
 @pytest.mark.parametrize(
-    ("heads", "gates"), [(4, 4), (4, 0), (0, 0)], ids=["", "no-gates", "no-queries"]
+    ("heads", "gates", "normed"),
+    [(4, 4, True), (4, 0, True), (0, 0, True), (4, 0, False)],
+    ids=["", "no-gates", "no-queries", "no-norms"],
 )
-def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int, heads: int, gates: int) -> None:
+def test_norm_rope_store(
+    dtype: torch.dtype, dim: int, rotary: int, heads: int, gates: int, normed: bool
+) -> None:
     kv_heads = 2
     widths = [heads * dim, gates * dim, kv_heads * dim, kv_heads * dim]
     qkv = draw(7, sum(widths), dtype=dtype)
@@ -173,7 +177,7 @@ def test_norm_rope_store(dtype: torch.dtype, dim: int, rotary: int, heads: int, 
     caches = [KVCache(*(torch.full((3, 4, kv_heads, dim), 7.0, dtype=dtype),) * 2) for _ in "ab"]
     for cache in caches:
         cache.values = cache.keys.clone()
-    weights = (draw(dim), draw(dim))
+    weights = (draw(dim), draw(dim)) if normed else (None, None)
     out = [
         run(qkv, widths, *weights, 1e-6, positions, table, cache, kv_rows)
         for run, cache in zip(

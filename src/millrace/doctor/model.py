@@ -36,12 +36,18 @@ def model(args: EngineArgs) -> Iterator[Finding]:
         return
     yield Finding("model", "directory", str(directory))
     yield Finding(
-        "model", "shape", f"{config.num_layers} layers of {config.hidden_size}, "
-        f"{config.dtype}, {config.max_positions} positions, {config.mtp_layers} MTP layers",
+        "model", "shape", f"{config.family}, {config.num_layers} layers of {config.hidden_size}, "
+        f"{config.dtype}{_quantized(config)}, {config.max_positions} positions, "
+        f"{config.mtp_layers} MTP layers",
     )  # fmt: skip
     yield from _files(Path(args.tokenizer) if args.tokenizer else directory)
     yield _weights(directory, args, _fp8_draft_head(config, args))
     yield _settled(args, _facts(config))
+
+
+def _quantized(config: ModelConfig) -> str:
+    found = config.quantization
+    return "" if found.method == "none" else f" and {found.format.name}"
 
 
 def _facts(config: ModelConfig) -> ModelFacts:

@@ -13,18 +13,18 @@ PAGE, KV_HEADS, GROUP, DIM = 16, 2, 3, 24
 
 
 def make_cache(
-    ends: list[int], device: str, dtype: torch.dtype, dim: int = DIM
+    ends: list[int], device: str, dtype: torch.dtype, dim: int = DIM, kv_heads: int = KV_HEADS
 ) -> tuple[KVCache, torch.Tensor]:
     """Slot s holds ends[s - 1] live rows on shuffled pages; every other row is NaN."""
     per_slot = -(-max(ends) // PAGE) + 1
     pages = len(ends) * per_slot + 1
     table = torch.zeros(len(ends) + 1, per_slot, dtype=torch.int32)
     table[1:] = (torch.randperm(pages - 1) + 1).view(len(ends), per_slot).int()
-    keys, values = (torch.full((pages, PAGE, KV_HEADS, dim), torch.nan) for _ in range(2))
+    keys, values = (torch.full((pages, PAGE, kv_heads, dim), torch.nan) for _ in range(2))
     for slot, end in enumerate(ends, 1):
         for place in range(end):
             at = (table[slot, place // PAGE], place % PAGE)
-            keys[at], values[at] = torch.randn(2, KV_HEADS, dim)
+            keys[at], values[at] = torch.randn(2, kv_heads, dim)
     cache = KVCache(keys.to(device, dtype), values.to(device, dtype))
     return cache, table.to(device)
 
@@ -75,6 +75,28 @@ def test_decode_of_values_in_pairs(width: int, config: tuple[int, ...], first: i
     want = gpu.attend_decode(q, cache, table, rows, 0.2, first, config, pairs=False)
     assert want.isfinite().all()
     assert relative(got, want) < 1e-3
+
+
+@on_each_device
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
+def test_heads_of_128(device: str, group: int):
+    """Groups of Qwen3's models: a decode step, prompts, and few tokens behind a long context."""
+    from millrace.kernels.gpu import attention as gpu
+
+    torch.manual_seed(group)
+    counts, starts = (1, 18, 3), (36, 0, 1030)
+    ends = [s + c for s, c in zip(starts, counts, strict=True)]
+    cache, table = make_cache(ends, device, torch.float32, 128, kv_heads=1)
+    at = torch.tensor(starts, device=device)
+    slots, offsets = torch.arange(1, 4, device=device), torch.tensor([0, *counts]).cumsum(0)
+    rows = PrefillRows(slots, at, offsets.int().to(device), counts, starts)
+    q = torch.randn(sum(counts), group, 128, device=device)
+    want = attention.attend_prefill.__wrapped__(q, cache, table, rows, 0.1)
+    assert relative(gpu.attend_prefill(q, cache, table, rows, 0.1), want) < 1e-5
+    decoding = DecodeRows(slots, at, 1, max(starts) + 1)
+    q = torch.randn(3, group, 128, device=device)
+    want = attention.attend_decode.__wrapped__(q, cache, table, decoding, 0.1)
+    assert relative(gpu.attend_decode(q, cache, table, decoding, 0.1), want) < 1e-5
 
 
 @on_each_device
@@ -200,7 +222,10 @@ def test_a_padded_batch(device: str, decode: int):
 
 
 @on_each_device
-def test_norm_rope_store(device: str):
+@pytest.mark.parametrize(
+    ("gated", "normed", "rotary"), [(True, True, 16), (False, True, 32), (False, False, 16)]
+)
+def test_norm_rope_store(device: str, gated: bool, normed: bool, rotary: int):
     """The fused form equals the ops one after another, and store_kv alone the reference; without
     queries it stores the same."""
     from millrace.kernels.gpu import attention as gpu
@@ -208,20 +233,23 @@ def test_norm_rope_store(device: str):
 
     torch.manual_seed(2)
     tokens, dim, heads, kv_heads = 7, 32, 4, 2
-    table = rope.rope_table(dim, 16, 1e4, 50, None, device)
+    table = rope.rope_table(dim, rotary, 1e4, 50, None, device)
     positions = torch.tensor([0, 5, 6, 49, 3, 2, 1], device=device)
-    widths = [heads * dim, heads * dim, kv_heads * dim, kv_heads * dim]
+    widths = [heads * dim, heads * dim * gated, kv_heads * dim, kv_heads * dim]
     qkv = torch.randn(tokens, sum(widths) + 9, device=device)[:, : sum(widths)]
-    q_weight, k_weight = torch.randn(2, dim, device=device)
+    q_weight, k_weight = torch.randn(2, dim, device=device) if normed else (None, None)
     place = torch.randperm(36, device=device)[:tokens]
 
     def empty() -> KVCache:
         return KVCache(*(torch.zeros(9, 4, kv_heads, dim, device=device) for _ in range(2)))
 
-    def one_by_one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = norm.rms_norm.__wrapped__(x.reshape(-1, dim), weight, 1e-6).view(tokens, -1, dim)
-        turned = rope.apply_rope.__wrapped__(normed, positions, table)
-        assert relative(gpu_rope.apply_rope(normed, positions, table), turned) < 1e-6
+    def one_by_one(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        x = x.reshape(-1, dim)
+        x = x if weight is None else norm.rms_norm.__wrapped__(x, weight, 1e-6)
+        turned = rope.apply_rope.__wrapped__(x.view(tokens, -1, dim), positions, table)
+        assert (
+            relative(gpu_rope.apply_rope(x.view(tokens, -1, dim), positions, table), turned) < 1e-6
+        )
         return turned
 
     q, _, k, v = qkv.split(widths, -1)

@@ -46,6 +46,8 @@ class Shape:
     state: torch.dtype
     head_dim: int = 256
     gdn_dim: int = 128
+    rotary_dim: int = 64
+    gated: bool = True  # attention has output gates
 
     @property
     def channels(self) -> int:
@@ -54,6 +56,14 @@ class Shape:
 
 MINI = Shape(256, 512, 4, 2, 2, 4, 4096, kv=BF16, state=F32)
 LARGE = Shape(5120, 17408, 24, 4, 16, 48, 248320, kv=FP8, state=BF16)  # the 27B model
+# Qwen3 of 8B, 14B and 32B: groups of 4, 5 and 8 query heads, and no recurrence.
+DENSE = {
+    f"qwen3-{heads}-{kv}": Shape(
+        hidden, 12288, heads, 8, 0, 0, 151936, kv=kv, state=F32, head_dim=128, rotary_dim=128,
+        gated=False,
+    )
+    for hidden, heads, kv in ((4096, 32, FP8), (5120, 40, BF16), (5120, 64, FP8), (5120, 64, BF16))
+}  # fmt: skip
 
 
 class Compiler:
@@ -156,8 +166,9 @@ def attention(shape: Shape) -> None:
     pages = (50, 64, kv_heads, dim)
     cache = KVCache(empty(*pages, dtype=shape.kv), empty(*pages, dtype=shape.kv))
     table = empty(9, 16, dtype=torch.int32)
-    places, angles = empty(PROMPT, dtype=torch.int64), empty(4096, dim // 4, dtype=F32)
-    widths = [shape.heads * dim] * 2 + [kv_heads * dim] * 2
+    places, angles = empty(PROMPT, dtype=torch.int64), empty(4096, shape.rotary_dim, dtype=F32)
+    queries = shape.heads * dim
+    widths = [queries, queries if shape.gated else 0, kv_heads * dim, kv_heads * dim]
     weight = empty(dim)
     q = gpu.norm_rope_store(
         empty(PROMPT, sum(widths)), widths, weight, weight, 1e-6, places, angles, cache, places
@@ -190,8 +201,9 @@ def between_products(shape: Shape) -> None:
     quantize.pointwise(quantize.SILU_MUL, gate_up, gate_up, shape.intermediate)
     attended = empty(DECODE, shape.heads * shape.head_dim)
     quantize.sigmoid_gate_quantize(attended, attended)
-    o = empty(DECODE, shape.value_heads, shape.gdn_dim)
-    quantize.gated_rms_norm_quantize(o, o, empty(shape.gdn_dim), 1e-6)
+    if shape.value_heads:
+        o = empty(DECODE, shape.value_heads, shape.gdn_dim)
+        quantize.gated_rms_norm_quantize(o, o, empty(shape.gdn_dim), 1e-6)
 
     addresses, calls = empty(2, dtype=torch.int64), empty(64, dtype=torch.int32)
     memory = PeerMemory(0, 2, 64, shape.hidden, addresses, addresses, calls)
@@ -263,6 +275,14 @@ def test_what_launches_the_product_behind_it_compiles(
     more = {name: len(found) - forms[name] for name, found in compiler.forms.items()}
     # Of five pointwise and three norm kernels those that quantise; the others stay as they are.
     assert (more["_pointwise_kernel"], more["_norm_kernel"]) == (4, 2)
+
+
+@pytest.mark.parametrize("shape", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize("part", [attention, between_products], ids=lambda part: part.__name__)
+def test_compiles_without_recurrence(
+    part: Callable[[Shape], None], shape: Shape, compiler: Compiler
+):
+    test_compiles(part, shape, compiler)
 
 
 def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
