@@ -312,7 +312,9 @@ def test_products_are_those_that_go_to_deep_gemm(
     found = prebuild.deep_gemm_products([(*shape, n) for shape in shapes for n in counts])
     assert len(found) == len(set(found))
     assert set(found) == wanted
-    kernels = [kernel_of(n, o, i, multiprocessors or 132) for o, i, n, multiprocessors in found]
+    ordered = prebuild.one_of_each_kernel_first(found)
+    assert sorted(ordered) == sorted(found)
+    kernels = [kernel_of(n, o, i, multiprocessors or 132) for o, i, n, multiprocessors in ordered]
     distinct = len(set(kernels))
     assert len(set(kernels[:distinct])) == distinct  # one of each comes first
     if installed:

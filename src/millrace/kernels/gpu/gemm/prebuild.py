@@ -80,11 +80,7 @@ def compiling(sizes: Collection[Size]) -> Iterator[None]:
 
 
 def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
-    """Those of the products that go to DeepGEMM on this GPU, one of each kernel first.
-
-    So no two children compile the same one at once. The others find their kernels; where they do
-    not, because the library decides otherwise, neighbours in size share one, and are far apart.
-    """
+    """Those of the products that go to DeepGEMM on this GPU, neighbours in size far apart."""
     from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
 
     products = [
@@ -93,21 +89,26 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
         if (way := deep_gemm_way(tokens, outputs, inputs))
     ]
     random.Random(0).shuffle(products)
-    first = _one_of_each_kernel(products)
-    seen = set(first)
-    return [*first, *(one for one in products if one not in seen)]
+    return products
 
 
-def _one_of_each_kernel(products: list[Product]) -> list[Product]:
-    """A product for each kernel that is foretold, ordered by how many products take it."""
+def one_of_each_kernel_first(products: list[Product]) -> list[Product]:
+    """The products in another order: first one for each kernel, those that most products take in
+    front, so that no two children compile the same kernel at once.
+
+    The others find their kernels. Where they do not, because the library decides otherwise than is
+    foretold, neighbours in size share one; so they should be far apart.
+    """
     from millrace.kernels.gpu.gemm.fp8 import multiprocessors_of
 
     users: dict[Kernel, list[Product]] = {}
     for product in products:
-        outputs, inputs, tokens, _ = product
-        kernel = kernel_of(tokens, outputs, inputs, multiprocessors_of(product[3]))
+        outputs, inputs, tokens, multiprocessors = product
+        kernel = kernel_of(tokens, outputs, inputs, multiprocessors_of(multiprocessors))
         users.setdefault(kernel, []).append(product)
-    return [some[0] for some in sorted(users.values(), key=len, reverse=True)]
+    first = [some[0] for some in sorted(users.values(), key=len, reverse=True)]
+    seen = set(first)
+    return [*first, *(one for one in products if one not in seen)]
 
 
 def on_this_gpu(products: list[Product]) -> Children | None:
@@ -154,7 +155,7 @@ def start(products: list[Product], device: str, count: int, marker: Path) -> Chi
     if claimed is None:
         return None
     logger.info("%d products of DeepGEMM are compiled by %d processes", len(products), count)
-    return Children(products, device, count, claimed)
+    return Children(one_of_each_kernel_first(products), device, count, claimed)
 
 
 def _claim(path: Path) -> IO[bytes] | None:
