@@ -12,10 +12,20 @@ TAG_DIGITS = 8  # hexadecimal
 OWNER_HEADER = "x-response-owner"  # by which a gateway says whose request it is
 PATH = "/v1/responses"
 
-_ID = re.compile(rb"(?:resp|msg|rs|fc|ctc)_([0-9a-f]{%d})[0-9a-f]{16,}" % TAG_DIGITS)
+_ID = rb"(?:resp|msg|rs|fc|ctc)_([0-9a-f]{%d})[0-9a-f]{16,}" % TAG_DIGITS
+_WHOLE = re.compile(_ID)
+_FIELD = re.compile(rb'"id"\s*:\s*"' + _ID + b'"')
 
 
-def server_tag(id: bytes) -> str | None:
-    """The tag in an id; None if it is not of this kind."""
-    found = _ID.fullmatch(id)
-    return found.group(1).decode() if found else None
+def tag_of_id(id: bytes) -> str:
+    """The tag in an id; empty if it is of another kind."""
+    return _tag(_WHOLE.fullmatch(id))
+
+
+def tag_of_items(items: bytes) -> str:
+    """The tag in the first id of items given as JSON; empty if none has one."""
+    return _tag(_FIELD.search(items))
+
+
+def _tag(found: re.Match[bytes] | None) -> str:
+    return found.group(1).decode() if found else ""

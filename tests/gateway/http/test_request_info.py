@@ -122,3 +122,35 @@ def test_requests_go_to_the_replica_of_their_model_or_the_models_are_named() -> 
         await two.stop()
 
     run(scenario())
+
+
+ID = "resp_0123abcd" + "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "tag"),
+    [
+        (b"GET", f"/v1/responses/{ID}", None, "0123abcd"),
+        (b"GET", f"/v1/responses/{ID}?stream=true", None, "0123abcd"),
+        (b"POST", f"/v1/responses/{ID}/cancel", None, "0123abcd"),
+        (b"DELETE", "/v1/responses/resp_5", None, ""),
+        (b"GET", f"/v1/models/{ID}", None, ""),
+        (b"POST", "/v1/responses", {"input": "a", "previous_response_id": ID}, "0123abcd"),
+        (b"POST", "/v1/responses", {"input": "a", "previous_response_id": "resp_é"}, ""),
+        (b"POST", "/v1/responses", {"input": f'"id": "{ID}"'}, ""),
+        (b"POST", "/v1/chat/completions", {"messages": [], "previous_response_id": ID}, ""),
+        (
+            b"POST",
+            "/v1/responses",
+            {"input": [{"role": "user", "id": "x"},
+                       {"type": "item_reference", "id": "msg_00ff00ff" + "1" * 24}]},
+            "00ff00ff",
+        ),
+    ],
+)  # fmt: skip
+def test_the_replica_of_a_stored_response_is_known(
+    method: bytes, path: str, body: Any, tag: str
+) -> None:
+    data = b"" if body is None else json.dumps(body).encode()
+    request = Request(method, path.encode(), "1.1", [], data, True)
+    assert read_request_info(request).response_tag == tag

@@ -34,7 +34,9 @@ VLLM_NAMES = (
 
 
 def test_health_and_version(http: httpx.Client) -> None:
-    assert http.get("/health").json() == {"status": "ok"}
+    health = http.get("/health").json()
+    assert health["status"] == "ok"
+    assert re.fullmatch("[0-9a-f]{8}", health["response_tag"])
     assert http.head("/health").status_code == 200
     assert http.get("/version").json() == {"version": __version__}
 

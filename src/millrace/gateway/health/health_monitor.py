@@ -370,6 +370,7 @@ class HealthMonitor:
         if problem is UNCERTAIN:
             return
         if problem is None:
+            self._set(monitored, response_tag=monitored.health_probe.response_tag)
             if self._must_read_models(monitored):
                 await self._read_models(monitored)
             if time.monotonic() < monitored.ejected_until:

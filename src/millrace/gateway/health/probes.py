@@ -18,6 +18,13 @@ from millrace.gateway.http.request_info import Kind
 _PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperature": 0}
 
 
+class _Health(msgspec.Struct):
+    response_tag: str = ""
+
+
+_read_health = msgspec.json.Decoder(_Health).decode
+
+
 class Problem(msgspec.Struct, frozen=True):
     """Why a replica is not healthy. lost: it cannot be reached; its running requests will not
     end."""
@@ -40,6 +47,7 @@ class ServedModels(msgspec.Struct, frozen=True):
 class HealthProbe:
     """Questions to one replica. headers: sent with each. timeout, probe_timeout: seconds for an
     answer, and for a completion. misses: checks in a row without an answer that are evidence.
+    response_tag: what the ids of its stored responses hold, as it last said.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class HealthProbe:
         self._probe_timeout = probe_timeout
         self._misses = misses
         self._missed = 0
+        self.response_tag = ""
 
     async def check_health(self) -> Problem | None:
         """What is wrong by GET /health; None if nothing is, UNCERTAIN if it is not known yet."""
@@ -74,6 +83,9 @@ class HealthProbe:
         self._missed = 0
         if response.status != 200:
             return Problem(f"/health says {response.status} ({error_text(response.body)})")
+        self.response_tag = ""
+        with contextlib.suppress(msgspec.DecodeError):
+            self.response_tag = _read_health(response.body).response_tag
         return None
 
     async def read_models(self) -> ServedModels | None:

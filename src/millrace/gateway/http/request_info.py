@@ -19,6 +19,8 @@ from msgspec import UNSET, Raw, UnsetType
 from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS, SALT_HEADER, combined_salt
 from millrace.gateway.http.lenient import decode_leniently, find_model
 from millrace.gateway.http.message import Request, header
+from millrace.response_ids import PATH as RESPONSES
+from millrace.response_ids import tag_of_id, tag_of_items
 
 ServiceClass = Literal["interactive", "batch"]
 Kind = Literal["millrace", "vllm", "other"]
@@ -52,6 +54,8 @@ class _Body(msgspec.Struct):
     resume_token_ids: list[int] | UnsetType | None = UNSET
     prompt_cache_key: str | None = None
     cache_salt: str | None = None
+    previous_response_id: str | None = None
+    session_id: str | None = None
     user: str | None = None
     service_tier: str | None = None
     stream_options: _StreamOptions | None = None
@@ -67,7 +71,8 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     shares cached prefixes with. prompt_tokens: estimated from all bytes of the prompt. max_tokens:
     None if the client set no bound. affinity_key: for consistent hashing. resumable: a stream that
     another replica can resume, if the first one sends token ids. resume_token_ids: output tokens
-    that the client itself resumes from. seed: drawn here if the client set none, so that a resumed
+    that the client itself resumes from. response_tag: of the replica that keeps the stored response
+    which it names; empty: any will do. seed: drawn here if the client set none, so that a resumed
     stream draws the same noise. can_prepend_fields: the body has none of the fields that `body_for`
     adds.
     """
@@ -85,6 +90,7 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     resumable: bool = False
     wants_token_ids: bool = False
     resume_token_ids: tuple[int, ...] = ()
+    response_tag: str = ""
     seed: int | None = None
     can_prepend_fields: bool = False
     has_tools: bool = False
@@ -102,11 +108,14 @@ def read_request_info(request: Request, keep: bool = True) -> RequestInfo:
     service_class = header(request.headers, b"x-service-class")
     batch: ServiceClass = "batch" if service_class.lower() == b"batch" else "interactive"
     key = header(request.headers, b"x-session-id")
+    other = RequestInfo(
+        request=request, service_class=batch, affinity_key=key, response_tag=_named_in(path)
+    )
     if not request.body:
-        return RequestInfo(request=request, service_class=batch, affinity_key=key)
+        return other
     body = _read_body(request)
     if request.method != b"POST" or path not in PROMPT_FIELDS:
-        return RequestInfo(request=request, service_class=batch, affinity_key=key, model=body.model)
+        return msgspec.structs.replace(other, model=body.model)
     info = _generation(request, body, path, batch, key)
     return info if keep else msgspec.structs.replace(info, resumable=False)
 
@@ -123,6 +132,20 @@ def _read_body(request: Request) -> _Body:
         return _Body(model=find_model(request.body, kind))
 
 
+def _named_in(path: str) -> str:
+    """The tag of the stored response that a path names."""
+    start, _, rest = path.partition(f"{RESPONSES}/")
+    return tag_of_id(rest.partition("/")[0].encode("latin-1")) if rest and not start else ""
+
+
+def _named_by(body: _Body) -> str:
+    """The tag of what a new response goes on from: a stored one, or an item of one."""
+    if body.previous_response_id:
+        return tag_of_id(body.previous_response_id.encode("utf-8", "replace"))
+    items = bytes(body.input)
+    return tag_of_items(items) if b'"item_reference"' in items else ""
+
+
 def _generation(
     request: Request, body: _Body, path: str, service_class: ServiceClass, key: bytes
 ) -> RequestInfo:
@@ -131,7 +154,7 @@ def _generation(
     salt = combined_salt("", sent, body.cache_salt or "")
     chat, known = path == _CHATS, path in (_COMPLETIONS, _CHATS)
     bound = body.max_completion_tokens or body.max_tokens or body.max_output_tokens
-    named = body.prompt_cache_key or body.user
+    named = body.prompt_cache_key or body.session_id or body.user
     single = body.n in (None, 1) and body.best_of in (None, 1) and not body.echo
     return RequestInfo(
         request=request,
@@ -145,6 +168,7 @@ def _generation(
         affinity_key=key or (named.encode() if named else salt.encode() + prompt[:1024]),
         service_class="batch" if body.service_tier in ("flex", "batch") else service_class,
         resumable=known and bool(body.stream) and single and _has_single_prompt(prompt, chat),
+        response_tag=_named_by(body) if path == RESPONSES else "",
         wants_token_ids=body.return_token_ids is True,
         resume_token_ids=tuple(body.resume_token_ids or ()),
         seed=random.getrandbits(48) if body.seed is UNSET else None,

@@ -42,9 +42,10 @@ class Candidates:
         model, known = self._info.model, self._replica_set.models()
         if model is not None and known and model not in known:
             return model_not_found(f"no replica serves model {model!r}", known)
-        if model is None and self._info.request.body and self._replica_set.models_differ():
+        unnamed = model is None and bool(self._info.request.body) and not self._holders()
+        if unnamed and self._replica_set.models_differ():
             return model_not_found("the request names no model", known)
-        return None if self._replica_set.available(model=model) else self._outage_reply()
+        return None if self._available() else self._outage_reply()
 
     def exhausted_reply(self) -> LocalReply:
         """The reply when no replica is left to try."""
@@ -55,12 +56,24 @@ class Candidates:
 
     def has_capacity(self) -> bool:
         """Whether a replica could take the request now; true as well if no replica is left."""
-        available = self._replica_set.available(model=self._info.model)
+        available = self._available()
         return not available or bool(self._free(available))
 
     def untried(self) -> list[Replica]:
         """Replicas that have not been tried yet."""
-        return self._replica_set.available(self._tried, self._info.model)
+        return self._available(self._tried)
+
+    def _holders(self) -> list[Replica]:
+        """Replicas that keep the stored response which the request names."""
+        tag = self._info.response_tag
+        return [r for r in self._replica_set.all if tag and r.member.response_tag == tag]
+
+    def _available(self, tried: Sequence[Replica] = ()) -> list[Replica]:
+        """Replicas that can take the request. One that names a stored response goes to the replica
+        that keeps it; where none is known to, any of them says so."""
+        available = self._replica_set.available(tried, self._info.model)
+        holders = self._holders()
+        return [r for r in available if r in holders] if holders else available
 
     def pick(self, available: Sequence[Replica]) -> Replica:
         """One of these (at least one), with capacity if possible; it counts as tried."""
@@ -91,5 +104,9 @@ class Candidates:
         return replica.full or 0 < self._per_replica <= replica.in_flight
 
     def _outage_reply(self) -> LocalReply:
+        for holder in self._holders():
+            reason = holder.member.reason or holder.member.state
+            message = f"the replica that keeps this stored response takes no requests: {reason}"
+            return error_reply(503, message, retry_after=1)
         message = f"no healthy replica: {self._replica_set.describe_outage(self._info.model)}"
         return error_reply(503, message, retry_after=1)

@@ -44,7 +44,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     id: never reused. slot: its row in the shared counters. lost: it cannot be reached, so its
     running requests will not end. failing: requests met failures since its last success.
     slow_start_from: `time.monotonic()` at which slow start began; None for full weight. limit:
-    concurrent requests, 0 for any number.
+    concurrent requests, 0 for any number. response_tag: stands in the ids of the responses that it
+    stores; empty if it says none.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     slow_start_from: float | None = None
     models: tuple[str, ...] = ()
     kind: Kind = "other"
+    response_tag: str = ""
 
 
 class InFlight(Protocol):

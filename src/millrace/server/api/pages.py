@@ -23,8 +23,7 @@ from millrace.version import __version__
 
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /load. requests: open ones. tokens: of their prompts and their outputs so far.
-    server_load: the same as requests, under vLLM's name. response_tag: stands in the ids of the
-    responses that are stored here.
+    server_load: the same as requests, under vLLM's name.
 
     prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
     cache, and the server has no keys or the request has the gateway's.
@@ -33,7 +32,6 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: int
     tokens: int
     server_load: int
-    response_tag: str = ""
     prefixes: PrefixReport | None = None
 
 
@@ -78,7 +76,7 @@ class Pages:
         or the server begins to stop, else 503."""
         if not self._client.healthy:
             raise unavailable(self._client)
-        return json_response(Health("ok"))
+        return json_response(Health("ok", self._context.response_tag))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""
@@ -93,8 +91,7 @@ class Pages:
             cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
         requests = self._client.open_requests
-        tokens, tag = self._client.open_tokens, self._context.response_tag
-        return json_response(Load(requests, tokens, requests, tag, prefixes))
+        return json_response(Load(requests, self._client.open_tokens, requests, prefixes))
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

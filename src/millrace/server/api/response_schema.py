@@ -223,10 +223,11 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
-class Health(msgspec.Struct, frozen=True):
-    """Answer of /health."""
+class Health(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer of /health. response_tag: stands in the ids of the responses that are stored here."""
 
     status: Literal["ok"]
+    response_tag: str = ""
 
 
 class Version(msgspec.Struct, frozen=True):

@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai.types.responses import Response
 
+from tests.server.api.openai_responses.response_events import checked, read_events
 from tests.server.api.openai_responses.test_store import client_of, respond, small_server
 from tests.support.live_server import LiveServer, wait_for
-from tests.support.response_events import checked, read_events
 
 BEGINS = ("response.created", "response.queued", "response.in_progress")
 LONG: Any = {"extra_body": {"ignore_eos": True}, "max_output_tokens": 900}

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.response_events import checked, read_events
+from tests.server.api.openai_responses.response_events import checked, read_events
 
 FUNCTION: Any = {
     "type": "function",

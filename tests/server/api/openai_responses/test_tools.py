@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
+from tests.server.api.openai_responses.response_events import checked, read_events
 from tests.server.api.openai_responses.test_store import prompt_tokens, respond
-from tests.support.response_events import checked, read_events
 
 PATCH: Any = {"type": "custom", "name": "apply_patch", "description": "Edits files."}
 FILES: Any = {
