@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernel_cases.case import Case, relative
 from kernel_cases.shapes import DEVICE
+from millrace.common.optional import probe
 from millrace.kernels import gemm
 from millrace.kernels.gpu import quantize as gpu_quantize
 from millrace.kernels.gpu.gemm import few
@@ -61,7 +62,7 @@ def product_case(
 
 def cases(quick: bool) -> Iterator[Case]:
     ways: dict[str, Callable[..., Tensor]] = {}
-    if gpu_gemm._deep_gemm() is not None:
+    if probe("deep_gemm").module is not None:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
     if not (quick and ways):
         ways["cublas"] = gpu_gemm.cublas_matmul
@@ -87,7 +88,7 @@ def few_cases(quick: bool) -> Iterator[Case]:
     """At most 8 tokens, a dozen calls to a graph. Our kernel should take its floor and 2.5 us: some
     20 us for qkv_gate, 10 for attn_o, 45 for gate_up, 24 for down, 22 for gdn_qkvz."""
     ways: dict[str, Callable[..., Tensor | None]] = {"few": few.few_matmul}
-    if gpu_gemm._deep_gemm() is not None:
+    if probe("deep_gemm").module is not None:
         ways["deepgemm"] = gpu_gemm.deep_gemm_matmul
     if not (quick and len(ways) > 1):
         ways["cublas"] = gpu_gemm.cublas_matmul

@@ -20,7 +20,7 @@ from millrace.doctor import devices, machine, packages
 from millrace.doctor.finding import Finding, show
 from millrace.kernels.cpu import build
 from millrace.model.tiny import TinyShape, config_json
-from tests.kernels.gpu.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON, pretend
 
 Replace = Callable[[str, str | None], None]
 
@@ -148,14 +148,11 @@ def test_a_broken_package_fails_with_its_remedy(
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_the_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, replace_package: Replace) -> None:
-    from millrace.kernels.gpu.gdn import decode
-    from millrace.kernels.gpu.gemm import fp8
+    from millrace.kernels.gpu import cuda_source
 
     replace_package("deep_gemm", "raise ImportError('no tvm_ffi')")
-    monkeypatch.setattr(fp8, "_is_hopper", lambda: True)
-    monkeypatch.setattr(fp8, "_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(fp8.gemm_few, "is_compiled", lambda: True)
-    monkeypatch.setattr(decode, "_compiled", lambda shape: shape)
+    pretend(monkeypatch)
+    monkeypatch.setattr(cuda_source, "compiled", lambda text, name: print)
     found = {one.name: one for one in devices.backends()}
     assert found["FP8 GEMM"].verdict == "warn"
     assert found["FP8 GEMM"].value.startswith(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from tests.kernels.gpu.gpu_support import HAS_TRITON
+from millrace.kernels import dispatch
+from tests.kernels.gpu.gpu_support import HAS_TRITON, pretend
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
@@ -20,21 +21,11 @@ BROKEN = "raise ImportError('libtvm_ffi.so: undefined symbol')"
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as an H200 that compiles what it is asked to."""
     from millrace.kernels.gpu import cuda_source
-    from millrace.kernels.gpu.gdn import decode
-    from millrace.kernels.gpu.gemm import fp8 as gemm
 
-    monkeypatch.setattr(gemm, "_is_hopper", lambda: True)
-    monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gemm.gemm_few, "is_compiled", lambda: True)
+    pretend(monkeypatch)
     monkeypatch.setattr(cuda_source, "compiled", lambda text, name: print)
-
-    def forget() -> None:
-        decode._compiled.cache_clear()
-        decode._answer.cache_clear()
-
-    forget()
     yield
-    forget()
+    dispatch.forget()
 
 
 def shape(tokens: int = 2, dim: int = 128) -> object:
@@ -78,7 +69,7 @@ def test_deep_gemm_that_cannot(
     hopper: None, replace_package: Replace, caplog: pytest.LogCaptureFixture,
     source: str | None, reason: str, remedy: str,
 ) -> None:  # fmt: skip
-    from millrace.kernels.gpu.gemm import fp8 as gemm
+    from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
 
     replace_package("deep_gemm", source)
     level, line = logged(caplog, torch.bfloat16)[1]
@@ -87,7 +78,7 @@ def test_deep_gemm_that_cannot(
     assert reason in line
     assert remedy in line
     assert "\n" not in line
-    assert gemm._way(512, 5120, 5120).library == "cublas"
+    assert deep_gemm_way(512, 5120, 5120) is None
 
 
 def test_a_gpu_on_which_nothing_was_measured(
@@ -96,20 +87,16 @@ def test_a_gpu_on_which_nothing_was_measured(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from millrace.kernels.gpu.gemm import fp8 as gemm
-
     replace_package("deep_gemm", "__version__ = '0.1.3'")
-    monkeypatch.setattr(gemm, "_device_name", lambda: "NVIDIA GH200")
+    pretend(monkeypatch, "NVIDIA GH200")
     assert "by a rule; nothing was measured on NVIDIA GH200" in logged(caplog, torch.bfloat16)[1][1]
 
 
 def test_other_gpus_and_dtypes_use_triton(
     hopper: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from millrace.kernels.gpu.gemm import fp8 as gemm
-
     assert "not on NVIDIA H200 in torch.float32" in logged(caplog, torch.float32)[0][1]
-    monkeypatch.setattr(gemm, "_is_hopper", lambda: False)
+    pretend(monkeypatch, capability=(8, 9))
     level, line = logged(caplog, torch.bfloat16)[0]
     assert line.startswith("FP8 GEMM: Triton kernel; DeepGEMM and cuBLAS do it on Hopper")
     assert level == logging.INFO
@@ -168,7 +155,7 @@ def test_tensors_that_the_cuda_kernels_do_not_take(
     from millrace.kernels.batch import GDNState
     from millrace.kernels.gpu.gdn import decode
 
-    decode._declined.cache_clear()
+    dispatch.forget()
     empty = torch.empty
     cache = GDNState(empty(1, 1, 32, 32), empty(1, 1, 4, 32), empty(0), empty(0), empty(0))
     for _ in range(2):

@@ -16,7 +16,7 @@ from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig, read_config
 from millrace.model.tiny import TinyShape, write_checkpoint
 from millrace.runtime.worker import log_backends
-from tests.kernels.gpu.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON, pretend
 from tests.support.engines import build
 
 Started = tuple[EngineConfig, ModelConfig, CausalLM]
@@ -48,8 +48,7 @@ def test_a_gpu_without_deep_gemm(
     from millrace.kernels.gpu.gemm import fp8
 
     replace_package("deep_gemm", source)
-    monkeypatch.setattr(fp8, "_is_hopper", lambda: True)
-    monkeypatch.setattr(fp8, "_device_name", lambda: "NVIDIA H200")
+    pretend(monkeypatch)
     monkeypatch.setattr(fp8.gemm_few, "is_compiled", lambda: True)
     monkeypatch.setattr(cuda_source, "compiled", lambda *_: None)
     with caplog.at_level(logging.INFO):

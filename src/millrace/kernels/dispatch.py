@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +32,22 @@ class BackendChoice(NamedTuple):
     def __str__(self) -> str:
         text = f"{self.op}: {self.backend}" + (f"; {self.reason}" if self.reason else "")
         return f"{text} ({self.remedy})" if self.remedy else text
+
+
+_REMEMBERED: list[Any] = []
+
+
+def remembered(find_out: Callable[P, R]) -> Callable[P, R]:
+    """Cache what is found out about this machine: its devices, compilers and packages."""
+    cached = functools.cache(find_out)
+    _REMEMBERED.append(cached)
+    return cast(Callable[P, R], cached)
+
+
+def forget() -> None:
+    """Drop everything that is `remembered`, because the machine is another one now (in tests)."""
+    for cached in _REMEMBERED:
+        cached.cache_clear()
 
 
 def op(reference: Callable[P, R]) -> Callable[P, R]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,6 +37,28 @@ on_each_device = pytest.mark.parametrize(
         ),
     ],
 )
+
+
+SMS = 132  # multiprocessors of an H200
+
+
+class StandIn(NamedTuple):
+    """What `probe` says of DeepGEMM: the library, or None."""
+
+    module: object
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", **changes: Any) -> None:
+    """Let the choice of kernels see a Hopper GPU. changes: of `Gpu`'s fields."""
+    from millrace.kernels import dispatch
+    from millrace.kernels.gpu import device
+    from millrace.kernels.gpu.gemm import few, fp8
+
+    fields = {"capability": (9, 0), "multiprocessors": SMS, **changes}
+    found = device.Gpu(name, **fields)
+    for module in (few, fp8):
+        monkeypatch.setattr(module, "gpu", lambda: found)
+    dispatch.forget()
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import Quantized
-from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED, on_each_device, relative
+from tests.kernels.gpu.gpu_support import (
+    HAS_TRITON,
+    INTERPRETED,
+    SMS,
+    StandIn,
+    on_each_device,
+    pretend,
+    relative,
+)
 from tests.kernels.gpu.test_gemm import exact, some_tokens, some_weight
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -26,7 +34,6 @@ on_gpu = pytest.mark.skipif(
 )
 
 BF16 = torch.bfloat16
-SMS = 132  # of the GPU that the stand-ins are on
 CLOSE = 4e-3  # of a result in bfloat16
 TOKENS = [1, 3, 8, 9, 12, 65, 130]
 SHAPES = list(product([128, 256, 384, 640, 1536, 200], [128, 256, 384, 512, 640, 1152, 300]))
@@ -76,7 +83,7 @@ class DeepGEMM:
 def few(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor | None:
     from millrace.kernels.gpu.gemm import few as gemm_few
 
-    return exact(x, weight, scale).to(BF16) if gemm_few._takes(x, weight, scale) else None
+    return exact(x, weight, scale).to(BF16) if gemm_few.takes(x, weight, scale) else None
 
 
 @pytest.fixture
@@ -101,13 +108,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     kernel = fp8.triton_matmul
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", CuBLAS())
-    for name, found in (
-        ("_is_hopper", True),
-        ("_device_name", "NVIDIA H200"),
-        ("_all_multiprocessors", SMS),
-        ("_deep_gemm", DeepGEMM()),
-    ):
-        monkeypatch.setattr(fp8, name, lambda found=found: found)
+    pretend(monkeypatch)
+    monkeypatch.setattr(fp8, "probe", lambda _: StandIn(DeepGEMM()))
     for name, run in (
         ("few_matmul", few),
         ("triton_matmul", triton),
@@ -122,7 +124,7 @@ def leave_out(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from millrace.kernels.gpu.gemm import fp8
 
     if installed != "all":
-        monkeypatch.setattr(fp8, "_deep_gemm", lambda: None)
+        monkeypatch.setattr(fp8, "probe", lambda _: StandIn(None))
     if installed.endswith("no compiler"):
         monkeypatch.setattr(fp8, "few_matmul", lambda *_: None)
 
@@ -224,10 +226,12 @@ def test_every_shape_on_a_gpu(monkeypatch: pytest.MonkeyPatch, installed: str):
 @pytest.mark.parametrize("name", ["cublas_matmul", "deep_gemm_matmul"])
 def test_a_library_on_a_gpu(name: str):
     """Whatever the choice between them is: any number of tokens, any multiple of 128."""
+    from millrace.common.optional import probe
+    from millrace.kernels.gpu.device import gpu
     from millrace.kernels.gpu.gemm import fp8
 
     cublas = name == "cublas_matmul"
-    if not fp8._is_hopper() or not (cublas or fp8._deep_gemm()):
+    if not gpu().is_hopper or not (cublas or probe("deep_gemm").module):
         pytest.skip(f"{name} needs Hopper and its library")
     torch.manual_seed(3)
     for shape in SHAPES + LARGE if cublas else COMPILED:

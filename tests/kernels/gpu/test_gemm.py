@@ -194,6 +194,7 @@ def test_product_in_a_graph():
 
 @pytest.mark.gpu
 def test_who_multiplies_few_tokens(monkeypatch: pytest.MonkeyPatch):
+    from millrace.kernels.gpu.device import gpu
     from millrace.kernels.gpu.gemm import fp8
 
     torch.manual_seed(4)
@@ -210,7 +211,7 @@ def test_who_multiplies_few_tokens(monkeypatch: pytest.MonkeyPatch):
         got = fp8.fp8_matmul(some, weight, scale, torch.bfloat16)
         assert got.shape == (count, 384)
         assert relative(got, exact(some, weight, scale)) < 3e-3
-    assert seen == ([1, 8] if fp8._is_hopper() else [])
+    assert seen == ([1, 8] if gpu().is_hopper else [])
 
 
 @pytest.mark.gpu

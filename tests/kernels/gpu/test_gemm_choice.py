@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
-from tests.kernels.gpu.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON, StandIn, pretend
 
 MEASURED = resources.files("millrace.kernels.gpu.gemm").joinpath("measured")
 TABLES = sorted(file.name for file in MEASURED.iterdir() if file.name.endswith(".json"))
@@ -57,13 +57,8 @@ def test_a_part_of_a_gpu_gives_no_more_multiprocessors_than_it_has(
 ) -> None:
     from millrace.kernels.gpu.gemm import fp8
 
-    for name, found in (
-        ("_deep_gemm", fp8),
-        ("_is_hopper", True),
-        ("_device_name", "a GPU"),
-        ("_all_multiprocessors", there),
-    ):
-        monkeypatch.setattr(fp8, name, lambda found=found: found)
+    pretend(monkeypatch, "a GPU", multiprocessors=there)
+    monkeypatch.setattr(fp8, "probe", lambda _: StandIn(fp8))
     monkeypatch.setattr(fp8, "choose", lambda *_: GemmBackend("deep_gemm", 124))
     assert fp8.deep_gemm_way(512, 5120, 5120) == GemmBackend("deep_gemm", taken)
 

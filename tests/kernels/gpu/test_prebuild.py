@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from millrace.common.optional import probe
-from tests.kernels.gpu.gpu_support import HAS_TRITON
+from tests.kernels.gpu.gpu_support import HAS_TRITON, StandIn, pretend
 from tests.support.child_environment import python_path
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton")
@@ -291,10 +291,9 @@ def test_products_are_those_that_go_to_deep_gemm(
 
         return run
 
-    monkeypatch.setattr(fp8, "_is_hopper", lambda: True)
-    monkeypatch.setattr(fp8, "_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(fp8, "_all_multiprocessors", lambda: 132)
-    monkeypatch.setattr(fp8, "_deep_gemm", lambda: SimpleNamespace() if installed else None)
+    pretend(monkeypatch)
+    library = SimpleNamespace() if installed else None
+    monkeypatch.setattr(fp8, "probe", lambda _: StandIn(library))
     for name in ("triton_matmul", "few_matmul", "cublas_matmul", "deep_gemm_matmul"):
         monkeypatch.setattr(fp8, name, way(name))
     shapes = [(5120, 6144), (14336, 5120), (34816, 5120), (100, 128), (128, 100)]

@@ -16,7 +16,6 @@ kernel, which overwrites them. `millrace.kernels.gdn` has the equations.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState
-from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gpu import cuda_source
 from millrace.kernels.gpu.gdn import decode_triton as triton_form
 from millrace.kernels.gpu.gdn.conv import conv_decode
@@ -96,7 +95,7 @@ def decode_backend(shape: Shape) -> BackendChoice:
     return BackendChoice("GDN decode", "CUDA kernels")
 
 
-@functools.cache
+@remembered
 def _compiled(shape: Shape) -> Native | None:
     """None where there is no such kernel, or no compiler."""
     if unsupported(shape):
@@ -106,7 +105,7 @@ def _compiled(shape: Shape) -> Native | None:
     return Native(prepare, answer, shape.threads) if prepare and answer else None
 
 
-@functools.cache
+@remembered
 def _answer(shape: Shape) -> Kernel | None:
     return cuda_source.compiled(source(shape, "gdn_answer"), "gdn_answer")
 
@@ -134,7 +133,7 @@ def native(
     return _compiled(Shape(width, window, *dims, raw, convolves, *low))
 
 
-@functools.cache
+@remembered
 def _declined(reason: str) -> None:
     """Log, once, that a model's tensors keep the CUDA form away."""
     logger.warning("GDN decode: Triton kernels; no CUDA kernels: %s", reason)

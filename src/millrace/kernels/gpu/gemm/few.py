@@ -7,13 +7,14 @@ tokens beside it, bit for bit: not on their number, nor on what they hold.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from millrace.kernels.dispatch import remembered
 from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu.device import gpu
 from millrace.kernels.quantize import GROUP, Quantized
 
 MAX_TOKENS = 8
@@ -26,7 +27,7 @@ def few_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor | None:
 
     weight: e4m3 [out, in], both multiples of 128; scale: float32 [out / 128, in / 128].
     """
-    kernel = _compiled() if _takes(x, weight, scale) else None
+    kernel = _compiled() if takes(x, weight, scale) else None
     if kernel is None:
         return None
     values, scales = x
@@ -51,7 +52,8 @@ def source() -> str:
     return cuda_source.read("gemm/few.cu", {"warps": WARPS})
 
 
-def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
+def takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
+    """Whether the kernel multiplies these; arguments as in `few_matmul`."""
     values, scales = x
     tokens, (outputs, width) = len(values), weight.shape
     in_order = values.is_contiguous() and weight.is_contiguous() and scale.stride(1) == 1
@@ -62,9 +64,9 @@ def _takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
     )  # fmt: skip
 
 
-@functools.cache
+@remembered
 def _compiled() -> Callable[..., None] | None:
     """None where there is no compiler, or no conversion of e4m3 in hardware."""
-    if torch.cuda.get_device_capability() < (8, 9):
+    if gpu().capability < (8, 9):
         return None
     return cuda_source.compiled(source(), "gemm_few")

@@ -8,9 +8,7 @@ tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is in
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from types import ModuleType
 
 import torch
 import triton
@@ -18,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.common.optional import probe
-from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.dispatch import BackendChoice, remembered
+from millrace.kernels.gpu.device import gpu
 from millrace.kernels.gpu.gemm import choice
 from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
@@ -95,7 +94,7 @@ def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> 
     """The backends of GEMMs with FP8 weights on this GPU: for few tokens, for more, and for odd
     shapes. dtype: of the outputs; shapes: (outputs, inputs) of the weights."""
     many = _fp8_backend(dtype)
-    if not _is_hopper() or dtype != torch.bfloat16:
+    if not gpu().is_hopper or dtype != torch.bfloat16:
         return [many]
     few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
     reason = "" if few else "the CUDA kernel cannot be compiled here"
@@ -108,8 +107,8 @@ def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> 
 
 
 def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
-    name, device = "FP8 GEMM", _device_name()
-    if not _is_hopper() or dtype != torch.bfloat16:
+    name, device = "FP8 GEMM", gpu().name
+    if not gpu().is_hopper or dtype != torch.bfloat16:
         why = f"DeepGEMM and cuBLAS do it on Hopper in bfloat16, not on {device} in {dtype}"
         return BackendChoice(name, "Triton kernel", why)
     found = probe("deep_gemm")
@@ -121,21 +120,11 @@ def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
     return BackendChoice(name, f"{both}, by a rule", f"nothing was measured on {device}")
 
 
-@functools.cache
-def _is_hopper() -> bool:
-    return torch.cuda.get_device_capability()[0] == 9
-
-
-def _deep_gemm() -> ModuleType | None:
-    """The DeepGEMM library, where it can be imported; `fp8_backends` says why it cannot."""
-    return probe("deep_gemm").module
-
-
-@functools.cache
+@remembered
 def allow_early_launches() -> None:
     """Have DeepGEMM's kernels launched while the kernel before them runs, or not, as
     `launches_early` says; once a process. They wait for its end before they read or write."""
-    allow = getattr(getattr(_deep_gemm(), "_C", None), "set_pdl", None)
+    allow = getattr(getattr(probe("deep_gemm").module, "_C", None), "set_pdl", None)
     if allow is not None:
         allow(launches_early())
 
@@ -144,7 +133,7 @@ def deep_gemm_matmul(
     x: Quantized, weight: Tensor, scale: Tensor, multiprocessors: int = 0
 ) -> Tensor:
     """x @ weight^T by DeepGEMM, in bfloat16; scale: float32. multiprocessors: 0 for all."""
-    library = _deep_gemm()
+    library = probe("deep_gemm").module
     assert library is not None
     out = torch.empty(len(x.values), len(weight), dtype=torch.bfloat16, device=weight.device)
     allow_early_launches()
@@ -190,7 +179,7 @@ def _for_cublas(scale: Tensor) -> Tensor:
 def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ dequantised weight^T in dtype, by the way that measured fastest for this shape."""
     outputs, width = weight.shape
-    if outputs % GROUP or width % GROUP or dtype != torch.bfloat16 or not _is_hopper():
+    if outputs % GROUP or width % GROUP or dtype != torch.bfloat16 or not gpu().is_hopper:
         return triton_matmul(x, weight, scale, dtype)
     if len(x.values) <= MAX_TOKENS:  # where `few_matmul` is the fastest on an H200
         out = few_matmul(x, weight, scale.float())
@@ -204,34 +193,24 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
 
 def deep_gemm_way(tokens: int, outputs: int, width: int) -> GemmBackend | None:
     """How `fp8_matmul` takes DeepGEMM on this GPU, in bfloat16 and float32 scales; None: not."""
-    if outputs % GROUP or width % GROUP or tokens <= MAX_TOKENS or not _is_hopper():
+    if outputs % GROUP or width % GROUP or tokens <= MAX_TOKENS or not gpu().is_hopper:
         return None
     way = _way(tokens, outputs, width)
     return way if way.library == "deep_gemm" else None
 
 
 def _way(tokens: int, outputs: int, width: int) -> GemmBackend:
-    if _deep_gemm() is None:
+    if probe("deep_gemm").module is None:
         return CUBLAS
-    way = choose(tokens, outputs, width, _device_name())
-    if way.multiprocessors and way.multiprocessors > _all_multiprocessors():
+    way = choose(tokens, outputs, width, gpu().name)
+    if way.multiprocessors > gpu().multiprocessors:
         return DEEP_GEMM  # this process has a part of the GPU that was measured; more is refused
     return way
 
 
 def multiprocessors_of(wanted: int) -> int:
     """How many DeepGEMM takes where `wanted` is asked of it, 0 for all."""
-    return wanted or _all_multiprocessors()
-
-
-@functools.cache
-def _device_name() -> str:
-    return torch.cuda.get_device_name()
-
-
-@functools.cache
-def _all_multiprocessors() -> int:
-    return torch.cuda.get_device_properties().multi_processor_count
+    return wanted or gpu().multiprocessors
 
 
 def fp8_linear(
