@@ -168,7 +168,7 @@ def test_nothing_is_compiled_or_captured_once_ready(
 
     monkeypatch.setattr(JITFunction, "_do_compile", refuse)
     monkeypatch.setattr(cuda_source, "compiled", refuse)
-    monkeypatch.setattr(StepGraphs, "_capture", refuse)
+    monkeypatch.setattr(StepGraphs, "capture", refuse)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for sampling in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.95}):

@@ -24,12 +24,11 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
     from millrace.protocol import StepPlan
     from millrace.runtime import profile_run
     from millrace.runtime.ranks.ranks import Ranks
-    from millrace.runtime.step.cuda_graphs import Forward, StepGraphs, Tail
-    from millrace.runtime.step.inputs import listed
-    from millrace.runtime.step.upload import overwrite
+    from millrace.runtime.step.cuda_graphs import GraphSizes
+    from millrace.runtime.step.runner import Runner
     from millrace.runtime.worker import Worker
 
-    plan_memory, record = Worker.divide_memory, StepGraphs._capture
+    plan_memory, record = Worker.divide_memory, Runner.capture
 
     def plan(self: Worker) -> Any:
         profile = profile_run.ProfileRun.of(self.config)
@@ -38,18 +37,16 @@ def as_on_a_gpu(set_attribute: Callable[[Any, str, Any], object] = setattr) -> N
         scratch.capture(self.config)
         return plan_memory(self)
 
-    def capture(self: StepGraphs, key: Forward | Tail) -> Any:
+    def capture(self: Runner, config: Any, largest_only: bool = False) -> int:
         # A GPU runs each part once before it records it. Rows of the null slot would be padding.
-        rows = [1] * (key.rows if isinstance(key, Tail) else key.decode)
-        plan = StepPlan(0, [], [], rows, [], [], 1)
-        overwrite(self._vector, listed(plan, self._width, self._sizes.most))
-        self._runs(key)()
-        self._wait_for_device()
-        return record(self, key)
+        count = record(self, config, largest_only)
+        for rows in GraphSizes.of(config).rows:
+            self.run(StepPlan(0, [], [], [1] * rows, [], [], 1))
+        return count
 
     set_attribute(Worker, "divide_memory", plan)
     set_attribute(Ranks, "wait_for_device", Ranks.check)
-    set_attribute(StepGraphs, "_capture", capture)
+    set_attribute(Runner, "capture", capture)
 
 
 def fail_at(stage: str, fail: Callable[[], None]) -> None:
