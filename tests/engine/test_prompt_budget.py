@@ -60,10 +60,10 @@ def test_a_long_prompt_gets_a_quarter_where_others_wait_for_the_step() -> None:
     assert budget.chunk(30_000) == 512 - 64  # 512 tokens in all
 
 
-def test_a_long_prompt_gets_a_quarter_where_short_ones_came_lately() -> None:
-    budget = PromptBudget(limits(), 8192, 0, small=True)
+def test_a_long_prompt_gets_half_where_short_ones_came_lately() -> None:
+    budget = PromptBudget(limits(), 8192, 0, following=True)
     budget.start_priority()
-    assert budget.chunk(30_000) == 512
+    assert budget.chunk(30_000) == 1024
     assert budget.chunk(2048) == 2048  # not long
 
 

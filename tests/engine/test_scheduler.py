@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from millrace.engine import plan_log
 from millrace.engine.engine import LARGE_PIECE, Engine
-from millrace.engine.prompt_budget import SMALL_STEPS, min_chunk
+from millrace.engine.prompt_budget import FOLLOWING_STEPS, min_chunk
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.waiting_queue import MAX_OVERTAKES
 from millrace.errors import ConfigError, RequestError, UserError
@@ -453,13 +453,13 @@ def test_steps_of_a_long_prompt_are_small_while_short_ones_come() -> None:
     large = chunk_sizes(eng)[0]
     eng.add(request("short", [2] * 10, 1))
     sizes = []
-    for _ in range(SMALL_STEPS + 3):
+    for _ in range(FOLLOWING_STEPS + 3):
         eng.step()
         sizes.append(chunk_sizes(eng))
     at = next(i for i, step in enumerate(sizes) if len(step) == 2)
     assert sum(sizes[at]) <= large // 4
-    assert sizes[at + 1 : at + 1 + SMALL_STEPS] == [[large // 4]] * SMALL_STEPS
-    assert sizes[at + 1 + SMALL_STEPS] == [large]
+    assert sizes[at + 1 : at + 1 + FOLLOWING_STEPS] == [[large // 2]] * FOLLOWING_STEPS
+    assert sizes[at + 1 + FOLLOWING_STEPS] == [large]
 
 
 def test_the_first_of_several_long_prompts_ends_first() -> None:

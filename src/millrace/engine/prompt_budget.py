@@ -7,8 +7,8 @@ Prompts of one priority are planned in two rounds, each in the order of their ra
 2. The rest of the budget goes to the other prompts in turn. A *long* prompt has more tokens left
    than the threshold. It gets at most the threshold in one step, and the last chunks of prompts
    that were split count towards that, so that all steps are about as large. In a step that
-   computed prompts in round 1, and in the steps that follow it, it is a quarter of the threshold:
-   such a step, and with it their first token, ends soon, and so does the wait of the next ones.
+   computed prompts in round 1 it is a quarter of the threshold, so that such a step, and with it
+   their first token, ends soon; in the steps that follow it half, since more such prompts may come.
 
 A chunk that does not end its prompt is cut so that all tokens of the step fill a bucket. So
 however many short prompts come, the first prompt of round 2 gets at least `min_chunk` tokens.
@@ -21,25 +21,26 @@ from millrace.protocol import Limits
 
 ROUND_1_DIVISOR = 2  # round 1 has the step's prompt tokens divided by this
 SMALL_STEP_DIVISOR = 4  # a long prompt behind round 1: the threshold divided by this
-SMALL_STEPS = 16  # after a prompt of round 1: more such prompts are likely to come
+FOLLOWING_DIVISOR = 2  # and in the steps that follow
+FOLLOWING_STEPS = 16
 
 
 class PromptBudget:
     """The prompt tokens that a step may still compute.
 
-    tokens: the step's prompt tokens. decode_tokens: the tokens of its decode rows. small: one of
-    the last `SMALL_STEPS` steps computed a prompt in round 1.
+    tokens: the step's prompt tokens. decode_tokens: the tokens of its decode rows. following: one
+    of the last `FOLLOWING_STEPS` steps computed a prompt in round 1.
     """
 
     def __init__(
-        self, limits: Limits, tokens: int, decode_tokens: int, small: bool = False
+        self, limits: Limits, tokens: int, decode_tokens: int, following: bool = False
     ) -> None:
         self.left = tokens
         self.whole_prompts = 0  # that round 1 has computed
         self._limits = limits
         self._planned = decode_tokens  # tokens of the step so far
         self._round_1_left = 0
-        self._small = small
+        self._long_divisor = FOLLOWING_DIVISOR if following else 1
         self._partial = 0  # prompts that the step computes a part of
         self._long = 0  # long ones among the prompts of round 2
         self._long_tokens = 0  # of long and of split prompts
@@ -74,7 +75,7 @@ class PromptBudget:
         threshold = self._limits.long_prefill_token_threshold
         if not threshold:
             return self.left
-        each = max(1, threshold // SMALL_STEP_DIVISOR) if self._small else threshold
+        each = max(1, threshold // self._long_divisor)
         prompts = self._limits.max_long_partial_prefills
         return max(0, min(each, each * prompts - self._long_tokens)) if prompts else each
 
@@ -82,7 +83,7 @@ class PromptBudget:
         """A prompt of round 1 is planned. computed: fewer than all of it at a snapshot boundary."""
         self._round_1_left -= computed
         self.whole_prompts += 1
-        self._small = True
+        self._long_divisor = SMALL_STEP_DIVISOR
         self._spend(computed)
 
     def spend_chunk(self, missing: int, chunk: int, computed: int, split: bool = False) -> None:

@@ -22,7 +22,7 @@ from itertools import groupby
 
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.plan_builders import make_admission, make_delta
-from millrace.engine.prompt_budget import SMALL_STEPS, PromptBudget, step_tokens
+from millrace.engine.prompt_budget import FOLLOWING_STEPS, PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
 from millrace.engine.step import Step
 from millrace.engine.validation import check, make_request
@@ -72,7 +72,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
-        self._small_steps = 0  # that are still to come, because a short prompt came
+        self._following_steps = 0  # that are to come after one with a short prompt
         self._totals = _Totals(accepted=[0] * limits.drafts)
         self._width = limits.drafts + 1
         self._ordinal = 0
@@ -191,14 +191,15 @@ class Scheduler:
         ready = running + waiting[: self._kv_manager.slots.free]
         decode_tokens = len(step.decode) * self._width
         tokens = step_tokens(self.limits, decode_tokens, sum(r.missing for r in ready))
-        budget = PromptBudget(self.limits, tokens, decode_tokens, self._small_steps > 0)
+        budget = PromptBudget(self.limits, tokens, decode_tokens, self._following_steps > 0)
         prompts = merge(running, waiting, key=rank)
         for _, group in groupby(prompts, key=lambda request: request.source.priority):
             budget.start_priority()
             others = [r for r in group if not self._plan_whole(r, step, budget)]
             for request in others:
                 self._plan_chunk(request, step, budget)
-        self._small_steps = SMALL_STEPS if budget.whole_prompts else max(0, self._small_steps - 1)
+        following = max(0, self._following_steps - 1)
+        self._following_steps = FOLLOWING_STEPS if budget.whole_prompts else following
 
     def _candidates(self) -> list[Request]:
         """Waiting requests that this step may admit, by rank."""
