@@ -82,3 +82,28 @@ def test_the_flags_of_the_operations_page_exist() -> None:
     known |= {"json", "collectives", "base_url", "requests"}  # of other commands
     flags = re.findall(r"`?--(?:no-)?([a-z][a-z-]+)", OPERATIONS)
     assert {flag.replace("-", "_") for flag in flags} <= known
+
+
+def test_the_examples_of_extensions_are_in_the_tree() -> None:
+    """Every Python example of docs/extending.md is a part of a file, but for its indentation."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert examples
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
+    texts = [stripped(path.read_text(encoding="utf-8")) for path in files]
+    missing = [text for text in examples if not any(stripped(text) in file for file in texts)]
+    assert missing == []
+
+
+def test_the_files_of_extensions_are_there() -> None:
+    """Paths from the root that docs/extending.md names."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    named = {name for name in quoted(page) if re.match(r"(src|tests|benchmarks)/[\w/.]+$", name)}
+    assert named
+    assert [
+        name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()
+    ] == []
+
+
+def stripped(text: str) -> str:
+    return "\n".join(line.strip() for line in text.strip().splitlines())

@@ -14,6 +14,7 @@ import torch
 
 from millrace.errors import ConfigError
 from millrace.model.tiny import FP8_BLOCKS, QWEN3, write_checkpoint
+from tests.runtime.step.test_cuda_graphs import in_graph_sizes
 from tests.support.engines import assert_same, build, generate, run, with_few_pages
 
 _rng = random.Random(0)
@@ -58,6 +59,16 @@ def cold(model: Path) -> list[list[int]]:
 def test_same_tokens(model: Path, cold: list[list[int]], options: dict[str, Any]) -> None:
     got, _ = run(model, PROMPTS, **options)
     assert_same(model, PROMPTS, cold, got)
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": True, "block_size": 4}])
+def test_same_tokens_in_the_sizes_of_graphs(
+    model: Path, cold: list[list[int]], options: dict[str, Any]
+) -> None:
+    engine = in_graph_sizes(build(model, max_num_batched_tokens=40, **options))
+    for _ in range(2):
+        assert_same(model, PROMPTS, cold, generate(engine, PROMPTS))
+    engine.close()
 
 
 def test_prefixes_are_hit_at_every_page(model: Path, cold: list[list[int]]) -> None:
