@@ -39,6 +39,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,
     "attention": attention.cases,
+    "attention_few_rows": attention.few_rows_cases,
     "fused": fused.cases,
     "sampling": sampling.cases,
 }

@@ -41,6 +41,38 @@ def check_attention(n: int, dtype: torch.dtype, config: tuple[int, ...] | None) 
     return relative(got[:-n], truth[:-n])
 
 
+def decode_case(
+    rows: int, length: int, dtype: torch.dtype, config: tuple[int, int, int, int] | None
+) -> Case:
+    """Rows of two tokens each, around `length` keys."""
+
+    def calls():
+        cache, table = kv_cache(rows, length + 520, dtype)
+        spread = min(length // 2, 400) if rows > 1 else 0
+        starts = length + torch.randint(-spread, spread + 1, (rows,), device=DEVICE)
+        slots = torch.arange(1, rows + 1, device=DEVICE)
+        decode = DecodeRows(slots, starts, 2, length + spread + 2)
+        q = torch.randn(rows * 2, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+        return [lambda: gpu_attention.attend_decode(q, cache, table, decode, 1 / 16, 0, config)] * 3
+
+    size = torch.finfo(dtype).bits // 8
+    return Case(
+        f"decode {rows}x{length} {str(dtype)[6:]} {config}",
+        lambda: check_attention(2, dtype, config), 4e-3, calls,
+        2.0 * rows * length * KV_HEADS * HEAD_DIM * size + 4.0 * rows * HEADS * HEAD_DIM * 2,
+        4.0 * rows * length * 2 * HEADS * HEAD_DIM,
+    )  # fmt: skip
+
+
+def few_rows_cases(quick: bool) -> Iterator[Case]:
+    """In how many parts the keys of few rows are cut. None: as the engine does it."""
+    for rows in (8, 32, 64, 128):
+        parts = [n for n in (1, 2, 4, 8, 16) if 128 <= rows * KV_HEADS * n <= 1024]
+        configs = [(32, n, 2, 5) for n in parts] + [(64, n, 4, 3) for n in parts if n > 1]
+        for config in [None, *(configs[:3] if quick else configs)]:
+            yield decode_case(rows, 960, torch.float8_e4m3fn, config)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     for rows, length in ((256, 960), (448, 960), (8, 960), (1, 1100), (1, 32768), (32, 960)):
         configs = [(64, 1, 4, 2), (64, 1, 4, 3), (64, 2, 4, 3), (64, 4, 4, 3), (32, 2, 4, 4),
@@ -51,28 +83,7 @@ def cases(quick: bool) -> Iterator[Case]:
             for dtype in (
                 (torch.float8_e4m3fn, torch.bfloat16) if rows == 256 else (torch.float8_e4m3fn,)
             ):
-
-                def calls(rows=rows, length=length, config=config, dtype=dtype):
-                    cache, table = kv_cache(rows, length + 520, dtype)
-                    spread = min(length // 2, 400) if rows > 1 else 0
-                    starts = length + torch.randint(-spread, spread + 1, (rows,), device=DEVICE)
-                    slots = torch.arange(1, rows + 1, device=DEVICE)
-                    decode = DecodeRows(slots, starts, 2, length + spread + 2)
-                    q = torch.randn(rows * 2, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
-                    return [
-                        lambda: gpu_attention.attend_decode(
-                            q, cache, table, decode, 1 / 16, 0, config
-                        )
-                    ] * 3
-
-                size = torch.finfo(dtype).bits // 8
-                yield Case(
-                    f"decode {rows}x{length} {str(dtype)[6:]} {config}",
-                    lambda c=config, d=dtype: check_attention(2, d, c), 4e-3, calls,
-                    2.0 * rows * length * KV_HEADS * HEAD_DIM * size
-                    + 4.0 * rows * HEADS * HEAD_DIM * 2,
-                    4.0 * rows * length * 2 * HEADS * HEAD_DIM,
-                )  # fmt: skip
+                yield decode_case(rows, length, dtype, config)
     for config in [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 8, 3)]:
 
         def calls(config=config):
