@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -187,6 +188,43 @@ def test_logprobs_have_vllms_shape(llm: LLM) -> None:
     assert known is not None
     assert known[0] is None
     assert [next(iter(entry)) for entry in known[1:] if entry] == output.prompt_token_ids[1:]
+
+
+def test_tokens_can_be_asked_for_by_their_ids(llm: LLM) -> None:
+    """Beside a request for the most probable ones, in the same step."""
+    best = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=5)
+    ids = [7, 3, 7]
+    named = SamplingParams(
+        temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=0, logprob_token_ids=ids
+    )
+    whole, some = llm.generate(["hello", "hello"], [best, named])
+    assert whole.outputs[0].token_ids == some.outputs[0].token_ids
+    for token, position in zip(
+        some.outputs[0].token_ids, some.outputs[0].logprobs or (), strict=True
+    ):
+        assert next(iter(position)) == token
+        assert set(position) == {token, 3, 7}
+    assert [len(position) for position in whole.outputs[0].logprobs or ()] == [5, 5, 5]
+    with pytest.raises(RequestError, match="not in the vocabulary"):
+        llm.generate("a", SamplingParams(logprobs=0, logprob_token_ids=[10**7]))
+
+
+def test_the_whole_vocabulary_is_reported_where_that_is_allowed(
+    llm: LLM, small_model: Path
+) -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=-1, prompt_logprobs=-1
+    )
+    with pytest.raises(RequestError, match=r"logprobs must be from 0 to 20, got -1.*max-logprobs"):
+        llm.generate(["hello"], params)
+    with LLM(str(small_model), max_logprobs=-1, **OPTIONS) as generous:
+        (output,) = generous.generate(["hello there"], params)
+        positions = [*(output.outputs[0].logprobs or ()), *(output.prompt_logprobs or ())[1:]]
+        for position in positions:
+            assert position is not None
+            assert len(position) == generous.vocab_size
+            total = sum(math.exp(entry.logprob) for entry in position.values())
+            assert total == pytest.approx(1.0, abs=1e-3)
 
 
 def test_structured_outputs_bind_the_text(llm: LLM) -> None:

@@ -93,6 +93,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     prefill_graphs: bool = True
     seed: int = 0
     max_queue: int = 4096
+    max_logprobs: int = 20
     step_timeout: float = 300.0
     plan_log: str | None = None
     debug: bool = False
@@ -148,6 +149,8 @@ HELP: Mapping[str, str] = {
     "prefill_graphs": "Run steps with prompts as CUDA graphs, too (not yet where ranks share "
     "a model).",
     "seed": "Seed for requests that have none.",
+    "max_logprobs": "Most log-probabilities that a request may ask for at each position; -1: the "
+    "whole vocabulary.",
     "max_queue": "Requests that may wait; more are refused with status 429.",
     "step_timeout": "Seconds after which a step counts as stuck; the engine is then ended, with "
     "its stacks in the log. 0: no limit.",
@@ -307,6 +310,8 @@ def _check_choices(args: EngineArgs) -> None:
             f"{args.block_size}"
         )
     _positive("max_queue", args.max_queue)
+    if args.max_logprobs < -1:
+        raise ConfigError(f"max_logprobs {args.max_logprobs}: use 0 or more, or -1 for all")
     if args.step_timeout != 0.0 and not 1.0 <= args.step_timeout < float("inf"):
         raise ConfigError(f"step_timeout {args.step_timeout}: use 1 or more, or 0 for no limit")
 

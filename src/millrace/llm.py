@@ -139,6 +139,7 @@ class LLM:
             sampling=override_generation_config or {},
             skip_tokenizer=args.skip_tokenizer_init,
             template=chat_template,
+            max_logprobs=args.max_logprobs,
         )
         self.engine = build_engine(args)
         self._close = weakref.finalize(self, self.engine.close)  # at interpreter exit at the latest

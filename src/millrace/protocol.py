@@ -14,7 +14,8 @@ from millrace.errors import RequestError
 from millrace.vllm_keywords import KeywordMeta
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # of a server that was told nothing else
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_STOP_IDS = 16  # tokens that end one request, EOS included; slots have space for so many
 
 
@@ -53,9 +54,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Keywor
     tokens with a probability below min_p times the highest one are excluded. min_tokens: nothing
     ends the request before. repetition_penalty counts prompt and output, the other penalties only
     the output. logprobs, prompt_logprobs: how many of the most probable tokens to report at each
-    position, besides the token itself, from the model's own distribution. bad_words: texts that are
-    never generated. n: number of outputs for the prompt. thinking_token_budget: the reasoning that
-    an answer of `LLM.chat` begins with is closed after so many tokens; -1: it is not.
+    position, besides the token itself, from the model's own distribution; -1: all that there are.
+    logprob_token_ids: report these tokens instead of the most probable ones. bad_words: texts that
+    are never generated. n: number of outputs for the prompt. thinking_token_budget: the reasoning
+    that an answer of `LLM.chat` begins with is closed after so many tokens; -1: it is not.
 
     None is taken for the default of a list, and one text for a list of it. Other keywords of vLLM
     are accepted where they change nothing (`millrace.vllm_keywords`).
@@ -79,6 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Keywor
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     include_stop_str_in_output: bool = False
@@ -130,9 +133,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Keywor
         self._require("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids >= 0")
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
-            self._require(
-                name, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"
-            )
+            self._require(name, wanted is None or wanted >= -1, "at least 0, or -1 for all")
+        tokens = self.logprob_token_ids
+        self._require(
+            "logprob_token_ids",
+            tokens is None or (1 <= len(set(tokens)) <= MAX_LOGPROB_TOKEN_IDS and min(tokens) >= 0),
+            f"1 to {MAX_LOGPROB_TOKEN_IDS} token ids >= 0",
+        )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -348,7 +355,8 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_len: where the output begins. min_total: no stop token is sampled at a position below
     it. bad_words: token sequences. logprobs, prompt_logprobs: -1: not asked for. masked: the
-    output must match a grammar, whose masks come with each step.
+    output must match a grammar, whose masks come with each step. logprob_token_ids: report these
+    tokens, not the most probable ones; empty: not asked for.
     """
 
     prompt_len: int
@@ -361,6 +369,7 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: list[list[int]] = []
     min_total: int = 0
     logprobs: int = -1
+    logprob_token_ids: list[int] = []
     prompt_logprobs: int = -1
     masked: bool = False
     reasoning: ReasoningBound | None = None

@@ -22,7 +22,8 @@ _SAME = """
     --disable-access-log-for-endpoints --disable-uvicorn-access-log --download-dir --dtype
     --enable-prefix-caching --enable-request-id-headers --enforce-eager --generation-config
     --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
-    --load-format --long-prefill-token-threshold --mamba-ssm-cache-dtype --max-model-len
+    --load-format --long-prefill-token-threshold --mamba-ssm-cache-dtype --max-logprobs
+    --max-model-len
     --max-num-batched-tokens --max-num-seqs --model --otlp-traces-endpoint
     --override-generation-config --port --quantization --reasoning-parser --revision
     --scheduling-policy --seed --served-model-name --shutdown-timeout --skip-tokenizer-init
@@ -170,7 +171,6 @@ _HARMLESS_AT = (
      "--model-impl"),
     ("auto", "the convolution keeps the model's type; set that of the state with "
      "--mamba-ssm-cache-dtype", "--mamba-cache-dtype"),
-    ("20", "at most 20 logprobs are given for a token; leave it out", "--max-logprobs"),
     ("raw_logprobs", "logprobs are of the model's own distribution; leave it out",
      "--logprobs-mode"),
     ("auto openai string", "the template decides how it takes content",

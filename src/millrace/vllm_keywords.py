@@ -25,7 +25,6 @@ KEYWORDS: Mapping[str, tuple[tuple[Any, ...] | None, str]] = {
     "extra_args": ((None, {}), "the engine takes no arguments of extensions"),
     "logits_processors": ((None, []), "code of others is not run here; logit_bias may do"),
     "watermarking": ((None, False), "texts are not marked"),
-    "logprob_token_ids": ((None, []), "logprobs reports the likeliest tokens"),
     "prompt_logprob_token_ids": ((None,), "prompt_logprobs reports the likeliest tokens"),
     "prompt_logprob_start": ((None, 0), "prompt_logprobs begins with the prompt"),
     "skip_reading_prefix_cache": ((None, False), "start with enable_prefix_caching=False"),

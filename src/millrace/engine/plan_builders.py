@@ -21,17 +21,36 @@ def make_delta(
         stop_token_id=tokens[-1] if reason == "stop" else None,
         cached_tokens=request.cached_tokens,
         queued=request.queue_seconds if first else None,
-        logprobs=logprobs and _trim_logprobs(request, logprobs[: len(tokens)]),
+        logprobs=logprobs and _own_logprobs(request, logprobs[: len(tokens)]),
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
         preemptions=request.preemptions,
     )
 
 
-def _trim_logprobs(request: Request, found: list[TokenLogprobs]) -> list[TokenLogprobs]:
+def _own_logprobs(request: Request, found: list[TokenLogprobs]) -> list[TokenLogprobs]:
     """Cut to the number of tokens that the request asks for; a step reports the same number for
-    all of its rows."""
-    most = 1 + (request.source.params.logprobs or 0)
+    all of its rows.
+
+    Where it asks for tokens by their ids, the sampled one counts as one of them.
+    """
+    params = request.source.params
+    if params.logprob_token_ids is not None:
+        return [_of_ids(one, 1 + len(set(params.logprob_token_ids))) for one in found]
+    most = 1 + (params.logprobs or 0)
     return [TokenLogprobs(one.token_ids[:most], one.logprobs[:most], one.rank) for one in found]
+
+
+def _of_ids(one: TokenLogprobs, most: int) -> TokenLogprobs:
+    """The sampled token, then all reported ones, the likeliest first, the sampled one among
+    them."""
+    pairs = zip(one.token_ids[1:most], one.logprobs[1:most], strict=True)
+    values = {**dict(pairs), one.token_ids[0]: one.logprobs[0]}
+    ordered = sorted(values, key=lambda token: -values[token])
+    return TokenLogprobs(
+        [one.token_ids[0], *ordered],
+        [one.logprobs[0], *(values[token] for token in ordered)],
+        one.rank,
+    )
 
 
 def _extras(request: Request) -> Extras | None:
@@ -48,6 +67,7 @@ def _extras(request: Request) -> Extras | None:
         bad_words=request.source.bad_words,
         min_total=request.prompt_len + params.min_tokens if params.min_tokens else 0,
         logprobs=-1 if params.logprobs is None else params.logprobs,
+        logprob_token_ids=sorted(set(params.logprob_token_ids or ())),
         prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
         masked=request.source.grammar is not None,
         reasoning=request.source.reasoning,

@@ -51,7 +51,14 @@ def check(source: AddRequest, limits: Limits) -> None:
         "logit_bias": params.logit_bias or (),
         "allowed_token_ids": params.allowed_token_ids or (),
         "stop_token_ids": params.stop_token_ids,
+        "logprob_token_ids": params.logprob_token_ids or (),
     }
+    for name, wanted in (
+        ("logprobs", params.logprobs),
+        ("prompt_logprobs", params.prompt_logprobs),
+    ):
+        if wanted is not None and not 0 <= wanted <= limits.vocab_size:
+            raise RequestError(f"{name} must be from 0 to {limits.vocab_size}", param=name)
     for name, ids in named.items():
         _check_ids(name, ids, limits.vocab_size)
 

@@ -91,6 +91,11 @@ def force_reasoning_end(
     logits[rows, token] = torch.where(due, 0.0, logits[rows, token])
 
 
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities float32 [R, K] of tokens (int64 [R, K]). logits: float32 [R, V]."""
+    return logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and ranks of the tokens, and the `top` most probable tokens of each row.
 

@@ -31,7 +31,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "scheduling": (
         *("max_num_batched_tokens", "mixed_prefill_tokens", "long_prefill_token_threshold"),
         *("max_num_partial_prefills", "max_long_partial_prefills", "scheduling_policy"),
-        *("async_scheduling", "speculative_config", "max_queue", "stream_interval"),
+        *("async_scheduling", "speculative_config", "max_queue", "max_logprobs", "stream_interval"),
     ),
     "devices": (
         *("device", "tensor_parallel_size", "replicas", "policy", "gateway_processes", "engine"),

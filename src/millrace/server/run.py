@@ -156,6 +156,7 @@ def _api(
             skip_tokenizer=args.skip_tokenizer_init,
             template=options.chat_template,
             template_variables=options.default_chat_template_kwargs,
+            max_logprobs=args.max_logprobs,
         ),
         metrics,
         names=names,

@@ -16,7 +16,14 @@ import msgspec
 
 from millrace.errors import RequestError
 from millrace.lengths import check_least, check_lengths, output_length
-from millrace.protocol import AddRequest, Grammar, ReasoningBound, SamplingParams, StructuredOutputs
+from millrace.protocol import (
+    MAX_LOGPROBS,
+    AddRequest,
+    Grammar,
+    ReasoningBound,
+    SamplingParams,
+    StructuredOutputs,
+)
 from millrace.text.checkpoint.files import (
     SamplingDefaults,
     read_json,
@@ -40,7 +47,8 @@ class TextProcessor:
     """The text side of one model.
 
     vocab_size: token ids are below it (the embedding may have more rows than the tokenizer tokens).
-    tokenizer_config: what the checkpoint says of its tokenizer.
+    tokenizer_config: what the checkpoint says of its tokenizer. max_logprobs: how many
+    log-probabilities are reported at a position at most; -1: the whole vocabulary.
     """
 
     def __init__(
@@ -51,7 +59,9 @@ class TextProcessor:
         vocab_size: int,
         template_variables: Mapping[str, Any] = MappingProxyType({}),
         tokenizer_config: Mapping[str, Any] = MappingProxyType({}),
+        max_logprobs: int = MAX_LOGPROBS,
     ) -> None:
+        self._max_logprobs = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         self.tokenizer_config = tokenizer_config
         self.tokenizer = tokenizer
         self.template = template
@@ -70,6 +80,7 @@ class TextProcessor:
         skip_tokenizer: bool = False,
         template: str | None = None,
         template_variables: Mapping[str, Any] = MappingProxyType({}),
+        max_logprobs: int = MAX_LOGPROBS,
     ) -> TextProcessor:
         """Read what the directories hold. Raises CheckpointError.
 
@@ -90,6 +101,7 @@ class TextProcessor:
             vocab_size(model) or tokens.vocab_size,
             template_variables,
             {} if skip_tokenizer else read_json(tokenizer / "tokenizer_config.json"),
+            max_logprobs,
         )
 
     def chat_prompt(
@@ -176,6 +188,7 @@ class TextProcessor:
         self.check_token_ids(params.stop_token_ids, "stop_token_ids")
         self.check_token_ids(list(params.logit_bias or ()), "logit_bias")
         self.check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self.check_token_ids(params.logprob_token_ids or (), "logprob_token_ids")
         self.check_token_ids(resume, "resume_token_ids")
         defaults = [n for n in (default_max_tokens, self.defaults.max_tokens) if n]
         params = msgspec.structs.replace(
@@ -184,6 +197,8 @@ class TextProcessor:
                 len(prompt), params.max_tokens, min(defaults, default=None), max_model_len
             ),
             top_k=0 if params.top_k > self.vocab_size else params.top_k,
+            logprobs=self._logprobs("logprobs", params.logprobs),
+            prompt_logprobs=self._logprobs("prompt_logprobs", params.prompt_logprobs),
             structured_outputs=None,
         )
         if len(resume) > (params.max_tokens or 0):
@@ -203,6 +218,18 @@ class TextProcessor:
             cache_salt=cache_salt,
             grammar=grammar,
             reasoning=reasoning,
+        )
+
+    def _logprobs(self, name: str, wanted: int | None) -> int | None:
+        """How many to report at a position. Raises RequestError for more than are allowed."""
+        most = self._max_logprobs
+        count = self.vocab_size if wanted == -1 else wanted
+        if count is None or count <= most:
+            return count
+        raise RequestError(
+            f"{name} must be from 0 to {most}, got {wanted}; a server started with "
+            "--max-logprobs allows more",
+            param=name,
         )
 
     def reasoning_bound(self, tokens: int | None, reasons: bool) -> ReasoningBound | None:

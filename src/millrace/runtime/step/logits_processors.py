@@ -19,6 +19,7 @@ from millrace.kernels.logits import (
     apply_penalties,
     completes_sequence,
     force_reasoning_end,
+    logprobs_of,
     token_logprobs,
 )
 from millrace.protocol import Admission, Extras, Masks, StepPlan
@@ -169,12 +170,33 @@ class StepProcessors:
             return None
         wanting = self._wanting_logprobs()
         indices = [c.index for c in wanting]
-        top = max(c.options.extras.logprobs for c in wanting)
-        found = [
-            token_logprobs(self._raw[rows].float(), drawn[rows], top)
-            for rows in upload(indices, self._device).split(AT_ONCE)
-        ]
+        named = [c.options.extras.logprob_token_ids for c in wanting]
+        top = max([c.options.extras.logprobs for c in wanting] + [len(ids) for ids in named])
+        found = []
+        for start in range(0, len(indices), AT_ONCE):
+            rows = upload(indices[start : start + AT_ONCE], self._device)
+            logits = self._raw[rows].float()
+            part = token_logprobs(logits, drawn[rows], top)
+            self._put_named(logits, named[start : start + AT_ONCE], *part[:2])
+            found.append(part)
         return Logprobs(indices, *(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _put_named(
+        self, logits: Tensor, named: Sequence[list[int]], ids: Tensor, values: Tensor
+    ) -> None:
+        """Put the tokens that rows name in place of their most probable ones.
+
+        logits: float32 [R, V]; named: R lists, empty for rows that name none; ids, values: as
+        `token_logprobs` returns them.
+        """
+        chosen = [(at, row) for at, row in enumerate(named) if row]
+        if not chosen:
+            return
+        width = ids.shape[1] - 1
+        rows = upload([at for at, _ in chosen], self._device)
+        tokens = upload([row + [0] * (width - len(row)) for _, row in chosen], self._device)
+        ids[rows, 1:] = tokens
+        values[rows, 1:] = logprobs_of(logits[rows], tokens)
 
     # --- processors, in the order in which they apply -----------------------------------------
 

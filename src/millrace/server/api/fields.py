@@ -69,7 +69,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "the server fetches nothing; offer a tool"),
     "prompt_embeds": ((), "prompts are text or token ids"),
     "mm_processor_kwargs": (({},), "the model reads and writes text only"),
-    "logprob_token_ids": ((), "logprobs reports the likeliest tokens"),
     "kv_transfer_params": ((), "the replica keeps its caches to itself"),
     "vllm_xargs": (({},), "the engine takes no arguments of extensions"),
     "guided_decoding_backend": ((), "there is one, llguidance"),
@@ -265,6 +264,7 @@ def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> Samp
         stop_token_ids=body.stop_token_ids or [],
         ignore_eos=body.ignore_eos,
         logprobs=_logprobs(body),
+        logprob_token_ids=_logprob_token_ids(body),
         prompt_logprobs=_prompt_logprobs(body),
         include_stop_str_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
@@ -313,6 +313,13 @@ def _logprobs(body: GenerationRequest) -> int | None:
     if body.logprobs is None and _or(body.best_of, 1) > 1:
         return 0  # best_of compares outputs by them
     return body.logprobs
+
+
+def _logprob_token_ids(body: GenerationRequest) -> list[int] | None:
+    wanted = body.logprob_token_ids or None
+    if wanted and _logprobs(body) is None:
+        raise RequestError("logprob_token_ids needs logprobs", param="logprob_token_ids")
+    return wanted
 
 
 def _prompt_logprobs(body: GenerationRequest) -> int | None:
