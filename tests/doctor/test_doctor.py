@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from millrace.cli import run
 from millrace.doctor import devices, machine, packages
 from millrace.doctor.finding import Finding, show
 from millrace.kernels.cpu import build
-from millrace.model.tiny import TinyShape, config_json
+from millrace.model.tiny import UNIT_TEST, TinyShape, config_json, write_checkpoint
 from tests.kernels.gpu.gpu_support import HAS_TRITON, pretend
 
 Replace = Callable[[str, str | None], None]
@@ -42,8 +43,21 @@ def test_a_good_machine_and_model(
     assert found["versions: torch"]["value"].startswith("2.")
     assert "GiB free" in found["machine: memory"]["value"]
     assert "max_model_len 128" in found["model: options"]["value"]
+    assert "MiB a snapshot" in found["model: cache"]["value"]
     for op in ("gdn.gdn_decode", "attention.attend_prefill", "sampling.sample"):
         assert f"kernels: {op}" in found
+
+
+def test_a_model_without_states_has_no_snapshots(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """2 layers x 2 x 2 heads x 32 x 4 bytes are 1 KiB a token; a slot has its index alone."""
+    shape = replace(UNIT_TEST, layer_types=("full_attention",) * 2, mtp=False)
+    directory = write_checkpoint(tmp_path / "attention", shape)
+    options = ("--port", "0", "--dtype", "float32", "--device", "cpu", "--max-model-len", "128")
+    _, found = look(capsys, str(directory), *options)
+    value = found["model: cache"]["value"]
+    assert value == "1.00 KiB a token, 0.00 MiB a sequence, prompts resume at any page"
 
 
 def test_the_report_as_text_and_in_a_file(

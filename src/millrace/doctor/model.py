@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.config import EngineArgs, ModelFacts, resolve
+from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.doctor.finding import Finding
 from millrace.errors import UserError
 from millrace.model_lookup import find_model, shipped_models
@@ -14,7 +14,7 @@ from millrace.model_lookup import find_model, shipped_models
 if TYPE_CHECKING:
     from millrace.model.config import ModelConfig
 
-GiB = 1 << 30
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 _WANTED = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,7 +42,7 @@ def model(args: EngineArgs) -> Iterator[Finding]:
     )  # fmt: skip
     yield from _files(Path(args.tokenizer) if args.tokenizer else directory)
     yield _weights(directory, args, _fp8_draft_head(config, args))
-    yield _settled(args, _facts(config))
+    yield from _settled(args, config)
 
 
 def _quantized(config: ModelConfig) -> str:
@@ -101,15 +101,30 @@ def _weights(directory: Path, args: EngineArgs, more: int) -> Finding:
     return Finding("model", "weights", value, "fail", "raise --tensor-parallel-size")
 
 
-def _settled(args: EngineArgs, facts: ModelFacts) -> Finding:
+def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
     import torch
 
     try:
-        settled = resolve(args, facts, cuda=torch.cuda.is_available())
+        settled = resolve(args, _facts(config), cuda=torch.cuda.is_available())
     except UserError as error:
-        return Finding("model", "options", str(error), "fail")
-    return Finding(
+        yield Finding("model", "options", str(error), "fail")
+        return
+    yield Finding(
         "model", "options", f"{settled.dtype} on {settled.device}, max_model_len "
         f"{settled.max_model_len}, max_num_seqs {settled.max_num_seqs}, "
         f"{settled.drafts} draft tokens",
     )  # fmt: skip
+    yield _cache(settled, config)
+
+
+def _cache(settled: EngineConfig, config: ModelConfig) -> Finding:
+    """What requests and cached prompts take of a rank's memory."""
+    from millrace.model.cache_spec import CacheOptions
+
+    spec, ranks = config.cache_spec(CacheOptions.of(settled)), settled.args.tensor_parallel_size
+    token, slot = spec.page_bytes(ranks) / settled.page_size, spec.slot_bytes(ranks)
+    resume = "prompts resume at any page"
+    if spec.needs_snapshots:
+        resume = f"{spec.snapshot_bytes(ranks) / MiB:.2f} MiB a snapshot"
+    value = f"{token / KiB:.2f} KiB a token, {slot / MiB:.2f} MiB a sequence, {resume}"
+    return Finding("model", "cache", value if ranks == 1 else f"{value}, on each rank")

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from millrace.config import EngineConfig
+
 DTYPE_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int64": 8, "int32": 4,
 }  # fmt: skip
@@ -39,6 +41,20 @@ class CacheOptions:
     drafts: int
     window: int
     draft_head: bool
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> CacheOptions:
+        """Those of an engine."""
+        return cls(
+            dtype=config.dtype,
+            kv_dtype=config.kv_dtype,
+            state_dtype=config.state_dtype,
+            page_size=config.page_size,
+            max_pages=config.max_pages_per_request,
+            drafts=config.drafts,
+            window=config.window,
+            draft_head=config.drafts > 0,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self.model_config = model_config
-        self.cache_spec = model_config.cache_spec(cache_options(config))
+        self.cache_spec = model_config.cache_spec(CacheOptions.of(config))
         self.all_reduce = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
@@ -244,20 +244,6 @@ def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
     names = ("num_snapshots", "snapshot_interval", "snapshot_distance")
     given = [name for name in names if getattr(config.args, name)]
     return [] if spec.needs_snapshots else given
-
-
-def cache_options(config: EngineConfig) -> CacheOptions:
-    """What the memory of the model's layers depends on."""
-    return CacheOptions(
-        dtype=config.dtype,
-        kv_dtype=config.kv_dtype,
-        state_dtype=config.state_dtype,
-        page_size=config.page_size,
-        max_pages=config.max_pages_per_request,
-        drafts=config.drafts,
-        window=config.window,
-        draft_head=config.drafts > 0,
-    )
 
 
 def _message_rows(config: EngineConfig) -> list[int]:
