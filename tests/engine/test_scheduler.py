@@ -175,6 +175,43 @@ def test_every_mix_of_requests_brings_the_right_tokens(
     assert_all_free(eng)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(0, 2),
+    pages=st.integers(16, 60),
+    policy=st.sampled_from(["snapshot", "page"]),
+    gap=st.integers(0, 12),
+)
+def test_what_is_counted_as_cached_was_not_computed(
+    seed: int, depth: int, pages: int, policy: str, gap: int
+) -> None:
+    """Hits are what deltas say, and with what steps compute they make up all prompt tokens."""
+    rng = random.Random(seed)
+    lim = limits(num_pages=pages, cache_policy=policy, snapshot_interval=8)
+    eng = engine(lim, depth, seed)
+    stem = [rng.randint(1, 49) for _ in range(20)]
+    cached: dict[str, int] = {}
+    prompts: dict[str, int] = {}
+    for number in range(8):
+        tail = [rng.randint(1, 49) for _ in range(rng.randint(1, 9))]
+        prompt = stem[: rng.randint(0, 20)] + tail
+        eng.add(request(str(number), prompt, rng.randint(1, 12)))
+        prompts[str(number)] = len(prompt)
+        for _ in range(gap):
+            cached |= {delta.id: delta.cached_tokens for delta in eng.step()}
+    cached |= {delta.id: delta.cached_tokens for delta in iter_deltas(eng)}
+    stats = eng.stats()
+    assert stats.prefix_hits == sum(cached.values())
+    assert stats.prefix_queries == stats.prompt_tokens == sum(prompts.values())
+    assert all(cached[name] < prompts[name] for name in prompts)
+    plans = eng.worker.plans  # type: ignore[attr-defined]
+    computed = sum(chunk.count for plan in plans for chunk in plan.chunks)
+    if stats.preemptions == 0:
+        assert computed == stats.prefix_queries - stats.prefix_hits
+    assert_all_free(eng)
+
+
 def test_the_lowest_priority_number_runs_first_and_is_preempted_last() -> None:
     eng = engine(limits(max_num_seqs=1, priorities=True, drafts=0))
     ended = []
