@@ -461,7 +461,7 @@ def test_a_response_that_is_cut_off_says_so(client: openai.OpenAI) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'x' not found"),
         ({"input": [{"type": "computer_call"}]}, "must be message"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "text only"),
-        ({"reasoning": {"effort": "none of it"}}, "reasoning_effort must be one of"),
+        ({"reasoning": {"effort": "none of it"}}, "reasoning.effort must be one of"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "must be a JSON schema"),
     ],
 )

@@ -24,7 +24,8 @@ from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_sal
 from millrace.errors import RequestError
 from millrace.lengths import check_lengths
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
-from millrace.server.api.fields import OPENAI, FieldRules, parse_body, warn_once
+from millrace.server.api.field_table import FieldRules
+from millrace.server.api.fields import COUNTING, parse_body, warn_once
 from millrace.server.api.formatters import Formatter
 from millrace.server.api.generation import Generations
 from millrace.server.api.prompts import Prompt
@@ -109,7 +110,9 @@ class ApiContext:
         self.response_tag = ""
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 
-    async def body(self, request: Request, kind: type[_Body], rules: FieldRules = OPENAI) -> _Body:
+    async def body(
+        self, request: Request, kind: type[_Body], rules: FieldRules = COUNTING
+    ) -> _Body:
         """The request's body. Raises RequestError or ApiError."""
         body, _ = await self._parse(request, kind, rules)
         return body

@@ -1,15 +1,16 @@
-"""From a body's fields to `SamplingParams`, and what becomes of fields that are not served.
+"""From a body's JSON to its fields, and from these to `SamplingParams`.
 
-A field that is known to the OpenAI or vLLM API, is not served, and would change the answer is
-refused unless it holds the value that changes nothing. One that changes nothing is accepted. An
-unknown field is ignored with a warning, as vLLM does.
+`field_table` says what becomes of fields that a body has not: one that would change the answer is
+refused unless it holds a value that changes nothing, and one without effect is logged. An unknown
+field is ignored with a warning, as vLLM does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -17,6 +18,13 @@ import msgspec
 
 from millrace.errors import RequestError
 from millrace.protocol import SamplingParams, StructuredOutputs
+from millrace.server.api.field_table import (
+    Fate,
+    FieldRules,
+    Refusal,
+    counting_rules,
+    field_rules,
+)
 from millrace.server.api.request_schema import (
     ChatRequest,
     CompletionRequest,
@@ -41,83 +49,8 @@ _LONGEST_NEUTRAL = 100  # bytes of JSON of the values at which refused fields ch
 MAX_PRIORITY = 2**31
 
 
-class FieldRules(NamedTuple):
-    """How an endpoint treats the fields of an API that it does not serve.
-
-    refused: for each field the values at which it changes nothing (null is always one), and why
-    other values are not served. harmless: known fields without influence on the answer.
-    """
-
-    refused: Mapping[str, tuple[tuple[Any, ...], str]]
-    harmless: frozenset[str]
-
-
-# Not served: the values at which each field changes nothing, and why others are refused.
-REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "use_beam_search": ((False,), "outputs are sampled; n gives several"),
-    "length_penalty": ((1,), "it belongs to beam search"),
-    "suffix": (("",), "the model was not trained to fill gaps"),
-    "logits_processors": (([],), "code of a client is not run here; logit_bias may do"),
-    "spaces_between_special_tokens": ((True,), "tokens are shown as their own bytes"),
-    "functions": (([],), "use tools"),
-    "function_call": (("none", "auto"), "use tool_choice"),
-    "chat_template": ((), "the checkpoint's is used; chat_template_kwargs sets its variables"),
-    "verbosity": (("medium",), "the model knows no such setting; say it in a message"),
-    "modalities": ((["text"],), "the model reads and writes text only"),
-    "audio": ((), "the model reads and writes text only"),
-    "prediction": ((), "the model drafts for itself"),
-    "web_search_options": ((), "the server fetches nothing; offer a tool"),
-    "prompt_embeds": ((), "prompts are text or token ids"),
-    "mm_processor_kwargs": (({},), "the model reads and writes text only"),
-    "kv_transfer_params": ((), "the replica keeps its caches to itself"),
-    "vllm_xargs": (({},), "the engine takes no arguments of extensions"),
-    "guided_decoding_backend": ((), "there is one, llguidance"),
-    "guided_whitespace_pattern": ((), "white space in JSON is the model's choice"),
-    "repetition_detection": ((), "use repetition_penalty or stop"),
-    "watermarking": ((False,), "texts are not marked"),
-    "ec_transfer_params": ((), "the replica keeps its caches to itself"),
-    "media_io_kwargs": (({},), "the model reads and writes text only"),
-    "return_weight_versions": ((False,), "the weights stay the same while the server runs"),
-    "routed_experts_prompt_start": ((0,), "no experts are reported"),
-    "early_stopping": ((False,), "it belongs to beam search"),
-}  # fmt: skip
-
-# Known fields without influence on the answer.
-HARMLESS = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "request_id",
-        "session_id",  # gateways send what has the same one to the same replica
-        "prompt_cache_options",
-        "return_token_offsets",  # of vLLM's endpoints that only render
-        "mm_payload",
-        "return_mm_kwargs",
-        "cache_salt",  # where nothing is cached; bodies with a prompt have the field
-    }
-)
-OPENAI = FieldRules(REFUSED, HARMLESS)
-
-
-def field_rules(kind: type[ModelRequest], own: FieldRules = OPENAI) -> FieldRules:
-    """The rules for fields that `kind` lacks. Those of OpenAI's other endpoints are refused."""
-    elsewhere: dict[str, tuple[tuple[Any, ...], str]] = {}
-    for other, path in ((CompletionRequest, "/v1/completions"), (ChatRequest, _CHAT)):
-        for field in msgspec.structs.fields(other):
-            if field.name not in {*kind.__struct_fields__, *own.harmless}:
-                neutral = () if field.required else (field.default,)
-                elsewhere[field.name] = (neutral, f"it belongs to {path}")
-    return FieldRules({**elsewhere, **own.refused}, own.harmless)
-
-
-_CHAT = "/v1/chat/completions"
-COMPLETIONS = field_rules(CompletionRequest)
-CHATS = field_rules(ChatRequest)
+CHATS, COMPLETIONS = field_rules("chat"), field_rules("completions")
+COUNTING = counting_rules("chat")  # of endpoints without an answer of the model
 
 _PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`")
 _Body = TypeVar("_Body", bound=ModelRequest)
@@ -127,7 +60,7 @@ _MOST_WARNINGS = 1000
 
 
 def parse_body(
-    data: bytes | bytearray, kind: type[_Body], rules: FieldRules = OPENAI
+    data: bytes | bytearray, kind: type[_Body], rules: FieldRules = COUNTING
 ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
     """A body as `kind`, and the JSON of each field as the client wrote it.
 
@@ -149,6 +82,8 @@ def parse_body(
             _check_other_field(name, raw, rules)
         else:
             values[name] = _decode_field(name, raw, decode)
+            if name in rules.nested:
+                _check_nested(name, raw, rules.nested[name])
     for name in required:
         if name not in values:
             raise RequestError(f"{name} is missing", param=name)
@@ -199,18 +134,32 @@ def _plain(message: str) -> str:
     return message.replace("`", "")
 
 
+def _check_nested(name: str, raw: msgspec.Raw, fates: Mapping[str, Fate]) -> None:
+    """Check the fields within a field, if it is an object."""
+    if bytes(memoryview(raw)[:1]) != b"{":
+        return
+    for inner, value in _split_fields(raw).items():
+        if fates.get(inner) != "served":
+            _check_fate(f"{name}.{inner}", value, fates.get(inner), param=name)
+
+
 def _check_other_field(name: str, raw: msgspec.Raw, rules: FieldRules) -> None:
-    """A field that the endpoint does not have: refused, without influence, or unknown."""
-    if name in rules.refused:
-        neutrals, reason = rules.refused[name]
-        if not _is_neutral(raw, neutrals):
+    """A field that the endpoint does not have: refused, without effect, or unknown."""
+    _check_fate(name, raw, rules.fates.get(name), param=name)
+
+
+def _check_fate(name: str, raw: msgspec.Raw, fate: Fate | None, param: str) -> None:
+    if isinstance(fate, Refusal):
+        if not _is_neutral(raw, fate.neutral):
             raise RequestError(
-                f"{name} is not supported: {reason}; leave it out",
-                param=name,
+                f"{name} is not supported: {fate.reason}; leave it out",
+                param=param,
                 code="unsupported_parameter",
             )
-    elif name not in rules.harmless:
+    elif fate is None:
         warn_once(f"unknown field {name[:80]!r} is ignored")
+    else:
+        warn_once(f"field {name!r} has no effect here", logging.INFO)
 
 
 def _is_neutral(raw: msgspec.Raw, neutrals: tuple[Any, ...]) -> bool:
@@ -230,11 +179,11 @@ def _same(value: Any, neutral: Any) -> bool:
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def warn_once(message: str) -> None:
+def warn_once(message: str, level: int = logging.WARNING) -> None:
     """Log what a client's field does not do; each message once, and at most a thousand of them."""
     if message not in _warned and len(_warned) < _MOST_WARNINGS:
         _warned.add(message)
-        logger.warning("%.300s", message)
+        logger.log(level, "%.300s", message)
 
 
 def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> SamplingParams:
@@ -262,12 +211,12 @@ def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> Samp
         min_tokens=_or(body.min_tokens, 0),
         stop=stop,
         stop_token_ids=body.stop_token_ids or [],
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         logprobs=_logprobs(body),
         logprob_token_ids=_logprob_token_ids(body),
         prompt_logprobs=_prompt_logprobs(body),
-        include_stop_str_in_output=body.include_stop_str_in_output,
-        skip_special_tokens=body.skip_special_tokens,
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 
@@ -289,6 +238,24 @@ def check_resume(body: GenerationRequest, outputs: int) -> None:
             "resume_token_ids belongs to one output; send one prompt and n 1",
             param="resume_token_ids",
         )
+
+
+@contextlib.contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors name fields as their API has them. names: by the name of the chat's field."""
+    try:
+        yield
+    except RequestError as error:
+        found = _HEAD.match(error.param or "")
+        if found and found[0] in names:
+            head, message = found[0], str(error)
+            if message.startswith(head):
+                error.args = (names[head] + message[len(head) :],)
+            error.param = names[head] + (error.param or "")[len(head) :]
+        raise
+
+
+_HEAD = re.compile(r"\w+")
 
 
 def _max_tokens(body: GenerationRequest) -> int | None:

@@ -1,7 +1,7 @@
 """Bodies of the OpenAI API, as far as they are served: what comes in.
 
 Field names and defaults follow OpenAI's reference, and vLLM's where it goes further. None means
-the server's default. Fields that are known but not served stand in `fields.py`.
+the server's default. Fields that are known but not served stand in `field_table.py`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ class PromptRequest(ModelRequest, frozen=True, kw_only=True):
     cache_salt: str | None = None
 
 
-class GenerationRequest(PromptRequest, frozen=True, kw_only=True):
-    """What both endpoints take.
+class SamplingRequest(PromptRequest, frozen=True, kw_only=True):
+    """What every body that generates may hold, with one meaning in all APIs.
 
-    resume_token_ids: tokens that count as generated already; the answer holds what follows them.
-    guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
-    cut; left keeps its end. stream_interval: tokens of a chunk, where the server's are fewer.
+    stream_interval: tokens of a chunk, where the server's are fewer.
     """
 
-    n: int | None = 1
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -55,25 +52,41 @@ class GenerationRequest(PromptRequest, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    ignore_eos: bool | None = False
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    structured_outputs: dict[str, Any] | None = None
+    priority: int | None = 0
+    stream: bool | None = False
+    stream_interval: int | None = None
+
+
+SAMPLING_FIELDS = tuple(
+    name for name in SamplingRequest.__struct_fields__ if name not in ModelRequest.__struct_fields__
+)
+
+
+class GenerationRequest(SamplingRequest, frozen=True, kw_only=True):
+    """What both of OpenAI's older endpoints take.
+
+    resume_token_ids: tokens that count as generated already; the answer holds what follows them.
+    guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
+    cut; left keeps its end.
+    """
+
+    n: int | None = 1
     prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     return_tokens_as_token_ids: bool | None = False
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
-    priority: int | None = 0
     resume_token_ids: list[int] | None = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stream_interval: int | None = None
     return_token_ids: bool | None = False
 
 
@@ -92,6 +105,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """Body of /v1/chat/completions. chat_template_kwargs: variables for the template.
 
     tool_choice: none, auto, required, or {"type": "function", "function": {"name": ...}}.
+    thinking, reasoning: as in Anthropic's API and in /v1/responses.
     """
 
     messages: list[dict[str, Any]]
@@ -103,6 +117,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = None
+    reasoning: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
     include_reasoning: bool = True
     thinking_token_budget: int | None = None
     add_generation_prompt: bool = True

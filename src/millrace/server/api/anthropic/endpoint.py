@@ -16,35 +16,24 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
-from millrace.server.api.chat.endpoint import chat_text, prepare_chat, tool_choice
+from millrace.server.api.chat.endpoint import EFFORTS, chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import REFUSED, FieldRules, field_rules
-from millrace.server.api.request_schema import ChatRequest, PromptRequest
+from millrace.server.api.field_table import counting_rules, field_rules
+from millrace.server.api.fields import naming_fields
+from millrace.server.api.request_schema import (
+    SAMPLING_FIELDS,
+    ChatRequest,
+    SamplingRequest,
+)
 from millrace.server.api.transport import json_response
 
 _TEXT_ONLY = "the model reads and writes text only"
-_NOTHING_CLEARED: tuple[Any, ...] = (
-    {"edits": []},
-    {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-)
-_OWN = FieldRules(
-    refused={
-        **{name: REFUSED[name] for name in ("watermarking", "vllm_xargs")},
-        **{name: REFUSED[name] for name in ("kv_transfer_params", "ec_transfer_params")},
-        "mcp_servers": (([],), "the server calls no tools itself; offer them as tools"),
-        "container": ((), "the server runs no code"),
-        "context_management": (_NOTHING_CLEARED, "the server leaves conversations as they are"),
-        "speed": (("standard",), "there is one speed"),
-    },
-    harmless=frozenset(
-        {"metadata", "service_tier", "cache_control", "betas", "inference_geo", "diagnostics"}
-        | {"user_profile_id", "workspace_id", "mm_payload", "return_mm_kwargs"}
-    ),
-)
 
 
-class CountRequest(PromptRequest, frozen=True, kw_only=True):
-    """Body of /v1/messages/count_tokens."""
+class CountRequest(SamplingRequest, frozen=True, kw_only=True):
+    """Body of /v1/messages/count_tokens, where sampling has no effect. output_format: the older
+    name of output_config.format.
+    """
 
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
@@ -52,6 +41,7 @@ class CountRequest(PromptRequest, frozen=True, kw_only=True):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -60,13 +50,12 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
     max_tokens: int
     stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stream: bool | None = False
 
 
-RULES = field_rules(MessagesRequest, _OWN)
+RULES = field_rules("messages")
+# By the names of a chat's fields: those of this API.
+_NAMES = {"response_format": "output_config.format", "prompt": "messages"}
+_STOPS = {"stop": "stop_sequences"}  # where they came by that name
 
 
 class TokenCount(msgspec.Struct, frozen=True):
@@ -87,7 +76,8 @@ class Anthropic:
         body, prefix_hashes = await context.read_prompt_body(request, MessagesRequest, RULES)
         ready = context.check_ready(body)
         id = f"msg_{uuid4().hex}"
-        prepared = await prepare_chat(context, as_chat(body), id, ready)
+        with naming_fields({**_NAMES, **(_STOPS if body.stop is None else {})}):
+            prepared = await prepare_chat(context, as_chat(body), id, ready)
         formatter = MessageFormatter(
             id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )
@@ -98,13 +88,14 @@ class Anthropic:
             ready,
             bool(body.stream),
             prefix_hashes,
+            stream_interval=body.stream_interval,
             reasons=prepared.reasons,
         )
 
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
         context = self._context
-        body = await context.body(request, CountRequest, _OWN)
+        body = await context.body(request, CountRequest, counting_rules("messages"))
         ready = context.check_ready(body)
         chat = as_chat(body)
         choice = tool_choice(context, chat)
@@ -132,22 +123,16 @@ def as_chat(body: CountRequest) -> ChatRequest:
         parallel_tool_calls=parallel,
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
-        response_format=_response_format(body.output_config),
+        response_format=_response_format(body),
         chat_template_kwargs=_variables(body),
-        thinking_token_budget=_budget(body.thinking),
+        thinking=body.thinking,
     )
     if not isinstance(body, MessagesRequest):
         return chat
-    return msgspec.structs.replace(
-        chat,
-        max_tokens=body.max_tokens,
-        stop=body.stop_sequences or None,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        stream=body.stream,
-        cache_salt=body.cache_salt,
-    )
+    shared = {name: getattr(body, name) for name in SAMPLING_FIELDS}
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    shared["stop"] = [*(body.stop_sequences or ()), *stop] or None
+    return msgspec.structs.replace(chat, max_tokens=body.max_tokens, **shared)
 
 
 def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -228,8 +213,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
             param="tools",
         )
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    if tool.get("description"):
-        function["description"] = tool["description"]
+    function |= {key: tool[key] for key in ("description", "strict") if tool.get(key)}
     return {"type": "function", "function": function}
 
 
@@ -253,41 +237,25 @@ def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] 
 
 
 def _variables(body: CountRequest) -> dict[str, Any] | None:
-    """Template variables, those of `thinking` among them."""
-    thinking = _thinking(body.thinking)
-    given = body.chat_template_kwargs
-    return thinking if given is None else {**(thinking or {}), **given}
+    """Template variables: output_config.effort is one, for templates that know it."""
+    effort = (body.output_config or {}).get("effort")
+    if effort is None:
+        return body.chat_template_kwargs
+    if effort not in EFFORTS:
+        message = f"output_config.effort must be one of {', '.join(EFFORTS)}, got {effort!r:.60}"
+        raise RequestError(message, param="output_config")
+    return {"reasoning_effort": effort, **(body.chat_template_kwargs or {})}
 
 
-def _thinking(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Template variables that turn reasoning on or off; None leaves it to the template."""
-    if given is None:
-        return None
-    kind = given.get("type")
-    if kind not in ("enabled", "adaptive", "disabled"):
-        message = f"thinking.type must be enabled, adaptive or disabled, got {kind!r}"
-        raise RequestError(message, param="thinking")
-    return {"enable_thinking": kind != "disabled"}
-
-
-def _budget(given: Mapping[str, Any] | None) -> int | None:
-    """The most tokens that the reasoning may have; None sets no limit."""
-    budget = (given or {}).get("budget_tokens")
-    if budget is None:
-        return None
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        message = f"thinking.budget_tokens must be an integer of at least 1, got {budget!r}"
-        raise RequestError(message, param="thinking")
-    return budget
-
-
-def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    wanted = (given or {}).get("format")
+def _response_format(body: CountRequest) -> dict[str, Any] | None:
+    """output_config.format, or output_format."""
+    wanted, where = (body.output_config or {}).get("format"), "output_config"
+    if wanted is None:
+        wanted, where = body.output_format, "output_format"
     if wanted is None:
         return None
     if not isinstance(wanted, Mapping) or wanted.get("type") != "json_schema":
-        raise RequestError(
-            'output_config.format must be {"type": "json_schema", "schema": ...}',
-            param="output_config",
-        )
-    return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+        name = "output_config.format" if where == "output_config" else where
+        raise RequestError(f'{name} must be {{"type": "json_schema", "schema": ...}}', param=where)
+    described = {key: wanted[key] for key in wanted.keys() - {"type"}}
+    return {"type": "json_schema", "json_schema": described}

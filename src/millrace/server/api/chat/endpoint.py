@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.api.chat.formatter import ChatFormatter
+from millrace.server.api.chat.thinking import thinking_budget, thinking_variables
 from millrace.server.api.context import ApiContext
 from millrace.server.api.fields import CHATS, check_resume, sampling_params, structured_outputs
 from millrace.server.api.formatters import ResponseHeader
@@ -114,7 +115,7 @@ async def prepare_chat(
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         grammar=grammar,
-        reasoning=context.processor.reasoning_bound(body.thinking_token_budget, reasons),
+        reasoning=context.processor.reasoning_bound(_thinking_budget(body), reasons),
     )
     requests = split_outputs(request)
     parser = partial(_parser, context, choice, starts_with_reasoning)
@@ -159,7 +160,7 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if body.documents is not None:
         given["documents"] = body.documents
-    effort = body.reasoning_effort
+    effort = _effort(body)
     template = context.processor.template
     if effort is not None and template is not None and "reasoning_effort" in template.source:
         given["reasoning_effort"] = effort
@@ -169,7 +170,21 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
             message = f"reasoning_effort must be one of {known}, got {effort!r}"
             raise RequestError(message, param="reasoning_effort")
         given["enable_thinking"] = effort != "none"
-    return {**given, **(body.chat_template_kwargs or {})}
+    return {**given, **thinking_variables(body.thinking), **(body.chat_template_kwargs or {})}
+
+
+def _thinking_budget(body: ChatRequest) -> int | None:
+    """thinking_token_budget, or thinking.budget_tokens."""
+    own = thinking_budget(body.thinking)
+    return own if body.thinking_token_budget is None else body.thinking_token_budget
+
+
+def _effort(body: ChatRequest) -> str | None:
+    """reasoning_effort, or reasoning.effort."""
+    effort = body.reasoning_effort or (body.reasoning or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise RequestError("reasoning.effort must be a text", param="reasoning")
+    return effort
 
 
 def _grammar_job(

@@ -22,6 +22,7 @@ from millrace.protocol import Ready
 from millrace.response_ids import OWNER_HEADER
 from millrace.server.api.chat.endpoint import PreparedChat
 from millrace.server.api.context import ApiContext
+from millrace.server.api.fields import naming_fields
 from millrace.server.api.generation import Generations
 from millrace.server.api.openai_responses.background import BackgroundRun, EventStream
 from millrace.server.api.openai_responses.fitting import prepare_fitting
@@ -29,6 +30,7 @@ from millrace.server.api.openai_responses.formatter import ResponseFormatter
 from millrace.server.api.openai_responses.items import Item, as_chat, input_items
 from millrace.server.api.openai_responses.listing import item_list
 from millrace.server.api.openai_responses.request import (
+    NAMES,
     RULES,
     Deleted,
     ResponsesRequest,
@@ -66,9 +68,10 @@ class Responses:
         chat, offered = as_chat(body, items)
         id = self._store.new_id()
         try:
-            prepared = await prepare_fitting(
-                context, chat, id, ready, truncates=body.truncation == "auto"
-            )
+            with naming_fields(NAMES):
+                prepared = await prepare_fitting(
+                    context, chat, id, ready, truncates=body.truncation == "auto"
+                )
         except ContextLengthError as error:
             if not body.stream:
                 raise
@@ -87,6 +90,7 @@ class Responses:
             ready,
             bool(body.stream),
             prefix_hashes,
+            stream_interval=body.stream_interval,
             reasons=prepared.reasons,
         )
 

@@ -21,7 +21,7 @@ from millrace.server.api.openai_responses.tools import (
     chat_tools,
     flat_name,
 )
-from millrace.server.api.request_schema import ChatRequest
+from millrace.server.api.request_schema import SAMPLING_FIELDS, ChatRequest
 from millrace.text.tools.custom import INPUT
 
 Item = Mapping[str, Any]
@@ -46,29 +46,22 @@ def as_chat(
     items: of the conversation so far and of the body. Raises RequestError for what is not served.
     """
     tools, offered = chat_tools(body.tools)
-    shared = {name: getattr(body, name) for name in _SHARED}
+    shared = {name: getattr(body, name) for name in SAMPLING_FIELDS}
     logprobs = shown_logprobs(body)
     chat = ChatRequest(
         messages=_messages(body.instructions, items),
         max_tokens=body.max_output_tokens,
         tools=tools or None,
         tool_choice=chat_tool_choice(body.tool_choice, offered),
-        reasoning_effort=_effort(body.reasoning),
+        parallel_tool_calls=body.parallel_tool_calls,
+        reasoning=body.reasoning,
         response_format=response_format(body.text),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        chat_template_kwargs=body.chat_template_kwargs,
         logprobs=logprobs is not None,
         top_logprobs=logprobs,
         **shared,
     )
     return chat, offered
-
-
-_SHARED = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "include_stop_str_in_output", "structured_outputs", "priority", "parallel_tool_calls",
-    "stream", "chat_template_kwargs", "cache_salt",
-)  # fmt: skip
 
 
 def input_items(given: str | list[dict[str, Any]]) -> list[Item]:
@@ -169,13 +162,6 @@ def _thought(item: Item) -> str:
         if texts:
             return "\n".join(texts)
     return ""
-
-
-def _effort(given: Mapping[str, Any] | None) -> str | None:
-    effort = (given or {}).get("effort")
-    if effort is not None and not isinstance(effort, str):
-        raise RequestError("reasoning.effort must be a text", param="reasoning")
-    return effort
 
 
 # --- listing ------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 
 from millrace.errors import RequestError
-from millrace.server.api.fields import HARMLESS, REFUSED, FieldRules, field_rules
-from millrace.server.api.request_schema import PromptRequest
+from millrace.server.api.field_table import field_rules
+from millrace.server.api.request_schema import SamplingRequest
 
 LOGPROBS = "message.output_text.logprobs"
 # Of what the server's tools, or pictures, would bring: there is nothing of it to include.
@@ -26,24 +26,8 @@ _INCLUDABLE = frozenset(
     }
 )
 
-_OWN = FieldRules(
-    refused={
-        **REFUSED,
-        "conversation": ((), "there are no conversation objects; use previous_response_id"),
-        "prompt": ((), "there are no stored prompts; send instructions and input"),
-        "context_management": ((), "conversations are left as they are; truncation auto cuts them"),
-        "moderation": ((), "nothing is moderated"),
-        "enable_response_messages": ((False,), "return_token_ids of /v1/chat/completions has ids"),
-        "previous_input_messages": ((), "use previous_response_id, or send the whole input"),
-        "n": ((1,), "use /v1/chat/completions"),
-        "logprobs": ((False,), f'use include: ["{LOGPROBS}"] and top_logprobs'),
-        "response_format": ((), "use text.format"),
-    },
-    harmless=HARMLESS | {"stream_options", "client_metadata"},
-)
 
-
-class ResponsesRequest(PromptRequest, frozen=True, kw_only=True):
+class ResponsesRequest(SamplingRequest, frozen=True, kw_only=True):
     """Body of /v1/responses."""
 
     input: str | list[dict[str, Any]]
@@ -54,8 +38,6 @@ class ResponsesRequest(PromptRequest, frozen=True, kw_only=True):
     include: list[str] | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -64,31 +46,24 @@ class ResponsesRequest(PromptRequest, frozen=True, kw_only=True):
     text: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
-    stream: bool | None = False
     # They change nothing, and the answer repeats them.
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
     # vLLM's, beside OpenAI's
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool = False
     include_reasoning: bool = True
-    structured_outputs: dict[str, Any] | None = None
-    priority: int | None = 0
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-RULES = field_rules(ResponsesRequest, _OWN)
+RULES = field_rules("responses")
+# By the names of a chat's fields: those of this API.
+NAMES = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
 
 
 def check_body(body: ResponsesRequest) -> None:

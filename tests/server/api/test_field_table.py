@@ -1,0 +1,241 @@
+"""Every field has one meaning: the table is whole, and each API does what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millrace.server.api.anthropic.endpoint import MessagesRequest
+from millrace.server.api.field_table import APIS, FIELDS, NESTED, PATHS, Api, Refusal
+from millrace.server.api.openai_responses.request import ResponsesRequest
+from millrace.server.api.request_schema import ChatRequest, CompletionRequest, ModelRequest
+from tests.support.live_server import LiveServer
+
+BODIES: dict[Api, type[ModelRequest]] = {
+    "chat": ChatRequest,
+    "completions": CompletionRequest,
+    "responses": ResponsesRequest,
+    "messages": MessagesRequest,
+}
+CHAT = [{"role": "user", "content": "hello"}]
+PLAIN: dict[Api, dict[str, Any]] = {
+    "chat": {"messages": CHAT, "max_tokens": 2},
+    "completions": {"prompt": "hello", "max_tokens": 2},
+    "responses": {"input": "hello", "max_output_tokens": 2},
+    "messages": {"messages": CHAT, "max_tokens": 2},
+}
+CELLS = [(name, api) for name in FIELDS for api in APIS]
+
+
+def post(http: httpx.Client, api: Api, **fields: Any) -> httpx.Response:
+    return http.post(PATHS[api], json={**PLAIN[api], **fields})
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_what_is_served_is_what_the_body_has(api: Api) -> None:
+    served = {name for name, fates in FIELDS.items() if fates[api] == "served"}
+    assert served == set(BODIES[api].__struct_fields__)
+    assert all(FIELDS[name][owner] == "served" for owner, name in NESTED)
+
+
+def test_every_field_has_a_fate_in_every_api() -> None:
+    for fates in FIELDS.values():
+        assert set(fates) == set(APIS)
+        for fate in fates.values():
+            assert not isinstance(fate, Refusal) or fate.reason
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_a_field_that_several_apis_serve_has_one_type(name: str) -> None:
+    """What one API takes the others take: the same type, or one that more values have."""
+    if name in ("metadata", "tool_choice", "max_tokens", "logprobs", "add_special_tokens"):
+        return  # OpenAI's and Anthropic's own definitions differ
+    kinds = {
+        str(field.type)
+        for api in APIS
+        for field in msgspec.structs.fields(BODIES[api])
+        if field.name == name
+    }
+    assert len(kinds) <= 1
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_refused_fields_are_refused_and_neutral_values_are_not(
+    http: httpx.Client, api: Api
+) -> None:
+    for name, fates in FIELDS.items():
+        fate = fates[api]
+        if not isinstance(fate, Refusal):
+            continue
+        error = post(http, api, **{name: [{"not": "neutral"}]})
+        assert error.status_code == 400, name
+        words = error.json()["error"]["message"]
+        assert f"{name} is not supported: {fate.reason}; leave it out" in words
+    neutral: dict[str, Any] = {}
+    for name, fates in FIELDS.items():
+        fate = fates[api]
+        if isinstance(fate, Refusal):
+            neutral[name] = fate.neutral[-1] if fate.neutral else None
+    assert post(http, api, **neutral).status_code == 200
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_fields_without_effect_are_accepted_and_told(
+    http: httpx.Client, server: LiveServer, api: Api
+) -> None:
+    names = [name for name, fates in FIELDS.items() if fates[api] == "no effect"]
+    answer = post(http, api, **{name: {"any": ["value"]} for name in names})
+    assert answer.status_code == 200, answer.text
+    for name in names:
+        assert f"field '{name}' has no effect here" in server.log
+
+
+@pytest.mark.parametrize(("api", "owner"), sorted(NESTED))
+def test_fields_within_fields(http: httpx.Client, server: LiveServer, api: Api, owner: str) -> None:
+    beside: dict[str, Any] = {"stream": True} if owner == "stream_options" else {}
+    valid = {"type": "enabled"} if owner == "thinking" else {}
+    for name, fate in NESTED[api, owner].items():
+        if fate == "served":
+            continue
+        answer = post(http, api, **beside, **{owner: {**valid, name: "x"}})
+        if isinstance(fate, Refusal):
+            assert answer.status_code == 400
+            assert f"{owner}.{name} is not supported: {fate.reason}" in answer.text
+        else:
+            assert answer.status_code == 200, answer.text
+            assert f"field '{owner}.{name}' has no effect here" in server.log
+    unknown = {**valid, "frobnicate": 1}
+    assert post(http, api, **beside, **{owner: unknown}).status_code == 200
+    assert f"unknown field '{owner}.frobnicate' is ignored" in server.log
+
+
+def text_of(api: Api, answer: dict[str, Any]) -> str:
+    """The words of an answer, whichever API it comes from."""
+    if api == "chat":
+        return str(answer["choices"][0]["message"]["content"])
+    if api == "completions":
+        return str(answer["choices"][0]["text"])
+    if api == "messages":
+        return "".join(block.get("text", "") for block in answer["content"])
+    items = [item for item in answer["output"] if item["type"] == "message"]
+    return "".join(part["text"] for item in items for part in item["content"])
+
+
+# The fake engine echoes the prompt, so what a field does to the text is the same in all chats.
+SHARED: list[dict[str, Any]] = [
+    {"stop": "lo w"}, {"stop": ["wor", "x"]}, {"stop": "wor", "include_stop_str_in_output": True},
+    {"min_tokens": 4, "stop": "h"}, {"skip_special_tokens": False}, {"ignore_eos": True},
+    {"seed": 3, "top_k": 5, "min_p": 0.1}, {"logit_bias": {"5": 1}, "priority": 0},
+    {"stop_token_ids": [300]}, {"bad_words": ["zebra"], "allowed_token_ids": [1, 2, 300]},
+]  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(first=st.sampled_from(SHARED), second=st.sampled_from(SHARED))
+def test_a_shared_field_does_the_same_in_every_chat(
+    http: httpx.Client, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    fields = {**first, **second}
+    long = [{"role": "user", "content": "hello world, hello"}]
+    chats: dict[Api, dict[str, Any]] = {
+        "chat": {"messages": long, "max_tokens": 12},
+        "messages": {"messages": long, "max_tokens": 12},
+        "responses": {"input": long, "max_output_tokens": 12},
+    }
+    told = set()
+    for api, body in chats.items():
+        answer = http.post(PATHS[api], json={**body, **fields})
+        assert answer.status_code == 200, answer.text
+        told.add(text_of(api, answer.json()))
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("top_p", 2), ("min_p", 3), ("seed", "x"), ("stop", [""]),
+        ("min_tokens", -1), ("logit_bias", {"1": 101}), ("priority", 2**40), ("bad_words", [""]),
+        ("structured_outputs", {"regex": "[a"}), ("stream_interval", 0),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_alike(http: httpx.Client, field: str, value: Any) -> None:
+    answers = {api: post(http, api, stream=True, **{field: value}) for api in APIS}
+    assert {answer.status_code for answer in answers.values()} == {400}
+    told = {answer.json()["error"]["message"] for answer in answers.values()}
+    assert len(told) == 1
+    params = {api: answers[api].json()["error"].get("param") for api in APIS if api != "messages"}
+    assert set(params.values()) == {field}
+
+
+def test_errors_name_the_fields_that_the_client_sent(http: httpx.Client) -> None:
+    schema = {"type": "json_schema", "name": "x", "schema": {"type": "strin"}}
+    error = post(http, "responses", text={"format": schema}).json()["error"]
+    assert error["param"] == "text.format"
+    assert error["message"].startswith("text.format, schema: Invalid type")
+    error = post(http, "messages", output_config={"format": schema}).json()["error"]
+    assert error["message"].startswith("output_config.format, schema: Invalid type")
+    error = post(http, "responses", max_output_tokens=10**6).json()["error"]
+    assert error["param"] == "max_output_tokens"
+
+
+BOUND = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FREE = {**BOUND, "properties": {"a": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize("strict", [None, True, False])
+@pytest.mark.parametrize("schema", [BOUND, FREE])
+def test_strict_means_the_same_in_every_api(
+    http: httpx.Client, strict: bool | None, schema: dict[str, Any]
+) -> None:
+    described = {"name": "x", "schema": schema, "strict": strict}
+    wanted = {"type": "json_schema", "json_schema": described}
+    flat = {"type": "json_schema", **described}
+    answers = [
+        post(http, "chat", response_format=wanted),
+        post(http, "completions", response_format=wanted),
+        post(
+            http,
+            "chat",
+            response_format={"type": "json_object", "schema": schema, "strict": strict},
+        ),
+        post(http, "responses", text={"format": flat}),
+        post(http, "messages", output_config={"format": flat}),
+        post(http, "messages", output_format=flat),
+    ]
+    fits = schema == BOUND or strict is False
+    assert [one.status_code for one in answers] == [200 if fits else 400] * len(answers)
+
+
+@pytest.mark.parametrize("kind", ["enabled", "disabled", "adaptive", "sometimes"])
+def test_thinking_means_the_same_in_chats(http: httpx.Client, kind: str) -> None:
+    thinking = {"type": kind}
+    chat = post(http, "chat", thinking=thinking)
+    other = post(http, "messages", thinking=thinking)
+    assert chat.status_code == other.status_code == (400 if kind == "sometimes" else 200)
+    if chat.status_code == 200:
+        counts = chat.json()["usage"]["prompt_tokens"], other.json()["usage"]
+        assert counts[0] == counts[1]["input_tokens"] + counts[1]["cache_read_input_tokens"]
+
+
+def test_a_failed_tool_says_so(http: httpx.Client) -> None:
+    def tokens(text: str, **fields: Any) -> int:
+        use = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "a", "content": text, **fields}
+        messages = [
+            *CHAT,
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result]},
+        ]
+        answer = http.post("/v1/messages/count_tokens", json={"messages": messages})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["input_tokens"])
+
+    assert tokens("42", is_error=True) == tokens("Error: 42") > tokens("42", is_error=False)
+    assert tokens("", is_error=True) > tokens("")
+    assert json.dumps(tokens("42", is_error=None)) == json.dumps(tokens("42"))
