@@ -43,6 +43,7 @@ def application(
     for row in offered:
         if row.family not in families:
             families[row.family] = row.family(context)
+            metrics_page.gauges.update(getattr(families[row.family], "gauges", {}))
     routes = [
         Route(row.path, row.handler.__get__(families[row.family]), methods=list(row.methods))
         for row in offered

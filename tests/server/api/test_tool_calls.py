@@ -455,7 +455,7 @@ def test_a_response_that_is_cut_off_says_so(client: openai.OpenAI) -> None:
     ("fields", "message"),
     [
         ({"previous_response_id": "resp_1"}, "'resp_1' not found"),
-        ({"background": True, "store": False}, "background needs store: true"),
+        ({"background": True, "store": False}, "can only be used when `store` is true"),
         ({"tools": [{"type": "web_search"}]}, "runs no tools"),
         ({"input": []}, "input is empty"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'x' not found"),

@@ -78,7 +78,7 @@ def test_a_response_is_retrieved_as_it_was_given(client: openai.OpenAI, stream: 
     assert client.responses.retrieve(given.id) == given
     with pytest.raises(openai.BadRequestError, match="no stream to read"):
         client.responses.retrieve(given.id, stream=True)
-    with pytest.raises(openai.BadRequestError, match="background: true can be cancelled"):
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
         client.responses.cancel(given.id)
 
 
@@ -160,6 +160,9 @@ def test_responses_are_dropped_for_their_bytes(tmp_path: Path) -> None:
         found = [one.id for one in later if _is_stored(client, one.id)]
         assert found == [one.id for one in later[-len(found) :]]
         assert 0 < len(found) < 12
+        kept = len(found) + _is_stored(client, first.id)
+        assert server.metric("millrace:stored_responses") == kept
+        assert server.metric("millrace:stored_response_bytes") <= 20_000
 
 
 def _is_stored(client: openai.OpenAI, id: str) -> bool:

@@ -34,7 +34,7 @@ def call(name: str, text: str | None = None) -> str:
 
 TEXT = '*** Begin\n+ "a" \\n 🦊\n\n*** End'
 WORDS = "</think>\n" + "\n".join(
-    (call("apply_patch", TEXT), call("files.read"), call("files.write", "x"))
+    (call("apply_patch", TEXT), call("files__read"), call("files__write", "x"))
 )
 
 
@@ -102,7 +102,7 @@ def test_a_call_that_is_cut_off_has_what_came(http: httpx.Client) -> None:
     [
         ({"type": "custom", "name": "apply_patch"}, ""),
         ({"type": "function", "name": "read"}, ""),
-        ({"type": "function", "name": "files.read"}, ""),
+        ({"type": "function", "name": "files__read"}, ""),
         ({"type": "custom", "name": "never"}, "names never"),
         ({"type": "allowed_tools", "mode": "auto",
           "tools": [{"type": "namespace", "name": "files"}, {"type": "custom", "name": "write"}]},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -50,12 +50,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Responses:
-    """The endpoints."""
+    """The endpoints. gauges: figures of the store, as `MetricsPage` shows them."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._store = ResponseStore(context.max_stored_responses, context.max_stored_bytes)
         context.response_tag = self._store.tag if self._store.enabled else ""
+        self.gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "stored_responses": (
+                "Responses that are kept for later requests.", lambda: len(self._store)
+            ),
+            "stored_response_bytes": ("Bytes that they count.", lambda: self._store.bytes),
+        }  # fmt: skip
 
     async def create(self, request: Request) -> ASGIApp:
         """POST /v1/responses"""
@@ -123,8 +129,8 @@ class Responses:
         found = self._found(request)
         if found.run is None:
             raise RequestError(
-                "only a response that was created with background: true can be cancelled; close "
-                "the connection of another one"
+                "Cannot cancel a synchronous response. Only one that was created with background: "
+                "true can be cancelled; close the connection of another one"
             )
         if found.running:
             await found.run.cancel()

@@ -78,7 +78,7 @@ def check_body(body: ResponsesRequest) -> None:
         message = f"max_tool_calls must be at least 1, got {body.max_tool_calls}"
         raise RequestError(message, param="max_tool_calls")
     if body.background and body.store is False:
-        raise RequestError("background needs store: true", param="background")
+        raise RequestError("background can only be used when `store` is true", param="background")
 
 
 def shown_logprobs(body: ResponsesRequest) -> int | None:

@@ -1,7 +1,7 @@
 """Tools of /v1/responses as tools of a chat, and the way back from a call's name.
 
-A namespace groups functions and custom tools; the model sees each under `NAMESPACE.NAME`. What a
-tool is to a model is not known here.
+A namespace groups functions and custom tools; the model sees each as `NAMESPACE__NAME`, as agents
+name the tools of MCP servers. What a tool is to a model is not known here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def chat_tools(
 def flat_name(name: Any, namespace: Any) -> Any:
     """The name by which the model knows a tool."""
     if isinstance(name, str) and isinstance(namespace, str) and namespace:
-        return f"{namespace}.{name}"
+        return f"{namespace}__{name}"
     return name
 
 
