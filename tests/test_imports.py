@@ -67,7 +67,7 @@ LAYERS = [
 
 FLEET_PLANE = {"gateway", "fleet", "bench", "plan", "tune", "observe", "deploy", "batch"}
 # What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
-FLEET_GROUND = {"version", "errors", "target", "common", "tasks"}
+FLEET_GROUND = {"version", "errors", "target", "response_ids", "common", "tasks"}
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {
