@@ -19,11 +19,12 @@ from millrace.kernels.quantize import quantize
 from millrace.kernels.sampling import best, token_of
 from millrace.model.build import build_model
 from millrace.model.build_context import BuildContext
+from millrace.model.causal_lm import DraftHead
 from millrace.model.config import read_config
 from millrace.model.formats.fp8_block import Fp8BlockLinear
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.parallel import NormResult, TensorParallel
-from millrace.model.tiny import UNIT_TEST, write_checkpoint
+from millrace.model.tiny import FP8_BLOCKS, QWEN3, UNIT_TEST, write_checkpoint
 from millrace.model.vocabulary import VocabTable
 from millrace.model.weight_format import Linear
 from millrace.model.weights import load
@@ -103,7 +104,7 @@ def test_padding_of_the_vocabulary_is_never_chosen(tmp_path: Path, size: int) ->
 
 
 def run(directory: Path, tp: TensorParallel, kept: bool = False) -> list[Tensor]:
-    """Prefill, a verify row and the draft head on one rank: logits and hidden."""
+    """Prefill, a verify row and the draft head, if any, on one rank: logits and hidden."""
     config = read_config(directory)
     model = build_model(config, dtype=torch.float32, tp=tp, mtp=True, keep_quantized=kept)
     load(model, directory)
@@ -115,17 +116,22 @@ def run(directory: Path, tp: TensorParallel, kept: bool = False) -> list[Tensor]
     ids = [(11 * i) % config.vocab_size for i in range(70)]
     _, [prompt] = driver.step(prefill=[(1, ids[:66])])
     [verified], _ = driver.step(decode=[(1, ids[66:68])], padded=1)
-    token, batch = make_batch(driver.caches, torch.tensor([0, 1, 0]), [], [(1, ids[1:66])])
-    assert model.mtp is not None
-    with torch.inference_mode():
-        x = model.mtp.write_kv(token, prompt[:65], batch, driver.caches)
-        _, last = make_batch(driver.caches, torch.tensor([0, 65, 0]), [(1, ids[65:66])], [])
-        guessed = model.mtp.draft_hidden(x[-1:], last, driver.caches)
-        drafted = model.mtp(token, prompt[:65], batch, driver.caches)
-        torch.testing.assert_close(guessed, drafted[-1:], rtol=1e-5, atol=1e-5)
+    drafted = [] if model.mtp is None else draft(driver, model.mtp, ids, prompt)
     _, [prompt_end] = driver.step(prefill=[(2, ids)], ends=True)
     ends = model.logits(prompt_end[-1:])
-    return [model.logits(prompt), model.logits(verified), drafted, guessed, ends]
+    return [model.logits(prompt), model.logits(verified), *drafted, ends]
+
+
+@torch.inference_mode()
+def draft(driver: Driver, head: DraftHead, ids: list[int], prompt: Tensor) -> list[Tensor]:
+    """The draft head's hidden vectors: at every token of slot 1's prompt, and at the last alone."""
+    token, batch = make_batch(driver.caches, torch.tensor([0, 1, 0]), [], [(1, ids[1:66])])
+    x = head.write_kv(token, prompt[:65], batch, driver.caches)
+    _, last = make_batch(driver.caches, torch.tensor([0, 65, 0]), [(1, ids[65:66])], [])
+    guessed = head.draft_hidden(x[-1:], last, driver.caches)
+    drafted = head(token, prompt[:65], batch, driver.caches)
+    torch.testing.assert_close(guessed, drafted[-1:], rtol=1e-5, atol=1e-5)
+    return [drafted, guessed]
 
 
 def on_ranks(
@@ -160,6 +166,35 @@ def require_same(results: list[list[Tensor]], alone: list[Tensor], tolerance: fl
 def test_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]) -> None:
     directory = write_checkpoint(tmp_path, replace(SHAPE, **changes))
     require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        pytest.param(2, {}, id="2"),
+        pytest.param(4, {}, id="4-ranks-share-2-kv-heads"),
+        pytest.param(4, {"tie_word_embeddings": False, "intermediate_size": 100}, id="4-untied"),
+        pytest.param(5, {"num_attention_heads": 10, "num_key_value_heads": 5}, id="5"),
+    ],
+)
+def test_ranks_of_qwen3_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]) -> None:
+    directory = write_checkpoint(tmp_path, {**QWEN3, **changes})
+    require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_fp8_ranks_of_qwen3_agree_with_one(tmp_path: Path, size: int) -> None:
+    """Shares of 3 blocks on 2 ranks, and heads of a block: nothing need be dequantized."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 128}
+    config = {**QWEN3, **heads, "intermediate_size": 384, "hidden_size": 128}
+    config |= {"num_hidden_layers": 2, "quantization_config": FP8_BLOCKS}
+    directory = write_checkpoint(tmp_path, config)
+    plain = run(directory, TensorParallel())
+    require_same(on_ranks(directory, size), plain, 1e-4)
+    rounding = mean_difference(run(directory, TensorParallel(), kept=True), plain)
+    kept = on_ranks(directory, size, kept=True)
+    assert 0 < mean_difference(kept[0], plain) < 1.5 * rounding
+    require_same(kept, kept[0], 0.0)
 
 
 @pytest.mark.parametrize("kept", [False, True])

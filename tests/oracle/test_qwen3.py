@@ -18,7 +18,7 @@ from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
 from millrace.model.formats.fp8_block import Fp8BlockLinear
 from millrace.model.tiny import FP8_BLOCKS, QWEN3, write_checkpoint
-from millrace.model.weights import load
+from millrace.model.weights import expected_tensors, load
 from tests.oracle.conftest import MakePair
 from tests.oracle.test_forward import assert_close, decode
 from tests.support.driver import Driver, allocate_caches
@@ -222,6 +222,40 @@ def test_published_8b(tmp_path: Path) -> None:
     assert config.layer_types == ("full_attention",) * 36
     assert (config.dtype, config.max_positions) == ("bfloat16", 40960)
     assert (config.key_heads, config.conv_channels) == (0, 0)
+
+
+def test_published_8b_tensors(tmp_path: Path) -> None:
+    """Names, shapes and kinds of Qwen3-8B-FP8, written out for one layer."""
+    expected = expected_tensors(
+        read(
+            tmp_path, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+            tie_word_embeddings=False, quantization_config={**FP8_BLOCKS, "fmt": "e4m3"},
+        )
+    )  # fmt: skip
+    linears = {
+        "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (12288, 4096), "mlp.up_proj": (12288, 4096),
+        "mlp.down_proj": (4096, 12288),
+    }  # fmt: skip
+    norms = {
+        "input_layernorm": 4096, "post_attention_layernorm": 4096, "self_attn.q_norm": 128,
+        "self_attn.k_norm": 128,
+    }  # fmt: skip
+    layer = {f"{name}.weight": ((size,), False) for name, size in norms.items()}
+    for name, (out, width) in linears.items():
+        layer[f"{name}.weight"] = ((out, width), True)
+        layer[f"{name}.weight_scale_inv"] = ((out // 128, width // 128), False)
+    first = "model.layers.35."
+    assert {
+        name.removeprefix(first): (spec.shape, spec.dtypes == {"F8_E4M3"})
+        for name, spec in expected.items()
+        if name.startswith(first)
+    } == layer
+    rest = {name for name in expected if not name.startswith("model.layers.")}
+    assert rest == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert len(expected) == 36 * len(layer) + 3
 
 
 def test_yarn_lengthens_the_context(tmp_path: Path) -> None:
