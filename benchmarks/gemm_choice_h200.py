@@ -1,6 +1,6 @@
 """The fastest FP8 GEMM backend on this GPU, for each weight shape and number of tokens.
 
-    python benchmarks/gemm_choice_h200.py      # writes kernels/gpu/gemm/measured/DEVICE.json
+    python benchmarks/gemm_choice_h200.py      # into kernels/gpu/gemm/measured/DEVICE.json
     python benchmarks/gemm_choice_h200.py --shapes 5120x6144 --tokens 512,1920 --print
 
 Measures cuBLAS, and DeepGEMM with several numbers of multiprocessors, which make it choose other
@@ -198,7 +198,8 @@ def main() -> None:
     same = {"device": device, "commit": commit(), "torch": torch.__version__}
     if not options.print:
         path = options.out or MEASURED / f"{device.replace(' ', '_')}.json"
-        path.write_text(json.dumps({**same, "fp8_products": found}, indent=1) + "\n")
+        old = json.loads(path.read_text())["fp8_products"] if path.exists() else {}
+        path.write_text(json.dumps({**same, "fp8_products": old | found}, indent=1) + "\n")
 
 
 def shape_of(text: str) -> Shape:

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from kernel_cases import attention, fused, gdn_decode, gdn_prefill, gemm, sampling
+from kernel_cases import attention, attention_dense, fused, gdn_decode, gdn_prefill, gemm, sampling
 from kernel_cases.case import Case, ceilings, measure
 from kernel_cases.dry_run import dry_run
 
@@ -40,6 +40,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gemm_few": gemm.few_cases,
     "attention": attention.cases,
     "attention_few_rows": attention.few_rows_cases,
+    "attention_dense": attention_dense.cases,
     "fused": fused.cases,
     "sampling": sampling.cases,
 }

@@ -84,6 +84,26 @@ def test_nested_text_config_is_the_flat_one(tmp_path: Path) -> None:
     assert dataclasses.replace(nested, nested=False) == flat
 
 
+def test_layers_that_are_not_quantized(tmp_path: Path) -> None:
+    """Whole names, or parts of them between dots; those of a nested checkpoint are its own."""
+    skipped = [
+        "lm_head", "model.visual.merger", "model.language_model.layers.3.self_attn.k_proj",
+        "layers.10", "mlp.gate",
+    ]  # fmt: skip
+    quantized = {**CONFIG_27B_FP8["quantization_config"], "modules_to_not_convert": skipped}
+    found = read(tmp_path, {**CONFIG_27B_FP8, "quantization_config": quantized}).quantization
+    names = {
+        "lm_head": "plain",
+        "model.layers.3.self_attn.k_proj": "plain",
+        "model.layers.3.self_attn.q_proj": "FP8",
+        "model.layers.10.mlp.up_proj": "plain",
+        "model.layers.1.mlp.up_proj": "FP8",
+        "model.layers.1.mlp.gate": "plain",
+        "model.layers.1.mlp.gate_proj": "FP8",
+    }
+    assert {name: found.format_of(name).name for name in names} == names
+
+
 def test_eos_falls_back_to_config(tmp_path: Path) -> None:
     assert read(tmp_path, TEXT_27B).eos_ids == (248044,)
     assert read(tmp_path, TEXT_27B, {"temperature": 1.0}).eos_ids == (248044,)

@@ -118,5 +118,6 @@ def read_config(
 
     files = read_files(Path(directory), overrides)
     family = family_of(files.model_type, files.architectures)
-    file = replace(files, quantization=quantization_of(files.quantization_config))
-    return replace(family.read(file), family=family.name)
+    quantization = quantization_of(files.quantization_config).renamed(family.flat_name)
+    config = family.read(replace(files, quantization=quantization))
+    return replace(config, family=family.name)

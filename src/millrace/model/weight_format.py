@@ -9,8 +9,8 @@ layers are in which format. The formats themselves are in `formats/`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,3 +115,8 @@ class Quantization:
         """The format of the linear layer of this flat name (`model.layers.0.mlp.up_proj`)."""
         name = f".{module}."
         return self.plain if any(f".{skip}." in name for skip in self.skipped) else self.format
+
+    def renamed(self, flat_name: Callable[[str], str | None]) -> Quantization:
+        """With the flat names of what is skipped; a checkpoint has those of its files."""
+        names = (flat_name(name) for name in self.skipped)
+        return replace(self, skipped=tuple(name for name in names if name is not None))
