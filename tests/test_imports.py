@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,3 +168,51 @@ def test_folders_are_small(top: str) -> None:
     folders = [path.parent for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
     counts = {str(folder.relative_to(ROOT)): folders.count(folder) for folder in folders}
     assert {name: count for name, count in counts.items() if count > MAX_MODULES} == {}
+
+
+# --- private names -----------------------------------------------------------------------------
+
+PRIVATE = re.compile(r"_[a-zA-Z]\w*$")
+PATCHES = {"setattr", "delattr", "getattr", "set_attribute"}
+FEW = 10  # uses that are worth less than another interface
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Private names that a file defines: functions, classes, variables, attributes of self."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def used(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of what a file reads or replaces on other objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            if getattr(node.value, "id", "") != "os":  # os._exit is the library's
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            constants = (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+            if name in PATCHES:
+                yield from ((node.lineno, text) for text in constants if isinstance(text, str))
+
+
+def test_tests_use_public_names() -> None:
+    """A test that needs a private name asks for a narrow interface instead."""
+    source = [parsed(path) for path in FILES.values()]
+    private = {name for tree in source for name in defined(tree) if PRIVATE.match(name)}
+    trees = {path: parsed(path) for path in sorted((ROOT / "tests").rglob("*.py"))}
+    own = {name for tree in trees.values() for name in defined(tree)}
+    found = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path, tree in trees.items()
+        for line, name in used(tree)
+        if name in private - own
+    ]
+    assert len(found) <= FEW, "\n".join(found)
