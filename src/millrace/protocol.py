@@ -323,7 +323,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_long_partial_prefills: prompts, and long ones among them, that are computed chunk by chunk
     at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
     snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
-    cache_policy: "snapshot": prompts resume at snapshots; "page": at any whole page.
+    cache_policy: "snapshot": prompts resume at snapshots; "page": at any whole page. page_cost:
+    memory of a page as a share of a snapshot's.
     """
 
     max_num_seqs: int
@@ -335,6 +336,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     drafts: int
     prefix_caching: bool = True
     cache_policy: Literal["snapshot", "page"] = "snapshot"
+    page_cost: float = 0.0
     snapshot_interval: int = 0
     snapshot_distance: int = 0
     mixed_prefill_tokens: int = 0
@@ -421,8 +423,18 @@ class Save(msgspec.Struct, frozen=True, array_like=True):
     snapshot: int
 
 
+class PageCopy(msgspec.Struct, frozen=True, array_like=True):
+    """Copy a page's keys and values over another page's."""
+
+    source: int
+    target: int
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
-    """What one step does, in this order: admissions, grants, forward, sampling, saves.
+    """What one step does, in this order: ends, admissions, grants, copies, forward, sampling,
+    saves.
+
+    ends: slots whose requests have ended; what they have is saved before the slots are used again.
 
     decode: slots that verify their drafts and emit at least one token. Rows run in the order
     decode, then chunks. context: an upper bound on any row's length after the step, in tokens.
@@ -435,6 +447,8 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     chunks: list[Chunk]
     saves: list[Save]
     context: int
+    ends: list[Save] = []
+    copies: list[PageCopy] = []
 
     @property
     def sampled_slots(self) -> list[int]:

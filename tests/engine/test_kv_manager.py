@@ -85,11 +85,43 @@ def test_a_prefix_is_shared_and_its_pages_outlive_their_request() -> None:
     held.release(first)
     second = request(limits, [*range(8), 50, 51])
     match = held.match(second)
-    grants = held.admit(second, match, 10, spare=0)
-    assert grants is not None
+    granted = held.admit(second, match, 10, spare=0)
+    assert granted is not None
+    grants = granted.grants
+    assert granted.copies == []
     assert [(g.first, len(g.pages)) for g in grants] == [(0, 2), (2, 1)]
     assert (match.tokens, match.snapshot, grants[0].pages) == (8, snapshot, kept)
     held.check([second], saving=0)
+
+
+def test_the_unfinished_page_of_an_answer_is_copied() -> None:
+    held, limits = kv_manager()
+    first = request(limits, [*range(10), 99])  # the last token is not computed
+    admitted(held, first)
+    slot, pages = first.slot, first.pages
+    held.save_end(first)
+    held.release(first)
+    [end] = held.take_ends()
+    assert (end.slot, held.has_ends) == (slot, False)
+    second = request(limits, [*range(10), 99, 98, 97])
+    match = held.match(second)
+    assert (match.tokens, match.snapshot, len(match.pages)) == (10, end.snapshot, 3)
+    granted = held.admit(second, match, 14, spare=0)
+    assert granted is not None
+    [copy] = granted.copies
+    assert copy.source == pages[2]
+    assert second.pages[:2] == pages[:2]
+    assert second.pages[2] == copy.target != copy.source
+    held.check([second], saving=0)
+    while held.policy.evict():
+        pass
+    held.check([second], saving=0)  # what the first step reads is still there
+    assert held.pages.ref_count(copy.source) == 1
+    held.admitted(second)
+    held.check([second], saving=0)
+    assert held.pages.ref_count(copy.source) == 0
+    held.release(second)
+    assert held.pages.free == held.pages.size
 
 
 def test_snapshots_are_evicted_for_pages() -> None:

@@ -86,7 +86,8 @@ def test_same_tokens(tiny_model: Path, cold: list[list[int]], options: dict[str,
 def test_same_tokens_on_a_warm_prefix_cache(
     tiny_model: Path, cold: list[list[int]], k: int
 ) -> None:
-    engine = build(tiny_model, **mtp(k, enable_prefix_caching=True, block_size=4))
+    options = mtp(k, enable_prefix_caching=True, block_size=4, num_snapshots=64)
+    engine = build(tiny_model, **options)
     for repeat in range(3):
         got = generate(engine, PROMPTS)
         assert_same(tiny_model, PROMPTS, cold, got)

@@ -93,9 +93,15 @@ class FakeWorker:
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> FakePending:
         self.plans.append(plan)
         used = len(plan.decode) * self._width + sum(c.count for c in plan.chunks)
-        assert 0 < used <= self._max_tokens
+        assert used <= self._max_tokens
+        assert used or plan.ends
         named = plan.decode + [c.slot for c in plan.chunks]
         assert len(set(named)) == len(named), "a slot runs once a step"
+        for save in plan.ends:
+            row = self._rows[save.slot]
+            assert row.ended
+            assert row.length == len(row.tokens) - 1
+            self._snapshots[save.snapshot] = row.tokens[: row.length]
         for admission in plan.admissions:
             self._admit(admission)
         for grant in plan.grants:
@@ -103,6 +109,9 @@ class FakeWorker:
             assert len(row.pages) == grant.first
             assert 0 not in grant.pages
             row.pages += grant.pages
+        for copy in plan.copies:
+            for at in range(self._page_size):
+                self._memory[copy.target, at] = self._memory.get((copy.source, at), -1)
         slots, tokens = [], []
         for slot in plan.decode:
             slots.append(slot)

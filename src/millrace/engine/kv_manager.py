@@ -9,15 +9,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from millrace.engine.cache.page_tree import PageTree
-from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Match
+from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind, Match
 from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.snapshot_tree import SnapshotTree
 from millrace.engine.request import Request
-from millrace.protocol import Limits, PageGrant
+from millrace.protocol import Limits, PageCopy, PageGrant, Save
 
 _NOTHING = Match(0, [], NO_SNAPSHOT, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What an admitted request gets: pages, and copies of pages that others go on using."""
+
+    grants: list[PageGrant]
+    copies: list[PageCopy]
 
 
 def cache_policy(limits: Limits, pages: Pool) -> CachePolicy:
@@ -30,6 +39,7 @@ def cache_policy(limits: Limits, pages: Pool) -> CachePolicy:
         limits.num_snapshots,
         interval=limits.snapshot_interval,
         distance=limits.snapshot_distance,
+        page_cost=limits.page_cost,
     )
 
 
@@ -41,6 +51,7 @@ class KVManager:
         self.pages = Pool(limits.num_pages - 1, first=NULL_PAGE + 1)
         self.policy = cache_policy(limits, self.pages)
         self._limits = limits
+        self._ends: dict[int, Save] = {}  # by snapshot: answers that the next step saves
 
     # --- pages ------------------------------------------------------------------------------
 
@@ -73,22 +84,44 @@ class KVManager:
             return _NOTHING
         return self.policy.match(request.tokens, request.source.cache_salt)
 
-    def admit(
-        self, request: Request, match: Match, length: int, spare: int
-    ) -> list[PageGrant] | None:
+    def admit(self, request: Request, match: Match, length: int, spare: int) -> Granted | None:
         """Allocate a slot (one is free) and the pages for `length` tokens, and share those of the
-        match. None, and nothing allocated, if fewer than `spare` pages would stay free."""
-        for page in match.pages:
+        match; of an unfinished page the request gets a copy, because it writes in it. None, and
+        nothing allocated, if fewer than `spare` pages would stay free."""
+        whole = match.tokens // self._limits.page_size
+        self._hold(request, match)
+        for page in match.pages[:whole]:
             self.pages.retain(page)
-        missing = -(-length // self._limits.page_size) - len(match.pages)
+        missing = -(-length // self._limits.page_size) - whole
         if not self.ensure_free_pages(missing + spare):
-            for page in match.pages:
+            for page in match.pages[:whole]:
                 self.pages.release(page)
+            self.admitted(request)
             return None
         request.slot = self.slots.allocate(1)[0]
-        request.pages = list(match.pages)
-        shared = [PageGrant(request.slot, 0, match.pages)] if match.pages else []
-        return [*shared, self.grant(request, missing)]
+        request.pages = match.pages[:whole]
+        shared = [PageGrant(request.slot, 0, match.pages[:whole])] if whole else []
+        own = self.grant(request, missing)
+        copies = [PageCopy(page, own.pages[0]) for page in match.pages[whole:]]
+        return Granted([*shared, own], copies)
+
+    def _hold(self, request: Request, match: Match) -> None:
+        """Keep what the request's first step reads, until `admitted`."""
+        request.held_pages = match.pages[match.tokens // self._limits.page_size :]
+        for page in request.held_pages:
+            self.pages.retain(page)
+        request.held_snapshot = match.snapshot
+        if match.snapshot != NO_SNAPSHOT:
+            self.policy.retain(match.snapshot)
+
+    def admitted(self, request: Request) -> None:
+        """The first step of the request has run, or will not."""
+        for page in request.held_pages:
+            self.pages.release(page)
+        request.held_pages = []
+        if request.held_snapshot != NO_SNAPSHOT:
+            self.policy.release(request.held_snapshot)
+            request.held_snapshot = NO_SNAPSHOT
 
     def release(self, request: Request) -> None:
         """Free the slot and the pages of the request. No launched step names it, so what it has
@@ -138,7 +171,38 @@ class KVManager:
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: depth // self._limits.page_size]
-        self.policy.publish(request.tokens[:depth], pages, snapshot, request.source.cache_salt)
+        kind = Kind.PROMPT if depth == self._whole(len(request.tokens) - 1) else Kind.TURNS
+        salt = request.source.cache_salt
+        self.policy.publish(request.tokens[:depth], pages, snapshot, salt, kind=kind)
+
+    def _whole(self, length: int) -> int:
+        """`length` rounded down to whole pages."""
+        return length // self._limits.page_size * self._limits.page_size
+
+    def save_end(self, request: Request) -> None:
+        """A request has ended, and its slot has the state of all tokens but the last one: make that
+        a snapshot, which the next step writes before anything else."""
+        if not self._limits.prefix_caching or request.failed:
+            return
+        tokens = request.tokens[:-1]
+        snapshot = self.policy.begin_save(tokens, request.source.cache_salt)
+        if snapshot is None:
+            return
+        pages = request.pages[: -(-len(tokens) // self._limits.page_size)]
+        salt = request.source.cache_salt
+        self.policy.publish(tokens, pages, snapshot, salt, kind=Kind.ANSWER)
+        # One that was evicted before it was written may be in use again: the last one counts.
+        self._ends[snapshot] = Save(request.slot, snapshot)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether there are answers to save."""
+        return bool(self._ends)
+
+    def take_ends(self) -> list[Save]:
+        """The answers that the next step saves."""
+        ends, self._ends = list(self._ends.values()), {}
+        return ends
 
     def store(self, request: Request, length: int) -> None:
         """The request's first `length` tokens have been computed: cache what needs no snapshot."""
@@ -150,11 +214,13 @@ class KVManager:
     def check(self, owners: Collection[Request], saving: int) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: the
         requests that have slots and pages. saving: snapshots that launched steps write."""
-        self.policy.check(saving)
+        held = sum(request.held_snapshot != NO_SNAPSHOT for request in owners)
+        self.policy.check(saving + held)
         cached = self.policy.cached_pages()
         expected = Counter(cached)
         for request in owners:
             expected.update(request.pages)
+            expected.update(request.held_pages)
         for page in range(NULL_PAGE + 1, self._limits.num_pages):
             assert self.pages.ref_count(page) == expected[page], f"reference count of page {page}"
         alone = sum(expected[page] == 1 for page in cached)

@@ -28,7 +28,8 @@ class Request:
     tokens: every token that the host knows, prompt first. computed: prompt tokens planned so far.
     upper: an upper bound of the tokens in the caches after all launched steps. in_flight: launched
     steps that name the request. boundaries: positions, in whole pages,
-    where prefill stops for a snapshot, nearest last. ordinal: requests are numbered as they come.
+    where prefill stops for a snapshot, nearest last. held_pages, held_snapshot: of the prefix
+    cache, read by its first step. ordinal: requests are numbered as they come.
     prompt_cached: its whole prompt is computed, so another request may find it in the cache.
     split: some step computed only a part of its prompt, for want of budget. cached_estimate: prompt
     tokens in the prefix cache at its version `estimate_version`. overtaken: requests of later rank
@@ -47,6 +48,8 @@ class Request:
     phase: Phase = Phase.WAITING
     slot: int = 0
     pages: list[int] = field(default_factory=list)
+    held_pages: list[int] = field(default_factory=list)
+    held_snapshot: int = -1
     computed: int = 0
     upper: int = 0
     in_flight: int = 0
@@ -59,6 +62,7 @@ class Request:
     queue_seconds: float = 0.0  # seconds from its arrival to its first admission
     prompt_counted: bool = False  # its prompt is in the prefix cache statistics
     prompt_cached: bool = False
+    ended: bool = False  # by its own last token, so its slot keeps the state before that token
     failed: bool = False  # its logits were not finite, so what it computed must not be used
     first_delta_sent: bool = False
     preemptions: int = 0

@@ -114,7 +114,8 @@ class Scheduler:
                 self._retire(request)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self._launched)
+        work = self.waiting or self.running or self._launched or self._kv_manager.has_ends
+        return bool(work)
 
     @property
     def in_flight(self) -> int:
@@ -131,10 +132,11 @@ class Scheduler:
         if self._draining and self._launched:
             return None
         self._draining = False
-        step = Step(now=now)
+        self._kv_manager.policy.now = now
+        step = Step(now=now, ends=self._kv_manager.take_ends())
         self._plan_decode(step)
         self._plan_prompts(step)
-        if not step.decode and not step.chunks:
+        if not (step.decode or step.chunks or step.ends):
             return None
         return self._record_launch(step)
 
@@ -277,11 +279,13 @@ class Scheduler:
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
         # One spare page for each running request keeps admissions from causing preemptions.
-        grants = self._kv_manager.admit(request, match, reach, spare=len(self.running))
-        if grants is None:
+        granted = self._kv_manager.admit(request, match, reach, spare=len(self.running))
+        if granted is None:
             self.waiting.lacks_pages(request)
             return False
-        step.grants += grants
+        step.grants += granted.grants
+        step.copies += granted.copies
+        step.admitted.append(request)
         request.computed = match.tokens
         request.boundaries = self._kv_manager.boundaries(request, match.shared)
         step.admissions.append(make_admission(request, match.snapshot))
@@ -321,6 +325,8 @@ class Scheduler:
             raise RuntimeError(f"got the result of step {result.step}, expected step {plan.step}")
         for request in step.requests():
             request.in_flight -= 1
+        for request in step.admitted:
+            self._kv_manager.admitted(request)
         for request, depth, snapshot in step.saves:
             self._kv_manager.publish(request, depth, snapshot)
         for request, chunk in step.chunks:
@@ -359,6 +365,7 @@ class Scheduler:
             self._totals.generated_tokens += len(tokens)
             reason = request.finish_reason()
             if reason is not None:
+                request.ended = True
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
                 self._count_accepted(len(tokens) - 1)
@@ -396,6 +403,8 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         if self._requests.pop(request.id, None) is not None:
+            if request.ended:
+                self._kv_manager.save_end(request)
             self._kv_manager.release(request)
 
     # --- queries ----------------------------------------------------------------------------

@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from millrace.engine.request import Request
-from millrace.protocol import Admission, Chunk, PageGrant, Save, StepPlan
+from millrace.protocol import Admission, Chunk, PageCopy, PageGrant, Save, StepPlan
 
 
 @dataclass(slots=True)
 class Step:
     """now: when it is planned, seconds. context: tokens of its longest row. saves: (request, number
-    of its first tokens, snapshot to write them to)."""
+    of its first tokens, snapshot to write them to). ends: slots whose requests have ended, to be
+    saved first. admitted: requests that run for the first time."""
 
     now: float
     context: int = 0
+    ends: list[Save] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
     decode: list[Request] = field(default_factory=list)
     chunks: list[tuple[Request, Chunk]] = field(default_factory=list)
@@ -42,4 +46,6 @@ class Step:
             chunks=[chunk for _, chunk in self.chunks],
             saves=[Save(request.slot, snapshot) for request, _, snapshot in self.saves],
             context=self.context,
+            ends=self.ends,
+            copies=self.copies,
         )

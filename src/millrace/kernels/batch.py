@@ -173,7 +173,7 @@ class Batch:
             return self
         decode, prefill, tokens = self.decode, self.prefill, 0
         if decode is not None:
-            count = int((decode.slots != 0).sum())
+            count = _decode_rows(decode, self.prefill)
             tokens = count * decode.width
             cut = replace(decode, slots=decode.slots[:count], starts=decode.starts[:count])
             decode = cut if count else None
@@ -186,6 +186,14 @@ class Batch:
             prefill = PrefillRows(slots, starts, offsets, *known) if count else None
         slots, positions = self.token_slots[:tokens], self.positions[:tokens]
         return Batch(slots, positions, self.kv_rows[:tokens], decode, prefill)
+
+
+def _decode_rows(decode: DecodeRows, prefill: PrefillRows | None) -> int:
+    """How many rows have tokens; those that have ended have slot 0, and padding comes last."""
+    if prefill is not None:
+        return int(prefill.offsets[0]) // decode.width
+    live = decode.slots.nonzero()
+    return int(live[-1]) + 1 if live.shape[0] else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +244,16 @@ class Caches:
 
     layers: one entry per decoder layer. stacks: by field name, [L, N, ...], the memory in which the
     fields of L layers lie, in their order, that the record of a prefix keeps (`state` and `conv` of
-    the GDN layers). mtp: the draft head's own keys and values; its row j holds
-    f(hidden j-1, token j), so row 0 is never written and never read.
+    the GDN layers); windows: the same of those that it does not keep. mtp: the draft head's own
+    keys and values; its row j holds f(hidden j-1, token j), so row 0 is never written and never
+    read.
     block_table: int32 [N, max_pages], 0 where no page is granted. fill: int32 [N], rows in the
     window. conv_offset: int32 [N].
     """
 
     layers: list[KVCache | GDNState]
     stacks: dict[str, Tensor]
+    windows: dict[str, Tensor]
     mtp: KVCache | None
     block_table: Tensor
     fill: Tensor

@@ -200,6 +200,15 @@ class CacheSpec:
             parts.append(_part("model", self.hidden, False, rank, ranks))
         return parts
 
+    def windows(self) -> dict[str, list[Buffer]]:
+        """The buffers of slots that no record keeps, as `stacks` has the others."""
+        found: dict[str, list[Buffer]] = {}
+        for layer in self.all_layers():
+            for buffer in layer.per_slot:
+                if buffer.recorded == 0:
+                    found.setdefault(buffer.name, []).append(buffer)
+        return found
+
     def stacks(self) -> dict[str, list[Buffer]]:
         """The buffers of slots that records keep, by name, in the order of their layers: one tensor
         for all layers, so that one copy saves them. Those of one name have one shape and dtype."""

@@ -32,6 +32,7 @@ from millrace.protocol import (
     Delta,
     Failed,
     FromEngine,
+    Limits,
     Outputs,
     Ready,
     ResetPrefixCache,
@@ -190,6 +191,23 @@ def _ready(engine: Engine) -> Ready:
     )
 
 
+def _conversations(limits: Limits) -> str:
+    """What the size of the prefix cache means for conversations."""
+    if not limits.prefix_caching:
+        return "off, so every turn of a conversation computes its whole prompt"
+    if limits.cache_policy == "page":
+        return f"up to {limits.num_pages - 1} pages, which running requests take back as needed"
+    if not limits.num_snapshots:
+        return (
+            "no memory for snapshots, so every turn of a conversation computes its whole prompt; "
+            "lower --max-num-seqs, or give more memory"
+        )
+    return (
+        f"{limits.num_snapshots} snapshots; a conversation goes on from one, so about so many "
+        "conversations are kept between their turns, and of more, those that are worth most"
+    )
+
+
 def summary(engine: Engine) -> str:
     """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
@@ -206,6 +224,7 @@ def summary(engine: Engine) -> str:
             f"KV {config.kv_dtype}: {limits.num_pages - 1} pages of {limits.page_size} tokens; "
             f"state {config.state_dtype}, window {config.window}; "
             f"cached prompts resume {resume}",
+            f"prefix cache: {_conversations(limits)}",
             f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
         ]
     )

@@ -114,6 +114,7 @@ class Worker:
             num_snapshots=self.memory.num_snapshots,
             drafts=config.drafts,
             prefix_caching=config.args.enable_prefix_caching,
+            page_cost=self._page_cost(),
             cache_policy="snapshot" if self.cache_spec.needs_snapshots else "page",
             snapshot_interval=config.snapshot_interval,
             snapshot_distance=config.snapshot_distance,
@@ -163,6 +164,11 @@ class Worker:
             num_snapshots=args.num_snapshots,
             prefix_caching=args.enable_prefix_caching,
         )
+
+    def _page_cost(self) -> float:
+        """Memory of a page as a share of a snapshot's."""
+        snapshot = self.cache_spec.snapshot_bytes(self.ranks.size)
+        return self.cache_spec.page_bytes(self.ranks.size) / snapshot if snapshot else 0.0
 
     def _costs(self) -> Costs:
         config, ranks = self.config, self.ranks.size

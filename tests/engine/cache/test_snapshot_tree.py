@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.engine.cache.policy import NO_SNAPSHOT
+from millrace.engine.cache.policy import NO_SNAPSHOT, Kind
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.snapshot_tree import SnapshotTree
 
@@ -19,12 +19,13 @@ def _tree(
     return SnapshotTree(PAGE, pool, snapshots, max_nodes=max_nodes), pool
 
 
-def _publish(tree: SnapshotTree, pages: Pool, tokens: list[int]) -> None:
+def _publish(tree: SnapshotTree, pages: Pool, tokens: list[int], answer: bool = False) -> None:
     """Publish as a request would: with pages of its own, which it then releases."""
-    own = pages.allocate(len(tokens) // PAGE)
+    own = pages.allocate(-(-len(tokens) // PAGE))
     snapshot = tree.begin_save(tokens)
     if snapshot is not None:
-        tree.publish(tokens, own, snapshot)
+        kind = Kind.ANSWER if answer else Kind.PROMPT
+        tree.publish(tokens, own, snapshot, kind=kind)
     for page in own:
         pages.release(page)
 
@@ -57,7 +58,7 @@ def test_only_pages_on_the_path_to_a_snapshot_are_cached() -> None:
     assert not tree.evict()
 
 
-def test_eviction_is_least_recently_used() -> None:
+def test_of_equal_ones_the_least_recently_used_is_evicted() -> None:
     tree, pages = _tree()
     _publish(tree, pages, [1, 2])
     _publish(tree, pages, [3, 4])
@@ -100,6 +101,26 @@ def test_ghosts_are_bounded() -> None:
     assert tree.match([0, 1, 2, 3, 4, 5, 6, 7]).shared == 0
 
 
+def test_a_tail_is_found_by_what_goes_on_with_it() -> None:
+    tree, pages = _tree()
+    _publish(tree, pages, [1, 2, 3])
+    _publish(tree, pages, [1, 2, 3, 4, 5])
+    assert tree.match([1, 2, 3]).tokens == 0
+    found = tree.match([1, 2, 3, 9])
+    assert (found.tokens, len(found.pages)) == (3, 2)
+    assert tree.match([1, 2, 3, 4, 5]).tokens == 3
+    assert tree.match([1, 2, 3, 4, 5, 6, 7]).tokens == 5
+    assert tree.match([1, 2, 4, 4]).tokens == 0
+    tree.check()
+
+
+def test_tails_of_other_salts_are_not_found() -> None:
+    tree, pages = _tree()
+    _publish(tree, pages, [1])
+    assert tree.match([1, 2]).tokens == 1
+    assert tree.match([1, 2], "a").tokens == 0
+
+
 _prompt = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 _action = st.one_of(
     st.tuples(st.just("publish"), _prompt),
@@ -110,34 +131,39 @@ _action = st.one_of(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(_action, max_size=40))
-def test_the_tree_equals_a_simple_model(actions: list[tuple[str, list[int]]]) -> None:
+@given(st.lists(_action, max_size=40), st.booleans())
+def test_the_tree_equals_a_simple_model(
+    actions: list[tuple[str, list[int]]], answers: bool
+) -> None:
+    """Whatever is evicted, prompts find the longest of the prefixes that are cached, and no page
+    is cached but those on the way to them."""
     tree, pages = _tree(pages=200, snapshots=5)
-    cached: list[tuple[int, ...]] = []  # prefixes with a snapshot, used longest ago first
+    cached: set[tuple[int, ...]] = set()
     for kind, tokens in actions:
-        full_pages = tuple(tokens[: len(tokens) // PAGE * PAGE])
-        if kind == "publish" and full_pages:
-            if full_pages not in cached:
-                if len(cached) == 5:
-                    cached.pop(0)
-                cached.append(full_pages)
-            _publish(tree, pages, list(full_pages))
+        known = tuple(tokens if answers else tokens[: len(tokens) // PAGE * PAGE])
+        if kind == "publish" and known:
+            new = known not in cached
+            _publish(tree, pages, list(known), answer=answers)
+            assert tree.has(known)
+            gone = {one for one in cached if not tree.has(one)}
+            assert len(gone) == (new and len(cached) == 5)
+            cached = (cached - gone) | {known}
         elif kind == "record":
             tree.record_prompt(tokens)
         elif kind == "match":
-            usable = tuple(tokens[: (len(tokens) - 1) // PAGE * PAGE])
-            hits = [p for p in cached if usable[: len(p)] == p]
+            usable = [p for p in cached if len(p) < len(tokens) and tuple(tokens[: len(p)]) == p]
+            best = max(map(len, usable), default=0)
+            assert tree.cached(tokens) == best
             found = tree.match(tokens)
-            assert found.tokens == max((len(p) for p in hits), default=0)
-            assert (found.snapshot == NO_SNAPSHOT) == (not hits)
-            assert len(found.pages) * PAGE == found.tokens <= found.shared
-            best = found.tokens
-            for prefix in sorted((p for p in hits if len(p) <= best), key=len):
-                cached.remove(prefix)
-                cached.append(prefix)
-        elif kind == "evict" and tree.evict():
-            cached.pop(0)
+            assert found.tokens == best
+            assert (found.snapshot == NO_SNAPSHOT) == (not usable)
+            assert len(found.pages) == -(-found.tokens // PAGE)
+        elif kind == "evict":
+            assert tree.evict() == bool(cached)
+            gone = {one for one in cached if not tree.has(one)}
+            assert len(gone) == min(1, len(cached))
+            cached -= gone
         tree.check()
-        needed = {p[: i + PAGE] for p in cached for i in range(0, len(p), PAGE)}
-        assert pages.size - pages.free == len(needed)
+        ends = {p[: i + PAGE] for p in cached for i in range(0, len(p), PAGE)}
+        assert pages.size - pages.free == len(ends)
         assert tree.snapshots == (len(cached), 5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from millrace.engine.cache.policy import NO_SNAPSHOT, Match
+from millrace.engine.cache.policy import NO_SNAPSHOT, Kind, Match
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.tree import (
     Node,
@@ -32,6 +32,7 @@ class PageTree:
         self._page_size = page_size
         self._pages = pages
         self.version = 0
+        self.now = 0.0
         self._root = root_node()
         # Used longest ago first. A use of a node is one of its ancestors, which come after it; so
         # the first node has no children.
@@ -68,7 +69,13 @@ class PageTree:
         return None
 
     def publish(
-        self, tokens: Sequence[int], pages: Sequence[int], snapshot: int, salt: str = ""
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        snapshot: int,
+        salt: str = "",
+        *,
+        kind: Kind = Kind.PROMPT,
     ) -> None:
         raise RuntimeError("a cache of pages has no snapshots to publish")
 
@@ -86,6 +93,14 @@ class PageTree:
             node = child
             path.append(node)
         self._use(path)
+
+    # --- use --------------------------------------------------------------------------------
+
+    def retain(self, snapshot: int) -> None:
+        raise AssertionError("pages are all that a prompt resumes from")
+
+    def release(self, snapshot: int) -> None:
+        raise AssertionError("pages are all that a prompt resumes from")
 
     # --- removal ----------------------------------------------------------------------------
 
@@ -111,7 +126,6 @@ class PageTree:
         return [node.page for node in descendants(self._root)]
 
     def check(self, saving: int = 0) -> None:
-        assert saving == 0, "snapshots"
         nodes = descendants(self._root)
         assert set(nodes) == set(self._recent), "nodes in order of use"
         assert len({node.page for node in nodes}) == len(nodes), "a page is one node's"

@@ -10,17 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 NO_SNAPSHOT = -1
+
+
+class Kind(Enum):
+    """What the tokens before a snapshot are: the first turns of a prompt, a whole prompt, or a
+    prompt with its answer."""
+
+    TURNS = 0
+    PROMPT = 1
+    ANSWER = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """The cached prefix of a prompt.
 
-    tokens: prompt tokens that `pages`, and `snapshot` if there is one, cover. shared: tokens that
-    an earlier prompt began with too; what lies between the two was not cached.
+    tokens: prompt tokens that `pages`, and `snapshot` if there is one, cover; the last page may be
+    covered in part. shared: tokens that an earlier prompt began with too; what lies between the two
+    was not cached.
     """
 
     tokens: int
@@ -30,7 +41,12 @@ class Match:
 
 
 class CachePolicy(Protocol):
-    """See the module. It takes references to pages from the pool that it was built with."""
+    """See the module. It takes references to pages from the pool that it was built with.
+
+    now: seconds, on the clock of arrivals; the caller sets it.
+    """
+
+    now: float
 
     @property
     def version(self) -> int:
@@ -66,13 +82,28 @@ class CachePolicy(Protocol):
         or none is free."""
 
     def publish(
-        self, tokens: Sequence[int], pages: Sequence[int], snapshot: int, salt: str = ""
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        snapshot: int,
+        salt: str = "",
+        *,
+        kind: Kind = Kind.PROMPT,
     ) -> None:
-        """Insert tokens (whole pages, all computed) whose snapshot has been written. It takes over
-        the caller's reference to the snapshot."""
+        """Insert tokens (all computed) whose snapshot has been written, or will be before anything
+        that is planned later. It takes over the caller's reference to the snapshot.
+        """
 
     def store(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> None:
         """All of tokens have been computed, and lie in `pages`: insert what needs no snapshot."""
+
+    # --- use --------------------------------------------------------------------------------
+
+    def retain(self, snapshot: int) -> None:
+        """A step reads this snapshot: it must not be written until `release`."""
+
+    def release(self, snapshot: int) -> None:
+        """Undo `retain`."""
 
     # --- removal ----------------------------------------------------------------------------
 
@@ -89,4 +120,5 @@ class CachePolicy(Protocol):
         """Every page that it refers to."""
 
     def check(self, saving: int = 0) -> None:
-        """Raise AssertionError if an invariant is broken. saving: snapshots that steps write."""
+        """Raise AssertionError if an invariant is broken. saving: most snapshots that steps write
+        or read."""

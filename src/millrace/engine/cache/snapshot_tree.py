@@ -6,6 +6,12 @@ prefix reusable, together with the KV pages on the path to it. Hence the rule of
 one is a *ghost*: it keeps the tokens only, so that the next prompt can discover how far two prompts
 are the same (a junction). It costs no device memory. To evict a snapshot turns the part of its path
 that no other snapshot needs into ghosts.
+
+Snapshots of prompts lie at the ends of pages. The snapshot of an answer lies where the answer
+ended, so its last page may be unfinished: that is a *tail*. A request that resumes there gets a
+copy of that page, because it goes on writing in it.
+
+What is evicted is what is worth least (`worth.py`).
 """
 
 from __future__ import annotations
@@ -13,25 +19,32 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from millrace.engine.cache.policy import NO_SNAPSHOT, Match
+from millrace.engine.cache.policy import NO_SNAPSHOT, Kind, Match
 from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.tree import (
+    Lost,
     Node,
     ancestors,
+    begins_with,
     descendants,
     page_key,
+    pages_of,
     root_node,
     round_down,
     walk,
 )
+from millrace.engine.cache.worth import Worth
+
+RANK_SHARE = 16  # of many snapshots one in so many is ranked for eviction at a time
 
 
 class SnapshotTree:
     """A `CachePolicy`: a radix tree of prompts, one node a page of tokens, with snapshots.
 
     pages: the pool that it takes references from. interval: snapshots at its multiples too; 0: none
-    of these. distance: the least between the snapshots of one prompt. At most `max_nodes` nodes,
-    but the path of the newest prompt stays whole.
+    of these. distance: the least between the snapshots of one prompt. page_cost: memory of a page
+    as a share of a snapshot's. now: seconds. At most `max_nodes` nodes, but the path of the newest
+    prompt stays whole.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class SnapshotTree:
         *,
         interval: int = 0,
         distance: int = 0,
+        page_cost: float = 0.0,
         max_nodes: int = 1 << 16,
     ) -> None:
         self._page_size = page_size
@@ -53,7 +67,11 @@ class SnapshotTree:
         self.version = 0
         self._root = root_node()
         self._num_nodes = 0
-        self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, oldest first
+        self.now = 0.0
+        self._order = 0
+        self._cached: dict[Node, None] = {}  # nodes with a snapshot
+        self._worth = Worth(page_size, page_cost)
+        self._ranked: dict[bool, list[tuple[Node, float]]] = {True: [], False: []}
         self._ghosts: OrderedDict[Node, None] = OrderedDict()  # childless ghosts, oldest first
 
     @property
@@ -66,19 +84,23 @@ class SnapshotTree:
         """The longest prefix to resume from; never the whole prompt: at least one token is left."""
         path = self._walk(tokens, self._round_down(len(tokens) - 1), salt)
         shared = path[-1].depth if path else 0
-        while path and path[-1].snapshot == NO_SNAPSHOT:
-            path.pop()
+        whole, path = path, self._resumable(path, tokens, salt)
+        self._miss(whole[len(path) :])
         if not path:
             return Match(0, [], NO_SNAPSHOT, shared)
-        for node in path:
-            if node in self._recent:
-                self._recent.move_to_end(node)
+        self._use(path)
         return Match(path[-1].depth, [n.page for n in path], path[-1].snapshot, shared)
 
     def cached(self, tokens: Sequence[int], salt: str = "") -> int:
         """How many tokens `match` would find now. It does not count as a use of them."""
         path = self._walk(tokens, self._round_down(len(tokens) - 1), salt)
-        return next((n.depth for n in reversed(path) if n.snapshot != NO_SNAPSHOT), 0)
+        path = self._resumable(path, tokens, salt)
+        return path[-1].depth if path else 0
+
+    def has(self, tokens: Sequence[int], salt: str = "") -> bool:
+        """Whether there is a snapshot of exactly these tokens."""
+        path = self._walk(tokens, len(tokens), salt)
+        return bool(path) and path[-1].depth == len(tokens) and path[-1].snapshot != NO_SNAPSHOT
 
     def can_resume(self, length: int) -> bool:
         return self._snapshots.size > 0 and (self._round_down(length - 1) >= max(1, self._distance))
@@ -111,57 +133,123 @@ class SnapshotTree:
         return cached[::-1]
 
     def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
-        path = self._walk(tokens, len(tokens), salt)
-        found = bool(path) and path[-1].depth == len(tokens) and path[-1].snapshot != NO_SNAPSHOT
-        if found or (self._snapshots.free == 0 and not self.evict()):
+        if self.has(tokens, salt):
             return None
+        while self._snapshots.free == 0:  # one that a step reads is not free when it is evicted
+            if not self._evict(for_pages=False):
+                return None
         return self._snapshots.allocate(1)[0]
 
     def publish(
-        self, tokens: Sequence[int], pages: Sequence[int], snapshot: int, salt: str = ""
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        snapshot: int,
+        salt: str = "",
+        *,
+        kind: Kind = Kind.PROMPT,
     ) -> None:
-        """Adds a reference to each page. If there is a snapshot already, `snapshot` is freed."""
+        """Adds a reference to each page, the last of which may be unfinished. If there is a
+        snapshot already, `snapshot` is freed."""
         node = self._extend(tokens, len(tokens), salt)
         if node is self._root or node.snapshot != NO_SNAPSHOT:
             self._snapshots.release(snapshot)
             return
         self.version += 1
-        node.snapshot = snapshot
-        self._recent[node] = None
+        node.snapshot, node.salt = snapshot, salt
+        node.kind = kind
+        self._cached[node] = None
         self._ghosts.pop(node, None)
-        for ancestor in ancestors(node):
+        path = ancestors(node)
+        self._link(node, path, tokens, salt)
+        self._worth.added(node, path[::-1])
+        self._touch(node)
+        for ancestor in path:
             if ancestor.snapshots_below == 0:
-                ancestor.page = pages[ancestor.depth // self._page_size - 1]
+                ancestor.page = pages[pages_of(ancestor.depth, self._page_size) - 1]
                 self._pages.retain_cached(ancestor.page)
             ancestor.snapshots_below += 1
 
     def store(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> None:
         """Nothing: without a snapshot no page can be used."""
 
+    # --- use --------------------------------------------------------------------------------
+
+    def retain(self, snapshot: int) -> None:
+        self._snapshots.retain(snapshot)
+
+    def release(self, snapshot: int) -> None:
+        self._snapshots.release(snapshot)
+
     # --- removal ----------------------------------------------------------------------------
 
     def evict(self) -> bool:
-        """Free the least recently used snapshot and the pages that only it needs. False: none
-        left."""
-        if not self._recent:
+        """Free the snapshot whose pages are worth least, and these pages. False: none is left."""
+        return self._evict(for_pages=True)
+
+    def _evict(self, for_pages: bool) -> bool:
+        node = self._least(for_pages)
+        if node is None:
             return False
+        self._drop(node)
+        return True
+
+    def _drop(self, node: Node) -> None:
+        """Free a node's snapshot and the pages that only it needs."""
         self.version += 1
-        node, _ = self._recent.popitem(last=False)
+        del self._cached[node]
+        self._worth.removed(node)
+        if node.above is not None and node.above is not self._root and not node.below:
+            node.above.uses = max(node.above.uses, node.uses)  # its conversation resumes there now
+        self._unlink(node)
         self._snapshots.release(node.snapshot)
-        node.snapshot = NO_SNAPSHOT
+        self._record_loss(node)
+        node.snapshot, node.uses, node.branches = NO_SNAPSHOT, 0, 0
         for ancestor in ancestors(node):
             ancestor.snapshots_below -= 1
             if ancestor.snapshots_below == 0:
                 self._pages.release_cached(ancestor.page)
                 ancestor.page = NULL_PAGE
-        if not node.children:
+        if node.depth % self._page_size:
+            self._remove(node)  # the tokens of a tail help nobody to find a junction
+        elif not node.children:
             self._ghosts[node] = None
-        return True
+
+    def _record_loss(self, node: Node) -> None:
+        """Note that a node had a snapshot; for a tail, at its parent."""
+        home = node.parent if node.depth % self._page_size else node
+        if home is not None and home is not self._root:
+            assert node.alike is not None
+            home.lost = Lost(node.kind, node.uses, node.returned, node.alike)
+
+    def _least(self, for_pages: bool) -> Node | None:
+        """The node to evict next. Of many, those that are worth least are ranked once; one that has
+        been evicted, or is worth more by now, is passed over.
+
+        for_pages: of those that have pages of their own.
+        """
+        ranked = self._ranked[for_pages]
+        while ranked:
+            node, worth = ranked.pop()
+            if node not in self._cached or (for_pages and node.below):
+                continue
+            if self._worth.of(node, self.now, for_pages) <= worth:
+                return node
+        found = [node for node in self._cached if not (for_pages and node.below)]
+        if not found:
+            return None
+        keys = {node: (self._worth.of(node, self.now, for_pages), node.order) for node in found}
+        count = len(found) // RANK_SHARE
+        if count < 2:
+            return min(found, key=keys.__getitem__)
+        least = sorted(found, key=keys.__getitem__)[:count]
+        ranked += ((node, keys[node][0]) for node in reversed(least))
+        return ranked.pop()[0]
 
     def clear(self) -> None:
         """Remove every node, snapshot and page."""
-        while self.evict():
-            pass
+        for node in list(self._cached):
+            self._drop(node)
         self._root.children.clear()
         self._ghosts.clear()
         self._num_nodes = 0
@@ -174,7 +262,10 @@ class SnapshotTree:
     def check(self, saving: int = 0) -> None:
         nodes = descendants(self._root)
         used, _ = self.snapshots
-        assert len(self._recent) + saving == used, "snapshots"
+        held = sum(self._snapshots.ref_count(node.snapshot) > 1 for node in self._cached)
+        assert len(self._cached) <= used <= len(self._cached) + saving, "snapshots"
+        assert self._worth.total == len(self._cached), "worth"
+        assert held <= saving, "snapshots in use"
         assert len(nodes) == self._num_nodes, "node count"
         for node in nodes:
             below = sum(child.snapshots_below for child in node.children.values())
@@ -182,9 +273,70 @@ class SnapshotTree:
                 "snapshots_below count"
             )
             assert (node.page != NULL_PAGE) == (node.snapshots_below > 0), "ghosts have no page"
-            assert (node in self._recent) == (node.snapshot != NO_SNAPSHOT), "snapshot order"
+            assert (node in self._cached) == (node.snapshot != NO_SNAPSHOT), "snapshots"
+            if node in self._cached:
+                over = [o for o in self._cached if o is not node and begins_with(node, o)]
+                above = max(over, key=lambda o: o.depth, default=self._root)
+                assert node.above is above, "the snapshot above"
+                assert node in above.below, "the snapshots below"
+            tails = [child for child in node.children.values() if child.depth % self._page_size]
+            assert node.tails == len(tails), "tails"
+            assert all(tail.snapshot != NO_SNAPSHOT for tail in tails), "tails have snapshots"
             ghost_leaf = not node.children and node.snapshot == NO_SNAPSHOT
             assert (node in self._ghosts) == ghost_leaf, "ghost order"
+
+    # --- use and order ----------------------------------------------------------------------
+
+    def _touch(self, node: Node) -> None:
+        self._order += 1
+        node.order, node.used_at = self._order, self.now
+
+    def _use(self, path: list[Node]) -> None:
+        """A prompt resumes at the end of the path."""
+        for node in path:
+            if node in self._cached:
+                self._touch(node)
+        self._worth.used(path[-1])
+
+    def _miss(self, beyond: list[Node]) -> None:
+        """A prompt is the same as earlier ones up to nodes beyond where it can resume."""
+        lost = next((node.lost for node in reversed(beyond) if node.lost is not None), None)
+        if lost is not None:
+            self._worth.missed(lost)
+
+    def _link(self, node: Node, path: list[Node], tokens: Sequence[int], salt: str) -> None:
+        """Set what is above and below a new snapshot. path: it and its ancestors; tokens: its."""
+        over = self._resumable(path[:0:-1], tokens, salt)
+        above = over[-1] if over else self._root
+        beside = node.parent if node.depth % self._page_size else node
+        assert beside is not None
+        # Rarely; to look at all that is below `above` takes long.
+        if beside is self._root or beside.snapshots_below:
+            for other in [o for o in above.below if begins_with(o, node)]:
+                del above.below[other]
+                other.above, node.below[other] = node, None
+        node.above, above.below[node] = above, None
+        if node.kind is Kind.ANSWER:
+            self._take_over_uses(node, path)
+
+    def _take_over_uses(self, node: Node, path: list[Node]) -> None:
+        """The end of a turn has the uses of the turn before, evicted or not."""
+        lost = next((a.lost for a in path[1:] if a.lost is not None), None)
+        if lost is not None:
+            node.uses, lost.uses = lost.uses, 0
+        above = node.above
+        while above is not None and not above.uses:
+            above = above.above
+        if above is not None:
+            node.uses, above.uses = max(node.uses, above.uses), 0
+
+    def _unlink(self, node: Node) -> None:
+        above = node.above
+        assert above is not None
+        del above.below[node]
+        for other in node.below:
+            other.above, above.below[other] = above, None
+        node.above, node.below = None, {}
 
     # --- nodes ------------------------------------------------------------------------------
 
@@ -194,6 +346,27 @@ class SnapshotTree:
     def _walk(self, tokens: Sequence[int], length: int, salt: str) -> list[Node]:
         return walk(self._root, tokens, length, self._page_size, salt)
 
+    def _resumable(self, path: list[Node], tokens: Sequence[int], salt: str) -> list[Node]:
+        """The path, whole pages of a prompt, up to its last node with a snapshot, or to a tail."""
+        for at in range(len(path), -1, -1):
+            node = path[at - 1] if at else self._root
+            if (tail := self._tail(node, tokens, salt)) is not None:
+                return [*path[:at], tail]
+            if node.snapshot != NO_SNAPSHOT:
+                return path[:at]
+        return []
+
+    def _tail(self, node: Node, tokens: Sequence[int], salt: str) -> Node | None:
+        """The longest tail of a node that the tokens go on with, and beyond."""
+        if not node.tails:
+            return None
+        start = node.depth
+        for end in range(min(start + self._page_size, len(tokens)) - 1, start, -1):
+            found = node.children.get(page_key(tokens[:end], start, self._page_size, salt))
+            if found is not None:
+                return found
+        return None
+
     def _extend(self, tokens: Sequence[int], length: int, salt: str) -> Node:
         """The node of tokens[:length]; missing nodes on the path are created."""
         path = self._walk(tokens, length, salt)
@@ -201,8 +374,9 @@ class SnapshotTree:
         for start in range(node.depth, length, self._page_size):
             self._ghosts.pop(node, None)
             key = page_key(tokens, start, self._page_size, salt)
-            child = Node(parent=node, key=key, depth=start + self._page_size)
+            child = Node(parent=node, key=key, depth=min(start + self._page_size, length))
             node.children[key] = child
+            node.tails += child.depth - start < self._page_size
             node = child
             self._num_nodes += 1
         if node is not self._root and not node.children and node.snapshot == NO_SNAPSHOT:
@@ -219,10 +393,15 @@ class SnapshotTree:
             if node is spare:
                 break
             del self._ghosts[node]
-            parent = node.parent
-            assert parent is not None
-            del parent.children[node.key]
-            self._num_nodes -= 1
-            if parent.parent and not parent.children and parent.snapshot == NO_SNAPSHOT:
-                self._ghosts[parent] = None
-                self._ghosts.move_to_end(parent, last=False)
+            self._remove(node)
+
+    def _remove(self, node: Node) -> None:
+        """Take a node without children and snapshot out of the tree."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        parent.tails -= node.depth % self._page_size > 0
+        self._num_nodes -= 1
+        if parent.parent and not parent.children and parent.snapshot == NO_SNAPSHOT:
+            self._ghosts[parent] = None
+            self._ghosts.move_to_end(parent, last=False)

@@ -5,16 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from millrace.engine.cache.policy import NO_SNAPSHOT
+from millrace.engine.cache.policy import NO_SNAPSHOT, Kind
 from millrace.engine.cache.pool import NULL_PAGE
 
 Key = tuple[int | str, ...]
 
 
+@dataclass(slots=True)
+class Rates:
+    """Of the snapshots below a node, by kind: how many there were, and how many were ever used."""
+
+    made: list[int] = field(default_factory=lambda: [0] * len(Kind))
+    used: list[int] = field(default_factory=lambda: [0] * len(Kind))
+
+
+@dataclass(slots=True)
+class Lost:
+    """A snapshot that was evicted: as in Node. Who would have used it is seen all the same."""
+
+    kind: Kind
+    uses: int
+    returned: bool
+    alike: Rates
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """One page of tokens, behind its parent's. key: the tokens, in the first page behind the salt
-    if there is one. snapshots_below: snapshots at it and below it."""
+    if there is one; fewer than a page for a *tail*, the unfinished last page of a sequence, which
+    has no children. snapshots_below: snapshots at it and below it. tails: its children that are
+    tails.
+
+    Of nodes with a snapshot: kind; above: the nearest ancestor with one, else the root; below: the
+    nodes whose `above` it is; uses: how often its conversation came back, here or
+    in earlier turns; branches: how often a prompt resumed here although there were snapshots below;
+    returned: whether any did; used_at: when it was last used, seconds; order: uses are numbered;
+    alike: the rates of the prompts that begin as it does, which are kept as `rates`
+    of one of its ancestors. lost: the snapshot that it had, or one of its tails.
+    """
 
     parent: Node | None
     key: Key
@@ -22,7 +50,20 @@ class Node:
     page: int = NULL_PAGE
     snapshot: int = NO_SNAPSHOT
     snapshots_below: int = 0
+    tails: int = 0
     children: dict[Key, Node] = field(default_factory=dict)
+    kind: Kind = Kind.PROMPT
+    above: Node | None = None
+    below: dict[Node, None] = field(default_factory=dict)
+    uses: int = 0
+    branches: int = 0
+    returned: bool = False
+    alike: Rates | None = None
+    used_at: float = 0.0
+    order: int = 0
+    rates: Rates | None = None
+    lost: Lost | None = None
+    salt: str = ""
 
 
 def root_node() -> Node:
@@ -38,6 +79,11 @@ def page_key(tokens: Sequence[int], start: int, page_size: int, salt: str) -> Ke
     """The key of the page that begins at `start`: in the first one it includes the salt."""
     page = tokens[start : start + page_size]
     return (salt, *page) if salt and not start else tuple(page)
+
+
+def pages_of(length: int, page_size: int) -> int:
+    """Pages that hold `length` tokens."""
+    return -(-length // page_size)
 
 
 def walk(root: Node, tokens: Sequence[int], length: int, page_size: int, salt: str) -> list[Node]:
@@ -70,3 +116,16 @@ def ancestors(node: Node) -> list[Node]:
         path.append(at)
         at = at.parent
     return path
+
+
+def begins_with(node: Node, other: Node) -> bool:
+    """Whether the tokens of `node` begin with all of the tokens of `other`, which may be a tail."""
+    size = len(other.key)
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+        if at is other:
+            return True
+        if at.parent is other.parent:
+            return len(at.key) > size and at.key[:size] == other.key
+        at = at.parent
+    return False

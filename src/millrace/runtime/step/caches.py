@@ -36,27 +36,31 @@ def allocate_caches(
         return torch.zeros(shape, dtype=DTYPES[buffer.dtype], device=device)
 
     stacks = {name: zeros(slots, same[0], len(same)) for name, same in spec.stacks().items()}
-    stacked: dict[str, Iterator[Tensor]] = {name: iter(each) for name, each in stacks.items()}
+    windows = {name: zeros(slots, same[0], len(same)) for name, same in spec.windows().items()}
+    stacked: dict[str, Iterator[Tensor]] = {
+        name: iter(each) for name, each in (stacks | windows).items()
+    }
 
     def layer(cache: LayerCache) -> KVCache | GDNState:
         tensors = {buffer.name: zeros(pages, buffer) for buffer in cache.per_page}
         for buffer in cache.per_slot:
-            kept = stacked.get(buffer.name)
-            tensors[buffer.name] = zeros(slots, buffer) if kept is None else next(kept)
+            tensors[buffer.name] = next(stacked[buffer.name])
         return LAYERS[cache.kind](**tensors)
 
     layers = [layer(cache) for cache in spec.layers]
     draft = None if spec.draft is None else layer(spec.draft)
     assert draft is None or isinstance(draft, KVCache)
     index = {buffer.name: zeros(slots, buffer) for buffer in spec.index}
-    return Caches(layers, stacks, draft, **index, page_size=spec.options.page_size)
+    return Caches(layers, stacks, windows, draft, **index, page_size=spec.options.page_size)
 
 
 def tensors_of(caches: Caches) -> Iterator[Tensor]:
     """Every tensor, each memory once: stacks, not their parts."""
     yield from caches.stacks.values()
+    yield from caches.windows.values()
     for cache in [*caches.layers, caches.mtp]:
         if cache is not None:
             fields = {name: getattr(cache, name) for name in cache.__slots__}
-            yield from (tensor for name, tensor in fields.items() if name not in caches.stacks)
+            known = caches.stacks | caches.windows
+            yield from (tensor for name, tensor in fields.items() if name not in known)
     yield from (caches.block_table, caches.fill, caches.conv_offset)

@@ -8,7 +8,7 @@ for the host, and a CUDA graph runs whatever steps fit into its sizes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -132,7 +132,7 @@ def exact_batch(
     batch = padded_batch(numbers, length, caches, room)
     decode, prefill = batch.decode, batch.prefill
     if decode is not None:
-        first = _neighbours(plan.decode)
+        first = _neighbours(plan.decode, decode.slots)
         decode = DecodeRows(decode.slots, decode.starts, width, plan.context, first)
     if prefill is not None:
         counts, starts = zip(*((c.count, c.start) for c in plan.chunks), strict=True)
@@ -166,9 +166,18 @@ def padded_batch(numbers: Numbers, length: Tensor, caches: Caches, room: Room) -
     return Batch(slots, positions, caches.kv_rows(slots, positions), decode, prefill, padded=True)
 
 
-def _neighbours(slots: list[int]) -> int | None:
-    """The first slot if the slots are consecutive, else None."""
-    return slots[0] if slots == list(range(slots[0], slots[0] + len(slots))) else None
+def without_ended(numbers: Numbers, ended: Tensor) -> Numbers:
+    """The numbers, with the null slot in place of decode rows that have ended: the host may not
+    know that yet, and what their slots hold is to be saved. ended: bool [N], by slot."""
+    return replace(numbers, decode=torch.where(ended[numbers.decode], 0, numbers.decode))
+
+
+def _neighbours(slots: list[int], live: Tensor) -> int | None:
+    """The first slot if the slots are consecutive, else None; a hint for ops of a CPU. live: the
+    same, without those that have ended."""
+    if live.is_cuda or slots != list(range(slots[0], slots[0] + len(slots))):
+        return None
+    return slots[0] if bool(live.all()) else None
 
 
 def row_ends(plan: StepPlan, batch: Batch, ends: Tensor) -> SelectedTokens:

@@ -33,6 +33,7 @@ from millrace.runtime.step.inputs import (
     row_ends,
     sampled_rows,
     tokens_of,
+    without_ended,
 )
 from millrace.runtime.step.logits_processors import LogitsProcessors, StepProcessors
 from millrace.runtime.step.results import StepOutput
@@ -74,11 +75,16 @@ class Runner:
             assert model.mtp is not None
             self.drafter = HeadDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
         self._graphs: StepGraphs | None = None
+        # By slot, of the last token that is computed: a record needs it. Slot 0 is padding's.
+        self._last = None if snapshots.hidden is None else _vectors(slots, snapshots.hidden)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, masks: MasksOfStep = None) -> StepOutput:
         """Launch a step. masks: builds the grammar masks; called after the forward."""
+        self._save_ends(plan)
         self._admit(plan)
+        if not plan.decode and not plan.chunks:
+            return StepOutput()
         processors = self._processors.of_step(plan)
         graphs, numbers = self._graphs, None
         if graphs is not None and graphs.forward(plan):
@@ -120,6 +126,7 @@ class Runner:
     def try_snapshots(self) -> None:
         """Save and restore the null slot, so that the copy kernels are compiled."""
         if self._snapshots.count:
+            self._snapshots.save_open(self._caches, 0, 0, None)
             null, size = upload([0], self._device), self._model.config.hidden_size
             hidden = torch.zeros(1, size, dtype=DTYPES[self._config.dtype], device=self._device)
             self._snapshots.save(self._caches, null, null, hidden)
@@ -135,6 +142,7 @@ class Runner:
 
     def _forward(self, numbers: Numbers, room: Room, hidden: Tensor) -> None:
         """The forward for tokens that only the device knows, with its writes to caches."""
+        numbers = without_ended(numbers, self.slots.ended)
         batch = padded_batch(numbers, self.slots.length, self._caches, room)
         out = self._model(self._ids(batch), batch, self._caches)
         self._finish_forward(out, batch)
@@ -144,6 +152,7 @@ class Runner:
         """The forward for tokens that the host knows: hidden [T, H], at least of those that are
         read."""
         room = Room(self._width, tokens_of(plan, self._width), plan.context)
+        numbers = without_ended(numbers, self.slots.ended)
         batch = exact_batch(plan, numbers, self.slots.length, self._caches, room)
         every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
         selected = None
@@ -200,6 +209,9 @@ class Runner:
         count = self._sampler.accept(drawn, rows)
         self._write_tape(drawn, rows, count)
         self._advance_lengths(rows, count)
+        if self._last is not None:
+            live = torch.where(count > 0, rows.slots, 0)
+            self._last[live] = hidden[rows.first + (count - 1).clamp(min=0)]
         if self.drafter is not None:
             self.drafter.draft(hidden, rows, count, context)
         out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
@@ -238,6 +250,9 @@ class Runner:
         grant_pages(self._caches.block_table, plan.admissions, plan.grants)
         if self._config.args.debug:
             self._poison(plan)
+        if plan.copies:
+            table = [[c.source for c in plan.copies], [c.target for c in plan.copies]]
+            records.copy_pages(self._caches, *upload(table, self._device))
         fresh = [a.slot for a in plan.admissions if a.snapshot < 0]
         if fresh:
             records.reset(self._caches, upload(fresh, self._device))
@@ -272,12 +287,14 @@ class Runner:
         """Set lengths, window fills and offsets of decode rows to their values after the step."""
         s, caches, slots = self.slots, self._caches, rows.slots
         s.length[slots] = torch.where(rows.verify, rows.base + count, s.length[slots])
-        fill = caches.fill[slots]
+        fill, offset = caches.fill[slots], caches.conv_offset[slots]
         folded = fill + self._width > self._config.window
         filled = torch.where(folded, 0, fill) + count
-        caches.fill[slots] = torch.where(rows.verify, filled, 0).to(torch.int32)
-        offset = torch.where(rows.verify, (count - 1).clamp(min=0), 0)
-        caches.conv_offset[slots] = offset.to(torch.int32)
+        ended = rows.verify & (count == 0)  # the step did not touch its state
+        filled = torch.where(rows.verify, filled, 0).to(torch.int32)
+        caches.fill[slots] = torch.where(ended, fill, filled)
+        shifted = torch.where(rows.verify, count - 1, 0).to(torch.int32)
+        caches.conv_offset[slots] = torch.where(ended, offset, shifted)
 
     def _write_tape(self, drawn: Tensor, rows: SampledRows, count: Tensor) -> None:
         """Write tokens that count to their positions, the others to the null slot's tape."""
@@ -293,6 +310,12 @@ class Runner:
         ahead = 1 + torch.arange(self._config.drafts, device=self._device)
         return self.slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
 
+    def _save_ends(self, plan: StepPlan) -> None:
+        """Save what slots hold whose requests have ended."""
+        for save in plan.ends:
+            hidden = None if self._last is None else self._last[save.slot]
+            self._snapshots.save_open(self._caches, save.slot, save.snapshot, hidden)
+
     def _save(self, plan: StepPlan, hidden: Tensor) -> None:
         if not plan.saves:
             return
@@ -305,3 +328,8 @@ class Runner:
         ]
         slots, index, tokens = upload(table, self._device)
         self._snapshots.save(self._caches, slots, index, hidden[tokens])
+
+
+def _vectors(slots: Slots, like: Tensor) -> Tensor:
+    """Zeros, a vector as in `like` for each slot."""
+    return like.new_zeros(slots.length.shape[0], *like.shape[1:])

@@ -3,7 +3,8 @@
 What is in a record is said by the model's `CacheSpec`: of a hybrid model the recurrent state folded
 at L and the last three convolution inputs, with a draft head also the hidden vector of token L - 1
 after the final norm (the draft head's row L needs it). With the KV pages it is all that is needed
-to continue from L. It is saved and restored only while a slot's window is empty.
+to continue from L. A slot is restored with an empty window. While it has rows in its window, these
+are folded into the record as it is saved.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from millrace.kernels.batch import Caches, GDNState
 from millrace.kernels.copy import copy_rows
+from millrace.kernels.gdn import Window, fold
 from millrace.model.cache_spec import CONV_INPUTS, CacheSpec
 from millrace.runtime.step.caches import DTYPES
+
+FOLDED_BYTES = 64 << 20  # of states that are folded at once
 
 
 @dataclass(slots=True)
@@ -63,6 +67,37 @@ class Snapshots:
         if self.hidden is not None:
             self.hidden[records] = hidden
 
+    def save_open(self, caches: Caches, slot: int, record: int, hidden: Tensor | None) -> None:
+        """Copy a slot, with all rows of its window, into a record; the slot stays as it is.
+
+        hidden: [H], of the slot's last computed token; None without a draft head.
+        """
+        for name, stack in self.stacks.items():
+            if name == "state":
+                self._save_state(caches, slot, record)
+            elif name == "conv":
+                offset = caches.conv_offset[slot].to(torch.int64)
+                inputs = offset + torch.arange(CONV_INPUTS, device=offset.device)
+                stack[:, record] = caches.stacks[name][:, slot].index_select(1, inputs)
+            else:
+                stack[:, record] = caches.stacks[name][:, slot]
+        if self.hidden is not None and hidden is not None:
+            self.hidden[record] = hidden
+
+    def _save_state(self, caches: Caches, slot: int, record: int) -> None:
+        """Fold the windows of a few layers at a time."""
+        states, windows = caches.stacks["state"], caches.windows
+        layers = max(1, FOLDED_BYTES // (4 * states[0, 0].numel()))
+        for first in range(0, states.shape[0], layers):
+            some = slice(first, first + layers)
+            state = states[some, slot].to(torch.float32, copy=True)
+            k, u, log_a = (
+                windows[name][some, slot].float() for name in ("window_k", "window_u", "window_g")
+            )
+            fill = caches.fill[slot].to(torch.int64).expand(state.shape[0])
+            folded = fold(state, Window(k, u, log_a, fill))
+            self.stacks["state"][some, record] = folded.to(states.dtype)
+
     def restore(self, caches: Caches, slots: Tensor, records: Tensor) -> Tensor | None:
         """Copy records into slots, windows emptied. Returns the records' hidden vectors [R, H]."""
         for name, stack in self.stacks.items():
@@ -84,6 +119,20 @@ def empty_windows(caches: Caches, slots: Tensor) -> None:
     caches.conv_offset.index_fill_(0, slots, 0)
 
 
+def copy_pages(caches: Caches, sources: Tensor, targets: Tensor) -> None:
+    """Copy keys and values of pages (int64 [R]) over other pages, in every layer."""
+    for buffer in kv_buffers(caches):
+        raw = buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
+        raw[targets] = raw[sources]
+
+
+def kv_buffers(caches: Caches) -> Iterator[Tensor]:
+    """Keys and values of every layer, the draft head's last: each [pages, page_size, ...]."""
+    for layer in [*caches.layers, caches.mtp]:
+        if layer is not None and not isinstance(layer, GDNState):
+            yield from (layer.keys, layer.values)
+
+
 def poison(caches: Caches, slots: Tensor) -> None:
     """Fill what a fresh slot must not read with NaN, so that reading it shows (debug mode)."""
     for layer in gdn_layers(caches):
@@ -94,14 +143,11 @@ def poison(caches: Caches, slots: Tensor) -> None:
 
 def poison_pages(caches: Caches, pages: Tensor) -> None:
     """Fill newly granted pages (int64 [R]) with NaN (debug mode)."""
-    for layer in [*caches.layers, caches.mtp]:
-        if layer is None or isinstance(layer, GDNState):
-            continue
-        for buffer in (layer.keys, layer.values):
-            if buffer.dtype == torch.float8_e4m3fn:
-                buffer.view(torch.uint8).index_fill_(0, pages, 0x7F)  # NaN in e4m3fn
-            else:
-                buffer.index_fill_(0, pages, float("nan"))
+    for buffer in kv_buffers(caches):
+        if buffer.dtype == torch.float8_e4m3fn:
+            buffer.view(torch.uint8).index_fill_(0, pages, 0x7F)  # NaN in e4m3fn
+        else:
+            buffer.index_fill_(0, pages, float("nan"))
 
 
 def gdn_layers(caches: Caches) -> list[GDNState]:
