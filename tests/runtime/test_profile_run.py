@@ -176,11 +176,14 @@ def test_memory_is_measured_once_compilers_are_gone(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_steps_find_attention_of_decode_rows_compiled(heads: int) -> None:
-    """For every number of parts, which depends on rows and context."""
-    from millrace.kernels.gpu.attention.decode import contexts_of_parts, key_parts
+    """Whether keys are read as a whole or in parts, which depends on rows and context."""
+    from millrace.kernels.gpu.attention.decode import contexts_of_kernels, key_parts
 
-    contexts = contexts_of_parts(262144)
-    for drafts in (0, 1, 6):  # the last draft's row stands so much further
-        known = {key_parts(heads, context + drafts) for context in contexts}
-        ran = {key_parts(n * heads, c) for n in (1, 30, 256) for c in range(50, 20000, 50)}
-        assert known == ran
+    for longest in (64, 150, 262144):
+        contexts = contexts_of_kernels(longest)
+        assert max(contexts) <= longest
+        for drafts in (0, 1, 6):  # the last draft's row stands so much further
+            known = {key_parts(heads, context + drafts) > 1 for context in contexts}
+            lengths = range(50, min(longest, 20000), 50)
+            ran = {key_parts(n * heads, c) > 1 for n in (1, 30, 256) for c in lengths}
+            assert ran <= known

@@ -300,6 +300,32 @@ def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
     }
 
 
+def test_rows_of_any_number_and_place_share_kernels(compiler: Compiler):
+    """Whatever number of parts keys are cut into, and wherever in a vector rows begin."""
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu import gdn as gpu_gdn
+    from millrace.kernels.gpu import quantize
+
+    pages = empty(50, 64, LARGE.kv_heads, LARGE.head_dim, dtype=FP8)
+    cache, table = KVCache(pages, pages), empty(9, 16, dtype=torch.int32)
+    state, slots = gdn_state(LARGE, 2), empty(9, dtype=torch.int32)
+    taps, gates = empty(LARGE.channels, 4), empty(PROMPT, LARGE.value_heads, dtype=F32)
+    for rows, context in ((1, 300), (2, 5000), (40, 5000), (100, 300)):
+        q = empty(2 * rows, LARGE.heads, LARGE.head_dim)
+        some = torch.empty(rows + 1, dtype=torch.int64, device="meta")[1:]  # 8 bytes further
+        gpu.attend_decode(q, cache, table, DecodeRows(some, some, 2, context), 1 / 16)
+    for first in (0, 1):
+        some = torch.empty(9, dtype=torch.int64, device="meta")[first : first + 8]
+        offsets = torch.empty(10, dtype=torch.int32, device="meta")[first : first + 9]
+        rows_of = PrefillRows(some, some, offsets, None, None, 4096)
+        qkv = gpu_gdn.conv_prefill(empty(PROMPT, LARGE.channels), state, taps, rows_of, slots)
+        gpu_gdn.gdn_prefill(qkv, gates, gates, state, rows_of)
+    for tokens in (4, 12, 64):
+        quantize.quantize(empty(tokens, LARGE.hidden))
+    several = {name: len(forms) for name, forms in compiler.forms.items() if len(forms) > 1}
+    assert several == {}
+
+
 def test_no_kernel_is_left_out(compiler: Compiler):
     """What is launched from the host is named *_kernel; the rest is compiled as part of that."""
     import triton

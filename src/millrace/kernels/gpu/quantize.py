@@ -32,7 +32,7 @@ def quantize_groups(y):
     return (y / scale[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _pointwise_kernel(
     x, y, weight, out, scales, x_stride, y_stride, width, scale_stride, eps,
     OP: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
@@ -67,7 +67,7 @@ def _pointwise_kernel(
         tl.store(at, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _norm_kernel(
     x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
     scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,

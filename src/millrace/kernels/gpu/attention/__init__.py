@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, KVCache
-from millrace.kernels.gpu.attention.decode import attend_decode, contexts_of_parts
+from millrace.kernels.gpu.attention.decode import attend_decode, contexts_of_kernels
 from millrace.kernels.gpu.attention.inputs import norm_rope_store, store_kv
 from millrace.kernels.gpu.attention.prefill import attend_prefill
 from millrace.kernels.overlap import decode_and_prefill
@@ -32,10 +32,10 @@ def attend(
 
 
 def warmup(limits: StepLimits) -> Warmup:
-    """A decode row at a context for each number of parts that its keys are cut into; several short
-    prompts, as late in their sequences as possible: kernels differ there, too."""
+    """A decode row whose keys are read as a whole, and one whose keys are cut into parts; several
+    short prompts, as late in their sequences as possible: kernels differ there, too."""
     one_token = ((0, 1),)
-    rows = [StepShape(1, one_token, context) for context in contexts_of_parts(limits.length)]
+    rows = [StepShape(1, one_token, context) for context in contexts_of_kernels(limits.length)]
     count = min(SHORT, limits.length - 1)
     prompts = max(1, min(SEVERAL, limits.rows, limits.tokens // count))
     short = StepShape(0, ((limits.length - 1 - count, count),) * prompts)

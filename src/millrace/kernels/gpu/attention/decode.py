@@ -22,17 +22,21 @@ from millrace.kernels.gpu.attention.softmax import (
 
 MOST_PARTS = 64  # of a row's keys
 LEAST_KEYS = 128  # of a part, where there is more than one
+JOINED = 8  # parts that are joined at a time
+# They may be slices, which begin anywhere; another kernel for those would be compiled.
+ROW_ARRAYS = ["slots", "starts"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"], do_not_specialize_on_alignment=ROW_ARRAYS)
 def _decode_kernel(
     q, keys, values, block_table, slots, starts, out, part, part_ml, table_stride, scale,
-    HEADS, KV_HEADS, FIRST: tl.constexpr,
+    HEADS, KV_HEADS, PARTS, FIRST: tl.constexpr,
     N: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    DB: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """PAIRS: an e4m3 cache, whose values come as int16 pairs of channels."""
+    """SPLIT: there are PARTS, more than one. PAIRS: an e4m3 cache, whose values come as int16 pairs
+    of channels."""
     kh = tl.program_id(0)
     row = tl.program_id(1)
     piece = tl.program_id(2)
@@ -48,7 +52,9 @@ def _decode_kernel(
         q_mask = live_q[:, None] & (d < D)[None, :]
         Q = _operand(tl.load(q + q_at, mask=q_mask, other=0.0), keys)
         length = start + N
-        size = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
+        size = tl.cdiv(length, BN) * BN
+        if SPLIT:
+            size = tl.cdiv(tl.cdiv(length, PARTS), BN) * BN
         low = piece * size
         high = tl.minimum(low + size, length)
         table = block_table + slot * table_stride
@@ -62,7 +68,7 @@ def _decode_kernel(
                 Q, keys, values, table, low, high, start + 1, start + token, kh, scale, KV_HEADS,
                 FIRST, PAGE, D, DB, BN, STAGES,
             )  # fmt: skip
-        if PARTS == 1:
+        if not SPLIT:
             safe = tl.where(mass > 0, mass, 1.0)
             tl.store(out + q_at, (acc / safe[:, None]).to(out.dtype.element_ty), mask=q_mask)
         else:
@@ -72,34 +78,33 @@ def _decode_kernel(
             tl.store(part_ml + at * 2 + 1, mass, mask=live_q)
 
 
-@triton.jit(do_not_specialize=["EACH"])
+@triton.jit(do_not_specialize=["EACH", "PARTS"], do_not_specialize_on_alignment=["slots"])
 def _join_kernel(
-    part, part_ml, slots, out, EACH, D: tl.constexpr, DB: tl.constexpr, PARTS: tl.constexpr
+    part, part_ml, slots, out, EACH, PARTS, D: tl.constexpr, DB: tl.constexpr,
+    MOST: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one token and query head, of which a row has EACH."""
     index = tl.program_id(0).to(tl.int64)
     if tl.load(slots + tl.program_id(0) // EACH) != 0:
-        _join(part, part_ml, out, index, D, DB, PARTS)
-
-
-@triton.jit
-def _join(
-    part, part_ml, out, index, D: tl.constexpr, DB: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    d = tl.arange(0, DB)
-    top = tl.full((), -float("inf"), tl.float32)
-    for p in tl.static_range(PARTS):
-        top = tl.maximum(top, tl.load(part_ml + (index * PARTS + p) * 2))
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros((), tl.float32)
-    acc = tl.zeros((DB,), tl.float32)
-    for p in tl.static_range(PARTS):
-        at = index * PARTS + p
-        share = tl.exp2(tl.load(part_ml + at * 2) - top)
-        total += share * tl.load(part_ml + at * 2 + 1)
-        acc += share * tl.load(part + at * D + d, mask=d < D, other=0.0)
-    total = tl.where(total > 0, total, 1.0)
-    tl.store(out + index * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
+        first = index * PARTS
+        p, d = tl.arange(0, MOST), tl.arange(0, DB)
+        live = p < PARTS
+        m = tl.load(part_ml + (first + p) * 2, mask=live, other=-float("inf"))
+        mass = tl.load(part_ml + (first + p) * 2 + 1, mask=live, other=0.0)
+        top = tl.max(m, axis=0)
+        top = tl.where(top == -float("inf"), 0.0, top)
+        total = tl.sum(tl.exp2(m - top) * mass, axis=0)
+        acc = tl.zeros((DB,), tl.float32)
+        for base in range(0, PARTS, JOINED):
+            some = base + tl.arange(0, JOINED)
+            inside = some < PARTS
+            at = part_ml + (first + some) * 2
+            share = tl.exp2(tl.load(at, mask=inside, other=-float("inf")) - top)
+            at = part + (first + some)[:, None] * D + d[None, :]
+            x = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+            acc += tl.sum(share[:, None] * x, axis=0)
+        total = tl.where(total > 0, total, 1.0)
+        tl.store(out + index * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
 def attend_decode(
@@ -129,15 +134,16 @@ def attend_decode(
     values = cache.values.view(torch.int16) if pairs else cache.values
     _decode_kernel[(kv_heads, count, parts)](
         q.contiguous(), cache.keys, values, block_table, rows.slots, rows.starts, out, part,
-        part_ml, block_table.stride(0), scale * LOG2_E, heads, kv_heads, FIRST=first,
+        part_ml, block_table.stride(0), scale * LOG2_E, heads, kv_heads, parts, FIRST=first,
         N=n, GROUP=group,
         M=max(16, triton.next_power_of_2(n * group)), PAGE=page, D=dim, DB=wide, BN=block,
-        PARTS=parts, STAGES=stages, PAIRS=pairs, num_warps=warps,
+        SPLIT=parts > 1, STAGES=stages, PAIRS=pairs, num_warps=warps,
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(count * n * heads,)](
-            part, part_ml, rows.slots, out, n * heads, D=dim, DB=wide, PARTS=parts, num_warps=2
-        )
+            part, part_ml, rows.slots, out, n * heads, parts, D=dim, DB=wide,
+            MOST=triton.next_power_of_2(max(parts, MOST_PARTS)), JOINED=JOINED, num_warps=2,
+        )  # fmt: skip
     return out
 
 
@@ -164,9 +170,9 @@ def key_parts(programs: int, max_context: int) -> int:
     return parts
 
 
-def contexts_of_parts(longest: int) -> list[int]:
-    """A context for each number of parts that there is, up to the longest."""
-    parts = (2**i for i in range(MOST_PARTS.bit_length()))
+def contexts_of_kernels(longest: int) -> list[int]:
+    """A context for each kernel that a decode row may need, of at most `longest`: whether its keys
+    are cut into parts."""
     # A little less than the most, so that the rows of drafts, which go further, have no other.
-    contexts = (LEAST_KEYS * count * 25 // 32 for count in parts)
-    return [context for context in contexts if context <= longest]
+    whole = LEAST_KEYS * 25 // 32
+    return sorted({min(whole, longest), min(2 * whole, longest)})

@@ -28,7 +28,7 @@ def _taps(weight, c, mask, STRIP: tl.constexpr):
     return w0, w1, w2, w3
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _conv_decode_kernel(
     x, buffer, weight, slots, offsets, out, x_stride, slot_stride, C,
     N: tl.constexpr, STRIP: tl.constexpr,
@@ -90,7 +90,7 @@ def _conv_prefill_kernel(
         tl.store(out + to, y.to(out.dtype.element_ty), mask=live[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "starts"])
 def _keep_last_kernel(
     x, buffer, slots, offsets, starts, x_stride, slot_stride, C, STRIP: tl.constexpr
 ):

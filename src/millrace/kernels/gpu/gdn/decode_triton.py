@@ -79,7 +79,7 @@ def _replace_keys(
         tl.store(new_at[:, None] + at, k, mask=k_mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _prepare_kernel(
     qkv, g, beta, a_log, dt_bias, window_k, window_g, fill, slots, coef_out, old_keys,
     qkv_stride, gate_stride, HK, HV,
@@ -160,7 +160,7 @@ def _meet(S, old_u, probe_at, coef, p: tl.constexpr, STATE: tl.constexpr, i, W: 
     return from_state + tl.sum(old_u * share[:, None], axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _answer_kernel(
     qkv, state, window_u, fill, slots, coefs, old_keys, out, qkv_stride, HK, HV,
     N: tl.constexpr, W: tl.constexpr, WB: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,

@@ -18,6 +18,8 @@ from millrace.kernels.batch import GDNState, PrefillRows
 from millrace.kernels.gpu.gdn.decode_triton import L2_EPS, _dot
 
 CHUNK = tl.constexpr(64)
+# They may be slices, which begin anywhere; another kernel for those would be compiled.
+ROW_ARRAYS = ["slots", "offsets"]
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _put(at, T, live, b, COLUMN: tl.constexpr):
     tl.store(at[:, None] + c[None, :], (T * b[None, :]).to(at.dtype.element_ty), live[:, None])
 
 
-@triton.jit(do_not_specialize=["TILES"])
+@triton.jit(do_not_specialize=["TILES"], do_not_specialize_on_alignment=ROW_ARRAYS)
 def _blocks_kernel(
     qkv, g, beta, offsets, tiles, t_out, gsum, k_norm, q_norm, qkv_stride, gate_stride, HK, HV,
     TILES,
@@ -181,7 +183,7 @@ def _blocks_kernel(
                 tl.store(q_norm + key + block * next_key, norm, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)
 def _walk_kernel(
     qkv, t_in, gsum, k_norm, q_norm, offsets, slots, live_rows, state, out, qkv_stride, HK, HV,
     DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, RATIO: tl.constexpr,
