@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from h200_throughput import BASE
 from mixed_step import Bench, beside
-from qwen27b import write_config
+from model_shapes import write_config
 
 from millrace.model.tiny import TinyShape, config_json
 

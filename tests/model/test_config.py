@@ -134,6 +134,18 @@ def test_older_rope_entries(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "original_max"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": "fp8"}, "must be an object"),
+        ({"architectures": "LlamaForCausalLM"}, "LlamaForCausalLM"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "fp8",
+                    "weight_block_size": [128, 128],
+                    "modules_to_not_convert": "lm_head",
+                }
+            },
+            "list of names",
+        ),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
             "64, 64",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, ConfigError
+from millrace.model import registry
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
+from millrace.model.family import Family
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.parallel import TensorParallel
-from millrace.model.registry import FAMILIES, FORMATS
+from millrace.model.registry import FAMILIES, FORMATS, Registry
 from millrace.model.tiny import QWEN3, write_checkpoint
 from millrace.model.weights import load
-from tests.support import row_int8, toy_family
 from tests.support.driver import Driver, allocate_caches
 from tests.support.engines import assert_same, generate, run, with_few_pages
 from tests.support.engines import build as build_engine
+from tests.support.extensions import row_int8, toy_family
 
 IDS = [(7 * i + i * i) % 320 for i in range(100)]
 ROW_INT8 = {"quant_method": "row_int8", "modules_to_not_convert": ["layers.1"]}
@@ -156,8 +159,8 @@ def test_an_installed_package_adds_a_family_and_a_format(tmp_path: Path) -> None
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
-        "[millrace.families]\ntoy = tests.support.toy_family:FAMILY\n"
-        "[millrace.formats]\nrow_int8 = tests.support.row_int8:FORMAT\n"
+        "[millrace.families]\ntoy = tests.support.extensions.toy_family:FAMILY\n"
+        "[millrace.formats]\nrow_int8 = tests.support.extensions.row_int8:FORMAT\n"
     )
     config = {**toy_family.CONFIG, "quantization_config": ROW_INT8}
     code = (
@@ -172,6 +175,14 @@ def test_an_installed_package_adds_a_family_and_a_format(tmp_path: Path) -> None
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.stdout.split() == ["Toy", "row_int8"]
+
+
+def test_a_package_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("broken", "nowhere.at_all:FAMILY", "millrace.families")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    fresh: Registry[Family] = Registry("millrace.model.families", "FAMILY", "millrace.families")
+    with pytest.raises(ConfigError, match=r"broken of millrace\.families .*No module named"):
+        fresh.entries()
 
 
 # --- a weight format ---------------------------------------------------------------------------

@@ -43,7 +43,8 @@ class ConfigFile:
 
     @property
     def architectures(self) -> list[str]:
-        return list(self.outer.get("architectures") or [])
+        found = self.outer.get("architectures") or []
+        return [str(name) for name in (found if isinstance(found, list) else [found])]
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:

@@ -11,10 +11,10 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from millrace.errors import CheckpointError
+from millrace.errors import CheckpointError, ConfigError
 from millrace.model.family import Family
 from millrace.model.weight_format import Quantization, WeightFormat
 
@@ -46,9 +46,19 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         names = [entry.name for entry in pkgutil.iter_modules(package.__path__)]
         modules = [importlib.import_module(f"{self._package}.{name}") for name in names]
-        installed = [entry.load() for entry in entry_points(group=self._group)]
+        installed = [_loaded(entry) for entry in entry_points(group=self._group)]
         built_in = [getattr(module, self._attribute) for module in modules]
         return *installed, *built_in
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        raise ConfigError(
+            f"entry point {entry.name} of {entry.group} ({entry.value}) cannot be loaded: {error}; "
+            "repair or remove the package that has it"
+        ) from error
 
 
 FAMILIES: Registry[Family] = Registry("millrace.model.families", "FAMILY", "millrace.families")
@@ -92,6 +102,8 @@ def quantization_of(entries: Mapping[str, Any] | None) -> Quantization:
     plain = next(form for form in formats if form.name == "plain")
     if not entries:
         return Quantization("none", plain, plain)
+    if not isinstance(entries, Mapping):
+        raise CheckpointError(f"quantization_config must be an object, got {str(entries)[:100]!r}")
     method = entries.get("quant_method")
     for form in formats:
         if method in form.methods:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from millrace.model.build_context import BuildContext
 
 
-class Linear(nn.Module):
+class Linear(nn.Module, ABC):
     """A linear layer: this rank's share of its weight, [outputs, inputs], in some format.
 
     dtype: of its results. takes_fp8: whether it multiplies with inputs that are quantized to e4m3
@@ -37,13 +37,13 @@ class Linear(nn.Module):
         super().__init__()
         (self.outputs, self.inputs), self.dtype = shape, dtype
 
+    @abstractmethod
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x: [T, inputs]; returns [T, outputs] in `dtype`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_from(self, first: int, x: Tensor | Quantized) -> Tensor:
         """As forward, but only the outputs from `first` on, where one of the pieces begins."""
-        raise NotImplementedError
 
     def multiply(self, tokens: int, first: int = 0) -> None:
         """The GEMM of so many tokens, with the outputs from `first` on, whose results nobody needs:
@@ -68,9 +68,11 @@ class WeightFormat(ABC):
     block: int = 1
 
     def read_config(self, entries: Mapping[str, Any]) -> Quantization:
-        """The `quantization_config` of a checkpoint. Raises CheckpointError for options that are
-        not implemented."""
-        raise NotImplementedError
+        """What the `quantization_config` of a checkpoint says, if its method is one of `methods`.
+
+        Raises CheckpointError for options that are not implemented.
+        """
+        raise NotImplementedError(f"{self.name} has no quant_method")
 
     @abstractmethod
     def is_fast_on(self, device: torch.device) -> bool:
@@ -103,7 +105,8 @@ class Quantization:
     """Which linear layers of a checkpoint are in which format.
 
     method: `quant_method` of config.json, or "none". format: of all linear layers but those in
-    skipped, which are plain: whole names, or parts of names between dots.
+    skipped, which are plain: whole names, or parts of names between dots. Where a checkpoint has
+    several quantized formats, a subclass says by `format_of` which layer has which.
     """
 
     method: str

@@ -67,7 +67,11 @@ class Fp8Block(WeightFormat):
                 f"quantization 'fp8' with weight_block_size {shape} cannot be run; "
                 f"fp8 with [{FP8_BLOCK}, {FP8_BLOCK}] and unquantised checkpoints can"
             )
-        skipped = entries.get("modules_to_not_convert") or entries.get("ignored_layers") or ()
+        skipped = entries.get("modules_to_not_convert") or entries.get("ignored_layers") or []
+        if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+            raise CheckpointError(
+                f"modules_to_not_convert must be a list of names, got {str(skipped)[:100]!r}"
+            )
         return Quantization("fp8", self, plain.FORMAT, tuple(skipped))
 
     def is_fast_on(self, device: torch.device) -> bool:

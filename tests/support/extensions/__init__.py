@@ -1,0 +1,1 @@
+"""What the tests add to Millrace: the examples of docs/extending.md."""
