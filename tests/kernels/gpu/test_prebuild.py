@@ -199,7 +199,7 @@ def test_no_more_children_than_memory_and_cores_allow(
     large = [(34816, 5120, 16384, 0), *PRODUCTS]
     assert 1 << 30 < prebuild.tensor_bytes(large) < 2 << 30
     assert prebuild.how_many(large, 140 << 30) == prebuild.MOST
-    assert prebuild.how_many(large, 30 << 30) == 3
+    assert prebuild.how_many(large, 30 << 30) == 4
     assert prebuild.how_many(large, 4 << 30) == 0
     assert prebuild.how_many(PRODUCTS[:2], 140 << 30) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})

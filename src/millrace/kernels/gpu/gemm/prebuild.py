@@ -48,7 +48,7 @@ Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for al
 MOST = 14  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
-SHARE = 4  # they take at most one part in so many of what is free
+SHARE = 3  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
 _RECORD = struct.Struct("<4i")
 
