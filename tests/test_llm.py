@@ -126,7 +126,7 @@ def test_without_sampling_params_the_checkpoints_defaults_hold(llm: LLM) -> None
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
     [
-        (["ok", [10**6]], None, "not in the vocabulary"),
+        (["ok", [10**6]], None, "out of vocabulary"),
         (["ok", ""], None, "at least one token"),
         (["ok", {"text": "x"}], None, "a prompt is"),
         (["ok", [1] * 300], None, "at most 255 tokens"),
@@ -205,7 +205,7 @@ def test_tokens_can_be_asked_for_by_their_ids(llm: LLM) -> None:
         assert next(iter(position)) == token
         assert set(position) == {token, 3, 7}
     assert [len(position) for position in whole.outputs[0].logprobs or ()] == [5, 5, 5]
-    with pytest.raises(RequestError, match="not in the vocabulary"):
+    with pytest.raises(RequestError, match="out of vocabulary"):
         llm.generate("a", SamplingParams(logprobs=0, logprob_token_ids=[10**7]))
 
 

@@ -20,16 +20,18 @@ _SAME = """
     --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key
     --async-scheduling --block-size --chat-template --config --default-chat-template-kwargs
     --disable-access-log-for-endpoints --disable-uvicorn-access-log --download-dir --dtype
-    --enable-prefix-caching --enable-request-id-headers --enforce-eager --generation-config
+    --enable-force-include-usage --enable-per-request-metrics --enable-prefix-caching
+    --enable-request-id-headers --enforce-eager --generation-config
     --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
     --load-format --long-prefill-token-threshold --mamba-ssm-cache-dtype --max-logprobs
     --max-model-len
     --max-num-batched-tokens --max-num-seqs --model --otlp-traces-endpoint
-    --override-generation-config --port --quantization --reasoning-parser --revision
+    --override-generation-config --port --quantization --reasoning-parser
+    --return-tokens-as-token-ids --revision --root-path
     --scheduling-policy --seed --served-model-name --shutdown-timeout --skip-tokenizer-init
     --speculative-config --ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-keyfile
     --stream-interval --tensor-parallel-size --tokenizer --tool-call-parser
-    --uvicorn-log-level
+    --uds --uvicorn-log-level
 """
 SAME = frozenset(_SAME.split())
 
@@ -80,6 +82,7 @@ _HARMLESS = {
     """,
     "no statistics are logged, /metrics has them": "--disable-log-stats",
     "/tokenizer_info is there": "--enable-tokenizer-info-endpoint",
+    "the markers of reasoning are those of the chat template": "--reasoning-config=",
     "/sleep and /wake_up need --admin-key": "--enable-sleep-mode",
     "requests are never logged, only the access log names them": "--enable-log-requests "
     "--max-log-len=",
@@ -241,8 +244,7 @@ _REFUSED = {
         "--max-num-scheduled-tokens --max-num-active-seqs --max-num-queued-tokens "
         "--long-prefill-token-threshold-adaptive",
     "use --max-header-bytes": "--h11-max-incomplete-event-size",
-    "listen on an address with --host and --port": "--uds --grpc --grpc-port",
-    "let the proxy take the path's prefix off": "--root-path",
+    "listen with --host and --port, or --uds": "--grpc --grpc-port",
     "restart to load new certificates; ciphers are those of the system's OpenSSL":
         "--enable-ssl-refresh --ssl-ciphers",
     "give the model's directory; config.json is read there, and --hf-overrides changes it":
@@ -257,16 +259,12 @@ _REFUSED = {
     "use --uvicorn-log-level": "--log-level --log-config-file --logging-config",
     "errors are logged with their stack whenever they are ours": "--log-error-stack",
     "the buckets are fixed, see docs/operations.md": "--custom-histogram-buckets",
-    "clients ask for usage with stream_options": "--enable-force-include-usage",
-    "measure with `millrace bench serve`": "--enable-per-request-metrics",
-    "ask for token ids with return_token_ids": "--return-tokens-as-token-ids",
     "send chat_template_kwargs, or use --chat-template":
         "--trust-request-chat-template --reasoning-effort-map",
     "text only": "--trust-request-mm-kwargs",
     "leave tools out of such requests": "--exclude-tools-when-tool-choice-none",
     "set strict in a tool's definition": "--tool-strict-level",
     "the client runs its tools": "--tool-server",
-    "send thinking_token_budget in a request": "--reasoning-config",
     "structured outputs are matched by llguidance; leave it out": "--structured-outputs-config",
     "texts are not marked": "--watermark-config",
     "answers carry no fingerprint": "--fingerprint-value",

@@ -69,7 +69,7 @@ def test_turn_ends_travel_with_the_request(processor: TextProcessor) -> None:
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_token_outside_the_vocabulary_is_named(processor: TextProcessor, token: int) -> None:
-    with pytest.raises(RequestError, match=rf"token id {token} is not in the vocabulary; use 0 to"):
+    with pytest.raises(RequestError, match=rf"token id {token} is out of vocabulary; use 0 to"):
         processor.request("r", [1, token, 2], SamplingParams(), 100)
 
 

@@ -122,8 +122,8 @@ def _check(options: ServerOptions) -> None:
 def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -> int:
     """A server in this process, or one that this process watches. Returns the exit status."""
     from millrace.common.child_process import python_module
-    from millrace.common.sockets import listen, tls_context
-    from millrace.server.supervisor import is_supervised, supervise
+    from millrace.common.sockets import tls_context
+    from millrace.server.supervisor import is_supervised, open_listeners, supervise
 
     if not options.max_server_restarts or is_supervised() or "RANK" in os.environ:
         from millrace.server.run import run_server
@@ -132,7 +132,7 @@ def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -
     tls_context(  # what cannot work is reported here, once
         options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs, options.ssl_cert_reqs
     )
-    listeners = listen(options.host, options.port)
+    listeners = open_listeners(options)
     find_model(args.model, args.revision, args.download_dir)
     command = python_module("millrace.cli", "serve", *arguments)
     return supervise(command, listeners, options.max_server_restarts)

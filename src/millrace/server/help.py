@@ -41,6 +41,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *(
             "host",
             "port",
+            "uds",
+            "root_path",
             "api_key",
             "gateway_api_key",
             "admin_key",
@@ -52,7 +54,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("ssl_cert_reqs", "allowed_origins", "allowed_methods", "allowed_headers"),
         *("allow_credentials", "max_body_bytes", "max_bodies_bytes", "max_header_bytes"),
         *("read_timeout", "shutdown_timeout", "max_engine_restarts", "enable_request_id_headers"),
-        *("max_stored_responses", "max_stored_bytes"),
+        *("max_stored_responses", "max_stored_bytes", "enable_force_include_usage"),
+        *("enable_per_request_metrics", "return_tokens_as_token_ids"),
     ),
     "logs": (
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "uvicorn_log_level"),

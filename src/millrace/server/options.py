@@ -26,6 +26,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
+    root_path: str = ""
     replicas: int = 1
     engine: Literal["millrace", "vllm", "sglang"] = "millrace"
     engine_command: str | None = None
@@ -63,6 +65,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_engine_restarts: int = 3
     max_server_restarts: int = 3
     enable_request_id_headers: bool = True
+    enable_force_include_usage: bool = False
+    enable_per_request_metrics: bool = False
+    return_tokens_as_token_ids: bool = False
     disable_uvicorn_access_log: bool = False
     disable_access_log_for_endpoints: str = "/health,/ping,/metrics,/load"
     otlp_traces_endpoint: str | None = None
@@ -72,6 +77,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 SERVER_HELP: Mapping[str, str] = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
+    "uds": "Unix socket to listen on, for this user alone, instead of host and port.",
+    "root_path": "Prefix that a proxy in front leaves in paths, such as /llm; paths without it "
+    "work too.",
     "replicas": "Replicas to start behind one gateway.",
     "engine": "What to start as replicas: Millrace's own engine, or another server (vllm, sglang).",
     "engine_command": "Program of the other server, if it is not on PATH.",
@@ -121,6 +129,10 @@ SERVER_HELP: Mapping[str, str] = {
     "0 runs it without a parent process that watches it.",
     "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's, or a "
     "new one.",
+    "enable_force_include_usage": "End every stream of the OpenAI endpoints with the token counts.",
+    "enable_per_request_metrics": "Put the times of a request into answers with one output.",
+    "return_tokens_as_token_ids": "Write tokens in log-probabilities as token_id:17 for requests "
+    "that say nothing.",
     "disable_uvicorn_access_log": "Write no access log.",
     "disable_access_log_for_endpoints": "Paths, separated by commas, that are left out of the "
     "access log.",

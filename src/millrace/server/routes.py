@@ -36,6 +36,7 @@ from millrace.server.api.openai_responses.request import Deleted, ResponsesReque
 from millrace.server.api.openai_responses.response_body import ResponseBody
 from millrace.server.api.pages import Load, Pages
 from millrace.server.api.request_schema import (
+    BatchChatRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -79,6 +80,10 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "/v1/chat/completions", _POST, "Continue a chat",
         Chat, Chat.create, ChatRequest, ChatCompletion,
+    ),
+    ApiRoute(
+        "/v1/chat/completions/batch", _POST, "Continue several chats",
+        Chat, Chat.create_batch, BatchChatRequest, ChatCompletion,
     ),
     ApiRoute(
         "/v1/completions", _POST, "Continue a text",

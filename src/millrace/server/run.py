@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,13 +25,14 @@ from starlette.types import ASGIApp
 from millrace.common.api_errors import shutting_down
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import dropped_lines
-from millrace.common.sockets import BACKLOG, listen, tls_context
+from millrace.common.sockets import BACKLOG, tls_context
 from millrace.common.tasks import reported, task_failures
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import Ready
 from millrace.server.api.context import ApiContext
+from millrace.server.api.formatters import AnswerDefaults
 from millrace.server.app import application
 from millrace.server.engine_link.client import EngineClient, EngineDeadError
 from millrace.server.engine_link.control import EngineControl
@@ -45,8 +46,12 @@ from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions, admin_key, api_keys, gateway_key
 from millrace.server.routes import ROUTES
 from millrace.server.sandbox.pool import Sandbox, SandboxOptions
-from millrace.server.supervisor import hangups_are_ignored, inherited_listeners
-from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
+from millrace.server.supervisor import (
+    hangups_are_ignored,
+    inherited_listeners,
+    open_listeners,
+)
+from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
 from millrace.text.processor import TextProcessor
 
 logger = logging.getLogger(__name__)
@@ -68,7 +73,7 @@ def run_server(
     raise_file_limit()
     # A prompt is encoded alone: the tokenizer's thread pool would only add a hand-over.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    listeners = inherited_listeners() or listen(options.host, options.port)
+    listeners = inherited_listeners() or open_listeners(options)
     directory = find_model(args.model, args.revision, args.download_dir)
     names = args.served_model_name or [args.model]
     args = msgspec.structs.replace(args, model=str(directory))
@@ -104,6 +109,7 @@ async def _serve(
             options,
             metrics,
             tracer,
+            lambda: reported_load(client.stats),
         )
         server = _Server(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
@@ -169,6 +175,11 @@ def _api(
         grammars=sandboxes[0],
         encoder=sandboxes[1],
         control=control,
+        answers=AnswerDefaults(
+            usage=options.enable_force_include_usage,
+            tokens_as_ids=options.return_tokens_as_token_ids,
+            times=options.enable_per_request_metrics,
+        ),
         max_stored_responses=options.max_stored_responses,
         max_stored_bytes=options.max_stored_bytes,
     )
@@ -194,7 +205,11 @@ def _sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
 
 
 def _middleware(
-    app: ASGIApp, options: ServerOptions, metrics: RequestMetrics, tracer: Tracer
+    app: ASGIApp,
+    options: ServerOptions,
+    metrics: RequestMetrics,
+    tracer: Tracer,
+    load: Callable[[], Mapping[str, float]],
 ) -> Middleware:
     unlogged_paths = frozenset(options.disable_access_log_for_endpoints.split(","))
     return Middleware(
@@ -210,6 +225,8 @@ def _middleware(
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
         on_finish=[tracer.record] if tracer.active else [],
+        root_path=options.root_path,
+        load=load,
     )
 
 
@@ -355,9 +372,13 @@ def _startup_message(
     ready: Ready, name: str, scheme: str, listener: socket.socket, token_ids: bool
 ) -> str:
     """What is printed when the engine is ready. token_ids: prompts must be token ids."""
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    url = f"{scheme}://{host}:{port}"
+    where = ""
+    if listener.family == socket.AF_UNIX:
+        url, where = f"{scheme}://localhost", f" --unix-socket {listener.getsockname()}"
+    else:
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        url = f"{scheme}://{host}:{port}"
     path: str
     body: dict[str, object]
     path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
@@ -366,6 +387,6 @@ def _startup_message(
     example = msgspec.json.encode({"model": name, **body, "max_tokens": 64}).decode()
     return (
         f"{ready.summary}\n"
-        f"Millrace serves {name} at {url}. Try:\n"
-        f"  curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{example}'"
+        f"Millrace serves {name} at {url}{where}. Try:\n"
+        f"  curl{where} {url}/v1/{path} -H 'Content-Type: application/json' -d '{example}'"
     )

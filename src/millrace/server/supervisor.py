@@ -19,6 +19,8 @@ from types import FrameType
 
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import child_environment, end_with_parent
+from millrace.common.sockets import listen, listen_unix
+from millrace.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,13 @@ def hangups_are_ignored() -> bool:
 def is_supervised() -> bool:
     """Whether this process was started by a supervisor whose sockets it has not taken yet."""
     return VARIABLE in os.environ
+
+
+def open_listeners(options: ServerOptions) -> list[socket.socket]:
+    """Sockets that listen where the options say. Raises ConfigError."""
+    if options.uds is not None:
+        return [listen_unix(options.uds, "--uds")]
+    return listen(options.host, options.port)
 
 
 def inherited_listeners() -> list[socket.socket] | None:

@@ -333,11 +333,11 @@ class TextProcessor:
         return token
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Raise RequestError for the first that is not in the vocabulary."""
+        """Raise RequestError for the first that is out of vocabulary."""
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
             raise RequestError(
-                f"token id {wrong} is not in the vocabulary; use 0 to {self.vocab_size - 1}",
+                f"token id {wrong} is out of vocabulary; use 0 to {self.vocab_size - 1}",
                 param=param,
             )
 

@@ -12,7 +12,9 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from time import time
 from typing import TypeVar
+from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
@@ -26,10 +28,16 @@ from millrace.lengths import check_lengths
 from millrace.protocol import AddRequest, Grammar, Ready, SamplingParams
 from millrace.server.api.field_table import FieldRules
 from millrace.server.api.fields import COUNTING, parse_body, warn_once
-from millrace.server.api.formatters import Formatter
+from millrace.server.api.formatters import AnswerDefaults, Formatter, ResponseHeader
 from millrace.server.api.generation import Generations
+from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.prompts import Prompt
-from millrace.server.api.request_schema import GenerationRequest, ModelRequest, PromptRequest
+from millrace.server.api.request_schema import (
+    GenerationRequest,
+    ModelRequest,
+    PromptRequest,
+    StreamOptions,
+)
 from millrace.server.api.transport import FullResponse, StreamingResponse
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.engine_link.control import EngineControl
@@ -72,7 +80,7 @@ class ApiContext:
     model calls tools.
     max_queue: requests that may wait beyond those that the engine runs at once.
     grammars, encoder: the processes that build grammars and encode long texts. control: what
-    pauses the engine and puts it to sleep.
+    pauses the engine and puts it to sleep. answers: what they hold where requests say nothing.
     max_stored_responses, max_stored_bytes: bounds of the responses that are kept. response_tag:
     stands in their ids.
     """
@@ -91,11 +99,13 @@ class ApiContext:
         grammars: Sandbox,
         encoder: Sandbox,
         control: EngineControl,
+        answers: AnswerDefaults | None = None,
         max_stored_responses: int = 0,
         max_stored_bytes: int = 0,
     ) -> None:
         self.client = client
         self.control = control
+        self._answers = answers or AnswerDefaults()
         self.processor = processor
         self.names = names
         self.reasoning_parser = reasoning_parser
@@ -173,6 +183,27 @@ class ApiContext:
                 f"be ({ready.max_num_seqs} running, {self._max_queue} waiting); try again later",
                 code="queue_full",
             )
+
+    def response_header(self, body: GenerationRequest, prefix: str) -> ResponseHeader:
+        """What every chunk of the answer repeats. prefix: of its id."""
+        options = body.stream_options or StreamOptions()
+        if self._answers.usage:
+            options = msgspec.structs.replace(options, include_usage=True)
+        return ResponseHeader(
+            id=f"{prefix}-{uuid4().hex}",
+            created=int(time()),
+            model=self.model_name(body),
+            with_ids=bool(body.return_token_ids),
+            with_times=self._answers.times,
+            options=options,
+        )
+
+    def logprob_formatter(self, body: GenerationRequest) -> LogprobFormatter:
+        """What words log-probabilities as the body, or else the server, wants them."""
+        as_ids = body.return_tokens_as_token_ids
+        if as_ids is None:
+            as_ids = self._answers.tokens_as_ids
+        return LogprobFormatter(self.processor.tokenizer, as_ids)
 
     def model_name(self, body: ModelRequest) -> str:
         """The model's name in the answer."""

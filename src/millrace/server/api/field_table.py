@@ -129,7 +129,7 @@ FIELDS: Mapping[str, Mapping[Api, Fate]] = {
               completions="use logprobs"),
     **_fields("prompt_logprobs", _OPENAI, why="this API shows none"),
     **_fields("logprob_token_ids", _OPENAI, why="this API shows none"),
-    **_fields("echo", "completions", neutral=(False,)),
+    **_fields("echo", _OPENAI, neutral=(False,)),
     **_fields("return_token_ids return_tokens_as_token_ids", _OPENAI, neutral=(False,)),
     **_fields("return_prompt_text", "chat", neutral=(False,)),
     **_fields("resume_token_ids", _OPENAI),

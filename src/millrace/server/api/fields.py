@@ -26,7 +26,7 @@ from millrace.server.api.field_table import (
     field_rules,
 )
 from millrace.server.api.request_schema import (
-    ChatRequest,
+    ChatOptions,
     CompletionRequest,
     GenerationRequest,
     ModelRequest,
@@ -115,11 +115,22 @@ def _decode_field(name: str, raw: msgspec.Raw, decode: Callable[[Any], Any]) -> 
     try:
         return decode(raw)
     except msgspec.ValidationError as error:
+        if name == "logit_bias":
+            _check_token_keys(name, raw)
         raise _invalid_field(name, str(error)) from None
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise RequestError(
             f"{name} is not valid JSON: {error}", param=name, code="invalid_json"
         ) from None
+
+
+def _check_token_keys(name: str, raw: msgspec.Raw) -> None:
+    """Raise RequestError that names keys of an object that are no token ids."""
+    given = msgspec.json.decode(raw)
+    keys = [key for key in given if not key.isdecimal()] if isinstance(given, dict) else []
+    if keys:
+        named = ", ".join(f"{key!r:.40}" for key in keys[:5])
+        raise RequestError(f"{name}: keys are token ids, got {named}", param=name)
 
 
 def _invalid_field(name: str, message: str) -> RequestError:
@@ -260,7 +271,7 @@ _HEAD = re.compile(r"\w+")
 
 def _max_tokens(body: GenerationRequest) -> int | None:
     """The body's max_tokens; None where it has none, or asks for as many as fit."""
-    if isinstance(body, ChatRequest):
+    if isinstance(body, ChatOptions):
         newer = body.max_completion_tokens
         return body.max_tokens if newer is None else newer
     assert isinstance(body, CompletionRequest)
@@ -272,7 +283,7 @@ def _max_tokens(body: GenerationRequest) -> int | None:
 
 
 def _logprobs(body: GenerationRequest) -> int | None:
-    if isinstance(body, ChatRequest):
+    if isinstance(body, ChatOptions):
         if not body.logprobs and body.top_logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         return _or(body.top_logprobs, 0) if body.logprobs else None

@@ -18,8 +18,10 @@ from millrace.server.api.response_schema import (
     CompletionChoice,
     CompletionLogprobs,
     PromptLogprobs,
+    RequestTimes,
     Usage,
 )
+from millrace.server.engine_link.stream import Stream
 from millrace.text.detokenizer import Piece
 
 _encode = msgspec.json.Encoder().encode
@@ -58,7 +60,17 @@ class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     with_ids: bool = False
+    with_times: bool = False
     options: StreamOptions = StreamOptions()
+
+
+class AnswerDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What answers hold where requests say nothing. usage: the token counts behind a stream.
+    tokens_as_ids: tokens in log-probabilities read `token_id:17`. times: of requests."""
+
+    usage: bool = False
+    tokens_as_ids: bool = False
+    times: bool = False
 
 
 def data_event(body: msgspec.Struct) -> bytes:
@@ -74,6 +86,7 @@ class OpenAiFormatter:
         self.needs_usage = bool(header.options.continuous_usage_stats)
         self._header = header
         self._logprobs = logprobs
+        self._streamed: dict[int, Generation] = {}  # by choice, for their times
 
     def chunk(
         self, generation: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
@@ -86,6 +99,8 @@ class OpenAiFormatter:
     def piece_events(
         self, generation: Generation, piece: Piece, first: bool, usage: Usage | None
     ) -> Iterable[bytes]:
+        if self._header.with_times:
+            self._streamed[generation.index] = generation
         return (
             data_event(self.chunk(generation, piece, first, UNSET if usage is None else usage)),
         )
@@ -97,6 +112,11 @@ class OpenAiFormatter:
 
     def error_events(self, error: ApiError) -> Iterable[bytes]:
         return data_event(error.body), b"data: [DONE]\n\n"
+
+    def _times(self, generations: Iterable[Generation]) -> RequestTimes | UnsetType:
+        """The times of a request with one output, if answers hold them."""
+        found = list(generations) if self._header.with_times else []
+        return _request_times(found[0].stream) if len(found) == 1 else UNSET
 
     def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
         return piece.token_ids if self._header.with_ids else UNSET
@@ -144,7 +164,8 @@ class CompletionFormatter(OpenAiFormatter):
         return self._completion([self._choice(generation, piece, first)], usage)
 
     def usage_chunk(self, usage: Usage) -> Completion:
-        return self._completion([], usage)
+        chunk = self._completion([], usage)
+        return msgspec.structs.replace(chunk, metrics=self._times(self._streamed.values()))
 
     def full_response(
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
@@ -157,7 +178,9 @@ class CompletionFormatter(OpenAiFormatter):
             for index, at in enumerate(kept)
         ]
         whole = self._completion(choices, usage)
-        return msgspec.structs.replace(whole, service_tier=None, system_fingerprint=None)
+        return msgspec.structs.replace(
+            whole, service_tier=None, system_fingerprint=None, metrics=self._times(generations)
+        )
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType) -> Completion:
         head = self._header
@@ -205,6 +228,19 @@ def _with_nulls(choice: CompletionChoice) -> CompletionChoice:
     names = ("token_ids", "prompt_token_ids", "prompt_logprobs")
     missing = {name: None for name in names if getattr(choice, name) is UNSET}
     return msgspec.structs.replace(choice, **missing)
+
+
+def _request_times(stream: Stream) -> RequestTimes:
+    admitted = stream.arrival + stream.queue_time
+    first, last = stream.first_token_time or admitted, stream.last_token_time or admitted
+    after_first = stream.generated_tokens - 1
+    return RequestTimes(
+        time_to_first_token_ms=(first - admitted) * 1000,
+        generation_time_ms=(last - first) * 1000,
+        queue_time_ms=stream.queue_time * 1000,
+        mean_itl_ms=(last - first) * 1000 / after_first if after_first > 0 else UNSET,
+        tokens_per_second=stream.generated_tokens / max(last - admitted, 1e-6),
+    )
 
 
 def _most_likely(pieces: Sequence[Piece], shown: int, made: int) -> list[int]:

@@ -56,7 +56,9 @@ class LogprobFormatter:
             offset += len(self._tokenizer.token_text(first))
         for one in positions:
             rows = _rows(one)
-            top = {self._text(token): logprob for token, logprob in reversed(rows)}
+            top: dict[str, float] = {}  # the token itself comes first
+            for token, logprob in rows:
+                top.setdefault(self._text(token), logprob)
             self._add(entries, *rows[0], top, offset)
             offset += len(self._tokenizer.token_text(one.token_ids[0]))
         return entries, offset

@@ -77,7 +77,7 @@ class GenerationRequest(SamplingRequest, frozen=True, kw_only=True):
     n: int | None = 1
     prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
-    return_tokens_as_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -101,16 +101,17 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     add_special_tokens: bool = True
 
 
-class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """Body of /v1/chat/completions. chat_template_kwargs: variables for the template.
+class ChatOptions(GenerationRequest, frozen=True, kw_only=True):
+    """What chats may hold beside their messages. chat_template_kwargs: variables for the template.
 
-    tool_choice: none, auto, required, or {"type": "function", "function": {"name": ...}}.
+    tool_choice: none, auto, required, or {"type": "function", "function": {"name": ...}}. echo: the
+    answer begins with the last message where that is the assistant's.
     thinking, reasoning: as in Anthropic's API and in /v1/responses.
     """
 
-    messages: list[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    echo: bool | None = False
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
@@ -127,6 +128,18 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     return_prompt_text: bool | None = False
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(ChatOptions, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+
+
+class BatchChatRequest(ChatOptions, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions/batch: several conversations, an answer for each."""
+
+    messages: list[list[dict[str, Any]]]
 
 
 class TokenizeRequest(ModelRequest, frozen=True, kw_only=True):

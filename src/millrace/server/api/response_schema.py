@@ -39,6 +39,17 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionTokensDetails
 
 
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of a request with one output, in milliseconds, from its admission on. mean_itl_ms: of
+    an output of several tokens. tokens_per_second: of the output, prefill included."""
+
+    time_to_first_token_ms: float
+    generation_time_ms: float
+    queue_time_ms: float
+    mean_itl_ms: float | UnsetType = UNSET
+    tokens_per_second: float
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     """One entry a token. None: the first token of an echoed prompt, which nothing predicts.
 
@@ -96,6 +107,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: UnsetType | None = UNSET
     system_fingerprint: UnsetType | None = UNSET
     usage: Usage | UnsetType = UNSET
+    metrics: RequestTimes | UnsetType = UNSET
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +174,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     prompt_text: str | None = None
+    metrics: RequestTimes | UnsetType = UNSET
     kv_transfer_params: None = None
 
 
@@ -198,6 +211,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_text: str | UnsetType = UNSET
+    metrics: RequestTimes | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):

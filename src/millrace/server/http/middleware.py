@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from uuid import uuid4
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,8 @@ class Middleware:
     """An ASGI application around another one.
 
     unlogged_paths: paths whose requests get no line in the access log; None: no request gets one.
-    on_finish: called with the record of each request that has ended.
+    on_finish: called with the record of each request that has ended. root_path: a prefix that is
+    taken off paths. load: the engine's load by name, for requests that ask for it (ORCA).
     """
 
     def __init__(
@@ -44,7 +46,11 @@ class Middleware:
         add_request_ids: bool = True,
         unlogged_paths: frozenset[str] | None = frozenset(),
         on_finish: Sequence[Callable[[RequestRecord], None]] = (),
+        root_path: str = "",
+        load: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
+        self._root_path = root_path.rstrip("/")
+        self._load = load
         self._app = app
         self._metrics = metrics
         self._access = access
@@ -69,15 +75,21 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root_path and scope["path"].startswith(f"{self._root_path}/"):
+            scope = {**scope, "path": scope["path"][len(self._root_path) :]}
         record = RequestRecord(scope, _request_id(scope))
         current.set(record)
-        header = (b"x-request-id", record.id.encode("ascii"))
+        headers = [(b"x-request-id", record.id.encode("ascii"))] if self._add_request_ids else []
+        load_format = _load_format(scope)
 
         async def send_recording_status(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                if self._add_request_ids:
-                    message["headers"] = [*message.get("headers", ()), header]
+                if load_format is not None:
+                    report = load_report(load_format, self._load())
+                    headers.append((b"endpoint-load-metrics", report))
+                if headers:
+                    message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         self.open_requests += 1
@@ -126,6 +138,23 @@ def access_line(record: RequestRecord) -> str:
     parts.append(f"id={record.id}")
     parts.append(f"from={client[0]}:{client[1]}" if client else "from=?")
     return " ".join(parts)
+
+
+def _load_format(scope: Scope) -> str | None:
+    """The format in which the request wants the engine's load; None where it does not ask."""
+    for name, value in scope["headers"]:
+        if name == b"endpoint-load-metrics-format":
+            wanted: str = value.decode("latin-1").strip().upper()
+            return wanted if wanted in ("TEXT", "JSON") else None
+    return None
+
+
+def load_report(wanted: str, load: Mapping[str, float]) -> bytes:
+    """The value of the header `endpoint-load-metrics`, as ORCA has it. wanted: TEXT or JSON."""
+    if wanted == "JSON":
+        return b"JSON " + msgspec.json.encode({"named_metrics": load})
+    pairs = (f"named_metrics.{name}={value}" for name, value in load.items())
+    return f"TEXT {', '.join(pairs)}".encode("ascii")
 
 
 def _request_id(scope: Scope) -> str:

@@ -110,6 +110,14 @@ def _kv_usage(stats: EngineStats) -> float:
     return 1.0 - available / stats.total_pages if stats.total_pages else 0.0
 
 
+def reported_load(stats: EngineStats) -> Mapping[str, float]:
+    """What answers report of the engine's load to balancers that ask (ORCA), as vLLM does."""
+    return {
+        "kv_cache_usage_perc": _kv_usage(stats),
+        "num_requests_waiting": float(stats.waiting),
+    }
+
+
 # name, vLLM's name if it has one of the same meaning, what it is, its value
 _Row = tuple[str | None, str | None, str, Callable[[EngineStats], float]]
 

@@ -6,10 +6,9 @@ to this one and use it too.
 
 from __future__ import annotations
 
-import time
+import asyncio
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
@@ -19,11 +18,15 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
 from millrace.server.api.chat.formatter import ChatFormatter
 from millrace.server.api.chat.thinking import thinking_budget, thinking_variables
-from millrace.server.api.context import ApiContext
-from millrace.server.api.fields import CHATS, check_resume, sampling_params, structured_outputs
-from millrace.server.api.formatters import ResponseHeader
-from millrace.server.api.logprobs import LogprobFormatter
-from millrace.server.api.request_schema import ChatRequest, StreamOptions
+from millrace.server.api.context import ApiContext, cache_salt
+from millrace.server.api.fields import (
+    CHATS,
+    check_resume,
+    sampling_params,
+    structured_outputs,
+)
+from millrace.server.api.prompts import naming_prompt
+from millrace.server.api.request_schema import BatchChatRequest, ChatOptions, ChatRequest
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.grammar_jobs import GrammarJob
 from millrace.text.processor import split_outputs
@@ -59,23 +62,15 @@ class Chat:
         if any(tool.get("type") == "custom" for tool in body.tools or ()):
             message = "tools of type custom are served by /v1/responses; describe a function here"
             raise RequestError(message, param="tools")
-        header = ResponseHeader(
-            id=f"chatcmpl-{uuid4().hex}",
-            created=int(time.time()),
-            model=context.model_name(body),
-            with_ids=bool(body.return_token_ids),
-            options=body.stream_options or StreamOptions(),
-        )
+        header = context.response_header(body, "chatcmpl")
         prepared = await prepare_chat(context, body, header.id, ready)
-        logprobs = LogprobFormatter(
-            context.processor.tokenizer, bool(body.return_tokens_as_token_ids)
-        )
         formatter = ChatFormatter(
             header,
-            logprobs,
+            context.logprob_formatter(body),
             prepared.parsers,
             shows_reasoning=body.include_reasoning,
             prompt_text=prepared.text if body.return_prompt_text else None,
+            echo=_last_answer(body.messages) if body.echo else "",
         )
         return context.respond(
             prepared.requests,
@@ -87,6 +82,56 @@ class Chat:
             stream_interval=body.stream_interval,
             reasons=prepared.reasons,
         )
+
+    async def create_batch(self, request: Request) -> ASGIApp:
+        """POST /v1/chat/completions/batch: a choice for each conversation, in their order."""
+        context = self._context
+        body = await context.body(request, BatchChatRequest, CHATS)
+        body = msgspec.structs.replace(body, cache_salt=cache_salt(request, body) or None)
+        ready = context.check_ready(body)
+        _check_batch(body)
+        context.check_capacity(len(body.messages), ready)
+        header = context.response_header(body, "chatcmpl")
+        chats = []
+        for index, messages in enumerate(body.messages):
+            with naming_prompt(index, len(body.messages)):
+                chat = _one_of(body, messages)
+                chats.append(await prepare_chat(context, chat, f"{header.id}-{index}", ready))
+            await asyncio.sleep(0)  # other requests go on between conversations
+        formatter = ChatFormatter(
+            header,
+            context.logprob_formatter(body),
+            [parser for chat in chats for parser in chat.parsers],
+            shows_reasoning=body.include_reasoning,
+        )
+        requests = [one for chat in chats for one in chat.requests]
+        return context.respond(requests, chats[0].params, formatter, ready, stream=False)
+
+
+def _check_batch(body: BatchChatRequest) -> None:
+    """Raise RequestError for what several conversations cannot have together."""
+    if not body.messages:
+        raise RequestError("messages holds no conversation", param="messages")
+    for name, wanted in (("stream", body.stream), ("tools", body.tools), ("echo", body.echo)):
+        if wanted:
+            raise RequestError(f"{name} is not served for a batch; leave it out", param=name)
+    if body.n not in (None, 1):
+        raise RequestError("n is 1 for a batch; repeat a conversation instead", param="n")
+
+
+def _one_of(body: BatchChatRequest, messages: list[dict[str, Any]]) -> ChatRequest:
+    """One conversation of a batch as a body of its own."""
+    fields = {name: getattr(body, name) for name in ChatOptions.__struct_fields__}
+    return ChatRequest(messages=messages, **fields)
+
+
+def _last_answer(messages: list[dict[str, Any]]) -> str:
+    """The text of a last message of the assistant, which the answer continues."""
+    last = messages[-1] if messages else {}
+    content = last.get("content") if last.get("role") == "assistant" else None
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 async def prepare_chat(

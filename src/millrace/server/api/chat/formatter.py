@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from millrace.server.api.formatters import OpenAiFormatter, ResponseHeader
@@ -30,7 +31,10 @@ from millrace.text.tools.parser import CallPart
 
 
 class ChatFormatter(OpenAiFormatter):
-    """Answers of /v1/chat/completions. parsers: one for each choice. prompt_text: None hides it."""
+    """Answers of /v1/chat/completions. parsers: one for each choice. prompt_text: None hides it.
+
+    echo: what the content begins with, before the output.
+    """
 
     def __init__(
         self,
@@ -40,8 +44,10 @@ class ChatFormatter(OpenAiFormatter):
         *,
         shows_reasoning: bool = True,
         prompt_text: str | None = None,
+        echo: str = "",
     ) -> None:
         super().__init__(header, logprobs)
+        self._echo = echo
         self._prompt_text = prompt_text
         self._parsers = parsers
         self._shows_reasoning = shows_reasoning
@@ -53,6 +59,8 @@ class ChatFormatter(OpenAiFormatter):
         if first:
             parser.feed(generation.resumed)
         part = parser.feed_piece(piece)
+        if first and self._echo:
+            part = msgspec.structs.replace(part, items=[self._echo, *part.items])
         choice = ChatChunkChoice(
             index=generation.index,
             delta=self._delta(part, parser, first),
@@ -70,7 +78,8 @@ class ChatFormatter(OpenAiFormatter):
         )
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
-        return self._chunk([], usage)
+        chunk = self._chunk([], usage)
+        return msgspec.structs.replace(chunk, metrics=self._times(self._streamed.values()))
 
     def _chunk(
         self,
@@ -108,11 +117,14 @@ class ChatFormatter(OpenAiFormatter):
             prompt_token_ids=self._prompt_ids(generations[0]) or None,
             prompt_logprobs=self._prompt_logprobs(generations[0]) or None,
             prompt_text=self._prompt_text,
+            metrics=self._times(generations),
         )
 
     def _choice(self, generation: Generation, piece: Piece) -> ChatChoice:
         parser = self._parsers[generation.index]
         part, calls = full_answer(parser, generation, piece)
+        if self._echo:
+            part = msgspec.structs.replace(part, items=[self._echo, *part.items])
         return ChatChoice(
             index=generation.index,
             message=self._message(part, calls, parser),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from uuid import uuid4
 
 import msgspec
 from starlette.requests import Request
@@ -20,9 +18,8 @@ from millrace.server.api.fields import (
     structured_outputs,
 )
 from millrace.server.api.formatters import CompletionFormatter, ResponseHeader
-from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.prompts import Prompt, naming_prompt, split_prompts
-from millrace.server.api.request_schema import CompletionRequest, StreamOptions
+from millrace.server.api.request_schema import CompletionRequest
 from millrace.text.processor import split_outputs
 
 PROMPTS_IN_A_ROW = 16
@@ -47,13 +44,7 @@ class Completions:
         prompts = split_prompts(body.prompt)
         check_resume(body, outputs=len(prompts) * made)
         context.check_capacity(len(prompts) * made, ready)
-        header = ResponseHeader(
-            id=f"cmpl-{uuid4().hex}",
-            created=int(time.time()),
-            model=context.model_name(body),
-            with_ids=bool(body.return_token_ids),
-            options=body.stream_options or StreamOptions(),
-        )
+        header = context.response_header(body, "cmpl")
         grammar = await self._grammar(body)
         every = msgspec.structs.replace(params, n=made)
         requests: list[AddRequest] = []
@@ -121,7 +112,7 @@ class Completions:
             echoes = [text for text in texts for _ in range(made)]
         return CompletionFormatter(
             header,
-            LogprobFormatter(tokenizer, bool(body.return_tokens_as_token_ids)),
+            self._context.logprob_formatter(body),
             echoes=echoes,
             prompt_only=body.max_tokens == 0,
             best=(params.n, made) if made > params.n else None,

@@ -51,8 +51,8 @@ class Tokenize:
         )
 
     def _token_texts(self, tokens: list[int]) -> list[str]:
-        token_text = self._context.processor.tokenizer.token_text
-        return [token_text(token) for token in tokens]
+        found: list[str | None] = self._context.processor.tokenizer.convert_ids_to_tokens(tokens)
+        return [token or "" for token in found]
 
     async def _chat_text(self, body: TokenizeRequest, ready: Ready) -> str:
         chat = ChatRequest(
