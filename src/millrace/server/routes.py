@@ -32,7 +32,11 @@ from millrace.server.api.management import (
 )
 from millrace.server.api.openai_responses.endpoint import Responses
 from millrace.server.api.openai_responses.listing import ItemList
-from millrace.server.api.openai_responses.request import Deleted, ResponsesRequest
+from millrace.server.api.openai_responses.request import (
+    Deleted,
+    InputTokens,
+    ResponsesRequest,
+)
 from millrace.server.api.openai_responses.response_body import ResponseBody
 from millrace.server.api.pages import Load, Pages
 from millrace.server.api.request_schema import (
@@ -92,6 +96,10 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "/v1/responses", _POST, "Answer an input",
         Responses, Responses.create, ResponsesRequest, ResponseBody,
+    ),
+    ApiRoute(
+        "/v1/responses/input_tokens", _POST, "Count an input's tokens",
+        Responses, Responses.count, ResponsesRequest, InputTokens,
     ),
     ApiRoute(
         "/v1/responses/{id}", _GET, "A stored response, or its stream",

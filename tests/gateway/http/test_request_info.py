@@ -136,6 +136,7 @@ ID = "resp_0123abcd" + "0" * 32
         (b"DELETE", "/v1/responses/resp_5", None, ""),
         (b"GET", f"/v1/models/{ID}", None, ""),
         (b"POST", "/v1/responses", {"input": "a", "previous_response_id": ID}, "0123abcd"),
+        (b"POST", "/v1/responses/input_tokens", {"previous_response_id": ID}, "0123abcd"),
         (b"POST", "/v1/responses", {"input": "a", "previous_response_id": "resp_é"}, ""),
         (b"POST", "/v1/responses", {"input": f'"id": "{ID}"'}, ""),
         (b"POST", "/v1/chat/completions", {"messages": [], "previous_response_id": ID}, ""),

@@ -115,7 +115,8 @@ def read_request_info(request: Request, keep: bool = True) -> RequestInfo:
         return other
     body = _read_body(request)
     if request.method != b"POST" or path not in PROMPT_FIELDS:
-        return msgspec.structs.replace(other, model=body.model)
+        named = other.response_tag or (_named_by(body) if path.startswith(RESPONSES) else "")
+        return msgspec.structs.replace(other, model=body.model, response_tag=named)
     info = _generation(request, body, path, batch, key)
     return info if keep else msgspec.structs.replace(info, resumable=False)
 

@@ -60,6 +60,17 @@ def test_instructions_are_not_carried_over(client: openai.OpenAI) -> None:
     assert prompt_tokens(other) == prompt_tokens(respond(client, whole, instructions="Be long."))
 
 
+def test_an_input_is_counted(client: openai.OpenAI) -> None:
+    first = respond(client, "hi", tools=[FUNCTION])
+    fields: Any = {"model": "fake", "input": "and?", "tools": [FUNCTION]}
+    counted = client.responses.input_tokens.count(**fields, previous_response_id=first.id)
+    later = respond(client, "and?", tools=[FUNCTION], previous_response_id=first.id)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == prompt_tokens(later)
+    long = client.responses.input_tokens.count(model="fake", input="spät " * 2000)
+    assert long.input_tokens > 1024
+
+
 def test_items_can_be_referred_to(client: openai.OpenAI) -> None:
     first = respond(client, "x </think> hello")
     reference: Any = {"type": "item_reference", "id": first.output[-1].id}

@@ -20,8 +20,9 @@ from millrace.errors import RequestError
 from millrace.lengths import ContextLengthError
 from millrace.protocol import Ready
 from millrace.response_ids import OWNER_HEADER
-from millrace.server.api.chat.endpoint import PreparedChat
+from millrace.server.api.chat.endpoint import PreparedChat, chat_text, tool_choice
 from millrace.server.api.context import ApiContext
+from millrace.server.api.field_table import counting_rules
 from millrace.server.api.fields import naming_fields
 from millrace.server.api.generation import Generations
 from millrace.server.api.openai_responses.background import BackgroundRun, EventStream
@@ -33,6 +34,7 @@ from millrace.server.api.openai_responses.request import (
     NAMES,
     RULES,
     Deleted,
+    InputTokens,
     ResponsesRequest,
     check_body,
     shown_logprobs,
@@ -99,6 +101,17 @@ class Responses:
             stream_interval=body.stream_interval,
             reasons=prepared.reasons,
         )
+
+    async def count(self, request: Request) -> ASGIApp:
+        """POST /v1/responses/input_tokens; the input may be longer than the context"""
+        context = self._context
+        body = await context.body(request, ResponsesRequest, counting_rules("responses"))
+        ready = context.check_ready(body)
+        chat, _ = as_chat(body, self._items(body, _owner(request)))
+        choice = tool_choice(context, chat)
+        work = partial(chat_text, context, chat, choice, ready, must_fit=False)
+        text = await context.run_in_thread(work, long=True)
+        return json_response(InputTokens(input_tokens=await context.count_tokens(text, ready)))
 
     async def retrieve(self, request: Request) -> ASGIApp:
         """GET /v1/responses/ID, also as a stream of events."""
@@ -234,6 +247,7 @@ class Responses:
         def open_generations() -> Generations:
             return self._context.open_generations(
                 prepared.requests, prepared.params, ready, _never, prefix_hashes,
+                stream_interval=body.stream_interval if body.stream else None,
                 reasons=prepared.reasons,
             )  # fmt: skip
 

@@ -74,6 +74,9 @@ def check_body(body: ResponsesRequest) -> None:
             raise RequestError(
                 f"include: {name[:100]!r} is not known; {known} are", param="include"
             )
+    if body.top_logprobs is not None and body.top_logprobs < 0:
+        message = f"top_logprobs must be at least 0, got {body.top_logprobs}"
+        raise RequestError(message, param="top_logprobs")
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         message = f"max_tool_calls must be at least 1, got {body.max_tool_calls}"
         raise RequestError(message, param="max_tool_calls")
@@ -94,6 +97,13 @@ def response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return dict(wanted) if isinstance(wanted, Mapping) else None
     described = {name: wanted[name] for name in ("schema", "strict") if name in wanted}
     return {"type": "json_schema", "json_schema": described}
+
+
+class InputTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True):
