@@ -1,10 +1,12 @@
-"""Decode steps with and without FP8 products that are launched before their input is quantised.
+"""Decode steps with and without kernels that are launched before the one in front has ended.
+
+Early: FP8 products behind what quantises their input; chained: norms and silu behind those, too.
 
 Qwen3.5-27B-FP8 shapes on one GPU: `--rows` sequences decode with one draft, as in `mixed_step.py`.
-The graphs of decode steps are captured in both ways by turns, in one process.
+The graphs of decode steps are captured in each way by turns, in one process.
 
     python benchmarks/early_launch_h200.py --rows 32 --turns 2
-    python benchmarks/early_launch_h200.py --tiny      # small, on any machine; both ways are alike
+    python benchmarks/early_launch_h200.py --tiny      # small, on any machine; all ways are alike
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ from model_shapes import write_config
 
 from millrace.model.tiny import TinyShape, config_json
 
+WAYS = ("apart", "early", "chained")
 
-def choose(bench: Bench, early: bool) -> float:
+
+def choose(bench: Bench, way: str) -> float:
     """Capture all graphs in one of the ways; returns seconds."""
     try:
         from millrace.kernels.gpu import quantize
         from millrace.kernels.gpu.gemm import fp8
     except ImportError:  # a machine without Triton
         return 0.0
-    quantize.EARLY_LAUNCHES = early
+    quantize.EARLY_LAUNCHES = way != "apart"
+    quantize.CHAINED_LAUNCHES = way == "chained"
     quantize.launches_early.cache_clear()
     fp8.allow_early_launches.cache_clear()
     began = time.perf_counter()
@@ -63,18 +68,18 @@ def main() -> None:
         print(f"ready after {bench.start_s:.1f} s", flush=True)
         rows = list(range(1, options.rows + 1))
         most = bench.prompt + (400 if options.tiny else 1100)
-        found: dict[bool, list[float]] = {False: [], True: []}
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(options.turns):
-            for early, times in found.items():
-                took = choose(bench, early)
+            for way, times in found.items():
+                took = choose(bench, way)
                 bench.fill(rows, bench.prompt, most, 0, 1.0)
                 room = (most - bench.prompt) // 2 - 8  # steps until rows end
                 times.append(
                     bench.measure(beside(bench, rows, 1, 0), options.seconds, room)["wall_ms"]
                 )
-                print(f"early {early}: {times[-1]:.3f} ms a step (graphs {took:.1f} s)", flush=True)
+                print(f"{way}: {times[-1]:.3f} ms a step (graphs {took:.1f} s)", flush=True)
         bench.engine.close()
-    medians = {f"early {early}": statistics.median(times) for early, times in found.items()}
+    medians = {way: round(statistics.median(times), 3) for way, times in found.items()}
     print(json.dumps({"rows": options.rows, **medians}))
 
 

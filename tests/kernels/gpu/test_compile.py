@@ -275,6 +275,11 @@ def test_what_launches_the_product_behind_it_compiles(
     more = {name: len(found) - forms[name] for name, found in compiler.forms.items()}
     # Of five pointwise and three norm kernels those that quantise; the others stay as they are.
     assert (more["_pointwise_kernel"], more["_norm_kernel"]) == (4, 2)
+    monkeypatch.setattr(quantize, "CHAINED_LAUNCHES", True)
+    between_products(LARGE)
+    more = {name: len(found) - forms[name] for name, found in compiler.forms.items()}
+    # And of these the one of silu, and both norms, once more.
+    assert (more["_pointwise_kernel"], more["_norm_kernel"]) == (5, 4)
 
 
 @pytest.mark.parametrize("shape", DENSE.values(), ids=DENSE)

@@ -4,7 +4,7 @@ Each of these ops also has a plain form that leaves its result in the model dtyp
 one kernel. Scales lie group by group (a column per group, tokens padded to a multiple of 4), the
 order in which FP8 products on Hopper read them. With EARLY_LAUNCHES what quantises lets the product
 behind it be launched at once: that one's blocks set themselves up meanwhile, and wait before they
-read.
+read. With CHAINED_LAUNCHES, too, norms and silu are launched so behind the product before them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from millrace.kernels.quantize import GROUP, Quantized
 
 E4M3_MAX = tl.constexpr(448.0)
 COPY, SILU_MUL, SIGMOID_GATE, GATED_NORM = range(4)
 EARLY_LAUNCHES = False  # `benchmarks/early_launch_h200.py` compares
+CHAINED_LAUNCHES = False  # the same; only where EARLY_LAUNCHES is set
 NORM_STRIP = 1024  # channels that a norm holds as one piece: [8, GROUP]
 
 
@@ -32,15 +33,24 @@ def quantize_groups(y):
     return (y / scale[:, None]).to(tl.float8e4nv), scale
 
 
+@triton.jit
+def _order_launches(EARLY: tl.constexpr, CHAINED: tl.constexpr):
+    """EARLY: the next kernel may be launched now. CHAINED: this one may have been, so wait until
+    the one in front has ended."""
+    if EARLY:
+        gdc_launch_dependents()
+    if CHAINED:
+        gdc_wait()
+
+
 @triton.jit(do_not_specialize=["scale_stride"])
 def _pointwise_kernel(
     x, y, weight, out, scales, x_stride, y_stride, width, scale_stride, eps,
     OP: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
-    QUANTIZE: tl.constexpr, EARLY: tl.constexpr,
+    QUANTIZE: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One token's groups program_id(1) * G and after; a group has DIM channels in WIDE lanes."""
-    if EARLY:
-        gdc_launch_dependents()
+    _order_launches(EARLY, CHAINED)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * G + tl.arange(0, G)
     lane = tl.arange(0, WIDE)
@@ -71,12 +81,11 @@ def _pointwise_kernel(
 def _norm_kernel(
     x, residual, weight, sums, normed, values, scales, x_stride, residual_stride, width,
     scale_stride, eps, ADD: tl.constexpr, KEEP: tl.constexpr, QUANTIZE: tl.constexpr,
-    STRIPS: tl.constexpr, RAGGED: tl.constexpr, EARLY: tl.constexpr,
+    STRIPS: tl.constexpr, RAGGED: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """rms_norm of one token after adding the residual where ADD, in STRIPS pieces of [8, 128]
     channels that are held between two passes. RAGGED: the last one is not full."""
-    if EARLY:
-        gdc_launch_dependents()
+    _order_launches(EARLY, CHAINED)
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, 8)
     channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -165,13 +174,15 @@ def norm(
     sums = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if keep else None
     q = empty_quantized(tokens, width, x.device) if quantized else None
+    early = quantized and launches_early()
+    chained = early and CHAINED_LAUNCHES
     if tokens:
         _norm_kernel[(tokens,)](
             x, _or(residual, x), weight, _or(sums, x), _or(normed, x),
             *(q or (x, x)), x.stride(0), _or(residual, x).stride(0), width,
             q.scales.stride(1) if q else 0, eps, ADD=residual is not None, KEEP=keep,
             QUANTIZE=quantized, STRIPS=-(-width // NORM_STRIP), RAGGED=width % NORM_STRIP > 0,
-            EARLY=quantized and launches_early(), num_warps=4,
+            EARLY=early, CHAINED=chained, launch_pdl=chained, num_warps=4,
         )  # fmt: skip
     return normed, q, sums
 
@@ -194,11 +205,14 @@ def _launch_pointwise(
     per_program = min(16, triton.next_power_of_2(groups))
     if x.shape[0] == 0:
         return
+    early = scales is not None and launches_early()
+    # Behind products alone: what gates and norms of heads wait for may run on two streams.
+    chained = early and CHAINED_LAUNCHES and op == SILU_MUL
     _pointwise_kernel[(x.shape[0], -(-groups // per_program))](
         x, y, _or(weight, x), out, _or(scales, x), x.stride(0), y.stride(0), width,
         0 if scales is None else scales.stride(1), eps, OP=op, DIM=dim, G=per_program,
         WIDE=triton.next_power_of_2(dim), QUANTIZE=scales is not None,
-        EARLY=scales is not None and launches_early(), num_warps=4,
+        EARLY=early, CHAINED=chained, launch_pdl=chained, num_warps=4,
     )  # fmt: skip
 
 
