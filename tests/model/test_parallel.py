@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from millrace.errors import ConfigError
+from millrace.kernels.batch import Caches
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.norm import add_rms_norm
 from millrace.kernels.quantize import quantize
 from millrace.kernels.sampling import best, token_of
 from millrace.model.build import build_model
 from millrace.model.build_context import BuildContext
+from millrace.model.cache_spec import CacheOptions, RecordPart
 from millrace.model.causal_lm import DraftHead
 from millrace.model.config import read_config
 from millrace.model.formats.fp8_block import Fp8BlockLinear
@@ -166,6 +168,44 @@ def require_same(results: list[list[Tensor]], alone: list[Tensor], tolerance: fl
 def test_ranks_agree_with_one(tmp_path: Path, size: int, changes: dict[str, int]) -> None:
     directory = write_checkpoint(tmp_path, replace(SHAPE, **changes))
     require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
+
+
+def caches_after_a_prompt(directory: Path, tp: TensorParallel) -> Caches:
+    model = build_model(read_config(directory), dtype=torch.float32, tp=tp)
+    load(model, directory)
+    driver = Driver(model, allocate_caches(model, 1, 20, ranks=tp.size))
+    driver.admit(1)
+    driver.step(prefill=[(1, [(11 * i) % 320 for i in range(70)])])
+    return driver.caches
+
+
+def recorded(caches: Caches, part: RecordPart) -> Tensor:
+    """What slot 1 has of a part of a record; of pages all that are granted, in their order."""
+    tensor: Tensor = getattr(caches.layers[int(part.layer.removeprefix("layers."))], part.name)
+    if part.per_page:
+        return tensor[caches.block_table[1].long()]
+    return tensor[1, : part.shape[0]]
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 4), (4, 4), (4, 2)])
+def test_a_rank_has_the_share_of_a_record_that_the_spec_names(
+    tmp_path: Path, size: int, kv_heads: int
+) -> None:
+    directory = write_checkpoint(tmp_path, replace(SHAPE, num_kv_heads=kv_heads))
+    options = CacheOptions("float32", "float32", "float32", 4, 20, 0, 16, draft_head=False)
+    spec = read_config(directory).cache_spec(options)
+    alone, meeting = caches_after_a_prompt(directory, TensorParallel()), Meeting(size)
+    with ThreadPoolExecutor(size) as pool:
+        runs = [pool.submit(caches_after_a_prompt, directory, meeting.rank(r)) for r in range(size)]
+        for rank, run_of_rank in enumerate(runs):
+            mine = run_of_rank.result(120)
+            for part, whole in zip(spec.record(rank, size), spec.record(), strict=True):
+                expected, got = recorded(alone, whole), recorded(mine, part)
+                assert got[0].nbytes == part.bytes if part.per_page else got.nbytes == part.bytes
+                for axis, ranges in enumerate(part.share, start=int(part.per_page)):
+                    pieces = [expected.narrow(axis, a, b - a) for a, b in ranges]
+                    expected = torch.cat(pieces, dim=axis)
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize(
