@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,23 @@ def test_the_queue_bounds_what_runs(tmp_path: Path) -> None:
             except openai.RateLimitError:
                 time.sleep(0.05)
         raise AssertionError("the queue stayed full")
+
+
+def test_the_oldest_events_are_dropped_for_their_bytes(tmp_path: Path) -> None:
+    with small_server(tmp_path, max_stored_bytes=30_000) as server:
+        client = client_of(server)
+        stream = client.responses.create(
+            model="fake", input="x", stream=True, background=True,
+            extra_body={"ignore_eos": True}, max_output_tokens=300,
+        )  # fmt: skip
+        seen: list[Any] = list(stream)  # who reads at once gets them all
+        assert [event.sequence_number for event in seen] == list(range(len(seen)))
+        id = seen[0].response.id
+        with pytest.raises(openai.BadRequestError, match="no longer kept") as caught:
+            client.responses.retrieve(id, stream=True, starting_after=0)
+        found = re.search(r"starting_after=(\d+)", caught.value.message)
+        assert found
+        after = int(found.group(1))
+        rest: list[Any] = list(client.responses.retrieve(id, stream=True, starting_after=after))
+        assert rest == seen[after + 1 :]
+        assert server.metric("millrace:stored_response_bytes") <= 30_000
