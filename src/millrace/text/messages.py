@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millrace.errors import RequestError
+from millrace.text.tools.custom import INPUT
 from millrace.text.tools.json_repair import completed
 
 Message = Mapping[str, Any]
@@ -83,6 +84,8 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    if isinstance(call, Mapping) and call.get("type") == "custom":
+        return _custom_call(call, where)
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(
@@ -90,6 +93,20 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         )
     arguments = _arguments(function.get("arguments"), f"{where}.function.arguments")
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _custom_call(call: Message, where: str) -> dict[str, Any]:
+    """A call of a custom tool as one of a function with one argument."""
+    custom = call.get("custom")
+    name = custom.get("name") if isinstance(custom, Mapping) else None
+    given = custom.get("input", "") if isinstance(custom, Mapping) else None
+    if not isinstance(name, str) or not isinstance(given, str):
+        raise RequestError(
+            f'{where} must be {{"type": "custom", "custom": {{"name": ..., "input": ...}}}}',
+            param=where,
+        )
+    function = {"name": name, "arguments": {INPUT: given}}
+    return {"id": call.get("id"), "type": "function", "function": function}
 
 
 def _arguments(given: Any, where: str) -> dict[str, Any]:

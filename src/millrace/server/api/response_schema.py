@@ -117,15 +117,23 @@ class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
     arguments: str
 
 
+class CalledCustom(msgspec.Struct, frozen=True, kw_only=True):
+    """A call's custom tool and its input; in a stream, what is new of it."""
+
+    name: str | UnsetType = UNSET
+    input: str
+
+
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
     """A call that the model makes. In a stream: index numbers the calls; id and type are sent with
-    a call's first part only.
+    a call's first part only. function or custom: as the tool is.
     """
 
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
-    function: CalledFunction
+    type: Literal["function", "custom"] | UnsetType = UNSET
+    function: CalledFunction | UnsetType = UNSET
+    custom: CalledCustom | UnsetType = UNSET
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
     """One function. given: as the prompt describes it. parameters: the schema of its arguments.
 
     strict: they must match it also where the model is free to call or not. lark: the grammar of a
-    custom tool's input; None where the schema says all.
+    custom tool's input; None where the schema says all. custom: it takes one text, not arguments.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
     given: dict[str, Any]
     strict: bool = False
     lark: str | None = None
+    custom: bool = False
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -122,7 +123,8 @@ def _custom(given: Mapping[str, Any], where: str) -> Tool:
     described = "\n\n".join(filter(None, (str(custom.get("description") or ""), told)))
     function = {"name": name, "description": described, "parameters": shown}
     strict = lark is not None or "pattern" in text
-    return Tool(name, schema, {"type": "function", "function": function}, strict, lark)
+    given = {"type": "function", "function": function}
+    return Tool(name, schema, given, strict, lark, custom=True)
 
 
 def _format(form: Any, where: str) -> tuple[dict[str, Any], str | None, str]:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.server.api.openai_responses.response_events import checked, read_events
 from tests.server.api.openai_responses.test_store import prompt_tokens, respond
+from tests.server.api.test_choices import events
 
 PATCH: Any = {"type": "custom", "name": "apply_patch", "description": "Edits files."}
 FILES: Any = {
@@ -134,8 +135,54 @@ def test_wrong_tools_are_refused(http: httpx.Client, tools: Any, message: str) -
     assert message in answer.json()["error"]["message"]
 
 
-def test_chats_have_functions_only(http: httpx.Client) -> None:
-    tools = [{"type": "custom", "custom": {"name": "a"}}]
-    body = {"messages": [{"role": "user", "content": "hi"}], "tools": tools}
-    answer = http.post("/v1/chat/completions", json=body)
-    assert "served by /v1/responses" in answer.json()["error"]["message"]
+# --- the same tools in chats --------------------------------------------------------------------
+
+CHAT_TOOLS: Any = [
+    {"type": "custom", "custom": {"name": "apply_patch", "description": "Edits files."}},
+    {"type": "function", "function": {"name": "read"}},
+]
+CHAT_WORDS = "</think>\n" + call("apply_patch", TEXT) + call("read") + call("apply_patch", "x")
+
+
+def test_a_chat_calls_custom_tools_too(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": CHAT_WORDS}]
+    answer = client.chat.completions.create(model="fake", messages=messages, tools=CHAT_TOOLS)
+    message = answer.choices[0].message
+    calls: Any = message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert [one.type for one in calls] == ["custom", "function", "custom"]
+    assert [one.custom.input for one in calls if one.type == "custom"] == [TEXT, "x"]
+    assert calls[0].custom.name == "apply_patch"
+    results = [{"role": "tool", "tool_call_id": one.id, "content": "done"} for one in calls]
+    again = client.chat.completions.create(
+        model="fake", messages=[*messages, message, *results], tools=CHAT_TOOLS
+    )
+    assert again.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_chat_streams_the_input_of_custom_tools(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": CHAT_WORDS}]
+    body = {"messages": messages, "tools": CHAT_TOOLS, "stream": True}
+    texts: dict[int, str] = {}
+    kinds: dict[int, str] = {}
+    parts = 0
+    for chunk in events(http, "/v1/chat/completions", body):
+        for one in chunk["choices"][0]["delta"].get("tool_calls", ()):
+            if "type" in one:
+                kinds[one["index"]] = one["type"]
+                assert one["id"]
+            inner = one.get("custom") or {"input": one.get("function", {}).get("arguments")}
+            texts[one["index"]] = texts.get(one["index"], "") + inner["input"]
+            parts += "custom" in one
+    assert kinds == {0: "custom", 1: "function", 2: "custom"}
+    assert texts == {0: TEXT, 1: "{}", 2: "x"}
+    assert parts > 10  # as the text comes
+
+
+def test_a_wrong_custom_call_in_a_history_is_refused(http: httpx.Client) -> None:
+    for wrong in (None, {"name": 3}, {"name": "a", "input": 4}):
+        calls = [{"id": "c", "type": "custom", "custom": wrong}]
+        history = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
+        answer = http.post("/v1/chat/completions", json={"messages": history, "tools": CHAT_TOOLS})
+        assert answer.status_code == 400
+        assert "messages[1].tool_calls[0] must be" in answer.json()["error"]["message"]

@@ -39,13 +39,15 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 class PreparedChat(msgspec.Struct, frozen=True):
     """A chat as engine requests. parsers: one for each of the requests. text: of the prompt, as the
-    template wrote it. reasons: the answers begin with reasoning, which is split off."""
+    template wrote it. reasons: the answers begin with reasoning, which is split off. custom_tools:
+    names of those that take one text."""
 
     requests: list[AddRequest]
     params: SamplingParams
     parsers: list[AnswerParser]
     text: str
     reasons: bool
+    custom_tools: frozenset[str]
 
 
 class Chat:
@@ -59,9 +61,6 @@ class Chat:
         context = self._context
         body, prefix_hashes = await context.read_prompt_body(request, ChatRequest, CHATS)
         ready = context.check_ready(body)
-        if any(tool.get("type") == "custom" for tool in body.tools or ()):
-            message = "tools of type custom are served by /v1/responses; describe a function here"
-            raise RequestError(message, param="tools")
         header = context.response_header(body, "chatcmpl")
         prepared = await prepare_chat(context, body, header.id, ready)
         formatter = ChatFormatter(
@@ -71,6 +70,7 @@ class Chat:
             shows_reasoning=body.include_reasoning,
             prompt_text=prepared.text if body.return_prompt_text else None,
             echo=_last_answer(body.messages) if body.echo else "",
+            custom_tools=prepared.custom_tools,
         )
         return context.respond(
             prepared.requests,
@@ -103,6 +103,7 @@ class Chat:
             context.logprob_formatter(body),
             [parser for chat in chats for parser in chat.parsers],
             shows_reasoning=body.include_reasoning,
+            custom_tools=chats[0].custom_tools,
         )
         requests = [one for chat in chats for one in chat.requests]
         return context.respond(requests, chats[0].params, formatter, ready, stream=False)
@@ -165,7 +166,8 @@ async def prepare_chat(
     requests = split_outputs(request)
     parser = partial(_parser, context, choice, starts_with_reasoning)
     parsers = [parser() for _ in requests]
-    return PreparedChat(requests, params, parsers, text, starts_with_reasoning)
+    custom = frozenset(tool.name for tool in choice.tools if tool.custom)
+    return PreparedChat(requests, params, parsers, text, starts_with_reasoning, custom)
 
 
 def chat_text(

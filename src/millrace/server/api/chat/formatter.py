@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from millrace.server.api.chat.calls import CallFormatter
 from millrace.server.api.formatters import OpenAiFormatter, ResponseHeader
 from millrace.server.api.generation import Generation
 from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.response_schema import (
-    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -27,13 +27,12 @@ from millrace.server.api.response_schema import (
 )
 from millrace.text.answer_parser import AnswerParser, AnswerPart
 from millrace.text.detokenizer import Piece
-from millrace.text.tools.parser import CallPart
 
 
 class ChatFormatter(OpenAiFormatter):
     """Answers of /v1/chat/completions. parsers: one for each choice. prompt_text: None hides it.
 
-    echo: what the content begins with, before the output.
+    echo: what the content begins with, before the output. custom_tools: names of them.
     """
 
     def __init__(
@@ -45,8 +44,10 @@ class ChatFormatter(OpenAiFormatter):
         shows_reasoning: bool = True,
         prompt_text: str | None = None,
         echo: str = "",
+        custom_tools: Collection[str] = (),
     ) -> None:
         super().__init__(header, logprobs)
+        self._calls = [CallFormatter(custom_tools) for _ in parsers]
         self._echo = echo
         self._prompt_text = prompt_text
         self._parsers = parsers
@@ -55,15 +56,16 @@ class ChatFormatter(OpenAiFormatter):
     def chunk(
         self, generation: Generation, piece: Piece, first: bool, usage: Usage | UnsetType
     ) -> ChatChunk:
-        parser = self._parsers[generation.index]
+        parser, shown = self._parsers[generation.index], self._calls[generation.index]
         if first:
-            parser.feed(generation.resumed)
+            shown.deltas(parser.feed(generation.resumed).calls, last=False)
         part = parser.feed_piece(piece)
+        calls = shown.deltas(part.calls, last=piece.finish_reason is not None)
         if first and self._echo:
             part = msgspec.structs.replace(part, items=[self._echo, *part.items])
         choice = ChatChunkChoice(
             index=generation.index,
-            delta=self._delta(part, parser, first),
+            delta=self._delta(part, calls, parser, first),
             logprobs=self._format_logprobs(piece),
             finish_reason=finish_reason(piece, parser),
             stop_reason=piece.stop_reason,
@@ -122,7 +124,7 @@ class ChatFormatter(OpenAiFormatter):
 
     def _choice(self, generation: Generation, piece: Piece) -> ChatChoice:
         parser = self._parsers[generation.index]
-        part, calls = full_answer(parser, generation, piece)
+        part, calls = full_answer(parser, generation, piece, self._calls[generation.index])
         if self._echo:
             part = msgspec.structs.replace(part, items=[self._echo, *part.items])
         return ChatChoice(
@@ -134,7 +136,9 @@ class ChatFormatter(OpenAiFormatter):
             token_ids=piece.token_ids if self._header.with_ids else None,
         )
 
-    def _delta(self, part: AnswerPart, parser: AnswerParser, first: bool) -> ChatDelta:
+    def _delta(
+        self, part: AnswerPart, calls: list[ToolCall], parser: AnswerParser, first: bool
+    ) -> ChatDelta:
         role: Literal["assistant"] | UnsetType = "assistant" if first else UNSET
         if not parser.splits:
             return ChatDelta(role=role, content=part.content)
@@ -144,7 +148,7 @@ class ChatFormatter(OpenAiFormatter):
             content=part.content or UNSET,
             reasoning_content=thought,
             reasoning=thought,
-            tool_calls=[_call_delta(one) for one in _by_index(part.calls)] or UNSET,
+            tool_calls=calls or UNSET,
         )
 
     def _message(
@@ -165,50 +169,15 @@ class ChatFormatter(OpenAiFormatter):
 
 
 def full_answer(
-    parser: AnswerParser, generation: Generation, piece: Piece
+    parser: AnswerParser, generation: Generation, piece: Piece, shown: CallFormatter
 ) -> tuple[AnswerPart, list[ToolCall]]:
     """An answer's parts and its calls. A call begun in the resumed tokens is included whole."""
     parser.feed(generation.resumed)
     part = parser.feed_piece(piece)
     touched = sorted({call.index for call in part.calls})
-    calls = [
-        ToolCall(
-            id=parser.calls[at].id,
-            type="function",
-            function=CalledFunction(
-                name=parser.calls[at].name, arguments=parser.calls[at].arguments
-            ),
-        )
-        for at in touched
-    ]
-    return part, calls
+    return part, [shown.whole(parser.calls[at]) for at in touched]
 
 
 def finish_reason(piece: Piece, parser: AnswerParser) -> FinishReason | None:
     """Why the answer ended, under OpenAI's names."""
     return "tool_calls" if piece.finish_reason == "stop" and parser.calls else piece.finish_reason
-
-
-def _by_index(parts: Sequence[CallPart]) -> list[CallPart]:
-    """The parts of a chunk, one for each call: clients may read an index only once in a chunk."""
-    merged: dict[int, CallPart] = {}
-    for part in parts:
-        before = merged.get(part.index)
-        merged[part.index] = (
-            part
-            if before is None
-            else CallPart(
-                part.index,
-                id=before.id or part.id,
-                name=before.name or part.name,
-                arguments=before.arguments + part.arguments,
-            )
-        )
-    return list(merged.values())
-
-
-def _call_delta(part: CallPart) -> ToolCall:
-    if part.id is None or part.name is None:
-        return ToolCall(index=part.index, function=CalledFunction(arguments=part.arguments))
-    function = CalledFunction(name=part.name, arguments=part.arguments)
-    return ToolCall(index=part.index, id=part.id, type="function", function=function)
