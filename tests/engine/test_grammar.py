@@ -51,3 +51,12 @@ def test_a_tokenizer_that_does_not_fit_the_model_refuses_grammars(text_model: Pa
     with pytest.raises(RequestError, match="do not work with this model's tokenizer: vocab size"):
         grammars.compile(request).result(60)
     grammars.close()
+
+
+def test_a_grammar_that_fails_at_its_first_mask_is_refused_before_a_step(text_model: Path) -> None:
+    grammars = Grammars(text_model / "tokenizer.json", 600, [2], 1)
+    letters = " | ".join(f'"{chr(97 + number % 26)}"' for number in range(1900))
+    request = AddRequest("a", [1], SamplingParams(), grammar=Grammar(f"start: x+\nx: {letters}"))
+    with pytest.raises(RequestError, match="grammar: parser error: Too many items"):
+        grammars.compile(request).result(60)
+    grammars.close()

@@ -157,7 +157,19 @@ class Grammars:
                 f"resume_token_ids do not match the grammar: {_reason(matcher)}",
                 param="resume_token_ids",
             )
+        self._try_mask(matcher)
+        if matcher.is_error():
+            raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
         return state
+
+    def _try_mask(self, matcher: LLMatcher) -> None:
+        """Compute the next mask once, for nothing: the first one of a grammar is the slowest, and
+        some grammars fail at it. Here that delays no step."""
+        from llguidance import numpy as fill
+
+        scratch: NDArray[np.int32] = np.zeros((1, -(-self._vocab_size // 32)), dtype=np.int32)
+        if not matcher.is_stopped():
+            fill.fill_next_token_bitmask(matcher, scratch)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
