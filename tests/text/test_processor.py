@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from millrace.errors import CheckpointError, RequestError
 from millrace.protocol import SamplingParams
-from millrace.text.messages import normalize_messages
+from millrace.text.messages import is_long, normalize_messages
 from millrace.text.processor import TextProcessor
 from tests.support.text_model import write_text_model
 
@@ -252,3 +252,33 @@ def test_a_value_of_any_type_is_refused_in_one_line_or_works(tmp_path: Path, nam
             message = str(refused.value)
             assert "\n" not in message
             assert str(tmp_path) in message
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def test_more_calls_than_the_context_has_tokens_are_refused_unread(processor: TextProcessor) -> None:
+    messages = [{"role": "assistant", "tool_calls": [CALL] * 30}]
+    processor.check_chat(messages, 40)
+    with pytest.raises(RequestError, match="at least 31 tokens"):
+        processor.check_chat(messages, 30)
+
+
+@pytest.mark.parametrize(
+    ("message", "long"),
+    [
+        ({"role": "user", "content": "Hello"}, False),
+        ({"role": "user", "content": "x" * 30_000}, True),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}] * 5}, False),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}] * 500}, True),
+        ({"role": "user", "content": [{"type": "text", "text": "x" * 30_000}]}, True),
+        ({"role": "assistant", "tool_calls": [CALL] * 3}, False),
+        ({"role": "assistant", "tool_calls": [CALL] * 500}, True),
+        ({"role": "a", "tool_calls": [{"function": {"arguments": "[" * 30_000}}]}, True),
+        ({"type": "function_call", "arguments": "{" * 30_000}, True),
+        (7, False),
+    ],
+)
+def test_what_takes_long_to_render_is_known_before(message: Any, long: bool) -> None:
+    assert is_long([message]) is long
+    assert is_long([message] * 500)

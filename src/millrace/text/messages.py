@@ -14,6 +14,8 @@ from millrace.text.tools.custom import INPUT
 from millrace.text.tools.json_repair import completed
 
 Message = Mapping[str, Any]
+_LONG = 20_000  # characters: some milliseconds
+_OBJECT = 200  # characters that take as long as an object does
 
 
 def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -24,6 +26,39 @@ def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     if not messages:
         raise RequestError("messages is empty; give at least one", param="messages")
     return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def least_tokens(messages: Sequence[Any]) -> int:
+    """Tokens that the prompt has at least: one for each message, and for each call in one."""
+    calls = (one.get("tool_calls") for one in messages if isinstance(one, Mapping))
+    return len(messages) + sum(len(given) for given in calls if isinstance(given, list))
+
+
+def is_long(messages: Sequence[Any]) -> bool:
+    """Whether to read and render messages may take more than some milliseconds. Also of messages
+    as other APIs have them."""
+    left = _LONG
+    for message in messages:
+        for value in message.values() if isinstance(message, Mapping) else ():
+            parts = value if isinstance(value, list) else [value]
+            left -= max(
+                len(parts) * _OBJECT, sum(_weight(one) for one in parts[: _LONG // _OBJECT])
+            )
+        left -= _OBJECT
+        if left < 0:
+            return True
+    return False
+
+
+def _weight(part: Any) -> int:
+    """Characters of a text, and of the texts in an object; some for the object itself."""
+    if isinstance(part, str):
+        return len(part)
+    if not isinstance(part, Mapping):
+        return _OBJECT
+    inner = [part, *(value for value in part.values() if isinstance(value, Mapping))]
+    texts = (value for one in inner for value in one.values() if isinstance(value, str))
+    return _OBJECT + sum(map(len, texts))
 
 
 def text_length(messages: Sequence[Any]) -> int:

@@ -32,7 +32,7 @@ from millrace.text.checkpoint.files import (
 )
 from millrace.text.detokenizer import Detokenizer
 from millrace.text.grammar_jobs import OutputGrammar, ToolCallGrammar
-from millrace.text.messages import Message, normalize_messages, text_length
+from millrace.text.messages import Message, least_tokens, normalize_messages, text_length
 from millrace.text.reasoning import END
 from millrace.text.template import ChatTemplate, load_template
 from millrace.text.tokenizer import NoTokenizer, Tokenizer
@@ -149,8 +149,8 @@ class TextProcessor:
         self._check_characters(len(text), max_model_len, param)
 
     def check_chat(self, messages: Sequence[Message], max_model_len: int) -> None:
-        """As `check_text`, of messages before they are rendered: each makes a token at least."""
-        check_least(len(messages), max_model_len, "messages")
+        """As `check_text`, of messages before they are rendered."""
+        check_least(least_tokens(messages), max_model_len, "messages")
         self._check_characters(text_length(messages), max_model_len, "messages")
 
     def most_characters(self, max_model_len: int) -> int:

@@ -108,6 +108,8 @@ class Tokenizer:
             (encoding,) = self._backend.encode_batch_fast(
                 [text], add_special_tokens=add_special_tokens
             )
+        except (UnicodeError, TypeError):  # half a surrogate pair
+            raise
         except BaseException as error:
             if not is_library_failure(error):
                 raise

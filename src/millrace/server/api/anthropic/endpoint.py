@@ -26,6 +26,7 @@ from millrace.server.api.request_schema import (
     SamplingRequest,
 )
 from millrace.server.api.transport import json_response
+from millrace.text.messages import is_long
 
 _TEXT_ONLY = "the model reads and writes text only"
 
@@ -77,7 +78,8 @@ class Anthropic:
         ready = context.check_ready(body)
         id = f"msg_{uuid4().hex}"
         with naming_fields({**_NAMES, **(_STOPS if body.stop is None else {})}):
-            prepared = await prepare_chat(context, as_chat(body), id, ready)
+            chat = await context.run_in_thread(partial(as_chat, body), is_long(body.messages))
+            prepared = await prepare_chat(context, chat, id, ready)
         formatter = MessageFormatter(
             id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )
@@ -97,7 +99,7 @@ class Anthropic:
         context = self._context
         body = await context.body(request, CountRequest, counting_rules("messages"))
         ready = context.check_ready(body)
-        chat = as_chat(body)
+        chat = await context.run_in_thread(partial(as_chat, body), is_long(body.messages))
         choice = tool_choice(context, chat)
         work = partial(chat_text, context, chat, choice, ready, must_fit=False)
         text = await context.run_in_thread(work, long=True)

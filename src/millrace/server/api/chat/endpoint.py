@@ -29,6 +29,7 @@ from millrace.server.api.prompts import naming_prompt
 from millrace.server.api.request_schema import BatchChatRequest, ChatOptions, ChatRequest
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.grammar_jobs import GrammarJob
+from millrace.text.messages import is_long
 from millrace.text.processor import split_outputs
 from millrace.text.reasoning import START, ReasoningSplitter, opens_reasoning
 from millrace.text.tools.parser import ToolParser
@@ -144,7 +145,7 @@ async def prepare_chat(
     context.check_capacity(params.n, ready)
     choice = tool_choice(context, body)
     text = await context.run_in_thread(
-        partial(chat_text, context, body, choice, ready), len(body.messages) > 8
+        partial(chat_text, context, body, choice, ready), is_long(body.messages)
     )
     variables = _variables(context, body)
     starts_with_reasoning = opens_reasoning(context.reasoning_parser, text, variables)

@@ -47,6 +47,7 @@ from millrace.server.api.transport import json_response, stream_response
 from millrace.server.http.access import client_of
 from millrace.server.http.errors import as_api_error
 from millrace.text.answer_parser import AnswerParser
+from millrace.text.messages import is_long
 
 _encode = msgspec.json.Encoder().encode
 
@@ -73,7 +74,7 @@ class Responses:
         check_body(body)
         owner = _owner(request)
         items = self._items(body, owner)
-        chat, offered = as_chat(body, items)
+        chat, offered = await context.run_in_thread(partial(as_chat, body, items), is_long(items))
         id = self._store.new_id()
         try:
             with naming_fields(NAMES):
