@@ -257,7 +257,7 @@ def test_a_value_of_any_type_is_refused_in_one_line_or_works(tmp_path: Path, nam
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
-def test_more_calls_than_the_context_has_tokens_are_refused_unread(processor: TextProcessor) -> None:
+def test_more_calls_than_the_context_has_tokens_are_refused(processor: TextProcessor) -> None:
     messages = [{"role": "assistant", "tool_calls": [CALL] * 30}]
     processor.check_chat(messages, 40)
     with pytest.raises(RequestError, match="at least 31 tokens"):
