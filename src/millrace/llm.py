@@ -42,7 +42,7 @@ from millrace.text.processor import TextProcessor, split_outputs
 from millrace.text.reasoning import opens_reasoning
 from millrace.text.tokenizer import Tokenizer
 from millrace.text.tools.schema import read_tools
-from millrace.vllm_flags import own_keywords
+from millrace.vllm_flags import own_keywords, structured_output_options
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class LLM:
             template=chat_template,
             max_logprobs=args.max_logprobs,
         )
+        self._output_options = structured_output_options(options.get("structured_outputs_config"))
         self.engine = build_engine(args)
         self._close = weakref.finalize(self, self.engine.close)  # at interpreter exit at the latest
         config = self.engine.config
@@ -326,6 +327,8 @@ class LLM:
             least = min(params.min_tokens, room)
             params = msgspec.structs.replace(params, max_tokens=room, min_tokens=least)
         wanted = params.structured_outputs
+        if wanted is not None and self._output_options:
+            wanted = msgspec.structs.replace(wanted, **self._output_options)
         grammar = None
         if wanted is not None:
             job = self._processor.output_grammar(wanted, "structured_outputs", reasons)

@@ -19,13 +19,18 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_STOP_IDS = 16  # tokens that end one request, EOS included; slots have space for so many
 
 
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+
+
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the output must match. Exactly one field is given. Names follow vLLM.
+    """What the output must match. Exactly one of six fields is given. Names follow vLLM.
 
     json: a JSON schema. json_object: any JSON object. regex: a regular expression (Rust syntax).
     choice: one of these texts. grammar: a context-free grammar in the syntax of Lark, or of EBNF
     with `root ::= ...`. structural_tag: text in which some parts have a structure, as an object or
-    its JSON.
+    its JSON. Of JSON: disable_any_whitespace: none stands between its tokens; whitespace_pattern:
+    an expression for what may stand there; disable_additional_properties: objects have the
+    properties that their schemas name, and no others.
     """
 
     json: dict[str, Any] | str | None = None
@@ -34,9 +39,12 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     choice: list[str] | None = None
     grammar: str | None = None
     structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = False
+    disable_additional_properties: bool | None = False
+    whitespace_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__struct_fields__ if getattr(self, name)]
+        given = [name for name in STRUCTURES if getattr(self, name)]
         if len(given) != 1:
             raise RequestError(
                 "structured_outputs takes exactly one of json, json_object, regex, choice, grammar "

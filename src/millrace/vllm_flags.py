@@ -362,10 +362,18 @@ def own_keywords(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     return kept, notes
 
 
+_OUTPUT_OPTIONS = ("disable_any_whitespace", "disable_additional_properties")
+
+
+def structured_output_options(config: Mapping[str, Any] | None) -> dict[str, bool]:
+    """What `LLM(structured_outputs_config=...)` sets for every request."""
+    return {name: True for name in _OUTPUT_OPTIONS if (config or {}).get(name)}
+
+
 def _changes_nothing(flag: str, value: Any, row: Row) -> bool:
     """Whether a refused keyword holds a value at which it has no effect."""
     if flag == "--structured-outputs-config" and isinstance(value, Mapping):
-        return not any(value[key] for key in value.keys() - {"backend"})
+        return not any(value[key] for key in value.keys() - {"backend", *_OUTPUT_OPTIONS})
     return value in (None, False, {}, []) or str(value) in row.harmless_at
 
 

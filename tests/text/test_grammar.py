@@ -235,3 +235,37 @@ def test_a_server_without_llguidance_says_so(
     (record,) = caplog.records
     assert record.message.startswith("llguidance is ")
     assert ("no ABI" in record.message) == (source is not None)
+
+
+def test_nothing_follows_the_last_property_that_there_can_be() -> None:
+    """A pattern that only a named property matches leaves no further name."""
+    schema = {
+        "type": "object",
+        "properties": {"score": {"type": "integer", "multipleOf": 5}, "tags": {"type": "array"}},
+        "required": ["score", "tags"],
+        "additionalProperties": False,
+        "patternProperties": {"^score$": {"type": "integer"}, "^note$": {"type": "string"}},
+    }
+    source = output_grammar(StructuredOutputs(json=schema), "field", False)
+    assert accepts(source, '{"score": 5, "tags": [], "note": "x"}')
+    for wrong in ('{"score": 4, "tags": []}', '{"score": 5, "tags": [], "note": 1}'):
+        assert not accepts(source, wrong)
+    matcher = LLMatcher(TOKENIZER, source)
+    text = b'{"score": 5, "tags": [], "note": "x"'
+    assert matcher.try_consume_tokens([*text, *b","]) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "right", "wrong"),
+    [
+        ({"disable_any_whitespace": True}, '{"name":"A","age":3}', '{"name": "A","age":3}'),
+        ({"whitespace_pattern": " "}, '{ "name" : "A" , "age" : 3 }', '{\n"name": "A", "age": 3}'),
+        ({"disable_additional_properties": True},
+         '{"name": "A", "age": 3}', '{"name": "A", "age": 3, "more": 1}'),
+    ],
+)  # fmt: skip
+def test_vllms_options_of_json(options: Any, right: str, wrong: str) -> None:
+    schema = {key: value for key, value in PERSON.items() if key != "additionalProperties"}
+    source = output_grammar(StructuredOutputs(json=schema, **options), "field", False)
+    assert accepts(source, right)
+    assert not accepts(source, wrong)

@@ -20,7 +20,12 @@ from millrace.protocol import StructuredOutputs
 from millrace.text.gbnf import gbnf_to_lark, is_gbnf
 from millrace.text.structural_tag import StructuralTagError, structural_tag_rules
 from millrace.text.tools.json_schema import schema_limit_error
-from millrace.text.tools.schema_dialects import Strictness, read_schema, without_patterns
+from millrace.text.tools.schema_dialects import (
+    Strictness,
+    closed_schema,
+    read_schema,
+    without_patterns,
+)
 
 MAX_GRAMMAR = 1 << 18  # characters; a larger one takes the matcher seconds
 # The matcher's compiler recurses natively along rules and references: their number bounds its
@@ -60,9 +65,12 @@ def _body(wanted: StructuredOutputs, field: str, strictness: Strictness) -> tupl
     """(the right side of the rule, further rules)."""
     if wanted.json is not None:
         schema = _schema(wanted.json, field, strictness)
-        return f"%json {schema_json(schema, strictness == 'lenient')}", ""
+        if wanted.disable_additional_properties:
+            schema = closed_schema(schema)
+        space = _white_space(wanted)
+        return f"%json {schema_json(schema, strictness == 'lenient', space)}", ""
     if wanted.json_object:
-        return f"%json {schema_json({'type': 'object'})}", ""
+        return f"%json {schema_json({'type': 'object'}, space=_white_space(wanted))}", ""
     if wanted.regex is not None:
         return "PATTERN", f"PATTERN: {regex_terminal(wanted.regex)}\n"
     if wanted.choice is not None:
@@ -116,18 +124,30 @@ def _structural_tag(given: dict[str, Any] | str, field: str) -> tuple[str, str]:
         ) from None
 
 
-def schema_json(schema: Any, lenient: bool = False) -> str:
+def _white_space(wanted: StructuredOutputs) -> str:
+    """What may stand between the tokens of a JSON text, as an expression."""
+    if wanted.disable_any_whitespace:
+        return ""
+    return _WHITE_SPACE if wanted.whitespace_pattern is None else wanted.whitespace_pattern
+
+
+def schema_json(schema: Any, lenient: bool = False, space: str = _WHITE_SPACE) -> str:
     """A schema for the matcher, with white space as it is bound here. lenient: keywords that the
-    matcher does not know bind nothing; else they are refused.
+    matcher does not know bind nothing; else they are refused. space: as an expression.
     """
-    return json.dumps(with_options(schema, lenient))
+    return json.dumps(with_options(schema, lenient, space))
 
 
-def with_options(schema: Any, lenient: bool) -> Any:
+def with_options(schema: Any, lenient: bool, space: str = _WHITE_SPACE) -> Any:
     """A schema with what the matcher is to make of it."""
     if not isinstance(schema, dict):
         return schema
-    options = {"whitespace_pattern": _WHITE_SPACE, "lenient": lenient, "coerce_one_of": lenient}
+    options: dict[str, Any] = {"lenient": lenient, "coerce_one_of": lenient}
+    if space:
+        options["whitespace_pattern"] = space
+    else:
+        options["whitespace_flexible"] = False
+        options["item_separator"], options["key_separator"] = ",", ":"
     return {"x-guidance": options, **schema}
 
 

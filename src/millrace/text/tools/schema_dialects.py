@@ -37,6 +37,7 @@ def read_schema(schema: Any, strictness: Strictness) -> Any:
     _read_dialect(found)
     _drop_neutral(found)
     _read_names(found)
+    _read_plain_patterns(found)
     form = found.get("format")
     if strictness != "strict" and isinstance(form, str) and form not in FORMATS:
         del found["format"]
@@ -86,6 +87,50 @@ def _drop_neutral(schema: dict[str, Any]) -> None:
     if schema.get("not") is False:
         del schema["not"]
     schema.pop("$dynamicAnchor", None)  # `$dynamicRef` is refused by its own name
+
+
+_PLAIN_NAME = re.compile(r"\^([\w -]+)\$")
+
+
+def _read_plain_patterns(schema: dict[str, Any]) -> None:
+    """Patterns that only one name matches, as properties. The matcher would else offer a further
+    property behind the last one, though no name is left for it."""
+    patterns = schema.get("patternProperties")
+    if not isinstance(patterns, Mapping):
+        return
+    plain = {name: found[1] for name in patterns if (found := _PLAIN_NAME.fullmatch(name))}
+    if not plain:
+        return
+    properties = dict(schema.get("properties") or {})
+    for pattern, name in plain.items():
+        part, own = patterns[pattern], properties.get(name, True)
+        if own in _EVERYTHING or own == part:
+            properties[name] = part
+        elif part not in _EVERYTHING:
+            properties[name] = {"allOf": [own, part]}
+    schema["properties"] = properties
+    rest = {name: part for name, part in patterns.items() if name not in plain}
+    schema["patternProperties"] = rest
+    if not rest:
+        del schema["patternProperties"]
+
+
+def closed_schema(schema: Any) -> Any:
+    """The schema with objects that have no properties but those that it names."""
+    if isinstance(schema, list):
+        return [closed_schema(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: _closed_part(key, value) for key, value in schema.items()}
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def _closed_part(key: str, value: Any) -> Any:
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: closed_schema(part) for name, part in value.items()}
+    return closed_schema(value) if key in (*_ONE, *_LISTED) else value
 
 
 def _read_names(schema: dict[str, Any]) -> None:
