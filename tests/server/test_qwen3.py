@@ -40,6 +40,7 @@ def server(models: Path) -> Iterator[LiveServer]:
     command = [
         sys.executable, "-m", "millrace.cli", "serve", "tiny-qwen3", "--port=0",
         "--max-model-len=512", "--max-num-seqs=4", "--kv-cache-memory-bytes=16000000",
+        "--mamba-ssm-cache-dtype=bfloat16",
     ]  # fmt: skip
     with started(command, models / "log") as running:
         running.wait_ready(120)
@@ -69,6 +70,10 @@ def test_a_conversation_resumes_at_the_last_whole_page(server: LiveServer) -> No
 def test_the_start_says_what_runs(server: LiveServer) -> None:
     assert "FP8 weights become bfloat16: a CPU has no FP8 GEMM" in server.log
     assert "0 draft tokens" in server.log
+    assert (
+        "mamba_ssm_cache_dtype: no effect, because this model has no recurrent state" in server.log
+    )
+    assert "tokens; cached prompts resume at any page" in server.log
 
 
 def test_bench_and_eval_measure_it(server: LiveServer, models: Path) -> None:

@@ -212,9 +212,10 @@ def summary(engine: Engine) -> str:
     """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
     assert config is not None
+    states = f"state {config.state_dtype}, window {config.window}; "
     resume = f"at {limits.num_snapshots} snapshots"
-    if limits.cache_policy == "page":
-        resume = "at any page"
+    if limits.cache_policy == "page":  # a prefix is its pages: no layer has a state
+        states, resume = "", "at any page"
     return "\n".join(
         [
             f"model {config.args.model}: {config.dtype} on {config.device}, "
@@ -222,8 +223,7 @@ def summary(engine: Engine) -> str:
             f"max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
             f"max_num_batched_tokens {limits.max_num_batched_tokens}",
             f"KV {config.kv_dtype}: {limits.num_pages - 1} pages of {limits.page_size} tokens; "
-            f"state {config.state_dtype}, window {config.window}; "
-            f"cached prompts resume {resume}",
+            f"{states}cached prompts resume {resume}",
             f"prefix cache: {_conversations(limits)}",
             f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
         ]

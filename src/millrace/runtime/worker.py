@@ -86,7 +86,8 @@ class Worker:
         )  # fmt: skip
         if unused := unused_options(config, self.cache_spec):
             logger.warning(
-                "%s: no effect, because prompts of this model resume at any page",
+                "%s: no effect, because this model has no recurrent state; its prompts resume at "
+                "any page",
                 ", ".join(unused),
             )
         self.runner = self.build_runner(config, pages, snapshots)
@@ -246,9 +247,11 @@ def _timed(part: str) -> Iterator[None]:
 
 
 def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
-    """Options about snapshots that were given for a model without them."""
+    """Options about states and snapshots that were given for a model without them."""
     names = ("num_snapshots", "snapshot_interval", "snapshot_distance")
     given = [name for name in names if getattr(config.args, name)]
+    if config.args.mamba_ssm_cache_dtype != "auto":
+        given.append("mamba_ssm_cache_dtype")
     return [] if spec.needs_snapshots else given
 
 
