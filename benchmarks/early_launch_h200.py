@@ -1,6 +1,7 @@
 """Decode steps with and without kernels that are launched before the one in front has ended.
 
-Early: FP8 products behind what quantises their input; chained: norms and silu behind those, too.
+Early: FP8 products behind what quantises their input; chained: norms, silu and products of few
+tokens, too, and CUDA kernels are launched by a call of the driver (see the seconds of the graphs).
 
 Qwen3.5-27B-FP8 shapes on one GPU: `--rows` sequences decode with one draft, as in `mixed_step.py`.
 The graphs of decode steps are captured in each way by turns, in one process.
@@ -33,12 +34,12 @@ WAYS = ("apart", "early", "chained")
 def choose(bench: Bench, way: str) -> float:
     """Capture all graphs in one of the ways; returns seconds."""
     try:
-        from millrace.kernels.gpu import quantize
+        from millrace.kernels.gpu import cuda_source, quantize
         from millrace.kernels.gpu.gemm import fp8
     except ImportError:  # a machine without Triton
         return 0.0
     quantize.EARLY_LAUNCHES = way != "apart"
-    quantize.CHAINED_LAUNCHES = way == "chained"
+    quantize.CHAINED_LAUNCHES = cuda_source.DIRECT_LAUNCHES = way == "chained"
     quantize.launches_early.cache_clear()
     fp8.allow_early_launches.cache_clear()
     began = time.perf_counter()

@@ -4,7 +4,8 @@ Each of these ops also has a plain form that leaves its result in the model dtyp
 one kernel. Scales lie group by group (a column per group, tokens padded to a multiple of 4), the
 order in which FP8 products on Hopper read them. With EARLY_LAUNCHES what quantises lets the product
 behind it be launched at once: that one's blocks set themselves up meanwhile, and wait before they
-read. With CHAINED_LAUNCHES, too, norms and silu are launched so behind the product before them.
+read. With CHAINED_LAUNCHES, too, norms and silu are launched so behind the product before them, and
+products of few tokens fetch their weight while they wait.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def norm(
     normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if keep else None
     q = empty_quantized(tokens, width, x.device) if quantized else None
     early = quantized and launches_early()
-    chained = early and CHAINED_LAUNCHES
+    chained = quantized and chains_launches()
     if tokens:
         _norm_kernel[(tokens,)](
             x, _or(residual, x), weight, _or(sums, x), _or(normed, x),
@@ -207,7 +208,7 @@ def _launch_pointwise(
         return
     early = scales is not None and launches_early()
     # Behind products alone: what gates and norms of heads wait for may run on two streams.
-    chained = early and CHAINED_LAUNCHES and op == SILU_MUL
+    chained = scales is not None and chains_launches() and op == SILU_MUL
     _pointwise_kernel[(x.shape[0], -(-groups // per_program))](
         x, y, _or(weight, x), out, _or(scales, x), x.stride(0), y.stride(0), width,
         0 if scales is None else scales.stride(1), eps, OP=op, DIM=dim, G=per_program,
@@ -222,6 +223,12 @@ def launches_early() -> bool:
     if not (EARLY_LAUNCHES and torch.cuda.is_available()):
         return False
     return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def chains_launches() -> bool:
+    """Whether what stands behind a product, and products of few tokens, are launched before the
+    kernel in front of them has ended."""
+    return CHAINED_LAUNCHES and launches_early()
 
 
 def empty_quantized(tokens: int, width: int, device: torch.device) -> Quantized:

@@ -32,8 +32,20 @@ __device__ __forceinline__ uint4 stream(const u8* at, bool live) {
   return x;
 }
 
-__device__ __forceinline__ uint4 load(const u8* at) {
-  return __ldg(reinterpret_cast<const uint4*>(at));
+// Not through the read-only path: the kernel in front may write this while the block is there.
+__device__ __forceinline__ uint4 load(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
+
+// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Two e4m3 to two float16.
@@ -118,8 +130,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
   const u8* rows = w + (i64)(first_row + g) * K + 16 * l;
   const float* row_scales = sw + (i64)(first_row / 128) * sw_stride;
 
+  let_next_start();
   Weights held;
   fetch(held, rows + warp * GROUP, row_scales + warp, K, warp < groups);
+  await_previous();  // the weight is there, x need not be yet
   float acc[4] = {};
   for (int next = warp + WARPS; next - WARPS < groups; next += WARPS) {
     const int group = next - WARPS;

@@ -7,14 +7,14 @@ tokens beside it, bit for bit: not on their number, nor on what they hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from millrace.kernels.dispatch import remembered
 from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu.cuda_source import CudaKernel
 from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu.quantize import chains_launches
 from millrace.kernels.quantize import GROUP, Quantized
 
 MAX_TOKENS = 8
@@ -37,7 +37,7 @@ def few_matmul(x: Quantized, weight: Tensor, scale: Tensor) -> Tensor | None:
         kernel(
             grid=(outputs // ROWS, 1, 1), block=(32 * WARPS, 1, 1),
             args=[values, scales, weight, scale, out, tokens, outputs, width, scales.stride(1),
-                  scale.stride(0)],
+                  scale.stride(0)], early=chains_launches(),
         )  # fmt: skip
     return out
 
@@ -65,7 +65,7 @@ def takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:
 
 
 @remembered
-def _compiled() -> Callable[..., None] | None:
+def _compiled() -> CudaKernel | None:
     """None where there is no compiler, or no conversion of e4m3 in hardware."""
     if gpu().capability < (8, 9):
         return None
