@@ -117,7 +117,6 @@ def test_what_changes_nothing_is_repeated(client: openai.OpenAI) -> None:
         ({"include": ["the.moon"]}, "'the.moon' is not known"),
         ({"truncation": "some"}, "truncation"),
         ({"previous_input_messages": [{}]}, "use previous_response_id"),
-        ({"enable_response_messages": True}, "not supported"),
         ({"watermarking": True}, "texts are not marked"),
     ],
 )
@@ -127,6 +126,20 @@ def test_what_is_not_served_is_refused_with_the_reason(
     answer = http.post("/v1/responses", json={"input": "hello", **fields})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+def test_what_the_model_reads_and_writes_is_shown_on_request(http: httpx.Client) -> None:
+    body = {"input": "x </think> hello", "enable_response_messages": True}
+    whole = http.post("/v1/responses", json=body).json()
+    streamed = checked(read_events(http.post("/v1/responses", json={**body, "stream": True})))
+    for shown in (whole, streamed):
+        (prompt,), (output,) = shown["input_messages"], shown["output_messages"]
+        assert prompt["message"].startswith("<|im_start|>user\nx </think> hello<|im_end|>")
+        assert output["message"] == "<|im_start|>user\nx </think> hello<|im_end|>"
+        assert prompt["type"] == output["type"] == "raw_message_tokens"
+        assert len(prompt["tokens"]) == shown["usage"]["input_tokens"]
+        assert len(output["tokens"]) == shown["usage"]["output_tokens"]
+    assert "input_messages" not in http.post("/v1/responses", json={"input": "x"}).json()
 
 
 def test_fields_of_vllm_mean_what_they_mean_in_chats(http: httpx.Client) -> None:

@@ -39,7 +39,7 @@ from millrace.server.api.openai_responses.request import (
     check_body,
     shown_logprobs,
 )
-from millrace.server.api.openai_responses.response_body import ResponseBody
+from millrace.server.api.openai_responses.response_body import RawMessage, ResponseBody
 from millrace.server.api.openai_responses.store import ResponseStore, StoredResponse
 from millrace.server.api.openai_responses.token_logprobs import TextLogprobs
 from millrace.server.api.openai_responses.tools import OfferedTool
@@ -180,13 +180,19 @@ class Responses:
         logprobs = None
         if shown_logprobs(body) is not None:
             logprobs = TextLogprobs(context.processor.tokenizer)
+        header, decode = self._header(id, body, prepared), None
+        if body.enable_response_messages and prepared is not None:
+            shown = RawMessage(message=prepared.text, tokens=prepared.requests[0].prompt)
+            header = msgspec.structs.replace(header, input_messages=[shown])
+            decode = partial(context.processor.tokenizer.decode, skip_special_tokens=False)
         return ResponseFormatter(
-            self._header(id, body, prepared),
+            header,
             AnswerParser(None, None) if prepared is None else prepared.parsers[0],
             item_tag=self._store.tag,
             tools=tools,
             logprobs=logprobs,
             shows_reasoning=body.include_reasoning,
+            decode=decode,
         )
 
     def _header(

@@ -13,6 +13,7 @@ from millrace.common.api_errors import ApiError
 from millrace.server.api.blocks import Action, Block, Blocks
 from millrace.server.api.generation import Generation
 from millrace.server.api.openai_responses.response_body import (
+    RawMessage,
     ResponseBody,
     ResponseUsage,
     Status,
@@ -34,7 +35,8 @@ class ResponseFormatter:
 
     body: the answer so far; at first what it repeats of the request. item_tag: what the ids of
     items begin with behind their prefix. tools: by the names that the model knows. logprobs: finds
-    those of messages; None: they are not shown. on_end: called with the answer that has ended.
+    those of messages; None: they are not shown. decode: makes text of the output's tokens, which
+    are then shown as well; None: they are not. on_end: called with the answer that has ended.
     """
 
     needs_usage = False
@@ -48,6 +50,7 @@ class ResponseFormatter:
         tools: Mapping[str, OfferedTool] | None = None,
         logprobs: TextLogprobs | None = None,
         shows_reasoning: bool = True,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.id = body.id
         self.body = body
@@ -64,6 +67,8 @@ class ResponseFormatter:
         self._shown: dict[int, list[dict[str, Any]]] = {}  # log-probabilities, by block
         self._sequence = 0
         self._last = Piece("", [])
+        self._decode = decode
+        self._tokens: list[int] = []  # of the output, if they are to be shown
 
     # --- as the server asks ----------------------------------------------------------------------
 
@@ -130,6 +135,8 @@ class ResponseFormatter:
     def _changes(self, piece: Piece) -> Iterator[tuple[Action, Block, str, list[dict[str, Any]]]]:
         """What a piece changes: as `Blocks.add_part`, with the log-probabilities of the text."""
         self._last = piece
+        if self._decode is not None:
+            self._tokens += piece.token_ids
         part = self._parser.feed_piece(piece)
         if self._logprobs is not None:
             self._logprobs.add(piece.logprobs or [])
@@ -189,6 +196,9 @@ class ResponseFormatter:
             incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
             error=error,
         )
+        if self._decode is not None:
+            whole = RawMessage(message=self._decode(self._tokens), tokens=self._tokens)
+            self.body = msgspec.structs.replace(self.body, output_messages=[whole])
         self.on_end(self.body)
         kind = "incomplete" if status == "cancelled" else status  # there is no event for it
         return self._event(f"response.{kind}", response=self.body)

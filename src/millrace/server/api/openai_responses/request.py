@@ -52,6 +52,7 @@ class ResponsesRequest(SamplingRequest, frozen=True, kw_only=True):
     user: str | None = None
     # vLLM's, beside OpenAI's
     include_reasoning: bool = True
+    enable_response_messages: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 RUNNING: tuple[Status, ...] = ("queued", "in_progress")
@@ -20,10 +21,19 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int
 
 
+class RawMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt or an output as the model has it, under vLLM's names."""
+
+    message: str
+    tokens: list[int]
+    type: Literal["raw_message_tokens"] = "raw_message_tokens"
+
+
 class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of /v1/responses, and what the events of its stream tell of it.
 
-    What of the request changes no answer is repeated, as clients expect.
+    What of the request changes no answer is repeated, as clients expect. input_messages,
+    output_messages: of vLLM's enable_response_messages.
     """
 
     id: str
@@ -60,3 +70,5 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
+    input_messages: list[RawMessage] | UnsetType = UNSET
+    output_messages: list[RawMessage] | UnsetType = UNSET
