@@ -206,4 +206,4 @@ def test_ordinary_keywords_of_vllms_llm_are_taken() -> None:
     with pytest.raises(ConfigError, match="data_parallel_size 2: an LLM is one replica"):
         own_keywords({"data_parallel_size": 2})
     with pytest.raises(ConfigError, match="matched by llguidance"):
-        own_keywords({"structured_outputs_config": {"disable_any_whitespace": True}})
+        own_keywords({"structured_outputs_config": {"enable_in_reasoning": True}})

@@ -129,7 +129,8 @@ SERVER_HELP: Mapping[str, str] = {
     "0 runs it without a parent process that watches it.",
     "enable_request_id_headers": "Give every answer an X-Request-Id header: the request's, or a "
     "new one.",
-    "enable_force_include_usage": "End every stream of the OpenAI endpoints with the token counts.",
+    "enable_force_include_usage": "Put the token counts into every chunk of streams of the OpenAI "
+    "endpoints, and at their ends.",
     "enable_per_request_metrics": "Put the times of a request into answers with one output.",
     "return_tokens_as_token_ids": "Write tokens in log-probabilities as token_id:17 for requests "
     "that say nothing.",

@@ -337,7 +337,8 @@ class TextProcessor:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
             raise RequestError(
-                f"token id {wrong} is out of vocabulary; use 0 to {self.vocab_size - 1}",
+                f"token id {wrong} is out of vocabulary; use 0 to {self.vocab_size - 1} "
+                f"({self.vocab_size} tokens)",
                 param=param,
             )
 

@@ -66,6 +66,7 @@ def test_every_stream_ends_with_the_usage_and_the_times(
         "tokens_per_second",
     }
     assert not any("metrics" in one for one in others)
+    assert all(one["usage"]["completion_tokens"] > 0 for one in others)
     whole = http.post(f"/v1/{path}", json=body).json()
     assert whole["metrics"]["generation_time_ms"] >= 0
     assert "mean_itl_ms" not in http.post(f"/v1/{path}", json={**body, "max_tokens": 1}).text

@@ -188,7 +188,7 @@ class ApiContext:
         """What every chunk of the answer repeats. prefix: of its id."""
         options = body.stream_options or StreamOptions()
         if self._answers.usage:
-            options = msgspec.structs.replace(options, include_usage=True)
+            options = StreamOptions(include_usage=True, continuous_usage_stats=True)
         return ResponseHeader(
             id=f"{prefix}-{uuid4().hex}",
             created=int(time()),

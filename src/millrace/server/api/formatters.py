@@ -65,8 +65,9 @@ class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """What answers hold where requests say nothing. usage: the token counts behind a stream.
-    tokens_as_ids: tokens in log-probabilities read `token_id:17`. times: of requests."""
+    """What answers hold where requests say nothing. usage: the token counts in every chunk of a
+    stream, and behind it. tokens_as_ids: tokens in log-probabilities read `token_id:17`. times: of
+    requests."""
 
     usage: bool = False
     tokens_as_ids: bool = False
