@@ -66,7 +66,9 @@ class Candidates:
     def _holders(self) -> list[Replica]:
         """Replicas that keep the stored response which the request names."""
         tag = self._info.response_tag
-        return [r for r in self._replica_set.all if tag and r.member.response_tag == tag]
+        if not tag:
+            return []
+        return [r for r in self._replica_set.all if r.member.response_tag == tag]
 
     def _available(self, tried: Sequence[Replica] = ()) -> list[Replica]:
         """Replicas that can take the request. One that names a stored response goes to the replica

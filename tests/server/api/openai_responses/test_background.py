@@ -166,3 +166,40 @@ def test_the_oldest_events_are_dropped_for_their_bytes(tmp_path: Path) -> None:
         rest: list[Any] = list(client.responses.retrieve(id, stream=True, starting_after=after))
         assert rest == seen[after + 1 :]
         assert server.metric("millrace:stored_response_bytes") <= 30_000
+
+
+@pytest.mark.parametrize("after", [None, 4])
+def test_the_clients_own_helper_reads_on(client: openai.OpenAI, after: int | None) -> None:
+    stream = client.responses.create(
+        model="fake", input="x </think> hello", stream=True, background=True
+    )
+    whole: list[Any] = list(stream)
+    id = whole[0].response.id
+    more: Any = {} if after is None else {"starting_after": after}
+    with client.responses.stream(response_id=id, **more) as again:
+        seen: list[Any] = list(again)
+        final = again.get_final_response()
+    assert final.output_text == "hello"
+    numbers = [event.sequence_number for event in seen]
+    assert numbers == list(range(0 if after is None else after + 1, len(whole)))
+
+
+def test_runs_and_their_readers_leave_nothing_behind(
+    client: openai.OpenAI, server: LiveServer
+) -> None:
+    def tasks() -> float:
+        return server.metric("millrace:front_tasks")
+
+    respond(client, "x", background=True)
+    wait_for(lambda: server.open_in_engine() == 0)
+    before = tasks()
+    for at in range(8):
+        stream = client.responses.create(
+            model="fake", input="x", stream=True, background=True, **LONG
+        )
+        id = next(stream).response.id
+        stream.close()
+        if at % 2:
+            client.responses.cancel(id)
+    wait_for(lambda: server.open_in_engine() == 0)
+    wait_for(lambda: tasks() <= before)

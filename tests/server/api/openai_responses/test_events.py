@@ -46,6 +46,8 @@ def without_names(response: dict[str, Any]) -> Any:
         {"input": "hello", "max_output_tokens": 2},
         {"input": ANSWER, "tools": [FUNCTION], "max_output_tokens": 60},
         {"input": "</think> hello", "stop": ["lo"], **LOGPROBS},
+        {"input": ANSWER, "tools": [FUNCTION], "stream_interval": 3, **LOGPROBS},
+        {"input": ANSWER, "tools": [FUNCTION], "stream_interval": 17, "stop": ["Rio"]},
     ],
 )
 def test_a_stream_is_as_the_types_say_and_as_the_whole_answer(
