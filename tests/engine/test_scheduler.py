@@ -711,7 +711,7 @@ def test_pages_that_only_the_prefix_cache_holds_can_be_evicted() -> None:
     eng.add(request("a", list(range(1, 14)), 4))
     run(eng)
     stats = eng.stats()
-    assert stats.evictable_pages == 3
+    assert stats.evictable_pages == 4  # of 16 computed tokens, the answer among them
     assert stats.free_pages + stats.evictable_pages == stats.total_pages
 
 
