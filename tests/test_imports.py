@@ -36,6 +36,7 @@ LAYERS = [
     "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
     "runtime.ranks",
     "runtime.step",
+    "runtime.tiers",
     "runtime",
     "replica",
     "llm server.telemetry",

@@ -85,6 +85,9 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     snapshot_interval: int | None = None
     snapshot_distance: int | None = None
     num_snapshots: int | None = None
+    host_cache_gb: float = 0.0
+    disk_cache: str | None = None
+    disk_cache_gb: float = 16.0
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
     async_scheduling: bool | None = None
@@ -139,6 +142,11 @@ HELP: Mapping[str, str] = {
     "snapshot_distance": "Least distance of snapshots of one prompt, in tokens; each snapshot "
     "costs the prompt a step (default: 128 on a GPU, else 64; at most the interval).",
     "num_snapshots": "Snapshots of the prefix cache (default: by memory).",
+    "host_cache_gb": "GiB of the host's memory for cached prefixes that do not stay on the device, "
+    "for all ranks together (0: none).",
+    "disk_cache": "Directory for cached prefixes; they survive a restart. It holds users' prompts "
+    "(default: none).",
+    "disk_cache_gb": "GiB that --disk-cache may take.",
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; with '
     '"quantization": "fp8" or "none" for the output head that drafts use (default: fp8 if the '
     "weights are fp8).",
@@ -195,6 +203,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     window: int
     snapshot_interval: int
     snapshot_distance: int
+    host_cache: int
+    disk_cache: int
     async_scheduling: bool
 
     @property
@@ -276,6 +286,8 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         window=max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
         snapshot_distance=_or(args.snapshot_distance, distance),
+        host_cache=int(args.host_cache_gb * 2**30),
+        disk_cache=int(args.disk_cache_gb * 2**30) if args.disk_cache else 0,
         async_scheduling=device == "cuda"
         if args.async_scheduling is None
         else args.async_scheduling,
@@ -309,11 +321,28 @@ def _check_choices(args: EngineArgs) -> None:
             f"snapshot_interval {args.snapshot_interval}: use a multiple of block_size "
             f"{args.block_size}"
         )
+    _check_tiers(args)
     _positive("max_queue", args.max_queue)
     if args.max_logprobs < -1:
         raise ConfigError(f"max_logprobs {args.max_logprobs}: use 0 or more, or -1 for all")
     if args.step_timeout != 0.0 and not 1.0 <= args.step_timeout < float("inf"):
         raise ConfigError(f"step_timeout {args.step_timeout}: use 1 or more, or 0 for no limit")
+
+
+def _check_tiers(args: EngineArgs) -> None:
+    for name in ("host_cache_gb", "disk_cache_gb"):
+        if not 0 <= (value := getattr(args, name)) < float("inf"):
+            raise ConfigError(f"{name} {value:g}: use GiB from 0 on")
+    if (args.host_cache_gb or args.disk_cache) and not args.enable_prefix_caching:
+        raise ConfigError(
+            "host_cache_gb and disk_cache keep cached prefixes: leave prefix caching on"
+        )
+    if args.disk_cache and not args.disk_cache_gb:
+        raise ConfigError("disk_cache_gb 0: give the GiB that disk_cache may take, as 16")
+    if args.disk_cache and args.tensor_parallel_size > 1:
+        raise ConfigError(
+            "disk_cache: not yet with tensor_parallel_size above 1; use host_cache_gb"
+        )
 
 
 def _or(given: int | None, default: int) -> int:

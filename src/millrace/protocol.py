@@ -284,6 +284,12 @@ class EngineStats(msgspec.Struct, frozen=True):
     generated_tokens: int = 0
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # of these, found
+    host_hits: int = 0  # of these, loaded from the host's memory for this prompt
+    disk_hits: int = 0  # of these, loaded from files for this prompt
+    host_cache_used: int = 0  # bytes
+    host_cache_total: int = 0
+    disk_cache_used: int = 0
+    disk_cache_total: int = 0
     drafts: int = 0  # rows with drafts
     accepted_per_position: list[int] = []
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
@@ -332,7 +338,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
     snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
     cache_policy: "snapshot": prompts resume at snapshots; "page": at any whole page. page_cost:
-    memory of a page as a share of a snapshot's.
+    memory of a page as a share of a snapshot's. host_cache, disk_cache: bytes of the lower tiers.
+    page_bytes, snapshot_bytes: of one, on all ranks together.
     """
 
     max_num_seqs: int
@@ -345,6 +352,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     cache_policy: Literal["snapshot", "page"] = "snapshot"
     page_cost: float = 0.0
+    host_cache: int = 0
+    disk_cache: int = 0
+    page_bytes: int = 0
+    snapshot_bytes: int = 0
     snapshot_interval: int = 0
     snapshot_distance: int = 0
     mixed_prefill_tokens: int = 0
@@ -438,11 +449,69 @@ class PageCopy(msgspec.Struct, frozen=True, array_like=True):
     target: int
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """Pages and a snapshot of the device, and where they are in the host's memory.
+
+    pages: those of a range in memory for `count` pages, from its page `first` on; pages_at: where
+    it begins, in bytes. snapshot, state_at: -1 if no state is moved.
+    """
+
+    pages: list[int]
+    first: int
+    count: int
+    pages_at: int
+    snapshot: int = -1
+    state_at: int = -1
+
+
+class FileMove(msgspec.Struct, frozen=True, array_like=True):
+    """A record's files, and their contents in the host's memory; -1: not these.
+
+    key: its name. parent, first, tokens, salt, kind: what the header says, to find it after a
+    start.
+    """
+
+    key: str
+    parent: str
+    first: int
+    tokens: list[int]
+    salt: str
+    kind: int
+    pages_at: int
+    pages_bytes: int
+    state_at: int
+    state_bytes: int
+
+
+class FoundFile(msgspec.Struct, frozen=True):
+    """What the header of a record's files says. used: when they were last used, on any clock."""
+
+    parent: str
+    first: int
+    tokens: list[int]
+    salt: str
+    kind: int
+    has_state: bool = False
+    used: float = 0.0
+
+
+class Transfer(msgspec.Struct, frozen=True, array_like=True):
+    """Moves between tiers that end together. offload: from the device to the host's memory; load:
+    back; store: from there to files; fetch: back."""
+
+    id: int
+    kind: Literal["offload", "load", "store", "fetch"]
+    moves: list[Move] = []
+    files: list[FileMove] = []
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     """What one step does, in this order: ends, admissions, grants, copies, forward, sampling,
     saves.
 
     ends: slots whose requests have ended; what they have is saved before the slots are used again.
+    transfers: start behind that, and end later; no step names what they write before. deletes: keys
+    of records whose files go, of their state, and of their pages if true.
 
     decode: slots that verify their drafts and emit at least one token. Rows run in the order
     decode, then chunks. context: an upper bound on any row's length after the step, in tokens.
@@ -457,6 +526,8 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     context: int
     ends: list[Save] = []
     copies: list[PageCopy] = []
+    transfers: list[Transfer] = []
+    deletes: list[tuple[str, bool]] = []
 
     @property
     def sampled_slots(self) -> list[int]:

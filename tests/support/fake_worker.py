@@ -10,8 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from millrace.protocol import Admission, Masks, StepPlan, StepResult
+from millrace.protocol import (
+    Admission,
+    FileMove,
+    FoundFile,
+    Masks,
+    StepPlan,
+    StepResult,
+    Transfer,
+)
 
 VOCAB = 50
 EOS = 0
@@ -88,13 +97,18 @@ class FakeWorker:
         self._memory: dict[tuple[int, int], int] = {}
         self._snapshots: dict[int, list[int]] = {}
         self._checks = checks
+        self._host: dict[tuple[int, int, int], int] = {}
+        self._host_states: dict[int, list[int]] = {}
+        self._transfers: list[tuple[int, bool]] = []
+        self.files: dict[tuple[str, str], Any] = {}
+        self.damaged: set[str] = set()
         self.plans: list[StepPlan] = []
 
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> FakePending:
         self.plans.append(plan)
         used = len(plan.decode) * self._width + sum(c.count for c in plan.chunks)
         assert used <= self._max_tokens
-        assert used or plan.ends
+        assert used or plan.ends or plan.transfers or plan.deletes
         named = plan.decode + [c.slot for c in plan.chunks]
         assert len(set(named)) == len(named), "a slot runs once a step"
         for save in plan.ends:
@@ -102,6 +116,12 @@ class FakeWorker:
             assert row.ended
             assert row.length == len(row.tokens) - 1
             self._snapshots[save.snapshot] = row.tokens[: row.length]
+        for transfer in plan.transfers:
+            self._transfer(transfer)
+        for key, pages in plan.deletes:
+            self.files.pop((key, "state"), None)
+            if pages:
+                self.files.pop((key, "pages"), None)
         for admission in plan.admissions:
             self._admit(admission)
         for grant in plan.grants:
@@ -134,6 +154,62 @@ class FakeWorker:
 
     def close(self) -> None:
         pass
+
+    # --- lower tiers ------------------------------------------------------------------------
+
+    def finished(self) -> list[tuple[int, bool]]:
+        """Some of the transfers that were started, after a while."""
+        ended = [one for one in self._transfers if self._rng.random() < 0.5]
+        self._transfers = [one for one in self._transfers if one not in ended]
+        return ended
+
+    def _transfer(self, transfer: Transfer) -> None:
+        """Everything is copied at once, and reported later. A range in the host's memory is known
+        by where it begins."""
+        succeeded = True
+        for move in transfer.moves:
+            for index, page in enumerate(move.pages, move.first):
+                for at in range(self._page_size):
+                    place = (move.pages_at, index, at)
+                    if transfer.kind == "offload":
+                        self._host[place] = self._memory.get((page, at), -1)
+                    else:
+                        self._memory[page, at] = self._host[place]
+            if move.snapshot >= 0 and transfer.kind == "offload":
+                self._host_states[move.state_at] = self._snapshots[move.snapshot]
+            elif move.snapshot >= 0:
+                self._snapshots[move.snapshot] = self._host_states[move.state_at]
+        for file in transfer.files:
+            succeeded &= self._file(transfer.kind, file)
+        self._transfers.append((transfer.id, succeeded))
+
+    def _file(self, kind: str, file: FileMove) -> bool:
+        if kind == "store":
+            pages = {p[1:]: tag for p, tag in self._host.items() if p[0] == file.pages_at}
+            self.files[file.key, "pages"] = (pages, file)
+            self.files[file.key, "state"] = (self._host_states[file.state_at], file)
+            return True
+        if file.pages_at >= 0:
+            if (file.key, "pages") not in self.files or file.key in self.damaged:
+                return False
+            for place, tag in self.files[file.key, "pages"][0].items():
+                self._host[file.pages_at, *place] = tag
+        if file.state_at >= 0:
+            if (file.key, "state") not in self.files:
+                return False
+            self._host_states[file.state_at] = self.files[file.key, "state"][0]
+        return True
+
+    def found(self) -> dict[str, FoundFile]:
+        """What a later process finds."""
+        return {
+            key: FoundFile(
+                file.parent, file.first, file.tokens, file.salt, file.kind,
+                (key, "state") in self.files, float(number),
+            )
+            for number, ((key, part), (_, file)) in enumerate(self.files.items())
+            if part == "pages"
+        }  # fmt: skip
 
     def _admit(self, a: Admission) -> None:
         if a.snapshot >= 0:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import msgspec
 
@@ -32,6 +32,7 @@ from millrace.protocol import AddRequest, Delta, EngineStats, Masks, StepPlan, S
 
 # How long a step waits for a grammar to compile if there is no other work; seconds.
 GRAMMAR_WAIT = 0.005
+TRANSFER_WAIT = 0.0005  # between looks whether a transfer has ended; seconds
 # Prompt tokens of a step that takes long enough for nothing to be launched behind it: 30 ms and
 # more of a model of 27B on an H200.
 LARGE_PIECE = 512
@@ -105,9 +106,13 @@ class Engine:
         immediate, self._immediate = self._immediate + self._add_compiled(), []
         if self._steps and self._steps[-1].last:
             return immediate + self._commit(self._steps.popleft())
+        if self.scheduler.uses_tiers:
+            self.scheduler.transferred(self.worker.finished())
         plan = self.scheduler.plan(monotonic())
         if plan is not None:
             self._launch(plan)
+        if plan is None and not self._steps and self.scheduler.uses_tiers:
+            sleep(TRANSFER_WAIT)  # nothing to do until a transfer ends
         if not self._steps or (plan is not None and len(self._steps) <= self._depth):
             return immediate
         return immediate + self._commit(self._steps.popleft())

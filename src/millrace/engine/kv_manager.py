@@ -16,6 +16,7 @@ from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind, Match
 from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.snapshot_tree import SnapshotTree
 from millrace.engine.request import Request
+from millrace.engine.tier_transfers import TierTransfers
 from millrace.protocol import Limits, PageCopy, PageGrant, Save
 
 _NOTHING = Match(0, [], NO_SNAPSHOT, 0)
@@ -50,6 +51,9 @@ class KVManager:
         self.slots = Pool(limits.max_num_seqs, first=1)
         self.pages = Pool(limits.num_pages - 1, first=NULL_PAGE + 1)
         self.policy = cache_policy(limits, self.pages)
+        self.tiers: TierTransfers | None = None
+        if limits.host_cache and limits.prefix_caching and limits.num_snapshots:
+            self.tiers = TierTransfers(limits, self.pages, self.policy)
         self._limits = limits
         self._ends: dict[int, Save] = {}  # by snapshot: answers that the next step saves
 
@@ -146,6 +150,8 @@ class KVManager:
         request.cached_estimate = 0
         if self.may_use_cache(request):
             request.cached_estimate = self.policy.cached(request.tokens, request.source.cache_salt)
+            if self.tiers is not None:
+                self.tiers.look_up(request, self.ensure_free_pages)
 
     def can_gain_from_cache(self, request: Request) -> bool:
         """Whether it could resume where another request with the same prompt has been."""
@@ -173,7 +179,10 @@ class KVManager:
         pages = request.pages[: depth // self._limits.page_size]
         kind = Kind.PROMPT if depth == self._whole(len(request.tokens) - 1) else Kind.TURNS
         salt = request.source.cache_salt
-        self.policy.publish(request.tokens[:depth], pages, snapshot, salt, kind=kind)
+        tokens = request.tokens[:depth]
+        self.policy.publish(tokens, pages, snapshot, salt, kind=kind)
+        if self.tiers is not None and not request.failed:
+            self.tiers.cached(tokens, salt, kind)
 
     def _whole(self, length: int) -> int:
         """`length` rounded down to whole pages."""
@@ -193,6 +202,8 @@ class KVManager:
         self.policy.publish(tokens, pages, snapshot, salt, kind=Kind.ANSWER)
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)
+        if self.tiers is not None:
+            self.tiers.cached(tokens, salt, Kind.ANSWER)
 
     @property
     def has_ends(self) -> bool:
@@ -209,18 +220,29 @@ class KVManager:
         if self._limits.prefix_caching and not request.failed:
             self.policy.store(request.tokens[:length], request.pages, request.source.cache_salt)
 
+    def clear(self) -> None:
+        """Drop every cached prefix, in all tiers."""
+        self.policy.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
+
     # --- integrity --------------------------------------------------------------------------
 
     def check(self, owners: Collection[Request], saving: int) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for. owners: the
         requests that have slots and pages. saving: snapshots that launched steps write."""
         held = sum(request.held_snapshot != NO_SNAPSHOT for request in owners)
+        if self.tiers is not None:
+            held += self.tiers.held_snapshots()
+            self.tiers.store.check()
         self.policy.check(saving + held)
         cached = self.policy.cached_pages()
         expected = Counter(cached)
         for request in owners:
             expected.update(request.pages)
             expected.update(request.held_pages)
+        if self.tiers is not None:
+            expected.update(self.tiers.held_pages())
         for page in range(NULL_PAGE + 1, self._limits.num_pages):
             assert self.pages.ref_count(page) == expected[page], f"reference count of page {page}"
         alone = sum(expected[page] == 1 for page in cached)

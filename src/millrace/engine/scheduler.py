@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import merge, nsmallest
 from itertools import groupby
@@ -34,6 +34,7 @@ from millrace.protocol import (
     Chunk,
     Delta,
     EngineStats,
+    FoundFile,
     Limits,
     StepPlan,
     StepResult,
@@ -50,6 +51,8 @@ class _Totals:
     generated_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    host_hits: int = 0
+    disk_hits: int = 0
     rows_not_finite: int = 0
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
@@ -67,6 +70,7 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._kv_manager = KVManager(limits)
+        self._tiers = self._kv_manager.tiers
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
@@ -115,12 +119,30 @@ class Scheduler:
 
     def has_work(self) -> bool:
         work = self.waiting or self.running or self._launched or self._kv_manager.has_ends
-        return bool(work)
+        return bool(work) or (self._tiers is not None and self._tiers.has_work)
 
     @property
     def in_flight(self) -> int:
         """Launched steps whose results are not known yet."""
         return len(self._launched)
+
+    @property
+    def uses_tiers(self) -> bool:
+        """Whether transfers between tiers are to be reported by `transferred`."""
+        return self._tiers is not None
+
+    def transferred(self, ended: Iterable[tuple[int, bool]]) -> None:
+        """Transfers have ended: (number, whether it succeeded)."""
+        assert self._tiers is not None
+        for number, succeeded in ended:
+            request = self._tiers.ended(number, succeeded, self._kv_manager.ensure_free_pages)
+            if request is not None:
+                request.estimate_version = -1
+
+    def restore(self, found: Mapping[str, FoundFile]) -> None:
+        """Records of an earlier process, by key."""
+        if self._tiers is not None:
+            self._tiers.store.restore(found)
 
     # --- planning ---------------------------------------------------------------------------
 
@@ -136,7 +158,9 @@ class Scheduler:
         step = Step(now=now, ends=self._kv_manager.take_ends())
         self._plan_decode(step)
         self._plan_prompts(step)
-        if not (step.decode or step.chunks or step.ends):
+        if self._tiers is not None:
+            step.transfers, step.deletes = self._tiers.take(), self._tiers.take_deletes()
+        if not (step.decode or step.chunks or step.ends or step.transfers or step.deletes):
             return None
         return self._record_launch(step)
 
@@ -213,6 +237,8 @@ class Scheduler:
         stale = [request for request in waiting if request.estimate_version != version]
         for request in nsmallest(LOOKUPS, stale, key=lambda request: request.estimate_version):
             self._kv_manager.estimate_cached_tokens(request)
+        if any(request.loading for request in waiting):  # since the lookup
+            return self.waiting.candidates(self._waits_for_prefix)
         return waiting
 
     def _plan_whole(self, request: Request, step: Step, budget: PromptBudget) -> bool:
@@ -256,9 +282,10 @@ class Scheduler:
         return end - start
 
     def _waits_for_prefix(self, request: Request) -> bool:
-        """Whether the request waits until another one's prompt is cached."""
+        """Whether the request waits until another one's prompt is cached, or a lower tier's part
+        of its own is on the device."""
         leader = self._requests.get(request.source.wait_for or "")
-        return (
+        return request.loading or (
             leader is not None
             and leader.ordinal < request.ordinal  # so that no two wait for each other
             and not leader.prompt_cached
@@ -306,6 +333,13 @@ class Scheduler:
             self._kv_manager.record_prompt(request)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.cached_tokens
+            self._totals.host_hits += self._loaded(request, "host")
+            self._totals.disk_hits += self._loaded(request, "disk")
+
+    def _loaded(self, request: Request, tier: str) -> int:
+        """Cached tokens that a lower tier brought for this prompt."""
+        first, last = request.loaded.get(tier, (0, 0))
+        return max(0, min(last, request.cached_tokens) - first)
 
     def _record_launch(self, step: Step) -> StepPlan:
         self._totals.steps += 1
@@ -418,7 +452,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         totals, pages = self._totals, self._kv_manager.pages
         used, snapshots = self._kv_manager.policy.snapshots
-        return EngineStats(
+        stats = EngineStats(
             steps=totals.steps,
             running=len(self.running),
             waiting=len(self.waiting),
@@ -433,16 +467,19 @@ class Scheduler:
             generated_tokens=totals.generated_tokens,
             prefix_queries=totals.prefix_queries,
             prefix_hits=totals.prefix_hits,
+            host_hits=totals.host_hits,
+            disk_hits=totals.disk_hits,
             drafts=totals.drafts,
             accepted_per_position=list(totals.accepted),
             rows_not_finite=totals.rows_not_finite,
             step_tokens=list(totals.step_tokens),
             step_tokens_sum=totals.step_tokens_sum,
         )
+        return stats if self._tiers is None else self._tiers.with_sizes(stats)
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached prefix. Running requests keep their pages."""
-        self._kv_manager.policy.clear()
+        self._kv_manager.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page, slot and snapshot is accounted for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from millrace.engine.request import Request
-from millrace.protocol import Admission, Chunk, PageCopy, PageGrant, Save, StepPlan
+from millrace.protocol import Admission, Chunk, PageCopy, PageGrant, Save, StepPlan, Transfer
 
 
 @dataclass(slots=True)
@@ -20,6 +20,8 @@ class Step:
     now: float
     context: int = 0
     ends: list[Save] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    deletes: list[tuple[str, bool]] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
@@ -48,4 +50,6 @@ class Step:
             context=self.context,
             ends=self.ends,
             copies=self.copies,
+            transfers=self.transfers,
+            deletes=self.deletes,
         )

@@ -25,5 +25,8 @@ class Worker(Protocol):
         most once, after the forward is launched, so that the masks are built while it runs.
         """
 
+    def finished(self) -> list[tuple[int, bool]]:
+        """Transfers that have ended since the last call: (number, whether it succeeded)."""
+
     def close(self) -> None:
         """Free the device; nothing is launched afterwards."""

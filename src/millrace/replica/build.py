@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import msgspec
+
 from millrace.common.safe_log import exit_at_once
 from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
@@ -230,9 +232,11 @@ def _assemble(
 ) -> Replica:
     worker = _worker(config, model, ranks)
     depth = 1 if config.async_scheduling else 0
-    _warm_up(Engine(Scheduler(worker.limits()), worker, depth=depth), config)
+    limits = worker.limits()
+    without_tiers = msgspec.structs.replace(limits, host_cache=0)
+    _warm_up(Engine(Scheduler(without_tiers), worker, depth=depth), config)
     engine = Replica(
-        Scheduler(worker.limits()),
+        Scheduler(limits),
         worker,
         depth=depth,
         plan_log=Path(config.args.plan_log) if config.args.plan_log else None,
@@ -240,6 +244,7 @@ def _assemble(
         config=config,
         grammars=_grammars(config, model),
     )
+    engine.scheduler.restore(worker.found_files())
     engine.ranks, engine.children = ranks, children
     gc.collect()
     gc.freeze()

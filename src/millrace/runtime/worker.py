@@ -17,6 +17,7 @@ import torch
 
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
+from millrace.kernels.batch import Caches
 from millrace.model.build import build_model
 from millrace.model.cache_spec import CacheOptions, CacheSpec
 from millrace.model.causal_lm import CausalLM
@@ -28,7 +29,7 @@ from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
-from millrace.protocol import Limits, Masks, StepPlan, StopRanks
+from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 from millrace.runtime.profile_run import (
     declared_warmup,
@@ -44,6 +45,9 @@ from millrace.runtime.step.results import PendingStep
 from millrace.runtime.step.runner import Runner
 from millrace.runtime.step.slots import Slots, tape_length
 from millrace.runtime.step.snapshots import Snapshots
+from millrace.runtime.tiers.disk_cache import DiskCache, cache_folder
+from millrace.runtime.tiers.host_cache import HostCache
+from millrace.runtime.tiers.tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class Worker:
         self.ranks = ranks
         self._device = torch.device(config.device)
         self.model_config = model_config
+        self._directory = directory
+        self.tiers: Tiers | None = None
         self.cache_spec = model_config.cache_spec(CacheOptions.of(config))
         self.all_reduce = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
@@ -116,6 +122,10 @@ class Worker:
             drafts=config.drafts,
             prefix_caching=config.args.enable_prefix_caching,
             page_cost=self._page_cost(),
+            host_cache=self.host_bytes(),
+            disk_cache=config.disk_cache,
+            page_bytes=self.cache_spec.page_bytes(self.ranks.size),
+            snapshot_bytes=self.cache_spec.snapshot_bytes(self.ranks.size),
             cache_policy="snapshot" if self.cache_spec.needs_snapshots else "page",
             snapshot_interval=config.snapshot_interval,
             snapshot_distance=config.snapshot_distance,
@@ -138,12 +148,21 @@ class Worker:
                 self.all_reduce.measure(message.rows)
             else:
                 self.runner.run(message)
+                self.finished()  # nobody asks this rank
         self.runner.release()
 
     def measure_all_reduce(self, rows: list[int]) -> list[Timing]:
         """Measure every all-reduce algorithm at messages of so many rows."""
         self.ranks.send(MeasureAllReduce(rows))
         return self.all_reduce.measure(rows)
+
+    def finished(self) -> list[tuple[int, bool]]:
+        """Transfers that have ended since the last call, on this rank."""
+        return [] if self.tiers is None else self.tiers.finished()
+
+    def found_files(self) -> dict[str, FoundFile]:
+        """The records that an earlier process left in files."""
+        return {} if self.tiers is None else self.tiers.found()
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
@@ -165,6 +184,16 @@ class Worker:
             num_snapshots=args.num_snapshots,
             prefix_caching=args.enable_prefix_caching,
         )
+
+    def host_bytes(self) -> int:
+        """Bytes of the host's memory for prefixes, on one rank. Files are read and written through
+        it, so with a disk cache there is enough for a few of the longest ones."""
+        config, ranks, spec = self.config, self.ranks.size, self.cache_spec
+        if not spec.needs_snapshots or not config.args.enable_prefix_caching:
+            return 0
+        longest = config.max_pages_per_request * spec.page_bytes(ranks)
+        least = 2 * (longest + spec.snapshot_bytes(ranks)) if config.disk_cache else 0
+        return max(config.host_cache // ranks, least)
 
     def _page_cost(self) -> float:
         """Memory of a page as a share of a snapshot's."""
@@ -220,7 +249,22 @@ class Worker:
         caches = allocate_caches(spec, slots=rows, pages=pages, ranks=ranks, device=device)
         slots = Slots.allocate(config.max_num_seqs, config.max_model_len, config.drafts, device)
         pool = Snapshots.allocate(spec, snapshots, ranks, device)
-        return Runner(config, self.model, caches, slots, pool, self.ranks)
+        if snapshots:
+            self.tiers = self._build_tiers(caches, pool)
+        runner = Runner(config, self.model, caches, slots, pool, self.ranks)
+        runner.tiers = self.tiers
+        return runner
+
+    def _build_tiers(self, caches: Caches, pool: Snapshots) -> Tiers | None:
+        if not (size := self.host_bytes()):
+            return None
+        host, files = HostCache(size, caches, pool), None
+        logger.info("cached prefixes may take %.2f GiB of the host's memory", size / 2**30)
+        if self.config.disk_cache:
+            folder = cache_folder(self.config, self.cache_spec, self._directory)
+            files = DiskCache(folder, host.memory)
+            logger.info("and %.2f GiB in %s", self.config.disk_cache / 2**30, files.folder)
+        return Tiers(host, files)
 
 
 def gpu_memory_budget(
@@ -248,7 +292,10 @@ def _timed(part: str) -> Iterator[None]:
 
 def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
     """Options about states and snapshots that were given for a model without them."""
-    names = ("num_snapshots", "snapshot_interval", "snapshot_distance")
+    names = (
+        *("num_snapshots", "snapshot_interval", "snapshot_distance"),
+        *("host_cache_gb", "disk_cache"),
+    )
     given = [name for name in names if getattr(config.args, name)]
     if config.args.mamba_ssm_cache_dtype != "auto":
         given.append("mamba_ssm_cache_dtype")

@@ -27,6 +27,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("max_model_len", "max_num_seqs", "block_size", "kv_cache_dtype"),
         *("mamba_ssm_cache_dtype", "gpu_memory_utilization", "kv_cache_memory_bytes"),
         *("enable_prefix_caching", "snapshot_interval", "snapshot_distance", "num_snapshots"),
+        *("host_cache_gb", "disk_cache", "disk_cache_gb"),
     ),
     "scheduling": (
         *("max_num_batched_tokens", "mixed_prefill_tokens", "long_prefill_token_threshold"),

@@ -54,6 +54,12 @@ class PageTree:
         path = self._walk(tokens, len(tokens) - 1, salt)
         return path[-1].depth if path else 0
 
+    def locate(self, tokens: Sequence[int], salt: str = "") -> Match | None:
+        return None
+
+    def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
+        return [node.page for node in self._walk(tokens, len(tokens), salt)]
+
     def can_resume(self, length: int) -> bool:
         return length > self._page_size
 

@@ -64,6 +64,12 @@ class CachePolicy(Protocol):
     def cached(self, tokens: Sequence[int], salt: str = "") -> int:
         """How many tokens `match` would find now. It does not count as a use of them."""
 
+    def locate(self, tokens: Sequence[int], salt: str = "") -> Match | None:
+        """The pages and the snapshot of exactly these tokens; None if there is none."""
+
+    def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
+        """The pages of the first whole pages of the tokens, as many as it has."""
+
     def can_resume(self, length: int) -> bool:
         """Whether a second prompt of the same `length` tokens could skip some of them."""
 

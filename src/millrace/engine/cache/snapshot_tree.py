@@ -97,10 +97,20 @@ class SnapshotTree:
         path = self._resumable(path, tokens, salt)
         return path[-1].depth if path else 0
 
+    def locate(self, tokens: Sequence[int], salt: str = "") -> Match | None:
+        path = self._walk(tokens, len(tokens), salt)
+        if not path or path[-1].depth != len(tokens) or path[-1].snapshot == NO_SNAPSHOT:
+            return None
+        found = path[-1].snapshot
+        return Match(len(tokens), [node.page for node in path], found, len(tokens))
+
+    def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
+        path = self._walk(tokens, self._round_down(len(tokens)), salt)
+        return [node.page for node in path if node.page != NULL_PAGE]
+
     def has(self, tokens: Sequence[int], salt: str = "") -> bool:
         """Whether there is a snapshot of exactly these tokens."""
-        path = self._walk(tokens, len(tokens), salt)
-        return bool(path) and path[-1].depth == len(tokens) and path[-1].snapshot != NO_SNAPSHOT
+        return self.locate(tokens, salt) is not None
 
     def can_resume(self, length: int) -> bool:
         return self._snapshots.size > 0 and (self._round_down(length - 1) >= max(1, self._distance))

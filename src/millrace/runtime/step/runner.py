@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ from millrace.runtime.step.upload import upload
 MasksOfStep = Callable[[], Masks] | None
 
 
+class Transfers(Protocol):
+    """What starts transfers between tiers, beside the steps."""
+
+    def start(self, plan: StepPlan, wait: bool) -> None:
+        """Start a plan's transfers. wait: the plan's step waits for earlier loads."""
+
+    def close(self) -> None:
+        """Wait for what has begun."""
+
+
 class Runner:
     """Runs plans on the tensors of one rank. slots: the running requests' rows, with the tape.
     drafter: what proposes drafts; None without drafts."""
@@ -75,6 +86,8 @@ class Runner:
             assert model.mtp is not None
             self.drafter = HeadDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
         self._graphs: StepGraphs | None = None
+        self.tiers: Transfers | None = None
+        self._shared = ranks.size > 1
         # By slot, of the last token that is computed: a record needs it. Slot 0 is padding's.
         self._last = None if snapshots.hidden is None else _vectors(slots, snapshots.hidden)
 
@@ -82,6 +95,8 @@ class Runner:
     def run(self, plan: StepPlan, masks: MasksOfStep = None) -> StepOutput:
         """Launch a step. masks: builds the grammar masks; called after the forward."""
         self._save_ends(plan)
+        if self.tiers is not None:
+            self.tiers.start(plan, wait=self._shared and bool(plan.admissions))
         self._admit(plan)
         if not plan.decode and not plan.chunks:
             return StepOutput()
@@ -133,7 +148,9 @@ class Runner:
             self._snapshots.restore(self._caches, null, null)
 
     def release(self) -> None:
-        """Free the graphs; no step may follow."""
+        """Free the graphs and end transfers; no step may follow."""
+        if self.tiers is not None:
+            self.tiers.close()
         if self._graphs is not None:
             self._graphs.release()
         self._graphs = None

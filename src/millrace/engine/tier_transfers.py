@@ -1,0 +1,357 @@
+"""Transfers between the device, the host's memory and files: which are under way, and for whom.
+
+Every answer, and every system prompt, is offloaded soon after it is cached on the device, so that
+evicting it there costs nothing, and written to files, so that it survives the process. A waiting
+request whose prompt goes on in a lower tier waits until that part is on the device, and other
+requests run meanwhile. What the device holds is cached by its cache policy; `ColdStore` knows what
+the tiers below hold. This module moves nothing itself: the worker does, and reports what has ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from millrace.engine.cache.cold_store import (
+    NOWHERE,
+    ColdRecord,
+    ColdSizes,
+    ColdStore,
+    file_move,
+    page_hashes,
+)
+from millrace.engine.cache.policy import CachePolicy, Kind
+from millrace.engine.cache.pool import Pool
+from millrace.engine.request import Phase, Request
+from millrace.protocol import EngineStats, Limits, Move, Transfer
+
+MOST_WAITING = 256  # prefixes that wait to be offloaded; of more, the oldest are dropped
+MOST_AT_ONCE = 4  # transfers of a kind
+LEAST_GAIN = 32  # tokens that a load must save
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """One that is under way. pages: the device's, with a reference each. snapshot: likewise; -1:
+    none. whole_pages: those of the whole prefix, of a load. fetched: records whose pages are read
+    from files. fetched_state: whether the record's state is, too. dropped: what it moves must not
+    be used any more."""
+
+    kind: Literal["offload", "load", "store", "fetch"]
+    record: ColdRecord
+    tokens: Sequence[int] = ()
+    pages: list[int] = field(default_factory=list)
+    snapshot: int = -1
+    request: Request | None = None
+    fetched: list[ColdRecord] = field(default_factory=list)
+    fetched_state: bool = False
+    from_disk: bool = False
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    tokens: list[int]
+    salt: str
+    kind: Kind
+
+
+class TierTransfers:
+    """The tiers below the device of one replica."""
+
+    def __init__(self, limits: Limits, pages: Pool, policy: CachePolicy) -> None:
+        sizes = ColdSizes(
+            limits.page_size,
+            limits.page_bytes,
+            limits.snapshot_bytes,
+            limits.host_cache,
+            limits.disk_cache,
+        )
+        self.store = ColdStore(sizes)
+        self._pages, self._policy = pages, policy
+        self._wanted: deque[_Wanted] = deque(maxlen=MOST_WAITING)
+        self._unfiled: deque[ColdRecord] = deque(maxlen=MOST_WAITING)
+        self._under_way: dict[int, _Transfer] = {}
+        self._new: list[Transfer] = []
+        self._number = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to start, or to wait for."""
+        return bool(self._under_way or self._wanted or self._unfiled or self.store.deletes)
+
+    # --- what is kept -----------------------------------------------------------------------
+
+    def cached(self, tokens: list[int], salt: str, kind: Kind) -> None:
+        """These tokens are cached on the device now."""
+        if kind is not Kind.PROMPT:  # a prompt is followed by its answer
+            self._wanted.append(_Wanted(tokens, salt, kind))
+
+    def take(self) -> list[Transfer]:
+        """The transfers that the next step starts."""
+        while self._wanted and self._count("offload") < MOST_AT_ONCE:
+            self._offload(self._wanted.popleft())
+        while self._unfiled and self._count("store") < MOST_AT_ONCE:
+            self._file(self._unfiled.popleft())
+        new, self._new = self._new, []
+        return new
+
+    def take_deletes(self) -> list[tuple[str, bool]]:
+        """The files that the next step deletes."""
+        deletes, self.store.deletes = self.store.deletes, []
+        return deletes
+
+    def _count(self, kind: str) -> int:
+        return sum(one.kind == kind for one in self._under_way.values())
+
+    def _start(self, transfer: _Transfer, moves: Sequence[Move] = (), files: bool = False) -> None:
+        self._number += 1
+        listed = []
+        if transfer.kind == "store":
+            listed = [file_move(transfer.record, self.store, pages=True, state=True)]
+        elif files:
+            listed = [
+                file_move(
+                    one,
+                    self.store,
+                    pages=one in transfer.fetched,
+                    state=one is transfer.record and transfer.fetched_state,
+                )
+                for one in transfer.record.chain()
+                if one in transfer.fetched or (one is transfer.record and transfer.fetched_state)
+            ]
+        for one in transfer.record.chain():
+            one.busy += 1
+        self._under_way[self._number] = transfer
+        self._new.append(Transfer(self._number, transfer.kind, list(moves), listed))
+
+    def _offload(self, wanted: _Wanted) -> None:
+        found = self._policy.locate(wanted.tokens, wanted.salt)
+        if found is None:  # evicted meanwhile
+            return
+        hashes = page_hashes(wanted.tokens, self.store.sizes.page_size, wanted.salt)
+        record = self.store.add(wanted.tokens, hashes, wanted.salt, wanted.kind)
+        if record is None:
+            return
+        pages = found.pages[record.first :]
+        for page in pages:
+            self._pages.retain(page)
+        self._policy.retain(found.snapshot)
+        move = Move(pages, 0, len(pages), record.pages_at, found.snapshot, record.state_at)
+        self._start(_Transfer("offload", record, pages=pages, snapshot=found.snapshot), [move])
+
+    def _file(self, record: ColdRecord) -> None:
+        """Write a record to files, if it is still in memory and not in files."""
+        here = record.pages_at != NOWHERE and record.state_at != NOWHERE
+        if here and not record.state_filed and record.key in self.store:
+            self._start(_Transfer("store", record))
+
+    # --- what comes back ----------------------------------------------------------------------
+
+    def look_up(self, request: Request, ensure_pages: Callable[[int], bool]) -> None:
+        """Begin to bring a waiting request's prefix to the device, if a lower tier has more of it.
+
+        ensure_pages: makes so many pages free; False if that is not possible.
+        """
+        store, tokens = self.store, request.tokens
+        if not len(store) or request.loading:
+            return
+        if len(request.hashes) != len(tokens) // store.sizes.page_size + 1:
+            salt = request.source.cache_salt
+            request.hashes = page_hashes(tokens, store.sizes.page_size, salt)
+        record = store.match(tokens, request.hashes)
+        if record is None or store.depth(record) < request.cached_estimate + LEAST_GAIN:
+            return
+        if any(one.kind != "store" and one.record is record for one in self._under_way.values()):
+            return  # it is on its way, for another request or from the device
+        missing = [one for one in record.chain() if one.pages_at == NOWHERE]
+        if missing or record.state_at == NOWHERE:
+            self._fetch(request, record, missing)
+        else:
+            self._load(request, record, ensure_pages, from_disk=False)
+
+    def _fetch(self, request: Request, record: ColdRecord, missing: list[ColdRecord]) -> None:
+        if self._count("fetch") >= MOST_AT_ONCE:
+            return
+        chain = record.chain()
+        for one in chain:
+            one.busy += 1  # what is there must not go for what is to come
+        fetched: list[ColdRecord] = []
+        state = record.state_at == NOWHERE
+        fetched += [one for one in missing if one is record or self.store.room_for_pages(one)]
+        enough = len(fetched) == len(missing) and self.store.make_room(record)
+        for one in chain:
+            one.busy -= 1
+        if not enough:
+            for one in fetched:
+                if one.pages_at != NOWHERE and one is not record:
+                    self.store.forget_pages(one)
+            return
+        self.store.touch(record)
+        request.loading = True
+        self._start(
+            _Transfer(
+                "fetch",
+                record,
+                request=request,
+                fetched=fetched,
+                fetched_state=state,
+                tokens=request.tokens,
+            ),
+            files=True,
+        )
+
+    def _load(
+        self,
+        request: Request,
+        record: ColdRecord,
+        ensure_pages: Callable[[int], bool],
+        from_disk: bool,
+    ) -> bool:
+        if self._count("load") >= MOST_AT_ONCE:
+            return False
+        store, salt = self.store, request.source.cache_salt
+        tokens = request.tokens[: store.depth(record)]
+        here = self._policy.pages_of(tokens, salt)[: record.whole]
+        for page in here:
+            self._pages.retain(page)
+        count = record.whole + bool(record.tail) - len(here)
+        snapshot = self._policy.begin_save(tokens, salt) if ensure_pages(count) else None
+        if snapshot is None or self._pages.free < count:
+            if snapshot is not None:
+                self._policy.release(snapshot)
+            for page in here:
+                self._pages.release(page)
+            return False
+        pages = [*here, *self._pages.allocate(count)]
+        moves = self._moves(record, pages, len(here), snapshot)
+        store.touch(record)
+        request.loading = True
+        self._start(
+            _Transfer(
+                "load",
+                record,
+                tokens=tokens,
+                pages=pages,
+                snapshot=snapshot,
+                request=request,
+                from_disk=from_disk,
+            ),
+            moves,
+        )
+        return True
+
+    def _moves(self, record: ColdRecord, pages: list[int], start: int, snapshot: int) -> list[Move]:
+        """The moves of pages from `start` on, one for each record of the chain that has any."""
+        moves = []
+        for one in record.chain():
+            end = one.first + one.own_pages if one is record else one.whole
+            begin = max(start, one.first)
+            last = one is record
+            if begin < end or last:
+                moves.append(
+                    Move(
+                        pages[begin:end],
+                        begin - one.first,
+                        one.own_pages,
+                        one.pages_at,
+                        snapshot if last else -1,
+                        one.state_at if last else NOWHERE,
+                    )
+                )
+        return moves
+
+    # --- what has ended -----------------------------------------------------------------------
+
+    def ended(
+        self, number: int, succeeded: bool, ensure_pages: Callable[[int], bool]
+    ) -> Request | None:
+        """A transfer has ended. Returns the request that waited for it."""
+        one = self._under_way.pop(number)
+        for record in one.record.chain():
+            record.busy -= 1
+        if one.kind == "offload":
+            self._offloaded(one)
+        elif one.kind == "store":
+            if succeeded:
+                self.store.filed(one.record)
+            if one.dropped:
+                self.store.discard(one.record)
+        elif one.kind == "load":
+            self._loaded(one)
+        else:
+            self._fetched(one, succeeded, ensure_pages)
+        return one.request
+
+    def _offloaded(self, one: _Transfer) -> None:
+        for page in one.pages:
+            self._pages.release(page)
+        self._policy.release(one.snapshot)
+        if one.dropped:
+            self.store.discard(one.record)
+        elif self.store.sizes.disk:
+            self._unfiled.append(one.record)
+
+    def _loaded(self, one: _Transfer) -> None:
+        record = one.record
+        if one.dropped:
+            self._policy.release(one.snapshot)
+            self.store.discard(record)
+        else:
+            kind = record.kind
+            self._policy.publish(one.tokens, one.pages, one.snapshot, record.salt, kind=kind)
+        for page in one.pages:
+            self._pages.release(page)
+        assert one.request is not None
+        one.request.loading = False
+        tier = "disk" if one.from_disk else "host"
+        one.request.loaded[tier] = one.request.cached_estimate, len(one.tokens)
+
+    def _fetched(
+        self, one: _Transfer, succeeded: bool, ensure_pages: Callable[[int], bool]
+    ) -> None:
+        assert one.request is not None
+        one.request.loading = False
+        if succeeded and not one.dropped:
+            if one.request.phase is Phase.WAITING:
+                self._load(one.request, one.record, ensure_pages, from_disk=True)
+            return
+        for record in one.fetched:
+            self.store.forget_pages(record)
+        if one.fetched_state:
+            self.store.forget_state(one.record)
+        for record in [*one.fetched[::-1], *([one.record] if one.fetched_state else [])]:
+            if record.key in self.store:
+                self.store.lost(record)
+
+    def with_sizes(self, stats: EngineStats) -> EngineStats:
+        """The statistics with those of the tiers."""
+        return msgspec.structs.replace(
+            stats,
+            host_cache_used=self.store.host_used,
+            host_cache_total=self.store.sizes.host,
+            disk_cache_used=self.store.disk_used,
+            disk_cache_total=self.store.sizes.disk,
+        )
+
+    # --- integrity ----------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Drop everything; what transfers move now, when they end."""
+        for one in self._under_way.values():
+            one.dropped = True
+        self._wanted.clear()
+        self._unfiled.clear()
+        self.store.clear()
+
+    def held_pages(self) -> list[int]:
+        """Pages of the device that transfers hold."""
+        return [page for one in self._under_way.values() for page in one.pages]
+
+    def held_snapshots(self) -> int:
+        """Snapshots of the device that transfers hold."""
+        return sum(one.snapshot >= 0 for one in self._under_way.values())

@@ -1,0 +1,1 @@
+"""Tiers below the device: the host's memory, and files."""
