@@ -285,6 +285,7 @@ class TierTransfers:
             self._loaded(one)
         else:
             self._fetched(one, succeeded, ensure_pages)
+        self.store.settle(one.record)
         return one.request
 
     def _offloaded(self, one: _Transfer) -> None:

@@ -354,18 +354,25 @@ class ColdStore:
 
     def discard(self, record: ColdRecord) -> None:
         """Remove a record that must not be used, if nothing continues or uses it."""
-        if record.key in self._records and not record.busy and not record.children:
+        if self._is_free(record):
             self._remove(record)
+            self.settle(record.parent)
+
+    def settle(self, record: ColdRecord | None) -> None:
+        """Remove it, and what it continues, as far as nobody can use them any more."""
+        if record is not None:
+            self._remove_if_useless(record)
 
     def _remove_branch(self, record: ColdRecord) -> None:
         for child in list(record.children.values()):
             self._remove_branch(child)
-        if record.key not in self._records:
+        if self._records.get(record.key) is not record:
             return
         if record.busy or record.children:
             self._broken.append(record)
         else:
             self._remove(record)
+            self.settle(record.parent)
 
     # --- removal ----------------------------------------------------------------------------
 
@@ -373,13 +380,18 @@ class ColdStore:
         """A record that nobody can resume at, and that nobody continues, goes; so may its
         parent."""
         at: ColdRecord | None = record
-        while at is not None and not at.children and not at.busy:
+        while at is not None and self._is_free(at):
             pages = at.pages_at != NOWHERE or at.pages_filed
             if at.has_state and pages:
                 return
             parent = at.parent
             self._remove(at)
             at = parent
+
+    def _is_free(self, record: ColdRecord) -> bool:
+        """Whether it is there, and nothing uses or continues it."""
+        there = self._records.get(record.key) is record
+        return there and not record.busy and not record.children
 
     def _remove(self, record: ColdRecord) -> None:
         self.drop_memory(record)
@@ -397,8 +409,8 @@ class ColdStore:
 
     def clear(self) -> None:
         """Remove every record that no transfer uses."""
-        for record in sorted(self._records.values(), key=lambda one: -one.whole):
-            if not record.busy and not record.children:
+        while free := [r for r in self._records.values() if not r.busy and not r.children]:
+            for record in free:
                 self._remove(record)
 
     # --- integrity --------------------------------------------------------------------------
