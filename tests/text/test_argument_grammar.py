@@ -6,6 +6,7 @@ import json
 import random
 import re
 from datetime import date
+from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from millrace.text.answer_parser import AnswerParser
 from millrace.text.tool_grammar import tool_call_grammar
 from millrace.text.tools.parser import ToolParser
 from millrace.text.tools.schema import Tool, choose_tools, read_tools
-from millrace.text.tools.text_patterns import whole_numbers
+from millrace.text.tools.text_patterns import at_least, at_most, whole_numbers
 from millrace.text.tools.values import needs_quotes
 from tests.text.test_grammar import TOKENIZER, accepts
 
@@ -146,15 +147,22 @@ LEAVES = [
     Case({"$ref": "#/$defs/choice"}, st.sampled_from(["red", "blue"])),
     Case({"$ref": "#/$defs/either"}, TEXTS | st.integers(0, 9)),
     Case({"$ref": "#/$defs/tree"}, st.sampled_from([{}, {"next": {}}, {"next": {"next": {}}}])),
-]  # fmt: skip
-BOUNDED = [  # beside them, a text must not begin with a digit
     Case({"type": "number", "minimum": 0, "exclusiveMaximum": 2.5}, st.sampled_from([0, 1.25, 2])),
     Case({"type": "integer", "minimum": 0, "maximum": 90, "multipleOf": 30},
          st.sampled_from([0, 30, 60, 90])),
+    Case({"allOf": [{"$ref": "#/$defs/score"}], "minimum": 0.05, "title": "x"},
+         st.floats(0.05, 1).map(lambda x: round(x, 6))),
+    Case({"anyOf": [{"type": "number", "maximum": -1.5}, {"type": "string"}]},
+         TEXTS | st.sampled_from([-1.5, -2, -100.25])),
+]  # fmt: skip
+BOUNDED = [  # numbers of the matcher's JSON: beside them, a text must not begin with a digit
+    Case({"type": "number", "multipleOf": 0.5}, st.sampled_from([0, 1.5, 2])),
+    Case({"type": "integer", "multipleOf": 3}, st.sampled_from([0, 3, -9])),
 ]  # fmt: skip
 DEFS = {
     "choice": {"type": "string", "enum": ["red", "blue"]},
     "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+    "score": {"type": "number", "maximum": 1, "exclusiveMinimum": -1},
     "tree": {
         "type": "object",
         "properties": {"next": {"$ref": "#/$defs/tree"}},
@@ -200,7 +208,7 @@ def roots(draw: st.DrawFn) -> Case:
         root = {"$ref": "#/$defs/root", "$defs": {**DEFS, "root": one.schema}}
         return Case(root, one.values)
     if kind == "anyOf":
-        other = any_of([one, draw(objects("xyz"))])
+        other = any_of([one, draw(objects(draw(st.sampled_from(["xyz", "abz"]))))])
         return Case({**other.schema, "$defs": DEFS}, other.values)
     if kind == "allOf":
         limit = {"type": "object", "required": one.schema.get("required", [])}
@@ -245,6 +253,29 @@ def test_what_is_accepted_is_valid(case: Case, seed: int) -> None:
     assert text is not None
     arguments = read(tool, text)
     assert jsonschema_rs.validator_for(case.schema).is_valid(arguments), (text, arguments)
+
+
+BOUNDS = st.integers(-(10**6), 10**6).map(lambda n: Decimal(n) / 1000) | st.sampled_from(
+    [Decimal(text) for text in ("0", "-0.05", "1", "9.9", "-10", "99", "0.999", "100.01", "1E+3")]
+)
+
+
+@given(bound=BOUNDS, near=st.integers(-30, 30), places=st.integers(0, 5), tail=st.integers(0, 3))
+def test_decimals_within_bounds(bound: Decimal, near: int, places: int, tail: int) -> None:
+    number = bound + Decimal(near) / 10**places
+    text = f"{number:f}" + ("." * ("." not in f"{number:f}") + "0" * tail if tail else "")
+    for is_open in (False, True):
+        above = re.fullmatch(at_least(bound, is_open) or "(?!)", text)
+        below = re.fullmatch(at_most(bound, is_open) or "(?!)", text)
+        assert bool(above) == (number > bound or (number == bound and not is_open)), text
+        assert bool(below) == (number < bound or (number == bound and not is_open)), text
+
+
+def test_a_number_that_is_read_as_an_excluded_bound_is_not_accepted() -> None:
+    tool = tool_of(properties(x={"type": ["number", "string"], "exclusiveMaximum": 2.5}))
+    source = source_of(tool)
+    assert accepts(source, CALL_OF_X.format("2.4999999999"))
+    assert not accepts(source, CALL_OF_X.format("2.49999999999999999999"))
 
 
 def properties(**given: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ goes back; objects, arrays and bounded numbers are the matcher's own JSON.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 from millrace.text.grammar import literal, schema_json
+from millrace.text.number_terminals import LOWER, UPPER, bounded_numbers
 from millrace.text.text_terminals import Terminals, TextTerminals, UnboundError
 from millrace.text.tools.argument_shapes import Shape
 from millrace.text.tools.call_tags import (
@@ -34,17 +34,14 @@ from millrace.text.tools.json_schema import (
     values_of,
 )
 from millrace.text.tools.schema import Tool
-from millrace.text.tools.text_patterns import whole_numbers
 from millrace.text.tools.values import needs_quotes
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "$defs", "definitions"}
-MAX_BOUND = 10**20  # of a whole number; those of greater ones are the matcher's
 MAX_PATTERNS = 3  # of property names; each set of them is a rule
 _MAX_DEPTH = 16
 
 _WHOLE = f"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})"
-_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-_NUMBER_WORDS = (*sorted(_BOUNDS), "multipleOf")
+_NUMBER_WORDS = (*LOWER, *UPPER, "multipleOf")
 _NAME_END = ">\n"
 _TAIL = f"\n{PARAMETER_END}\n"
 
@@ -87,7 +84,10 @@ class ArgumentGrammar:
         parts: list[str] = []
         names = self._names(shape)
         for name in names:
-            value = self._value(shape.schema(name), self._tool.argument_types(name))
+            others = [other.schema(name) for other in self._tool.shapes.all]
+            value = self._value(
+                shape.schema(name), self._tool.argument_types(name), self._digits_are_json(others)
+            )
             if value is None or not _is_writable(name):
                 if name in shape.required:
                     self._refuse_if(value is not None, f"no parameter can be called {name!r}")
@@ -136,10 +136,11 @@ class ArgumentGrammar:
             some for count in range(len(patterns) + 1) for some in combinations(patterns, count)
         ]
         found = []
+        digits = self._digits_are_json([one for _, one in self._schemas_of_others()])
         for some in sets:
             schema = shape.schema_of_others(some)
             types = self._types_of_others(shape, some)
-            value = self._value(schema, types) if types else None
+            value = self._value(schema, types, digits) if types else None
             if value is None:
                 continue
             unlike = [f"~{terminals[one]}" for one in patterns if one not in some]
@@ -152,18 +153,36 @@ class ArgumentGrammar:
     def _types_of_others(self, shape: Shape, patterns: Sequence[str]) -> frozenset[str]:
         """The types as which the parser reads such a parameter, whatever its name is."""
         found = types_of(shape.schema_of_others(patterns), self._root)
-        for other in self._tool.shapes.all if found else ():
+        for other, schema in self._schemas_of_others() if found else ():
             if other is not shape:
-                for some in [(), *((one,) for one in other.patterns)]:
-                    found |= types_of(other.schema_of_others(some), self._root)
+                found |= types_of(schema, self._root)
         return found
+
+    def _schemas_of_others(self) -> list[tuple[Shape, Any]]:
+        """(shape, schema) of parameters that no shape lists, without a pattern and with each."""
+        return [
+            (shape, shape.schema_of_others(some))
+            for shape in self._tool.shapes.all
+            for some in [(), *((one,) for one in shape.patterns)]
+        ]
 
     # --- values -----------------------------------------------------------------------------------
 
-    def _value(self, schema: Any, read_as: frozenset[str]) -> str | None:
+    def _digits_are_json(self, schemas: Sequence[Any]) -> bool:
+        """Whether one of the schemas that a parameter may have needs the matcher's JSON for its
+        numbers. Its lexer takes a longer text instead of such a number, so no bare text of any of
+        them may begin with a digit.
+        """
+        numbers = frozenset({"integer", "number"})
+        return any(
+            self._numbers(one, types_of(one, self._root) & numbers) is None for one in schemas
+        )
+
+    def _value(self, schema: Any, read_as: frozenset[str], digits: bool) -> str | None:
         """What follows the opening tag, through the closing one. None if no value matches.
 
         read_as: the types by which the parser reads it, which are all that any alternative has.
+        digits: as `TextTerminals.of` has it.
         """
         types = types_of(schema, self._root) & read_as
         values = values_of(schema, self._root)
@@ -182,7 +201,7 @@ class ArgumentGrammar:
             in_json |= numbers
         terminals += words or ()
         if "string" in types:
-            terminals += self._texts.of(schema, read_as, words is None)
+            terminals += self._texts.of(schema, read_as, digits)
         options = []
         if terminals:
             options.append(self._terminal(f"({' | '.join(terminals)}) {literal(_TAIL)}"))
@@ -199,14 +218,10 @@ class ArgumentGrammar:
             return [literal(dump(one)) for one in values if _is_of(one, types)]
         if not self._has(schema, (*_NUMBER_WORDS, "const", "enum")):
             return [f"/{NUMBER.pattern if 'number' in types else _WHOLE}/"]
-        keys = schema.keys() - _ANNOTATIONS - {"type"}
-        if types == {"integer"} and keys <= _BOUNDS:
-            least, most = _whole_bounds(schema)
-            if max(abs(least or 0), abs(most or 0)) > MAX_BOUND:
-                return None
-            pattern = whole_numbers(least, most)
-            return [] if pattern is None else [f"/{pattern}/"]
-        if keys != {"anyOf"}:
+        known = bounded_numbers(schema, self._root, whole="number" not in types)
+        if known is not None:
+            return known
+        if schema.keys() - _ANNOTATIONS - {"type"} != {"anyOf"}:
             return None
         found: list[str] = []
         for option in schema["anyOf"]:
@@ -251,17 +266,6 @@ class ArgumentGrammar:
         name = f"{self._name}_{len(self._rules)}"
         self._rules.append(f"{name}: {body}")
         return name
-
-
-def _whole_bounds(schema: dict[str, Any]) -> tuple[int | None, int | None]:
-    """The least and the greatest whole number within a schema's bounds."""
-    least = [math.ceil(schema["minimum"])] if "minimum" in schema else []
-    most = [math.floor(schema["maximum"])] if "maximum" in schema else []
-    if "exclusiveMinimum" in schema:
-        least.append(math.floor(schema["exclusiveMinimum"]) + 1)
-    if "exclusiveMaximum" in schema:
-        most.append(math.ceil(schema["exclusiveMaximum"]) - 1)
-    return max(least, default=None), min(most, default=None)
 
 
 def _is_of(value: Any, types: frozenset[str]) -> bool:

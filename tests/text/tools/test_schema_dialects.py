@@ -175,3 +175,19 @@ def test_what_binds_nothing_is_told() -> None:
     wanted = StructuredOutputs(json={"type": "array", "uniqueItems": True})
     (note,) = grammar_notes(output_grammar(wanted, "f", False, "lenient"))
     assert "uniqueItems" in note
+
+
+@given(
+    lower=st.tuples(st.integers(-3, 3), st.booleans() | st.none()),
+    upper=st.tuples(st.integers(-3, 3), st.booleans() | st.none()),
+    value=st.integers(-5, 5),
+)
+def test_bounds_of_draft_4(lower: Any, upper: Any, value: int) -> None:
+    """OpenAPI 3.0 has them still: `exclusiveMinimum` is a boolean beside `minimum`."""
+    schema: dict[str, Any] = {"type": "integer", "minimum": lower[0], "maximum": upper[0]}
+    for key, (_, exclusive) in (("exclusiveMinimum", lower), ("exclusiveMaximum", upper)):
+        if exclusive is not None:
+            schema[key] = exclusive
+    given = jsonschema_rs.Draft4Validator(schema)
+    read = jsonschema_rs.Draft202012Validator(read_schema(schema, "strict"))
+    assert given.is_valid(value) == read.is_valid(value)

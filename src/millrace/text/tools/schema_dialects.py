@@ -35,6 +35,7 @@ def read_schema(schema: Any, strictness: Strictness) -> Any:
         return schema
     found = {key: _part(key, value, strictness) for key, value in schema.items()}
     _read_dialect(found)
+    _read_bounds(found)
     _drop_neutral(found)
     _read_names(found)
     _read_plain_patterns(found)
@@ -64,6 +65,13 @@ def _read_dialect(schema: dict[str, Any]) -> None:
         return
     scheme = "https" if known[1].startswith("draft/") else "http"
     schema["$schema"] = f"{scheme}{_UNANCHORED}{known[1]}/schema"
+
+
+def _read_bounds(schema: dict[str, Any]) -> None:
+    """`exclusiveMinimum: true` beside `minimum`, as draft 4 and OpenAPI 3.0 have it."""
+    for key, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(schema.get(exclusive), bool) and schema.pop(exclusive) and key in schema:
+            schema[exclusive] = schema.pop(key)
 
 
 def _drop_neutral(schema: dict[str, Any]) -> None:

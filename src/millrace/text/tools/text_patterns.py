@@ -7,6 +7,7 @@ as terminals of its Lark. Expressions are those of Rust's syntax, without slashe
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _DIGIT2 = "[0-5][0-9]"
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -74,6 +75,68 @@ def whole_numbers(least: int | None, most: int | None) -> str | None:
         highest = -most if most is not None and most < 0 else 1
         found += [f"-{one}" for one in _digits(highest, None if least is None else -least)]
     return f"(?:{'|'.join(found)})"
+
+
+def at_least(bound: Decimal, is_open: bool) -> str | None:
+    """Decimals of at least `bound`, or more than it, without exponents; None if there are none."""
+    if bound > 0 or (bound == 0 and is_open):
+        return _above(bound, is_open)
+    below = _below(-bound, is_open)
+    return f"(?:-{below}|{_ANY_DECIMAL})"
+
+
+def at_most(bound: Decimal, is_open: bool) -> str | None:
+    """Decimals of at most `bound`, or less than it, without exponents; None if there are none."""
+    if bound < 0 or (bound == 0 and is_open):
+        return f"-{_above(-bound, is_open)}"
+    return f"(?:{_below(bound, is_open)}|-{_ANY_DECIMAL})"
+
+
+_FRACTION = r"(?:\.[0-9]+)?"
+_ANY_DECIMAL = rf"(?:0|[1-9][0-9]*){_FRACTION}"
+
+
+def _above(bound: Decimal, is_open: bool) -> str:
+    """Decimals from `bound`, which is not negative, without a sign."""
+    whole, fraction = _parts(bound)
+    rest = "0*[1-9][0-9]*" if is_open else "[0-9]*"
+    options = [
+        f"{fraction[:at]}[{int(digit) + 1}-9][0-9]*"
+        for at, digit in enumerate(fraction)
+        if digit != "9"
+    ]
+    found = [rf"{whole}\.(?:{'|'.join([*options, fraction + rest])})"]
+    if not fraction:
+        found = [rf"{whole}\.{rest}" if is_open else f"{whole}{_FRACTION}"]
+    return f"(?:{'|'.join([*found, f'{whole_numbers(int(whole) + 1, None)}{_FRACTION}'])})"
+
+
+def _below(bound: Decimal, is_open: bool) -> str:
+    """Decimals up to `bound`, which is not negative, without a sign. The bound is above 0 if it
+    is open."""
+    whole, fraction = _parts(bound)
+    found = []
+    if int(whole) > 0:
+        found.append(f"{whole_numbers(0, int(whole) - 1)}{_FRACTION}")
+    options = [
+        f"{fraction[:at]}[0-{int(digit) - 1}][0-9]*"
+        for at, digit in enumerate(fraction)
+        if digit != "0"
+    ]
+    options += [fraction[:at] for at in range(1, len(fraction))]
+    if not is_open:
+        options.append(f"{fraction}0*" if fraction else "0+")
+    if fraction:
+        found.append(rf"{whole}(?:\.(?:{'|'.join(options)}))?")
+    elif not is_open:
+        found.append(rf"{whole}(?:\.0+)?")
+    return f"(?:{'|'.join(found)})"
+
+
+def _parts(bound: Decimal) -> tuple[str, str]:
+    """(digits before the point, digits behind it without zeros at their end)."""
+    whole, _, fraction = f"{bound:f}".partition(".")
+    return whole, fraction.rstrip("0")
 
 
 def _digits(least: int, most: int | None) -> list[str]:
