@@ -195,7 +195,7 @@ class ArgumentGrammar:
             if _is_of(one, types) and allows(schema, self._root, one)
         ]
         numbers = types & {"integer", "number"}
-        words = self._numbers(schema, numbers)
+        words = None if digits and numbers else self._numbers(schema, numbers)
         in_json = types & {"object", "array"}
         if words is None:
             in_json |= numbers

@@ -11,10 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from millrace.errors import RequestError
 from millrace.server.api.anthropic.endpoint import MessagesRequest
+from millrace.server.api.anthropic.endpoint import as_chat as anthropic_chat
 from millrace.server.api.field_table import APIS, FIELDS, NESTED, PATHS, Api, Refusal
+from millrace.server.api.openai_responses.items import as_chat as responses_chat
+from millrace.server.api.openai_responses.items import input_items
 from millrace.server.api.openai_responses.request import ResponsesRequest
 from millrace.server.api.request_schema import ChatRequest, CompletionRequest, ModelRequest
+from millrace.server.api.response_formats import wanted_output
+from millrace.text.tools.schema import choose_tools, read_tools
 from tests.support.live_server import LiveServer
 
 BODIES: dict[Api, type[ModelRequest]] = {
@@ -239,3 +245,109 @@ def test_a_failed_tool_says_so(http: httpx.Client) -> None:
     assert tokens("42", is_error=True) == tokens("Error: 42") > tokens("42", is_error=False)
     assert tokens("", is_error=True) > tokens("")
     assert json.dumps(tokens("42", is_error=None)) == json.dumps(tokens("42"))
+
+
+# --- one thing in the shapes of several APIs ----------------------------------------------------
+
+FUNCTION: dict[str, Any] = {"name": "f", "description": "does f", "strict": True}
+PARAMETERS = {"type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"]}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {**FUNCTION, "parameters": PARAMETERS}},
+    {"type": "function", **FUNCTION, "parameters": PARAMETERS},
+    {**FUNCTION, "parameters": PARAMETERS},
+    {**FUNCTION, "input_schema": PARAMETERS},
+]
+FORCED: list[Any] = [
+    "required", "any", {"type": "any"}, {"type": "required"}, {"type": "tool", "name": "f"},
+    {"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}, "auto", {"type": "auto"}, *FORCED])
+def test_tools_and_choices_have_the_shapes_of_all_apis(tool: dict[str, Any], choice: Any) -> None:
+    """Every API reads what the others take, and makes the same of it."""
+    converters = [as_chat_itself, as_chat_messages]
+    if "type" in tool:  # which /v1/responses needs, for it has several kinds
+        converters.append(as_chat_responses)
+    for convert in converters:
+        body = convert([tool], choice)
+        read = read_tools(body.tools)
+        (one,) = read
+        assert (one.name, one.parameters, one.strict) == ("f", PARAMETERS, True)
+        assert one.given["function"]["description"] == "does f"
+        found = choose_tools(read, body.tool_choice)
+        mode = choice if isinstance(choice, str) else choice["type"]
+        assert found.mode == (mode if mode in ("none", "auto") else "required")
+
+
+def as_chat_itself(tools: list[Any], choice: Any) -> ChatRequest:
+    return ChatRequest(messages=CHAT, tools=tools, tool_choice=choice)
+
+
+def as_chat_messages(tools: list[Any], choice: Any) -> ChatRequest:
+    body = MessagesRequest(messages=CHAT, max_tokens=1, tools=tools, tool_choice=choice)
+    return anthropic_chat(body)
+
+
+def as_chat_responses(tools: list[Any], choice: Any) -> ChatRequest:
+    body = ResponsesRequest(input="hello", tools=tools, tool_choice=choice)
+    return responses_chat(body, input_items("hello"))[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"type": "json_object"}, {"json_object": True}),
+        ({"type": "json"}, {"json_object": True}),
+        ({"type": "json_object", "schema": PARAMETERS}, {"json": PARAMETERS}),
+        ({"type": "json_object", "value": PARAMETERS}, {"json": PARAMETERS}),
+        ({"type": "json_object", "schema": json.dumps(PARAMETERS)}, {"json": PARAMETERS}),
+        ({"type": "json", "value": PARAMETERS}, {"json": PARAMETERS}),
+        ({"type": "json_schema", "schema": PARAMETERS}, {"json": PARAMETERS}),
+        ({"type": "json_schema", "json_schema": {"schema": PARAMETERS}}, {"json": PARAMETERS}),
+        ({"type": "regex", "pattern": "a+"}, {"regex": "a+"}),
+        ({"type": "regex", "value": "a+"}, {"regex": "a+"}),
+        ({"type": "grammar", "grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+        ({"type": "text", "schema": 3}, None),
+        (None, None),
+    ],
+)
+def test_response_formats_of_other_servers(given: Any, wanted: Any) -> None:
+    unknown: list[str] = []
+    assert wanted_output(given, unknown.append) == wanted
+    assert unknown == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"type": 7}, {"type": "regex"}, {"type": "grammar", "grammar": 3},
+        {"type": "json_schema"}, {"type": "json_schema", "json_schema": "x"},
+        {"type": "json_object", "schema": "{"}, {"type": "json_object", "schema": [1]},
+    ],
+)  # fmt: skip
+def test_a_wrong_response_format_is_refused(given: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        wanted_output(given, lambda name: None)
+    assert caught.value.param == "response_format"
+
+
+def test_documents_of_text_are_text(http: httpx.Client) -> None:
+    def tokens(*blocks: dict[str, Any]) -> int:
+        body = {"messages": [{"role": "user", "content": list(blocks)}]}
+        answer = http.post("/v1/messages/count_tokens", json=body)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["input_tokens"])
+
+    text = {"type": "text", "text": "the words"}
+    plain = {"type": "text", "media_type": "text/plain", "data": "the words"}
+    parts = {"type": "content", "content": [text]}
+    found = {"type": "search_result", "source": "s", "title": "t", "content": [text]}
+    assert tokens({"type": "document", "source": plain}) == tokens(text)
+    assert tokens({"type": "document", "source": parts}) == tokens(text)
+    assert tokens({"type": "document", "source": plain, "title": "t"}) > tokens(text)
+    assert tokens(found) > tokens(text)
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf"}}
+    body = {"messages": [{"role": "user", "content": [pdf]}]}
+    assert http.post("/v1/messages/count_tokens", json=body).status_code == 400

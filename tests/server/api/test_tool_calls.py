@@ -364,7 +364,7 @@ def test_results_and_thoughts_go_back(claude: anthropic.Anthropic, http: httpx.C
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "runs no tools"),
-        ({"tool_choice": {"type": "some"}}, "tool_choice.type must be"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice must be"),
         ({"tool_choice": {"type": "tool", "name": "never"}, "tools": ANTHROPIC}, "names never"),
         ({"thinking": {"type": "much"}}, "thinking.type must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "text only"),

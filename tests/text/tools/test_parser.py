@@ -459,7 +459,7 @@ def test_tool_choice() -> None:
     some = {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}
     chosen = choose_tools(TOOLS, {"type": "allowed_tools", "allowed_tools": some})
     assert (chosen.mode, chosen.tools) == ("required", TOOLS[1:])
-    for wrong in ("any", {"type": "function"}, {"function": {"name": "never"}}):
+    for wrong in ("some", {"type": "function"}, {"function": {"name": "never"}}):
         with pytest.raises(RequestError, match="tool_choice"):
             choose_tools(TOOLS, wrong)
     with pytest.raises(RequestError, match="needs tools"):

@@ -144,8 +144,7 @@ FIELDS: Mapping[str, Mapping[Api, Fate]] = {
     **_fields("continue_final_message", "chat", neutral=(False,),
               messages="a last message of the assistant is continued"),
     **_fields("documents", "chat", neutral=([],)),
-    **_fields("stream_options", _OPENAI, no_effect="responses", neutral=({},),
-              messages="a stream of this API has its usage"),
+    **_fields("stream_options", _OPENAI, no_effect="responses messages"),
     **_fields("previous_response_id include max_tool_calls", "responses", neutral=([],)),
     **_fields("background", "responses", neutral=(False,)),
     # --- what has no effect ---------------------------------------------------------------------

@@ -31,6 +31,7 @@ from millrace.server.api.request_schema import (
     GenerationRequest,
     ModelRequest,
 )
+from millrace.server.api.response_formats import strictness, wanted_output
 from millrace.text.checkpoint.files import SamplingDefaults
 from millrace.text.tools.schema_dialects import Strictness
 
@@ -320,7 +321,7 @@ def structured_outputs(body: GenerationRequest) -> WantedOutput | None:
     found = [
         (name, wanted)
         for name, wanted in (
-            ("response_format", _response_format(body.response_format)),
+            ("response_format", wanted_output(body.response_format, _note_unknown)),
             ("structured_outputs", body.structured_outputs),
             *((f"guided_{kind}", _guided(body, kind)) for kind in _GUIDED),
         )
@@ -337,11 +338,15 @@ def structured_outputs(body: GenerationRequest) -> WantedOutput | None:
         known = ", ".join(StructuredOutputs.__struct_fields__)
         message = f"{name}.{unknown[0]} is not supported; {known} are"
         raise RequestError(message, param=name, code="unsupported_parameter")
-    strictness = _strictness(body.response_format)
+    strict = strictness(body.response_format)
     try:
-        return WantedOutput(msgspec.convert(wanted, StructuredOutputs), name, strictness)
+        return WantedOutput(msgspec.convert(wanted, StructuredOutputs), name, strict)
     except msgspec.ValidationError as error:
         raise _invalid_field(name, str(error)) from None
+
+
+def _note_unknown(name: str) -> None:
+    warn_once(f"unknown field {f'response_format.{name}'[:80]!r} is ignored")
 
 
 _GUIDED = ("json", "regex", "choice", "grammar")
@@ -350,63 +355,6 @@ _GUIDED = ("json", "regex", "choice", "grammar")
 def _guided(body: GenerationRequest, kind: str) -> dict[str, Any] | None:
     value = getattr(body, f"guided_{kind}")
     return None if value is None else {kind: value}
-
-
-def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """OpenAI's three kinds, and vLLM's fourth, as fields of structured_outputs.
-
-    A schema may stand beside the type as well, as llama.cpp, Together and Fireworks have it.
-    """
-    kind = (given or {}).get("type")
-    if given is None or kind == "text":
-        return None
-    if kind == "structural_tag":
-        return {"structural_tag": given}
-    if kind not in ("json_object", "json_schema"):
-        message = (
-            "response_format.type must be text, json_object, json_schema or structural_tag, "
-            f"got {kind!r}"
-        )
-        raise RequestError(message, param="response_format")
-    schema = _given_schema(given)
-    if kind == "json_object" and schema is None:
-        return {"json_object": True}
-    if not isinstance(schema, dict):
-        raise RequestError(
-            "response_format.json_schema.schema must be a JSON schema, an object",
-            param="response_format",
-        )
-    if kind == "json_object":
-        return {"json": {"type": "object", **schema}}
-    return {"json": schema or {"type": ["object", "array", "string", "number", "boolean", "null"]}}
-
-
-def _given_schema(given: dict[str, Any]) -> Any:
-    """The schema of a response_format, wherever it stands; None if there is none.
-
-    What else stands there changes nothing, and is logged if nobody knows it.
-    """
-    described = given.get("json_schema")
-    inner = described if isinstance(described, dict) else {}
-    known = {"type", "json_schema", "schema", "strict", "name", "description"}
-    for name in sorted([*(given.keys() - known), *(inner.keys() - known)]):
-        warn_once(f"unknown field {f'response_format.{name}'[:80]!r} is ignored")
-    schema = inner.get("schema")
-    return given.get("schema") if schema is None else schema
-
-
-def _strictness(response_format: dict[str, Any] | None) -> Strictness:
-    """How a response_format's schema is bound; others have no `strict`."""
-    given = response_format or {}
-    described = given.get("json_schema")
-    strict = described.get("strict") if isinstance(described, dict) else None
-    strict = given.get("strict") if strict is None else strict
-    if strict not in (None, True, False):
-        raise RequestError(
-            f"response_format.json_schema.strict must be true or false, got {strict!r:.60}",
-            param="response_format",
-        )
-    return "plain" if strict is None else "strict" if strict else "lenient"
 
 
 _Number = TypeVar("_Number", int, float)

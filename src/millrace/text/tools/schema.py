@@ -84,9 +84,20 @@ def read_tools(given: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
     return tools
 
 
+def nested_tool(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function as chats describe it, also if it has the shape of /v1/responses or Anthropic's."""
+    if "function" in given or given.get("type") not in (None, "function") or "name" not in given:
+        return given
+    parameters = given.get("parameters", given.get("input_schema"))
+    function = {"name": given["name"], "parameters": parameters}
+    function |= {key: given[key] for key in ("description", "strict") if given.get(key)}
+    return {"type": "function", "function": function}
+
+
 def _tool(given: Mapping[str, Any], where: str) -> Tool:
+    given = nested_tool(given)
     function = given.get("function")
-    if given.get("type", "function") != "function" or not isinstance(function, Mapping):
+    if (given.get("type") or "function") != "function" or not isinstance(function, Mapping):
         raise RequestError(
             f'{where} must be {{"type": "function", "function": {{"name": ...}}}}', param="tools"
         )
@@ -149,10 +160,19 @@ def _format(form: Any, where: str) -> tuple[dict[str, Any], str | None, str]:
     return {"type": "string", "pattern": f"^(?:{whole})$"}, None, told
 
 
+_MODES = ("none", "auto", "required", "any")
+
+
 def choose_tools(
     tools: tuple[Tool, ...], choice: str | Mapping[str, Any] | None, parallel: bool = True
 ) -> ToolChoice:
-    """What `tool_choice` says of the tools. Raises RequestError."""
+    """What `tool_choice` says of the tools, in the words of OpenAI's or Anthropic's API. Raises
+    RequestError."""
+    if isinstance(choice, Mapping) and choice.get("type") in _MODES:
+        parallel = parallel and not choice.get("disable_parallel_tool_use")
+        choice = str(choice["type"])
+    if choice == "any":
+        choice = "required"
     if choice is None:
         choice = "auto" if tools else "none"
     if isinstance(choice, str):
@@ -179,10 +199,10 @@ def _allowed(tools: tuple[Tool, ...], given: Any, parallel: bool) -> ToolChoice:
 
 
 def _named(tools: tuple[Tool, ...], choice: Any) -> Tool:
-    function = None
+    name = None
     if isinstance(choice, Mapping):
         function = choice.get("custom" if choice.get("type") == "custom" else "function")
-    name = function.get("name") if isinstance(function, Mapping) else None
+        name = (function if isinstance(function, Mapping) else choice).get("name")
     if not isinstance(name, str):
         raise _bad_choice(choice)
     for tool in tools:
@@ -197,7 +217,7 @@ def _named(tools: tuple[Tool, ...], choice: Any) -> Tool:
 
 def _bad_choice(choice: Any) -> RequestError:
     return RequestError(
-        'tool_choice must be "none", "auto", "required" or '
+        'tool_choice must be "none", "auto", "required" (Anthropic: {"type": "any"}) or '
         f'{{"type": "function", "function": {{"name": ...}}}}, got {str(choice)[:100]!r}',
         param="tool_choice",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -27,6 +27,7 @@ from millrace.server.api.request_schema import (
 )
 from millrace.server.api.transport import json_response
 from millrace.text.messages import is_long
+from millrace.text.tools.schema import nested_tool
 
 _TEXT_ONLY = "the model reads and writes text only"
 
@@ -39,7 +40,7 @@ class CountRequest(SamplingRequest, frozen=True, kw_only=True):
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
@@ -117,12 +118,12 @@ def as_chat(body: CountRequest) -> ChatRequest:
     for at, message in enumerate(body.messages):
         messages += _messages(message, f"messages[{at}]")
     prefilled = bool(body.messages) and body.messages[-1].get("role") == "assistant"
-    choice, parallel = _tool_choice(body.tool_choice)
     chat = ChatRequest(
         messages=messages,
-        tools=[_tool(tool, f"tools[{at}]") for at, tool in enumerate(body.tools or [])] or None,
-        tool_choice=choice,
-        parallel_tool_calls=parallel,
+        tools=[dict(_tool(tool, f"tools[{at}]")) for at, tool in enumerate(body.tools or [])]
+        or None,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=_is_parallel(body.tool_choice),
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
         response_format=_response_format(body),
@@ -152,7 +153,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     for at, block in enumerate(content):
         place = f"{where}.content[{at}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind == "text":
+        if kind in _TEXT_BLOCKS:
             texts.append(_text([block], place))
         elif kind == "tool_result" and role == "user":
             results.append(_result(block, place))
@@ -161,9 +162,10 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind == "thinking" and role == "assistant":
             thoughts.append(str(block.get("thinking", "")))
         elif kind != "redacted_thinking":  # encrypted by Anthropic: no template can read it
-            known = "text, tool_result, tool_use or thinking, where they belong"
+            known = "text, document, search_result, tool_result, tool_use or thinking"
             raise RequestError(
-                f"{place} must be a block of type {known}; {_TEXT_ONLY}", param=where
+                f"{place} must be a block of type {known}, where they belong; {_TEXT_ONLY}",
+                param=where,
             )
     if results and not texts:
         return results
@@ -197,8 +199,8 @@ def _text(content: Any, where: str) -> str:
         return content
     texts = []
     for at, block in enumerate(content if isinstance(content, list) else [content]):
-        text = block.get("text") if isinstance(block, Mapping) else None
-        if not isinstance(text, str) or block.get("type") != "text":
+        text = _block_text(block) if isinstance(block, Mapping) else None
+        if text is None:
             raise RequestError(
                 f'{where}: block {at} must be {{"type": "text", "text": ...}}; {_TEXT_ONLY}',
                 param=where.split(".")[0],
@@ -207,35 +209,51 @@ def _text(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type") not in (None, "custom"):
+_TEXT_BLOCKS = ("text", "document", "search_result")
+
+
+def _block_text(block: Mapping[str, Any]) -> str | None:
+    """What a block of text, a document of text or a search result says; None for others."""
+    kind, source = block.get("type"), block.get("source")
+    if kind == "text":
+        text = block.get("text")
+        return text if isinstance(text, str) else None
+    if kind == "document" and isinstance(source, Mapping):
+        text = source.get("data") if source.get("type") == "text" else None
+        if source.get("type") == "content":
+            text = _texts(source.get("content"))
+    elif kind == "search_result":
+        text = _texts(block.get("content"))
+    else:
+        return None
+    head = [block.get("title"), block.get("context"), source if kind == "search_result" else None]
+    told = [one for one in head if isinstance(one, str) and one]
+    return "\n".join([*told, text]) if isinstance(text, str) else None
+
+
+def _texts(content: Any) -> str | None:
+    """Text blocks joined; None if there are others."""
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else [content]
+    texts = [one.get("text") if isinstance(one, Mapping) else None for one in blocks]
+    found = [text for text in texts if isinstance(text, str)]
+    return "\n".join(found) if len(found) == len(texts) else None
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    kind = tool.get("type")
+    if kind not in (None, "custom", "function"):
         raise RequestError(
-            f"{where}: the server runs no tools such as {tool['type']!r}; describe it with "
-            "name and input_schema and run it yourself",
+            f"{where}: the server runs no tools such as {kind!r:.60}; describe it with name and "
+            "input_schema and run it yourself",
             param="tools",
         )
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
-    function |= {key: tool[key] for key in ("description", "strict") if tool.get(key)}
-    return {"type": "function", "function": function}
+    return nested_tool({**tool, "type": "function"})
 
 
-def _tool_choice(given: Mapping[str, Any] | None) -> tuple[str | dict[str, Any] | None, bool]:
-    """(OpenAI's tool_choice, parallel_tool_calls)."""
-    if given is None:
-        return None, True
-    kind = given.get("type")
-    modes: dict[Any, Literal["auto", "required", "none"]] = {
-        "auto": "auto",
-        "any": "required",
-        "none": "none",
-    }
-    parallel = not given.get("disable_parallel_tool_use")
-    if kind == "tool":
-        return {"type": "function", "function": {"name": given.get("name")}}, parallel
-    if not isinstance(kind, str) or kind not in modes:
-        message = f"tool_choice.type must be auto, any, tool or none, got {kind!r}"
-        raise RequestError(message, param="tool_choice")
-    return modes[kind], parallel
+def _is_parallel(choice: str | Mapping[str, Any] | None) -> bool:
+    return not (isinstance(choice, Mapping) and choice.get("disable_parallel_tool_use"))
 
 
 def _variables(body: CountRequest) -> dict[str, Any] | None:

@@ -73,6 +73,8 @@ def _tool(
 ) -> tuple[dict[str, Any], Literal["function", "custom"]]:
     kind = tool.get("type")
     if kind == "function":
+        nested = tool.get("function")
+        tool = nested if isinstance(nested, Mapping) else tool
         named = ("name", "description", "parameters", "strict")
         function = {key: tool[key] for key in named if tool.get(key) is not None}
         return {"type": "function", "function": function}, "function"
@@ -94,8 +96,11 @@ def chat_tool_choice(given: Any, offered: Mapping[str, OfferedTool]) -> Any:
     if not isinstance(given, Mapping):
         return given
     kind = given.get("type")
-    if kind in ("function", "custom"):
-        named = flat_name(given.get("name"), given.get("namespace"))
+    if kind in ("function", "custom", "tool"):
+        nested = given.get(str(kind))
+        name = (nested if isinstance(nested, Mapping) else given).get("name")
+        named = flat_name(name, given.get("namespace"))
+        kind = "custom" if kind == "custom" else "function"
         return {"type": kind, kind: {"name": _known(named, offered)}}
     if kind == "allowed_tools" and isinstance(given.get("tools"), list):
         some = [one for tool in given["tools"] for one in _allowed(tool, offered)]
