@@ -149,3 +149,27 @@ def test_what_a_client_chose_is_short_in_replies_and_in_the_log(tmp_path: Path) 
 
     run(scenario())
     assert all(len(line) < 3000 for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_offer_of_another_protocol_is_ignored(split: bool) -> None:
+    """The body is no request of its own, which a proxy in front would not have seen."""
+
+    async def scenario() -> None:
+        replica = await MockReplica().start()
+        async with gateway(replica.url) as (made, target):
+            reader, writer = await asyncio.open_connection(target.host, target.port)
+            offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+            length = b"Content-Length: %d\r\n\r\n" % len(BODY)
+            writer.write(POST + offer + length)
+            if split:
+                await asyncio.sleep(0.2)
+            writer.write(BODY + POST + b"Connection: close\r\n" + length + BODY)
+            answers = await asyncio.wait_for(reader.read(), 5)
+            assert answers.count(b"HTTP/1.1 200 ") == answers.count(b"HTTP/1.1 ") == 2
+            assert replica.bodies == [json.loads(BODY)] * 2
+            assert not {"upgrade", "http2-settings"} & set(replica.headers[0])
+            await eventually(lambda: made.relay.in_flight == 0)
+        await replica.stop()
+
+    run(scenario())

@@ -131,3 +131,20 @@ def test_a_path_is_logged_up_to_a_length(server: LiveServer) -> None:
     assert len(answer) < 1000
     assert "(60001 characters)" in server.log
     assert max(map(len, server.log.splitlines())) < 1000
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_offer_of_another_protocol_is_ignored(server: LiveServer, split: bool) -> None:
+    """Java's client offers HTTP/2 with each request; the body is no request of its own."""
+    body = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
+    lines = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMA")
+    length = f"Content-Length: {len(body)}"
+    last = head("/v1/completions", "Connection: close", length) + body
+    with connect(server) as connection:
+        connection.sendall(head("/v1/completions", *lines, length))
+        if split:
+            time.sleep(0.2)
+        connection.sendall(body + last)
+        answer = received(connection)
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert answer.count(b"HTTP/1.1 ") == 2

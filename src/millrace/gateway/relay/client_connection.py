@@ -27,6 +27,7 @@ from millrace.gateway.http.message import (
 )
 from millrace.gateway.relay.exchange import Exchange
 from millrace.gateway.relay.relay import Relay
+from millrace.request_parser import Head, RequestParser
 
 _LINGER_SECONDS = 5.0  # for a client to read the last reply and to stop sending
 _LARGE_BODY = 64 << 10  # bytes; a smaller body is read before its request is refused
@@ -40,7 +41,7 @@ class ClientConnection(asyncio.Protocol):
         self._relay = relay
         self._via = via
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser = RequestParser(self, self._take_head)
         self._waiting: deque[Request | LocalReply] = deque()
         self._exchange: Exchange | LocalReplyTask | None = None
         self._refused = False
@@ -60,6 +61,11 @@ class ClientConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._head_size = 0
 
+    def _take_head(self) -> Head:
+        head = self._path, self._headers
+        self._begin()
+        return head
+
     # --- asyncio.Protocol ----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -75,10 +81,6 @@ class ClientConnection(asyncio.Protocol):
         self._last_activity = self._loop.time()
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The request is complete; the connection stays HTTP/1.1 and the rest is parsed.
-            self._parser = httptools.HttpRequestParser(self)
-            self.data_received(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             message = f"this is not an HTTP/1.1 request ({error})"
             self._refuse(error_reply(400, message, close=True, code="invalid_http"))
@@ -117,6 +119,8 @@ class ClientConnection(asyncio.Protocol):
         self._grow_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
+        if self._parser.again:
+            return
         announced, large, expects = 0, False, False
         for name, value in self._headers:  # one pass: it costs every request
             size = len(name)
@@ -157,7 +161,7 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(refusal)
 
     def on_message_complete(self) -> None:
-        if self._refused:
+        if self._refused or self._parser.again:
             return
         limit = self._relay.limits.max_pipelined
         if len(self._waiting) >= limit:

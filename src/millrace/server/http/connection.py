@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from millrace.common.api_errors import ApiError
+from millrace.request_parser import RequestParser
 
 LINGER_PAUSE, LINGER_SECONDS = 2.0, 10.0
 # For the rest of a body that came after its answer; then the connection ends.
@@ -91,6 +92,8 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, head_timeout: float, max_head_bytes: int, **more: Any) -> None:
         super().__init__(*args, **more)
+        self._parser = RequestParser(self, lambda: (self.url, self.headers), data_after_close=True)
+        self.parser = self._parser  # type: ignore[assignment]
         self._head_timeout = head_timeout
         self._max_head_bytes = max_head_bytes
         self._head_size = 0
@@ -129,6 +132,8 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self._parser.again:
+            return
         self._in_head = False
         self._in_body = True
         self._head_size = 0
@@ -139,6 +144,8 @@ class Connection(HttpToolsProtocol):
             _send_without_chunks(self.cycle)
 
     def on_message_complete(self) -> None:
+        if self._parser.again:
+            return
         super().on_message_complete()
         self._in_head = True  # what comes next, if anything does
         self._in_body = False
