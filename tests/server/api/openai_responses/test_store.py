@@ -174,6 +174,10 @@ def test_responses_are_dropped_for_their_bytes(tmp_path: Path) -> None:
         kept = len(found) + _is_stored(client, first.id)
         assert server.metric("millrace:stored_responses") == kept
         assert server.metric("millrace:stored_response_bytes") <= 20_000
+        large = respond(client, "hi", metadata={str(at): "x" * 500 for at in range(48)})
+        assert not _is_stored(client, large.id)
+        assert _is_stored(client, later[-1].id)  # it pushes nothing out
+        assert "is not kept" in server.log
 
 
 def _is_stored(client: openai.OpenAI, id: str) -> bool:

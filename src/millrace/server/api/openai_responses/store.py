@@ -8,6 +8,7 @@ used the longest ago is dropped. How a response is made is not known here.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from millrace.response_ids import TAG_DIGITS
 from millrace.server.api.openai_responses.background import BackgroundRun
 from millrace.server.api.openai_responses.items import Item
 from millrace.server.api.openai_responses.response_body import RUNNING, ResponseBody, Status
+
+logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 _OVERHEAD = 1024  # bytes of a stored response beside its JSON
@@ -69,7 +72,12 @@ class StoredResponse:
     def size(self) -> int:
         """Bytes that it counts."""
         kept = sum(map(len, self.output)) + len(self._body) + self._input_size
-        return kept + (self.run.log_size if self.run is not None else 0)
+        return kept + self.log_size
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of the events that are kept of its run."""
+        return self.run.log_size if self.run is not None else 0
 
     def items(self) -> Iterator[Item]:
         """The conversation through this response."""
@@ -126,17 +134,23 @@ class ResponseStore:
         """Count what a stored response needs now, and drop what is too much."""
         if response.id not in self._stored:
             return
-        size = response.size
-        self.bytes += size - self._sizes.get(response.id, 0)
-        self._sizes[response.id] = size
-        while self._overfull() and (oldest := self._oldest(but=response)) is not None:
+        self._count(response)
+        fits = response.size - response.log_size <= self._max_bytes
+        while fits and self._overfull() and (oldest := self._oldest(but=response)) is not None:
             self._drop(oldest)
-        if self._overfull() and response.run is not None and response.run.log_size:
+        if fits and self._overfull() and response.run is not None:
             response.run.shorten_log(self.bytes - self._max_bytes)
-            self.bytes += response.size - self._sizes[response.id]
-            self._sizes[response.id] = response.size
+            self._count(response)
         if self._overfull():
             self._drop(response)
+            logger.warning(
+                "a response of %d bytes is not kept: --max-stored-bytes is %d",
+                response.size, self._max_bytes,
+            )  # fmt: skip
+
+    def _count(self, response: StoredResponse) -> None:
+        self.bytes += response.size - self._sizes.get(response.id, 0)
+        self._sizes[response.id] = response.size
 
     def get(self, id: str, owner: str) -> StoredResponse:
         """A response of this owner. Raises ApiError (404)."""
