@@ -370,6 +370,8 @@ class LLM:
                 while open_runs:
                     ended = _dispatch_deltas(open_runs, engine.step(), engine.abort)
                     progress.advance(task, ended)
+                while engine.has_work():  # a last step keeps the ends of answers for next turns
+                    engine.step()
         finally:
             engine.abort(list(open_runs))
         return [group[0].output for group in groups]
