@@ -368,8 +368,9 @@ class Scheduler:
                 request.prompt_cached = True
                 self._kv_manager.store(request, chunk.start + chunk.count)
         self._take_prompt_logprobs(step, result)
+        before = self._totals.generated_tokens
         deltas = self._take_tokens(step, result)
-        self._count_tokens(step, deltas)
+        self._count_tokens(step, self._totals.generated_tokens - before)
         for request in step.requests():
             if request.phase is Phase.DONE and request.in_flight == 0:
                 self._release(request)
@@ -406,10 +407,9 @@ class Scheduler:
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
-    def _count_tokens(self, step: Step, deltas: list[Delta]) -> None:
+    def _count_tokens(self, step: Step, generated: int) -> None:
         """Count the tokens that a step computed, if any: of prompts, and those it generated."""
-        computed = sum(chunk.count for _, chunk in step.chunks)
-        computed += sum(len(delta.token_ids) for delta in deltas)
+        computed = generated + sum(chunk.count for _, chunk in step.chunks)
         if computed:
             self._totals.step_tokens[bisect_left(STEP_TOKENS, computed)] += 1
             self._totals.step_tokens_sum += computed
