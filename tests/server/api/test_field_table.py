@@ -188,6 +188,10 @@ def test_errors_name_the_fields_that_the_client_sent(http: httpx.Client) -> None
     assert error["message"].startswith("output_config.format, schema: Invalid type")
     error = post(http, "responses", max_output_tokens=10**6).json()["error"]
     assert error["param"] == "max_output_tokens"
+    error = post(http, "chat", max_completion_tokens=10**6).json()["error"]
+    assert error["param"] == "max_completion_tokens"
+    error = post(http, "chat", messages=[{"role": "user", "content": "a " * 900}]).json()["error"]
+    assert error["param"] == "messages"
 
 
 BOUND = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

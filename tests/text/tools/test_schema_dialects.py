@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from millrace.errors import RequestError
 from millrace.protocol import StructuredOutputs
 from millrace.text.grammar import grammar_notes, output_grammar, readable, schema_error
+from millrace.text.tools.json_schema import types_of
 from millrace.text.tools.schema_dialects import Strictness, read_schema
 from millrace.text.tools.text_patterns import FORMATS
 from tests.text.test_grammar import accepts
@@ -95,6 +96,7 @@ def names_of(names: Any, values: Any = True) -> dict[str, Any]:
         names_of({"type": "string", "enum": ["b"]}),
         names_of({"pattern": "^a+$"}, {"type": "integer"}),
         {"type": "object", "propertyNames": {"type": "string", "pattern": "a"}},
+        {**names_of({"$ref": "#/$defs/n"}), "$defs": {"n": {"title": "N", "enum": ["aa", "b"]}}},
     ],
 )
 @given(value=st.dictionaries(st.sampled_from(["a", "b", "aa", "c"]), st.integers(0, 1) | st.none()))
@@ -191,3 +193,18 @@ def test_bounds_of_draft_4(lower: Any, upper: Any, value: int) -> None:
     given = jsonschema_rs.Draft4Validator(schema)
     read = jsonschema_rs.Draft202012Validator(read_schema(schema, "strict"))
     assert given.is_valid(value) == read.is_valid(value)
+
+
+def test_a_reference_without_its_hash_is_read() -> None:
+    """LiteLLM sends such ones to Anthropic's API."""
+    parameters = {
+        "type": "object",
+        "$defs": {"n": {"type": "integer"}},
+        "properties": {"x": {"$ref": "/$defs/n"}},
+        "required": ["x"],
+    }
+    assert read_schema(parameters, "strict")["properties"] == {"x": {"$ref": "#/$defs/n"}}
+    assert types_of({"$ref": "/$defs/n"}, parameters) == {"integer"}
+    source = output_grammar(StructuredOutputs(json=parameters), "f", False)
+    assert accepts(source, '{"x": 1}')
+    assert not accepts(source, '{"x": "1"}')

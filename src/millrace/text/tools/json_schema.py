@@ -48,9 +48,11 @@ def schema_limit_error(schema: Any) -> str:
 
 
 def resolve(reference: str, root: Any) -> Any:
-    """The schema that `#` or `#/a/b` points to; None if there is none."""
+    """The schema that `#` or `#/a/b` points to (or `/a/b`, as some write it); None if there is
+    none."""
     if reference == "#":
         return root
+    reference = f"#{reference}" if reference.startswith("/") else reference
     if not reference.startswith("#/"):
         return None
     node = root

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from millrace.text.tools.json_schema import DEFINITIONS, resolve
 from millrace.text.tools.text_patterns import FORMATS
 
 Strictness = Literal["strict", "plain", "lenient"]
@@ -31,13 +32,18 @@ _UNANCHORED = "://json-schema.org/"
 
 def read_schema(schema: Any, strictness: Strictness) -> Any:
     """The schema without what says nothing. Its depth is bounded by `schema_limit_error`."""
+    return _read(schema, strictness, schema)
+
+
+def _read(schema: Any, strictness: Strictness, root: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
-    found = {key: _part(key, value, strictness) for key, value in schema.items()}
+    found = {key: _part(key, value, strictness, root) for key, value in schema.items()}
     _read_dialect(found)
+    _read_reference(found)
     _read_bounds(found)
     _drop_neutral(found)
-    _read_names(found)
+    _read_names(found, root)
     _read_plain_patterns(found)
     form = found.get("format")
     if strictness != "strict" and isinstance(form, str) and form not in FORMATS:
@@ -45,13 +51,13 @@ def read_schema(schema: Any, strictness: Strictness) -> Any:
     return found
 
 
-def _part(key: str, value: Any, strictness: Strictness) -> Any:
+def _part(key: str, value: Any, strictness: Strictness, root: Any) -> Any:
     if key in _NAMED and isinstance(value, Mapping):
-        return {name: read_schema(part, strictness) for name, part in value.items()}
+        return {name: _read(part, strictness, root) for name, part in value.items()}
     if key in _LISTED and isinstance(value, list):
-        return [read_schema(part, strictness) for part in value]
+        return [_read(part, strictness, root) for part in value]
     if key in _ONE:
-        return read_schema(value, strictness)
+        return _read(value, strictness, root)
     return value
 
 
@@ -65,6 +71,15 @@ def _read_dialect(schema: dict[str, Any]) -> None:
         return
     scheme = "https" if known[1].startswith("draft/") else "http"
     schema["$schema"] = f"{scheme}{_UNANCHORED}{known[1]}/schema"
+
+
+def _read_reference(schema: dict[str, Any]) -> None:
+    """A `$ref` to a definition whose `#` is missing, as LiteLLM sends it to Anthropic's API."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith(
+        tuple(f"/{one}/" for one in DEFINITIONS)
+    ):
+        schema["$ref"] = f"#{reference}"
 
 
 def _read_bounds(schema: dict[str, Any]) -> None:
@@ -141,10 +156,12 @@ def _closed_part(key: str, value: Any) -> Any:
     return closed_schema(value) if key in (*_ONE, *_LISTED) else value
 
 
-def _read_names(schema: dict[str, Any]) -> None:
+def _read_names(schema: dict[str, Any], root: Any) -> None:
     """`propertyNames` of a map, as properties or patternProperties."""
     names = schema.get("propertyNames")
-    if not isinstance(names, dict):
+    if isinstance(names, dict) and isinstance(names.get("$ref"), str) and len(names) == 1:
+        names = resolve(names["$ref"], root)
+    if not isinstance(names, Mapping):
         return
     words = names.keys() - {"title", "description"}
     if names.get("type", "string") == "string":

@@ -22,6 +22,7 @@ from millrace.server.api.context import ApiContext, cache_salt
 from millrace.server.api.fields import (
     CHATS,
     check_resume,
+    naming_fields,
     sampling_params,
     structured_outputs,
 )
@@ -63,7 +64,8 @@ class Chat:
         body, prefix_hashes = await context.read_prompt_body(request, ChatRequest, CHATS)
         ready = context.check_ready(body)
         header = context.response_header(body, "chatcmpl")
-        prepared = await prepare_chat(context, body, header.id, ready)
+        with naming_fields(_own_names(body)):
+            prepared = await prepare_chat(context, body, header.id, ready)
         formatter = ChatFormatter(
             header,
             context.logprob_formatter(body),
@@ -134,6 +136,12 @@ def _last_answer(messages: list[dict[str, Any]]) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
+
+
+def _own_names(body: ChatRequest) -> dict[str, str]:
+    """What fields are called that have other names in completions, or two names."""
+    newer = body.max_completion_tokens is not None
+    return {"prompt": "messages"} | ({"max_tokens": "max_completion_tokens"} if newer else {})
 
 
 async def prepare_chat(
