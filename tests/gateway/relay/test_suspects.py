@@ -15,6 +15,7 @@ from millrace.gateway.app import Gateway
 from millrace.gateway.health.evidence import RequestEvidence, may_eject
 from millrace.gateway.health.health_monitor import HealthPolicy
 from millrace.gateway.http.message import Request
+from millrace.gateway.routing import first_copies
 from millrace.gateway.routing.replicas import Member
 from millrace.gateway.routing.suspects import Failure, SuspectRequests, digest_of
 from tests.support.gateways import gateway
@@ -228,6 +229,69 @@ def test_copies_on_a_replica_that_dies_once_are_answered_by_others() -> None:
             copies += [asyncio.create_task(post(target, "one", max_tokens=12)) for _ in range(3)]
             assert [answer.status for answer in await asyncio.gather(*copies)] == [200] * 12
             await eventually(lambda: len(made.relay.suspects) == 0)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["drop", "die", "engine dies"])
+def test_copies_that_come_at_once_cost_two_replicas_at_most(how: str) -> None:
+    async def scenario() -> None:
+        async with poisoned(how, 4) as (replicas, made, target):
+            answers = await asyncio.gather(*(post(target, BAD) for _ in range(8)))
+            assert {answer.status for answer in answers} == {502}
+            assert sum(replica.seen > 0 for replica in replicas) == 2
+            assert (await post(target, "good")).status == 200
+            assert len(made.relay.first_copies) == 0
+
+    run(scenario())
+
+
+def test_copies_wait_for_the_first_output_of_one_and_are_spread_then() -> None:
+    async def scenario() -> None:
+        async with poisoned("nothing", 4) as (replicas, made, target):
+            for replica in replicas:
+                replica.first_s, replica.gap_s = 0.3, 0.1
+            copies = [asyncio.create_task(post(target, "one")) for _ in range(8)]
+            await asyncio.sleep(0.15)
+            assert sum(len(r.exchanges) for r in made.replicas.all) == 1
+            await eventually(lambda: [len(r.exchanges) for r in made.replicas.all] == [2] * 4)
+            assert {answer.status for answer in await asyncio.gather(*copies)} == {200}
+            assert len(made.relay.first_copies) == 0
+
+    run(scenario())
+
+
+def test_copies_wait_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_copies, "MOST_SECONDS", 0.2)
+
+    async def scenario() -> None:
+        async with poisoned("nothing", 3) as (replicas, made, target):
+            for replica in replicas:
+                replica.first_s = 1.0
+            copies = [asyncio.create_task(post(target, "one")) for _ in range(4)]
+            await eventually(lambda: sum(len(r.exchanges) for r in made.replicas.all) == 4, 0.8)
+            for copy in copies[:2]:
+                copy.cancel()
+            answers = await asyncio.gather(*copies, return_exceptions=True)
+            assert sum(isinstance(one, Response) and one.status == 200 for one in answers) == 2
+            await eventually(lambda: len(made.relay.first_copies) == 0)
+
+    run(scenario())
+
+
+def test_the_next_copy_runs_when_the_first_one_left() -> None:
+    async def scenario() -> None:
+        async with poisoned("nothing", 3) as (replicas, made, target):
+            for replica in replicas:
+                replica.first_s = 0.3
+            first = asyncio.create_task(post(target, "one"))
+            await eventually(lambda: sum(len(r.exchanges) for r in made.replicas.all) == 1)
+            second = asyncio.create_task(post(target, "one"))
+            await asyncio.sleep(0.05)
+            assert sum(len(r.exchanges) for r in made.replicas.all) == 1
+            first.cancel()
+            assert (await second).status == 200
+            await eventually(lambda: len(made.relay.first_copies) == 0)
 
     run(scenario())
 

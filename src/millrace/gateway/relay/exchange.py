@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Hashable
 
 from millrace.common.http_client import error_text
 from millrace.gateway.http.message import (
@@ -38,6 +39,7 @@ from millrace.gateway.routing.candidates import Candidates
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
 from millrace.gateway.routing.suspects import (
+    MAX_REPLICAS_TO_FAIL,
     Failure,
     digest_of,
     suspect_reply,
@@ -69,6 +71,7 @@ class Exchange:
         )
         self._failures = 0
         self._suspicion = Suspicion()
+        self._copy_key: Hashable = None  # while it is among the copies of its kind
         self._sent_at = 0.0  # to the last replica
         self._begun = False  # bytes of the response have gone to the client
         self._stale_failure = ""  # why an idle connection closed on which it had been sent
@@ -98,7 +101,26 @@ class Exchange:
         none = self._candidates.refusal() or self._suspect_refusal()
         if none is not None:
             self._reply(none)
-            return
+        elif info.for_text and len(relay.replicas.all) > MAX_REPLICAS_TO_FAIL:
+            self._copy_key = (self.request.path, info.cache_salt, self.request.body)
+            relay.first_copies.enter(self._copy_key, self)
+        else:
+            self._submit()
+
+    def go(self) -> None:
+        """It need not wait for other copies of it any more."""
+        refusal = self._suspect_refusal()
+        if refusal is not None:
+            self._reply(refusal)
+        else:
+            self._submit()
+
+    def condemn(self, reason: str) -> None:
+        """Replicas have failed on another copy of it, for which it was waiting."""
+        self._reply(suspect_reply(reason))
+
+    def _submit(self) -> None:
+        relay, info = self._relay, self.info
         refusal = relay.admission.submit(self)
         if refusal is not None:
             wait = relay.admission.retry_after(info.service_class)
@@ -245,6 +267,11 @@ class Exchange:
         self._skip_replica(f"answered {status}")
         return False
 
+    def _show_harmless(self) -> None:
+        """It has brought output."""
+        if self._copy_key is not None:
+            self._relay.first_copies.harmless(self._copy_key)
+
     def publish(self, replica: Replica) -> None:
         """Bring the counters of its replica up to date."""
         self.account.publish(replica)
@@ -267,6 +294,8 @@ class Exchange:
         passed = self._stream.feed(data)
         if passed:
             self._failures = 0
+            if not self._begun:
+                self._show_harmless()
             self._begun = True
             self._client.write(passed)
         if self._stream.failure is not None:
@@ -322,6 +351,8 @@ class Exchange:
             self.failed(self._stream.failure or "ended a stream before its end")
             return
         self._client.write(last)
+        if self.status < 500:
+            self._show_harmless()
         self._relay.replicas.record_answer(
             replica, self.status, self.request, suspect=self._is_suspect()
         )
@@ -369,6 +400,8 @@ class Exchange:
             return
         self._report(replica, reason, reached, reported, lost)
         if reached and self._suspicion.add(replica.burst, self._stream.output_tokens):
+            if self._copy_key is not None:
+                self._relay.first_copies.condemn(self._copy_key, f"{replica.target}: {reason}")
             self._give_up_suspect(f"{replica.target}: {reason}")
         elif self.status:
             self._resume_elsewhere()
@@ -492,6 +525,9 @@ class Exchange:
             return
         self._finished = True
         relay = self._relay
+        if self._copy_key is not None:
+            relay.first_copies.leave(self._copy_key, self)
+            self._copy_key = None
         served_by = self.replica
         self._release_replica(reusable)
         relay.in_flight -= 1
