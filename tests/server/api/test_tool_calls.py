@@ -555,3 +555,20 @@ def test_nothing_wrong_in_a_body_makes_the_server_fail(http: httpx.Client, path:
             assert answer.status_code in (200, 400, 404), (place, odd, answer.text)
             if answer.status_code == 400:
                 assert "\n" not in answer.json()["error"]["message"]
+
+
+def test_a_message_that_is_cut_off_shows_what_its_call_has(http: httpx.Client) -> None:
+    seen = []
+    for most in range(8, 90, 2):
+        body = {
+            "messages": [{"role": "user", "content": f"</think>\n\n{XML}"}],
+            "max_tokens": most,
+            "tools": ANTHROPIC,
+        }
+        answer = http.post("/v1/messages", json=body).json()
+        for block in answer["content"]:
+            if block["type"] == "tool_use" and answer["stop_reason"] == "max_tokens":
+                seen.append(block["input"])
+                shown = block["input"].get("city", "").rstrip("\ufffd")  # half of a character
+                assert "Rio 🦊".startswith(shown)
+    assert {"city": "Rio"} in seen or {"city": "Rio "} in seen

@@ -15,6 +15,7 @@ from millrace.server.api.generation import Generation
 from millrace.server.api.response_schema import Usage
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.detokenizer import Piece
+from millrace.text.tools.json_repair import completed
 
 _KINDS = {"reasoning": "thinking", "content": "text", "call": "tool_use"}
 
@@ -159,9 +160,10 @@ def _signature(block: Block) -> str:
 
 
 def _input(arguments: str) -> Mapping[str, Any]:
-    """Arguments as an object; a call that was cut off has none."""
+    """Arguments as an object. Those that were cut off are closed, as they are when the call comes
+    back as history."""
     try:
-        found = json.loads(arguments or "{}")
+        found = json.loads(completed(arguments) or "{}")
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
