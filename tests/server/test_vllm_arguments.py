@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,43 @@ def test_a_file_gives_options_and_the_command_line_comes_first(tmp_path: Path) -
     ]
 
 
-@pytest.mark.parametrize("text", ["- a\n", "3", "a: [\n", "1: 2"])
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, after in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("- a\n", "3", "a: [\n", "1: 2", "", BOMB, "a: &a {b: *a}", "a: &a [*a]", "[" * 9000),
+        *("port: " + "9" * 5000, "a: " + "{a: " * 3000, "port: !!python/name:os.system"),
+        *("a: 'x" + "x" * (1 << 20) + "'", "\0", "hf-overrides: {? [1] : 2}"),
+    ],
+)
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "options.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"--config .*options\.yaml: "):
         read("m", "--config", str(path))
+    with pytest.raises(ConfigError) as raised:
+        read("m", "--config", str(path))
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600 + len(str(path))
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in ("/dev/zero", pipe):
+        with pytest.raises(ConfigError, match="it is no plain file"):
+            read("m", "--config", str(path))
+
+
+def test_a_yes_where_a_value_belongs_stays_with_its_option(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("port: yes\n")
+    assert read("m", "--config", str(path)).arguments == ["--port=true", "m"]
 
 
 def test_the_table_fits_the_options() -> None:

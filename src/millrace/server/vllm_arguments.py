@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from millrace.errors import ConfigError
+from millrace.server.config_file import read_config
 from millrace.vllm_flags import PARTS, REFUSED_VALUES, SYNONYMS, TABLE, Row, positive_form
 
 _OPTIMIZATION = re.compile(r"-O=?(\d)")
@@ -65,7 +66,7 @@ def rewrite(arguments: Sequence[str], options: Options) -> Rewritten:
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times; one file works")
     if files:
-        of_file = _read(_of_file(Path(files[0]).expanduser()), options)
+        of_file = _read(_of_file(Path(files[0]).expanduser(), options), options)
         items = _merged([_plain_switch(item, options) for item in of_file], items)
     notes: dict[str, str] = {}
     kept = [item for item in items if not _dropped(item, options, notes)]
@@ -139,28 +140,27 @@ def _takes_value(flag: str, options: Options) -> bool:
 # --- a file of options -------------------------------------------------------------------------
 
 
-def _of_file(path: Path) -> Iterator[str]:
+def _of_file(path: Path, options: Options) -> Iterator[str]:
     """The options in a YAML file, as words of a command line."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ConfigError(f"--config {path}: use lines such as `max-model-len: 4096`")
-    for key, value in found.items():
+    for key, value in read_config(path).items():
         flag = f"--{key.lstrip('-').replace('_', '-')}"
-        if isinstance(value, bool):
+        if isinstance(value, bool) and _takes_value(flag, options):
+            yield f"{flag}={str(value).lower()}"
+        elif isinstance(value, bool):
             yield flag if value else f"--no-{flag[2:]}"
         elif isinstance(value, list):
             yield from (f"{flag}={one}" for one in value)
         elif isinstance(value, dict):
-            yield f"{flag}={msgspec.json.encode(value).decode()}"
+            yield f"{flag}={_json_text(path, key, value)}"
         elif value is not None:
             yield f"{flag}={value}"
+
+
+def _json_text(path: Path, key: str, value: dict[object, object]) -> str:
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"--config {path}: {key}: {error}") from None
 
 
 def _merged(of_file: list[Item], given: list[Item]) -> list[Item]:
