@@ -66,6 +66,8 @@ class KVManager:
     def ensure_free_pages(self, count: int) -> bool:
         """Evict snapshots until `count` pages are free. False, and nothing evicted, if that is not
         possible."""
+        if self.tiers is not None and self.pages.free + self.pages.evictable < count:
+            self.tiers.release_all()
         if self.pages.free + self.pages.evictable < count:
             return False
         while self.pages.free < count:
@@ -94,6 +96,8 @@ class KVManager:
         nothing allocated, if fewer than `spare` pages would stay free."""
         whole = match.tokens // self._limits.page_size
         self._hold(request, match)
+        if self.tiers is not None:
+            self.tiers.release(request)
         for page in match.pages[:whole]:
             self.pages.retain(page)
         missing = -(-length // self._limits.page_size) - whole
@@ -177,7 +181,9 @@ class KVManager:
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: depth // self._limits.page_size]
-        kind = Kind.PROMPT if depth == self._whole(len(request.tokens) - 1) else Kind.TURNS
+        ends_turn = any(self._whole(end) == depth for end in request.source.boundaries)
+        whole_prompt = depth == self._whole(len(request.tokens) - 1)
+        kind = Kind.PROMPT if whole_prompt and not ends_turn else Kind.TURNS
         salt = request.source.cache_salt
         tokens = request.tokens[:depth]
         self.policy.publish(tokens, pages, snapshot, salt, kind=kind)

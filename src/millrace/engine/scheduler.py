@@ -112,6 +112,8 @@ class Scheduler:
                 continue
             if request.phase is Phase.WAITING:
                 self.waiting.remove(request)
+                if self._tiers is not None:
+                    self._tiers.release(request)
                 del self._requests[request_id]
                 request.phase = Phase.DONE
             else:
@@ -135,8 +137,8 @@ class Scheduler:
         """Transfers have ended: (number, whether it succeeded)."""
         assert self._tiers is not None
         for number, succeeded in ended:
-            request = self._tiers.ended(number, succeeded, self._kv_manager.ensure_free_pages)
-            if request is not None:
+            ensure_pages = self._kv_manager.ensure_free_pages
+            for request in self._tiers.ended(number, succeeded, ensure_pages):
                 request.estimate_version = -1
 
     def restore(self, found: Mapping[str, FoundFile]) -> None:

@@ -54,10 +54,21 @@ class _Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Held:
+    """Pages and a snapshot of the device, with a reference each."""
+
+    pages: list[int]
+    snapshot: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Wanted:
+    """A prefix to offload. held: what keeps it on the device until then; None: nothing does."""
+
     tokens: list[int]
     salt: str
     kind: Kind
+    held: _Held | None
 
 
 class TierTransfers:
@@ -77,6 +88,9 @@ class TierTransfers:
         self._unfiled: deque[ColdRecord] = deque(maxlen=MOST_WAITING)
         self._under_way: dict[int, _Transfer] = {}
         self._new: list[Transfer] = []
+        self._most_held = max(1, limits.num_snapshots // 2)  # of those wanted, and of those loaded
+        self._loaded_for: dict[str, _Held] = {}  # by request, until it is admitted
+        self._parked: list[Request] = []  # they wait until any transfer ends
         self._number = 0
 
     @property
@@ -88,13 +102,49 @@ class TierTransfers:
 
     def cached(self, tokens: list[int], salt: str, kind: Kind) -> None:
         """These tokens are cached on the device now."""
-        if kind is not Kind.PROMPT:  # a prompt is followed by its answer
-            self._wanted.append(_Wanted(tokens, salt, kind))
+        if kind is Kind.PROMPT:  # its answer follows
+            return
+        if len(self._wanted) == MOST_WAITING:
+            self._drop(self._wanted.popleft().held)
+        held = None
+        found = self._policy.locate(tokens, salt)
+        if found is not None and sum(w.held is not None for w in self._wanted) < self._most_held:
+            held = self._hold(found.pages, found.snapshot)
+        self._wanted.append(_Wanted(tokens, salt, kind, held))
+
+    def _hold(self, pages: list[int], snapshot: int) -> _Held:
+        for page in pages:
+            self._pages.retain(page)
+        self._policy.retain(snapshot)
+        return _Held(pages, snapshot)
+
+    def _drop(self, held: _Held | None) -> None:
+        """Undo `_hold`."""
+        if held is not None:
+            for page in held.pages:
+                self._pages.release(page)
+            self._policy.release(held.snapshot)
+
+    def release(self, request: Request) -> None:
+        """The request has been admitted, or is gone: what was loaded for it may be evicted."""
+        self._drop(self._loaded_for.pop(request.id, None))
+
+    def release_all(self) -> None:
+        """Memory is short: nothing but transfers keeps anything on the device."""
+        for held in self._loaded_for.values():
+            self._drop(held)
+        self._loaded_for.clear()
+        for wanted in self._wanted:
+            self._drop(wanted.held)
+        kept = [_Wanted(w.tokens, w.salt, w.kind, None) for w in self._wanted]
+        self._wanted = deque(kept, maxlen=MOST_WAITING)
 
     def take(self) -> list[Transfer]:
         """The transfers that the next step starts."""
         while self._wanted and self._count("offload") < MOST_AT_ONCE:
-            self._offload(self._wanted.popleft())
+            wanted = self._wanted.popleft()
+            self._offload(wanted)
+            self._drop(wanted.held)
         while self._unfiled and self._count("store") < MOST_AT_ONCE:
             self._file(self._unfiled.popleft())
         new, self._new = self._new, []
@@ -166,17 +216,24 @@ class TierTransfers:
         record = store.match(tokens, request.hashes)
         if record is None or store.depth(record) < request.cached_estimate + LEAST_GAIN:
             return
-        if any(one.kind != "store" and one.record is record for one in self._under_way.values()):
-            return  # it is on its way, for another request or from the device
         missing = [one for one in record.chain() if one.pages_at == NOWHERE]
+        kind: Literal["fetch", "load"] = "load"
         if missing or record.state_at == NOWHERE:
-            self._fetch(request, record, missing)
+            kind = "fetch"
+        needed = set(record.chain())
+        busy = [one for one in self._under_way.values() if one.kind != "store"]
+        if self._count(kind) >= MOST_AT_ONCE or any(one.record in needed for one in busy):
+            started = False  # or a part is on its way, for another request or from the device
+        elif kind == "fetch":
+            started = self._fetch(request, record, missing)
         else:
-            self._load(request, record, ensure_pages, from_disk=False)
+            started = self._load(request, record, ensure_pages, from_disk=False)
+        if not started and self._under_way:
+            request.loading = True
+            self._parked.append(request)
 
-    def _fetch(self, request: Request, record: ColdRecord, missing: list[ColdRecord]) -> None:
-        if self._count("fetch") >= MOST_AT_ONCE:
-            return
+    def _fetch(self, request: Request, record: ColdRecord, missing: list[ColdRecord]) -> bool:
+        """False: the host's memory has no room."""
         chain = record.chain()
         for one in chain:
             one.busy += 1  # what is there must not go for what is to come
@@ -190,7 +247,7 @@ class TierTransfers:
             for one in fetched:
                 if one.pages_at != NOWHERE and one is not record:
                     self.store.forget_pages(one)
-            return
+            return False
         self.store.touch(record)
         request.loading = True
         self._start(
@@ -204,6 +261,7 @@ class TierTransfers:
             ),
             files=True,
         )
+        return True
 
     def _load(
         self,
@@ -212,8 +270,7 @@ class TierTransfers:
         ensure_pages: Callable[[int], bool],
         from_disk: bool,
     ) -> bool:
-        if self._count("load") >= MOST_AT_ONCE:
-            return False
+        """False: the device has no room."""
         store, salt = self.store, request.source.cache_salt
         tokens = request.tokens[: store.depth(record)]
         here = self._policy.pages_of(tokens, salt)[: record.whole]
@@ -269,8 +326,9 @@ class TierTransfers:
 
     def ended(
         self, number: int, succeeded: bool, ensure_pages: Callable[[int], bool]
-    ) -> Request | None:
-        """A transfer has ended. Returns the request that waited for it."""
+    ) -> list[Request]:
+        """A transfer has ended. Returns the requests that waited for it, and are to be looked up
+        again."""
         one = self._under_way.pop(number)
         for record in one.record.chain():
             record.busy -= 1
@@ -286,7 +344,12 @@ class TierTransfers:
         else:
             self._fetched(one, succeeded, ensure_pages)
         self.store.settle(one.record)
-        return one.request
+        waited, self._parked = self._parked, []
+        for request in waited:
+            request.loading = False
+        if one.request is not None and not one.request.loading:
+            waited.append(one.request)
+        return waited
 
     def _offloaded(self, one: _Transfer) -> None:
         for page in one.pages:
@@ -305,12 +368,22 @@ class TierTransfers:
         else:
             kind = record.kind
             self._policy.publish(one.tokens, one.pages, one.snapshot, record.salt, kind=kind)
+            self._keep_for(one.request, one.tokens, record.salt)
         for page in one.pages:
             self._pages.release(page)
         assert one.request is not None
         one.request.loading = False
         tier = "disk" if one.from_disk else "host"
         one.request.loaded[tier] = one.request.cached_estimate, len(one.tokens)
+
+    def _keep_for(self, request: Request | None, tokens: Sequence[int], salt: str) -> None:
+        """Keep what was loaded on the device until its request is admitted."""
+        found = self._policy.locate(tokens, salt)
+        if request is None or request.phase is not Phase.WAITING or found is None:
+            return
+        if len(self._loaded_for) < self._most_held:
+            self.release(request)
+            self._loaded_for[request.id] = self._hold(found.pages, found.snapshot)
 
     def _fetched(
         self, one: _Transfer, succeeded: bool, ensure_pages: Callable[[int], bool]
@@ -345,14 +418,18 @@ class TierTransfers:
         """Drop everything; what transfers move now, when they end."""
         for one in self._under_way.values():
             one.dropped = True
+        self.release_all()
         self._wanted.clear()
         self._unfiled.clear()
         self.store.clear()
 
     def held_pages(self) -> list[int]:
         """Pages of the device that transfers hold."""
-        return [page for one in self._under_way.values() for page in one.pages]
+        kept = [*self._loaded_for.values(), *(w.held for w in self._wanted if w.held is not None)]
+        pages = [page for one in self._under_way.values() for page in one.pages]
+        return pages + [page for one in kept for page in one.pages]
 
     def held_snapshots(self) -> int:
         """Snapshots of the device that transfers hold."""
-        return sum(one.snapshot >= 0 for one in self._under_way.values())
+        kept = len(self._loaded_for) + sum(w.held is not None for w in self._wanted)
+        return kept + sum(one.snapshot >= 0 for one in self._under_way.values())

@@ -60,9 +60,7 @@ def test_a_seed_makes_every_kind_of_request() -> None:
     systems = {one[0][1][0]["content"] for one in made}
     assert len(systems) == 1
     turns = [t for i in range(4) for t in prompt_maker(SPEC)(i).later_turns]
-    tools = [
-        len(t.text.split()) - 2 for t in turns if isinstance(t, AgentTurn) and t.kind == "tool"
-    ]
+    tools = [len(t.text.split()) for t in turns if isinstance(t, AgentTurn) and t.kind == "tool"]
     assert tools
     assert all(20 <= length <= 60 for length in tools)
     assert max(job.pause for one in made for job, _ in one) > 0

@@ -27,10 +27,14 @@ def new_tokens(record: RequestTiming, base: RequestTiming | None) -> int:
     return max(1, record.input_tokens - base.input_tokens - base.output_tokens)
 
 
-def reuse_fields(records: Sequence[RequestTiming]) -> dict[str, Any]:
-    """TTFT by turn, and recomputed over new tokens, in all and by kind of request."""
+def reuse_fields(records: Sequence[RequestTiming], since: int = 0) -> dict[str, Any]:
+    """TTFT by turn, and recomputed over new tokens, in all and by kind of request.
+
+    since: only of requests from this one of their session on.
+    """
     done = successes(records)
     by_turn = {(r.index, r.turn): r for r in done}
+    done = [record for record in done if record.turn >= since]
     counts: dict[str, list[int]] = {}
     for record in done:
         base = by_turn.get((record.index, record.base)) if record.base >= 0 else None

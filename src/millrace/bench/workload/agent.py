@@ -101,8 +101,7 @@ def _turns(rng: np.random.Generator, spec: AgentSpec) -> list[AgentTurn]:
             turns.append(AgentTurn(text, _output(rng, spec), "branch", pause, back))
         elif rng.random() < spec.tools:
             low, high = math.log(spec.tool_min), math.log(spec.tool_max)
-            result = _text(rng, round(math.exp(rng.uniform(low, high))))
-            text = f"<tool_response>\n{result}\n</tool_response>"
+            text = _text(rng, round(math.exp(rng.uniform(low, high))))
             pause = _pause(rng, spec.pause * _TOOL_PAUSE_SHARE)
             turns.append(AgentTurn(text, _output(rng, spec), "tool", pause))
         else:
@@ -115,6 +114,8 @@ def continuation(line: Sequence[Exchange], system: Messages, turn: AgentTurn) ->
     """The messages of `turn`. line: the conversation so far, one exchange or more; system: the
     messages that every session begins with."""
     said = {"role": "user", "content": turn.text}
+    if turn.kind == "tool":
+        said = {"role": "tool", "tool_call_id": f"call_{len(line)}", "content": turn.text}
     if turn.kind == "aux":
         messages = [{"role": "system", "content": _TITLE}, said]
         return Continuation(messages, tuple(line), -1, _fresh(messages))

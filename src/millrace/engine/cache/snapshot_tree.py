@@ -145,7 +145,7 @@ class SnapshotTree:
     def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
         if self.has(tokens, salt):
             return None
-        while self._snapshots.free == 0:  # one that a step reads is not free when it is evicted
+        while self._snapshots.free == 0:
             if not self._evict(for_pages=False):
                 return None
         return self._snapshots.allocate(1)[0]
@@ -241,11 +241,13 @@ class SnapshotTree:
         ranked = self._ranked[for_pages]
         while ranked:
             node, worth = ranked.pop()
-            if node not in self._cached or (for_pages and node.below):
+            if node not in self._cached or not self._frees(node, for_pages):
                 continue
             if self._worth.of(node, self.now, for_pages) <= worth:
                 return node
-        found = [node for node in self._cached if not (for_pages and node.below)]
+        found = [node for node in self._cached if self._frees(node, for_pages)]
+        if not found and for_pages:
+            found = [node for node in self._cached if not node.below]
         if not found:
             return None
         keys = {node: (self._worth.of(node, self.now, for_pages), node.order) for node in found}
@@ -255,6 +257,11 @@ class SnapshotTree:
         least = sorted(found, key=keys.__getitem__)[:count]
         ranked += ((node, keys[node][0]) for node in reversed(least))
         return ranked.pop()[0]
+
+    def _frees(self, node: Node, for_pages: bool) -> bool:
+        """Whether to evict it frees its snapshot, which nothing uses, and pages if these count."""
+        in_use = self._snapshots.ref_count(node.snapshot) > 1
+        return not in_use and not (for_pages and node.below)
 
     def clear(self) -> None:
         """Remove every node, snapshot and page."""
@@ -326,6 +333,8 @@ class SnapshotTree:
                 del above.below[other]
                 other.above, node.below[other] = node, None
         node.above, above.below[node] = above, None
+        if node.kind is Kind.TURNS and above.above is not None and above.above is not self._root:
+            node.uses, above.branches = above.branches, 0
         if node.kind is Kind.ANSWER:
             self._take_over_uses(node, path)
 

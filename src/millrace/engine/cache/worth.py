@@ -4,7 +4,8 @@
   gone resumes there and computes these tokens again.
 * Chance: a conversation that came back comes back; so each use counts, and the next turn takes over
   the uses of the turn before. What lies above another snapshot is needed by branches only: by those
-  that there were, such as conversations of one system prompt. Snapshots without uses have the
+  that there were, such as conversations of one system prompt. (If a template drops reasoning from
+  history, every next turn is such a branch; that is learned, too.) Snapshots without uses have the
   chance that others had, of the same kind and whose prompts begin alike: calls of a title generator
   never come back, and soon count for little. A prompt that would have used a snapshot counts also
   if that was evicted. The chance falls with the time since the last use.
@@ -72,16 +73,20 @@ class Worth:
 
     def chance(self, node: Node) -> float:
         """Of a use, were it fresh."""
-        assert node.alike is not None
-        seen, kind = node.branches, node.kind.value
         system_prompt = node.kind is Kind.TURNS and node.above is not None and not node.above.depth
-        if node.below and not system_prompt:
+        superseded = bool(node.below) and not system_prompt
+        seen = node.branches + (0 if superseded else node.uses)
+        if superseded and (node.returned or node.kind is Kind.ANSWER):
             expected = BRANCH
         else:
-            seen += node.uses
-            expected = WEIGHT * EXPECTED[node.kind] + node.alike.used[kind]
-            expected /= WEIGHT + node.alike.made[kind]
+            expected = self._learned(node, BRANCH if superseded else EXPECTED[node.kind])
         return (seen + WEIGHT * expected) / (seen + WEIGHT)
+
+    def _learned(self, node: Node, expected: float) -> float:
+        """The share of snapshots like this one that were ever used."""
+        assert node.alike is not None
+        made, used = node.alike.made[node.kind.value], node.alike.used[node.kind.value]
+        return (WEIGHT * expected + used) / (WEIGHT + made)
 
     def of(self, node: Node, now: float, for_pages: bool) -> float:
         """Worth of a node's snapshot. for_pages: pages are short, so only these count as memory."""
