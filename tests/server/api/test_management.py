@@ -49,23 +49,25 @@ def manage(http: httpx.Client, path: str, method: str = "POST", **query: Any) ->
 
 
 class Answer:
-    """A completion that is asked for on a thread."""
+    """An answer, here of a completion, that is asked for on a thread."""
 
-    def __init__(self, http: httpx.Client) -> None:
+    def __init__(
+        self, http: httpx.Client, path: str = "/v1/completions", asked: Any = LONG
+    ) -> None:
         self.body: Any = None
-        self._thread = threading.Thread(target=self._ask, args=[http])
+        self._thread = threading.Thread(target=self._ask, args=[http, path, asked])
         self._thread.start()
 
-    def _ask(self, http: httpx.Client) -> None:
-        self.body = http.post("/v1/completions", json=LONG).json()
+    def _ask(self, http: httpx.Client, path: str, asked: Any) -> None:
+        self.body = http.post(path, json=asked).json()
 
     def wait(self) -> Any:
         self._thread.join(20)
         return self.body
 
 
-def started(server: LiveServer, http: httpx.Client) -> Answer:
-    answer = Answer(http)
+def started(server: LiveServer, http: httpx.Client, *asked: Any) -> Answer:
+    answer = Answer(http, *asked)
     wait_for(lambda: server.metric("millrace:num_requests_running") == 1)
     return answer
 
@@ -91,6 +93,24 @@ def test_abort_ends_requests_and_refuses_new_ones(server: LiveServer, http: http
     assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
     assert http.get("/health").status_code == 200
     assert server.open_in_engine() == 0
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "key", "value"),
+    [
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 100}, "stop_reason", "pause_turn"),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 100}, "status", "cancelled"),
+    ],
+)
+def test_every_api_says_that_an_answer_was_cut_by_a_pause(
+    server: LiveServer, http: httpx.Client, path: str, asked: Any, key: str, value: str
+) -> None:
+    answer = started(server, http, path, asked)
+    assert manage(http, "/pause").status_code == 200
+    assert answer.wait()[key] == value
 
 
 def test_wait_lets_requests_end(server: LiveServer, http: httpx.Client) -> None:

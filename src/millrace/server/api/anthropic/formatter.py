@@ -173,6 +173,8 @@ def _stop(piece: Piece, parser: AnswerParser) -> tuple[str, str | None]:
     """(stop_reason, stop_sequence)."""
     if piece.finish_reason == "length":
         return "max_tokens", None
+    if piece.finish_reason == "abort":  # the server was paused; sent back, the answer goes on
+        return "pause_turn", None
     if isinstance(piece.stop_reason, str):
         return "stop_sequence", piece.stop_reason
     return "tool_use" if parser.calls else "end_turn", None

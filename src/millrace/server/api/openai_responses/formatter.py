@@ -175,6 +175,8 @@ class ResponseFormatter:
             logprobs.skip(END)
 
     def _final_status(self) -> Status:
+        if self._last.finish_reason == "abort":  # the server was paused
+            return "cancelled"
         return "incomplete" if self._last.finish_reason == "length" else "completed"
 
     def _closing(self, status: Status) -> Iterator[tuple[Action, Block, str]]:
