@@ -285,6 +285,15 @@ def test_tools_and_choices_have_the_shapes_of_all_apis(tool: dict[str, Any], cho
         assert found.mode == (mode if mode in ("none", "auto") else "required")
 
 
+def test_what_no_model_is_told_of_a_tool_is_logged(http: httpx.Client, server: LiveServer) -> None:
+    more = {"cache_control": {"type": "ephemeral"}, "frobnicate": 1}
+    tool = {"name": "f", "input_schema": PARAMETERS, **more}
+    none = {"type": "none"}
+    assert post(http, "messages", tools=[tool], tool_choice=none).status_code == 200
+    assert "field 'tools.cache_control' has no effect here" in server.log
+    assert "unknown field 'tools.frobnicate' is ignored" in server.log
+
+
 def as_chat_itself(tools: list[Any], choice: Any) -> ChatRequest:
     return ChatRequest(messages=CHAT, tools=tools, tool_choice=choice)
 

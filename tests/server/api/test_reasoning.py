@@ -175,3 +175,44 @@ def test_a_budget_below_zero_is_refused(client: openai.OpenAI) -> None:
         ask(client, "x", extra_body={"thinking_token_budget": -2})
     with pytest.raises(openai.BadRequestError, match="thinking_token_budget must be at least 0"):
         ask(client, "x", extra_body={"thinking_token_budget": -2, **OFF})
+
+
+WAYS_OFF: list[dict[str, Any]] = [
+    OFF,
+    {"enable_thinking": False},
+    {"thinking": {"type": "disabled"}},
+    {"reasoning_effort": "none"},
+    {"reasoning": {"effort": "none"}},
+    {"enable_thinking": False, "reasoning_effort": "high"},
+    {"thinking": {"type": "enabled"}, **OFF},
+]
+WAYS_ON: list[dict[str, Any]] = [
+    {},
+    {"enable_thinking": True},
+    {"thinking": {"type": "enabled", "budget_tokens": 500}},
+    {"thinking": {"type": "adaptive"}},
+    {"reasoning": {"effort": "low", "summary": "auto"}},
+    {"enable_thinking": None, "thinking": None, "reasoning": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "reasons"), [*((one, False) for one in WAYS_OFF), *((one, True) for one in WAYS_ON)]
+)
+def test_every_way_to_turn_thinking_on_or_off(
+    client: openai.OpenAI, more: dict[str, Any], reasons: bool
+) -> None:
+    message = ask(client, "a </think> b", extra_body=more).choices[0].message
+    assert message.content == ("b" if reasons else "user\na </think> b")
+
+
+def test_the_budget_of_thinking_is_the_same_under_both_names(client: openai.OpenAI) -> None:
+    words = "one two three four five six </think> seven"
+    told = [
+        ask(client, words, extra_body=more).choices[0].message.model_dump()
+        for more in (
+            {"thinking_token_budget": 4},
+            {"thinking": {"type": "enabled", "budget_tokens": 4}},
+        )
+    ]
+    assert told[0] == told[1] != ask(client, words).choices[0].message.model_dump()

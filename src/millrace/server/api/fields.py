@@ -174,6 +174,19 @@ def _check_fate(name: str, raw: msgspec.Raw, fate: Fate | None, param: str) -> N
         warn_once(f"field {name!r} has no effect here", logging.INFO)
 
 
+_TOOL_KEYS = {"type", "name", "description", "strict", "function", "parameters", "input_schema"}
+_IDLE_TOOL_KEYS = {"cache_control", "eager_input_streaming", "allowed_callers", "defer_loading"}
+
+
+def note_tool_keys(tool: Mapping[str, Any]) -> None:
+    """Log what an API's description of a function has that no model is told of."""
+    for name in sorted(tool.keys() - _TOOL_KEYS):
+        if name in _IDLE_TOOL_KEYS:
+            warn_once(f"field 'tools.{name}' has no effect here", logging.INFO)
+        else:
+            warn_once(f"unknown field {f'tools.{name}'[:80]!r} is ignored")
+
+
 def _is_neutral(raw: msgspec.Raw, neutrals: tuple[Any, ...]) -> bool:
     """Whether a refused field holds null or a value at which it changes nothing."""
     text = bytes(memoryview(raw)[: _LONGEST_NEUTRAL + 1])

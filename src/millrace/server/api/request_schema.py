@@ -120,6 +120,7 @@ class ChatOptions(GenerationRequest, frozen=True, kw_only=True):
     reasoning_effort: str | None = None
     reasoning: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
     include_reasoning: bool = True
     thinking_token_budget: int | None = None
     add_generation_prompt: bool = True

@@ -19,7 +19,7 @@ from millrace.server.api.anthropic.formatter import MessageFormatter
 from millrace.server.api.chat.endpoint import EFFORTS, chat_text, prepare_chat, tool_choice
 from millrace.server.api.context import ApiContext
 from millrace.server.api.field_table import counting_rules, field_rules
-from millrace.server.api.fields import naming_fields
+from millrace.server.api.fields import naming_fields, note_tool_keys
 from millrace.server.api.request_schema import (
     SAMPLING_FIELDS,
     ChatRequest,
@@ -249,6 +249,7 @@ def _tool(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             "input_schema and run it yourself",
             param="tools",
         )
+    note_tool_keys(tool)
     return nested_tool({**tool, "type": "function"})
 
 

@@ -226,7 +226,10 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
             message = f"reasoning_effort must be one of {known}, got {effort!r}"
             raise RequestError(message, param="reasoning_effort")
         given["enable_thinking"] = effort != "none"
-    return {**given, **thinking_variables(body.thinking), **(body.chat_template_kwargs or {})}
+    given |= thinking_variables(body.thinking)
+    if body.enable_thinking is not None:
+        given["enable_thinking"] = body.enable_thinking
+    return {**given, **(body.chat_template_kwargs or {})}
 
 
 def _thinking_budget(body: ChatRequest) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from millrace.errors import RequestError
+from millrace.server.api.fields import note_tool_keys
 
 
 class OfferedTool(NamedTuple):
@@ -75,6 +76,7 @@ def _tool(
     if kind == "function":
         nested = tool.get("function")
         tool = nested if isinstance(nested, Mapping) else tool
+        note_tool_keys(tool)
         named = ("name", "description", "parameters", "strict")
         function = {key: tool[key] for key in named if tool.get(key) is not None}
         return {"type": "function", "function": function}, "function"
