@@ -213,7 +213,7 @@ _REFUSED = {
     "devices are picked by CUDA_VISIBLE_DEVICES": "--device-ids",
     "use numactl, as in `numactl --cpunodebind=0 --membind=0 millrace serve`":
         "--numa-bind --numa-bind-nodes --numa-bind-cpus",
-    "experts are not served, only dense models; use `--engine vllm`":
+    "experts are not moved between ranks, nor reported; use `--engine vllm`":
         "--enable-eplb --enable-return-routed-experts",
     "contexts and batches are not split over devices; use --tensor-parallel-size or --replicas":
         "--dcp-comm-backend --dcp-q-replicate --enable-hc-sp --enable-dbo --ubatch-size "

@@ -57,7 +57,7 @@ MakePair = Callable[..., Pair]
 
 @pytest.fixture(scope="session")
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
-    """(shape, dtype, **write options) -> Pair, each made once."""
+    """(shape, dtype, seed, reference_dtype or dtype) -> Pair, each made once."""
     from transformers import AutoModelForCausalLM
 
     made: dict[Any, Pair] = {}
@@ -66,15 +66,21 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
         shape: TinyShape | dict[str, Any] = UNIT_TEST,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        reference_dtype: torch.dtype | None = None,
     ) -> Pair:
-        key = (repr(shape), dtype, seed)
+        key = (repr(shape), dtype, seed, reference_dtype)
         if key not in made:
             directory = write_checkpoint(
                 tmp_path_factory.mktemp("pair"), shape, seed=seed, tokenizer=False
             )
             model = build_model(read_config(directory), dtype=dtype, mtp=True)
             load(model, directory)
-            reference = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+            experts = {"experts_implementation": "eager"}  # the others know no float64
+            reference = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=reference_dtype or dtype,
+                **(experts if reference_dtype is torch.float64 else {}),
+            ).eval()
             made[key] = Pair(directory, model, reference)
         return made[key]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from millrace.model.config import ModelConfig
-from millrace.model.tiny import UNIT_TEST, TinyShape
+from millrace.model.tiny import UNIT_TEST, TinyShape, moe_config_json
 from tests.oracle.conftest import MakePair, Pair
 from tests.support.driver import make_batch
 
 SHAPES = [
     UNIT_TEST,
     dataclasses.replace(UNIT_TEST, num_heads=3, num_kv_heads=1, head_dim=16, tied=False),
+    moe_config_json(),
 ]
 
 
@@ -92,9 +94,22 @@ class WrittenOutHead:
             heads.append(mixed * torch.sigmoid(gate[h]))
         stream = stream + t[f"{layer}.self_attn.o_proj.weight"] @ torch.cat(heads)
         x = self.norm(stream, f"{layer}.post_attention_layernorm.weight")
-        gate_, up = (t[f"{layer}.mlp.{name}_proj.weight"] @ x for name in ("gate", "up"))
-        stream = stream + t[f"{layer}.mlp.down_proj.weight"] @ (gate_ * torch.sigmoid(gate_) * up)
-        return self.norm(stream, "mtp.norm.weight")
+        mlp = self.mlp if c.experts is None else self.experts
+        return self.norm(stream + mlp(x, f"{layer}.mlp"), "mtp.norm.weight")
+
+    def mlp(self, x: Tensor, prefix: str) -> Tensor:
+        gate, up = (self.tensors[f"{prefix}.{name}_proj.weight"] @ x for name in ("gate", "up"))
+        return self.tensors[f"{prefix}.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+
+    def experts(self, x: Tensor, prefix: str) -> Tensor:
+        assert self.config.experts is not None
+        shares = (self.tensors[f"{prefix}.gate.weight"] @ x).softmax(0)
+        best = sorted(range(len(shares)), key=lambda expert: -float(shares[expert]))
+        chosen = best[: self.config.experts.top_k]
+        outputs = [shares[e] * self.mlp(x, f"{prefix}.experts.{e}") for e in chosen]
+        gate = torch.sigmoid(self.tensors[f"{prefix}.shared_expert_gate.weight"] @ x)
+        shared = gate * self.mlp(x, f"{prefix}.shared_expert")
+        return sum(outputs, torch.zeros_like(x)) / shares[chosen].sum() + shared
 
 
 def run_head(
@@ -115,7 +130,7 @@ def run_head(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_head_equals_its_definition(make_pair: MakePair, shape: TinyShape) -> None:
+def test_head_equals_its_definition(make_pair: MakePair, shape: TinyShape | dict[str, Any]) -> None:
     """Over a prompt in two chunks, then over verified rows, then feeding back its own output."""
     pair = make_pair(shape)
     ids, slot = pair.ids(24), 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from millrace.errors import ConfigError
 from millrace.model.build_context import BuildContext
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
@@ -28,10 +29,12 @@ def build_model(
     maximum). mtp: with the draft head, if the model has one. keep_quantized: quantized weights of
     the checkpoint stay as they are; else they become `dtype` when loaded; None: they stay where the
     device has a GEMM for them. draft_fp8: drafts use an FP8 copy of the output head; None: if FP8
-    weights stay FP8. Raises ConfigError if the model cannot be split over the ranks.
+    weights stay FP8. Raises ConfigError if the model cannot be split over the ranks, or if the
+    device has no kernels for it.
     """
     tp = tp or TensorParallel()
     check_ranks(config, tp.size)
+    _check_device(config, torch.device(device))
     build = BuildContext(config, tp, dtype, torch.device(device), keep_quantized)
     found, mtp = config.quantization, mtp and config.mtp_layers > 0
     if draft_fp8 is None:
@@ -40,3 +43,11 @@ def build_model(
     if mtp and draft_fp8:
         model.use_fp8_draft_head()
     return model.eval()
+
+
+def _check_device(config: ModelConfig, device: torch.device) -> None:
+    if config.experts is not None and device.type == "cuda":
+        raise ConfigError(
+            f"there are no GPU kernels yet for the experts of {config.family}; it runs with "
+            "--device cpu, and dense models run on a GPU; --engine vllm serves others"
+        )

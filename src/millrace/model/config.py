@@ -28,15 +28,34 @@ LayerType = Literal["full_attention", "linear_attention"]
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The mixture of experts that layers have in place of an MLP.
+
+    count: of the experts; top_k: those that a token goes to. width: channels of one expert.
+    normalize: whether the weights of a token's experts add up to 1. shared_width: channels of the
+    expert that every token goes to; 0: there is none. dense_layers: layers with a plain MLP.
+    """
+
+    count: int
+    top_k: int
+    width: int
+    normalize: bool
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes and constants of one model.
 
-    family: its name in the registry. layer_types: one entry for each decoder layer. rotary_dim: the
+    family: its name in the registry. intermediate_size: channels of plain MLPs; 0 where there are
+    none. layer_types: one entry for each decoder layer. rotary_dim: the
     first so many dimensions of a head are rotated. norm_offset: added to the weights of RMS norms
     when they are loaded. dtype: of what is not quantized. quantization: which linear layers are in
     which format. nested: the text model is part of a larger checkpoint, whose tensors are named
     `model.language_model.*`. mtp_layers: of the draft head in the checkpoint; 0: it has none.
-    key_heads .. value_dim: of Gated DeltaNet layers; 0 where there are none.
+    key_heads .. value_dim: of Gated DeltaNet layers; 0 where there are none. experts: None in
+    dense models.
     """
 
     family: str
@@ -63,6 +82,7 @@ class ModelConfig:
     value_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    experts: ExpertsConfig | None = None
 
     @property
     def num_layers(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from millrace.errors import CheckpointError
 from millrace.kernels.formats import YarnScaling
-from millrace.model.config import LayerType, ModelConfig
+from millrace.model.config import ExpertsConfig, LayerType, ModelConfig
 from millrace.model.weight_format import Quantization
 
 FULL_ATTENTION: LayerType = "full_attention"
@@ -88,11 +88,23 @@ class ConfigFile:
             )
         return tuple(listed)
 
-    def decoder(self, *, head_dim: int | None = None, rotary_share: float = 1.0) -> ModelConfig:
+    def experts(self) -> ExpertsConfig:
+        """A mixture of experts in every layer, without a shared expert, normalized."""
+        count, top_k = self.size("num_experts"), self.size("num_experts_per_tok")
+        if top_k > count:
+            raise CheckpointError(
+                f"{self.path}: num_experts_per_tok must be at most num_experts {count}, got {top_k}"
+            )
+        return ExpertsConfig(count, top_k, self.size("moe_intermediate_size"), normalize=True)
+
+    def decoder(
+        self, *, head_dim: int | None = None, rotary_share: float = 1.0, mlp: bool = True
+    ) -> ModelConfig:
         """What decoders have in common: all layers full attention, without a draft head.
 
         head_dim: where the file has none; None: hidden_size / heads. rotary_share: likewise, of a
-        head's dimensions. A family changes what it does otherwise by `dataclasses.replace`.
+        head's dimensions. mlp: whether layers have plain MLPs. A family changes what it does
+        otherwise by `dataclasses.replace`.
         """
         heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
         dim = self.size("head_dim", head_dim or hidden // heads)
@@ -101,7 +113,7 @@ class ConfigFile:
         return ModelConfig(
             family="",
             hidden_size=hidden,
-            intermediate_size=self.size("intermediate_size"),
+            intermediate_size=self.size("intermediate_size") if mlp else 0,
             layer_types=(FULL_ATTENTION,) * self.size("num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=self.size("num_key_value_heads", heads),

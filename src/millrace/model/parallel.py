@@ -91,7 +91,8 @@ def check_ranks(config: ModelConfig, ranks: int) -> None:
 
 
 def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
-    """What cannot be split over `ranks`. Heads are never split; MLP channels are, with padding."""
+    """What cannot be split over `ranks`. Heads are never split; MLP channels are, with
+    padding; those of experts without."""
     sizes = [
         (config.num_heads, "attention heads"),
         (config.key_heads, "GDN key heads"),
@@ -101,6 +102,14 @@ def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
     kv_heads = config.num_kv_heads
     if kv_heads % ranks and ranks % kv_heads:
         reasons.append(f"{kv_heads} KV heads")
-    if -(-config.intermediate_size // TILE) < ranks:
-        reasons.append(f"intermediate_size {config.intermediate_size} in tiles of {TILE}")
+    experts = config.experts
+    widths = [(config.intermediate_size, "intermediate_size")]
+    if experts is not None:
+        widths.append((experts.shared_width, "shared_expert_intermediate_size"))
+        unit = max(config.quantization.format.block, TILE)
+        if ranks > 1 and experts.width % (unit * ranks):
+            reasons.append(f"moe_intermediate_size {experts.width} in blocks of {unit}")
+    for width, name in widths:
+        if width and -(-width // TILE) < ranks:
+            reasons.append(f"{name} {width} in tiles of {TILE}")
     return reasons

@@ -31,6 +31,18 @@ class TensorSpec:
     init: Initializer = field(default=matrix, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Part of a checkpoint tensor of three or more dimensions, by a name of its own.
+
+    name: flat. index: of dimension 0, which the part does without. rows: of dimension 1.
+    """
+
+    name: str
+    index: int
+    rows: Range
+
+
 class TensorFile(Protocol):
     """Opened checkpoint files."""
 

@@ -96,6 +96,21 @@ QWEN3: dict[str, Any] = {
     "use_sliding_window": False,
     "dtype": "float32",
 }
+# Small models with a mixture of experts.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
+QWEN3_MOE: dict[str, Any] = {
+    **QWEN3,
+    **EXPERTS,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 FP8_BLOCKS: dict[str, Any] = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -109,13 +124,15 @@ def write_checkpoint(
     *,
     seed: int = 0,
     nested: bool = False,
+    fused: bool = False,
     files: int = 1,
     tokenizer: bool = True,
 ) -> Path:
     """Write config, weights and tokenizer into `directory`, which is created. Returns its path.
 
     shape: sizes of a Qwen3.5, or the entries of a config.json, of any family. nested: names and
-    config of a checkpoint with a vision part. files: number of safetensors files.
+    config of a checkpoint with a vision part. fused: the experts of a layer in one tensor, except
+    in the draft head. files: number of safetensors files.
     """
     shape = shape or TinyShape()
     directory = Path(directory)
@@ -126,6 +143,8 @@ def write_checkpoint(
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"eos_token_id": STOPS})
     tensors = random_tensors(directory, seed)
+    if fused:
+        tensors = fuse_experts(tensors)
     if nested:
         tensors = {_nested_name(name): tensor for name, tensor in tensors.items()}
     _write_weights(directory, tensors, files)
@@ -170,6 +189,19 @@ def config_json(shape: TinyShape) -> dict[str, Any]:
     if shape.fp8:
         config["quantization_config"] = FP8_BLOCKS
     return config
+
+
+def moe_config_json(shape: TinyShape = UNIT_TEST) -> dict[str, Any]:
+    """The flat config.json of a Qwen3.5 of this shape with a mixture of experts."""
+    config = config_json(shape)
+    del config["intermediate_size"]
+    return {
+        **config,
+        **EXPERTS,
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "shared_expert_intermediate_size": 48,
+    }
 
 
 def _rope(shape: TinyShape) -> dict[str, Any]:
@@ -222,14 +254,38 @@ def write_tokenizer(directory: Path) -> None:
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     outer = {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
+        "architectures": [
+            name.replace("CausalLM", "ConditionalGeneration") for name in flat["architectures"]
+        ],
+        "model_type": flat["model_type"].removesuffix("_text"),
         "tie_word_embeddings": flat["tie_word_embeddings"],
         "text_config": {k: v for k, v in flat.items() if k != "quantization_config"},
     }
     if "quantization_config" in flat:
         outer["quantization_config"] = flat["quantization_config"]
     return outer
+
+
+def fuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with the experts of each layer in two, draft head excepted."""
+    found: dict[str, Tensor] = {}
+    gathered: dict[str, list[list[Tensor]]] = {}
+    for name, tensor in tensors.items():
+        stem, experts, rest = name.partition(".experts.")
+        if not experts or name.startswith("mtp."):
+            found[name] = tensor
+            continue
+        expert, _, part = rest.partition(".")
+        linear, _, kind = part.partition(".")
+        suffix = kind.removeprefix("weight")
+        both = "down_proj" if linear == "down_proj" else "gate_up_proj"
+        lists = gathered.setdefault(f"{stem}.experts.{both}{suffix}", [])
+        if int(expert) == len(lists):
+            lists.append([])
+        lists[int(expert)].append(tensor)
+    for name, lists in gathered.items():
+        found[name] = torch.stack([torch.cat(parts) for parts in lists])
+    return found
 
 
 def _nested_name(name: str) -> str:
@@ -261,6 +317,15 @@ SHAPES: dict[str, TinyShape | dict[str, Any]] = {
     "qwen3": {
         **QWEN3, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8,
         "head_dim": 128, "vocab_size": 2048, "dtype": "bfloat16",
+    },
+    "qwen3_moe": {
+        **QWEN3_MOE, "hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 8,
+        "num_experts": 32, "num_experts_per_tok": 4, "head_dim": 128, "vocab_size": 2048,
+        "dtype": "bfloat16",
+    },
+    "qwen3_5_moe": {
+        **moe_config_json(TinyShape()), "moe_intermediate_size": 128, "num_experts": 32,
+        "num_experts_per_tok": 4, "shared_expert_intermediate_size": 128,
     },
 }  # fmt: skip
 

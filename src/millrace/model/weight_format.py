@@ -85,6 +85,15 @@ class WeightFormat(ABC):
         For example, a rank's share may begin within a block that has one scale.
         """
 
+    def stack(
+        self, build: BuildContext, pieces: list[Piece]
+    ) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+        """Weights of experts, one behind the other, kept in this format, with their scales.
+
+        None if these pieces cannot be kept in it, or if no kernel for experts reads the format.
+        """
+        return None
+
     # Formats are the `Reader`s of weights that become the model dtype when they are loaded.
 
     @abstractmethod

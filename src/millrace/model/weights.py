@@ -2,17 +2,17 @@
 
 Every parameter knows the checkpoint tensors that it is made of (`parameter.py`). So this module
 knows files, names, shapes and dtypes, but no layer. Tensors are read one at a time, and only the
-part that this rank needs.
+part that this rank needs, in the order in which the files have them.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,14 @@ from millrace.errors import CheckpointError
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
-from millrace.model.parameter import Piece, TensorSpec, parameters_with_pieces
+from millrace.model.family import Family
+from millrace.model.parameter import (
+    Piece,
+    Range,
+    StoredPart,
+    TensorSpec,
+    parameters_with_pieces,
+)
 from millrace.model.registry import family_named
 
 INDEX = "model.safetensors.index.json"
@@ -49,22 +56,44 @@ def _expected(model: nn.Module) -> dict[str, TensorSpec]:
 # --- loading -----------------------------------------------------------------------------------
 
 
+class _Place(NamedTuple):
+    """Where a weight is: a tensor of a file, or part of one."""
+
+    file: Any
+    key: str
+    part: StoredPart | None
+
+
 class Checkpoint:
     """The open files of one checkpoint directory; a context manager.
 
-    flat_name: of a tensor in a file, as in `Family`. tensors: flat name -> (file, name in the
-    file). Raises CheckpointError if a file is missing, truncated or no safetensors file.
+    names: flat names of all weights, in the order of the files. A tensor that holds several weights
+    (`Family.parts`) has their names. Raises CheckpointError if a file is missing, truncated or no
+    safetensors file.
     """
 
-    def __init__(self, directory: str | Path, flat_name: Callable[[str], str | None]) -> None:
+    def __init__(self, directory: str | Path, family: Family) -> None:
         self._stack = ExitStack()
-        self.tensors: dict[str, tuple[Any, str]] = {}
+        self._places: dict[str, _Place] = {}
         for path in _files(Path(directory)):
             handle = self._open(path)
-            for name in handle.keys():  # noqa: SIM118, the handle is no mapping
-                flat = flat_name(name)
+            for key in handle.offset_keys():
+                flat = family.flat_name(key)
                 if flat is not None:
-                    self.tensors[flat] = (handle, name)
+                    self._add(handle, key, flat, family)
+
+    def _add(self, handle: Any, key: str, flat: str, family: Family) -> None:
+        shape = tuple(handle.get_slice(key).get_shape())
+        parts = family.parts(flat, shape)
+        if parts is None:
+            self._places[flat] = _Place(handle, key, None)
+            return
+        for part in parts:
+            self._places[part.name] = _Place(handle, key, part)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._places.keys()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -83,25 +112,34 @@ class Checkpoint:
             ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle, key = self.tensors[name]
-        return tuple(handle.get_slice(key).get_shape())
+        handle, key, part = self._places[name]
+        stored = tuple(handle.get_slice(key).get_shape())
+        return stored if part is None else (part.rows[1] - part.rows[0], *stored[2:])
 
     def dtype(self, name: str) -> str:
-        handle, key = self.tensors[name]
+        handle, key, _ = self._places[name]
         return str(handle.get_slice(key).get_dtype())
 
     def read(self, piece: Piece) -> Tensor:
         """The part of a tensor that `piece` names, its row ranges concatenated, without padding."""
-        handle, key = self.tensors[piece.name]
-        if piece.is_full:
+        handle, key, part = self._places[piece.name]
+        if piece.is_full and part is None:
             return _as_tensor(handle.get_tensor(key))
-        part = handle.get_slice(key)
-        if piece.columns is None:
-            pieces = [part[start:stop] for start, stop in piece.rows]
-        else:
-            left, right = piece.columns
-            pieces = [part[start:stop, left:right] for start, stop in piece.rows]
-        return _as_tensor(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        stored = handle.get_slice(key)
+        taken = [_rows(stored, part, rows, piece.columns) for rows in piece.rows]
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
+
+
+def _rows(stored: Any, part: StoredPart | None, rows: Range, columns: Range | None) -> Tensor:
+    """Rows and columns of a weight that a file has as a tensor, or as part of one."""
+    across = slice(None) if columns is None else slice(*columns)
+    if part is not None:
+        first = part.rows[0]
+        one = slice(part.index, part.index + 1)
+        return _as_tensor(stored[one, first + rows[0] : first + rows[1], across])[0]
+    if columns is None:
+        return _as_tensor(stored[rows[0] : rows[1]])
+    return _as_tensor(stored[rows[0] : rows[1], across])
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -135,43 +173,54 @@ def _no_check() -> None:
 def load(model: CausalLM, directory: str | Path, check: Callable[[], None] = _no_check) -> None:
     """Fill every parameter of `model` from the checkpoint in `directory`.
 
-    check: called before each parameter; if it raises, loading ends. Tensors may be in one file or
-    many. Before anything is read, one CheckpointError names every tensor that is missing,
-    unexpected, or of a wrong shape or dtype.
+    check: called before each tensor; if it raises, loading ends. Tensors may be in one file or
+    many, which are read from front to back. Before anything is read, one CheckpointError names
+    every tensor that is missing, unexpected, or of a wrong shape or dtype.
     """
     family = family_named(model.config.family)
-    with Checkpoint(directory, family.flat_name) as checkpoint, torch.no_grad():
+    with Checkpoint(directory, family) as checkpoint, torch.no_grad():
         _check(checkpoint, model, directory, family.optional)
-        for param, pieces in parameters_with_pieces(model):
+        place = {name: index for index, name in enumerate(checkpoint.names)}
+
+        def first_place(target: tuple[Tensor, Piece]) -> int:
+            piece = target[1]
+            return min(place[name] for name in piece.reader.tensors(piece))
+
+        for target, piece in sorted(_targets(model), key=first_place):
             check()
-            _fill(param, pieces, checkpoint)
+            _fill(target, piece, checkpoint)
 
 
-def _fill(param: nn.Parameter, pieces: Iterable[Piece], checkpoint: Checkpoint) -> None:
-    """Copy the pieces into the parameter, one behind the other; remaining rows become zero."""
-    row = 0
-    for piece in pieces:
-        target = param[row : row + piece.num_rows]
-        row += piece.num_rows
-        if piece.pad_rows or piece.pad_columns:
-            target.zero_()
-            target = target[: piece.taken_rows, : target.shape[1] - piece.pad_columns]
-        if not target.numel():
-            continue
-        part = piece.reader.read(checkpoint, piece)
-        target.copy_(part.reshape(target.shape))
-        if piece.offset:
-            target.add_(piece.offset)
-    if row < param.shape[0]:
-        param[row:].zero_()
+def _targets(model: nn.Module) -> Iterator[tuple[Tensor, Piece]]:
+    """The memory of each piece: in a parameter they lie one behind the other. What remains of a
+    parameter becomes zero."""
+    for param, pieces in parameters_with_pieces(model):
+        row = 0
+        for piece in pieces:
+            yield param[row : row + piece.num_rows], piece
+            row += piece.num_rows
+        if row < param.shape[0]:
+            param[row:].zero_()
+
+
+def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint) -> None:
+    if piece.pad_rows or piece.pad_columns:
+        target.zero_()
+        target = target[: piece.taken_rows, : target.shape[1] - piece.pad_columns]
+    if not target.numel():
+        return
+    part = piece.reader.read(checkpoint, piece)
+    target.copy_(part.reshape(target.shape))
+    if piece.offset:
+        target.add_(piece.offset)
 
 
 def _check(
     checkpoint: Checkpoint, model: nn.Module, directory: str | Path, optional: tuple[str, ...]
 ) -> None:
-    expected = _expected(model)
-    problems = [f"missing {name}" for name in expected if name not in checkpoint.tensors]
-    for name in checkpoint.tensors:
+    expected, have = _expected(model), set(checkpoint.names)
+    problems = [f"missing {name}" for name in expected if name not in have]
+    for name in checkpoint.names:
         if name in expected:
             problems += _mismatch(name, expected[name], checkpoint)
         elif not _ignored(name, expected, optional):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from millrace.errors import CheckpointError
@@ -12,19 +13,23 @@ from millrace.model.config_file import ConfigFile
 from millrace.model.drafters.mtp import MTPHead
 from millrace.model.family import Family
 from millrace.model.layers.attention import Attention, Rope
-from millrace.model.layers.decoder import Decoder, DecoderLayer
+from millrace.model.layers.decoder import Decoder, DecoderLayer, FeedForward
 from millrace.model.layers.gated_deltanet import GatedDeltaNet
 from millrace.model.layers.mlp import MLP
 
 
 def read(file: ConfigFile) -> ModelConfig:
-    """The text model. Of interleaved mrope, all three rows have equal positions for text: it is
-    plain RoPE."""
     if experts := file.text.get("num_experts"):
         raise CheckpointError(
-            f"a model with {experts} experts cannot be run; dense models can; "
-            "--engine vllm serves others"
+            f"a {file.model_type} with {experts} experts cannot be run; dense ones can, and "
+            "qwen3_5_moe; --engine vllm serves others"
         )
+    return read_hybrid(file, mlp=True)
+
+
+def read_hybrid(file: ConfigFile, *, mlp: bool) -> ModelConfig:
+    """The text model; mlp: whether it has plain MLPs. Of interleaved mrope, all three rows have
+    equal positions for text: it is plain RoPE."""
     file.only("hidden_act", "silu")
     file.only("attention_bias", False)
     file.only("attn_output_gate", True)
@@ -33,7 +38,7 @@ def read(file: ConfigFile) -> ModelConfig:
     file.only("mtp_num_hidden_layers", 0, 1, None)
     interval = file.size("full_attention_interval", 4)
     return replace(
-        file.decoder(head_dim=256, rotary_share=0.25),
+        file.decoder(head_dim=256, rotary_share=0.25, mlp=mlp),
         layer_types=file.layer_types("linear_attention", "full_attention", interval=interval),
         norm_offset=1.0,
         mtp_layers=file.text.get("mtp_num_hidden_layers") or 0,
@@ -46,15 +51,25 @@ def read(file: ConfigFile) -> ModelConfig:
 
 def build(context: BuildContext, max_len: int, mtp: bool) -> Decoder:
     """The model, with its draft head if `mtp`."""
+    return stack(context, max_len, mtp, MLP)
+
+
+def stack(
+    context: BuildContext,
+    max_len: int,
+    mtp: bool,
+    mlp: Callable[[BuildContext, str], FeedForward],
+) -> Decoder:
+    """The layers, each with the MLP that `mlp` makes for its prefix."""
     rope = Rope(context, max_len)
 
     def layer(prefix: str, kind: str, first: int = 0) -> DecoderLayer:
-        mlp = MLP(context, f"{prefix}.mlp")
+        feed_forward = mlp(context, f"{prefix}.mlp")
         if kind == "linear_attention":
             mixer = GatedDeltaNet(context, f"{prefix}.linear_attn")
-            return DecoderLayer(context, prefix, mixer, mlp)
+            return DecoderLayer(context, prefix, mixer, feed_forward)
         attention = Attention(context, f"{prefix}.self_attn", rope, gated=True, first=first)
-        return DecoderLayer(context, prefix, attention, mlp)
+        return DecoderLayer(context, prefix, attention, feed_forward)
 
     kinds = enumerate(context.config.layer_types)
     model = Decoder(context, [layer(f"model.layers.{i}", kind) for i, kind in kinds])

@@ -80,6 +80,12 @@ class Fp8Block(WeightFormat):
     def linear(self, build: BuildContext, pieces: list[Piece]) -> Linear | None:
         return Fp8BlockLinear(build, pieces) if fits_blocks(pieces) else None
 
+    def stack(
+        self, build: BuildContext, pieces: list[Piece]
+    ) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+        whole = all(piece.num_rows % FP8_BLOCK == 0 for piece in pieces)
+        return fp8_parameters(pieces, build.device) if whole and fits_blocks(pieces) else None
+
     def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
         weight = full_tensor(piece.name, *piece.shape)
         return CODES.tensors(_codes(weight)) | SCALES.tensors(_only_scale(weight))

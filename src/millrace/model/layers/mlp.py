@@ -17,25 +17,26 @@ from millrace.model.weight_format import Linear
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up in one linear layer.
 
-    If the channels do not divide evenly over the ranks, shares are padded with zeros.
+    width: its channels; None: the model's `intermediate_size`. If they do not divide evenly over
+    the ranks, shares are padded with zeros.
     """
 
-    def __init__(self, build: BuildContext, prefix: str) -> None:
+    def __init__(self, build: BuildContext, prefix: str, width: int | None = None) -> None:
         super().__init__()
-        c, self.tp = build.config, build.tp
+        hidden, self.tp = build.config.hidden_size, build.tp
+        width = build.config.intermediate_size if width is None else width
         block = block_of(build, [f"{prefix}.{name}_proj" for name in ("gate", "up", "down")])
-        unit = mlp_unit(c.intermediate_size, self.tp.size, block)
-        start, stop, length = self.tp.padded_share(c.intermediate_size, unit)
+        unit = mlp_unit(width, self.tp.size, block)
+        start, stop, length = self.tp.padded_share(width, unit)
         pad = length - (stop - start)
-        into, out = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
         gate_up = [
-            Piece(f"{prefix}.{name}_proj.weight", into, ((start, stop),), pad_rows=pad)
+            Piece(f"{prefix}.{name}_proj.weight", (width, hidden), ((start, stop),), pad_rows=pad)
             for name in ("gate", "up")
         ]
         down = Piece(
             f"{prefix}.down_proj.weight",
-            out,
-            ((0, c.hidden_size),),
+            (hidden, width),
+            ((0, hidden),),
             (start, stop),
             pad_columns=pad,
         )

@@ -9,7 +9,7 @@ from millrace.kernels.batch import Batch, KVCache
 from millrace.kernels.gpu.attention.decode import attend_decode, contexts_of_kernels
 from millrace.kernels.gpu.attention.inputs import norm_rope_store, store_kv
 from millrace.kernels.gpu.attention.prefill import attend_prefill
-from millrace.kernels.overlap import decode_and_prefill
+from millrace.kernels.gpu.overlap import decode_and_prefill
 from millrace.kernels.warmup import StepLimits, StepShape, Warmup
 
 __all__ = ["attend", "attend_decode", "attend_prefill", "norm_rope_store", "store_kv", "warmup"]

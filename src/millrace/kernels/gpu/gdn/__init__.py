@@ -9,7 +9,7 @@ from millrace.kernels.batch import Batch, DecodeRows, GDNState, PrefillRows
 from millrace.kernels.gpu.gdn.conv import conv_decode, conv_prefill, gates
 from millrace.kernels.gpu.gdn.decode import launch
 from millrace.kernels.gpu.gdn.prefill import gdn_prefill
-from millrace.kernels.overlap import decode_and_prefill
+from millrace.kernels.gpu.overlap import decode_and_prefill
 
 __all__ = [
     "conv_decode",

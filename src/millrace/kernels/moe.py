@@ -1,0 +1,79 @@
+"""Mixture of experts: which experts a token goes to, and what they make of it.
+
+The references read no count on the host, so they can be captured in a graph; the price is that
+every expert sees every token. Fast paths group the tokens by expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.kernels.activation import silu_mul
+from millrace.kernels.dispatch import op
+from millrace.kernels.gemm import dequantize
+
+
+class ExpertWeights(NamedTuple):
+    """One linear layer of all experts.
+
+    values: [E, out, in], in the dtype of the inputs, or e4m3 with scales, float32 [E, out / 128,
+    in / 128], for its blocks of 128 x 128.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    def of(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """The weight of one expert, [out, in]."""
+        if self.scales is None:
+            return self.values[expert]
+        return dequantize(self.values[expert], self.scales[expert]).to(dtype)
+
+
+class Routes(NamedTuple):
+    """experts: int64 [T, K], the best first, all different; weights: [T, K], of their outputs."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+@op
+def route(logits: Tensor, top_k: int, normalize: bool) -> Routes:
+    """The experts with the `top_k` largest logits [T, E] of each token.
+
+    Of equal logits the lower expert comes first, so that every device and rank decides alike.
+    Weights are the softmax over all experts, in float32, divided by their sum if `normalize`, then
+    rounded to the dtype of the logits.
+    """
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = logits.float().softmax(-1).gather(1, chosen)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routes(chosen, weights.to(logits.dtype))
+
+
+@op
+def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
+    """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
+
+    x: [T, H]; gate_up: of 2 * I outputs, gate first; down: of I inputs. Returns [T, H] in x's
+    dtype; the sum is float32, in the order of the experts, and rounded once.
+    """
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(len(gate_up.values)):
+        inner = silu_mul(F.linear(x, gate_up.of(expert, x.dtype)))
+        out = F.linear(inner, down.of(expert, x.dtype)).float()
+        hit = routes.experts == expert
+        weight = torch.where(hit, routes.weights.float(), 0.0).sum(-1, keepdim=True)
+        total += torch.where(hit.any(-1, keepdim=True), out * weight, 0.0)
+    return total.to(x.dtype)
+
+
+@op
+def add_shared(out: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
+    """out + sigmoid(gate) * shared, in float32, rounded once. out, shared: [T, H]; gate: [T, 1]."""
+    return (out.float() + gate.float().sigmoid() * shared.float()).to(out.dtype)

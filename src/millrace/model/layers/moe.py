@@ -1,0 +1,127 @@
+"""A mixture of experts in place of an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from millrace.kernels.moe import ExpertWeights, add_shared, route, run_experts
+from millrace.model.build_context import BuildContext
+from millrace.model.layers.linear import linear
+from millrace.model.layers.mlp import MLP
+from millrace.model.layers.norm import NormedInput
+from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
+from millrace.model.weight_format import Linear
+
+
+class MoE(nn.Module):
+    """A router, experts, and a shared expert with a gate if the model has one.
+
+    Every rank routes every token, and has a share of the width of each expert.
+    """
+
+    def __init__(self, build: BuildContext, prefix: str) -> None:
+        super().__init__()
+        assert build.config.experts is not None
+        c, hidden = build.config.experts, build.config.hidden_size
+        self.top_k, self.normalize = c.top_k, c.normalize
+        router = full_tensor(f"{prefix}.gate.weight", c.count, hidden)
+        self.router = linear(build, [router], quantized=False)
+        self.experts = Experts(build, f"{prefix}.experts")
+        self.shared: MLP | None = None
+        if c.shared_width:
+            self.shared = MLP(build, f"{prefix}.shared_expert", c.shared_width)
+            gate = full_tensor(f"{prefix}.shared_expert_gate.weight", 1, hidden)
+            self.shared_gate = linear(build, [gate], quantized=False)
+
+    @property
+    def inputs(self) -> list[Linear]:
+        """The linear layers that read the normed input."""
+        shared = [] if self.shared is None else [*self.shared.inputs, self.shared_gate]
+        return [self.router, *shared]
+
+    def forward(self, x: NormedInput) -> Tensor:
+        """x: [T, H]; returns [T, H], this rank's partial sum."""
+        plain = x.for_linear(self.router)
+        assert isinstance(plain, Tensor)
+        routes = route(self.router(plain), self.top_k, self.normalize)
+        out = run_experts(plain, routes, self.experts.gate_up, self.experts.down)
+        if self.shared is None:
+            return out
+        return add_shared(out, self.shared(x), self.shared_gate(plain))
+
+
+class Experts(nn.Module):
+    """The weights of all experts: this rank's share of the width of each.
+
+    They are named expert by expert. Checkpoints that have them in one tensor look the same here
+    (`unfused`).
+    """
+
+    def __init__(self, build: BuildContext, prefix: str) -> None:
+        super().__init__()
+        c, hidden = build.config.experts, build.config.hidden_size
+        assert c is not None
+        share = build.tp.share(c.width)
+        into, out = (c.width, hidden), (hidden, c.width)
+        names = [f"{prefix}.{expert}" for expert in range(c.count)]
+        gate_up = [
+            Piece(f"{name}.{part}_proj.weight", into, (share,))
+            for name in names
+            for part in ("gate", "up")
+        ]
+        down = [Piece(f"{name}.down_proj.weight", out, ((0, hidden),), share) for name in names]
+        self.count = c.count
+        self.gate_up_values, self.gate_up_scales = _stacked(build, gate_up)
+        self.down_values, self.down_scales = _stacked(build, down)
+
+    @property
+    def gate_up(self) -> ExpertWeights:
+        return _by_expert(self.count, self.gate_up_values, self.gate_up_scales)
+
+    @property
+    def down(self) -> ExpertWeights:
+        return _by_expert(self.count, self.down_values, self.down_scales)
+
+
+def _by_expert(count: int, values: Tensor, scales: Tensor | None) -> ExpertWeights:
+    of_scales = None if scales is None else scales.view(count, -1, scales.shape[1])
+    return ExpertWeights(values.view(count, -1, values.shape[1]), of_scales)
+
+
+def _stacked(build: BuildContext, pieces: list[Piece]) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The weights of all pieces, one behind the other, and their scales if they stay quantized."""
+    forms = [build.config.quantization.format_of(piece.module) for piece in pieces]
+    if build.keeps(forms[0]) and len(set(forms)) == 1:
+        kept = forms[0].stack(build, pieces)
+        if kept is not None:
+            return kept
+    read_by = zip(pieces, forms, strict=True)
+    plain = [replace(piece, reader=form) for piece, form in read_by]
+    return parameter(plain, build.dtype, build.device), None
+
+
+def unfused(name: str, shape: tuple[int, ...]) -> list[StoredPart] | None:
+    """What a tensor of all experts is made of, by the names that `Experts` has; None for others.
+
+    `experts.gate_up_proj` [E, 2 * I, H], gate first, `experts.down_proj` [E, H, I], and scales of
+    blocks, whose names have `_scale_inv` behind.
+    """
+    stem, _, last = name.rpartition(".")
+    kind = last.removesuffix("_scale_inv")
+    if (
+        not stem.endswith(".experts")
+        or kind not in ("gate_up_proj", "down_proj")
+        or len(shape) != 3
+    ):
+        return None
+    suffix, half = ".weight" + last.removeprefix(kind), shape[1] // 2
+    parts: list[tuple[str, tuple[int, int]]] = [("down_proj", (0, shape[1]))]
+    if kind == "gate_up_proj":
+        parts = [("gate_proj", (0, half)), ("up_proj", (half, shape[1]))]
+    return [
+        StoredPart(f"{stem}.{expert}.{part}{suffix}", expert, rows)
+        for expert in range(shape[0])
+        for part, rows in parts
+    ]

@@ -1,0 +1,79 @@
+"""Mixtures of experts in the engine: with every option the greedy tokens stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from millrace.model.tiny import FP8_BLOCKS, QWEN3_MOE, moe_config_json, write_checkpoint
+from tests.runtime.test_metamorphic import PROMPTS, mtp
+from tests.support.engines import assert_same, build, generate, run, with_few_pages
+
+KINDS = {"qwen3": QWEN3_MOE, "qwen3_5": moe_config_json()}
+QUANTIZED = {
+    **QWEN3_MOE, "hidden_size": 128, "head_dim": 128, "num_hidden_layers": 2,
+    "moe_intermediate_size": 256, "num_experts": 4, "quantization_config": FP8_BLOCKS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("moe")
+    return {
+        kind: write_checkpoint(directory / kind, config, seed=1, fused=kind == "qwen3_5")
+        for kind, config in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def cold(models: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """Each prompt alone, in one chunk, without drafts or cache."""
+    return {
+        kind: [run(model, [prompt], max_num_seqs=1)[0][0] for prompt in PROMPTS]
+        for kind, model in models.items()
+    }
+
+
+CACHED = {"enable_prefix_caching": True, "block_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param("qwen3", {}, id="co-batched"),
+        pytest.param("qwen3", {**CACHED, "max_num_batched_tokens": 29}, id="cached-chunks"),
+        pytest.param("qwen3", {**CACHED, "tensor_parallel_size": 2}, id="cached-two-ranks"),
+        pytest.param("qwen3_5", {"async_scheduling": True}, id="hybrid-pipelined"),
+        pytest.param("qwen3_5", {"max_num_batched_tokens": 13}, id="hybrid-chunks"),
+        pytest.param("qwen3_5", mtp(1), id="hybrid-mtp-1"),
+        pytest.param("qwen3_5", mtp(3, **CACHED, snapshot_interval=8), id="hybrid-mtp-3-cached"),
+        pytest.param("qwen3_5", mtp(2, tensor_parallel_size=2), id="hybrid-mtp-2-two-ranks"),
+    ],
+)
+def test_same_tokens(
+    models: dict[str, Path], cold: dict[str, list[list[int]]], kind: str, options: dict[str, Any]
+) -> None:
+    got, _ = run(models[kind], PROMPTS, **options)
+    assert_same(models[kind], PROMPTS, cold[kind], got)
+
+
+def test_same_tokens_when_preempted(
+    models: dict[str, Path], cold: dict[str, list[list[int]]]
+) -> None:
+    engine = with_few_pages(build(models["qwen3"], enable_prefix_caching=True), 18)
+    got = generate(engine, PROMPTS)
+    assert engine.stats().preemptions > 0
+    assert_same(models["qwen3"], PROMPTS, cold["qwen3"], got)
+    engine.close()
+
+
+def test_fp8_blocks_on_two_ranks(tmp_path: Path) -> None:
+    """FP8 experts are dequantized on a CPU, a block of each on every rank."""
+    directory = write_checkpoint(tmp_path / "fp8", QUANTIZED, seed=2)
+    alone = [run(directory, [prompt], 8)[0][0] for prompt in PROMPTS[:4]]
+    got, _ = run(directory, PROMPTS[:4], 8, tensor_parallel_size=2)
+    assert_same(directory, PROMPTS[:4], alone, got)
