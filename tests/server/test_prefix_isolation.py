@@ -102,7 +102,7 @@ def test_only_the_gateway_learns_which_prefixes_are_cached(server: LiveServer) -
     assert httpx.get(load).status_code == 401
     for key in ("one", "two"):
         report = httpx.get(load, headers={"x-api-key": key}).json()
-        assert set(report) == {"requests", "tokens"}
+        assert set(report) == {"requests", "tokens", "server_load"}
     told = set(httpx.get(load, headers={"x-api-key": "gate"}).json()["prefixes"]["hashes"])
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     info = read_request_info(Request(b"POST", b"/v1/completions", "1.1", pairs, body, True))
