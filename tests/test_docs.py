@@ -14,7 +14,7 @@ from millrace.server.api import field_table
 from millrace.server.api.request_schema import ChatRequest, CompletionRequest
 from millrace.server.options import ServerOptions
 from millrace.server.routes import ROUTES
-from millrace.server.telemetry.metrics import _COUNTERS, _GAUGES, _HISTOGRAMS
+from millrace.server.telemetry.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -60,9 +60,9 @@ def test_the_page_of_vllms_flags_is_made_from_their_table() -> None:
 
 def test_every_metric_is_documented() -> None:
     names = quoted(section(OPERATIONS, "Metrics"))
-    for name, vllm_name, *_ in (*_GAUGES, *_HISTOGRAMS):
+    for name, vllm_name, *_ in (*GAUGES, *HISTOGRAMS):
         assert (name or vllm_name) in names
-    for name, vllm_name, *_ in _COUNTERS:
+    for name, vllm_name, *_ in COUNTERS:
         assert f"{name or vllm_name}_total" in names
 
 

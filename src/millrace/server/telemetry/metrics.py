@@ -121,7 +121,7 @@ def reported_load(stats: EngineStats) -> Mapping[str, float]:
 # name, vLLM's name if it has one of the same meaning, what it is, its value
 _Row = tuple[str | None, str | None, str, Callable[[EngineStats], float]]
 
-_GAUGES: tuple[_Row, ...] = (
+GAUGES: tuple[_Row, ...] = (
     ("num_requests_running", "num_requests_running", "Requests that own a slot.",
      lambda s: s.running),
     ("num_requests_waiting", "num_requests_waiting", "Requests that wait for a slot.",
@@ -138,7 +138,7 @@ _GAUGES: tuple[_Row, ...] = (
      lambda s: s.snapshots_total),
 )  # fmt: skip
 
-_COUNTERS: tuple[_Row, ...] = (
+COUNTERS: tuple[_Row, ...] = (
     ("steps", None, "Steps that the engine has run.", lambda s: s.steps),
     ("num_preemptions", "num_preemptions", "Requests put back for want of pages.",
      lambda s: s.preemptions),
@@ -169,7 +169,7 @@ _COUNTERS: tuple[_Row, ...] = (
 
 _HistogramRow = tuple[str | None, str | None, str, Callable[[RequestMetrics], Histogram]]
 
-_HISTOGRAMS: tuple[_HistogramRow, ...] = (
+HISTOGRAMS: tuple[_HistogramRow, ...] = (
     ("time_to_first_token_seconds", "time_to_first_token_seconds",
      "From a request's arrival to its first token.", lambda m: m.time_to_first_token),
     ("request_queue_time_seconds", "request_queue_time_seconds",
@@ -239,19 +239,19 @@ class MetricsPage:
     def collect(self) -> Iterator[Metric]:
         """Prometheus' way of asking for every figure."""
         stats = self._stats()
-        for name, vllm_name, text, value in _GAUGES:
+        for name, vllm_name, text, value in GAUGES:
             for full in _names(name, vllm_name):
                 yield self._gauge(full, text, value(stats))
         for name, (text, read) in self.gauges.items():
             yield self._gauge(f"millrace:{name}", text, read())
-        for name, vllm_name, text, value in _COUNTERS:
+        for name, vllm_name, text, value in COUNTERS:
             for full in _names(name, vllm_name):
                 yield self._counter(full, text, {(): value(stats)})
         yield from self._histograms()
         yield from self._labelled(stats)
 
     def _histograms(self) -> Iterator[Metric]:
-        for name, vllm_name, text, pick in _HISTOGRAMS:
+        for name, vllm_name, text, pick in HISTOGRAMS:
             for full in _names(name, vllm_name):
                 histogram = pick(self._requests)
                 rows = histogram.buckets(vllm=full.startswith("vllm:"))
