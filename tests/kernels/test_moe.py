@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -11,11 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from millrace.kernels.cpu import build
 from millrace.kernels.gemm import quantize_blocks
 from millrace.kernels.moe import ExpertWeights, Routes, add_shared, route, run_experts
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
+HAS_NATIVE = shutil.which("g++") is not None and build.is_enabled()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """With a compiler, the CPU's path is the compiled one from the start."""
+    if HAS_NATIVE:
+        build.build()
+        build.library()
+        build.wait_until_built()
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -119,6 +131,31 @@ def test_fp8_experts(way: Callable[..., Tensor]) -> None:
     plain = [torch.stack([weights.of(e, torch.float32) for e in range(3)]) for weights in stacked]
     out = way(x, routes, *stacked)
     torch.testing.assert_close(out.double(), written_out(x, routes, *plain), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="needs a C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_token_does_not_depend_on_others(threads: int) -> None:
+    """Bit for bit: alone, in a batch, with one thread or two."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 256)
+    routes = drawn_routes(random.Random(1), 40, 8, 3, "random")
+    gate_up = ExpertWeights(torch.randn(8, 2 * 144, 256) / 16)
+    down = ExpertWeights(torch.randn(8, 256, 144) / 12)
+    torch.set_num_threads(threads)
+    try:
+        together = run_experts(x, routes, gate_up, down)
+    finally:
+        torch.set_num_threads(1)
+    for i in range(40):
+        own = Routes(*(part[i : i + 1] for part in routes))
+        assert torch.equal(run_experts(x[i : i + 1], own, gate_up, down)[0], together[i])
+
+
+def test_no_tokens() -> None:
+    routes = Routes(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    weights = ExpertWeights(torch.randn(4, 32, 16)), ExpertWeights(torch.randn(4, 16, 16))
+    assert run_experts(torch.zeros(0, 16), routes, *weights).shape == (0, 16)
 
 
 def test_a_token_that_is_nan_spoils_no_other() -> None:

@@ -25,6 +25,7 @@ SIGNATURES = {
     "linear": "ppiii" + "pi",
     "norm_rope_store": "plppfp" + "pipppp" + "iiiiiiii",
     "rms_norm": "pppflil" + "ppii",
+    "run_experts": "ppppp" + "pppp" + "iiiii",
     "sigmoid_gate": "pplli" + "pii",
     "silu_mul": "pli" + "pii",
 }

@@ -1,30 +1,80 @@
-"""Experts on the CPU: tokens are grouped by expert, and experts without tokens are not read."""
+"""Experts on the CPU: tokens are grouped by expert, and experts without tokens are not read.
+
+With many tokens of an expert torch's GEMMs are faster than the compiled function; weights in
+another dtype than the inputs' are dequantized expert by expert.
+"""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from millrace.kernels.activation import silu_mul
+from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
 from millrace.kernels.gemm import linear
 from millrace.kernels.moe import ExpertWeights, Routes
+
+TORCH_IS_FASTER = 512  # from so many tokens of an expert on, on average
+
+
+class _Groups(NamedTuple):
+    """The pairs of a token and one of its experts, expert by expert.
+
+    experts: those that have tokens, ascending; starts: where their pairs begin, and the end of the
+    last. tokens: int64 [P]; weights: float32 [P].
+    """
+
+    experts: Tensor
+    starts: Tensor
+    tokens: Tensor
+    weights: Tensor
 
 
 def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
     """As the reference, reading only the experts that have tokens."""
-    if x.device.type != "cpu":
-        return NotImplemented
-    chosen, order = routes.experts.flatten().sort(stable=True)
-    tokens = order // routes.experts.shape[1]
-    weights = routes.weights.flatten()[order].float().unsqueeze(1)
+    groups = _grouped(routes)
     total = torch.zeros_like(x, dtype=torch.float32)
-    start = 0
-    for expert, count in enumerate(chosen.bincount().tolist()):
-        if not count:
-            continue
-        mine = slice(start, start + count)
-        inner = silu_mul(linear(x[tokens[mine]], gate_up.of(expert, x.dtype)))
-        out = linear(inner, down.of(expert, x.dtype))
-        total.index_add_(0, tokens[mine], out.float() * weights[mine])
-        start += count
+    if not _native(x, groups, gate_up, down, total):
+        _one_by_one(x, groups, gate_up, down, total)
     return total.to(x.dtype)
+
+
+def _grouped(routes: Routes) -> _Groups:
+    chosen, order = routes.experts.flatten().sort(stable=True)
+    experts, counts = chosen.unique_consecutive(return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    tokens = order // max(1, routes.experts.shape[1])
+    return _Groups(experts, starts, tokens, routes.weights.flatten()[order].float())
+
+
+def _native(
+    x: Tensor, groups: _Groups, gate_up: ExpertWeights, down: ExpertWeights, total: Tensor
+) -> bool:
+    """Add to `total` [T, H] by the compiled function; False if it does not support this."""
+    run, pairs, hits = function("run_experts"), len(groups.tokens), len(groups.experts)
+    hidden, width = down.values.shape[1:]
+    multiple = 32 if x.dtype == torch.bfloat16 else 16
+    if run is None or hidden % multiple or width % multiple or pairs >= TORCH_IS_FASTER * hits:
+        return False
+    weights = gate_up.values, down.values
+    if any(w.dtype != x.dtype for w in weights) or not all_contiguous(*weights):
+        return False
+    rows, inner = x[groups.tokens], x.new_empty(pairs, width)
+    given = (rows, *groups, *weights, inner, total)
+    sizes = (hits, hidden, width, is_bf16(x), threads())
+    return bool(run(*map(pointer, given), *sizes))
+
+
+def _one_by_one(
+    x: Tensor, groups: _Groups, gate_up: ExpertWeights, down: ExpertWeights, total: Tensor
+) -> None:
+    """Add to `total` [T, H] by GEMMs of one expert each."""
+    starts = groups.starts.tolist()
+    for expert, (start, stop) in zip(groups.experts.tolist(), pairwise(starts), strict=True):
+        tokens = groups.tokens[start:stop]
+        inner = silu_mul(linear(x[tokens], gate_up.of(expert, x.dtype)))
+        out = linear(inner, down.of(expert, x.dtype)).float()
+        total.index_add_(0, tokens, out * groups.weights[start:stop, None])

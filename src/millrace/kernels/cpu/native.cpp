@@ -1,4 +1,4 @@
-// The CPU's fast paths: paged attention, Gated DeltaNet, its convolution, norms and GEMMs.
+// The CPU's fast paths: paged attention, Gated DeltaNet, its convolution, norms, GEMMs and experts.
 //
 // Plain C functions over pointers. The Python modules in this folder check shapes and dtypes and call
 // them. All arithmetic is float32; activations, caches and states may be bfloat16 and are rounded
@@ -10,3 +10,4 @@
 #include "native/gdn.h"
 #include "native/norm.h"
 #include "native/gemm.h"
+#include "native/experts.h"
