@@ -8,10 +8,12 @@ no device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 _EVERYTHING = -1  # an int32 of ones
+SLOW_SECONDS = 1.0  # for one mask; all streams wait for it
+_TOO_SLOW = (
+    "it takes too long to find the tokens that may come next; write it with fewer alternatives "
+    "that begin or end alike"
+)
 
 
 class GrammarState:
@@ -39,9 +46,22 @@ class GrammarState:
         self.matcher = matcher
         self.start_after = start_after
         self.drafts: list[int] = []
+        self.slow = False
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Advance by tokens of the output."""
+        with self.timed():
+            self.consume(tokens)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around work of this grammar alone: `slow` is set if it takes too long."""
+        began = monotonic()
+        yield
+        self.slow = self.slow or monotonic() - began > SLOW_SECONDS
+
+    def consume(self, tokens: Sequence[int]) -> None:
+        """As `advance`, for any number of tokens: it may take its time."""
         for token in tokens:
             if self.start_after is not None:
                 self.start_after = None if token == self.start_after else self.start_after
@@ -73,6 +93,7 @@ class Grammars:
         self._width = width
         self.states: dict[str, GrammarState] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._one_by_one = False  # the masks of the next step
 
     def compile(self, request: AddRequest) -> Future[GrammarState]:
         """Build a request's state on another thread. The future may raise RequestError."""
@@ -95,6 +116,8 @@ class Grammars:
     def failure(self, request_id: str) -> str | None:
         """Why a request's output does not match its grammar; None if it does."""
         state = self.states.get(request_id)
+        if state is not None and state.slow:
+            return _TOO_SLOW
         if state is None or not state.matcher.is_error():
             return None
         return _reason(state.matcher)
@@ -105,30 +128,40 @@ class Grammars:
         table: NDArray[np.int32] = np.full(
             (sum(widths), -(-self._vocab_size // 32)), _EVERYTHING, dtype=np.int32
         )
-        single_masks, draft_masks = [], []
+        work: list[tuple[GrammarState, int, list[int]]] = []
         at = 0
         for (_, request_id), width in zip(rows, widths, strict=True):
             state = self.states.get(request_id)
             first = width if state is None else state.start(width)
             if state is not None and first < width:
-                drafts = state.drafts[first : width - 1]
-                if drafts:
-                    draft_masks.append((state.matcher, at + first, drafts))
-                else:
-                    single_masks.append((state.matcher, at + first))
+                work.append((state, at + first, state.drafts[first : width - 1]))
             at += width
-        self._fill(table, single_masks, draft_masks)
+        self._fill_timed(table, work)
         return Masks(plan.step, [row for row, _ in rows], table.tobytes())
 
+    def _fill_timed(
+        self, table: NDArray[np.int32], work: list[tuple[GrammarState, int, list[int]]]
+    ) -> None:
+        """Fill all rows at once; one by one if that took too long in the last step, to learn which
+        grammar it is. Its request ends with an error."""
+        work = [one for one in work if not one[0].slow]
+        began = monotonic()
+        if self._one_by_one or len(work) == 1:
+            for one in work:
+                with one[0].timed():
+                    self._fill(table, [one])
+        elif work:
+            self._fill(table, work)
+        self._one_by_one = monotonic() - began > SLOW_SECONDS
+
     def _fill(
-        self,
-        table: NDArray[np.int32],
-        single_masks: list[tuple[LLMatcher, int]],
-        draft_masks: list[tuple[LLMatcher, int, list[int]]],
+        self, table: NDArray[np.int32], work: list[tuple[GrammarState, int, list[int]]]
     ) -> None:
         """Write each matcher's mask into its row; with drafts, also the masks behind each draft."""
         from llguidance import numpy as fill
 
+        single_masks = [(state.matcher, row) for state, row, drafts in work if not drafts]
+        draft_masks = [(state.matcher, row, drafts) for state, row, drafts in work if drafts]
         if single_masks:
             fill.fill_next_token_bitmask_par(self._executor, single_masks, table)
         if draft_masks:
@@ -151,15 +184,17 @@ class Grammars:
         if matcher.is_error():
             raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
         state = GrammarState(matcher, request.grammar.start_after)
-        state.advance(request.resume)
+        state.consume(request.resume)
         if matcher.is_error():
             raise RequestError(
                 f"resume_token_ids do not match the grammar: {_reason(matcher)}",
                 param="resume_token_ids",
             )
-        self._try_mask(matcher)
-        if matcher.is_error():
-            raise RequestError(f"grammar: {_reason(matcher)}", param="structured_outputs")
+        with state.timed():
+            self._try_mask(matcher)
+        if matcher.is_error() or state.slow:
+            reason = _TOO_SLOW if state.slow else _reason(matcher)
+            raise RequestError(f"grammar: {reason}", param="structured_outputs")
         return state
 
     def _try_mask(self, matcher: LLMatcher) -> None:
