@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 _EVERYTHING = -1  # an int32 of ones
-SLOW_SECONDS = 1.0  # for one mask; all streams wait for it
+SLOW_SECONDS = 0.5  # for one mask; all streams wait for it
+_TRIED_TOKENS = 8
 _TOO_SLOW = (
     "it takes too long to find the tokens that may come next; write it with fewer alternatives "
     "that begin or end alike"
@@ -190,21 +191,33 @@ class Grammars:
                 f"resume_token_ids do not match the grammar: {_reason(matcher)}",
                 param="resume_token_ids",
             )
-        with state.timed():
-            self._try_mask(matcher)
+        self._try_masks(state)
         if matcher.is_error() or state.slow:
             reason = _TOO_SLOW if state.slow else _reason(matcher)
             raise RequestError(f"grammar: {reason}", param="structured_outputs")
         return state
 
-    def _try_mask(self, matcher: LLMatcher) -> None:
-        """Compute the next mask once, for nothing: the first one of a grammar is the slowest, and
-        some grammars fail at it. Here that delays no step."""
+    def _try_masks(self, state: GrammarState) -> None:
+        """Compute the next mask, and on a copy those of some tokens after it: the first masks of a
+        grammar are the slowest, and some grammars fail at them. Here that delays no step."""
         from llguidance import numpy as fill
 
         scratch: NDArray[np.int32] = np.zeros((1, -(-self._vocab_size // 32)), dtype=np.int32)
-        if not matcher.is_stopped():
-            fill.fill_next_token_bitmask(matcher, scratch)
+        matcher = state.matcher
+        for _ in range(_TRIED_TOKENS):
+            if state.slow or matcher.is_stopped() or matcher.is_error():
+                return
+            with state.timed():
+                fill.fill_next_token_bitmask(matcher, scratch)
+            words = np.flatnonzero(scratch)
+            if not len(words):
+                return
+            if matcher is state.matcher:
+                matcher = matcher.deep_copy()
+            last = int(words[-1])
+            bits = int(scratch[0, last]) & 0xFFFFFFFF
+            with state.timed():
+                matcher.consume_token(last * 32 + bits.bit_length() - 1)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
