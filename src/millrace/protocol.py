@@ -240,6 +240,24 @@ ToEngine = AddRequest | Abort | ResetPrefixCache | SetPaused | Shutdown
 # --- engine -> server --------------------------------------------------------------------------
 
 
+class CacheReport(msgspec.Struct, frozen=True, array_like=True):
+    """What the prefix cache had of a prompt, and where it left what is known.
+
+    cached: tokens that were resumed from. known: tokens that an earlier prompt began with too.
+    evicted: tokens of a snapshot between the two that was evicted; 0: there was none. before,
+    prompt, other: a few tokens before that place, behind it, and behind it in the nearest other
+    prompt. loaded: tiers below the device that brought a part, with the tokens from and to.
+    """
+
+    cached: int
+    known: int
+    evicted: int = 0
+    before: list[int] = []
+    prompt: list[int] = []
+    other: list[int] = []
+    loaded: dict[str, tuple[int, int]] = {}
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """The new tokens of one request from one step."""
 
@@ -254,6 +272,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on
     model_failed: bool = False  # the error is the model's, not the request's
     preemptions: int = 0  # with the end: how often the request was put back for want of pages
+    cache: CacheReport | None = None  # with the first tokens
 
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

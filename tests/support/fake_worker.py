@@ -187,7 +187,8 @@ class FakeWorker:
         if kind == "store":
             pages = {p[1:]: tag for p, tag in self._host.items() if p[0] == file.pages_at}
             self.files[file.key, "pages"] = (pages, file)
-            self.files[file.key, "state"] = (self._host_states[file.state_at], file)
+            if file.state_at >= 0:
+                self.files[file.key, "state"] = (self._host_states[file.state_at], file)
             return True
         if file.pages_at >= 0:
             if (file.key, "pages") not in self.files or file.key in self.damaged:

@@ -17,8 +17,9 @@ from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.snapshot_tree import SnapshotTree
 from millrace.engine.request import Request
 from millrace.engine.tier_transfers import TierTransfers
-from millrace.protocol import Limits, PageCopy, PageGrant, Save
+from millrace.protocol import CacheReport, Limits, PageCopy, PageGrant, Save
 
+EXCERPT = 16  # tokens on each side of where a prompt leaves what is known
 _NOTHING = Match(0, [], NO_SNAPSHOT, 0)
 
 
@@ -164,6 +165,22 @@ class KVManager:
     def record_prompt(self, request: Request) -> None:
         """Note the request's prompt, so that later prompts discover what they share with it."""
         self.policy.record_prompt(request.tokens, request.source.cache_salt)
+
+    def report(self, request: Request) -> CacheReport:
+        """What the cache had of an admitted request's prompt. Ask before `record_prompt`."""
+        prompt = request.tokens[: request.prompt_len]
+        found = self.policy.compare(prompt, request.source.cache_salt)
+        known = max(found.known, request.cached_tokens)
+        evicted = found.evicted if found.evicted > request.cached_tokens else 0
+        return CacheReport(
+            request.cached_tokens,
+            known,
+            evicted,
+            prompt[max(0, known - EXCERPT) : known],
+            prompt[known : known + EXCERPT],
+            found.other[:EXCERPT] if known == found.known else [],
+            dict(request.loaded),
+        )
 
     def boundaries(self, request: Request, shared: int) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an

@@ -24,6 +24,7 @@ def make_delta(
         logprobs=logprobs and _own_logprobs(request, logprobs[: len(tokens)]),
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
         preemptions=request.preemptions,
+        cache=request.report if first else None,
     )
 
 

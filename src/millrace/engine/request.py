@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from millrace.protocol import AddRequest, FinishReason, TokenLogprobs
+from millrace.protocol import AddRequest, CacheReport, FinishReason, TokenLogprobs
 
 
 class Phase(Enum):
@@ -29,9 +29,10 @@ class Request:
     upper: an upper bound of the tokens in the caches after all launched steps. in_flight: launched
     steps that name the request. boundaries: positions, in whole pages,
     where prefill stops for a snapshot, nearest last. held_pages, held_snapshot: of the prefix
-    cache, read by its first step. hashes: of its whole pages, for lower tiers. loading: a transfer
-    brings its prefix. loaded: from and to which token of its prefix came from a
-    lower tier, by name. ordinal: requests are numbered as they come.
+    cache, read by its first step. report: what the
+    cache had of its prompt. hashes: of its whole pages, for lower tiers. loading: a transfer brings
+    its prefix. loaded: from and to which token of its prefix came from a lower tier, by name.
+    ordinal: requests are numbered as they come.
     prompt_cached: its whole prompt is computed, so another request may find it in the cache.
     split: some step computed only a part of its prompt, for want of budget. cached_estimate: prompt
     tokens in the prefix cache at its version `estimate_version`. overtaken: requests of later rank
@@ -52,6 +53,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     held_pages: list[int] = field(default_factory=list)
     held_snapshot: int = -1
+    report: CacheReport | None = None
     hashes: list[bytes] = field(default_factory=list)
     loading: bool = False
     loaded: dict[str, tuple[int, int]] = field(default_factory=dict)

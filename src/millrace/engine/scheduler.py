@@ -332,6 +332,7 @@ class Scheduler:
         request.cached_tokens = min(request.computed, request.prompt_len)
         self._totals.prompt_tokens += request.prompt_len
         if self.limits.prefix_caching:
+            request.report = self._kv_manager.report(request)
             self._kv_manager.record_prompt(request)
             self._totals.prefix_queries += request.prompt_len
             self._totals.prefix_hits += request.cached_tokens

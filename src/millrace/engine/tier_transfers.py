@@ -37,9 +37,9 @@ LEAST_GAIN = 32  # tokens that a load must save
 @dataclass(slots=True)
 class _Transfer:
     """One that is under way. pages: the device's, with a reference each. snapshot: likewise; -1:
-    none. whole_pages: those of the whole prefix, of a load. fetched: records whose pages are read
-    from files. fetched_state: whether the record's state is, too. dropped: what it moves must not
-    be used any more."""
+    none. fetched: records whose pages are read
+    from files. fetched_state: whether the record's state is moved between memory and files, too.
+    dropped: what it moves must not be used any more."""
 
     kind: Literal["offload", "load", "store", "fetch"]
     record: ColdRecord
@@ -85,7 +85,7 @@ class TierTransfers:
         self.store = ColdStore(sizes)
         self._pages, self._policy = pages, policy
         self._wanted: deque[_Wanted] = deque(maxlen=MOST_WAITING)
-        self._unfiled: deque[ColdRecord] = deque(maxlen=MOST_WAITING)
+        self._unfiled: deque[ColdRecord] = deque()  # at most what is in memory
         self._under_way: dict[int, _Transfer] = {}
         self._new: list[Transfer] = []
         self._most_held = max(1, limits.num_snapshots // 2)  # of those wanted, and of those loaded
@@ -162,7 +162,8 @@ class TierTransfers:
         self._number += 1
         listed = []
         if transfer.kind == "store":
-            listed = [file_move(transfer.record, self.store, pages=True, state=True)]
+            state = transfer.fetched_state
+            listed = [file_move(transfer.record, self.store, pages=True, state=state)]
         elif files:
             listed = [
                 file_move(
@@ -195,10 +196,13 @@ class TierTransfers:
         self._start(_Transfer("offload", record, pages=pages, snapshot=found.snapshot), [move])
 
     def _file(self, record: ColdRecord) -> None:
-        """Write a record to files, if it is still in memory and not in files."""
-        here = record.pages_at != NOWHERE and record.state_at != NOWHERE
-        if here and not record.state_filed and record.key in self.store:
-            self._start(_Transfer("store", record))
+        """Write a record to files, if it is still in memory and not in files; without its state if
+        a later turn has replaced that."""
+        if record.pages_at == NOWHERE or record.key not in self.store:
+            return
+        state = record.state_at != NOWHERE and not record.state_filed
+        if state or not record.pages_filed:
+            self._start(_Transfer("store", record, fetched_state=state))
 
     # --- what comes back ----------------------------------------------------------------------
 
@@ -336,7 +340,7 @@ class TierTransfers:
             self._offloaded(one)
         elif one.kind == "store":
             if succeeded:
-                self.store.filed(one.record)
+                self.store.filed(one.record, one.fetched_state)
             if one.dropped:
                 self.store.discard(one.record)
         elif one.kind == "load":

@@ -19,6 +19,7 @@ from millrace.server.api.anthropic.endpoint import (
     TokenCount,
 )
 from millrace.server.api.anthropic.formatter import Message
+from millrace.server.api.cache_explain import CacheExplain, Explanation
 from millrace.server.api.chat.endpoint import Chat
 from millrace.server.api.completions.endpoint import Completions
 from millrace.server.api.management import (
@@ -153,6 +154,10 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "/load", _GET, "Open requests and their tokens, for gateways", Pages, Pages.load,
         answer=Load, query=("prefixes_since",),
+    ),
+    ApiRoute(
+        "/cache/explain", _GET, "Why a request's prompt was not all in the prefix cache",
+        CacheExplain, CacheExplain.explain, answer=Explanation, query=("request_id",),
     ),
     ApiRoute("/version", _GET, "Millrace's version", Pages, Pages.version, answer=Version),
     ApiRoute(

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import Ready
+from millrace.server.api.cache_explain import keep_report
 from millrace.server.api.context import ApiContext
 from millrace.server.api.formatters import AnswerDefaults
 from millrace.server.app import application
@@ -51,6 +53,7 @@ from millrace.server.supervisor import (
     inherited_listeners,
     open_listeners,
 )
+from millrace.server.telemetry.cache_reports import CacheReports
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
 from millrace.text.processor import TextProcessor
 
@@ -110,6 +113,7 @@ async def _serve(
             metrics,
             tracer,
             lambda: reported_load(client.stats),
+            client.cache_reports,
         )
         server = _Server(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
@@ -210,6 +214,7 @@ def _middleware(
     metrics: RequestMetrics,
     tracer: Tracer,
     load: Callable[[], Mapping[str, float]],
+    reports: CacheReports,
 ) -> Middleware:
     unlogged_paths = frozenset(options.disable_access_log_for_endpoints.split(","))
     return Middleware(
@@ -224,7 +229,7 @@ def _middleware(
         ),
         add_request_ids=options.enable_request_id_headers,
         unlogged_paths=None if options.disable_uvicorn_access_log else unlogged_paths,
-        on_finish=[tracer.record] if tracer.active else [],
+        on_finish=[partial(keep_report, reports), *([tracer.record] if tracer.active else [])],
         root_path=options.root_path,
         load=load,
     )

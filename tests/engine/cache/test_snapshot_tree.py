@@ -167,3 +167,19 @@ def test_the_tree_equals_a_simple_model(
         ends = {p[: i + PAGE] for p in cached for i in range(0, len(p), PAGE)}
         assert pages.size - pages.free == len(ends)
         assert tree.snapshots == (len(cached), 5)
+
+
+def test_where_a_prompt_leaves_what_is_known() -> None:
+    tree, pages = _tree()
+    tree.record_prompt([1, 2, 3, 4, 5, 6, 7])
+    found = tree.compare([1, 2, 3, 9, 9])
+    assert (found.known, found.other) == (3, [4])
+    assert tree.compare([8]).known == 0
+    assert tree.compare([1, 2], "salt").known == 0
+    tree.record_prompt([1, 2, 3], "salt")
+    assert tree.compare([1, 2, 9], "salt").known == 2
+    _publish(tree, pages, [1, 2, 3, 4])
+    assert tree.compare([1, 2, 3, 4, 5, 9]).evicted == 0
+    tree.evict()
+    found = tree.compare([1, 2, 3, 4, 5, 9])
+    assert (found.known, found.other, found.evicted) == (5, [6], 4)

@@ -277,19 +277,22 @@ class ColdStore:
         return start
 
     def _give_up_memory(self) -> bool:
-        """Free memory: first of states that later turns have replaced, then what is in files, then
-        whole records; the longest unused first."""
+        """Free memory: first of states that later turns have replaced and what else is in files,
+        then of such states that are not, then whole records; the longest unused first."""
         best: tuple[int, int] | None = None
         victim: ColdRecord | None = None
         for record in self._records.values():
             if record.busy or (record.pages_at == NOWHERE and record.state_at == NOWHERE):
                 continue
-            if record.state_at != NOWHERE and record.children:
+            replaced = record.state_at != NOWHERE and bool(record.children)
+            if replaced and record.state_filed:
                 rank = 0
             elif record.pages_filed and (record.state_filed or record.state_at == NOWHERE):
                 rank = 1
-            elif not record.children:
+            elif replaced:
                 rank = 2
+            elif not record.children:
+                rank = 3
             else:
                 continue
             if best is None or (rank, record.order) < best:
@@ -297,7 +300,7 @@ class ColdStore:
         if victim is None:
             return False
         assert best is not None
-        if best[0] == 0:
+        if best[0] in (0, 2):
             self._ranges.free(victim.state_at)
             victim.state_at = NOWHERE
             return True
@@ -318,10 +321,11 @@ class ColdStore:
         pages = self.pages_bytes(record) if record.pages_filed else 0
         return pages + (self.sizes.state if record.state_filed else 0)
 
-    def filed(self, record: ColdRecord) -> None:
-        """Its pages and its state have been written to files."""
+    def filed(self, record: ColdRecord, state: bool) -> None:
+        """Its pages, and its state if that was there, have been written to files."""
         self.disk_used -= self._filed_bytes(record)
-        record.pages_filed = record.state_filed = True
+        record.pages_filed = True
+        record.state_filed |= state
         self.disk_used += self._filed_bytes(record)
         self.trim_disk()
 

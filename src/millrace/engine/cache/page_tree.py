@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from millrace.engine.cache.policy import NO_SNAPSHOT, Kind, Match
+from millrace.engine.cache.policy import NO_SNAPSHOT, Difference, Kind, Match
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.tree import (
     Node,
     ancestors,
     descendants,
+    difference,
     page_key,
     root_node,
     round_down,
@@ -59,6 +60,10 @@ class PageTree:
 
     def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
         return [node.page for node in self._walk(tokens, len(tokens), salt)]
+
+    def compare(self, tokens: Sequence[int], salt: str = "") -> Difference:
+        path = self._walk(tokens, round_down(len(tokens), self._page_size), salt)
+        return difference(self._root, path, tokens, self._page_size, salt)
 
     def can_resume(self, length: int) -> bool:
         return length > self._page_size

@@ -40,6 +40,16 @@ class Match:
     shared: int
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """known: tokens that some earlier prompt begins with, too. other: how the nearest one goes on.
+    evicted: the most of these tokens of which there was a snapshot that was evicted; 0: none."""
+
+    known: int
+    other: list[int]
+    evicted: int = 0
+
+
 class CachePolicy(Protocol):
     """See the module. It takes references to pages from the pool that it was built with.
 
@@ -69,6 +79,9 @@ class CachePolicy(Protocol):
 
     def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
         """The pages of the first whole pages of the tokens, as many as it has."""
+
+    def compare(self, tokens: Sequence[int], salt: str = "") -> Difference:
+        """Where the tokens leave every prompt that is known."""
 
     def can_resume(self, length: int) -> bool:
         """Whether a second prompt of the same `length` tokens could skip some of them."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from millrace.engine.cache.policy import NO_SNAPSHOT, Kind, Match
+from millrace.engine.cache.policy import NO_SNAPSHOT, Difference, Kind, Match
 from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.tree import (
     Lost,
@@ -27,6 +27,7 @@ from millrace.engine.cache.tree import (
     ancestors,
     begins_with,
     descendants,
+    difference,
     page_key,
     pages_of,
     root_node,
@@ -111,6 +112,10 @@ class SnapshotTree:
     def has(self, tokens: Sequence[int], salt: str = "") -> bool:
         """Whether there is a snapshot of exactly these tokens."""
         return self.locate(tokens, salt) is not None
+
+    def compare(self, tokens: Sequence[int], salt: str = "") -> Difference:
+        path = self._walk(tokens, round_down(len(tokens), self._page_size), salt)
+        return difference(self._root, path, tokens, self._page_size, salt)
 
     def can_resume(self, length: int) -> bool:
         return self._snapshots.size > 0 and (self._round_down(length - 1) >= max(1, self._distance))

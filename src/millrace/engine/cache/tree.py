@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
-from millrace.engine.cache.policy import NO_SNAPSHOT, Kind
+from millrace.engine.cache.policy import NO_SNAPSHOT, Difference, Kind
 from millrace.engine.cache.pool import NULL_PAGE
 
+MOST_COMPARED = 256  # pages that a page is compared with
 Key = tuple[int | str, ...]
 
 
@@ -116,6 +118,25 @@ def ancestors(node: Node) -> list[Node]:
         path.append(at)
         at = at.parent
     return path
+
+
+def difference(
+    root: Node, path: list[Node], tokens: Sequence[int], page_size: int, salt: str
+) -> Difference:
+    """Where the tokens leave the tree. path: the nodes of their whole pages that are in it."""
+    node = path[-1] if path else root
+    rest = list(tokens[node.depth : node.depth + page_size])
+    best, other = 0, list[int]()
+    for child in islice(node.children.values(), MOST_COMPARED):
+        key = [part for part in child.key if isinstance(part, int)]
+        if node is root and (child.key[0] == salt) != bool(salt):
+            continue  # of another salt
+        same = next((i for i, (a, b) in enumerate(zip(key, rest, strict=False)) if a != b), -1)
+        same = min(len(key), len(rest)) if same < 0 else same
+        if same >= best:
+            best, other = same, key[same:]
+    evicted = next((one.depth for one in reversed(path) if one.lost is not None), 0)
+    return Difference(node.depth + best, other, evicted)
 
 
 def begins_with(node: Node, other: Node) -> bool:

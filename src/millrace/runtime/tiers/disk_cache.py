@@ -105,7 +105,8 @@ class DiskCache:
         try:
             for file in files:
                 found = FoundFile(file.parent, file.first, file.tokens, file.salt, file.kind)
-                self._write(file.key + STATE, file.state_at, file.state_bytes, None)
+                if file.state_at >= 0:
+                    self._write(file.key + STATE, file.state_at, file.state_bytes, None)
                 self._write(file.key + PAGES, file.pages_at, file.pages_bytes, found)
         except OSError as error:
             logger.warning("disk cache: a prefix is not written: %s", error)

@@ -31,6 +31,7 @@ from millrace.server.engine_link import request_record
 from millrace.server.engine_link.link import EngineLink
 from millrace.server.engine_link.process import ENGINE_PROGRAM
 from millrace.server.engine_link.stream import Stream
+from millrace.server.telemetry.cache_reports import CacheReports
 from millrace.server.telemetry.metrics import RequestMetrics
 from millrace.server.telemetry.prefix_report import PrefixReporter
 
@@ -48,7 +49,8 @@ class EngineClient:
     """One engine after another and the requests that are open in it.
 
     ready: the engine's Ready message, None before. died: why the engine ended, None while it runs.
-    stats: its latest figures. prefix_reporter: hashes of the prompts that were sent to it.
+    stats: its latest figures. cache_reports: why prompts were not cached. prefix_reporter:
+    hashes of the prompts that were sent to it.
     draining: new requests are refused. refusal: why they are although the server does not stop:
     paused or asleep; None while they are not. stream_interval: tokens that a stream's reader waits
     for.
@@ -59,6 +61,7 @@ class EngineClient:
         self.died: Exception | None = None
         self.stats = EngineStats()
         self.prefix_reporter = PrefixReporter()
+        self.cache_reports = CacheReports()
         self.draining = False
         self.refusal: Literal["paused", "asleep"] | None = None
         self._metrics = metrics

@@ -59,5 +59,11 @@ class RequestRecord:
         return sum(stream.cached_tokens for stream in self.streams if stream.counts_prompt)
 
     @property
+    def known_tokens(self) -> int:
+        """Tokens that earlier prompts began with too, cached or not."""
+        prompts = [stream for stream in self.streams if stream.counts_prompt]
+        return sum(stream.cache.known for stream in prompts if stream.cache is not None)
+
+    @property
     def completion_tokens(self) -> int:
         return sum(stream.generated_tokens for stream in self.streams)

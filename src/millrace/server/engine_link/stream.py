@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TypeVar
 
 from millrace.errors import ModelError, RequestError
-from millrace.protocol import AddRequest, Delta, FinishReason
+from millrace.protocol import AddRequest, CacheReport, Delta, FinishReason
 from millrace.server.telemetry.metrics import RequestMetrics
 
 _Item = TypeVar("_Item")
@@ -22,7 +22,8 @@ class Stream:
 
     interval: tokens that the reader waits for between the first and the last.
     ended: the engine holds nothing for this request any more. generated_tokens, cached_tokens:
-    generated, and found in the prefix cache, so far. queue_time: seconds from arrival to admission.
+    generated, and found in the prefix cache, so far. cache: what that had of the prompt; None
+    before the first tokens. queue_time: seconds from arrival to admission.
     first_token_time, last_token_time: when tokens came, in seconds on the clock of `arrival`; 0
     before. counts_prompt: of several outputs for one prompt, the first counts it.
     """
@@ -37,6 +38,7 @@ class Stream:
         self.first_token_time = self.last_token_time = self.queue_time = 0.0
         self.generated_tokens = self.cached_tokens = 0
         self.preemptions = 0
+        self.cache: CacheReport | None = None
         self.finish_reason: FinishReason | None = None
         self._metrics = metrics
         self._interval = interval
@@ -52,6 +54,7 @@ class Stream:
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         if delta.queued is not None:
             self.queue_time = delta.queued
+            self.cache = delta.cache
             self._metrics.queue_time.observe(delta.queued)
         if delta.finish_reason is not None:
             self.ended = True

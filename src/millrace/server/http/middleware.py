@@ -132,7 +132,9 @@ def access_line(record: RequestRecord) -> str:
     ]
     if record.streams:
         ends = {stream.finish_reason or "open" for stream in record.streams}
-        parts.append(f"prompt={record.prompt_tokens} cached={record.cached_tokens}")
+        known = record.known_tokens
+        missed = f" known={known}" if known > record.cached_tokens else ""
+        parts.append(f"prompt={record.prompt_tokens} cached={record.cached_tokens}{missed}")
         parts.append(f"output={record.completion_tokens} end={'+'.join(sorted(ends))}")
     client = scope.get("client")
     parts.append(f"id={record.id}")

@@ -284,7 +284,7 @@ class MetricsPage:
              "Prompt tokens, by where they came from.", "source", _by_source(stats)),
             ("prompt_tokens_cached_by_source", "prompt_tokens_cached_by_source",
              "Prompt tokens found in the prefix cache, by where it is.", "source",
-             {("device",): stats.prefix_hits}),
+             _cached_by_source(stats)),
             ("requests_rejected", None, "Requests refused because the queue was full.",
              "reason", {("queue_full",): requests.rejected}),
         ):  # fmt: skip
@@ -351,6 +351,15 @@ def _step_buckets(stats: EngineStats) -> list[tuple[str, float]]:
     counts = stats.step_tokens or [0] * (len(STEP_TOKENS) + 1)
     bounds = [*(str(float(bound)) for bound in STEP_TOKENS), "+Inf"]
     return list(zip(bounds, map(float, accumulate(counts)), strict=True))
+
+
+def _cached_by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
+    below = stats.host_hits + stats.disk_hits
+    return {
+        ("device",): stats.prefix_hits - below,
+        ("host",): stats.host_hits,
+        ("disk",): stats.disk_hits,
+    }
 
 
 def _by_source(stats: EngineStats) -> Mapping[tuple[str], float]:

@@ -1,0 +1,95 @@
+"""GET /cache/explain: why a prompt was not found in the prefix cache, or not all of it."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from millrace.common.api_errors import ApiError
+from millrace.protocol import CacheReport
+from millrace.server.api.context import ApiContext
+from millrace.server.api.transport import json_response
+from millrace.server.engine_link.request_record import RequestRecord
+from millrace.server.http.access import client_of
+from millrace.server.telemetry.cache_reports import CacheReports
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """known_tokens: of the prompt, those that an earlier prompt began with too. before, prompt,
+    other: texts before that place, behind it, and behind it in the nearest other prompt; other is
+    null where the cache is shared by several keys."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    known_tokens: int
+    evicted_tokens: int
+    tiers: dict[str, tuple[int, int]]
+    reason: str
+    before: str
+    prompt: str
+    other: str | None
+
+
+class CacheExplain:
+    """The endpoint of one replica."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._context = context
+
+    async def explain(self, request: Request) -> Response:
+        """GET /cache/explain?request_id=ID, with the key that sent that request."""
+        client, name = client_of(request.scope), request.query_params.get("request_id", "")
+        found = self._context.client.cache_reports.find(name, client.owner)
+        if found is None:
+            raise ApiError(
+                404,
+                f"request_id {name!r}: none of the latest requests of this key; use the id of an "
+                "answer, or its header x-request-id",
+                param="request_id",
+            )
+        tokens, report = found
+        alone = not client.owner or bool(client.salt)
+        return json_response(
+            Explanation(
+                tokens,
+                report.cached,
+                report.known,
+                report.evicted,
+                report.loaded,
+                reason(report, tokens),
+                self._text(report.before),
+                self._text(report.prompt),
+                self._text(report.other) if alone else None,
+            )
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._context.processor.tokenizer.decode(tokens, False)
+
+
+def keep_report(reports: CacheReports, record: RequestRecord) -> None:
+    """Keep what the prefix cache had of an ended request, by its ids; of several prompts, the whole
+    request's ids name the first."""
+    owner = client_of(record.scope).owner
+    for stream in reversed(record.streams):
+        if stream.cache is None:
+            continue
+        whole, _, number = stream.id.rpartition("-")  # of a completion, numbered by prompt
+        names = [stream.id, record.id, *([whole] if number.isdigit() and whole else [])]
+        for name in dict.fromkeys(names):
+            reports.add(name, owner, stream.prompt_len, stream.cache)
+
+
+def reason(report: CacheReport, tokens: int) -> str:
+    """In one sentence, why no more of a prompt of so many tokens was found."""
+    if report.cached >= report.known and report.cached >= tokens - 1:
+        return "all of the prompt was cached"
+    if report.evicted:
+        return f"a snapshot at token {report.evicted} was evicted, and no lower tier had it"
+    if report.known > report.cached:
+        return (
+            f"the prompt is known up to token {report.known}, but the nearest snapshot before that "
+            f"is at token {report.cached}"
+        )
+    return f"from token {report.known} on, no earlier prompt is the same"
