@@ -54,6 +54,27 @@ QWEN3_32B: dict[str, Any] = {
     "eos_token_id": [151645, 151643],
     "rope_theta": 1e6,
 }
+
+
+def _qwen3_5_moe(
+    hidden: int, layers: int, heads: int, values: int, experts: int, top_k: int, width: int
+) -> dict[str, Any]:
+    """values: value heads of GDN layers; width: of an expert, the shared one included."""
+    return QWEN3_5_27B | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": values,
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3.5-27b": QWEN3_5_27B,
     "qwen3-32b": QWEN3_32B,
@@ -63,6 +84,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 12288,
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
+    },
+    "qwen3.5-35b-a3b": _qwen3_5_moe(2048, 40, 16, 32, 256, 8, 512),
+    "qwen3.5-122b-a10b": _qwen3_5_moe(3072, 48, 32, 64, 256, 8, 1024),
+    "qwen3.5-397b-a17b": _qwen3_5_moe(4096, 60, 32, 64, 512, 10, 1024),
+    "qwen3-coder-30b-a3b": QWEN3_32B
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 262144,
+        "rope_theta": 1e7,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
     },
 }
 
@@ -111,12 +150,27 @@ def read_sizes(directory: Path) -> ModelConfig:
     return read_config(directory)
 
 
-def gemm_weights(c: ModelConfig) -> tuple[int, int, int]:
-    """Weights of the linear layers of one layer: GDN with its MLP, attention with its MLP; and of
-    the output head."""
+def experts_hit(c: ModelConfig, tokens: float) -> float:
+    """Experts of a layer that get one of so many tokens, if all are equally likely."""
+    assert c.experts is not None
+    return c.experts.count * (1 - (1 - c.experts.top_k / c.experts.count) ** tokens)
+
+
+def mlp_weights(c: ModelConfig, tokens: float) -> float:
+    """Weights of the MLP of a layer that so many tokens read; of one token: those that it is
+    multiplied with. Models with experts are taken to have them in every layer."""
+    if c.experts is None:
+        return 3.0 * c.hidden_size * c.intermediate_size
+    widths = experts_hit(c, tokens) * c.experts.width + c.experts.shared_width
+    return c.hidden_size * (3 * widths + c.experts.count + bool(c.experts.shared_width))
+
+
+def gemm_weights(c: ModelConfig, tokens: float = 1) -> tuple[float, float, int]:
+    """Weights of the linear layers of one layer that so many tokens read: GDN with its MLP,
+    attention with its MLP; and of the output head."""
     h, values = c.hidden_size, c.value_heads * c.value_dim
     queries = 2 if c.num_gdn_layers else 1  # hybrid models have output gates
-    mlp = 3 * h * c.intermediate_size
+    mlp = mlp_weights(c, tokens)
     attention = h * (queries * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     attention += c.num_heads * c.head_dim * h
     recurrent = h * (c.conv_channels + values) + values * h
@@ -135,13 +189,15 @@ def step_work(c: ModelConfig, rows: int, width: int, context: float, window: int
     drafts = width - 1
     recurrent, attention, head = gemm_weights(c)
     weights = gdn * recurrent + (full + min(drafts, 1)) * attention
+    recurrent, attention, _ = gemm_weights(c, tokens)
+    read = gdn * recurrent + (full + min(drafts, 1)) * attention
     state = rows * c.value_heads * c.key_dim * c.value_dim * 4.0
     folds = width / max(1, window - width)
     recent = rows * (c.key_heads * c.key_dim + values) * 4.0 * (window / 2 + width)
     kv = rows * context * 2 * c.num_kv_heads * c.head_dim * (full + min(drafts, 1))
     return Work(
         {
-            "products": (2.0 * weights * tokens, FP8, weights + 4.0 * tokens * h * c.num_layers),
+            "products": (2.0 * weights * tokens, FP8, read + 4.0 * tokens * h * c.num_layers),
             "heads": (2.0 * head * (tokens + rows * drafts), BF16, 2.0 * head * (1 + drafts)),
             "states": (gdn * 8.0 * state / 4 * width, BF16, gdn * (state * (1 + folds) + recent)),
             "attention": (4.0 * kv / 2 / c.num_kv_heads * c.num_heads * width, BF16, 1.0 * kv),
@@ -157,9 +213,11 @@ def prefill_work(c: ModelConfig, prompts: int, length: int) -> Work:
     tokens = prompts * length
     recurrent, attention, _ = gemm_weights(c)
     weights = c.num_gdn_layers * recurrent + c.num_attention_layers * attention
+    recurrent, attention, _ = gemm_weights(c, tokens)
+    read = c.num_gdn_layers * recurrent + c.num_attention_layers * attention
     pairs = prompts * length * (length + 1) / 2
     scores = 4.0 * pairs * c.num_heads * c.head_dim * c.num_attention_layers
-    moved = weights + 4.0 * tokens * c.hidden_size * c.num_layers
+    moved = read + 4.0 * tokens * c.hidden_size * c.num_layers
     return Work(
         {"products": (2.0 * weights * tokens, FP8, moved), "attention": (scores, BF16, 0.0)}
     )

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from millrace.cli import run
 from millrace.doctor import devices, machine, packages
 from millrace.doctor.finding import Finding, show
 from millrace.kernels.cpu import build
-from millrace.model.tiny import UNIT_TEST, TinyShape, config_json, write_checkpoint
+from millrace.model.tiny import QWEN3_MOE, UNIT_TEST, TinyShape, config_json, write_checkpoint
 from tests.kernels.gpu.gpu_support import HAS_TRITON, pretend
 
 Replace = Callable[[str, str | None], None]
@@ -58,6 +58,23 @@ def test_a_model_without_states_has_no_snapshots(
     _, found = look(capsys, str(directory), *options)
     value = found["model: cache"]["value"]
     assert value == "1.00 KiB a token, 0.00 MiB a sequence, prompts resume at any page"
+
+
+def test_a_mixture_of_experts_says_what_is_active(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """3 of 8 experts of 3 x 32 x 64 weights in 4 layers: 5 x 4 x 6,144 are not for a token."""
+    directory = write_checkpoint(tmp_path / "moe", QWEN3_MOE)
+    options = ("--port", "0", "--dtype", "float32", "--device", "cpu", "--max-model-len", "128")
+    status, found = look(capsys, str(directory), *options)
+    assert status == 0
+    stored = load_file(directory / "model.safetensors").values()
+    total = sum(tensor.numel() for tensor in stored)
+    value = found["model: parameters"]["value"]
+    active = f"{(total - 122_880) / 1e6:.2f} M active"
+    assert value == f"{total / 1e6:.2f} M, {active}, 0.00 GiB a rank on cpu"
+    _, found = look(capsys, str(directory), *options, "--tensor-parallel-size", "8")
+    assert "sizes that work: 1, 2, 4" in found["model: parameters"]["value"]
 
 
 def test_the_report_as_text_and_in_a_file(

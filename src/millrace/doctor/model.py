@@ -114,7 +114,32 @@ def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
         f"{settled.max_model_len}, max_num_seqs {settled.max_num_seqs}, "
         f"{settled.drafts} draft tokens",
     )  # fmt: skip
+    yield _size(settled, config)
     yield _cache(settled, config)
+
+
+def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
+    """How many weights there are, and what they take of a rank's memory."""
+    import torch
+
+    from millrace.model.build import check_device, count_weights, rank_bytes
+
+    device, ranks = settled.device, settled.args.tensor_parallel_size
+    try:
+        check_device(config, torch.device(device))
+        size = rank_bytes(
+            config, settled.dtype, ranks, mtp=settled.drafts > 0, kept=device == "cuda"
+        )
+    except UserError as error:
+        return Finding("model", "parameters", str(error), "fail")
+    total = count_weights(config)
+    active = f", {_count(total - config.idle_weights)} active" if config.experts else ""
+    value = f"{_count(total)}{active}, {size / GiB:.2f} GiB a rank on {device}"
+    return Finding("model", "parameters", value)
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.2f} M"
 
 
 def _cache(settled: EngineConfig, config: ModelConfig) -> Finding:

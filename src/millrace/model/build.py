@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from millrace.errors import ConfigError
@@ -9,6 +11,7 @@ from millrace.model.build_context import BuildContext
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
 from millrace.model.parallel import TensorParallel, check_ranks
+from millrace.model.parameter import parameters_with_pieces
 from millrace.model.registry import family_named
 
 
@@ -34,7 +37,7 @@ def build_model(
     """
     tp = tp or TensorParallel()
     check_ranks(config, tp.size)
-    _check_device(config, torch.device(device))
+    check_device(config, torch.device(device))
     build = BuildContext(config, tp, dtype, torch.device(device), keep_quantized)
     found, mtp = config.quantization, mtp and config.mtp_layers > 0
     if draft_fp8 is None:
@@ -45,9 +48,35 @@ def build_model(
     return model.eval()
 
 
-def _check_device(config: ModelConfig, device: torch.device) -> None:
+def check_device(config: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError, with what works, if the device has no kernels for the model."""
     if config.experts is not None and device.type == "cuda":
         raise ConfigError(
             f"there are no GPU kernels yet for the experts of {config.family}; it runs with "
             "--device cpu, and dense models run on a GPU; --engine vllm serves others"
         )
+
+
+def count_weights(config: ModelConfig) -> int:
+    """Weights of the model, without its draft head and without scales."""
+    model = build_model(config, dtype=torch.bfloat16, device="meta", max_len=1)
+    sizes: dict[str, int] = {}
+    for _, pieces in parameters_with_pieces(model):
+        sizes |= {piece.name: math.prod(piece.shape) for piece in pieces}
+    return sum(sizes.values())
+
+
+def rank_bytes(config: ModelConfig, dtype: str, ranks: int, *, mtp: bool, kept: bool) -> int:
+    """Bytes of the weights on one rank; kept: quantized ones stay so. Raises ConfigError if the
+    model cannot be split over the ranks."""
+    model = build_model(
+        config,
+        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+        device="meta",
+        tp=TensorParallel(0, ranks),
+        max_len=1,
+        mtp=mtp,
+        keep_quantized=kept,
+        draft_fp8=False,
+    )
+    return sum(param.nbytes for param in model.parameters())

@@ -101,6 +101,15 @@ class ModelConfig:
         """Channels of the short convolution, in the order queries, keys, values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def idle_weights(self) -> int:
+        """Weights of experts that a token does not go to, draft head excluded."""
+        found = self.experts
+        if found is None:
+            return 0
+        layers = self.num_layers - len(found.dense_layers)
+        return layers * (found.count - found.top_k) * 3 * found.width * self.hidden_size
+
     def kv_heads_on_rank(self, ranks: int) -> int:
         """KV heads of one rank. With more ranks than heads, several ranks have the same head."""
         return max(1, self.num_kv_heads // ranks)
