@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from millrace.errors import CheckpointError, ConfigError
+from millrace.kernels.moe import route
 from millrace.model.build import build_model
 from millrace.model.config import ModelConfig, read_config
 from millrace.model.layers.moe import unfused
 from millrace.model.parallel import TensorParallel, check_ranks
 from millrace.model.parameter import pieces_of
 from millrace.model.tiny import FP8_BLOCKS, QWEN3_MOE, moe_config_json, write_checkpoint
-from millrace.model.weights import expected_tensors, load
+from millrace.model.weights import expected_tensors, load, random_weights
 from tests.model.test_parallel import on_ranks, require_same, run
 
 CODER_30B = {
@@ -205,6 +206,26 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         load(model, directory)
     assert "missing model.layers.0.mlp.experts.8.gate_proj.weight" in str(error.value)
     assert "model.layers.0.mlp.gate.weight has shape [8, 64], expected [9, 64]" in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_random_experts_differ(tmp_path: Path, kept: bool) -> None:
+    """Weights as in trained models, so that routing spreads and no expert is another's twin."""
+    config = {
+        **QWEN3_MOE, "hidden_size": 128, "head_dim": 128, "num_hidden_layers": 1,
+        "moe_intermediate_size": 128, "quantization_config": FP8_BLOCKS,
+    }  # fmt: skip
+    model = build_model(read(tmp_path, config), dtype=torch.bfloat16, keep_quantized=kept)
+    random_weights(model, 3)
+    mlp = model.layers[0].mlp
+    for weights in (mlp.experts.gate_up, mlp.experts.down):
+        experts = torch.stack([weights.of(i, torch.float32) for i in range(8)])
+        spread = experts.std((1, 2)) * 128**0.5
+        assert bool(((spread > 0.5) & (spread < 1.6)).all())
+        assert len({float(expert[0, 0]) for expert in experts}) == 8
+    x = torch.randn(400, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    counts = route(mlp.router(x), 3, True).experts.flatten().bincount(minlength=8)
+    assert int(counts.min()) > 50
 
 
 # --- ranks -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from millrace.errors import CheckpointError
+from millrace.model import weights
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
@@ -162,6 +163,17 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
         "model.layers.0.linear_attn.A_log has dtype I64, expected BF16 or F16 or F32",
     ):
         assert part in message
+
+
+def test_long_loads_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, UNIT_TEST)
+    for every, logged in ((60.0, False), (-1.0, True)):
+        monkeypatch.setattr(weights, "REPORT_EVERY", every)
+        with caplog.at_level("INFO"):
+            load(build(tmp_path), tmp_path)
+        assert ("GiB of weights are loaded" in caplog.text) == logged
 
 
 def test_missing_fp8_scale_is_named(tmp_path: Path) -> None:

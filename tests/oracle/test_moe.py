@@ -171,3 +171,25 @@ def test_experts_of_both_formats_are_dequantized(tmp_path: Path) -> None:
     kept, _ = loaded(write_checkpoint(tmp_path, config), keep=True)
     dtypes = [weights.values.dtype for weights in experts_of(kept)]
     assert dtypes == [torch.float32] * 2 + [torch.float8_e4m3fn] * 6 + [torch.float32] * 2
+
+
+def test_bfloat16_log_probabilities(make_pair: MakePair) -> None:
+    """In bfloat16 we are as near to the float32 reference as `transformers` in bfloat16 is."""
+    shape = dataclasses.replace(UNIT_TEST, dtype="bfloat16", hidden_size=128)
+    config = {**moe_config_json(shape), "num_experts": 16, "moe_intermediate_size": 64}
+    pair, exact = make_pair(config, dtype=torch.bfloat16), make_pair(config)
+    ids = pair.ids(200)
+    driver = pair.driver(tokens=200)
+    hidden = [driver.step(prefill=[(1, ids[:150])])[1][0]]
+    for start in range(150, 200):
+        hidden += driver.step(decode=[(1, ids[start : start + 1])])[0]
+        driver.accept(1, 1, 1)
+    target = torch.tensor(ids[1:])[:, None]
+
+    def log_prob(logits: Tensor) -> Tensor:
+        return logits[:-1].log_softmax(-1).gather(1, target)
+
+    truth = log_prob(exact.reference(ids))
+    ours = (log_prob(pair.model.logits(torch.cat(hidden)).float()) - truth).abs().mean()
+    theirs = (log_prob(pair.reference(ids)) - truth).abs().mean()
+    assert ours < 1.25 * theirs + 1e-3, f"ours {ours:.4f}, transformers {theirs:.4f}"

@@ -8,6 +8,8 @@ part that this rank needs, in the order in which the files have them.
 from __future__ import annotations
 
 import json
+import logging
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -34,6 +36,8 @@ from millrace.model.registry import family_named
 
 INDEX = "model.safetensors.index.json"
 MAX_LISTED = 20
+REPORT_EVERY = 15.0  # seconds
+logger = logging.getLogger(__name__)
 
 
 # --- expected tensors -------------------------------------------------------------------------
@@ -186,9 +190,21 @@ def load(model: CausalLM, directory: str | Path, check: Callable[[], None] = _no
             piece = target[1]
             return min(place[name] for name in piece.reader.tensors(piece))
 
-        for target, piece in sorted(_targets(model), key=first_place):
+        for target, piece in _reported(sorted(_targets(model), key=first_place)):
             check()
             _fill(target, piece, checkpoint)
+
+
+def _reported(targets: list[tuple[Tensor, Piece]]) -> Iterator[tuple[Tensor, Piece]]:
+    """The targets one by one; long loads are logged now and then."""
+    total = sum(target.nbytes for target, _ in targets)
+    done, reported = 0, time.monotonic()
+    for target, piece in targets:
+        if time.monotonic() - reported > REPORT_EVERY:
+            reported = time.monotonic()
+            logger.info("%.0f of %.0f GiB of weights are loaded", done / 2**30, total / 2**30)
+        yield target, piece
+        done += target.nbytes
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[Tensor, Piece]]:
