@@ -55,6 +55,7 @@ class KVManager:
         self.tiers: TierTransfers | None = None
         if limits.host_cache and limits.prefix_caching and limits.num_snapshots:
             self.tiers = TierTransfers(limits, self.pages, self.policy)
+            self.policy.lower_tiers = True
         self._limits = limits
         self._ends: dict[int, Save] = {}  # by snapshot: answers that the next step saves
 
@@ -217,11 +218,11 @@ class KVManager:
         if not self._limits.prefix_caching or request.failed:
             return
         tokens = request.tokens[:-1]
-        snapshot = self.policy.begin_save(tokens, request.source.cache_salt)
+        salt = request.source.cache_salt
+        snapshot = self.policy.begin_save(tokens, salt, kind=Kind.ANSWER)
         if snapshot is None:
             return
         pages = request.pages[: -(-len(tokens) // self._limits.page_size)]
-        salt = request.source.cache_salt
         self.policy.publish(tokens, pages, snapshot, salt, kind=Kind.ANSWER)
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)

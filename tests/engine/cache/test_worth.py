@@ -35,7 +35,7 @@ class Client:
         return len(prompt) - found.tokens
 
     def _publish(self, tokens: list[int], own: list[int], salt: str, kind: Kind) -> None:
-        snapshot = self.tree.begin_save(tokens, salt)
+        snapshot = self.tree.begin_save(tokens, salt, kind=kind)
         if snapshot is not None:
             self.tree.publish(tokens, own, snapshot, salt, kind=kind)
 
@@ -93,6 +93,16 @@ def test_a_prompt_that_is_sent_again_and_again_stays() -> None:
         computed.append(client.send([*prompt], text(rng, 5), 3.0 + i))
     assert computed[0] == 101
     assert set(computed[1:]) == {1}
+
+
+def test_a_short_answer_does_not_take_the_place_of_a_prompt() -> None:
+    rng = random.Random(9)
+    client = Client(snapshots=3)
+    prompts = [text(rng, 101) for _ in range(3)]
+    for _ in range(2):
+        for clock, prompt in enumerate(prompts):
+            client.send(prompt, text(rng, 2), float(clock))
+    assert [client.tree.cached(prompt) for prompt in prompts] == [100, 100, 100]
 
 
 def test_one_salt_cannot_take_all_snapshots() -> None:

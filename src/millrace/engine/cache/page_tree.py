@@ -34,6 +34,7 @@ class PageTree:
         self._pages = pages
         self.version = 0
         self.now = 0.0
+        self.lower_tiers = False
         self._root = root_node()
         # Used longest ago first. A use of a node is one of its ancestors, which come after it; so
         # the first node has no children.
@@ -76,7 +77,9 @@ class PageTree:
     def stops(self, start: int, length: int, ends: Iterable[int], shared: int) -> list[int]:
         return []
 
-    def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
+    def begin_save(
+        self, tokens: Sequence[int], salt: str = "", *, kind: Kind = Kind.PROMPT
+    ) -> int | None:
         return None
 
     def publish(

@@ -53,10 +53,12 @@ class Difference:
 class CachePolicy(Protocol):
     """See the module. It takes references to pages from the pool that it was built with.
 
-    now: seconds, on the clock of arrivals; the caller sets it.
+    now: seconds, on the clock of arrivals; the caller sets it. lower_tiers: what is evicted comes
+    back from other memory, so little is lost with it.
     """
 
     now: float
+    lower_tiers: bool
 
     @property
     def version(self) -> int:
@@ -96,9 +98,11 @@ class CachePolicy(Protocol):
         computed by then can be saved. start: tokens that are cached. ends: of its chat turns.
         """
 
-    def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
-        """At such a stop behind `tokens`: the snapshot that the step writes. None: none is needed,
-        or none is free."""
+    def begin_save(
+        self, tokens: Sequence[int], salt: str = "", *, kind: Kind = Kind.PROMPT
+    ) -> int | None:
+        """At such a stop behind `tokens`, or at the end of an answer: the snapshot that the step
+        writes. None: none is needed, none is free, or those that are there are worth more."""
 
     def publish(
         self,

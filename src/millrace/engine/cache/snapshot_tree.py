@@ -24,6 +24,7 @@ from millrace.engine.cache.pool import NULL_PAGE, Pool
 from millrace.engine.cache.tree import (
     Lost,
     Node,
+    Rates,
     ancestors,
     begins_with,
     descendants,
@@ -34,7 +35,7 @@ from millrace.engine.cache.tree import (
     round_down,
     walk,
 )
-from millrace.engine.cache.worth import Worth
+from millrace.engine.cache.worth import Worth, alike_node
 
 RANK_SHARE = 16  # of many snapshots one in so many is ranked for eviction at a time
 
@@ -69,6 +70,7 @@ class SnapshotTree:
         self._root = root_node()
         self._num_nodes = 0
         self.now = 0.0
+        self.lower_tiers = False  # whether what is evicted comes back from one
         self._order = 0
         self._cached: dict[Node, None] = {}  # nodes with a snapshot
         self._worth = Worth(page_size, page_cost)
@@ -147,13 +149,37 @@ class SnapshotTree:
                 last = boundary
         return cached[::-1]
 
-    def begin_save(self, tokens: Sequence[int], salt: str = "") -> int | None:
+    def begin_save(
+        self, tokens: Sequence[int], salt: str = "", *, kind: Kind = Kind.PROMPT
+    ) -> int | None:
         if self.has(tokens, salt):
             return None
+        if kind is Kind.ANSWER and self._snapshots.free == 0:
+            return self._save_answer(tokens, salt)
+        return self._free_snapshot()
+
+    def _free_snapshot(self) -> int | None:
+        """A free snapshot, if need be in place of the one that is worth least."""
         while self._snapshots.free == 0:
             if not self._evict(for_pages=False):
                 return None
         return self._snapshots.allocate(1)[0]
+
+    def _save_answer(self, tokens: Sequence[int], salt: str) -> int | None:
+        """A snapshot for an answer, not in place of the one that its prompt has just got, nor of
+        one that is worth more, unless that comes back from a lower tier."""
+        path = self._walk(tokens, self._round_down(len(tokens)), salt)
+        over = self._resumable(path, tokens, salt)
+        if over:
+            self._snapshots.retain(over[-1].snapshot)
+        saved = len(tokens) - (over[-1].depth if over else 0)
+        rates = alike_node(path).rates if path else None
+        found = None
+        if self.lower_tiers or self._deserves(saved, rates):
+            found = self._free_snapshot()
+        if over:
+            self._snapshots.release(over[-1].snapshot)
+        return found
 
     def publish(
         self,
@@ -236,6 +262,14 @@ class SnapshotTree:
         if home is not None and home is not self._root:
             assert node.alike is not None
             home.lost = Lost(node.kind, node.uses, node.returned, node.alike)
+
+    def _deserves(self, saved: int, rates: Rates | None) -> bool:
+        """Whether a new answer's snapshot is worth more than what it would take the place of."""
+        victim = self._least(for_pages=False)
+        if victim is None:
+            return False
+        least = self._worth.of(victim, self.now, for_pages=False)
+        return self._worth.of_new_answer(saved, rates) > least
 
     def _least(self, for_pages: bool) -> Node | None:
         """The node to evict next. Of many, those that are worth least are ranked once; one that has

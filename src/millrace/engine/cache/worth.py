@@ -25,6 +25,7 @@ ALIKE_PAGES = 4  # prompts that begin with the same pages, so many, come back al
 # Chances before anything is known. TURNS: of the first one, which is often a system prompt.
 EXPECTED = {Kind.TURNS: 0.25, Kind.PROMPT: 0.25, Kind.ANSWER: 0.5}
 BRANCH = 0.02  # that someone goes back to a turn that was continued
+LIVE = 4.0  # how much likelier the next use is right after an answer than later
 WEIGHT = 4.0  # observations that an expectation counts as
 PATIENCE = 60.0  # seconds in which the chance of a fresh snapshot halves
 
@@ -82,6 +83,14 @@ class Worth:
             expected = self._learned(node, BRANCH if superseded else EXPECTED[node.kind])
         return (seen + WEIGHT * expected) / (seen + WEIGHT)
 
+    def of_new_answer(self, tokens: int, rates: Rates | None) -> float:
+        """What the snapshot of an answer would be worth that saves so many tokens. rates: of the
+        prompts that begin alike, if there were any."""
+        kind, known = Kind.ANSWER.value, rates or Rates()
+        chance = (WEIGHT * EXPECTED[Kind.ANSWER] + known.used[kind]) / (WEIGHT + known.made[kind])
+        memory = 1.0 + self._page_cost * tokens / self._page_size
+        return LIVE * tokens * chance / (PATIENCE * memory)
+
     def _learned(self, node: Node, expected: float) -> float:
         """The share of snapshots like this one that were ever used."""
         assert node.alike is not None
@@ -101,7 +110,12 @@ class Worth:
 
 def _alike(path: Sequence[Node]) -> Rates:
     """The rates of the prompts that begin as the path does."""
-    node = path[min(ALIKE_PAGES, len(path)) - 1]
+    node = alike_node(path)
     if node.rates is None:
         node.rates = Rates()
     return node.rates
+
+
+def alike_node(path: Sequence[Node]) -> Node:
+    """The node that stands for the prompts that begin as the path does."""
+    return path[min(ALIKE_PAGES, len(path)) - 1]
