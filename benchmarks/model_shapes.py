@@ -88,6 +88,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3.5-35b-a3b": _qwen3_5_moe(2048, 40, 16, 32, 256, 8, 512),
     "qwen3.5-122b-a10b": _qwen3_5_moe(3072, 48, 32, 64, 256, 8, 1024),
     "qwen3.5-397b-a17b": _qwen3_5_moe(4096, 60, 32, 64, 512, 10, 1024),
+    "qwen3-next-80b-a3b": _qwen3_5_moe(2048, 48, 16, 32, 512, 10, 512)
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "vocab_size": 151936,
+        "eos_token_id": [151645, 151643],
+    },
     "qwen3-coder-30b-a3b": QWEN3_32B
     | {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -119,7 +119,7 @@ def test_older_rope_entries(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"model_type": "llama"}, "llama"),
-        ({"model_type": "qwen3_next"}, "qwen3_next"),
+        ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         ({"num_experts": 8}, "experts"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),

@@ -139,6 +139,46 @@ def test_tensors_of_coder_30b(tmp_path: Path) -> None:
     assert (config.intermediate_size, config.rope_theta) == (0, 1e7)
 
 
+NEXT_80B = {
+    **{k: v for k, v in QWEN3_5["35b"]["text_config"].items() if not k.startswith("mtp_")},
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next",
+    "num_hidden_layers": 48, "num_experts": 512, "num_experts_per_tok": 10, "vocab_size": 151936,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "intermediate_size": 5120,
+}  # fmt: skip
+
+
+def test_recurrent_layers_of_qwen3_next(tmp_path: Path) -> None:
+    """Two projections, of which two ranks take each row once, in FP8 too; a draft head."""
+    config = read(tmp_path, {**NEXT_80B, "quantization_config": FP8_BLOCKS})
+    prefix = "model.layers.0.linear_attn.in_proj_"
+    found = {
+        name.removeprefix(prefix): (spec.shape, spec.dtypes == {"F8_E4M3"})
+        for name, spec in expected_tensors(config).items()
+        if name.startswith(prefix)
+    }
+    assert found == {
+        "qkvz.weight": ((12288, 2048), True), "qkvz.weight_scale_inv": ((96, 16), False),
+        "ba.weight": ((64, 2048), False),
+    }  # fmt: skip
+    assert config.mtp_layers == 1
+    taken: dict[str, list[int]] = {}
+    for rank in range(2):
+        model = build_model(
+            config, dtype=torch.bfloat16, device="meta", max_len=1, keep_quantized=True,
+            tp=TensorParallel(rank, 2),
+        )  # fmt: skip
+        mixer = model.layers[0].mixer
+        assert mixer.in_proj_qkvz.takes_fp8
+        for linear in (mixer.in_proj_qkvz, mixer.in_proj_ab):
+            for piece in pieces_of(linear.weight):
+                rows = taken.setdefault(piece.name, [])
+                rows += [row for start, stop in piece.rows for row in range(start, stop)]
+    assert {name: sorted(rows) == list(range(len(rows))) for name, rows in taken.items()} == {
+        f"{prefix}qkvz.weight": True, f"{prefix}ba.weight": True,
+    }  # fmt: skip
+    assert sorted(map(len, taken.values())) == [64, 12288]
+
+
 def test_fused_tensors_are_those_of_each_expert() -> None:
     """A fused checkpoint has the same weights: what its tensors consist of, each row once."""
     each = experts("model.layers.3", 4, 6, 10, shared=False, fp8=False)
@@ -232,11 +272,13 @@ def test_random_experts_differ(tmp_path: Path, kept: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5", "qwen3_next"])
 def test_ranks_agree_with_one(tmp_path: Path, kind: str, size: int) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     gdn = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
     config = {**QWEN3_MOE, **heads} if kind == "qwen3" else {**moe_config_json(), **heads, **gdn}
+    if kind == "qwen3_next":
+        config |= {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
     directory = write_checkpoint(tmp_path, config, fused=size == 2)
     require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
 

@@ -46,7 +46,7 @@ def without_shared_expert(seed: int) -> dict[str, Any]:
     return config | {
         "architectures": QWEN3_MOE["architectures"],
         "model_type": QWEN3_MOE["model_type"],
-        "norm_topk_prob": seed % 3 > 0,
+        "norm_topk_prob": seed % 5 > 0,
         "decoder_sparse_step": 1 + seed % 2,
         "mlp_only_layers": [0] if seed % 4 == 3 else [],
     }
@@ -58,14 +58,23 @@ def with_shared_expert(seed: int) -> dict[str, Any]:
     return config | {"shared_expert_intermediate_size": rng.choice([8, 33, 64])}
 
 
-@pytest.mark.parametrize("seed", range(20))
+NEXT = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+
+
+def qwen3_next(seed: int) -> dict[str, Any]:
+    """As above, with the recurrent layers' projections in two tensors."""
+    return {**with_shared_expert(seed), **NEXT}
+
+
+@pytest.mark.parametrize("seed", range(24))
 def test_random_shapes(make_pair: MakePair, seed: int) -> None:
     """Prefill in two chunks of any size, then rows of one or several tokens, some rejected.
 
     The reference is float64: of some shapes, both models are 7e-5 away from it in float32.
     """
     rng = random.Random(seed)
-    config = (without_shared_expert if seed % 2 else with_shared_expert)(seed)
+    kind = (without_shared_expert, with_shared_expert, qwen3_next)[seed % 3]
+    config = kind(seed)
     pair = make_pair(config, seed=seed, reference_dtype=torch.float64)
     drafts = seed % 6
     ids = pair.ids(rng.randint(90, 120), seed)

@@ -13,7 +13,7 @@ from millrace.model.config_file import ConfigFile
 from millrace.model.drafters.mtp import MTPHead
 from millrace.model.family import Family
 from millrace.model.layers.attention import Attention, Rope
-from millrace.model.layers.decoder import Decoder, DecoderLayer, FeedForward
+from millrace.model.layers.decoder import Decoder, DecoderLayer, FeedForward, Mixer
 from millrace.model.layers.gated_deltanet import GatedDeltaNet
 from millrace.model.layers.mlp import MLP
 
@@ -59,14 +59,16 @@ def stack(
     max_len: int,
     mtp: bool,
     mlp: Callable[[BuildContext, str], FeedForward],
+    recurrent: Callable[[BuildContext, str], Mixer] = GatedDeltaNet,
 ) -> Decoder:
-    """The layers, each with the MLP that `mlp` makes for its prefix."""
+    """The layers, each with the MLP that `mlp` makes for its prefix, and attention or the mixer
+    that `recurrent` makes."""
     rope = Rope(context, max_len)
 
     def layer(prefix: str, kind: str, first: int = 0) -> DecoderLayer:
         feed_forward = mlp(context, f"{prefix}.mlp")
         if kind == "linear_attention":
-            mixer = GatedDeltaNet(context, f"{prefix}.linear_attn")
+            mixer = recurrent(context, f"{prefix}.linear_attn")
             return DecoderLayer(context, prefix, mixer, feed_forward)
         attention = Attention(context, f"{prefix}.self_attn", rope, gated=True, first=first)
         return DecoderLayer(context, prefix, attention, feed_forward)

@@ -20,13 +20,14 @@ from millrace.model.weight_format import Linear
 class GatedDeltaNet(nn.Module):
     """Linear attention with a decaying state, a short convolution before it and a gated norm after.
 
-    One projection makes q, k, v and z, another, never quantized, a and b.
+    One projection makes q, k, v and z, another, never quantized, a and b. by_head: the checkpoint
+    has each of the two in one tensor, key head by key head; else q, k and v in one, and z, a and b.
     """
 
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
-    def __init__(self, build: BuildContext, prefix: str) -> None:
+    def __init__(self, build: BuildContext, prefix: str, *, by_head: bool = False) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
         self.value_heads, self.value_dim = c.value_heads // self.tp.size, c.value_dim
@@ -34,13 +35,8 @@ class GatedDeltaNet(nn.Module):
         self.eps = c.eps
         heads, values = self.tp.share(c.value_heads), c.value_heads * c.value_dim
         width, channels = c.hidden_size, _channel_rows(build)
-        qkv = Piece(f"{prefix}.in_proj_qkv.weight", (c.conv_channels, width), channels)
-        z = Piece(f"{prefix}.in_proj_z.weight", (values, width), (self.tp.share(values),))
-        ab = [
-            Piece(f"{prefix}.in_proj_{name}.weight", (c.value_heads, width), (heads,))
-            for name in "ab"
-        ]
-        self.in_proj_qkvz = linear(build, [qkv, z])
+        qkvz, ab = (_by_head if by_head else _apart)(build, prefix)
+        self.in_proj_qkvz = linear(build, qkvz)
         self.in_proj_ab = linear(build, ab, quantized=False)
         taps = Piece(
             f"{prefix}.conv1d.weight", (c.conv_channels, 1, 4), channels, random=convolution
@@ -81,3 +77,37 @@ def _channel_rows(build: BuildContext) -> tuple[tuple[int, int], ...]:
     keys, values = c.key_heads * c.key_dim, c.value_heads * c.value_dim
     (k0, k1), (v0, v1) = tp.share(keys), tp.share(values)
     return (k0, k1), (keys + k0, keys + k1), (2 * keys + v0, 2 * keys + v1)
+
+
+def _apart(build: BuildContext, prefix: str) -> tuple[list[Piece], list[Piece]]:
+    """The projections of q, k, v and z, and of a and b, from tensors of their own."""
+    c, tp, width = build.config, build.tp, build.config.hidden_size
+    values = c.value_heads * c.value_dim
+    qkv = Piece(f"{prefix}.in_proj_qkv.weight", (c.conv_channels, width), _channel_rows(build))
+    z = Piece(f"{prefix}.in_proj_z.weight", (values, width), (tp.share(values),))
+    heads = (tp.share(c.value_heads),)
+    ab = [Piece(f"{prefix}.in_proj_{name}.weight", (c.value_heads, width), heads) for name in "ab"]
+    return [qkv, z], ab
+
+
+def _by_head(build: BuildContext, prefix: str) -> tuple[list[Piece], list[Piece]]:
+    """The same from two tensors: of each key head q, k, v and z, and b and a of its value heads."""
+    c = build.config
+    heads = range(*build.tp.share(c.key_heads))
+    group = c.value_heads // c.key_heads
+
+    def pieces(name: str, sizes: list[int]) -> list[Piece]:
+        total, starts = sum(sizes), [sum(sizes[:part]) for part in range(len(sizes))]
+        shape = c.key_heads * total, c.hidden_size
+        return [
+            Piece(
+                f"{prefix}.{name}.weight",
+                shape,
+                tuple((h * total + start, h * total + start + size) for h in heads),
+            )
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+    values = group * c.value_dim
+    b, a = pieces("in_proj_ba", [group, group])
+    return pieces("in_proj_qkvz", [c.key_dim, c.key_dim, values, values]), [a, b]
