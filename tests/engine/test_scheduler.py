@@ -86,6 +86,26 @@ def assert_all_free(eng: Engine) -> None:
     assert (stats.running, stats.waiting, stats.snapshots_used) == (0, 0, 0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    snapshots=st.integers(3, 12),
+    lengths=st.lists(st.integers(9, 40), min_size=1, max_size=12),
+    drafts=st.integers(0, 2),
+)
+def test_a_prompt_that_comes_twice_in_a_row_is_found(
+    snapshots: int, lengths: list[int], drafts: int
+) -> None:
+    """Whatever is cached already, and however often that was used: a new prompt has a chance."""
+    eng = engine(limits(num_snapshots=snapshots, num_pages=100, drafts=drafts), depth=1)
+    for number, length in enumerate(lengths):
+        prompt = [number + 1] * length
+        for turn in range(3):
+            before = eng.stats().prefix_hits
+            eng.add(request(f"{number} {turn}", prompt, 4, ignore_eos=True))
+            run(eng, {})
+            assert (eng.stats().prefix_hits > before) == (turn > 0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
