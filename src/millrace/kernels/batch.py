@@ -189,11 +189,12 @@ class Batch:
 
 
 def _decode_rows(decode: DecodeRows, prefill: PrefillRows | None) -> int:
-    """How many rows have tokens; those that have ended have slot 0, and padding comes last."""
+    """How many rows have tokens; those that have ended have slot 0, and padding comes last. At
+    least one, of the null slot where all have ended, so that ops always have a row."""
     if prefill is not None:
         return int(prefill.offsets[0]) // decode.width
     live = decode.slots.nonzero()
-    return int(live[-1]) + 1 if live.shape[0] else 0
+    return int(live[-1]) + 1 if live.shape[0] else 1
 
 
 @dataclass(frozen=True, slots=True)
