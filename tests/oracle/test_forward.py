@@ -22,6 +22,20 @@ def assert_close(pair: Pair, hidden: Tensor, reference: Tensor) -> None:
     assert difference < TOLERANCE, f"logits differ by {difference:.2e}"
 
 
+def assert_as_near_as_transformers(pair: Pair, exact: Pair, ids: list[int], hidden: Tensor) -> None:
+    """The log-probabilities of `ids` by our hidden vectors, [T, H], are as near to the float32
+    reference, `exact`, as those of `transformers` in the format of `pair`."""
+    target = torch.tensor(ids[1:])[:, None]
+
+    def log_prob(logits: Tensor) -> Tensor:
+        return logits[:-1].log_softmax(-1).gather(1, target)
+
+    truth = log_prob(exact.reference(ids))
+    ours = (log_prob(pair.model.logits(hidden).float()) - truth).abs().mean()
+    theirs = (log_prob(pair.reference(ids)) - truth).abs().mean()
+    assert ours < 1.25 * theirs + 1e-3, f"ours {ours:.4f}, transformers {theirs:.4f}"
+
+
 def decode(
     pair: Pair, driver: Driver, slot: int, ids: list[int], drafts: int, rng: random.Random
 ) -> None:
@@ -191,12 +205,4 @@ def test_bfloat16_log_probabilities(make_pair: MakePair, state_dtype: torch.dtyp
     for start in range(100, 200, 2):
         hidden += driver.step(decode=[(1, ids[start : start + 2])])[0]
         driver.accept(1, 2, 2)
-    target = torch.tensor(ids[1:])[:, None]
-
-    def log_prob(logits: Tensor) -> Tensor:
-        return logits[:-1].log_softmax(-1).gather(1, target)
-
-    truth = log_prob(exact.reference(ids))
-    ours = (log_prob(pair.model.logits(torch.cat(hidden)).float()) - truth).abs().mean()
-    theirs = (log_prob(pair.reference(ids)) - truth).abs().mean()
-    assert ours < 1.25 * theirs + 1e-3, f"ours {ours:.4f}, transformers {theirs:.4f}"
+    assert_as_near_as_transformers(pair, exact, ids, torch.cat(hidden))

@@ -20,7 +20,7 @@ from millrace.model.formats.fp8_block import Fp8BlockLinear
 from millrace.model.tiny import FP8_BLOCKS, QWEN3, write_checkpoint
 from millrace.model.weights import expected_tensors, load
 from tests.oracle.conftest import MakePair
-from tests.oracle.test_forward import assert_close, decode
+from tests.oracle.test_forward import assert_as_near_as_transformers, assert_close, decode
 from tests.support.driver import Driver, allocate_caches
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -119,15 +119,7 @@ def test_bfloat16_log_probabilities(make_pair: MakePair) -> None:
     for start in range(150, 200):
         hidden += driver.step(decode=[(1, ids[start : start + 1])])[0]
         driver.accept(1, 1, 1)
-    target = torch.tensor(ids[1:])[:, None]
-
-    def log_prob(logits: Tensor) -> Tensor:
-        return logits[:-1].log_softmax(-1).gather(1, target)
-
-    truth = log_prob(exact.reference(ids))
-    ours = (log_prob(pair.model.logits(torch.cat(hidden)).float()) - truth).abs().mean()
-    theirs = (log_prob(pair.reference(ids)) - truth).abs().mean()
-    assert ours < 1.25 * theirs + 1e-3, f"ours {ours:.4f}, transformers {theirs:.4f}"
+    assert_as_near_as_transformers(pair, exact, ids, torch.cat(hidden))
 
 
 # --- quantized ---------------------------------------------------------------------------------
