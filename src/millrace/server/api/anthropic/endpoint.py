@@ -16,7 +16,12 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
-from millrace.server.api.chat.endpoint import EFFORTS, chat_text, prepare_chat, tool_choice
+from millrace.server.api.chat.endpoint import (
+    EFFORTS,
+    count_chat_tokens,
+    prepare_chat,
+    respond_to_chat,
+)
 from millrace.server.api.context import ApiContext
 from millrace.server.api.field_table import counting_rules, field_rules
 from millrace.server.api.fields import naming_fields, note_tool_keys
@@ -84,16 +89,7 @@ class Anthropic:
         formatter = MessageFormatter(
             id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )
-        return context.respond(
-            prepared.requests,
-            prepared.params,
-            formatter,
-            ready,
-            bool(body.stream),
-            prefix_hashes,
-            stream_interval=body.stream_interval,
-            reasons=prepared.reasons,
-        )
+        return respond_to_chat(context, body, prepared, formatter, ready, prefix_hashes)
 
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/messages/count_tokens"""
@@ -101,10 +97,7 @@ class Anthropic:
         body = await context.body(request, CountRequest, counting_rules("messages"))
         ready = context.check_ready(body)
         chat = await context.run_in_thread(partial(as_chat, body), is_long(body.messages))
-        choice = tool_choice(context, chat)
-        work = partial(chat_text, context, chat, choice, ready, must_fit=False)
-        text = await context.run_in_thread(work, long=True)
-        return json_response(TokenCount(await context.count_tokens(text, ready)))
+        return json_response(TokenCount(await count_chat_tokens(context, chat, ready)))
 
 
 # --- from Anthropic's body to OpenAI's ----------------------------------------------------------

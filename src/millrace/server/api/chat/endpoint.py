@@ -7,6 +7,7 @@ to this one and use it too.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,14 @@ from millrace.server.api.fields import (
     sampling_params,
     structured_outputs,
 )
+from millrace.server.api.formatters import Formatter
 from millrace.server.api.prompts import naming_prompt
-from millrace.server.api.request_schema import BatchChatRequest, ChatOptions, ChatRequest
+from millrace.server.api.request_schema import (
+    BatchChatRequest,
+    ChatOptions,
+    ChatRequest,
+    SamplingRequest,
+)
 from millrace.text.answer_parser import AnswerParser
 from millrace.text.grammar_jobs import GrammarJob
 from millrace.text.messages import is_long
@@ -75,16 +82,7 @@ class Chat:
             echo=_last_answer(body.messages) if body.echo else "",
             custom_tools=prepared.custom_tools,
         )
-        return context.respond(
-            prepared.requests,
-            prepared.params,
-            formatter,
-            ready,
-            bool(body.stream),
-            prefix_hashes,
-            stream_interval=body.stream_interval,
-            reasons=prepared.reasons,
-        )
+        return respond_to_chat(context, body, prepared, formatter, ready, prefix_hashes)
 
     async def create_batch(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions/batch: a choice for each conversation, in their order."""
@@ -177,6 +175,39 @@ async def prepare_chat(
     parsers = [parser() for _ in requests]
     custom = frozenset(tool.name for tool in choice.tools if tool.custom)
     return PreparedChat(requests, params, parsers, text, starts_with_reasoning, custom)
+
+
+def respond_to_chat(
+    context: ApiContext,
+    body: SamplingRequest,
+    prepared: PreparedChat,
+    formatter: Formatter,
+    ready: Ready,
+    prefix_hashes: Sequence[int],
+) -> ASGIApp:
+    """The application that runs a prepared chat, as the body of its API asks for it.
+
+    prefix_hashes: of its prompt. Raises RequestError for a stream_interval of less than one.
+    """
+    return context.respond(
+        prepared.requests,
+        prepared.params,
+        formatter,
+        ready,
+        bool(body.stream),
+        prefix_hashes,
+        stream_interval=body.stream_interval,
+        reasons=prepared.reasons,
+    )
+
+
+async def count_chat_tokens(context: ApiContext, body: ChatRequest, ready: Ready) -> int:
+    """How many tokens a chat's prompt has, more than the model's context too. Raises RequestError
+    or ApiError."""
+    choice = tool_choice(context, body)
+    work = partial(chat_text, context, body, choice, ready, must_fit=False)
+    text = await context.run_in_thread(work, long=True)
+    return await context.count_tokens(text, ready)
 
 
 def chat_text(

@@ -20,7 +20,7 @@ from millrace.errors import RequestError
 from millrace.lengths import ContextLengthError
 from millrace.protocol import Ready
 from millrace.response_ids import OWNER_HEADER
-from millrace.server.api.chat.endpoint import PreparedChat, chat_text, tool_choice
+from millrace.server.api.chat.endpoint import PreparedChat, count_chat_tokens, respond_to_chat
 from millrace.server.api.context import ApiContext
 from millrace.server.api.field_table import counting_rules
 from millrace.server.api.fields import naming_fields
@@ -92,16 +92,7 @@ class Responses:
             return self._begin(body, prepared, formatter, ready, prefix_hashes, owner, items)
         if formatter.body.store:
             formatter.on_end = partial(self._keep, owner, items)
-        return context.respond(
-            prepared.requests,
-            prepared.params,
-            formatter,
-            ready,
-            bool(body.stream),
-            prefix_hashes,
-            stream_interval=body.stream_interval,
-            reasons=prepared.reasons,
-        )
+        return respond_to_chat(context, body, prepared, formatter, ready, prefix_hashes)
 
     async def count(self, request: Request) -> ASGIApp:
         """POST /v1/responses/input_tokens; the input may be longer than the context"""
@@ -109,10 +100,8 @@ class Responses:
         body = await context.body(request, ResponsesRequest, counting_rules("responses"))
         ready = context.check_ready(body)
         chat, _ = as_chat(body, self._items(body, _owner(request)))
-        choice = tool_choice(context, chat)
-        work = partial(chat_text, context, chat, choice, ready, must_fit=False)
-        text = await context.run_in_thread(work, long=True)
-        return json_response(InputTokens(input_tokens=await context.count_tokens(text, ready)))
+        tokens = await count_chat_tokens(context, chat, ready)
+        return json_response(InputTokens(input_tokens=tokens))
 
     async def retrieve(self, request: Request) -> ASGIApp:
         """GET /v1/responses/ID, also as a stream of events."""
