@@ -128,6 +128,9 @@ class EngineClient:
         if self.died is not None:
             stream.engine_died(EngineDeadError(str(self.died)))
             return stream
+        if self.refusal is not None:  # since the request was checked; it would not end
+            stream.put(Delta(request.id, [], "abort"), monotonic())
+            return stream
         self._streams[request.id] = stream
         self._link.send(request)
         return stream
