@@ -54,7 +54,8 @@ class Engine:
 
     depth: steps launched ahead of the last known result. plan_log: a file for plans and results.
     check: test every invariant after each step. grammars: for structured outputs; None: requests
-    that need a grammar are refused.
+    that need a grammar are refused. now, pause: the clock of `AddRequest.arrival`, and how the
+    engine waits on it.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Engine:
         check: bool = False,
         config: EngineConfig | None = None,
         grammars: Grammars | None = None,
+        now: Callable[[], float] = monotonic,
+        pause: Callable[[float], None] = sleep,
     ) -> None:
         self.config = config
         self.scheduler = scheduler
@@ -74,6 +77,7 @@ class Engine:
         self._depth = depth
         self._log = PlanLog(plan_log) if plan_log else None
         self._check = check
+        self._now, self._pause = now, pause
         self.grammars = grammars
         self._compiling: dict[str, tuple[AddRequest, Future[GrammarState]]] = {}
         self._steps: deque[_LaunchedStep] = deque()
@@ -108,11 +112,11 @@ class Engine:
             return immediate + self._commit(self._steps.popleft())
         if self.scheduler.uses_tiers:
             self.scheduler.transferred(self.worker.finished())
-        plan = self.scheduler.plan(monotonic())
+        plan = self.scheduler.plan(self._now())
         if plan is not None:
             self._launch(plan)
         if plan is None and not self._steps and self.scheduler.uses_tiers:
-            sleep(TRANSFER_WAIT)  # nothing to do until a transfer ends
+            self._pause(TRANSFER_WAIT)  # nothing to do until a transfer ends
         if not self._steps or (plan is not None and len(self._steps) <= self._depth):
             return immediate
         return immediate + self._commit(self._steps.popleft())

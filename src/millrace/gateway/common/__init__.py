@@ -1,1 +1,1 @@
-"""Used in all of the gateway: limits, and counters that its processes share."""
+"""Used in all of the gateway: limits, the clock, and counters that its processes share."""

@@ -61,28 +61,30 @@ PREFIX_SLOTS = 1 << 16
 
 
 class SharedCounters:
-    """The memory of `processes` writers. fd: descriptor of a block that another process made."""
+    """The memory of `processes` writers. fd: descriptor of a block that another process made.
+    replicas: the most that are counted; only a simulated fleet has more than MAX_REPLICAS."""
 
-    def __init__(self, processes: int, fd: int | None = None) -> None:
+    def __init__(self, processes: int, fd: int | None = None, replicas: int = MAX_REPLICAS) -> None:
         self.processes = processes
-        per_process = MAX_REPLICAS * _REPLICA_CELLS + _PROCESS_CELLS
-        cells = processes * per_process + MAX_REPLICAS + 2 * PREFIX_SLOTS
+        self._process_stride = replicas * _REPLICA_CELLS
+        per_process = replicas * _REPLICA_CELLS + _PROCESS_CELLS
+        cells = processes * per_process + replicas + 2 * PREFIX_SLOTS
         if fd is None:
             fd = os.memfd_create("millrace-gateway")
             os.ftruncate(fd, cells * 8)
         self.fd = fd
         block = mmap.mmap(fd, cells * 8)
         everything = np.frombuffer(block, dtype=np.int64)
-        ends = np.cumsum([processes * MAX_REPLICAS * _REPLICA_CELLS, processes * _PROCESS_CELLS])
-        self._replicas = everything[: ends[0]].reshape(processes, MAX_REPLICAS, _REPLICA_CELLS)
+        ends = np.cumsum([processes * replicas * _REPLICA_CELLS, processes * _PROCESS_CELLS])
+        self._replicas = everything[: ends[0]].reshape(processes, replicas, _REPLICA_CELLS)
         self._processes = everything[ends[0] : ends[1]].reshape(processes, _PROCESS_CELLS)
-        self._load_corrections = everything[ends[1] : ends[1] + MAX_REPLICAS]
+        self._load_corrections = everything[ends[1] : ends[1] + replicas]
         # The same memory as plain views: for a few cells they are much quicker than arrays.
         self._replica_cells = everything[: ends[0]].data.cast("B").cast("q")
         self._process_cells = everything[ends[0] : ends[1]].data.cast("B").cast("q")
         self._load_correction_cells = self._load_corrections.data.cast("B").cast("q")
         # (hash, replicas as bits): see prefix_index.py
-        self.prefixes = everything[ends[1] + MAX_REPLICAS :].view(np.uint64).reshape(-1, 2)
+        self.prefixes = everything[ends[1] + replicas :].view(np.uint64).reshape(-1, 2)
 
     def process_counters(self, process: int) -> ProcessCounters:
         """The cells that this process writes."""
@@ -132,7 +134,7 @@ class SharedCounters:
         cells = self._replica_cells
         if self.processes == 1:
             return cells[slot * _REPLICA_CELLS + cell]
-        return sum(cells[slot * _REPLICA_CELLS + cell :: MAX_REPLICAS * _REPLICA_CELLS])
+        return sum(cells[slot * _REPLICA_CELLS + cell :: self._process_stride])
 
     # --- written by the health monitor -----------------------------------------------------------
 

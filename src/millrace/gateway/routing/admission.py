@@ -7,12 +7,11 @@ in the shared counters, so processes agree except for requests that start in the
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections import deque
 from typing import Protocol
 
+from millrace.gateway.common.clock import LOOP_CLOCK, Clock, Timer
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import ProcessCounters, SharedCounters
 from millrace.gateway.http.request_info import RequestInfo, ServiceClass
@@ -39,8 +38,13 @@ class AdmissionControl:
     """The two queues of one process."""
 
     def __init__(
-        self, counters: SharedCounters, process_counters: ProcessCounters, limits: GatewayLimits
+        self,
+        counters: SharedCounters,
+        process_counters: ProcessCounters,
+        limits: GatewayLimits,
+        clock: Clock = LOOP_CLOCK,
     ) -> None:
+        self._clock = clock
         self._counters = counters
         self._process_counters = process_counters
         self._limit = {
@@ -49,10 +53,10 @@ class AdmissionControl:
         }
         self._queue_limit = {"interactive": limits.queue_size, "batch": limits.batch_queue_size}
         self._queues: dict[ServiceClass, deque[QueuedRequest]] = {name: deque() for name in CLASSES}
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
         self._dispatching = False
         self._rate = 1.0  # requests that end per second, smoothed
-        self._last_end = time.monotonic()
+        self._last_end = clock.now()
 
     def waiting(self, service: ServiceClass) -> int:
         """Requests of this class that wait in this process."""
@@ -88,7 +92,7 @@ class AdmissionControl:
     def release(self, service: ServiceClass) -> None:
         """An admitted request has ended."""
         self._process_counters.add_gauge(service, -1)
-        now = time.monotonic()
+        now = self._clock.now()
         since, self._last_end = max(now - self._last_end, 1e-4), now
         self._rate += 0.05 * (1.0 / since - self._rate)
         self.dispatch()
@@ -135,8 +139,7 @@ class AdmissionControl:
 
     def _schedule_dispatch(self) -> None:
         if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_POLL, self._on_timer)
+            self._timer = self._clock.call_later(_POLL, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

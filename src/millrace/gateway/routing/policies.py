@@ -179,23 +179,28 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-PolicyFactory = Callable[[ReplicaSet, PrefixTable, int], Policy]
+PolicyFactory = Callable[[ReplicaSet, PrefixTable, int, int | None], Policy]
 
 POLICIES: Mapping[str, PolicyFactory] = {
-    "least_loaded": lambda replica_set, table, gap: LeastLoaded(replica_set),
-    "round_robin": lambda replica_set, table, gap: RoundRobin(replica_set),
-    "random": lambda replica_set, table, gap: Random(replica_set),
-    "power_of_two": lambda replica_set, table, gap: PowerOfTwo(replica_set),
-    "prefix_aware": PrefixAware,
-    "consistent_hash": lambda replica_set, table, gap: ConsistentHash(replica_set),
+    "least_loaded": lambda replica_set, table, gap, seed: LeastLoaded(replica_set),
+    "round_robin": lambda replica_set, table, gap, seed: RoundRobin(replica_set),
+    "random": lambda replica_set, table, gap, seed: Random(replica_set, seed),
+    "power_of_two": lambda replica_set, table, gap, seed: PowerOfTwo(replica_set, seed),
+    "prefix_aware": lambda replica_set, table, gap, seed: PrefixAware(replica_set, table, gap),
+    "consistent_hash": lambda replica_set, table, gap, seed: ConsistentHash(replica_set),
 }
 BY_PREFIX = frozenset({"prefix_aware"})  # policies that use the prefix table
 
 
 def make_policy(
-    policy: str, replica_set: ReplicaSet, table: PrefixTable, gap: int = 4096
+    policy: str,
+    replica_set: ReplicaSet,
+    table: PrefixTable,
+    gap: int = 4096,
+    seed: int | None = None,
 ) -> Policy:
-    """The policy of that name. gap: tokens, for prefix_aware. Raises UserError if unknown."""
+    """The policy of that name. gap: tokens, for prefix_aware. seed: of policies that draw; None:
+    any. Raises UserError if the name is unknown."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy!r}: use one of {', '.join(POLICIES)}")
-    return POLICIES[policy](replica_set, table, gap)
+    return POLICIES[policy](replica_set, table, gap, seed)

@@ -7,13 +7,13 @@ health is checked.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from millrace.common.http_client import Target
+from millrace.gateway.common.clock import LOOP_CLOCK, Clock
 from millrace.gateway.common.shared_counters import (
     BYTES,
     CHUNKS,
@@ -43,7 +43,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
     id: never reused. slot: its row in the shared counters. lost: it cannot be reached, so its
     running requests will not end. failing: requests met failures since its last success.
-    slow_start_from: `time.monotonic()` at which slow start began; None for full weight. limit:
+    slow_start_from: the moment at which slow start began; None for full weight. limit:
     concurrent requests, 0 for any number. response_tag: stands in the ids of the responses that it
     stores; empty if it says none.
     """
@@ -137,7 +137,9 @@ class ReplicaSet:
         process_counters: ProcessCounters,
         report: Callable[[int, Outcome], None],
         slow_start: float = 10.0,
+        clock: Clock = LOOP_CLOCK,
     ) -> None:
+        self._clock = clock
         self.all: list[Replica] = []
         self.process_counters = process_counters
         self.on_lost: Callable[[Replica], None] = lambda replica: None
@@ -228,7 +230,7 @@ class ReplicaSet:
         member = replica.member
         if not self._ramping or member.slow_start_from is None or self._slow_start <= 0:
             return member.weight
-        age = time.monotonic() - member.slow_start_from
+        age = self._clock.now() - member.slow_start_from
         return member.weight * min(1.0, max(0.1, age / self._slow_start))
 
     def expected_output_tokens(self, info: RequestInfo) -> int:
@@ -264,7 +266,7 @@ class ReplicaSet:
         """A request met a failure at a replica; the health monitor decides what follows."""
         if not failure.lost:
             self.process_counters.add(replica.slot, FAILURES, 1)
-        replica.burst = replica.burst.after(time.monotonic(), failure)
+        replica.burst = replica.burst.after(self._clock.now(), failure)
         self._report(replica.member.id, failure)
 
     def record_answer(self, replica: Replica, status: int, request: Request, suspect: bool) -> None:
