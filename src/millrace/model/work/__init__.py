@@ -1,0 +1,28 @@
+"""What a step of a model must compute and move, from the model's own description.
+
+Accounting, benchmarks and the planner use these functions and no others. They need no torch.
+"""
+
+from millrace.model.work.layout import Formats, Layout, formats_of
+from millrace.model.work.parts import Part, Work, step_work
+from millrace.model.work.shape import StepShape
+from millrace.model.work.weights import (
+    WeightCounts,
+    experts_hit,
+    weight_bytes,
+    weight_counts,
+)
+
+__all__ = [
+    "Formats",
+    "Layout",
+    "Part",
+    "StepShape",
+    "WeightCounts",
+    "Work",
+    "experts_hit",
+    "formats_of",
+    "step_work",
+    "weight_bytes",
+    "weight_counts",
+]

@@ -1,0 +1,1 @@
+"""Tables with their sources: GPUs, prices, models, kinds of text, measured rows."""

@@ -1,0 +1,1 @@
+"""The time and the energy of a step, memory, and how their parameters are fitted."""
