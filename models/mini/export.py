@@ -1,6 +1,7 @@
 """Makes the model directory from a training run: config, generation config, bf16 weights.
 
     python models/mini/export.py OUT models/millrace-mini
+    python models/mini/export.py --model millrace-mini-moe OUT models/millrace-mini-moe
 
 OUT is train.py's. The tokenizer's files are make_tokenizer.py's and must be there already.
 """
@@ -13,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import Shape
+from model import SHAPES, Shape
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from train import load
 
 
 def model_config(s: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
     """The flat text config, as transformers and vLLM read it."""
     return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
+        **mlp_config(s),
         "dtype": "bfloat16",
         "vocab_size": s.vocab,
         "hidden_size": s.hidden,
-        "intermediate_size": s.intermediate,
         "num_hidden_layers": s.layers,
         "layer_types": [
-            "full_attention" if i % 4 == 3 else "linear_attention" for i in range(s.layers)
+            "full_attention" if s.is_attention(i) else "linear_attention" for i in range(s.layers)
         ],
-        "full_attention_interval": 4,
+        "full_attention_interval": s.interval,
         "num_attention_heads": s.heads,
         "num_key_value_heads": s.kv_heads,
         "head_dim": s.head_dim,
@@ -67,24 +67,62 @@ def model_config(s: Shape, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def mlp_config(s: Shape) -> dict[str, Any]:
+    """The family, and the sizes of its MLPs."""
+    if not s.experts:
+        return {
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "model_type": "qwen3_5_text",
+            "intermediate_size": s.intermediate,
+        }
+    return {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": s.experts,
+        "num_experts_per_tok": s.top_k,
+        "moe_intermediate_size": s.intermediate,
+        "shared_expert_intermediate_size": s.shared,
+        "output_router_logits": False,
+    }
+
+
+def split_experts(weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """All experts one by one, in the tensors whose names begin with the prefix."""
+    made: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stem, _, last = name.rpartition(".")
+        if not name.startswith(prefix) or not stem.endswith(".experts"):
+            made[name] = weight
+            continue
+        parts = {last: weight}
+        if last == "gate_up_proj":
+            parts = dict(zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True))
+        for part, of_all in parts.items():
+            for expert, values in enumerate(of_all):
+                made[f"{stem}.{expert}.{part}.weight"] = values.contiguous()
+    return made
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, default="millrace-mini")
     parser.add_argument("run", type=Path, help="train.py's --out")
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.directory / "tokenizer.json"))
     stops = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-    write_json(args.directory / "config.json", model_config(Shape(), tokenizer))
+    write_json(args.directory / "config.json", model_config(SHAPES[args.model], tokenizer))
     write_json(
         args.directory / "generation_config.json",
         {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[1]},
     )
     weights = {
-        name: value.to(torch.bfloat16).contiguous() for name, value in load(args.run).items()
+        name: value.to(torch.bfloat16).contiguous()
+        for name, value in split_experts(load(args.run), prefix="mtp.").items()
     }
     save_file(weights, args.directory / "model.safetensors", metadata={"format": "pt"})
     (args.directory / "model.safetensors").chmod(0o644)

@@ -79,7 +79,7 @@ def _step(model: Mini, token: Tensor, caches: Cache, at: int, mask: Tensor) -> T
 def greedy(model: Mini, prompts: Prompts, stop: int, limit: int) -> Tensor:
     """Prompts and what follows them; a sequence that has stopped repeats the stop token."""
     length = prompts.ids.shape[1]
-    hidden, caches = model.hidden(prompts.ids, Packing.of(prompts.real))
+    hidden, caches, _ = model.hidden(prompts.ids, Packing.of(prompts.real))
     token = model.logits(hidden[:, -1]).argmax(-1)
     for i, layer in enumerate(model.model.layers):
         if layer.attention:
@@ -109,12 +109,12 @@ def acceptance(model: Mini, ids: Tensor, real: Tensor, start: int, stop: int, k:
         F.pad(real, (0, ids.shape[1] + pad - start), value=1),
     )
     packing = Packing.of(real)
-    hidden, _ = model.hidden(ids, packing)
+    hidden, _, _ = model.hidden(ids, packing)
     target = F.pad(ids, (0, 1))[:, 1:]
     ended = (ids[:, start:] == stop).cumsum(1) > 0
     counts = torch.zeros(k, 2, dtype=torch.long)
     alive = torch.ones_like(ids[:, start:], dtype=torch.bool)
-    for step, out in enumerate(model.drafts(ids, hidden, packing, k)):
+    for step, out in enumerate(model.drafts(ids, hidden, packing, k)[0]):
         right = model.logits(out).argmax(-1) == target
         shifted = F.pad(right, (0, step))[
             :, start + step :

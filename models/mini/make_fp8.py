@@ -1,10 +1,11 @@
 """Makes the FP8 twin of a model directory: E4M3 weights with a scale for every 128 x 128 block.
 
     python models/mini/make_fp8.py models/millrace-mini models/millrace-mini-fp8
+    python models/mini/make_fp8.py models/millrace-mini-moe millrace-mini-moe-fp8
 
 The layout is that of the large FP8 checkpoints: each quantised `X.weight` has a bf16
-`X.weight_scale_inv` that multiplies it; embeddings, norms, the GDN gates and convolution, and
-`mtp.fc` stay bf16.
+`X.weight_scale_inv` that multiplies it, and experts have their tensors one by one; embeddings,
+norms, routers, the GDN gates and convolution, and `mtp.fc` stay bf16.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from export import split_experts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BLOCK = 128
 QUANTISED = re.compile(
-    r"\.(mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"
-    r"\.weight$"
+    r"\.(mlp\.((experts\.\d+|shared_expert)\.)?(gate|up|down)_proj|self_attn\.[qkvo]_proj"
+    r"|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))\.weight$"
 )
 COPIED = (
     "tokenizer.json",
@@ -69,7 +71,7 @@ def main() -> None:
     args.target.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         shutil.copyfile(args.source / name, args.target / name)
-    weights, kept = convert(load_file(args.source / "model.safetensors"))
+    weights, kept = convert(split_experts(load_file(args.source / "model.safetensors")))
     config = json.loads((args.source / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8",

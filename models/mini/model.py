@@ -1,9 +1,9 @@
 """The training model: Qwen3.5's hybrid decoder and its MTP head, written for packed rows.
 
 Parameter names are the checkpoint's. Documents in a row do not affect each other: attention and the
-short convolution are masked by document, and the recurrent state is reset at each start. This
-module knows nothing of data or optimisation. Sequences are processed whole; generating is
-`generate.py`'s.
+short convolution are masked by document, and the recurrent state is reset at each start. Every MLP
+is a plain one or a mixture of experts. This module knows nothing of data or optimisation. Sequences
+are processed whole; generating is `generate.py`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ FORGET = -80.0  # log decay at a document's start: exp(-80) of an old state is n
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes; the defaults are millrace-mini's."""
+    """Sizes; the defaults are millrace-mini's.
+
+    intermediate: of a plain MLP, or of each expert if there are `experts`, of which every token
+    goes to `top_k` and to the shared one of width `shared`. interval: each such layer is attention.
+    """
 
     vocab: int = 4096
     hidden: int = 256
@@ -36,6 +40,21 @@ class Shape:
     gdn_dim: int = 128
     conv: int = 4
     eps: float = 1e-6
+    interval: int = 4
+    experts: int = 0
+    top_k: int = 0
+    shared: int = 0
+
+    def is_attention(self, layer: int) -> bool:
+        return layer % self.interval == self.interval - 1
+
+
+SHAPES = {
+    "millrace-mini": Shape(),
+    "millrace-mini-moe": Shape(
+        layers=6, interval=3, heads=2, kv_heads=1, intermediate=128, experts=8, top_k=2, shared=128
+    ),
+}
 
 
 @dataclass
@@ -44,11 +63,13 @@ class Packing:
 
     starts [B, L]: whether a document starts here. same [B, 1, L, L]: one document, causal.
     taps [B, 3, L]: whether the token 1, 2, 3 before this one is of the same document.
+    real [B, L]: whether the token is of a document (of number 1 and up), not padding.
     """
 
     starts: Tensor
     same: Tensor
     taps: Tensor
+    real: Tensor
 
     @classmethod
     def of(cls, documents: Tensor) -> Packing:
@@ -57,7 +78,7 @@ class Packing:
         taps = torch.stack([documents == b for b in before], dim=1)
         causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
         same = (documents[:, :, None] == documents[:, None, :]) & causal
-        return cls(~taps[:, 0], same[:, None], taps)
+        return cls(~taps[:, 0], same[:, None], taps, documents > 0)
 
 
 class Norm(nn.Module):
@@ -256,15 +277,87 @@ class Attention(nn.Module):
         return self.finish(out, gate), (k, v)
 
 
+# --- MLPs ----------------------------------------------------------------------------------------
+
+
 class Mlp(nn.Module):
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = linear(s.hidden, s.intermediate)
-        self.up_proj = linear(s.hidden, s.intermediate)
-        self.down_proj = linear(s.intermediate, s.hidden)
+        self.gate_proj = linear(hidden, width)
+        self.up_proj = linear(hidden, width)
+        self.down_proj = linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """All experts of a layer in two tensors; of gate_up_proj the gate's rows come first."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.count = s.experts
+        self.gate_up_proj = nn.Parameter(torch.empty(s.experts, 2 * s.intermediate, s.hidden))
+        self.down_proj = nn.Parameter(torch.empty(s.experts, s.hidden, s.intermediate))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The sum of the experts' outputs times `weights` [..., E], which are 0 of most.
+
+        Every expert sees every token, since two large GEMMs take a GPU less time than the grouping
+        of tokens would: side by side, all experts are one wide MLP.
+        """
+        both = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (self.count, 2, -1))
+        gate, up = both.unbind(-2)
+        inner = F.silu(gate) * up * weights[..., None].to(gate.dtype)
+        return F.linear(inner.flatten(-2), self.down_proj.transpose(0, 1).flatten(1))
+
+
+class Moe(nn.Module):
+    """A router, experts, and a shared expert times the sigmoid of its gate."""
+
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.top_k = s.top_k
+        self.gate = linear(s.hidden, s.experts)
+        self.experts = Experts(s)
+        self.shared_expert = Mlp(s.hidden, s.shared)
+        self.shared_expert_gate = linear(s.hidden, 1)
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs, and for each token and expert [..., E, 2] the probability, and the share of
+        the token's choices."""
+        probabilities = self.gate(x).float().softmax(-1)
+        values, chosen = probabilities.topk(self.top_k, dim=-1)
+        values = values / values.sum(-1, keepdim=True)
+        weights = torch.zeros_like(probabilities).scatter(-1, chosen, values)
+        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        picked = torch.zeros_like(probabilities).scatter(-1, chosen, 1 / self.top_k)
+        return self.experts(x, weights) + shared, torch.stack((probabilities, picked), dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.routed(x)[0]
+
+
+def feed(mlp: Mlp | Moe, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The MLP's outputs, and its load [E, 2] over the real tokens; E is 0 of a plain MLP.
+
+    Load: of each expert the mean of its probability, and its share of all choices.
+    """
+    if isinstance(mlp, Mlp):
+        return mlp(x), x.new_zeros(0, 2)
+    out, routing = mlp.routed(x)
+    return out, (routing * real[..., None, None]).sum((0, 1)) / real.sum()
+
+
+def imbalance(loads: list[Tensor]) -> Tensor:
+    """1 if the experts of every layer have equal shares, else more: the auxiliary loss."""
+    each = [len(load) * load.prod(-1).sum() for load in loads]
+    return torch.stack(each).mean()
+
+
+# --- the decoder ---------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -274,7 +367,7 @@ class Layer(nn.Module):
         super().__init__()
         self.input_layernorm = Norm(s.hidden, s.eps)
         self.post_attention_layernorm = Norm(s.hidden, s.eps)
-        self.mlp = Mlp(s)
+        self.mlp = Moe(s) if s.experts else Mlp(s.hidden, s.intermediate)
         if attention:
             self.self_attn = Attention(s)
         else:
@@ -285,10 +378,12 @@ class Layer(nn.Module):
     def mixer(self) -> Attention | DeltaNet:
         return self.self_attn if self.attention else self.linear_attn
 
-    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Also the mixer's cache and the MLP's load (see `feed`)."""
         mixed, cache = self.mixer(self.input_layernorm(x), packing)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        out, load = feed(self.mlp, self.post_attention_layernorm(x), packing.real)
+        return x + out, cache, load
 
 
 class Decoder(nn.Module):
@@ -296,7 +391,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(s.vocab, s.hidden)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        self.layers = nn.ModuleList(Layer(s, i % 4 == 3) for i in range(s.layers))
+        self.layers = nn.ModuleList(Layer(s, s.is_attention(i)) for i in range(s.layers))
         self.norm = Norm(s.hidden, s.eps)
 
 
@@ -320,24 +415,31 @@ class Mtp(nn.Module):
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, packing: Packing, steps: int
-    ) -> list[Tensor]:
-        """The normed output of each draft step at every row, teacher-forced, [B, L, hidden] each.
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The normed output of each draft step at every row, teacher-forced, [B, L, hidden] each,
+        and the MLP's loads.
 
         hidden: the model's own after its final norm, not shifted.
         """
         embedded = self.pre_fc_norm_embedding(embedded)
         same = packing.same & ~packing.starts[:, None, None, :]  # row 0 has no hidden before it
         past: list[tuple[Tensor, Tensor]] = []
-        outputs = []
+        outputs, loads = [], []
         for _ in range(steps):
-            hidden, keys = self._step(embedded, hidden, same, past)
+            hidden, keys, load = self._step(embedded, hidden, same, packing.real, past)
             past.append(keys)
             outputs.append(hidden)
-        return outputs
+            loads.append(load)
+        return outputs, loads
 
     def _step(
-        self, embedded: Tensor, hidden: Tensor, same: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        same: Tensor,
+        real: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         layer = self.layers[0]
         before = self.pre_fc_norm_hidden(F.pad(hidden, (0, 0, 1, 0))[:, :-1])
         x = self.fc(torch.cat((embedded, before), dim=-1)).float()
@@ -351,8 +453,8 @@ class Mtp(nn.Module):
             eye = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=same | eye)
         x = x + attention.finish(out, gate)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.norm(x), (k, v)
+        fed, load = feed(layer.mlp, layer.post_attention_layernorm(x), real)
+        return self.norm(x + fed), (k, v), load
 
 
 def _back(x: Tensor, by: int) -> Tensor:
@@ -389,17 +491,23 @@ class Mini(nn.Module):
         self.model = Decoder(self.shape)
         self.mtp = Mtp(self.shape)
 
-    def hidden(self, ids: Tensor, packing: Packing) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The states after the final norm, in fp32, and each layer's cache."""
+    def hidden(
+        self, ids: Tensor, packing: Packing
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """The states after the final norm, in fp32, each layer's cache, and each MLP's load."""
         x = self.model.embed_tokens(ids)
-        caches = []
+        caches, loads = [], []
         for layer in self.model.layers:
-            x, cache = layer(x, packing)
+            x, cache, load = layer(x, packing)
             caches.append(cache)
-        return self.model.norm(x), caches
+            loads.append(load)
+        return self.model.norm(x), caches, loads
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.embed_tokens.weight)
 
-    def drafts(self, ids: Tensor, hidden: Tensor, packing: Packing, steps: int) -> list[Tensor]:
+    def drafts(
+        self, ids: Tensor, hidden: Tensor, packing: Packing, steps: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Each step's outputs, and each step's load."""
         return self.mtp(self.model.embed_tokens(ids), hidden, packing, steps)

@@ -1,7 +1,8 @@
 """Muon for the matrices inside the layers, AdamW for everything else.
 
 Muon makes each update orthogonal (five Newton-Schulz iterations of its momentum); matrices of one
-shape are processed as one batch. It knows parameters and gradients, not the model.
+shape are processed as one batch, and a tensor of experts is a batch of matrices. It knows
+parameters and gradients, not the model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MIN_SIDE = 64  # thinner matrices (one row a head) are left to AdamW
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """[N, R, C] to matrices of the same singular vectors whose singular values are near one."""
+    """[..., R, C] to matrices of the same singular vectors whose singular values are near one."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()
@@ -51,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
         update = orthogonalise(torch.stack(ahead))
-        scale = 0.2 * max(params[0].shape) ** 0.5
+        scale = 0.2 * max(params[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["decay"])
         updates = (update.float() * (-group["lr"] * scale)).unbind()
         torch._foreach_add_(params, list(updates))
@@ -62,7 +63,7 @@ def make_optimizers(module: nn.Module, lr: float, decay: float) -> list[torch.op
     matrices, rest = [], []
     for name, p in module.named_parameters():
         if p.requires_grad:
-            wide = p.ndim == 2 and min(p.shape) >= MIN_SIDE and "embed" not in name
+            wide = p.ndim >= 2 and min(p.shape[-2:]) >= MIN_SIDE and "embed" not in name
             (matrices if wide else rest).append(p)
     fused = rest[0].is_cuda
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)

@@ -1,6 +1,7 @@
 """Trains millrace-mini: the model with its first MTP step, then the MTP head alone, 5 steps ahead.
 
     python models/mini/train.py --directory models/millrace-mini --out OUT
+    python models/mini/train.py --model millrace-mini-moe --directory models/millrace-mini --out OUT
 
 Needs one GPU for minutes (a CPU is enough for a trial of a few steps). Writes OUT/part-*.bin (the
 weights in fp32, cut into files of 15 MiB, which --resume OUT continues from), OUT/log.json and
@@ -14,6 +15,7 @@ import argparse
 import copy
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from data import ANSWER, PROMPT, rows, template
 from generate import evaluate
-from model import Mini, Packing
+from model import SHAPES, Mini, Packing, imbalance
 from optimizer import make_optimizers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -48,6 +50,7 @@ class Settings:
     warmup: int = 150
     hold: float = 0.3  # share of a phase at full rate; then it falls in a straight line to 1%
     mtp_weight: float = 0.2
+    balance_weight: float = 0.01  # of the experts' imbalance
     prompt_weight: float = 0.1  # falls to nothing over the first half of the first phase
     math_share: float = 0.4
     unlisted: float = 0.0  # share of policies whose names, numbers and phrases are of any spelling
@@ -131,23 +134,40 @@ def _cross_entropy(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: 
 
 
 def main_loss(model: Mini, batch: Batch, s: Settings) -> tuple[Tensor, dict[str, Tensor]]:
-    hidden, _ = model.hidden(batch.ids, batch.packing)
+    hidden, _, loads = model.hidden(batch.ids, batch.packing)
     embedding = model.model.embed_tokens.weight
     loss = _cross_entropy(hidden, embedding, batch.targets, batch.weights)
-    draft = model.drafts(batch.ids, hidden, batch.packing, 1)[0]
+    (draft,), of_head = model.drafts(batch.ids, hidden, batch.packing, 1)
     mtp = _cross_entropy(draft, embedding, batch.targets, batch.weights)
-    return loss + s.mtp_weight * mtp, {"loss": loss.detach(), "mtp_1": mtp.detach()}
+    report = {"loss": loss.detach(), "mtp_1": mtp.detach()}
+    total = loss + s.mtp_weight * mtp + _balance(model, loads + of_head, s, report)
+    return total, report
 
 
-def mtp_loss(model: Mini, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def _balance(model: Mini, loads: list[Tensor], s: Settings, report: dict[str, Tensor]) -> Tensor:
+    """The auxiliary loss, weighted; the largest share of a layer's choices, 1 if even, to report.
+
+    Nothing of a model without experts.
+    """
+    if not model.shape.experts:
+        return loads[0].new_zeros(())
+    shares = torch.stack([load.detach()[:, 1] for load in loads])
+    report["largest_share"] = shares.max() * model.shape.experts
+    report["smallest_share"] = shares.min() * model.shape.experts
+    return s.balance_weight * imbalance(loads)
+
+
+def mtp_loss(model: Mini, batch: Batch, s: Settings) -> tuple[Tensor, dict[str, Tensor]]:
     """Each step's cross-entropy against what the model itself would say, over the answers."""
     with torch.no_grad():
-        hidden, _ = model.hidden(batch.ids, batch.packing)
+        hidden, _, _ = model.hidden(batch.ids, batch.packing)
         chosen = batch.weights.flatten() > 0
         said = model.logits(hidden.flatten(0, 1)[chosen]).float()
         wanted, best = said.softmax(-1), said.argmax(-1)
-    total, report = hidden.new_zeros(()), {}
-    for step, out in enumerate(model.drafts(batch.ids, hidden, batch.packing, MTP_STEPS), start=1):
+    report: dict[str, Tensor] = {}
+    drafts, loads = model.drafts(batch.ids, hidden, batch.packing, MTP_STEPS)
+    total = _balance(model, loads, s, report)
+    for step, out in enumerate(drafts, start=1):
         logits = model.logits(out.flatten(0, 1)[chosen]).float()
         total = total - 0.9**step * (wanted * logits.log_softmax(-1)).sum(-1).mean()
         report[f"agree_{step}"] = (logits.argmax(-1) == best).float().mean()
@@ -195,12 +215,11 @@ class Trainer:
         self, phase: str, raw: Tensor, optimizers: list[torch.optim.Optimizer], prompt: float
     ) -> dict[str, Tensor]:
         main = phase == "main"
-        batch = Batch.of(raw, self.device, self.s.prompt_weight * prompt if main else 0.0)
+        s, losses = self.s, main_loss if main else mtp_loss
+        batch = Batch.of(raw, self.device, s.prompt_weight * prompt if main else 0.0)
         cuda = self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cuda):
-            loss, report = (
-                main_loss(self.model, batch, self.s) if main else mtp_loss(self.model, batch)
-            )
+            loss, report = losses(self.model, batch, s)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -240,11 +259,31 @@ def save(model: Mini, log: list[dict[str, float | str]], s: Settings, out: Path)
 def load(out: Path) -> dict[str, Tensor]:
     """The weights that a run has written, or those of a model directory."""
     if (out / "model.safetensors").exists():
-        return load_file(out / "model.safetensors")
+        return joined(load_file(out / "model.safetensors"))
     parts = sorted(out.glob("part-*.bin"), key=lambda p: int(p.stem.split("-")[1]))
     data = b"".join(part.read_bytes() for part in parts)
     weights: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu")
     return weights
+
+
+MTP_EXPERTS = re.compile(r"(mtp\..*\.experts)\.0\.down_proj\.weight")
+
+
+def joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The MTP head's experts, which a checkpoint has one by one, in the two tensors of `model.py`.
+
+    `export.split_experts` is the inverse.
+    """
+    made = dict(weights)
+    for stem in [match[1] for match in map(MTP_EXPERTS.fullmatch, weights) if match]:
+        experts = range(sum(name.startswith(stem) for name in weights) // 3)
+        gate, up, down = (
+            torch.stack([made.pop(f"{stem}.{expert}.{part}_proj.weight") for expert in experts])
+            for part in ("gate", "up", "down")
+        )
+        made[f"{stem}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+        made[f"{stem}.down_proj"] = down
+    return made
 
 
 def heldout(model: Mini, args: argparse.Namespace) -> None:
@@ -265,6 +304,7 @@ def heldout(model: Mini, args: argparse.Namespace) -> None:
 
 def parse() -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, default="millrace-mini")
     parser.add_argument("--directory", type=Path, required=True, help="where tokenizer.json is")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -286,7 +326,7 @@ def main() -> None:
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Mini().to(device)
+    model = Mini(SHAPES[args.model]).to(device)
     if args.resume:
         model.load_state_dict(load(args.resume))
     trainer = Trainer(model, args, s)
@@ -305,7 +345,7 @@ def main() -> None:
         trainer.run_phase("mtp", s.mtp_steps, args.seconds, s.seed + 1)
         save(model, trainer.progress.log, s, args.out)
     if args.items:
-        fresh = Mini().to(device)
+        fresh = Mini(model.shape).to(device)
         fresh.load_state_dict(model.state_dict())
         heldout(fresh, args)
 
