@@ -41,7 +41,7 @@ class Pages:
         self.table = torch.zeros(4, pages, dtype=torch.int32)
         self.table[1:] = 1 + torch.randperm(total - 1).view(3, pages)
         none = torch.zeros(4, dtype=torch.int32)
-        self.rows = Caches([], {}, {}, None, self.table, none, none, page_size).kv_rows
+        self.rows = Caches([], {}, {}, [], None, self.table, none, none, page_size).kv_rows
 
     def store(self, slot: int, start: int, k: Tensor, v: Tensor) -> None:
         positions = torch.arange(start, start + k.shape[0])

@@ -189,6 +189,7 @@ def test_options_that_cannot_work_are_refused(tiny_model: Path, tmp_path: Path) 
         ({"disk_cache": str(tmp_path), "disk_cache_gb": 0.0}, "disk_cache_gb 0"),
         ({"disk_cache": str(tmp_path), "tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"host_cache_gb": 1.0, "enable_prefix_caching": False}, "prefix caching"),
+        ({"host_cache_gb": 1e6}, "are free; give less"),
     ):
         with pytest.raises(ConfigError, match=words):
             build(tiny_model, **{"enable_prefix_caching": True, **given})

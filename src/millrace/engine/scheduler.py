@@ -446,6 +446,11 @@ class Scheduler:
 
     # --- queries ----------------------------------------------------------------------------
 
+    @property
+    def kv_manager(self) -> KVManager:
+        """The device's memory, for tools that put prefixes there themselves."""
+        return self._kv_manager
+
     def masked_rows(self) -> list[tuple[int, str]]:
         """Sampled rows of the newest plan whose requests follow a grammar: (row, request id)."""
         _, step = self._launched[-1]

@@ -245,7 +245,8 @@ class Caches:
 
     layers: one entry per decoder layer. stacks: by field name, [L, N, ...], the memory in which the
     fields of L layers lie, in their order, that the record of a prefix keeps (`state` and `conv` of
-    the GDN layers); windows: the same of those that it does not keep. mtp: the draft head's own
+    the GDN layers); windows: the same of those that it does not keep. kv: the memory in which all
+    keys and values lie, [2 L, pages, ...] for each form that they have. mtp: the draft head's own
     keys and values; its row j holds f(hidden j-1, token j), so row 0 is never written and never
     read.
     block_table: int32 [N, max_pages], 0 where no page is granted. fill: int32 [N], rows in the
@@ -255,6 +256,7 @@ class Caches:
     layers: list[KVCache | GDNState]
     stacks: dict[str, Tensor]
     windows: dict[str, Tensor]
+    kv: list[Tensor]
     mtp: KVCache | None
     block_table: Tensor
     fill: Tensor

@@ -258,6 +258,12 @@ class Worker:
     def _build_tiers(self, caches: Caches, pool: Snapshots) -> Tiers | None:
         if not (size := self.host_bytes()):
             return None
+        if size > (free := _available_memory()):
+            raise ConfigError(
+                f"host_cache_gb {self.config.host_cache / 2**30:g}: this rank needs "
+                f"{size / 2**30:.1f} GiB of the host's memory for it, and {free / 2**30:.1f} are "
+                "free; give less"
+            )
         host, files = HostCache(size, caches, pool), None
         logger.info("cached prefixes may take %.2f GiB of the host's memory", size / 2**30)
         if self.config.disk_cache:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.kernels.batch import GDNState
+from millrace.kernels.batch import GDNState, KVCache
 from millrace.model.cache_spec import CacheOptions
 from millrace.model.config import ModelConfig
 from millrace.model.formats.plain import UNQUANTIZED
@@ -77,6 +77,14 @@ def test_layers_are_parts_of_the_stacks(config: ModelConfig, options: CacheOptio
     """What one copy saves is what the layers read and write."""
     caches = allocate_caches(config.cache_spec(options), slots=3, pages=2)
     deltas = [layer for layer in caches.layers if isinstance(layer, GDNState)]
+    attention = [layer for layer in [*caches.layers, caches.mtp] if isinstance(layer, KVCache)]
+    assert len(caches.kv) == bool(attention)  # all have one form
+    for i, layer in enumerate(attention):
+        raw = caches.kv[0].view(torch.uint8)
+        raw[2 * i, 1], raw[2 * i + 1, 1] = i + 1, 100 + i
+        assert torch.all(layer.keys.view(torch.uint8)[1] == i + 1)
+        assert torch.all(layer.values.view(torch.uint8)[1] == 100 + i)
+        assert torch.all(layer.values.view(torch.uint8)[0] == 0)
     for i, layer in enumerate(deltas):
         caches.stacks["state"][i, 1] = i + 1
         caches.stacks["conv"][i, 2] = i + 1

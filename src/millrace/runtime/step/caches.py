@@ -40,9 +40,11 @@ def allocate_caches(
     stacked: dict[str, Iterator[Tensor]] = {
         name: iter(each) for name, each in (stacks | windows).items()
     }
+    kv = {form: zeros(pages, buffer, count) for form, (buffer, count) in _kv_forms(spec).items()}
+    paged = {form: iter(stack) for form, stack in kv.items()}
 
     def layer(cache: LayerCache) -> KVCache | GDNState:
-        tensors = {buffer.name: zeros(pages, buffer) for buffer in cache.per_page}
+        tensors = {buffer.name: next(paged[_form(buffer)]) for buffer in cache.per_page}
         for buffer in cache.per_slot:
             tensors[buffer.name] = next(stacked[buffer.name])
         return LAYERS[cache.kind](**tensors)
@@ -51,16 +53,28 @@ def allocate_caches(
     draft = None if spec.draft is None else layer(spec.draft)
     assert draft is None or isinstance(draft, KVCache)
     index = {buffer.name: zeros(slots, buffer) for buffer in spec.index}
-    return Caches(layers, stacks, windows, draft, **index, page_size=spec.options.page_size)
+    size = spec.options.page_size
+    return Caches(layers, stacks, windows, list(kv.values()), draft, **index, page_size=size)
+
+
+def _form(buffer: Buffer) -> tuple[object, ...]:
+    """Buffers of one form lie in one stack."""
+    return buffer.dtype, buffer.axes
+
+
+def _kv_forms(spec: CacheSpec) -> dict[tuple[object, ...], tuple[Buffer, int]]:
+    """The forms of the layers' buffers of pages: a buffer of each, and how many there are."""
+    found: dict[tuple[object, ...], tuple[Buffer, int]] = {}
+    for cache in spec.all_layers():
+        for buffer in cache.per_page:
+            _, count = found.get(_form(buffer), (buffer, 0))
+            found[_form(buffer)] = buffer, count + 1
+    return found
 
 
 def tensors_of(caches: Caches) -> Iterator[Tensor]:
     """Every tensor, each memory once: stacks, not their parts."""
     yield from caches.stacks.values()
     yield from caches.windows.values()
-    for cache in [*caches.layers, caches.mtp]:
-        if cache is not None:
-            fields = {name: getattr(cache, name) for name in cache.__slots__}
-            known = caches.stacks | caches.windows
-            yield from (tensor for name, tensor in fields.items() if name not in known)
+    yield from caches.kv
     yield from (caches.block_table, caches.fill, caches.conv_offset)

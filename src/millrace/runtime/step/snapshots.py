@@ -121,16 +121,9 @@ def empty_windows(caches: Caches, slots: Tensor) -> None:
 
 def copy_pages(caches: Caches, sources: Tensor, targets: Tensor) -> None:
     """Copy keys and values of pages (int64 [R]) over other pages, in every layer."""
-    for buffer in kv_buffers(caches):
-        raw = buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
-        raw[targets] = raw[sources]
-
-
-def kv_buffers(caches: Caches) -> Iterator[Tensor]:
-    """Keys and values of every layer, the draft head's last: each [pages, page_size, ...]."""
-    for layer in [*caches.layers, caches.mtp]:
-        if layer is not None and not isinstance(layer, GDNState):
-            yield from (layer.keys, layer.values)
+    for stack in caches.kv:
+        raw = stack.view(torch.uint8) if stack.dtype == torch.float8_e4m3fn else stack
+        raw[:, targets] = raw[:, sources]
 
 
 def poison(caches: Caches, slots: Tensor) -> None:
@@ -143,11 +136,11 @@ def poison(caches: Caches, slots: Tensor) -> None:
 
 def poison_pages(caches: Caches, pages: Tensor) -> None:
     """Fill newly granted pages (int64 [R]) with NaN (debug mode)."""
-    for buffer in kv_buffers(caches):
-        if buffer.dtype == torch.float8_e4m3fn:
-            buffer.view(torch.uint8).index_fill_(0, pages, 0x7F)  # NaN in e4m3fn
+    for stack in caches.kv:
+        if stack.dtype == torch.float8_e4m3fn:
+            stack.view(torch.uint8).index_fill_(1, pages, 0x7F)  # NaN in e4m3fn
         else:
-            buffer.index_fill_(0, pages, float("nan"))
+            stack.index_fill_(1, pages, float("nan"))
 
 
 def gdn_layers(caches: Caches) -> list[GDNState]:

@@ -28,8 +28,8 @@ from millrace.protocol import FileMove, FoundFile
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MAGIC = b"millrace prefix 1\n"
+FORMAT = 2
+MAGIC = b"millrace prefix 2\n"
 PAGES, STATE = ".pages", ".state"
 _UNFINISHED = ".new"
 MOST_ENGINES = 256  # of one host, with one model

@@ -1,12 +1,14 @@
 """Cached prefixes in the host's memory: copies of pages and snapshots, at places that plans name.
 
-Of a range of pages each layer's keys lie together, then its values, then the next layer's. On a GPU
-the memory is pinned, and copies run on a stream of their own: behind all steps that are launched,
-beside those that come. What is where is not known here.
+Of a range of pages, all layers of the first page lie together, then all of the next. On a GPU the
+memory is pinned, and copies run on a stream of their own: behind all steps that are launched,
+beside those that come. A copy goes in pieces of some pages for all layers at once, so that it takes
+few launches and little memory of the device. What is where is not known here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,18 +16,22 @@ from torch import Tensor
 
 from millrace.kernels.batch import Caches
 from millrace.protocol import Move
-from millrace.runtime.step.snapshots import Snapshots, kv_buffers
+from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.step.upload import upload
+from millrace.runtime.tiers.pinned import pinned_memory, unpin
+
+PIECE = 64 << 20  # bytes of pages that are copied at once
 
 
 class HostCache:
     """`size` bytes, and the device memory that is copied from and to."""
 
     def __init__(self, size: int, caches: Caches, snapshots: Snapshots) -> None:
-        self._buffers = [_raw(buffer) for buffer in kv_buffers(caches)]
-        self._device = self._buffers[0].device
+        # By page, all layers: [pages, L, ...].
+        self._pages = [_words(stack).transpose(0, 1) for stack in caches.kv]
+        self._device = caches.block_table.device
         on_gpu = self._device.type == "cuda"
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        self.memory = pinned_memory(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
         self._stream = torch.cuda.Stream() if on_gpu else None
         # By snapshot, the parts of a record: [M, L, ...] or [M, ...].
         self._states = [stack.transpose(0, 1) for stack in snapshots.stacks.values()]
@@ -51,6 +57,12 @@ class HostCache:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
+    def close(self) -> None:
+        """Wait for the copies, and give the memory back."""
+        if self._stream is not None:
+            self._stream.synchronize()
+            unpin(self.memory)
+
     def _beside(self) -> AbstractContextManager[object]:
         if self._stream is None:
             return nullcontext()
@@ -65,16 +77,16 @@ class HostCache:
         return event
 
     def _copy(self, move: Move, to_device: bool) -> None:
-        pages = upload(move.pages, self._device)
         at = move.pages_at
-        for buffer in self._buffers if move.pages else []:
-            whole = self._view(at, buffer, move.count)
-            part = whole[move.first : move.first + len(move.pages)]
-            if to_device:
-                buffer[pages] = part.to(self._device, non_blocking=True)
-            else:
-                part.copy_(buffer[pages], non_blocking=True)
-            at += whole.nbytes
+        for stack in self._pages if move.pages else []:
+            there = self._view(at, stack, move.count)
+            part = there[move.first : move.first + len(move.pages)]
+            for pages, piece in self._pieces(move.pages, part):
+                if to_device:
+                    stack[pages] = piece.to(self._device, non_blocking=True)
+                else:
+                    piece.copy_(stack[pages].contiguous(), non_blocking=True)
+            at += there.nbytes
         at = move.state_at
         for states in self._states if move.snapshot >= 0 else []:
             [part] = self._view(at, states, 1)
@@ -84,12 +96,20 @@ class HostCache:
                 part.copy_(states[move.snapshot].contiguous(), non_blocking=True)
             at += part.nbytes
 
+    def _pieces(self, pages: list[int], part: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of pages, and where each of them is in the host's memory, a few at a time."""
+        most = max(1, PIECE // max(1, part[0].nbytes))
+        numbers = upload(pages, self._device)
+        for start in range(0, len(pages), most):
+            yield numbers[start : start + most], part[start : start + most]
+
     def _view(self, at: int, like: Tensor, count: int) -> Tensor:
         """Memory from `at` on, as `count` rows of `like`."""
         size = count * like[0].numel() * like.element_size()
         return self.memory[at : at + size].view(like.dtype).view(count, *like.shape[1:])
 
 
-def _raw(buffer: Tensor) -> Tensor:
-    """FP8 as bytes: not all operations know it."""
-    return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
+def _words(stack: Tensor) -> Tensor:
+    """The same memory as numbers of 8 bytes, which are copied faster, or as bytes."""
+    whole = stack.shape[-1] * stack.element_size() % 8 == 0
+    return stack.view(torch.int64 if whole else torch.uint8)

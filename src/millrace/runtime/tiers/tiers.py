@@ -55,6 +55,7 @@ class Tiers:
         return {} if self._files is None else self._files.found()
 
     def close(self) -> None:
-        """Wait for what has begun."""
+        """Wait for what has begun, and give the host's memory back."""
         if self._files is not None:
             self._files.close()
+        self._host.close()
