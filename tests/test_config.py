@@ -110,7 +110,7 @@ def test_what_is_not_said_of_the_draft_output_differs_from_none(
 def test_one_rate_of_acceptance_counts_for_every_position() -> None:
     def acceptance(rates: Any) -> tuple[float, ...] | None:
         spec = {"num_speculative_tokens": 2, "synthetic_acceptance": rates}
-        return resolved(speculative_config=spec).acceptance
+        return resolved(speculative_config=spec).speculation.acceptance
 
     assert acceptance(0.9) == acceptance([0.9, 0.9]) == (0.9, 0.9)
     assert acceptance(1) == (1.0, 1.0)
@@ -145,7 +145,29 @@ def test_one_rate_of_acceptance_counts_for_every_position() -> None:
         ({"step_timeout": 0.5}, "use 1 or more, or 0 for no limit"),
         ({"step_timeout": float("nan")}, "use 1 or more, or 0 for no limit"),
         ({"speculative_config": {"num_speculative_tokens": 6}}, "use 0 to 5"),
-        ({"speculative_config": {"method": "eagle"}}, "method 'eagle': use mtp"),
+        ({"speculative_config": {"method": "eagle"}}, "method 'eagle': use mtp, ngram or suffix"),
+        (
+            {"speculative_config": {"method": "ngram", "lookup": "suffix"}},
+            'lookup "suffix": it goes with method mtp; method "ngram" is a look-up itself',
+        ),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "prompt_lookup_max": 2,
+                    "prompt_lookup_min": 3,
+                }
+            },
+            "speculative_config.prompt_lookup_min 3: use 1 to 2",
+        ),
+        (
+            {"speculative_config": {"method": "suffix", "suffix_decoding_max_spec_factor": 0}},
+            "speculative_config.suffix_decoding_max_spec_factor 0: use more than 0",
+        ),
+        (
+            {"speculative_config": {"method": "suffix", "suffix_decoding_min_token_prob": 2}},
+            "speculative_config.suffix_decoding_min_token_prob 2: use 0 to 1",
+        ),
         ({"speculative_config": {"tokens": 1}}, "engine options"),
         (
             {"speculative_config": {"quantization": "int4"}},

@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "millrace"
 LAYERS = [
     # what every part may use
     "version errors",
-    "vllm_keywords",
+    "vllm_keywords speculation",
     "target",
     "protocol config lengths response_ids common tasks request_parser model_lookup vllm_flags",
     # the engine plane: one replica

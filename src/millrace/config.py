@@ -13,6 +13,12 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from millrace.errors import ConfigError
+from millrace.speculation import (
+    Speculation,
+    SpeculativeConfig,
+    named_speculation,
+    resolve_speculation,
+)
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"]
@@ -21,7 +27,6 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8", "none"]
 
-MAX_DRAFTS = 5
 # A step of 256 decode rows of the 27B takes 50 ms on an H200, and 75 ms more with 1,536 prompt
 # tokens. In a steady state of 768 tokens in and 384 out, fewer than 1,000 come per step: with 2,048
 # the throughput is the same, and ITL p99 is 147 ms instead of 125.
@@ -38,21 +43,6 @@ GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
 # TILE tokens.
 TILE = 128
 SMALL_BUCKETS = (16, 32, 64)
-
-
-class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Speculative decoding with the model's own MTP head.
-
-    quantization: "fp8": drafts use an FP8 copy of the output head; null or "none": the head itself;
-    not given: "fp8" if the checkpoint is FP8 and stays FP8 on the device. synthetic_acceptance:
-    with random weights no draft is ever right; a rate here accepts each draft with that probability
-    (one rate for all positions, or one for each).
-    """
-
-    method: Literal["mtp"] = "mtp"
-    num_speculative_tokens: int = 1
-    quantization: str | msgspec.UnsetType | None = msgspec.UNSET
-    synthetic_acceptance: float | list[float] | None = None
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,7 +137,8 @@ HELP: Mapping[str, str] = {
     "disk_cache": "Directory for cached prefixes; they survive a restart. It holds users' prompts "
     "(default: none).",
     "disk_cache_gb": "GiB that --disk-cache may take.",
-    "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; with '
+    "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; methods: '
+    'mtp, ngram, suffix; with "lookup": "suffix" rows of mtp look up drafts first; with '
     '"quantization": "fp8" or "none" for the output head that drafts use (default: fp8 if the '
     "weights are fp8).",
     "tensor_parallel_size": "Ranks that share the model.",
@@ -178,10 +169,11 @@ class ModelFacts(msgspec.Struct, frozen=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that an engine knows before it sees the free memory of its device.
 
-    drafts: k, drafts verified per step; a step brings 1 .. k + 1 tokens per row. draft_fp8: drafts
-    use an FP8 copy of the output head; None: if the weights stay FP8 on the device. window: W, rows
-    of the recurrent window. snapshot_interval: 0: no snapshots at fixed distances.
-    long_prefill_token_threshold: 0: no prompt is long. max_num_partial_prefills: 0: no limit.
+    drafts: k, drafts verified per step at most; a step brings 1 .. k + 1 tokens per row.
+    speculation: how they are made. draft_fp8: the head's drafts use an FP8 copy of the output head;
+    None: if the weights stay FP8 on the device. window: W, rows of the recurrent window.
+    snapshot_interval: 0: no snapshots at fixed distances. long_prefill_token_threshold: 0: no
+    prompt is long. max_num_partial_prefills: 0: no limit.
     """
 
     args: EngineArgs
@@ -198,8 +190,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_long_partial_prefills: int
     page_size: int
     drafts: int
+    speculation: Speculation
     draft_fp8: bool | None
-    acceptance: tuple[float, ...] | None
     window: int
     snapshot_interval: int
     snapshot_distance: int
@@ -249,7 +241,8 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         raise ConfigError("device cuda: no CUDA device is visible; use --device cpu")
     device: Literal["cpu", "cuda"] = "cuda" if cuda and args.device != "cpu" else "cpu"
     dtype = _dtype(args, facts)
-    drafts, acceptance = _drafts(args, facts)
+    speculation = resolve_speculation(args.speculative_config, facts.mtp_layers)
+    drafts = speculation.drafts
     max_len = _max_model_len(args, facts)
     max_seqs = _or(args.max_num_seqs, 256 if device == "cuda" else 64)
     batched = _or(args.max_num_batched_tokens, 8192 if device == "cuda" else 2048)
@@ -281,8 +274,8 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         max_long_partial_prefills=_or(args.max_long_partial_prefills, 1),
         page_size=args.block_size,
         drafts=drafts,
+        speculation=speculation,
         draft_fp8=_draft_fp8(args),
-        acceptance=acceptance,
         window=max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
         snapshot_distance=_or(args.snapshot_distance, distance),
@@ -369,24 +362,6 @@ def _kv_dtype(
     return "float32" if args.kv_cache_dtype == "float32" else "bfloat16"
 
 
-def _drafts(args: EngineArgs, facts: ModelFacts) -> tuple[int, tuple[float, ...] | None]:
-    spec = args.speculative_config
-    if spec is None or spec.num_speculative_tokens == 0:
-        return 0, None
-    k = spec.num_speculative_tokens
-    if not 0 <= k <= MAX_DRAFTS:
-        raise ConfigError(f"num_speculative_tokens {k}: use 0 to {MAX_DRAFTS}")
-    if facts.mtp_layers == 0:
-        raise ConfigError("speculative_config: this checkpoint has no MTP head; leave it out")
-    rates = spec.synthetic_acceptance
-    if rates is None:
-        return k, None
-    listed = [rates] * k if isinstance(rates, float) else list(rates)
-    if len(listed) != k or not all(0.0 <= rate <= 1.0 for rate in listed):
-        raise ConfigError(f"synthetic_acceptance {rates}: use one rate in [0, 1], or {k} of them")
-    return k, tuple(listed)
-
-
 def _draft_fp8(args: EngineArgs) -> bool | None:
     spec = args.speculative_config
     wanted = msgspec.UNSET if spec is None else spec.quantization
@@ -411,15 +386,6 @@ def _max_model_len(args: EngineArgs, facts: ModelFacts) -> int:
     return args.max_model_len
 
 
-def _named_mtp(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    method = spec.get("method", "mtp")
-    if isinstance(method, str) and method.endswith("_mtp"):
-        return {**spec, "method": "mtp"}
-    if method != "mtp":
-        raise ConfigError(f"speculative_config.method {method!r}: use mtp, the model's own head")
-    return spec
-
-
 def engine_args(**options: Any) -> EngineArgs:
     """EngineArgs from keyword options. Raises ConfigError for unknown names and wrong types.
 
@@ -434,7 +400,7 @@ def engine_args(**options: Any) -> EngineArgs:
     if isinstance(options.get("served_model_name"), str):
         options["served_model_name"] = [options["served_model_name"]]
     if isinstance(spec := options.get("speculative_config"), Mapping):
-        options["speculative_config"] = _named_mtp(spec)
+        options["speculative_config"] = named_speculation(spec)
     for name, value in options.items():
         choices = get_args(known[name].type)
         if choices and all(isinstance(c, str) for c in choices) and value not in choices:

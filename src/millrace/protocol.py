@@ -66,6 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Keywor
     logprob_token_ids: report these tokens instead of the most probable ones. bad_words: texts that
     are never generated. n: number of outputs for the prompt. thinking_token_budget: the reasoning
     that an answer of `LLM.chat` begins with is closed after so many tokens; -1: it is not.
+    speculative_method: the only one of the engine's methods that drafts for this request; "none":
+    it has no drafts; None: all of them. No token depends on it.
 
     None is taken for the default of a list, and one text for a list of it. Other keywords of vLLM
     are accepted where they change nothing (`millrace.vllm_keywords`).
@@ -96,6 +98,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Keywor
     skip_special_tokens: bool = True
     detokenize: bool = True
     thinking_token_budget: int | None = None
+    speculative_method: str | None = None
 
     def __post_init__(self) -> None:
         """Raise RequestError for the first value out of its range."""
@@ -275,6 +278,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     cache: CacheReport | None = None  # with the first tokens
 
 
+class DraftStats(msgspec.Struct, array_like=True):
+    """What one method drafted: rows, tokens in them, and those accepted at each position."""
+
+    drafts: int = 0
+    tokens: int = 0
+    accepted: list[int] = []
+
+
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -310,7 +321,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     disk_cache_used: int = 0
     disk_cache_total: int = 0
     drafts: int = 0  # rows with drafts
+    draft_tokens: int = 0
     accepted_per_position: list[int] = []
+    draft_methods: dict[str, DraftStats] = {}
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
     step_tokens: list[int] = []
     step_tokens_sum: int = 0
@@ -356,9 +369,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_long_partial_prefills: prompts, and long ones among them, that are computed chunk by chunk
     at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
     snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
-    cache_policy: "snapshot": prompts resume at snapshots; "page": at any whole page. page_cost:
-    memory of a page as a share of a snapshot's. host_cache, disk_cache: bytes of the lower tiers.
-    page_bytes, snapshot_bytes: of one, on all ranks together.
+    methods: those that make drafts. cache_policy: "snapshot": prompts resume at snapshots; "page":
+    at any whole page. page_cost: memory of a page as a share of a snapshot's. host_cache,
+    disk_cache: bytes of the lower tiers. page_bytes, snapshot_bytes: of one, on all ranks together.
     """
 
     max_num_seqs: int
@@ -368,6 +381,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_pages: int
     num_snapshots: int
     drafts: int
+    methods: list[str] = []
     prefix_caching: bool = True
     cache_policy: Literal["snapshot", "page"] = "snapshot"
     page_cost: float = 0.0
@@ -435,6 +449,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     stop_token_ids: list[int]
     extras: Extras | None = None
+    methods: int = -1
 
 
 class PageGrant(msgspec.Struct, frozen=True, array_like=True):
@@ -534,6 +549,8 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
 
     decode: slots that verify their drafts and emit at least one token. Rows run in the order
     decode, then chunks. context: an upper bound on any row's length after the step, in tokens.
+    drafts: those that each decode row verifies, and that are made for each sampled row; -1: as
+    many as the engine makes at most.
     """
 
     step: int
@@ -547,6 +564,7 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     copies: list[PageCopy] = []
     transfers: list[Transfer] = []
     deletes: list[tuple[str, bool]] = []
+    drafts: int = -1
 
     @property
     def sampled_slots(self) -> list[int]:
@@ -580,7 +598,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     Rows are in plan order: decode slots, then the chunks with `last` set. The last token of a
     row that ended is its stop token. logprobs: by row, if asked for. drafts: each row's
     drafts for the next step, in steps with masks. not_finite: rows that end because their logits
-    were NaN or infinite.
+    were NaN or infinite. drafted: of each row, how many drafts it verified, and the number of the
+    method that made them, by `Limits.methods`; empty: as many as there can be, of the first one.
     """
 
     step: int
@@ -590,6 +609,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     prompt_logprobs: list[PromptLogprobs] = []
     drafts: list[list[int]] = []
     not_finite: list[int] = []
+    drafted: list[tuple[int, int]] = []
 
 
 class StopRanks(msgspec.Struct, frozen=True, tag="stop"):

@@ -237,8 +237,9 @@ _REFUSED = {
     "an engine that sleeps is a process that has ended, see --admin-key":
         "--sleep-mode-backend --sleep-mode-offload-cudagraph "
         "--sleep-preserve-parameter-names --enable-nccl-comm-suspend",
-    "drafts are made by the model's own MTP head; use --speculative-config "
-    '\'{"method": "mtp", "num_speculative_tokens": 1}\'': "--spec-model --diffusion-config",
+    "drafts are made by the model's own MTP head, or looked up (ngram, suffix); use "
+    '--speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'':
+        "--spec-model --diffusion-config",
     "set memory in bytes with --kv-cache-memory-bytes": "--num-gpu-blocks-override",
     "use --max-num-seqs, --max-num-batched-tokens and --max-queue":
         "--max-num-scheduled-tokens --max-num-active-seqs --max-num-queued-tokens "

@@ -87,7 +87,7 @@ def test_a_grammar_whose_masks_take_too_long_is_found_and_ended(
 ) -> None:
     """Once a step was slow, the next one times each grammar."""
     grammars = compiled(text_model, "a", "b")
-    plan: Any = SimpleNamespace(decode=[1, 2], step=1)
+    plan: Any = SimpleNamespace(decode=[1, 2], step=1, drafts=-1)
     rows = [(0, "a"), (1, "b")]
     usual = grammars.masks(plan, rows).words
     monkeypatch.setattr(grammar, "SLOW_SECONDS", -1.0)
@@ -109,7 +109,7 @@ def test_alternatives_that_begin_and_end_alike_cost_one_request(text_model: Path
     except RequestError:
         return  # a slow machine
     grammars.add("a", state)
-    plan: Any = SimpleNamespace(decode=[1], step=1)
+    plan: Any = SimpleNamespace(decode=[1], step=1, drafts=-1)
     for _ in range(10):
         row = np.frombuffer(grammars.masks(plan, [(0, "a")]).words, np.uint8)
         if grammars.failure("a"):

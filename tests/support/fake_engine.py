@@ -24,6 +24,7 @@ from millrace.protocol import (
     Abort,
     AddRequest,
     Delta,
+    DraftStats,
     EngineStats,
     Failed,
     FinishReason,
@@ -238,7 +239,13 @@ class FakeEngine:
             prefix_queries=self._prompt_tokens,
             prefix_hits=self._prompt_tokens // 2,
             drafts=self._steps,
+            draft_tokens=2 * self._steps,
             accepted_per_position=[self._steps // 2, self._steps // 4],
+            draft_methods={
+                "mtp": DraftStats(
+                    self._steps, 2 * self._steps, [self._steps // 2, self._steps // 4]
+                )
+            },
         )
 
     def _send(self, message: Outputs | Ready | Failed) -> None:

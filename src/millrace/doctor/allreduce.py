@@ -96,7 +96,7 @@ def _step_cost(engine: Replica, batch: int) -> StepCost:
     middle = slice(_WARM // 2, max(_WARM // 2 + 1, len(seconds) - _WARM // 2))
     step = statistics.median(seconds[middle]) * 1e6
     tokens = statistics.fmean(tokens_per_request[middle]) or 1.0
-    sums = calls_per_step(engine.worker.model_config, config.drafts)
+    sums = calls_per_step(engine.worker.model_config, config.speculation.head_drafts)
     cost = collectives.cost_us(batch * width)
     return StepCost(batch, step, tokens, sums, sums / tokens, cost, sums * cost / step)
 

@@ -67,7 +67,7 @@ def _fp8_draft_head(config: ModelConfig, args: EngineArgs) -> int:
         return 0
     default = config.quantization.method == "fp8" and settled.device == "cuda"
     wanted = default if settled.draft_fp8 is None else settled.draft_fp8
-    return config.vocab_size * config.hidden_size if settled.drafts and wanted else 0
+    return config.vocab_size * config.hidden_size if settled.speculation.head and wanted else 0
 
 
 def _files(directory: Path) -> Iterator[Finding]:
@@ -128,7 +128,7 @@ def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
     try:
         check_device(config, torch.device(device))
         size = rank_bytes(
-            config, settled.dtype, ranks, mtp=settled.drafts > 0, kept=device == "cuda"
+            config, settled.dtype, ranks, mtp=bool(settled.speculation.head), kept=device == "cuda"
         )
     except UserError as error:
         return Finding("model", "parameters", str(error), "fail")

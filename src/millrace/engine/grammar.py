@@ -82,7 +82,8 @@ class Grammars:
     """The grammar states of all requests that have a grammar.
 
     tokenizer: path of a `tokenizer.json`, None if it may not be read. vocab_size: columns of the
-    model's logits. eos_ids: the tokens that end an output. width: candidates of a decode row.
+    model's logits. eos_ids: the tokens that end an output. width: candidates of a decode row, at
+    most.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class Grammars:
 
     def masks(self, plan: StepPlan, rows: Sequence[tuple[int, str]]) -> Masks:
         """Bit masks of the allowed tokens, for the sampled rows (row, request id) of a plan."""
-        widths = [self._width if row < len(plan.decode) else 1 for row, _ in rows]
+        most = self._width if plan.drafts < 0 else plan.drafts + 1
+        widths = [most if row < len(plan.decode) else 1 for row, _ in rows]
         table: NDArray[np.int32] = np.full(
             (sum(widths), -(-self._vocab_size // 32)), _EVERYTHING, dtype=np.int32
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from millrace.engine.request import Request
 from millrace.protocol import Admission, Delta, Extras, FinishReason, TokenLogprobs
+from millrace.speculation import mask_of
 
 
 def make_delta(
@@ -76,7 +77,8 @@ def _extras(request: Request) -> Extras | None:
     return None if extras == Extras(prompt_len=request.prompt_len) else extras
 
 
-def make_admission(request: Request, snapshot: int) -> Admission:
+def make_admission(request: Request, snapshot: int, methods: list[str]) -> Admission:
+    """methods: those of the engine that make drafts."""
     params = request.source.params
     return Admission(
         slot=request.slot,
@@ -90,4 +92,5 @@ def make_admission(request: Request, snapshot: int) -> Admission:
         seed=request.seed,
         stop_token_ids=sorted(request.stop_ids),
         extras=_extras(request),
+        methods=mask_of(methods, params.speculative_method),
     )

@@ -33,6 +33,7 @@ from millrace.protocol import (
     AddRequest,
     Chunk,
     Delta,
+    DraftStats,
     EngineStats,
     FoundFile,
     Limits,
@@ -54,8 +55,8 @@ class _Totals:
     host_hits: int = 0
     disk_hits: int = 0
     rows_not_finite: int = 0
-    drafts: int = 0
-    accepted: list[int] = field(default_factory=list)
+    drafts: DraftStats = field(default_factory=DraftStats)
+    by_method: dict[str, DraftStats] = field(default_factory=dict)
     step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
     step_tokens_sum: int = 0
 
@@ -77,7 +78,10 @@ class Scheduler:
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
         self._following_steps = 0  # that are to come after one with a short prompt
-        self._totals = _Totals(accepted=[0] * limits.drafts)
+        self._totals = _Totals(
+            drafts=DraftStats(accepted=[0] * limits.drafts),
+            by_method={name: DraftStats(accepted=[0] * limits.drafts) for name in limits.methods},
+        )
         self._width = limits.drafts + 1
         self._ordinal = 0
 
@@ -157,7 +161,7 @@ class Scheduler:
             return None
         self._draining = False
         self._kv_manager.policy.now = now
-        step = Step(now=now, ends=self._kv_manager.take_ends())
+        step = Step(now=now, drafts=self.limits.drafts, ends=self._kv_manager.take_ends())
         self._plan_decode(step)
         self._plan_prompts(step)
         if self._tiers is not None:
@@ -178,7 +182,7 @@ class Scheduler:
             reach = min(request.upper + 2 * self.limits.drafts + 1, request.max_total)
             if reach > len(request.pages) * page_size and not self._grow(request, reach, step):
                 continue
-            request.upper += self._width
+            request.upper += step.drafts + 1
             step.context = max(step.context, request.upper)
             step.decode.append(request)
         # In slot order, neighbouring rows are neighbours in device memory too.
@@ -217,7 +221,7 @@ class Scheduler:
         running = [request for request in self.running if request.phase is Phase.PREFILL]
         waiting = self._candidates()
         ready = running + waiting[: self._kv_manager.slots.free]
-        decode_tokens = len(step.decode) * self._width
+        decode_tokens = len(step.decode) * (step.drafts + 1)
         tokens = step_tokens(self.limits, decode_tokens, sum(r.missing for r in ready))
         budget = PromptBudget(self.limits, tokens, decode_tokens, self._following_steps > 0)
         prompts = merge(running, waiting, key=rank)
@@ -317,7 +321,7 @@ class Scheduler:
         step.admitted.append(request)
         request.computed = match.tokens
         request.boundaries = self._kv_manager.boundaries(request, match.shared)
-        step.admissions.append(make_admission(request, match.snapshot))
+        step.admissions.append(make_admission(request, match.snapshot, self.limits.methods))
         self.waiting.admitted(request)
         request.phase = Phase.PREFILL
         insort(self.running, request, key=rank)
@@ -406,7 +410,8 @@ class Scheduler:
                 request.ended = True
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
-                self._count_accepted(len(tokens) - 1)
+                drafted = result.drafted[row] if result.drafted else (step.drafts, 0)
+                self._count_accepted(*drafted, accepted=len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
@@ -425,11 +430,19 @@ class Scheduler:
         self.reset_prefix_cache()
         return Delta(request.id, [], "error", error=NOT_FINITE_ERROR, model_failed=True)
 
-    def _count_accepted(self, accepted: int) -> None:
-        """Count accepted drafts by position, in rows that the end of the request did not cut."""
-        self._totals.drafts += 1
-        for position in range(accepted):
-            self._totals.accepted[position] += 1
+    def _count_accepted(self, proposed: int, method: int, *, accepted: int) -> None:
+        """Count drafts by position, in rows that have some and that the end of the request did not
+        cut. method: the number of the one that made them."""
+        if not proposed:
+            return
+        counts = [self._totals.drafts]
+        if method < len(self.limits.methods):
+            counts.append(self._totals.by_method[self.limits.methods[method]])
+        for count in counts:
+            count.drafts += 1
+            count.tokens += proposed
+            for position in range(accepted):
+                count.accepted[position] += 1
 
     def _retire(self, request: Request) -> None:
         """End a request; its resources are freed once no launched step names it."""
@@ -477,8 +490,13 @@ class Scheduler:
             prefix_hits=totals.prefix_hits,
             host_hits=totals.host_hits,
             disk_hits=totals.disk_hits,
-            drafts=totals.drafts,
-            accepted_per_position=list(totals.accepted),
+            drafts=totals.drafts.drafts,
+            draft_tokens=totals.drafts.tokens,
+            accepted_per_position=list(totals.drafts.accepted),
+            draft_methods={
+                name: DraftStats(one.drafts, one.tokens, list(one.accepted))
+                for name, one in totals.by_method.items()
+            },
             rows_not_finite=totals.rows_not_finite,
             step_tokens=list(totals.step_tokens),
             step_tokens_sum=totals.step_tokens_sum,

@@ -12,6 +12,7 @@ from millrace.engine.request import Request
 from millrace.errors import RequestError
 from millrace.lengths import check_lengths
 from millrace.protocol import MAX_STOP_IDS, AddRequest, Limits
+from millrace.speculation import NO_DRAFTS
 
 _MASK64 = (1 << 64) - 1
 
@@ -45,6 +46,7 @@ def check(source: AddRequest, limits: Limits) -> None:
             "priority needs a server started with --scheduling-policy priority", param="priority"
         )
     params = source.params
+    _check_method(params.speculative_method, limits)
     named = {
         "prompt": source.prompt,
         "resume_token_ids": source.resume,
@@ -61,6 +63,18 @@ def check(source: AddRequest, limits: Limits) -> None:
             raise RequestError(f"{name} must be from 0 to {limits.vocab_size}", param=name)
     for name, ids in named.items():
         _check_ids(name, ids, limits.vocab_size)
+
+
+def _check_method(wanted: str | None, limits: Limits) -> None:
+    if wanted is None or wanted == NO_DRAFTS or wanted in limits.methods:
+        return
+    here = f"drafts by {' and '.join(limits.methods)}" if limits.methods else "makes no drafts"
+    known = [*limits.methods, NO_DRAFTS]
+    raise RequestError(
+        f"speculative_method {wanted!r}: this engine {here}; use {' or '.join(known)}, or leave it "
+        "out",
+        param="speculative_method",
+    )
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:

@@ -53,7 +53,7 @@ class CacheOptions:
             max_pages=config.max_pages_per_request,
             drafts=config.drafts,
             window=config.window,
-            draft_head=config.drafts > 0,
+            draft_head=bool(config.speculation.head),
         )
 
 

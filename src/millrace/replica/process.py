@@ -208,6 +208,12 @@ def _conversations(limits: Limits) -> str:
     )
 
 
+def _drafts(limits: Limits) -> str:
+    if not limits.drafts:
+        return "none"
+    return f"up to {limits.drafts} tokens by {' and '.join(limits.methods)}"
+
+
 def summary(engine: Engine) -> str:
     """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
@@ -225,7 +231,7 @@ def summary(engine: Engine) -> str:
             f"KV {config.kv_dtype}: {limits.num_pages - 1} pages of {limits.page_size} tokens; "
             f"{states}cached prompts resume {resume}",
             f"prefix cache: {_conversations(limits)}",
-            f"MTP: {limits.drafts} draft tokens; pipeline depth {int(config.async_scheduling)}",
+            f"drafts: {_drafts(limits)}; pipeline depth {int(config.async_scheduling)}",
         ]
     )
 

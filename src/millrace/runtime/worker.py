@@ -120,6 +120,7 @@ class Worker:
             num_pages=self.memory.num_pages,
             num_snapshots=self.memory.num_snapshots,
             drafts=config.drafts,
+            methods=config.speculation.methods,
             prefix_caching=config.args.enable_prefix_caching,
             page_cost=self._page_cost(),
             host_cache=self.host_bytes(),
@@ -323,7 +324,8 @@ def build_empty_model(
 ) -> CausalLM:
     """The model without weights. Quantized weights stay so if the device has GEMMs for them."""
     fp8 = FP8.is_fast_on(torch.device(config.device))
-    if config.device == "cuda" and config.drafts and config.draft_fp8 and not fp8:
+    head = bool(config.speculation.head)
+    if config.device == "cuda" and head and config.draft_fp8 and not fp8:
         raise ConfigError(
             'speculative_config.quantization "fp8": this GPU has no FP8 GEMM; use "none"'
         )
@@ -333,7 +335,7 @@ def build_empty_model(
         device=config.device,
         tp=parallel,
         max_len=tape_length(config.max_model_len, config.drafts),
-        mtp=config.drafts > 0,
+        mtp=head,
         keep_quantized=None,
         draft_fp8=config.draft_fp8,
     )

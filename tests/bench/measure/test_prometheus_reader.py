@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millrace.bench.measure.prometheus_reader import (
+    MetricsPage,
     difference,
     prefix_hits,
     read_dcgm,
@@ -83,3 +84,31 @@ def test_energy_is_the_integral_of_power() -> None:
     second = 1_000_000_000
     assert integrate([(0, 100.0), (second, 300.0), (3 * second, 300.0)]) == pytest.approx(800.0)
     assert integrate([(0, 100.0)]) is None
+
+
+def test_acceptance_by_method() -> None:
+    """Methods that made no drafts meanwhile are left out."""
+
+    def page(drafts: int, first: int, second: int) -> MetricsPage:
+        name = "millrace:spec_decode_num"
+        lines = [
+            f"{name}_drafts_total {drafts}",
+            f'{name}_drafts_by_method_total{{method="suffix"}} {drafts}',
+            f'{name}_drafts_by_method_total{{method="mtp"}} 7',
+            f'{name}_draft_tokens_by_method_total{{method="suffix"}} {2 * drafts}',
+            f'{name}_accepted_tokens_by_method_total{{method="suffix",position="1"}} {second}',
+            f'{name}_accepted_tokens_by_method_total{{method="suffix",position="0"}} {first}',
+        ]
+        return read_page("\n".join(lines))
+
+    found = speculation(difference([page(10, 5, 1)], [page(20, 13, 6)]))
+    assert found is not None
+    assert found["methods"] == {
+        "suffix": {
+            "drafts": 10,
+            "draft_tokens": 20,
+            "acceptance_rate": 13 / 20,
+            "acceptance_length": 2.3,
+            "acceptance_by_position": [0.8, 0.5],
+        }
+    }

@@ -245,6 +245,15 @@ def snapshots(shape: Shape) -> None:
     copy.copy_rows(empty(3, 5, 3, shape.channels), rows, empty(3, 9, 4, shape.channels), rows)
 
 
+def drafts(shape: Shape) -> None:
+    from millrace.kernels.gpu import lookup
+
+    rows = empty(DECODE, dtype=torch.int64)
+    for context, longest in ((200, 5), (40_000, 24)):
+        tape = empty(9, context + 8, dtype=torch.int64)
+        lookup.longest_match(tape, rows, rows, longest, context)
+
+
 PARTS: list[Callable[[Shape], None]] = [
     gdn,
     attention,
@@ -252,6 +261,7 @@ PARTS: list[Callable[[Shape], None]] = [
     products,
     sampling,
     snapshots,
+    drafts,
 ]
 
 

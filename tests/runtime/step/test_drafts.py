@@ -29,6 +29,7 @@ from millrace.model.vocabulary import Fp8DraftHead
 from millrace.runtime import worker
 from millrace.runtime.step.inputs import SampledRows
 from millrace.runtime.worker import build_empty_model
+from millrace.speculation import Speculation
 from millrace.tasks import TASKS
 from tests.support.driver import Driver, allocate_caches, make_batch
 from tests.support.engines import (
@@ -246,13 +247,14 @@ def test_drafts_are_made_with_the_head_in_fp8_and_verified_without() -> None:
 def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and only where FP8 is asked for."""
     config = build(MINI).worker.config  # type: ignore[attr-defined]
-    config = msgspec.structs.replace(config, device="cuda", drafts=1, draft_fp8=True)
+    spec = Speculation(drafts=1, head="mtp", head_drafts=1)
+    config = msgspec.structs.replace(config, device="cuda", speculation=spec, draft_fp8=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ConfigError, match='has no FP8 GEMM; use "none"'):
         build_empty_model(config, read_config(MINI), TensorParallel())
     built: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "build_model", lambda *given, **named: built.append(named))
-    for changed in ({"draft_fp8": None}, {"draft_fp8": False}, {"drafts": 0}):
+    for changed in ({"draft_fp8": None}, {"draft_fp8": False}, {"speculation": Speculation()}):
         few = msgspec.structs.replace(config, **changed)
         build_empty_model(few, read_config(MINI), TensorParallel())
     assert [(named["keep_quantized"], named["draft_fp8"]) for named in built] == [

@@ -7,6 +7,7 @@ Millrace's do) is counted once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,6 +24,12 @@ COUNTERS = (
     "spec_decode_num_accepted_tokens",
 )
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+# By the method that drafted, and some by position: name -> what it is called of a method here.
+BY_METHOD = {
+    "spec_decode_num_drafts_by_method": "drafts",
+    "spec_decode_num_draft_tokens_by_method": "draft_tokens",
+    "spec_decode_num_accepted_tokens_by_method": "accepted",
+}
 PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 _PREFIXES = ("vllm:", "millrace:", "millrace_")
 DCGM = {
@@ -36,24 +43,31 @@ DCGM = {
 
 
 class MetricsPage(msgspec.Struct, frozen=True):
-    """The figures of one page: counters (totals), gauges, and accepted drafts by position."""
+    """The figures of one page: counters (totals), gauges, and accepted drafts by position.
+
+    methods: (method, figure, position, or -1) -> total, figures as in BY_METHOD.
+    """
 
     counters: dict[str, float] = {}
     gauges: dict[str, float] = {}
     accepted: dict[int, float] = {}
+    methods: dict[tuple[str, str, int], float] = {}
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What all replicas did between two readings. accepted: drafts by position."""
+    """What all replicas did between two readings. accepted: drafts by position. methods: as of a
+    page."""
 
     counters: dict[str, float] = {}
     accepted: list[float] = []
+    methods: dict[tuple[str, str, int], float] = {}
 
 
 def read_page(text: str) -> MetricsPage:
     """The figures of a page. Figures that it lacks are left out; what cannot be parsed has none."""
     found: dict[str, float] = {}
     accepted: dict[str, dict[int, float]] = {}
+    methods: dict[tuple[str, str, int], float] = {}
     for name, labels, value in _samples(text, _PREFIXES):
         name = name.removesuffix("_total")
         found[name] = found.get(name, 0.0) + value
@@ -61,12 +75,17 @@ def read_page(text: str) -> MetricsPage:
             by_position = accepted.setdefault(name, {})
             position = int(labels["position"])
             by_position[position] = by_position.get(position, 0.0) + value
+        if figure := BY_METHOD.get(name.removeprefix("millrace:")):
+            position = int(labels["position"]) if "position" in labels else -1
+            key = labels.get("method", ""), figure, position
+            methods[key] = methods.get(key, 0.0) + value
     return MetricsPage(
         counters=_named(found, COUNTERS),
         gauges=_named(found, GAUGES),
         accepted=next(
             (accepted[p + PER_POSITION] for p in _PREFIXES if p + PER_POSITION in accepted), {}
         ),
+        methods=methods,
     )
 
 
@@ -95,6 +114,7 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
     was restarted) counts from zero."""
     counters: dict[str, float] = {}
     accepted: dict[int, float] = {}
+    methods: dict[tuple[str, str, int], float] = {}
     for first, last in zip(before, after, strict=True):
         for name, value in last.counters.items():
             counters[name] = counters.get(name, 0.0) + _increase(
@@ -103,17 +123,21 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
         for position, value in last.accepted.items():
             increase = _increase(first.accepted.get(position, 0.0), value)
             accepted[position] = accepted.get(position, 0.0) + increase
+        for key, value in last.methods.items():
+            increase = _increase(first.methods.get(key, 0.0), value)
+            methods[key] = methods.get(key, 0.0) + increase
     most = max(accepted, default=-1)
-    return Totals(counters, [accepted.get(position, 0.0) for position in range(most + 1)])
+    by_position = [accepted.get(position, 0.0) for position in range(most + 1)]
+    return Totals(counters, by_position, methods)
 
 
 def _increase(before: float, after: float) -> float:
     return after - before if after >= before else after
 
 
-def speculation(totals: Totals) -> dict[str, float | list[float]] | None:
-    """Acceptance: its length (1 + accepted / drafts), its rate over draft tokens, and by position.
-    None where there was no draft."""
+def speculation(totals: Totals) -> dict[str, Any] | None:
+    """Acceptance: its length (1 + accepted / drafts), its rate over draft tokens, by position, and
+    the same by method where the server says so. None where there was no draft."""
     drafts = totals.counters.get("spec_decode_num_drafts", 0.0)
     if drafts <= 0:
         return None
@@ -126,7 +150,33 @@ def speculation(totals: Totals) -> dict[str, float | list[float]] | None:
         "acceptance_rate": accepted / tokens if tokens else 0.0,
         "acceptance_length": 1 + accepted / drafts,
         "acceptance_by_position": [count / drafts for count in totals.accepted],
+        **({"methods": methods} if (methods := _by_method(totals)) else {}),
     }
+
+
+def _by_method(totals: Totals) -> dict[str, Any]:
+    """Rows, tokens and acceptance of each method that made drafts."""
+    found: dict[str, Any] = {}
+    for method in dict.fromkeys(method for method, _, _ in totals.methods):
+        drafts, tokens = (
+            totals.methods.get((method, name, -1), 0.0) for name in ("drafts", "draft_tokens")
+        )
+        if not drafts:
+            continue
+        by_position = sorted(
+            (position, count)
+            for (name, figure, position), count in totals.methods.items()
+            if name == method and figure == "accepted"
+        )
+        accepted = sum(count for _, count in by_position)
+        found[method] = {
+            "drafts": drafts,
+            "draft_tokens": tokens,
+            "acceptance_rate": accepted / tokens if tokens else 0.0,
+            "acceptance_length": 1 + accepted / drafts,
+            "acceptance_by_position": [count / drafts for _, count in by_position],
+        }
+    return found
 
 
 def prefix_hits(totals: Totals) -> dict[str, float] | None:

@@ -300,6 +300,10 @@ def _server_rows(result: Mapping[str, Any]) -> list[str]:
         rows["Acceptance length:"] = spec["acceptance_length"]
         shares = " ".join(f"{100 * share:.1f}" for share in spec["acceptance_by_position"])
         rows["Acceptance by position (%):"] = shares or None
+        for method, one in (spec.get("methods") or {}).items():
+            shares = " ".join(f"{100 * share:.1f}" for share in one["acceptance_by_position"])
+            text = f"{shares} of {one['drafts']:.0f} drafts"
+            rows[f"Acceptance, {method} (%):"] = text
     if (hits := hit_rate(result)) is not None:
         rows["Prefix cache hit rate (%):"] = 100 * hits
     rows["Energy per token (J):"] = server.get("joules_per_token")

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from millrace.config import EngineConfig, bucket_above, token_buckets
 from millrace.protocol import StepPlan
-from millrace.runtime.step.inputs import Numbers, Room, Sizes, listed, listed_sampled, tokens_of
+from millrace.runtime.step.inputs import (
+    Numbers,
+    Room,
+    Sizes,
+    listed,
+    listed_sampled,
+    tokens_of,
+    width_of,
+)
 from millrace.runtime.step.upload import overwrite
 
 MOST_CHUNKS = 64  # of a step's prompts; room for rows that are not there costs 0.3 ms of a step
@@ -32,18 +40,21 @@ FEW_TOKENS = 1024  # of a step's, up to which there are graphs for fewer than al
 
 
 class Forward(NamedTuple):
-    """What a forward's graph has room for: decode rows, chunks, tokens."""
+    """What a forward's graph has room for: decode rows of `width` tokens, chunks, tokens."""
 
     decode: int
     chunks: int
     tokens: int
+    width: int = 1
 
 
 class Tail(NamedTuple):
-    """And that of what follows: sampled rows; whether any draws with top_k or top_p."""
+    """And that of what follows: sampled rows; whether any draws with top_k or top_p; candidates
+    of a decode row, and one more than the drafts that are made."""
 
     rows: int
     filters: bool
+    width: int = 1
 
 
 @dataclass(slots=True)
@@ -88,13 +99,13 @@ class Parts:
     """The two parts of a step, without host or sync.
 
     forward: writes the hidden vectors of the numbers' tokens to the buffer [T, H].
-    tail: from that buffer to the step's result [R, ...]. fits: whether the lengths of a plan's
-    chunks may run in a graph. gemms: runs the model's GEMMs for so many tokens, which have their
-    own kernels.
+    tail: from that buffer to the step's result [R, ...], for rows of so many candidates. fits:
+    whether the lengths of a plan's chunks may run in a graph. gemms: runs the model's GEMMs for so
+    many tokens, which have their own kernels.
     """
 
     forward: Callable[[Numbers, Room, Tensor], None]
-    tail: Callable[[Numbers, Tensor, bool], Tensor]
+    tail: Callable[[Numbers, Tensor, int, bool], Tensor]
     fits: Callable[[StepPlan], bool]
     gemms: Callable[[int], None]
 
@@ -116,12 +127,13 @@ class StepGraphs:
     ) -> None:
         self._parts, self._wait_for_device = parts, wait_for_device
         self._sizes, self._context = sizes, context
-        self._width, self._device = sizes.width, hidden.device
+        self._device = hidden.device
         self._vector = torch.zeros(len(sizes.most), dtype=torch.int64, device=hidden.device)
         self.hidden = hidden
         self.numbers = Numbers.split(self._vector, sizes.most)
         self._captured: dict[Forward | Tail, _Captured] = {}
-        self._seen: set[int] = set()  # decode rows beside prompts whose kernels are loaded
+        # (decode rows beside prompts, their tokens) whose kernels are loaded
+        self._seen: set[tuple[int, int]] = set()
         self._pool: Any = None  # the memory that all graphs share
         self._stream = torch.cuda.Stream() if hidden.is_cuda else None
 
@@ -153,19 +165,19 @@ class StepGraphs:
     def _prepare(self, key: Forward | Tail, run: Callable[[], object]) -> None:
         """Compile and load what is used for the first time. Forwards beside the same decode rows
         differ only in the tiling of GEMMs."""
-        if isinstance(key, Forward) and key.chunks and key.decode in self._seen:
+        if isinstance(key, Forward) and key.chunks and (key.decode, key.width) in self._seen:
             self._parts.gemms(key.tokens)
             return
         run()
         if isinstance(key, Forward) and key.chunks:
-            self._seen.add(key.decode)
+            self._seen.add((key.decode, key.width))
 
     def _runs(self, key: Forward | Tail) -> Callable[[], Tensor | None]:
         if isinstance(key, Tail):
             cut = self.numbers.cut(Sizes(0, 0, key.rows))
-            return lambda: self._parts.tail(cut, self.hidden, key.filters)
+            return lambda: self._parts.tail(cut, self.hidden, key.width, key.filters)
         cut = self.numbers.cut(Sizes(key.decode, key.chunks, 0))
-        room = Room(self._width, key.tokens, self._context)
+        room = Room(key.width, key.tokens, self._context)
         return lambda: self._parts.forward(cut, room, self.hidden)
 
     def release(self) -> None:
@@ -183,31 +195,32 @@ class StepGraphs:
         found = self._captured.get(key) if key else None
         if found is None or not self._parts.fits(plan):
             return False
-        overwrite(self._vector, listed(plan, self._width, self._sizes.most))
+        overwrite(self._vector, listed(plan, self._sizes.width_of(plan), self._sizes.most))
         found.replay()
         return True
 
     def take(self, plan: StepPlan, hidden: Tensor) -> None:
         """Put the hidden vectors of a plan's candidates, [R * width, H], where `tail` looks."""
         self.hidden[: len(hidden)] = hidden
-        overwrite(self._vector, listed_sampled(plan, self._width, self._sizes.most))
+        width = self._sizes.width_of(plan)
+        overwrite(self._vector, listed_sampled(plan, width, self._sizes.most))
 
-    def tail(self, rows: int, filters: bool) -> Tensor:
-        """What follows the forward: [rows, ...], valid until the next one."""
-        out = self._captured[self._sizes.tail(rows, filters)].replay()
+    def tail(self, plan: StepPlan, filters: bool) -> Tensor:
+        """What follows the forward, for each sampled row, valid until the next one."""
+        out = self._captured[self._sizes.tail(plan, filters)].replay()
         assert out is not None
-        return out[:rows]
+        return out[: len(plan.sampled_slots)]
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSizes:
     """Which graphs there are.
 
-    rows: buckets of rows. tokens: buckets of tokens of steps with prompts. most: what the vector
-    has room for.
+    widths: tokens of decode rows, ascending; all rows of a step have the same. rows: buckets of
+    rows. tokens: buckets of tokens of steps with prompts. most: what the vector has room for.
     """
 
-    width: int
+    widths: list[int]
     rows: list[int]
     tokens: list[int]
     most: Sizes
@@ -217,7 +230,16 @@ class GraphSizes:
         rows = bucket_sizes(config.max_num_seqs)
         tokens = token_buckets(config.most_mixed_tokens) if has_prefill_graphs(config) else []
         most = Sizes(rows[-1], min(MOST_CHUNKS, rows[-1]), rows[-1])
-        return cls(config.drafts + 1, rows, tokens, most)
+        return cls([config.drafts + 1], rows, tokens, most)
+
+    @property
+    def width(self) -> int:
+        """The largest of the widths."""
+        return self.widths[-1]
+
+    def width_of(self, plan: StepPlan) -> int:
+        """Tokens of a plan's decode rows."""
+        return width_of(plan, self.width)
 
     @property
     def most_tokens(self) -> int:
@@ -227,38 +249,46 @@ class GraphSizes:
         """The graph that a plan's forward may run in; None: there is none."""
         if not self.most.cover(Sizes.of(plan)):
             return None
+        width = self.width_of(plan)
         if not plan.chunks:
             decode = self.rows[bisect_left(self.rows, len(plan.decode))]
-            return Forward(decode, 0, decode * self.width)
-        tokens = bucket_above(tokens_of(plan, self.width))
-        classes = self._classes(tokens)
-        return self._mixed(classes[bisect_left(classes, len(plan.decode))], tokens)
+            return Forward(decode, 0, decode * width, width)
+        tokens = bucket_above(tokens_of(plan, width))
+        classes = self._classes(tokens, width)
+        return self._mixed(classes[bisect_left(classes, len(plan.decode))], tokens, width)
 
-    def tail(self, rows: int, filters: bool) -> Tail:
-        return Tail(self.rows[bisect_left(self.rows, rows)], filters)
+    def tail(self, plan: StepPlan, filters: bool) -> Tail:
+        """The graph of what follows a plan's forward."""
+        rows = self.rows[bisect_left(self.rows, len(plan.sampled_slots))]
+        return Tail(rows, filters, self.width_of(plan))
 
     def all(self) -> Iterator[Forward | Tail]:
         """Every graph, larger ones first."""
-        for tokens in reversed(self.tokens):
-            for decode in reversed(self._classes(tokens)):
-                yield self._mixed(decode, tokens)
-        for rows in reversed(self.rows):
-            yield Forward(rows, 0, rows * self.width)
-        for filters in (True, False):
+        for width in reversed(self.widths):
+            for tokens in reversed(self.tokens):
+                for decode in reversed(self._classes(tokens, width)):
+                    if decode or width == self.width:
+                        yield self._mixed(decode, tokens, width)
             for rows in reversed(self.rows):
-                yield Tail(rows, filters)
+                yield Forward(rows, 0, rows * width, width)
+            for filters in (True, False):
+                for rows in reversed(self.rows):
+                    yield Tail(rows, filters, width)
 
     def largest(self) -> Iterator[Forward | Tail]:
         """The largest of each kind."""
         if self.tokens:
-            yield self._mixed(self.rows[-1], self.tokens[-1])
-        yield Forward(self.rows[-1], 0, self.rows[-1] * self.width)
-        yield Tail(self.rows[-1], True)
+            yield self._mixed(self.rows[-1], self.tokens[-1], self.width)
+        yield Forward(self.rows[-1], 0, self.rows[-1] * self.width, self.width)
+        yield Tail(self.rows[-1], True, self.width)
 
-    def _mixed(self, decode: int, tokens: int) -> Forward:
-        return Forward(decode, min(self.most.chunks, tokens), tokens)
+    def _mixed(self, decode: int, tokens: int, width: int) -> Forward:
+        # Without decode rows their width is nothing that a graph depends on.
+        return Forward(
+            decode, min(self.most.chunks, tokens), tokens, width if decode else self.width
+        )
 
-    def _classes(self, tokens: int) -> list[int]:
+    def _classes(self, tokens: int, width: int) -> list[int]:
         """Decode rows that there is room for beside prompts, in steps of so many tokens.
 
         Rows that are not there cost little beside many tokens.
@@ -266,7 +296,7 @@ class GraphSizes:
         few, most = min(FEW_ROWS, self.rows[-1]), self.rows[-1]
         if tokens > FEW_TOKENS:
             return [most]
-        return sorted({0, few, most} if tokens > few * self.width else {0, few})
+        return sorted({0, few, most} if tokens > few * width else {0, few})
 
 
 def has_prefill_graphs(config: EngineConfig) -> bool:

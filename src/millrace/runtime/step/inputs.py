@@ -107,6 +107,11 @@ def chunk_ends(plan: StepPlan, width: int) -> list[int]:
     return [end - 1 for end in accumulate(counts, initial=len(plan.decode) * width)][1:]
 
 
+def width_of(plan: StepPlan, most: int) -> int:
+    """Tokens of the plan's decode rows. most: those of an engine at most."""
+    return most if plan.drafts < 0 else plan.drafts + 1
+
+
 def tokens_of(plan: StepPlan, width: int) -> int:
     return len(plan.decode) * width + sum(chunk.count for chunk in plan.chunks)
 
@@ -219,22 +224,25 @@ class SampledRows:
     base: Tensor
     first: Tensor
     verify: Tensor
+    width: int
     noise: bool
     filters: bool
 
-    def candidates(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Slot, position and flat token of each candidate: int64 [R * width]; a final chunk's first
         one stands for all of its."""
-        place = torch.arange(width, device=self.slots.device) * self.verify[:, None]
-        slots = self.slots[:, None].expand(-1, width)
+        place = torch.arange(self.width, device=self.slots.device) * self.verify[:, None]
+        slots = self.slots[:, None].expand(-1, self.width)
         positions, tokens = (x[:, None] + place for x in (self.base, self.first))
         return slots.flatten(), positions.flatten(), tokens.flatten()
 
 
-def sampled_rows(numbers: Numbers, length: Tensor, noise: bool, filters: bool) -> SampledRows:
+def sampled_rows(
+    numbers: Numbers, length: Tensor, width: int, noise: bool, filters: bool
+) -> SampledRows:
     """length: int64 [N], by slot: of decode rows without their candidates, of chunks with all of
     their tokens."""
     slots, first, verify = numbers.sampled
     verifies = verify != 0
     base = length[slots] - torch.where(verifies | (slots == 0), 0, 1)
-    return SampledRows(slots, base, first, verifies, noise, filters)
+    return SampledRows(slots, base, first, verifies, width, noise, filters)

@@ -66,9 +66,8 @@ class _Candidate:
 class LogitsProcessors:
     """The options of every slot."""
 
-    def __init__(self, slots: Slots, width: int, vocab_size: int) -> None:
+    def __init__(self, slots: Slots, vocab_size: int) -> None:
         self._slots = slots
-        self._width = width
         self._vocab_size = vocab_size
         self._device = slots.length.device
         self._by_slot: dict[int, _RowOptions] = {}
@@ -85,16 +84,17 @@ class LogitsProcessors:
             allowed = upload(words, self._device, torch.int32)
         self._by_slot[admission.slot] = _RowOptions(extras, admission.stop_token_ids, allowed)
 
-    def of_step(self, plan: StepPlan) -> StepProcessors | None:
-        """The processors of the step's sampled rows; None if no row has options."""
+    def of_step(self, plan: StepPlan, width: int) -> StepProcessors | None:
+        """The processors of the step's sampled rows; None if no row has options. width: candidates
+        of a decode row."""
         if not self._by_slot:
             return None
         found = []
         for row, slot in enumerate(plan.sampled_slots):
-            width = self._width if row < len(plan.decode) else 1
+            candidates = width if row < len(plan.decode) else 1
             if options := self._by_slot.get(slot):
-                first = row * self._width
-                found += [_Candidate(first + place, options) for place in range(width)]
+                first = row * width
+                found += [_Candidate(first + place, options) for place in range(candidates)]
         return StepProcessors(found, self._slots) if found else None
 
     def reads_prompts(self, plan: StepPlan) -> bool:

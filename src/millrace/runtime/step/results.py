@@ -16,15 +16,17 @@ from millrace.kernels.sampling import NOT_FINITE
 from millrace.protocol import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from millrace.runtime.step.logits_processors import Logprobs
 
+AHEAD = 3  # numbers of a row before its tokens
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """A step's result. R sampled rows, `width` candidates a decode row.
 
-    tokens: int64 [R, 1 + width], the count of new tokens, then the tokens; None where no row
-    samples. The last new token of a row may be NOT_FINITE. logprobs: by candidate, `width`
-    a row. prompt: (slot, position, log-probabilities) of pieces of prompts. drafts: int64 [R, k],
-    in steps with masks.
+    tokens: int64 [R, 3 + width]: how many drafts the row verified and which method made them, the
+    count of new tokens, then the tokens; None where no row samples. The last new token of a row may
+    be NOT_FINITE. logprobs: by candidate, `width` a row. prompt: (slot, position,
+    log-probabilities) of pieces of prompts. drafts: int64 [R, k], in steps with masks.
     """
 
     tokens: Tensor | None = None
@@ -65,7 +67,7 @@ class PendingStep:
             self._wait(self._ready)
         out = self._output
         rows = [] if out.tokens is None else out.tokens.tolist()
-        tokens = [row[1 : 1 + row[0]] for row in rows]
+        tokens = [row[AHEAD : AHEAD + row[AHEAD - 1]] for row in rows]
         not_finite = [at for at, new in enumerate(tokens) if new and new[-1] == NOT_FINITE]
         for at in not_finite:
             tokens[at].pop()
@@ -73,12 +75,13 @@ class PendingStep:
             self._step,
             self._slots,
             tokens,
-            logprobs=self._logprobs(len(rows[0]) - 1) if out.logprobs and rows else {},
+            logprobs=self._logprobs(len(rows[0]) - AHEAD) if out.logprobs and rows else {},
             prompt_logprobs=[
                 PromptLogprobs(slot, start, _lines(part)) for slot, start, part in out.prompt
             ],
             drafts=[] if out.drafts is None else out.drafts.tolist(),
             not_finite=not_finite,
+            drafted=[(row[0], row[1]) for row in rows],
         )
 
     def _logprobs(self, width: int) -> dict[int, list[TokenLogprobs]]:

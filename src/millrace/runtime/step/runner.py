@@ -21,7 +21,7 @@ from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step import snapshots as records
 from millrace.runtime.step.caches import DTYPES
 from millrace.runtime.step.cuda_graphs import GraphSizes, Parts, StepGraphs
-from millrace.runtime.step.drafter import Drafter, HeadDrafter
+from millrace.runtime.step.drafter import Drafter, drafter_of
 from millrace.runtime.step.inputs import (
     Numbers,
     Room,
@@ -34,6 +34,7 @@ from millrace.runtime.step.inputs import (
     row_ends,
     sampled_rows,
     tokens_of,
+    width_of,
     without_ended,
 )
 from millrace.runtime.step.logits_processors import LogitsProcessors, StepProcessors
@@ -80,11 +81,10 @@ class Runner:
         heads = model.head, model.draft_output
         self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
         self._wait_for_device = ranks.wait_for_device
-        self._processors = LogitsProcessors(slots, self._width, model.config.vocab_size)
-        self.drafter: Drafter | None = None
-        if config.drafts:
-            assert model.mtp is not None
-            self.drafter = HeadDrafter(model.mtp, caches, slots, self._sampler, config.drafts)
+        self._processors = LogitsProcessors(slots, model.config.vocab_size)
+        self.drafter: Drafter | None = drafter_of(
+            config.speculation, model, caches, slots, self._sampler
+        )
         self._graphs: StepGraphs | None = None
         self.tiers: Transfers | None = None
         self._shared = ranks.size > 1
@@ -100,7 +100,8 @@ class Runner:
         self._admit(plan)
         if not plan.decode and not plan.chunks:
             return StepOutput()
-        processors = self._processors.of_step(plan)
+        width = self._width_of(plan)
+        processors = self._processors.of_step(plan, width)
         graphs, numbers = self._graphs, None
         if graphs is not None and graphs.forward(plan):
             hidden = graphs.hidden
@@ -108,10 +109,10 @@ class Runner:
             numbers = self._numbers(plan)
             hidden = self._eager(plan, numbers)
             if graphs is not None and plan.sampled_slots and processors is None:
-                graphs.take(plan, hidden[self._rows(plan, numbers).candidates(self._width)[2]])
+                graphs.take(plan, hidden[self._rows(plan, numbers).candidates()[2]])
         out = self._tail_of(plan, hidden, numbers, processors, masks)
         self._save(plan, hidden)
-        offset = len(plan.decode) * self._width
+        offset = len(plan.decode) * width
         prompt = self._processors.prompt_logprobs(plan, hidden, offset, self._model.logits)
         return replace(out, prompt=prompt)
 
@@ -168,13 +169,15 @@ class Runner:
     def _eager(self, plan: StepPlan, numbers: Numbers) -> Tensor:
         """The forward for tokens that the host knows: hidden [T, H], at least of those that are
         read."""
-        room = Room(self._width, tokens_of(plan, self._width), plan.context)
+        width = self._width_of(plan)
+        room = Room(width, tokens_of(plan, width), plan.context)
         numbers = without_ended(numbers, self.slots.ended)
         batch = exact_batch(plan, numbers, self.slots.length, self._caches, room)
-        every = self._config.drafts or not plan.chunks or self._processors.reads_prompts(plan)
+        head = self._config.speculation.head
+        every = head or not plan.chunks or self._processors.reads_prompts(plan)
         selected = None
         if not every:
-            ends = upload(chunk_ends(plan, self._width), self._device)
+            ends = upload(chunk_ends(plan, width), self._device)
             selected = row_ends(plan, batch, ends)
         hidden: Tensor = self._model(self._ids(batch), batch, self._caches, selected)
         self._finish_forward(hidden, batch)
@@ -202,13 +205,13 @@ class Runner:
             return StepOutput()
         if self._graphs is not None and processors is None:
             _, filters = self._sampler.flags(plan)
-            return StepOutput(self._graphs.tail(len(plan.sampled_slots), filters))
+            return StepOutput(self._graphs.tail(plan, filters))
         rows = self._rows(plan, numbers or self._numbers(plan))
         return self._sample_and_draft(hidden, rows, plan.context, processors, masks)
 
-    def _tail(self, numbers: Numbers, hidden: Tensor, filters: bool) -> Tensor:
+    def _tail(self, numbers: Numbers, hidden: Tensor, width: int, filters: bool) -> Tensor:
         """The same for rows that only the device knows, without processors."""
-        rows = sampled_rows(numbers, self.slots.length, noise=True, filters=filters)
+        rows = sampled_rows(numbers, self.slots.length, width, noise=True, filters=filters)
         out = self._sample_and_draft(hidden, rows, self._longest, None, None).tokens
         assert out is not None
         return out
@@ -223,6 +226,7 @@ class Runner:
     ) -> StepOutput:
         """Sample, accept, write the tape, draft. context: no row is longer afterwards."""
         drawn, logprobs = self._sampler.targets(hidden, context, rows, processors, masks)
+        drafted = self._drafted(rows)
         count = self._sampler.accept(drawn, rows)
         self._write_tape(drawn, rows, count)
         self._advance_lengths(rows, count)
@@ -231,21 +235,27 @@ class Runner:
             self._last[live] = hidden[rows.first + (count - 1).clamp(min=0)]
         if self.drafter is not None:
             self.drafter.draft(hidden, rows, count, context)
-        out = StepOutput(torch.cat([count[:, None], drawn], dim=1), logprobs)
+        out = StepOutput(torch.cat([drafted, count[:, None], drawn], dim=1), logprobs)
         if processors is not None and processors.masked:
             out = replace(out, drafts=self._drafts(rows, count))
         return out
 
     def _numbers(self, plan: StepPlan) -> Numbers:
         sizes = Sizes.of(plan)
-        return Numbers.split(upload(listed(plan, self._width, sizes), self._device), sizes)
+        listed_numbers = listed(plan, self._width_of(plan), sizes)
+        return Numbers.split(upload(listed_numbers, self._device), sizes)
 
     def _rows(self, plan: StepPlan, numbers: Numbers) -> SampledRows:
         noise, filters = self._sampler.flags(plan)
         noise = (
             noise or self._graphs is not None
         )  # always the kernel with noise: no other is compiled
-        return sampled_rows(numbers.cut(Sizes.of(plan)), self.slots.length, noise, filters)
+        numbers, width = numbers.cut(Sizes.of(plan)), self._width_of(plan)
+        return sampled_rows(numbers, self.slots.length, width, noise, filters)
+
+    def _width_of(self, plan: StepPlan) -> int:
+        """Tokens of the plan's decode rows."""
+        return width_of(plan, self._width)
 
     def _fits(self, plan: StepPlan) -> bool:
         """Whether kernels that run in a graph have room for the lengths of a plan's chunks."""
@@ -282,8 +292,7 @@ class Runner:
         table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
         slots, index = upload(table, self._device)
         hidden = self._snapshots.restore(self._caches, slots, index)
-        if self.drafter is not None:
-            assert hidden is not None
+        if self.drafter is not None and hidden is not None:
             self.drafter.resume(slots, hidden)
 
     def _poison(self, plan: StepPlan) -> None:
@@ -305,7 +314,7 @@ class Runner:
         s, caches, slots = self.slots, self._caches, rows.slots
         s.length[slots] = torch.where(rows.verify, rows.base + count, s.length[slots])
         fill, offset = caches.fill[slots], caches.conv_offset[slots]
-        folded = fill + self._width > self._config.window
+        folded = fill + rows.width > self._config.window
         filled = torch.where(folded, 0, fill) + count
         ended = rows.verify & (count == 0)  # the step did not touch its state
         filled = torch.where(rows.verify, filled, 0).to(torch.int32)
@@ -315,15 +324,21 @@ class Runner:
 
     def _write_tape(self, drawn: Tensor, rows: SampledRows, count: Tensor) -> None:
         """Write tokens that count to their positions, the others to the null slot's tape."""
-        place = torch.arange(self._width, device=self._device)
+        place = torch.arange(rows.width, device=self._device)
         counts = place < count[:, None]
         slots = torch.where(counts, rows.slots[:, None], 0)
         positions = torch.where(counts, rows.base[:, None] + 1 + place, 0)
         drawn = torch.where(counts, drawn, 0).clamp_(min=0)  # NOT_FINITE is no token
         self.slots.tokens[slots, positions] = drawn
 
+    def _drafted(self, rows: SampledRows) -> Tensor:
+        """How many drafts each row verifies, and the method that made them: int64 [R, 2]."""
+        proposed = self.slots.proposed[rows.slots].clamp(max=rows.width - 1)
+        proposed = torch.where(rows.verify, proposed, 0)
+        return torch.stack([proposed, self.slots.method[rows.slots]], dim=1)
+
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
-        """The drafts behind each row's last token: int64 [R, k]."""
+        """What the tape has behind each row's last token, drafts or not: int64 [R, k]."""
         ahead = 1 + torch.arange(self._config.drafts, device=self._device)
         return self.slots.tokens[rows.slots[:, None], (rows.base + count)[:, None] + ahead]
 
@@ -336,7 +351,8 @@ class Runner:
     def _save(self, plan: StepPlan, hidden: Tensor) -> None:
         if not plan.saves:
             return
-        ends = zip((c.slot for c in plan.chunks), chunk_ends(plan, self._width), strict=True)
+        flat = chunk_ends(plan, self._width_of(plan))
+        ends = zip((c.slot for c in plan.chunks), flat, strict=True)
         last, saves = dict(ends), plan.saves
         table = [
             [s.slot for s in saves],

@@ -57,11 +57,10 @@ class Sampler:
         self._head = head
         self._draft_head = draft_head
         self._broadcast = broadcast
-        self._width = config.drafts + 1
         self._device = slots.length.device
         self._noisy: set[int] = set()  # slots with a temperature
         self._filtered: set[int] = set()  # slots with top_k or top_p
-        self._rates = torch.tensor(config.acceptance or (), device=self._device)
+        self._rates = torch.tensor(config.speculation.acceptance or (), device=self._device)
 
     def admit(self, a: Admission) -> None:
         """A request gets a slot."""
@@ -88,7 +87,7 @@ class Sampler:
         hidden: [T, H] of the step's tokens. context: no sampled position is greater. masks: called
         only after the forward is launched. Log-probabilities: if a request asks for them.
         """
-        slots, positions, tokens = rows.candidates(self._width)
+        slots, positions, tokens = rows.candidates()
         hidden, ends, logprobs = hidden[tokens], positions + 1, None
         if processors is None:
             drawn = self._draw(self._head, hidden, slots, ends, rows, check=True)
@@ -98,7 +97,7 @@ class Sampler:
             logits = processors.adjust(logits, slots, ends, context, given)
             drawn = self._sample(logits, slots, ends, rows, check=True)
             logprobs = processors.logprobs(drawn)
-        return drawn.view(-1, self._width), logprobs
+        return drawn.view(-1, rows.width), logprobs
 
     def draft(self, hidden: Tensor, positions: Tensor, rows: SampledRows) -> Tensor:
         """The draft for each row's position: int64 [R], by temperature, top_k and top_p only."""
@@ -146,10 +145,11 @@ class Sampler:
     def accept(self, drawn: Tensor, rows: SampledRows) -> Tensor:
         """How many of each row's sampled tokens count: int64 [R]; 0 for a row that had ended.
 
-        A draft is accepted if it and all drafts before it equal the sampled tokens. The first
-        sampled token after them counts too. A stop token, NOT_FINITE and max_total end the row.
+        A draft is accepted if it and all drafts before it equal the sampled tokens; what no method
+        proposed is no draft, whatever the tape has there. The first sampled token after them counts
+        too. A stop token, NOT_FINITE and max_total end the row.
         """
-        s, width = self._slots, self._width
+        s, width = self._slots, rows.width
         count = torch.ones_like(rows.base)
         if width > 1:
             count += self._accepted_drafts(drawn, rows)
@@ -166,20 +166,21 @@ class Sampler:
 
     def _accepted_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
         """How many leading drafts of each row are accepted: int64 [R]; 0 for final chunks."""
-        k = self._width - 1
-        positions = rows.base[:, None] + 1 + torch.arange(k, device=self._device)
+        k = rows.width - 1
+        place = torch.arange(k, device=self._device)
+        positions = rows.base[:, None] + 1 + place
         drafts = self._slots.tokens[rows.slots[:, None], positions]
-        if self._config.acceptance is None:
-            accepted = rows.verify[:, None] & (drafts == drawn[:, :k])
+        proposed = rows.verify[:, None] & (place < self._slots.proposed[rows.slots][:, None])
+        if self._config.speculation.acceptance is None:
+            accepted = proposed & (drafts == drawn[:, :k])
         else:
-            accepted = rows.verify[:, None] & self._synthetic(rows.slots, rows.base)
+            accepted = proposed & self._synthetic(rows.slots, rows.base, k)
             drawn[:, :k] = torch.where(accepted, drafts, drawn[:, :k])
         return accepted.long().cumprod(1).sum(1)
 
-    def _synthetic(self, slots: Tensor, base: Tensor) -> Tensor:
+    def _synthetic(self, slots: Tensor, base: Tensor, k: int) -> Tensor:
         """Random acceptance at the configured rates, independent of the drafts: bool [R, k]."""
-        k = self._rates.shape[0]
         positions = (base[:, None] + torch.arange(k, device=self._device)).flatten()
         seeds = self._slots.seed[slots][:, None].expand(-1, k).flatten()
         noise = gumbel(seeds, positions + _SYNTHETIC, 1)[:, 0]
-        return torch.exp(-torch.exp(-noise)).view(-1, k) < self._rates
+        return torch.exp(-torch.exp(-noise)).view(-1, k) < self._rates[:k]

@@ -25,7 +25,9 @@ class Slots:
 
     tokens: int64 [N, max_len + spare]. length: int64 [N], tokens in the caches. ended: bool [N].
     max_total: int64 [N]. stop_ids: int64 [N, 17], NOT_FINITE first, padded with -1. temperature,
-    top_p: float32 [N]. top_k: int64 [N], 0 keeps all. seed: int64 [N].
+    top_p: float32 [N]. top_k: int64 [N], 0 keeps all. seed: int64 [N]. methods: int64 [N], those
+    that draft for the request, a bit each. proposed: int64 [N], drafts on the tape behind the last
+    token. method: int64 [N], the number of the one that made them.
     """
 
     tokens: Tensor
@@ -37,6 +39,9 @@ class Slots:
     top_p: Tensor
     top_k: Tensor
     seed: Tensor
+    methods: Tensor
+    proposed: Tensor
+    method: Tensor
 
     @classmethod
     def allocate(
@@ -58,6 +63,9 @@ class Slots:
             top_p=full(1.0, dtype=torch.float32),
             top_k=full(0),
             seed=full(0),
+            methods=full(0),
+            proposed=full(0),
+            method=full(0),
         )
 
     def tensors(self) -> Iterator[Tensor]:
@@ -78,7 +86,7 @@ class Slots:
             for a in admissions
         ]
         integers = [
-            [a.slot, a.start, a.max_total, a.top_k, a.seed, *stop]
+            [a.slot, a.start, a.max_total, a.top_k, a.seed, a.methods, *stop]
             for a, stop in zip(admissions, stops, strict=True)
         ]
         table = upload(integers, device)
@@ -89,7 +97,9 @@ class Slots:
         self.max_total[slots] = table[:, 2]
         self.top_k[slots] = table[:, 3]
         self.seed[slots] = table[:, 4]
-        self.stop_ids[slots] = table[:, 5:]
+        self.methods[slots] = table[:, 5]
+        self.stop_ids[slots] = table[:, 6:]
+        self.proposed.index_fill_(0, slots, 0)
         self.temperature[slots] = sampling[:, 0]
         self.top_p[slots] = sampling[:, 1]
         self.ended.index_fill_(0, slots, False)

@@ -75,7 +75,7 @@ FIELDS: Mapping[str, Mapping[Api, Fate]] = {
     **_fields("presence_penalty frequency_penalty repetition_penalty logit_bias", _EVERYWHERE),
     **_fields("allowed_token_ids bad_words min_tokens ignore_eos", _EVERYWHERE),
     **_fields("stop stop_token_ids include_stop_str_in_output", _EVERYWHERE),
-    **_fields("skip_special_tokens structured_outputs", _EVERYWHERE),
+    **_fields("skip_special_tokens structured_outputs speculative_method", _EVERYWHERE),
     **_fields("max_tokens", "chat completions messages", responses="use max_output_tokens"),
     **_fields(
         "max_completion_tokens", "chat", completions="use max_tokens", messages="use max_tokens",

@@ -242,6 +242,7 @@ def sampling_params(body: GenerationRequest, defaults: SamplingDefaults) -> Samp
         prompt_logprobs=_prompt_logprobs(body),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
+        speculative_method=body.speculative_method,
     )
 
 

@@ -57,6 +57,7 @@ class SamplingRequest(PromptRequest, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = True
     structured_outputs: dict[str, Any] | None = None
     priority: int | None = 0
+    speculative_method: str | None = None
     stream: bool | None = False
     stream_interval: int | None = None
 

@@ -155,7 +155,7 @@ COUNTERS: tuple[_Row, ...] = (
     ("spec_decode_num_drafts", "spec_decode_num_drafts", "Rows of draft tokens verified.",
      lambda s: s.drafts),
     ("spec_decode_num_draft_tokens", "spec_decode_num_draft_tokens", "Draft tokens verified.",
-     lambda s: s.drafts * len(s.accepted_per_position)),
+     lambda s: s.draft_tokens),
     ("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens",
      "Draft tokens accepted.", lambda s: sum(s.accepted_per_position)),
     # vLLM has these at 0 where it has no such cache, and there is none here.
@@ -290,6 +290,7 @@ class MetricsPage:
         ):  # fmt: skip
             for full in _names(name, vllm_name):
                 yield self._counter(full, text, counts, label)
+        yield from self._drafts_by_method(stats)
         http = {(route, method, str(code)): n for (route, method, code), n in requests.http.items()}
         yield self._counter(
             "millrace:http_requests", "HTTP requests.", http, "route", "method", "status"
@@ -301,6 +302,26 @@ class MetricsPage:
             text = "Facts of the cache."
             for full in _names("cache_config_info", "cache_config_info"):
                 yield self._gauge(full, text, 1.0, config)
+
+    def _drafts_by_method(self, stats: EngineStats) -> Iterator[Metric]:
+        """As the figures of all drafts, by the method that made them."""
+        methods = stats.draft_methods
+        rows = {(name,): one.drafts for name, one in methods.items()}
+        tokens = {(name,): one.tokens for name, one in methods.items()}
+        accepted = {
+            (name, str(at)): count
+            for name, one in methods.items()
+            for at, count in enumerate(one.accepted)
+        }
+        name = "millrace:spec_decode_num"
+        text = "Rows of draft tokens verified, by the method that drafted."
+        yield self._counter(f"{name}_drafts_by_method", text, rows, "method")
+        text = "Draft tokens verified, by the method that drafted."
+        yield self._counter(f"{name}_draft_tokens_by_method", text, tokens, "method")
+        text = "Draft tokens accepted, by the method that drafted and by position."
+        yield self._counter(
+            f"{name}_accepted_tokens_by_method", text, accepted, "method", "position"
+        )
 
     def _waiting_by_reason(self, stats: EngineStats) -> Iterator[Metric]:
         deferred = stats.waiting_deferred
