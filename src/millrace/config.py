@@ -80,6 +80,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     disk_cache_gb: float = 16.0
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     async_scheduling: bool | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
@@ -142,6 +143,8 @@ HELP: Mapping[str, str] = {
     '"quantization": "fp8" or "none" for the output head that drafts use (default: fp8 if the '
     "weights are fp8).",
     "tensor_parallel_size": "Ranks that share the model.",
+    "enable_expert_parallel": "Of a mixture of experts, each rank has some experts in full, not a "
+    "part of every expert.",
     "async_scheduling": "Plan a step while the step before runs (default: on a GPU).",
     "scheduling_policy": "fcfs: in order of arrival; priority: by priority, then arrival.",
     "enforce_eager": "Use no CUDA graphs.",

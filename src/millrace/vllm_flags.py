@@ -100,10 +100,12 @@ _HARMLESS = {
         --enable-mamba-shared-prefix-checkpoint --enable-cumem-allocator --prefix-match-unit=
     """,
     "a model of this kind has none": """
-        --disable-sliding-window --swa-bounded-replay --enable-expert-parallel
-        --enable-ep-weight-filter --all2all-backend= --eplb-config= --expert-placement-strategy=
+        --disable-sliding-window --swa-bounded-replay
         --cohere-is-reasoning-model --cohere-format= --kv-cache-dtype-skip-layers=
         --enable-flash-late-interaction --max-lora-cls-labels= --engram-config=
+    """,
+    "experts are spread over ranks in their order, and every rank has every token": """
+        --enable-ep-weight-filter --all2all-backend= --eplb-config= --expert-placement-strategy=
     """,
     "text only, so requests with images, audio or video are refused": """
         --language-model-only --limit-mm-per-prompt= --media-io-kwargs= --mm-processor-kwargs=

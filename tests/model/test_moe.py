@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from millrace.errors import CheckpointError, ConfigError
-from millrace.kernels.moe import route
+from millrace.kernels.moe import ExpertWeights, Routes, route, run_experts
 from millrace.model.build import build_model
 from millrace.model.config import ModelConfig, read_config
 from millrace.model.layers.moe import unfused
 from millrace.model.parallel import TensorParallel, check_ranks
-from millrace.model.parameter import pieces_of
+from millrace.model.parameter import parameters_with_pieces, pieces_of
 from millrace.model.tiny import FP8_BLOCKS, QWEN3_MOE, moe_config_json, write_checkpoint
 from millrace.model.weights import expected_tensors, load, random_weights
 from tests.model.test_parallel import on_ranks, require_same, run
@@ -271,16 +271,65 @@ def test_random_experts_differ(tmp_path: Path, kept: bool) -> None:
 # --- ranks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_5", "qwen3_next"])
-def test_ranks_agree_with_one(tmp_path: Path, kind: str, size: int) -> None:
+def test_ranks_agree_with_one(tmp_path: Path, kind: str, size: int, whole: bool) -> None:
+    """Each with a part of every expert, or with some whole experts."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     gdn = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
     config = {**QWEN3_MOE, **heads} if kind == "qwen3" else {**moe_config_json(), **heads, **gdn}
     if kind == "qwen3_next":
         config |= {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
     directory = write_checkpoint(tmp_path, config, fused=size == 2)
-    require_same(on_ranks(directory, size), run(directory, TensorParallel()), 1e-4)
+    on_all = on_ranks(directory, size, whole_experts=whole)
+    require_same(on_all, run(directory, TensorParallel()), 1e-4)
+
+
+FP8_OF_ONE_BLOCK = {
+    **moe_config_json(), "hidden_size": 128, "head_dim": 128, "num_hidden_layers": 4,
+    "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "quantization_config": FP8_BLOCKS,
+}  # fmt: skip
+
+
+def test_whole_experts_stay_fp8_where_their_width_cannot_be_cut(tmp_path: Path) -> None:
+    """The shared expert, of one block, is on both ranks, each of which runs it for its tokens."""
+    directory = write_checkpoint(tmp_path, FP8_OF_ONE_BLOCK)
+    on_both = on_ranks(directory, 2, whole_experts=True)
+    require_same(on_both, run(directory, TensorParallel()), 1e-4)
+    config = read_config(directory)
+    for rank in range(2):
+        model = build_model(
+            config, dtype=torch.float32, keep_quantized=True, device="meta",
+            tp=TensorParallel(rank, 2, whole_experts=True),
+        )  # fmt: skip
+        mlp = model.layers[0].mlp
+        assert mlp.experts.first == rank * mlp.experts.count == rank * config.experts.count // 2
+        assert mlp.experts.gate_up_values.dtype == torch.float8_e4m3fn
+        shared = mlp.shared.gate_up_proj
+        assert shared.takes_fp8
+        assert shared.outputs == 256
+        pieces = {piece.name for _, found in parameters_with_pieces(model) for piece in found}
+        absent = f"model.layers.0.mlp.experts.{(1 - rank) * mlp.experts.count}.up_proj.weight"
+        assert absent not in pieces
+
+
+def test_experts_that_are_elsewhere_add_nothing() -> None:
+    """Whatever their weights; a token without any expert here gets zeros."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 32, generator=generator)
+    gate_up = ExpertWeights(torch.randn(4, 64, 32, generator=generator))
+    down = ExpertWeights(torch.randn(4, 32, 32, generator=generator))
+    experts = torch.tensor([[0, 3], [-1, 2], [1, -1], [-1, -1], [3, 1]])
+    weights = torch.rand(5, 2, generator=generator)
+    here = torch.where(experts < 0, 0.0, weights)
+    expected = run_experts(x, Routes(experts.clamp(min=0), here), gate_up, down)
+    weights[experts < 0] = torch.nan
+    for run_one in (run_experts, run_experts.__wrapped__):
+        got = run_one(x, Routes(experts, weights), gate_up, down)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert not bool(got[3].any())
 
 
 def test_fp8_experts_are_cut_between_blocks(tmp_path: Path) -> None:
@@ -324,7 +373,17 @@ def test_experts_limit_the_ranks(tmp_path: Path, name: str, ranks: int, working:
         check_ranks(config, ranks)
     width = config.experts.width if config.experts else 0
     assert f"moe_intermediate_size {width} in blocks of 128" in str(error.value)
-    assert str(error.value).endswith(f"sizes that work: {working}")
+    assert f"sizes that work: {working};" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "working"), [("35b", "1, 2, 4, 8, 16"), ("397b", "1, 2, 4, 8")])
+def test_whole_experts_allow_more_ranks(tmp_path: Path, name: str, working: str) -> None:
+    """Heads and the number of experts limit them then."""
+    config = read(tmp_path, {**QWEN3_5[name], "quantization_config": FP8_BLOCKS})
+    check_ranks(config, 8, whole_experts=True)
+    with pytest.raises(ConfigError) as error:
+        check_ranks(config, 64 if name == "397b" else 32, whole_experts=True)
+    assert f"sizes that work: {working}" in str(error.value)
 
 
 # --- refusals ----------------------------------------------------------------------------------

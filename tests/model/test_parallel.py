@@ -55,13 +55,14 @@ class Meeting:
     def sum(self, rank: int, x: Tensor) -> Tensor:
         return torch.stack(self.exchange(rank, x)).sum(0)
 
-    def rank(self, rank: int, fused: bool = False) -> TensorParallel:
+    def rank(self, rank: int, fused: bool = False, whole_experts: bool = False) -> TensorParallel:
         """fused: the all-reduce includes the residual add and the norm, as the GPU kernel does."""
         alone = TensorParallel(
             rank,
             len(self.parts),
             lambda x: self.sum(rank, x),
             lambda x: torch.cat(self.exchange(rank, x), dim=-1),
+            whole_experts=whole_experts,
         )
         return (
             replace(alone, all_reduce_norm=partial(self.all_reduce_norm, rank)) if fused else alone
@@ -137,12 +138,17 @@ def draft(driver: Driver, head: DraftHead, ids: list[int], prompt: Tensor) -> li
 
 
 def on_ranks(
-    directory: Path, size: int, kept: bool = False, fused: bool = False
+    directory: Path,
+    size: int,
+    kept: bool = False,
+    fused: bool = False,
+    whole_experts: bool = False,
 ) -> list[list[Tensor]]:
     """What `run` returns on each of `size` ranks."""
     meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:
-        runs = [pool.submit(run, directory, meeting.rank(r, fused), kept) for r in range(size)]
+        ranks = [meeting.rank(r, fused, whole_experts) for r in range(size)]
+        runs = [pool.submit(run, directory, rank, kept) for rank in ranks]
         return [one.result(120) for one in runs]
 
 

@@ -51,7 +51,11 @@ CACHED = {"enable_prefix_caching": True, "block_size": 4}
         pytest.param("qwen3_5", {"max_num_batched_tokens": 13}, id="hybrid-chunks"),
         pytest.param("qwen3_5", mtp(1), id="hybrid-mtp-1"),
         pytest.param("qwen3_5", mtp(3, **CACHED, snapshot_interval=8), id="hybrid-mtp-3-cached"),
-        pytest.param("qwen3_5", mtp(2, tensor_parallel_size=2), id="hybrid-mtp-2-two-ranks"),
+        pytest.param(
+            "qwen3_5",
+            mtp(2, tensor_parallel_size=2, enable_expert_parallel=True),
+            id="hybrid-mtp-2-two-ranks-with-whole-experts",
+        ),
     ],
 )
 def test_same_tokens(

@@ -35,7 +35,8 @@ class ExpertWeights(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """experts: int64 [T, K], the best first, all different; weights: [T, K], of their outputs."""
+    """experts: int64 [T, K], the best first, all different; -1: one of another rank, which adds
+    nothing here. weights: [T, K], of their outputs."""
 
     experts: Tensor
     weights: Tensor

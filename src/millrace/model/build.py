@@ -36,7 +36,7 @@ def build_model(
     device has no kernels for it.
     """
     tp = tp or TensorParallel()
-    check_ranks(config, tp.size)
+    check_ranks(config, tp.size, tp.whole_experts)
     check_device(config, torch.device(device))
     build = BuildContext(config, tp, dtype, torch.device(device), keep_quantized)
     found, mtp = config.quantization, mtp and config.mtp_layers > 0
@@ -66,14 +66,22 @@ def count_weights(config: ModelConfig) -> int:
     return sum(sizes.values())
 
 
-def rank_bytes(config: ModelConfig, dtype: str, ranks: int, *, mtp: bool, kept: bool) -> int:
-    """Bytes of the weights on one rank; kept: quantized ones stay so. Raises ConfigError if the
-    model cannot be split over the ranks."""
+def rank_bytes(
+    config: ModelConfig,
+    dtype: str,
+    ranks: int,
+    *,
+    mtp: bool,
+    kept: bool,
+    whole_experts: bool = False,
+) -> int:
+    """Bytes of the weights on one rank; kept: quantized ones stay so. whole_experts: with expert
+    parallelism. Raises ConfigError if the model cannot be split over the ranks."""
     model = build_model(
         config,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
         device="meta",
-        tp=TensorParallel(0, ranks),
+        tp=TensorParallel(0, ranks, whole_experts=whole_experts),
         max_len=1,
         mtp=mtp,
         keep_quantized=kept,

@@ -36,7 +36,8 @@ class TensorParallel:
     all_gather: the ranks' tensors concatenated in the last dimension, in rank order.
     all_reduce_max: the elementwise maximum of int64 tensors. all_reduce_norm(x, residual, weight,
     eps, keep, quantized): for s = the sum of x over ranks + residual, in one kernel, `(norm of s if
-    keep, its quantized form if quantized, s)`; None if no such kernel is in use.
+    keep, its quantized form if quantized, s)`; None if no such kernel is in use. whole_experts: a
+    rank has some of the experts in full (expert parallelism), not a part of every expert.
     """
 
     rank: int = 0
@@ -45,11 +46,16 @@ class TensorParallel:
     all_gather: Collective = _identity
     all_reduce_max: Collective = _identity
     all_reduce_norm: ReduceNorm = _not_fused
+    whole_experts: bool = False
 
     def share(self, total: int) -> tuple[int, int]:
         """This rank's [start, stop) of `total`, which the size divides."""
         each = total // self.size
         return self.rank * each, (self.rank + 1) * each
+
+    def uneven_share(self, total: int) -> tuple[int, int]:
+        """This rank's [start, stop) of any `total`; it may be empty."""
+        return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def kv_share(self, heads: int) -> tuple[int, int]:
         """This rank's [start, stop) of the KV heads; with more ranks than heads, ranks share
@@ -79,18 +85,26 @@ def mlp_unit(channels: int, ranks: int, block: int) -> int:
     return block if block > 1 and -(-channels // block) >= ranks else TILE
 
 
-def check_ranks(config: ModelConfig, ranks: int) -> None:
-    """Raise ConfigError, with the sizes that work, if the model cannot be split over `ranks`."""
-    reasons = _obstacles(config, ranks)
-    if reasons:
-        working = [n for n in range(1, config.num_heads + 1) if not _obstacles(config, n)]
-        raise ConfigError(
-            f"tensor_parallel_size {ranks} cannot split {', '.join(reasons)}; "
-            f"sizes that work: {', '.join(map(str, working))}"
-        )
+def check_ranks(config: ModelConfig, ranks: int, whole_experts: bool = False) -> None:
+    """Raise ConfigError, with the sizes that work, if the model cannot be split over `ranks`.
+
+    whole_experts: by expert parallelism.
+    """
+    reasons = _obstacles(config, ranks, whole_experts)
+    if not reasons:
+        return
+    advice = f"sizes that work: {_working(config, whole_experts)}"
+    if config.experts is not None and not whole_experts:
+        advice += f"; with --enable-expert-parallel: {_working(config, whole_experts=True)}"
+    raise ConfigError(f"tensor_parallel_size {ranks} cannot split {', '.join(reasons)}; {advice}")
 
 
-def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
+def _working(config: ModelConfig, whole_experts: bool) -> str:
+    sizes = range(1, config.num_heads + 1)
+    return ", ".join(str(n) for n in sizes if not _obstacles(config, n, whole_experts))
+
+
+def _obstacles(config: ModelConfig, ranks: int, whole_experts: bool) -> list[str]:
     """What cannot be split over `ranks`. Heads are never split; MLP channels are, with
     padding; those of experts without."""
     sizes = [
@@ -98,14 +112,16 @@ def _obstacles(config: ModelConfig, ranks: int) -> list[str]:
         (config.key_heads, "GDN key heads"),
         (config.value_heads, "GDN value heads"),
     ]
+    experts, widths = config.experts, [(config.intermediate_size, "intermediate_size")]
+    if experts is not None and whole_experts:
+        sizes.append((experts.count, "experts"))
+    elif experts is not None:
+        widths.append((experts.shared_width, "shared_expert_intermediate_size"))
     reasons = [f"{total} {what}" for total, what in sizes if total % ranks]
     kv_heads = config.num_kv_heads
     if kv_heads % ranks and ranks % kv_heads:
         reasons.append(f"{kv_heads} KV heads")
-    experts = config.experts
-    widths = [(config.intermediate_size, "intermediate_size")]
-    if experts is not None:
-        widths.append((experts.shared_width, "shared_expert_intermediate_size"))
+    if experts is not None and not whole_experts:
         unit = max(config.quantization.format.block, TILE)
         if ranks > 1 and experts.width % (unit * ranks):
             reasons.append(f"moe_intermediate_size {experts.width} in blocks of {unit}")

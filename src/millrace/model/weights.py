@@ -49,6 +49,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     return _expected(model)
 
 
+def _of_all_ranks(model: CausalLM) -> dict[str, TensorSpec]:
+    """What a checkpoint must have: what this rank reads, and the experts of others."""
+    if not model.head.tp.whole_experts:
+        return _expected(model)
+    mtp, dtype = model.mtp is not None, torch.bfloat16
+    return _expected(build_model(model.config, dtype=dtype, device="meta", max_len=1, mtp=mtp))
+
+
 def _expected(model: nn.Module) -> dict[str, TensorSpec]:
     found: dict[str, TensorSpec] = {}
     for _, pieces in parameters_with_pieces(model):
@@ -232,9 +240,9 @@ def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint) -> None:
 
 
 def _check(
-    checkpoint: Checkpoint, model: nn.Module, directory: str | Path, optional: tuple[str, ...]
+    checkpoint: Checkpoint, model: CausalLM, directory: str | Path, optional: tuple[str, ...]
 ) -> None:
-    expected, have = _expected(model), set(checkpoint.names)
+    expected, have = _of_all_ranks(model), set(checkpoint.names)
     problems = [f"missing {name}" for name in expected if name not in have]
     for name in checkpoint.names:
         if name in expected:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,7 +77,9 @@ class Worker:
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
         self.all_reduce.choose(_message_rows(config))
-        self.model = build_empty_model(config, model_config, self.all_reduce.parallel())
+        whole = has_whole_experts(config, model_config, ranks.size)
+        parallel = replace(self.all_reduce.parallel(), whole_experts=whole)
+        self.model = build_empty_model(config, model_config, parallel)
         with ExitStack() as self._background:  # may use GPU memory until it is measured
             with _timed("weights"):
                 compile_in_background(config, self.model, self._background)
@@ -307,6 +310,18 @@ def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
     if config.args.mamba_ssm_cache_dtype != "auto":
         given.append("mamba_ssm_cache_dtype")
     return [] if spec.needs_snapshots else given
+
+
+def has_whole_experts(config: EngineConfig, model_config: ModelConfig, ranks: int) -> bool:
+    """Whether ranks have whole experts, as asked; logs why not, if they were asked for."""
+    if not config.args.enable_expert_parallel:
+        return False
+    reason = "one rank has all experts" if ranks == 1 else ""
+    if model_config.experts is None:
+        reason = "this model has no experts"
+    if reason:
+        logger.warning("enable_expert_parallel: no effect, because %s", reason)
+    return not reason
 
 
 def _message_rows(config: EngineConfig) -> list[int]:

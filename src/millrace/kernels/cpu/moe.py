@@ -44,6 +44,8 @@ def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertW
 
 def _grouped(routes: Routes) -> _Groups:
     chosen, order = routes.experts.flatten().sort(stable=True)
+    elsewhere = int((chosen < 0).sum())
+    chosen, order = chosen[elsewhere:], order[elsewhere:]
     experts, counts = chosen.unique_consecutive(return_counts=True)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     tokens = order // max(1, routes.experts.shape[1])

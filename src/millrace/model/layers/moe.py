@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from millrace.kernels.moe import ExpertWeights, add_shared, route, run_experts
+from millrace.kernels.moe import ExpertWeights, Routes, add_shared, route, run_experts
+from millrace.kernels.quantize import quantize
 from millrace.model.build_context import BuildContext
-from millrace.model.layers.linear import linear
+from millrace.model.layers.linear import block_of, linear
 from millrace.model.layers.mlp import MLP
 from millrace.model.layers.norm import NormedInput
+from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
 from millrace.model.weight_format import Linear
 
@@ -18,7 +21,8 @@ from millrace.model.weight_format import Linear
 class MoE(nn.Module):
     """A router, experts, and a shared expert with a gate if the model has one.
 
-    Every rank routes every token, and has a share of the width of each expert.
+    Every rank routes every token, and has a share of the width of each expert, or some experts in
+    full. Its result is the part that its experts add.
     """
 
     def __init__(self, build: BuildContext, prefix: str) -> None:
@@ -29,9 +33,9 @@ class MoE(nn.Module):
         router = full_tensor(f"{prefix}.gate.weight", c.count, hidden)
         self.router = linear(build, [router], quantized=False)
         self.experts = Experts(build, f"{prefix}.experts")
-        self.shared: MLP | None = None
+        self.shared: SharedExpert | None = None
         if c.shared_width:
-            self.shared = MLP(build, f"{prefix}.shared_expert", c.shared_width)
+            self.shared = SharedExpert(build, f"{prefix}.shared_expert", c.shared_width)
             gate = full_tensor(f"{prefix}.shared_expert_gate.weight", 1, hidden)
             self.shared_gate = linear(build, [gate], quantized=False)
 
@@ -45,15 +49,44 @@ class MoE(nn.Module):
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         plain = x.for_linear(self.router)
         assert isinstance(plain, Tensor)
-        routes = route(self.router(plain), self.top_k, self.normalize)
+        routes = self.experts.local(route(self.router(plain), self.top_k, self.normalize))
         out = run_experts(plain, routes, self.experts.gate_up, self.experts.down)
         if self.shared is None:
             return out
         return add_shared(out, self.shared(x), self.shared_gate(plain))
 
 
+class SharedExpert(MLP):
+    """The expert that every token goes to, cut by width as other MLPs.
+
+    Where ranks have whole experts and the width cannot be cut between blocks, every rank has all of
+    it, and runs it for its share of the tokens.
+    """
+
+    def __init__(self, build: BuildContext, prefix: str, width: int) -> None:
+        names = [f"{prefix}.{part}_proj" for part in ("gate", "up", "down")]
+        unit, ranks = max(block_of(build, names), TILE), build.tp
+        self.replicated = ranks.whole_experts and width % (unit * ranks.size) != 0
+        one = replace(build, tp=TensorParallel()) if self.replicated else build
+        super().__init__(one, prefix, width)
+        self.ranks = ranks
+
+    def forward(self, x: NormedInput) -> Tensor:
+        """As MLP; where it is replicated, zeros at the tokens of other ranks."""
+        if not self.replicated:
+            return super().forward(x)
+        assert x.plain is not None
+        start, stop = self.ranks.uneven_share(len(x.plain))
+        out = torch.zeros_like(x.plain)
+        if start < stop:
+            rows = x.plain[start:stop]
+            quantized = quantize(rows) if self.gate_up_proj.takes_fp8 else None
+            out[start:stop] = super().forward(NormedInput(rows, quantized))
+        return out
+
+
 class Experts(nn.Module):
-    """The weights of all experts: this rank's share of the width of each.
+    """The weights of experts: this rank's share of the width of each, or its share of them.
 
     They are named expert by expert. Checkpoints that have them in one tensor look the same here
     (`unfused`).
@@ -63,18 +96,30 @@ class Experts(nn.Module):
         super().__init__()
         c, hidden = build.config.experts, build.config.hidden_size
         assert c is not None
-        share = build.tp.share(c.width)
+        self.first, stop, share = 0, c.count, (0, c.width)
+        if build.tp.whole_experts:
+            self.first, stop = build.tp.share(c.count)
+        else:
+            share = build.tp.share(c.width)
         into, out = (c.width, hidden), (hidden, c.width)
-        names = [f"{prefix}.{expert}" for expert in range(c.count)]
+        names = [f"{prefix}.{expert}" for expert in range(self.first, stop)]
         gate_up = [
             Piece(f"{name}.{part}_proj.weight", into, (share,))
             for name in names
             for part in ("gate", "up")
         ]
         down = [Piece(f"{name}.down_proj.weight", out, ((0, hidden),), share) for name in names]
-        self.count = c.count
+        self.count, self.all_here = len(names), len(names) == c.count
         self.gate_up_values, self.gate_up_scales = _stacked(build, gate_up)
         self.down_values, self.down_scales = _stacked(build, down)
+
+    def local(self, routes: Routes) -> Routes:
+        """The routes by the numbers that experts have on this rank; -1: it is on another."""
+        if self.all_here:
+            return routes
+        mine = routes.experts - self.first
+        here = (mine >= 0) & (mine < self.count)
+        return Routes(torch.where(here, mine, -1), routes.weights)
 
     @property
     def gate_up(self) -> ExpertWeights:
