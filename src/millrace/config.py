@@ -22,7 +22,7 @@ from millrace.speculation import (
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"]
-StateDType = Literal["auto", "float32", "bfloat16"]
+StateDType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8", "none"]
@@ -183,7 +183,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     kv_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"]
-    state_dtype: Literal["float32", "bfloat16"]
+    state_dtype: Literal["float32", "bfloat16", "float16"]
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -267,7 +267,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         device=device,
         dtype=dtype,
         kv_dtype=_kv_dtype(args, dtype),
-        state_dtype="bfloat16" if args.mamba_ssm_cache_dtype == "bfloat16" else "float32",
+        state_dtype=_state_dtype(args),
         max_model_len=max_len,
         max_num_seqs=max_seqs,
         max_num_batched_tokens=batched,
@@ -353,6 +353,10 @@ def _positive(name: str, value: int) -> None:
 def _dtype(args: EngineArgs, facts: ModelFacts) -> Literal["float32", "bfloat16"]:
     wanted = facts.checkpoint_dtype if args.dtype == "auto" else args.dtype
     return "float32" if wanted == "float32" else "bfloat16"
+
+
+def _state_dtype(args: EngineArgs) -> Literal["float32", "bfloat16", "float16"]:
+    return "float32" if args.mamba_ssm_cache_dtype == "auto" else args.mamba_ssm_cache_dtype
 
 
 def _kv_dtype(

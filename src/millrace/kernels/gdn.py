@@ -27,6 +27,7 @@ from millrace.kernels.dispatch import op
 
 CHUNK = 64
 L2_EPS = 1e-6
+HALF_MAX = 65504.0  # of float16
 FOLD_BATCH = 4
 MAX_SPAN_RATIO = (
     1.5  # a range may span so many slots per row; beyond that, copying the states is cheaper
@@ -191,6 +192,14 @@ def _pairs(probes: Tensor, k: Tensor, log_a: Tensor, before: Tensor) -> Tensor:
     decay = (log_a.unsqueeze(3) - before.unsqueeze(2)).exp_()
     decay = decay.view(rows, key_heads, value_heads // key_heads, 1, n, m)
     return (dots * decay).flatten(1, 2)
+
+
+def as_stored(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 state in the dtype of the cache; what is beyond the range of float16 becomes its
+    largest number."""
+    if dtype == torch.float16:
+        state = state.clamp(-HALF_MAX, HALF_MAX)
+    return state.to(dtype)
 
 
 def fold(state: Tensor, window: Window) -> Tensor:
@@ -358,7 +367,7 @@ def _commit(cache: GDNState, slots: Tensor, fill: Tensor) -> None:
     for some, filled in zip(slots.split(FOLD_BATCH), fill.split(FOLD_BATCH), strict=True):
         window = _read_window(cache, some, filled, int(filled.max()))
         state = cache.state[some].float()  # a copy: indexed by slots
-        cache.state[some] = fold(state, window).to(cache.state.dtype)
+        cache.state[some] = as_stored(fold(state, window), cache.state.dtype)
 
 
 @op
@@ -377,7 +386,7 @@ def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: Pre
         slots = rows.slots[group] if len(group) < len(out) else rows.slots
         state = cache.state[slots].float()
         o, state = _scan(state, q, k, v, *(x.transpose(1, 2) for x in padded[1:]))
-        cache.state[slots] = state.to(cache.state.dtype)
+        cache.state[slots] = as_stored(state, cache.state.dtype)
         for row, o_row in zip(group, o.transpose(1, 2), strict=True):
             out[row] = o_row[: rows.host_counts[row]]
     return torch.cat(out).to(qkv.dtype)

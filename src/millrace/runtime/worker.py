@@ -380,11 +380,12 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalL
     from millrace.runtime import kernel_report  # needs packages for GPUs
 
     shapes = {(outputs, inputs) for outputs, inputs, _ in _fp8_sizes(config, model)}
-    bf16, state = config.dtype == "bfloat16", config.state_dtype == "bfloat16"
+    bf16, state = config.dtype == "bfloat16", config.state_dtype
     shape = decode.Shape(
         N=config.drafts + 1, W=config.window, DK=model_config.key_dim, DV=model_config.value_dim,
         RATIO=model_config.value_heads // max(model_config.key_heads, 1), RAW=True, CONV=True,
-        QKV_BF16=bf16, STATE_BF16=state, KEY_BF16=bf16, GATE_BF16=bf16,
+        QKV_BF16=bf16, STATE_BF16=state == "bfloat16", KEY_BF16=bf16, GATE_BF16=bf16,
+        STATE_FP16=state == "float16",
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
     kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn))

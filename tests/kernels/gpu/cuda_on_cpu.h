@@ -75,6 +75,7 @@ inline void wait(Barrier& barrier, int of) {
 }
 
 inline void __syncthreads() { wait(block_barrier, fibers.size()); }
+inline void __syncwarp() { wait(warps[threadIdx.x / 32].barrier, 32); }
 
 inline void run_fiber() {
   body();
@@ -146,6 +147,19 @@ inline uint32_t rounded(float x) {  // bfloat16, to nearest even
   return x != x ? 0x7fc0 : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 inline uint32_t pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
+
+inline float from_half(uint16_t x) {
+  _Float16 y;
+  memcpy(&y, &x, 2);
+  return y;
+}
+inline uint16_t half_of(float x) {
+  const _Float16 y = min(max(x, -65504.f), 65504.f);
+  uint16_t raw;
+  memcpy(&raw, &y, 2);
+  return raw;
+}
+inline uint32_t pack_half(float low, float high) { return half_of(low) | half_of(high) << 16; }
 
 inline void mma(float* d, const uint32_t* a, const uint32_t* b) {
   const int lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;

@@ -132,12 +132,13 @@ def test_null_rows_do_not_reach_live_ones(device: str):
 @on_each_device
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no bfloat16 products")
 @pytest.mark.parametrize("raw", [False, True])
-def test_bf16_state_and_model(device: str, raw: bool):
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16])
+def test_a_narrow_state_and_model(device: str, state: torch.dtype, raw: bool):
     from millrace.kernels.gpu.gdn import decode as gpu
 
     torch.manual_seed(2)
     cache = make_cache(8, (2, 4), (64, 64), 16, 2, device)
-    cache.state = cache.state.bfloat16()
+    cache.state = cache.state.to(state)
     cache.window_k = cache.window_k.bfloat16()
     fill = torch.tensor([0, 1, 5, 14, 15, 16, 7, 8], dtype=torch.int32)
     fill_windows(cache, fill)
@@ -154,6 +155,43 @@ def test_bf16_state_and_model(device: str, raw: bool):
     assert relative(got, want) < 6e-3  # outputs in bfloat16; the reference rounds a commit first
     assert relative(cache.state, expected.state) < 1e-3
     assert relative(cache.window_g, expected.window_g) < 1e-5
+
+
+@on_each_device
+def test_what_a_float16_state_cannot_hold(device: str):
+    """Becomes its largest number, in a fold and at the end of a prompt; the rest is as it would be
+    in float32."""
+    from millrace.kernels.gpu.gdn import decode as gpu
+    from millrace.kernels.gpu.gdn.prefill import gdn_prefill
+
+    torch.manual_seed(3)
+    cache = make_cache(3, (1, 2), (32, 32), 16, 2, device)
+    cache.state = cache.state.half()
+    cache.state[:, 1, 3] = 60000.0
+    fill = torch.full((3,), 16, dtype=torch.int32)
+    fill_windows(cache, fill)
+    cache.window_u[:, 1] = 9e4
+    cache.window_k[:, :, :, 3] = 1.0
+    cache.window_g[:] = 0.0
+    slots = torch.tensor([1, 2], device=device)
+    expected, wide = copy.deepcopy(cache), copy.deepcopy(cache)
+    wide.state = wide.state.float()
+    rows = DecodeRows(slots, torch.zeros_like(slots), 2, 1)
+    qkv = torch.randn(4, cache.conv.shape[2], device=device)
+    g, beta = -torch.rand(4, 2, device=device), torch.rand(4, 2, device=device)
+    for one in (expected, wide):
+        gdn.gdn_decode.__wrapped__(qkv, g, beta, one, fill.to(device), rows)
+    gpu.launch(qkv, g, beta, None, cache, fill.to(device), rows)
+    assert float(wide.state[1:, 1, 3].min()) > 65504
+    assert torch.equal(expected.state[1:], wide.state[1:].clamp(-65504, 65504).half())
+    assert bool((cache.state[1:, 1, 3] == 65504).all())
+    assert relative(cache.state[1:, 0], expected.state[1:, 0]) < 1e-3
+    cache.window_u[:], cache.state[:, 1] = 0.0, 65504.0
+    prompt = make_prefill_rows((2,), [1], device)
+    qkv[:, 64:] = 9e7
+    gdn_prefill(qkv, g * 0, beta * 0 + 1, cache, prompt)
+    assert bool(cache.state[1].isfinite().all())
+    assert float(cache.state[1].abs().max()) == 65504.0
 
 
 @on_each_device

@@ -28,7 +28,7 @@ if INTERPRETED or not HAS_TRITON:
 from millrace.kernels.gpu.gdn import decode as gpu
 
 HERE = Path(__file__).parent
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ENTRY = """
 namespace {space} {{
 {source}
@@ -53,8 +53,14 @@ class Form:
 
     @property
     def shape(self) -> gpu.Shape:
-        low = [kind == BF16 for kind in (self.model, self.state, self.state, self.gates)]
-        return gpu.Shape(self.width, self.window, *self.dims, self.ratio, True, True, *low)
+        low = [kind == BF16 for kind in (self.model, self.state, self.keys, self.gates)]
+        half = self.state == FP16
+        return gpu.Shape(self.width, self.window, *self.dims, self.ratio, True, True, *low, half)
+
+    @property
+    def keys(self) -> torch.dtype:
+        """Of the window."""
+        return BF16 if self.state == FP16 else self.state
 
 
 FORMS = [
@@ -63,8 +69,9 @@ FORMS = [
     Form(3, 16, (64, 128), 2, BF16, BF16, BF16),
     Form(6, 16, (64, 64), 4, BF16, F32, F32),
     Form(5, 16, (32, 64), 5, F32, BF16, F32),
+    Form(2, 16, (64, 64), 3, BF16, FP16, BF16),
 ]
-each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.width}-{form.ratio}")
+each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.width}-{form.ratio}-{form.state}")
 
 
 class Emulated:
@@ -135,7 +142,7 @@ class Step:
         fill = torch.randint(0, window + 1, (9,), dtype=torch.int32)
         fill[[6, 1, 8, 3]] = torch.tensor([0, window, window - width, window - width + 1]).int()
         fill_windows(cache, fill)
-        cache.state, cache.window_k = cache.state.to(form.state), cache.window_k.to(form.state)
+        cache.state, cache.window_k = cache.state.to(form.state), cache.window_k.to(form.keys)
         cache.conv = cache.conv.to(form.model)
         tokens, channels = width * len(order), cache.conv.shape[2]
         x = torch.randn(tokens, channels + 24).to(form.model)[:, :channels]
@@ -185,7 +192,7 @@ def test_step(built: Any, form: Form):
         step.x, step.weight, *step.gates, expected, step.fill, step.offset, step.rows
     )
     got = step.run(built(form))
-    limit = 8e-3 if BF16 in (form.model, form.state) else 2e-5
+    limit = 8e-3 if BF16 in (form.model, form.state, form.keys) else 2e-5
     assert relative(got, want) < limit
     assert torch.equal(step.cache.conv, expected.conv)
     for (name, mine), theirs in zip(

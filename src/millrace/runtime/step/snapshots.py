@@ -17,7 +17,7 @@ from torch import Tensor
 
 from millrace.kernels.batch import Caches, GDNState
 from millrace.kernels.copy import copy_rows
-from millrace.kernels.gdn import Window, fold
+from millrace.kernels.gdn import Window, as_stored, fold
 from millrace.model.cache_spec import CONV_INPUTS, CacheSpec
 from millrace.runtime.step.caches import DTYPES
 
@@ -96,7 +96,7 @@ class Snapshots:
             )
             fill = caches.fill[slot].to(torch.int64).expand(state.shape[0])
             folded = fold(state, Window(k, u, log_a, fill))
-            self.stacks["state"][some, record] = folded.to(states.dtype)
+            self.stacks["state"][some, record] = as_stored(folded, states.dtype)
 
     def restore(self, caches: Caches, slots: Tensor, records: Tensor) -> Tensor | None:
         """Copy records into slots, windows emptied. Returns the records' hidden vectors [R, H]."""

@@ -1,5 +1,8 @@
 // The pass over the state, once the coefficients are there (gdn_prepare.cu).
 //
+// A thread asks for all of its part of the state at once and holds it as it lies in memory, so BLOCKS
+// on a multiprocessor, which leave it that many registers, say how many bytes are under way.
+//
 // A warp owns 32 value channels of one row and value head, a block all of the head's. Rows 0..7 of
 // a product are the keys of the row's tokens, rows 8..15 their queries. Which channel an index of a
 // fragment stands for is ours to choose:
@@ -8,6 +11,12 @@
 //   so that a lane loads four tiles' entries at once and its results are channels 8 l .. 8 l + 7.
 
 constexpr int WP = (W + 7) / 8 * 8;  // window rows, padded
+constexpr bool NARROW = STATE_BF16 || STATE_FP16;  // 16 bits, all of which tf32 holds
+#if STATE_BF16 || STATE_FP16
+typedef uint2 piece;  // four channels of a row, as they lie in memory
+#else
+typedef float4 piece;
+#endif
 
 __device__ __forceinline__ void store8(float* at, const float* x) {
   store4(at, x);
@@ -17,6 +26,23 @@ __device__ __forceinline__ void store8(float* at, const float* x) {
 __device__ __forceinline__ void store8(u16* at, const float* x) {
   *reinterpret_cast<uint4*>(at) =
       make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+
+__device__ __forceinline__ void store8(half_t* at, const float* x) {
+  *reinterpret_cast<uint4*>(at) = make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]),
+                                             pack_half(x[4], x[5]), pack_half(x[6], x[7]));
+}
+
+// A lane's part of the window's u: rows l * WP / 4 + i, channels 4 g .. of the warp's.
+typedef float Window[WP][DV + 4];  // by rows that fall on other banks than their neighbours
+
+__device__ __forceinline__ void past(float (*u)[4], const Window& window, int filled, int v, int l) {
+#pragma unroll
+  for (int i = 0; i < WP / 4; i++) {
+    const int at = l * (WP / 4) + i;
+    u[i][0] = u[i][1] = u[i][2] = u[i][3] = 0.f;
+    if (at < filled) load<4>(&window[at][v], u[i]);
+  }
 }
 
 // The state after the window: own * S + sum_i share_i key_i u_i^T, for the warp's channels.
@@ -68,7 +94,7 @@ __device__ __forceinline__ void fold(state_t* state, const float* old_keys, cons
   }
 }
 
-extern "C" __global__ void __launch_bounds__(DV, 3)
+extern "C" __global__ void __launch_bounds__(DV, BLOCKS)
     gdn_answer(const qkv_t* qkv, state_t* state, float* window_u, const int* fill,
                const i64* slots, const float* coefs, const float* old_keys, qkv_t* out,
                int qkv_stride, int HK, int HV) {
@@ -79,20 +105,19 @@ extern "C" __global__ void __launch_bounds__(DV, 3)
   state += head * DK * DV + v0;
   window_u += head * W * DV + v0;
 
-  float s[DK / 4][4];  // rows l * DK / 4 + i of the state, channels 4 g ..
+  piece s[DK / 4];  // rows l * DK / 4 + i of the state, channels 4 g ..
 #pragma unroll
-  for (int i = 0; i < DK / 4; i++) load<4>(state + (l * (DK / 4) + i) * DV + 4 * g, s[i]);
+  for (int i = 0; i < DK / 4; i++) s[i] = get4(state + (l * (DK / 4) + i) * DV + 4 * g);
 
   const int filled = min(fill[slot], W);
   const bool full = filled + N > W, token = g < N;
   const int t = token ? g : 0;
-  float u_old[WP / 4][4];
-#pragma unroll
-  for (int i = 0; i < WP / 4; i++) {
-    const int at = l * (WP / 4) + i;
-    u_old[i][0] = u_old[i][1] = u_old[i][2] = u_old[i][3] = 0.f;
-    if (at < filled) load<4>(window_u + at * DV + 4 * g, u_old[i]);
+  __shared__ __align__(16) Window window;  // a warp's channels are its own
+#pragma unroll 1
+  for (int i = lane; i < filled * 8; i += 32) {
+    copy_async(&window[i / 8][v0 + i % 8 * 4], window_u + i / 8 * DV + i % 8 * 4);
   }
+  await_previous();  // states and windows are there, coefficients and probes need not be yet
   const float* coef = coefs + ((i64)row * HV + vh) * SIZE;
   const qkv_t* x = qkv + ((i64)row * N + t) * qkv_stride;
   const qkv_t* query = x + kh * DK + l * (DK / 4);
@@ -106,10 +131,10 @@ extern "C" __global__ void __launch_bounds__(DV, 3)
 #pragma unroll
     for (int e = 0; e < 8; e += 2) {
       const float a[4] = {k8[e], q8[e], k8[e + 1], q8[e + 1]};
+      float b[2][4];
+      open(s[i + e], b[0], state), open(s[i + e + 1], b[1], state);
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        product<!QKV_BF16, !STATE_BF16>(y[j], a, s[i + e][j], s[i + e + 1][j]);
-      }
+      for (int j = 0; j < 4; j++) product<!QKV_BF16, !NARROW>(y[j], a, b[0][j], b[1][j]);
     }
   }
   const float key_scale = coef[STATE + t], query_scale = coef[STATE + N + t];
@@ -117,6 +142,10 @@ extern "C" __global__ void __launch_bounds__(DV, 3)
   for (int j = 0; j < 4; j++) {
     y[j][0] *= key_scale, y[j][1] *= key_scale, y[j][2] *= query_scale, y[j][3] *= query_scale;
   }
+  wait_copies();
+  __syncwarp();
+  float u_old[WP / 4][4];
+  past(u_old, window, filled, v0 + 4 * g, l);
 #pragma unroll
   for (int step = 0; step < WP / 8; step++) {
     float a[4];

@@ -1,8 +1,9 @@
 // What the two kernels of GDN decode share: gdn_prepare.cu makes the coefficients of one step's
 // tokens, gdn_answer.cu passes over the state. decode.py says what goes between them; it puts
 // this file before either. Compile-time: N tokens, W window rows, DK, DV, RATIO, QKV_BF16,
-// STATE_BF16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV (queries, keys
-// and values come as the projection, and are still to be convolved).
+// STATE_BF16, STATE_FP16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV
+// (queries, keys and values come as the projection, and are still to be convolved), BLOCKS of the
+// second kernel on a multiprocessor.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -16,7 +17,12 @@ typedef u16 qkv_t;
 #else
 typedef float qkv_t;
 #endif
-#if STATE_BF16
+struct half_t {  // a float16; u16 alone is a bfloat16
+  u16 bits;
+};
+#if STATE_FP16
+typedef half_t state_t;
+#elif STATE_BF16
 typedef u16 state_t;
 #else
 typedef float state_t;
@@ -36,6 +42,43 @@ __device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x <<
 __device__ __forceinline__ float widen(float x) { return x; }
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
+// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// 16 bytes to shared memory, there after wait_copies and a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)),
+               "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ float from_half(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+// Two float16, rounded to nearest; what is beyond their range becomes their largest number.
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+  u32 d;
+  low = fminf(fmaxf(low, -65504.f), 65504.f), high = fminf(fmaxf(high, -65504.f), 65504.f);
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
 __device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
   u32 d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -52,25 +95,33 @@ __device__ __forceinline__ void mma(float* d, const float* a, float b0, float b1
 }
 #endif
 
-template <int COUNT>
-__device__ __forceinline__ void load(const u16* at, float* x) {
-#pragma unroll
-  for (int i = 0; i < COUNT; i += 4) {
-    uint2 raw = *reinterpret_cast<const uint2*>(at + i);
-    x[i] = __uint_as_float(raw.x << 16);
-    x[i + 1] = __uint_as_float(raw.x & 0xffff0000u);
-    x[i + 2] = __uint_as_float(raw.y << 16);
-    x[i + 3] = __uint_as_float(raw.y & 0xffff0000u);
-  }
+// Four values, from how they lie in memory. The last argument is there for its type.
+__device__ __forceinline__ void open(uint2 raw, float* x, const u16*) {
+  x[0] = __uint_as_float(raw.x << 16), x[1] = __uint_as_float(raw.x & 0xffff0000u);
+  x[2] = __uint_as_float(raw.y << 16), x[3] = __uint_as_float(raw.y & 0xffff0000u);
 }
 
-template <int COUNT>
-__device__ __forceinline__ void load(const float* at, float* x) {
+__device__ __forceinline__ void open(uint2 raw, float* x, const half_t*) {
+  x[0] = from_half((u16)raw.x), x[1] = from_half((u16)(raw.x >> 16));
+  x[2] = from_half((u16)raw.y), x[3] = from_half((u16)(raw.y >> 16));
+}
+
+__device__ __forceinline__ void open(float4 raw, float* x, const float*) {
+  x[0] = raw.x, x[1] = raw.y, x[2] = raw.z, x[3] = raw.w;
+}
+
+__device__ __forceinline__ uint2 get4(const u16* at) { return *reinterpret_cast<const uint2*>(at); }
+__device__ __forceinline__ uint2 get4(const half_t* at) {
+  return *reinterpret_cast<const uint2*>(at);
+}
+__device__ __forceinline__ float4 get4(const float* at) {
+  return *reinterpret_cast<const float4*>(at);
+}
+
+template <int COUNT, typename T>
+__device__ __forceinline__ void load(const T* at, float* x) {
 #pragma unroll
-  for (int i = 0; i < COUNT; i += 4) {
-    float4 raw = *reinterpret_cast<const float4*>(at + i);
-    x[i] = raw.x, x[i + 1] = raw.y, x[i + 2] = raw.z, x[i + 3] = raw.w;
-  }
+  for (int i = 0; i < COUNT; i += 4) open(get4(at + i), x + i, at);
 }
 
 __device__ __forceinline__ void store4(float* at, const float* x) {

@@ -29,6 +29,7 @@ from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gpu import cuda_source
 from millrace.kernels.gpu.gdn import decode_triton as triton_form
 from millrace.kernels.gpu.gdn.conv import conv_decode
+from millrace.kernels.gpu.quantize import chains_launches
 
 logger = logging.getLogger("millrace.kernels")
 
@@ -37,6 +38,7 @@ Pair = tuple[Tensor, Tensor]
 ALIGNED = 16  # bytes, of what the CUDA forms read
 MOST_THREADS = 1024
 MOST_TOKENS = 8  # a row
+BLOCKS = {4: 3, 2: 5}  # of the second kernel, on a multiprocessor, by bytes of a state's number
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Shape:
     STATE_BF16: bool
     KEY_BF16: bool
     GATE_BF16: bool
+    STATE_FP16: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Of the second kernel, on a multiprocessor."""
+        return BLOCKS[2 if self.STATE_BF16 or self.STATE_FP16 else 4]
 
     @property
     def threads(self) -> int:
@@ -71,7 +79,8 @@ class Native(NamedTuple):
 
 def source(shape: Shape, name: str) -> str:
     """The kernel `name`, gdn_prepare or gdn_answer."""
-    return cuda_source.read("gdn/decode.cu", asdict(shape)) + cuda_source.read(
+    constants = asdict(shape) | {"blocks": shape.blocks}
+    return cuda_source.read("gdn/decode.cu", constants) + cuda_source.read(
         f"gdn/{name.removeprefix('gdn_')}.cu", {}
     )
 
@@ -116,9 +125,11 @@ def native(
     """The CUDA form for these tensors, which convolves where a weight is given; None where it does
     not apply."""
     known = {torch.float32: False, torch.bfloat16: True}
-    kinds = [x.dtype for x in (qkv, cache.state, cache.window_k, g)]
-    if any(kind not in known for kind in kinds):
-        return _declined(f"they take float32 and bfloat16, not {', '.join(map(str, kinds))}")
+    kinds = [x.dtype for x in (qkv, cache.window_k, g)]
+    half = cache.state.dtype == torch.float16
+    if any(kind not in known for kind in kinds) or not (half or cache.state.dtype in known):
+        names = ", ".join(map(str, [*kinds, cache.state.dtype]))
+        return _declined(f"they take float32 and bfloat16, and states of float16, not {names}")
     if qkv.stride(0) % 8 or qkv.data_ptr() % ALIGNED:
         return _declined(f"rows of {qkv.stride(0)} channels are not aligned to {ALIGNED} bytes")
     if conv_weight is not None:
@@ -127,9 +138,10 @@ def native(
             return None
     key_heads, window, key_dim = cache.window_k.shape[1:]
     value_heads, _, value_dim = cache.state.shape[1:]
-    low = (known[kind] for kind in kinds)
+    model, key, gate = (known[kind] for kind in kinds)
     dims = (key_dim, value_dim, value_heads // key_heads)
-    convolves = conv_weight is not None
+    convolves, narrow = conv_weight is not None, cache.state.dtype == torch.bfloat16
+    low = (model, narrow, key, gate, half)
     return _compiled(Shape(width, window, *dims, raw, convolves, *low))
 
 
@@ -208,5 +220,5 @@ def launch_native(
     form.answer(
         grid=(value_heads, count, 1), block=(value_dim, 1, 1),
         args=[probes, cache.state, cache.window_u, fill, rows.slots, *between, out,
-              probes.stride(0), *heads],
+              probes.stride(0), *heads], **({"early": True} if chains_launches() else {}),
     )  # fmt: skip

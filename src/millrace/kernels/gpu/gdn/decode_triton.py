@@ -22,6 +22,14 @@ def _dot(a, b):
 
 
 @triton.jit
+def _put_state(at, S):
+    """Store a state; what is beyond the range of float16 becomes its largest number."""
+    if at.dtype.element_ty == tl.float16:
+        S = tl.minimum(tl.maximum(S, -65504.0), 65504.0)
+    tl.store(at, S.to(at.dtype.element_ty))
+
+
+@triton.jit
 def _layout(N: tl.constexpr, W: tl.constexpr):
     """Where the coefficients of a row and value head lie, in floats: what each probe takes from the
     window [2N, W], from new tokens [2N, N] and from the state [2N], beta [N], the shares of the
@@ -213,7 +221,7 @@ def _answer_kernel(
         for j in range(filled):
             k_j = tl.load(old_key_at + j * DK) * tl.load(coef + SHARE + j)
             S += k_j[:, None] * tl.load(u_at + j * DV)[None, :]
-        tl.store(state_at, S.to(state.dtype.element_ty))
+        _put_state(state_at, S)
     tl.debug_barrier()  # every warp has read the old rows before any is overwritten
     for t in tl.static_range(N):
         tl.store(u_at + (place + t) * DV, new_u[t])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import GDNState, PrefillRows
-from millrace.kernels.gpu.gdn.decode_triton import L2_EPS, _dot
+from millrace.kernels.gpu.gdn.decode_triton import L2_EPS, _dot, _put_state
 
 CHUNK = tl.constexpr(64)
 # They may be slices, which begin anywhere; another kernel for those would be compiled.
@@ -240,7 +240,7 @@ def _walk_kernel(
             )
             late = (new * (nk * tl.exp(last - G))[:, None]).to(dtype)
             S = S * tl.exp(last) + _dot(tl.trans(k), late)
-        tl.store(state_at, S.to(state.dtype.element_ty))
+        _put_state(state_at, S)
 
 
 def gdn_prefill(

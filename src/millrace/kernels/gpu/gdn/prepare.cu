@@ -27,36 +27,19 @@ __device__ __forceinline__ float silu(float y) {
   asm("div.full.f32 %0, %1, %2;" : "=f"(out) : "f"(y), "f"(power + 1.f));
   return out;
 }
-
-// 16 bytes to shared memory, there after wait_copies and a barrier.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   (u32)__cvta_generic_to_shared(to)),
-               "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-__device__ __forceinline__ quad get(const qkv_t* at) { return *reinterpret_cast<const quad*>(at); }
+__device__ __forceinline__ quad get(const qkv_t* at) { return get4(at); }
 __device__ __forceinline__ void put(qkv_t* at, quad x) { *reinterpret_cast<quad*>(at) = x; }
-
-__device__ __forceinline__ void open(uint2 raw, float* x) {
-  x[0] = __uint_as_float(raw.x << 16), x[1] = __uint_as_float(raw.x & 0xffff0000u);
-  x[2] = __uint_as_float(raw.y << 16), x[3] = __uint_as_float(raw.y & 0xffff0000u);
-}
-
-__device__ __forceinline__ void open(float4 raw, float* x) {
-  x[0] = raw.x, x[1] = raw.y, x[2] = raw.z, x[3] = raw.w;
-}
 
 // silu of the convolution of inputs [3 + N] for token t, rounded to qkv_t. The order of the sum is
 // that of conv.py, and so are the bits. taps: of each of the four channels.
 __device__ __forceinline__ quad convolve(const quad* inputs, const quad* taps) {
   float x[4][4], w[4][4], y[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) open(inputs[i], x[i]), open(taps[i], w[i]);
+  for (int i = 0; i < 4; i++) {
+    open(inputs[i], x[i], (const qkv_t*)nullptr), open(taps[i], w[i], (const qkv_t*)nullptr);
+  }
 #pragma unroll
   for (int e = 0; e < 4; e++) {
     y[e] = __fmaf_rn(x[0][e], w[e][0], __fmul_rn(x[1][e], w[e][1]));
@@ -133,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int kh = blockIdx.x, row = blockIdx.y;
   const u32 me = threadIdx.x, lane = me % 32, warp = me / 32;
   const int token = row * N, head = kh * RATIO;
+  let_next_start();
   if (token + N > tokens) return;  // the row is padding, and nothing lies where it would
   __shared__ __align__(16) key_t keys[WT][ROW];
   __shared__ __align__(16) qkv_t probe[PT][ROW];      // key of token p for p < N, query of p - N
