@@ -1,10 +1,9 @@
 """Decode steps with and without kernels that are launched before the one in front has ended.
 
-Early: FP8 products behind what quantises their input; chained: norms, silu and products of few
-tokens, too, and CUDA kernels are launched by a call of the driver (see the seconds of the graphs).
+The ways are those of `launches.py`. The graphs of decode steps are captured in each way by turns,
+in one process (see their seconds, too).
 
 Qwen3.5-27B-FP8 shapes on one GPU: `--rows` sequences decode with one draft, as in `mixed_step.py`.
-The graphs of decode steps are captured in each way by turns, in one process.
 
     python benchmarks/early_launch_h200.py --rows 32 --turns 2
     python benchmarks/early_launch_h200.py --tiny      # small, on any machine; all ways are alike
@@ -23,25 +22,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from h200_throughput import BASE
+from launches import WAYS, choose_launches
 from mixed_step import Bench, beside
 from model_shapes import write_config
 
 from millrace.model.tiny import TinyShape, config_json
 
-WAYS = ("apart", "early", "chained")
-
 
 def choose(bench: Bench, way: str) -> float:
     """Capture all graphs in one of the ways; returns seconds."""
-    try:
-        from millrace.kernels.gpu import cuda_source, quantize
-        from millrace.kernels.gpu.gemm import fp8
-    except ImportError:  # a machine without Triton
-        return 0.0
-    quantize.EARLY_LAUNCHES = way != "apart"
-    quantize.CHAINED_LAUNCHES = cuda_source.DIRECT_LAUNCHES = way == "chained"
-    quantize.launches_early.cache_clear()
-    fp8.allow_early_launches.cache_clear()
+    choose_launches(way)
     began = time.perf_counter()
     bench.worker.runner.release()
     bench.worker.runner.capture(bench.worker.config)
@@ -69,16 +59,16 @@ def main() -> None:
         print(f"ready after {bench.start_s:.1f} s", flush=True)
         rows = list(range(1, options.rows + 1))
         most = bench.prompt + (400 if options.tiny else 1100)
-        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        found: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
         for _ in range(options.turns):
             for way, times in found.items():
                 took = choose(bench, way)
                 bench.fill(rows, bench.prompt, most, 0, 1.0)
                 room = (most - bench.prompt) // 2 - 8  # steps until rows end
-                times.append(
-                    bench.measure(beside(bench, rows, 1, 0), options.seconds, room)["wall_ms"]
-                )
-                print(f"{way}: {times[-1]:.3f} ms a step (graphs {took:.1f} s)", flush=True)
+                step = bench.measure(beside(bench, rows, 1, 0), options.seconds, room)
+                times.append(step["wall_ms"])
+                took_s, joules = f"graphs {took:.1f} s", f"{step['joules']:.2f} J"
+                print(f"{way}: {times[-1]:.3f} ms a step, {joules} ({took_s})", flush=True)
         bench.engine.close()
     medians = {way: round(statistics.median(times), 3) for way, times in found.items()}
     print(json.dumps({"rows": options.rows, **medians}))

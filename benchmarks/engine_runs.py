@@ -5,6 +5,7 @@ Shared by the benchmarks of whole engines. It has no workload of its own and nee
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from energy import Energy
 
 from millrace.engine.engine import Engine
 from millrace.protocol import AddRequest, Masks, SamplingParams, StepPlan, StepResult
@@ -121,6 +123,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     drained: float = 0.0
     end: float = 0.0
+    joules: float = math.nan  # of the GPU, from start to end
 
     def summary(self) -> dict[str, Any]:
         """The whole run, ragged end included, and its steady part."""
@@ -130,6 +133,8 @@ class Trace:
             "steady": self._steady(),
             "by_kind": by_kind(self.steps, self.start),
             "duration_s": self.end - self.start,
+            "watts": self.joules / (self.end - self.start),
+            "tok_per_joule": found["total_tok_s"] * (self.end - self.start) / self.joules,
         }
 
     def _steady(self) -> dict[str, Any] | None:
@@ -204,6 +209,8 @@ def closed_run(engine: Engine, todo: Iterable[AddRequest], concurrency: int) -> 
     waiting, watched = deque(todo), watch(engine)
     watched.steps = []
     synchronize()
+    energy = Energy()
+    before = energy.joules()
     trace = Trace(concurrency, time.perf_counter())
 
     def add() -> None:
@@ -227,6 +234,7 @@ def closed_run(engine: Engine, todo: Iterable[AddRequest], concurrency: int) -> 
                 if waiting:
                     add()
     trace.end, trace.steps = time.perf_counter(), watched.steps
+    trace.joules = energy.joules() - before
     return trace
 
 

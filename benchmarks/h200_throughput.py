@@ -25,6 +25,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "sampled": {"max_num_seqs": 256},
     "throughput": {"max_num_seqs": 256},
     "bf16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "bfloat16"},
+    "fp16_state": {"max_num_seqs": 256, "mamba_ssm_cache_dtype": "float16"},
     "wide": {"max_num_seqs": 448},
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
@@ -334,11 +336,14 @@ def start_up(name: str, options: argparse.Namespace, record: dict[str, Any]) -> 
                 raise SystemExit(f"no engine came up:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
             record[f"{figure[:-2]}_engine_s"] = float(done.stdout.split()[-1])
             print(f"start {figure}: {record[figure]:.1f} ({done.stdout.split()[-1]} s of engine)")
+            parts = [line for line in done.stderr.splitlines() if re.search(r"[0-9] s\b", line)]
+            print("\n".join(f"    {line}" for line in parts), flush=True)
             options.write()
 
 
 def ready(options: argparse.Namespace, model: Path) -> None:
     """What `start_up` runs: an engine that has completed a real step, and its time."""
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6.0f ms %(message)s")
     began = time.perf_counter()
     arguments = arguments_of("default", options)
     build_engine(engine_args(model=str(model), **arguments)).close()

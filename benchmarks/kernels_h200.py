@@ -11,8 +11,9 @@ calls together touch more memory than the L2 cache holds, so they contain neithe
 nor cache hits. --warm N compiles in N processes beforehand (Triton caches what it compiles).
 Sections run in the order given, and results are merged into --out, so that several calls can share
 the work. With --warm 14 all of them take some five minutes on an H200; --quick leaves out the
-variants that were slower before. --dry-run checks small float32 cases of the newer variants in
-Triton's interpreter.
+variants that were slower before. --joules SECONDS plays every case for so long, counts the device's
+energy, and prints joules, watts and the time of a call at the power limit. --dry-run checks small
+float32 cases of the newer variants in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from kernel_cases.dry_run import dry_run
 SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gdn_decode": gdn_decode.cases,
     "gdn_step": gdn_decode.step_cases,
+    "gdn_blocks": gdn_decode.block_cases,
     "gdn_prefill": gdn_prefill.cases,
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("kernels_h200.json"))
     parser.add_argument("--warm", type=int, default=0)
+    parser.add_argument("--joules", type=float, default=0.0, help="seconds a case")
     parser.add_argument("--quick", action="store_true", help="without variants known to lose")
     parser.add_argument("--dry-run", action="store_true", help="newer variants, interpreted")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
@@ -99,11 +102,14 @@ def main() -> None:
     for section in only:
         rows = []
         for case in SECTIONS[section](args.quick):
-            row = measure(case, ceiling)
+            row = measure(case, ceiling, args.joules)
             rows.append(row)
             figures = f"{row.get('us', 0):9.1f} us  floor {row['floor_us']:8.1f}"
             rates = f"{row.get('tb_s', 0):5.2f} TB/s {row.get('tflop_s', 0):7.1f} TF"
             state = row.get("failed") or f"err {row['error']:.1e}{'' if row['right'] else ' WRONG'}"
+            if "joules" in row:
+                rates += f" {row['sustained_us']:8.1f} us {1e3 * row['joules']:7.2f} mJ"
+                rates += f" {row['watts']:4.0f} W"
             print(f"{section:11s} {case.name:44s} {figures}  {rates}  {state}", flush=True)
             results[section] = rows
             args.out.write_text(json.dumps(results, indent=1))

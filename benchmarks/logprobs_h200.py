@@ -36,9 +36,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import closed_run, commit
+from launches import WAYS, choose_launches
 from model_shapes import write_config
 
 from millrace.config import engine_args
+from millrace.engine.engine import Engine
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import quantize
 from millrace.model.build import build_model
@@ -62,6 +64,7 @@ Drawn = dict[str, tuple[list[int], list[int], list[float]]]  # prompt, tokens, l
 def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[str, Any]]:
     """What the engine drew, and how it ran."""
     launched = counted_launches()
+    choose_launches(options.launches)
     engine = build_engine(
         engine_args(
             model=str(directory),
@@ -69,6 +72,7 @@ def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[st
             seed=SEED,
             dtype="bfloat16",
             kv_cache_dtype=options.kv_cache_dtype,
+            mamba_ssm_cache_dtype=options.state_dtype,
             max_model_len=512,
             max_num_seqs=options.rows,
             max_num_batched_tokens=options.chunk,
@@ -97,6 +101,7 @@ def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[st
     try:
         trace = closed_run(engine, todo, options.rows)
         stats = engine.stats()
+        largest = largest_state(engine)
     finally:
         engine.close()
     drawn = {r.id: (list(r.prompt), tokens[r.id], logprobs[r.id]) for r in todo}
@@ -105,9 +110,24 @@ def served(options: argparse.Namespace, directory: Path) -> tuple[Drawn, dict[st
         "drafts": stats.drafts,
         "accepted": accepted,
         "rows_not_finite": stats.rows_not_finite,
+        **largest,
         "forwards": launched,
         "by_kind": trace.summary()["by_kind"],
     }
+
+
+def largest_state(engine: Engine) -> dict[str, float]:
+    """Of all states at the end of a run: the largest number, and how many are as large as a
+    float16 can be, which is what larger ones become."""
+    worker: Any = engine.worker
+    worker = getattr(worker, "_worker", worker)  # behind what watches a run
+    stacks = worker.runner._caches.stacks
+    if "state" not in stacks:
+        return {}
+    states = stacks["state"]
+    sizes = [layer.float().abs().nan_to_num(0.0) for layer in states]
+    clamped = sum(int((size >= 65504).sum()) for size in sizes)
+    return {"largest_state": float(max(size.max() for size in sizes)), "clamped_states": clamped}
 
 
 def counted_launches() -> dict[str, int]:
@@ -287,6 +307,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--no-prefill-graphs", action="store_true")
+    parser.add_argument("--state-dtype", default="auto")
+    parser.add_argument("--launches", choices=WAYS, default="default", help="of kernels")
     parser.add_argument("--serve-only", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -313,6 +335,8 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
+    names = ("noise_of_bfloat16", "engine", "largest_state", "clamped_states", "rows_not_finite")
+    print(json.dumps({name: found.get(name) for name in names}))
     sys.exit(0 if found["right"] else 1)
 
 

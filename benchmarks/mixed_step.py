@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from energy import Energy
 from engine_runs import commit
 from h200_throughput import BASE, TINY_ARGS
 from model_shapes import write_config
@@ -36,26 +37,6 @@ from millrace.replica.build import build_engine
 
 PROMPT = 768  # tokens of a decoding row's prompt
 CACHED = 8192  # tokens before the short prompt that continues a cached one
-
-
-class Energy:
-    """Joules of the whole GPU, where NVML tells."""
-
-    def __init__(self) -> None:
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-            self._read: Callable[[], float] = lambda: (
-                pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-            )
-            self._read()
-        except Exception:
-            self._read = lambda: float("nan")
-
-    def joules(self) -> float:
-        return self._read()
 
 
 class Bench:

@@ -75,6 +75,7 @@ def test_types_follow_the_checkpoint_unless_said(checkpoint: str) -> None:
         facts=facts, dtype="float32", kv_cache_dtype="fp8", mamba_ssm_cache_dtype="bfloat16"
     )
     assert (said.dtype, said.kv_dtype, said.state_dtype) == ("float32", "float8_e4m3fn", "bfloat16")
+    assert resolved(mamba_ssm_cache_dtype="float16").state_dtype == "float16"
 
 
 @pytest.mark.parametrize(("drafts", "window"), [(0, 16), (1, 16), (4, 16), (5, 18)])

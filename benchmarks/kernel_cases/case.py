@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from energy import Energy
 from torch import Tensor
 
 from kernel_cases.shapes import DEVICE
@@ -36,8 +38,8 @@ def relative(x: Tensor, y: Tensor) -> float:
     return ((x - y).norm() / y.norm().clamp(min=1e-30)).item()
 
 
-def timed(calls: list[Callable[[], object]], captured: bool = True, replays: int = 7) -> float:
-    """Median seconds of one call."""
+def player(calls: list[Callable[[], object]], captured: bool = True) -> Callable[[], None]:
+    """What makes all of the calls, as a graph where they can be captured."""
 
     def play() -> None:
         for call in calls:
@@ -45,11 +47,41 @@ def timed(calls: list[Callable[[], object]], captured: bool = True, replays: int
 
     play()
     torch.cuda.synchronize()
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            play()
-        play = graph.replay
+    if not captured:
+        return play
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        play()
+    return graph.replay
+
+
+def timed(calls: list[Callable[[], object]], captured: bool = True, replays: int = 7) -> float:
+    """Median seconds of one call."""
+    return timed_plays(player(calls, captured), len(calls), replays)
+
+
+def spent(play: Callable[[], None], count: int, seconds: float) -> dict[str, float]:
+    """Joules and microseconds of one of `count` calls, and watts, over so many seconds of plays.
+
+    They follow a tenth as long of them that is not counted. The time is that of calls one behind
+    the other at the device's power limit, which may be more than that of a few.
+    """
+    energy = Energy()
+    one = timed_plays(play, 1, 3)
+    for _ in range(int(0.1 * seconds / one)):
+        play()
+    torch.cuda.synchronize()
+    plays, before, began = max(1, int(seconds / one)), energy.joules(), time.perf_counter()
+    for _ in range(plays):
+        play()
+    torch.cuda.synchronize()
+    took, used = time.perf_counter() - began, energy.joules() - before
+    calls = plays * count
+    return {"joules": used / calls, "watts": used / took, "sustained_us": 1e6 * took / calls}
+
+
+def timed_plays(play: Callable[[], None], count: int, replays: int) -> float:
+    """Median seconds of one of the `count` calls that a play makes."""
     times = []
     for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -57,7 +89,7 @@ def timed(calls: list[Callable[[], object]], captured: bool = True, replays: int
         play()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+        times.append(begin.elapsed_time(end) / 1e3 / count)
     return statistics.median(times[1:])
 
 
@@ -71,16 +103,21 @@ def ceilings() -> dict[str, float]:
     return {"bytes": copy, "bf16": bf16, "fp8": 1300e12}
 
 
-def measure(case: Case, ceiling: dict[str, float]) -> dict[str, object]:
+def measure(case: Case, ceiling: dict[str, float], seconds: float = 0.0) -> dict[str, object]:
+    """seconds: how long to count joules; 0: not."""
     row: dict[str, object] = {"name": case.name}
     floor = max(case.bytes / ceiling["bytes"], case.flops / ceiling[case.rate])
     row["floor_us"] = floor * 1e6
     try:
         row["error"] = case.check()
         row["right"] = row["error"] <= case.limit
-        seconds = timed(case.calls(), case.captured)
-        row |= {"us": seconds * 1e6, "tb_s": case.bytes / seconds / 1e12}
-        row["tflop_s"] = case.flops / seconds / 1e12
+        calls = case.calls()
+        play = player(calls, case.captured)
+        one = timed_plays(play, len(calls), 7)
+        row |= {"us": one * 1e6, "tb_s": case.bytes / one / 1e12}
+        row["tflop_s"] = case.flops / one / 1e12
+        if seconds:
+            row |= spent(play, len(calls), seconds)
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
         row["right"] = False

@@ -11,14 +11,18 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from launches import choose_launches
 from torch import Tensor
 
 from kernel_cases.case import Case, relative
 from kernel_cases.gdn_inputs import gdn_cache, gdn_inputs, gdn_truth
 from kernel_cases.shapes import DEVICE, FULL, SEQUENCES, WINDOW
 from millrace.kernels.batch import DecodeRows, GDNState
+from millrace.kernels.dispatch import forget
 from millrace.kernels.gpu import gdn as gpu
 from millrace.kernels.gpu.gdn import decode as gpu_gdn
+
+STATES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def check_gdn(n: int, dtype: torch.dtype, config: tuple[int, int] | None) -> float:
@@ -63,7 +67,7 @@ def check_gdn(n: int, dtype: torch.dtype, config: tuple[int, int] | None) -> flo
 def cases(quick: bool) -> Iterator[Case]:
     rows = SEQUENCES
     configs = [None, (32, 1)]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in STATES:
         cache: list[GDNState] = []
 
         def calls(
@@ -81,7 +85,7 @@ def cases(quick: bool) -> Iterator[Case]:
         size = torch.finfo(dtype).bits // 8
         state = rows * FULL.values * FULL.dim * size
         row = rows * (FULL.keys + FULL.value_heads * (FULL.dim + 1)) * 4
-        short = "fp32" if dtype == torch.float32 else "bf16"
+        short = STATES[dtype]
         for config in configs:
             for filled in (7, -1):
                 share = 1 / 7 if filled < 0 else 0
@@ -119,7 +123,7 @@ class Step:
 
     def __init__(self, rows: int, n: int, state: torch.dtype) -> None:
         self.cache, slots = gdn_cache(rows + 1, n, state), torch.randperm(rows, device=DEVICE) + 1
-        self.cache.window_k = self.cache.window_k.to(state)
+        self.cache.window_k = self.cache.window_k.bfloat16()
         self.fill = torch.full((rows + 1,), 7, device=DEVICE, dtype=torch.int32)
         self.fill[::7] = WINDOW - 1
         self.rows = DecodeRows(slots, torch.zeros_like(slots), n, 1)
@@ -181,8 +185,8 @@ def check_step(n: int, state: torch.dtype) -> float:
 
 
 def step_cases(quick: bool) -> Iterator[Case]:
-    for state in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-        name, size, n = ("fp32" if state == torch.float32 else "bf16"), state.itemsize, 2
+    for state in (torch.float32,) if quick else STATES:
+        name, size, n = STATES[state], state.itemsize, 2
         ways: dict[str, Callable[[Step], object]] = {
             "first half, fused": lambda step: step.first_half(True),
             "first half, apart": lambda step: step.first_half(False),
@@ -191,9 +195,7 @@ def step_cases(quick: bool) -> Iterator[Case]:
         }
         held = 7 + 8 / 7  # rows of a window on average: one in seven has 15 and folds
         first = 2 * FULL.channels * (n + 3 + n + 2 + n)  # inputs, kept ones, new ones, convolved
-        first += (
-            (held + n) * FULL.keys * size + 4 * FULL.value_heads * 95 + held / 7 * FULL.keys * 4
-        )
+        first += (held + n) * FULL.keys * 2 + 4 * FULL.value_heads * 95 + held / 7 * FULL.keys * 4
         rest = FULL.values * FULL.dim * size * 8 / 7 + (held + n) * FULL.values * 4
         rest += 4 * n * FULL.values + 2 * n * FULL.channels + 4 * FULL.value_heads * 95
         for rows in FEW:
@@ -209,3 +211,46 @@ def step_cases(quick: bool) -> Iterator[Case]:
                     lambda state=state, n=n: check_step(n, state), 5e-3, calls, moved,
                 )  # fmt: skip
     torch.cuda.empty_cache()
+
+
+# --- how much of the states is under way -------------------------------------------------------
+
+
+def block_cases(quick: bool) -> Iterator[Case]:
+    """All of a layer's decode with more or fewer blocks of the second kernel on a multiprocessor,
+    and with its states fetched while the first one runs ("early")."""
+    n, held = 2, 7 + 8 / 7
+    tried = {torch.float32: (2, 3), torch.float16: (4, 5, 6), torch.bfloat16: (5,)}
+    for state, counts in tried.items():
+        size = state.itemsize
+        one = FULL.values * FULL.dim * size * 8 / 7 + (held + n) * FULL.values * 4
+        one += (held + n) * FULL.keys * 2 + 4 * n * FULL.values + 12 * n * FULL.channels
+        for rows in (SEQUENCES, 32):
+            for blocks in counts:
+                for early in (False, True) if blocks == gpu_gdn.BLOCKS[size] else (False,):
+
+                    def choose(blocks=blocks, early=early, size=size):
+                        gpu_gdn.BLOCKS[size] = blocks
+                        choose_launches("chained" if early else "apart")
+                        check_step.cache_clear()
+                        forget()
+
+                    def check(choose=choose, state=state, n=n):
+                        choose()
+                        return check_step(n, state)
+
+                    def calls(choose=choose, rows=rows, state=state, n=n):
+                        choose()
+                        steps = [Step(rows, n, state) for _ in range(max(2, SEQUENCES // rows))]
+                        return [step.fused for step in steps]
+
+                    how = f"{blocks} blocks{', early' if early else ''}"
+                    yield Case(
+                        f"{STATES[state]} {rows} rows: {how}", check, 5e-3, calls, rows * one
+                    )
+            gpu_gdn.BLOCKS.update(DEFAULT_BLOCKS)
+    choose_launches("apart")
+    forget()
+
+
+DEFAULT_BLOCKS = dict(gpu_gdn.BLOCKS)

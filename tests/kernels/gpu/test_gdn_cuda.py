@@ -71,7 +71,8 @@ FORMS = [
     Form(5, 16, (32, 64), 5, F32, BF16, F32),
     Form(2, 16, (64, 64), 3, BF16, FP16, BF16),
 ]
-each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.width}-{form.ratio}-{form.state}")
+IDS = [f"{form.width}-{form.ratio}-{str(form.state)[6:]}" for form in FORMS]
+each_form = pytest.mark.parametrize("form", FORMS, ids=IDS)
 
 
 class Emulated:
