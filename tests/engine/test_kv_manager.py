@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millrace.engine.cache.policy import Kind
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.request import Request
 from millrace.engine.validation import make_request
@@ -170,6 +171,18 @@ def test_of_snapshots_close_to_each_other_the_first_is_taken() -> None:
     assert held.boundaries(asking, shared=0) == [32, 16, 8]  # not 4, 20 and 36
     asking.computed = 28
     assert held.boundaries(asking, shared=0) == [36]
+
+
+def test_a_short_turn_behind_an_answer_stops_at_junctions_only() -> None:
+    held, limits = kv_manager(snapshot_distance=4)
+    asking = request(limits, list(range(200)))
+    asking.source = msgspec.structs.replace(asking.source, boundaries=[150, 190])
+    asking.computed = 140
+    assert held.boundaries(asking, 0, Kind.ANSWER) == []
+    assert held.boundaries(asking, 160, Kind.ANSWER) == [160]
+    assert held.boundaries(asking, 0, Kind.TURNS) == [196, 188, 148]
+    asking.computed = 100  # a long turn
+    assert held.boundaries(asking, 0, Kind.ANSWER) == [196, 188, 148]
 
 
 @given(

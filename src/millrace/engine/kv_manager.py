@@ -100,12 +100,10 @@ class KVManager:
         self._hold(request, match)
         if self.tiers is not None:
             self.tiers.release(request)
-        for page in match.pages[:whole]:
-            self.pages.retain(page)
+        self.pages.retain_all(match.pages[:whole])
         missing = -(-length // self._limits.page_size) - whole
         if not self.ensure_free_pages(missing + spare):
-            for page in match.pages[:whole]:
-                self.pages.release(page)
+            self.pages.release_all(match.pages[:whole])
             self.admitted(request)
             return None
         request.slot = self.slots.allocate(1)[0]
@@ -118,16 +116,14 @@ class KVManager:
     def _hold(self, request: Request, match: Match) -> None:
         """Keep what the request's first step reads, until `admitted`."""
         request.held_pages = match.pages[match.tokens // self._limits.page_size :]
-        for page in request.held_pages:
-            self.pages.retain(page)
+        self.pages.retain_all(request.held_pages)
         request.held_snapshot = match.snapshot
         if match.snapshot != NO_SNAPSHOT:
             self.policy.retain(match.snapshot)
 
     def admitted(self, request: Request) -> None:
         """The first step of the request has run, or will not."""
-        for page in request.held_pages:
-            self.pages.release(page)
+        self.pages.release_all(request.held_pages)
         request.held_pages = []
         if request.held_snapshot != NO_SNAPSHOT:
             self.policy.release(request.held_snapshot)
@@ -137,8 +133,7 @@ class KVManager:
         """Free the slot and the pages of the request. No launched step names it, so what it has
         computed is known, and stays cached as far as the policy wants."""
         self.store(request, min(request.upper, len(request.tokens) - 1))
-        for page in request.pages:
-            self.pages.release(page)
+        self.pages.release_all(request.pages)
         request.pages = []
         self.slots.release(request.slot)
         request.slot = 0
@@ -177,19 +172,20 @@ class KVManager:
             request.cached_tokens,
             known,
             evicted,
-            prompt[max(0, known - EXCERPT) : known],
-            prompt[known : known + EXCERPT],
+            list(prompt[max(0, known - EXCERPT) : known]),
+            list(prompt[known : known + EXCERPT]),
             found.other[:EXCERPT] if known == found.known else [],
             dict(request.loaded),
         )
 
-    def boundaries(self, request: Request, shared: int) -> list[int]:
+    def boundaries(self, request: Request, shared: int, resumed: Kind | None = None) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an
-        earlier prompt began with too."""
+        earlier prompt began with too. resumed: the kind of snapshot that it resumes from; None: of
+        none, or others wait for its prompt to be cached."""
         if not self._limits.prefix_caching:
             return []
-        ends = request.source.boundaries
-        return self.policy.stops(request.computed, len(request.tokens), ends, shared)
+        ends, length = request.source.boundaries, len(request.tokens)
+        return self.policy.stops(request.computed, length, ends, shared, resumed)
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
@@ -206,7 +202,7 @@ class KVManager:
         tokens = request.tokens[:depth]
         self.policy.publish(tokens, pages, snapshot, salt, kind=kind)
         if self.tiers is not None and not request.failed:
-            self.tiers.cached(tokens, salt, kind)
+            self.tiers.cached(tokens, salt, kind, request.hashes)
 
     def _whole(self, length: int) -> int:
         """`length` rounded down to whole pages."""
@@ -227,7 +223,7 @@ class KVManager:
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)
         if self.tiers is not None:
-            self.tiers.cached(tokens, salt, Kind.ANSWER)
+            self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes)
 
     @property
     def has_ends(self) -> bool:

@@ -6,6 +6,7 @@ It knows no other request and makes no decision.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -25,13 +26,13 @@ class Phase(Enum):
 class Request:
     """One request and its resources.
 
-    tokens: every token that the host knows, prompt first. computed: prompt tokens planned so far.
-    upper: an upper bound of the tokens in the caches after all launched steps. in_flight: launched
-    steps that name the request. boundaries: positions, in whole pages,
-    where prefill stops for a snapshot, nearest last. held_pages, held_snapshot: of the prefix
-    cache, read by its first step. report: what the
-    cache had of its prompt. hashes: of its whole pages, for lower tiers. loading: a transfer brings
-    its prefix. loaded: from and to which token of its prefix came from a lower tier, by name.
+    tokens: every token that the host knows, int32, prompt first. computed: prompt tokens planned so
+    far. upper: an upper bound of the tokens in the caches after all launched steps. in_flight:
+    launched steps that name the request. boundaries: positions, in whole pages, where prefill stops
+    for a snapshot, nearest last. held_pages, held_snapshot: of the prefix cache, read by its first
+    step. report: what the cache had of its prompt. hashes: of its whole pages, for lower tiers.
+    loading: a transfer brings its prefix. loaded: from and to which token of its prefix came from a
+    lower tier, by name.
     ordinal: requests are numbered as they come.
     prompt_cached: its whole prompt is computed, so another request may find it in the cache.
     split: some step computed only a part of its prompt, for want of budget. cached_estimate: prompt
@@ -42,7 +43,7 @@ class Request:
 
     id: str
     prompt_len: int
-    tokens: list[int]
+    tokens: array[int]
     max_total: int
     stop_ids: frozenset[int]
     seed: int

@@ -75,6 +75,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # sorted by rank
         self._requests: dict[str, Request] = {}
+        self._followed: set[str] = set()  # requests whose prompts others wait for
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._draining = False
         self._following_steps = 0  # that are to come after one with a short prompt
@@ -99,6 +100,8 @@ class Scheduler:
             stop_token = request.tokens[-1] if reason == "stop" else None
             return [Delta(request.id, [], reason, stop_token)]
         self._requests[request.id] = request
+        if source.wait_for is not None and source.wait_for in self._requests:
+            self._followed.add(source.wait_for)
         self.waiting.add(request)
         return []
 
@@ -118,6 +121,7 @@ class Scheduler:
                 self.waiting.remove(request)
                 if self._tiers is not None:
                     self._tiers.release(request)
+                self._followed.discard(request_id)
                 del self._requests[request_id]
                 request.phase = Phase.DONE
             else:
@@ -320,7 +324,8 @@ class Scheduler:
         step.copies += granted.copies
         step.admitted.append(request)
         request.computed = match.tokens
-        request.boundaries = self._kv_manager.boundaries(request, match.shared)
+        resumed = None if request.id in self._followed else match.kind
+        request.boundaries = self._kv_manager.boundaries(request, match.shared, resumed)
         step.admissions.append(make_admission(request, match.snapshot, self.limits.methods))
         self.waiting.admitted(request)
         request.phase = Phase.PREFILL
@@ -452,6 +457,7 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: Request) -> None:
+        self._followed.discard(request.id)
         if self._requests.pop(request.id, None) is not None:
             if request.ended:
                 self._kv_manager.save_end(request)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -63,11 +63,13 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A prefix to offload. held: what keeps it on the device until then; None: nothing does."""
+    """A prefix to offload. hashes: of its first pages, as far as they are known. held: what keeps
+    it on the device until then; None: nothing does."""
 
-    tokens: list[int]
+    tokens: Sequence[int]
     salt: str
     kind: Kind
+    hashes: Sequence[bytes]
     held: _Held | None
 
 
@@ -100,8 +102,11 @@ class TierTransfers:
 
     # --- what is kept -----------------------------------------------------------------------
 
-    def cached(self, tokens: list[int], salt: str, kind: Kind) -> None:
-        """These tokens are cached on the device now."""
+    def cached(
+        self, tokens: Sequence[int], salt: str, kind: Kind, hashes: Sequence[bytes] = ()
+    ) -> None:
+        """These tokens are cached on the device now. hashes: of a sequence that begins with these,
+        or that these begin with."""
         if kind is Kind.PROMPT:  # its answer follows
             return
         if len(self._wanted) == MOST_WAITING:
@@ -110,19 +115,17 @@ class TierTransfers:
         found = self._policy.locate(tokens, salt)
         if found is not None and sum(w.held is not None for w in self._wanted) < self._most_held:
             held = self._hold(found.pages, found.snapshot)
-        self._wanted.append(_Wanted(tokens, salt, kind, held))
+        self._wanted.append(_Wanted(tokens, salt, kind, hashes, held))
 
     def _hold(self, pages: list[int], snapshot: int) -> _Held:
-        for page in pages:
-            self._pages.retain(page)
+        self._pages.retain_all(pages)
         self._policy.retain(snapshot)
         return _Held(pages, snapshot)
 
     def _drop(self, held: _Held | None) -> None:
         """Undo `_hold`."""
         if held is not None:
-            for page in held.pages:
-                self._pages.release(page)
+            self._pages.release_all(held.pages)
             self._policy.release(held.snapshot)
 
     def release(self, request: Request) -> None:
@@ -136,7 +139,7 @@ class TierTransfers:
         self._loaded_for.clear()
         for wanted in self._wanted:
             self._drop(wanted.held)
-        kept = [_Wanted(w.tokens, w.salt, w.kind, None) for w in self._wanted]
+        kept = [replace(wanted, held=None) for wanted in self._wanted]
         self._wanted = deque(kept, maxlen=MOST_WAITING)
 
     def take(self) -> list[Transfer]:
@@ -184,13 +187,13 @@ class TierTransfers:
         found = self._policy.locate(wanted.tokens, wanted.salt)
         if found is None:  # evicted meanwhile
             return
-        hashes = page_hashes(wanted.tokens, self.store.sizes.page_size, wanted.salt)
+        size = self.store.sizes.page_size
+        hashes = page_hashes(wanted.tokens, size, wanted.salt, wanted.hashes)
         record = self.store.add(wanted.tokens, hashes, wanted.salt, wanted.kind)
         if record is None:
             return
         pages = found.pages[record.first :]
-        for page in pages:
-            self._pages.retain(page)
+        self._pages.retain_all(pages)
         self._policy.retain(found.snapshot)
         move = Move(pages, 0, len(pages), record.pages_at, found.snapshot, record.state_at)
         self._start(_Transfer("offload", record, pages=pages, snapshot=found.snapshot), [move])
@@ -216,7 +219,7 @@ class TierTransfers:
             return
         if len(request.hashes) != len(tokens) // store.sizes.page_size + 1:
             salt = request.source.cache_salt
-            request.hashes = page_hashes(tokens, store.sizes.page_size, salt)
+            request.hashes = page_hashes(tokens, store.sizes.page_size, salt, request.hashes)
         record = store.match(tokens, request.hashes)
         if record is None or store.depth(record) < request.cached_estimate + LEAST_GAIN:
             return
@@ -278,15 +281,13 @@ class TierTransfers:
         store, salt = self.store, request.source.cache_salt
         tokens = request.tokens[: store.depth(record)]
         here = self._policy.pages_of(tokens, salt)[: record.whole]
-        for page in here:
-            self._pages.retain(page)
+        self._pages.retain_all(here)
         count = record.whole + bool(record.tail) - len(here)
         snapshot = self._policy.begin_save(tokens, salt) if ensure_pages(count) else None
         if snapshot is None or self._pages.free < count:
             if snapshot is not None:
                 self._policy.release(snapshot)
-            for page in here:
-                self._pages.release(page)
+            self._pages.release_all(here)
             return False
         pages = [*here, *self._pages.allocate(count)]
         moves = self._moves(record, pages, len(here), snapshot)
@@ -356,8 +357,7 @@ class TierTransfers:
         return waited
 
     def _offloaded(self, one: _Transfer) -> None:
-        for page in one.pages:
-            self._pages.release(page)
+        self._pages.release_all(one.pages)
         self._policy.release(one.snapshot)
         if one.dropped:
             self.store.discard(one.record)
@@ -373,8 +373,7 @@ class TierTransfers:
             kind = record.kind
             self._policy.publish(one.tokens, one.pages, one.snapshot, record.salt, kind=kind)
             self._keep_for(one.request, one.tokens, record.salt)
-        for page in one.pages:
-            self._pages.release(page)
+        self._pages.release_all(one.pages)
         assert one.request is not None
         one.request.loading = False
         tier = "disk" if one.from_disk else "host"

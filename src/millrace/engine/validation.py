@@ -6,6 +6,7 @@ request now is decided by the scheduler. This module knows no other request.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 from millrace.engine.request import Request
@@ -25,7 +26,7 @@ def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
     return Request(
         id=source.id,
         prompt_len=length,
-        tokens=source.prompt + source.resume,
+        tokens=array("i", source.prompt + source.resume),
         max_total=min(wanted, longest),
         stop_ids=_stop_ids(source, limits),
         seed=_seed(params.seed, limits.seed, ordinal),

@@ -17,6 +17,7 @@ from hashlib import blake2b
 
 from millrace.engine.cache.policy import Kind
 from millrace.engine.cache.ranges import Ranges
+from millrace.engine.cache.tree import TOKEN_BYTES, packed
 from millrace.protocol import FileMove, FoundFile
 
 NOWHERE = -1
@@ -77,12 +78,16 @@ class ColdRecord:
         return found[::-1]
 
 
-def page_hashes(tokens: Sequence[int], page_size: int, salt: str) -> list[bytes]:
-    """The hash before the first page, and behind each whole page."""
-    data = memoryview(array("i", tokens)).cast("B")
-    step = 4 * page_size
-    found = [blake2b(salt.encode(), digest_size=16).digest()]
-    for start in range(0, len(data) // step * step, step):
+def page_hashes(
+    tokens: Sequence[int], page_size: int, salt: str, known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """The hash before the first page, and behind each whole page. known: of a sequence that begins
+    with these tokens, or that these begin with, and of the same salt."""
+    count = len(tokens) // page_size
+    found = list(known[: count + 1]) or [blake2b(salt.encode(), digest_size=16).digest()]
+    first = len(found) - 1
+    data, step = memoryview(packed(tokens[first * page_size :])), TOKEN_BYTES * page_size
+    for start in range(0, (count - first) * step, step):
         hasher = blake2b(found[-1], digest_size=16)
         hasher.update(data[start : start + step])
         found.append(hasher.digest())

@@ -16,6 +16,7 @@ from millrace.engine.cache.tree import (
     ancestors,
     descendants,
     difference,
+    packed,
     page_key,
     root_node,
     round_down,
@@ -74,7 +75,14 @@ class PageTree:
     def record_prompt(self, tokens: Sequence[int], salt: str = "") -> None:
         """Nothing: what two prompts share is cached anyway."""
 
-    def stops(self, start: int, length: int, ends: Iterable[int], shared: int) -> list[int]:
+    def stops(
+        self,
+        start: int,
+        length: int,
+        ends: Iterable[int],
+        shared: int,
+        resumed: Kind | None = None,
+    ) -> list[int]:
         return []
 
     def begin_save(
@@ -97,8 +105,9 @@ class PageTree:
         """Where a page of the same tokens is cached already, that one stays."""
         path = self._walk(tokens, len(tokens), salt)
         node = path[-1] if path else self._root
+        data = packed(tokens)
         for start in range(node.depth, round_down(len(tokens), self._page_size), self._page_size):
-            key = page_key(tokens, start, self._page_size, salt)
+            key = page_key(data, start, start + self._page_size, salt)
             page = pages[start // self._page_size]
             child = Node(parent=node, key=key, depth=start + self._page_size, page=page)
             node.children[key] = child

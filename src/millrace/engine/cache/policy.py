@@ -31,13 +31,14 @@ class Match:
 
     tokens: prompt tokens that `pages`, and `snapshot` if there is one, cover; the last page may be
     covered in part. shared: tokens that an earlier prompt began with too; what lies between the two
-    was not cached.
+    was not cached. kind: of the snapshot.
     """
 
     tokens: int
     pages: list[int]
     snapshot: int
     shared: int
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,17 @@ class CachePolicy(Protocol):
     def record_prompt(self, tokens: Sequence[int], salt: str = "") -> None:
         """Note a prompt that is going to be computed."""
 
-    def stops(self, start: int, length: int, ends: Iterable[int], shared: int) -> list[int]:
+    def stops(
+        self,
+        start: int,
+        length: int,
+        ends: Iterable[int],
+        shared: int,
+        resumed: Kind | None = None,
+    ) -> list[int]:
         """Where the prefill of a prompt of `length` tokens must stop, nearest last, so that what is
-        computed by then can be saved. start: tokens that are cached. ends: of its chat turns.
+        computed by then can be saved. start: tokens that are cached, behind a snapshot of the kind
+        `resumed`. ends: of its chat turns. shared: as in `Match`.
         """
 
     def begin_save(

@@ -3,6 +3,8 @@ for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NULL_PAGE = 0
 
 
@@ -53,6 +55,32 @@ class Pool:
         self._change_count(index, -1)
         if self._counts[index] == 0:
             self._free.append(number)
+
+    def retain_all(self, numbers: Sequence[int]) -> None:
+        """`retain` for each of many."""
+        counts, cached, first = self._counts, self._cached, self._first
+        for number in numbers:
+            index = number - first
+            count = counts[index]
+            if count < 1:
+                raise RuntimeError(f"pool: {number} is free and cannot be shared")
+            if count == 1 and cached[index]:
+                self._evictable -= 1
+            counts[index] = count + 1
+
+    def release_all(self, numbers: Sequence[int]) -> None:
+        """`release` for each of many."""
+        counts, cached, first = self._counts, self._cached, self._first
+        for number in numbers:
+            index = number - first
+            count = counts[index] - 1
+            if count < 0:
+                raise RuntimeError(f"pool: {number} freed twice")
+            counts[index] = count
+            if not count:
+                self._free.append(number)
+            elif count == 1 and cached[index]:
+                self._evictable += 1
 
     def retain_cached(self, number: int) -> None:
         """`retain` for the prefix cache, at most once for each number."""

@@ -29,6 +29,7 @@ from millrace.engine.cache.tree import (
     begins_with,
     descendants,
     difference,
+    packed,
     page_key,
     pages_of,
     root_node,
@@ -37,6 +38,7 @@ from millrace.engine.cache.tree import (
 )
 from millrace.engine.cache.worth import Worth, alike_node
 
+SHORT_TURN = 16  # distances: fewer tokens behind an answer are computed without a stop
 RANK_SHARE = 16  # of many snapshots one in so many is ranked for eviction at a time
 
 
@@ -92,7 +94,8 @@ class SnapshotTree:
         if not path:
             return Match(0, [], NO_SNAPSHOT, shared)
         self._use(path)
-        return Match(path[-1].depth, [n.page for n in path], path[-1].snapshot, shared)
+        last = path[-1]
+        return Match(last.depth, [n.page for n in path], last.snapshot, shared, last.kind)
 
     def cached(self, tokens: Sequence[int], salt: str = "") -> int:
         """How many tokens `match` would find now. It does not count as a use of them."""
@@ -129,16 +132,27 @@ class SnapshotTree:
         share."""
         self._extend(tokens, self._round_down(len(tokens) - 1), salt)
 
-    def stops(self, start: int, length: int, ends: Iterable[int], shared: int) -> list[int]:
+    def stops(
+        self,
+        start: int,
+        length: int,
+        ends: Iterable[int],
+        shared: int,
+        resumed: Kind | None = None,
+    ) -> list[int]:
         """At the ends of chat turns, at the end, at junctions, and at fixed distances.
 
         Each stop costs a step. So of two that are less than `distance` apart only the first is
-        cached: a prompt that resumes there computes fewer tokens than that again.
+        cached: a prompt that resumes there computes fewer tokens than that again. A prompt that
+        resumes at an answer is likely to be continued at its own answer; so a short turn stops
+        nowhere: its first token would come a step later.
         """
         if not self._snapshots.size:
             return []
         end = self._round_down(length - 1)
-        wanted = {end, shared, *(self._round_down(turn) for turn in ends)}
+        wanted = {shared}
+        if resumed is not Kind.ANSWER or length - start >= SHORT_TURN * self._distance:
+            wanted |= {end, *(self._round_down(turn) for turn in ends)}
         if self._interval:
             wanted.update(range(self._interval, end, self._interval))
         cached: list[int] = []
@@ -419,8 +433,10 @@ class SnapshotTree:
         if not node.tails:
             return None
         start = node.depth
-        for end in range(min(start + self._page_size, len(tokens)) - 1, start, -1):
-            found = node.children.get(page_key(tokens[:end], start, self._page_size, salt))
+        data = packed(tokens[start : start + self._page_size])
+        for count in range(min(self._page_size, len(tokens) - start) - 1, 0, -1):
+            key = page_key(data, 0, count, "" if start else salt)
+            found = node.children.get(key)
             if found is not None:
                 return found
         return None
@@ -429,9 +445,10 @@ class SnapshotTree:
         """The node of tokens[:length]; missing nodes on the path are created."""
         path = self._walk(tokens, length, salt)
         node = path[-1] if path else self._root
+        data = packed(tokens[:length])
         for start in range(node.depth, length, self._page_size):
             self._ghosts.pop(node, None)
-            key = page_key(tokens, start, self._page_size, salt)
+            key = page_key(data, start, start + self._page_size, salt)
             child = Node(parent=node, key=key, depth=min(start + self._page_size, length))
             node.children[key] = child
             node.tails += child.depth - start < self._page_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,7 +11,8 @@ from millrace.engine.cache.policy import NO_SNAPSHOT, Difference, Kind
 from millrace.engine.cache.pool import NULL_PAGE
 
 MOST_COMPARED = 256  # pages that a page is compared with
-Key = tuple[int | str, ...]
+Key = bytes | tuple[str, bytes]  # packed tokens; in the first page with the salt, if there is one
+TOKEN_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -33,10 +35,9 @@ class Lost:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One page of tokens, behind its parent's. key: the tokens, in the first page behind the salt
-    if there is one; fewer than a page for a *tail*, the unfinished last page of a sequence, which
-    has no children. snapshots_below: snapshots at it and below it. tails: its children that are
-    tails.
+    """One page of tokens, behind its parent's. key: see `Key`; fewer tokens than a page for a
+    *tail*, the unfinished last page of a sequence, which has no children. snapshots_below:
+    snapshots at it and below it. tails: its children that are tails.
 
     Of nodes with a snapshot: kind; above: the nearest ancestor with one, else the root; below: the
     nodes whose `above` it is; uses: how often its conversation came back, here or
@@ -69,7 +70,7 @@ class Node:
 
 
 def root_node() -> Node:
-    return Node(parent=None, key=(), depth=0)
+    return Node(parent=None, key=b"", depth=0)
 
 
 def round_down(length: int, page_size: int) -> int:
@@ -77,10 +78,27 @@ def round_down(length: int, page_size: int) -> int:
     return max(0, length) // page_size * page_size
 
 
-def page_key(tokens: Sequence[int], start: int, page_size: int, salt: str) -> Key:
-    """The key of the page that begins at `start`: in the first one it includes the salt."""
-    page = tokens[start : start + page_size]
-    return (salt, *page) if salt and not start else tuple(page)
+def packed(tokens: Sequence[int]) -> bytes:
+    """Tokens as bytes: slices of these are hashed and compared far faster than tuples of numbers.
+    An array of int32 is only copied."""
+    numbers = tokens if isinstance(tokens, array) and tokens.typecode == "i" else array("i", tokens)
+    return numbers.tobytes()
+
+
+def page_key(data: bytes, start: int, end: int, salt: str) -> Key:
+    """The key of tokens[start:end] of packed tokens, which begin a page; the first one has the
+    salt."""
+    page = data[TOKEN_BYTES * start : TOKEN_BYTES * end]
+    return (salt, page) if salt and not start else page
+
+
+def page_tokens(key: Key) -> bytes:
+    """The packed tokens of a key."""
+    return key if isinstance(key, bytes) else key[1]
+
+
+def _salt_of(key: Key) -> str:
+    return "" if isinstance(key, bytes) else key[0]
 
 
 def pages_of(length: int, page_size: int) -> int:
@@ -91,9 +109,11 @@ def pages_of(length: int, page_size: int) -> int:
 def walk(root: Node, tokens: Sequence[int], length: int, page_size: int, salt: str) -> list[Node]:
     """The nodes of tokens[:length], as far as there are any."""
     path: list[Node] = []
-    node = root
-    for start in range(0, length, page_size):
-        child = node.children.get(page_key(tokens, start, page_size, salt))
+    node, data = root, packed(tokens[:length])
+    step = TOKEN_BYTES * page_size
+    for start in range(0, len(data), step):
+        key = data[start : start + step]  # as `page_key`
+        child = node.children.get((salt, key) if salt and not start else key)
         if child is None:
             break
         path.append(child)
@@ -128,9 +148,9 @@ def difference(
     rest = list(tokens[node.depth : node.depth + page_size])
     best, other = 0, list[int]()
     for child in islice(node.children.values(), MOST_COMPARED):
-        key = [part for part in child.key if isinstance(part, int)]
-        if node is root and (child.key[0] == salt) != bool(salt):
-            continue  # of another salt
+        if node is root and _salt_of(child.key) != salt:
+            continue
+        key = array("i", page_tokens(child.key)).tolist()
         same = next((i for i, (a, b) in enumerate(zip(key, rest, strict=False)) if a != b), -1)
         same = min(len(key), len(rest)) if same < 0 else same
         if same >= best:
@@ -141,12 +161,13 @@ def difference(
 
 def begins_with(node: Node, other: Node) -> bool:
     """Whether the tokens of `node` begin with all of the tokens of `other`, which may be a tail."""
-    size = len(other.key)
+    wanted, salt = page_tokens(other.key), _salt_of(other.key)
     at: Node | None = node
     while at is not None and at.parent is not None:
         if at is other:
             return True
         if at.parent is other.parent:
-            return len(at.key) > size and at.key[:size] == other.key
+            longer = len(page_tokens(at.key)) > len(wanted)
+            return longer and page_tokens(at.key).startswith(wanted) and _salt_of(at.key) == salt
         at = at.parent
     return False
