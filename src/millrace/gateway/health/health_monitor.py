@@ -38,7 +38,7 @@ from millrace.gateway.health.evidence import (
     RequestEvidence,
     may_eject,
 )
-from millrace.gateway.health.load_report import LoadReports
+from millrace.gateway.health.load_report import LoadReports, correct_load
 from millrace.gateway.health.probes import UNCERTAIN, HealthProbe, Problem
 from millrace.gateway.routing.prefix_index import ReportedPrefixes
 from millrace.gateway.routing.replicas import Member
@@ -441,12 +441,6 @@ class HealthMonitor:
                 if report is not None and report.prefixes is not None:
                     monitored.reported_prefixes.apply(report.prefixes, cursor)
                 if report is not None:
-                    counted = (tokens + counters.replica_total(slot, RESIDENT)) // 2
-                    requests = max(requests, counters.replica_total(slot, IN_FLIGHT))
-                    target = report.correction(counted, requests)
-                    # Half way each time: a request that is on its way is not in the report yet.
-                    counters.set_load_correction(
-                        slot, (counters.load_correction(slot) + target) // 2
-                    )
+                    correct_load(counters, slot, report, tokens, requests)
         finally:
             reports.close()

@@ -15,6 +15,7 @@ import msgspec
 
 from millrace.common.http_client import Connection, Response, Target, connect, encode_request
 from millrace.common.prefix_hash import PrefixReport
+from millrace.gateway.common.shared_counters import IN_FLIGHT, RESIDENT, SharedCounters
 from millrace.gateway.http.request_info import Kind
 
 _TIMEOUT = 1.0
@@ -40,6 +41,18 @@ class LoadReport(msgspec.Struct, frozen=True):
 
 
 _DECODER = msgspec.json.Decoder(LoadReport)
+
+
+def correct_load(
+    counters: SharedCounters, slot: int, report: LoadReport, tokens: int, requests: int
+) -> None:
+    """Correct a replica's counted load by its report. tokens, requests: what was counted when the
+    report was asked for."""
+    counted = (tokens + counters.replica_total(slot, RESIDENT)) // 2
+    most_requests = max(requests, counters.replica_total(slot, IN_FLIGHT))
+    target = report.correction(counted, most_requests)
+    # Half way each time: a request that is on its way is not in the report yet.
+    counters.set_load_correction(slot, (counters.load_correction(slot) + target) // 2)
 
 
 class LoadReports:

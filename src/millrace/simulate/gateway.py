@@ -1,0 +1,330 @@
+"""The gateway on the virtual clock: its own policies, load counters and admission, without HTTP.
+
+Which replica gets a request is decided by the classes of `millrace.gateway.routing`. What a
+connection would do is done here: a chunk costs time, a replica that dies breaks its streams, and a
+broken stream goes on at another replica from the tokens that it has. Which replicas there are, and
+when one is up, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.common.replica_spec import HealthPolicy
+from millrace.gateway.common.shared_counters import IN_FLIGHT, RESIDENT, SharedCounters
+from millrace.gateway.health.load_report import LoadReport, correct_load
+from millrace.gateway.relay.suspicion import Suspicion
+from millrace.gateway.routing.admission import AdmissionControl
+from millrace.gateway.routing.candidates import Candidates
+from millrace.gateway.routing.load_account import LoadAccount
+from millrace.gateway.routing.policies import make_policy
+from millrace.gateway.routing.prefix_index import PrefixTable
+from millrace.gateway.routing.replicas import Member, Replica, ReplicaSet
+from millrace.gateway.routing.suspects import Failure
+from millrace.protocol import AddRequest, Delta, SamplingParams
+from millrace.simulate.outcome import RequestRecord
+from millrace.simulate.replica import SimulatedReplica
+from millrace.simulate.virtual_clock import VirtualClock, VirtualTimer
+from millrace.simulate.workload import SimulatedRequest
+
+_PUBLISH_SECONDS = 0.5  # as the relay of a gateway process does
+_WAIT_STEP = 0.05  # between searches for a replica that can go on with a stream
+
+
+class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """policy: its name. gap: of prefix_aware. processes: they share the chunks. chunk_seconds: of
+    one of them for a chunk. network_seconds: each way between client and gateway. max_tokens: what
+    requests ask for, where their text ends before; 0: they ask for what they get."""
+
+    policy: str = "least_loaded"
+    gap: int = 4096
+    processes: int = 1
+    chunk_seconds: float = 0.0
+    network_seconds: float = 1e-4
+    max_tokens: int = 0
+    limits: GatewayLimits = GatewayLimits()
+    health: HealthPolicy = HealthPolicy()
+    seed: int = 0
+
+
+class SimulatedGateway:
+    """See the module. replicas: the most that there will be.
+
+    lengths: filled for the workers (see SimulatedWorker). queued: called with +1 and -1 as requests
+    wait for admission.
+    """
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        options: GatewayOptions,
+        lengths: dict[int, int],
+        replicas: int,
+    ) -> None:
+        self.clock, self.options, self.lengths = clock, options, lengths
+        self.counters = SharedCounters(1, replicas=max(1, replicas))
+        own = self.counters.process_counters(0)
+        self.replicas = ReplicaSet(
+            self.counters, own, lambda id, outcome: None, options.health.slow_start, clock
+        )
+        self.replicas.on_lost = self._lost
+        self.replicas.on_removed = self._lost
+        table = PrefixTable(self.counters.prefixes)
+        self.policy = make_policy(
+            options.policy, self.replicas, table, options.gap, seed=options.seed
+        )
+        self.admission = AdmissionControl(self.counters, own, options.limits, clock)
+        self.engines: dict[int, SimulatedReplica] = {}  # by the id of the member
+        self.exchanges: dict[str, SimulatedExchange] = {}
+        self.retries = self.resumed = self.cut_off = self.refused = 0
+        self._backlog = 0.0  # seconds of work that the processes have before them
+        self._backlog_at = 0.0
+        clock.call_later(_PUBLISH_SECONDS, self._publish)
+        if options.health.load_interval > 0:
+            clock.call_later(options.health.load_interval, self._read_load)
+
+    def close(self) -> None:
+        """Free what the operating system gave."""
+        self.counters.close()
+
+    def submit(self, request: SimulatedRequest, record: RequestRecord, done: Done) -> None:
+        """A client sends a request."""
+        exchange = SimulatedExchange(self, request, record, done)
+        self.clock.call_later(self.options.network_seconds, exchange.start)
+
+    def set_members(self, members: Sequence[Member]) -> None:
+        """The health monitor's list has changed."""
+        self.replicas.apply(members)
+        self.admission.dispatch()
+
+    def delivered(self, replica: int, deltas: Sequence[Delta], leaves: Sequence[float]) -> None:
+        """A step of a replica has brought this; called when the step ends."""
+        now, cost = self.clock.now(), self.options.chunk_seconds / self.options.processes
+        self._backlog = max(0.0, self._backlog - (now - self._backlog_at))
+        self._backlog_at = now
+        after = self.options.network_seconds
+        for delta, leaving in zip(deltas, leaves, strict=True):
+            self._backlog += cost
+            exchange = self.exchanges.get(delta.id)
+            if exchange is not None:
+                exchange.take(delta, max(leaving + cost, now + self._backlog) + after)
+
+    # --- what a gateway does by itself ---------------------------------------------------------
+
+    def _publish(self) -> None:
+        for replica in self.replicas.all:
+            for exchange in replica.exchanges:
+                exchange.publish(replica)
+            replica.publish(self.replicas.process_counters)
+        self.clock.call_later(_PUBLISH_SECONDS, self._publish)
+
+    def _read_load(self) -> None:
+        """The load reports of all replicas."""
+        for replica in self.replicas.all:
+            slot = replica.slot
+            if replica.member.state == "down":
+                self.counters.set_load_correction(slot, 0)
+                continue
+            requests = len(replica.exchanges)
+            tokens = sum([one.resident for one in replica.exchanges])  # type: ignore[attr-defined]
+            before = (
+                self.counters.replica_total(slot, RESIDENT),
+                self.counters.replica_total(slot, IN_FLIGHT),
+            )
+            correct_load(self.counters, slot, LoadReport(requests, tokens), *before)
+        self.clock.call_later(self.options.health.load_interval, self._read_load)
+
+    def _lost(self, replica: Replica) -> None:
+        for exchange in list(replica.exchanges):
+            exchange.lost("lost", removed=replica.removed)
+
+
+Done = Callable[["SimulatedExchange"], None]
+
+
+class SimulatedExchange:
+    """One request, from its arrival at the gateway to its last chunk; record: what a client
+    measures of it. made: the tokens of its answer so far."""
+
+    def __init__(
+        self,
+        gateway: SimulatedGateway,
+        request: SimulatedRequest,
+        record: RequestRecord,
+        done: Done,
+    ) -> None:
+        self._gateway = gateway
+        self.request, self.record = request, record
+        self.info = request.info
+        self.made: list[int] = []
+        self._done = done
+        self._account = LoadAccount(gateway.replicas)
+        self._candidates = Candidates(
+            gateway.replicas,
+            gateway.policy,
+            self.info,
+            gateway.options.limits.max_requests_per_replica,
+        )
+        self._suspicion = Suspicion()
+        self._replica: Replica | None = None
+        self._id = ""
+        self._attempts = 0
+        self._failures = 0
+        self._sent_at = 0.0
+        self._admitted = self._ended = False
+        self._timer: VirtualTimer | None = None
+        self._deadline = 0.0
+
+    @property
+    def resident(self) -> int:
+        """Tokens that its replica holds for it."""
+        return len(self.request.tokens) + len(self.made)
+
+    def start(self) -> None:
+        """Admit the request, queue it, or refuse it."""
+        gateway = self._gateway
+        if self._candidates.refusal() is not None:
+            self._end("no healthy replica")
+            return
+        if gateway.admission.submit(self) is not None:
+            self._end("queue full")
+        elif not self._admitted:
+            limit = gateway.options.limits.queue_timeout
+            self._timer = gateway.clock.call_later(limit, self._end, "waited in the queue")
+
+    # --- as the routing classes know it ----------------------------------------------------------
+
+    def has_capacity(self) -> bool:
+        return self._candidates.has_capacity()
+
+    def admitted(self) -> None:
+        self._admitted = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._attempt()
+
+    def publish(self, replica: Replica) -> None:
+        self._account.publish(replica)
+
+    def lost(self, reason: str, *, removed: bool) -> None:
+        self._fail(reason, reached=not removed)
+
+    # --- towards the replica ---------------------------------------------------------------------
+
+    def _attempt(self) -> None:
+        if self._ended:
+            return
+        untried = self._candidates.untried()
+        if not untried:
+            self._no_replica_left()
+            return
+        replica = self._replica = self._candidates.pick(untried)
+        self._account.begin(replica, self.info, len(self.made), self)
+        gateway = self._gateway
+        self._attempts += 1
+        self._id = f"{self.request.number}.{self._attempts}"
+        self._sent_at = gateway.clock.now()
+        self.record.replica = replica.member.id
+        engine = gateway.engines.get(replica.member.id)
+        if engine is None or not engine.alive:
+            # Nobody answers: a refused connection now, or silence until the monitor finds out.
+            if replica.member.id in gateway.engines:
+                gateway.clock.call_later(gateway.options.network_seconds, self._fail, "cannot connect", False)
+            return
+        gateway.exchanges[self._id] = self
+        engine.send(self._message())
+
+    def _message(self) -> AddRequest:
+        request, asked = self.request, self._gateway.options.max_tokens
+        most = max(asked, request.output_tokens)
+        self._gateway.lengths[request.number] = len(request.tokens) + request.output_tokens
+        return AddRequest(
+            id=self._id,
+            prompt=request.tokens,
+            params=SamplingParams(max_tokens=most, seed=request.number),
+            boundaries=request.boundaries,
+            resume=list(self.made),
+            cache_salt=self.info.cache_salt,
+        )
+
+    # --- from the replica ------------------------------------------------------------------------
+
+    def take(self, delta: Delta, at: float) -> None:
+        """New tokens, which reach the client at that moment."""
+        self.made += delta.token_ids
+        self._account.chunks += 1
+        self._failures = 0
+        self.record.chunk(at, len(delta.token_ids))
+        if delta.queued is not None:
+            self.record.cached_tokens = delta.cached_tokens
+        if delta.finish_reason is not None:
+            error = delta.error or ""
+            if not error and self.info.stream:
+                self._gateway.replicas.record_output(self._account.chunks)
+            self._gateway.exchanges.pop(self._id, None)
+            self._gateway.clock.call_at(at, self._end, error)
+
+    # --- failures and ends -----------------------------------------------------------------------
+
+    def _fail(self, reason: str, reached: bool = True) -> None:
+        replica, gateway = self._replica, self._gateway
+        if replica is None or self._ended or self._complete:
+            return
+        self._candidates.record_failure(replica, reason)
+        self._failures += 1
+        self._release()
+        digest = self.request.number.to_bytes(16, "big") + bytes(8)
+        gateway.replicas.report_failure(replica, Failure(reason, digest, sent_at=self._sent_at))
+        if reached and self._suspicion.add(replica.burst, len(self.made)):
+            self._end("two replicas failed on it")
+        elif self.made:
+            gateway.resumed += 1
+            self.record.resumptions += 1
+            self._candidates.reset(keep_last=True)
+            self._deadline = gateway.clock.now() + gateway.options.limits.resume_timeout
+            self._attempt()
+        elif self._failures > gateway.options.limits.max_retries:
+            self._no_replica_left()
+        else:
+            gateway.retries += 1
+            self._attempt()
+
+    @property
+    def _complete(self) -> bool:
+        """Its last token has left the replica."""
+        return len(self.made) >= self.request.output_tokens
+
+    def _no_replica_left(self) -> None:
+        gateway = self._gateway
+        if not self.made:
+            self._end("every replica failed")
+        elif gateway.clock.now() > self._deadline:
+            gateway.cut_off += 1
+            self._end("cut off")
+        else:
+            self._candidates.reset(keep_last=False)
+            self._timer = gateway.clock.call_later(_WAIT_STEP, self._attempt)
+
+    def _release(self) -> None:
+        self._gateway.exchanges.pop(self._id, None)
+        replica, self._replica = self._replica, None
+        if replica is not None:
+            self._account.end(replica, self)
+
+    def _end(self, error: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        gateway = self._gateway
+        self._release()
+        self.record.end(gateway.clock.now(), error)
+        if self._admitted:
+            gateway.admission.release(self.info.service_class)
+        else:
+            gateway.refused += 1
+            gateway.admission.cancel_wait(self)
+        gateway.lengths.pop(self.request.number, None)
+        self._done(self)

@@ -1,0 +1,198 @@
+"""A worker that computes nothing: it takes the time that a step model says, and invents tokens.
+
+What it knows of a slot is what a device knows: its length, and where its request ends. How many
+drafts are accepted is drawn from a seed. It does not know what a step costs; that is the step
+model's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Protocol
+
+import msgspec
+
+from millrace.model.work import StepShape
+from millrace.plan.model.step_model import StepTimes
+from millrace.protocol import Admission, Masks, StepPlan, StepResult, Transfer
+
+END_TOKEN = 0  # ends a request whose text ends before its max_tokens
+FIRST_WORD = 1
+_TRANSFER_LATENCY = 50e-6  # seconds of a transfer between tiers besides its bytes
+
+
+class StepTime(Protocol):
+    """What the worker must know of a step model."""
+
+    def times(self, shape: StepShape) -> StepTimes:
+        """Seconds of a step: what the device waits for on the host, and what it computes."""
+        ...
+
+
+class Speeds(msgspec.Struct, frozen=True):
+    """What a step model does not say. acceptance: of each draft, given that all before it were
+    accepted. jitter: relative spread of the time of single steps. host_copy, disk_copy: bytes a
+    second between device, host memory and files."""
+
+    acceptance: tuple[float, ...] = ()
+    jitter: float = 0.0
+    host_copy: float = 25e9
+    disk_copy: float = 2e9
+
+
+class HostTime:
+    """The moment that the thread of one engine has reached, on the virtual clock."""
+
+    __slots__ = ("moment",)
+
+    def __init__(self) -> None:
+        self.moment = 0.0
+
+    def now(self) -> float:
+        return self.moment
+
+    def spend(self, seconds: float) -> None:
+        """The thread is busy, or sleeps, for so long."""
+        self.moment += seconds
+
+    def wait_until(self, moment: float) -> None:
+        """The thread waits, if that moment has not passed."""
+        self.moment = max(self.moment, moment)
+
+
+class _Launched:
+    """A launched step: its result, and when it is there."""
+
+    __slots__ = ("_ready", "_result", "_thread")
+
+    def __init__(self, thread: HostTime, ready: float, result: StepResult) -> None:
+        self._thread, self._ready, self._result = thread, ready, result
+
+    def result(self) -> StepResult:
+        self._thread.wait_until(self._ready)
+        return self._result
+
+
+class _Row:
+    """A slot: tokens that are known, those after which its request ends, the same by max_tokens."""
+
+    __slots__ = ("end", "length", "most")
+
+    def __init__(self, length: int, most: int, end: int) -> None:
+        self.length, self.most, self.end = length, most, end
+
+
+class SimulatedWorker:
+    """Runs plans in virtual time. thread: of its engine. width: 1 + drafts.
+
+    lengths: by the seed of a request, the total length at which its text ends; others end by
+    their max_tokens. page_bytes, snapshot_bytes: for transfers between tiers.
+    """
+
+    def __init__(
+        self,
+        thread: HostTime,
+        model: StepTime,
+        speeds: Speeds,
+        *,
+        width: int,
+        lengths: Mapping[int, int],
+        seed: int,
+        page_bytes: int = 0,
+        snapshot_bytes: int = 0,
+    ) -> None:
+        self._thread, self._model, self._speeds = thread, model, speeds
+        self._width = width
+        self._lengths = lengths
+        self._page_bytes, self._snapshot_bytes = page_bytes, snapshot_bytes
+        self._random = Random(seed)
+        self._rows: dict[int, _Row] = {}
+        self._device_free = 0.0
+        self._link_free = 0.0
+        self._transfers: list[tuple[float, int]] = []
+        self.busy = 0.0  # seconds of all steps, those that run included
+
+    def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> _Launched:
+        for admission in plan.admissions:
+            self._rows[admission.slot] = self._row(admission)
+        # The model's host seconds are those that the device waits for: they are not hidden.
+        seconds = float(sum(self._model.times(self._shape(plan))))
+        if self._speeds.jitter:
+            seconds *= math.exp(self._random.gauss(0.0, self._speeds.jitter))
+        self._device_free = max(self._device_free, self._thread.moment) + seconds
+        self.busy += seconds
+        for transfer in plan.transfers:
+            self._transfer(transfer)
+        slots, tokens = [], []
+        for slot in plan.decode:
+            slots.append(slot)
+            tokens.append(self._emit(self._rows[slot], 1 + self._accepted()))
+        for chunk in plan.chunks:
+            if chunk.last:
+                slots.append(chunk.slot)
+                tokens.append(self._emit(self._rows[chunk.slot], 1))
+        return _Launched(self._thread, self._device_free, StepResult(plan.step, slots, tokens))
+
+    def finished(self) -> list[tuple[int, bool]]:
+        """Transfers that have ended by now; all of them succeed."""
+        now = self._thread.moment
+        ended = [(number, True) for moment, number in self._transfers if moment <= now]
+        self._transfers = [one for one in self._transfers if one[0] > now]
+        return ended
+
+    def close(self) -> None:
+        pass
+
+    def _row(self, admission: Admission) -> _Row:
+        most = admission.max_total
+        end = min(most, self._lengths.get(admission.seed, most))
+        return _Row(len(admission.tokens), most, end)
+
+    def _shape(self, plan: StepPlan) -> StepShape:
+        rows, chunks = self._rows, plan.chunks
+        return StepShape(
+            decode_rows=float(len(plan.decode)),
+            decode_tokens=float(len(plan.decode) * self._width),
+            decode_context=float(sum([rows[slot].length for slot in plan.decode])),
+            prompts=float(len(chunks)),
+            prompt_tokens=float(sum([c.count for c in chunks])),
+            prompt_context=float(sum([c.start for c in chunks])),
+            prompt_attention=float(sum([c.count * (c.start + c.count / 2) for c in chunks])),
+            sampled_rows=float(len(plan.decode) + sum([c.last for c in chunks])),
+        )
+
+    def _accepted(self) -> int:
+        """Drafts of one row that are accepted."""
+        count = 0
+        for chance in self._speeds.acceptance:
+            if self._random.random() >= chance:
+                break
+            count += 1
+        return count
+
+    def _emit(self, row: _Row, count: int) -> list[int]:
+        """New tokens of a row; none once it has ended."""
+        count = min(count, row.end - row.length)
+        if count <= 0:
+            return []
+        first = row.length
+        row.length += count
+        made = [FIRST_WORD + (first + n) * 7919 % 30_011 for n in range(count)]
+        if row.length == row.end < row.most:
+            made[-1] = END_TOKEN
+        return made
+
+    def _transfer(self, transfer: Transfer) -> None:
+        size = sum(
+            len(move.pages) * self._page_bytes + (move.snapshot >= 0) * self._snapshot_bytes
+            for move in transfer.moves
+        )
+        speed = self._speeds.host_copy
+        if transfer.kind in ("store", "fetch"):
+            size = sum(file.pages_bytes + file.state_bytes for file in transfer.files)
+            speed = self._speeds.disk_copy
+        self._link_free = max(self._link_free, self._thread.moment) + _TRANSFER_LATENCY
+        self._link_free += size / speed
+        self._transfers.append((self._link_free, transfer.id))
