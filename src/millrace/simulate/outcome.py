@@ -121,6 +121,11 @@ class RequestRecord:
     def resumptions(self, count: int) -> None:
         self._records.resumptions[self._at] = count
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return bool(self._records.errors[self._at])
+
     def chunk(self, at: float, tokens: int) -> None:
         """So many tokens reach the client at that moment."""
         records, index = self._records, self._at
