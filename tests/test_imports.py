@@ -66,7 +66,7 @@ LAYERS = [
     "plan.predict",
     "plan",
     # commands that use both planes
-    "chat eval server doctor",
+    "chat eval server doctor simulate",
     "about offline",
     "cli millrace",
     "__main__",

@@ -23,6 +23,11 @@ _COMMANDS = {
     "chat": ("millrace.chat.command", "chat", "Talk with a model in the terminal."),
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
     "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
+    "simulate": (
+        "millrace.simulate.command",
+        "simulate",
+        "Simulate a fleet on a virtual clock.",
+    ),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
     "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }

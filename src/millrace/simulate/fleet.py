@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
+from zlib import crc32
 
 import msgspec
 
@@ -27,13 +28,15 @@ _MOST_SAMPLES = 1200
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """What is simulated. load: as of `millrace bench serve`; its target is not used."""
+    """What is simulated. load: as of `millrace bench serve`; its target is not used. check: test
+    the engines' invariants after every step."""
 
     load: BenchOptions
     kind: ReplicaKind
     gateway: GatewayOptions
     life: LifeOptions
     seed: int = 0
+    check: bool = False
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,15 +56,13 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fleet:
-    """One run of a scenario. check: test the engines' invariants after every step."""
+    """One run of a scenario."""
 
-    def __init__(self, scenario: Scenario, check: bool = False) -> None:
-        self._scenario, self._check = scenario, check
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
         self._clock = clock = VirtualClock()
         self._lengths: dict[int, int] = {}
-        self.gateway = SimulatedGateway(
-            clock, scenario.gateway, self._lengths, scenario.life.most
-        )
+        self.gateway = SimulatedGateway(clock, scenario.gateway, self._lengths, scenario.life.most)
         self.lives = Lives(clock, scenario.life, self._hooks())
         self.records = Records()
         load = scenario.load
@@ -76,8 +77,6 @@ class Fleet:
         )
         self._samples: list[Sample] = []
         self._sample_seconds = _SAMPLE_SECONDS
-        self._busy = 0.0
-        self._ended_stats = [0, 0, 0]
         self.all_engines: list[SimulatedReplica] = []
 
     def run(self) -> Outcome:
@@ -135,17 +134,18 @@ class Fleet:
         def deliver(deltas: Sequence[Delta], leaves: Sequence[float]) -> None:
             self.gateway.delivered(id, deltas, leaves)
 
-        seed = hash((self._scenario.seed, id, len(self.all_engines))) & 0xFFFFFFFF
+        scenario = self._scenario
+        seed = crc32(f"{scenario.seed} {id} {len(self.all_engines)}".encode())
         engine = SimulatedReplica(
-            self._clock, self._scenario.kind, deliver, self._lengths, seed, self._check
+            self._clock, scenario.kind, deliver, self._lengths, seed, scenario.check
         )
         self.gateway.engines[id] = engine
         self.all_engines.append(engine)
 
-    def _end(self, id: int) -> None:
+    def _end(self, id: int, silent: bool) -> None:
         engine = self.gateway.engines.get(id)
-        if engine is not None:
-            engine.kill()
+        if engine is not None and engine.alive:
+            engine.kill(silent)
 
     def _in_flight(self, id: int) -> int:
         found = [r for r in self.gateway.replicas.all if r.member.id == id]

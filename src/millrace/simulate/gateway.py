@@ -138,7 +138,7 @@ class SimulatedGateway:
         self.clock.call_later(self.options.health.load_interval, self._read_load)
 
     def _lost(self, replica: Replica) -> None:
-        for exchange in list(replica.exchanges):
+        for exchange in sorted(replica.exchanges, key=hash):
             exchange.lost("lost", removed=replica.removed)
 
 
@@ -177,6 +177,9 @@ class SimulatedExchange:
         self._admitted = self._ended = False
         self._timer: VirtualTimer | None = None
         self._deadline = 0.0
+
+    def __hash__(self) -> int:
+        return self.request.number  # so that sets of exchanges have the same order in every run
 
     @property
     def resident(self) -> int:
@@ -228,14 +231,18 @@ class SimulatedExchange:
         self._id = f"{self.request.number}.{self._attempts}"
         self._sent_at = gateway.clock.now()
         self.record.replica = replica.member.id
-        engine = gateway.engines.get(replica.member.id)
-        if engine is None or not engine.alive:
-            # Nobody answers: a refused connection now, or silence until the monitor finds out.
-            if replica.member.id in gateway.engines:
-                gateway.clock.call_later(gateway.options.network_seconds, self._fail, "cannot connect", False)
+        engine = gateway.engines[replica.member.id]
+        if not engine.alive:
+            limits, options = gateway.options.limits, gateway.options
+            wait = limits.connect_timeout if engine.silent else options.network_seconds
+            gateway.clock.call_later(wait, self._cannot_connect, self._id)
             return
         gateway.exchanges[self._id] = self
         engine.send(self._message())
+
+    def _cannot_connect(self, attempt: str) -> None:
+        if attempt == self._id:
+            self._fail("cannot connect", reached=False)
 
     def _message(self) -> AddRequest:
         request, asked = self.request, self._gateway.options.max_tokens

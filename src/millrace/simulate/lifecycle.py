@@ -63,12 +63,12 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hooks(msgspec.Struct, frozen=True):
-    """What the fleet does for the lives of replicas. begin, end: an engine, by the member's id.
-    publish: the members have changed. in_flight: requests of a member. load: requests in the
-    fleet, running and waiting. clear: a slot is given again."""
+    """What the fleet does for the lives of replicas. begin: an engine, by the member's id. end: the
+    same, and whether it ends in silence. publish: the members have changed. in_flight: requests of
+    a member. load: requests in the fleet, running and waiting. clear: a slot is given again."""
 
     begin: Callable[[int], None]
-    end: Callable[[int], None]
+    end: Callable[[int, bool], None]
     publish: Callable[[list[Member]], None]
     in_flight: Callable[[int], int]
     load: Callable[[], int]
@@ -172,7 +172,7 @@ class Lives:
         if self._is_dead(id):
             return
         self.crashes += 1
-        self._hooks.end(id)
+        self._hooks.end(id, False)
         self._clock.call_later(_NOTICED, self._lost, id)
         self._start(id, self._options.start_seconds)
 
@@ -195,7 +195,7 @@ class Lives:
     def _vanish(self, id: int) -> None:
         if id not in self._members:
             return
-        self._hooks.end(id)
+        self._hooks.end(id, True)
         health = self._options.health
         silent = health.health_check_interval
         silent += health.max_missed_checks * health.health_check_timeout
@@ -214,7 +214,7 @@ class Lives:
         if self._members.pop(id, None) is not None:
             self._starting.discard(id)
             self._publish()
-            self._hooks.end(id)
+            self._hooks.end(id, False)
 
     def _drain(self, id: int) -> None:
         self._set(id, state="draining", reason="scaled down")

@@ -84,7 +84,7 @@ class SimulatedReplica:
         self._aborted: list[str] = []
         self._timer: VirtualTimer | None = None
         self._stalls = 0
-        self.alive = True
+        self.alive, self.silent = True, False
 
     def send(self, request: AddRequest) -> None:
         """A request has reached the API server."""
@@ -99,9 +99,9 @@ class SimulatedReplica:
         self._aborted += ids
         self._wake(self._clock.now())
 
-    def kill(self) -> None:
-        """Nothing more comes from it."""
-        self.alive = False
+    def kill(self, silent: bool = False) -> None:
+        """Nothing more comes from it. silent: it does not even refuse connections."""
+        self.alive, self.silent = False, silent
         if self._timer is not None:
             self._timer.cancel()
 

@@ -73,13 +73,14 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole report."""
+    """The whole report. files: how many results are in it; 0 for one that is in no file."""
 
     models: list[str]
     files: int
     made: str
     version: str
     sections: list[Section]
+    title: str = "Benchmark report"
 
 
 def report_page(results: Sequence[ResultFile]) -> str:

@@ -50,7 +50,7 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
         label=flags.label,
         headers=_headers(flags.header),
         percentiles=_percentiles(flags.metric_percentiles),
-        objectives=_objectives(flags.goodput),
+        objectives=read_objectives(flags.goodput),
         ready_timeout=flags.ready_check_timeout_sec,
         reset_prefix_cache=flags.reset_prefix_cache,
         metrics_urls=tuple(flags.metrics_url),
@@ -278,7 +278,8 @@ def metric_names(text: str) -> list[str]:
     return names
 
 
-def _objectives(given: Sequence[str]) -> dict[str, float]:
+def read_objectives(given: Sequence[str]) -> dict[str, float]:
+    """Milliseconds by latency, of --goodput. Raises UserError."""
     objectives = {}
     for text in " ".join(given).split():
         name, _, limit = text.partition(":")
