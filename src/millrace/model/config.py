@@ -144,9 +144,13 @@ def read_config(
     """
     from millrace.model.config_file import read_files  # with the families they import torch
     from millrace.model.registry import family_of, quantization_of
+    from millrace.model.weights import tensor_names
 
     files = read_files(Path(directory), overrides)
     family = family_of(files.model_type, files.architectures)
     quantization = quantization_of(files.quantization_config).renamed(family.flat_name)
+    if quantization.method != "none" and (names := tensor_names(Path(directory))):
+        flat = (family.flat_name(name) for name in names)
+        quantization = quantization.with_tensors(name for name in flat if name is not None)
     config = family.read(replace(files, quantization=quantization))
     return replace(config, family=family.name)

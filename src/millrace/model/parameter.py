@@ -23,12 +23,13 @@ FLOATS = frozenset({"F32", "BF16", "F16"})
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A checkpoint tensor: its shape, the dtypes that are accepted (safetensors names), and what
-    random numbers are like it."""
+    """A checkpoint tensor: its shape, the dtypes that are accepted (safetensors names), what
+    random numbers are like it, and whether a checkpoint may do without it."""
 
     shape: tuple[int, ...]
     dtypes: frozenset[str]
     init: Initializer = field(default=matrix, compare=False)
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,10 @@ class TensorFile(Protocol):
     def read(self, piece: Piece) -> Tensor:
         """The part of the tensor `piece.name` that the piece takes, row ranges concatenated,
         without padding."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this flat name."""
         ...
 
 
@@ -130,6 +135,8 @@ class Piece:
     @property
     def is_full(self) -> bool:
         """Whether the piece is the full tensor, unchanged."""
+        if not self.shape:
+            return True
         return self.rows == ((0, self.shape[0]),) and self.columns in (None, (0, self.shape[-1]))
 
 

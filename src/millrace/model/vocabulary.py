@@ -6,6 +6,8 @@ acceptance, never a wrong token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +58,7 @@ class VocabTable(OutputHead):
         tile = TILE if build.tp.size > 1 else 1
         super().__init__(build.tp, vocab_size, -(-vocab_size // (build.tp.size * tile)) * tile)
         piece = Piece(name, (vocab_size, hidden), ((self.start, self.stop),))
+        piece = replace(piece, reader=build.config.quantization.format_of_small(piece.module))
         self.weight = parameter([piece], build.dtype, build.device, (self.rows, hidden))
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ layers are in which format. The formats themselves are in `formats/`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,14 @@ class Quantization:
         """The format of the linear layer of this flat name (`model.layers.0.mlp.up_proj`)."""
         name = f".{module}."
         return self.plain if any(f".{skip}." in name for skip in self.skipped) else self.format
+
+    def format_of_small(self, module: str) -> WeightFormat:
+        """The format of a layer that quantizers mostly leave out, such as routers."""
+        return self.plain
+
+    def with_tensors(self, names: Iterable[str]) -> Quantization:
+        """Once the flat names of all tensors are known, for formats that are told by them."""
+        return self
 
     def renamed(self, flat_name: Callable[[str], str | None]) -> Quantization:
         """With the flat names of what is skipped; a checkpoint has those of its files."""

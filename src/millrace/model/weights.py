@@ -132,6 +132,9 @@ class Checkpoint:
         handle, key, _ = self._places[name]
         return str(handle.get_slice(key).get_dtype())
 
+    def has(self, name: str) -> bool:
+        return name in self._places
+
     def read(self, piece: Piece) -> Tensor:
         """The part of a tensor that `piece` names, its row ranges concatenated, without padding."""
         handle, key, part = self._places[piece.name]
@@ -157,6 +160,22 @@ def _rows(stored: Any, part: StoredPart | None, rows: Range, columns: Range | No
 def _as_tensor(value: Any) -> Tensor:
     assert isinstance(value, Tensor)
     return value
+
+
+def tensor_names(directory: Path) -> list[str]:
+    """The names of all tensors, as the files have them; none if there are no files, or if they
+    cannot be read: what is wrong with them is said when they are loaded."""
+    try:
+        index = directory / INDEX
+        if index.is_file():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names: list[str] = []
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        return names
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _files(directory: Path) -> list[Path]:
@@ -196,7 +215,7 @@ def load(model: CausalLM, directory: str | Path, check: Callable[[], None] = _no
 
         def first_place(target: tuple[Tensor, Piece]) -> int:
             piece = target[1]
-            return min(place[name] for name in piece.reader.tensors(piece))
+            return min(place[name] for name in piece.reader.tensors(piece) if name in place)
 
         for target, piece in _reported(sorted(_targets(model), key=first_place)):
             check()
@@ -243,7 +262,8 @@ def _check(
     checkpoint: Checkpoint, model: CausalLM, directory: str | Path, optional: tuple[str, ...]
 ) -> None:
     expected, have = _of_all_ranks(model), set(checkpoint.names)
-    problems = [f"missing {name}" for name in expected if name not in have]
+    missing = [name for name, spec in expected.items() if name not in have and not spec.optional]
+    problems = [f"missing {name}" for name in missing]
     for name in checkpoint.names:
         if name in expected:
             problems += _mismatch(name, expected[name], checkpoint)

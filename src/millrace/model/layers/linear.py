@@ -14,11 +14,12 @@ def linear(build: BuildContext, pieces: list[Piece], *, quantized: bool = True) 
     """A linear layer whose weight is made of pieces, one behind the other.
 
     It keeps the format of the checkpoint if all pieces have one format, and this rank's share of
-    them can be kept in it. Else it has the model dtype. quantized: whether a quantized checkpoint
-    has this layer quantized, as far as its config.json does not say otherwise.
+    them can be kept in it. Else it has the model dtype. quantized: whether most quantized
+    checkpoints have this layer quantized; if not, only its tensors can tell that it is.
     """
-    form_of = build.config.quantization.format_of
-    forms = [form_of(piece.module) if quantized else plain.FORMAT for piece in pieces]
+    found = build.config.quantization
+    form_of = found.format_of if quantized else found.format_of_small
+    forms = [form_of(piece.module) for piece in pieces]
     if build.keeps(forms[0]) and len(set(forms)) == 1:
         kept = forms[0].linear(build, pieces)
         if kept is not None:
