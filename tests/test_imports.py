@@ -29,6 +29,7 @@ LAYERS = [
     "text.tools text.checkpoint kernels engine.cache",
     "engine",
     "text kernels.cpu kernels.gpu model",
+    "model.w4",
     "model.formats model.work",
     "model.layers",
     "model.drafters",

@@ -25,7 +25,7 @@ KVCacheDType = Literal["auto", "float32", "bfloat16", "fp8", "fp8_e4m3"]
 StateDType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
-Quantization = Literal["fp8", "none"]
+Quantization = Literal["fp8", "gptq", "awq", "auto-round", "compressed-tensors", "modelopt", "none"]
 
 # A step of 256 decode rows of the 27B takes 50 ms on an H200, and 75 ms more with 1,536 prompt
 # tokens. In a steady state of 768 tokens in and 384 out, fewer than 1,000 come per step: with 2,048
@@ -105,8 +105,8 @@ HELP: Mapping[str, str] = {
     "HF_HOME).",
     "hf_overrides": "JSON that replaces entries of config.json, such as "
     '{"max_position_embeddings": 65536}.',
-    "quantization": "What the checkpoint must be: fp8 for weights in FP8, none for others "
-    "(default: either).",
+    "quantization": "What the checkpoint must be: fp8, gptq, awq, auto-round, compressed-tensors "
+    "or modelopt, none for weights that are not quantized (default: any).",
     "dtype": "Data type of weights and activations (auto: the checkpoint's).",
     "device": "Where to run (auto: cuda if there is one).",
     "load_format": "dummy: seeded random weights instead of those of the checkpoint.",

@@ -133,7 +133,7 @@ def test_older_rope_entries(tmp_path: Path) -> None:
         ({"rope_parameters": {}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "original_max"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "exl2"),
         ({"quantization_config": "fp8"}, "must be an object"),
         ({"architectures": "LlamaForCausalLM"}, "LlamaForCausalLM"),
         (

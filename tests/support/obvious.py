@@ -50,13 +50,15 @@ def pack_quantized(t: dict[str, Tensor], m: str, group: int) -> Tensor:
     """Values and zeros are stored + 8."""
     words, scales = t[f"{m}.weight_packed"].numpy(), t[f"{m}.weight_scale"].float().numpy()
     outputs, inputs = words.shape[0], words.shape[1] * 8
+    zeros = t[f"{m}.weight_zero_point"].numpy() if f"{m}.weight_zero_point" in t else None
+    group_of = np.arange(inputs) // group
+    if f"{m}.weight_g_idx" in t:
+        group_of = t[f"{m}.weight_g_idx"].numpy()
     weight = np.empty((outputs, inputs), np.float32)
     for n in range(outputs):
         for k in range(inputs):
-            g = int(t[f"{m}.weight_g_idx"][k]) if f"{m}.weight_g_idx" in t else k // group
-            zero = 0
-            if f"{m}.weight_zero_point" in t:
-                zero = nibble(t[f"{m}.weight_zero_point"][n // 8, g].item(), n % 8) - 8
+            g = group_of[k]
+            zero = 0 if zeros is None else nibble(zeros[n // 8, g], n % 8) - 8
             weight[n, k] = (nibble(words[n, k // 8], k % 8) - 8 - zero) * scales[n, g]
     return torch.from_numpy(weight)
 
@@ -64,7 +66,7 @@ def pack_quantized(t: dict[str, Tensor], m: str, group: int) -> Tensor:
 def e2m1(t: dict[str, Tensor], m: str, kind: str) -> Tensor:
     """kind: "compressed" divides by the global scale, "modelopt" multiplies, "mx" has neither."""
     codes = t[f"{m}.weight" if kind == "modelopt" else f"{m}.weight_packed"].numpy()
-    stored = t[f"{m}.weight_scale"]
+    stored = t[f"{m}.weight_scale"].float().numpy()
     outputs, inputs = codes.shape[0], codes.shape[1] * 2
     weight = np.empty((outputs, inputs), np.float64)
     for n in range(outputs):

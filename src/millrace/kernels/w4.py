@@ -58,7 +58,8 @@ def unpack(codes: Tensor) -> Tensor:
 def pack(codes: Tensor) -> Tensor:
     """int32 [N, K / 8] of codes [N, K] from 0 to 15, in any dtype of whole numbers."""
     pairs = codes.to(torch.uint8).unflatten(1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)
+    joined: Tensor = pairs[..., 0] | pairs[..., 1] << 4
+    return joined.contiguous().view(torch.int32)
 
 
 def dequantize(weight: W4) -> Tensor:

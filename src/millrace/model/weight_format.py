@@ -114,7 +114,8 @@ class Quantization:
     """Which linear layers of a checkpoint are in which format.
 
     method: `quant_method` of config.json, or "none". format: of all linear layers but those in
-    skipped, which are plain: whole names, or parts of names between dots. Where a checkpoint has
+    skipped, which are plain: whole names, or parts of names between dots. unused: last parts of the
+    names of tensors that a checkpoint may have and that are not read. Where a checkpoint has
     several quantized formats, a subclass says by `format_of` which layer has which.
     """
 
@@ -122,6 +123,7 @@ class Quantization:
     format: WeightFormat
     plain: WeightFormat
     skipped: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def format_of(self, module: str) -> WeightFormat:
         """The format of the linear layer of this flat name (`model.layers.0.mlp.up_proj`)."""

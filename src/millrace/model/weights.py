@@ -262,12 +262,13 @@ def _check(
     checkpoint: Checkpoint, model: CausalLM, directory: str | Path, optional: tuple[str, ...]
 ) -> None:
     expected, have = _of_all_ranks(model), set(checkpoint.names)
+    unused = model.config.quantization.unused
     missing = [name for name, spec in expected.items() if name not in have and not spec.optional]
     problems = [f"missing {name}" for name in missing]
     for name in checkpoint.names:
         if name in expected:
             problems += _mismatch(name, expected[name], checkpoint)
-        elif not _ignored(name, expected, optional):
+        elif not _ignored(name, expected, optional) and name.rpartition(".")[2] not in unused:
             problems.append(f"unexpected {name} {list(checkpoint.shape(name))}")
     if problems:
         rest = len(problems) - MAX_LISTED

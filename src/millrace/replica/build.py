@@ -184,10 +184,13 @@ def _directory(args: EngineArgs) -> Path:
 
 def _check_quantization(args: EngineArgs, model: ModelConfig) -> None:
     """Raise ConfigError unless the checkpoint is quantized as the options say."""
-    if args.quantization == "fp8" and model.quantization.method != "fp8":
+    method = model.quantization.method
+    if args.quantization not in (None, "none", method):
+        found = model.dtype if method == "none" else method
         raise ConfigError(
-            f"quantization fp8: the weights of {args.model} are {model.dtype}, and weights are not "
-            "quantized when they are loaded; give an FP8 checkpoint, or leave it out"
+            f"quantization {args.quantization}: the weights of {args.model} are {found}, and "
+            "weights are not quantized when they are loaded; leave it out, or give a checkpoint "
+            "that is"
         )
     if args.quantization == "none" and model.quantization.method != "none":
         raise ConfigError(

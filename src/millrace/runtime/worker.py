@@ -28,6 +28,7 @@ from millrace.model.formats.plain import PlainLinear
 from millrace.model.layers.attention import Attention
 from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead
+from millrace.model.w4.format import W4Linear
 from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
 from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks
@@ -366,14 +367,8 @@ def compile_in_background(config: EngineConfig, model: CausalLM, background: Exi
 
 
 def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
-    """Log the backend of each op on a GPU, and whether quantized weights are dequantized."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    found = model_config.quantization
-    if found.method != "none" and all(isinstance(module, PlainLinear) for module in linears):
-        device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
-        level = logging.WARNING if config.device == "cuda" else logging.INFO
-        form, dtype = found.format.name, config.dtype
-        logger.log(level, "%s weights become %s: %s has no %s GEMM", form, dtype, device, form)
+    """Log the backend of each op on a GPU, and what becomes of quantized weights."""
+    _log_weights(config, model_config, model)
     if config.device != "cuda":
         return
     from millrace.kernels.gpu.gdn import decode  # needs packages for GPUs
@@ -389,6 +384,29 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalL
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
     kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn))
+
+
+def _log_weights(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
+    """Log whether quantized weights are dequantized at load, and the bytes that they take."""
+    found = model_config.quantization
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    plain = [module for module in linears if isinstance(module, PlainLinear)]
+    if found.method == "none":
+        return
+    device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
+    form, dtype = found.format.name, config.dtype
+    if len(plain) == len(linears):
+        level = logging.WARNING if config.device == "cuda" else logging.INFO
+        logger.log(level, "%s weights become %s: %s has no %s GEMM", form, dtype, device, form)
+        return
+    if any(isinstance(module, W4Linear) for module in linears):
+        sizes = [param.nbytes for module in linears for param in module.parameters(recurse=False)]
+        of_plain = sum(param.nbytes for module in plain for param in module.parameters())
+        logger.info(
+            "%s weights stay 4 bits, %.2f GiB, and are dequantized where they are multiplied; "
+            "other linear layers are %s, %.2f GiB",
+            form, (sum(sizes) - of_plain) / 2**30, dtype, of_plain / 2**30,
+        )  # fmt: skip
 
 
 def _fp8_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int]]:

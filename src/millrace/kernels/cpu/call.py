@@ -28,6 +28,7 @@ SIGNATURES = {
     "run_experts": "ppppp" + "pppp" + "iiiii",
     "sigmoid_gate": "pplli" + "pii",
     "silu_mul": "pli" + "pii",
+    "w4_linear": "ppppppp" + "iiiiiii",
 }
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,

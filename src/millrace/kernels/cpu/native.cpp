@@ -11,3 +11,4 @@
 #include "native/norm.h"
 #include "native/gemm.h"
 #include "native/experts.h"
+#include "native/w4.h"

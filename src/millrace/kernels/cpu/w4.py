@@ -9,11 +9,15 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from millrace.kernels.cpu.build import is_enabled
+from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
 from millrace.kernels.dispatch import remembered
-from millrace.kernels.w4 import W4
+from millrace.kernels.w4 import E2M1, SYMMETRIC, W4
+
+TORCH_IS_FASTER = 512  # from so many rows on
 
 
 @remembered
@@ -25,4 +29,30 @@ def is_supported() -> bool:
 
 
 def w4_linear(x: Tensor, weight: W4) -> Tensor:
-    return NotImplemented
+    """As the reference."""
+    run, (columns, n) = function("w4_linear"), weight.shape
+    parts = [part for part in weight[:4] if isinstance(part, Tensor)]
+    if run is None or x.shape[0] >= TORCH_IS_FASTER or not all_contiguous(x):
+        return NotImplemented
+    if not all(part.is_contiguous() for part in parts):
+        return NotImplemented
+    out = x.new_empty(x.shape[0], columns)
+    done = run(
+        *map(pointer, (x, *weight[:4], _values(weight), out)),
+        *(x.shape[0], columns, n, weight.group, weight.scales.shape[1], is_bf16(x), threads()),
+    )
+    return out if done else NotImplemented
+
+
+def _values(weight: W4) -> Tensor:
+    """What the 16 codes stand for before zeros are taken off, float32."""
+    kind = "floats" if weight.floats else "symmetric" if weight.zeros is None else "whole"
+    return VALUES[kind]
+
+
+_WHOLE = torch.arange(16, dtype=torch.float32)
+VALUES = {
+    "floats": torch.tensor(E2M1, dtype=torch.float32),
+    "symmetric": _WHOLE - SYMMETRIC,
+    "whole": _WHOLE,
+}

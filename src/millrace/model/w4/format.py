@@ -136,7 +136,8 @@ class W4Format(WeightFormat):
         if self.layout.in_order or not torch.equal(group_of.long()[order], in_order):
             raise CheckpointError(
                 f"{of.module}: its g_idx has columns in another order than config.json says; "
-                f"groups of {of.group} columns each can be run, in any order with desc_act (actorder)"
+                f"groups of {of.group} columns each can be run, in any order if desc_act or "
+                "actorder says so"
             )
         return order
 

@@ -1,4 +1,4 @@
-"""Which linear layers are in which format, where config.json has rules and the files have the truth.
+"""Which linear layers are in which format: config.json has rules, the files have the truth.
 
 Quantizers leave out routers, small projections and draft heads without saying so, and name layers
 as `transformers` does. So rules give the format of a layer that is quantized; whether it is, is

@@ -1,0 +1,144 @@
+// GEMMs with weights of 4 bits: a panel is unpacked where it is used, then rows meet it as in gemm.h.
+//
+// A weight is (value of its code - zero) * (scale * factor), in float32, rounded to the dtype of x. So
+// results are the same bits as those of a weight that was dequantized before.
+#pragma once
+
+#include "gemm.h"
+
+namespace {
+
+struct W4 {
+    const int32_t* codes;    // [columns, n / 8]: eight codes a word, the lowest bits first
+    const uint16_t* scales;  // float16 [columns, groups]
+    const float* factor;     // [columns]
+    const uint8_t* zeros;    // [columns, groups]; null: `values` has them in it
+    const float* values;     // [16], of the codes
+    int n, group, groups;
+};
+
+#ifdef __AVX512BF16__
+
+inline Floats some_floats(const float* values, __m512i codes) {
+    return (Floats)_mm512_permutexvar_ps(codes, _mm512_loadu_ps(values));  // reads 4 bits of a code
+}
+
+// Two channels of 16 columns as the panel has them.
+struct ToBf16 {
+    typedef Bf16Pairs Unit;
+    static void put(Words (*panel)[2], int half, int pair, Floats low, Floats high) {
+        static const __m512i turns = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+            19, 3, 18, 2, 17, 1, 16, 0);
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        panel[pair][half] = (Words)_mm512_permutexvar_epi16(turns, both);
+    }
+};
+struct ToFloat {
+    typedef FloatWords Unit;
+    static void put(Words (*panel)[2], int half, int pair, Floats low, Floats high) {
+        panel[2 * pair][half] = (Words)low;
+        panel[2 * pair + 1][half] = (Words)high;
+    }
+};
+
+// The scales of a panel by groups, [groups][2], and after them its zeros.
+inline void group_panel(const W4& w, int c, int count, Floats* scales, Floats* zeros) {
+    auto s = (float*)scales, z = (float*)zeros;
+    for (int i = 0; i < PANEL; i++)
+        for (int g = 0; g < w.groups; g++) {
+            bool there = i < count;
+            int64_t at = int64_t(c + i) * w.groups + g;
+            s[g * PANEL + i] = there ? _cvtsh_ss(w.scales[at]) * w.factor[c + i] : 0.0f;
+            if (w.zeros) z[g * PANEL + i] = there ? w.zeros[at] : 0.0f;
+        }
+}
+
+// The panel of columns [c, c + count). words: room for the blocks of a panel's codes.
+template <class To>
+void unpack_panel(const W4& w, int c, int count, Words (*panel)[2], std::vector<Floats>& room) {
+    room.resize(std::max(room.size(), size_t(4 * w.groups)));
+    Floats *scales = room.data(), *zeros = scales + 2 * w.groups;
+    group_panel(w, c, count, scales, zeros);
+    int words = w.n / 8, shift = 0;
+    while ((8 << shift) < w.group && (8 << shift) != w.group) shift++;
+    bool power = (8 << shift) == w.group;
+    const Floats none = {};
+    for (int half = 0; half < 2; half++)
+        for (int first = 0; first < words; first += LANES) {
+            Words block[LANES];
+            int valid = std::min(LANES, words - first);
+            __mmask16 there = valid == LANES ? 0xFFFF : (1 << valid) - 1;
+            for (int i = 0; i < LANES; i++) {
+                int column = half * LANES + i;
+                block[i] = Words{};
+                if (column >= count) continue;
+                auto from = w.codes + int64_t(c + column) * words + first;
+                __builtin_prefetch((const char*)from + int64_t(PANEL) * words * 4, 0, 2);
+                block[i] = (Words)_mm512_maskz_loadu_epi32(there, from);
+            }
+            transpose(block);
+            for (int i = 0; i < valid; i++) {
+                int word = first + i, g = power ? word >> shift : 8 * word / w.group;
+                Floats scale = scales[2 * g + half], zero = w.zeros ? zeros[2 * g + half] : none;
+                auto codes = (__m512i)block[i];
+                for (int pair = 0; pair < 4; pair++) {
+                    Floats low = some_floats(w.values, _mm512_srli_epi32(codes, 8 * pair));
+                    Floats high = some_floats(w.values, _mm512_srli_epi32(codes, 8 * pair + 4));
+                    To::put(panel, half, 4 * word + pair, (low - zero) * scale,
+                            (high - zero) * scale);
+                }
+            }
+        }
+}
+
+template <class T> inline void store_rows(T* out, Floats x, int count);
+template <> inline void store_rows(bf16* out, Floats x, int count) { store_some(out, x, count); }
+template <> inline void store_rows(float* out, Floats x, int count) {
+    __mmask16 those = count >= LANES ? 0xFFFF : (1 << std::max(count, 0)) - 1;
+    _mm512_mask_storeu_ps(out, those, (__m512)x);
+}
+
+template <class To>
+void w4_linear(const W4& w, const void* x, int rows, int columns, void* out, int threads) {
+    typedef typename To::Unit U;
+    typedef typename U::Element T;
+    int64_t work = int64_t(rows) * columns * w.n;
+    share((columns + PANEL - 1) / PANEL, work > 32 * SMALL ? threads : 1, [&](int task) {
+        static thread_local std::vector<Words> scratch;
+        static thread_local std::vector<Floats> room;
+        scratch.resize(std::max(scratch.size(), size_t(2 * w.n / U::STEP)));
+        auto panel = (Words(*)[2])scratch.data();
+        int c = task * PANEL, count = std::min(PANEL, columns - c);
+        unpack_panel<To>(w, c, count, panel, room);
+        in_runs(rows, [&](auto run, int first) {
+            constexpr int R = decltype(run)::value;
+            Floats total[R][2] = {};
+            meet<U, R>((const T*)x + int64_t(first) * w.n, w.n, panel, w.n, total);
+            for (int r = 0; r < R; r++) {
+                T* to = (T*)out + int64_t(first + r) * columns + c;
+                store_rows(to, total[r][0], count);
+                store_rows(to + LANES, total[r][1], count - LANES);
+            }
+        });
+    });
+}
+#endif
+
+}  // namespace
+
+// out[rows, columns] = x[rows, n] w[columns, n]^T, n a multiple of 8. Returns 0 if this processor has
+// no bfloat16 instructions.
+extern "C" int millrace_w4_linear(const void* x, const int32_t* codes, const uint16_t* scales,
+                                  const float* factor, const uint8_t* zeros, const float* values,
+                                  void* out, int rows, int columns, int n, int group, int groups,
+                                  int is_bf16, int threads) {
+#ifdef __AVX512BF16__
+    W4 w = {codes, scales, factor, zeros, values, n, group, groups};
+    if (is_bf16) w4_linear<ToBf16>(w, x, rows, columns, out, threads);
+    else w4_linear<ToFloat>(w, x, rows, columns, out, threads);
+    return 1;
+#else
+    return 0;
+#endif
+}
