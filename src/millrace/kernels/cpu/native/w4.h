@@ -19,8 +19,9 @@ struct W4 {
 
 #ifdef __AVX512BF16__
 
-inline Floats some_floats(const float* values, __m512i codes) {
-    return (Floats)_mm512_permutexvar_ps(codes, _mm512_loadu_ps(values));  // reads 4 bits of a code
+// 16 codes' values; the lowest 4 bits of each lane count.
+inline Floats values_of(__m512 values, __m512i codes) {
+    return (Floats)_mm512_permutexvar_ps(codes, values);
 }
 
 // Two channels of 16 columns as the panel has them.
@@ -42,29 +43,43 @@ struct ToFloat {
     }
 };
 
-// The scales of a panel by groups, [groups][2], and after them its zeros.
-inline void group_panel(const W4& w, int c, int count, Floats* scales, Floats* zeros) {
-    auto s = (float*)scales, z = (float*)zeros;
-    for (int i = 0; i < PANEL; i++)
-        for (int g = 0; g < w.groups; g++) {
-            bool there = i < count;
-            int64_t at = int64_t(c + i) * w.groups + g;
-            s[g * PANEL + i] = there ? _cvtsh_ss(w.scales[at]) * w.factor[c + i] : 0.0f;
-            if (w.zeros) z[g * PANEL + i] = there ? w.zeros[at] : 0.0f;
+// 16 of a column's groups from `first` on, as float32.
+inline Floats scales_of(const W4& w, int64_t column, int first, __mmask16 there) {
+    auto stored = _mm256_maskz_loadu_epi16(there, w.scales + column * w.groups + first);
+    return (Floats)_mm512_cvtph_ps(stored) * w.factor[column];
+}
+inline Floats zeros_of(const W4& w, int64_t column, int first, __mmask16 there) {
+    auto stored = _mm_maskz_loadu_epi8(there, w.zeros + column * w.groups + first);
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(stored));
+}
+
+// to[group][2]: a panel's scales, or its zeros, by groups.
+template <class Of> void by_group(const W4& w, int c, int count, Of of, Floats* to) {
+    for (int half = 0; half < 2; half++)
+        for (int first = 0; first < w.groups; first += LANES) {
+            Words block[LANES];
+            int valid = std::min(LANES, w.groups - first);
+            __mmask16 there = valid == LANES ? 0xFFFF : (1 << valid) - 1;
+            for (int i = 0; i < LANES; i++) {
+                int column = half * LANES + i;
+                block[i] = column < count ? (Words)of(w, c + column, first, there) : Words{};
+            }
+            transpose(block);
+            for (int i = 0; i < valid; i++) to[2 * (first + i) + half] = (Floats)block[i];
         }
 }
 
-// The panel of columns [c, c + count). words: room for the blocks of a panel's codes.
-template <class To>
+// The panel of columns [c, c + count). ZEROS: there are some. room: for scales and zeros.
+template <class To, bool ZEROS>
 void unpack_panel(const W4& w, int c, int count, Words (*panel)[2], std::vector<Floats>& room) {
     room.resize(std::max(room.size(), size_t(4 * w.groups)));
     Floats *scales = room.data(), *zeros = scales + 2 * w.groups;
-    group_panel(w, c, count, scales, zeros);
-    int words = w.n / 8, shift = 0;
-    while ((8 << shift) < w.group && (8 << shift) != w.group) shift++;
-    bool power = (8 << shift) == w.group;
-    const Floats none = {};
-    for (int half = 0; half < 2; half++)
+    by_group(w, c, count, scales_of, scales);
+    if (ZEROS) by_group(w, c, count, zeros_of, zeros);
+    const __m512 values = _mm512_loadu_ps(w.values);
+    const int words = w.n / 8, of_group = w.group / 8;
+    for (int half = 0; half < 2; half++) {
+        int g = 0, left = of_group;  // the group of the next word, and how many words it has left
         for (int first = 0; first < words; first += LANES) {
             Words block[LANES];
             int valid = std::min(LANES, words - first);
@@ -78,18 +93,20 @@ void unpack_panel(const W4& w, int c, int count, Words (*panel)[2], std::vector<
                 block[i] = (Words)_mm512_maskz_loadu_epi32(there, from);
             }
             transpose(block);
-            for (int i = 0; i < valid; i++) {
-                int word = first + i, g = power ? word >> shift : 8 * word / w.group;
-                Floats scale = scales[2 * g + half], zero = w.zeros ? zeros[2 * g + half] : none;
-                auto codes = (__m512i)block[i];
+            for (int i = 0; i < valid; i++, left--) {
+                if (!left) g++, left = of_group;
+                const Floats scale = scales[2 * g + half], zero = zeros[2 * g + half];
+                const auto codes = (__m512i)block[i];
+#pragma GCC unroll 4
                 for (int pair = 0; pair < 4; pair++) {
-                    Floats low = some_floats(w.values, _mm512_srli_epi32(codes, 8 * pair));
-                    Floats high = some_floats(w.values, _mm512_srli_epi32(codes, 8 * pair + 4));
-                    To::put(panel, half, 4 * word + pair, (low - zero) * scale,
-                            (high - zero) * scale);
+                    Floats low = values_of(values, _mm512_srli_epi32(codes, 8 * pair));
+                    Floats high = values_of(values, _mm512_srli_epi32(codes, 8 * pair + 4));
+                    if (ZEROS) low -= zero, high -= zero;
+                    To::put(panel, half, 4 * (first + i) + pair, low * scale, high * scale);
                 }
             }
         }
+    }
 }
 
 template <class T> inline void store_rows(T* out, Floats x, int count);
@@ -110,7 +127,8 @@ void w4_linear(const W4& w, const void* x, int rows, int columns, void* out, int
         scratch.resize(std::max(scratch.size(), size_t(2 * w.n / U::STEP)));
         auto panel = (Words(*)[2])scratch.data();
         int c = task * PANEL, count = std::min(PANEL, columns - c);
-        unpack_panel<To>(w, c, count, panel, room);
+        if (w.zeros) unpack_panel<To, true>(w, c, count, panel, room);
+        else unpack_panel<To, false>(w, c, count, panel, room);
         in_runs(rows, [&](auto run, int first) {
             constexpr int R = decltype(run)::value;
             Floats total[R][2] = {};
