@@ -8,8 +8,7 @@ from torch import Tensor
 
 from millrace.kernels.cpu import w4 as cpu_w4
 from millrace.kernels.cpu.call import function
-from millrace.kernels.gemm import linear
-from millrace.kernels.w4 import E2M1, W4, dequantize, pack, unpack, w4_linear
+from millrace.kernels.gemm import E2M1, W4, dequantize_w4, linear, pack, unpack, w4_linear
 
 
 def some_weight(
@@ -51,7 +50,9 @@ SHAPES = [(8, 32, 32), (33, 40, 16), (100, 136, 128), (64, 256, 24), (20, 264, 2
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantize_is_its_definition(kind: str) -> None:
     weight = some_weight(5, 72, 32, kind)
-    torch.testing.assert_close(dequantize(weight).double(), definition(weight), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        dequantize_w4(weight).double(), definition(weight), rtol=1e-6, atol=0
+    )
 
 
 def test_pack_undoes_unpack() -> None:
@@ -68,7 +69,7 @@ def test_linear(kind: str, dtype: torch.dtype, outputs: int, inputs: int, group:
     weight = some_weight(outputs, inputs, group, kind, seed=outputs)
     for tokens in (1, 2, 13):
         x = torch.randn(tokens, inputs).to(dtype)
-        want = x.double() @ dequantize(weight).to(dtype).double().t()
+        want = x.double() @ dequantize_w4(weight).to(dtype).double().t()
         found = w4_linear(x, weight)
         error = 2**-8 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(found.double(), want, rtol=error, atol=error / 4)
@@ -85,7 +86,7 @@ def test_results_are_those_of_the_dequantized_weight(kind: str) -> None:
     if function("w4_linear") is None or not cpu_w4.is_supported():
         pytest.skip("no compiled function on this machine")
     weight = some_weight(96, 256, 128, kind)
-    plain = dequantize(weight).bfloat16()
+    plain = dequantize_w4(weight).bfloat16()
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, 256).bfloat16()
         assert torch.equal(w4_linear(x, weight), linear(x, plain))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from millrace.kernels.w4 import dequantize
+from millrace.kernels.gemm import dequantize_w4
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.tiny import QWEN3, write_checkpoint
 from millrace.model.w4.format import W4Linear
@@ -49,7 +49,7 @@ def test_weights_are_the_obvious_ones(tmp_path: Path, kind: str) -> None:
         want = obvious.e2m1(tensors, f"model.layers.0.{theirs}", kind)
         found = plain.get_parameter(f"layers.0.{ours}.weight")
         torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
-        assert torch.equal(dequantize(kept(model)[f"layers.0.{ours}"]), found)
+        assert torch.equal(dequantize_w4(kept(model)[f"layers.0.{ours}"]), found)
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_scales_of_any_size_are_exact(tmp_path: Path) -> None:
     want = obvious.e2m1(tensors, "model.layers.0.mlp.down_proj", "mx")
     for keep in (True, False):
         layer = loaded(stored, keep_quantized=keep).layers[0].mlp.down_proj
-        found = dequantize(layer.weight) if keep else layer.weight
+        found = dequantize_w4(layer.weight) if keep else layer.weight
         assert torch.equal(found, want)
 
 
@@ -79,7 +79,7 @@ def test_parts_of_a_fused_layer_have_their_own_scale(tmp_path: Path) -> None:
             for n in ("gate", "up")]  # fmt: skip
     layer = loaded(stored, keep_quantized=True).layers[0].mlp.gate_up_proj
     assert isinstance(layer, W4Linear)
-    torch.testing.assert_close(dequantize(layer.weight), torch.cat(want), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dequantize_w4(layer.weight), torch.cat(want), rtol=1e-6, atol=0)
 
 
 MIXED = {

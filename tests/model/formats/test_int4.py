@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.errors import CheckpointError
-from millrace.kernels.w4 import W4, dequantize
+from millrace.kernels.gemm import W4, dequantize_w4
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import read_config
@@ -136,7 +136,7 @@ def test_weights_are_the_obvious_ones(tmp_path: Path, case: str) -> None:
     assert len(kept(model)) >= 3
     if not entries.get("desc_act") and "actorder" not in case:
         for name, weight in kept(model).items():
-            assert torch.equal(dequantize(weight), plain.get_parameter(f"{name}.weight")), name
+            assert torch.equal(dequantize_w4(weight), plain.get_parameter(f"{name}.weight")), name
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-4)
 
 

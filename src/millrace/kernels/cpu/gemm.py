@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.cpu.call import function, pointer, threads
+from millrace.kernels.cpu.w4 import w4_linear
+
+__all__ = ["linear", "w4_linear"]
 
 TORCH_IS_FASTER = 512  # from so many rows on
 INPUT_MULTIPLE = 32  # the number of inputs must be a multiple of this

@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.kernels.cpu.build import is_enabled
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
 from millrace.kernels.dispatch import remembered
-from millrace.kernels.w4 import E2M1, SYMMETRIC, W4
+from millrace.kernels.gemm import E2M1, SYMMETRIC, W4
 
 TORCH_IS_FASTER = 512  # from so many rows on
 

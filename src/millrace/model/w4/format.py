@@ -14,8 +14,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from millrace.errors import CheckpointError
+from millrace.kernels.gemm import (
+    CODES_PER_WORD,
+    SYMMETRIC,
+    W4,
+    dequantize_w4,
+    pack,
+    unpack,
+    w4_linear,
+)
 from millrace.kernels.quantize import Quantized
-from millrace.kernels.w4 import CODES_PER_WORD, SYMMETRIC, W4, dequantize, pack, unpack, w4_linear
 from millrace.model.build_context import BuildContext
 from millrace.model.initializers import Initializer
 from millrace.model.parameter import Piece, TensorFile, TensorSpec, parameter
@@ -66,7 +74,7 @@ class W4Format(WeightFormat):
     def read(self, files: TensorFile, piece: Piece) -> Tensor:
         """float32, rows and columns in the checkpoint's order."""
         weight = self.read_packed(files, piece)
-        full = dequantize(weight)
+        full = dequantize_w4(weight)
         order = self.order(files, piece)
         if order is not None:
             full = full[:, order.argsort()]

@@ -1,7 +1,7 @@
 """How checkpoints store a weight [N, K] of 4 bits: names, shapes and the order of their bits.
 
-A layout knows the tensors of one weight, and turns them into the form of `kernels/w4.py`: codes by
-rows, scales, zeros and a factor. It knows no config.json and no linear layer.
+A layout knows the tensors of one weight, and turns them into what a `W4` has (`kernels/gemm.py`):
+codes by rows, scales, zeros and a factor. It knows no config.json and no linear layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from millrace.kernels.w4 import CODES_PER_WORD, pack
+from millrace.kernels.gemm import CODES_PER_WORD, pack
 from millrace.model.initializers import Initializer, in_bfloat16
 from millrace.model.parameter import FLOATS, Piece, Range, TensorFile, TensorSpec, full_tensor
 
