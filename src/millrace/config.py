@@ -81,6 +81,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    report_expert_load: bool = False
     async_scheduling: bool | None = None
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
@@ -145,6 +146,8 @@ HELP: Mapping[str, str] = {
     "tensor_parallel_size": "Ranks that share the model.",
     "enable_expert_parallel": "Of a mixture of experts, each rank has some experts in full, not a "
     "part of every expert.",
+    "report_expert_load": "Count the tokens that each expert of a mixture gets, for /metrics and "
+    "LLM.expert_load().",
     "async_scheduling": "Plan a step while the step before runs (default: on a GPU).",
     "scheduling_policy": "fcfs: in order of arrival; priority: by priority, then arrival.",
     "enforce_eager": "Use no CUDA graphs.",

@@ -261,6 +261,10 @@ class LLM:
         """The gauges of the engine, and its totals since it was built."""
         return self.engine.stats()
 
+    def expert_load(self) -> dict[str, list[int]]:
+        """How many tokens each expert has got, by layer, with report_expert_load; else empty."""
+        return self.engine.expert_load()
+
     def close(self) -> None:
         """Free the device. The model cannot be used afterwards; closing again does nothing."""
         self._close()

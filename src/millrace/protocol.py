@@ -297,7 +297,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     than room: a grammar that is compiled, or a prompt that another request computes for them.
     step_tokens: how many steps computed up to so many tokens, prompts and outputs together, for
     each of STEP_TOKENS, and how many more than the last; steps without a token are not counted.
-    step_tokens_sum: their tokens.
+    step_tokens_sum: their tokens. expert_tokens: how many tokens each expert got, by layer, if that
+    is reported; expert_ranks: ranks among which the experts of a layer are divided in this order.
     """
 
     steps: int = 0
@@ -327,6 +328,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
     step_tokens: list[int] = []
     step_tokens_sum: int = 0
+    expert_tokens: dict[str, list[int]] = {}
+    expert_ranks: int = 1
     paused: bool = False  # no step runs until the server says so
 
 

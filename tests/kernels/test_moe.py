@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.cpu import build
 from millrace.kernels.gemm import quantize_blocks
-from millrace.kernels.moe import ExpertWeights, Routes, add_shared, route, run_experts
+from millrace.kernels.moe import ExpertWeights, Routes, add_shared, count_load, route, run_experts
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -182,3 +182,11 @@ def test_add_shared(dtype: torch.dtype) -> None:
     got = add_shared(out, shared, gate)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_load_counts_tokens_but_no_padding() -> None:
+    load, experts = torch.tensor([5, 0, 0, 0]), torch.tensor([[0, 2], [2, 1], [3, 0]])
+    count_load(load, experts, torch.tensor([4, 1, 0]))
+    assert load.tolist() == [6, 1, 2, 0]
+    count_load(load, experts.to(torch.int32), torch.tensor([0, 0, 9]))
+    assert load.tolist() == [7, 1, 2, 1]

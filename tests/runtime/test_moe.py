@@ -65,6 +65,35 @@ def test_same_tokens(
     assert_same(models[kind], PROMPTS, cold[kind], got)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5"])
+def test_every_token_counts_once_for_each_of_its_experts(
+    models: dict[str, Path], kind: str
+) -> None:
+    """Whatever the batches, and in every layer; prompts without their cached part."""
+    options: dict[str, Any] = {"num_speculative_tokens": 2, "method": "mtp"}
+    drafts = {"speculative_config": options} if kind == "qwen3_5" else {}
+    engine = build(models[kind], report_expert_load=True, enable_prefix_caching=False, **drafts)
+    before = engine.expert_load()
+    outputs = generate(engine, PROMPTS)
+    after, stats, c = engine.expert_load(), engine.stats(), engine.worker.model_config
+    engine.close()
+    assert c.experts is not None
+    layers = c.num_layers + bool(drafts)
+    assert len(after) == layers
+    assert "mtp.layers.0" in after or not drafts
+    counts = [sum(after[layer]) - sum(before[layer]) for layer in list(after)[: c.num_layers]]
+    assert all(len(load) == c.experts.count for load in after.values())
+    generated = sum(map(len, outputs))
+    run_tokens = stats.prompt_tokens + generated - len(PROMPTS)
+    rejected = 2 * stats.drafts - sum(stats.accepted_per_position)
+    if not drafts:
+        assert set(counts[:-1]) == {c.experts.top_k * run_tokens}
+        return
+    assert len(set(counts)) == 1
+    assert counts[0] >= c.experts.top_k * run_tokens
+    assert counts[0] <= c.experts.top_k * (run_tokens + rejected + 3 * len(PROMPTS))
+
+
 def test_same_tokens_when_preempted(
     models: dict[str, Path], cold: dict[str, list[list[int]]]
 ) -> None:

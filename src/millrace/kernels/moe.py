@@ -58,6 +58,14 @@ def route(logits: Tensor, top_k: int, normalize: bool) -> Routes:
 
 
 @op
+def count_load(load: Tensor, experts: Tensor, slots: Tensor) -> None:
+    """Add to `load`, int64 [E], how many tokens each expert gets; experts [T, K] are those of all
+    ranks. slots: [T]; tokens of slot 0 are padding, and do not count."""
+    live = (slots > 0).to(load.dtype)
+    load.scatter_add_(0, experts.flatten().long(), live.repeat_interleave(experts.shape[1]))
+
+
+@op
 def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
     """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
 

@@ -221,6 +221,10 @@ class Replica(Engine):
         """Raise RankError if a rank has failed; an idle engine would not notice otherwise."""
         self.ranks.check()
 
+    def expert_load(self) -> dict[str, list[int]]:
+        """How many tokens each expert has got, by layer; empty if they are not counted."""
+        return self.worker.expert_load()
+
     def close(self) -> None:
         try:
             super().close()

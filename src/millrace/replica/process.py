@@ -30,6 +30,7 @@ from millrace.protocol import (
     Abort,
     AddRequest,
     Delta,
+    EngineStats,
     Failed,
     FromEngine,
     Limits,
@@ -46,6 +47,7 @@ from millrace.replica.watchdog import REPORT, Watchdog
 log = logging.getLogger("millrace.engine")
 
 IDLE_POLL_MS = 500
+LOADS_EVERY = 5.0  # seconds between counts of tokens by expert, which wait for the device
 HEARTBEAT = 1.0  # seconds after which an idle engine sends its statistics
 STUCK_LIMIT = 5.0  # seconds for the loop to notice by itself that its ranks have failed
 
@@ -141,7 +143,7 @@ def _end_if_stuck(server: _ServerLink, why: str) -> None:
 
 def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) -> None:
     """Serve until a Shutdown message, or until the server process is gone."""
-    last_sent = 0.0
+    last_sent = last_loads = 0.0
     paused = False
     while True:
         now = time.monotonic()
@@ -164,12 +166,22 @@ def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) 
         deltas = refused + (engine.step() if engine.has_work() and not paused else [])
         if deltas or messages or now - last_sent >= HEARTBEAT:
             stats = engine.stats()
+            if now - last_loads >= LOADS_EVERY:
+                stats, last_loads = _with_loads(engine, stats), now
             server.send(
                 Outputs(deltas, msgspec.structs.replace(stats, paused=True) if paused else stats)
             )
             last_sent = now
         if os.getppid() != parent:
             return
+
+
+def _with_loads(engine: Replica, stats: EngineStats) -> EngineStats:
+    loads = engine.expert_load()
+    if not loads:
+        return stats
+    ranks = engine.worker.expert_ranks
+    return msgspec.structs.replace(stats, expert_tokens=loads, expert_ranks=ranks)
 
 
 def _add(engine: Engine, request: AddRequest) -> list[Delta]:

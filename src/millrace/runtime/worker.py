@@ -26,6 +26,7 @@ from millrace.model.config import ModelConfig
 from millrace.model.formats.fp8_block import FORMAT as FP8
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.layers.attention import Attention
+from millrace.model.layers.moe import count_loads
 from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.w4.format import W4Linear
@@ -80,7 +81,9 @@ class Worker:
         self.all_reduce.choose(_message_rows(config))
         whole = has_whole_experts(config, model_config, ranks.size)
         parallel = replace(self.all_reduce.parallel(), whole_experts=whole)
+        self.expert_ranks = ranks.size if whole else 1
         self.model = build_empty_model(config, model_config, parallel)
+        self._loads = count_loads(self.model) if config.args.report_expert_load else {}
         with ExitStack() as self._background:  # may use GPU memory until it is measured
             with _timed("weights"):
                 compile_in_background(config, self.model, self._background)
@@ -108,6 +111,8 @@ class Worker:
                 self._capture()
             if config.args.prefill_graphs and not self.runner.has_prefill_graphs:
                 logger.warning("steps with prompts run eagerly, since ranks share the model")
+        for counts in self._loads.values():
+            counts.zero_()  # of what ran to measure memory, and to capture
 
     def limits(self) -> Limits:
         """The limits that the scheduler works within."""
@@ -164,6 +169,13 @@ class Worker:
     def finished(self) -> list[tuple[int, bool]]:
         """Transfers that have ended since the last call, on this rank."""
         return [] if self.tiers is None else self.tiers.finished()
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """How many tokens each expert has got, by layer, since the start; empty if they are not
+        counted. Waits for the device."""
+        if self._device.type == "cuda" and self._loads:
+            self.ranks.wait_for_device()
+        return {layer: counts.tolist() for layer, counts in self._loads.items()}
 
     def found_files(self) -> dict[str, FoundFile]:
         """The records that an earlier process left in files."""

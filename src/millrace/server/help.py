@@ -60,7 +60,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "logs": (
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "uvicorn_log_level"),
-        *("otlp_traces_endpoint", "plan_log", "step_timeout", "debug"),
+        *("otlp_traces_endpoint", "plan_log", "step_timeout", "report_expert_load", "debug"),
     ),
 }
 OTHERS = "more"  # the group of options that no group names

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from millrace.kernels.batch import Batch
 from millrace.model.build_context import BuildContext
 from millrace.model.config import ModelConfig
 from millrace.model.config_file import ConfigFile
@@ -52,7 +53,7 @@ class SquaredReLU(nn.Module):
     def inputs(self) -> list[Linear]:
         return [self.up_proj]
 
-    def forward(self, x: NormedInput) -> Tensor:
+    def forward(self, x: NormedInput, batch: Batch) -> Tensor:
         up = self.up_proj(x.for_linear(self.up_proj))
         out: Tensor = self.down_proj(torch.relu(up).square())
         return out

@@ -40,7 +40,7 @@ class FeedForward(Protocol):
         """The linear layers that read the normed input."""
         ...
 
-    def __call__(self, x: NormedInput) -> Tensor:
+    def __call__(self, x: NormedInput, batch: Batch) -> Tensor:
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         ...
 
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         normed, residual = self.input_norm.add_for(self.mixer.inputs, x, residual)
         x = self.mixer(normed, batch, cache, caches)
         normed, residual = self.mlp_norm.add_for(self.mlp.inputs, x, residual)
-        return self.mlp(normed), residual
+        return self.mlp(normed, batch), residual
 
     def write_kv(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: KVCache | GDNState

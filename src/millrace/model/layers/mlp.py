@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from millrace.kernels.activation import silu_mul
+from millrace.kernels.batch import Batch
 from millrace.kernels.quantize import silu_mul_quantize
 from millrace.model.build_context import BuildContext
 from millrace.model.layers.linear import block_of, linear
@@ -48,7 +49,7 @@ class MLP(nn.Module):
         """The linear layers that read the normed input."""
         return [self.gate_up_proj]
 
-    def forward(self, x: NormedInput) -> Tensor:
+    def forward(self, x: NormedInput, batch: Batch) -> Tensor:
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         gate_up = self.gate_up_proj(x.for_linear(self.gate_up_proj))
         act = silu_mul_quantize if self.down_proj.takes_fp8 else silu_mul

@@ -7,7 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from millrace.kernels.moe import ExpertWeights, Routes, add_shared, route, run_experts
+from millrace.kernels.batch import Batch
+from millrace.kernels.moe import (
+    ExpertWeights,
+    Routes,
+    add_shared,
+    count_load,
+    route,
+    run_experts,
+)
 from millrace.kernels.quantize import quantize
 from millrace.model.build_context import BuildContext
 from millrace.model.layers.linear import block_of, linear
@@ -22,12 +30,16 @@ class MoE(nn.Module):
     """A router, experts, and a shared expert with a gate if the model has one.
 
     Every rank routes every token, and has a share of the width of each expert, or some experts in
-    full. Its result is the part that its experts add.
+    full. Its result is the part that its experts add. load: int64 [E], how many tokens each expert
+    has got; None: they are not counted.
     """
+
+    load: Tensor | None = None
 
     def __init__(self, build: BuildContext, prefix: str) -> None:
         super().__init__()
         assert build.config.experts is not None
+        self.layer = prefix.removesuffix(".mlp").removeprefix("model.")
         c, hidden = build.config.experts, build.config.hidden_size
         self.top_k, self.normalize = c.top_k, c.normalize
         router = full_tensor(f"{prefix}.gate.weight", c.count, hidden)
@@ -45,15 +57,18 @@ class MoE(nn.Module):
         shared = [] if self.shared is None else [*self.shared.inputs, self.shared_gate]
         return [self.router, *shared]
 
-    def forward(self, x: NormedInput) -> Tensor:
+    def forward(self, x: NormedInput, batch: Batch) -> Tensor:
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         plain = x.for_linear(self.router)
         assert isinstance(plain, Tensor)
-        routes = self.experts.local(route(self.router(plain), self.top_k, self.normalize))
+        routes = route(self.router(plain), self.top_k, self.normalize)
+        if self.load is not None:
+            count_load(self.load, routes.experts, batch.token_slots)
+        routes = self.experts.local(routes)
         out = run_experts(plain, routes, self.experts.gate_up, self.experts.down)
         if self.shared is None:
             return out
-        return add_shared(out, self.shared(x), self.shared_gate(plain))
+        return add_shared(out, self.shared(x, batch), self.shared_gate(plain))
 
 
 class SharedExpert(MLP):
@@ -71,17 +86,17 @@ class SharedExpert(MLP):
         super().__init__(one, prefix, width)
         self.ranks = ranks
 
-    def forward(self, x: NormedInput) -> Tensor:
+    def forward(self, x: NormedInput, batch: Batch) -> Tensor:
         """As MLP; where it is replicated, zeros at the tokens of other ranks."""
         if not self.replicated:
-            return super().forward(x)
+            return super().forward(x, batch)
         assert x.plain is not None
         start, stop = self.ranks.uneven_share(len(x.plain))
         out = torch.zeros_like(x.plain)
         if start < stop:
             rows = x.plain[start:stop]
             quantized = quantize(rows) if self.gate_up_proj.takes_fp8 else None
-            out[start:stop] = super().forward(NormedInput(rows, quantized))
+            out[start:stop] = super().forward(NormedInput(rows, quantized), batch)
         return out
 
 
@@ -128,6 +143,15 @@ class Experts(nn.Module):
     @property
     def down(self) -> ExpertWeights:
         return _by_expert(self.count, self.down_values, self.down_scales)
+
+
+def count_loads(model: nn.Module) -> dict[str, Tensor]:
+    """Begin to count the tokens that each expert gets: the counts by layer, `MoE.load`."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        device = layer.experts.gate_up_values.device
+        layer.load = torch.zeros(layer.router.outputs, dtype=torch.int64, device=device)
+    return {layer.layer: layer.load for layer in layers if layer.load is not None}
 
 
 def _by_expert(count: int, values: Tensor, scales: Tensor | None) -> ExpertWeights:

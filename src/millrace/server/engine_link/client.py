@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Literal
 
+import msgspec
+
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.protocol import (
@@ -204,7 +206,7 @@ class EngineClient:
     def _on_message_from_engine(self, message: FromEngine) -> None:
         self._silent_seconds = 0
         if isinstance(message, Outputs):
-            self.stats = message.stats
+            self.stats = _with_loads(message.stats, self.stats)
             now = monotonic()
             for delta in message.deltas:
                 stream = self._streams.get(delta.id)
@@ -251,6 +253,15 @@ class EngineClient:
             stream.engine_died(EngineDeadError(str(error)))
         self._streams.clear()
         self._changed.set()
+
+
+def _with_loads(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """The figures with the counts of tokens by expert, which only some messages have."""
+    if stats.expert_tokens or not before.expert_tokens:
+        return stats
+    return msgspec.structs.replace(
+        stats, expert_tokens=before.expert_tokens, expert_ranks=before.expert_ranks
+    )
 
 
 def _failure(message: Failed) -> Exception:

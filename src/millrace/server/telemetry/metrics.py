@@ -291,6 +291,8 @@ class MetricsPage:
             for full in _names(name, vllm_name):
                 yield self._counter(full, text, counts, label)
         yield from self._drafts_by_method(stats)
+        if stats.expert_tokens:
+            yield from self._expert_load(stats)
         http = {(route, method, str(code)): n for (route, method, code), n in requests.http.items()}
         yield self._counter(
             "millrace:http_requests", "HTTP requests.", http, "route", "method", "status"
@@ -302,6 +304,24 @@ class MetricsPage:
             text = "Facts of the cache."
             for full in _names("cache_config_info", "cache_config_info"):
                 yield self._gauge(full, text, 1.0, config)
+
+    def _expert_load(self, stats: EngineStats) -> Iterator[Metric]:
+        """Tokens by expert, and by how much the busiest expert, and rank, is above the mean."""
+        counts = {
+            (layer, str(expert)): count
+            for layer, load in stats.expert_tokens.items()
+            for expert, count in enumerate(load)
+        }
+        text = "Tokens that each expert got."
+        yield self._counter("millrace:expert_tokens", text, counts, "layer", "expert")
+        for name, text, ranks in (
+            ("expert_load_imbalance", "Tokens of a layer's busiest expert, over the mean.", 0),
+            ("rank_load_imbalance", "Tokens of the rank with a layer's busiest experts, over the "
+             "mean.", stats.expert_ranks),
+        ):  # fmt: skip
+            for layer, load in stats.expert_tokens.items():
+                value = imbalance(load, ranks or len(load))
+                yield self._gauge(f"millrace:{name}", text, value, {"layer": layer})
 
     def _drafts_by_method(self, stats: EngineStats) -> Iterator[Metric]:
         """As the figures of all drafts, by the method that made them."""
@@ -381,6 +401,14 @@ def _cached_by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
         ("host",): stats.host_hits,
         ("disk",): stats.disk_hits,
     }
+
+
+def imbalance(load: Sequence[int], parts: int) -> float:
+    """The largest part of a load, which is cut into so many parts in its order, over the mean; 1
+    is even, and also what a load of nothing has."""
+    each, total = len(load) // parts, sum(load)
+    most = max(sum(load[start : start + each]) for start in range(0, len(load), each))
+    return most * parts / total if total else 1.0
 
 
 def _by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
