@@ -29,7 +29,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from kernel_cases import attention, attention_dense, fused, gdn_decode, gdn_prefill, gemm, sampling
+from kernel_cases import (
+    attention,
+    attention_dense,
+    fused,
+    gdn_decode,
+    gdn_prefill,
+    gemm,
+    moe,
+    sampling,
+)
 from kernel_cases.case import Case, ceilings, measure
 from kernel_cases.dry_run import dry_run
 
@@ -44,6 +53,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "attention_few_rows": attention.few_rows_cases,
     "attention_dense": attention_dense.cases,
     "fused": fused.cases,
+    "moe": moe.cases,
     "sampling": sampling.cases,
 }
 

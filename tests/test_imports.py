@@ -35,6 +35,7 @@ LAYERS = [
     "model.drafters",
     "model.families",
     "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
+    "kernels.gpu.moe",
     "runtime.ranks",
     "runtime.step",
     "runtime.tiers",

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from millrace.kernels.cpu import build
 from millrace.kernels.gemm import quantize_blocks
-from millrace.kernels.moe import ExpertWeights, Routes, add_shared, count_load, route, run_experts
+from millrace.kernels.moe import (
+    ExpertWeights,
+    Routes,
+    Shared,
+    count_load,
+    route,
+    run_experts,
+    with_shared,
+)
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -175,11 +183,11 @@ def test_a_token_that_is_nan_spoils_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_shared(dtype: torch.dtype) -> None:
+def test_with_shared(dtype: torch.dtype) -> None:
     out, shared, gate = (torch.randn(7, n).to(dtype) for n in (12, 12, 1))
     exact = out.double() + shared.double() / (1 + (-gate.double()).exp())
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    got = add_shared(out, shared, gate)
+    got = with_shared(out, Shared(shared, gate))
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
 

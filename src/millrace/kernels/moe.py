@@ -15,6 +15,7 @@ from torch import Tensor
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.dispatch import op
 from millrace.kernels.gemm import dequantize
+from millrace.kernels.quantize import Quantized
 
 
 class ExpertWeights(NamedTuple):
@@ -35,11 +36,18 @@ class ExpertWeights(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """experts: int64 [T, K], the best first, all different; -1: one of another rank, which adds
-    nothing here. weights: [T, K], of their outputs."""
+    """experts: int64 [T, K], int32 on a GPU, the best first, all different; -1: one of another
+    rank, which adds nothing here. weights: [T, K], of their outputs."""
 
     experts: Tensor
     weights: Tensor
+
+
+class Shared(NamedTuple):
+    """What a shared expert adds: sigmoid(gate) * out. out: [T, H]; gate: [T, 1]."""
+
+    out: Tensor
+    gate: Tensor
 
 
 @op
@@ -66,12 +74,20 @@ def count_load(load: Tensor, experts: Tensor, slots: Tensor) -> None:
 
 
 @op
-def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
-    """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
+def run_experts(
+    x: Tensor | Quantized,
+    routes: Routes,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    shared: Shared | None = None,
+) -> Tensor:
+    """The weighted sum over each token's experts of down(silu(gate(x)) * up(x)), and `shared`.
 
-    x: [T, H]; gate_up: of 2 * I outputs, gate first; down: of I inputs. Returns [T, H] in x's
-    dtype; the sum is float32, in the order of the experts, and rounded once.
+    x: [T, H]; gate_up: of 2 * I outputs, gate first; down: of I inputs. Returns [T, H] in the dtype
+    of the routes' weights, which is x's; the sum is float32, in the order of the experts, and
+    rounded once. A fast path may quantize x to e4m3, as `fp8_linear`, where the weights are e4m3.
     """
+    x = plain_rows(x, routes)
     total = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up.values)):
         inner = silu_mul(F.linear(x, gate_up.of(expert, x.dtype)))
@@ -79,10 +95,17 @@ def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertW
         hit = routes.experts == expert
         weight = torch.where(hit, routes.weights.float(), 0.0).sum(-1, keepdim=True)
         total += torch.where(hit.any(-1, keepdim=True), out * weight, 0.0)
-    return total.to(x.dtype)
+    return with_shared(total.to(x.dtype), shared)
 
 
-@op
-def add_shared(out: Tensor, shared: Tensor, gate: Tensor) -> Tensor:
-    """out + sigmoid(gate) * shared, in float32, rounded once. out, shared: [T, H]; gate: [T, 1]."""
-    return (out.float() + gate.float().sigmoid() * shared.float()).to(out.dtype)
+def plain_rows(x: Tensor | Quantized, routes: Routes) -> Tensor:
+    """x in the dtype of the routes' weights."""
+    return x.dequantize().to(routes.weights.dtype) if isinstance(x, Quantized) else x
+
+
+def with_shared(out: Tensor, shared: Shared | None) -> Tensor:
+    """out + sigmoid(gate) * shared, in float32, rounded once. out: [T, H]."""
+    if shared is None:
+        return out
+    added = shared.gate.float().sigmoid() * shared.out.float()
+    return (out.float() + added).to(out.dtype)

@@ -147,6 +147,7 @@ inline uint32_t rounded(float x) {  // bfloat16, to nearest even
   return x != x ? 0x7fc0 : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 inline uint32_t pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
+inline uint32_t halves(float low, float high) { return pack(low, high); }
 
 inline float from_half(uint16_t x) {
   _Float16 y;
@@ -207,6 +208,13 @@ inline float exchange(float mine, int from) {
 }
 
 inline float __shfl_sync(uint32_t, float x, int from) { return exchange(x, from); }
+inline int __shfl_sync(uint32_t, int x, int from) { return int(exchange(x, from)); }  // exact: small
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
+  uint32_t found = 0;
+  for (int lane = 0; lane < 32; lane++) found |= uint32_t(exchange(mine, lane)) << lane;
+  return found;
+}
+inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline float __shfl_up_sync(uint32_t, float x, int by, int width) {
   const int lane = threadIdx.x % 32;
   return exchange(x, lane % width < by ? lane : lane - by);
@@ -217,6 +225,7 @@ inline uint32_t __float_as_uint(float x) { return bits(x); }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __expf(float x) { return expf(x); }
 inline float silu(float x) { return x / (1 + expf(-x)); }
 inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_copies() {}

@@ -254,11 +254,45 @@ def drafts(shape: Shape) -> None:
         lookup.longest_match(tape, rows, rows, longest, context)
 
 
+def experts(shape: Shape) -> None:
+    """Of the 35B model's width, with weights in e4m3 and bfloat16."""
+    from millrace.kernels.gpu.moe import routing, rows, tile_config, tiles
+    from millrace.kernels.gpu.moe.combine import combine
+    from millrace.kernels.moe import ExpertWeights, Shared
+    from millrace.kernels.quantize import Quantized
+
+    count, top_k, hidden, width = 256, 8, 2048, 512
+    for tokens in (DECODE, 256, 1024, 4096):
+        routes = routing.route(empty(tokens, count), top_k, True)
+        for kind in (FP8, BF16):
+            first, last = (
+                ExpertWeights(
+                    empty(*sizes, dtype=kind),
+                    empty(sizes[0], sizes[1] // 128, sizes[2] // 128, dtype=F32),
+                )
+                for sizes in ((count, 2 * width, hidden), (count, hidden, width))
+            )
+            x = empty(tokens, hidden)
+            scales = empty(hidden // 128, tokens, dtype=F32).t()
+            q = Quantized(empty(tokens, hidden, dtype=FP8), scales) if kind == FP8 else x
+            config = tile_config(tokens * top_k, count, BF16, kind == FP8)
+            groups = routing.group(routes.experts, count, config.rows)
+            made = tiles.down(
+                tiles.gate_up(q, groups, first, top_k, config), groups, last, BF16, config
+            )
+        combine(made, groups.rows, routes.weights, Shared(x, empty(tokens, 1)))
+        combine(made, routes.experts, routes.weights, None, placed=False)
+    groups = routing.group(routes.experts, count, 128)
+    rows.gather(Quantized(empty(tokens, hidden, dtype=FP8), scales), groups, top_k)
+    rows.silu_mul_quantize_rows(empty(len(groups.experts), 2 * width), groups)
+
+
 PARTS: list[Callable[[Shape], None]] = [
     gdn,
     attention,
     between_products,
     products,
+    experts,
     sampling,
     snapshots,
     drafts,
@@ -416,6 +450,14 @@ def test_gemm_few(nvrtc: Nvrtc):
     from millrace.kernels.gpu.gemm import few
 
     assert spilled(nvrtc.compile(few.source())) == 0
+
+
+@pytest.mark.parametrize("groups", [4, 6, 16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_few(nvrtc: Nvrtc, groups: int, gated: bool):
+    from millrace.kernels.gpu.moe import few
+
+    assert spilled(nvrtc.compile(few.source(groups, gated))) == 0
 
 
 def registers(log: str) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
 from millrace.kernels.gemm import linear
-from millrace.kernels.moe import ExpertWeights, Routes
+from millrace.kernels.moe import ExpertWeights, Routes, Shared, plain_rows, with_shared
+from millrace.kernels.quantize import Quantized
 
 TORCH_IS_FASTER = 512  # from so many tokens of an expert on, on average
 
@@ -33,13 +34,19 @@ class _Groups(NamedTuple):
     weights: Tensor
 
 
-def run_experts(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights) -> Tensor:
+def run_experts(
+    x: Tensor | Quantized,
+    routes: Routes,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    shared: Shared | None = None,
+) -> Tensor:
     """As the reference, reading only the experts that have tokens."""
-    groups = _grouped(routes)
+    x, groups = plain_rows(x, routes), _grouped(routes)
     total = torch.zeros_like(x, dtype=torch.float32)
     if not _native(x, groups, gate_up, down, total):
         _one_by_one(x, groups, gate_up, down, total)
-    return total.to(x.dtype)
+    return with_shared(total.to(x.dtype), shared)
 
 
 def _grouped(routes: Routes) -> _Groups:

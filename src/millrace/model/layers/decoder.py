@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from millrace.kernels.batch import Batch, Caches, GDNState, KVCache, SelectedTok
 from millrace.model.build_context import BuildContext
 from millrace.model.causal_lm import CausalLM
 from millrace.model.layers.attention import Attention
-from millrace.model.layers.norm import Norm, NormedInput
+from millrace.model.layers.norm import Norm, NormedInput, ReadsNormed
 from millrace.model.vocabulary import VocabTable
 from millrace.model.weight_format import Linear
 
@@ -36,8 +36,8 @@ class FeedForward(Protocol):
     """What works on each token by itself: an MLP. A module."""
 
     @property
-    def inputs(self) -> list[Linear]:
-        """The linear layers that read the normed input."""
+    def inputs(self) -> Sequence[ReadsNormed]:
+        """What reads the normed input: linear layers, and experts."""
         ...
 
     def __call__(self, x: NormedInput, batch: Batch) -> Tensor:

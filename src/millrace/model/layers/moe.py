@@ -11,7 +11,7 @@ from millrace.kernels.batch import Batch
 from millrace.kernels.moe import (
     ExpertWeights,
     Routes,
-    add_shared,
+    Shared,
     count_load,
     route,
     run_experts,
@@ -20,10 +20,9 @@ from millrace.kernels.quantize import quantize
 from millrace.model.build_context import BuildContext
 from millrace.model.layers.linear import block_of, linear
 from millrace.model.layers.mlp import MLP
-from millrace.model.layers.norm import NormedInput
+from millrace.model.layers.norm import NormedInput, ReadsNormed
 from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
-from millrace.model.weight_format import Linear
 
 
 class MoE(nn.Module):
@@ -52,10 +51,10 @@ class MoE(nn.Module):
             self.shared_gate = linear(build, [gate], quantized=False)
 
     @property
-    def inputs(self) -> list[Linear]:
-        """The linear layers that read the normed input."""
+    def inputs(self) -> list[ReadsNormed]:
+        """The router, the experts and the linear layers of the shared one."""
         shared = [] if self.shared is None else [*self.shared.inputs, self.shared_gate]
-        return [self.router, *shared]
+        return [self.router, self.experts, *shared]
 
     def forward(self, x: NormedInput, batch: Batch) -> Tensor:
         """x: [T, H]; returns [T, H], this rank's partial sum."""
@@ -65,10 +64,11 @@ class MoE(nn.Module):
         if self.load is not None:
             count_load(self.load, routes.experts, batch.token_slots)
         routes = self.experts.local(routes)
-        out = run_experts(plain, routes, self.experts.gate_up, self.experts.down)
-        if self.shared is None:
-            return out
-        return add_shared(out, self.shared(x, batch), self.shared_gate(plain))
+        shared = None
+        if self.shared is not None:
+            shared = Shared(self.shared(x, batch), self.shared_gate(plain))
+        rows = x.for_linear(self.experts)
+        return run_experts(rows, routes, self.experts.gate_up, self.experts.down, shared)
 
 
 class SharedExpert(MLP):
@@ -135,6 +135,11 @@ class Experts(nn.Module):
         mine = routes.experts - self.first
         here = (mine >= 0) & (mine < self.count)
         return Routes(torch.where(here, mine, -1), routes.weights)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether inputs are best quantized to e4m3 before."""
+        return self.gate_up_scales is not None
 
     @property
     def gate_up(self) -> ExpertWeights:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,15 @@ from millrace.kernels.quantize import Quantized, rms_norm_quantize
 from millrace.model.build_context import BuildContext
 from millrace.model.initializers import around
 from millrace.model.parameter import full_tensor, parameter
-from millrace.model.weight_format import Linear
+
+
+class ReadsNormed(Protocol):
+    """A `Linear`, or another module that takes one form of the normed input."""
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether it takes `Quantized`, else the plain form."""
+        ...
 
 
 class NormedInput(NamedTuple):
@@ -22,7 +31,7 @@ class NormedInput(NamedTuple):
     plain: Tensor | None
     quantized: Quantized | None
 
-    def for_linear(self, linear: Linear) -> Tensor | Quantized:
+    def for_linear(self, linear: ReadsNormed) -> Tensor | Quantized:
         """The form that `linear` takes."""
         form = self.quantized if linear.takes_fp8 else self.plain
         assert form is not None
@@ -60,7 +69,7 @@ class Norm(nn.Module):
         return add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
 
     def add_for(
-        self, linears: list[Linear], x: Tensor, residual: Tensor | None
+        self, linears: Sequence[ReadsNormed], x: Tensor, residual: Tensor | None
     ) -> tuple[NormedInput, Tensor]:
         """As `add`, with the norm in the forms that `linears` need."""
         if not any(linear.takes_fp8 for linear in linears):

@@ -1,0 +1,113 @@
+"""Experts on the GPU: the ops of `millrace.kernels.moe`, and which kernels they take.
+
+Up to 8 tokens stream the weights of the experts that they hit (few.py). More are grouped by expert,
+and multiplied in tiles by Triton (tiles.py); many by DeepGEMM (rows.py) where it is installed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from millrace.common.optional import probe
+from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu.gemm.grouped import TILE, grouped_matmul, has_grouped
+from millrace.kernels.gpu.moe import few
+from millrace.kernels.gpu.moe.combine import combine
+from millrace.kernels.gpu.moe.routing import group, route
+from millrace.kernels.gpu.moe.rows import gather, silu_mul_quantize_rows
+from millrace.kernels.gpu.moe.tiles import TileConfig, down, gate_up
+from millrace.kernels.gpu.quantize import quantize
+from millrace.kernels.moe import ExpertWeights, Routes, Shared
+from millrace.kernels.quantize import GROUP, Quantized
+
+__all__ = ["backends", "by_deep_gemm", "in_tiles", "route", "run_experts", "takes_deep_gemm"]
+
+MANY = 48  # rows of an expert, on average, from which on DeepGEMM's tiles are worth their padding
+
+
+def run_experts(
+    x: Tensor | Quantized, routes: Routes, gate_up: ExpertWeights, down: ExpertWeights,
+    shared: Shared | None = None,
+) -> Tensor:  # fmt: skip
+    """As the reference, rounded once, with x rounded to e4m3 by groups of 128 if the weights are
+    e4m3."""
+    if gate_up.scales is None or down.scales is None:
+        return in_tiles(x, routes, gate_up, down, shared)
+    q = x if isinstance(x, Quantized) else quantize(x)
+    experts, weights = routes
+    bf16 = weights.dtype == torch.bfloat16
+    if bf16 and few.takes(q, gate_up, down):
+        experts = experts.to(torch.int32)
+        made = few.few_experts(q, experts, gate_up, down)
+        if made is not None:
+            return combine(made, experts, weights, shared, placed=False)
+    if bf16 and takes_deep_gemm(len(experts), experts.shape[1], gate_up, down):
+        return by_deep_gemm(q, routes, gate_up, down, shared)
+    return in_tiles(q, routes, gate_up, down, shared)
+
+
+def takes_deep_gemm(tokens: int, top_k: int, gate_up: ExpertWeights, down: ExpertWeights) -> bool:
+    """Whether DeepGEMM multiplies so many tokens, with results in bfloat16."""
+    count, hidden, width = down.values.shape
+    aligned = hidden % GROUP == 0 and width % GROUP == 0
+    return tokens * top_k >= MANY * count and aligned and has_grouped()
+
+
+def in_tiles(
+    x: Tensor | Quantized, routes: Routes, weights: ExpertWeights, last: ExpertWeights,
+    shared: Shared | None,
+) -> Tensor:  # fmt: skip
+    """By Triton. x is quantized if the weights are."""
+    tokens, top_k = routes.experts.shape
+    count, dtype = len(weights.values), routes.weights.dtype
+    config = tile_config(tokens * top_k, count, dtype, isinstance(x, Quantized))
+    groups = group(routes.experts.to(torch.int32), count, config.rows)
+    inner = gate_up(x, groups, weights, top_k, config)
+    made = down(inner, groups, last, dtype, config)
+    return combine(made, groups.rows, routes.weights, shared)
+
+
+def by_deep_gemm(
+    x: Quantized, routes: Routes, weights: ExpertWeights, last: ExpertWeights,
+    shared: Shared | None, tile: int = TILE,
+) -> Tensor:  # fmt: skip
+    """By DeepGEMM, in bfloat16. tile: rows of a tile."""
+    assert weights.scales is not None
+    assert last.scales is not None
+    groups = group(routes.experts.to(torch.int32), len(weights.values), tile)
+    rows = gather(x, groups, routes.experts.shape[1])
+    wide = grouped_matmul(rows, weights.values, weights.scales, groups.experts, tile)
+    inner = silu_mul_quantize_rows(wide, groups)
+    made = grouped_matmul(inner, last.values, last.scales, groups.experts, tile)
+    return combine(made, groups.rows, routes.weights, shared)
+
+
+def tile_config(pairs: int, count: int, dtype: torch.dtype, quantized: bool) -> TileConfig:
+    """How tiles of so many pairs of `count` experts are multiplied."""
+    rows = min(64, max(16, triton.next_power_of_2(pairs // max(1, count))))
+    if dtype == torch.float32 and not quantized:
+        return TileConfig(16, 32, 32, False, 4, (2, 2))
+    if rows < 64:
+        return TileConfig(rows, 128, 128, True, 4 if rows < 32 else 8, (4, 4))
+    return TileConfig(rows, 128, 128, False, 8, (3, 4))
+
+
+def backends(dtype: torch.dtype, shapes: set[tuple[int, int, int]]) -> list[BackendChoice]:
+    """What runs experts with FP8 weights, by tokens. shapes: (experts, inputs, channels)."""
+    name = "experts"
+    if dtype != torch.bfloat16 or not gpu().is_hopper:
+        return [BackendChoice(name, "Triton kernels")]
+    compiled = all(few.is_compiled(hidden, width) for _, hidden, width in shapes)
+    reason = "" if compiled else "the CUDA kernel cannot be compiled here"
+    some = BackendChoice(
+        f"{name}, {few.MAX_TOKENS} tokens or less",
+        "CUDA kernel" if compiled else "Triton kernels", reason,
+    )  # fmt: skip
+    found = probe("deep_gemm")
+    if not has_grouped():
+        return [some, BackendChoice(name, "Triton kernels", found.problem, found.remedy)]
+    both = f"Triton kernels; DeepGEMM {found.version} for {MANY} tokens of an expert or more"
+    return [some, BackendChoice(name, both)]
