@@ -68,6 +68,8 @@ LAYERS = [
     "plan.predict",
     "plan",
     # commands that use both planes
+    "simulate.common",
+    "simulate.events simulate.aggregated",
     "chat eval server doctor simulate",
     "about offline",
     "cli millrace",

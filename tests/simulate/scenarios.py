@@ -12,11 +12,14 @@ from millrace.bench.workload.prompts import RandomSpec, Workload
 from millrace.model.work import StepShape
 from millrace.plan.model.step_model import StepTimes
 from millrace.protocol import Limits
-from millrace.simulate.fleet import Scenario
-from millrace.simulate.gateway import GatewayOptions
-from millrace.simulate.lifecycle import LifeOptions
-from millrace.simulate.replica import ApiServerCost, ReplicaKind
-from millrace.simulate.worker import Speeds
+from millrace.simulate.common.lifecycle import LifeOptions
+from millrace.simulate.common.options import (
+    ApiServerCost,
+    GatewayOptions,
+    ReplicaKind,
+    Scenario,
+    Speeds,
+)
 from millrace.target import Target
 
 

@@ -30,7 +30,7 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
     mode: Mode = "auto"
     policy: PolicyName = "least_loaded"
     affinity_gap: int = 4096
-    gateway_processes: int = 1
+    gateway_processes: int = 0
     max_concurrent_requests: int | None = None
     queue_size: int | None = None
     max_requests_per_replica: int = 0
@@ -80,7 +80,7 @@ HELP: Mapping[str, str] = {
     "replicas advance together, for thousands; auto: event up to 16 replicas.",
     "policy": "How the gateway chooses a replica.",
     "affinity_gap": "Tokens of load by which prefix_aware may prefer a replica with the prefix.",
-    "gateway_processes": "Processes of the gateway, which share the chunks.",
+    "gateway_processes": "Processes of the gateway, which share the chunks; 0: enough.",
     "max_concurrent_requests": "Requests that the gateway admits at a time (default: its own).",
     "queue_size": "Requests that may wait for admission (default: the gateway's own).",
     "max_requests_per_replica": "Requests that a replica gets at a time; 0: any number.",

@@ -17,8 +17,15 @@ import numpy as np
 
 from millrace.bench.report.chart import Point, Series, chart, cumulative
 from millrace.bench.report.html_report import Chart, Page, Section, environment
-from millrace.simulate.fleet import Outcome
-from millrace.simulate.outcome import Figures, Latency, Records, Sample, figures, samples_mean
+from millrace.simulate.common.outcome import (
+    Figures,
+    Latency,
+    Outcome,
+    Records,
+    Sample,
+    figures,
+    samples_mean,
+)
 from millrace.version import __version__
 
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}

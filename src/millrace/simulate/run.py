@@ -12,8 +12,10 @@ from rich.table import Table
 
 from millrace.bench.flags.command_line import read_flags
 from millrace.errors import UserError
+from millrace.simulate.common.options import Scenario
+from millrace.simulate.common.outcome import Outcome
+from millrace.simulate.events.fleet import Fleet
 from millrace.simulate.flags import SimulateFlags
-from millrace.simulate.fleet import Fleet, Outcome, Scenario
 from millrace.simulate.report import Result, fields, page, result_of, rows, warnings
 from millrace.simulate.scenario import objectives_of, scenario_of
 

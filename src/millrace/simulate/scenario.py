@@ -16,12 +16,15 @@ from millrace.gateway.common.limits import GatewayLimits
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 from millrace.protocol import Limits
+from millrace.simulate.common.lifecycle import LifeOptions, ScaleRule
+from millrace.simulate.common.options import (
+    ApiServerCost,
+    GatewayOptions,
+    ReplicaKind,
+    Scenario,
+    Speeds,
+)
 from millrace.simulate.flags import SimulateFlags
-from millrace.simulate.fleet import Scenario
-from millrace.simulate.gateway import GatewayOptions
-from millrace.simulate.lifecycle import LifeOptions, ScaleRule
-from millrace.simulate.replica import ApiServerCost, ReplicaKind
-from millrace.simulate.worker import Speeds
 from millrace.target import Target
 
 MOST_REPLICAS = 10_000
@@ -79,7 +82,7 @@ def objectives_of(flags: SimulateFlags) -> dict[str, float]:
 
 
 def _check_numbers(flags: SimulateFlags) -> None:
-    least = {"replicas": 1, "gateway_processes": 1, "max_num_seqs": 1, "block_size": 1}
+    least = {"replicas": 1, "gateway_processes": 0, "max_num_seqs": 1, "block_size": 1}
     least |= {"max_num_batched_tokens": 1, "mixed_prefill_tokens": 1, "drafts": 0}
     least |= {"long_prefill_token_threshold": 0, "max_requests_per_replica": 0, "max_tokens": 0}
     least |= {"max_model_len": 1, "num_pages": 2, "num_snapshots": 0, "tensor_parallel_size": 1}

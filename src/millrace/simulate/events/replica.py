@@ -16,29 +16,13 @@ import msgspec
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
 from millrace.errors import RequestError
-from millrace.protocol import AddRequest, Delta, EngineStats, Limits
-from millrace.simulate.virtual_clock import VirtualClock, VirtualTimer
-from millrace.simulate.worker import HostTime, SimulatedWorker, Speeds, StepTime
+from millrace.protocol import AddRequest, Delta, EngineStats
+from millrace.simulate.common.options import ReplicaKind
+from millrace.simulate.common.virtual_clock import VirtualClock, VirtualTimer
+from millrace.simulate.events.worker import HostTime, SimulatedWorker
 
 _STALLED = 0.001  # seconds between two looks of a loop that has work and nothing to launch
 _MOST_STALLS = 100_000
-
-
-class ApiServerCost(msgspec.Struct, frozen=True):
-    """Seconds of the API server's thread for a request, and for a chunk of a stream."""
-
-    request: float = 0.0
-    chunk: float = 0.0
-
-
-class ReplicaKind(msgspec.Struct, frozen=True, kw_only=True):
-    """What replicas of one kind have in common. depth: steps launched ahead of the last result."""
-
-    limits: Limits
-    model: StepTime
-    speeds: Speeds = Speeds()
-    api_server: ApiServerCost = ApiServerCost()
-    depth: int = 1
 
 
 # What one step brought, and when each of it leaves the API server; called when the step ends.

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 from millrace.bench.load.arrivals import Schedule, due_times
 from millrace.bench.load.load_driver import Job
-from millrace.simulate.gateway import SimulatedExchange, SimulatedGateway
-from millrace.simulate.outcome import Records
-from millrace.simulate.virtual_clock import VirtualClock
-from millrace.simulate.workload import Requests, answer_text
+from millrace.simulate.common.outcome import Records
+from millrace.simulate.common.virtual_clock import VirtualClock
+from millrace.simulate.events.gateway import SimulatedExchange, SimulatedGateway
+from millrace.simulate.events.workload import Requests, answer_text
 
 RETRY_AFTER = 1.0  # seconds that a client waits before its next request, where one was refused
 

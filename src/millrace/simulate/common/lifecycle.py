@@ -16,7 +16,7 @@ import msgspec
 
 from millrace.gateway.common.replica_spec import HealthPolicy
 from millrace.gateway.routing.replicas import Member
-from millrace.simulate.virtual_clock import VirtualClock
+from millrace.simulate.common.virtual_clock import VirtualClock
 from millrace.target import Target
 
 _NOTICED = 0.01  # seconds until a check that a failed request has caused finds a crash

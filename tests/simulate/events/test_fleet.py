@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from millrace.bench.load.arrivals import Schedule
 from millrace.bench.workload.prompts import AgentSpec, PrefixSpec, RandomSpec, TraceRow, TraceSpec
 from millrace.gateway.routing.policies import POLICIES
-from millrace.simulate.fleet import Fleet, Outcome, Scenario
-from millrace.simulate.lifecycle import ScaleRule, wanted_replicas
-from millrace.simulate.outcome import figures
+from millrace.simulate.common.lifecycle import ScaleRule, wanted_replicas
+from millrace.simulate.common.options import Scenario
+from millrace.simulate.common.outcome import Outcome, figures
+from millrace.simulate.events.fleet import Fleet
 from tests.simulate.scenarios import LinearSteps, load, loaded, scenario
 
 

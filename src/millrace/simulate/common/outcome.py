@@ -179,6 +179,22 @@ class Sample(msgspec.Struct, frozen=True):
     kv_used: float
 
 
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run brought. seconds: simulated; wall_seconds: that it took. ended: whether every
+    request has ended. counts: of what happened, by name. busy: share of their time that replicas
+    computed."""
+
+    records: Records
+    samples: list[Sample]
+    seconds: float
+    wall_seconds: float
+    ended: bool
+    replica_seconds: float
+    counts: dict[str, int]
+    busy: float
+    mode: str = "event"
+
+
 class Latency(msgspec.Struct, frozen=True):
     """Seconds."""
 

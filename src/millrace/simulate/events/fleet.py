@@ -10,49 +10,19 @@ from collections.abc import Sequence
 from time import perf_counter
 from zlib import crc32
 
-import msgspec
-
-from millrace.bench.load.options import BenchOptions
 from millrace.protocol import Delta
-from millrace.simulate.clients import Clients
-from millrace.simulate.gateway import GatewayOptions, SimulatedGateway
-from millrace.simulate.lifecycle import Hooks, LifeOptions, Lives
-from millrace.simulate.outcome import Records, Sample
-from millrace.simulate.replica import ReplicaKind, SimulatedReplica
-from millrace.simulate.virtual_clock import VirtualClock
-from millrace.simulate.workload import Requests
+from millrace.simulate.common.lifecycle import Hooks, Lives
+from millrace.simulate.common.options import Scenario
+from millrace.simulate.common.outcome import Outcome, Records, Sample
+from millrace.simulate.common.virtual_clock import VirtualClock
+from millrace.simulate.events.clients import Clients
+from millrace.simulate.events.gateway import SimulatedGateway
+from millrace.simulate.events.replica import SimulatedReplica
+from millrace.simulate.events.workload import Requests
 
 LONGEST = 7 * 24 * 3600.0  # seconds of a simulated run
 _SAMPLE_SECONDS = 1.0
 _MOST_SAMPLES = 1200
-
-
-class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """What is simulated. load: as of `millrace bench serve`; its target is not used. check: test
-    the engines' invariants after every step."""
-
-    load: BenchOptions
-    kind: ReplicaKind
-    gateway: GatewayOptions
-    life: LifeOptions
-    seed: int = 0
-    check: bool = False
-
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run brought. seconds: simulated; wall_seconds: that it took. ended: whether every
-    request has ended. counts: of what happened, by name. busy: share of their time that replicas
-    computed."""
-
-    records: Records
-    samples: list[Sample]
-    seconds: float
-    wall_seconds: float
-    ended: bool
-    replica_seconds: float
-    counts: dict[str, int]
-    busy: float
-    mode: str = "event"
 
 
 class Fleet:

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import msgspec
-
-from millrace.gateway.common.limits import GatewayLimits
-from millrace.gateway.common.replica_spec import HealthPolicy
 from millrace.gateway.common.shared_counters import IN_FLIGHT, RESIDENT, SharedCounters
 from millrace.gateway.health.load_report import LoadReport, correct_load
 from millrace.gateway.relay.suspicion import Suspicion
@@ -25,29 +21,14 @@ from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import Member, Replica, ReplicaSet
 from millrace.gateway.routing.suspects import Failure
 from millrace.protocol import AddRequest, Delta, SamplingParams
-from millrace.simulate.outcome import RequestRecord
-from millrace.simulate.replica import SimulatedReplica
-from millrace.simulate.virtual_clock import VirtualClock, VirtualTimer
-from millrace.simulate.workload import SimulatedRequest
+from millrace.simulate.common.options import GatewayOptions
+from millrace.simulate.common.outcome import RequestRecord
+from millrace.simulate.common.virtual_clock import VirtualClock, VirtualTimer
+from millrace.simulate.events.replica import SimulatedReplica
+from millrace.simulate.events.workload import SimulatedRequest
 
 _PUBLISH_SECONDS = 0.5  # as the relay of a gateway process does
 _WAIT_STEP = 0.05  # between searches for a replica that can go on with a stream
-
-
-class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """policy: its name. gap: of prefix_aware. processes: they share the chunks. chunk_seconds: of
-    one of them for a chunk. network_seconds: each way between client and gateway. max_tokens: what
-    requests ask for, where their text ends before; 0: they ask for what they get."""
-
-    policy: str = "least_loaded"
-    gap: int = 4096
-    processes: int = 1
-    chunk_seconds: float = 0.0
-    network_seconds: float = 1e-4
-    max_tokens: int = 0
-    limits: GatewayLimits = GatewayLimits()
-    health: HealthPolicy = HealthPolicy()
-    seed: int = 0
 
 
 class SimulatedGateway:
@@ -102,12 +83,13 @@ class SimulatedGateway:
 
     def delivered(self, replica: int, deltas: Sequence[Delta], leaves: Sequence[float]) -> None:
         """A step of a replica has brought this; called when the step ends."""
-        now, cost = self.clock.now(), self.options.chunk_seconds / self.options.processes
+        now, cost = self.clock.now(), self.options.chunk_seconds
+        shared = cost / self.options.processes if self.options.processes else 0.0
         self._backlog = max(0.0, self._backlog - (now - self._backlog_at))
         self._backlog_at = now
         after = self.options.network_seconds
         for delta, leaving in zip(deltas, leaves, strict=True):
-            self._backlog += cost
+            self._backlog += shared
             exchange = self.exchanges.get(delta.id)
             if exchange is not None:
                 exchange.take(delta, max(leaving + cost, now + self._backlog) + after)

@@ -10,36 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from random import Random
-from typing import Protocol
-
-import msgspec
 
 from millrace.model.work import StepShape
-from millrace.plan.model.step_model import StepTimes
 from millrace.protocol import Admission, Masks, StepPlan, StepResult, Transfer
+from millrace.simulate.common.options import Speeds, StepTime
 
 END_TOKEN = 0  # ends a request whose text ends before its max_tokens
 FIRST_WORD = 1
 _TRANSFER_LATENCY = 50e-6  # seconds of a transfer between tiers besides its bytes
-
-
-class StepTime(Protocol):
-    """What the worker must know of a step model."""
-
-    def times(self, shape: StepShape) -> StepTimes:
-        """Seconds of a step: what the device waits for on the host, and what it computes."""
-        ...
-
-
-class Speeds(msgspec.Struct, frozen=True):
-    """What a step model does not say. acceptance: of each draft, given that all before it were
-    accepted. jitter: relative spread of the time of single steps. host_copy, disk_copy: bytes a
-    second between device, host memory and files."""
-
-    acceptance: tuple[float, ...] = ()
-    jitter: float = 0.0
-    host_copy: float = 25e9
-    disk_copy: float = 2e9
 
 
 class HostTime:

@@ -1,0 +1,1 @@
+"""What both modes of the simulator share: options, the clock, the life of replicas, outcomes."""
