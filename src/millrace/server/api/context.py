@@ -54,6 +54,7 @@ from millrace.server.sandbox.jobs import (
 )
 from millrace.server.sandbox.pool import Sandbox, SandboxBusyError, SandboxFailedError
 from millrace.server.telemetry.metrics import RequestMetrics
+from millrace.text.encoded_turns import EncodedTurns
 from millrace.text.grammar_jobs import GrammarJob, OutputGrammar
 from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser
@@ -115,6 +116,7 @@ class ApiContext:
         self._body_reader = body_reader
         self._grammars = grammars
         self._encoder = encoder
+        self._encoded_turns = EncodedTurns(processor.tokenizer)
         self.max_stored_responses = max_stored_responses
         self.max_stored_bytes = max_stored_bytes
         self.response_tag = ""
@@ -230,13 +232,34 @@ class ApiContext:
             most = self.processor.most_characters(ready.max_model_len)
             prompt = prompt[:most] if kept == "first" else prompt[-most:]
         self.processor.check_text(prompt, ready.max_model_len, "prompt")
-        if len(prompt) >= SANDBOX_TEXT:
-            answer = await self._encode_in_sandbox(prompt, add_special_tokens, ready, kept)
+        if body is None or kept != "all":
+            return await self._encode(prompt, add_special_tokens, ready, kept)
+        return await self._encode_new_turns(
+            prompt, add_special_tokens, ready, body.cache_salt or ""
+        )
+
+    async def _encode_new_turns(
+        self, text: str, special: bool, ready: Ready, salt: str
+    ) -> list[int]:
+        """A text's tokens, of which only turns are encoded that have not been before."""
+        turns = self._encoded_turns.split(text)
+        found = self._encoded_turns.known(turns, salt)
+        if missing := [turn for turn in dict.fromkeys(turns) if turn not in found]:
+            tokens = await self._encode("".join(missing), special, ready, "all")
+            new = self._encoded_turns.cut(missing, tokens)
+            self._encoded_turns.keep(new, salt)
+            found |= new
+        return [token for turn in turns for token in found[turn]]
+
+    async def _encode(self, text: str, special: bool, ready: Ready, kept: KeptTokens) -> list[int]:
+        """A text's tokens. Raises RequestError or ApiError, unless so many are allowed."""
+        if len(text) >= SANDBOX_TEXT:
+            answer = await self._encode_in_sandbox(text, special, ready, kept)
             if kept == "all" and answer.count > ready.max_model_len:
                 check_lengths(answer.count, 0, ready.max_model_len)
             return array("I", answer.ids).tolist()
-        encode = partial(self.processor.encode, prompt, add_special_tokens)
-        return await self.run_in_thread(encode, len(prompt) >= THREAD_TEXT)
+        encode = partial(self.processor.encode, text, special)
+        return await self.run_in_thread(encode, len(text) >= THREAD_TEXT)
 
     async def count_tokens(self, text: str, ready: Ready) -> int:
         """How many tokens a text has, more than the model's context too. Raises RequestError or
