@@ -171,6 +171,24 @@ def test_one_rate_of_acceptance_counts_for_every_position() -> None:
         ),
         ({"speculative_config": {"tokens": 1}}, "engine options"),
         (
+            {
+                "speculative_config": {
+                    "num_speculative_tokens": 2,
+                    "num_speculative_tokens_per_batch_size": [[1, 4, 3]],
+                }
+            },
+            "[1, 4, 3]: use [least rows, most rows, drafts], rows from 1 on and 0 to 2 drafts",
+        ),
+        (
+            {
+                "speculative_config": {
+                    "num_speculative_tokens": 3,
+                    "num_speculative_tokens_per_batch_size": [[1, 1, 2], [2, 2, 1], [3, 9, 0]],
+                }
+            },
+            "4 numbers of drafts with num_speculative_tokens",
+        ),
+        (
             {"speculative_config": {"quantization": "int4"}},
             'speculative_config.quantization "int4": use "fp8" or "none"',
         ),

@@ -325,6 +325,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     draft_tokens: int = 0
     accepted_per_position: list[int] = []
     draft_methods: dict[str, DraftStats] = {}
+    steps_by_depth: dict[int, int] = {}  # steps with decode rows, by the drafts that they verified
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
     step_tokens: list[int] = []
     step_tokens_sum: int = 0
@@ -372,9 +373,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_long_partial_prefills: prompts, and long ones among them, that are computed chunk by chunk
     at the same time; 0: no limit. num_pages counts the null page. snapshot_interval: 0 takes no
     snapshots at fixed distances. snapshot_distance: the least distance of a prompt's snapshots.
-    methods: those that make drafts. cache_policy: "snapshot": prompts resume at snapshots; "page":
-    at any whole page. page_cost: memory of a page as a share of a snapshot's. host_cache,
-    disk_cache: bytes of the lower tiers. page_bytes, snapshot_bytes: of one, on all ranks together.
+    methods: those that make drafts. depths: numbers of drafts that a step's rows may verify; empty:
+    always `drafts`. depth_schedule: (least rows, most rows, depth). cache_policy: "snapshot":
+    prompts resume at snapshots; "page": at any whole page. page_cost: memory of a page as a share
+    of a snapshot's. host_cache, disk_cache: bytes of the lower tiers. page_bytes, snapshot_bytes:
+    of one, on all ranks together.
     """
 
     max_num_seqs: int
@@ -385,6 +388,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_snapshots: int
     drafts: int
     methods: list[str] = []
+    depths: list[int] = []
+    depth_schedule: list[tuple[int, int, int]] = []
     prefix_caching: bool = True
     cache_policy: Literal["snapshot", "page"] = "snapshot"
     page_cost: float = 0.0

@@ -13,6 +13,8 @@ import msgspec
 from millrace.errors import ConfigError
 
 MAX_DRAFTS = 5  # of one method at once
+AUTO_DRAFTS = 3  # of a head, where the engine chooses
+MOST_DEPTHS = 3  # each has CUDA graphs of its own
 NO_DRAFTS = "none"  # what a request names that wants none
 HeadMethod = Literal["mtp"]
 LookupMethod = Literal["ngram", "suffix"]
@@ -28,7 +30,9 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     method: "mtp": the model's own head; "ngram", "suffix": what followed the last tokens where they
     stood before, in the request's own prompt and output. num_speculative_tokens: drafts of a step
-    and row; not given: 1 of a head, MAX_DRAFTS of a look-up. prompt_lookup_min, prompt_lookup_max:
+    and row; not given: 1 of a head, MAX_DRAFTS of a look-up; "auto": the engine chooses step by
+    step. num_speculative_tokens_per_batch_size: (least rows, most rows, drafts); steps of other
+    rows have num_speculative_tokens. prompt_lookup_min, prompt_lookup_max:
     tokens that must be the same, and that are compared at most. suffix_decoding_max_tree_depth: the
     same for "suffix". suffix_decoding_max_spec_factor: drafts for each token that is the same.
     suffix_decoding_max_cached_requests, suffix_decoding_min_token_prob: taken without effect: the
@@ -42,7 +46,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """
 
     method: Method = "mtp"
-    num_speculative_tokens: int | None = None
+    num_speculative_tokens: int | Literal["auto"] | None = None
+    num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = None
     prompt_lookup_min: int | None = None
     prompt_lookup_max: int | None = None
     suffix_decoding_max_tree_depth: int = 24
@@ -72,7 +77,9 @@ class Speculation(msgspec.Struct, frozen=True):
     """How drafts of an engine are made.
 
     drafts: k, of a row at most. head: the method that drafts by weights; "": none. head_drafts: of
-    it at most. lookup: None: there is none. acceptance: synthetic rates by position.
+    it at most. lookup: None: there is none. acceptance: synthetic rates by position. depths:
+    numbers of drafts that a step's rows may verify, ascending; empty: always `drafts`. schedule:
+    (least rows, most rows, depth), in place of a choice by measurement.
     """
 
     drafts: int = 0
@@ -80,6 +87,13 @@ class Speculation(msgspec.Struct, frozen=True):
     head_drafts: int = 0
     lookup: Lookup | None = None
     acceptance: tuple[float, ...] | None = None
+    depths: tuple[int, ...] = ()
+    schedule: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def all_depths(self) -> tuple[int, ...]:
+        """Those that steps have graphs for, the largest last."""
+        return self.depths or (self.drafts,)
 
     @property
     def methods(self) -> list[str]:
@@ -103,25 +117,61 @@ def resolve_speculation(spec: SpeculativeConfig | None, mtp_layers: int) -> Spec
     works."""
     if spec is None or spec.num_speculative_tokens == 0:
         return Speculation()
-    if (k := spec.num_speculative_tokens) is not None and not 0 <= k <= MAX_DRAFTS:
-        raise ConfigError(f"num_speculative_tokens {k}: use 0 to {MAX_DRAFTS}")
+    wanted = spec.num_speculative_tokens
+    k = None if wanted == "auto" else wanted
+    if k is not None and not 0 <= k <= MAX_DRAFTS:
+        raise ConfigError(f'num_speculative_tokens {k}: use 0 to {MAX_DRAFTS}, or "auto"')
     if spec.method != "mtp":
         if spec.lookup is not None:
             raise ConfigError(
                 f'speculative_config.lookup "{spec.lookup}": it goes with method mtp; '
                 f'method "{spec.method}" is a look-up itself'
             )
-        found = _lookup(spec, spec.method, k or MAX_DRAFTS)
-        return Speculation(found.drafts, lookup=found, acceptance=_rates(spec, found.drafts))
-    if mtp_layers == 0:
+        found = Speculation(lookup=_lookup(spec, spec.method, k or MAX_DRAFTS))
+    elif mtp_layers == 0:
         raise ConfigError(
             "speculative_config: this checkpoint has no MTP head; leave it out, or use the "
             'method "ngram" or "suffix"'
         )
-    k = k or 1
-    lookup = None if spec.lookup is None else _lookup(spec, spec.lookup, MAX_DRAFTS)
-    drafts = max(k, lookup.drafts if lookup else 0)
-    return Speculation(drafts, "mtp", k, lookup, _rates(spec, drafts))
+    else:
+        k = k or (AUTO_DRAFTS if wanted == "auto" else 1)
+        lookup = None if spec.lookup is None else _lookup(spec, spec.lookup, MAX_DRAFTS)
+        found = Speculation(head="mtp", head_drafts=k, lookup=lookup)
+    drafts = max(found.head_drafts, found.lookup.drafts if found.lookup else 0)
+    return msgspec.structs.replace(
+        found,
+        drafts=drafts,
+        acceptance=_rates(spec, drafts),
+        depths=_depths(spec, found, drafts),
+        schedule=tuple(spec.num_speculative_tokens_per_batch_size or ()),
+    )
+
+
+def _depths(spec: SpeculativeConfig, found: Speculation, drafts: int) -> tuple[int, ...]:
+    """The depths of steps, of which the largest is `drafts`."""
+    schedule = spec.num_speculative_tokens_per_batch_size
+    if schedule is None:
+        if spec.num_speculative_tokens != "auto":
+            return ()
+        # One draft shows when texts begin to repeat; with both methods it nearly always pays.
+        few = (1, 3) if found.lookup and found.head else (0, 1)
+        return tuple(sorted({*few, drafts}))
+    key = "num_speculative_tokens_per_batch_size"
+    if spec.num_speculative_tokens == "auto":
+        raise ConfigError(f'speculative_config.{key}: it says what "auto" would choose; give one')
+    for low, high, depth in schedule:
+        if not (1 <= low <= high and 0 <= depth <= drafts):
+            raise ConfigError(
+                f"speculative_config.{key} [{low}, {high}, {depth}]: use [least rows, most rows, "
+                f"drafts], rows from 1 on and 0 to {drafts} drafts"
+            )
+    depths = tuple(sorted({drafts, *(depth for _, _, depth in schedule)}))
+    if len(depths) > MOST_DEPTHS:
+        raise ConfigError(
+            f"speculative_config.{key}: {len(depths)} numbers of drafts with "
+            f"num_speculative_tokens; each has CUDA graphs of its own, so use at most {MOST_DEPTHS}"
+        )
+    return depths
 
 
 def _lookup(spec: SpeculativeConfig, method: LookupMethod, drafts: int) -> Lookup:

@@ -241,6 +241,7 @@ class FakeEngine:
             drafts=self._steps,
             draft_tokens=2 * self._steps,
             accepted_per_position=[self._steps // 2, self._steps // 4],
+            steps_by_depth={2: self._steps},
             draft_methods={
                 "mtp": DraftStats(
                     self._steps, 2 * self._steps, [self._steps // 2, self._steps // 4]

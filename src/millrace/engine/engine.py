@@ -40,10 +40,11 @@ LARGE_PIECE = 512
 
 @dataclass(slots=True)
 class _LaunchedStep:
-    """A launched step. masked: its sampled rows that follow a grammar, with request ids. last:
-    nothing is launched behind it before it has ended."""
+    """A launched step. at: when, in seconds. masked: its sampled rows that follow a grammar, with
+    request ids. last: nothing is launched behind it before it has ended."""
 
     pending: Pending
+    at: float
     masked: Sequence[tuple[int, str]]
     last: bool
     result: StepResult | None = None
@@ -82,6 +83,7 @@ class Engine:
         self._compiling: dict[str, tuple[AddRequest, Future[GrammarState]]] = {}
         self._steps: deque[_LaunchedStep] = deque()
         self._immediate: list[Delta] = []  # ends of requests that no step brings
+        self._last_result = 0.0  # when the result of the newest step that has ended was there
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises RequestError if it can never run."""
@@ -153,8 +155,9 @@ class Engine:
             self._log.write(plan)
         masked = self.scheduler.masked_rows() if self.grammars else []
         make = self._mask_builder(plan, masked) if masked else None
+        began = monotonic()
         pending = self.worker.launch(plan, make)
-        self._steps.append(_LaunchedStep(pending, masked, last=_is_large_piece(plan)))
+        self._steps.append(_LaunchedStep(pending, began, masked, last=_is_large_piece(plan)))
 
     def _result(self, step: _LaunchedStep) -> StepResult:
         """A step's result. The first call waits for it and advances the grammars by its tokens."""
@@ -168,9 +171,12 @@ class Engine:
 
     def _commit(self, step: _LaunchedStep) -> list[Delta]:
         result = self._result(step)
+        # A step begins when it is launched, or when the one before has ended.
+        now = monotonic()
+        seconds, self._last_result = now - max(step.at, self._last_result), now
         if self._log:
             self._log.write(result)
-        deltas = self.scheduler.commit(result)
+        deltas = self.scheduler.commit(result, 0.0 if step.masked else seconds)
         if self._check:
             self.scheduler.check_integrity()
         return self._check_grammars(deltas, step) if step.masked else deltas

@@ -75,6 +75,9 @@ class Request:
     first_delta_sent: bool = False
     preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    acceptance: list[float] = field(
+        default_factory=list
+    )  # of drafts behind accepted ones, by position
 
     @property
     def missing(self) -> int:

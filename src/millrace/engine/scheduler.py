@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from heapq import merge, nsmallest
 from itertools import groupby
 
+from millrace.engine.draft_depth import DraftDepth
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.plan_builders import make_admission, make_delta
 from millrace.engine.prompt_budget import FOLLOWING_STEPS, PromptBudget, step_tokens
@@ -57,6 +58,7 @@ class _Totals:
     rows_not_finite: int = 0
     drafts: DraftStats = field(default_factory=DraftStats)
     by_method: dict[str, DraftStats] = field(default_factory=dict)
+    by_depth: dict[int, int] = field(default_factory=dict)
     step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
     step_tokens_sum: int = 0
 
@@ -84,6 +86,8 @@ class Scheduler:
             by_method={name: DraftStats(accepted=[0] * limits.drafts) for name in limits.methods},
         )
         self._width = limits.drafts + 1
+        self._depth = DraftDepth(limits)
+        self._made = 0  # drafts that the newest step makes
         self._ordinal = 0
 
     # --- add and abort requests --------------------------------------------------------------
@@ -165,7 +169,9 @@ class Scheduler:
             return None
         self._draining = False
         self._kv_manager.policy.now = now
-        step = Step(now=now, drafts=self.limits.drafts, ends=self._kv_manager.take_ends())
+        decoding = [request for request in self.running if request.phase is Phase.DECODE]
+        drafts = self._depth.choose(decoding)
+        step = Step(now=now, drafts=drafts, made=self._made, ends=self._kv_manager.take_ends())
         self._plan_decode(step)
         self._plan_prompts(step)
         if self._tiers is not None:
@@ -358,17 +364,23 @@ class Scheduler:
         for request in step.requests():
             request.in_flight += 1
         plan = step.plan(self._totals.steps)
+        self._made = step.drafts
+        if step.decode and self.limits.drafts:
+            counts = self._totals.by_depth
+            counts[step.drafts] = counts.get(step.drafts, 0) + 1
         self._launched.append((plan, step))
         return plan
 
     # --- results ----------------------------------------------------------------------------
 
-    def commit(self, result: StepResult) -> list[Delta]:
+    def commit(self, result: StepResult, seconds: float = 0.0) -> list[Delta]:
         """Take the result of the oldest launched step. Returns what it brought, request by
-        request."""
+        request. seconds: that it took; 0: nobody knows."""
         plan, step = self._launched.popleft()
         if plan.step != result.step:
             raise RuntimeError(f"got the result of step {result.step}, expected step {plan.step}")
+        if seconds and step.decode and not step.chunks:
+            self._depth.took(len(step.decode), step.drafts, seconds)
         for request in step.requests():
             request.in_flight -= 1
         for request in step.admitted:
@@ -417,6 +429,8 @@ class Scheduler:
             elif row < len(step.decode) and self.limits.drafts:
                 drafted = result.drafted[row] if result.drafted else (step.drafts, 0)
                 self._count_accepted(*drafted, accepted=len(tokens) - 1)
+                depth = min(step.drafts, step.made)
+                self._depth.accepted(request, depth, len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 
@@ -503,6 +517,7 @@ class Scheduler:
                 name: DraftStats(one.drafts, one.tokens, list(one.accepted))
                 for name, one in totals.by_method.items()
             },
+            steps_by_depth=dict(totals.by_depth),
             rows_not_finite=totals.rows_not_finite,
             step_tokens=list(totals.step_tokens),
             step_tokens_sum=totals.step_tokens_sum,

@@ -15,11 +15,13 @@ from millrace.protocol import Admission, Chunk, PageCopy, PageGrant, Save, StepP
 class Step:
     """now: when it is planned, seconds. context: tokens of its longest row. saves: (request, number
     of its first tokens, snapshot to write them to). ends: slots whose requests have ended, to be
-    saved first. admitted: requests that run for the first time. drafts: of each decode row."""
+    saved first. admitted: requests that run for the first time. drafts: of each decode row.
+    made: those that the step before made for it."""
 
     now: float
     context: int = 0
     drafts: int = 0
+    made: int = 0
     ends: list[Save] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     deletes: list[tuple[str, bool]] = field(default_factory=list)

@@ -101,7 +101,8 @@ def token_counts(config: EngineConfig) -> list[int]:
     width = config.drafts + 1
     counts = {tokens_of(plan, width) for plan in ProfileRun.of(config).steps}
     if not config.args.enforce_eager:
-        counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in (1, width)}
+        widths = {1, width, *(1 + depth for depth in config.speculation.all_depths)}
+        counts |= {rows * each for rows in bucket_sizes(config.max_num_seqs) for each in widths}
         counts |= declared_warmup(config).tokens
         counts |= set(token_buckets(config.most_mixed_tokens))
     return sorted(counts)

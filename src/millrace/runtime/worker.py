@@ -130,6 +130,8 @@ class Worker:
             num_snapshots=self.memory.num_snapshots,
             drafts=config.drafts,
             methods=config.speculation.methods,
+            depths=list(config.speculation.depths),
+            depth_schedule=list(config.speculation.schedule),
             prefix_caching=config.args.enable_prefix_caching,
             page_cost=self._page_cost(),
             host_cache=self.host_bytes(),

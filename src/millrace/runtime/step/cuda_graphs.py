@@ -230,7 +230,8 @@ class GraphSizes:
         rows = bucket_sizes(config.max_num_seqs)
         tokens = token_buckets(config.most_mixed_tokens) if has_prefill_graphs(config) else []
         most = Sizes(rows[-1], min(MOST_CHUNKS, rows[-1]), rows[-1])
-        return cls([config.drafts + 1], rows, tokens, most)
+        widths = [1 + depth for depth in config.speculation.all_depths]
+        return cls(widths, rows, tokens, most)
 
     @property
     def width(self) -> int:

@@ -293,6 +293,9 @@ class MetricsPage:
         yield from self._drafts_by_method(stats)
         if stats.expert_tokens:
             yield from self._expert_load(stats)
+        depths = {(str(depth),): n for depth, n in sorted(stats.steps_by_depth.items())}
+        text = "Steps with decode rows, by the drafts that a row verifies."
+        yield self._counter("millrace:spec_decode_steps_by_depth", text, depths, "depth")
         http = {(route, method, str(code)): n for (route, method, code), n in requests.http.items()}
         yield self._counter(
             "millrace:http_requests", "HTTP requests.", http, "route", "method", "status"
