@@ -96,9 +96,11 @@ def test_an_engine_chooses_by_itself(tiny_model: Path) -> None:
     """No draft of random weights is right, so steps soon have none."""
     engine = build(tiny_model, debug=False, **AUTO)
     generate(engine, PROMPTS[:3], 180)
-    depths = engine.stats().steps_by_depth
+    before = engine.stats().steps_by_depth[0]
+    generate(engine, PROMPTS[:3], 100)
+    after = engine.stats().steps_by_depth[0]
     engine.close()
-    assert depths[0] > 0.7 * sum(depths.values())
+    assert after - before > 80
 
 
 def test_a_schedule_by_rows(tiny_model: Path) -> None:
