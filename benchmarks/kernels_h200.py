@@ -49,6 +49,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gdn_prefill": gdn_prefill.cases,
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,
+    "gemm_some": gemm.some_cases,
     "attention": attention.cases,
     "attention_few_rows": attention.few_rows_cases,
     "attention_dense": attention_dense.cases,

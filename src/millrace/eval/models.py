@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from millrace.common.http_client import parse_base_url
 from millrace.errors import UserError
 from millrace.protocol import EngineStats
+from millrace.target import parse_base_url
 from millrace.tasks import TASKS, Item
 from millrace.tasks.chat import call_text
 

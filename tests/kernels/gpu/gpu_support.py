@@ -52,11 +52,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", **change
     """Let the choice of kernels see a Hopper GPU. changes: of `Gpu`'s fields."""
     from millrace.kernels import dispatch
     from millrace.kernels.gpu import device
-    from millrace.kernels.gpu.gemm import few, fp8
+    from millrace.kernels.gpu.gemm import few, fp8, some
 
     fields = {"capability": (9, 0), "multiprocessors": SMS, **changes}
     found = device.Gpu(name, **fields)
-    for module in (few, fp8):
+    for module in (few, fp8, some):
         monkeypatch.setattr(module, "gpu", lambda: found)
     dispatch.forget()
 

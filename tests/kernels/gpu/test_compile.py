@@ -401,10 +401,10 @@ class Nvrtc:
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.call = ctypes.CDLL(str(next(library)))
 
-    def compile(self, text: str) -> str:
+    def compile(self, text: str, architecture: str = "90") -> str:
         """What the compiler says about registers and memory; raises ValueError with its errors."""
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
-        options = [b"--gpu-architecture=sm_90", b"--ptxas-options=-v"]
+        options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--ptxas-options=-v"]
         array = (ctypes.c_char_p * len(options))(*options)
         encoded = text.encode()
         assert not self.call.nvrtcCreateProgram(
@@ -458,6 +458,15 @@ def test_experts_few(nvrtc: Nvrtc, groups: int, gated: bool):
     from millrace.kernels.gpu.moe import few
 
     assert spilled(nvrtc.compile(few.source(groups, gated))) == 0
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(16, 0), (32, 0), (64, 0), (128, 160)])
+def test_gemm_some(nvrtc: Nvrtc, tokens: int, most: int):
+    from millrace.kernels.gpu.gemm import some
+
+    log = nvrtc.compile(some.source(tokens), "90a")
+    assert spilled(log) <= most
+    assert "wgmma" not in log  # a remark that products wait for each other
 
 
 def registers(log: str) -> int:

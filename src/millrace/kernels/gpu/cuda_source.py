@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 DIRECT_LAUNCHES = False  # until a GPU has compared: `benchmarks/early_launch_h200.py`
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_..., of the driver's interface
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
+BYTES, SWIZZLE_128B, L2_PROMOTION_256B = 0, 3, 3  # CU_TENSOR_MAP_...
 
 
 class _Attribute(ctypes.Structure):
@@ -42,6 +44,31 @@ class _Config(ctypes.Structure):
     )
 
 
+class TensorMap:
+    """Boxes of a matrix of bytes in GPU memory, for a kernel that has them fetched: CUtensorMap."""
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(128 + 64)
+        first = ctypes.addressof(self._memory)
+        self.address = first + -first % 64  # where the driver wants it
+
+    @classmethod
+    def of_bytes(cls, address: int, shape: tuple[int, int], box: tuple[int, int]) -> TensorMap:
+        """shape: rows, and the bytes of one, a multiple of 16; box: the same, at most 256 and 128.
+        In shared memory 8 rows of 128 bytes are swizzled. What lies outside is read as zeros."""
+        found = cls()
+        (height, width), (rows, channels) = shape, box
+        failed = _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(found.address), BYTES, 2, ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(width),
+            (ctypes.c_uint32 * 2)(channels, rows), (ctypes.c_uint32 * 2)(1, 1),
+            0, SWIZZLE_128B, L2_PROMOTION_256B, 0,
+        )  # fmt: skip
+        if failed:
+            raise RuntimeError(f"a tensor map could not be made: CUDA driver error {failed}")
+        return found
+
+
 _EARLY = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
@@ -51,17 +78,26 @@ class CudaKernel:
     def __init__(self, by_torch: Any) -> None:
         self._by_torch = by_torch
 
+    def allow(self, shared_bytes: int) -> None:
+        """Blocks may have so much shared memory beside what they declare."""
+        function = self._by_torch.func
+        failed = _driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        if failed:
+            raise RuntimeError(f"no {shared_bytes} bytes of shared memory: driver error {failed}")
+
     def __call__(
         self,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        args: Sequence[Tensor | int],
+        args: Sequence[Tensor | int | TensorMap],
         early: bool = False,
+        shared_bytes: int = 0,
     ) -> None:
-        """Launch it on the current stream. args: tensors, as pointers, and ints of 32 bits. early:
-        it may be launched before the kernel in front has ended, and waits for that by itself."""
-        if early or DIRECT_LAUNCHES:
-            self._launch(grid, block, args, early)
+        """Launch it on the current stream. args: tensors, as pointers, ints of 32 bits, and tensor
+        maps. early: it may be launched before the kernel in front has ended, and waits for that by
+        itself. shared_bytes: of memory that a block has beside what it declares."""
+        if early or shared_bytes or DIRECT_LAUNCHES:
+            self._launch(grid, block, args, early, shared_bytes)
         else:
             self._by_torch(grid=grid, block=block, args=args)
 
@@ -69,19 +105,28 @@ class CudaKernel:
         self,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        args: Sequence[Tensor | int],
+        args: Sequence[Tensor | int | TensorMap],
         early: bool,
+        shared_bytes: int,
     ) -> None:
         count = len(args)
-        # A parameter is read from the front of its 8 bytes, whichever its size.
+        # A parameter is read from the front of its 8 bytes, whichever its size; a map lies apart.
         values = (ctypes.c_int64 * count)(
-            *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+            *(
+                arg.data_ptr() if isinstance(arg, Tensor) else arg if isinstance(arg, int) else 0
+                for arg in args
+            )
         )
         first = ctypes.addressof(values)
-        pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+        pointers = (ctypes.c_void_p * count)(
+            *(
+                arg.address if isinstance(arg, TensorMap) else first + 8 * i
+                for i, arg in enumerate(args)
+            )
+        )
         stream = torch.cuda.current_stream().cuda_stream
         attributes = ctypes.pointer(_EARLY) if early else None
-        config = _Config(grid, block, 0, stream, attributes, int(early))
+        config = _Config(grid, block, shared_bytes, stream, attributes, int(early))
         failed = _driver().cuLaunchKernelEx(
             ctypes.byref(config), self._by_torch.func, pointers, None
         )
@@ -95,14 +140,23 @@ def read(file: str, constants: Mapping[str, int]) -> str:
     return head + resources.files(__package__).joinpath(file).read_text()
 
 
-def compiled(text: str, name: str) -> CudaKernel | None:
-    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it."""
+def compiled(
+    text: str, name: str, architecture: str | None = None, shared_bytes: int = 0
+) -> CudaKernel | None:
+    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it.
+
+    architecture: such as "90a"; None: the device's. shared_bytes: that launches may ask for.
+    """
     compiler = getattr(torch.cuda, "_compile_kernel", None)
     if compiler is None:
         _warn(name, f"PyTorch {torch.__version__} has no torch.cuda._compile_kernel")
         return None
     try:
-        return CudaKernel(compiler(text, name))
+        options = {"compute_capability": architecture} if architecture else {}
+        kernel = CudaKernel(compiler(text, name, **options))
+        if shared_bytes:
+            kernel.allow(shared_bytes)
+        return kernel
     except (RuntimeError, OSError) as error:  # no compiler library on this machine
         _warn(name, error)
         return None

@@ -18,10 +18,11 @@ from torch import Tensor
 from millrace.common.optional import probe
 from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gpu.device import gpu
-from millrace.kernels.gpu.gemm import choice
+from millrace.kernels.gpu.gemm import choice, some
 from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
 from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
+from millrace.kernels.gpu.gemm.some import some_matmul
 from millrace.kernels.gpu.quantize import launches_early, quantize
 from millrace.kernels.quantize import GROUP, Quantized
 
@@ -99,6 +100,9 @@ def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> 
     few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
     reason = "" if few else "the CUDA kernel cannot be compiled here"
     found = [BackendChoice(name, "CUDA kernel" if few else many.backend, reason), many]
+    if some.MOST_TOKENS:
+        ours = "CUDA kernel" if some.is_compiled() else many.backend
+        found.insert(1, BackendChoice(f"FP8 GEMM, {some.MOST_TOKENS} tokens or less", ours, reason))
     odd = [f"{a}x{b}" for a, b in sorted(set(shapes)) if a % GROUP or b % GROUP]
     if odd:
         reason = f"other backends need multiples of {GROUP}"
@@ -183,6 +187,10 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
         return triton_matmul(x, weight, scale, dtype)
     if len(x.values) <= MAX_TOKENS:  # where `few_matmul` is the fastest on an H200
         out = few_matmul(x, weight, scale.float())
+        if out is not None:
+            return out
+    if len(x.values) <= some.MOST_TOKENS:
+        out = some_matmul(x, weight, scale.float())
         if out is not None:
             return out
     way = _way(len(x.values), outputs, width)
