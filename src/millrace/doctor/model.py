@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from millrace.model.config import ModelConfig
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+LARGE = 8 * GiB  # of weights, from which on it is said how many GPUs they need
+H200_BYTES = 143_771 * MiB
 _WANTED = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -116,6 +118,7 @@ def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
     )  # fmt: skip
     yield _size(settled, config)
     yield _cache(settled, config)
+    yield from _ranks(settled, config)
 
 
 def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
@@ -125,10 +128,16 @@ def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
     from millrace.model.build import check_device, count_weights, rank_bytes
 
     device, ranks = settled.device, settled.args.tensor_parallel_size
+    whole = settled.args.enable_expert_parallel and config.experts is not None
     try:
         check_device(config, torch.device(device))
         size = rank_bytes(
-            config, settled.dtype, ranks, mtp=bool(settled.speculation.head), kept=device == "cuda"
+            config,
+            settled.dtype,
+            ranks,
+            mtp=bool(settled.speculation.head),
+            kept=device == "cuda",
+            whole_experts=whole and ranks > 1,
         )
     except UserError as error:
         return Finding("model", "parameters", str(error), "fail")
@@ -153,3 +162,26 @@ def _cache(settled: EngineConfig, config: ModelConfig) -> Finding:
         resume = f"{spec.snapshot_bytes(ranks) / MiB:.2f} MiB a snapshot"
     value = f"{token / KiB:.2f} KiB a token, {slot / MiB:.2f} MiB a sequence, {resume}"
     return Finding("model", "cache", value if ranks == 1 else f"{value}, on each rank")
+
+
+def _ranks(settled: EngineConfig, config: ModelConfig) -> Iterator[Finding]:
+    """What a model that may not fit needs on 1, 2, 4 and 8 GPUs: this machine's, or else H200s."""
+    import torch
+
+    from millrace.model.cache_spec import CacheOptions
+    from millrace.model.work.fit import formats_in_memory, rank_needs, summary
+
+    try:
+        formats = formats_in_memory(config, settled.dtype, kept=True)
+    except UserError:
+        return
+    spec = config.cache_spec(CacheOptions.of(settled))
+    drafts = bool(settled.speculation.head)
+    needs = rank_needs(config, formats, spec, settled.max_model_len, drafts=drafts)
+    if not needs or needs[0].weights < LARGE:
+        return
+    memory, gpu = H200_BYTES, "an H200"
+    if torch.cuda.is_available():
+        memory, gpu = torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    room = memory * settled.args.gpu_memory_utilization
+    yield Finding("model", "ranks", summary(needs, room, gpu))

@@ -32,6 +32,8 @@ from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.w4.format import W4Linear
 from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
+from millrace.model.work import Layout, weight_bytes
+from millrace.model.work.fit import formats_in_memory, problem, rank_needs
 from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 from millrace.runtime.profile_run import (
@@ -82,6 +84,8 @@ class Worker:
         whole = has_whole_experts(config, model_config, ranks.size)
         parallel = replace(self.all_reduce.parallel(), whole_experts=whole)
         self.expert_ranks = ranks.size if whole else 1
+        if config.device == "cuda":
+            check_fit(config, model_config, self.cache_spec, Layout(ranks.size, whole))
         self.model = build_empty_model(config, model_config, parallel)
         self._loads = count_loads(self.model) if config.args.report_expert_load else {}
         with ExitStack() as self._background:  # may use GPU memory until it is measured
@@ -325,6 +329,23 @@ def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
     if config.args.mamba_ssm_cache_dtype != "auto":
         given.append("mamba_ssm_cache_dtype")
     return [] if spec.needs_snapshots else given
+
+
+def check_fit(
+    config: EngineConfig, model_config: ModelConfig, spec: CacheSpec, layout: Layout
+) -> None:
+    """Raise ConfigError, with numbers of ranks that fit, if the weights do not fit into this GPU.
+    Weights in a format of unknown size are not checked."""
+    kept = model_config.quantization.format.is_fast_on(torch.device(config.device))
+    try:
+        formats = formats_in_memory(model_config, config.dtype, kept)
+    except ConfigError:
+        return
+    drafts, free = bool(config.speculation.head), torch.cuda.mem_get_info()[0]
+    weights = weight_bytes(model_config, formats, layout, drafts=drafts)
+    needs = rank_needs(model_config, formats, spec, config.max_model_len, drafts=drafts)
+    if found := problem(needs, layout, weights, free):
+        raise ConfigError(found)
 
 
 def has_whole_experts(config: EngineConfig, model_config: ModelConfig, ranks: int) -> bool:
