@@ -239,6 +239,8 @@ def run_way(
         made = few.few_experts(x, routes.experts, gate_up, down)
         assert made is not None
         return combine(made, routes.experts, routes.weights, None, placed=False)
+    if len(routes.experts) < (2000 if way.endswith("64") else 300):
+        pytest.skip("each shape is another kernel to compile, some seconds long")
     if not has_grouped():
         pytest.skip(f"DeepGEMM is not there: {probe('deep_gemm').problem}")
     return gpu.by_deep_gemm(x, routes, gate_up, down, None, 64 if way.endswith("64") else 128)
