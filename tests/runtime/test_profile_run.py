@@ -130,8 +130,11 @@ def test_what_is_compiled_in_the_background(
     ended: list[bool] = []
 
     @contextmanager
-    def compiling(sizes: set[tuple[int, int, int]]) -> Iterator[None]:
+    def compiling(
+        sizes: set[tuple[int, int, int]], grouped: set[tuple[int, ...]]
+    ) -> Iterator[None]:
         asked.append(sizes)
+        assert not grouped
         yield
         ended.append(True)
 

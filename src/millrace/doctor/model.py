@@ -123,14 +123,12 @@ def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
 
 def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
     """How many weights there are, and what they take of a rank's memory."""
-    import torch
 
-    from millrace.model.build import check_device, count_weights, rank_bytes
+    from millrace.model.build import count_weights, rank_bytes
 
     device, ranks = settled.device, settled.args.tensor_parallel_size
     whole = settled.args.enable_expert_parallel and config.experts is not None
     try:
-        check_device(config, torch.device(device))
         size = rank_bytes(
             config,
             settled.dtype,

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from millrace.errors import ConfigError
 from millrace.model.build_context import BuildContext
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
@@ -32,12 +31,10 @@ def build_model(
     maximum). mtp: with the draft head, if the model has one. keep_quantized: quantized weights of
     the checkpoint stay as they are; else they become `dtype` when loaded; None: they stay where the
     device has a GEMM for them. draft_fp8: drafts use an FP8 copy of the output head; None: if FP8
-    weights stay FP8. Raises ConfigError if the model cannot be split over the ranks, or if the
-    device has no kernels for it.
+    weights stay FP8. Raises ConfigError if the model cannot be split over the ranks.
     """
     tp = tp or TensorParallel()
     check_ranks(config, tp.size, tp.whole_experts)
-    check_device(config, torch.device(device))
     build = BuildContext(config, tp, dtype, torch.device(device), keep_quantized)
     found, mtp = config.quantization, mtp and config.mtp_layers > 0
     if draft_fp8 is None:
@@ -46,15 +43,6 @@ def build_model(
     if mtp and draft_fp8:
         model.use_fp8_draft_head()
     return model.eval()
-
-
-def check_device(config: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError, with what works, if the device has no kernels for the model."""
-    if config.experts is not None and device.type == "cuda":
-        raise ConfigError(
-            f"there are no GPU kernels yet for the experts of {config.family}; it runs with "
-            "--device cpu, and dense models run on a GPU; --engine vllm serves others"
-        )
 
 
 def count_weights(config: ModelConfig) -> int:

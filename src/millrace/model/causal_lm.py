@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from millrace.kernels.batch import Batch, Caches, SelectedTokens
 from millrace.model.config import ModelConfig
 from millrace.model.vocabulary import Fp8DraftHead, OutputHead, VocabTable
-from millrace.model.weight_format import Linear
+from millrace.model.weight_format import HasGemms
 
 
 class DraftHead(nn.Module, ABC):
@@ -89,10 +89,10 @@ class CausalLM(nn.Module, ABC):
     def multiply(self, tokens: int) -> None:
         """A GEMM of each shape that a forward has, of so many tokens, whose results nobody needs:
         so that what is compiled for them, or loaded, is there."""
-        seen: set[tuple[int, int]] = set()
+        seen: set[tuple[int, ...]] = set()
         for module in self.modules():
-            if isinstance(module, Linear) and (module.outputs, module.inputs) not in seen:
-                seen.add((module.outputs, module.inputs))
+            if isinstance(module, HasGemms) and module.gemm_shape not in seen:
+                seen.add(module.gemm_shape)
                 module.multiply(tokens)
         if self.mtp is not None:
             self.mtp.multiply(tokens)

@@ -24,7 +24,21 @@ if TYPE_CHECKING:
     from millrace.model.build_context import BuildContext
 
 
-class Linear(nn.Module, ABC):
+class HasGemms(nn.Module, ABC):
+    """A module with GEMMs, which may need kernels of their own for each number of tokens."""
+
+    @property
+    @abstractmethod
+    def gemm_shape(self) -> tuple[int, ...]:
+        """Modules of equal shapes need equal kernels."""
+
+    @abstractmethod
+    def multiply(self, tokens: int) -> None:
+        """The GEMMs of so many tokens, whose results nobody needs: so that what is compiled for
+        them, or loaded, is there."""
+
+
+class Linear(HasGemms):
     """A linear layer: this rank's share of its weight, [outputs, inputs], in some format.
 
     dtype: of its results. takes_fp8: whether it multiplies with inputs that are quantized to e4m3
@@ -45,9 +59,12 @@ class Linear(nn.Module, ABC):
     def forward_from(self, first: int, x: Tensor | Quantized) -> Tensor:
         """As forward, but only the outputs from `first` on, where one of the pieces begins."""
 
+    @property
+    def gemm_shape(self) -> tuple[int, ...]:
+        return self.outputs, self.inputs
+
     def multiply(self, tokens: int, first: int = 0) -> None:
-        """The GEMM of so many tokens, with the outputs from `first` on, whose results nobody needs:
-        so that what is compiled for it, or loaded, is there."""
+        """As for `HasGemms`, with the outputs from `first` on."""
         device = next(self.parameters()).device
         x = torch.zeros(tokens, self.inputs, dtype=self.dtype, device=device)
         if first:

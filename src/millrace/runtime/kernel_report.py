@@ -13,6 +13,7 @@ import torch
 import triton
 
 from millrace.kernels.dispatch import BackendChoice, all_ops, find_fast_path
+from millrace.kernels.gpu import moe
 from millrace.kernels.gpu.gdn import decode
 from millrace.kernels.gpu.gemm import fp8 as gemm
 
@@ -20,14 +21,20 @@ logger = logging.getLogger("millrace.kernels")
 
 
 def backends(
-    dtype: torch.dtype, fp8: Collection[tuple[int, int]], gdn: decode.Shape | None
+    dtype: torch.dtype,
+    fp8: Collection[tuple[int, int]],
+    gdn: decode.Shape | None,
+    experts: Collection[tuple[int, int, int]] | None = None,
 ) -> Iterator[BackendChoice]:
     """dtype: the model's. fp8: (outputs, inputs) of its FP8 weights.
 
-    gdn: shape of its GDN decode kernels; None for a model without GDN layers.
+    gdn: shape of its GDN decode kernels; None for a model without GDN layers. experts: (experts,
+    hidden channels, channels of one) of its FP8 experts; None for a model without experts.
     """
     if fp8:
         yield from gemm.fp8_backends(dtype, fp8)
+    if experts is not None:
+        yield from moe.backends(dtype, experts)
     if gdn is not None:
         yield decode.decode_backend(gdn)
     plain = [f"{m.rpartition('.')[2]}.{n}" for m, n in all_ops() if not find_fast_path("gpu", m, n)]

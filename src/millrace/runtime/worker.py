@@ -26,7 +26,7 @@ from millrace.model.config import ModelConfig
 from millrace.model.formats.fp8_block import FORMAT as FP8
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.layers.attention import Attention
-from millrace.model.layers.moe import count_loads
+from millrace.model.layers.moe import Experts, count_loads
 from millrace.model.parallel import TensorParallel
 from millrace.model.vocabulary import Fp8DraftHead
 from millrace.model.w4.format import W4Linear
@@ -93,6 +93,7 @@ class Worker:
                 compile_in_background(config, self.model, self._background)
                 log_backends(config, model_config, self.model)
                 load_model(config, self.model, directory, ranks.check)
+                warm_experts(config, self.model)
             with _timed("memory"):
                 self.memory = self.divide_memory()
         pages, snapshots = self.memory.num_pages, self.memory.num_snapshots
@@ -398,7 +399,8 @@ def compile_in_background(config: EngineConfig, model: CausalLM, background: Exi
         return
     from millrace.kernels.gpu.gemm.prebuild import compiling  # needs packages for GPUs
 
-    background.enter_context(compiling(_fp8_sizes(config, model)))
+    grouped = _grouped_sizes(config, model)
+    background.enter_context(compiling(_fp8_sizes(config, model), grouped))
 
 
 def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
@@ -418,7 +420,8 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalL
         STATE_FP16=state == "float16",
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
-    kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn))
+    experts = None if model_config.experts is None else _fp8_experts(model)
+    kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn, experts))
 
 
 def _log_weights(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
@@ -458,6 +461,45 @@ def _fp8_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int
         outputs, inputs = model.draft_output.weight.shape
         sizes |= {(outputs, inputs, rows) for rows in row_counts(config)}
     return sizes
+
+
+def _fp8_experts(model: CausalLM) -> set[tuple[int, int, int]]:
+    """Shapes of experts with e4m3 weights: their number, hidden channels, and their own."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, Experts) and module.takes_fp8:
+            count, hidden, width = module.gemm_shape
+            found.add((count, hidden, width))
+    return found
+
+
+def _grouped_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int, int]]:
+    """(outputs, inputs, rows, experts) of DeepGEMM's GEMMs with the weights of experts."""
+    from millrace.kernels.gpu.moe import deep_gemm_rows  # needs packages for GPUs
+
+    sizes = set()
+    top_k = model.config.experts.top_k if model.config.experts else 0
+    for count, hidden, width in _fp8_experts(model):
+        for tokens in token_counts(config):
+            if rows := deep_gemm_rows(tokens, top_k, (count, hidden, width)):
+                sizes |= {(2 * width, hidden, rows, count), (hidden, width, rows, count)}
+    return sizes
+
+
+def warm_experts(config: EngineConfig, model: CausalLM) -> None:
+    """On a GPU, run the experts for numbers of tokens with kernels of their own, so that a step in
+    no graph waits for no compiler. Those of DeepGEMM are compiled in the background."""
+    if config.device != "cuda" or model.config.experts is None:
+        return
+    from millrace.kernels.gpu.moe import deep_gemm_rows  # needs packages for GPUs
+
+    modules = [module for module in model.modules() if isinstance(module, Experts)]
+    for module in {module.gemm_shape: module for module in modules}.values():
+        tokens = 1
+        while tokens < 2 * config.max_num_batched_tokens:
+            if not deep_gemm_rows(tokens, module.top_k, module.gemm_shape):
+                module.multiply(min(tokens, config.max_num_batched_tokens))
+            tokens *= 2
 
 
 def load_model(

@@ -33,7 +33,8 @@ from millrace.kernels.gpu.gemm import prebuild  # noqa: E402
 from millrace.kernels.gpu.gemm.tiling import kernel_of  # noqa: E402
 
 LIMIT = 60.0  # seconds for what takes some of them on a quiet machine
-PRODUCTS = [(128, 256, tokens, 120 + tokens % 3) for tokens in range(9, 200)]
+PRODUCTS = [prebuild.Product(128, 256, n, 120 + n % 3) for n in range(9, 200)]
+GROUPED = [(256, 128, 640, 3), (128, 256, 384, 3), (256, 128, 256, 3)]
 FAKE = '''
 import os, subprocess, time
 
@@ -54,8 +55,16 @@ def fp8_gemm_nt(x, weight, out):
         note.write(f"{os.getpid()} {compiler.pid}\\n")
         note.close()
         time.sleep(600)
-    note.write(f"{outputs} {inputs} {tokens} {multiprocessors}\\n")
+    note.write(f"{outputs} {inputs} {tokens} {multiprocessors} 0\\n")
     note.close()
+
+def m_grouped_fp8_gemm_nt_contiguous(x, weight, out, groups):
+    """The same; the scales lie row by row of experts, and no row has one."""
+    (rows, inputs), (experts, outputs, _) = x[0].shape, weight[0].shape
+    assert weight[1].shape == (experts, outputs // 128, inputs // 128) and groups.max() < 0
+    assert x[1].stride() == (1, rows) and out.shape == (rows, outputs) and len(groups) == rows
+    with open(os.environ["FAKE_NOTES"], "a") as note:
+        note.write(f"{outputs} {inputs} {rows} {multiprocessors} {experts}\\n")
 '''
 
 
@@ -114,6 +123,20 @@ def test_every_product_once_and_never_again(notes: Path) -> None:
     assert prebuild.marker_of(PRODUCTS, None) != prebuild.marker_of(PRODUCTS[1:], None)
 
 
+def test_products_of_experts_come_first(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each shape the one with the most rows; children compile them like the others."""
+    pretend(monkeypatch)
+    found = prebuild.grouped_products(GROUPED)
+    assert [(one.outputs, one.tokens) for one in found] == [(256, 640), (128, 384), (256, 256)]
+    both = prebuild.one_of_each_kernel_first([*PRODUCTS, *found])
+    assert both[:3] == found
+    assert sorted(both[3:]) == PRODUCTS
+    assert prebuild.tensor_bytes(found) > prebuild.tensor_bytes([found[1]])
+    with started(1, found) as children:
+        children.finish(LIMIT)
+    assert numbers(notes) == [tuple(one) for one in found]
+
+
 def test_a_failure_is_a_warning_and_the_next_start_tries_again(
     notes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -145,7 +168,8 @@ def test_children_die_with_their_parent(notes: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FAKE_WAY", "hang")
     program = (
         "import time; from pathlib import Path; from millrace.kernels.gpu.gemm import prebuild\n"
-        f"a = prebuild.start([(128, 128, 9, 132)], 'cpu', 1, Path({str(notes)!r} + '.marker'))\n"
+        "one = prebuild.Product(128, 128, 9, 132)\n"
+        f"a = prebuild.start([one], 'cpu', 1, Path({str(notes)!r} + '.marker'))\n"
         "time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
@@ -183,7 +207,8 @@ def test_a_start_goes_on_without_them(
     children = SimpleNamespace(
         finish=lambda limit: calls.append("finish"), close=lambda: calls.append("close")
     )
-    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda sizes: [(1, 1, 1, 0)])
+    one = prebuild.Product(1, 1, 1, 0)
+    monkeypatch.setattr(prebuild, "deep_gemm_products", lambda sizes: [one])
     monkeypatch.setattr(prebuild, "on_this_gpu", lambda products: children)
     with prebuild.compiling([]):
         pass
@@ -196,7 +221,7 @@ def test_no_more_children_than_memory_and_cores_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    large = [(34816, 5120, 16384, 0), *PRODUCTS]
+    large = [prebuild.Product(34816, 5120, 16384, 0), *PRODUCTS]
     assert 1 << 30 < prebuild.tensor_bytes(large) < 2 << 30
     assert prebuild.how_many(large, 140 << 30) == prebuild.MOST
     assert prebuild.how_many(large, 30 << 30) == 4
@@ -262,7 +287,7 @@ def test_on_a_gpu(
     cores = torch.cuda.get_device_properties().multi_processor_count
     foretold = {
         kernel_of(tokens, outputs, inputs, some or cores)
-        for outputs, inputs, tokens, some in prebuild.deep_gemm_products(sizes)
+        for outputs, inputs, tokens, some, _ in prebuild.deep_gemm_products(sizes)
     }
     assert len(kernels) == len(foretold)
     assert torch.cuda.mem_get_info()[0] > free - (256 << 20)
@@ -307,13 +332,13 @@ def test_products_are_those_that_go_to_deep_gemm(
             fp8.fp8_matmul(x, weight, scale, torch.bfloat16)
             name, last = taken.pop()
             if name == "deep_gemm_matmul":
-                wanted.add((*shape, tokens, last))
+                wanted.add(prebuild.Product(*shape, tokens, last))
     found = prebuild.deep_gemm_products([(*shape, n) for shape in shapes for n in counts])
     assert len(found) == len(set(found))
     assert set(found) == wanted
     ordered = prebuild.one_of_each_kernel_first(found)
     assert sorted(ordered) == sorted(found)
-    kernels = [kernel_of(n, o, i, multiprocessors or 132) for o, i, n, multiprocessors in ordered]
+    kernels = [kernel_of(n, o, i, some or 132) for o, i, n, some, _ in ordered]
     distinct = len(set(kernels))
     assert len(set(kernels[:distinct])) == distinct  # one of each comes first
     if installed:

@@ -23,6 +23,7 @@ from millrace.model.layers.mlp import MLP
 from millrace.model.layers.norm import NormedInput, ReadsNormed
 from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
+from millrace.model.weight_format import HasGemms
 
 
 class MoE(nn.Module):
@@ -100,7 +101,7 @@ class SharedExpert(MLP):
         return out
 
 
-class Experts(nn.Module):
+class Experts(HasGemms):
     """The weights of experts: this rank's share of the width of each, or its share of them.
 
     They are named expert by expert. Checkpoints that have them in one tensor look the same here
@@ -124,6 +125,7 @@ class Experts(nn.Module):
             for part in ("gate", "up")
         ]
         down = [Piece(f"{name}.down_proj.weight", out, ((0, hidden),), share) for name in names]
+        self.top_k, self.dtype = c.top_k, build.dtype
         self.count, self.all_here = len(names), len(names) == c.count
         self.gate_up_values, self.gate_up_scales = _stacked(build, gate_up)
         self.down_values, self.down_scales = _stacked(build, down)
@@ -135,6 +137,20 @@ class Experts(nn.Module):
         mine = routes.experts - self.first
         here = (mine >= 0) & (mine < self.count)
         return Routes(torch.where(here, mine, -1), routes.weights)
+
+    @property
+    def gemm_shape(self) -> tuple[int, ...]:
+        """Experts, hidden channels, and channels of an expert, on this rank."""
+        return tuple(self.down.values.shape)
+
+    def multiply(self, tokens: int) -> None:
+        count, hidden, _ = self.gemm_shape
+        device = self.down_values.device
+        experts = torch.arange(tokens * self.top_k, dtype=torch.int32, device=device) % count
+        weights = torch.ones(tokens, self.top_k, dtype=self.dtype, device=device)
+        x = torch.zeros(tokens, hidden, dtype=self.dtype, device=device)
+        routes = Routes(experts.view(tokens, self.top_k), weights)
+        run_experts(x, routes, self.gate_up, self.down)
 
     @property
     def takes_fp8(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from millrace.common.optional import probe
 from millrace.kernels.gpu.device import gpu
-from millrace.kernels.gpu.gemm.fp8 import allow_early_launches
+from millrace.kernels.gpu.gemm.fp8 import allow_early_launches, multiprocessors_of
 from millrace.kernels.quantize import Quantized
 
 TILE = 128  # rows
@@ -24,19 +24,21 @@ def has_grouped() -> bool:
 
 
 def grouped_matmul(
-    x: Quantized, weight: Tensor, scale: Tensor, experts: Tensor, tile: int = TILE
-) -> Tensor:
+    x: Quantized, weight: Tensor, scale: Tensor, experts: Tensor, tile: int = TILE,
+    multiprocessors: int = 0,
+) -> Tensor:  # fmt: skip
     """Each row times the weight of its expert, bfloat16 [P, out].
 
     x: [P, in], P a multiple of `tile`; weight: e4m3 [E, out, in]; scale: float32 [E, out / 128,
     in / 128]; experts: int32 [P], -1 for rows without one, whose results may be anything.
+    multiprocessors: 0 for all.
     """
     library = probe("deep_gemm").module
     assert library is not None
     shape = len(x.values), weight.shape[1]
     out = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
     allow_early_launches()
-    library.set_num_sms(gpu().multiprocessors)
+    library.set_num_sms(multiprocessors_of(multiprocessors))
     _set_tile(library, tile)
     getattr(library, _NAME)(tuple(x), (weight, scale), out, experts)
     return out

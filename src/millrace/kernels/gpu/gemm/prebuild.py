@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 
@@ -43,21 +43,33 @@ from millrace.kernels.quantize import GROUP, Quantized
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]  # outputs and inputs of an e4m3 weight, tokens
-Product = tuple[int, int, int, int]  # the same, and multiprocessors or 0 for all
+GroupedSize = tuple[int, int, int, int]  # the same of each expert, with rows, and the experts
+
+
+class Product(NamedTuple):
+    """multiprocessors: 0 for all. experts: whose weights there are, `tokens` being the rows of all;
+    0: one weight."""
+
+    outputs: int
+    inputs: int
+    tokens: int
+    multiprocessors: int
+    experts: int = 0
+
 
 MOST = 14  # children
 LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to do
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 3  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
-_RECORD = struct.Struct("<4i")
+_RECORD = struct.Struct("<5i")
 
 
 # --- in the process that starts ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def compiling(sizes: Collection[Size]) -> Iterator[None]:
+def compiling(sizes: Collection[Size], grouped: Collection[GroupedSize] = ()) -> Iterator[None]:
     """Compile what products of these sizes need, beside what is within; over when that ends.
 
     At the end the children are waited for, up to LIMIT; if what is within raises, they are killed.
@@ -65,7 +77,7 @@ def compiling(sizes: Collection[Size]) -> Iterator[None]:
     """
     children = None
     try:
-        products = deep_gemm_products(sizes)
+        products = [*grouped_products(grouped), *deep_gemm_products(sizes)]
         if products:
             children = on_this_gpu(products)
     except Exception as error:
@@ -84,7 +96,7 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
     from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
 
     products = [
-        (outputs, inputs, tokens, way.multiprocessors)
+        Product(outputs, inputs, tokens, way.multiprocessors)
         for outputs, inputs, tokens in sorted(set(sizes))
         if (way := deep_gemm_way(tokens, outputs, inputs))
     ]
@@ -92,9 +104,26 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
     return products
 
 
+def grouped_products(sizes: Collection[GroupedSize]) -> list[Product]:
+    """Those with the weights of experts, in front one of each shape, of the most rows."""
+    from millrace.kernels.gpu.gemm.fp8 import multiprocessors_of
+
+    first: list[Product] = []
+    others: list[Product] = []
+    seen: set[tuple[int, int, int]] = set()
+    for outputs, inputs, rows, experts in sorted(set(sizes), reverse=True):
+        shape = outputs, inputs, experts
+        product = Product(outputs, inputs, rows, multiprocessors_of(0), experts)
+        (others if shape in seen else first).append(product)
+        seen.add(shape)
+    return [*first, *others]
+
+
 def one_of_each_kernel_first(products: list[Product]) -> list[Product]:
     """The products in another order: first one for each kernel, those that most products take in
     front, so that no two children compile the same kernel at once.
+
+    Those of experts are in front of all, in their order: their kernels cannot be foretold.
 
     The others find their kernels. Where they do not, because the library decides otherwise than is
     foretold, neighbours in size share one; so they should be far apart.
@@ -102,13 +131,15 @@ def one_of_each_kernel_first(products: list[Product]) -> list[Product]:
     from millrace.kernels.gpu.gemm.fp8 import multiprocessors_of
 
     users: dict[Kernel, list[Product]] = {}
+    grouped = [product for product in products if product.experts]
+    products = [product for product in products if not product.experts]
     for product in products:
-        outputs, inputs, tokens, multiprocessors = product
+        outputs, inputs, tokens, multiprocessors, _ = product
         kernel = kernel_of(tokens, outputs, inputs, multiprocessors_of(multiprocessors))
         users.setdefault(kernel, []).append(product)
     first = [some[0] for some in sorted(users.values(), key=len, reverse=True)]
     seen = set(first)
-    return [*first, *(one for one in products if one not in seen)]
+    return [*grouped, *first, *(one for one in products if one not in seen)]
 
 
 def on_this_gpu(products: list[Product]) -> Children | None:
@@ -134,7 +165,9 @@ def how_many(products: list[Product], free: int) -> int:
 
 def tensor_bytes(products: list[Product]) -> int:
     """GPU memory that a child's tensors may take, in bytes: the largest product's, and a margin."""
-    most = max(o * i + tokens * (i + 2 * o) for o, i, tokens, _ in products)
+    most = max(
+        max(experts, 1) * o * i + tokens * (i + 2 * o) for o, i, tokens, _, experts in products
+    )
     return most + most // 4 + (64 << 20)
 
 
@@ -249,7 +282,7 @@ def main(parent: int, device: str, memory: int) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
     while record := os.read(sys.stdin.fileno(), _RECORD.size):
-        multiply_nothing(_RECORD.unpack(record), torch.device(device))
+        multiply_nothing(Product(*_RECORD.unpack(record)), torch.device(device))
         if device != "cpu":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # else the next product's sizes might not fit between these
@@ -258,10 +291,19 @@ def main(parent: int, device: str, memory: int) -> None:
 def multiply_nothing(product: Product, device: torch.device) -> None:
     """A product of these sizes on memory as it is found."""
     from millrace.kernels.gpu.gemm.fp8 import deep_gemm_matmul
+    from millrace.kernels.gpu.gemm.grouped import grouped_matmul
     from millrace.kernels.gpu.quantize import empty_quantized
 
-    outputs, inputs, tokens, multiprocessors = product
+    outputs, inputs, tokens, multiprocessors, experts = product
     x: Quantized = empty_quantized(tokens, inputs, device)
+    if experts:
+        sizes = experts, outputs, inputs
+        weight = torch.empty(sizes, dtype=torch.float8_e4m3fn, device=device)
+        blocks = experts, outputs // GROUP, inputs // GROUP
+        scale = torch.empty(blocks, dtype=torch.float32, device=device)
+        nobody = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        grouped_matmul(x, weight, scale, nobody, multiprocessors=multiprocessors)
+        return
     weight = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(outputs // GROUP, inputs // GROUP, dtype=torch.float32, device=device)
     deep_gemm_matmul(x, weight, scale, multiprocessors)

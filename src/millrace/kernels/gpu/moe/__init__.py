@@ -6,6 +6,8 @@ and multiplied in tiles by Triton (tiles.py); many by DeepGEMM (rows.py) where i
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -16,14 +18,14 @@ from millrace.kernels.gpu.device import gpu
 from millrace.kernels.gpu.gemm.grouped import TILE, grouped_matmul, has_grouped
 from millrace.kernels.gpu.moe import few
 from millrace.kernels.gpu.moe.combine import combine
-from millrace.kernels.gpu.moe.routing import group, route
+from millrace.kernels.gpu.moe.routing import group, most_rows, route
 from millrace.kernels.gpu.moe.rows import gather, silu_mul_quantize_rows
 from millrace.kernels.gpu.moe.tiles import TileConfig, down, gate_up
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.moe import ExpertWeights, Routes, Shared
 from millrace.kernels.quantize import GROUP, Quantized
 
-__all__ = ["backends", "by_deep_gemm", "in_tiles", "route", "run_experts", "takes_deep_gemm"]
+__all__ = ["backends", "by_deep_gemm", "deep_gemm_rows", "in_tiles", "route", "run_experts"]
 
 MANY = 48  # rows of an expert, on average, from which on DeepGEMM's tiles are worth their padding
 
@@ -44,16 +46,21 @@ def run_experts(
         made = few.few_experts(q, experts, gate_up, down)
         if made is not None:
             return combine(made, experts, weights, shared, placed=False)
-    if bf16 and takes_deep_gemm(len(experts), experts.shape[1], gate_up, down):
+    if bf16 and deep_gemm_rows(len(experts), experts.shape[1], down.values.shape):
         return by_deep_gemm(q, routes, gate_up, down, shared)
     return in_tiles(q, routes, gate_up, down, shared)
 
 
-def takes_deep_gemm(tokens: int, top_k: int, gate_up: ExpertWeights, down: ExpertWeights) -> bool:
-    """Whether DeepGEMM multiplies so many tokens, with results in bfloat16."""
-    count, hidden, width = down.values.shape
+def deep_gemm_rows(tokens: int, top_k: int, shape: Sequence[int]) -> int:
+    """Rows of DeepGEMM's GEMMs of so many tokens, padding included; 0: others multiply them.
+
+    shape: experts, hidden channels, and channels of an expert. Results are in bfloat16.
+    """
+    count, hidden, width = shape
     aligned = hidden % GROUP == 0 and width % GROUP == 0
-    return tokens * top_k >= MANY * count and aligned and has_grouped()
+    if tokens * top_k < MANY * count or not aligned or not has_grouped():
+        return 0
+    return most_rows(tokens * top_k, count, TILE)
 
 
 def in_tiles(
@@ -95,9 +102,11 @@ def tile_config(pairs: int, count: int, dtype: torch.dtype, quantized: bool) -> 
     return TileConfig(rows, 128, 128, False, 8, (3, 4))
 
 
-def backends(dtype: torch.dtype, shapes: set[tuple[int, int, int]]) -> list[BackendChoice]:
-    """What runs experts with FP8 weights, by tokens. shapes: (experts, inputs, channels)."""
+def backends(dtype: torch.dtype, shapes: Collection[tuple[int, int, int]]) -> list[BackendChoice]:
+    """What runs experts, by tokens. shapes: of those with FP8 weights, as in `deep_gemm_rows`."""
     name = "experts"
+    if not shapes:
+        return [BackendChoice(name, "Triton kernels")]
     if dtype != torch.bfloat16 or not gpu().is_hopper:
         return [BackendChoice(name, "Triton kernels")]
     compiled = all(few.is_compiled(hidden, width) for _, hidden, width in shapes)
