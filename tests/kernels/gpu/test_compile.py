@@ -469,6 +469,14 @@ def test_gemm_some(nvrtc: Nvrtc, tokens: int, most: int):
     assert "wgmma" not in log  # a remark that products wait for each other
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_w4_few(nvrtc: Nvrtc, zeros: bool):
+    from millrace.kernels.gpu.gemm import w4_few
+
+    for form in (w4_few.DEEP, w4_few.WIDE):
+        assert spilled(nvrtc.compile(w4_few.source(form, zeros))) == 0
+
+
 def registers(log: str) -> int:
     """Of a thread, in the kernel that takes most of them."""
     return max(

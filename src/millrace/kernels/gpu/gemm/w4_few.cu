@@ -1,0 +1,201 @@
+// Products of up to 8 tokens with a weight of 4 bits [OUT, K] that streams once from memory to
+// registers, where it is widened to bfloat16.
+//
+// As few.cu: WARPS of a block share its 16 * TILES rows, and take every WARPS-th run of DEPTH groups
+// of 128 channels; their sums are added in the order of the warps. So a token's result depends on these
+// constants alone, and not on the tokens beside it. A warp asks for its next run as it works on the
+// last. Two tiles read each token's channels half as often as one, two groups a run ask for as many
+// bytes at once: which is better depends on the number of tokens.
+//
+// Codes become numbers without a conversion: 0x4300 | code is 128 + code in bfloat16. Two codes that
+// are 16 bits apart take a shift and a logical instruction; less 128 + zero, which is exact, they are
+// operands of m16n8k16. Which channel an inner index stands for is ours to choose: lane = 4 g + l has
+// rows g and g + 8 of a tile and token g, channels 32 l .. 32 l + 31 of a group; of 8 channels that a
+// word has, product p of 2 takes the pairs (2 p, 2 p + 4) and (2 p + 1, 2 p + 5). A sum of a group is
+// float32 and is multiplied with its scale.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+constexpr int GROUP = 128, ROWS = 16 * TILES, TOKENS = 8;  // WARPS, TILES, DEPTH, ZEROS are given
+
+#ifndef EMULATED  // what the CPU twin in the tests stands in for
+// 16 bytes that nobody reads again; anything, unread, unless live. No branch, so that the load may
+// move up among the products that still use its registers' neighbours.
+__device__ __forceinline__ uint4 stream(const u8* at, bool live) {
+  uint4 x;
+  asm volatile(
+      "{ .reg .pred live; setp.ne.u32 live, %5, 0;"
+      "@live ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(at), "r"((u32)live));
+  return x;
+}
+
+// Not through the read-only path: the kernel in front may write this while the block is there.
+__device__ __forceinline__ uint4 load(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
+
+// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void mma(float* d, const u32* a, const u32* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {  // of two bfloat16 each: a * 1 - b
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+  return d;
+}
+
+__device__ __forceinline__ float from_half(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+#endif
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) {  // i is known when this is compiled
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// 128 + code of channels i and i + 4 of a word.
+__device__ __forceinline__ u32 pair_of(u32 codes, int i) {
+  return (codes >> 4 * i & 0x000f000fu) | 0x43004300u;
+}
+
+// A lane's part of a run: rows g and g + 8 of each tile. zero: 128 + zero, twice.
+struct Weights {
+  uint4 codes[DEPTH][TILES][2];
+  float scale[DEPTH][TILES][2];
+  u32 zero[DEPTH][TILES][2];
+};
+
+// Where a lane reads: codes at row g and its channels of group 0; scales and zeros of row g.
+struct Source {
+  const u8* codes;
+  const u16* scales;
+  const u8* zeros;
+  int K, groups, each;  // groups: scales of a row; each: groups of 128 that share one
+};
+
+__device__ __forceinline__ void fetch(Weights& part, const Source& from, int run) {
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) {
+    const int group = run * DEPTH + d;
+    const bool live = group < from.K / GROUP;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int side = 0; side < 2; side++) {
+        const int row = 16 * t + 8 * side;
+        part.codes[d][t][side] =
+            stream(from.codes + row * (from.K / 2) + group * (GROUP / 2), live);
+        const int at = row * from.groups + group / from.each;
+        part.scale[d][t][side] = live ? from_half(from.scales[at]) : 0.f;
+        if (ZEROS) part.zero[d][t][side] = live ? 0x43004300u + from.zeros[at] * 0x10001u : 0u;
+      }
+  }
+}
+
+// acc += the products of a run, scaled. acc of a tile: rows g, g, g + 8, g + 8 for tokens 2 l,
+// 2 l + 1, 2 l, 2 l + 1. x: the lane's channels of token g in the run's first group; live: there is
+// such a token.
+__device__ __forceinline__ void multiply(float (*acc)[4], const Weights& w, const u16* x, bool live,
+                                         int groups_left) {
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) {
+    float sum[TILES][4] = {};
+    const bool there = live && d < groups_left;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (there) v = load(reinterpret_cast<const u8*>(x + d * GROUP + 8 * c));
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        const u32 front = p ? v.y : v.x, back = p ? v.w : v.z;
+        const u32 b[2] = {low_halves(front, back), high_halves(front, back)};
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+          const u32 upper = word(w.codes[d][t][0], c), lower = word(w.codes[d][t][1], c);
+          const u32 of_upper = ZEROS ? w.zero[d][t][0] : 0x43084308u;
+          const u32 of_lower = ZEROS ? w.zero[d][t][1] : 0x43084308u;
+          const u32 a[4] = {minus(pair_of(upper, 2 * p), of_upper),
+                            minus(pair_of(lower, 2 * p), of_lower),
+                            minus(pair_of(upper, 2 * p + 1), of_upper),
+                            minus(pair_of(lower, 2 * p + 1), of_lower)};
+          mma(sum[t], a, b);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[t][e] += sum[t][e] * w.scale[d][t][e / 2];
+  }
+}
+
+// x: bfloat16 [T, K], T <= TOKENS, 16 bytes aligned. codes: [OUT, K / 2] bytes, 16 bytes aligned.
+// scales: float16 [OUT, groups]; zeros: bytes, alike; factor: float32 [OUT]. out: bfloat16 [T, OUT].
+// K is a multiple of 128 and of groups, OUT of ROWS; blockIdx.x takes ROWS of OUT.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
+    w4_few(const u16* x, const u8* codes, const u16* scales, const u8* zeros, const float* factor,
+           u16* out, int T, int OUT, int K, int groups) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
+  const int first_row = blockIdx.x * ROWS, all = K / GROUP, runs = (all + DEPTH - 1) / DEPTH;
+  const i64 row = first_row + g;
+  const Source from = {codes + row * (K / 2) + 16 * l, scales + row * groups,
+                       zeros + row * groups, K, groups, all / groups};
+
+  let_next_start();
+  Weights held;
+  fetch(held, from, warp);
+  await_previous();  // the weight is there, x need not be yet
+  float acc[TILES][4] = {};
+  for (int run = warp; run < runs; run += WARPS) {
+    multiply(acc, held, x + (i64)g * K + run * DEPTH * GROUP + 32 * l, g < T, all - run * DEPTH);
+    fetch(held, from, run + WARPS);
+  }
+
+  __shared__ float sums[WARPS][ROWS][TOKENS];
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      sums[warp][16 * t + g + 8 * (e / 2)][2 * l + e % 2] = acc[t][e];
+  __syncthreads();
+  for (int i = threadIdx.x; i < T * ROWS / 2; i += 32 * WARPS) {
+    const int token = i / (ROWS / 2), at = i % (ROWS / 2) * 2;
+    float a = 0.f, b = 0.f;
+#pragma unroll
+    for (int other = 0; other < WARPS; other++) {
+      a += sums[other][at][token], b += sums[other][at + 1][token];
+    }
+    a *= factor[first_row + at], b *= factor[first_row + at + 1];
+    *reinterpret_cast<u32*>(out + (i64)token * OUT + first_row + at) = pack(a, b);
+  }
+}

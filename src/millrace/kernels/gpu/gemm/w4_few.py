@@ -1,0 +1,88 @@
+"""Products of at most 8 tokens with weights of 4 bits, by a CUDA kernel compiled at run time.
+
+w4_few.cu says how. A token's result does not depend on the tokens beside it, but for the number of
+tokens at which the form changes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.dispatch import remembered
+from millrace.kernels.gemm import W4
+from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu.cuda_source import CudaKernel
+from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu.quantize import chains_launches
+
+MAX_TOKENS = 8
+GROUP = 128  # channels of a scale: a multiple
+
+
+class Form(NamedTuple):
+    """Constants of w4_few.cu: warps of a block, tiles of 16 rows that it has, groups of a run."""
+
+    warps: int
+    tiles: int
+    depth: int
+
+
+DEEP, WIDE = Form(8, 1, 2), Form(8, 2, 1)
+
+
+def form_for(tokens: int, outputs: int) -> Form:
+    """More rows a block for more tokens, so that these are read less often."""
+    return WIDE if tokens > 4 and outputs % 32 == 0 else DEEP
+
+
+def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
+    """x @ weight^T in bfloat16; None where the kernel does not take these, or cannot be compiled."""
+    if not takes(x, weight):
+        return None
+    tokens, (outputs, width) = len(x), weight.shape
+    form = form or form_for(tokens, outputs)
+    kernel = _compiled(form, weight.zeros is not None)
+    if kernel is None:
+        return None
+    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    if tokens:
+        zeros = weight.codes if weight.zeros is None else weight.zeros  # not read if there are none
+        kernel(
+            grid=(outputs // (16 * form.tiles), 1, 1), block=(32 * form.warps, 1, 1),
+            args=[x, weight.codes, weight.scales, zeros, weight.factor, out, tokens, outputs, width,
+                  weight.scales.shape[1]], early=chains_launches(),
+        )  # fmt: skip
+    return out
+
+
+def takes(x: Tensor, weight: W4) -> bool:
+    """Whether the kernel multiplies these."""
+    outputs, width = weight.shape
+    tensors = [x, *(part for part in weight[:4] if isinstance(part, Tensor))]
+    return (
+        len(x) <= MAX_TOKENS and x.dtype == torch.bfloat16 and not weight.floats
+        and outputs % 16 == 0 and width % weight.group == 0 and weight.group % GROUP == 0
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and x.data_ptr() % 16 == 0 and weight.codes.data_ptr() % 16 == 0
+    )  # fmt: skip
+
+
+def source(form: Form, zeros: bool) -> str:
+    """The kernel `w4_few`."""
+    return cuda_source.read("gemm/w4_few.cu", {**form._asdict(), "zeros": int(zeros)})
+
+
+def is_compiled() -> bool:
+    """Whether this machine has the kernel; it is compiled now."""
+    return _compiled(DEEP, False) is not None
+
+
+@remembered
+def _compiled(form: Form, zeros: bool) -> CudaKernel | None:
+    """None where there is no compiler, or no bfloat16 in tensor cores."""
+    if gpu().capability < (8, 0):
+        return None
+    return cuda_source.compiled(source(form, zeros), "w4_few")
