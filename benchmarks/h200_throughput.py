@@ -8,6 +8,7 @@ end tokens ignored: the workload of the other engines' figures in LEDGER.md.
     python benchmarks/h200_throughput.py --phases wide,nomtp,long --repeats 1
     python benchmarks/h200_throughput.py --phases start
     python benchmarks/h200_throughput.py --phases floors --model qwen3-8b
+    python benchmarks/h200_throughput.py --phases runs,floors --quantization int4
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
 Each phase is one arrangement (see ARRANGEMENTS). The phases of a call share a process and its
@@ -51,7 +52,14 @@ from engine_runs import (
     requests,
     synchronize,
 )
-from model_shapes import SHAPES, prefill_work, read_sizes, step_work, write_config
+from model_shapes import (
+    QUANTIZATIONS,
+    SHAPES,
+    prefill_work,
+    read_sizes,
+    step_work,
+    write_config,
+)
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
@@ -170,6 +178,8 @@ def arguments_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found = {**BASE, **ARRANGEMENTS[name], **(TINY_ARGS if options.tiny else {})}
     if not SHAPES[options.model].get("mtp_num_hidden_layers"):
         found["speculative_config"] = None
+    elif options.quantization != "fp8" and found["speculative_config"] is not None:
+        found["speculative_config"] = {**found["speculative_config"], "quantization": "fp8"}
     return found
 
 
@@ -322,6 +332,7 @@ def start_up(name: str, options: argparse.Namespace, record: dict[str, Any]) -> 
     """Seconds until an engine is ready, in new processes. "start": nothing compiled yet, then all
     of it; "warm": only the latter, with what this machine has compiled."""
     command = [sys.executable, __file__, "--phases", "ready", "--model", options.model]
+    command += ["--quantization", options.quantization]
     command += ["--layers", str(options.layers)] if options.layers else []
     command += ["--tiny"] if options.tiny else []
     with tempfile.TemporaryDirectory() as caches:
@@ -416,6 +427,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", choices=SHAPES, default="qwen3.5-27b")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="fp8")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     options = parser.parse_args()
@@ -428,20 +440,24 @@ def parse_options() -> argparse.Namespace:
     options.out = options.out or (
         Path(tempfile.gettempdir(), "h200_tiny.json")
         if options.tiny
-        else ROOT / "benchmarks" / "results" / f"h200{_suffix(options.model)}.json"
+        else ROOT / "benchmarks" / "results" / f"h200{_suffix(options)}.json"
     )
     return options
 
 
-def _suffix(model: str) -> str:
-    return "" if model == "qwen3.5-27b" else f"_{model}"
+def _suffix(options: argparse.Namespace) -> str:
+    model, form = options.model, options.quantization
+    return ("" if model == "qwen3.5-27b" else f"_{model}") + ("" if form == "fp8" else f"_{form}")
 
 
 def model_directory(options: argparse.Namespace, parent: Path) -> Path:
     if not options.tiny:
-        return write_config(parent / options.model, options.layers, options.model)
+        name = options.model
+        return write_config(parent / name, options.layers, name, options.quantization)
     hybrid = options.model == "qwen3.5-27b"
     small = config_json(TinyShape()) if hybrid else {**QWEN3, "vocab_size": TINY.vocab}
+    if options.quantization != "fp8":
+        small["quantization_config"] = QUANTIZATIONS[options.quantization]
     parent.joinpath("config.json").write_text(json.dumps(small))
     return parent
 

@@ -38,6 +38,7 @@ from kernel_cases import (
     gemm,
     moe,
     sampling,
+    w4,
 )
 from kernel_cases.case import Case, ceilings, measure
 from kernel_cases.dry_run import dry_run
@@ -50,6 +51,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,
     "gemm_some": gemm.some_cases,
+    "w4": w4.cases,
     "attention": attention.cases,
     "attention_few_rows": attention.few_rows_cases,
     "attention_dense": attention_dense.cases,

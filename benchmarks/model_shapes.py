@@ -19,6 +19,23 @@ FP8_BLOCKS = {
     "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
 }
+# 4 bits in groups of 128, symmetric, as most checkpoints of this class are.
+INT4_GROUPS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+                "group_size": 128,
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+}  # fmt: skip
+QUANTIZATIONS: dict[str, dict[str, Any]] = {"fp8": FP8_BLOCKS, "int4": INT4_GROUPS}
+INT4_BYTES = 0.5 + 2 / 128  # of a weight, with its part of a scale
 QWEN3_5_27B: dict[str, Any] = {
     "architectures": ["Qwen3_5ForCausalLM"],
     "model_type": "qwen3_5_text",
@@ -113,15 +130,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_config(directory: Path, layers: int | None = None, name: str = "qwen3.5-27b") -> Path:
-    """The config.json of a model of SHAPES with FP8 blocks. layers: None: all. Returns the
+def write_config(
+    directory: Path,
+    layers: int | None = None,
+    name: str = "qwen3.5-27b",
+    quantization: str = "fp8",
+) -> Path:
+    """The config.json of a model of SHAPES with quantized weights. layers: None: all. Returns the
     directory."""
     config = SHAPES[name] | {
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
         "dtype": "bfloat16",
-        "quantization_config": FP8_BLOCKS,
+        "quantization_config": QUANTIZATIONS[quantization],
     }
     if layers is not None:
         config["num_hidden_layers"] = layers
@@ -198,18 +220,30 @@ def step_work(c: ModelConfig, rows: int, width: int, context: float, window: int
     weights = gdn * recurrent + (full + min(drafts, 1)) * attention
     recurrent, attention, _ = gemm_weights(c, tokens)
     read = gdn * recurrent + (full + min(drafts, 1)) * attention
+    size, rate = _of_weights(c)
     state = rows * c.value_heads * c.key_dim * c.value_dim * 4.0
     folds = width / max(1, window - width)
     recent = rows * (c.key_heads * c.key_dim + values) * 4.0 * (window / 2 + width)
     kv = rows * context * 2 * c.num_kv_heads * c.head_dim * (full + min(drafts, 1))
     return Work(
         {
-            "products": (2.0 * weights * tokens, FP8, read + 4.0 * tokens * h * c.num_layers),
+            "products": (
+                2.0 * weights * tokens,
+                rate,
+                size * read + 4.0 * tokens * h * c.num_layers,
+            ),
             "heads": (2.0 * head * (tokens + rows * drafts), BF16, 2.0 * head * (1 + drafts)),
             "states": (gdn * 8.0 * state / 4 * width, BF16, gdn * (state * (1 + folds) + recent)),
             "attention": (4.0 * kv / 2 / c.num_kv_heads * c.num_heads * width, BF16, 1.0 * kv),
         }
     )
+
+
+def _of_weights(c: ModelConfig) -> tuple[float, float]:
+    """Bytes of a weight of a linear layer, and the rate of their products."""
+    if c.quantization.method == "compressed-tensors":
+        return INT4_BYTES, BF16
+    return 1.0, FP8
 
 
 def prefill_work(c: ModelConfig, prompts: int, length: int) -> Work:
@@ -224,7 +258,8 @@ def prefill_work(c: ModelConfig, prompts: int, length: int) -> Work:
     read = c.num_gdn_layers * recurrent + c.num_attention_layers * attention
     pairs = prompts * length * (length + 1) / 2
     scores = 4.0 * pairs * c.num_heads * c.head_dim * c.num_attention_layers
-    moved = read + 4.0 * tokens * c.hidden_size * c.num_layers
+    size, rate = _of_weights(c)
+    moved = size * read + 4.0 * tokens * c.hidden_size * c.num_layers
     return Work(
-        {"products": (2.0 * weights * tokens, FP8, moved), "attention": (scores, BF16, 0.0)}
+        {"products": (2.0 * weights * tokens, rate, moved), "attention": (scores, BF16, 0.0)}
     )

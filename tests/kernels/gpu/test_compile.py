@@ -223,6 +223,21 @@ def products(shape: Shape) -> None:
         fp8.triton_matmul(x, weight, scale, BF16)
 
 
+def w4_products(shape: Shape) -> None:
+    from millrace.kernels.gemm import W4
+    from millrace.kernels.gpu.gemm import w4
+
+    outputs, inputs = shape.hidden, shape.intermediate
+    codes, factor = empty(outputs, inputs // 8, dtype=torch.int32), empty(outputs, 1, dtype=F32)
+    for group, kind in ((128, "symmetric"), (32, "zeros"), (16, "floats")):
+        scales = empty(outputs, inputs // group, dtype=torch.float16)
+        zeros = empty(outputs, inputs // group, dtype=torch.uint8) if kind == "zeros" else None
+        weight = W4(codes, scales, factor, zeros, group, kind == "floats")
+        for tokens in (9, 512) if group == 128 else (32,):
+            w4.triton_matmul(empty(tokens, inputs), weight)
+        w4.dequantized(weight, BF16)
+
+
 def sampling(shape: Shape) -> None:
     from millrace.kernels.gpu import sampling as gpu
 
@@ -293,6 +308,7 @@ PARTS: list[Callable[[Shape], None]] = [
     between_products,
     products,
     experts,
+    w4_products,
     sampling,
     snapshots,
     drafts,

@@ -1,11 +1,12 @@
-"""FP8 GEMMs on the GPU: the ops of `millrace.kernels.gemm`, gathered from their modules."""
+"""GEMMs with FP8 and W4 weights on the GPU: ops of `millrace.kernels.gemm`, of several modules."""
 
 from __future__ import annotations
 
 from millrace.kernels.gpu.gemm.fp8 import fp8_linear
+from millrace.kernels.gpu.gemm.w4 import w4_linear
 from millrace.kernels.warmup import StepLimits, Warmup
 
-__all__ = ["fp8_linear", "warmup"]
+__all__ = ["fp8_linear", "w4_linear", "warmup"]
 SMALL = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 

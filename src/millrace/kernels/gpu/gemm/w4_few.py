@@ -39,7 +39,7 @@ def form_for(tokens: int, outputs: int) -> Form:
 
 
 def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
-    """x @ weight^T in bfloat16; None where the kernel does not take these, or cannot be compiled."""
+    """x @ weight^T, bfloat16; None where the kernel cannot be compiled, or does not take these."""
     if not takes(x, weight):
         return None
     tokens, (outputs, width) = len(x), weight.shape

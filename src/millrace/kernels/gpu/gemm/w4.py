@@ -1,0 +1,219 @@
+"""Products with weights of 4 bits and activations of 16: the weight is widened in registers.
+
+Three ways. At most 8 tokens: our CUDA kernel (`w4_few`), which is bound by memory. Up to
+`TORCH_FROM` tokens: a Triton kernel, which takes every layout of groups, and E2M1 codes; where
+there are few tiles, K is split. More tokens: the weight is dequantized to memory, and cuBLAS
+multiplies; that costs the same at any number of tokens. Weights are rounded to the dtype of x in
+the last two ways; in the first they are exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.gemm import W4
+from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu.gemm import w4_few as few
+
+TORCH_FROM = 1024  # tokens from which cuBLAS and a dequantized weight are taken for faster
+LEAST_INPUTS = 512  # of a part of K
+
+
+class Tiles(NamedTuple):
+    """tokens, outputs: of a tile; inputs: of a step, at least 32; swap: the weight is the operand
+    of many rows; splits: parts of K."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    swap: bool
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _values(codes, zero, scale, FLOATS: tl.constexpr):
+    """float32 of codes from 0 to 15, less zero, times scale."""
+    if FLOATS:
+        size = codes & 7
+        exponent = size >> 1
+        mantissa = size & 1
+        twice = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0))
+        value = tl.where(codes >= 8, -twice, twice).to(tl.float32) * 0.5
+    else:
+        # 2^23 + code, by its bits: no conversion of integers, which is slow.
+        value = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
+    return value * scale
+
+
+@triton.jit
+def _weight_tile(
+    codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP: tl.constexpr,
+    BK: tl.constexpr, FLOATS: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """float32 [outputs, BK], from input k on. o: outputs; codes: bytes [OUT, K / 2]."""
+    column = k + 2 * tl.arange(0, BK // 2)
+    inside = (o < OUT)[:, None] & (column < K)[None, :]
+    row = o.to(tl.int64)[:, None]
+    pairs = tl.load(codes + row * (K // 2) + column[None, :] // 2, mask=inside, other=0)
+    pairs = pairs.to(tl.int32)
+    if GROUP % BK == 0:  # one group
+        at = row * groups + k // GROUP
+        there = (o < OUT)[:, None]
+    else:
+        at = row * groups + column[None, :] // GROUP
+        there = inside
+    of_row = tl.load(factor + o, mask=o < OUT, other=0.0)[:, None]
+    scale = tl.load(scales + at, mask=there, other=0.0).to(tl.float32) * of_row
+    zero = 8.0
+    if ZEROS:
+        zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
+    low = _values(pairs & 15, zero, scale, FLOATS)
+    high = _values(pairs >> 4, zero, scale, FLOATS)
+    return tl.join(low, high).reshape(low.shape[0], BK)
+
+
+@triton.jit
+def _matmul_kernel(
+    x, codes, scales, zeros, factor, out, T, OUT, K, groups, GROUP: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
+    STEPS: tl.constexpr, SUPER: tl.constexpr, STAGES: tl.constexpr, FLOATS: tl.constexpr,
+    ZEROS: tl.constexpr,
+):  # fmt: skip
+    """A tile [BT tokens, BO outputs] of part program_id(1) of K: STEPS steps of BK inputs. The
+    parts' results lie one behind the other in `out`."""
+    tiles_t = tl.cdiv(T, BT)
+    tiles_o = tl.cdiv(OUT, BO)
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    # Tiles run in bands of SUPER output tiles, so that programs alive together share operands.
+    band = pid // (SUPER * tiles_t)
+    width = tl.minimum(tiles_o - band * SUPER, SUPER)
+    tile_o = band * SUPER + (pid % (SUPER * tiles_t)) % width
+    tile_t = (pid % (SUPER * tiles_t)) // width
+    t = tile_t * BT + tl.arange(0, BT)
+    o = tile_o * BO + tl.arange(0, BO)
+    acc = tl.zeros((BO, BT) if SWAP else (BT, BO), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = (part * STEPS + step) * BK
+        column = k + tl.arange(0, BK)
+        a = tl.load(
+            x + t.to(tl.int64)[:, None] * K + column[None, :],
+            mask=(t < T)[:, None] & (column < K)[None, :], other=0.0,
+        )  # fmt: skip
+        w = _weight_tile(
+            codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP, BK, FLOATS, ZEROS
+        ).to(a.dtype)
+        if SWAP:
+            acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+    if SWAP:
+        acc = tl.trans(acc)
+    at = (part.to(tl.int64) * T + t)[:, None] * OUT + o[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(t < T)[:, None] & (o < OUT)[None, :])
+
+
+@triton.jit
+def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = the sum of PARTS float32 tensors of `size` numbers, in their order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, zeros, factor, out, OUT, K, groups, GROUP: tl.constexpr, BO: tl.constexpr,
+    BK: tl.constexpr, FLOATS: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    k = tl.program_id(0) * BK
+    w = _weight_tile(codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP, BK, FLOATS, ZEROS)
+    column = k + tl.arange(0, BK)
+    inside = (o < OUT)[:, None] & (column < K)[None, :]
+    tl.store(
+        out + o.to(tl.int64)[:, None] * K + column[None, :], w.to(out.dtype.element_ty),
+        mask=inside,
+    )  # fmt: skip
+
+
+def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
+    """x @ weight^T by the Triton kernel."""
+    tokens, (outputs, width) = len(x), weight.shape
+    tiles = tiles or tiles_for(tokens, outputs, width)
+    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    if not tokens:
+        return out
+    steps = triton.cdiv(width, tiles.inputs)
+    each = triton.cdiv(steps, tiles.splits)
+    parts = triton.cdiv(steps, each)
+    to = out if parts == 1 else x.new_empty(parts, tokens, outputs, dtype=torch.float32)
+    grid = (triton.cdiv(tokens, tiles.tokens) * triton.cdiv(outputs, tiles.outputs), parts)
+    _matmul_kernel[grid](
+        x, *_operands(weight), to, tokens, outputs, width, weight.scales.shape[1],
+        GROUP=weight.group, BT=tiles.tokens, BO=tiles.outputs, BK=tiles.inputs, SWAP=tiles.swap,
+        STEPS=each, SUPER=8, STAGES=tiles.stages, FLOATS=weight.floats,
+        ZEROS=weight.zeros is not None, num_warps=tiles.warps,
+    )  # fmt: skip
+    if parts > 1:
+        size = tokens * outputs
+        _sum_kernel[(triton.cdiv(size, 1024),)](to, out, size, PARTS=parts, BLOCK=1024)
+    return out
+
+
+def dequantized(weight: W4, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in dtype."""
+    outputs, width = weight.shape
+    out = torch.empty(outputs, width, dtype=dtype, device=weight.codes.device)
+    _dequantize_kernel[triton.cdiv(width, 128), triton.cdiv(outputs, 32)](
+        *_operands(weight), out, outputs, width, weight.scales.shape[1], GROUP=weight.group,
+        BO=32, BK=128, FLOATS=weight.floats, ZEROS=weight.zeros is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _operands(weight: W4) -> tuple[Tensor, ...]:
+    """Pointers of the kernels; zeros that are not there are not read."""
+    zeros = weight.scales if weight.zeros is None else weight.zeros
+    return weight.codes.view(torch.uint8), weight.scales, zeros, weight.factor
+
+
+def tiles_for(tokens: int, outputs: int, width: int) -> Tiles:
+    """Tiles for these sizes, with as many parts of K as fill the multiprocessors twice."""
+    if tokens > 64:
+        return Tiles(128, 128, 64, True, 1, 8, 3)
+    size = max(16, triton.next_power_of_2(tokens))
+    programs = triton.cdiv(outputs, 64)
+    wanted = triton.next_power_of_2(triton.cdiv(264, programs))
+    return Tiles(size, 64, 128, True, max(1, min(wanted, width // LEAST_INPUTS, 8)), 4, 4)
+
+
+def w4_linear(x: Tensor, weight: W4) -> Tensor:
+    """As the reference, by the way that should be the fastest for this number of tokens."""
+    out = few.w4_few(x, weight)
+    if out is not None:
+        return out
+    if len(x) >= TORCH_FROM:
+        return torch.nn.functional.linear(x, dequantized(weight, x.dtype))
+    return triton_matmul(x, weight)
+
+
+def w4_backends() -> list[BackendChoice]:
+    """The backends of GEMMs with weights of 4 bits on this GPU."""
+    compiled = few.is_compiled()
+    reason = "" if compiled else "the CUDA kernel cannot be compiled here"
+    name = f"W4 GEMM, {few.MAX_TOKENS} tokens or less"
+    found = BackendChoice(name, "CUDA kernel" if compiled else "Triton kernel", reason)
+    many = f"Triton kernel, and from {TORCH_FROM} tokens on cuBLAS with a dequantized weight"
+    why = "" if gpu().capability[0] < 10 else "there are no kernels for FP4 tensor cores yet"
+    return [found, BackendChoice("W4 GEMM", many, why)]
