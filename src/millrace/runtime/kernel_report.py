@@ -16,6 +16,7 @@ from millrace.kernels.dispatch import BackendChoice, all_ops, find_fast_path
 from millrace.kernels.gpu import moe
 from millrace.kernels.gpu.gdn import decode
 from millrace.kernels.gpu.gemm import fp8 as gemm
+from millrace.kernels.gpu.gemm.w4 import w4_backends
 
 logger = logging.getLogger("millrace.kernels")
 
@@ -25,14 +26,18 @@ def backends(
     fp8: Collection[tuple[int, int]],
     gdn: decode.Shape | None,
     experts: Collection[tuple[int, int, int]] | None = None,
+    w4: bool = False,
 ) -> Iterator[BackendChoice]:
     """dtype: the model's. fp8: (outputs, inputs) of its FP8 weights.
 
     gdn: shape of its GDN decode kernels; None for a model without GDN layers. experts: (experts,
-    hidden channels, channels of one) of its FP8 experts; None for a model without experts.
+    hidden channels, channels of one) of its FP8 experts; None for a model without experts. w4:
+    whether it has weights of 4 bits.
     """
     if fp8:
         yield from gemm.fp8_backends(dtype, fp8)
+    if w4:
+        yield from w4_backends()
     if experts is not None:
         yield from moe.backends(dtype, experts)
     if gdn is not None:

@@ -421,7 +421,9 @@ def log_backends(config: EngineConfig, model_config: ModelConfig, model: CausalL
     )  # fmt: skip
     gdn = shape if model_config.num_gdn_layers else None
     experts = None if model_config.experts is None else _fp8_experts(model)
-    kernel_report.log_backends(kernel_report.backends(DTYPES[config.dtype], shapes, gdn, experts))
+    w4 = any(isinstance(module, W4Linear) for module in model.modules())
+    found = kernel_report.backends(DTYPES[config.dtype], shapes, gdn, experts, w4)
+    kernel_report.log_backends(found)
 
 
 def _log_weights(config: EngineConfig, model_config: ModelConfig, model: CausalLM) -> None:
