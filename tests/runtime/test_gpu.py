@@ -65,6 +65,14 @@ def mtp(k: int, head: str = "none", **options: Any) -> dict[str, Any]:
     return {"speculative_config": speculative, **options}
 
 
+SUFFIX: dict[str, Any] = {"speculative_config": {"method": "suffix"}}
+AUTO: dict[str, Any] = {
+    "speculative_config": {
+        "num_speculative_tokens": "auto", "lookup": "ngram", "prompt_lookup_min": 1
+    }
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,6 +86,9 @@ def mtp(k: int, head: str = "none", **options: Any) -> dict[str, Any]:
         pytest.param(mtp(3, enable_prefix_caching=True, max_num_batched_tokens=100), id="mtp-3"),
         pytest.param(mtp(5, block_size=64), id="mtp-5"),
         pytest.param(mtp(2, "fp8"), id="mtp-2-fp8"),
+        pytest.param(SUFFIX, id="suffix"),
+        pytest.param({**AUTO, "enable_prefix_caching": True}, id="auto-and-ngram"),
+        pytest.param({**AUTO, "enforce_eager": True}, id="auto-and-ngram-eager"),
         pytest.param({"prefill_graphs": False}, id="eager-prompts"),
         pytest.param(mtp(3, prefill_graphs=False), id="eager-prompts-mtp-3"),
     ],
@@ -113,12 +124,14 @@ def test_the_share_of_memory_holds_while_every_row_runs(model: Path) -> None:
     assert total - free <= share * total
 
 
-@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"enable_prefix_caching": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"enforce_eager": True}, {"enable_prefix_caching": True}, SUFFIX, AUTO]
+)
 def test_no_step_waits_for_the_device(
     model: Path, on_cpu: list[list[int]], options: dict[str, Any], no_sync: None
 ) -> None:
     torch.cuda.set_sync_debug_mode("default")
-    engine = build(model, device="cuda", max_num_seqs=8, debug=False, **mtp(2, **options))
+    engine = build(model, device="cuda", max_num_seqs=8, debug=False, **{**mtp(2), **options})
     generate(engine, PROMPTS, 4)  # compiles what it needs
     torch.cuda.set_sync_debug_mode("error")
     got = generate(engine, PROMPTS, 32)
@@ -150,7 +163,7 @@ def test_a_step_that_samples_nothing_is_waited_for(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, mtp(2), {"prefill_graphs": False}, mtp(2, prefill_graphs=False)]
+    "options", [{}, mtp(2), {"prefill_graphs": False}, mtp(2, prefill_graphs=False), AUTO]
 )
 def test_nothing_is_compiled_or_captured_once_ready(
     model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

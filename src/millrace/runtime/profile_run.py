@@ -64,7 +64,7 @@ class ProfileRun:
 
     First those of few tokens, since other processes compile the GEMMs of the others; then the
     largest step with prompts only, and the largest with decode rows and prompts; then all others
-    that kernels ask for.
+    that kernels ask for, and the latter with fewer drafts, if steps may have fewer.
     """
 
     config: EngineConfig
@@ -76,7 +76,14 @@ class ProfileRun:
         width = config.drafts + 1
         few = [plan for plan in declared if tokens_of(plan, width) <= FEW_TOKENS]
         others = [plan for plan in declared if tokens_of(plan, width) > FEW_TOKENS]
-        return cls(config, (*few, *(_step(shape) for shape in _largest(config)), *others))
+        shallow = [
+            msgspec.structs.replace(_step(shape), drafts=depth)
+            for depth in config.speculation.all_depths[:-1]
+            for shape in _largest(config)
+            if shape.decode
+        ]
+        largest = [_step(shape) for shape in _largest(config)]
+        return cls(config, (*few, *largest, *others, *shallow))
 
     @property
     def scratch_config(self) -> EngineConfig:

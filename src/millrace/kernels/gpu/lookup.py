@@ -15,7 +15,7 @@ BLOCK = 1024
 MOST_PARTS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["slots", "ends", "found"])
 def _match_kernel(
     tokens, slots, ends, found, stride, parts, LONGEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
