@@ -9,11 +9,18 @@ end tokens ignored: the workload of the other engines' figures in LEDGER.md.
     python benchmarks/h200_throughput.py --phases start
     python benchmarks/h200_throughput.py --phases floors --model qwen3-8b
     python benchmarks/h200_throughput.py --phases runs,floors --quantization int4
+    python benchmarks/h200_throughput.py --phases cookbook_1,cookbook_16 --model qwen3.5-35b-a3b
     python benchmarks/h200_throughput.py --tiny              # every phase, small, on any machine
 
 Each phase is one arrangement (see ARRANGEMENTS). The phases of a call share a process and its
 compiled code, and neighbours that differ in the scheduler alone share an engine. Results are merged
 into --out after each phase: several calls can share the work, and an interrupted call loses little.
+Phases cookbook_N are the workload of SGLang's cookbook: N streams, prompts of 8,192 tokens and
+answers of 1,024, with three drafts (synthetic acceptance 0.85: 3.2 tokens a step), or one for 256
+streams. Random routers would send tokens to all experts alike, which trained ones do not; so each
+row of a router is multiplied by exp(s * normal), with s = `ROUTER_SPREAD`: of 256 experts the
+busiest then gets 5 times the mean, and a quarter of them less than 0.3 of it.
+
 The model is Qwen3.5-27B unless --model says otherwise. Minutes on an H200: floors 1, default 2.5 +
 1.2 a repeat, throughput 1.2 a repeat, bf16_state 0.7 + 1.2 a repeat, wide 1 + 2 a repeat, nomtp 1 +
 1.7 a repeat, long 1.5, start 2, warm 0.5.
@@ -54,6 +61,7 @@ from engine_runs import (
 )
 from model_shapes import (
     QUANTIZATIONS,
+    ROUTER_SPREAD,
     SHAPES,
     prefill_work,
     read_sizes,
@@ -64,7 +72,8 @@ from model_shapes import (
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
-from millrace.model.tiny import QWEN3, TinyShape, config_json
+from millrace.model.layers.moe import MoE
+from millrace.model.tiny import QWEN3, QWEN3_MOE, TinyShape, config_json, moe_config_json
 from millrace.replica.build import build_engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +99,17 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
     "floors": {"max_num_seqs": 256},
+    **{
+        f"cookbook_{streams}": {
+            "max_num_seqs": streams,
+            "max_model_len": 9472,
+            "speculative_config": {
+                "num_speculative_tokens": drafts,
+                "synthetic_acceptance": acceptance,
+            },
+        }
+        for streams, drafts, acceptance in ((1, 3, 0.85), (16, 3, 0.85), (256, 1, 0.9))
+    },
 }
 # And what its scheduler has otherwise than the engine was built with.
 LIMITS: dict[str, dict[str, Any]] = {"throughput": {"mixed_prefill_tokens": 16384}}
@@ -107,11 +127,12 @@ class Scale:
     warmup: int = 64
     batches: tuple[int, ...] = (1, 8, 32)
     long: int = 32768
+    cookbook: tuple[int, int] = (8192, 1024)
     profiled: int = 12
     vocab: int = 248_000
 
 
-TINY = Scale((16, 32), (8, 16), 4, (1, 2), 512, 2, 2000)
+TINY = Scale((16, 32), (8, 16), 4, (1, 2), 512, (64, 16), 2, 2000)
 TINY_ARGS: dict[str, Any] = {
     "kv_cache_dtype": "auto",
     "max_model_len": 640,
@@ -199,6 +220,7 @@ class Engines:
             self.close()
             began, first = time.perf_counter(), not self._built
             self._engine = build_engine(engine_args(model=str(self._model), **arguments))
+            spread_routers(self._engine.worker.model)
             self._limits, self._built = self._engine.scheduler.limits, arguments
             record["start_s"] = time.perf_counter() - began
             if first:  # with the process's imports and no phase before it
@@ -218,6 +240,16 @@ class Engines:
                 torch.cuda.empty_cache()
 
 
+def spread_routers(model: Any) -> None:
+    """Have some experts liked better than others (see above). Graphs read the same memory."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            weight = module.router.weight.data
+            factors = torch.randn(len(weight), generator=generator).mul(ROUTER_SPREAD).exp()
+            weight.mul_(factors[:, None].to(weight))
+
+
 def phase(
     name: str, engine: Engine, options: argparse.Namespace, model: Path, record: dict[str, Any]
 ) -> None:
@@ -227,6 +259,9 @@ def phase(
         long_context(engine, scale, record)
         return
     rows = engine.scheduler.limits.max_num_seqs
+    if name.startswith("cookbook_"):
+        cookbook(engine, rows, scale, record, read_sizes(model))
+        return
     sampling = SAMPLING.get(name, {})
     warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab, **sampling)
     closed_run(engine, warmup, scale.warmup)
@@ -294,6 +329,26 @@ def floors(engine: Engine, rows: int, scale: Scale, record: dict[str, Any], size
     record["decode_share_of_floor"] = floor / record["decode"]["step_ms"]
     found = {name: record[name] for name in ("prefill_achieved", "decode_share_of_floor")}
     print(json.dumps(found, indent=1), flush=True)
+
+
+def cookbook(engine: Engine, rows: int, scale: Scale, record: dict[str, Any], sizes: Any) -> None:
+    """A wave of requests of equal lengths, more where they are few; then the decode step alone."""
+    length, outputs = scale.cookbook
+    warmup = requests(min(rows, 4), 1000, (length, length), (32, 32), scale.vocab)
+    closed_run(engine, warmup, rows)
+    count = rows if rows > 16 else 2 * rows
+    todo = requests(count, 95, (length, length), (outputs, outputs), scale.vocab)
+    trace = closed_run(engine, todo, rows)
+    found = {k: v for k, v in trace.summary().items() if not isinstance(v, dict | None)}
+    tpot = [
+        (arrivals[-1][0] - arrivals[0][0]) / (sum(count for _, count in arrivals) - 1)
+        for arrivals in trace.arrivals.values()
+    ]
+    found |= {"tpot_ms": 1e3 * statistics.median(tpot), "user_tok_s": 1 / statistics.median(tpot)}
+    record["cookbook"] = found
+    print(json.dumps({k: round(v, 2) for k, v in found.items()}), flush=True)
+    drafts = engine.scheduler.limits.drafts
+    profile(engine, min(rows, 64), drafts, scale, record, sizes)
 
 
 def prefill_alone(engine: Engine, rows: int, scale: Scale, record: dict[str, Any]) -> None:
@@ -421,10 +476,8 @@ def table(phases: dict[str, Any]) -> str:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--phases",
-        default=",".join([*(name for name in ARRANGEMENTS if name != "floors"), "start"]),
-    )
+    usual = [name for name in ARRANGEMENTS if name != "floors" and "cookbook" not in name]
+    parser.add_argument("--phases", default=",".join([*usual, "start"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", choices=SHAPES, default="qwen3.5-27b")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="fp8")
@@ -454,8 +507,11 @@ def model_directory(options: argparse.Namespace, parent: Path) -> Path:
     if not options.tiny:
         name = options.model
         return write_config(parent / name, options.layers, name, options.quantization)
-    hybrid = options.model == "qwen3.5-27b"
-    small = config_json(TinyShape()) if hybrid else {**QWEN3, "vocab_size": TINY.vocab}
+    small = {
+        "qwen3.5-27b": config_json(TinyShape()),
+        "qwen3.5-35b-a3b": moe_config_json(TinyShape()),
+        "qwen3-coder-30b-a3b": {**QWEN3_MOE, "vocab_size": TINY.vocab},
+    }.get(options.model, {**QWEN3, "vocab_size": TINY.vocab})
     if options.quantization != "fp8":
         small["quantization_config"] = QUANTIZATIONS[options.quantization]
     parent.joinpath("config.json").write_text(json.dumps(small))

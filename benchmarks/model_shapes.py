@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import exp
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from millrace.model.config import ModelConfig, read_config
 
 COPY, FP8, BF16 = 4.27e12, 1300e12, 790e12  # rates of one H200, as measured: bytes/s and FLOP/s
+ROUTER_SPREAD = 0.25  # deviation of the logarithms of lengths of a router's rows
 FP8_BLOCKS = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -179,10 +182,27 @@ def read_sizes(directory: Path) -> ModelConfig:
     return read_config(directory)
 
 
-def experts_hit(c: ModelConfig, tokens: float) -> float:
-    """Experts of a layer that get one of so many tokens, if all are equally likely."""
+def expert_shares(c: ModelConfig) -> list[float]:
+    """The share of tokens that each expert of a layer gets, the busiest last.
+
+    Rows of the router have lengths exp(ROUTER_SPREAD * normal), so the logits of an expert are
+    normal with that deviation; an expert gets a token if its logit exceeds a threshold, at which
+    `top_k` of them do on average.
+    """
     assert c.experts is not None
-    return c.experts.count * (1 - (1 - c.experts.top_k / c.experts.count) ** tokens)
+    normal, count = NormalDist(), c.experts.count
+    scales = [exp(ROUTER_SPREAD * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = sum(1 - normal.cdf(middle / scale) for scale in scales)
+        low, high = (middle, high) if found > c.experts.top_k else (low, middle)
+    return [1 - normal.cdf(low / scale) for scale in scales]
+
+
+def experts_hit(c: ModelConfig, tokens: float) -> float:
+    """Experts of a layer that get one of so many tokens."""
+    return sum(1 - (1 - share) ** tokens for share in expert_shares(c))
 
 
 def mlp_weights(c: ModelConfig, tokens: float) -> float:
