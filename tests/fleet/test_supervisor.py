@@ -40,7 +40,8 @@ async def supervised(lines: list[str], *extra: str, **options: Any) -> AsyncIter
         "device": "cpu",
         **options,
     }
-    options.setdefault("gateway", GatewayOptions(health=FAST, merge_metrics=True))
+    spread = {"policy": "least_loaded", "health": FAST, "merge_metrics": True}
+    options.setdefault("gateway", GatewayOptions(**spread))
     made = Supervisor(FleetOptions(command=[*MOCK, *extra], **options), lines.append)
     await made.start()
     try:

@@ -28,7 +28,7 @@ def test_it_serves_until_it_gets_a_signal(number: signal.Signals) -> None:
     try:
         assert gateway.stdout is not None
         line = gateway.stdout.readline()
-        assert "1 of 2 replicas healthy, policy least_loaded" in line
+        assert "1 of 2 replicas healthy, policy prefix_aware" in line
         address = line.split()[2].rstrip(",")
         with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
             assert json.load(answer)["data"][0]["id"] == "mock"

@@ -21,7 +21,9 @@ FAST = HealthPolicy(
 
 @contextlib.asynccontextmanager
 async def gateway(*urls: str, **options: Any) -> AsyncIterator[tuple[Gateway, Target]]:
-    """A started gateway, checking health quickly, and where it listens."""
+    """A started gateway, checking health quickly, and where it listens. It spreads requests evenly
+    unless told otherwise, though tests send the same prompt again and again."""
+    options.setdefault("policy", "least_loaded")
     options.setdefault("health", FAST)
     options.setdefault("replicas", [ReplicaSpec(target=parse_url(u)) for u in urls])
     several = options.get("processes", 1) > 1

@@ -1,15 +1,18 @@
 """The hashes by which a gateway and a replica name the same prefix of a prompt.
 
-A block is 256 bytes of the prompt's JSON, as the client wrote it; where several fields make the
-prompt, one stands behind the other. The hash of a block covers all blocks before it, so two prompts
-share a hash as far as they begin alike. It is a checksum, which goes on from block to block for
+A block is 256 bytes of the prompt's JSON, as the client wrote it, but without what clients change
+from request to request; where several fields make the prompt, one stands behind the other. Behind
+16 KiB blocks grow with their place, so that long conversations, which begin with one system prompt,
+are told apart by few hashes. The hash of a block covers all blocks before it, so two prompts share
+a hash as far as they begin alike. It is a checksum, which goes on from block to block for
 next to nothing; prompts that collide, even on purpose, cost a missed hint, never an answer. Prompts
 under different cache salts share no hash. Who holds which prefix is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Annotated
 from zlib import crc32
@@ -17,7 +20,8 @@ from zlib import crc32
 import msgspec
 
 BLOCK = 256
-MAX_BLOCKS = 64
+SMALL_BLOCKS = 64  # of BLOCK bytes; those behind are a sixteenth of what lies before them
+MOST_BYTES = 4 << 20  # of a prompt that are hashed
 SALT_HEADER = "x-cache-salt"  # by which a gateway says whose request it is
 # By path: the fields of a request for text that make its prompt, in the order in which it is read.
 PROMPT_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -27,7 +31,7 @@ PROMPT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "/v1/messages": ("system", "messages"),
 }
 
-Hash = Annotated[int, msgspec.Meta(ge=0, le=(BLOCK * MAX_BLOCKS + 1 << 32) - 1)]
+Hash = Annotated[int, msgspec.Meta(ge=0, le=(MOST_BYTES + BLOCK << 32) - 1)]
 
 
 class PrefixReport(msgspec.Struct, frozen=True):
@@ -55,15 +59,75 @@ def combined_salt(key: str, gateway: str, own: str) -> str:
     return f"{key}.{gateway}/{own}" if key or gateway or own else ""
 
 
-def hash_chain(prompt: bytes, salt: str = "") -> list[int]:
-    """One hash (its depth, and 32 bits) for each whole block of the prompt's beginning, at most
-    MAX_BLOCKS.
+def _block_ends() -> tuple[int, ...]:
+    ends = [BLOCK * (number + 1) for number in range(SMALL_BLOCKS)]
+    while ends[-1] < MOST_BYTES:
+        ends.append(ends[-1] + ends[-1] // (SMALL_BLOCKS // 4 * BLOCK) * BLOCK)
+    return tuple(end for end in ends if end <= MOST_BYTES)
 
-    The last, partial block of a short prompt counts as one, so that repeats of it are found.
+
+_ENDS = _block_ends()
+MAX_BLOCKS = len(_ENDS)
+
+
+def hash_chain(prompt: bytes, salt: str = "") -> list[int]:
+    """One hash (its depth in bytes, and 32 bits) for each whole block of the prompt's beginning, at
+    most MAX_BLOCKS.
+
+    The only block of a short prompt may be unfinished, so that repeats of it are found.
     """
-    chain, so_far = [], crc32(salt.encode())
-    end = min(len(prompt), BLOCK * MAX_BLOCKS)
-    for start in range(0, max(1, end - end % BLOCK), BLOCK):
-        so_far = crc32(prompt[start : start + BLOCK], so_far)
-        chain.append(start + BLOCK << 32 | so_far)
+    prompt = without_changing_parts(prompt[:MOST_BYTES])
+    chain, so_far, start = list[int](), crc32(salt.encode()), 0
+    for end in _ENDS:
+        if end > len(prompt) and chain:
+            break
+        so_far = crc32(memoryview(prompt)[start:end], so_far)
+        chain.append(end << 32 | so_far)
+        start = end
     return chain
+
+
+def hash_pieces(pieces: Sequence[msgspec.Raw], salt: str = "") -> list[int]:
+    """The same of a prompt in pieces, which are not copied as a whole."""
+    return hash_chain(b"".join(memoryview(piece)[:MOST_BYTES] for piece in pieces), salt)
+
+
+def depth_of(hash: int) -> int:
+    """The bytes of a prompt that a hash covers."""
+    return hash >> 32
+
+
+# --- what changes from request to request --------------------------------------------------------
+
+# A line that Claude Code puts before its system prompt, with a fresh number in each request. In
+# JSON it ends with the text or with an escaped line break.
+_CLIENT_LINE = re.compile(rb'x-anthropic-[a-z-]+:[^"\\]*(?:\\n)?')
+_MARK = b'"cache_control"'  # it stands at the newest messages, and is gone a turn later
+_MARK_VALUE = re.compile(rb"\s*:\s*(?:\{[^{}]*\}|null)")
+_FIRST = 2048  # bytes in which a client's line begins
+
+
+def without_changing_parts(prompt: bytes) -> bytes:
+    """The JSON of a prompt without what says nothing of it and changes with each request."""
+    if b"x-anthropic-" in prompt[:_FIRST]:
+        prompt = _CLIENT_LINE.sub(b"", prompt[:_FIRST]) + prompt[_FIRST:]
+    return _without_marks(prompt) if _MARK in prompt else prompt
+
+
+def _without_marks(prompt: bytes) -> bytes:
+    kept, start = [], 0
+    while (at := prompt.find(_MARK, start)) >= 0:
+        value = _MARK_VALUE.match(prompt, at + len(_MARK))
+        if value is None:  # no key of an object
+            kept.append(prompt[start : at + len(_MARK)])
+            start = at + len(_MARK)
+            continue
+        before = prompt[start:at].rstrip()
+        end = value.end()
+        if before.endswith(b","):
+            before = before[:-1]
+        elif prompt[end : end + 1] == b",":
+            end += 1
+        kept.append(before)
+        start = end
+    return b"".join([*kept, prompt[start:]])

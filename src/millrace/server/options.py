@@ -34,7 +34,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: str | None = None
     policy: Literal[
         "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
-    ] = "least_loaded"
+    ] = "prefix_aware"
     gateway_processes: int = 1
     generation_config: Literal["auto", "vllm"] = "auto"
     override_generation_config: dict[str, Any] = {}

@@ -162,6 +162,31 @@ def test_affinity_ends_where_the_load_gap_passes_the_threshold() -> None:
     assert pick(policy, some, shared) in (first, other)
 
 
+def test_long_conversations_of_one_system_prompt_stay_apart_where_they_are() -> None:
+    some = fleet([0, 0])
+    policy = aware(some)
+    system = "s" * 60_000
+    lines = [system + "a" * 20_000, system + "b" * 20_000]
+    first = pick(policy, some, info(lines[0]))
+    some.process_counters.add(first, LOAD, 60_000)  # so that the second one goes to the other
+    assert pick(policy, some, info(lines[1])) == 1 - first
+    some.process_counters.add(first, LOAD, -60_000)
+    for turn in range(1, 6):
+        grown = [line + f"{turn}" * 4000 * turn for line in lines]
+        assert [pick(policy, some, info(line)) for line in grown] == [first, 1 - first]
+
+
+def test_a_few_words_that_prompts_share_keep_nobody_together() -> None:
+    some = fleet([0, 0])
+    policy = aware(some)
+    words = info("hello")  # one block, worth 64 tokens
+    first = pick(policy, some, words)
+    some.process_counters.add(first, LOAD, 5 * 64)
+    assert pick(policy, some, words) == first
+    some.process_counters.add(first, LOAD, 1)
+    assert pick(policy, some, words) != first
+
+
 def test_the_longest_known_beginning_wins() -> None:
     table = PrefixTable(SharedCounters(1).prefixes)
     long = hash_chain(b"a" * 8 * BLOCK)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, hash_chain
+from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, hash_chain, hash_pieces
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import body_for, read_request_info
 from millrace.server.api.fields import COMPLETIONS, parse_body
@@ -26,7 +26,7 @@ TEXT = b"/v1/completions"
 
 
 def as_gateway(path: bytes, body: bytes) -> list[int]:
-    return hash_chain(read_request_info(Request(b"POST", path, "1.1", [], body, True)).prompt)
+    return hash_pieces(read_request_info(Request(b"POST", path, "1.1", [], body, True)).prompt)
 
 
 def told(http: httpx.Client, cursor: str = "0") -> Any:
@@ -94,13 +94,13 @@ def test_what_is_remembered_and_told_is_bounded() -> None:
     assert report is not None
     assert report.hashes == [prefix_hashes(n)[0] for n in range(10, MAX_PROMPTS + 10)]
     for number in range(MAX_PROMPTS):
-        reporter.add(prefix_hashes(number, MAX_BLOCKS + 9))
+        reporter.add(prefix_hashes(number, 70))
     seen, since = [], report.since
     while (report := reporter.report(since)) and report.hashes:
         assert len(report.hashes) < MAX_HASHES_PER_REPORT + MAX_BLOCKS
         seen += report.hashes
         since = report.since
-    assert seen == [one for n in range(MAX_PROMPTS) for one in prefix_hashes(n, MAX_BLOCKS)]
+    assert seen == [one for n in range(MAX_PROMPTS) for one in prefix_hashes(n, 70)]
 
 
 def test_what_prompts_share_is_told_once_a_report() -> None:

@@ -12,7 +12,7 @@ from millrace.target import Target
 PolicyName = Literal[
     "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
 ]
-DEFAULT_POLICY: PolicyName = "least_loaded"
+DEFAULT_POLICY: PolicyName = "prefix_aware"
 _MAX_MODELS, _MAX_NAME = 1000, 500
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PROMPT_FIELDS, SALT_HEADER, combined_salt
+from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_salt
 from millrace.gateway.http.lenient import decode_leniently, find_model
 from millrace.gateway.http.message import Request, header
 from millrace.response_ids import PATH as RESPONSES
@@ -67,21 +67,21 @@ _decode = msgspec.json.Decoder(_Body).decode
 class RequestInfo(msgspec.Struct, kw_only=True):
     """The facts of one request. Requests other than for text keep the defaults, except `model`.
 
-    prompt: the JSON of the prompt's fields, as far as it is hashed. cache_salt: of whom the prompt
-    shares cached prefixes with. prompt_tokens: estimated from all bytes of the prompt. max_tokens:
-    None if the client set no bound. affinity_key: for consistent hashing. resumable: a stream that
-    another replica can resume, if the first one sends token ids. resume_token_ids: output tokens
-    that the client itself resumes from. response_tag: of the replica that keeps the stored response
-    which it names; empty: any will do. seed: drawn here if the client set none, so that a resumed
-    stream draws the same noise. can_prepend_fields: the body has none of the fields that `body_for`
-    adds.
+    prompt: the JSON of the prompt's fields, which are parts of the body. cache_salt: of whom the
+    prompt shares cached prefixes with. prompt_tokens: estimated from all bytes of the prompt.
+    max_tokens: None if the client set no bound. affinity_key: for consistent hashing. resumable: a
+    stream that another replica can resume, if the first one sends token ids. resume_token_ids:
+    output tokens that the client itself resumes from. response_tag: of the replica that keeps the
+    stored response which it names; empty: any will do. seed: drawn here if the client set none, so
+    that a resumed stream draws the same noise. can_prepend_fields: the body has none of the fields
+    that `body_for` adds.
     """
 
     request: Request
     chat: bool = False
     model: str | None = None
     stream: bool = False
-    prompt: bytes = b""
+    prompt: tuple[Raw, ...] = ()
     cache_salt: str = ""
     prompt_tokens: int = 1
     max_tokens: int | None = None
@@ -99,7 +99,7 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     @property
     def for_text(self) -> bool:
         """Whether it asks for generated text."""
-        return bool(self.prompt)
+        return any(memoryview(piece).nbytes for piece in self.prompt)
 
 
 def read_request_info(request: Request, keep: bool = True) -> RequestInfo:
@@ -150,7 +150,8 @@ def _named_by(body: _Body) -> str:
 def _generation(
     request: Request, body: _Body, path: str, service_class: ServiceClass, key: bytes
 ) -> RequestInfo:
-    prompt = b"".join(bytes(getattr(body, name)) for name in PROMPT_FIELDS[path])
+    pieces = tuple(getattr(body, name) for name in PROMPT_FIELDS[path])
+    prompt = b"".join(pieces)
     sent = header(request.headers, SALT_HEADER.encode()).decode("latin-1")
     salt = combined_salt("", sent, body.cache_salt or "")
     chat, known = path == _CHATS, path in (_COMPLETIONS, _CHATS)
@@ -162,7 +163,7 @@ def _generation(
         chat=chat,
         model=body.model,
         stream=bool(body.stream),
-        prompt=prompt[: BLOCK * MAX_BLOCKS],
+        prompt=pieces,
         cache_salt=salt,
         prompt_tokens=estimate_tokens(prompt),
         max_tokens=bound or (16 if path == _COMPLETIONS else None),

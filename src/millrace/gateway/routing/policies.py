@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
-from millrace.common.prefix_hash import BLOCK, hash_chain
+from millrace.common.prefix_hash import depth_of, hash_pieces
 from millrace.errors import UserError
 from millrace.gateway.http.request_info import BYTES_PER_TOKEN, RequestInfo
 from millrace.gateway.routing.prefix_index import PrefixTable
@@ -110,8 +110,10 @@ class PowerOfTwo:
 
 
 class PrefixAware:
-    """The replica that knows the longest prefix of the prompt, while its load exceeds the lowest by
-    at most `gap` tokens; else the least loaded one, as for prompts that no replica knows."""
+    """The replica that knows the longest prefix of the prompt, so that conversations stay where
+    they are, unless its load exceeds the lowest by more than the prefix is worth: its tokens and
+    `gap` more, but at most four times as many: a few words that many prompts begin with keep nobody
+    together. Then, and for prompts that no replica knows, the least loaded one."""
 
     def __init__(self, replica_set: ReplicaSet, table: PrefixTable, gap: int = 4096) -> None:
         self._replica_set = replica_set
@@ -121,9 +123,9 @@ class PrefixAware:
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
         least = self._least.pick(replicas, info)
-        if not info.prompt:
+        if not info.for_text:
             return least
-        chain = hash_chain(info.prompt, info.cache_salt)
+        chain = hash_pieces(info.prompt, info.cache_salt)
         chosen = self._best_prefix_match(replicas, chain, info, least)
         self._table.learn(chosen.slot, chain)
         return chosen
@@ -137,8 +139,8 @@ class PrefixAware:
         having = [r for r in replicas if r.slot in slots]
         best = min(having, key=lambda r: self._least.load_after(r, info))
         gap = self._least.load_after(best, info) - self._least.load_after(least, info)
-        saved = blocks * BLOCK / BYTES_PER_TOKEN
-        return best if gap <= self._gap + saved else least
+        saved = depth_of(chain[blocks - 1]) / BYTES_PER_TOKEN
+        return best if gap <= saved + min(self._gap, 4 * saved) else least
 
 
 class ConsistentHash:

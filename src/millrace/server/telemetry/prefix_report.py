@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from msgspec import Raw
 
-from millrace.common.prefix_hash import BLOCK, MAX_BLOCKS, PrefixReport, hash_chain
+from millrace.common.prefix_hash import PrefixReport, hash_pieces
 
 MAX_PROMPTS = 256  # stored at most
 MAX_HASHES_PER_REPORT = 2048  # in a report: after that many, no further prompt is added
@@ -40,8 +40,7 @@ class PrefixReporter:
         """The hashes of a prompt, from the JSON of the fields that make it."""
         if not self.enabled:
             return []
-        most = BLOCK * MAX_BLOCKS
-        return hash_chain(b"".join(bytes(memoryview(piece)[:most]) for piece in prompt), salt)
+        return hash_pieces(prompt, salt)
 
     def add(self, prefix_hashes: Sequence[int]) -> None:
         """A prompt with these hashes goes to the engine."""
