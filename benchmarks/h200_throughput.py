@@ -63,9 +63,10 @@ from model_shapes import (
     QUANTIZATIONS,
     ROUTER_SPREAD,
     SHAPES,
+    decode_work,
+    floor_seconds,
     prefill_work,
     read_sizes,
-    step_work,
     write_config,
 )
 
@@ -182,12 +183,12 @@ def timed(run: Callable[[], object], repeats: int = 10) -> float:
 def achieved(record: dict[str, Any], sizes: Any, context: float, drafts: int) -> dict[str, Any]:
     """FLOP/s and bytes/s of the profiled decode step, by what the step must compute and move."""
     decode = record["decode"]
-    work = step_work(sizes, decode["rows"], 1 + drafts, context)
+    work = decode_work(sizes, decode["rows"], 1 + drafts, context)
     seconds = decode["step_ms"] / 1e3
     return {
         "tflop_s": work.flops / seconds / 1e12,
         "tb_s": work.bytes / seconds / 1e12,
-        "floor_ms": {name: 1e3 * value for name, value in work.floors().items()},
+        "floor_ms": {name: 1e3 * value for name, value in floor_seconds(work).items()},
     }
 
 
@@ -322,8 +323,8 @@ def floors(engine: Engine, rows: int, scale: Scale, record: dict[str, Any], size
     rate = record["prefill_tok_s"] / length  # prompts a second
     record["prefill_achieved"] = {
         "tflop_s": work.flops * rate / 1e12,
-        "share_of_floor": work.floors()["all"] * rate,
-        "floor_tok_s": length / work.floors()["all"],
+        "share_of_floor": floor_seconds(work)["all"] * rate,
+        "floor_tok_s": length / floor_seconds(work)["all"],
     }
     floor = record["achieved"]["floor_ms"]["all"]
     record["decode_share_of_floor"] = floor / record["decode"]["step_ms"]

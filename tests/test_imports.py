@@ -66,6 +66,7 @@ LAYERS = [
     "plan.facts",
     "plan.model",
     "plan.predict",
+    "plan.calibration",
     "plan",
     # commands that use both planes
     "simulate.common",

@@ -54,17 +54,23 @@ class Layout:
     experts: bool = False
 
 
-def formats_of(config: ModelConfig, **others: str | int) -> Formats:
-    """The formats of a checkpoint; others: fields of Formats that the options decide.
+# A part of a weight format's name -> its row of WEIGHT_BYTES.
+_BY_NAME = {"int4": "int4", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "fp8": "fp8", "e4m3": "fp8"}
 
-    Raises ConfigError for a format without an entry in WEIGHT_BYTES.
-    """
-    method = config.quantization.method
+
+def formats_of(config: ModelConfig, **others: str | int) -> Formats:
+    """The formats of a checkpoint, by the format of most of its linear layers; others: fields of
+    Formats that the options decide. Raises ConfigError for a format without a known size."""
     plain = "fp32" if config.dtype == "float32" else "bf16"
-    names = {"none": plain, "fp8": "fp8", "awq": "int4", "gptq": "int4", "int4": "int4"}
-    weights = names.get(method)
-    if weights is None:
-        raise ConfigError(f"no cost is known for weights in {method}; {_listed(names)} have one")
+    weights = plain
+    if config.quantization.method != "none":
+        name = config.quantization.format.name.lower()
+        weights = next((row for part, row in _BY_NAME.items() if part in name), "")
+    if not weights:
+        raise ConfigError(
+            f"no size is known for weights in {config.quantization.format.name}; "
+            f"{_listed(WEIGHT_BYTES)} have one"
+        )
     found = Formats(weights=weights, plain=plain, draft_head=plain)
     return replace(found, **others)  # type: ignore[arg-type]
 

@@ -56,8 +56,10 @@ def step_work(
     formats: Formats,
     layout: Layout = Layout(),  # noqa: B008, frozen
     drafts: int = 0,
+    router_spread: float = 0.0,
 ) -> Work:
-    """The work of a step on one rank. drafts: tokens drafted for each sampled row.
+    """The work of a step on one rank. drafts: tokens drafted for each sampled row. router_spread:
+    how unevenly tokens go to experts, as in `expert_shares`; 0: evenly.
 
     linear, experts, draft_layer, heads: GEMMs. states: recurrence of decode rows. recurrence: of
     prompts. kv: attention of decode rows. attention: of prompts. pointwise: norms, gates,
@@ -68,7 +70,7 @@ def step_work(
     return Work(
         {
             "linear": _linear(config, counts, shape, formats, layout),
-            "experts": _experts(config, counts, shape, formats, layout),
+            "experts": _experts(config, counts, shape, formats, layout, router_spread),
             "draft_layer": _draft_layer(config, counts, shape, formats, layout, drafts),
             "heads": _heads(config, counts, shape, formats, layout, drafts),
             "states": _states(config, shape, formats, layout),
@@ -96,13 +98,23 @@ def _linear(
 
 
 def _experts(
-    c: ModelConfig, counts: WeightCounts, shape: StepShape, formats: Formats, layout: Layout
+    c: ModelConfig,
+    counts: WeightCounts,
+    shape: StepShape,
+    formats: Formats,
+    layout: Layout,
+    router_spread: float,
 ) -> Part:
-    """Experts that no token goes to are not read. Which they are on is assumed to be even."""
+    """Experts that no token goes to are not read. Ranks are taken to have equal shares."""
     if c.experts is None:
         return Part(unit=formats.compute)
     used = c.experts.top_k * counts.expert * counts.moe_layers / layout.tensor
-    hit = experts_hit(c, shape.tokens) * counts.expert * counts.moe_layers / layout.tensor
+    hit = (
+        experts_hit(c, shape.tokens, router_spread)
+        * counts.expert
+        * counts.moe_layers
+        / layout.tensor
+    )
     moved = c.experts.top_k * (4.0 * c.hidden_size + 3.0 * c.experts.width) * counts.moe_layers
     return Part(
         2.0 * used * shape.tokens,

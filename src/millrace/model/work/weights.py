@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from math import exp
+from statistics import NormalDist
 from typing import Any
 
 from millrace.model.config import ModelConfig
@@ -78,11 +81,31 @@ def _attention_weights(config: ModelConfig) -> float:
     return float(config.hidden_size * (heads * config.head_dim + inner))
 
 
-def experts_hit(config: ModelConfig, tokens: Any) -> Any:
-    """Experts of a layer that get one of so many tokens, if all are equally likely."""
+def experts_hit(config: ModelConfig, tokens: Any, router_spread: float = 0.0) -> Any:
+    """Experts of a layer that get one of so many tokens. router_spread: as in `expert_shares`."""
     assert config.experts is not None
-    share = config.experts.top_k / config.experts.count
-    return config.experts.count * (1 - (1 - share) ** tokens)
+    count, top_k = config.experts.count, config.experts.top_k
+    if not router_spread:
+        return count * (1 - (1 - top_k / count) ** tokens)
+    return sum(1 - (1 - share) ** tokens for share in expert_shares(count, top_k, router_spread))
+
+
+@functools.cache
+def expert_shares(count: int, top_k: int, router_spread: float) -> tuple[float, ...]:
+    """The share of tokens that each expert of a layer gets, the busiest last.
+
+    Rows of the router have lengths exp(router_spread * normal), so the logits of an expert are
+    normal with that deviation; an expert gets a token if its logit exceeds a threshold, at which
+    `top_k` of them do on average.
+    """
+    normal = NormalDist()
+    scales = [exp(router_spread * normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = sum(1 - normal.cdf(middle / scale) for scale in scales)
+        low, high = (middle, high) if found > top_k else (low, middle)
+    return tuple(1 - normal.cdf(low / scale) for scale in scales)
 
 
 def weight_bytes(

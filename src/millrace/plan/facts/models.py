@@ -29,11 +29,11 @@ def model_config(name: str) -> ModelConfig:
 
     Raises ConfigError with the names that there are, CheckpointError for what cannot be run.
     """
+    short = name.lower().rsplit("/", 1)[-1].removesuffix("-fp8")
     if (Path(name) / "config.json").is_file():
         from millrace.model.config import read_config
 
         return read_config(name)
-    short = name.lower().rsplit("/", 1)[-1].removesuffix("-fp8")
     if short not in catalogue():
         raise ConfigError(
             f"unknown model {name!r}: no directory with a config.json, and none of "

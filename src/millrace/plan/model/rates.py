@@ -64,6 +64,11 @@ PARAMETERS = {
             "norms, gates, activations, quantising, copies", "fused kernels come near a copy",
         ),
         Parameter(
+            "slowdown", 1.0, 0.02, 0.20, 0.12, "factor",
+            "all of the device's time: how mature an engine is, how well it suits a GPU",
+            "planners carried to another GPU miss by 13 to 16% in the median",
+        ),
+        Parameter(
             "launches", 18e-6, 0.5, 0.5, 0.3, "seconds a layer",
             "gaps and short kernels between the large ones", "12 to 20 short kernels a layer",
         ),
@@ -84,6 +89,11 @@ PARAMETERS = {
         Parameter(
             "request_server", 2e-3, 0.7, 0.7, 0.3, "seconds a request",
             "server process for one request: parsing, tokens, first chunk", "measured servers",
+        ),
+        Parameter(
+            "away", 0.04, 0.8, 0.9, 0.3, "share of the streams",
+            "streams in queues of the server processes, or at the rank that has too many",
+            "engines that balance well have next to none",
         ),
         Parameter(
             "sum_latency", 6e-6, 0.35, 0.5, 0.3, "seconds a sum of two ranks",

@@ -6,6 +6,7 @@ takes floats, or numpy arrays of several steps at once. It knows no queue and no
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import msgspec
 
 from millrace.errors import ConfigError
 from millrace.model.config import ModelConfig
-from millrace.model.work import Formats, Layout, Part, StepShape, step_work
+from millrace.model.work import Formats, Layout, Part, StepShape, Work, step_work
 from millrace.plan.facts.gpus import Gpu
 from millrace.plan.facts.gpus import gpu as find_gpu
 from millrace.plan.facts.models import model_config
@@ -47,7 +48,7 @@ class StepTimes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerCosts:
+class ApiServer:
     """Seconds of the server process, in series: for a request, for a streamed chunk; and of a
     gateway for a chunk."""
 
@@ -93,22 +94,28 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True, slots=True)
 class StepModel:
     """rates: every parameter of `rates.PARAMETERS`. uncertainty: relative standard deviation of a
-    step's time. sources: for each rate, what it rests on."""
+    step's time. jitter: of a single step around it. sources: for each rate, what it rests on."""
 
     description: Description
     rates: dict[str, float]
     uncertainty: float = 0.15
-    server: ServerCosts = ServerCosts()
+    jitter: float = 0.0
+    api_server: ApiServer = ApiServer()
     start_up: StartUp = StartUp()
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
-        return model_config(self.description.model)
+        return _resolved(self.description).config
 
     @property
     def gpu(self) -> Gpu:
-        return find_gpu(self.description.gpu)
+        return _resolved(self.description).gpu
+
+    def work(self, shape: StepShape) -> Work:
+        """What a step computes and moves on one rank."""
+        found = _resolved(self.description)
+        return step_work(found.config, shape, found.formats, found.layout, self.description.drafts)
 
     def times(self, shape: StepShape) -> StepTimes:
         """Seconds of a step on the host and on the device."""
@@ -131,15 +138,15 @@ class StepModel:
 
     def parts(self, shape: StepShape) -> dict[str, Any]:
         """Seconds of a step on the device, by part."""
-        d, config = self.description, self.config
-        work = step_work(config, shape, d.formats, d.layout, d.drafts)
+        d, config, work = self.description, self.config, self.work(shape)
+        slower = self.rates["slowdown"]
         found = {
-            name: self._seconds(part, *_EFFICIENCIES[name])
+            name: self._seconds(part, *_EFFICIENCIES[name]) * slower
             for name, part in work.parts.items()
             if name != "sums"
         }
         layers = config.num_layers + d.drafts * (config.mtp_layers > 0)
-        found["launches"] = self.rates["launches"] * layers * (shape.tokens > 0)
+        found["launches"] = self.rates["launches"] * slower * layers * (shape.tokens > 0)
         found["sums"] = self._sums(work.parts["sums"])
         return found
 
@@ -164,8 +171,7 @@ class StepModel:
 
     def joules(self, shape: StepShape) -> Any:
         """Energy of a step on all ranks: idle power, FLOPs and bytes; at most the power limit."""
-        d = self.description
-        work = step_work(self.config, shape, d.formats, d.layout, d.drafts)
+        d, work = self.description, self.work(shape)
         flop, byte = self.rates["energy_flop"] * PICO, self.rates["energy_byte"] * PICO
         dynamic: Any = 0.0
         for part in work.parts.values():
@@ -191,6 +197,19 @@ class StepModel:
             raise ConfigError(
                 f"{path}: no step model ({error}); `millrace plan calibrate` writes one"
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    config: ModelConfig
+    gpu: Gpu
+    formats: Formats
+    layout: Layout
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(d: Description) -> _Resolved:
+    return _Resolved(model_config(d.model), find_gpu(d.gpu), d.formats, d.layout)
 
 
 BLOCK_TABLE_SECONDS = 4e-9  # an entry of 4 bytes at 1 GB/s, numpy and PCIe together

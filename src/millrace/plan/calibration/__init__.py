@@ -1,0 +1,1 @@
+"""Fits the parameters of step models to what was measured, and says how well that goes."""
