@@ -620,6 +620,36 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     drafted: list[tuple[int, int]] = []
 
 
+class StepTiming(msgspec.Struct, frozen=True, tag="timing", kw_only=True):
+    """When a step of the plan log ran, and how large it was.
+
+    planned, launched, ended, committed: seconds of one clock, when the plan was made, when the
+    worker had been given it, when its result was there, and when the scheduler had taken it.
+    planning: seconds that making the plan took. wall: from the launch, or from the end of the step
+    before where that is later, to the end. The counts are those of vLLM's forward pass metrics,
+    with their names. decode_tokens: tokens of decode rows, drafts among them; accepted_tokens: of
+    what they brought.
+    """
+
+    step: int
+    planned: float
+    launched: float
+    ended: float
+    committed: float
+    planning: float
+    wall: float
+    num_prefill_requests: int = 0
+    sum_prefill_tokens: int = 0
+    var_prefill_length: float = 0.0
+    sum_prefill_kv_tokens: int = 0
+    num_decode_requests: int = 0
+    sum_decode_kv_tokens: int = 0
+    var_decode_kv_tokens: float = 0.0
+    num_sampled: int = 0
+    decode_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 class StopRanks(msgspec.Struct, frozen=True, tag="stop"):
     """The ranks end their loop."""
 

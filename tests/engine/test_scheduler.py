@@ -27,6 +27,7 @@ from millrace.protocol import (
     SamplingParams,
     StepPlan,
     StepResult,
+    StepTiming,
 )
 from tests.support.fake_worker import EOS, FakeWorker, expected_output
 
@@ -700,6 +701,30 @@ def test_plan_log_replays(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="truncated, or no plan log"):
         list(plan_log.read(path))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_plan_log_has_times_and_sizes(tmp_path: Path, depth: int) -> None:
+    """Counts follow from prompts and outputs; times are in order, and walls do not overlap."""
+    path, prompts = tmp_path / "plan.log", [7, 3, 12]
+    eng = engine(limits(), depth=depth, seed=3, log=path)
+    for number, length in enumerate(prompts):
+        eng.add(request(f"r{number}", list(range(1, length + 1)), 9))
+    run(eng)
+    eng.close()
+    timings = [e for e in plan_log.read(path) if isinstance(e, StepTiming)]
+    assert [t.step for t in timings] == sorted(t.step for t in timings)
+    assert sum(t.sum_prefill_tokens for t in timings) == sum(prompts)
+    ended = 0.0
+    for t in timings:
+        assert t.planned <= t.launched <= t.ended <= t.committed
+        assert 0 <= t.wall <= t.ended - ended + 1e-9
+        assert depth or t.accepted_tokens >= t.num_decode_requests  # ended rows get none
+        assert t.decode_tokens == t.num_decode_requests * (1 + limits().drafts)
+        ended = t.ended
+    first = next(t for t in timings if t.num_decode_requests and not t.sum_prefill_tokens)
+    assert first.sum_decode_kv_tokens >= min(prompts)
+    assert sum(t.accepted_tokens for t in timings) > len(prompts) * 4
 
 
 def test_results_out_of_order_are_refused() -> None:

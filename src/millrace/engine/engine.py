@@ -24,7 +24,7 @@ import msgspec
 
 from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
-from millrace.engine.plan_log import PlanLog
+from millrace.engine.plan_log import PlanLog, StepSizes
 from millrace.engine.scheduler import Scheduler
 from millrace.engine.worker_protocol import Pending, Worker
 from millrace.errors import RequestError, UserError
@@ -40,13 +40,19 @@ LARGE_PIECE = 512
 
 @dataclass(slots=True)
 class _LaunchedStep:
-    """A launched step. at: when, in seconds. masked: its sampled rows that follow a grammar, with
-    request ids. last: nothing is launched behind it before it has ended."""
+    """A launched step. planning .. ended: as in `StepTiming`. at: when, in seconds. masked: its
+    sampled rows that follow a grammar, with request ids. last: nothing is launched behind it before
+    it has ended."""
 
+    plan: StepPlan
+    planning: float
+    planned: float
+    launched: float
     pending: Pending
     at: float
     masked: Sequence[tuple[int, str]]
     last: bool
+    ended: float = 0.0
     result: StepResult | None = None
 
 
@@ -77,6 +83,7 @@ class Engine:
         self.worker = worker
         self._depth = depth
         self._log = PlanLog(plan_log) if plan_log else None
+        self._sizes = StepSizes(scheduler.limits.drafts)
         self._check = check
         self._now, self._pause = now, pause
         self.grammars = grammars
@@ -114,9 +121,10 @@ class Engine:
             return immediate + self._commit(self._steps.popleft())
         if self.scheduler.uses_tiers:
             self.scheduler.transferred(self.worker.finished())
-        plan = self.scheduler.plan(self._now())
+        began = self._now()
+        plan = self.scheduler.plan(began)
         if plan is not None:
-            self._launch(plan)
+            self._launch(plan, began)
         if plan is None and not self._steps and self.scheduler.uses_tiers:
             self._pause(TRANSFER_WAIT)  # nothing to do until a transfer ends
         if not self._steps or (plan is not None and len(self._steps) <= self._depth):
@@ -150,19 +158,24 @@ class Engine:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan, began: float) -> None:
+        """began: when its planning did."""
+        planning = self._now() - began
         if self._log:
             self._log.write(plan)
+        planned = self._now()
         masked = self.scheduler.masked_rows() if self.grammars else []
         make = self._mask_builder(plan, masked) if masked else None
-        began = monotonic()
+        at = monotonic()
         pending = self.worker.launch(plan, make)
-        self._steps.append(_LaunchedStep(pending, began, masked, last=_is_large_piece(plan)))
+        last, times = _is_large_piece(plan), (planning, planned, self._now())
+        self._steps.append(_LaunchedStep(plan, *times, pending, at, masked, last))
 
     def _result(self, step: _LaunchedStep) -> StepResult:
         """A step's result. The first call waits for it and advances the grammars by its tokens."""
         if step.result is None:
             step.result = step.pending.result()
+            step.ended = self._now()
             for row, request_id in step.masked:
                 assert self.grammars is not None
                 drafts = step.result.drafts[row]
@@ -177,6 +190,9 @@ class Engine:
         if self._log:
             self._log.write(result)
         deltas = self.scheduler.commit(result, 0.0 if step.masked else seconds)
+        if self._log:
+            times = step.planned, step.launched, step.ended, self._now()
+            self._log.write(self._sizes.timing(step.plan, result, times, step.planning))
         if self._check:
             self.scheduler.check_integrity()
         return self._check_grammars(deltas, step) if step.masked else deltas

@@ -1,4 +1,5 @@
-"""The plan log: every step's plan, result and grammar masks, to inspect a run or to replay it.
+"""The plan log: every step's plan, result, grammar masks and times, to inspect a run, to replay it,
+or to fit a model of the steps' times to it.
 
 The file is a series of length-prefixed msgpack messages, in the order in which they were made. A
 plan holds everything that the device did, including tokens, seeds and pages. So replaying the plans
@@ -12,18 +13,70 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from statistics import pvariance
 from typing import BinaryIO
 
 from millrace.common.framing import Framing, FramingError
 from millrace.engine.worker_protocol import Worker
 from millrace.errors import ConfigError, UserError
-from millrace.protocol import Masks, StepPlan, StepResult
+from millrace.protocol import Masks, StepPlan, StepResult, StepTiming
 
 logger = logging.getLogger(__name__)
 
-Entry = StepPlan | Masks | StepResult
+Entry = StepPlan | Masks | StepResult | StepTiming
 
 _FRAMING: Framing[Entry] = Framing(Entry, longest=1 << 30)
+
+
+class StepSizes:
+    """Knows how long the sequences of all slots are, from plans and results; so it counts tokens.
+
+    drafts: of an engine, at most. With a pipeline, lengths are those that the host knew.
+    """
+
+    def __init__(self, drafts: int) -> None:
+        self._drafts = drafts
+        self._lengths: dict[int, int] = {}
+        self._ended = 0.0
+
+    def timing(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        times: tuple[float, float, float, float],
+        planning: float,
+    ) -> StepTiming:
+        """times: planned, launched, ended, committed. Called in the order of the steps."""
+        planned, launched, ended, committed = times
+        contexts = [self._lengths.get(slot, 0) for slot in plan.decode]
+        counts = [chunk.count for chunk in plan.chunks]
+        width = 1 + (self._drafts if plan.drafts < 0 else plan.drafts)
+        tokens = dict(zip(result.slots, map(len, result.tokens), strict=True))
+        found = StepTiming(
+            step=plan.step,
+            planned=planned,
+            launched=launched,
+            ended=ended,
+            committed=committed,
+            planning=planning,
+            wall=ended - max(planned, self._ended),
+            num_prefill_requests=len(counts),
+            sum_prefill_tokens=sum(counts),
+            var_prefill_length=pvariance(counts) if counts else 0.0,
+            sum_prefill_kv_tokens=sum(chunk.start for chunk in plan.chunks),
+            num_decode_requests=len(contexts),
+            sum_decode_kv_tokens=sum(contexts),
+            var_decode_kv_tokens=pvariance(contexts) if contexts else 0.0,
+            num_sampled=len(plan.sampled_slots),
+            decode_tokens=width * len(contexts),
+            accepted_tokens=sum(tokens.get(slot, 0) for slot in plan.decode),
+        )
+        self._ended = ended
+        for chunk in plan.chunks:
+            self._lengths[chunk.slot] = chunk.start + chunk.count
+        for slot, count in tokens.items():
+            self._lengths[slot] = self._lengths.get(slot, 0) + count
+        return found
 
 
 class PlanLog:

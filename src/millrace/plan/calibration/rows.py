@@ -36,7 +36,7 @@ def settings_of_row(row: Row) -> Settings:
 def predict(row: Row, rates: Mapping[str, float]) -> float:
     """The row's metric, in its unit, with these rates."""
     server = ApiServer(rates["request_server"], rates["chunk_server"])
-    model = StepModel(description_of(row), dict(rates), api_server=server)
+    model = StepModel(description_of(row), dict(rates), server=server)
     if row.kind == "step":
         return _step(row, model)
     replica = Replica(model, load_of(row), settings_of_row(row))

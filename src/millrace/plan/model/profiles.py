@@ -35,7 +35,7 @@ def with_rates(d: Description, rates: dict[str, float], known: Posterior) -> Ste
         d,
         rates,
         uncertainty=round(min(spread, 1.0), 3),
-        api_server=ApiServer(rates["request_server"], rates["chunk_server"]),
+        server=ApiServer(rates["request_server"], rates["chunk_server"]),
         start_up=START_UP.get(d.engine, OTHER_START_UP),
         sources=dict.fromkeys(rates, known.source(d.engine, d.gpu)),
     )

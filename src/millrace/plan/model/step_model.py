@@ -100,7 +100,7 @@ class StepModel:
     rates: dict[str, float]
     uncertainty: float = 0.15
     jitter: float = 0.0
-    api_server: ApiServer = ApiServer()
+    server: ApiServer = ApiServer()
     start_up: StartUp = StartUp()
     sources: dict[str, str] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from millrace.errors import ConfigError
+from millrace.plan.facts.texts import text as find_text
 from millrace.plan.facts.texts import tokens_per_step
 
 
@@ -31,6 +32,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"cached {self.cached:g}: use 0 to {self.input - 1:g}")
         if (self.concurrency > 0) == (self.rate > 0):
             raise ConfigError("give a concurrency or a rate, one of both, above 0")
+        find_text(self.text)
 
     @property
     def computed(self) -> float:

@@ -183,7 +183,7 @@ class Replica:
         """With what the server process takes for the chunks of a step and for new requests."""
         found = float(self.model.seconds(shape))
         if self.settings.served:
-            server = self.model.api_server
+            server = self.model.server
             found += server.chunk_seconds * chunks + server.request_seconds * ended
         return found
 

@@ -15,7 +15,6 @@ import numpy as np
 from millrace.errors import ConfigError
 from millrace.plan.facts.gpus import gpu as find_gpu
 from millrace.plan.facts.models import model_config
-from millrace.plan.facts.texts import text as find_text
 from millrace.plan.model.memory import SPREAD as MEMORY_SPREAD
 from millrace.plan.model.memory import MemoryFit, fit
 from millrace.plan.model.posterior import BAR, NOISE, Posterior, interval, posterior, rates
@@ -129,9 +128,10 @@ class Planner:
         noise = np.array([NOISE[kind] for kind in METRICS.values()]) * self.known.fit.discrepancy
         middle, low, high = interval(point.values, logarithms, matrix, noise * 0)
         rest = {"model": (noise, noise)}
-        rest["text"] = _both(point, logarithms, middle, {"shift": 1.0}, {"shift": -1.0})
-        more, less = {"slack": 1 + MEMORY_SPREAD}, {"slack": 1 - MEMORY_SPREAD}
-        rest["memory"] = _both(point, logarithms, middle, more, less)
+        texts = replace(point, shift=1.0), replace(point, shift=-1.0)
+        rest["text"] = _both(texts, logarithms, middle)
+        rooms = replace(point, slack=1 + MEMORY_SPREAD), replace(point, slack=1 - MEMORY_SPREAD)
+        rest["memory"] = _both(rooms, logarithms, middle)
         down, up = np.log(middle / low) / BAR, np.log(high / middle) / BAR
         causes = {"parameters": (down, up), **rest}
         below = np.sqrt(sum(pair[0] ** 2 for pair in causes.values()))
@@ -194,15 +194,10 @@ class _Point:
         )  # fmt: skip
 
 
-def _both(
-    point: _Point, logarithms: Any, middle: Any, one: dict[str, float], other: dict[str, float]
-) -> tuple[Any, Any]:
+def _both(sides: tuple[_Point, _Point], logarithms: Any, middle: Any) -> tuple[Any, Any]:
     """(down, up): logarithms by which the metrics move if a cause moves to either side."""
-    moved = [
-        np.log(replace(point, **change).values(logarithms) / middle) for change in (one, other)
-    ]
-    down = np.maximum(0, -np.minimum(*moved))
-    return down, np.maximum(0, np.maximum(*moved))
+    moved = [np.log(side.values(logarithms) / middle) for side in sides]
+    return np.maximum(0, -np.minimum(*moved)), np.maximum(0, np.maximum(*moved))
 
 
 def _named(values: Any) -> dict[str, float]:
@@ -222,7 +217,6 @@ def share_of(load: Load, replicas: int) -> Load:
 def check(d: Description) -> None:
     """Raise ConfigError, with what would work, for what no engine runs."""
     gpu, config = find_gpu(d.gpu), model_config(d.model)
-    find_text("mixed")
     if d.drafts and not config.mtp_layers:
         raise ConfigError(f"{d.model} has no draft head: use 0 drafts")
     if d.weights == "fp8" and not gpu.fp8 and not gpu.cpu:
