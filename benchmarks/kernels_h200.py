@@ -55,6 +55,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "attention": attention.cases,
     "attention_few_rows": attention.few_rows_cases,
     "attention_dense": attention_dense.cases,
+    "attention_prompts": attention.prompt_cases,
     "fused": fused.cases,
     "moe": moe.cases,
     "sampling": sampling.cases,

@@ -13,6 +13,7 @@ from kernel_cases.shapes import DEVICE, HEAD_DIM, HEADS, KV_HEADS, PAGE
 from millrace.kernels import attention
 from millrace.kernels.batch import DecodeRows, KVCache
 from millrace.kernels.gpu import attention as gpu_attention
+from millrace.kernels.gpu.attention import prefill
 
 
 def kv_cache(rows: int, longest: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
@@ -109,3 +110,31 @@ def check_prefill_attention(config: tuple[int, ...]) -> float:
     wide = KVCache(cache.keys.double(), cache.values.double())
     truth = attention.attend_prefill.__wrapped__(q.double(), wide, table, rows, 1 / 16)
     return relative(got, truth)
+
+
+def prompt_cases(quick: bool) -> Iterator[Case]:
+    """Prompts by blocks from pages and by boxes of what is widened: 8 of 1,024 tokens, and 1,024
+    behind 15,360 and behind 31,744."""
+    boxes = [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3)]
+    ways = [(False, (128, 64, 8, 2)), *((True, config) for config in boxes)]
+    for counts, starts in (((1024,) * 8, (0,) * 8), ((1024,), (15360,)), ((1024,), (31744,))):
+        keys = sum(counts) + sum(starts)
+        pairs = sum(c * s + c * (c + 1) / 2 for c, s in zip(counts, starts, strict=True))
+        for boxed, config in ways:
+
+            def check(boxed=boxed, config=config):
+                prefill.BOXES = boxed
+                return check_prefill_attention(config)
+
+            def calls(boxed=boxed, config=config, counts=counts, starts=starts):
+                prefill.BOXES = boxed
+                cache, table = kv_cache(len(counts), max(starts) + 1024, torch.float8_e4m3fn)
+                rows = prefill_rows(counts, starts)
+                q = torch.randn(sum(counts), HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+                given = (q, cache, table, rows, 1 / 16, 0, config)
+                return [lambda: gpu_attention.attend_prefill(*given)] * 3
+
+            name = f"prefill {len(counts)}x{counts[0]}+{starts[0]} {'boxes ' * boxed}{config}"
+            moved = HEAD_DIM * (4 * HEADS * sum(counts) + 2 * KV_HEADS * keys)
+            yield Case(name, check, 4e-3, calls, moved, 4 * HEADS * HEAD_DIM * pairs)
+    prefill.BOXES = False

@@ -146,6 +146,56 @@ def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int,
     assert torch.equal(got[seen], want[seen])
 
 
+@on_each_device
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "room"),
+    [(((1, 18, 16, 33), (36, 0, 20, 1)), 4096), (((37, 3, 40), (0, 90, 60)), 100)],
+)
+def test_prefill_from_boxes(
+    device: str, first: int, known: bool, rows: tuple[tuple[int, ...], ...], room: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Of rows that are widened, beside others that find no room; what nobody wrote is NaN."""
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu.attention import prefill, wide
+
+    torch.manual_seed(4)
+    monkeypatch.setattr(prefill, "WIDENED_MOST", room)
+    counts, starts = rows
+    lengths = [s + c for s, c in zip(starts, counts, strict=True)]
+    narrow = torch.float16 if INTERPRETED else torch.float8_e4m3fn
+    cache, table = make_cache(lengths, device, narrow, dim=32)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    slots = torch.arange(1, len(counts) + 1, device=device)
+    lengths_known = (counts, starts) if known else (None, None)
+    some = PrefillRows(slots, torch.tensor(starts, device=device), offsets, *lengths_known)
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, 32, device=device).bfloat16()
+    seen = torch.ones(sum(counts), dtype=torch.bool, device=device)
+    starting = [sum(counts[:i]) for i, s in enumerate(starts) if s == 0]
+    seen[starting] = first == 0  # position 0 sees nothing when the first row is 1
+    want = gpu.attend_prefill(q, cache, table, some, 0.2, first, widen=False)
+    seen_by_boxes: list[int] = []
+    attend, empty = wide.attend, torch.empty
+
+    def noted(*given: object, **options: object) -> None:
+        seen_by_boxes.append(1)
+        attend(*given, **options)
+
+    def poisoned(*shape: object, **options: object) -> torch.Tensor:
+        made = empty(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(prefill, "BOXES", True)
+    monkeypatch.setattr(wide, "attend", noted)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for config in ((16, 16, 4, 1), (16, 32, 4, 2)):
+        got = gpu.attend_prefill(q, cache, table, some, 0.2, first, config, widen=True)
+        assert relative(got[seen], want[seen]) < 4e-3
+    assert len(seen_by_boxes) == 2
+
+
 def test_rows_are_widened_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
     """Those that are longer than all the room, or whose keys are split, take none."""
     from millrace.kernels.gpu.attention import prefill as gpu

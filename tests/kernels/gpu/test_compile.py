@@ -161,6 +161,7 @@ def gdn(shape: Shape) -> None:
 def attention(shape: Shape) -> None:
     from millrace.kernels.gpu import attention as gpu
     from millrace.kernels.gpu import rope
+    from millrace.kernels.gpu.attention import prefill
 
     dim, kv_heads = shape.head_dim, shape.kv_heads
     pages = (50, 64, kv_heads, dim)
@@ -180,6 +181,9 @@ def attention(shape: Shape) -> None:
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16)
     gpu.attend_prefill(q, cache, table, prefill_rows(), 1 / 16, widen=False)
     gpu.attend_prefill(q, cache, table, padded_rows(), 1 / 16)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(prefill, "BOXES", True)
+        gpu.attend_prefill(q, cache, table, padded_rows(), 1 / 16)
     for width in (1, 2) if shape is LARGE else (2,):
         gpu.attend_decode(q[: DECODE * width], cache, table, decode_rows(width), 1 / 16)
     k, v = empty(PROMPT, 2 * kv_heads, dim).split(kv_heads, 1)

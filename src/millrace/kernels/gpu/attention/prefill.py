@@ -17,6 +17,7 @@ from torch import Tensor
 
 from millrace.kernels.batch import KVCache, PrefillRows
 from millrace.kernels.gpu.attention import split
+from millrace.kernels.gpu.attention import wide as wide_attention
 from millrace.kernels.gpu.attention.softmax import LOG2_E, _attend_range, _operand
 from millrace.kernels.gpu.attention.split import split_rows, splits
 
@@ -24,6 +25,7 @@ from millrace.kernels.gpu.attention.split import split_rows, splits
 ROW_ARRAYS = ["slots", "starts", "offsets"]
 WIDENED_MOST = 32768  # keys at a time: 128 MiB at 4 heads of 256
 WIDENERS = 64  # programs that share a row
+BOXES = False  # whether what is widened is fetched in boxes; until a GPU has compared
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)
@@ -60,9 +62,10 @@ def _prefill_kernel(
     q, keys, values, wide_keys, wide_values, block_table, slots, starts, offsets, wide_at, tiles,
     out, table_stride, q_stride, TILES, scale, HEADS, KV_HEADS, FIRST: tl.constexpr,
     GROUP: tl.constexpr, M: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Rows whose keys are to be split are left to others. WIDE: rows may be widened."""
+    """Rows whose keys are to be split are left to others, and those that are widened if PAGED.
+    WIDE: rows may be widened."""
     head = tl.program_id(0)
     # The last tiles have the longest rows to read: they go first.
     number = TILES - 1 - tl.program_id(1)
@@ -70,7 +73,10 @@ def _prefill_kernel(
     begin = tl.load(offsets + tl.maximum(row, 0))
     count = tl.load(offsets + tl.maximum(row, 0) + 1) - begin
     start = tl.load(starts + tl.maximum(row, 0)).to(tl.int32)
-    if (row >= 0) & (splits(start, count) <= 1):
+    mine = (row >= 0) & (splits(start, count) <= 1)
+    if PAGED:
+        mine = mine & (tl.load(wide_at + tl.maximum(row, 0)) < 0)
+    if mine:
         tile = tl.load(tiles + TILES + number)
         slot = tl.load(slots + row)
         t = tile * M + tl.arange(0, M)
@@ -114,18 +120,27 @@ def attend_prefill(
     """
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    tile, block, warps, stages = config or ((128, 64, 8, 2) if q.itemsize == 2 else (16, 16, 4, 1))
+    tile, block, warps, stages = (not BOXES and config) or (
+        (128, 64, 8, 2) if q.itemsize == 2 else (16, 16, 4, 1)
+    )
     narrow = cache.keys.dtype == torch.float8_e4m3fn
     widen = narrow if widen is None else widen
     page, kv_heads, dim = cache.keys.shape[1:]
     wide_at = _wide_at(rows, widen)
     wide = _widened(cache, block_table, rows, wide_at) if widen else cache
+    boxes = widen and BOXES and wide_attention.takes(q, wide)
+    if boxes:
+        wide_attention.attend(q, wide, rows, wide_at, scale, first, out, config)
+        if _all_widened(rows):
+            split.attend(q, cache, block_table, rows, scale, first, out)
+            return out
     heads, tiles = q.shape[1], rows.tiles(tile, q.shape[0])
     _prefill_kernel[(heads, tiles.shape[1])](
         q, cache.keys, cache.values, wide.keys, wide.values, block_table, rows.slots, rows.starts,
         rows.offsets, wide_at, tiles, out, block_table.stride(0), q.stride(0), tiles.shape[1],
         scale * LOG2_E, heads, kv_heads, FIRST=first, GROUP=heads // kv_heads, M=tile, PAGE=page,
-        D=dim, DB=triton.next_power_of_2(dim), BN=block, STAGES=stages, WIDE=widen,
+        D=dim, DB=triton.next_power_of_2(dim), BN=block, STAGES=stages, WIDE=widen and not boxes,
+        PAGED=boxes,
         num_warps=warps,
     )  # fmt: skip
     split.attend(q, cache, block_table, rows, scale, first, out)
@@ -137,6 +152,13 @@ def _most_widened(rows: PrefillRows) -> int:
     if rows.counts is None or rows.host_starts is None:
         return WIDENED_MOST
     return min(sum(rows.counts) + sum(rows.host_starts), WIDENED_MOST)
+
+
+def _all_widened(rows: PrefillRows) -> bool:
+    """Whether the host knows that all rows are, but for those that are split."""
+    if rows.counts is None or rows.host_starts is None:
+        return False
+    return sum(rows.counts) + sum(rows.host_starts) <= WIDENED_MOST
 
 
 def _wide_at(rows: PrefillRows, widen: bool) -> Tensor:
