@@ -71,7 +71,7 @@ LAYERS = [
     # commands that use both planes
     "simulate.common",
     "simulate.events simulate.aggregated",
-    "chat eval server doctor simulate",
+    "chat eval server doctor simulate download",
     "about offline",
     "cli millrace",
     "__main__",

@@ -80,7 +80,10 @@ def test_an_id_is_found_in_the_cache_of_hugging_face(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("Qwen/Qwen3.5-2B",), r"not there in .*; get it with: hf download Qwen/Qwen3\.5-2B$"),
+        (
+            ("Qwen/Qwen3.5-2B",),
+            r"not there in .*; get it with: millrace download Qwen/Qwen3.5-2B$",
+        ),
         (
             ("Qwen/Qwen3.5-0.8B", "v9"),
             r"no revision 'v9' in .*\(there: main, refs/pr/1, v1\); .* --revision v9$",

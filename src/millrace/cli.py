@@ -29,6 +29,7 @@ _COMMANDS = {
         "Simulate a fleet on a virtual clock.",
     ),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
+    "download": ("millrace.download.command", "download", "Download a model, and check it."),
     "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }
 

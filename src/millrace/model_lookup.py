@@ -86,7 +86,7 @@ def _in_cache(name: str, revision: str | None, download_dir: str | None) -> Path
     snapshot = _snapshot(model, wanted)
     if snapshot is not None and (snapshot / "config.json").is_file():
         return snapshot.resolve()
-    words = ["hf", "download", name]
+    words = ["millrace", "download", name]
     words += ["--revision", revision] if revision else []
     words += ["--cache-dir", download_dir] if download_dir else []
     known = _revisions(model)
