@@ -298,18 +298,38 @@ def test_no_system_message_is_refused_or_lost(messages: list[Any], source: str) 
     """Each text is in the prompt, in order; what is no system message stays where it is."""
     template = ChatTemplate(source, {"eos_token": "", "pad_token": "", "bos_token": ""})
     given = normalize_messages(messages)
-    text = template.render(given)
-    systems = [one for one in given if one["role"] == "system"]
-    others = [one for one in given if one["role"] != "system"]
+    text, at = template.render(given), 0
     if source == FREE:
         assert text == "".join(f"[{one['role']}]{joined(one)}" for one in given)
-    elif source != SHIPPED_SOURCE:
-        front = "\n\n".join(joined(one) for one in systems if joined(one))
-        first = f"[system]{front}" if systems else ""
-        assert text == first + "".join(f"[{one['role']}]{joined(one)}" for one in others)
-    at = 0
-    for one in systems if source == SHIPPED_SOURCE else ():
-        at = text.index(joined(one), at)
+    for one in given if source != SHIPPED_SOURCE else ():
+        at = text.index(joined(one), at) + len(joined(one))
+    for one in (one for one in given if one["role"] == "system"):
+        assert joined(one) in text
+
+
+REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        ("s1 s2 u1 a1 u2", "[system]s1\n\ns2[user]u1[assistant]a1[user]u2"),
+        ("s1 u1 s2 a1", f"[system]s1[user]u1\n{REMINDER.format('s2')}[assistant]a1"),
+        ("u1 a1 s1 s2 u2", f"[user]u1[assistant]a1[user]{REMINDER.format('s1')}\n"
+         f"{REMINDER.format('s2')}\nu2"),
+        ("s1 u1 a1 s2", f"[system]s1[user]u1[assistant]a1[user]{REMINDER.format('s2')}"),
+        ("s1 u1 a1 s2 a2", f"[system]s1[user]u1[assistant]a1[user]{REMINDER.format('s2')}"
+         "[assistant]a2"),
+    ],
+)  # fmt: skip
+def test_a_later_system_message_stays_where_it_is(turns: str, text: str) -> None:
+    """What lies before it is what it was in the request before, so that is found in the cache."""
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    given = [{"role": names[turn[0]], "content": turn} for turn in turns.split()]
+    for source in (STRICT, FORGETFUL):
+        assert ChatTemplate(source, {}).render(given) == text
+    parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in given]
+    assert ChatTemplate(STRICT, {}).render(parts) == text
 
 
 def joined(message: dict[str, Any]) -> str:

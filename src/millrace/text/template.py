@@ -24,7 +24,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from millrace.errors import CheckpointError, RequestError
 from millrace.text.checkpoint.files import read_json
+from millrace.text.effort import VARIABLE, known_efforts
 from millrace.text.messages import Message
+from millrace.text.system_notes import one_system_message
 
 RENDER_SECONDS = 10.0
 MAX_REPEATED = 1 << 20  # parts of a text or list that `*` makes
@@ -136,10 +138,11 @@ def _environment() -> _Environment:
 class ChatTemplate:
     """One compiled template and the special tokens that it may name.
 
-    takes_parts: whether it reads a message's content also as a list of parts; others get the parts
+    efforts: the words of reasoning effort that it knows, see `known_efforts`. takes_parts: whether
+    it reads a message's content also as a list of parts; others get the parts
     joined into one text. takes_tools: whether it writes tools into the prompt. takes_systems:
-    whether it writes several system messages, wherever they stand; others get them as one, in
-    front.
+    whether it writes several system messages, wherever they stand; others get those in front as
+    one, and later ones as parts of the messages beside them.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str = "chat template") -> None:
@@ -159,6 +162,7 @@ class ChatTemplate:
         self.takes_systems = self._probe_systems()
         self.takes_parts = self._probe()
         self.takes_tools = self._probe_tools()
+        self.efforts = known_efforts(source, self._with_effort)
 
     def render(
         self,
@@ -181,7 +185,7 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, **self._tokens, **(variables or {})}
         read = [self._content(_named_reasoning(message)) for message in messages]
         if not self.takes_systems:
-            read = _systems_first(read, continue_final_message)
+            read = one_system_message(read, continue_final_message)
         values["messages"] = read
         if continue_final_message:
             values["messages"][-1:] = map(_marked, values["messages"][-1:])
@@ -209,6 +213,10 @@ class ChatTemplate:
             return message
         texts = [part["text"] for part in message["content"]]
         return {**message, "content": "\n".join(texts)}
+
+    def _with_effort(self, word: str) -> str:
+        values = {VARIABLE: word, "enable_thinking": True}
+        return self.render([{"role": "user", "content": "text"}], variables=values)
 
     def _probe(self) -> bool:
         """Whether two text parts render like the one text that they make."""
@@ -251,23 +259,6 @@ class ChatTemplate:
         except RequestError:
             return False
         return all(f"system probe {name}" in text for name in names)
-
-
-def _systems_first(messages: list[dict[str, Any]], continued: bool) -> list[dict[str, Any]]:
-    """The system messages as one, in front of the others. continued: the final message stays."""
-    count = len(messages) - 1 if continued else len(messages)
-    systems = [one for one in messages[:count] if one.get("role") == "system"]
-    if not systems or (len(systems) == 1 and messages[0] is systems[0]):
-        return messages
-    others = [one for one in messages[:count] if one.get("role") != "system"]
-    texts = [text for one in systems if (text := _joined(one.get("content")))]
-    return [{**systems[0], "content": "\n\n".join(texts)}, *others, *messages[count:]]
-
-
-def _joined(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
 
 
 # Stands where the final message's content ends. Its last character, a space, tells whether the

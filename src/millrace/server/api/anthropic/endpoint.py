@@ -17,7 +17,6 @@ from starlette.types import ASGIApp
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
 from millrace.server.api.chat.endpoint import (
-    EFFORTS,
     count_chat_tokens,
     prepare_chat,
     respond_to_chat,
@@ -31,6 +30,7 @@ from millrace.server.api.request_schema import (
     SamplingRequest,
 )
 from millrace.server.api.transport import json_response
+from millrace.text.effort import EFFORTS
 from millrace.text.messages import is_long
 from millrace.text.tools.schema import nested_tool
 

@@ -36,14 +36,14 @@ from millrace.server.api.request_schema import (
     SamplingRequest,
 )
 from millrace.text.answer_parser import AnswerParser
+from millrace.text.client_lines import without_client_lines
+from millrace.text.effort import EFFORTS, VARIABLE, nearest_effort
 from millrace.text.grammar_jobs import GrammarJob
 from millrace.text.messages import is_long
 from millrace.text.processor import split_outputs
 from millrace.text.reasoning import START, ReasoningSplitter, opens_reasoning
 from millrace.text.tools.parser import ToolParser
 from millrace.text.tools.schema import ToolChoice, choose_tools, read_tools
-
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class PreparedChat(msgspec.Struct, frozen=True):
@@ -223,7 +223,7 @@ def chat_text(
     if must_fit and body.truncate_prompt_tokens is None:
         context.processor.check_chat(body.messages, ready.max_model_len)
     return context.processor.chat_prompt(
-        body.messages,
+        without_client_lines(body.messages),
         tools=choice.offered,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
@@ -247,20 +247,22 @@ def _variables(context: ApiContext, body: ChatRequest) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if body.documents is not None:
         given["documents"] = body.documents
-    effort = _effort(body)
-    template = context.processor.template
-    if effort is not None and template is not None and "reasoning_effort" in template.source:
-        given["reasoning_effort"] = effort
-    elif effort is not None:  # the model has no degrees of effort: it reasons or not
-        if effort not in EFFORTS:
-            known = ", ".join(EFFORTS)
-            message = f"reasoning_effort must be one of {known}, got {effort!r}"
-            raise RequestError(message, param="reasoning_effort")
-        given["enable_thinking"] = effort != "none"
+    effort, template = _effort(body), context.processor.template
+    known = None if template is None else template.efforts
+    if effort is not None:
+        if known != ():  # else any word is right
+            nearest_effort(effort, known or EFFORTS)
+        if known is None or effort == "none":  # no degrees: the model reasons or not
+            given["enable_thinking"] = effort != "none"
+        if known is not None and (effort != "none" or effort in known):
+            given[VARIABLE] = effort
     given |= thinking_variables(body.thinking)
     if body.enable_thinking is not None:
         given["enable_thinking"] = body.enable_thinking
-    return {**given, **(body.chat_template_kwargs or {})}
+    given |= body.chat_template_kwargs or {}
+    if known and isinstance(word := given.get(VARIABLE), str):
+        given[VARIABLE] = nearest_effort(word, known)
+    return given
 
 
 def _thinking_budget(body: ChatRequest) -> int | None:
