@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from millrace.kernels.cpu.w4 import is_supported
 from millrace.model.tiny import FP8_BLOCKS, QWEN3_MOE, moe_config_json, write_checkpoint
 from tests.runtime.test_metamorphic import PROMPTS, mtp
 from tests.support.engines import assert_same, build, generate, run, with_few_pages
@@ -105,8 +106,22 @@ def test_same_tokens_when_preempted(
 
 
 def test_fp8_blocks_on_two_ranks(tmp_path: Path) -> None:
-    """FP8 experts are dequantized on a CPU, a block of each on every rank."""
+    """A block of each expert on every rank, dequantized."""
     directory = write_checkpoint(tmp_path / "fp8", QUANTIZED, seed=2)
     alone = [run(directory, [prompt], 8)[0][0] for prompt in PROMPTS[:4]]
     got, _ = run(directory, PROMPTS[:4], 8, tensor_parallel_size=2)
     assert_same(directory, PROMPTS[:4], alone, got)
+
+
+def test_fp8_experts_stay_so_in_bfloat16(tmp_path: Path) -> None:
+    """Where the processor multiplies bfloat16; the first tokens are those of exact weights."""
+    config = {**QUANTIZED, "dtype": "bfloat16"}
+    directory = write_checkpoint(tmp_path / "fp8", config, seed=2)
+    engine = build(directory, dtype="bfloat16")
+    values = engine.worker.model.layers[0].mlp.experts.gate_up_values
+    kept = values.dtype == torch.float8_e4m3fn
+    got = generate(engine, PROMPTS[:4], 8)
+    engine.close()
+    assert kept == is_supported()
+    exact = [run(directory, [prompt], 8, dtype="float32")[0][0] for prompt in PROMPTS[:4]]
+    assert [tokens[0] for tokens in got] == [tokens[0] for tokens in exact]

@@ -26,6 +26,12 @@ class BuildContext:
     device: torch.device
     keep_quantized: bool | None = False
 
+    def keeps_experts(self, form: WeightFormat) -> bool:
+        """As `keeps`, of the weights of experts."""
+        if self.keep_quantized is None:
+            return form.has_experts_on(self.device, self.dtype)
+        return self.keep_quantized
+
     def keeps(self, form: WeightFormat) -> bool:
         """Whether weights in this format stay in it, if they can be cut for this rank."""
         if self.keep_quantized is None:

@@ -95,6 +95,10 @@ class WeightFormat(ABC):
     def is_fast_on(self, device: torch.device) -> bool:
         """Whether the device has a GEMM for this format; else weights are dequantized at load."""
 
+    def has_experts_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the device has a kernel for experts in this format, with inputs of the dtype."""
+        return self.is_fast_on(device)
+
     @abstractmethod
     def linear(self, build: BuildContext, pieces: list[Piece]) -> Linear | None:
         """A layer that keeps the format; None if these pieces cannot be kept in it.

@@ -25,7 +25,7 @@ SIGNATURES = {
     "linear": "ppiii" + "pi",
     "norm_rope_store": "plppfp" + "pipppp" + "iiiiiiii",
     "rms_norm": "pppflil" + "ppii",
-    "run_experts": "ppppp" + "pppp" + "iiiii",
+    "run_experts": "ppppp" + "pppppp" + "iiiii",
     "sigmoid_gate": "pplli" + "pii",
     "silu_mul": "pli" + "pii",
     "w4_linear": "ppppppp" + "iiiiiii",

@@ -1,7 +1,7 @@
 """Experts on the CPU: tokens are grouped by expert, and experts without tokens are not read.
 
-With many tokens of an expert torch's GEMMs are faster than the compiled function; weights in
-another dtype than the inputs' are dequantized expert by expert.
+With many tokens of an expert torch's GEMMs are faster than the compiled function. That widens e4m3
+weights where it uses them; where it cannot run, they are dequantized expert by expert.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
+from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.gemm import linear
 from millrace.kernels.moe import ExpertWeights, Routes, Shared, plain_rows, with_shared
 from millrace.kernels.quantize import Quantized
@@ -68,13 +69,23 @@ def _native(
     multiple = 32 if x.dtype == torch.bfloat16 else 16
     if run is None or hidden % multiple or width % multiple or pairs >= TORCH_IS_FASTER * hits:
         return False
-    weights = gate_up.values, down.values
-    if any(w.dtype != x.dtype for w in weights) or not all_contiguous(*weights):
+    if not all(_fits(weights, x.dtype) for weights in (gate_up, down)):
         return False
     rows, inner = x[groups.tokens], x.new_empty(pairs, width)
-    given = (rows, *groups, *weights, inner, total)
+    given = (rows, *groups, *gate_up, *down, inner, total)
     sizes = (hits, hidden, width, is_bf16(x), threads())
     return bool(run(*map(pointer, given), *sizes))
+
+
+def _fits(weights: ExpertWeights, dtype: torch.dtype) -> bool:
+    """Whether the compiled function reads these weights, with inputs of the dtype."""
+    values, scales = weights
+    if scales is None:
+        return values.dtype == dtype and all_contiguous(values)
+    blocks = values.shape[1] % FP8_BLOCK == 0 and values.shape[2] % FP8_BLOCK == 0
+    plain = values.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+    contiguous = values.is_contiguous() and scales.is_contiguous()
+    return dtype == torch.bfloat16 and blocks and plain and contiguous
 
 
 def _one_by_one(

@@ -77,6 +77,12 @@ class Fp8Block(WeightFormat):
     def is_fast_on(self, device: torch.device) -> bool:
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
+    def has_experts_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        from millrace.kernels.cpu.w4 import is_supported
+
+        native = device.type == "cpu" and dtype == torch.bfloat16 and is_supported()
+        return native or self.is_fast_on(device)
+
     def linear(self, build: BuildContext, pieces: list[Piece]) -> Linear | None:
         return Fp8BlockLinear(build, pieces) if fits_blocks(pieces) else None
 

@@ -154,8 +154,9 @@ class Experts(HasGemms):
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether inputs are best quantized to e4m3 before."""
-        return self.gate_up_scales is not None
+        """Whether inputs are best quantized to e4m3 before: on a CPU they are multiplied as they
+        are."""
+        return self.gate_up_scales is not None and self.gate_up_values.device.type != "cpu"
 
     @property
     def gate_up(self) -> ExpertWeights:
@@ -183,7 +184,7 @@ def _by_expert(count: int, values: Tensor, scales: Tensor | None) -> ExpertWeigh
 def _stacked(build: BuildContext, pieces: list[Piece]) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The weights of all pieces, one behind the other, and their scales if they stay quantized."""
     forms = [build.config.quantization.format_of(piece.module) for piece in pieces]
-    if build.keeps(forms[0]) and len(set(forms)) == 1:
+    if build.keeps_experts(forms[0]) and len(set(forms)) == 1:
         kept = forms[0].stack(build, pieces)
         if kept is not None:
             return kept

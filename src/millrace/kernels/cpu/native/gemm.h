@@ -62,27 +62,59 @@ inline void transpose(Words r[LANES]) {
 #endif
 }
 
-// panel[word][PANEL] from `count` columns of `words` words, a multiple of 16; at(c): column c's
-// words. Columns past `count` are zeros. ahead: distance from a column to that of the next panel.
-template <class At>
-void pack(At at, int count, int words, int64_t ahead, Words (*panel)[2]) {
+// panel[word][PANEL] from `count` columns of `words` words, a multiple of 16; load(c, w): the words
+// of column c from w on. Columns past `count` are zeros.
+template <class Load> void pack_loaded(Load load, int count, int words, Words (*panel)[2]) {
     for (int half = 0; half < 2; half++)
         for (int w = 0; w < words; w += LANES) {
             Words block[LANES];
             for (int i = 0; i < LANES; i++) {
                 int c = half * LANES + i;
-                if (c >= count) {
-                    block[i] = Words{};
-                    continue;
-                }
-                const char* words_of = (const char*)at(c) + w * 4;
-                if (ahead) __builtin_prefetch(words_of + ahead, 0, 2);
-                std::memcpy(&block[i], words_of, sizeof block[i]);
+                block[i] = c < count ? load(c, w) : Words{};
             }
             transpose(block);
             for (int i = 0; i < LANES; i++) panel[w + i][half] = block[i];
         }
 }
+
+// As above; at(c): column c's words. ahead: distance from a column to that of the next panel.
+template <class At>
+void pack(At at, int count, int words, int64_t ahead, Words (*panel)[2]) {
+    pack_loaded([&](int c, int w) {
+        const char* words_of = (const char*)at(c) + w * 4;
+        if (ahead) __builtin_prefetch(words_of + ahead, 0, 2);
+        Words found;
+        std::memcpy(&found, words_of, sizeof found);
+        return found;
+    }, count, words, panel);
+}
+
+#ifdef __AVX512BF16__
+// 32 e4m3 numbers as bfloat16, exactly: what is not a sign is looked up.
+struct Widen {
+    __m512i table[4];
+    Widen() {
+        alignas(64) uint16_t found[128];
+        for (int i = 0; i < 128; i++) {
+            int exponent = i >> 3, mantissa = i & 7;
+            float value = std::ldexp(exponent ? 8 + mantissa : mantissa, std::max(exponent, 1) - 10);
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof bits);
+            found[i] = i == 127 ? 0x7FC0 : bits >> 16;
+        }
+        for (int i = 0; i < 4; i++) table[i] = _mm512_load_si512(found + 32 * i);
+    }
+    Words operator()(const uint8_t* codes) const {
+        __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+        __m512i small = _mm512_permutex2var_epi16(table[0], wide, table[1]);
+        __m512i large = _mm512_permutex2var_epi16(table[2], wide, table[3]);
+        __mmask32 is_large = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
+        __m512i size = _mm512_mask_blend_epi16(is_large, small, large);
+        __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(wide, 7), 15);
+        return (Words)_mm512_or_si512(size, sign);
+    }
+};
+#endif
 
 // total[r] += x[r, n] times the panel.
 template <class U, int R>
