@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from millrace.download.object_store import ObjectStoreModel, _remote_file
+from millrace.download.object_store import ObjectStoreModel, remote_file
 from millrace.download.run import Request, run
 from millrace.download.source import Digest, TransferError
 from millrace.errors import UserError
@@ -37,12 +37,12 @@ def test_an_empty_folder_is_said(store: str, tmp_path: Path) -> None:
 def test_digests_of_stores() -> None:
     md5 = hashlib.md5(b"x")
     google: dict[str, Any] = {"size": 1, "md5Hash": base64.b64encode(md5.digest()).decode()}
-    assert _remote_file("a", google).digest == Digest("md5", md5.hexdigest())
+    assert remote_file("a", google).digest == Digest("md5", md5.hexdigest())
     amazon = {"size": 1, "ETag": f'"{md5.hexdigest()}"'}
-    assert _remote_file("a", amazon).digest == Digest("md5", md5.hexdigest())
+    assert remote_file("a", amazon).digest == Digest("md5", md5.hexdigest())
     in_parts = {"size": 1, "ETag": f'"{md5.hexdigest()}-2"'}
-    assert _remote_file("a", in_parts).digest is None
-    assert _remote_file("a", in_parts).identity != _remote_file("a", amazon).identity
+    assert remote_file("a", in_parts).digest is None
+    assert remote_file("a", in_parts).identity != remote_file("a", amazon).identity
 
 
 def test_what_a_store_refuses_may_be_tried_again(store: str) -> None:

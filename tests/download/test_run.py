@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from millrace.download.journal import Journal
 from millrace.download.run import Request
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
-from tests.support.fake_hub import COMMIT, MODEL, FakeHub, Faults, fake_hub, large_file
+from tests.support.fake_hub import COMMIT, MODEL, FakeHub, Faults, Handler, fake_hub, large_file
 
 FILES = {
     "config.json": b'{"model_type": "qwen3_5"}',
@@ -133,7 +134,10 @@ def test_a_name_leads_to_a_model_only_when_all_of_it_is_there(
 
 
 def test_the_token_goes_to_the_hub_alone_and_into_no_message(
-    server: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: FakeHub,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     server.token = "hf_secret"
@@ -144,25 +148,23 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_message(
     server.faults = Faults(expire=1, cut_every=500_000)
     with fake_hub(dict(FILES)) as other:  # where the hub redirects to
         other.uses = {str(number): 0 for number in range(100)}
-        _redirect(server, other)
+        _redirect(server, other, monkeypatch)
         assert_whole(fetch(server, tmp_path, token="hf_secret"))
     assert other.requests
     assert not any("Authorization" in headers for _, headers in other.requests)
     assert "hf_" not in caplog.text + str(caught.value)
 
 
-def _redirect(server: FakeHub, other: FakeHub) -> None:
+def _redirect(server: FakeHub, other: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a hub send clients to another host for large files."""
-    from tests.support import fake_hub as module
-
-    plain = module._Handler._answer
+    plain = Handler.answer
 
     def answer(self: Any, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         if "Location" in headers and self.shared is server:
             headers = {"Location": other.url + headers["Location"]}
         plain(self, status, headers, body)
 
-    pytest.MonkeyPatch().setattr(module._Handler, "_answer", answer)
+    monkeypatch.setattr(Handler, "answer", answer)
 
 
 def test_a_source_that_gives_nothing_ends_in_one_line(server: FakeHub, tmp_path: Path) -> None:
@@ -200,8 +202,6 @@ def test_bad_input_is_answered_in_one_line(
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    import re
-
     assert re.search(said, line), line
 
 

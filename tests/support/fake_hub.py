@@ -96,10 +96,10 @@ def large_file(size: int, seed: int = 0) -> bytes:
 def fake_hub(files: dict[str, bytes], faults: Faults | None = None) -> Iterator[FakeHub]:
     hub = FakeHub(files, faults or Faults())
 
-    class Handler(_Handler):
+    class Bound(Handler):
         shared = hub
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bound)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -113,7 +113,7 @@ def fake_hub(files: dict[str, bytes], faults: Faults | None = None) -> Iterator[
         thread.join(timeout=5)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     shared: FakeHub
 
@@ -135,27 +135,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _list(self, path: str) -> None:
         hub = self.shared
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            return self._answer(401, {"X-Error-Message": "a token is needed"})
+            return self.answer(401, {"X-Error-Message": "a token is needed"})
         if not re.fullmatch(rf"/api/models/{MODEL}(/revision/(main|{COMMIT}))?", path):
-            return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         body = json.dumps(hub.listing()).encode()
-        return self._answer(200, {"Content-Type": "application/json"}, body)
+        return self.answer(200, {"Content-Type": "application/json"}, body)
 
     def _resolve(self, path: str) -> None:
         hub = self.shared
         name = path.removeprefix(f"/{MODEL}/resolve/{COMMIT}/")
         if name not in hub.files:
-            return self._answer(404, {})
+            return self.answer(404, {})
         with hub.lock:
             refused = hub.faults.refuse.pop(0) if hub.faults.refuse else None
         if refused is not None:
-            return self._answer(*refused)
+            return self.answer(*refused)
         if not is_large(name):
             return self._send(name)
         with hub.lock:
             signature = f"{len(hub.uses)}"
             hub.uses[signature] = 0
-        return self._answer(302, {"Location": f"/signed/{name}?signature={signature}"})
+        return self.answer(302, {"Location": f"/signed/{name}?signature={signature}"})
 
     def _signed(self, name: str) -> None:
         hub = self.shared
@@ -163,7 +163,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with hub.lock:
             hub.uses[signature] += 1
             expired = hub.faults.expire and hub.uses[signature] > hub.faults.expire
-        return self._answer(403, {}) if expired else self._send(name)
+        return self.answer(403, {}) if expired else self._send(name)
 
     def _send(self, name: str) -> None:
         hub = self.shared
@@ -209,7 +209,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
 
-    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

@@ -37,7 +37,7 @@ class ObjectStoreModel:
             raise UserError(f"{self.name} cannot be listed: {_line(error)}") from error
         start = len(self._root.rstrip("/")) + 1
         return [
-            _remote_file(path[start:], entry)
+            remote_file(path[start:], entry)
             for path, entry in sorted(found.items())
             if entry.get("type") == "file" and path[start:]
         ]
@@ -71,7 +71,7 @@ class ObjectStoreModel:
             start = middle
 
 
-def _remote_file(name: str, entry: dict[str, Any]) -> RemoteFile:
+def remote_file(name: str, entry: dict[str, Any]) -> RemoteFile:
     marks = [entry.get(key) for key in ("etag", "ETag", "generation", "mtime", "created", "size")]
     identity = "-".join(str(mark) for mark in marks if mark is not None)
     return RemoteFile(name, int(entry["size"]), _digest(entry), identity)
