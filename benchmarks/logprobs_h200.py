@@ -176,6 +176,8 @@ def published(directory: Path, fp8: bool) -> tuple[dict[str, Tensor], set[str]]:
                 found[piece.name] = whole
             for start, stop in piece.rows:
                 part = param[at : at + stop - start]
+                if piece.offset:  # norms hold what multiplies
+                    part = part - piece.offset
                 whole[start:stop] = part.reshape(stop - start, *piece.shape[1:])
                 at += stop - start
     found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp.")}

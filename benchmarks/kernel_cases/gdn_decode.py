@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from launches import choose_launches
 from torch import Tensor
 
 from kernel_cases.case import Case, relative
@@ -218,39 +217,39 @@ def step_cases(quick: bool) -> Iterator[Case]:
 
 def block_cases(quick: bool) -> Iterator[Case]:
     """All of a layer's decode with more or fewer blocks of the second kernel on a multiprocessor,
-    and with its states fetched while the first one runs ("early")."""
+    whose states are fetched at once, while the first one runs ("ahead"), or later."""
     n, held = 2, 7 + 8 / 7
-    tried = {torch.float32: (2, 3), torch.float16: (4, 5, 6), torch.bfloat16: (5,)}
-    for state, counts in tried.items():
+    tried = {
+        torch.float32: ((3, True), (3, False), (4, False)),
+        torch.float16: ((4, True), (5, True), (5, False), (6, False)),
+    }
+    for state, ways in tried.items():
         size = state.itemsize
         one = FULL.values * FULL.dim * size * 8 / 7 + (held + n) * FULL.values * 4
         one += (held + n) * FULL.keys * 2 + 4 * n * FULL.values + 12 * n * FULL.channels
-        for rows in (SEQUENCES, 32):
-            for blocks in counts:
-                for early in (False, True) if blocks == gpu_gdn.BLOCKS[size] else (False,):
+        for blocks, ahead in ways:
+            for rows in (SEQUENCES, 32):
 
-                    def choose(blocks=blocks, early=early, size=size):
-                        gpu_gdn.BLOCKS[size] = blocks
-                        choose_launches("chained" if early else "apart")
+                def choose(blocks=blocks, ahead=ahead, size=size):
+                    if (gpu_gdn.BLOCKS[size], gpu_gdn.AHEAD) != (blocks, ahead):
+                        gpu_gdn.BLOCKS[size], gpu_gdn.AHEAD = blocks, ahead
                         check_step.cache_clear()
                         forget()
 
-                    def check(choose=choose, state=state, n=n):
-                        choose()
-                        return check_step(n, state)
+                def check(choose=choose, state=state, n=n):
+                    choose()
+                    return check_step(n, state)
 
-                    def calls(choose=choose, rows=rows, state=state, n=n):
-                        choose()
-                        steps = [Step(rows, n, state) for _ in range(max(2, SEQUENCES // rows))]
-                        return [step.fused for step in steps]
+                def calls(choose=choose, rows=rows, state=state, n=n):
+                    choose()
+                    steps = [Step(rows, n, state) for _ in range(max(2, SEQUENCES // rows))]
+                    return [step.fused for step in steps]
 
-                    how = f"{blocks} blocks{', early' if early else ''}"
-                    yield Case(
-                        f"{STATES[state]} {rows} rows: {how}", check, 5e-3, calls, rows * one
-                    )
-            gpu_gdn.BLOCKS.update(DEFAULT_BLOCKS)
-    choose_launches("apart")
+                name = f"{STATES[state]} {rows} rows: {blocks} blocks{', ahead' * ahead}"
+                yield Case(name, check, 5e-3, calls, rows * one)
+    gpu_gdn.BLOCKS.update(DEFAULT[0])
+    gpu_gdn.AHEAD = DEFAULT[1]
     forget()
 
 
-DEFAULT_BLOCKS = dict(gpu_gdn.BLOCKS)
+DEFAULT = dict(gpu_gdn.BLOCKS), gpu_gdn.AHEAD

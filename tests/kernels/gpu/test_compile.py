@@ -332,6 +332,7 @@ def test_what_launches_the_product_behind_it_compiles(
 ):
     from millrace.kernels.gpu import quantize
 
+    monkeypatch.setattr(quantize, "CHAINED_LAUNCHES", False)
     between_products(LARGE)
     forms = {name: len(found) for name, found in compiler.forms.items()}
     monkeypatch.setattr(quantize, "launches_early", lambda: True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DIRECT_LAUNCHES = False  # until a GPU has compared: `benchmarks/early_launch_h200.py`
+DIRECT_LAUNCHES = True  # `benchmarks/early_launch_h200.py` compares
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_..., of the driver's interface
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 BYTES, SWIZZLE_128B, L2_PROMOTION_256B = 0, 3, 3  # CU_TENSOR_MAP_...

@@ -22,8 +22,8 @@ from millrace.kernels.quantize import GROUP, Quantized
 
 E4M3_MAX = tl.constexpr(448.0)
 COPY, SILU_MUL, SIGMOID_GATE, GATED_NORM = range(4)
-EARLY_LAUNCHES = False  # `benchmarks/early_launch_h200.py` compares
-CHAINED_LAUNCHES = False  # the same; only where EARLY_LAUNCHES is set
+EARLY_LAUNCHES = True  # `benchmarks/early_launch_h200.py` compares
+CHAINED_LAUNCHES = True  # the same; only where EARLY_LAUNCHES is set
 NORM_STRIP = 1024  # channels that a norm holds as one piece: [8, GROUP]
 
 

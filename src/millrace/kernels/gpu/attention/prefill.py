@@ -120,9 +120,8 @@ def attend_prefill(
     """
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    tile, block, warps, stages = (not BOXES and config) or (
-        (128, 64, 8, 2) if q.itemsize == 2 else (16, 16, 4, 1)
-    )
+    usual = (128, 64, 8, 2) if q.itemsize == 2 else (16, 16, 4, 1)
+    tile, block, warps, stages = usual if BOXES or config is None else config
     narrow = cache.keys.dtype == torch.float8_e4m3fn
     widen = narrow if widen is None else widen
     page, kv_heads, dim = cache.keys.shape[1:]

@@ -1,7 +1,8 @@
 // The pass over the state, once the coefficients are there (gdn_prepare.cu).
 //
-// A thread asks for all of its part of the state at once and holds it as it lies in memory, so BLOCKS
-// on a multiprocessor, which leave it that many registers, say how many bytes are under way.
+// A thread holds its part of the state as it lies in memory. If AHEAD, it asks for all of it at once,
+// before the kernel in front has ended; else the compiler may spread that over the products. BLOCKS on
+// a multiprocessor, which leave a thread that many registers, say how many bytes are under way.
 //
 // A warp owns 32 value channels of one row and value head, a block all of the head's. Rows 0..7 of
 // a product are the keys of the row's tokens, rows 8..15 their queries. Which channel an index of a
@@ -105,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(DV, BLOCKS)
   state += head * DK * DV + v0;
   window_u += head * W * DV + v0;
 
+  if (!AHEAD) await_previous();
   piece s[DK / 4];  // rows l * DK / 4 + i of the state, channels 4 g ..
 #pragma unroll
   for (int i = 0; i < DK / 4; i++) s[i] = get4(state + (l * (DK / 4) + i) * DV + 4 * g);
@@ -117,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(DV, BLOCKS)
   for (int i = lane; i < filled * 8; i += 32) {
     copy_async(&window[i / 8][v0 + i % 8 * 4], window_u + i / 8 * DV + i % 8 * 4);
   }
-  await_previous();  // states and windows are there, coefficients and probes need not be yet
+  if (AHEAD) await_previous();  // states are there, coefficients and probes need not be yet
   const float* coef = coefs + ((i64)row * HV + vh) * SIZE;
   const qkv_t* x = qkv + ((i64)row * N + t) * qkv_stride;
   const qkv_t* query = x + kh * DK + l * (DK / 4);

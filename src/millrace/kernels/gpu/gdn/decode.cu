@@ -3,7 +3,7 @@
 // this file before either. Compile-time: N tokens, W window rows, DK, DV, RATIO, QKV_BF16,
 // STATE_BF16, STATE_FP16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV
 // (queries, keys and values come as the projection, and are still to be convolved), BLOCKS of the
-// second kernel on a multiprocessor.
+// second kernel on a multiprocessor, AHEAD (it asks for states at once).
 
 typedef unsigned int u32;
 typedef unsigned short u16;

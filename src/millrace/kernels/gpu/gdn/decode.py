@@ -39,6 +39,7 @@ ALIGNED = 16  # bytes, of what the CUDA forms read
 MOST_THREADS = 1024
 MOST_TOKENS = 8  # a row
 BLOCKS = {4: 3, 2: 5}  # of the second kernel, on a multiprocessor, by bytes of a state's number
+AHEAD = True  # whether it asks for states before the first has ended
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Native(NamedTuple):
 
 def source(shape: Shape, name: str) -> str:
     """The kernel `name`, gdn_prepare or gdn_answer."""
-    constants = asdict(shape) | {"blocks": shape.blocks}
+    constants = asdict(shape) | {"blocks": shape.blocks, "ahead": AHEAD}
     return cuda_source.read("gdn/decode.cu", constants) + cuda_source.read(
         f"gdn/{name.removeprefix('gdn_')}.cu", {}
     )
