@@ -140,9 +140,9 @@ HELP: Mapping[str, str] = {
     "(default: none).",
     "disk_cache_gb": "GiB that --disk-cache may take.",
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; methods: '
-    'mtp, ngram, suffix; with "lookup": "suffix" rows of mtp look up drafts first; with '
-    '"quantization": "fp8" or "none" for the output head that drafts use (default: fp8 if the '
-    "weights are fp8).",
+    'mtp, ngram, suffix, eagle3 and draft_model (these with "model"); with "lookup": "suffix" rows '
+    'look up drafts before the head makes them; "quantization": "fp8" or "none" for the output '
+    "head that drafts of mtp use (default: fp8 if the weights are fp8).",
     "tensor_parallel_size": "Ranks that share the model.",
     "enable_expert_parallel": "Of a mixture of experts, each rank has some experts in full, not a "
     "part of every expert.",
@@ -249,6 +249,11 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
     dtype = _dtype(args, facts)
     speculation = resolve_speculation(args.speculative_config, facts.mtp_layers)
     drafts = speculation.drafts
+    if speculation.model and args.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"speculative_config.method {speculation.head}: not yet with tensor_parallel_size "
+            "above 1; mtp, ngram and suffix are"
+        )
     max_len = _max_model_len(args, facts)
     max_seqs = _or(args.max_num_seqs, 256 if device == "cuda" else 64)
     batched = _or(args.max_num_batched_tokens, 8192 if device == "cuda" else 2048)

@@ -14,12 +14,13 @@ from millrace.errors import ConfigError
 
 MAX_DRAFTS = 5  # of one method at once
 AUTO_DRAFTS = 3  # of a head, where the engine chooses
+_WITH_MODEL = ("eagle3", "draft_model")  # methods whose weights are another checkpoint's
 MOST_DEPTHS = 3  # each has CUDA graphs of its own
 NO_DRAFTS = "none"  # what a request names that wants none
-HeadMethod = Literal["mtp"]
+HeadMethod = Literal["mtp", "eagle3", "draft_model"]
 LookupMethod = Literal["ngram", "suffix"]
-Method = Literal["mtp", "ngram", "suffix"]
-METHODS = ("mtp", "ngram", "suffix")
+Method = Literal["mtp", "ngram", "suffix", "eagle3", "draft_model"]
+METHODS = ("mtp", "ngram", "suffix", "eagle3", "draft_model")
 # A match of so many tokens is worth more than one draft of a head. vLLM's n-grams have 5 tokens.
 LEAST_MATCH = 3
 NGRAM = 5
@@ -28,10 +29,11 @@ NGRAM = 5
 class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Speculative decoding. Names follow vLLM, except the last three.
 
-    method: "mtp": the model's own head; "ngram", "suffix": what followed the last tokens where they
+    method: "mtp": the model's own head; "eagle3", "draft_model": the head or model in the directory
+    `model`; "ngram", "suffix": what followed the last tokens where they
     stood before, in the request's own prompt and output. num_speculative_tokens: drafts of a step
-    and row; not given: 1 of a head, MAX_DRAFTS of a look-up; "auto": the engine chooses step by
-    step. num_speculative_tokens_per_batch_size: (least rows, most rows, drafts); steps of other
+    and row; not given: 1 of MTP, 3 of other heads, 5 of a look-up; "auto": the engine chooses step
+    by step. num_speculative_tokens_per_batch_size: (least rows, most rows, drafts); steps of other
     rows have num_speculative_tokens. prompt_lookup_min, prompt_lookup_max:
     tokens that must be the same, and that are compared at most. suffix_decoding_max_tree_depth: the
     same for "suffix". suffix_decoding_max_spec_factor: drafts for each token that is the same.
@@ -46,6 +48,7 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """
 
     method: Method = "mtp"
+    model: str | None = None
     num_speculative_tokens: int | Literal["auto"] | None = None
     num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = None
     prompt_lookup_min: int | None = None
@@ -76,15 +79,17 @@ class Lookup(msgspec.Struct, frozen=True):
 class Speculation(msgspec.Struct, frozen=True):
     """How drafts of an engine are made.
 
-    drafts: k, of a row at most. head: the method that drafts by weights; "": none. head_drafts: of
-    it at most. lookup: None: there is none. acceptance: synthetic rates by position. depths:
-    numbers of drafts that a step's rows may verify, ascending; empty: always `drafts`. schedule:
-    (least rows, most rows, depth), in place of a choice by measurement.
+    drafts: k, of a row at most. head: the method that drafts by weights; "": none. model: where
+    these are, if not in the model's checkpoint. head_drafts: of it at most. lookup: None: there is
+    none. acceptance: synthetic rates by position. depths: numbers of drafts that a step's rows may
+    verify, ascending; empty: always `drafts`. schedule: (least rows, most rows, depth), in place of
+    a choice by measurement.
     """
 
     drafts: int = 0
     head: HeadMethod | Literal[""] = ""
     head_drafts: int = 0
+    model: str = ""
     lookup: Lookup | None = None
     acceptance: tuple[float, ...] | None = None
     depths: tuple[int, ...] = ()
@@ -121,22 +126,33 @@ def resolve_speculation(spec: SpeculativeConfig | None, mtp_layers: int) -> Spec
     k = None if wanted == "auto" else wanted
     if k is not None and not 0 <= k <= MAX_DRAFTS:
         raise ConfigError(f'num_speculative_tokens {k}: use 0 to {MAX_DRAFTS}, or "auto"')
-    if spec.method != "mtp":
+    if spec.model is not None and spec.method not in _WITH_MODEL:
+        raise ConfigError(
+            f'speculative_config.model "{spec.model}": method {spec.method} has none; leave it '
+            "out, or use eagle3 or draft_model"
+        )
+    if spec.method in ("ngram", "suffix"):
         if spec.lookup is not None:
             raise ConfigError(
-                f'speculative_config.lookup "{spec.lookup}": it goes with method mtp; '
+                f'speculative_config.lookup "{spec.lookup}": it goes with a head; '
                 f'method "{spec.method}" is a look-up itself'
             )
-        found = Speculation(lookup=_lookup(spec, spec.method, k or MAX_DRAFTS))
-    elif mtp_layers == 0:
+        method: LookupMethod = "ngram" if spec.method == "ngram" else "suffix"
+        found = Speculation(lookup=_lookup(spec, method, k or MAX_DRAFTS))
+    elif spec.method in _WITH_MODEL and spec.model is None:
+        raise ConfigError(
+            f'speculative_config: method {spec.method} needs "model", the directory of the drafter'
+        )
+    elif spec.method == "mtp" and mtp_layers == 0:
         raise ConfigError(
             "speculative_config: this checkpoint has no MTP head; leave it out, or use the "
-            'method "ngram" or "suffix"'
+            'method "ngram", "suffix", "eagle3" or "draft_model"'
         )
     else:
-        k = k or (AUTO_DRAFTS if wanted == "auto" else 1)
+        k = k or (AUTO_DRAFTS if wanted == "auto" or spec.method != "mtp" else 1)
         lookup = None if spec.lookup is None else _lookup(spec, spec.lookup, MAX_DRAFTS)
-        found = Speculation(head="mtp", head_drafts=k, lookup=lookup)
+        head: HeadMethod = spec.method  # type: ignore[assignment]
+        found = Speculation(head=head, head_drafts=k, model=spec.model or "", lookup=lookup)
     drafts = max(found.head_drafts, found.lookup.drafts if found.lookup else 0)
     return msgspec.structs.replace(
         found,
@@ -185,9 +201,9 @@ def _lookup(spec: SpeculativeConfig, method: LookupMethod, drafts: int) -> Looku
         _check("suffix_decoding_max_cached_requests", cached, cached >= 0, "0 or more")
         least_prob = spec.suffix_decoding_min_token_prob
         _check("suffix_decoding_min_token_prob", least_prob, 0 <= least_prob <= 1, "0 to 1")
-        shortest = least or (LEAST_MATCH if spec.method == "mtp" else 1)
+        shortest = least or (1 if spec.method == "suffix" else LEAST_MATCH)
         return Lookup(method, drafts, shortest, max(depth, shortest), factor)
-    shortest = least or most or (LEAST_MATCH if spec.method == "mtp" else NGRAM)
+    shortest = least or most or (NGRAM if spec.method == "ngram" else LEAST_MATCH)
     longest = most or max(shortest, NGRAM)
     _check("prompt_lookup_min", shortest, 1 <= shortest <= longest, f"1 to {longest}")
     _check("prompt_lookup_max", longest, longest <= 1024, f"{shortest} to 1024")
@@ -211,7 +227,10 @@ def _rates(spec: SpeculativeConfig, k: int) -> tuple[float, ...] | None:
 
 def named_speculation(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keys with Millrace's names of methods. Raises ConfigError for methods that it lacks."""
-    method = spec.get("method", "mtp")
+    method = spec.get("method")
+    if method is None and isinstance(model := spec.get("model"), str):
+        return {**spec, "method": "eagle3" if "eagle3" in model.lower() else "draft_model"}
+    method = method or "mtp"
     if isinstance(method, str) and method.endswith("_mtp"):
         return {**spec, "method": "mtp"}
     if method not in METHODS:

@@ -70,6 +70,7 @@ SYNONYMS: Mapping[str, str] = {
 PARTS: Mapping[str, tuple[str, str]] = {
     "--spec-method": ("--speculative-config", "method"),
     "--spec-tokens": ("--speculative-config", "num_speculative_tokens"),
+    "--spec-model": ("--speculative-config", "model"),
 }
 
 # Why a flag has no effect -> the flags; those with "=" take a value.
@@ -239,9 +240,7 @@ _REFUSED = {
     "an engine that sleeps is a process that has ended, see --admin-key":
         "--sleep-mode-backend --sleep-mode-offload-cudagraph "
         "--sleep-preserve-parameter-names --enable-nccl-comm-suspend",
-    "drafts are made by the model's own MTP head, or looked up (ngram, suffix); use "
-    '--speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'':
-        "--spec-model --diffusion-config",
+    "the model writes from left to right": "--diffusion-config",
     "set memory in bytes with --kv-cache-memory-bytes": "--num-gpu-blocks-override",
     "use --max-num-seqs, --max-num-batched-tokens and --max-queue":
         "--max-num-scheduled-tokens --max-num-active-seqs --max-num-queued-tokens "

@@ -12,6 +12,7 @@ from millrace.errors import UserError
 from millrace.model_lookup import find_model, shipped_models
 
 if TYPE_CHECKING:
+    from millrace.model.cache_spec import CacheSpec
     from millrace.model.config import ModelConfig
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
@@ -69,7 +70,11 @@ def _fp8_draft_head(config: ModelConfig, args: EngineArgs) -> int:
         return 0
     default = config.quantization.method == "fp8" and settled.device == "cuda"
     wanted = default if settled.draft_fp8 is None else settled.draft_fp8
-    return config.vocab_size * config.hidden_size if settled.speculation.head and wanted else 0
+    return (
+        config.vocab_size * config.hidden_size
+        if settled.speculation.head == "mtp" and wanted
+        else 0
+    )
 
 
 def _files(directory: Path) -> Iterator[Finding]:
@@ -108,6 +113,7 @@ def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
 
     try:
         settled = resolve(args, _facts(config), cuda=torch.cuda.is_available())
+        spec = _cache_spec(settled, config)
     except UserError as error:
         yield Finding("model", "options", str(error), "fail")
         return
@@ -117,8 +123,8 @@ def _settled(args: EngineArgs, config: ModelConfig) -> Iterator[Finding]:
         f"{settled.drafts} draft tokens",
     )  # fmt: skip
     yield _size(settled, config)
-    yield _cache(settled, config)
-    yield from _ranks(settled, config)
+    yield _cache(settled, spec)
+    yield from _ranks(settled, config, spec)
 
 
 def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
@@ -133,7 +139,7 @@ def _size(settled: EngineConfig, config: ModelConfig) -> Finding:
             config,
             settled.dtype,
             ranks,
-            mtp=bool(settled.speculation.head),
+            mtp=settled.speculation.head == "mtp",
             kept=device == "cuda",
             whole_experts=whole and ranks > 1,
         )
@@ -149,11 +155,9 @@ def _count(weights: int) -> str:
     return f"{weights / 1e9:.2f} B" if weights >= 1e9 else f"{weights / 1e6:.2f} M"
 
 
-def _cache(settled: EngineConfig, config: ModelConfig) -> Finding:
+def _cache(settled: EngineConfig, spec: CacheSpec) -> Finding:
     """What requests and cached prompts take of a rank's memory."""
-    from millrace.model.cache_spec import CacheOptions
-
-    spec, ranks = config.cache_spec(CacheOptions.of(settled)), settled.args.tensor_parallel_size
+    ranks = settled.args.tensor_parallel_size
     token, slot = spec.page_bytes(ranks) / settled.page_size, spec.slot_bytes(ranks)
     resume = "prompts resume at any page"
     if spec.needs_snapshots:
@@ -162,19 +166,31 @@ def _cache(settled: EngineConfig, config: ModelConfig) -> Finding:
     return Finding("model", "cache", value if ranks == 1 else f"{value}, on each rank")
 
 
-def _ranks(settled: EngineConfig, config: ModelConfig) -> Iterator[Finding]:
+def _cache_spec(settled: EngineConfig, config: ModelConfig) -> CacheSpec:
+    """The memory of the layers, those of a drafter of its own among them. Raises UserError if there
+    is no such drafter."""
+    from millrace.model.cache_spec import CacheOptions
+    from millrace.model.drafters.source import DraftSource
+
+    spec, args = config.cache_spec(CacheOptions.of(settled)), settled.args
+    if not settled.speculation.model:
+        return spec
+    directory = find_model(args.model, args.revision, args.download_dir)
+    drafter = DraftSource.of(settled, config, directory)
+    return spec if drafter is None else drafter.extended(spec)
+
+
+def _ranks(settled: EngineConfig, config: ModelConfig, spec: CacheSpec) -> Iterator[Finding]:
     """What a model that may not fit needs on 1, 2, 4 and 8 GPUs: this machine's, or else H200s."""
     import torch
 
-    from millrace.model.cache_spec import CacheOptions
     from millrace.model.work.fit import formats_in_memory, rank_needs, summary
 
     try:
         formats = formats_in_memory(config, settled.dtype, kept=True)
     except UserError:
         return
-    spec = config.cache_spec(CacheOptions.of(settled))
-    drafts = bool(settled.speculation.head)
+    drafts = settled.speculation.head == "mtp"
     needs = rank_needs(config, formats, spec, settled.max_model_len, drafts=drafts)
     if not needs or needs[0].weights < LARGE:
         return

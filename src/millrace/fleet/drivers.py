@@ -35,11 +35,21 @@ def _each(name: str) -> Callable[[Any], list[str]]:
 
 
 def _speculation(value: Any) -> list[str]:
-    """MTP in SGLang's terms: a chain of k drafts is a tree with one branch."""
-    k = int(value.get("num_speculative_tokens", 1))
+    """MTP and EAGLE3 in SGLang's terms: a chain of k drafts is a tree with one branch."""
+    k, method = value.get("num_speculative_tokens", 1), value.get("method", "mtp")
+    if not isinstance(k, int) or method not in ("mtp", "eagle3"):
+        raise ConfigError(
+            f"speculative_config for sglang: method {method!r} with {k!r} drafts has no equal "
+            "there; use mtp or eagle3 with a number, or give SGLang's own options"
+        )
+    if not k:
+        return []
     chain = {"num-steps": k, "eagle-topk": 1, "num-draft-tokens": k + 1}
     rest = [word for name, n in chain.items() for word in (f"--speculative-{name}", str(n))]
-    return ["--speculative-algorithm", "NEXTN", *rest] if k else []
+    if method == "mtp":
+        return ["--speculative-algorithm", "NEXTN", *rest]
+    drafter = ["--speculative-draft-model-path", str(value.get("model"))]
+    return ["--speculative-algorithm", "EAGLE3", *drafter, *rest]
 
 
 def _object(name: str) -> Callable[[Any], list[str]]:

@@ -250,7 +250,7 @@ class Caches:
     keys and values; its row j holds f(hidden j-1, token j), so row 0 is never written and never
     read.
     block_table: int32 [N, max_pages], 0 where no page is granted. fill: int32 [N], rows in the
-    window. conv_offset: int32 [N].
+    window. conv_offset: int32 [N]. draft_layers: keys and values of a draft model.
     """
 
     layers: list[KVCache | GDNState]
@@ -262,6 +262,7 @@ class Caches:
     fill: Tensor
     conv_offset: Tensor
     page_size: int
+    draft_layers: list[KVCache] = field(default_factory=list)
 
     def kv_rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Flat KV row of each (slot, position); positions past the block table get the null page.

@@ -53,7 +53,7 @@ class CacheOptions:
             max_pages=config.max_pages_per_request,
             drafts=config.drafts,
             window=config.window,
-            draft_head=bool(config.speculation.head),
+            draft_head=config.speculation.head == "mtp",
         )
 
 
@@ -147,12 +147,14 @@ class RecordPart(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """The memory of a model. layers: in the model's order. draft: the draft head's. hidden: the
-    vector of the last token, which a draft head needs to continue; None without one."""
+    vector of the last token, which a draft head needs to continue; None without one. draft_model:
+    the layers of a draft model."""
 
     options: CacheOptions
     layers: tuple[LayerCache, ...]
     draft: LayerCache | None = None
     hidden: Buffer | None = None
+    draft_model: tuple[LayerCache, ...] = ()
 
     @property
     def index(self) -> tuple[Buffer, ...]:
@@ -163,8 +165,9 @@ class CacheSpec:
         return pages, *(Buffer(name, "index", "int32", (), 0) for name in ("fill", "conv_offset"))
 
     def all_layers(self) -> tuple[LayerCache, ...]:
-        """With the draft head's."""
-        return self.layers if self.draft is None else (*self.layers, self.draft)
+        """With the drafter's."""
+        head = () if self.draft is None else (self.draft,)
+        return (*self.layers, *head, *self.draft_model)
 
     # --- bytes on one rank --------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ What is computed in between is up to the families (`families/`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -25,7 +26,26 @@ class DraftHead(nn.Module, ABC):
         x = head.write_kv(ids, hidden, batch, caches)  # all tokens
         out = head.draft_hidden(x[rows], selected, caches)  # a few of them
         out = head(drafts, out, further, caches)  # both, for the drafts themselves
+
+    A head may read more of the model than its last hidden vector: taps: the residual streams before
+    these layers, which `fuse` makes `fused_width` channels of. They stand behind the H channels of
+    the model's hidden vectors then, and `features` are what the head reads of all of them.
     """
+
+    taps: tuple[int, ...] = ()
+    fused_width = 0
+
+    def fuse(self, streams: Sequence[Tensor]) -> Tensor:
+        """streams: [T, H] for each of `taps`. Returns [T, fused_width]."""
+        raise NotImplementedError
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """hidden: [T, H + fused_width], of the model; returns what the head reads of it."""
+        return hidden
+
+    def normed(self, feature: Tensor) -> Tensor:
+        """From this head's own output, [R, H], to what the output head for drafts reads."""
+        return feature
 
     @abstractmethod
     def forward(self, ids: Tensor, hidden: Tensor, batch: Batch, caches: Caches) -> Tensor:
@@ -57,28 +77,42 @@ class CausalLM(nn.Module, ABC):
 
     head: the output head. mtp: the draft head, or None. draft_output: the output head for drafts:
     the model's own, or an FP8 copy, which `quantize_draft_head` fills once the weights are loaded.
+    draft_model: a smaller model that drafts, or None.
     """
 
     mtp: DraftHead | None
+    draft_model: CausalLM | None
 
     def __init__(self, config: ModelConfig, head: VocabTable) -> None:
         super().__init__()
         self.config, self.head = config, head
         self.draft_output: OutputHead = head
         self.mtp = None
+        self.draft_model = None
 
     @abstractmethod
     def forward(
         self, ids: Tensor, batch: Batch, caches: Caches, selected: SelectedTokens | None = None
     ) -> Tensor:
-        """ids: int64 [T]; returns the hidden [T, H] after the final norm. Writes the caches.
+        """ids: int64 [T]; returns the hidden [T, H] after the final norm, and what the draft head's
+        taps make behind it. Writes the caches.
 
         selected: the tokens whose hidden vectors are needed; those of others may be NaN.
         """
 
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids: int64 [T]; returns the tokens' embeddings [T, H]."""
+
+    @property
+    def hidden_width(self) -> int:
+        """Channels of the vectors that `forward` returns."""
+        return self.config.hidden_size + (0 if self.mtp is None else self.mtp.fused_width)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, H], of the model or its draft head; returns [R, vocab_size], model dtype."""
-        return self.head.logits(hidden)
+        """hidden: [R, H] or wider, of the model or its draft head; returns [R, vocab_size], model
+        dtype."""
+        return self.head.logits(hidden[:, : self.config.hidden_size])
 
     @property
     def query_group(self) -> int:

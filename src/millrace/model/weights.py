@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,9 +208,23 @@ def load(model: CausalLM, directory: str | Path, check: Callable[[], None] = _no
     many, which are read from front to back. Before anything is read, one CheckpointError names
     every tensor that is missing, unexpected, or of a wrong shape or dtype.
     """
-    family = family_named(model.config.family)
+    family, unused = family_named(model.config.family), model.config.quantization.unused
+    load_module(model, family, directory, check, _of_all_ranks(model), unused)
+
+
+def load_module(
+    model: nn.Module,
+    family: Family,
+    directory: str | Path,
+    check: Callable[[], None] = _no_check,
+    expected: dict[str, TensorSpec] | None = None,
+    unused: Collection[str] = (),
+) -> None:
+    """As `load`, for any module. family: says how tensors are named. expected: what a checkpoint
+    has; None: what the module needs. unused: last parts of names that may be there."""
+    expected = _expected(model) if expected is None else expected
     with Checkpoint(directory, family) as checkpoint, torch.no_grad():
-        _check(checkpoint, model, directory, family.optional)
+        _check(checkpoint, expected, unused, directory, family.optional)
         place = {name: index for index, name in enumerate(checkpoint.names)}
 
         def first_place(target: tuple[Tensor, Piece]) -> int:
@@ -259,10 +273,13 @@ def _fill(target: Tensor, piece: Piece, checkpoint: Checkpoint) -> None:
 
 
 def _check(
-    checkpoint: Checkpoint, model: CausalLM, directory: str | Path, optional: tuple[str, ...]
+    checkpoint: Checkpoint,
+    expected: dict[str, TensorSpec],
+    unused: Collection[str],
+    directory: str | Path,
+    optional: tuple[str, ...],
 ) -> None:
-    expected, have = _of_all_ranks(model), set(checkpoint.names)
-    unused = model.config.quantization.unused
+    have = set(checkpoint.names)
     missing = [name for name, spec in expected.items() if name not in have and not spec.optional]
     problems = [f"missing {name}" for name in missing]
     for name in checkpoint.names:

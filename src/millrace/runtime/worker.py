@@ -23,6 +23,7 @@ from millrace.model.build import build_model
 from millrace.model.cache_spec import CacheOptions, CacheSpec
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig
+from millrace.model.drafters.source import DraftSource
 from millrace.model.formats.fp8_block import FORMAT as FP8
 from millrace.model.formats.plain import PlainLinear
 from millrace.model.layers.attention import Attention
@@ -77,6 +78,9 @@ class Worker:
         self._directory = directory
         self.tiers: Tiers | None = None
         self.cache_spec = model_config.cache_spec(CacheOptions.of(config))
+        drafter = DraftSource.of(config, model_config, directory)
+        if drafter is not None:
+            self.cache_spec = drafter.extended(self.cache_spec)
         self.all_reduce = AllReduce.build(
             ranks, model_config.hidden_size, DTYPES[config.dtype], self._device
         )
@@ -87,12 +91,17 @@ class Worker:
         if config.device == "cuda":
             check_fit(config, model_config, self.cache_spec, Layout(ranks.size, whole))
         self.model = build_empty_model(config, model_config, parallel)
+        longest = tape_length(config.max_model_len, config.drafts)
         self._loads = count_loads(self.model) if config.args.report_expert_load else {}
         with ExitStack() as self._background:  # may use GPU memory until it is measured
             with _timed("weights"):
                 compile_in_background(config, self.model, self._background)
                 log_backends(config, model_config, self.model)
                 load_model(config, self.model, directory, ranks.check)
+                if drafter is not None:
+                    drafter.attach(self.model, longest, DTYPES[config.dtype])
+                    dummy = config.args.load_format == "dummy"
+                    drafter.load(self.model, dummy, config.args.seed, ranks.check)
                 warm_experts(config, self.model)
             with _timed("memory"):
                 self.memory = self.divide_memory()
@@ -376,7 +385,7 @@ def build_empty_model(
 ) -> CausalLM:
     """The model without weights. Quantized weights stay so if the device has GEMMs for them."""
     fp8 = FP8.is_fast_on(torch.device(config.device))
-    head = bool(config.speculation.head)
+    head = config.speculation.head == "mtp"
     if config.device == "cuda" and head and config.draft_fp8 and not fp8:
         raise ConfigError(
             'speculative_config.quantization "fp8": this GPU has no FP8 GEMM; use "none"'

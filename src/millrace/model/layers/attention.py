@@ -36,7 +36,7 @@ class Attention(nn.Module):
     gated: q_proj of the checkpoint also has gates, query and gate rows by turns, head by head; here
     all queries come first. The sigmoid of a gate multiplies the output of its head. qk_norm:
     queries and keys are normed, head by head. first: the first KV row that exists (1 for the draft
-    head).
+    head). inputs: channels of what it reads; None: the model's hidden size.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         gated: bool = False,
         qk_norm: bool = True,
         first: int = 0,
+        inputs: int | None = None,
     ) -> None:
         super().__init__()
         c, self.tp = build.config, build.tp
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         self.scale = c.head_dim**-0.5
         q_width, kv_width = self.heads * c.head_dim, self.kv_heads * c.head_dim
         self.widths = [q_width, q_width if gated else 0, kv_width, kv_width]
-        self.qkv_proj = linear(build, _qkv_pieces(build, prefix, gated))
+        self.qkv_proj = linear(build, _qkv_pieces(build, prefix, gated, inputs))
         self.q_norm, self.k_norm = (
             Norm(build, f"{prefix}.{name}_norm.weight", c.head_dim) if qk_norm else None
             for name in "qk"
@@ -112,11 +113,12 @@ class Attention(nn.Module):
         )
 
 
-def _qkv_pieces(build: BuildContext, prefix: str, gated: bool) -> list[Piece]:
+def _qkv_pieces(build: BuildContext, prefix: str, gated: bool, inputs: int | None) -> list[Piece]:
     """Queries, gates, keys and values of this rank's heads."""
     c, dim, parts = build.config, build.config.head_dim, 2 if gated else 1
-    q_shape = (parts * c.num_heads * dim, c.hidden_size)
-    kv_shape = (c.num_kv_heads * dim, c.hidden_size)
+    inputs = inputs or c.hidden_size
+    q_shape = (parts * c.num_heads * dim, inputs)
+    kv_shape = (c.num_kv_heads * dim, inputs)
     heads = range(*build.tp.share(c.num_heads))
     first_kv, last_kv = build.tp.kv_share(c.num_kv_heads)
     kv_rows = ((first_kv * dim, last_kv * dim),)

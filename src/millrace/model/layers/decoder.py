@@ -111,9 +111,15 @@ class Decoder(CausalLM):
         that are not selected, and their hidden vectors are NaN.
         """
         x, residual = self.embedding.embed(ids), None
+        taps = () if self.mtp is None else self.mtp.taps
+        streams: dict[int, Tensor] = {}
         *layers, (last, cache) = zip(self.layers, caches.layers, strict=True)
-        for layer, memory in layers:
+        for index, (layer, memory) in enumerate(layers):
+            if index in taps:
+                streams[index] = x if residual is None else x + residual
             x, residual = layer(x, residual, batch, memory, caches)
+        if taps:
+            return self._with_fused(x, residual, streams, batch, caches)
         if selected is None or not isinstance(cache, KVCache):
             hidden, _ = self.norm.add(*last(x, residual, batch, cache, caches))
             return hidden
@@ -123,3 +129,25 @@ class Decoder(CausalLM):
             *last(stream[selected.tokens], None, selected.batch, cache, caches)
         )
         return torch.full_like(stream, torch.nan).index_copy_(0, selected.tokens, found)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding.embed(ids)
+
+    def _with_fused(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        streams: dict[int, Tensor],
+        batch: Batch,
+        caches: Caches,
+    ) -> Tensor:
+        """The last layer and the norm, and what the draft head makes of the streams."""
+        assert self.mtp is not None
+        index = len(self.layers) - 1
+        if index in self.mtp.taps:
+            streams[index] = x if residual is None else x + residual
+        hidden, _ = self.norm.add(
+            *self.layers[index](x, residual, batch, caches.layers[index], caches)
+        )
+        fused = self.mtp.fuse([streams[tap] for tap in self.mtp.taps])
+        return torch.cat([hidden, fused], dim=-1)

@@ -52,9 +52,13 @@ def allocate_caches(
     layers = [layer(cache) for cache in spec.layers]
     draft = None if spec.draft is None else layer(spec.draft)
     assert draft is None or isinstance(draft, KVCache)
+    drafting = [drawn for cache in spec.draft_model if isinstance(drawn := layer(cache), KVCache)]
     index = {buffer.name: zeros(slots, buffer) for buffer in spec.index}
     size = spec.options.page_size
-    return Caches(layers, stacks, windows, list(kv.values()), draft, **index, page_size=size)
+    kept = list(kv.values())
+    return Caches(
+        layers, stacks, windows, kept, draft, **index, page_size=size, draft_layers=drafting
+    )
 
 
 def _form(buffer: Buffer) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ rows with drafts of any method, and rows without, share a step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -46,8 +47,10 @@ def drafter_of(
     """The drafter of an engine; None if it makes no drafts."""
     if not speculation.drafts:
         return None
-    head = None
-    if speculation.head:
+    head: HeadDrafter | ModelDrafter | None = None
+    if model.draft_model is not None:
+        head = ModelDrafter(model.draft_model, caches, slots, sampler, speculation.head_drafts)
+    elif speculation.head:
         assert model.mtp is not None
         head = HeadDrafter(model.mtp, caches, slots, sampler, speculation.head_drafts)
     lookup = None if speculation.lookup is None else LookupDrafter(speculation.lookup, slots)
@@ -59,7 +62,10 @@ class MixedDrafter:
     any, else those of the head, else none. Methods are numbered as in `Speculation.methods`."""
 
     def __init__(
-        self, slots: Slots, head: HeadDrafter | None, lookup: LookupDrafter | None
+        self,
+        slots: Slots,
+        head: HeadDrafter | ModelDrafter | None,
+        lookup: LookupDrafter | None,
     ) -> None:
         self._slots, self._head, self._lookup = slots, head, lookup
 
@@ -101,7 +107,8 @@ class HeadDrafter:
         self._sampler, self._drafts = sampler, drafts
 
     def observe(self, batch: Batch, hidden: Tensor) -> None:
-        self._write_kv(places(batch.token_slots, batch.positions + 1, self._caches), hidden)
+        features = self._head.features(hidden)
+        self._write_kv(places(batch.token_slots, batch.positions + 1, self._caches), features)
 
     def resume(self, slots: Tensor, hidden: Tensor) -> None:
         """Write the first row after each snapshot, which does not have it: it depends on the next
@@ -115,13 +122,13 @@ class HeadDrafter:
         ended drafts as if its first sampled token counted."""
         tokens, drafts = self._slots.tokens, min(depth, self._drafts)
         last = (count - 1).clamp(min=0)
-        position, feed = rows.base + last + 1, hidden[rows.first + last]
+        position, feed = rows.base + last + 1, self._head.features(hidden[rows.first + last])
         ids = tokens[rows.slots, position]
         for step in range(1, drafts + 1):
             row = single_batch(rows.slots, position, context + step, self._caches)
             feed = self._head(ids, feed, row, self._caches)
             position = position + 1
-            ids = self._sampler.draft(feed, position, rows)
+            ids = self._sampler.draft(self._head.normed(feed), position, rows)
             tokens[rows.slots, position] = ids
         return drafts
 
@@ -130,6 +137,44 @@ class HeadDrafter:
         before them."""
         ids = self._slots.tokens[batch.token_slots, batch.positions]
         self._head.write_kv(ids, hidden, batch, self._caches)
+
+
+class ModelDrafter:
+    """Drafts by a smaller model with the same tokens, which keeps keys and values of its own.
+
+    It computes every token that the target computes, drafts among them: those that are rejected
+    are written again by the next step. So what it has of a page depends only on the tokens there,
+    and a cached page serves it too.
+    """
+
+    def __init__(
+        self, model: CausalLM, caches: Caches, slots: Slots, sampler: Sampler, drafts: int
+    ) -> None:
+        self._model, self._slots = model, slots
+        self._caches = replace(caches, layers=list(caches.draft_layers))
+        self._sampler, self._drafts = sampler, drafts
+
+    def observe(self, batch: Batch, hidden: Tensor) -> None:
+        ids = self._slots.tokens[batch.token_slots, batch.positions]
+        self._model(ids, batch, self._caches)
+
+    def resume(self, slots: Tensor, hidden: Tensor) -> None:
+        """Pages have all that it needs."""
+
+    def draft(
+        self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int, depth: int
+    ) -> int:
+        """As of `HeadDrafter`."""
+        tokens, drafts = self._slots.tokens, min(depth, self._drafts)
+        position = rows.base + (count - 1).clamp(min=0) + 1
+        ids = tokens[rows.slots, position]
+        for step in range(1, drafts + 1):
+            row = single_batch(rows.slots, position, context + step, self._caches)
+            found = self._model(ids, row, self._caches)
+            position = position + 1
+            ids = self._sampler.draft(found, position, rows)
+            tokens[rows.slots, position] = ids
+        return drafts
 
 
 class LookupDrafter:

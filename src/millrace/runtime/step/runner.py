@@ -79,12 +79,15 @@ class Runner:
         self._longest = config.max_model_len + self._width  # tokens of a row
         self._device = slots.length.device
         heads = model.head, model.draft_output
-        self._sampler = Sampler(config, slots, *heads, ranks.broadcast)
+        size = model.config.hidden_size
+        self._sampler = Sampler(config, slots, *heads, ranks.broadcast, size)
         self._wait_for_device = ranks.wait_for_device
         self._processors = LogitsProcessors(slots, model.config.vocab_size)
         self.drafter: Drafter | None = drafter_of(
             config.speculation, model, caches, slots, self._sampler
         )
+        drafting = model.draft_model
+        self._groups = {one.query_group for one in (model, drafting) if one is not None}
         self._graphs: StepGraphs | None = None
         self.tiers: Transfers | None = None
         self._shared = ranks.size > 1
@@ -127,7 +130,7 @@ class Runner:
         sizes = GraphSizes.of(config)
         parts = Parts(self._forward, self._tail, self._fits, self._model.multiply)
         hidden = torch.zeros(
-            sizes.most_tokens, self._model.config.hidden_size,
+            sizes.most_tokens, self._model.hidden_width,
             dtype=DTYPES[config.dtype], device=self._device,
         )  # fmt: skip
         self._graphs = StepGraphs(parts, sizes, hidden, self._longest, self._wait_for_device)
@@ -143,9 +146,9 @@ class Runner:
         """Save and restore the null slot, so that the copy kernels are compiled."""
         if self._snapshots.count:
             self._snapshots.save_open(self._caches, 0, 0, None)
-            null, size = upload([0], self._device), self._model.config.hidden_size
+            null, size = upload([0], self._device), self._model.hidden_width
             hidden = torch.zeros(1, size, dtype=DTYPES[self._config.dtype], device=self._device)
-            self._snapshots.save(self._caches, null, null, hidden)
+            self._snapshots.save(self._caches, null, null, self._features(hidden))
             self._snapshots.restore(self._caches, null, null)
 
     def release(self) -> None:
@@ -232,7 +235,7 @@ class Runner:
         self._advance_lengths(rows, count)
         if self._last is not None:
             live = torch.where(count > 0, rows.slots, 0)
-            self._last[live] = hidden[rows.first + (count - 1).clamp(min=0)]
+            self._last[live] = self._features(hidden[rows.first + (count - 1).clamp(min=0)])
         if self.drafter is not None:
             self.drafter.draft(hidden, rows, count, context)
         out = StepOutput(torch.cat([drafted, count[:, None], drawn], dim=1), logprobs)
@@ -257,6 +260,10 @@ class Runner:
         """Tokens of the plan's decode rows."""
         return width_of(plan, self._width)
 
+    def _features(self, hidden: Tensor) -> Tensor:
+        """What the record of a prefix keeps of hidden vectors: what the draft head reads."""
+        return hidden if self._model.mtp is None else self._model.mtp.features(hidden)
+
     def _fits(self, plan: StepPlan) -> bool:
         """Whether kernels that run in a graph have room for the lengths of a plan's chunks."""
         if self._device.type != "cuda":
@@ -264,7 +271,8 @@ class Runner:
         from millrace.kernels.gpu.attention.split import fits  # imports what only GPUs have
 
         lengths = [(chunk.start, chunk.count) for chunk in plan.chunks]
-        return fits(lengths, self._model.query_group, DTYPES[self._config.dtype].itemsize)
+        size = DTYPES[self._config.dtype].itemsize
+        return all(fits(lengths, group, size) for group in self._groups)
 
     # --- before the forward -----------------------------------------------------------------
 
@@ -360,7 +368,7 @@ class Runner:
             [last[s.slot] for s in saves],
         ]
         slots, index, tokens = upload(table, self._device)
-        self._snapshots.save(self._caches, slots, index, hidden[tokens])
+        self._snapshots.save(self._caches, slots, index, self._features(hidden[tokens]))
 
 
 def _vectors(slots: Slots, like: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Sampler:
     """Samples for the rows of one rank. head: from hidden [T, H] to logits [T, V], or its part.
 
     draft_head: the head for drafts; may be less exact. broadcast: rank 0's tensor on every rank.
+    hidden_size: channels that the head reads; what stands behind them is a drafter's.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class Sampler:
         head: OutputHead,
         draft_head: OutputHead,
         broadcast: Callable[[Tensor], Tensor],
+        hidden_size: int,
     ) -> None:
         self._config = config
         self._slots = slots
         self._head = head
         self._draft_head = draft_head
         self._broadcast = broadcast
+        self._hidden_size = hidden_size
         self._device = slots.length.device
         self._noisy: set[int] = set()  # slots with a temperature
         self._filtered: set[int] = set()  # slots with top_k or top_p
@@ -88,7 +91,8 @@ class Sampler:
         only after the forward is launched. Log-probabilities: if a request asks for them.
         """
         slots, positions, tokens = rows.candidates()
-        hidden, ends, logprobs = hidden[tokens], positions + 1, None
+        ends, logprobs = positions + 1, None
+        hidden = hidden[tokens, : self._hidden_size]
         if processors is None:
             drawn = self._draw(self._head, hidden, slots, ends, rows, check=True)
         else:
