@@ -146,7 +146,10 @@ def test_one_rate_of_acceptance_counts_for_every_position() -> None:
         ({"step_timeout": 0.5}, "use 1 or more, or 0 for no limit"),
         ({"step_timeout": float("nan")}, "use 1 or more, or 0 for no limit"),
         ({"speculative_config": {"num_speculative_tokens": 6}}, "use 0 to 5"),
-        ({"speculative_config": {"method": "eagle"}}, "method 'eagle': use mtp, ngram, suffix, eagle3 or"),
+        (
+            {"speculative_config": {"method": "eagle"}},
+            "method 'eagle': use mtp, ngram, suffix, eagle3 or draft_model",
+        ),
         (
             {"speculative_config": {"method": "ngram", "lookup": "suffix"}},
             'lookup "suffix": it goes with a head; method "ngram" is a look-up itself',
