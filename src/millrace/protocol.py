@@ -200,7 +200,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     request continues behind them. wait_for: the id of a request with the same prompt; this one
     waits until that one's prompt is cached. priority: lower ones run first. bad_words: the token
     sequences of `params.bad_words`. cache_salt: the prompt shares cached prefixes only with prompts
-    of the same salt. `params.n` is the server's business: each output is a request of its own.
+    of the same salt. pins: seconds for which the first snapshot of its prompt (behind the system
+    prompt) and its last one are evicted after all others. `params.n` is the server's business: each
+    output is a request of its own.
     """
 
     id: str
@@ -215,6 +217,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     cache_salt: str = ""
     grammar: Grammar | None = None
     reasoning: ReasoningBound | None = None
+    pins: tuple[float, float] = (0.0, 0.0)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -250,6 +253,7 @@ class CacheReport(msgspec.Struct, frozen=True, array_like=True):
     evicted: tokens of a snapshot between the two that was evicted; 0: there was none. before,
     prompt, other: a few tokens before that place, behind it, and behind it in the nearest other
     prompt. loaded: tiers below the device that brought a part, with the tokens from and to.
+    written: tokens behind the cached ones that will be cached when it has been answered.
     """
 
     cached: int
@@ -259,6 +263,7 @@ class CacheReport(msgspec.Struct, frozen=True, array_like=True):
     prompt: list[int] = []
     other: list[int] = []
     loaded: dict[str, tuple[int, int]] = {}
+    written: int = 0
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

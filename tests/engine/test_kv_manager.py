@@ -185,6 +185,26 @@ def test_a_short_turn_behind_an_answer_stops_at_junctions_only() -> None:
     assert held.boundaries(asking, 0, Kind.ANSWER) == [196, 188, 148]
 
 
+def test_what_a_prompt_writes_is_told_with_its_first_token() -> None:
+    held, limits = kv_manager(pages=450, snapshots=2)
+    asking = request(limits, list(range(30)))
+    admitted(held, asking)
+    asking.boundaries = [28, 12]
+    assert held.report(asking).written == 30  # its answer will be kept
+    asking.cached_tokens = 12
+    assert held.report(asking).written == 18
+    for first in (1000, 2000):  # both snapshots are worth more than a short answer
+        tokens = list(range(first, first + 800))
+        snapshot = held.policy.begin_save(tokens)
+        assert snapshot is not None
+        held.policy.publish(tokens, held.pages.allocate(200), snapshot, kind=Kind.TURNS)
+    short = request(limits, [1, 2, 3])
+    short.boundaries = []
+    assert held.report(short).written == 0
+    none, few = kv_manager(snapshots=0)
+    assert none.report(request(few, list(range(22)))).written == 0
+
+
 @given(
     turns=st.lists(st.integers(1, 60), max_size=12),
     shared=st.integers(0, 14),

@@ -88,6 +88,23 @@ def test_a_conversation_finds_its_first_turn_in_the_cache(client: openai.OpenAI)
     assert answer.usage.prompt_tokens_details.cached_tokens > 0
 
 
+def test_every_token_of_a_prompt_is_read_written_or_neither(server: LiveServer) -> None:
+    chat: list[Any] = [{"role": "user", "content": "two " * 12}]
+    for turn in range(3):
+        body = {"model": "small", "messages": chat, "max_tokens": 8, "temperature": 0}
+        counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=body, timeout=30)
+        answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=30).json()
+        usage = answer["usage"]
+        read, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+        assert usage["input_tokens"] + read + written == counted.json()["input_tokens"]
+        assert usage["input_tokens"] == 0  # what is computed stays
+        assert (read > 0) == (turn > 0)
+        chat += [
+            {"role": "assistant", "content": answer["content"]},
+            {"role": "user", "content": "and?"},
+        ]
+
+
 def test_leaving_frees_the_engine(server: LiveServer) -> None:
     body = {"prompt": "hello", "max_tokens": 240, "ignore_eos": True, "stream": True}
     for _ in range(8):

@@ -8,7 +8,7 @@ for pages, is decided by the cache policy (`engine/cache/policy.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from millrace.engine.cache.page_tree import PageTree
@@ -90,7 +90,15 @@ class KVManager:
         """The cached prefix of the request's tokens; empty if the request may not use the cache."""
         if not self.may_use_cache(request):
             return _NOTHING
-        return self.policy.match(request.tokens, request.source.cache_salt)
+        salt = request.source.cache_salt
+        found = self.policy.match(request.tokens, salt)
+        self._pin(request, request.tokens)
+        return found
+
+    def _pin(self, request: Request, tokens: Sequence[int]) -> None:
+        """Keep what the request's client has asked to keep, of a cached prefix."""
+        if any(request.source.pins):
+            self.policy.pin(tokens, request.source.pins, request.source.cache_salt)
 
     def admit(self, request: Request, match: Match, length: int, spare: int) -> Granted | None:
         """Allocate a slot (one is free) and the pages for `length` tokens, and share those of the
@@ -176,7 +184,16 @@ class KVManager:
             list(prompt[known : known + EXCERPT]),
             found.other[:EXCERPT] if known == found.known else [],
             dict(request.loaded),
+            self._written(request),
         )
+
+    def _written(self, request: Request) -> int:
+        """Prompt tokens that it computes and that will be cached."""
+        prompt, salt = request.tokens[: request.prompt_len], request.source.cache_salt
+        if not self.may_use_cache(request):
+            return 0
+        found = self.policy.written(prompt, request.boundaries, salt)
+        return max(0, found - request.cached_tokens)
 
     def boundaries(self, request: Request, shared: int, resumed: Kind | None = None) -> list[int]:
         """Where this prompt's prefill stops for snapshots, nearest last. shared: tokens that an
@@ -201,6 +218,7 @@ class KVManager:
         salt = request.source.cache_salt
         tokens = request.tokens[:depth]
         self.policy.publish(tokens, pages, snapshot, salt, kind=kind)
+        self._pin(request, tokens)
         if self.tiers is not None and not request.failed:
             self.tiers.cached(tokens, salt, kind, request.hashes)
 
@@ -220,6 +238,7 @@ class KVManager:
             return
         pages = request.pages[: -(-len(tokens) // self._limits.page_size)]
         self.policy.publish(tokens, pages, snapshot, salt, kind=Kind.ANSWER)
+        self._pin(request, tokens)
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)
         if self.tiers is not None:

@@ -18,13 +18,13 @@ _SYSTEMS = ("system", "developer")
 def without_client_lines(messages: Sequence[Any]) -> Sequence[Any]:
     """The messages without such lines at the begin of their first system messages. What has nothing
     else goes. Malformed messages stay as they are."""
-    front = 0
-    while front < len(messages) and _role(messages[front]) in _SYSTEMS:
-        front += 1
-    if not any(_has_lines(one.get("content")) for one in messages[:front]):
+    count = 0
+    while count < len(messages) and _role(messages[count]) in _SYSTEMS:
+        count += 1
+    if not any(_has_lines(one.get("content")) for one in messages[:count]):
         return messages
-    read = [_without(one) for one in messages[:front]]
-    return [*(one for one in read if one.get("content")), *messages[front:]]
+    read = [_without(one) for one in messages[:count]]
+    return [*(one for one in read if one.get("content")), *messages[count:]]
 
 
 def _role(message: Any) -> Any:

@@ -175,6 +175,7 @@ class TextProcessor:
         cache_salt: str = "",
         grammar: Grammar | None = None,
         reasoning: ReasoningBound | None = None,
+        pins: tuple[float, float] = (0.0, 0.0),
     ) -> AddRequest:
         """A request that fits, with max_tokens settled and turn ends marked.
 
@@ -218,6 +219,7 @@ class TextProcessor:
             cache_salt=cache_salt,
             grammar=grammar,
             reasoning=reasoning,
+            pins=pins,
         )
 
     def _logprobs(self, name: str, wanted: int | None) -> int | None:

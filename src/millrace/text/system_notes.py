@@ -14,13 +14,13 @@ def one_system_message(messages: list[dict[str, Any]], continued: bool) -> list[
     """The system messages in front as one; later ones, which clients add to a conversation as it
     goes on, become parts of the messages beside them: in front they would change what lies before
     the whole conversation. continued: the final message stays."""
-    front = 0
-    while front < len(messages) and messages[front].get("role") == "system":
-        front += 1
-    if continued and front == len(messages):
-        front -= 1
-    systems, found = messages[:front], _Notes()
-    for at, one in enumerate(messages[front:], front):
+    leading = 0
+    while leading < len(messages) and messages[leading].get("role") == "system":
+        leading += 1
+    if continued and leading == len(messages):
+        leading -= 1
+    systems, found = messages[:leading], _Notes()
+    for at, one in enumerate(messages[leading:], leading):
         if one.get("role") == "system" and not (continued and at == len(messages) - 1):
             found.note(_joined(one.get("content")))
         else:
@@ -29,7 +29,7 @@ def one_system_message(messages: list[dict[str, Any]], continued: bool) -> list[
     if not systems:
         return rest
     texts = [text for one in systems if (text := _joined(one.get("content")))]
-    whole = systems[0] if front == 1 else {**systems[0], "content": "\n\n".join(texts)}
+    whole = systems[0] if leading == 1 else {**systems[0], "content": "\n\n".join(texts)}
     return [whole, *rest]
 
 

@@ -143,3 +143,28 @@ def test_many_are_ranked_at_once_and_the_least_go_first() -> None:
     assert kept_long == 100
     assert kept_short <= 50
     client.tree.check()
+
+
+def test_what_a_client_asks_to_keep_goes_last_until_its_time_is_over() -> None:
+    client, rng = Client(snapshots=6), random.Random(4)
+    line, others = text(rng, 400), [text(rng, 400) for _ in range(12)]
+    client.send(line, [1, 2], 0.0)
+    client.tree.pin([*line, 1], (0.0, 300.0))
+    for number, other in enumerate(others):
+        client.send(other, [1, 2], 1.0 + number)
+    assert client.tree.cached([*line, 1, 2, 3]) == len(line) + 1
+    for number, other in enumerate(others):
+        client.send(other, [1, 2], 400.0 + number)
+    assert client.tree.cached([*line, 1, 2, 3]) == 0
+
+
+def test_at_most_half_of_all_can_be_asked_for() -> None:
+    client, rng = Client(snapshots=6), random.Random(5)
+    lines = [text(rng, 400) for _ in range(6)]
+    for line in lines:
+        client.send(line, [1, 2], 0.0)
+        client.tree.pin([*line, 1], (300.0, 300.0))
+    for number in range(12):
+        client.send(text(rng, 400), [1, 2], 1.0 + number)
+    kept = [client.tree.cached([*line, 1, 2, 3]) > 0 for line in lines]
+    assert 2 <= sum(kept) <= 3

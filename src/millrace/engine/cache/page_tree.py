@@ -117,6 +117,12 @@ class PageTree:
             path.append(node)
         self._use(path)
 
+    def written(self, tokens: Sequence[int], stops: Sequence[int], salt: str = "") -> int:
+        return round_down(len(tokens), self._page_size)
+
+    def pin(self, tokens: Sequence[int], seconds: tuple[float, float], salt: str = "") -> None:
+        """Nothing: what was used last goes last."""
+
     # --- use --------------------------------------------------------------------------------
 
     def retain(self, snapshot: int) -> None:

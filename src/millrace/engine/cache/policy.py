@@ -129,6 +129,14 @@ class CachePolicy(Protocol):
     def store(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> None:
         """All of tokens have been computed, and lie in `pages`: insert what needs no snapshot."""
 
+    def written(self, tokens: Sequence[int], stops: Sequence[int], salt: str = "") -> int:
+        """How many tokens of a prompt will be cached when it has been answered, as far as can be
+        told before. stops: where it stops to be saved."""
+
+    def pin(self, tokens: Sequence[int], seconds: tuple[float, float], salt: str = "") -> None:
+        """For so long, evict the first and the last place where the tokens can be resumed after
+        all others. At most half of all can be pinned at a time; of more the pin has no effect."""
+
     # --- use --------------------------------------------------------------------------------
 
     def retain(self, snapshot: int) -> None:

@@ -228,6 +228,31 @@ class SnapshotTree:
     def store(self, tokens: Sequence[int], pages: Sequence[int], salt: str = "") -> None:
         """Nothing: without a snapshot no page can be used."""
 
+    def written(self, tokens: Sequence[int], stops: Sequence[int], salt: str = "") -> int:
+        if not self._snapshots.size:
+            return 0
+        path = self._walk(tokens, self._round_down(len(tokens)), salt)
+        over = self._resumable(path, tokens, salt)
+        saved = len(tokens) - (over[-1].depth if over else 0)
+        kept = self._snapshots.free > 0 or self.lower_tiers
+        if kept or self._deserves(saved, alike_node(path).rates if path else None):
+            return len(tokens)
+        return max(stops, default=0)
+
+    def pin(self, tokens: Sequence[int], seconds: tuple[float, float], salt: str = "") -> None:
+        path = self._resumable(self._walk(tokens, len(tokens), salt), tokens, salt)
+        ends = [node for node in path if node in self._cached]
+        for node, duration in zip((ends[0], ends[-1]) if ends else (), seconds, strict=False):
+            until = self.now + duration
+            if duration and (self._is_pinned(node) or self._may_pin()):
+                node.pinned_until = max(node.pinned_until, until)
+
+    def _is_pinned(self, node: Node) -> bool:
+        return node.pinned_until > self.now
+
+    def _may_pin(self) -> bool:
+        return sum(map(self._is_pinned, self._cached)) < self._snapshots.size // 2
+
     # --- use --------------------------------------------------------------------------------
 
     def retain(self, snapshot: int) -> None:
@@ -259,7 +284,7 @@ class SnapshotTree:
         self._unlink(node)
         self._snapshots.release(node.snapshot)
         self._record_loss(node)
-        node.snapshot, node.uses, node.branches = NO_SNAPSHOT, 0, 0
+        node.snapshot, node.uses, node.branches, node.pinned_until = NO_SNAPSHOT, 0, 0, 0.0
         for ancestor in ancestors(node):
             ancestor.snapshots_below -= 1
             if ancestor.snapshots_below == 0:

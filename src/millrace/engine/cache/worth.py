@@ -11,7 +11,8 @@
   if that was evicted. The chance falls with the time since the last use.
 * Memory: the snapshot, and the pages that only it needs.
 
-Who has more than an equal share of the snapshots (by cache salt) has less of each.
+What a client has asked to keep, for a time, goes last. Who has more than an equal share of the
+snapshots (by cache salt) has less of each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ EXPECTED = {Kind.TURNS: 0.25, Kind.PROMPT: 0.25, Kind.ANSWER: 0.5}
 BRANCH = 0.02  # that someone goes back to a turn that was continued
 LIVE = 4.0  # how much likelier the next use is right after an answer than later
 WEIGHT = 4.0  # observations that an expectation counts as
+PINNED = 1e6  # how much more a snapshot is worth that a client has asked to keep
 PATIENCE = 60.0  # seconds in which the chance of a fresh snapshot halves
 
 
@@ -105,7 +107,8 @@ class Worth:
         memory = max(own_pages, 1.0) if for_pages else 1.0 + self._page_cost * own_pages
         age = max(0.0, now - node.used_at) + PATIENCE
         share = self._by_salt[node.salt] * len(self._by_salt) / max(1, self.total)
-        return saved * self.chance(node) / (age * memory * max(1.0, share))
+        worth = saved * self.chance(node) / (age * memory * max(1.0, share))
+        return worth * PINNED if node.pinned_until > now else worth
 
 
 def _alike(path: Sequence[Node]) -> Rates:

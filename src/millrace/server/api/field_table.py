@@ -154,9 +154,10 @@ FIELDS: Mapping[str, Mapping[Api, Fate]] = {
               no_effect="chat completions messages"),
     **_fields("store metadata", "responses", no_effect="chat completions messages"),
     **_fields("service_tier prompt_cache_retention request_id session_id prompt_cache_options "
-              "return_token_offsets mm_payload return_mm_kwargs client_metadata cache_control "
+              "return_token_offsets mm_payload return_mm_kwargs client_metadata "
               "betas inference_geo diagnostics user_profile_id workspace_id",
               no_effect=_EVERYWHERE),
+    **_fields("cache_control", "messages", no_effect="chat completions responses"),
     **_fields("rid cache_prompt id_slot timings_per_token return_progress keep_alive",
               no_effect=_EVERYWHERE),
     # --- what no API serves ---------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Generation:
         self.stream = stream
         self.done = False
         self.completion_tokens = len(request.resume)
-        self.cached_tokens = 0
+        self.cached_tokens = self.written_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.reasoning: ReasoningCounter | None = None
         self._output = output
@@ -68,6 +68,8 @@ class Generation:
         if self.reasoning is not None:
             self.reasoning.feed(piece.token_ids)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if delta.cache is not None:
+            self.written_tokens = delta.cache.written
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.done = piece.finish_reason is not None
         return piece
@@ -157,7 +159,7 @@ class Generations:
             prompt,
             completion,
             prompt + completion,
-            PromptTokensDetails(cached),
+            PromptTokensDetails(cached, sum(one.written_tokens for one in firsts)),
             CompletionTokensDetails(reasoning),
         )
 

@@ -18,9 +18,11 @@ PromptLogprobs = list[dict[int, Any] | None]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """cached_tokens: prompt tokens that were found in the prefix cache."""
+    """cached_tokens: prompt tokens that were found in the prefix cache. cache_write_tokens: those
+    that were computed and stay there."""
 
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):

@@ -163,6 +163,7 @@ def _merged(one: Delta, other: Delta) -> Delta:
         cached_tokens=max(one.cached_tokens, other.cached_tokens),
         logprobs=_joined(one.logprobs, other.logprobs),
         prompt_logprobs=_joined(one.prompt_logprobs, other.prompt_logprobs),
+        cache=one.cache or other.cache,
     )
 
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
+from millrace.server.api.cache_marks import cache_pins
 from millrace.server.api.chat.endpoint import (
     count_chat_tokens,
     prepare_chat,
@@ -57,6 +58,7 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
 
     max_tokens: int
     stop_sequences: list[str] | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 RULES = field_rules("messages")
@@ -85,7 +87,10 @@ class Anthropic:
         id = f"msg_{uuid4().hex}"
         with naming_fields({**_NAMES, **(_STOPS if body.stop is None else {})}):
             chat = await context.run_in_thread(partial(as_chat, body), is_long(body.messages))
-            prepared = await prepare_chat(context, chat, id, ready)
+            pins = cache_pins(
+                body.messages, system=body.system, tools=body.tools, whole=body.cache_control
+            )
+            prepared = await prepare_chat(context, chat, id, ready, pins)
         formatter = MessageFormatter(
             id, context.model_name(body), prepared.parsers[0], len(prepared.requests[0].prompt)
         )

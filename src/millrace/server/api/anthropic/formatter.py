@@ -23,7 +23,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts. Those found in the prefix cache are not among input_tokens."""
+    """Token counts. Those found in the prefix cache, and those that were computed and stay there,
+    are not among input_tokens."""
 
     input_tokens: int
     output_tokens: int
@@ -134,11 +135,12 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _usage(usage: Usage, output_tokens: int) -> MessageUsage:
-    cached = usage.prompt_tokens_details.cached_tokens
+    found = usage.prompt_tokens_details
     return MessageUsage(
-        input_tokens=usage.prompt_tokens - cached,
+        input_tokens=usage.prompt_tokens - found.cached_tokens - found.cache_write_tokens,
         output_tokens=output_tokens,
-        cache_read_input_tokens=cached,
+        cache_read_input_tokens=found.cached_tokens,
+        cache_creation_input_tokens=found.cache_write_tokens,
         output_tokens_details={"thinking_tokens": usage.completion_tokens_details.reasoning_tokens},
     )
 

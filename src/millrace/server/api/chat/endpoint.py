@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
+from millrace.server.api.cache_marks import Pins, cache_pins
 from millrace.server.api.chat.formatter import ChatFormatter
 from millrace.server.api.chat.thinking import thinking_budget, thinking_variables
 from millrace.server.api.context import ApiContext, cache_salt
@@ -143,9 +144,10 @@ def _own_names(body: ChatRequest) -> dict[str, str]:
 
 
 async def prepare_chat(
-    context: ApiContext, body: ChatRequest, id: str, ready: Ready
+    context: ApiContext, body: ChatRequest, id: str, ready: Ready, pins: Pins | None = None
 ) -> PreparedChat:
-    """The engine requests of a chat. Raises RequestError or ApiError."""
+    """The engine requests of a chat. pins: None: as marks in its messages say. Raises RequestError
+    or ApiError."""
     params = sampling_params(body, context.processor.defaults)
     check_resume(body, outputs=params.n)
     context.check_capacity(params.n, ready)
@@ -169,6 +171,7 @@ async def prepare_chat(
         cache_salt=body.cache_salt or "",
         grammar=grammar,
         reasoning=context.processor.reasoning_bound(_thinking_budget(body), reasons),
+        pins=cache_pins(body.messages, tools=body.tools) if pins is None else pins,
     )
     requests = split_outputs(request)
     parser = partial(_parser, context, choice, starts_with_reasoning)

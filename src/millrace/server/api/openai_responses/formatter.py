@@ -323,10 +323,13 @@ _EVENTS = {
 
 def _usage(usage: Usage) -> ResponseUsage:
     reasoning = usage.completion_tokens_details.reasoning_tokens
-    cached = usage.prompt_tokens_details.cached_tokens
+    found = usage.prompt_tokens_details
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
-        input_tokens_details={"cached_tokens": cached, "cache_write_tokens": 0},
+        input_tokens_details={
+            "cached_tokens": found.cached_tokens,
+            "cache_write_tokens": found.cache_write_tokens,
+        },
         output_tokens=usage.completion_tokens,
         output_tokens_details={"reasoning_tokens": reasoning},
         total_tokens=usage.total_tokens,
