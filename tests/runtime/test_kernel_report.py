@@ -178,3 +178,32 @@ def test_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     if torch.cuda.get_device_capability()[0] == 9:
         assert lines[1].startswith("FP8 GEMM: ")
         assert ("DeepGEMM" in lines[1].partition(";")[0]) == (probe("deep_gemm").state == "there")
+
+
+def test_experts_are_reported_by_the_number_of_tokens(
+    hopper: None, replace_package: Replace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from millrace.kernels.gpu import moe
+    from millrace.kernels.gpu.gemm import grouped
+    from millrace.kernels.gpu.moe import few
+
+    for module in (moe, grouped, few):
+        monkeypatch.setattr(module, "gpu", few_gpu)
+    source = "__version__ = '0.1.3'\nm_grouped_fp8_gemm_nt_contiguous = print"
+    replace_package("deep_gemm", source)
+    said = [str(one) for one in moe.backends(torch.bfloat16, [(256, 2048, 512)])]
+    assert said == [
+        "experts, 8 tokens or less: CUDA kernel",
+        "experts: Triton kernels; DeepGEMM 0.1.3 for 48 tokens of an expert or more",
+    ]
+    replace_package("deep_gemm", None)
+    last = moe.backends(torch.bfloat16, [(256, 2048, 512)])[-1]
+    assert str(last).startswith("experts: Triton kernels; DeepGEMM is not installed")
+    assert last.remedy
+    assert [str(one) for one in moe.backends(torch.float32, [])] == ["experts: Triton kernels"]
+
+
+def few_gpu() -> object:
+    from millrace.kernels.gpu.device import Gpu
+
+    return Gpu("NVIDIA H200", (9, 0), 132)
