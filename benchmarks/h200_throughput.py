@@ -246,7 +246,7 @@ def spread_routers(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, MoE):
-            weight = module.router.weight.data
+            weight = module.router.weight.data[: module.count]
             factors = torch.randn(len(weight), generator=generator).mul(ROUTER_SPREAD).exp()
             weight.mul_(factors[:, None].to(weight))
 

@@ -193,7 +193,7 @@ def test_experts_are_reported_by_the_number_of_tokens(
     replace_package("deep_gemm", source)
     said = [str(one) for one in moe.backends(torch.bfloat16, [(256, 2048, 512)])]
     assert said == [
-        "experts, 8 tokens or less: CUDA kernel",
+        "experts, 64 tokens or less: CUDA kernel",
         "experts: Triton kernels; DeepGEMM 0.1.3 for 48 tokens of an expert or more",
     ]
     replace_package("deep_gemm", None)

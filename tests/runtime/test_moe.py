@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from millrace.kernels.cpu.w4 import is_supported
+from millrace.model.layers import moe
 from millrace.model.tiny import FP8_BLOCKS, QWEN3_MOE, moe_config_json, write_checkpoint
 from tests.runtime.test_metamorphic import PROMPTS, mtp
 from tests.support.engines import assert_same, build, generate, run, with_few_pages
@@ -125,3 +126,16 @@ def test_fp8_experts_stay_so_in_bfloat16(tmp_path: Path) -> None:
     assert kept == is_supported()
     exact = [run(directory, [prompt], 8, dtype="float32")[0][0] for prompt in PROMPTS[:4]]
     assert [tokens[0] for tokens in got] == [tokens[0] for tokens in exact]
+
+
+def test_a_shared_expert_behind_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a GPU, if it is as wide as they are."""
+    config = {**KINDS["qwen3_5"], "shared_expert_intermediate_size": 32}
+    directory = write_checkpoint(tmp_path / "equal", config, seed=1)
+    apart, _ = run(directory, PROMPTS[:4], 8, **mtp(1))
+    monkeypatch.setattr(moe, "joins_shared", lambda build, prefix: True)
+    engine = build(directory, report_expert_load=True, **mtp(1))
+    layers = [m for m in engine.worker.model.modules() if isinstance(m, moe.MoE)]
+    assert all(m.shared is None and m.experts.count == m.count + 1 for m in layers)
+    assert_same(directory, PROMPTS[:4], apart, generate(engine, PROMPTS[:4], 8))
+    engine.close()

@@ -51,17 +51,21 @@ class Shared(NamedTuple):
 
 
 @op
-def route(logits: Tensor, top_k: int, normalize: bool) -> Routes:
+def route(logits: Tensor, top_k: int, normalize: bool, shared_gate: Tensor | None = None) -> Routes:
     """The experts with the `top_k` largest logits [T, E] of each token.
 
     Of equal logits the lower expert comes first, so that every device and rank decides alike.
     Weights are the softmax over all experts, in float32, divided by their sum if `normalize`, then
-    rounded to the dtype of the logits.
+    rounded to the dtype of the logits. shared_gate: [T, 1]; with it every token goes to expert E,
+    too, the last, with the weight sigmoid(shared_gate).
     """
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = logits.float().softmax(-1).gather(1, chosen)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
+    if shared_gate is not None:
+        chosen = F.pad(chosen, (0, 1), value=logits.shape[1])
+        weights = torch.cat([weights, shared_gate.float().sigmoid()], dim=-1)
     return Routes(chosen, weights.to(logits.dtype))
 
 

@@ -474,26 +474,28 @@ def _fp8_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int
     return sizes
 
 
-def _fp8_experts(model: CausalLM) -> set[tuple[int, int, int]]:
-    """Shapes of experts with e4m3 weights: their number, hidden channels, and their own."""
-    found = set()
+def _fp8_experts(model: CausalLM) -> dict[tuple[int, int, int], int]:
+    """Shapes of experts with e4m3 weights: their number, hidden channels, and their own; and how
+    many a token goes to."""
+    found = {}
     for module in model.modules():
         if isinstance(module, Experts) and module.takes_fp8:
             count, hidden, width = module.gemm_shape
-            found.add((count, hidden, width))
+            found[count, hidden, width] = module.top_k
     return found
 
 
-def _grouped_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int, int]]:
-    """(outputs, inputs, rows, experts) of DeepGEMM's GEMMs with the weights of experts."""
-    from millrace.kernels.gpu.moe import deep_gemm_rows  # needs packages for GPUs
+def _grouped_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int, int, int]]:
+    """(outputs, inputs, rows, experts, tile) of DeepGEMM's GEMMs with the weights of experts."""
+    from millrace.kernels.gpu.moe import deep_gemm_rows, deep_gemm_tile  # needs packages for GPUs
 
     sizes = set()
-    top_k = model.config.experts.top_k if model.config.experts else 0
-    for count, hidden, width in _fp8_experts(model):
+    for (count, hidden, width), top_k in _fp8_experts(model).items():
         for tokens in token_counts(config):
             if rows := deep_gemm_rows(tokens, top_k, (count, hidden, width)):
-                sizes |= {(2 * width, hidden, rows, count), (hidden, width, rows, count)}
+                tile = deep_gemm_tile(tokens * top_k, count)
+                sizes |= {(2 * width, hidden, rows, count, tile)}
+                sizes |= {(hidden, width, rows, count, tile)}
     return sizes
 
 

@@ -217,6 +217,8 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
   for (int lane = 0; lane < 32; lane++) found |= uint32_t(exchange(mine, lane)) << lane;
   return found;
 }
+inline int shifted_up(int x, int by) { return int(exchange(x, std::max(int(threadIdx.x % 32) - by, 0))); }
+inline int atomicAdd(int* at, int x) { return (*at += x) - x; }  // threads take turns
 inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline float __shfl_up_sync(uint32_t, float x, int by, int width) {
   const int lane = threadIdx.x % 32;

@@ -301,6 +301,7 @@ def experts(shape: Shape) -> None:
             )
         combine(made, groups.rows, routes.weights, Shared(x, empty(tokens, 1)))
         combine(made, routes.experts, routes.weights, None, placed=False)
+    routing.group_in_triton(routes.experts, count, groups)
     groups = routing.group(routes.experts, count, 128)
     rows.gather(Quantized(empty(tokens, hidden, dtype=FP8), scales), groups, top_k)
     rows.silu_mul_quantize_rows(empty(len(groups.experts), 2 * width), groups)
@@ -475,10 +476,19 @@ def test_gemm_few(nvrtc: Nvrtc):
 
 @pytest.mark.parametrize("groups", [4, 6, 16])
 @pytest.mark.parametrize("gated", [True, False])
-def test_experts_few(nvrtc: Nvrtc, groups: int, gated: bool):
+@pytest.mark.parametrize("pairs", [8, 500])
+def test_experts_few(nvrtc: Nvrtc, groups: int, gated: bool, pairs: int):
     from millrace.kernels.gpu.moe import few
 
-    assert spilled(nvrtc.compile(few.source(groups, gated))) == 0
+    form = few.form_of(groups, gated, pairs, pairs > 100)
+    assert spilled(nvrtc.compile(few.source(form))) == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_groups_of_experts(nvrtc: Nvrtc, alone: bool):
+    from millrace.kernels.gpu.moe import routing
+
+    assert spilled(nvrtc.compile(routing.source(16, 2048, alone))) == 0
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(16, 0), (32, 0), (64, 0), (128, 160)])

@@ -7,10 +7,13 @@ CUDA kernel through g++, its warps emulated (cuda_on_cpu.h).
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +24,9 @@ from millrace.kernels.gemm import quantize_blocks
 from millrace.kernels.moe import ExpertWeights, Routes, Shared
 from millrace.kernels.quantize import Quantized, quantize
 from tests.kernels.gpu.gpu_support import INTERPRETED, on_each_device, relative
+
+if TYPE_CHECKING:
+    from millrace.kernels.gpu.moe.routing import Groups
 
 HERE = Path(__file__).parent
 E4M3 = torch.float8_e4m3fn
@@ -61,6 +67,12 @@ def test_route(device: str, tokens: int, count: int, top_k: int, normalize: bool
                 moe.route.__wrapped__(given, top_k, normalize),
             )
             assert torch.equal(got.experts.long(), want.experts)
+            gate = logits[:, :1].to(dtype)
+            both = route(given, top_k, normalize, gate)
+            assert torch.equal(both.experts[:, :top_k], got.experts)
+            assert torch.equal(both.weights[:, :top_k], got.weights)
+            assert both.experts[:, top_k].tolist() == [count] * tokens
+            torch.testing.assert_close(both.weights[:, top_k:], gate.sigmoid())
             assert got.weights.dtype == dtype
             limit = 1e-5 if dtype == torch.float32 else 1e-2
             torch.testing.assert_close(got.weights, want.weights, rtol=limit, atol=1e-6)
@@ -82,11 +94,19 @@ def test_a_token_that_is_nan_has_experts(device: str) -> None:
     [(1, 4, 1, 16), (9, 8, 3, 16), (40, 60, 8, 32), (130, 256, 8, 16), (600, 16, 8, 128)],
 )
 def test_groups(device: str, tokens: int, count: int, top_k: int, tile: int, kind: str) -> None:
-    """Every pair has one row, in the order of experts and of pairs; tiles have one expert."""
-    from millrace.kernels.gpu.moe.routing import group
+    from millrace.kernels.gpu.moe.routing import Groups, group, group_in_triton
 
     experts = drawn(tokens, count, top_k, kind, device).experts
     found = group(experts, count, tile)
+    check_groups(found, experts, count)
+    other = Groups(*(torch.full_like(part, 77) for part in found[:3]), tile)
+    group_in_triton(experts, count, other)
+    check_groups(other, experts, count)
+
+
+def check_groups(found: Groups, experts: Tensor, count: int) -> None:
+    """Every pair has one row, in the order of experts; tiles have one expert."""
+    tile = found.tile
     flat, rows = experts.flatten().tolist(), found.rows.tolist()
     row_experts, row_pairs = found.experts.tolist(), found.pairs.tolist()
     expected: list[int] = []  # the expert of each row
@@ -97,7 +117,9 @@ def test_groups(device: str, tokens: int, count: int, top_k: int, tile: int, kin
         expected += [expert] * len(own) + [-1] * (-len(own) % tile)
     assert len(row_experts) % tile == 0
     assert row_experts == expected + [-1] * (len(row_experts) - len(expected))
-    assert [row_pairs[row] for row, expert in enumerate(row_experts) if expert >= 0] == order
+    pairs = [row_pairs[row] for row, expert in enumerate(row_experts) if expert >= 0]
+    assert [flat[pair] for pair in pairs] == [flat[pair] for pair in order]
+    assert sorted(pairs) == sorted(order)
     assert [row < 0 for row in rows] == [expert < 0 for expert in flat]
     assert all(row_pairs[row] == pair for pair, row in enumerate(rows) if row >= 0)
 
@@ -252,7 +274,8 @@ def run_way(
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "width", "hidden"),
     [(1, 256, 8, 512, 2048), (4, 128, 8, 768, 2048), (8, 512, 10, 1024, 4096), (7, 4, 1, 128, 256),
-     (33, 64, 8, 512, 2048), (300, 16, 8, 512, 2048), (2000, 32, 8, 256, 1024)],
+     (33, 64, 8, 512, 2048), (64, 256, 9, 768, 1024), (12, 4, 2, 1024, 512),
+     (300, 16, 8, 512, 2048), (2000, 32, 8, 256, 1024)],
 )  # fmt: skip
 def test_fp8_experts(
     tokens: int, count: int, top_k: int, width: int, hidden: int, kind: str, way: str
@@ -305,17 +328,17 @@ def test_experts_in_a_graph(tokens: int) -> None:
 ENTRY = """
 #include "cuda_on_cpu.h"
 {source}
-extern "C" void run(void** arguments, int columns, int rows) {{
-  call(experts_few, arguments, columns, rows, 32 * WARPS);
+extern "C" void run(void** arguments, int columns, int rows, int threads) {{
+  call({name}, arguments, columns, rows, threads);
 }}
 """
 
 
-def emulated(folder: Path, groups: int, gated: bool) -> Callable[..., None]:
-    from millrace.kernels.gpu.moe import few
-
-    stem = folder / f"few_{groups}_{gated}"
-    stem.with_suffix(".cpp").write_text(ENTRY.format(source=few.source(groups, gated)))
+@functools.cache
+def emulated(folder: Path, name: str, source: str) -> Callable[..., None]:
+    """The kernel `name` of a source, on the CPU."""
+    stem = folder / f"{name}_{zlib.crc32(source.encode())}"
+    stem.with_suffix(".cpp").write_text(ENTRY.format(source=source, name=name))
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}", "-o"]
     subprocess.run([*command, f"{stem}.so", f"{stem}.cpp"], check=True, timeout=120)
     library = ctypes.CDLL(f"{stem}.so")
@@ -326,8 +349,7 @@ def emulated(folder: Path, groups: int, gated: bool) -> Callable[..., None]:
             for arg in args
         ]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        assert block[0] == 32 * few.warps_of(groups)
-        library.run(addresses, grid[0], grid[1])
+        library.run(addresses, grid[0], grid[1], block[0])
 
     return run
 
@@ -336,25 +358,28 @@ def emulated(folder: Path, groups: int, gated: bool) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "kind"),
     [
-        (1, 4, 2, "random"),
         (8, 3, 2, "random"),
-        (5, 9, 3, "same"),
-        (3, 2, 1, "last"),
-        (6, 4, 3, "ranks"),
+        (5, 4, 3, "ranks"),
+        (12, 5, 3, "ranks"),
     ],
 )
 def test_emulated_few_experts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, count: int, top_k: int, kind: str
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    count: int,
+    top_k: int,
+    kind: str,
 ) -> None:
     from millrace.kernels.gpu.moe import few
 
     torch.manual_seed(tokens)
-    hidden, width = 1280, 256
-    kernels = {
-        (groups, gated): emulated(tmp_path, groups, gated)
-        for groups, gated in ((hidden // 128, True), (width // 128, False))
-    }
-    monkeypatch.setattr(few, "compiled", lambda *key: kernels[key])
+    folder = tmp_path_factory.getbasetemp()
+    hidden, width = 1152, 256  # more groups than warps, and fewer
+    monkeypatch.setattr(
+        few, "compiled", lambda form: emulated(folder, "experts_few", few.source(form))
+    )
+    monkeypatch.setattr(few, "group", lambda *given: group_emulated(folder, monkeypatch, *given))
     routes = drawn(tokens, count, top_k, kind, "cpu")
     weights = fp8_weights(count, width, hidden, "cpu")
     for part in weights:
@@ -369,11 +394,46 @@ def test_emulated_few_experts(
     assert relative(got, exact(x.dequantize(), routes, *weights, None)) < 1e-2
 
 
+def group_emulated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, experts: Tensor, count: int, tile: int
+) -> Groups:
+    from millrace.kernels.gpu.moe import routing
+
+    def compiled(name: str, *given: int) -> Callable[..., None]:
+        return emulated(folder, name, routing.source(*given))
+
+    monkeypatch.setattr(routing, "compiled", compiled)
+    room = routing.most_rows(experts.numel(), count, tile)
+    parts = (torch.full((n,), 77, dtype=torch.int32) for n in (room, room, experts.numel()))
+    found = routing.Groups(*parts, tile)
+    assert routing.group_by_cuda(experts, count, found)
+    return found
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", ["random", "same", "last", "ranks"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_emulated_groups(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: bool,
+    kind: str,
+) -> None:
+    from millrace.kernels.gpu.moe import routing
+
+    monkeypatch.setattr(routing, "ALONE", 4096 if alone else 64)
+    monkeypatch.setattr(routing, "BLOCK", 128)
+    for tokens, count, top_k, tile in ((1, 4, 1, 16), (70, 257, 3, 16)):
+        experts = drawn(tokens, count, top_k, kind, "cpu").experts
+        folder = tmp_path_factory.getbasetemp()
+        check_groups(group_emulated(folder, monkeypatch, experts, count, tile), experts, count)
+
+
 @on_cpu
 def test_few_experts_are_refused() -> None:
     from millrace.kernels.gpu.moe import few
 
-    q = quantize.__wrapped__(torch.randn(9, 128))
+    q = quantize.__wrapped__(torch.randn(65, 128))
     weights = [
         ExpertWeights(*(part[None] for part in quantize_blocks(torch.randn(shape))))
         for shape in ((256, 128), (128, 128))

@@ -34,7 +34,12 @@ from millrace.kernels.gpu.gemm.tiling import kernel_of  # noqa: E402
 
 LIMIT = 60.0  # seconds for what takes some of them on a quiet machine
 PRODUCTS = [prebuild.Product(128, 256, n, 120 + n % 3) for n in range(9, 200)]
-GROUPED = [(256, 128, 640, 3), (128, 256, 384, 3), (256, 128, 256, 3)]
+GROUPED = [
+    (256, 128, 640, 3, 128),
+    (128, 256, 384, 3, 128),
+    (256, 128, 256, 3, 128),
+    (256, 128, 64, 3, 64),
+]
 FAKE = '''
 import os, subprocess, time
 
@@ -55,8 +60,12 @@ def fp8_gemm_nt(x, weight, out):
         note.write(f"{os.getpid()} {compiler.pid}\\n")
         note.close()
         time.sleep(600)
-    note.write(f"{outputs} {inputs} {tokens} {multiprocessors} 0\\n")
+    note.write(f"{outputs} {inputs} {tokens} {multiprocessors} 0 0\\n")
     note.close()
+
+def set_mk_alignment_for_contiguous_layout(rows):
+    global tile
+    tile = rows
 
 def m_grouped_fp8_gemm_nt_contiguous(x, weight, out, groups):
     """The same; the scales lie row by row of experts, and no row has one."""
@@ -64,7 +73,7 @@ def m_grouped_fp8_gemm_nt_contiguous(x, weight, out, groups):
     assert weight[1].shape == (experts, outputs // 128, inputs // 128) and groups.max() < 0
     assert x[1].stride() == (1, rows) and out.shape == (rows, outputs) and len(groups) == rows
     with open(os.environ["FAKE_NOTES"], "a") as note:
-        note.write(f"{outputs} {inputs} {rows} {multiprocessors} {experts}\\n")
+        note.write(f"{outputs} {inputs} {rows} {multiprocessors} {experts} {tile}\\n")
 '''
 
 
@@ -127,10 +136,11 @@ def test_products_of_experts_come_first(notes: Path, monkeypatch: pytest.MonkeyP
     """Of each shape the one with the most rows; children compile them like the others."""
     pretend(monkeypatch)
     found = prebuild.grouped_products(GROUPED)
-    assert [(one.outputs, one.tokens) for one in found] == [(256, 640), (128, 384), (256, 256)]
+    sizes = [(one.outputs, one.tokens, one.tile) for one in found]
+    assert sizes == [(256, 640, 128), (256, 64, 64), (128, 384, 128), (256, 256, 128)]
     both = prebuild.one_of_each_kernel_first([*PRODUCTS, *found])
-    assert both[:3] == found
-    assert sorted(both[3:]) == PRODUCTS
+    assert both[:4] == found
+    assert sorted(both[4:]) == PRODUCTS
     assert prebuild.tensor_bytes(found) > prebuild.tensor_bytes([found[1]])
     with started(1, found) as children:
         children.finish(LIMIT)
@@ -287,7 +297,7 @@ def test_on_a_gpu(
     cores = torch.cuda.get_device_properties().multi_processor_count
     foretold = {
         kernel_of(tokens, outputs, inputs, some or cores)
-        for outputs, inputs, tokens, some, _ in prebuild.deep_gemm_products(sizes)
+        for outputs, inputs, tokens, some, *_ in prebuild.deep_gemm_products(sizes)
     }
     assert len(kernels) == len(foretold)
     assert torch.cuda.mem_get_info()[0] > free - (256 << 20)
@@ -338,7 +348,7 @@ def test_products_are_those_that_go_to_deep_gemm(
     assert set(found) == wanted
     ordered = prebuild.one_of_each_kernel_first(found)
     assert sorted(ordered) == sorted(found)
-    kernels = [kernel_of(n, o, i, some or 132) for o, i, n, some, _ in ordered]
+    kernels = [kernel_of(n, o, i, some or 132) for o, i, n, some, *_ in ordered]
     distinct = len(set(kernels))
     assert len(set(kernels[:distinct])) == distinct  # one of each comes first
     if installed:

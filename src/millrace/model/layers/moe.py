@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,13 +26,16 @@ from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
 from millrace.model.weight_format import HasGemms
 
+ROUTER_ROWS = 8  # a router has a multiple of them, which GEMMs want
+
 
 class MoE(nn.Module):
     """A router, experts, and a shared expert with a gate if the model has one.
 
     Every rank routes every token, and has a share of the width of each expert, or some experts in
-    full. Its result is the part that its experts add. load: int64 [E], how many tokens each expert
-    has got; None: they are not counted.
+    full. Its result is the part that its experts add. A GPU may have the shared expert behind the
+    others, as one that every token goes to (`joins_shared`). load: int64 [E], how many tokens each
+    expert has got; None: they are not counted.
     """
 
     load: Tensor | None = None
@@ -42,13 +46,17 @@ class MoE(nn.Module):
         self.layer = prefix.removesuffix(".mlp").removeprefix("model.")
         c, hidden = build.config.experts, build.config.hidden_size
         self.top_k, self.normalize = c.top_k, c.normalize
-        router = full_tensor(f"{prefix}.gate.weight", c.count, hidden)
-        self.router = linear(build, [router], quantized=False)
-        self.experts = Experts(build, f"{prefix}.experts")
+        self.count, self.joined = c.count, joins_shared(build, prefix)
+        router = [full_tensor(f"{prefix}.gate.weight", c.count, hidden)]
+        gate = full_tensor(f"{prefix}.shared_expert_gate.weight", 1, hidden)
+        shared = f"{prefix}.shared_expert"
+        if self.joined:
+            router.append(replace(gate, pad_rows=ROUTER_ROWS - 1))
+        self.router = linear(build, router, quantized=False)
+        self.experts = Experts(build, f"{prefix}.experts", [shared] if self.joined else [])
         self.shared: SharedExpert | None = None
-        if c.shared_width:
-            self.shared = SharedExpert(build, f"{prefix}.shared_expert", c.shared_width)
-            gate = full_tensor(f"{prefix}.shared_expert_gate.weight", 1, hidden)
+        if c.shared_width and not self.joined:
+            self.shared = SharedExpert(build, shared, c.shared_width)
             self.shared_gate = linear(build, [gate], quantized=False)
 
     @property
@@ -61,15 +69,36 @@ class MoE(nn.Module):
         """x: [T, H]; returns [T, H], this rank's partial sum."""
         plain = x.for_linear(self.router)
         assert isinstance(plain, Tensor)
-        routes = route(self.router(plain), self.top_k, self.normalize)
+        routes = self._routes(self.router(plain))
         if self.load is not None:
-            count_load(self.load, routes.experts, batch.token_slots)
+            count_load(self.load, routes.experts[:, : self.top_k], batch.token_slots)
         routes = self.experts.local(routes)
         shared = None
         if self.shared is not None:
             shared = Shared(self.shared(x, batch), self.shared_gate(plain))
         rows = x.for_linear(self.experts)
         return run_experts(rows, routes, self.experts.gate_up, self.experts.down, shared)
+
+    def _routes(self, logits: Tensor) -> Routes:
+        if not self.joined:
+            return route(logits, self.top_k, self.normalize)
+        gate = logits[:, self.count : self.count + 1]
+        return route(logits[:, : self.count], self.top_k, self.normalize, gate)
+
+
+def joins_shared(build: BuildContext, prefix: str) -> bool:
+    """Whether the shared expert is the last of the experts: four kernels less to a layer of a GPU.
+
+    It must be as wide as they are, in the same format, and cut like them.
+    """
+    c, format_of = build.config.experts, build.config.quantization.format_of
+    assert c is not None
+    equal = c.shared_width == c.width and all(
+        format_of(f"{prefix}.experts.0.{part}_proj")
+        == format_of(f"{prefix}.shared_expert.{part}_proj")
+        for part in ("gate", "up", "down")
+    )
+    return equal and build.device.type == "cuda" and not build.tp.whole_experts
 
 
 class SharedExpert(MLP):
@@ -105,10 +134,10 @@ class Experts(HasGemms):
     """The weights of experts: this rank's share of the width of each, or its share of them.
 
     They are named expert by expert. Checkpoints that have them in one tensor look the same here
-    (`unfused`).
+    (`unfused`). others: prefixes of further ones, behind them.
     """
 
-    def __init__(self, build: BuildContext, prefix: str) -> None:
+    def __init__(self, build: BuildContext, prefix: str, others: Sequence[str] = ()) -> None:
         super().__init__()
         c, hidden = build.config.experts, build.config.hidden_size
         assert c is not None
@@ -118,15 +147,15 @@ class Experts(HasGemms):
         else:
             share = build.tp.share(c.width)
         into, out = (c.width, hidden), (hidden, c.width)
-        names = [f"{prefix}.{expert}" for expert in range(self.first, stop)]
+        names = [*(f"{prefix}.{expert}" for expert in range(self.first, stop)), *others]
         gate_up = [
             Piece(f"{name}.{part}_proj.weight", into, (share,))
             for name in names
             for part in ("gate", "up")
         ]
         down = [Piece(f"{name}.down_proj.weight", out, ((0, hidden),), share) for name in names]
-        self.top_k, self.dtype = c.top_k, build.dtype
-        self.count, self.all_here = len(names), len(names) == c.count
+        self.top_k, self.dtype = c.top_k + len(others), build.dtype
+        self.count, self.all_here = len(names), len(names) >= c.count
         self.gate_up_values, self.gate_up_scales = _stacked(build, gate_up)
         self.down_values, self.down_scales = _stacked(build, down)
 

@@ -43,18 +43,19 @@ from millrace.kernels.quantize import GROUP, Quantized
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]  # outputs and inputs of an e4m3 weight, tokens
-GroupedSize = tuple[int, int, int, int]  # the same of each expert, with rows, and the experts
+GroupedSize = tuple[int, int, int, int, int]  # the same, with rows; experts; rows of a tile
 
 
 class Product(NamedTuple):
-    """multiprocessors: 0 for all. experts: whose weights there are, `tokens` being the rows of all;
-    0: one weight."""
+    """multiprocessors: 0 for all. experts: whose weights there are, `tokens` being the rows of all,
+    in tiles of `tile`; 0: one weight."""
 
     outputs: int
     inputs: int
     tokens: int
     multiprocessors: int
     experts: int = 0
+    tile: int = 0
 
 
 MOST = 14  # children
@@ -62,7 +63,7 @@ LIMIT = 60.0  # seconds that a start waits for them once it has nothing else to 
 LEAST_FREE = 8 << 30  # bytes of GPU memory; with less there are no children
 SHARE = 3  # they take at most one part in so many of what is free
 CONTEXT = 768 << 20  # bytes of a process on a GPU, before its tensors
-_RECORD = struct.Struct("<5i")
+_RECORD = struct.Struct("<6i")
 
 
 # --- in the process that starts ----------------------------------------------------------------
@@ -110,10 +111,10 @@ def grouped_products(sizes: Collection[GroupedSize]) -> list[Product]:
 
     first: list[Product] = []
     others: list[Product] = []
-    seen: set[tuple[int, int, int]] = set()
-    for outputs, inputs, rows, experts in sorted(set(sizes), reverse=True):
-        shape = outputs, inputs, experts
-        product = Product(outputs, inputs, rows, multiprocessors_of(0), experts)
+    seen: set[tuple[int, ...]] = set()
+    for outputs, inputs, rows, experts, tile in sorted(set(sizes), reverse=True):
+        shape = outputs, inputs, experts, tile
+        product = Product(outputs, inputs, rows, multiprocessors_of(0), experts, tile)
         (others if shape in seen else first).append(product)
         seen.add(shape)
     return [*first, *others]
@@ -134,7 +135,7 @@ def one_of_each_kernel_first(products: list[Product]) -> list[Product]:
     grouped = [product for product in products if product.experts]
     products = [product for product in products if not product.experts]
     for product in products:
-        outputs, inputs, tokens, multiprocessors, _ = product
+        outputs, inputs, tokens, multiprocessors = product[:4]
         kernel = kernel_of(tokens, outputs, inputs, multiprocessors_of(multiprocessors))
         users.setdefault(kernel, []).append(product)
     first = [some[0] for some in sorted(users.values(), key=len, reverse=True)]
@@ -166,7 +167,7 @@ def how_many(products: list[Product], free: int) -> int:
 def tensor_bytes(products: list[Product]) -> int:
     """GPU memory that a child's tensors may take, in bytes: the largest product's, and a margin."""
     most = max(
-        max(experts, 1) * o * i + tokens * (i + 2 * o) for o, i, tokens, _, experts in products
+        max(experts, 1) * o * i + tokens * (i + 2 * o) for o, i, tokens, _, experts, _ in products
     )
     return most + most // 4 + (64 << 20)
 
@@ -294,7 +295,7 @@ def multiply_nothing(product: Product, device: torch.device) -> None:
     from millrace.kernels.gpu.gemm.grouped import grouped_matmul
     from millrace.kernels.gpu.quantize import empty_quantized
 
-    outputs, inputs, tokens, multiprocessors, experts = product
+    outputs, inputs, tokens, multiprocessors, experts, tile = product
     x: Quantized = empty_quantized(tokens, inputs, device)
     if experts:
         sizes = experts, outputs, inputs
@@ -302,7 +303,7 @@ def multiply_nothing(product: Product, device: torch.device) -> None:
         blocks = experts, outputs // GROUP, inputs // GROUP
         scale = torch.empty(blocks, dtype=torch.float32, device=device)
         nobody = torch.full((tokens,), -1, dtype=torch.int32, device=device)
-        grouped_matmul(x, weight, scale, nobody, multiprocessors=multiprocessors)
+        grouped_matmul(x, weight, scale, nobody, tile, multiprocessors)
         return
     weight = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(outputs // GROUP, inputs // GROUP, dtype=torch.float32, device=device)

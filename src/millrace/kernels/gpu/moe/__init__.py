@@ -1,7 +1,7 @@
 """Experts on the GPU: the ops of `millrace.kernels.moe`, and which kernels they take.
 
-Up to 8 tokens stream the weights of the experts that they hit (few.py). More are grouped by expert,
-and multiplied in tiles by Triton (tiles.py); many by DeepGEMM (rows.py) where it is installed.
+Few tokens stream the weights of the experts that they hit (few.py). More are grouped by expert, and
+multiplied in tiles by Triton (tiles.py); many by DeepGEMM (rows.py) where it is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.moe import ExpertWeights, Routes, Shared
 from millrace.kernels.quantize import GROUP, Quantized
 
-__all__ = ["backends", "by_deep_gemm", "deep_gemm_rows", "in_tiles", "route", "run_experts"]
+__all__ = [
+    "backends",
+    "by_deep_gemm",
+    "deep_gemm_rows",
+    "deep_gemm_tile",
+    "in_tiles",
+    "route",
+    "run_experts",
+]
 
 MANY = 48  # rows of an expert, on average, from which on DeepGEMM's tiles are worth their padding
 
@@ -60,7 +68,12 @@ def deep_gemm_rows(tokens: int, top_k: int, shape: Sequence[int]) -> int:
     aligned = hidden % GROUP == 0 and width % GROUP == 0
     if tokens * top_k < MANY * count or not aligned or not has_grouped():
         return 0
-    return most_rows(tokens * top_k, count, TILE)
+    return most_rows(tokens * top_k, count, deep_gemm_tile(tokens * top_k, count))
+
+
+def deep_gemm_tile(pairs: int, count: int) -> int:
+    """Rows of a tile for so many pairs of `count` experts: what measured faster on an H200."""
+    return TILE if pairs >= TILE * count else TILE // 2
 
 
 def in_tiles(
@@ -79,12 +92,14 @@ def in_tiles(
 
 def by_deep_gemm(
     x: Quantized, routes: Routes, weights: ExpertWeights, last: ExpertWeights,
-    shared: Shared | None, tile: int = TILE,
+    shared: Shared | None, tile: int = 0,
 ) -> Tensor:  # fmt: skip
-    """By DeepGEMM, in bfloat16. tile: rows of a tile."""
+    """By DeepGEMM, in bfloat16. tile: rows of a tile; 0: it is chosen."""
     assert weights.scales is not None
     assert last.scales is not None
-    groups = group(routes.experts.to(torch.int32), len(weights.values), tile)
+    count = len(weights.values)
+    tile = tile or deep_gemm_tile(routes.experts.numel(), count)
+    groups = group(routes.experts.to(torch.int32), count, tile)
     rows = gather(x, groups, routes.experts.shape[1])
     wide = grouped_matmul(rows, weights.values, weights.scales, groups.experts, tile)
     inner = silu_mul_quantize_rows(wide, groups)

@@ -1,8 +1,9 @@
-// The two GEMMs of the experts of up to 8 tokens; it stands behind gemm/few.cu, whose way it is.
+// The two GEMMs of the experts of few tokens; it stands behind gemm/few.cu, whose way it is.
 //
-// A block has one expert and 16 rows of its weight, which stream once for all tokens of the expert.
-// There is a block for each pair of a token and one of its experts; the pair of the expert's first
-// token does the work for the others, whose blocks end at once. So nothing is sorted before.
+// A block has one expert and PARTS times 16 rows of its weight, which stream once for 8 tokens of the
+// expert. Up to 8 tokens there is a block for each pair of a token and one of its experts; the pair of
+// the expert's first token does the work for the others, whose blocks end at once, so nothing is
+// sorted before. More tokens are GROUPED: a block has a tile of 8 of them.
 //
 // The first GEMM (GATED) takes 8 rows of the gate and the same 8 of what it gates, and writes
 // silu(gate) * up in bfloat16. The second quantizes none of it: a group of 128 is scaled to the range
@@ -106,70 +107,93 @@ __device__ __forceinline__ void multiply(float* acc, const Pair& w, const Token&
 
 // x: GATED: e4m3 [T, K] with scales sx, a token's neighbours, groups sx_stride apart; else bfloat16
 // [T * TOP_K, K]. w: e4m3 [E, ROWS, K] with scales [E, ROWS / 128, K / 128], where GATED has 2 * OUT
-// rows and the other OUT. experts: [T, TOP_K], -1 for those that are elsewhere. out: bfloat16 [T * TOP_K, OUT]. T <= TOKENS; K and
-// OUT are multiples of 128. Block (i, p) has the i-th part of the outputs for the expert of pair p.
+// rows and the other OUT. experts: [T, TOP_K], -1 for those that are elsewhere; GROUPED: of each row
+// in tiles of TOKENS, -1 for rows that are not there, and pairs: of each row. out: bfloat16
+// [T * TOP_K, OUT]. K is a multiple of 128, and OUT of it and of PARTS * STEP. Without GROUPED, T is
+// at most TOKENS. Block (i, p) has PARTS parts of the outputs, from i * PARTS on, for the expert of
+// pair p, or of tile p.
 // The second GEMM needs more registers than 32 warps of a multiprocessor leave a thread.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, (GATED ? 32 : 20) / WARPS)
     experts_few(const u8* x, const float* sx, const u8* w, const float* sw, const int* experts,
-                u16* out, int T, int TOP_K, int OUT, int K, int sx_stride) {
+                const int* pairs, u16* out, int T, int TOP_K, int OUT, int K, int sx_stride) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
-  const int pair = blockIdx.y, expert = experts[pair], groups = K / GROUP;
-  if (expert < 0) return;  // it is on another rank
+  const int place = GROUPED ? blockIdx.y * TOKENS : blockIdx.y;
+  const int expert = experts[place], groups = K / GROUP;
+  if (expert < 0) return;  // it is on another rank, or there is none
   constexpr int STEP = GATED ? ROWS / 2 : ROWS;
-  const int rows = GATED ? 2 * OUT : OUT, first = blockIdx.x * STEP;
+  const int rows = GATED ? 2 * OUT : OUT, first = blockIdx.x * PARTS * STEP;
   const i64 base = (i64)expert * rows;
   const i64 apart = (GATED ? (i64)OUT : 8) * K;
   const u8* at = w + (base + first + g) * K + 16 * l;
-  const float* scale = sw + (base + first) / 128 * groups;
-  const float* other = GATED ? scale + (i64)(OUT / 128) * groups : scale;
+  const float* scales = sw + base / 128 * groups;
+  const i64 other = GATED ? (i64)(OUT / 128) * groups : 0;
 
+  // The weights of step i, of this warp: of part i / turns, its group warp + WARPS * (i % turns).
+  const int turns = (groups + WARPS - 1) / WARPS;
+  const auto weights = [&](Pair& held, int step) {
+    const int part = step / turns, group = warp + WARPS * (step - part * turns);
+    const float* scale = scales + (i64)((first + part * STEP) / 128) * groups + group;
+    fetch(held, at + (i64)part * STEP * K + group * GROUP, apart, scale, scale + other,
+          part < PARTS && group < groups);
+  };
   Pair held;
-  fetch(held, at + warp * GROUP, apart, scale + warp, other + warp, warp < groups);
+  weights(held, 0);
 
-  int choice = -1;  // of token `lane`
-  if (lane < T) {
-    for (int k = 0; k < TOP_K; k++) choice = experts[lane * TOP_K + k] == expert ? k : choice;
-  }
-  u32 left = __ballot_sync(0xffffffffu, choice >= 0);
-  if (__ffs(left) - 1 != pair / TOP_K) return;
-  for (int i = 0; i < g; i++) left &= left - 1;
-  const int token = __ffs(left) - 1;  // the g-th of the expert's; -1: there are fewer
-  const bool live = token >= 0;
-  const int chosen = __shfl_sync(0xffffffffu, choice, live ? token : 0);
-  const int mine = live ? token * TOP_K + chosen : 0;
-
-  float acc[4] = {};
-  for (int group = warp; group < groups; group += WARPS) {
-    Token operand;
-    if (GATED) {
-      const int row = live ? token : 0;
-      read(operand, x + (i64)row * K + group * GROUP + 16 * l, sx + (i64)group * sx_stride + row,
-           live);
-    } else {
-      const u16* wide = reinterpret_cast<const u16*>(x);
-      read(operand, wide + (i64)mine * K + group * GROUP + 16 * l, live, lane);
+  int mine = -1;  // the pair of the g-th token of the expert; -1: there are fewer
+  if (GROUPED) {
+    if (experts[place + g] >= 0) mine = pairs[place + g];
+  } else {
+    int choice = -1;  // of token `lane`
+    if (lane < T) {
+      for (int k = 0; k < TOP_K; k++) choice = experts[lane * TOP_K + k] == expert ? k : choice;
     }
-    multiply(acc, held, operand, l);
-    const int next = group + WARPS;
-    fetch(held, at + next * GROUP, apart, scale + next, other + next, next < groups);
+    u32 left = __ballot_sync(0xffffffffu, choice >= 0);
+    if (__ffs(left) - 1 != place / TOP_K) return;
+    for (int i = 0; i < g; i++) left &= left - 1;
+    const int token = __ffs(left) - 1;
+    const int chosen = __shfl_sync(0xffffffffu, choice, token >= 0 ? token : 0);
+    if (token >= 0) mine = token * TOP_K + chosen;
   }
+  const bool live = mine >= 0;
+  const int row = live ? (GATED ? mine / TOP_K : mine) : 0;
 
-  __shared__ float sums[WARPS][ROWS][TOKENS];
+  __shared__ float sums[PARTS][WARPS][ROWS][TOKENS];
   __shared__ int places[TOKENS];
-  if (warp == 0 && l == 0) places[g] = live ? mine : -1;
+  if (warp == 0 && l == 0) places[g] = mine;
+  Token operand;
+  for (int part = 0; part < PARTS; part++) {
+    float acc[4] = {};
+    for (int turn = 0; turn < turns; turn++) {
+      const int group = warp + WARPS * turn;
+      if (part == 0 || turns > 1) {  // else it is the one of the part before
+        const bool there = live && group < groups;
+        if (GATED) {
+          read(operand, x + (i64)row * K + group * GROUP + 16 * l,
+               sx + (i64)group * sx_stride + row, there);
+        } else {
+          const u16* wide = reinterpret_cast<const u16*>(x);
+          read(operand, wide + (i64)row * K + group * GROUP + 16 * l, there, lane);
+        }
+      }
+      multiply(acc, held, operand, l);
+      weights(held, part * turns + turn + 1);
+    }
 #pragma unroll
-  for (int e = 0; e < 4; e++) sums[warp][g + 8 * (e / 2)][2 * l + e % 2] = acc[e];
+    for (int e = 0; e < 4; e++) sums[part][warp][g + 8 * (e / 2)][2 * l + e % 2] = acc[e];
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < TOKENS * STEP / 2; i += 32 * WARPS) {
-    const int column = i / (STEP / 2), row = i % (STEP / 2) * 2, place = places[column];
-    if (place < 0) continue;
+  for (int i = threadIdx.x; i < PARTS * TOKENS * STEP / 2; i += 32 * WARPS) {
+    const int part = i / (TOKENS * STEP / 2), column = i / (STEP / 2) % TOKENS;
+    const int output = i % (STEP / 2) * 2, to = places[column];
+    if (to < 0) continue;
     float a = 0.f, b = 0.f, c = 0.f, d = 0.f;
 #pragma unroll
     for (int one = 0; one < WARPS; one++) {
-      a += sums[one][row][column], b += sums[one][row + 1][column];
-      if (GATED) c += sums[one][row + 8][column], d += sums[one][row + 9][column];
+      float(*found)[TOKENS] = sums[part][one];
+      a += found[output][column], b += found[output + 1][column];
+      if (GATED) c += found[output + 8][column], d += found[output + 9][column];
     }
     if (GATED) a = a / (1.f + __expf(-a)) * c, b = b / (1.f + __expf(-b)) * d;
-    *reinterpret_cast<u32*>(out + (i64)place * OUT + first + row) = pack(a, b);
+    *reinterpret_cast<u32*>(out + (i64)to * OUT + first + part * STEP + output) = pack(a, b);
   }
 }

@@ -13,18 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from millrace.kernels.dispatch import remembered
+from millrace.kernels.gpu import cuda_source
+from millrace.kernels.gpu.cuda_source import CudaKernel
 from millrace.kernels.moe import Routes
 
 PART = 128  # pairs that are ranked against each other at once
 COUNTED_ALONE = 4096  # pairs, up to which every program counts all of them itself
+ALONE = 8192  # pairs, up to which one block of the CUDA kernel takes all
+BLOCK = 2048  # pairs of a block, where there are more
+MOST_EXPERTS = 1024  # of the CUDA kernels
 
 
 @triton.jit
 def _route_kernel(
-    logits, experts, weights, stride, count,
+    logits, gate, experts, weights, stride, gate_stride, count,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, BE: tl.constexpr, NORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One token's TOP_K largest logits, in SLOTS lanes, of `count` in BE lanes.
+    """One token's TOP_K largest logits, in SLOTS lanes, of `count` in BE lanes. SHARED: and behind
+    them expert `count`, by its gate.
 
     Keys are integers in the order of the logits, and below them the order of the experts from the
     last to the first: so no two are equal. A NaN counts as infinite.
@@ -51,22 +59,29 @@ def _route_kernel(
     value = tl.where(slot < TOP_K, value, 0.0)
     if NORMALIZE:
         value = value / tl.sum(value, axis=0)
-    at = token * TOP_K + slot
+    at = token * (TOP_K + SHARED) + slot
     tl.store(experts + at, chosen, mask=slot < TOP_K)
     tl.store(weights + at, value.to(weights.dtype.element_ty), mask=slot < TOP_K)
+    if SHARED:
+        share = 1.0 / (1.0 + tl.exp(-tl.load(gate + token * gate_stride).to(tl.float32)))
+        last = token * (TOP_K + 1) + TOP_K
+        tl.store(experts + last, count)
+        tl.store(weights + last, share.to(weights.dtype.element_ty))
 
 
-def route(logits: Tensor, top_k: int, normalize: bool) -> Routes:
+def route(logits: Tensor, top_k: int, normalize: bool, shared_gate: Tensor | None = None) -> Routes:
     """As the reference, with experts in int32. logits: [T, E], any row stride."""
     tokens, count = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    experts = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
+    gate = logits if shared_gate is None else shared_gate
+    wide = tokens, top_k + (shared_gate is not None)
+    experts = torch.empty(wide, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(wide, dtype=logits.dtype, device=logits.device)
     if tokens:
         _route_kernel[(tokens,)](
-            logits, experts, weights, logits.stride(0), count, TOP_K=top_k,
+            logits, gate, experts, weights, logits.stride(0), gate.stride(0), count, TOP_K=top_k,
             SLOTS=triton.next_power_of_2(top_k), BE=triton.next_power_of_2(count),
-            NORMALIZE=normalize, num_warps=1,
+            NORMALIZE=normalize, SHARED=shared_gate is not None, num_warps=1,
         )  # fmt: skip
     return Routes(experts, weights)
 
@@ -156,12 +171,53 @@ def _group_kernel(
 
 
 def group(experts: Tensor, count: int, tile: int) -> Groups:
-    """The pairs of `experts`, int32 [T, K] of `count` experts or -1, grouped. tile: a power of
-    two."""
+    """The pairs of `experts`, int32 [T, K] of `count` experts or -1, grouped; those of an expert in
+    any order. tile: a power of two."""
     pairs, device = experts.numel(), experts.device
     room = most_rows(pairs, count, tile)
     row_experts, row_pairs = torch.empty(2, room, dtype=torch.int32, device=device)
-    rows = torch.empty(pairs, dtype=torch.int32, device=device)
+    found = Groups(row_experts, row_pairs, experts.new_empty(pairs), tile)
+    if count > MOST_EXPERTS or device.type != "cuda" or not group_by_cuda(experts, count, found):
+        group_in_triton(experts, count, found)
+    return found
+
+
+def group_by_cuda(experts: Tensor, count: int, to: Groups) -> bool:
+    """Whether the CUDA kernels have done it."""
+    pairs, alone = experts.numel(), experts.numel() <= ALONE
+    part = ALONE if alone else BLOCK
+    place = compiled("group_place", to.tile, part, alone)
+    first = place if alone else compiled("group_count", to.tile, part, alone)
+    if place is None or first is None:
+        return False
+    blocks = max(1, triton.cdiv(pairs, part))
+    counts, shape = to.rows, ((blocks, 1, 1), (1024, 1, 1))
+    if not alone:
+        counts = experts.new_empty(blocks * count)
+        first(*shape, [experts, counts, to.rows, pairs, count])
+    room = len(to.experts)
+    place(*shape, [experts, counts, to.rows, to.experts, to.pairs, pairs, count, room, blocks])
+    return True
+
+
+def source(tile: int, part: int, alone: bool) -> str:
+    """The kernels `group_count` and `group_place`. part: pairs of a block; alone: it is the only
+    one."""
+    return cuda_source.read("moe/group.cu", {"tile": tile, "part": part, "alone": alone})
+
+
+@remembered
+def compiled(name: str, tile: int, part: int, alone: bool) -> CudaKernel | None:
+    """None where there is no compiler."""
+    return cuda_source.compiled(source(tile, part, alone), name)
+
+
+def group_in_triton(experts: Tensor, count: int, to: Groups) -> None:
+    """`group` into `to` by Triton, those of an expert in their order. Slower: for machines that
+    compile no CUDA."""
+    pairs, tile, device = experts.numel(), to.tile, experts.device
+    row_experts, row_pairs, rows = to.experts, to.pairs, to.rows
+    room = len(row_experts)
     counted = pairs > COUNTED_ALONE
     parts, wide = (8 if counted else 2), triton.next_power_of_2(max(2, count))
     programs = max(1, triton.cdiv(pairs, parts * PART))
@@ -171,9 +227,8 @@ def group(experts: Tensor, count: int, tile: int) -> Groups:
         _count_kernel[(programs,)](experts, counts, pairs, PARTS=parts, BE=wide, num_warps=4)
     _group_kernel[(programs,)](
         experts, counts, row_experts, row_pairs, rows, pairs, room, programs, TILE=tile,
-        PARTS=parts, BE=wide, COUNTED=counted, num_warps=4,
+        PARTS=parts, BE=wide, COUNTED=counted, num_warps=8,
     )  # fmt: skip
-    return Groups(row_experts, row_pairs, rows, tile)
 
 
 def most_rows(pairs: int, count: int, tile: int) -> int:

@@ -14,7 +14,8 @@ from millrace.kernels.gpu.moe.routing import Groups
 from millrace.kernels.gpu.quantize import empty_quantized, quantize_groups
 from millrace.kernels.quantize import GROUP, Quantized
 
-ROWS = 8  # of a program
+ROWS = 8  # of a program that gathers
+SILU_ROWS = 32  # of one behind the first GEMM
 
 
 @triton.jit(do_not_specialize=["scale_stride", "out_stride"])
@@ -38,27 +39,19 @@ def _gather_kernel(
 
 
 @triton.jit(do_not_specialize=["scale_stride"])
-def _silu_rows_kernel(
-    x, row_experts, out, scales, width, scale_stride, G: tl.constexpr, QUANTIZE: tl.constexpr
-):
-    """silu(gate) * up of G groups of a row that has an expert."""
-    row = tl.program_id(0)
-    if tl.load(row_experts + row) < 0:
-        return
-    group = tl.program_id(1) * G + tl.arange(0, G)
-    channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = channel < width
-    at = x + row.to(tl.int64) * 2 * width + channel
+def _silu_rows_kernel(x, row_experts, out, scales, width, scale_stride, ROWS: tl.constexpr):
+    """silu(gate) * up of a group of ROWS rows, of those that have an expert."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(row_experts + row) >= 0
+    group = tl.program_id(1)
+    channel = group * 128 + tl.arange(0, 128)
+    mask = live[:, None] & (channel < width)[None, :]
+    at = x + row.to(tl.int64)[:, None] * 2 * width + channel[None, :]
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
-    to = out + row.to(tl.int64) * width + channel
-    if QUANTIZE:
-        quantized, scale = quantize_groups(value)
-        tl.store(to, quantized, mask=mask)
-        at_scale = scales + group.to(tl.int64) * scale_stride + row
-        tl.store(at_scale, scale, mask=group * 128 < width)
-    else:
-        tl.store(to, value.to(out.dtype.element_ty), mask=mask)
+    quantized, scale = quantize_groups(value)
+    tl.store(out + row.to(tl.int64)[:, None] * width + channel[None, :], quantized, mask=mask)
+    tl.store(scales + tl.cast(group, tl.int64) * scale_stride + row, scale, mask=live)
 
 
 def gather(x: Quantized, groups: Groups, top_k: int) -> Quantized:
@@ -79,9 +72,8 @@ def silu_mul_quantize_rows(x: Tensor, groups: Groups) -> Quantized:
     """silu(gate) * up of each row, quantized. x: [P, 2 I], gate first."""
     rows, width = len(x), x.shape[1] // 2
     out = empty_quantized(rows, width, x.device)
-    per_program = min(8, triton.next_power_of_2(triton.cdiv(width, GROUP)))
-    _silu_rows_kernel[(rows, triton.cdiv(width, GROUP * per_program))](
-        x, groups.experts, out.values, out.scales, width, out.scales.stride(1), G=per_program,
-        QUANTIZE=True, num_warps=4,
+    _silu_rows_kernel[(rows // SILU_ROWS, triton.cdiv(width, GROUP))](
+        x, groups.experts, out.values, out.scales, width, out.scales.stride(1), ROWS=SILU_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out
