@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--ways", default=",".join(WAYS[1:]))
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
         print(f"ready after {bench.start_s:.1f} s", flush=True)
         rows = list(range(1, options.rows + 1))
         most = bench.prompt + (400 if options.tiny else 1100)
-        found: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+        found: dict[str, list[float]] = {way: [] for way in options.ways.split(",")}
         for _ in range(options.turns):
             for way, times in found.items():
                 took = choose(bench, way)
