@@ -100,7 +100,9 @@ def no_sync() -> Iterator[None]:
 @pytest.mark.parametrize("eager", [True, False])
 def test_no_step_waits_for_the_device(models: dict[str, Path], eager: bool, no_sync: None) -> None:
     """Counts of experts' tokens among them."""
-    engine = build(models["qwen3_5_moe"], device="cuda", max_num_seqs=8, enforce_eager=eager)
+    engine = build(
+        models["qwen3_5_moe"], device="cuda", max_num_seqs=8, enforce_eager=eager, debug=False
+    )
     generate(engine, PROMPTS, 8)
     torch.cuda.set_sync_debug_mode("error")
     generate(engine, PROMPTS, 8)

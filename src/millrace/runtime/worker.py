@@ -509,10 +509,10 @@ def warm_experts(config: EngineConfig, model: CausalLM) -> None:
     modules = [module for module in model.modules() if isinstance(module, Experts)]
     for module in {module.gemm_shape: module for module in modules}.values():
         tokens = 1
-        while tokens < 2 * config.max_num_batched_tokens:
+        while tokens < 9 / 8 * config.max_num_batched_tokens:
             if not deep_gemm_rows(tokens, module.top_k, module.gemm_shape):
                 module.multiply(min(tokens, config.max_num_batched_tokens))
-            tokens *= 2
+            tokens = max(tokens + 1, tokens * 9 // 8)
 
 
 def load_model(
