@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import stderr_line
+from millrace.common.tasks import restarted
 from millrace.gateway.admin.api import AdminApi, health_reply, is_local_request
+from millrace.gateway.admin.scale import SAMPLE_SECONDS, ScaleAdvisor
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
 from millrace.gateway.health.health_monitor import HealthMonitor
@@ -41,6 +43,7 @@ class Gateway:
         check_options(options)
         check_access_log(options.access_log)
         self._options = options
+        self._log = log
         self._admin_port = options.admin_port or 0
         self.counters = SharedCounters(options.processes)
         self.monitor = HealthMonitor(
@@ -58,10 +61,13 @@ class Gateway:
 
             sources.append(FileSource(Path(options.worker_file)))
         self._discovery = Discovery(self.monitor, sources, log)
+        self._scale = ScaleAdvisor(self.counters, lambda: self.monitor.members, options.scale)
+        self._sampling: asyncio.Task[None] | None = None
         self._admin = AdminApi(
             self.counters,
             self.monitor,
             options.access,
+            self._scale,
             policy=options.policy,
             merge=options.merge_metrics,
             label=lambda member: options.labels.get(str(member.target), member.target.authority),
@@ -149,6 +155,7 @@ class Gateway:
         try:
             await self._discovery.start()
             await self.monitor.start()
+            self._sampling = restarted("the scale advice", self._sample, self._log)
             if self._relay_server is not None:
                 (self._listeners,) = open_listeners(self._options)
                 await self._relay_server.start(self._listeners)
@@ -159,8 +166,15 @@ class Gateway:
             await self.stop()
             raise
 
+    async def _sample(self) -> None:
+        while True:
+            self._scale.sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
     async def stop(self, drain: float = 0.0) -> None:
         """Close the port, give running requests `drain` seconds to end, then close the rest."""
+        if self._sampling is not None:
+            self._sampling.cancel()
         await self._discovery.stop()
         if self._relay_server is not None:
             close_listeners(self._listeners)

@@ -16,6 +16,7 @@ from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
+from millrace.gateway.admin.scale import ScalePolicy
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.replica_spec import HealthPolicy, ReplicaSpec
 from millrace.gateway.processes.options import (
@@ -23,6 +24,7 @@ from millrace.gateway.processes.options import (
     GATEWAY_HELP,
     HEALTH_HELP,
     LIMITS_HELP,
+    SCALE_HELP,
     GatewayOptions,
 )
 from millrace.gateway.proxy_config import RENDERERS, render
@@ -47,6 +49,7 @@ _NO_FLAGS = _without_help(GatewayOptions, GATEWAY_HELP)
 )
 @struct_options(GatewayOptions, GATEWAY_HELP, skip=_NO_FLAGS)
 @struct_options(GatewayLimits, LIMITS_HELP, skip=_without_help(GatewayLimits, LIMITS_HELP))
+@struct_options(ScalePolicy, SCALE_HELP)
 @struct_options(HealthPolicy, HEALTH_HELP, skip=_without_help(HealthPolicy, HEALTH_HELP))
 @struct_options(Access, ACCESS_HELP)
 @click.option("--api-key-file", help="File with one key for clients per line.")
@@ -119,6 +122,7 @@ def _options(flags: dict[str, Any]) -> GatewayOptions:
         options,
         replicas=specs,
         limits=msgspec.convert(given(flags, GatewayLimits), GatewayLimits),
+        scale=msgspec.convert(given(flags, ScalePolicy), ScalePolicy),
         health=msgspec.convert(given(flags, HealthPolicy), HealthPolicy),
         access=msgspec.convert(access, Access),
     )

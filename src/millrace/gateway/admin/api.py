@@ -1,6 +1,7 @@
 """The local paths of the gateway: health, metrics, models, status, and the admin API.
 
-/health is 200 while at least one replica takes requests. /metrics has the gateway's own metrics,
+/health is 200 while at least one replica takes requests. /gateway/scale says how many replicas the
+load asks for. /metrics has the gateway's own metrics,
 and those of the replicas with merge_metrics. /gateway/status and /gateway/replicas show each
 replica, and the latter adds, drains, changes and removes them. Every other path is relayed.
 """
@@ -22,6 +23,7 @@ from millrace.common.tasks import task_failures
 from millrace.errors import UserError
 from millrace.gateway.admin.metrics import exposition
 from millrace.gateway.admin.metrics_merge import merged
+from millrace.gateway.admin.scale import ScaleAdvisor
 from millrace.gateway.common.shared_counters import (
     BYTES,
     CHUNKS,
@@ -98,6 +100,7 @@ class AdminApi:
         counters: SharedCounters,
         monitor: HealthMonitor,
         access: Access,
+        scale: ScaleAdvisor,
         *,
         policy: str,
         merge: bool,
@@ -108,6 +111,7 @@ class AdminApi:
         self._counters = counters
         self._monitor = monitor
         self._access = access
+        self._scale = scale
         self._policy = policy
         self._merge = merge
         self._label = label
@@ -127,6 +131,8 @@ class AdminApi:
             return json_reply(200, {"object": "list", "data": self._monitor.cards})
         if request.method == b"GET" and path == "/gateway/replicas":
             return json_reply(200, {"replicas": self._rows()})
+        if request.method == b"GET" and path == "/gateway/scale":
+            return json_reply(200, self._scale.document())
         if request.method == b"GET" and path == "/gateway/status":
             return json_reply(200, self.status())
         if path != "/gateway/replicas" and not path.startswith("/gateway/replicas/"):

@@ -103,6 +103,7 @@ class SharedCountersCollector(Collector):
             for service in CLASSES:
                 family.add_metric([service], live(f"{prefix}{service}"))
             yield family
+        yield _gauge("requests_held", "Requests that wait for a first replica.", value=live("held"))
         yield _gauge("client_connections", "Connections of clients.", value=live("clients"))
         yield _gauge(
             "kept_bytes", "Bytes of streams buffered to resume them.", value=live("kept_bytes")

@@ -17,7 +17,9 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
     requests among them. max_kept_bytes: of a running stream, kept to resume it;
     max_kept_bytes_all: of all streams of a process; a stream above either cannot be resumed.
     resume_timeout: how long a broken stream waits for a replica. max_retries: failures in a row
-    before the first byte. max_resumptions: replicas that one stream may outlive.
+    before the first byte. max_resumptions: replicas that one stream may outlive. hold_timeout: how
+    long a request waits while no replica is up; 0: it is refused at once. hold_size: requests that
+    may wait so, in each process. hold_per_replica: how many of them a new replica gets at a time.
     """
 
     max_concurrent_requests: int = 16384
@@ -39,3 +41,6 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
     resume_timeout: float = 30.0
     max_retries: int = 3
     max_resumptions: int = 8
+    hold_timeout: float = 0.0
+    hold_size: int = 1024
+    hold_per_replica: int = 64

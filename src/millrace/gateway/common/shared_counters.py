@@ -44,6 +44,7 @@ PROCESS_GAUGES = (
     "batch",
     "queued_interactive",
     "queued_batch",
+    "held",
     "clients",
     "kept_bytes",
     "body_bytes",

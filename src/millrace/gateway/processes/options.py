@@ -11,6 +11,7 @@ from typing import get_args
 import msgspec
 
 from millrace.errors import UserError
+from millrace.gateway.admin.scale import ScalePolicy
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.replica_spec import (
     DEFAULT_POLICY,
@@ -37,6 +38,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     policy: PolicyName = DEFAULT_POLICY
     affinity_gap: int = 4096
     limits: GatewayLimits = GatewayLimits()
+    scale: ScalePolicy = ScalePolicy()
     health: HealthPolicy = HealthPolicy()
     access: Access = Access()
     ssl_certfile: str | None = None
@@ -77,8 +79,21 @@ LIMITS_HELP: Mapping[str, str] = {
     "max_body_bytes": "Largest request body.",
     "max_bodies_bytes": "Bytes of all request bodies that one gateway process holds, those of "
     "running requests included.",
+    "hold_timeout": "Seconds that a request waits while no replica is up; 0: none waits.",
+    "hold_size": "Requests that may wait so, per gateway process.",
+    "hold_per_replica": "How many of these a new replica gets at a time.",
     "max_kept_bytes": "Bytes of a stream that are kept to resume it on another replica; a longer "
     "stream cannot be resumed. 0: no stream is.",
+}
+
+SCALE_HELP: Mapping[str, str] = {
+    "scale_requests": "/gateway/scale: requests that one replica is meant to have at a time.",
+    "scale_min": "/gateway/scale: fewest replicas.",
+    "scale_max": "/gateway/scale: most replicas; 0: any number.",
+    "scale_down_after": "/gateway/scale: seconds of lower load before fewer replicas are wanted.",
+    "scale_zero_after": "/gateway/scale: seconds without a request before none is wanted.",
+    "scale_first_byte": "/gateway/scale: seconds in which 95% of responses are to begin; one more "
+    "replica is wanted while they do not. 0: any time.",
 }
 
 HEALTH_HELP: Mapping[str, str] = {
@@ -114,6 +129,10 @@ def check_options(options: GatewayOptions) -> None:
     for name in ("max_concurrent_requests", "max_concurrent_batch", "max_body_bytes"):
         if getattr(limits, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(limits, name)}: use 1 or more")
+    for name in ("hold_size", "hold_per_replica"):
+        if getattr(limits, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(limits, name)}: use 1 or more")
+    _check_scale(options.scale)
     if limits.max_bodies_bytes < limits.max_body_bytes:
         raise UserError(
             f"--max-bodies-bytes {limits.max_bodies_bytes}: use at least --max-body-bytes, "
@@ -125,6 +144,16 @@ def check_options(options: GatewayOptions) -> None:
     from millrace.common.sockets import tls_context
 
     tls_context(options.ssl_certfile, options.ssl_keyfile)
+
+
+def _check_scale(policy: ScalePolicy) -> None:
+    if policy.scale_requests < 1:
+        raise UserError(f"--scale-requests {policy.scale_requests}: use 1 or more")
+    if policy.scale_min < 0 or 0 < policy.scale_max < policy.scale_min:
+        raise UserError(
+            f"--scale-min {policy.scale_min}, --scale-max {policy.scale_max}: use 0 or more, and "
+            f"0 or no less than the first"
+        )
 
 
 def _check_admin(options: GatewayOptions) -> None:

@@ -48,6 +48,7 @@ from millrace.gateway.routing.suspects import (
 _ENGINE_DEAD = b'"engine_dead"'  # the code of an error if the engine died with the request
 _BUSY = (429, 503)  # such a replica is skipped while there is another one
 _HOLD_SECONDS = 0.05  # for the rest of a chunk that was cut
+_RETRY_WHEN_HELD = 10  # seconds that a client is told to wait when no replica came
 _WAIT_STEP = 0.05  # seconds between searches for a replica that can resume a stream
 
 
@@ -91,14 +92,45 @@ class Exchange:
         self._delimited = True
         self._stream = Resumption(self.info, relay.buffer, relay.limits.max_resumptions)
         self._resume_deadline = 0.0
+        self._hold_deadline = 0.0
 
     # --- from the client -----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Admit the request, queue it, or refuse it."""
-        relay, info = self._relay, self.info
+        """Admit the request, queue it, hold it, or refuse it."""
+        relay = self._relay
         relay.in_flight += 1
-        none = self._candidates.refusal() or self._suspect_refusal()
+        none = self._candidates.refusal()
+        held = relay.held
+        waits = len(held) > 0 if none is None else none.status == 503
+        if held.is_on and waits and not held.is_full:
+            held.hold(self)
+        else:
+            self._enter(none)
+
+    def has_room(self, most: int) -> bool:
+        """Whether an available replica has fewer than `most` requests."""
+        return self._candidates.has_room(most)
+
+    def released(self) -> None:
+        """A replica has come for which the request was held."""
+        self._enter(self._candidates.refusal())
+
+    def hold_timed_out(self) -> None:
+        """No replica has come in time."""
+        self._reply(self._held_too_long())
+
+    def _held_too_long(self) -> LocalReply:
+        seconds = self._relay.limits.hold_timeout
+        outage = self._relay.replicas.describe_outage(self.info.model)
+        message = f"no replica came within {seconds:g} s: {outage}"
+        return error_reply(503, message, retry_after=_RETRY_WHEN_HELD)
+
+    def _enter(self, none: LocalReply | None) -> None:
+        """Go on to admission, behind a first copy of the request if there is one. none: the reply
+        if no replica can take the request."""
+        relay, info = self._relay, self.info
+        none = none or self._suspect_refusal()
         if none is not None:
             self._reply(none)
         elif info.for_text and len(relay.replicas.all) > MAX_REPLICAS_TO_FAIL:
@@ -463,6 +495,8 @@ class Exchange:
         """No replica is left to try."""
         if self._stream.resuming:
             self._wait_for_replica()
+        elif self._relay.held.is_on and self._candidates.is_outage():
+            self._hold_again()
         else:
             self._reply(self._busy_reply or self._candidates.exhausted_reply())
 
@@ -474,6 +508,19 @@ class Exchange:
             self._candidates.reset(keep_last=False)
             self._idle_timeout.restart()
             self._timer = self._loop.call_later(_WAIT_STEP, self._attempt)
+
+    def _hold_again(self) -> None:
+        """The last replica went before the first byte came: wait until one comes, as the requests
+        do that find none; but it is admitted already."""
+        now = self._loop.time()
+        self._hold_deadline = self._hold_deadline or now + self._relay.limits.hold_timeout
+        if now > self._hold_deadline:
+            self._reply(self._held_too_long())
+            return
+        self._failures = 0
+        self._candidates.reset(keep_last=False)
+        self._idle_timeout.restart()
+        self._timer = self._loop.call_later(_WAIT_STEP, self._attempt)
 
     def _queue_timed_out(self) -> None:
         relay = self._relay
@@ -544,6 +591,7 @@ class Exchange:
             relay.admission.release(self.info.service_class)
         else:
             relay.admission.cancel_wait(self)
+            relay.held.cancel(self)
         if relay.log is not None:
             self.replica = served_by
             relay.log(self, status)

@@ -22,6 +22,7 @@ from millrace.gateway.relay.connection_pool import Pool
 from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.first_copies import FirstCopies
+from millrace.gateway.routing.held import HeldRequests
 from millrace.gateway.routing.policies import Policy
 from millrace.gateway.routing.replicas import Replica, ReplicaSet
 from millrace.gateway.routing.suspects import SuspectRequests
@@ -107,6 +108,7 @@ class Relay:
         self.in_flight = 0
         self.suspects = SuspectRequests()
         self.first_copies = FirstCopies()
+        self.held = HeldRequests(self.process_counters, limits)
         self.buffer = BufferBudget(limits, self.process_counters)
         self.bodies = BodyBudget(limits, self.process_counters)
         self.pool = Pool(limits)

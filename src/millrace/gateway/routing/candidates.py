@@ -59,6 +59,16 @@ class Candidates:
         available = self._available()
         return not available or bool(self._free(available))
 
+    def is_outage(self) -> bool:
+        """Whether no replica that could take the request is up."""
+        return not self._available()
+
+    def has_room(self, most: int) -> bool:
+        """Whether an available replica has fewer than `most` requests."""
+        available = self._available()
+        self._replica_set.refresh_load(available)
+        return any(r.in_flight < most and not self._full(r) for r in available)
+
     def untried(self) -> list[Replica]:
         """Replicas that have not been tried yet."""
         return self._available(self._tried)
