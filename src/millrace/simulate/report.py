@@ -31,6 +31,7 @@ from millrace.version import __version__
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 _GROWTH = 1.5  # in flight in the last quarter, against the second one, of a run that is too fast
 _MOST_POINTS = 300
+_SHARES = np.linspace(0.0, 1.0, 201)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +121,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
 
 _EVENTS = (
     *("preemptions", "retries", "resumed", "cut_off", "refused"),
-    *("crashes", "reclaims", "starts"),
+    *("crashes", "reclaims", "starts", "page_shortages"),
 )
 
 
@@ -131,6 +132,11 @@ def warnings(result: Result) -> list[str]:
         found.append(
             "More and more requests wait: the fleet cannot keep up with this rate, so TTFT and "
             "E2EL only say how long the run is and are left out. Use a lower --request-rate."
+        )
+    if shortages := result.outcome.counts.get("page_shortages", 0):
+        found.append(
+            f"The KV cache was full in {shortages:,} steps of engines. The aggregated mode "
+            "preempts nobody, so its figures are too good: use --mode event, or more --num-pages."
         )
     if not result.outcome.ended:
         found.append("Some requests had not ended when the simulation was cut off.")
@@ -261,7 +267,8 @@ def _distributions(result: Result) -> list[Chart]:
     }
     found = []
     for title, seen in values.items():
-        drawn = chart([Series(title, cumulative(seen.tolist()))], x=title, y="share of requests")
+        line = cumulative(np.quantile(seen, _SHARES).tolist() if len(seen) else [])
+        drawn = chart([Series(title, line)], x=title, y="share of requests")
         if drawn is not None and not (result.saturated and not title.startswith("TPOT")):
             found.append(Chart(title, drawn))
     return found
@@ -279,12 +286,10 @@ def _token_points(records: Records) -> list[Point]:
 
 
 def _first_tokens(records: Records) -> list[Point]:
-    seen = [
-        (sent, first - due)
-        for sent, first, due in zip(records.sent, records.first, records.due, strict=True)
-        if first >= 0
-    ]
-    return _thinned(sorted(seen), 4 * _MOST_POINTS)
+    sent, first, due = (np.array(a) for a in (records.sent, records.first, records.due))
+    begun = np.flatnonzero(first >= 0)
+    begun = begun[:: max(1, math.ceil(len(begun) / (4 * _MOST_POINTS)))]
+    return sorted(zip(sent[begun].tolist(), (first - due)[begun].tolist(), strict=True))
 
 
 def _thinned(points: list[Point], most: int = _MOST_POINTS) -> list[Point]:

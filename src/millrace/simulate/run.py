@@ -12,6 +12,7 @@ from rich.table import Table
 
 from millrace.bench.flags.command_line import read_flags
 from millrace.errors import UserError
+from millrace.simulate.aggregated.fleet import AggregatedFleet
 from millrace.simulate.common.options import Scenario
 from millrace.simulate.common.outcome import Outcome
 from millrace.simulate.events.fleet import Fleet
@@ -39,6 +40,9 @@ def run_flags(values: Mapping[str, Any]) -> None:
 
 def run(scenario: Scenario, flags: SimulateFlags) -> Outcome:
     """Simulate in the mode that the flags ask for."""
+    most = max(flags.replicas, scenario.life.scale.most if scenario.life.scale else 0)
+    if flags.mode == "aggregated" or (flags.mode == "auto" and most > EVENT_REPLICAS):
+        return AggregatedFleet(scenario).run()
     return Fleet(scenario).run()
 
 

@@ -19,7 +19,7 @@ from millrace.gateway.routing.replicas import Member
 from millrace.simulate.common.virtual_clock import VirtualClock
 from millrace.target import Target
 
-_NOTICED = 0.01  # seconds until a check that a failed request has caused finds a crash
+NOTICED = 0.01  # seconds until a check that a failed request has caused finds a crash
 _DRAIN_LOOK = 0.5  # seconds between looks whether a drained replica is empty
 
 
@@ -59,15 +59,17 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def most(self) -> int:
         """Slots that are enough for all replicas, those that end among them."""
+        if not (self.scale or self.reclaims):
+            return self.replicas
         return 2 * max(self.replicas, self.scale.most if self.scale else 0) + 8
 
 
 class Hooks(msgspec.Struct, frozen=True):
-    """What the fleet does for the lives of replicas. begin: an engine, by the member's id. end: the
-    same, and whether it ends in silence. publish: the members have changed. in_flight: requests of
+    """What the fleet does for the lives of replicas. begin: a member's engine. end: a member's id,
+    and whether it ends in silence. publish: the members have changed. in_flight: requests of
     a member. load: requests in the fleet, running and waiting. clear: a slot is given again."""
 
-    begin: Callable[[int], None]
+    begin: Callable[[Member], None]
     end: Callable[[int, bool], None]
     publish: Callable[[list[Member]], None]
     in_flight: Callable[[int], int]
@@ -147,7 +149,7 @@ class Lives:
         if id not in self._members:
             return
         self._starting.discard(id)
-        self._hooks.begin(id)
+        self._hooks.begin(self._members[id])
         since = None if first else self._clock.now()
         self._set(id, state="up", reason="", lost=False, slow_start_from=since)
         self._draw(id, self._options.crashes, self._crash)
@@ -173,7 +175,7 @@ class Lives:
             return
         self.crashes += 1
         self._hooks.end(id, False)
-        self._clock.call_later(_NOTICED, self._lost, id)
+        self._clock.call_later(NOTICED, self._lost, id)
         self._start(id, self._options.start_seconds)
 
     def _reclaim(self, id: int) -> None:

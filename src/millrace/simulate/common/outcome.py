@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -72,6 +72,26 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.due)
+
+    @classmethod
+    def of(
+        cls,
+        times: Mapping[str, np.ndarray],
+        counts: Mapping[str, np.ndarray],
+        failed: np.ndarray,
+        gaps: Gaps,
+        tokens: TimeLine,
+    ) -> Records:
+        """Records from columns; those that are not given are zeros."""
+        made = cls()
+        zeros = np.zeros(len(failed), dtype=np.int64)
+        for name in ("prompt", "output", "cached", "replica", "turn", "chunks", "resumptions"):
+            setattr(made, name, counts.get(name, zeros))
+        for name, values in times.items():
+            setattr(made, name, values)
+        made.errors = ["failed" if one else "" for one in failed.tolist()]
+        made.gaps, made.tokens = gaps, tokens
+        return made
 
     def add(self, due: float, sent: float, prompt: int, turn: int) -> RequestRecord:
         """A request that is sent now."""
@@ -155,6 +175,15 @@ class TimeLine:
         while len(self.values) <= second:
             self.values.append(0.0)
         self.values[second] += value
+
+    def add_many(self, at: np.ndarray, values: np.ndarray) -> None:
+        """The same for several moments."""
+        if len(at):
+            seconds = at.astype(np.int64)
+            first = int(seconds.min())
+            sums = np.bincount(seconds - first, values)
+            for second in np.flatnonzero(sums).tolist():
+                self.add(float(first + second), float(sums[second]))
 
     def between(self, begin: float, end: float) -> float:
         """The sum from one moment to another; of seconds in part, a share."""

@@ -6,6 +6,7 @@ what is called.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
@@ -44,6 +45,13 @@ class VirtualClock:
         self._order += 1
         heappush(self._calls, (max(moment, self._now), self._order, timer))
         return timer
+
+    @property
+    def next_call(self) -> float:
+        """When the next call is due; infinity if none is."""
+        while self._calls and self._calls[0][2].call is None:
+            heappop(self._calls)
+        return self._calls[0][0] if self._calls else math.inf
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
         """Make the calls that are due up to that moment, in their order; stop once `done`. The

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from zlib import crc32
 
+from millrace.gateway.routing.replicas import Member
 from millrace.protocol import Delta
 from millrace.simulate.common.lifecycle import Hooks, Lives
 from millrace.simulate.common.options import Scenario
@@ -100,7 +101,9 @@ class Fleet:
             clear=self.gateway.counters.clear_replica,
         )
 
-    def _begin(self, id: int) -> None:
+    def _begin(self, member: Member) -> None:
+        id = member.id
+
         def deliver(deltas: Sequence[Delta], leaves: Sequence[float]) -> None:
             self.gateway.delivered(id, deltas, leaves)
 

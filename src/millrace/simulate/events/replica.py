@@ -67,7 +67,7 @@ class SimulatedReplica:
         self._arrived: deque[tuple[float, AddRequest]] = deque()
         self._aborted: list[str] = []
         self._timer: VirtualTimer | None = None
-        self._stalls = 0
+        self._stalls = self._steps = 0
         self.alive, self.silent = True, False
 
     def send(self, request: AddRequest) -> None:
@@ -128,13 +128,18 @@ class SimulatedReplica:
         return refused
 
     def _next_turn(self, began: float, ended: float, brought: bool) -> float:
-        if ended > began or brought:
+        if ended > began or brought or self._has_launched():
             self._stalls = 0
             return ended
         self._stalls += 1
         if self._stalls > _MOST_STALLS:
             raise RuntimeError("the engine has work and plans no step")
         return ended + _STALLED
+
+    def _has_launched(self) -> bool:
+        """Whether the last turn has launched a step."""
+        before, self._steps = self._steps, self.worker.launched
+        return self._steps > before
 
     def _send_out(self, deltas: Sequence[Delta]) -> None:
         """The API server passes on what a step brought, one chunk after the other."""

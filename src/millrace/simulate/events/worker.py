@@ -90,6 +90,7 @@ class SimulatedWorker:
         self._device_free = 0.0
         self._link_free = 0.0
         self._transfers: list[tuple[float, int]] = []
+        self.launched = 0  # steps
         self.busy = 0.0  # seconds of all steps, those that run included
 
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> _Launched:
@@ -101,6 +102,7 @@ class SimulatedWorker:
             seconds *= math.exp(self._random.gauss(0.0, self._speeds.jitter))
         self._device_free = max(self._device_free, self._thread.moment) + seconds
         self.busy += seconds
+        self.launched += 1
         for transfer in plan.transfers:
             self._transfer(transfer)
         slots, tokens = [], []
