@@ -133,12 +133,16 @@ class Engines:
     def made(self, requests: np.ndarray) -> np.ndarray:
         """Output tokens that these decoding requests have brought by now, but for their last."""
         table = self._table
-        done = self._step[table.replica[requests]] - table.entered[requests]
         most = table.output[requests] - 1
-        count = (
-            table.made[requests] + 1 + (np.maximum(done, 0) * self.tokens_per_step).astype(np.int64)
-        )
+        done = self.steps_done(requests)
+        count = table.made[requests] + 1 + (done * self.tokens_per_step).astype(np.int64)
         return np.where(table.decoding[requests], np.minimum(count, most), table.made[requests])
+
+    def steps_done(self, requests: np.ndarray) -> np.ndarray:
+        """Decode steps of these decoding requests so far."""
+        done = self._step[self._table.replica[requests]] - self._table.entered[requests]
+        found: np.ndarray = np.maximum(done, 0)
+        return found
 
     def _stop(self, known: int) -> int:
         """Where a prompt stops for a snapshot; 0: nowhere."""

@@ -19,7 +19,7 @@ from millrace.simulate.aggregated.engines import Engines, Steps
 from millrace.simulate.aggregated.policies import Loads, make_pick
 from millrace.simulate.aggregated.requests import EndedRequests, RequestTable, lengths_of
 from millrace.simulate.common.lifecycle import NOTICED, Hooks, Lives
-from millrace.simulate.common.options import Scenario
+from millrace.simulate.common.options import PUBLISH_SECONDS, Scenario
 from millrace.simulate.common.outcome import Gaps, Outcome, Records, Sample, TimeLine
 from millrace.simulate.common.virtual_clock import VirtualClock
 from millrace.target import Target
@@ -63,7 +63,11 @@ class AggregatedFleet:
         self._server_free = np.zeros(rows)
         self._taken_in = np.zeros(rows)
         self._mean_output = _FIRST_MEAN_OUTPUT
-        self._coming: list[tuple[float, int, int]] = []  # moment at the gateway, number, row
+        self._correction = np.zeros(rows)  # of load, by load reports
+        self._published = np.zeros(rows)  # chunks of running answers that are counted
+        # What happens at the gateway: moment, number of the request, and its row of the table if it
+        # comes, or the row's complement if it has ended.
+        self._events: list[tuple[float, int, int]] = []
         self._held: deque[tuple[float, int]] = deque()  # wait for admission
         self._next_due: float | None = 0.0
         self._exhausted = False
@@ -79,6 +83,9 @@ class AggregatedFleet:
         began = perf_counter()
         self._lives.begin()
         self._clock.call_later(0.0, self._sample, _SAMPLE_SECONDS)
+        self._clock.call_later(PUBLISH_SECONDS, self._publish_chunks)
+        if self._scenario.gateway.health.load_interval > 0:
+            self._clock.call_later(self._scenario.gateway.health.load_interval, self._read_load)
         self._next_due = next(self._due, None) if self._is_open else None
         now = 0.0
         self._begin_requests(now)
@@ -105,8 +112,8 @@ class AggregatedFleet:
     def _next_moment(self, now: float) -> float:
         """The next moment at which something happens."""
         moments = [float(self._engines.plan_at.min()), self._clock.next_call]
-        if self._coming:
-            moments.append(self._coming[0][0])
+        if self._events:
+            moments.append(self._events[0][0])
         if self._next_due is not None and self._may_begin:
             moments.append(self._next_due)
         return max(now, min(moments))
@@ -152,6 +159,7 @@ class AggregatedFleet:
         table.due[row], table.sent[row], table.first[row] = due, sent, -1.0
         table.prompt[row] = table.known[row] = prompt
         table.output[row], table.made[row], table.replica[row] = output, 0, -1
+        table.ending[row] = False
         table.number[row], self._numbers = self._numbers, self._numbers + 1
         self._sent += 1
         self._conversations += 1
@@ -159,18 +167,21 @@ class AggregatedFleet:
 
     def _come(self, moment: float, row: int) -> None:
         """A request reaches the gateway then."""
-        heappush(self._coming, (moment, int(self._table.number[row]), row))
+        heappush(self._events, (moment, int(self._table.number[row]), row))
 
     # --- gateway ---------------------------------------------------------------------------------
 
     def _route(self, horizon: float) -> None:
-        """Send what has come to the gateway before the horizon to replicas, in order."""
-        if not self._coming or self._coming[0][0] >= horizon:
+        """What happens at the gateway before the horizon, in order: requests that have come are
+        sent to replicas, and those that have ended leave theirs."""
+        if not self._events or self._events[0][0] >= horizon:
             return
         loads = self._loads()
-        while self._coming and self._coming[0][0] < horizon:
-            moment, _, row = heappop(self._coming)
-            if not len(self._up):
+        while self._events and self._events[0][0] < horizon:
+            moment, _, row = heappop(self._events)
+            if row < 0:
+                self._leave(moment, ~row, loads)
+            elif not len(self._up):
                 self._no_replica(moment, row)
             elif self._flying >= self._scenario.gateway.limits.max_concurrent_requests:
                 self._hold(moment, row)
@@ -178,12 +189,54 @@ class AggregatedFleet:
                 self._assign(moment, row, loads)
 
     def _loads(self) -> Loads:
-        """The loads of replicas that are up. Chunks stand for tokens; load reports add the tokens
-        that a chunk brings besides its first."""
-        engines, up = self._engines, self._up
-        share = 1.0 - 1.0 / engines.tokens_per_step
+        """The loads of replicas that are up."""
+        up = self._up
         weights = self._weights(up) if self._ramps else None
-        return Loads(up, self._load[up] + engines.generated[up] * share, weights)
+        return Loads(up, np.maximum(self._load[up] + self._correction[up], 0), weights)
+
+    def _leave(self, moment: float, request: int, loads: Loads | None) -> None:
+        """A request has ended: its replica has room, and its client may send the next one."""
+        table = self._table
+        replica, size = int(table.replica[request]), int(table.size[request])
+        if replica >= 0 and self._in_flight[replica]:
+            self._load[replica] -= size
+            self._in_flight[replica] -= 1
+            self._flying -= 1
+            if loads is not None:
+                at = np.searchsorted(loads.rows, replica)
+                if at < len(loads.rows) and loads.rows[at] == replica:
+                    loads.load[at] -= size
+        failed = bool(table.failed[request])
+        if not failed:
+            chunks = int(table.steps[request]) + 1
+            self._mean_output += _SMOOTHING * (chunks - self._mean_output)
+        table.free(request)
+        was_full = not self._may_begin
+        self._conversations -= 1
+        if self._held:
+            self._release_held(moment)
+        if was_full or not self._is_open:
+            freed = moment + (RETRY_AFTER if failed else 0.0)
+            self._begin_requests(freed, [freed])
+
+    def _publish_chunks(self) -> None:
+        """Answers that have grown beyond what was expected of them count as they are."""
+        table, size = self._table, len(self._load)
+        rows = np.flatnonzero(table.used & table.decoding)
+        owner = table.replica[rows]
+        chunks = self._engines.steps_done(rows) + 1
+        grown = table.known[rows] + chunks - table.size[rows]
+        more = grown > 0
+        table.size[rows[more]] += grown[more]
+        self._load += np.bincount(owner[more], grown[more], size)
+        self._published = np.bincount(owner, chunks, size).astype(float)
+        self._clock.call_later(PUBLISH_SECONDS, self._publish_chunks)
+
+    def _read_load(self) -> None:
+        """Load reports: tokens that the gateway has not counted yet, half way each time."""
+        target = self._engines.generated - self._published
+        self._correction = np.floor((self._correction + target) / 2)
+        self._clock.call_later(self._scenario.gateway.health.load_interval, self._read_load)
 
     def _assign(self, moment: float, request: int, loads: Loads) -> None:
         """Give the request to the replica that the policy picks."""
@@ -264,8 +317,7 @@ class AggregatedFleet:
 
     def _fail(self, moment: float, request: int, why: str) -> None:
         self._counts[why] += 1
-        rows = np.array([request])
-        self._end_requests(rows, np.array([moment]), failed=True)
+        self._end_requests(np.array([request]), np.array([moment]), failed=True)
 
     # --- what steps bring ------------------------------------------------------------------------
 
@@ -295,41 +347,28 @@ class AggregatedFleet:
             owner = table.replica[steps.last]
             middle = np.where(table.decoding[steps.last], 0.5, 1.0)
             moments = frees[owner] + middle * cost * chunks[owner] + after
-            self._learn_output(table.steps[steps.last] + 1.0)
+            table.decoding[steps.last] = False
             self._end_requests(steps.last, moments, failed=False)
 
-    def _learn_output(self, chunks: np.ndarray) -> None:
-        """The gateway's mean of the chunks of an answer."""
-        kept = (1 - _SMOOTHING) ** len(chunks)
-        self._mean_output = kept * self._mean_output + (1 - kept) * float(chunks.mean())
-
     def _end_requests(self, rows: np.ndarray, moments: np.ndarray, failed: bool) -> None:
+        """Record the ends of requests, which come at these moments."""
         table = self._table
-        there = table.replica[rows] >= 0
-        owner = table.replica[rows[there]]
-        size = len(self._load)
-        self._load -= np.bincount(owner, table.size[rows[there]], size)
-        self._in_flight -= np.bincount(owner, minlength=size)
-        self._flying -= len(owner)
-        made = table.made[rows] if failed else table.output[rows]
         self.records.ended.add(
             due=table.due[rows],
             sent=table.sent[rows],
             first=np.minimum(table.first[rows], moments),
             ended=moments,
             prompt=table.prompt[rows],
-            output=made,
+            output=table.made[rows] if failed else table.output[rows],
             replica=table.replica[rows],
             failed=np.full(len(rows), failed),
         )
         self.records.last_end = max(self.records.last_end, float(moments.max()))
-        table.free(rows)
+        table.ending[rows], table.failed[rows] = True, failed
         self._ended_count += len(rows)
-        self._conversations -= len(rows)
-        freed = moments + (RETRY_AFTER if failed else 0.0)
-        if self._held:
-            self._release_held(float(moments.min()))
-        self._begin_requests(np.inf if not self._is_open else float(moments.max()), freed.tolist())
+        numbers = table.number[rows].tolist()
+        for moment, number, row in zip(moments.tolist(), numbers, rows.tolist(), strict=True):
+            heappush(self._events, (moment, number, ~row))
 
     # --- the life of replicas --------------------------------------------------------------------
 
@@ -367,13 +406,17 @@ class AggregatedFleet:
         self._alive[row] = False
         self._ramps.pop(row, None)
         table = self._table
-        lost = np.flatnonzero(table.used & (table.replica == row))
+        lost = np.flatnonzero(table.used & ~table.ending & (table.replica == row))
         table.made[lost] = self._engines.made(lost)
         table.known[lost] = table.prompt[lost] + table.made[lost]
         self._engines.reset(row)
-        self._flying -= int(self._in_flight[row])
-        self._load[row] = self._in_flight[row] = 0
+        # Those whose last tokens are on their way leave by themselves.
+        self._in_flight[row] -= len(lost)
+        self._flying -= len(lost)
+        self._load[row] -= table.size[lost].sum()
+        self._correction[row] = self._published[row] = 0
         table.replica[lost] = -1
+        table.decoding[lost] = False
         health = self._scenario.life.health
         noticed = self._clock.now() + NOTICED
         if silent:

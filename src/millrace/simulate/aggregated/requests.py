@@ -27,7 +27,7 @@ _COUNTS = (
     *("left", "stop"),  # prompt tokens to compute; of these, those before a snapshot, 0: none
     *("replica", "size", "steps", "entered", "pages", "next", "planned", "number"),
 )
-_FLAGS = ("used", "split", "admitted", "decoding")
+_FLAGS = ("used", "split", "admitted", "decoding", "ending", "failed")
 
 
 class RequestTable:
@@ -60,6 +60,8 @@ class RequestTable:
     split: np.ndarray
     admitted: np.ndarray
     decoding: np.ndarray
+    ending: np.ndarray
+    failed: np.ndarray
 
     def __init__(self, capacity: int = 1024) -> None:
         for names, kind in ((_FLOATS, np.float64), (_COUNTS, np.int64), (_FLAGS, np.bool_)):
@@ -75,10 +77,10 @@ class RequestTable:
         self.used[row] = True
         return row
 
-    def free(self, rows: np.ndarray) -> None:
-        """The requests of these rows have ended."""
-        self.used[rows] = False
-        self._free += rows.tolist()
+    def free(self, row: int) -> None:
+        """The request of this row has ended."""
+        self.used[row] = False
+        self._free.append(row)
 
     def _grow(self) -> None:
         old = len(self.used)
@@ -110,6 +112,7 @@ class EndedRequests:
 # --- lengths ------------------------------------------------------------------------------------
 
 _BLOCK = 8192
+_FEW = 64  # tokens whose steps are drawn one by one
 
 
 def lengths_of(spec: Workload) -> Iterator[tuple[int, int]]:
@@ -157,33 +160,46 @@ def steps_drawer(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The function from numbers of tokens to numbers of decode steps that bring them.
 
-    The mean is Wald's, with the mean overshoot of a renewal process; the spread is its central
-    limit. Without drafts a step brings one token.
+    Few tokens are drawn step by step. Of many, the number of steps has Wald's mean, with the mean
+    overshoot of a renewal process, and the spread of its central limit. Without drafts a step
+    brings one token.
     """
     if not any(acceptance):
         return lambda tokens: tokens
     mean, variance = step_tokens_moments(acceptance)
     overshoot = (variance + mean * mean - mean) / (2 * mean)
-    width = len(acceptance) + 1
+    shares = np.cumsum(_step_tokens(acceptance))[:-1]
+
+    def draw_few(tokens: np.ndarray) -> np.ndarray:
+        drawn = np.searchsorted(shares, rng.random((len(tokens), _FEW))) + 1
+        reached = np.cumsum(drawn, axis=1) >= tokens[:, None]
+        steps: np.ndarray = np.argmax(reached, axis=1) + 1
+        return steps
 
     def draw(tokens: np.ndarray) -> np.ndarray:
         centre = (tokens + overshoot) / mean
         spread = np.sqrt(tokens * variance / mean**3)
-        drawn = np.floor(
-            centre + spread * rng.standard_normal(len(tokens)) + rng.random(len(tokens))
-        )
-        steps: np.ndarray = np.clip(drawn.astype(np.int64), -(-tokens // width), tokens)
-        return steps
+        drawn = centre + spread * rng.standard_normal(len(tokens)) + rng.random(len(tokens))
+        steps: np.ndarray = np.floor(drawn).astype(np.int64)
+        few = tokens <= _FEW
+        if few.any():
+            steps[few] = draw_few(tokens[few])
+        return np.clip(steps, -(-tokens // (len(acceptance) + 1)), tokens)
 
     return draw
 
 
-def step_tokens_moments(acceptance: tuple[float, ...]) -> tuple[float, float]:
-    """(mean, variance) of the tokens that a decode row brings in a step."""
+def _step_tokens(acceptance: tuple[float, ...]) -> list[float]:
+    """How likely a decode row is to bring 1, 2, ... tokens in a step."""
     chances, so_far = [], 1.0
     for chance in acceptance:
         chances.append(so_far * (1 - chance))
         so_far *= chance
-    chances.append(so_far)
+    return [*chances, so_far]
+
+
+def step_tokens_moments(acceptance: tuple[float, ...]) -> tuple[float, float]:
+    """(mean, variance) of the tokens that a decode row brings in a step."""
+    chances = _step_tokens(acceptance)
     mean = sum((n + 1) * p for n, p in enumerate(chances))
     return mean, sum((n + 1 - mean) ** 2 * p for n, p in enumerate(chances))

@@ -14,6 +14,8 @@ from millrace.plan.model.step_model import StepTimes
 from millrace.protocol import Limits
 from millrace.simulate.common.lifecycle import LifeOptions
 
+PUBLISH_SECONDS = 0.5  # between two looks of a gateway process at its streams' chunks
+
 
 class StepTime(Protocol):
     """What is needed of a step model."""

@@ -21,13 +21,12 @@ from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import Member, Replica, ReplicaSet
 from millrace.gateway.routing.suspects import Failure
 from millrace.protocol import AddRequest, Delta, SamplingParams
-from millrace.simulate.common.options import GatewayOptions
+from millrace.simulate.common.options import PUBLISH_SECONDS, GatewayOptions
 from millrace.simulate.common.outcome import RequestRecord
 from millrace.simulate.common.virtual_clock import VirtualClock, VirtualTimer
 from millrace.simulate.events.replica import SimulatedReplica
 from millrace.simulate.events.workload import SimulatedRequest
 
-_PUBLISH_SECONDS = 0.5  # as the relay of a gateway process does
 _WAIT_STEP = 0.05  # between searches for a replica that can go on with a stream
 
 
@@ -63,7 +62,7 @@ class SimulatedGateway:
         self.retries = self.resumed = self.cut_off = self.refused = 0
         self._backlog = 0.0  # seconds of work that the processes have before them
         self._backlog_at = 0.0
-        clock.call_later(_PUBLISH_SECONDS, self._publish)
+        clock.call_later(PUBLISH_SECONDS, self._publish)
         if options.health.load_interval > 0:
             clock.call_later(options.health.load_interval, self._read_load)
 
@@ -101,7 +100,7 @@ class SimulatedGateway:
             for exchange in replica.exchanges:
                 exchange.publish(replica)
             replica.publish(self.replicas.process_counters)
-        self.clock.call_later(_PUBLISH_SECONDS, self._publish)
+        self.clock.call_later(PUBLISH_SECONDS, self._publish)
 
     def _read_load(self) -> None:
         """The load reports of all replicas."""
