@@ -32,9 +32,9 @@ class PromptBudgets:
         self._long_tokens = np.zeros_like(tokens)
         self._partial = np.zeros_like(tokens)
 
-    def has_round_1(self, at: np.ndarray) -> np.ndarray:
-        """Which of these rows may still compute a whole prompt."""
-        found: np.ndarray = self._round_1_left[at] > 0
+    def round_1_left(self, at: np.ndarray) -> np.ndarray:
+        """Tokens that these rows have for whole prompts."""
+        found: np.ndarray = self._round_1_left[at]
         return found
 
     def whole(self, at: np.ndarray, missing: np.ndarray) -> np.ndarray:

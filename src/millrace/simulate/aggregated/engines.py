@@ -22,6 +22,7 @@ from millrace.simulate.common.options import ReplicaKind
 LARGE_PIECE = 512  # as in millrace.engine.engine
 IDLE = np.inf
 _QUEUE = 64  # places of each queue at first
+_ADMITTED = 8  # places of a queue in which prompts that have a slot are
 _STOP_LOSS = 4.0  # of jitter: no step is expected to be faster than that many spreads
 
 
@@ -84,6 +85,7 @@ class Engines:
         self._tail = np.zeros(rows, dtype=np.int64)
         self.queued_tokens = np.zeros(rows, dtype=np.int64)
         self._ring = longest + 2
+        self._shortest = longest  # of all prompts
         self._lists = np.full((rows, self._ring), -1, dtype=np.int32)  # by the step that ends them
         self.page_shortages = self.steps = self._turn = 0
         self.busy = 0.0
@@ -122,6 +124,7 @@ class Engines:
         table.left[request] = known
         table.split[request] = table.admitted[request] = table.decoding[request] = False
         table.stop[request] = self._stop(known)
+        self._shortest = min(self._shortest, known)
         if self._tail[row] - self._head[row] >= self._queue.shape[1]:
             self._widen()
         self._queue[row, self._tail[row] % self._queue.shape[1]] = request
@@ -255,7 +258,7 @@ class Engines:
         shape = StepShape(
             decode_rows=decode.astype(float),
             decode_tokens=decode.astype(float) * self._width,
-            decode_context=self._context[rows],
+            decode_context=np.maximum(self._context[rows], 0.0),  # of sums, but for roundings
             prompts=np.bincount(at, minlength=size).astype(float),
             prompt_tokens=np.bincount(at, count, size),
             prompt_context=np.bincount(at, start, size),
@@ -358,7 +361,12 @@ class Engines:
         for depth in range(WINDOW):
             position = self._head[rows[at]] + depth
             inside = position < self._tail[rows[at]]
-            inside &= budgets.has_round_1(at) if whole else budgets.left[at] > 0
+            if depth < _ADMITTED:
+                least = 1
+            else:  # only prompts that still wait are so deep in a queue
+                inside &= self.running[rows[at]] < self._limits.max_num_seqs
+                least = self._shortest
+            inside &= budgets.round_1_left(at) >= least if whole else budgets.left[at] > 0
             at, position = at[inside], position[inside]
             if not len(at):
                 return
