@@ -10,7 +10,7 @@ import msgspec
 
 from millrace.bench.flags.help_texts import HELP as BENCH_HELP
 from millrace.bench.flags.structs import LoadFlags
-from millrace.gateway.common.replica_spec import PolicyName
+from millrace.gateway.common.replica_spec import DEFAULT_POLICY, PolicyName
 
 Mode = Literal["auto", "event", "aggregated"]
 
@@ -28,7 +28,7 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
 
     replicas: int = 1
     mode: Mode = "auto"
-    policy: PolicyName = "least_loaded"
+    policy: PolicyName = DEFAULT_POLICY
     affinity_gap: int = 4096
     gateway_processes: int = 0
     max_concurrent_requests: int | None = None
@@ -44,7 +44,7 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     drafts: int = 0
     acceptance: list[str] = msgspec.field(default_factory=list)
-    jitter: float = 0.0
+    jitter: float | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     mixed_prefill_tokens: int = 1536
@@ -96,7 +96,7 @@ HELP: Mapping[str, str] = {
     "drafts": "Draft tokens of a step.",
     "acceptance": "How often each draft is accepted, given that all before it were: 0.9, or 0.85 "
     "and 0.7 in turn (default: 0.8 for each).",
-    "jitter": "Relative spread of the time of single steps.",
+    "jitter": "Relative spread of the time of single steps (default: the step model's).",
     "max_num_seqs": "Requests that a replica runs at the same time.",
     "max_num_batched_tokens": "Tokens that one step may compute.",
     "mixed_prefill_tokens": "Prompt tokens of a step that also has decode rows.",

@@ -13,9 +13,11 @@ from millrace.bench.runs.options_from_flags import load_options, read_objectives
 from millrace.bench.workload.prompts import AgentSpec, FileSpec, PolicySpec, TraceSpec, lengths
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits
+from millrace.plan.model.memory import fit
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 from millrace.protocol import Limits
+from millrace.runtime.memory import SNAPSHOTS_PER_SEQUENCE
 from millrace.simulate.common.lifecycle import LifeOptions, ScaleRule
 from millrace.simulate.common.options import (
     ApiServerCost,
@@ -39,7 +41,7 @@ def scenario_of(flags: SimulateFlags) -> Scenario:
     load = load_options(flags, _NOWHERE)
     if load.workload.count is None and load.duration is None:
         raise UserError("a load without end: give --num-prompts or --duration")
-    limits = _limits(flags, load)
+    limits = _limits(flags, load, model)
     start = model.start_up.cold if flags.start_seconds is None else flags.start_seconds
     server = model.server
     return Scenario(
@@ -47,7 +49,10 @@ def scenario_of(flags: SimulateFlags) -> Scenario:
         kind=ReplicaKind(
             limits=limits,
             model=model,
-            speeds=Speeds(acceptance=_acceptance(flags), jitter=flags.jitter),
+            speeds=Speeds(
+                acceptance=_acceptance(flags),
+                jitter=model.jitter if flags.jitter is None else flags.jitter,
+            ),
             api_server=ApiServerCost(server.request_seconds, server.chunk_seconds),
             depth=flags.pipeline_depth,
         ),
@@ -150,16 +155,43 @@ def _acceptance(flags: SimulateFlags) -> tuple[float, ...]:
     return tuple(values * flags.drafts if len(values) == 1 else values)
 
 
-def _limits(flags: SimulateFlags, load: BenchOptions) -> Limits:
+def _memory(
+    flags: SimulateFlags, model: StepModel, longest: int, pages_each: int
+) -> tuple[int, int, float]:
+    """(pages, snapshots, page cost) of a replica. With --num-pages, snapshots are as many as are
+    useful. Raises UserError for what does not fit."""
+    if flags.num_pages is not None:
+        return flags.num_pages, SNAPSHOTS_PER_SEQUENCE * flags.max_num_seqs, 0.0
+    description = msgspec.structs.replace(
+        model.description, max_model_len=longest, drafts=flags.drafts
+    )
+    found = fit(
+        description,
+        mean_tokens=1,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        page_size=flags.block_size,
+        prefix_caching=flags.enable_prefix_caching,
+    )
+    if found.max_num_seqs < flags.max_num_seqs or found.num_pages <= pages_each:
+        raise UserError(
+            f"--max-num-seqs {flags.max_num_seqs}: the memory of {description.tensor} x "
+            f"{description.gpu} has room for at most {found.max_num_seqs} sequences beside the "
+            f"weights and one of {longest} tokens"
+        )
+    return found.num_pages, found.num_snapshots, 1.0 / max(1, found.page_cost)
+
+
+def _limits(flags: SimulateFlags, load: BenchOptions, model: StepModel) -> Limits:
     longest = flags.max_model_len or _longest(load)
     pages_each = -(-(longest + 3 * flags.drafts + 1) // flags.block_size)
-    pages = flags.num_pages or pages_each * flags.max_num_seqs + 1
+    pages, held, page_cost = _memory(flags, model, longest, pages_each)
     if pages <= pages_each:
         raise UserError(
             f"--num-pages {pages}: one sequence of {longest} tokens needs {pages_each} pages of "
             f"{flags.block_size} tokens and the null page; use {pages_each + 1} or more"
         )
-    snapshots = 4 * flags.max_num_seqs if flags.num_snapshots is None else flags.num_snapshots
+    snapshots = held if flags.num_snapshots is None else flags.num_snapshots
     return Limits(
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
@@ -169,6 +201,7 @@ def _limits(flags: SimulateFlags, load: BenchOptions) -> Limits:
         num_snapshots=snapshots if flags.enable_prefix_caching else 0,
         drafts=flags.drafts,
         prefix_caching=flags.enable_prefix_caching,
+        page_cost=page_cost,
         snapshot_distance=128,
         mixed_prefill_tokens=min(flags.mixed_prefill_tokens, flags.max_num_batched_tokens),
         long_prefill_token_threshold=flags.long_prefill_token_threshold,

@@ -57,7 +57,7 @@ scenarios = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(scenarios)
 def test_nothing_is_lost_and_equal_seeds_bring_equal_runs(made: Scenario) -> None:
     outcome = run(made)
@@ -91,7 +91,7 @@ def test_answers_have_the_lengths_that_the_workload_wants() -> None:
         assert sorted(outcome.records.prompt) == [20 + n for n in range(30)]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([8.0, 30.0]), st.sampled_from([None, 12]))
 def test_littles_law(seed: int, rate: float, concurrency: int | None) -> None:
     """In flight, on average, is the rate of requests times their time in the fleet."""

@@ -462,7 +462,7 @@ class AggregatedFleet:
             wall_seconds=wall,
             ended=self._done,
             replica_seconds=lives.replica_seconds,
-            busy=engines.busy / max(lives.replica_seconds, 1e-9),
+            busy=min(1.0, engines.busy / max(lives.replica_seconds, 1e-9)),
             counts={
                 "requests": self._sent,
                 "ended": self._ended_count,

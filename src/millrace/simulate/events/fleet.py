@@ -73,7 +73,7 @@ class Fleet:
             wall_seconds=wall,
             ended=self.clients.done,
             replica_seconds=lives.replica_seconds,
-            busy=busy / max(lives.replica_seconds, 1e-9),
+            busy=min(1.0, busy / max(lives.replica_seconds, 1e-9)),
             counts={
                 "requests": self.clients.requests_sent,
                 "ended": self.clients.requests_ended,
