@@ -71,7 +71,7 @@ LAYERS = [
     # commands that use both planes
     "simulate.common",
     "simulate.events simulate.aggregated",
-    "chat eval server doctor simulate download",
+    "chat eval server doctor simulate download quantize",
     "about offline",
     "cli millrace",
     "__main__",
@@ -83,7 +83,7 @@ FLEET_GROUND = {"version", "errors", "target", "response_ids", "common", "tasks"
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {
-    "torch": {"kernels", "model", "runtime", "replica", "doctor"},
+    "torch": {"kernels", "model", "runtime", "replica", "doctor", "quantize"},
     "triton": {"kernels", "runtime"},
     "transformers": set[str](),
     "zmq": {"replica", "server"},

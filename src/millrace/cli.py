@@ -30,6 +30,7 @@ _COMMANDS = {
     ),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
     "download": ("millrace.download.command", "download", "Download a model, and check it."),
+    "quantize": ("millrace.quantize.command", "quantize", "Write a quantized checkpoint."),
     "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }
 

@@ -80,18 +80,21 @@ class Checkpoint:
     """The open files of one checkpoint directory; a context manager.
 
     names: flat names of all weights, in the order of the files. A tensor that holds several weights
-    (`Family.parts`) has their names. Raises CheckpointError if a file is missing, truncated or no
-    safetensors file.
+    (`Family.parts`) has their names. unused: names, as in the files, of tensors that the family has
+    no use for. Raises CheckpointError if a file is missing, truncated or no safetensors file.
     """
 
     def __init__(self, directory: str | Path, family: Family) -> None:
         self._stack = ExitStack()
         self._places: dict[str, _Place] = {}
+        self._unused: dict[str, Any] = {}
         for path in _files(Path(directory)):
             handle = self._open(path)
             for key in handle.offset_keys():
                 flat = family.flat_name(key)
-                if flat is not None:
+                if flat is None:
+                    self._unused[key] = handle
+                else:
                     self._add(handle, key, flat, family)
 
     def _add(self, handle: Any, key: str, flat: str, family: Family) -> None:
@@ -106,6 +109,20 @@ class Checkpoint:
     @property
     def names(self) -> Iterable[str]:
         return self._places.keys()
+
+    @property
+    def unused(self) -> Iterable[str]:
+        return self._unused.keys()
+
+    def read_unused(self, name: str) -> Tensor:
+        return _as_tensor(self._unused[name].get_tensor(name))
+
+    def name_in_file(self, name: str) -> str:
+        """The name as the file has it; of an expert in a tensor of several, as if it were apart."""
+        _, key, part = self._places[name]
+        if part is None:
+            return key
+        return f"{key.rpartition('.experts.')[0]}.experts.{name.rpartition('.experts.')[2]}"
 
     def __enter__(self) -> Checkpoint:
         return self

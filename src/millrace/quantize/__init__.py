@@ -1,0 +1,1 @@
+"""Quantized checkpoints from plain ones: `millrace quantize`."""
