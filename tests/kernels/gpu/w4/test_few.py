@@ -20,7 +20,7 @@ from millrace.kernels.gpu.gemm.w4_few import DEEP, WIDE, Form
 from tests.kernels.gpu.gpu_support import INTERPRETED, relative
 from tests.kernels.test_w4 import some_weight
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ENTRY = """
 #include "cuda_on_cpu.h"
 inline uint32_t minus(uint32_t a, uint32_t b) {{
@@ -119,9 +119,8 @@ def test_emulated_rows_do_not_depend_on_their_number(
 @on_cpu
 def test_every_channel_meets_its_own(emulated: Callable[[Form], Product]) -> None:
     """Identity tokens: an exchanged channel would show."""
-    weight = some_weight(32, 128, 128, seed=3)._replace(
-        scales=torch.ones(32, 1).half(), factor=torch.ones(32, 1)
-    )
+    codes = some_weight(32, 128, 128, seed=3).codes
+    weight = W4(codes, torch.ones(32, 1).half(), torch.ones(32, 1), None, 128)
     for first in range(0, 128, 8):
         got = emulated(DEEP)(torch.eye(128)[first : first + 8].bfloat16(), weight)
         assert torch.equal(got.float(), dequantize_w4(weight).t()[first : first + 8])
