@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from millrace.model.tiny import FP8_BLOCKS, SHAPES, write_checkpoint
+from tests.runtime.step.test_drafts import Drafted, heartbeat
 from tests.runtime.test_gpu import GPU_TIE, PROMPTS
+from tests.support.drafters import write_eagle3
 from tests.support.engines import assert_same, build, generate, with_few_pages
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +59,54 @@ def test_preempted(model: Path, on_cpu: list[list[int]]) -> None:
     engine = with_few_pages(engine, 30)
     got = generate(engine, PROMPTS, 32)
     assert engine.stats().preemptions > 0
+    assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"enable_prefix_caching": True}])
+def test_a_model_that_drafts_for_itself_is_nearly_always_right(
+    model: Path, on_cpu: list[list[int]], options: dict[str, Any]
+) -> None:
+    spec = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
+    engine = build(model, device="cuda", max_num_seqs=8, speculative_config=spec, **options)
+    for _ in range(2):
+        assert_same(model, PROMPTS, on_cpu, generate(engine, PROMPTS, 32), GPU_TIE)
+    stats = engine.stats()
+    assert stats.accepted_per_position[-1] > 0.9 * stats.drafts > 10
+    engine.close()
+
+
+def test_eagle3_drafts_are_those_of_the_cpu(
+    model: Path, on_cpu: list[list[int]], tmp_path: Path
+) -> None:
+    """But where two of its logits nearly tie; and no step waits for the device."""
+    same = (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "vocab_size",
+    )  # fmt: skip
+    shape = {name: CONFIG[name] for name in same}
+    drafter, _ = write_eagle3(tmp_path / "drafter", **shape, draft_vocab_size=1000)
+    spec = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": 2}
+    drafted: list[set[Drafted]] = []
+    for device in ("cpu", "cuda"):
+        engine = build(
+            model, device=device, max_num_seqs=8, enforce_eager=True, debug=False,
+            speculative_config=spec,
+        )  # fmt: skip
+        seen = heartbeat(engine, 2, [p + o for p, o in zip(PROMPTS, on_cpu, strict=True)])
+        assert_same(model, PROMPTS, on_cpu, generate(engine, PROMPTS, 32), GPU_TIE)
+        drafted.append(set(seen))
+        engine.close()
+    known = {one.known: one.drafts for one in drafted[0]}
+    both = [one for one in drafted[1] if one.known in known]
+    assert sum(one.drafts == known[one.known] for one in both) > 0.9 * len(both) > 50
+    engine = build(model, device="cuda", max_num_seqs=8, debug=False, speculative_config=spec)
+    generate(engine, PROMPTS, 4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = generate(engine, PROMPTS, 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert_same(model, PROMPTS, on_cpu, got, GPU_TIE)
     engine.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HIDDEN, VOCAB, HEADS, KV_HEADS, DIM, WIDTH = 64, 320, 4, 2, 32, 96
 EAGLE3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDTH,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 1,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": DIM,
-    "vocab_size": VOCAB,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
     "draft_vocab_size": 200,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -33,7 +32,9 @@ EAGLE3: dict[str, Any] = {
 def tensors(config: dict[str, Any], seed: int, *, embedding: bool, qk_norm: bool) -> Any:
     """Random weights by flat name."""
     generator = torch.Generator().manual_seed(seed)
-    rows = config["draft_vocab_size"]
+    rows, vocab, hidden = config["draft_vocab_size"], config["vocab_size"], config["hidden_size"]
+    width, dim = config["intermediate_size"], config["head_dim"]
+    queries, keys = (config[f"num_{name}_heads"] * dim for name in ("attention", "key_value"))
 
     def matrix(out: int, inputs: int) -> Tensor:
         return torch.randn(out, inputs, generator=generator) / inputs**0.5
@@ -42,30 +43,30 @@ def tensors(config: dict[str, Any], seed: int, *, embedding: bool, qk_norm: bool
         return 1 + 0.1 * torch.randn(size, generator=generator)
 
     found = {
-        "fc.weight": matrix(HIDDEN, 3 * HIDDEN),
-        "midlayer.input_layernorm.weight": near_one(HIDDEN),
-        "midlayer.hidden_norm.weight": near_one(HIDDEN),
-        "midlayer.post_attention_layernorm.weight": near_one(HIDDEN),
-        "midlayer.self_attn.q_proj.weight": matrix(HEADS * DIM, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj.weight": matrix(KV_HEADS * DIM, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj.weight": matrix(KV_HEADS * DIM, 2 * HIDDEN),
-        "midlayer.self_attn.o_proj.weight": matrix(HIDDEN, HEADS * DIM),
-        "midlayer.mlp.gate_proj.weight": matrix(WIDTH, HIDDEN),
-        "midlayer.mlp.up_proj.weight": matrix(WIDTH, HIDDEN),
-        "midlayer.mlp.down_proj.weight": matrix(HIDDEN, WIDTH),
-        "norm.weight": near_one(HIDDEN),
-        "lm_head.weight": matrix(rows, HIDDEN),
+        "fc.weight": matrix(hidden, 3 * hidden),
+        "midlayer.input_layernorm.weight": near_one(hidden),
+        "midlayer.hidden_norm.weight": near_one(hidden),
+        "midlayer.post_attention_layernorm.weight": near_one(hidden),
+        "midlayer.self_attn.q_proj.weight": matrix(queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": matrix(keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": matrix(keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": matrix(hidden, queries),
+        "midlayer.mlp.gate_proj.weight": matrix(width, hidden),
+        "midlayer.mlp.up_proj.weight": matrix(width, hidden),
+        "midlayer.mlp.down_proj.weight": matrix(hidden, width),
+        "norm.weight": near_one(hidden),
+        "lm_head.weight": matrix(rows, hidden),
     }
-    if rows < VOCAB:
-        ids = torch.randperm(VOCAB, generator=generator)[:rows].sort().values
+    if rows < vocab:
+        ids = torch.randperm(vocab, generator=generator)[:rows].sort().values
         found["d2t"] = ids - torch.arange(rows)
-        found["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
+        found["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
     if embedding:
-        found["embed_tokens.weight"] = matrix(VOCAB, HIDDEN)
+        found["embed_tokens.weight"] = matrix(vocab, hidden)
     if qk_norm:
         for name in "qk":
-            found[f"midlayer.self_attn.{name}_norm.weight"] = near_one(DIM)
-    for name, size in (("input_norm", 3 * HIDDEN), ("fc_norm", HIDDEN)):
+            found[f"midlayer.self_attn.{name}_norm.weight"] = near_one(dim)
+    for name, size in (("input_norm", 3 * hidden), ("fc_norm", hidden)):
         if config.get(name):
             found[f"{name}.weight"] = near_one(size)
     return found
@@ -95,7 +96,6 @@ class Reference:
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
-    keys: list[Tensor] = field(default_factory=list)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight = self.weights[f"{name}.weight"]
@@ -117,7 +117,7 @@ class Reference:
         features, ids, found = self.fuse(streams), list(tokens), []
         for _ in range(count):
             out, last = self.layer(embed[torch.tensor(ids[1:])], features)
-            logits = torch.full((VOCAB,), -torch.inf)
+            logits = torch.full((self.config["vocab_size"],), -torch.inf)
             rows = torch.arange(self.config["draft_vocab_size"])
             logits[rows + self.weights.get("d2t", 0)] = last @ self.weights["lm_head.weight"].T
             found.append(logits)
@@ -139,21 +139,25 @@ class Reference:
         return (last if self.config.get("norm_output") else x[-1]), last
 
     def attention(self, x: Tensor) -> Tensor:
+        dim = self.config["head_dim"]
+        group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+
         def heads(name: str) -> Tensor:
-            made = self.linear(x, f"midlayer.self_attn.{name}_proj").unflatten(-1, (-1, DIM))
+            made = self.linear(x, f"midlayer.self_attn.{name}_proj").unflatten(-1, (-1, dim))
             if f"midlayer.self_attn.{name}_norm.weight" in self.weights:
                 made = self.norm(made, f"midlayer.self_attn.{name}_norm")
             return made if name == "v" else rotated(made)
 
         q, k, v = (heads(name).transpose(0, 1) for name in "qkv")
-        k, v = (part.repeat_interleave(HEADS // KV_HEADS, 0) for part in (k, v))
+        k, v = (part.repeat_interleave(group, 0) for part in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.linear(out.transpose(0, 1).flatten(1), "midlayer.self_attn.o_proj")
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary embedding of [T, heads, DIM], by halves."""
-    angle = torch.arange(x.shape[0])[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    """Rotary embedding of [T, heads, dim], by halves."""
+    dim = x.shape[-1]
+    angle = torch.arange(x.shape[0])[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x[..., : DIM // 2], x[..., DIM // 2 :]
+    a, b = x[..., : dim // 2], x[..., dim // 2 :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
