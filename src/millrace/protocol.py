@@ -611,7 +611,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     Rows are in plan order: decode slots, then the chunks with `last` set. The last token of a
     row that ended is its stop token. logprobs: by row, if asked for. drafts: each row's
     drafts for the next step, in steps with masks. not_finite: rows that end because their logits
-    were NaN or infinite. drafted: of each row, how many drafts it verified, and the number of the
+    were NaN or infinite. drafted: of each row, how many drafts it had, and the number of the
     method that made them, by `Limits.methods`; empty: as many as there can be, of the first one.
     """
 

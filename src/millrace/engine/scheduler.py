@@ -427,8 +427,8 @@ class Scheduler:
                 request.ended = True
                 self._retire(request)
             elif row < len(step.decode) and self.limits.drafts:
-                drafted = result.drafted[row] if result.drafted else (step.drafts, 0)
-                self._count_accepted(*drafted, accepted=len(tokens) - 1)
+                had, method = result.drafted[row] if result.drafted else (step.drafts, 0)
+                self._count_accepted(min(had, step.drafts), method, accepted=len(tokens) - 1)
                 depth = min(step.drafts, step.made)
                 self._depth.accepted(request, depth, len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))

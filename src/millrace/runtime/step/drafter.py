@@ -2,7 +2,7 @@
 
 A drafter is told of every token that the model has computed, and asked for drafts when a step has
 sampled. It decides nothing about tokens: a draft is accepted only if the model samples it too. How
-many drafts a row has, and which method made them, is known on the device (`Slots.proposed`), so
+many drafts a row has, and which method made them, is known on the device (`Slots.drafted`), so
 rows with drafts of any method, and rows without, share a step.
 """
 
@@ -19,7 +19,7 @@ from millrace.kernels.lookup import continuation, longest_match, split_match
 from millrace.model.causal_lm import CausalLM, DraftHead
 from millrace.runtime.step.inputs import SampledRows, places, single_batch
 from millrace.runtime.step.sampler import Sampler
-from millrace.runtime.step.slots import Slots
+from millrace.runtime.step.slots import METHOD, Slots
 from millrace.speculation import Lookup, Speculation
 
 
@@ -79,17 +79,18 @@ class MixedDrafter:
 
     def draft(self, hidden: Tensor, rows: SampledRows, count: Tensor, context: int) -> None:
         s, depth = self._slots, rows.width - 1
+        if not depth:
+            s.drafted.index_fill_(0, rows.slots, 0)
+            return
         methods, number = s.methods[rows.slots], 0
-        proposed = method = torch.zeros_like(rows.slots)
-        if self._head is not None and depth:
-            made = self._head.draft(hidden, rows, count, context, depth)
-            proposed = torch.where(methods & 1 != 0, made, 0)
+        drafted = torch.zeros_like(methods) if self._head is None else methods & 1
+        if self._head is not None:
+            drafted = drafted * self._head.draft(hidden, rows, count, context, depth)
             number = 1
-        if self._lookup is not None and depth:
+        if self._lookup is not None:
             found = self._lookup.draft(rows, count, context, depth, methods >> number & 1 != 0)
-            proposed = torch.where(found > 0, found, proposed)
-            method = torch.where(found > 0, number, 0)
-        s.proposed[rows.slots], s.method[rows.slots] = proposed, method
+            drafted = torch.where(found > 0, found + METHOD * number, drafted)
+        s.drafted[rows.slots] = drafted
 
 
 class HeadDrafter:

@@ -15,18 +15,19 @@ from torch import Tensor
 from millrace.kernels.sampling import NOT_FINITE
 from millrace.protocol import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from millrace.runtime.step.logits_processors import Logprobs
+from millrace.runtime.step.slots import METHOD
 
-AHEAD = 3  # numbers of a row before its tokens
+AHEAD = 2  # numbers of a row before its tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """A step's result. R sampled rows, `width` candidates a decode row.
 
-    tokens: int64 [R, 3 + width]: how many drafts the row verified and which method made them, the
-    count of new tokens, then the tokens; None where no row samples. The last new token of a row may
-    be NOT_FINITE. logprobs: by candidate, `width` a row. prompt: (slot, position,
-    log-probabilities) of pieces of prompts. drafts: int64 [R, k], in steps with masks.
+    tokens: int64 [R, 2 + width]: what `Slots.drafted` had of the row, the count of new tokens, then
+    the tokens; None where no row samples. The last new token of a row may be NOT_FINITE. logprobs:
+    by candidate, `width` a row. prompt: (slot, position, log-probabilities) of pieces of prompts.
+    drafts: int64 [R, k], in steps with masks.
     """
 
     tokens: Tensor | None = None
@@ -81,7 +82,7 @@ class PendingStep:
             ],
             drafts=[] if out.drafts is None else out.drafts.tolist(),
             not_finite=not_finite,
-            drafted=[(row[0], row[1]) for row in rows],
+            drafted=[(row[0] % METHOD, row[0] // METHOD) for row in rows],
         )
 
     def _logprobs(self, width: int) -> dict[int, list[TokenLogprobs]]:

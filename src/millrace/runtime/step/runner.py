@@ -229,8 +229,8 @@ class Runner:
     ) -> StepOutput:
         """Sample, accept, write the tape, draft. context: no row is longer afterwards."""
         drawn, logprobs = self._sampler.targets(hidden, context, rows, processors, masks)
-        drafted = self._drafted(rows)
-        count = self._sampler.accept(drawn, rows)
+        drafted = self.slots.drafted[rows.slots]
+        count = self._sampler.accept(drawn, rows, drafted)
         self._write_tape(drawn, rows, count)
         self._advance_lengths(rows, count)
         if self._last is not None:
@@ -238,7 +238,7 @@ class Runner:
             self._last[live] = self._features(hidden[rows.first + (count - 1).clamp(min=0)])
         if self.drafter is not None:
             self.drafter.draft(hidden, rows, count, context)
-        out = StepOutput(torch.cat([drafted, count[:, None], drawn], dim=1), logprobs)
+        out = StepOutput(torch.cat([drafted[:, None], count[:, None], drawn], dim=1), logprobs)
         if processors is not None and processors.masked:
             out = replace(out, drafts=self._drafts(rows, count))
         return out
@@ -338,12 +338,6 @@ class Runner:
         positions = torch.where(counts, rows.base[:, None] + 1 + place, 0)
         drawn = torch.where(counts, drawn, 0).clamp_(min=0)  # NOT_FINITE is no token
         self.slots.tokens[slots, positions] = drawn
-
-    def _drafted(self, rows: SampledRows) -> Tensor:
-        """How many drafts each row verifies, and the method that made them: int64 [R, 2]."""
-        proposed = self.slots.proposed[rows.slots].clamp(max=rows.width - 1)
-        proposed = torch.where(rows.verify, proposed, 0)
-        return torch.stack([proposed, self.slots.method[rows.slots]], dim=1)
 
     def _drafts(self, rows: SampledRows, count: Tensor) -> Tensor:
         """What the tape has behind each row's last token, drafts or not: int64 [R, k]."""

@@ -32,7 +32,7 @@ from millrace.model.vocabulary import OutputHead
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.step.inputs import SampledRows
 from millrace.runtime.step.logits_processors import Logprobs, StepProcessors
-from millrace.runtime.step.slots import Slots
+from millrace.runtime.step.slots import METHOD, Slots
 
 # Positions for synthetic acceptance are beyond every real position.
 _SYNTHETIC = 1 << 40
@@ -146,17 +146,17 @@ class Sampler:
 
     # --- acceptance ---------------------------------------------------------------------------
 
-    def accept(self, drawn: Tensor, rows: SampledRows) -> Tensor:
+    def accept(self, drawn: Tensor, rows: SampledRows, drafted: Tensor) -> Tensor:
         """How many of each row's sampled tokens count: int64 [R]; 0 for a row that had ended.
 
         A draft is accepted if it and all drafts before it equal the sampled tokens; what no method
         proposed is no draft, whatever the tape has there. The first sampled token after them counts
-        too. A stop token, NOT_FINITE and max_total end the row.
+        too. A stop token, NOT_FINITE and max_total end the row. drafted: int64 [R], as of `Slots`.
         """
         s, width = self._slots, rows.width
         count = torch.ones_like(rows.base)
         if width > 1:
-            count += self._accepted_drafts(drawn, rows)
+            count += self._accepted_drafts(drawn, rows, drafted)
         place = torch.arange(width, device=self._device)
         stops = (drawn[:, :, None] == s.stop_ids[rows.slots][:, None, :]).any(-1)
         stops &= place < count[:, None]
@@ -168,13 +168,13 @@ class Sampler:
         s.ended[rows.slots] = ended | (first_stop < count) | (count >= room)
         return count
 
-    def _accepted_drafts(self, drawn: Tensor, rows: SampledRows) -> Tensor:
+    def _accepted_drafts(self, drawn: Tensor, rows: SampledRows, drafted: Tensor) -> Tensor:
         """How many leading drafts of each row are accepted: int64 [R]; 0 for final chunks."""
         k = rows.width - 1
         place = torch.arange(k, device=self._device)
         positions = rows.base[:, None] + 1 + place
         drafts = self._slots.tokens[rows.slots[:, None], positions]
-        proposed = rows.verify[:, None] & (place < self._slots.proposed[rows.slots][:, None])
+        proposed = rows.verify[:, None] & (place < (drafted % METHOD)[:, None])
         if self._config.speculation.acceptance is None:
             accepted = proposed & (drafts == drawn[:, :k])
         else:

@@ -18,6 +18,8 @@ from millrace.kernels.sampling import NOT_FINITE
 from millrace.protocol import MAX_STOP_IDS, Admission, PageGrant
 from millrace.runtime.step.upload import upload
 
+METHOD = 16  # more than there are drafts of a row
+
 
 @dataclass(slots=True)
 class Slots:
@@ -26,8 +28,8 @@ class Slots:
     tokens: int64 [N, max_len + spare]. length: int64 [N], tokens in the caches. ended: bool [N].
     max_total: int64 [N]. stop_ids: int64 [N, 17], NOT_FINITE first, padded with -1. temperature,
     top_p: float32 [N]. top_k: int64 [N], 0 keeps all. seed: int64 [N]. methods: int64 [N], those
-    that draft for the request, a bit each. proposed: int64 [N], drafts on the tape behind the last
-    token. method: int64 [N], the number of the one that made them.
+    that draft for the request, a bit each. drafted: int64 [N], how many drafts the tape has behind
+    the last token, and METHOD times the number of the method that made them.
     """
 
     tokens: Tensor
@@ -40,8 +42,7 @@ class Slots:
     top_k: Tensor
     seed: Tensor
     methods: Tensor
-    proposed: Tensor
-    method: Tensor
+    drafted: Tensor
 
     @classmethod
     def allocate(
@@ -64,8 +65,7 @@ class Slots:
             top_k=full(0),
             seed=full(0),
             methods=full(0),
-            proposed=full(0),
-            method=full(0),
+            drafted=full(0),
         )
 
     def tensors(self) -> Iterator[Tensor]:
@@ -99,7 +99,7 @@ class Slots:
         self.seed[slots] = table[:, 4]
         self.methods[slots] = table[:, 5]
         self.stop_ids[slots] = table[:, 6:]
-        self.proposed.index_fill_(0, slots, 0)
+        self.drafted.index_fill_(0, slots, 0)
         self.temperature[slots] = sampling[:, 0]
         self.top_p[slots] = sampling[:, 1]
         self.ended.index_fill_(0, slots, False)
