@@ -107,27 +107,32 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def write_model(directory: Path, shape: Shape, weights: dict[str, Tensor]) -> None:
+    """Config, generation config and bf16 weights, beside the tokenizer that is there."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    stops = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    write_json(directory / "config.json", model_config(shape, tokenizer))
+    write_json(
+        directory / "generation_config.json",
+        {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[1]},
+    )
+    rounded = {
+        name: value.to(torch.bfloat16).contiguous()
+        for name, value in split_experts(weights, prefix="mtp.").items()
+    }
+    save_file(rounded, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    print(f"{directory}: {len(rounded)} tensors, {size / 1e6:.1f} MB in all")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="millrace-mini")
     parser.add_argument("run", type=Path, help="train.py's --out")
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(args.directory / "tokenizer.json"))
-    stops = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-    write_json(args.directory / "config.json", model_config(SHAPES[args.model], tokenizer))
-    write_json(
-        args.directory / "generation_config.json",
-        {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[1]},
-    )
-    weights = {
-        name: value.to(torch.bfloat16).contiguous()
-        for name, value in split_experts(load(args.run), prefix="mtp.").items()
-    }
-    save_file(weights, args.directory / "model.safetensors", metadata={"format": "pt"})
-    (args.directory / "model.safetensors").chmod(0o644)
-    size = sum(path.stat().st_size for path in args.directory.iterdir())
-    print(f"{args.directory}: {len(weights)} tensors, {size / 1e6:.1f} MB in all")
+    write_model(args.directory, SHAPES[args.model], load(args.run))
 
 
 if __name__ == "__main__":

@@ -63,16 +63,13 @@ def convert(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     return made, sorted([*kept, "lm_head"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    args = parser.parse_args()
-    args.target.mkdir(parents=True, exist_ok=True)
+def make_twin(source: Path, target: Path) -> None:
+    """The FP8 form of the model in `source`, in `target`, which is created."""
+    target.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        shutil.copyfile(args.source / name, args.target / name)
-    weights, kept = convert(split_experts(load_file(args.source / "model.safetensors")))
-    config = json.loads((args.source / "config.json").read_text())
+        shutil.copyfile(source / name, target / name)
+    weights, kept = convert(split_experts(load_file(source / "model.safetensors")))
+    config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -80,11 +77,19 @@ def main() -> None:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": kept,
     }
-    (args.target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, args.target / "model.safetensors", metadata={"format": "pt"})
-    (args.target / "model.safetensors").chmod(0o644)
-    size = (args.target / "model.safetensors").stat().st_size
-    print(f"{args.target}: {len(weights)} tensors, {size / 1e6:.1f} MB")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)
+    size = (target / "model.safetensors").stat().st_size
+    print(f"{target}: {len(weights)} tensors, {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    make_twin(args.source, args.target)
 
 
 if __name__ == "__main__":

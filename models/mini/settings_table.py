@@ -1,6 +1,7 @@
 """What each engine setting costs in accuracy: paired over the same held-out items, against fp32.
 
     python models/mini/settings_table.py --num-items 1000 --out models/mini/results
+    python models/mini/settings_table.py --model millrace-mini-moe --fp8-twin DIRECTORY --out OUT
 
 Runs `millrace.LLM` once a setting, writes each run's answers as `millrace eval --json` does, and
 prints (and writes as settings.md) one row per setting: items that changed each way, McNemar's exact
@@ -30,10 +31,14 @@ REFERENCE = "fp32"
 
 @dataclass(frozen=True)
 class Setting:
-    """A name, and what of LLM's options makes it. Each differs from another in one thing."""
+    """A name, and what of LLM's options makes it. Each differs from another in one thing.
+
+    fp8: of the FP8 twin. mixture: only of a mixture of experts.
+    """
 
     name: str
-    model: str = "millrace-mini"
+    fp8: bool = False
+    mixture: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,13 +57,16 @@ SETTINGS = (
     Setting("bf16, prefix cache", options={**PLAIN, "enable_prefix_caching": True}),
     Setting("bf16, KV fp8", options={**PLAIN, "kv_cache_dtype": "fp8"}),
     Setting("bf16, state bf16", options={**PLAIN, "mamba_ssm_cache_dtype": "bfloat16"}),
-    Setting("FP8 weights", "millrace-mini-fp8", options=PLAIN),
-    Setting("FP8 weights, KV fp8", "millrace-mini-fp8", {**PLAIN, "kv_cache_dtype": "fp8"}),
+    Setting("FP8 weights", fp8=True, options=PLAIN),
+    Setting("FP8 weights, KV fp8", fp8=True, options={**PLAIN, "kv_cache_dtype": "fp8"}),
+    Setting("bf16, two ranks", mixture=True, options={**PLAIN, "tensor_parallel_size": 2}),
+    Setting("bf16, two ranks of whole experts", mixture=True,
+            options={**PLAIN, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
     *(Setting(f"bf16, MTP {k}", options={**PLAIN, "speculative_config": _mtp(k)})
       for k in (1, 2, 3, 4, 5)),
     Setting("fp32, MTP 3", options={"dtype": "float32", "enable_prefix_caching": False,
                                     "speculative_config": _mtp(3)}),
-    Setting("all together", "millrace-mini-fp8",
+    Setting("all together", fp8=True, options=
             {"dtype": "bfloat16", "enable_prefix_caching": True, "kv_cache_dtype": "fp8",
              "mamba_ssm_cache_dtype": "bfloat16", "speculative_config": _mtp(1)}),
 )  # fmt: skip
@@ -73,12 +81,13 @@ def run(setting: Setting, args: argparse.Namespace) -> Path:
         if all(known.get(key) == value for key, value in told.items()):
             return path
     items = make_all(args.tasks.split(","), args.num_items, args.seed)
-    directory = str(MODELS / setting.model)
+    directory = str(args.fp8_twin if setting.fp8 else MODELS / args.model)
     model = InProcess(directory, args.concurrency, seed=args.seed, **setting.options)
     began = time.perf_counter()
     answers = run_items(model, items, GenerationOptions())
     seconds = round(time.perf_counter() - began, 2)
-    about = {"model": setting.model, "options": setting.options, **told, "seconds": seconds}
+    name = args.model + "-fp8" * setting.fp8
+    about = {"model": name, "options": setting.options, **told, "seconds": seconds}
     write_results(path, {**about, "accepted": accepted_shares(model)}, answers)
     model.close()
     gc.collect()
@@ -118,6 +127,8 @@ def table(settings: list[Setting], args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="millrace-mini", help="one of models/")
+    parser.add_argument("--fp8-twin", type=Path, help="default: models/MODEL-fp8")
     parser.add_argument("--num-items", type=int, default=1000, help="of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", default="policy,math")
@@ -126,8 +137,11 @@ def main() -> None:
     parser.add_argument("--only", help="settings by name, separated by ';', fp32 always first")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    args.fp8_twin = args.fp8_twin or MODELS / f"{args.model}-fp8"
+    mixture = "num_experts" in json.loads((MODELS / args.model / "config.json").read_text())
     wanted = args.only.split(";") if args.only else [s.name for s in SETTINGS]
     chosen = [s for s in SETTINGS if s.name == REFERENCE or s.name in wanted]
+    chosen = [s for s in chosen if mixture or not s.mixture]
     done, refused = [], []
     for setting in chosen:
         try:
