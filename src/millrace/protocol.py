@@ -201,7 +201,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     waits until that one's prompt is cached. priority: lower ones run first. bad_words: the token
     sequences of `params.bad_words`. cache_salt: the prompt shares cached prefixes only with prompts
     of the same salt. pins: seconds for which the first snapshot of its prompt (behind the system
-    prompt) and its last one are evicted after all others. `params.n` is the server's business: each
+    prompt) and its last one are evicted after all others. tag: by which `Outputs.moved` names its
+    prefix; 0: by none. `params.n` is the server's business: each
     output is a request of its own.
     """
 
@@ -218,6 +219,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     grammar: Grammar | None = None
     reasoning: ReasoningBound | None = None
     pins: tuple[float, float] = (0.0, 0.0)
+    tag: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -340,10 +342,12 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """Everything that one step brought, in one message."""
+    """Everything that one step brought, in one message. moved: prefixes, by their requests' tags,
+    that are in another tier now: 4 the device, 2 the host's memory, 1 files, 0 none."""
 
     deltas: list[Delta]
     stats: EngineStats
+    moved: dict[int, int] = {}
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

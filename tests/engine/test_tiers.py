@@ -123,6 +123,27 @@ def test_files_stay_within_their_limit() -> None:
     assert kept <= 40_000
 
 
+def test_where_prefixes_are_is_told_by_their_tags() -> None:
+    """Of three conversations that take turns, those whose snapshots were evicted are in memory."""
+    eng, rng = engine(limits(num_snapshots=2)), random.Random(6)
+    lines = {tag: [rng.randint(1, 49) for _ in range(40)] for tag in (11, 22, 33)}
+    where: dict[int, int] = {}
+    for turn in range(2):
+        for tag, line in lines.items():
+            params = SamplingParams(max_tokens=4, temperature=0.0)
+            eng.add(AddRequest(id=f"{turn}.{tag}", prompt=line, params=params, tag=tag))
+            while eng.has_work():
+                for delta in eng.step():
+                    line += delta.token_ids
+            where |= eng.scheduler.take_moved()
+            line += [5, 6, 7]
+            assert where[tag] == 4
+    assert where == {11: 2, 22: 2, 33: 4}
+    eng.reset_prefix_cache()
+    where |= eng.scheduler.take_moved()
+    assert set(where.values()) == {0}
+
+
 def test_salts_share_nothing_in_lower_tiers() -> None:
     eng = engine(limits(num_snapshots=1))
     prompt = list(range(1, 49))

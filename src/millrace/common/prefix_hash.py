@@ -38,12 +38,17 @@ class PrefixReport(msgspec.Struct, frozen=True):
     """What a replica says of the prefixes it holds, to one who names a cursor.
 
     epoch: another one once its cache has been lost. since: the cursor to name next. hashes: of
-    what came after the cursor named, oldest first; maybe not all.
+    what came after the cursor named, oldest first; maybe not all. host, disk, gone: of those that
+    a replica has told of before, what is no longer on its device: it is in the host's memory, in
+    files, or nowhere.
     """
 
     epoch: str
     since: Annotated[str, msgspec.Meta(pattern="^[0-9a-z.]{1,64}$")]  # it goes into a URL
     hashes: list[Hash]
+    host: list[Hash] = []
+    disk: list[Hash] = []
+    gone: list[Hash] = []
 
 
 def key_salt(key: bytes) -> str:

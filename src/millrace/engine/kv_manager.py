@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from millrace.engine.cache.page_tree import PageTree
 from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind, Match
 from millrace.engine.cache.pool import NULL_PAGE, Pool
+from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
 from millrace.engine.cache.snapshot_tree import SnapshotTree
 from millrace.engine.request import Request
 from millrace.engine.tier_transfers import TierTransfers
@@ -52,9 +53,10 @@ class KVManager:
         self.slots = Pool(limits.max_num_seqs, first=1)
         self.pages = Pool(limits.num_pages - 1, first=NULL_PAGE + 1)
         self.policy = cache_policy(limits, self.pages)
+        self._prefix_tiers = PrefixTiers()
         self.tiers: TierTransfers | None = None
         if limits.host_cache and limits.prefix_caching and limits.num_snapshots:
-            self.tiers = TierTransfers(limits, self.pages, self.policy)
+            self.tiers = TierTransfers(limits, self.pages, self.policy, self._prefix_tiers)
             self.policy.lower_tiers = True
         self._limits = limits
         self._ends: dict[int, Save] = {}  # by snapshot: answers that the next step saves
@@ -217,10 +219,25 @@ class KVManager:
         kind = Kind.PROMPT if whole_prompt and not ends_turn else Kind.TURNS
         salt = request.source.cache_salt
         tokens = request.tokens[:depth]
-        self.policy.publish(tokens, pages, snapshot, salt, kind=kind)
-        self._pin(request, tokens)
+        self._publish(request, tokens, pages, snapshot, kind)
         if self.tiers is not None and not request.failed:
-            self.tiers.cached(tokens, salt, kind, request.hashes)
+            self.tiers.cached(tokens, salt, kind, request.hashes, request.source.tag)
+
+    def _publish(
+        self, request: Request, tokens: Sequence[int], pages: list[int], snapshot: int, kind: Kind
+    ) -> None:
+        salt, tag = request.source.cache_salt, request.source.tag
+        self.policy.publish(tokens, pages, snapshot, salt, kind=kind, tag=tag)
+        self._pin(request, tokens)
+        self.prefix_tiers.set(tag, Tier.DEVICE, there=True)
+
+    @property
+    def prefix_tiers(self) -> PrefixTiers:
+        """In which tiers prefixes are."""
+        evicted, self.policy.evicted_tags = self.policy.evicted_tags, []
+        for tag in evicted:
+            self._prefix_tiers.set(tag, Tier.DEVICE, there=False)
+        return self._prefix_tiers
 
     def _whole(self, length: int) -> int:
         """`length` rounded down to whole pages."""
@@ -237,12 +254,12 @@ class KVManager:
         if snapshot is None:
             return
         pages = request.pages[: -(-len(tokens) // self._limits.page_size)]
-        self.policy.publish(tokens, pages, snapshot, salt, kind=Kind.ANSWER)
-        self._pin(request, tokens)
+        self._publish(request, tokens, pages, snapshot, Kind.ANSWER)
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)
         if self.tiers is not None:
-            self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes)
+            tag = request.source.tag
+            self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes, tag)
 
     @property
     def has_ends(self) -> bool:

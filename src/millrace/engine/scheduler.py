@@ -479,6 +479,10 @@ class Scheduler:
 
     # --- queries ----------------------------------------------------------------------------
 
+    def take_moved(self) -> dict[int, int]:
+        """Prefixes, by their requests' tags, whose tier has changed since the last call."""
+        return self._kv_manager.prefix_tiers.take_changed()
+
     @property
     def kv_manager(self) -> KVManager:
         """The device's memory, for tools that put prefixes there themselves."""

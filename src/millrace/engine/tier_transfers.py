@@ -26,6 +26,7 @@ from millrace.engine.cache.cold_store import (
 )
 from millrace.engine.cache.policy import CachePolicy, Kind
 from millrace.engine.cache.pool import Pool
+from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
 from millrace.engine.request import Phase, Request
 from millrace.protocol import EngineStats, Limits, Move, Transfer
 
@@ -71,12 +72,15 @@ class _Wanted:
     kind: Kind
     hashes: Sequence[bytes]
     held: _Held | None
+    tag: int
 
 
 class TierTransfers:
     """The tiers below the device of one replica."""
 
-    def __init__(self, limits: Limits, pages: Pool, policy: CachePolicy) -> None:
+    def __init__(
+        self, limits: Limits, pages: Pool, policy: CachePolicy, prefix_tiers: PrefixTiers
+    ) -> None:
         sizes = ColdSizes(
             limits.page_size,
             limits.page_bytes,
@@ -84,7 +88,8 @@ class TierTransfers:
             limits.host_cache,
             limits.disk_cache,
         )
-        self.store = ColdStore(sizes)
+        self.store = ColdStore(sizes, prefix_tiers)
+        self._prefix_tiers = prefix_tiers
         self._pages, self._policy = pages, policy
         self._wanted: deque[_Wanted] = deque(maxlen=MOST_WAITING)
         self._unfiled: deque[ColdRecord] = deque()  # at most what is in memory
@@ -103,10 +108,15 @@ class TierTransfers:
     # --- what is kept -----------------------------------------------------------------------
 
     def cached(
-        self, tokens: Sequence[int], salt: str, kind: Kind, hashes: Sequence[bytes] = ()
+        self,
+        tokens: Sequence[int],
+        salt: str,
+        kind: Kind,
+        hashes: Sequence[bytes] = (),
+        tag: int = 0,
     ) -> None:
         """These tokens are cached on the device now. hashes: of a sequence that begins with these,
-        or that these begin with."""
+        or that these begin with. tag: as in `AddRequest`."""
         if kind is Kind.PROMPT:  # its answer follows
             return
         if len(self._wanted) == MOST_WAITING:
@@ -115,7 +125,7 @@ class TierTransfers:
         found = self._policy.locate(tokens, salt)
         if found is not None and sum(w.held is not None for w in self._wanted) < self._most_held:
             held = self._hold(found.pages, found.snapshot)
-        self._wanted.append(_Wanted(tokens, salt, kind, hashes, held))
+        self._wanted.append(_Wanted(tokens, salt, kind, hashes, held, tag))
 
     def _hold(self, pages: list[int], snapshot: int) -> _Held:
         self._pages.retain_all(pages)
@@ -192,6 +202,7 @@ class TierTransfers:
         record = self.store.add(wanted.tokens, hashes, wanted.salt, wanted.kind)
         if record is None:
             return
+        record.tag = wanted.tag
         pages = found.pages[record.first :]
         self._pages.retain_all(pages)
         self._policy.retain(found.snapshot)
@@ -361,7 +372,9 @@ class TierTransfers:
         self._policy.release(one.snapshot)
         if one.dropped:
             self.store.discard(one.record)
-        elif self.store.sizes.disk:
+            return
+        self._prefix_tiers.set(one.record.tag, Tier.HOST, there=True)
+        if self.store.sizes.disk:
             self._unfiled.append(one.record)
 
     def _loaded(self, one: _Transfer) -> None:
@@ -370,8 +383,12 @@ class TierTransfers:
             self._policy.release(one.snapshot)
             self.store.discard(record)
         else:
-            kind = record.kind
-            self._policy.publish(one.tokens, one.pages, one.snapshot, record.salt, kind=kind)
+            kind, tag = record.kind, record.tag
+            self._policy.publish(
+                one.tokens, one.pages, one.snapshot, record.salt, kind=kind, tag=tag
+            )
+            self._prefix_tiers.set(tag, Tier.DEVICE, there=True)
+            self._prefix_tiers.set(tag, Tier.HOST, there=record.state_at != NOWHERE)
             self._keep_for(one.request, one.tokens, record.salt)
         self._pages.release_all(one.pages)
         assert one.request is not None

@@ -168,9 +168,9 @@ def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) 
             stats = engine.stats()
             if now - last_loads >= LOADS_EVERY:
                 stats, last_loads = _with_loads(engine, stats), now
-            server.send(
-                Outputs(deltas, msgspec.structs.replace(stats, paused=True) if paused else stats)
-            )
+            if paused:
+                stats = msgspec.structs.replace(stats, paused=True)
+            server.send(Outputs(deltas, stats, engine.scheduler.take_moved()))
             last_sent = now
         if os.getppid() != parent:
             return

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.common.http_client import Target
-from millrace.common.prefix_hash import BLOCK, hash_chain
+from millrace.common.prefix_hash import BLOCK, hash_chain, hash_pieces
 from millrace.errors import UserError
 from millrace.gateway.common.shared_counters import LOAD, SharedCounters
 from millrace.gateway.http.message import Request
@@ -185,6 +185,35 @@ def test_a_few_words_that_prompts_share_keep_nobody_together() -> None:
     assert pick(policy, some, words) == first
     some.process_counters.add(first, LOAD, 1)
     assert pick(policy, some, words) != first
+
+
+def test_a_prefix_in_a_lower_tier_is_worth_less() -> None:
+    some = fleet([0, 0])
+    policy, table = aware(some), PrefixTable(some.counters.prefixes)
+    line = info("l" * 200_000)  # 48,000 tokens and more
+    chain = hash_pieces(line.prompt)
+    for slot in (0, 1):
+        table.learn(slot, chain)
+    for slower, faster, most in (("host", "device", 2_000), ("disk", "host", 15_000)):
+        table.put_in_tier(0, chain, slower)
+        table.put_in_tier(1, chain, faster)
+        some.process_counters.add(1, LOAD, most)
+        assert pick(policy, some, line) == 1
+        table.put_in_tier(1, chain, faster)
+        some.process_counters.add(1, LOAD, most)
+        assert pick(policy, some, line) == 0
+        some.process_counters.add(1, LOAD, -2 * most)
+
+
+def test_the_tier_of_a_block_is_that_of_the_replica() -> None:
+    table, chain = PrefixTable(SharedCounters(1).prefixes), hash_chain(b"a" * 999)
+    for slot, tier in enumerate(("device", "host", "disk")):
+        table.learn(slot, chain)
+        table.put_in_tier(slot, chain, tier)
+    assert [table.tier(slot, chain[-1]) for slot in range(3)] == ["device", "host", "disk"]
+    table.put_in_tier(2, chain, "host")
+    assert [table.tier(slot, chain[-1]) for slot in range(3)] == ["device", "host", "host"]
+    assert table.longest_match([0, 1, 2], chain) == (len(chain), [0, 1, 2])
 
 
 def test_the_longest_known_beginning_wins() -> None:

@@ -161,3 +161,27 @@ def test_a_cache_that_was_reset_holds_nothing(text_model: Path, tmp_path: Path) 
         after = told(http, before["since"])
         assert (len(before["hashes"]), after["hashes"]) == (1, [])
         assert after["epoch"] != before["epoch"]
+
+
+def test_a_prefix_that_has_moved_is_told_with_its_tier() -> None:
+    """What two prompts begin with is where the nearer one is."""
+    reporter = PrefixReporter(enabled=True)
+    chains = [hash_chain(b"s" * 2 * BLOCK + end * BLOCK) for end in (b"1", b"2")]
+    one, other = (reporter.add(chain) for chain in chains)
+    first = reporter.report("0")
+    assert first is not None
+    reporter.moved({one: 2})
+    second = reporter.report(first.since)
+    assert second is not None
+    assert (second.hashes, second.host) == ([], chains[0][2:])
+    reporter.moved({other: 0})
+    reporter.moved({one: 1, 999: 4})
+    third = reporter.report(second.since)
+    assert third is not None
+    assert third.gone == chains[1][2:]
+    assert third.disk == chains[0]
+    assert third.host == []
+    reporter.add(chains[0])  # it is asked for again, and so brought back
+    last = reporter.report(third.since)
+    assert last is not None
+    assert (last.hashes, last.disk) == (chains[0], [])

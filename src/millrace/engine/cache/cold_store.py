@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from millrace.engine.cache.policy import Kind
+from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
 from millrace.engine.cache.ranges import Ranges
 from millrace.engine.cache.tree import TOKEN_BYTES, packed
 from millrace.protocol import FileMove, FoundFile
@@ -41,6 +42,7 @@ class ColdRecord:
     prefix: hash of its whole pages; whole: how many. tail: tokens behind them. first: the first
     page that it has itself. tokens: of its own pages. pages_at, state_at: where they are in the
     host's memory. files: whether its pages and its state are in files. busy: transfers that use it.
+    tag: of the request that it was made for.
     """
 
     key: str
@@ -59,6 +61,7 @@ class ColdRecord:
     state_filed: bool = False
     busy: int = 0
     order: int = 0
+    tag: int = 0
 
     @property
     def own_pages(self) -> int:
@@ -97,8 +100,9 @@ def page_hashes(
 class ColdStore:
     """The records of one replica. deletes: keys of records whose files are to be deleted."""
 
-    def __init__(self, sizes: ColdSizes) -> None:
+    def __init__(self, sizes: ColdSizes, prefix_tiers: PrefixTiers | None = None) -> None:
         self.sizes = sizes
+        self._tiers = prefix_tiers or PrefixTiers()
         self._ranges = Ranges(sizes.host)
         self._records: dict[str, ColdRecord] = {}
         self._by_prefix: dict[bytes, dict[tuple[int, ...], ColdRecord]] = {}
@@ -310,6 +314,7 @@ class ColdStore:
             victim.state_at = NOWHERE
             return True
         self.drop_memory(victim)
+        self._tiers.set(victim.tag, Tier.HOST, there=False)
         self._remove_if_useless(victim)
         return True
 
@@ -332,6 +337,7 @@ class ColdStore:
         record.pages_filed = True
         record.state_filed |= state
         self.disk_used += self._filed_bytes(record)
+        self._tiers.set(record.tag, Tier.DISK, there=record.state_filed)
         self.trim_disk()
 
     def trim_disk(self) -> None:
@@ -404,6 +410,7 @@ class ColdStore:
 
     def _remove(self, record: ColdRecord) -> None:
         self.drop_memory(record)
+        self._tiers.set(record.tag, Tier.HOST | Tier.DISK, there=False)
         if record.pages_filed or record.state_filed:
             self.disk_used -= self._filed_bytes(record)
             record.pages_filed = record.state_filed = False

@@ -36,6 +36,7 @@ class PageTree:
         self.version = 0
         self.now = 0.0
         self.lower_tiers = False
+        self.evicted_tags: list[int] = []
         self._root = root_node()
         # Used longest ago first. A use of a node is one of its ancestors, which come after it; so
         # the first node has no children.
@@ -98,6 +99,7 @@ class PageTree:
         salt: str = "",
         *,
         kind: Kind = Kind.PROMPT,
+        tag: int = 0,
     ) -> None:
         raise RuntimeError("a cache of pages has no snapshots to publish")
 

@@ -55,11 +55,13 @@ class CachePolicy(Protocol):
     """See the module. It takes references to pages from the pool that it was built with.
 
     now: seconds, on the clock of arrivals; the caller sets it. lower_tiers: what is evicted comes
-    back from other memory, so little is lost with it.
+    back from other memory, so little is lost with it. evicted_tags: of prefixes that were evicted
+    since somebody emptied the list.
     """
 
     now: float
     lower_tiers: bool
+    evicted_tags: list[int]
 
     @property
     def version(self) -> int:
@@ -121,6 +123,7 @@ class CachePolicy(Protocol):
         salt: str = "",
         *,
         kind: Kind = Kind.PROMPT,
+        tag: int = 0,
     ) -> None:
         """Insert tokens (all computed) whose snapshot has been written, or will be before anything
         that is planned later. It takes over the caller's reference to the snapshot.

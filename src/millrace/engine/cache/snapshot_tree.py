@@ -73,6 +73,7 @@ class SnapshotTree:
         self._num_nodes = 0
         self.now = 0.0
         self.lower_tiers = False  # whether what is evicted comes back from one
+        self.evicted_tags: list[int] = []
         self._order = 0
         self._cached: dict[Node, None] = {}  # nodes with a snapshot
         self._worth = Worth(page_size, page_cost)
@@ -203,6 +204,7 @@ class SnapshotTree:
         salt: str = "",
         *,
         kind: Kind = Kind.PROMPT,
+        tag: int = 0,
     ) -> None:
         """Adds a reference to each page, the last of which may be unfinished. If there is a
         snapshot already, `snapshot` is freed."""
@@ -211,7 +213,7 @@ class SnapshotTree:
             self._snapshots.release(snapshot)
             return
         self.version += 1
-        node.snapshot, node.salt = snapshot, salt
+        node.snapshot, node.salt, node.tag = snapshot, salt, tag
         node.kind = kind
         self._cached[node] = None
         self._ghosts.pop(node, None)
@@ -281,6 +283,8 @@ class SnapshotTree:
         self._worth.removed(node)
         if node.above is not None and node.above is not self._root and not node.below:
             node.above.uses = max(node.above.uses, node.uses)  # its conversation resumes there now
+        if not node.below and node.tag:
+            self.evicted_tags.append(node.tag)
         self._unlink(node)
         self._snapshots.release(node.snapshot)
         self._record_loss(node)

@@ -45,7 +45,8 @@ class Node:
     returned: whether any did; used_at: when it was last used, seconds; order: uses are numbered;
     alike: the rates of the prompts that begin as it does, which are kept as `rates`
     of one of its ancestors. lost: the snapshot that it had, or one of its tails.
-    pinned_until: seconds; it is evicted after all others until then.
+    pinned_until: seconds; it is evicted after all others until then. tag: of the request that it
+    was made for.
     """
 
     parent: Node | None
@@ -69,6 +70,7 @@ class Node:
     lost: Lost | None = None
     salt: str = ""
     pinned_until: float = 0.0
+    tag: int = 0
 
 
 def root_node() -> Node:

@@ -19,6 +19,9 @@ from millrace.gateway.http.request_info import BYTES_PER_TOKEN, RequestInfo
 from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import Replica, ReplicaSet
 
+# Of a known prefix by its tier: what of the time to compute it is saved. 60,000 tokens of a 27B are
+# computed in 5 s; they come from the host's memory in some 0.05 s, from a disk in 1 s and more.
+WORTH = {"device": 1.0, "host": 0.95, "disk": 0.6}
 _RING_POINTS = 64  # of a replica of weight 1
 
 
@@ -128,6 +131,7 @@ class PrefixAware:
         chain = hash_pieces(info.prompt, info.cache_salt)
         chosen = self._best_prefix_match(replicas, chain, info, least)
         self._table.learn(chosen.slot, chain)
+        self._table.put_in_tier(chosen.slot, chain, "device")  # soon
         return chosen
 
     def _best_prefix_match(
@@ -136,11 +140,13 @@ class PrefixAware:
         blocks, slots = self._table.longest_match([r.slot for r in replicas], chain)
         if not blocks:
             return least
+        known = depth_of(chain[blocks - 1]) / BYTES_PER_TOKEN
+        saved = {slot: known * WORTH[self._table.tier(slot, chain[blocks - 1])] for slot in slots}
         having = [r for r in replicas if r.slot in slots]
-        best = min(having, key=lambda r: self._least.load_after(r, info))
+        best = min(having, key=lambda r: self._least.load_after(r, info) - saved[r.slot])
         gap = self._least.load_after(best, info) - self._least.load_after(least, info)
-        saved = depth_of(chain[blocks - 1]) / BYTES_PER_TOKEN
-        return best if gap <= saved + min(self._gap, 4 * saved) else least
+        worth = saved[best.slot]
+        return best if gap <= worth + min(self._gap, 4 * worth) else least
 
 
 class ConsistentHash:

@@ -14,6 +14,10 @@ import numpy as np
 from millrace.common.prefix_hash import PrefixReport
 from millrace.gateway.common.shared_counters import SharedCounters
 
+# Beside a hash, under a key of its own, stands which replicas have it in a lower tier only. A hash
+# is a depth and a checksum, and leaves the highest bits free; the low ones choose another cell.
+_TIER_KEYS = {"host": 1 << 60 | 0x9E37, "disk": 1 << 61 | 0x7F4B}
+
 
 class PrefixTable:
     """Hash -> replicas. cells: uint64 pairs (hash, bits), shared or not."""
@@ -39,6 +43,24 @@ class PrefixTable:
             at = value % self._slots * 2
             if self._cells[at] == value:
                 self._cells[at + 1] &= ~(1 << (slot % 64)) & (2**64 - 1)
+
+    def put_in_tier(self, slot: int, chain: Sequence[int], tier: str) -> None:
+        """Record in which tier of a replica these blocks are: device, host or disk."""
+        for name, key in _TIER_KEYS.items():
+            keys = [value ^ key for value in chain]
+            if name == tier:
+                self.learn(slot, keys)
+            else:
+                self.forget(slot, keys)
+
+    def tier(self, slot: int, value: int) -> str:
+        """The tier of a block that the replica knows."""
+        cells, bit = self._cells, 1 << (slot % 64)
+        for name, key in _TIER_KEYS.items():
+            at = (value ^ key) % self._slots * 2
+            if cells[at] == value ^ key and cells[at + 1] & bit:
+                return name
+        return "device"
 
     def longest_match(self, slots: Sequence[int], chain: Sequence[int]) -> tuple[int, list[int]]:
         """(blocks, slots): the longest prefix that any of these replicas knows, and which do."""
@@ -78,4 +100,8 @@ class ReportedPrefixes:
         if self._epoch not in ("", report.epoch):
             self._counters.forget_prefixes(self._slot)
         self._epoch, self.cursor = report.epoch, report.since
-        self._table.learn(self._slot, report.hashes)
+        found = {"device": report.hashes, "host": report.host, "disk": report.disk}
+        for tier, hashes in found.items():
+            self._table.learn(self._slot, hashes)
+            self._table.put_in_tier(self._slot, hashes, tier)
+        self._table.forget(self._slot, report.gone)

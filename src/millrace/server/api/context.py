@@ -397,8 +397,9 @@ class ApiContext:
     ) -> Generations:
         """The requests, handed to the engine; arguments as of `respond`. Raises ApiError."""
         self.check_capacity(len(requests), ready)  # again: encoding took time
-        self.client.prefix_reporter.add(prefix_hashes)
-        pairs = [(one, self.processor.detokenizer(params)) for one in requests]
+        tag = self.client.prefix_reporter.add(prefix_hashes)
+        tagged = [msgspec.structs.replace(one, tag=tag) for one in requests] if tag else requests
+        pairs = [(one, self.processor.detokenizer(params)) for one in tagged]
         opened = Generations(self.client, pairs, receive, stream_interval)
         if reasons:
             opened.count_reasoning(self.processor.tokenizer.token_bytes)

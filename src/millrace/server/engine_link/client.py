@@ -207,6 +207,7 @@ class EngineClient:
         self._silent_seconds = 0
         if isinstance(message, Outputs):
             self.stats = _with_loads(message.stats, self.stats)
+            self.prefix_reporter.moved(message.moved)
             now = monotonic()
             for delta in message.deltas:
                 stream = self._streams.get(delta.id)
