@@ -137,6 +137,11 @@ class Trace:
             "tok_per_joule": found["total_tok_s"] * (self.end - self.start) / self.joules,
         }
 
+    def while_full(self, rows: int) -> dict[str, float]:
+        """Between the end of as many requests as there are rows, and that of the last but so many:
+        however many wait, every row is taken."""
+        return self._window(self.finished[rows - 1], self.finished[-rows])
+
     def _steady(self) -> dict[str, Any] | None:
         """From the end of a first wave of requests until none waits: every row is taken, and
         prompts come as requests end. None where the run is too short to have such a part."""

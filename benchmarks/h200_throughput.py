@@ -100,6 +100,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "nomtp": {"max_num_seqs": 256, "speculative_config": None},
     "long": {"max_num_seqs": 16, "max_model_len": 33280},
     "floors": {"max_num_seqs": 256},
+    "overload": {"max_num_seqs": 64},
     **{
         f"cookbook_{streams}": {
             "max_num_seqs": streams,
@@ -266,6 +267,9 @@ def phase(
     sampling = SAMPLING.get(name, {})
     warmup = requests(scale.warmup, 1000, scale.inputs, (32, 64), scale.vocab, **sampling)
     closed_run(engine, warmup, scale.warmup)
+    if name == "overload":
+        overload(engine, rows, scale, record)
+        return
     if name == "floors":
         floors(engine, rows, scale, record, read_sizes(model))
         return
@@ -301,6 +305,22 @@ def throughput(
         runs.append(closed_run(engine, todo, rows).summary())
         print(json.dumps(runs[-1]), flush=True)
         options.write()
+
+
+def overload(engine: Engine, rows: int, scale: Scale, record: dict[str, Any]) -> None:
+    """As many requests at a time as there are slots, and eight times as many, by turns: short ones,
+    ten for each slot. The ratio is of the rates while every slot is taken."""
+    shorter = tuple((low // 4, high // 4) for low, high in (scale.inputs, scale.outputs))
+    found: dict[int, list[float]] = {1: [], 8: []}
+    for repeat in range(2):
+        for times, rates in found.items():
+            todo = requests(10 * rows, repeat, *shorter, scale.vocab)
+            full = closed_run(engine, todo, times * rows).while_full(rows)
+            rates.append(full["total_tok_s"])
+            record.setdefault("offered", []).append({"requests": times * rows, **full})
+            print(f"{times * rows} offered: {rates[-1]:.0f} tok/s", flush=True)
+    record["ratio"] = statistics.median(found[8]) / statistics.median(found[1])
+    print(f"ratio {record['ratio']:.3f}", flush=True)
 
 
 def profile(
