@@ -16,7 +16,14 @@ import pytest
 from tests.support.live_server import started
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("src", "models/millrace-mini", "models/millrace-mini-fp8", "README.md", "LICENSE")
+PARTS = (
+    "src",
+    "models/millrace-mini",
+    "models/millrace-mini-fp8",
+    "models/millrace-mini-int4",
+    "README.md",
+    "LICENSE",
+)
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in")
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=65536, help="to read; 0: round to nearest")
+    parser.add_argument("--tokens", type=int, default=16384, help="to read; 0: round to nearest")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.source / "tokenizer.json"))

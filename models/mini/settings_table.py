@@ -33,11 +33,12 @@ REFERENCE = "fp32"
 class Setting:
     """A name, and what of LLM's options makes it. Each differs from another in one thing.
 
-    fp8: of the FP8 twin. mixture: only of a mixture of experts.
+    fp8, int4: of the FP8 or int4 twin. mixture: only of a mixture of experts.
     """
 
     name: str
     fp8: bool = False
+    int4: bool = False
     mixture: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +63,7 @@ SETTINGS = (
     Setting("bf16, two ranks", mixture=True, options={**PLAIN, "tensor_parallel_size": 2}),
     Setting("bf16, two ranks of whole experts", mixture=True,
             options={**PLAIN, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    Setting("int4 weights", int4=True, options=PLAIN),
     *(Setting(f"bf16, MTP {k}", options={**PLAIN, "speculative_config": _mtp(k)})
       for k in (1, 2, 3, 4, 5)),
     Setting("fp32, MTP 3", options={"dtype": "float32", "enable_prefix_caching": False,
@@ -81,12 +83,12 @@ def run(setting: Setting, args: argparse.Namespace) -> Path:
         if all(known.get(key) == value for key, value in told.items()):
             return path
     items = make_all(args.tasks.split(","), args.num_items, args.seed)
-    directory = str(args.fp8_twin if setting.fp8 else MODELS / args.model)
+    name = args.model + "-fp8" * setting.fp8 + "-int4" * setting.int4
+    directory = str(args.fp8_twin if setting.fp8 else MODELS / name)
     model = InProcess(directory, args.concurrency, seed=args.seed, **setting.options)
     began = time.perf_counter()
     answers = run_items(model, items, GenerationOptions())
     seconds = round(time.perf_counter() - began, 2)
-    name = args.model + "-fp8" * setting.fp8
     about = {"model": name, "options": setting.options, **told, "seconds": seconds}
     write_results(path, {**about, "accepted": accepted_shares(model)}, answers)
     model.close()
