@@ -16,14 +16,8 @@ import pytest
 from tests.support.live_server import started
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = (
-    "src",
-    "models/millrace-mini",
-    "models/millrace-mini-fp8",
-    "models/millrace-mini-int4",
-    "README.md",
-    "LICENSE",
-)
+SHIPPED = tuple(f"models/millrace-mini{twin}" for twin in ("", "-fp8", "-int4"))
+PARTS = ("src", *SHIPPED, "README.md", "LICENSE")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in")
 
 

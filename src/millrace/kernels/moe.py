@@ -14,7 +14,14 @@ from torch import Tensor
 
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.dispatch import op
-from millrace.kernels.gemm import dequantize
+from millrace.kernels.gemm import (
+    CODES_PER_WORD,
+    W4,
+    dequantize,
+    dequantize_w4,
+    linear,
+    w4_linear,
+)
 from millrace.kernels.quantize import Quantized
 
 
@@ -22,17 +29,43 @@ class ExpertWeights(NamedTuple):
     """One linear layer of all experts.
 
     values: [E, out, in], in the dtype of the inputs, or e4m3 with scales, float32 [E, out / 128,
-    in / 128], for its blocks of 128 x 128.
+    in / 128], for its blocks of 128 x 128. Or, if there is a factor, all fields are those of a
+    `W4` for each expert, and values are its codes.
     """
 
     values: Tensor
     scales: Tensor | None = None
+    factor: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+    floats: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, outputs, inputs."""
+        count, outputs, inputs = self.values.shape
+        return count, outputs, inputs * (1 if self.factor is None else CODES_PER_WORD)
 
     def of(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The weight of one expert, [out, in]."""
+        if self.factor is not None:
+            return dequantize_w4(self._w4(expert)).to(dtype)
         if self.scales is None:
             return self.values[expert]
         return dequantize(self.values[expert], self.scales[expert]).to(dtype)
+
+    def multiply(self, expert: int, x: Tensor) -> Tensor:
+        """x @ the weight of one expert^T. x: [T, in]."""
+        if self.factor is not None:
+            return w4_linear(x, self._w4(expert))
+        return linear(x, self.of(expert, x.dtype))
+
+    def _w4(self, expert: int) -> W4:
+        assert self.scales is not None
+        assert self.factor is not None
+        zeros = None if self.zeros is None else self.zeros[expert]
+        scales, factor = self.scales[expert], self.factor[expert]
+        return W4(self.values[expert], scales, factor, zeros, self.group, self.floats)
 
 
 class Routes(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,17 @@ class Linear(HasGemms):
             self(x)
 
 
+class Stack(NamedTuple):
+    """The parameters of the weights of all experts, as in `ExpertWeights`, one behind the other."""
+
+    values: nn.Parameter
+    scales: nn.Parameter | None = None
+    factor: nn.Parameter | None = None
+    zeros: nn.Parameter | None = None
+    group: int = 0
+    floats: bool = False
+
+
 class WeightFormat(ABC):
     """One way to store the weights of linear layers. Formats are stateless.
 
@@ -106,9 +117,7 @@ class WeightFormat(ABC):
         For example, a rank's share may begin within a block that has one scale.
         """
 
-    def stack(
-        self, build: BuildContext, pieces: list[Piece]
-    ) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    def stack(self, build: BuildContext, pieces: list[Piece]) -> Stack | None:
         """Weights of experts, one behind the other, kept in this format, with their scales.
 
         None if these pieces cannot be kept in it, or if no kernel for experts reads the format.

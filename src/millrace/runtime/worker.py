@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
@@ -449,13 +450,17 @@ def _log_weights(config: EngineConfig, model_config: ModelConfig, model: CausalL
         logger.log(level, "%s weights become %s: %s has no %s GEMM", form, dtype, device, form)
         return
     if any(isinstance(module, W4Linear) for module in linears):
-        sizes = [param.nbytes for module in linears for param in module.parameters(recurse=False)]
-        of_plain = sum(param.nbytes for module in plain for param in module.parameters())
+        layers = [m for m in model.modules() if isinstance(m, PlainLinear | W4Linear | Experts)]
+        kept = [m for m in layers if isinstance(m, W4Linear) or getattr(m, "is_w4", False)]
         logger.info(
             "%s weights stay 4 bits, %.2f GiB, and are dequantized where they are multiplied; "
-            "other linear layers are %s, %.2f GiB",
-            form, (sum(sizes) - of_plain) / 2**30, dtype, of_plain / 2**30,
+            "other linear layers and experts are %s, %.2f GiB",
+            form, _bytes(kept) / 2**30, dtype, (_bytes(layers) - _bytes(kept)) / 2**30,
         )  # fmt: skip
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(param.nbytes for module in modules for param in module.parameters())
 
 
 def _fp8_sizes(config: EngineConfig, model: CausalLM) -> set[tuple[int, int, int]]:

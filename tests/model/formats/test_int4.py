@@ -238,6 +238,7 @@ def test_experts(tmp_path: Path) -> None:
     want = logits(loaded(plain))
     torch.testing.assert_close(logits(loaded(stored)), want, rtol=0, atol=1e-5)
     model = loaded(stored, keep_quantized=True)
+    assert model.layers[0].mlp.experts.gate_up_values.dtype == torch.int32
     torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-4)
 
 

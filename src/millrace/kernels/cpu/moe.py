@@ -15,7 +15,6 @@ from torch import Tensor
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
 from millrace.kernels.formats import FP8_BLOCK
-from millrace.kernels.gemm import linear
 from millrace.kernels.moe import ExpertWeights, Routes, Shared, plain_rows, with_shared
 from millrace.kernels.quantize import Quantized
 
@@ -72,14 +71,17 @@ def _native(
     if not all(_fits(weights, x.dtype) for weights in (gate_up, down)):
         return False
     rows, inner = x[groups.tokens], x.new_empty(pairs, width)
-    given = (rows, *groups, *gate_up, *down, inner, total)
+    weights = gate_up.values, gate_up.scales, down.values, down.scales
+    given = (rows, *groups, *weights, inner, total)
     sizes = (hits, hidden, width, is_bf16(x), threads())
     return bool(run(*map(pointer, given), *sizes))
 
 
 def _fits(weights: ExpertWeights, dtype: torch.dtype) -> bool:
     """Whether the compiled function reads these weights, with inputs of the dtype."""
-    values, scales = weights
+    values, scales = weights.values, weights.scales
+    if weights.factor is not None:
+        return False
     if scales is None:
         return values.dtype == dtype and all_contiguous(values)
     blocks = values.shape[1] % FP8_BLOCK == 0 and values.shape[2] % FP8_BLOCK == 0
@@ -95,6 +97,6 @@ def _one_by_one(
     starts = groups.starts.tolist()
     for expert, (start, stop) in zip(groups.experts.tolist(), pairwise(starts), strict=True):
         tokens = groups.tokens[start:stop]
-        inner = silu_mul(linear(x[tokens], gate_up.of(expert, x.dtype)))
-        out = linear(inner, down.of(expert, x.dtype)).float()
+        inner = silu_mul(gate_up.multiply(expert, x[tokens]))
+        out = down.multiply(expert, inner).float()
         total.index_add_(0, tokens, out * groups.weights[start:stop, None])

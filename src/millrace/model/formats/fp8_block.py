@@ -30,7 +30,7 @@ from millrace.model.parameter import (
     full_tensor,
     parameter,
 )
-from millrace.model.weight_format import Linear, Quantization, WeightFormat
+from millrace.model.weight_format import Linear, Quantization, Stack, WeightFormat
 
 FP8 = frozenset({"F8_E4M3"})
 SPREAD = 64.0  # standard deviation of random e4m3 weights: well within their range
@@ -86,11 +86,10 @@ class Fp8Block(WeightFormat):
     def linear(self, build: BuildContext, pieces: list[Piece]) -> Linear | None:
         return Fp8BlockLinear(build, pieces) if fits_blocks(pieces) else None
 
-    def stack(
-        self, build: BuildContext, pieces: list[Piece]
-    ) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    def stack(self, build: BuildContext, pieces: list[Piece]) -> Stack | None:
         whole = all(piece.num_rows % FP8_BLOCK == 0 for piece in pieces)
-        return fp8_parameters(pieces, build.device) if whole and fits_blocks(pieces) else None
+        kept = whole and fits_blocks(pieces)
+        return Stack(*fp8_parameters(pieces, build.device)) if kept else None
 
     def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
         weight = full_tensor(piece.name, *piece.shape)

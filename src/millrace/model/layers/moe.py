@@ -24,7 +24,7 @@ from millrace.model.layers.mlp import MLP
 from millrace.model.layers.norm import NormedInput, ReadsNormed
 from millrace.model.parallel import TILE, TensorParallel
 from millrace.model.parameter import Piece, StoredPart, full_tensor, parameter
-from millrace.model.weight_format import HasGemms
+from millrace.model.weight_format import HasGemms, Stack
 
 ROUTER_ROWS = 8  # a router has a multiple of them, which GEMMs want
 
@@ -137,6 +137,10 @@ class Experts(HasGemms):
     (`unfused`). others: prefixes of further ones, behind them.
     """
 
+    gate_up_values: nn.Parameter
+    gate_up_scales: nn.Parameter | None
+    down_values: nn.Parameter
+
     def __init__(self, build: BuildContext, prefix: str, others: Sequence[str] = ()) -> None:
         super().__init__()
         c, hidden = build.config.experts, build.config.hidden_size
@@ -156,8 +160,12 @@ class Experts(HasGemms):
         down = [Piece(f"{name}.down_proj.weight", out, ((0, hidden),), share) for name in names]
         self.top_k, self.dtype = c.top_k + len(others), build.dtype
         self.count, self.all_here = len(names), len(names) >= c.count
-        self.gate_up_values, self.gate_up_scales = _stacked(build, gate_up)
-        self.down_values, self.down_scales = _stacked(build, down)
+        self.packing: dict[str, tuple[int, bool]] = {}  # group and floats of ExpertWeights
+        for name, pieces in (("gate_up", gate_up), ("down", down)):
+            stack = _stacked(build, pieces)
+            for part in ExpertWeights._fields[:4]:
+                self.register_parameter(f"{name}_{part}", getattr(stack, part))
+            self.packing[name] = stack.group, stack.floats
 
     def local(self, routes: Routes) -> Routes:
         """The routes by the numbers that experts have on this rank; -1: it is on another."""
@@ -170,7 +178,7 @@ class Experts(HasGemms):
     @property
     def gemm_shape(self) -> tuple[int, ...]:
         """Experts, hidden channels, and channels of an expert, on this rank."""
-        return tuple(self.down.values.shape)
+        return self.down.shape
 
     def multiply(self, tokens: int) -> None:
         count, hidden, _ = self.gemm_shape
@@ -185,15 +193,29 @@ class Experts(HasGemms):
     def takes_fp8(self) -> bool:
         """Whether inputs are best quantized to e4m3 before: on a CPU they are multiplied as they
         are."""
-        return self.gate_up_scales is not None and self.gate_up_values.device.type != "cpu"
+        on_cpu = self.gate_up_values.device.type == "cpu"
+        return self.gate_up_scales is not None and not self.is_w4 and not on_cpu
+
+    @property
+    def is_w4(self) -> bool:
+        """Whether the weights stay 4 bits."""
+        return self.gate_up.factor is not None
 
     @property
     def gate_up(self) -> ExpertWeights:
-        return _by_expert(self.count, self.gate_up_values, self.gate_up_scales)
+        return self._by_expert("gate_up")
 
     @property
     def down(self) -> ExpertWeights:
-        return _by_expert(self.count, self.down_values, self.down_scales)
+        return self._by_expert("down")
+
+    def _by_expert(self, which: str) -> ExpertWeights:
+        parts = (getattr(self, f"{which}_{name}") for name in ExpertWeights._fields[:4])
+        views = [x if x is None else x.view(self.count, -1, x.shape[1]) for x in parts]
+        values, scales, factor, zeros = views
+        assert values is not None
+        group, floats = self.packing[which]
+        return ExpertWeights(values, scales, factor, zeros, group, floats)
 
 
 def count_loads(model: nn.Module) -> dict[str, Tensor]:
@@ -205,12 +227,7 @@ def count_loads(model: nn.Module) -> dict[str, Tensor]:
     return {layer.layer: layer.load for layer in layers if layer.load is not None}
 
 
-def _by_expert(count: int, values: Tensor, scales: Tensor | None) -> ExpertWeights:
-    of_scales = None if scales is None else scales.view(count, -1, scales.shape[1])
-    return ExpertWeights(values.view(count, -1, values.shape[1]), of_scales)
-
-
-def _stacked(build: BuildContext, pieces: list[Piece]) -> tuple[nn.Parameter, nn.Parameter | None]:
+def _stacked(build: BuildContext, pieces: list[Piece]) -> Stack:
     """The weights of all pieces, one behind the other, and their scales if they stay quantized."""
     forms = [build.config.quantization.format_of(piece.module) for piece in pieces]
     if build.keeps_experts(forms[0]) and len(set(forms)) == 1:
@@ -219,7 +236,7 @@ def _stacked(build: BuildContext, pieces: list[Piece]) -> tuple[nn.Parameter, nn
             return kept
     read_by = zip(pieces, forms, strict=True)
     plain = [replace(piece, reader=form) for piece, form in read_by]
-    return parameter(plain, build.dtype, build.device), None
+    return Stack(parameter(plain, build.dtype, build.device))
 
 
 def unfused(name: str, shape: tuple[int, ...]) -> list[StoredPart] | None:

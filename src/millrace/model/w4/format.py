@@ -35,7 +35,7 @@ from millrace.model.w4.layouts import (
     random_scales,
     random_words,
 )
-from millrace.model.weight_format import Linear, WeightFormat
+from millrace.model.weight_format import Linear, Stack, WeightFormat
 
 LOWEST_TOP = 15  # the largest scale of a row is at least 2^14, and below 2^15, if it is not float16
 
@@ -67,6 +67,21 @@ class W4Format(WeightFormat):
             groups = [self.kept_group(piece) or 0 for piece in pieces]
             return W4Linear(build, self, pieces, math.gcd(*groups))
         return PartsLinear([W4Linear(build, self, part, self.group) for part in _by_name(pieces)])
+
+    def has_experts_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """There is no kernel for such experts on GPUs yet: they become the model dtype."""
+        return device.type == "cpu" and self.is_fast_on(device)
+
+    def stack(self, build: BuildContext, pieces: list[Piece]) -> Stack | None:
+        groups = [self.kept_group(piece) for piece in pieces]
+        if build.device.type == "cuda" or not self.layout.in_order or None in groups:
+            return None
+        group = math.gcd(*(size or 0 for size in groups))
+        found = w4_parameters(build, self, pieces, group)
+        return Stack(
+            found["codes"], found["scales"], found["factor"], found.get("zeros"), group,
+            self.layout.floats,
+        )  # fmt: skip
 
     def tensors(self, piece: Piece) -> dict[str, TensorSpec]:
         return self.layout.tensors(self.shape_of(piece))
