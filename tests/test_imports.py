@@ -26,7 +26,7 @@ LAYERS = [
     "target",
     "protocol config lengths response_ids common tasks request_parser model_lookup vllm_flags",
     # the engine plane: one replica
-    "text.tools text.checkpoint kernels engine.cache",
+    "text.tools text.checkpoint text.chat kernels engine.cache",
     "engine",
     "text kernels.cpu kernels.gpu model",
     "model.w4",

@@ -166,7 +166,7 @@ def test_others_run_while_a_prefix_comes_back(tiny_model: Path, tmp_path: Path) 
     settle(engine)
     engine.close()
     engine = build(tiny_model, **given)
-    files = engine.worker.tiers._files  # type: ignore[attr-defined]
+    files = engine.worker.tiers.files  # type: ignore[attr-defined]
     fetch = files._fetch
     files._fetch = lambda moves: time.sleep(0.5) or fetch(moves)
     late = [*LINES[3], *answer, *NEW]

@@ -23,10 +23,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from millrace.errors import CheckpointError, RequestError
+from millrace.text.chat.effort import VARIABLE, known_efforts
+from millrace.text.chat.system_notes import one_system_message
 from millrace.text.checkpoint.files import read_json
-from millrace.text.effort import VARIABLE, known_efforts
 from millrace.text.messages import Message
-from millrace.text.system_notes import one_system_message
 
 RENDER_SECONDS = 10.0
 MAX_REPEATED = 1 << 20  # parts of a text or list that `*` makes

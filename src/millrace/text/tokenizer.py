@@ -16,11 +16,10 @@ from typing import Any
 import tokenizers
 
 from millrace.errors import CheckpointError, RequestError, is_library_failure
+from millrace.text.chat.encoded_turns import TURN_END
 from millrace.text.checkpoint.tokenizer_file import read_tokenizer
 
 log = logging.getLogger(__name__)
-
-TURN_END = "<|im_end|>"
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from millrace.server.api.cache_marks import cache_pins
+from millrace.server.api.chat.cache_marks import cache_pins
 
 SHORT, LONG = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
 

@@ -15,7 +15,7 @@ class Tiers:
 
     def __init__(self, host: HostCache, files: DiskCache | None) -> None:
         self._host = host
-        self._files = files
+        self.files = files
         self._started: dict[int, Any] = {}  # what each waits for: an event, a future, or nothing
 
     def start(self, plan: StepPlan, wait: bool) -> None:
@@ -25,16 +25,16 @@ class Tiers:
             self._host.wait()
         for transfer in plan.transfers:
             self._started[transfer.id] = self._begin(transfer)
-        if self._files is not None and plan.deletes:
-            self._files.delete(plan.deletes)
+        if self.files is not None and plan.deletes:
+            self.files.delete(plan.deletes)
 
     def _begin(self, transfer: Transfer) -> Any:
         if transfer.kind == "offload":
             return self._host.offload(transfer.moves)
         if transfer.kind == "load":
             return self._host.load(transfer.moves)
-        assert self._files is not None
-        act = self._files.store if transfer.kind == "store" else self._files.fetch
+        assert self.files is not None
+        act = self.files.store if transfer.kind == "store" else self.files.fetch
         return act(transfer.files)
 
     def finished(self) -> list[tuple[int, bool]]:
@@ -52,10 +52,10 @@ class Tiers:
 
     def found(self) -> dict[str, FoundFile]:
         """The records that an earlier process left in files."""
-        return {} if self._files is None else self._files.found()
+        return {} if self.files is None else self.files.found()
 
     def close(self) -> None:
         """Wait for what has begun, and give the host's memory back."""
-        if self._files is not None:
-            self._files.close()
+        if self.files is not None:
+            self.files.close()
         self._host.close()

@@ -54,7 +54,7 @@ from millrace.server.sandbox.jobs import (
 )
 from millrace.server.sandbox.pool import Sandbox, SandboxBusyError, SandboxFailedError
 from millrace.server.telemetry.metrics import RequestMetrics
-from millrace.text.encoded_turns import EncodedTurns
+from millrace.text.chat.encoded_turns import EncodedTurns
 from millrace.text.grammar_jobs import GrammarJob, OutputGrammar
 from millrace.text.processor import TextProcessor
 from millrace.text.reasoning import ReasoningParser

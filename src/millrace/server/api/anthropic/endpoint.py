@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.server.api.anthropic.formatter import MessageFormatter
-from millrace.server.api.cache_marks import cache_pins
+from millrace.server.api.chat.cache_marks import cache_pins
 from millrace.server.api.chat.endpoint import (
     count_chat_tokens,
     prepare_chat,
@@ -31,7 +31,7 @@ from millrace.server.api.request_schema import (
     SamplingRequest,
 )
 from millrace.server.api.transport import json_response
-from millrace.text.effort import EFFORTS
+from millrace.text.chat.effort import EFFORTS
 from millrace.text.messages import is_long
 from millrace.text.tools.schema import nested_tool
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Ready, SamplingParams
-from millrace.server.api.cache_marks import Pins, cache_pins
+from millrace.server.api.chat.cache_marks import Pins, cache_pins
 from millrace.server.api.chat.formatter import ChatFormatter
 from millrace.server.api.chat.thinking import thinking_budget, thinking_variables
 from millrace.server.api.context import ApiContext, cache_salt
@@ -37,8 +37,8 @@ from millrace.server.api.request_schema import (
     SamplingRequest,
 )
 from millrace.text.answer_parser import AnswerParser
-from millrace.text.client_lines import without_client_lines
-from millrace.text.effort import EFFORTS, VARIABLE, nearest_effort
+from millrace.text.chat.client_lines import without_client_lines
+from millrace.text.chat.effort import EFFORTS, VARIABLE, nearest_effort
 from millrace.text.grammar_jobs import GrammarJob
 from millrace.text.messages import is_long
 from millrace.text.processor import split_outputs

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.model_lookup import find_model
-from millrace.text.encoded_turns import EncodedTurns
-from millrace.text.tokenizer import TURN_END, NoTokenizer, Tokenizer
+from millrace.text.chat.encoded_turns import TURN_END, EncodedTurns
+from millrace.text.tokenizer import NoTokenizer, Tokenizer
 
 pieces = st.text(max_size=20) | st.sampled_from(
     [TURN_END, "<|im_start|>", "\n", "<think>", " ", "e\u0301", "\u0301", "한"]

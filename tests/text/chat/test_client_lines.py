@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from millrace.text.client_lines import without_client_lines
+from millrace.text.chat.client_lines import without_client_lines
 
 LINE = "x-anthropic-billing-header: cc_version=2.1.37.1ab; cc_entrypoint=cli; cch=a1b2c;"
 USER = {"role": "user", "content": LINE}

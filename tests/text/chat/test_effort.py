@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millrace.errors import RequestError
-from millrace.text.effort import EFFORTS, nearest_effort
+from millrace.text.chat.effort import EFFORTS, nearest_effort
 from millrace.text.template import ChatTemplate
 
 # It refuses what it does not know.

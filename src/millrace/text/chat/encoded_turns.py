@@ -11,18 +11,31 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-from millrace.text.tokenizer import TURN_END, Tokenizer
-
+TURN_END = "<|im_end|>"
 MOST_BYTES = 64 << 20
 _ENTRY = 300  # bytes of an entry besides its text and tokens
 _PROBE = f"a b{TURN_END}\n c{TURN_END} d\u0301"
 
 
+class Encoder(Protocol):
+    """What it asks of a tokenizer."""
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written so, None if there is none."""
+
+    def cuts_out(self, text: str) -> bool:
+        """Whether a token is cut out of every text before the rest is encoded."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+
 class EncodedTurns:
     """Turns by text and salt, those that were used last. most_bytes: of texts and tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, tokenizer: Encoder, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
         self._end = tokenizer.token_id(TURN_END) if _is_separate(tokenizer) else None
         self._turns: OrderedDict[tuple[str, str], array[int]] = OrderedDict()
@@ -77,7 +90,7 @@ def _size(turn: str, tokens: array[int]) -> int:
     return sys.getsizeof(turn) + tokens.itemsize * len(tokens) + _ENTRY
 
 
-def _is_separate(tokenizer: Tokenizer) -> bool:
+def _is_separate(tokenizer: Encoder) -> bool:
     """Whether what is before and behind the end of a turn is encoded apart."""
     if tokenizer.token_id(TURN_END) is None or not tokenizer.cuts_out(TURN_END):
         return False

@@ -1,0 +1,1 @@
+"""What a chat needs before it is a prompt, and where its turns are known already."""
