@@ -95,7 +95,7 @@ inline void launch(int columns, int threads, void (*kernel)(), int rows = 1) {
     warps = std::vector<Warp>(threads / 32);
     for (Fiber& fiber : fibers) {
       constexpr size_t size = 1 << 16;
-      fiber.stack = std::make_unique<char[]>(size);
+      fiber.stack.reset(new char[size]);  // not zeroed
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = size;
