@@ -22,7 +22,7 @@ from millrace.kernels.gpu.moe.tiles import TileConfig
 from millrace.kernels.moe import ExpertWeights, Routes, Shared
 from millrace.kernels.quantize import Quantized
 
-TOKENS = (1, 2, 4, 8, 32, 128, 512, 2048, 8192)
+TOKENS = (1, 2, 4, 8, 32, 64, 128, 512, 1024, 2048, 8192)
 SPREAD = 0.6  # standard deviation of an expert's own bias, in those of the logits
 
 
@@ -98,7 +98,7 @@ def by_deep_gemm(tile: int) -> Way:
 
 def ways(tokens: int, sizes: Sizes, quick: bool) -> dict[str, Way]:
     found: dict[str, Way] = {}
-    if tokens <= few.MAX_TOKENS:
+    if tokens <= few.MAX_TOKENS or (tokens <= 512 and not quick):
         found["few"] = by_few
     mean = tokens * sizes.top_k / sizes.experts
     if tokens <= 2048:

@@ -28,7 +28,7 @@ from tests.kernels.gpu.gpu_support import INTERPRETED, on_each_device, relative
 if TYPE_CHECKING:
     from millrace.kernels.gpu.moe.routing import Groups
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # where cuda_on_cpu.h is
 E4M3 = torch.float8_e4m3fn
 on_cpu = pytest.mark.skipif(INTERPRETED, reason="runs without Triton")
 
