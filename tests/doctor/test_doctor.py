@@ -191,6 +191,8 @@ def test_the_backends_of_a_gpu(monkeypatch: pytest.MonkeyPatch, replace_package:
     )
     assert "apache-tvm-ffi==0.1.9" in found["FP8 GEMM"].advice
     assert (found["GDN decode"].value, found["GDN decode"].verdict) == ("CUDA kernels", "ok")
+    assert found["experts, 64 tokens or less"].value == "CUDA kernel"
+    assert found["experts"].value.startswith("Triton kernels; DeepGEMM is installed but cannot")
 
 
 def test_packages_that_are_not_installed(

@@ -181,14 +181,10 @@ def test_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_experts_are_reported_by_the_number_of_tokens(
-    hopper: None, replace_package: Replace, monkeypatch: pytest.MonkeyPatch
+    hopper: None, replace_package: Replace
 ) -> None:
     from millrace.kernels.gpu import moe
-    from millrace.kernels.gpu.gemm import grouped
-    from millrace.kernels.gpu.moe import few
 
-    for module in (moe, grouped, few):
-        monkeypatch.setattr(module, "gpu", few_gpu)
     source = "__version__ = '0.1.3'\nm_grouped_fp8_gemm_nt_contiguous = print"
     replace_package("deep_gemm", source)
     said = [str(one) for one in moe.backends(torch.bfloat16, [(256, 2048, 512)])]
@@ -201,9 +197,3 @@ def test_experts_are_reported_by_the_number_of_tokens(
     assert str(last).startswith("experts: Triton kernels; DeepGEMM is not installed")
     assert last.remedy
     assert [str(one) for one in moe.backends(torch.float32, [])] == ["experts: Triton kernels"]
-
-
-def few_gpu() -> object:
-    from millrace.kernels.gpu.device import Gpu
-
-    return Gpu("NVIDIA H200", (9, 0), 132)

@@ -89,7 +89,8 @@ def _triton() -> Finding:
 
 
 def backends() -> Iterator[Finding]:
-    """The backends of ops that have several of them on this GPU, at the shapes of the 27B model."""
+    """The backends of ops that have several of them on this GPU, at the shapes of the 27B model,
+    and for experts of the 35B model."""
     import torch
 
     from millrace.kernels.gpu.gdn.decode import Shape
@@ -97,7 +98,10 @@ def backends() -> Iterator[Finding]:
 
     low = (True,) * 6
     for choice in kernel_report.backends(
-        torch.bfloat16, [(5120, 5120)], Shape(2, 16, 128, 128, 3, *low)
+        torch.bfloat16,
+        [(5120, 5120)],
+        Shape(2, 16, 128, 128, 3, *low),
+        experts=[(257, 2048, 512)],
     ):
         value = choice.backend + (f"; {choice.reason}" if choice.reason else "")
         yield Finding("kernels", choice.op, value, "warn" if choice.remedy else "ok", choice.remedy)

@@ -51,12 +51,13 @@ class StandIn(NamedTuple):
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", **changes: Any) -> None:
     """Let the choice of kernels see a Hopper GPU. changes: of `Gpu`'s fields."""
     from millrace.kernels import dispatch
-    from millrace.kernels.gpu import device
-    from millrace.kernels.gpu.gemm import few, fp8, some
+    from millrace.kernels.gpu import device, moe
+    from millrace.kernels.gpu.gemm import few, fp8, grouped, some
+    from millrace.kernels.gpu.moe import few as few_experts
 
     fields = {"capability": (9, 0), "multiprocessors": SMS, **changes}
     found = device.Gpu(name, **fields)
-    for module in (few, fp8, some):
+    for module in (few, fp8, some, grouped, moe, few_experts):
         monkeypatch.setattr(module, "gpu", lambda: found)
     dispatch.forget()
 
