@@ -6,6 +6,7 @@ Tokens go to experts as `spread_routes` says: not evenly, as a trained router's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -155,22 +156,53 @@ def layer_case(name: str, layer: Layer, tokens: int, way: str, run: Way) -> Case
     return Case(label, lambda: check(run, layer, tokens), 0.04, made, moved, flops, "fp8")
 
 
-def few_cases(name: str, layer: Layer, tokens: int) -> Iterator[Case]:
-    """Each of the two GEMMs of few tokens alone, with other routes at each call."""
+def gemm_cases(name: str, layer: Layer, tokens: int) -> Iterator[Case]:
+    """Each of the two GEMMs alone, by what the engine takes for so many tokens, with other routes
+    at each call. They are checked as parts of a layer."""
     s = layer.sizes
-    routes = [spread_routes(tokens, s, seed) for seed in range(16)]
+    pairs = tokens * s.top_k
+    routes = [spread_routes(tokens, s, seed) for seed in range(16 if tokens <= 64 else 4)]
     x = gpu_quantize.quantize(torch.randn(tokens, s.hidden, device=DEVICE).bfloat16())
-    inner = torch.randn(tokens * s.top_k, s.width, device=DEVICE).bfloat16()
-    weights = sum(layer.hit(r) for r in routes) / len(routes) * s.hidden * s.width
-    first = [lambda r=r: few.few_gate_up(x, r.experts, layer.gate_up) for r in routes]
-    second = [lambda r=r: few.few_down(inner, r.experts, layer.down) for r in routes]
-    for what, calls, moved in (("gate_up", first, 2 * weights), ("down", second, weights)):
-        label = f"{name} M={tokens}: {what} few"
-        yield Case(label, lambda: 0.0, 1.0, lambda calls=calls: calls, moved)
+    first: list[Callable[[], object]] = []
+    second: list[Callable[[], object]] = []
+    for one in routes:
+        if tokens <= few.MAX_TOKENS:
+            way = "few"
+            tile = few.TILE if tokens > few.TILE else 0
+            groups = routing.group(one.experts, s.experts, tile) if tile else None
+            inner = few.few_gate_up(x, one.experts, layer.gate_up, groups)
+            first.append(partial(few.few_gate_up, x, one.experts, layer.gate_up, groups))
+            second.append(partial(few.few_down, inner, one.experts, layer.down, groups))
+        elif gpu_moe.deep_gemm_rows(tokens, s.top_k, layer.down.shape):
+            way = "deepgemm"
+            tile = gpu_moe.deep_gemm_tile(pairs, s.experts)
+            groups = routing.group(one.experts, s.experts, tile)
+            placed = rows.gather(x, groups, s.top_k)
+            up, down = layer.gate_up, layer.down
+            wide = grouped_matmul(placed, up.values, up.scales, groups.experts, tile)
+            made = rows.silu_mul_quantize_rows(wide, groups)
+            owners = groups.experts
+            first.append(partial(grouped_matmul, placed, up.values, up.scales, owners, tile))
+            second.append(partial(grouped_matmul, made, down.values, down.scales, owners, tile))
+        else:
+            way = "tiles"
+            config = gpu_moe.tile_config(pairs, s.experts, torch.bfloat16, True)
+            groups = routing.group(one.experts, s.experts, config.rows)
+            made = tiles.gate_up(x, groups, layer.gate_up, s.top_k, config)
+            first.append(partial(tiles.gate_up, x, groups, layer.gate_up, s.top_k, config))
+            second.append(partial(tiles.down, made, groups, layer.down, torch.bfloat16, config))
+    weights = sum(layer.hit(one) for one in routes) / len(routes) * s.hidden * s.width
+    flops = 2.0 * pairs * s.hidden * s.width
+    for what, calls, moved, work in (
+        ("gate_up", first, 2 * weights + tokens * s.hidden + pairs * s.width * 2, 2 * flops),
+        ("down", second, weights + pairs * (s.width + 2 * s.hidden), flops),
+    ):
+        label = f"{name} M={tokens}: {what} {way}"
+        yield Case(label, lambda: 0.0, 1.0, lambda calls=calls: calls, moved, work, "fp8")
 
 
 def part_cases(name: str, layer: Layer, tokens: int) -> Iterator[Case]:
-    """What stands around the GEMMs, and DeepGEMM's two GEMMs alone."""
+    """What stands around the GEMMs."""
     s = layer.sizes
     routes = spread_routes(tokens, s)
     logits = torch.randn(tokens, s.experts, device=DEVICE).bfloat16()
@@ -193,19 +225,10 @@ def part_cases(name: str, layer: Layer, tokens: int) -> Iterator[Case]:
     if tokens < 512 or not has_grouped():
         return
     gathered = rows.gather(x, groups, s.top_k)
-    wide = grouped_matmul(gathered, *layer.gate_up, groups.experts)
-    inner = rows.silu_mul_quantize_rows(wide, groups)
-    weights = s.experts * s.width * s.hidden
+    up = layer.gate_up
+    wide = grouped_matmul(gathered, up.values, up.scales, groups.experts)
     yield alone("gather", lambda: rows.gather(x, groups, s.top_k), pairs * s.hidden * 2)
     yield alone("silu rows", lambda: rows.silu_mul_quantize_rows(wide, groups), pairs * s.width * 5)
-    yield alone(
-        "gate_up deepgemm", lambda: grouped_matmul(gathered, *layer.gate_up, groups.experts),
-        2 * weights + pairs * (s.hidden + 4 * s.width), 4.0 * pairs * s.hidden * s.width,
-    )  # fmt: skip
-    yield alone(
-        "down deepgemm", lambda: grouped_matmul(inner, *layer.down, groups.experts),
-        weights + pairs * (2 * s.hidden + s.width), 2.0 * pairs * s.hidden * s.width,
-    )  # fmt: skip
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -214,8 +237,8 @@ def cases(quick: bool) -> Iterator[Case]:
         for tokens in TOKENS:
             for way, run in ways(tokens, sizes, quick or name != "35B").items():
                 yield layer_case(name, layer, tokens, way, run)
-        for tokens in (1, 2, 4, 8):
-            yield from few_cases(name, layer, tokens)
+        for tokens in (1, 4, 8, 32, 128, 512, 2048, 8192):
+            yield from gemm_cases(name, layer, tokens)
         if name == "35B":
             for tokens in (4, 128, 512, 8192):
                 yield from part_cases(name, layer, tokens)

@@ -137,5 +137,6 @@ def test_a_shared_expert_behind_the_others(monkeypatch: pytest.MonkeyPatch, tmp_
     engine = build(directory, report_expert_load=True, **mtp(1))
     layers = [m for m in engine.worker.model.modules() if isinstance(m, moe.MoE)]
     assert all(m.shared is None and m.experts.count == m.count + 1 for m in layers)
+    assert all(m.load is not None and len(m.load) == m.count for m in layers)
     assert_same(directory, PROMPTS[:4], apart, generate(engine, PROMPTS[:4], 8))
     engine.close()

@@ -223,7 +223,7 @@ def count_loads(model: nn.Module) -> dict[str, Tensor]:
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
         device = layer.experts.gate_up_values.device
-        layer.load = torch.zeros(layer.router.outputs, dtype=torch.int64, device=device)
+        layer.load = torch.zeros(layer.count, dtype=torch.int64, device=device)
     return {layer.layer: layer.load for layer in layers if layer.load is not None}
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "in_tiles",
     "route",
     "run_experts",
+    "tile_config",
 ]
 
 MANY = 48  # rows of an expert, on average, from which on DeepGEMM's tiles are worth their padding
@@ -44,6 +45,7 @@ def run_experts(
 ) -> Tensor:  # fmt: skip
     """As the reference, rounded once, with x rounded to e4m3 by groups of 128 if the weights are
     e4m3."""
+    assert gate_up.factor is None, "4-bit experts have the model dtype on a GPU"
     if gate_up.scales is None or down.scales is None:
         return in_tiles(x, routes, gate_up, down, shared)
     q = x if isinstance(x, Quantized) else quantize(x)
