@@ -99,10 +99,10 @@ void gate_and_up(const Experts<typename U::Element>& e, int hit, int c, int coun
     meet_panel<U>(e.x, first, last, e.gate_up, gate, count, e.width, e.hidden, keep);
     auto finish = [&](int64_t row, Floats* total) {
         T* to = e.inner + row * e.width + c;
-        for (int i = 0; i < count; i++) {
-            float gate_value = gates[2 * (row - first) + i / LANES][i % LANES];
-            put(to + i, silu(gate_value) * total[i / LANES][i % LANES]);
-        }
+        const float* gate_values = (const float*)&gates[2 * (row - first)];
+        const float* up_values = (const float*)total;
+        for (int part = 0; part < count; part += LANES)  // of a length that compilers vectorise
+            for (int i = part; i < part + LANES; i++) put(to + i, silu(gate_values[i]) * up_values[i]);
     };
     meet_panel<U>(e.x, first, last, e.gate_up, up, count, 0, e.hidden, finish);
 }
@@ -114,8 +114,12 @@ template <class U> void weighted_down(const Experts<typename U::Element>& e, int
         int64_t first = e.starts[hit], last = e.starts[hit + 1];
         auto add = [&](int64_t row, Floats* total) {
             float* to = e.out + e.tokens[row] * e.hidden + c;
-            for (int i = 0; i < count; i++)
-                to[i] += e.weights[row] * total[i / LANES][i % LANES];
+            for (int part = 0; part < count / LANES; part++, to += LANES) {
+                Floats sum;
+                std::memcpy(&sum, to, sizeof sum);
+                sum += e.weights[row] * total[part];
+                std::memcpy(to, &sum, sizeof sum);
+            }
         };
         meet_panel<U>(e.inner, first, last, e.down, down, count, 0, e.width, add);
     }
