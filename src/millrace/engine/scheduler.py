@@ -86,7 +86,7 @@ class Scheduler:
             by_method={name: DraftStats(accepted=[0] * limits.drafts) for name in limits.methods},
         )
         self._width = limits.drafts + 1
-        self._depth = DraftDepth(limits)
+        self.draft_depth = DraftDepth(limits)
         self._made = 0  # drafts that the newest step makes
         self._ordinal = 0
 
@@ -170,7 +170,7 @@ class Scheduler:
         self._draining = False
         self._kv_manager.policy.now = now
         decoding = [request for request in self.running if request.phase is Phase.DECODE]
-        drafts = self._depth.choose(decoding)
+        drafts = self.draft_depth.choose(decoding)
         step = Step(now=now, drafts=drafts, made=self._made, ends=self._kv_manager.take_ends())
         self._plan_decode(step)
         self._plan_prompts(step)
@@ -380,7 +380,7 @@ class Scheduler:
         if plan.step != result.step:
             raise RuntimeError(f"got the result of step {result.step}, expected step {plan.step}")
         if seconds and step.decode and not step.chunks:
-            self._depth.took(len(step.decode), step.drafts, seconds)
+            self.draft_depth.took(len(step.decode), step.drafts, seconds)
         for request in step.requests():
             request.in_flight -= 1
         for request in step.admitted:
@@ -430,7 +430,7 @@ class Scheduler:
                 had, method = result.drafted[row] if result.drafted else (step.drafts, 0)
                 self._count_accepted(min(had, step.drafts), method, accepted=len(tokens) - 1)
                 depth = min(step.drafts, step.made)
-                self._depth.accepted(request, depth, len(tokens) - 1)
+                self.draft_depth.accepted(request, depth, len(tokens) - 1)
             deltas.append(make_delta(request, tokens, reason, result.logprobs.get(row), first))
         return deltas
 

@@ -29,7 +29,7 @@ def at_random(engine: Engine, seed: int = 3) -> Engine:
     scheduler, rng = engine.scheduler, random.Random(seed)
     depths = scheduler.limits.depths
     assert len(depths) == 3
-    scheduler._depth.choose = lambda requests: rng.choice(depths)  # type: ignore[method-assign]
+    scheduler.draft_depth.choose = lambda requests: rng.choice(depths)  # type: ignore[method-assign]
     return engine
 
 
@@ -41,19 +41,19 @@ def plain(tiny_model: Path) -> tuple[list[list[int]], list[list[int]]]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "graphs"),
     [
-        pytest.param(AUTO, id="mtp"),
-        pytest.param({**AUTO, "async_scheduling": True}, id="mtp-pipelined"),
-        pytest.param({**BOTH, "max_num_batched_tokens": 29}, id="both-chunks"),
+        pytest.param(AUTO, True, id="mtp-graphs"),
+        pytest.param({**AUTO, "async_scheduling": True}, False, id="mtp-pipelined"),
+        pytest.param({**BOTH, "max_num_batched_tokens": 29}, False, id="both-chunks"),
         pytest.param(
             {
                 **AUTO, "enable_prefix_caching": True, "block_size": 4, "snapshot_interval": 8,
                 "async_scheduling": True,
             },
-            id="mtp-prefix-cache",
+            True,
+            id="mtp-prefix-cache-graphs",
         ),
     ],
 )  # fmt: skip
