@@ -11,9 +11,9 @@ from torch import Tensor
 
 from millrace.errors import CheckpointError, ConfigError
 from millrace.model.tiny import QWEN3, QWEN3_MOE, UNIT_TEST, write_checkpoint
+from tests.oracle.eagle3_twin import write_eagle3
 from tests.runtime.step.test_cuda_graphs import in_graph_sizes
 from tests.runtime.step.test_drafts import PROMPTS, Drafted, heartbeat
-from tests.support.drafters import write_eagle3
 from tests.support.engines import assert_same, build, generate, with_few_pages
 
 TOKENS = 14

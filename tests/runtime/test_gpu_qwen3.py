@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from millrace.model.tiny import FP8_BLOCKS, SHAPES, write_checkpoint
+from tests.oracle.eagle3_twin import write_eagle3
 from tests.runtime.step.test_drafts import Drafted, heartbeat
 from tests.runtime.test_gpu import GPU_TIE, PROMPTS
-from tests.support.drafters import write_eagle3
 from tests.support.engines import assert_same, build, generate, with_few_pages
 
 pytestmark = pytest.mark.gpu

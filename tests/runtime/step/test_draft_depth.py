@@ -93,14 +93,25 @@ def test_rows_with_options_and_grammars_at_any_depth(tiny_model: Path) -> None:
 
 
 def test_an_engine_chooses_by_itself(tiny_model: Path) -> None:
-    """No draft of random weights is right, so steps soon have none."""
+    """No draft of random weights is right, so steps soon have none. The engine says how long steps
+    took; here a draft takes a fifth of a step."""
     engine = build(tiny_model, debug=False, **AUTO)
+    chooser, told = engine.scheduler.draft_depth, list[float]()
+    took = chooser.took
+
+    def known(rows: int, depth: int, seconds: float) -> None:
+        told.append(seconds)
+        took(rows, depth, 0.01 + 0.002 * depth)
+
+    chooser.took = known  # type: ignore[method-assign]
     generate(engine, PROMPTS[:3], 180)
     before = engine.stats().steps_by_depth[0]
     generate(engine, PROMPTS[:3], 100)
     after = engine.stats().steps_by_depth[0]
     engine.close()
     assert after - before > 80
+    assert len(told) > 200
+    assert min(told) > 0
 
 
 def test_a_schedule_by_rows(tiny_model: Path) -> None:
