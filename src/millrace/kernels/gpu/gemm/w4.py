@@ -21,7 +21,7 @@ from millrace.kernels.gemm import W4
 from millrace.kernels.gpu.device import gpu
 from millrace.kernels.gpu.gemm import w4_few as few
 
-TORCH_FROM = 1024  # tokens from which cuBLAS and a dequantized weight are taken for faster
+TORCH_FROM = 256  # tokens from which cuBLAS with a dequantized weight is taken for faster
 LEAST_INPUTS = 512  # of a part of K
 
 
@@ -54,38 +54,54 @@ def _values(codes, zero, scale, FLOATS: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(
-    codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP: tl.constexpr,
-    BK: tl.constexpr, FLOATS: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
-    """float32 [outputs, BK], from input k on. o: outputs; codes: bytes [OUT, K / 2]."""
-    column = k + 2 * tl.arange(0, BK // 2)
-    inside = (o < OUT)[:, None] & (column < K)[None, :]
-    row = o.to(tl.int64)[:, None]
-    pairs = tl.load(codes + row * (K // 2) + column[None, :] // 2, mask=inside, other=0)
-    pairs = pairs.to(tl.int32)
-    if GROUP % BK == 0:  # one group
-        at = row * groups + k // GROUP
-        there = (o < OUT)[:, None]
+def _scales_of(
+    scales, zeros, o, step, groups, GROUP: tl.constexpr, BK: tl.constexpr, ZEROS: tl.constexpr
+):
+    """The scales and zeros of a step's inputs: [outputs], if they are one group, else [outputs,
+    BK / 2]. One that is not there is read as the last."""
+    row = o.to(tl.int64) * groups
+    if GROUP % BK == 0:
+        at = row + tl.minimum(step // (GROUP // BK), groups - 1)
     else:
-        at = row * groups + column[None, :] // GROUP
-        there = inside
-    of_row = tl.load(factor + o, mask=o < OUT, other=0.0)[:, None]
-    scale = tl.load(scales + at, mask=there, other=0.0).to(tl.float32) * of_row
-    zero = 8.0
-    if ZEROS:
-        zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
-    low = _values(pairs & 15, zero, scale, FLOATS)
-    high = _values(pairs >> 4, zero, scale, FLOATS)
+        column = step * BK + 2 * tl.arange(0, BK // 2)
+        at = row[:, None] + tl.minimum(column // GROUP, groups - 1)[None, :]
+    scale = tl.load(scales + at)
+    zero = tl.load(zeros + at) if ZEROS else tl.full(at.shape, 8, tl.uint8)
+    return scale, zero
+
+
+@triton.jit
+def _weight_tile(
+    codes, scale, zero, factor, o, step, KB, GROUP: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, FLOATS: tl.constexpr,
+):  # fmt: skip
+    """float32 [outputs, BK], of inputs from step * BK on. o: outputs, all of them there; factor: of
+    them. codes: bytes [OUT, KB]; EVEN: BK divides K. Bytes are counted as such, so that the
+    compiler sees that they are neighbours: else each is loaded by itself."""
+    HALF: tl.constexpr = BK // 2
+    at_byte = step * HALF + tl.arange(0, HALF)
+    at = codes + o.to(tl.int64)[:, None] * KB + at_byte[None, :]
+    if EVEN:
+        pairs = tl.load(at).to(tl.int32)
+    else:
+        pairs = tl.load(at, mask=(at_byte < KB)[None, :], other=0).to(tl.int32)
+    if GROUP % BK == 0:
+        wide = (scale.to(tl.float32) * factor)[:, None]
+        nought = zero.to(tl.float32)[:, None]
+    else:
+        wide = scale.to(tl.float32) * factor[:, None]
+        nought = zero.to(tl.float32)
+    low = _values(pairs & 15, nought, wide, FLOATS)
+    high = _values(pairs >> 4, nought, wide, FLOATS)
     return tl.join(low, high).reshape(low.shape[0], BK)
 
 
 @triton.jit
 def _matmul_kernel(
-    x, codes, scales, zeros, factor, out, T, OUT, K, groups, GROUP: tl.constexpr,
+    x, codes, scales, zeros, factor, out, T, OUT, K, KB, groups, GROUP: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    STEPS: tl.constexpr, SUPER: tl.constexpr, STAGES: tl.constexpr, FLOATS: tl.constexpr,
-    ZEROS: tl.constexpr,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, SUPER: tl.constexpr, STAGES: tl.constexpr,
+    FLOATS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """A tile [BT tokens, BO outputs] of part program_id(1) of K: STEPS steps of BK inputs. The
     parts' results lie one behind the other in `out`."""
@@ -100,17 +116,23 @@ def _matmul_kernel(
     tile_t = (pid % (SUPER * tiles_t)) // width
     t = tile_t * BT + tl.arange(0, BT)
     o = tile_o * BO + tl.arange(0, BO)
+    x_at = x + (t % T).to(tl.int64)[:, None] * K + tl.arange(0, BK)[None, :]
     acc = tl.zeros((BO, BT) if SWAP else (BT, BO), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        k = (part * STEPS + step) * BK
-        column = k + tl.arange(0, BK)
-        a = tl.load(
-            x + t.to(tl.int64)[:, None] * K + column[None, :],
-            mask=(t < T)[:, None] & (column < K)[None, :], other=0.0,
-        )  # fmt: skip
-        w = _weight_tile(
-            codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP, BK, FLOATS, ZEROS
-        ).to(a.dtype)
+    row = o % OUT
+    of_row = tl.load(factor + row)
+    # Scales are asked for a step ahead: they are too small for copies that run ahead by themselves.
+    scale, zero = _scales_of(scales, zeros, row, part * STEPS, groups, GROUP, BK, ZEROS)
+    for i in tl.range(0, STEPS, num_stages=STAGES):
+        step = part * STEPS + i
+        if EVEN:
+            a = tl.load(x_at + step * BK)
+        else:
+            there = (step * BK + tl.arange(0, BK) < K)[None, :]
+            a = tl.load(x_at + step * BK, mask=there, other=0.0)
+        w = _weight_tile(codes, scale, zero, of_row, row, step, KB, GROUP, BK, EVEN, FLOATS).to(
+            a.dtype
+        )
+        scale, zero = _scales_of(scales, zeros, row, step + 1, groups, GROUP, BK, ZEROS)
         if SWAP:
             acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
         else:
@@ -133,18 +155,22 @@ def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    codes, scales, zeros, factor, out, OUT, K, groups, GROUP: tl.constexpr, BO: tl.constexpr,
-    BK: tl.constexpr, FLOATS: tl.constexpr, ZEROS: tl.constexpr,
+    codes, scales, zeros, factor, out, OUT, K, KB, groups, GROUP: tl.constexpr, BO: tl.constexpr,
+    BK: tl.constexpr, EVEN: tl.constexpr, FLOATS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(1) * BO + tl.arange(0, BO)
-    k = tl.program_id(0) * BK
-    w = _weight_tile(codes, scales, zeros, factor, o, k, OUT, K, groups, GROUP, BK, FLOATS, ZEROS)
-    column = k + tl.arange(0, BK)
-    inside = (o < OUT)[:, None] & (column < K)[None, :]
-    tl.store(
-        out + o.to(tl.int64)[:, None] * K + column[None, :], w.to(out.dtype.element_ty),
-        mask=inside,
-    )  # fmt: skip
+    step = tl.program_id(0)
+    row = o % OUT
+    scale, zero = _scales_of(scales, zeros, row, step, groups, GROUP, BK, ZEROS)
+    of_row = tl.load(factor + row)
+    w = _weight_tile(codes, scale, zero, of_row, row, step, KB, GROUP, BK, EVEN, FLOATS)
+    w = w.to(out.dtype.element_ty)
+    column = step * BK + tl.arange(0, BK)
+    at = out + o.to(tl.int64)[:, None] * K + column[None, :]
+    if EVEN:
+        tl.store(at, w, mask=(o < OUT)[:, None])
+    else:
+        tl.store(at, w, mask=(o < OUT)[:, None] & (column < K)[None, :])
 
 
 def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
@@ -160,10 +186,10 @@ def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
     to = out if parts == 1 else x.new_empty(parts, tokens, outputs, dtype=torch.float32)
     grid = (triton.cdiv(tokens, tiles.tokens) * triton.cdiv(outputs, tiles.outputs), parts)
     _matmul_kernel[grid](
-        x, *_operands(weight), to, tokens, outputs, width, weight.scales.shape[1],
+        x, *_operands(weight), to, tokens, outputs, width, width // 2, weight.scales.shape[1],
         GROUP=weight.group, BT=tiles.tokens, BO=tiles.outputs, BK=tiles.inputs, SWAP=tiles.swap,
-        STEPS=each, SUPER=8, STAGES=tiles.stages, FLOATS=weight.floats,
-        ZEROS=weight.zeros is not None, num_warps=tiles.warps,
+        STEPS=each, EVEN=width == parts * each * tiles.inputs, SUPER=8, STAGES=tiles.stages,
+        FLOATS=weight.floats, ZEROS=weight.zeros is not None, num_warps=tiles.warps,
     )  # fmt: skip
     if parts > 1:
         size = tokens * outputs
@@ -176,8 +202,9 @@ def dequantized(weight: W4, dtype: torch.dtype) -> Tensor:
     outputs, width = weight.shape
     out = torch.empty(outputs, width, dtype=dtype, device=weight.codes.device)
     _dequantize_kernel[triton.cdiv(width, 128), triton.cdiv(outputs, 32)](
-        *_operands(weight), out, outputs, width, weight.scales.shape[1], GROUP=weight.group,
-        BO=32, BK=128, FLOATS=weight.floats, ZEROS=weight.zeros is not None, num_warps=4,
+        *_operands(weight), out, outputs, width, width // 2, weight.scales.shape[1],
+        GROUP=weight.group, BO=32, BK=128, EVEN=width % 128 == 0, FLOATS=weight.floats,
+        ZEROS=weight.zeros is not None, num_warps=4,
     )  # fmt: skip
     return out
 
