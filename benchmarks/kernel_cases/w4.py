@@ -15,7 +15,11 @@ from millrace.kernels.gpu.gemm import w4
 from millrace.kernels.gpu.gemm.w4_few import Form, w4_few
 
 GROUP = 128
-FORMS = [Form(8, 1, 2), Form(8, 2, 1), Form(8, 1, 1), Form(4, 1, 2), Form(16, 1, 1)]
+# warps, tiles of 16 rows, groups of a run, blocks of a multiprocessor
+FORMS = [
+    Form(8, 1, 1, 3), Form(8, 2, 1, 2), Form(8, 2, 1, 3), Form(4, 2, 1, 5), Form(4, 1, 1, 6),
+    Form(8, 1, 2, 2), Form(16, 1, 1, 1),
+]  # fmt: skip
 # tokens, outputs, inputs of a tile, swap, splits, warps, stages
 MIDDLE = [
     (0, 64, 128, True, 0, 4, 4), (0, 64, 64, True, 0, 4, 4), (0, 128, 64, True, 0, 4, 4),

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from millrace.kernels.gemm import W4, dequantize_w4
 from millrace.kernels.gpu.gemm import w4_few
-from millrace.kernels.gpu.gemm.w4_few import DEEP, WIDE, Form
+from millrace.kernels.gpu.gemm.w4_few import NARROW, WIDE, Form
 from tests.kernels.gpu.gpu_support import INTERPRETED, relative
 from tests.kernels.test_w4 import some_weight
 
 HERE = Path(__file__).parents[1]
 ENTRY = """
 #include "cuda_on_cpu.h"
-inline uint32_t minus(uint32_t a, uint32_t b) {{
-  return pack(wide(a & 0xffff) - wide(b & 0xffff), wide(a >> 16) - wide(b >> 16));
-}}
 inline uint32_t low_halves(uint32_t a, uint32_t b) {{ return (a & 0xffff) | b << 16; }}
 inline uint32_t high_halves(uint32_t a, uint32_t b) {{ return a >> 16 | (b & 0xffff0000u); }}
 {source}
@@ -54,7 +51,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Form], Produ
     libraries: dict[str, ctypes.CDLL] = {}
 
     def compiled(form: Form, zeros: bool) -> ctypes.CDLL:
-        name = f"{form.warps}-{form.tiles}-{form.depth}-{zeros}"
+        name = f"{form.tiles}-{form.depth}-{zeros}"
         if name not in libraries:
             stem = directory / name
             stem.with_suffix(".cpp").write_text(ENTRY.format(source=w4_few.source(form, zeros)))
@@ -91,8 +88,8 @@ on_cpu = pytest.mark.skipif(INTERPRETED, reason="runs without Triton")
 @pytest.mark.parametrize(
     ("form", "tokens", "width", "group", "kind"),
     [
-        (DEEP, 1, 256, 128, "symmetric"),
-        (DEEP, 3, 640, 128, "zeros"),  # 5 groups: the last run has one
+        (NARROW, 1, 256, 128, "symmetric"),
+        (NARROW, 3, 640, 128, "zeros"),  # 5 groups: the last run has one
         (WIDE, 8, 384, 128, "zeros"),
         (WIDE, 5, 2304, 2304, "symmetric"),  # one group for all; more runs than warps
     ],
@@ -122,7 +119,7 @@ def test_every_channel_meets_its_own(emulated: Callable[[Form], Product]) -> Non
     codes = some_weight(32, 128, 128, seed=3).codes
     weight = W4(codes, torch.ones(32, 1).half(), torch.ones(32, 1), None, 128)
     for first in range(0, 128, 8):
-        got = emulated(DEEP)(torch.eye(128)[first : first + 8].bfloat16(), weight)
+        got = emulated(NARROW)(torch.eye(128)[first : first + 8].bfloat16(), weight)
         assert torch.equal(got.float(), dequantize_w4(weight).t()[first : first + 8])
 
 
@@ -152,7 +149,7 @@ def to_gpu(weight: W4) -> W4:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["symmetric", "zeros"])
 @pytest.mark.parametrize(("outputs", "width"), [(128, 128), (5120, 640), (384, 5248)])
-@pytest.mark.parametrize("form", [DEEP, WIDE])
+@pytest.mark.parametrize("form", [NARROW, WIDE])
 def test_product(form: Form, outputs: int, width: int, kind: str) -> None:
     weight = to_gpu(some_weight(outputs, width, 128, kind))
     for tokens in (1, 2, 3, 7, 8):

@@ -23,19 +23,24 @@ GROUP = 128  # channels of a scale: a multiple
 
 
 class Form(NamedTuple):
-    """Constants of w4_few.cu: warps of a block, tiles of 16 rows that it has, groups of a run."""
+    """Constants of w4_few.cu: warps of a block, tiles of 16 rows that it has, groups of a run, and
+    blocks that a multiprocessor has room for."""
 
     warps: int
     tiles: int
     depth: int
+    blocks: int
 
 
-DEEP, WIDE = Form(8, 1, 2), Form(8, 2, 1)
+NARROW, WIDE = Form(8, 1, 1, 3), Form(8, 2, 1, 2)
 
 
-def form_for(tokens: int, outputs: int) -> Form:
-    """More rows a block for more tokens, so that these are read less often."""
-    return WIDE if tokens > 4 and outputs % 32 == 0 else DEEP
+def form_for(outputs: int, zeros: bool) -> Form:
+    """More rows a block where that leaves two blocks for each multiprocessor. Zeros need registers
+    that a third block would have."""
+    if outputs % 32 == 0 and outputs >= 8192:
+        return WIDE
+    return NARROW._replace(blocks=2) if zeros else NARROW
 
 
 def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
@@ -43,7 +48,7 @@ def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
     if not takes(x, weight):
         return None
     tokens, (outputs, width) = len(x), weight.shape
-    form = form or form_for(tokens, outputs)
+    form = form or form_for(outputs, weight.zeros is not None)
     kernel = _compiled(form, weight.zeros is not None)
     if kernel is None:
         return None
@@ -77,7 +82,7 @@ def source(form: Form, zeros: bool) -> str:
 
 def is_compiled() -> bool:
     """Whether this machine has the kernel; it is compiled now."""
-    return _compiled(DEEP, False) is not None
+    return _compiled(NARROW, False) is not None
 
 
 @remembered
