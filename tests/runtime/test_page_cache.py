@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from millrace.engine.tier_transfers import LEAST_GAIN
 from millrace.model.tiny import UNIT_TEST, write_checkpoint
 from tests.support.engines import assert_same, build, generate, run, with_few_pages
 
@@ -79,6 +80,41 @@ def test_same_tokens_when_preempted(model: Path, cold: list[list[int]], pipeline
     engine.scheduler.reset_prefix_cache()
     assert engine.stats().free_pages == engine.stats().total_pages
     engine.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_prefixes_come_back_from_memory_and_files(
+    model: Path, cold: list[list[int]], tmp_path: Path, ranks: int
+) -> None:
+    """Pages for a conversation or two on the device: the others come back from lower tiers."""
+    lines = [(p, a) for p, a in zip(PROMPTS, cold, strict=True) if len(p) > 40]
+    turns = [[*prompt, *answer, 9, 8, 7] for prompt, answer in lines]
+    expected = [run(model, [turn], max_num_seqs=1)[0][0] for turn in turns]
+    given: dict[str, Any] = {
+        "enable_prefix_caching": True, "block_size": 4, "host_cache_gb": 0.02,
+        "tensor_parallel_size": ranks,
+    }  # fmt: skip
+    if ranks == 1:
+        given["disk_cache"] = str(tmp_path)
+    engine = with_few_pages(build(model, **given), 42)
+    for number, (prompt, answer) in enumerate(lines):
+        assert_same(model, [prompt], [answer], generate(engine, [prompt]))
+        assert engine.stats().host_cache_used > 0, number
+    before = engine.stats().prefix_hits
+    for turn, answer in zip(turns, expected, strict=True):
+        assert_same(model, [turn], [answer], generate(engine, [turn]))
+        engine.scheduler.check_integrity()
+    known = sum((len(turn) - 4) // 4 * 4 for turn in turns)
+    missed = known - (engine.stats().prefix_hits - before)
+    assert 0 <= missed < LEAST_GAIN * len(turns)  # fewer tokens are not worth a load
+    assert engine.stats().host_hits >= LEAST_GAIN
+    engine.close()
+    if ranks == 1:  # a restart
+        engine = build(model, **given)
+        for turn, answer in zip(turns, expected, strict=True):
+            assert_same(model, [turn], [answer], generate(engine, [turn]))
+        assert engine.stats().disk_hits > 0
+        engine.close()
 
 
 def test_a_draft_head_needs_snapshots_of_its_hidden_vector(

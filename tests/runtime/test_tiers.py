@@ -106,7 +106,7 @@ def test_same_tokens_from_files_after_a_restart(
     engine.close()
 
 
-def test_seeded_tokens_and_grammars_from_files(tiny_model: Path, tmp_path: Path) -> None:
+def test_seeded_tokens_from_files(tiny_model: Path, tmp_path: Path) -> None:
     seeded = {"temperature": 0.9, "seed": 3}
     cold = build(tiny_model, max_num_seqs=1)
     prompt, answers = LINES[2], []

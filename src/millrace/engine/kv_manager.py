@@ -55,7 +55,8 @@ class KVManager:
         self.policy = cache_policy(limits, self.pages)
         self._prefix_tiers = PrefixTiers()
         self.tiers: TierTransfers | None = None
-        if limits.host_cache and limits.prefix_caching and limits.num_snapshots:
+        resumes = limits.num_snapshots or limits.cache_policy == "page"
+        if limits.host_cache and limits.prefix_caching and resumes:
             self.tiers = TierTransfers(limits, self.pages, self.policy, self._prefix_tiers)
             self.policy.lower_tiers = True
         self._limits = limits
@@ -143,6 +144,8 @@ class KVManager:
         """Free the slot and the pages of the request. No launched step names it, so what it has
         computed is known, and stays cached as far as the policy wants."""
         self.store(request, min(request.upper, len(request.tokens) - 1))
+        if request.ended:
+            self._offload_pages(request)
         self.pages.release_all(request.pages)
         request.pages = []
         self.slots.release(request.slot)
@@ -275,6 +278,15 @@ class KVManager:
         """The request's first `length` tokens have been computed: cache what needs no snapshot."""
         if self._limits.prefix_caching and not request.failed:
             self.policy.store(request.tokens[:length], request.pages, request.source.cache_salt)
+
+    def _offload_pages(self, request: Request) -> None:
+        """A request has ended, and its prefix is its pages: have them in lower tiers, too."""
+        if self.tiers is None or self._limits.cache_policy != "page" or request.failed:
+            return
+        tokens = request.tokens[: self._whole(len(request.tokens) - 1)]
+        if tokens and self._limits.prefix_caching:
+            salt, tag = request.source.cache_salt, request.source.tag
+            self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes, tag)
 
     def clear(self) -> None:
         """Drop every cached prefix, in all tiers."""

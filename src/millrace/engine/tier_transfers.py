@@ -24,7 +24,7 @@ from millrace.engine.cache.cold_store import (
     file_move,
     page_hashes,
 )
-from millrace.engine.cache.policy import CachePolicy, Kind
+from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
 from millrace.engine.request import Phase, Request
@@ -89,13 +89,15 @@ class TierTransfers:
             limits.disk_cache,
         )
         self.store = ColdStore(sizes, prefix_tiers)
+        self._has_states = limits.cache_policy == "snapshot"  # or prefixes are their pages
         self._prefix_tiers = prefix_tiers
         self._pages, self._policy = pages, policy
         self._wanted: deque[_Wanted] = deque(maxlen=MOST_WAITING)
         self._unfiled: deque[ColdRecord] = deque()  # at most what is in memory
         self._under_way: dict[int, _Transfer] = {}
         self._new: list[Transfer] = []
-        self._most_held = max(1, limits.num_snapshots // 2)  # of those wanted, and of those loaded
+        resumable = limits.num_snapshots or limits.max_num_seqs
+        self._most_held = max(1, resumable // 2)  # of those wanted, and of those loaded
         self._loaded_for: dict[str, _Held] = {}  # by request, until it is admitted
         self._parked: list[Request] = []  # they wait until any transfer ends
         self._number = 0
@@ -129,14 +131,19 @@ class TierTransfers:
 
     def _hold(self, pages: list[int], snapshot: int) -> _Held:
         self._pages.retain_all(pages)
-        self._policy.retain(snapshot)
+        if snapshot != NO_SNAPSHOT:
+            self._policy.retain(snapshot)
         return _Held(pages, snapshot)
 
     def _drop(self, held: _Held | None) -> None:
         """Undo `_hold`."""
         if held is not None:
             self._pages.release_all(held.pages)
-            self._policy.release(held.snapshot)
+            self._release_snapshot(held.snapshot)
+
+    def _release_snapshot(self, snapshot: int) -> None:
+        if snapshot != NO_SNAPSHOT:
+            self._policy.release(snapshot)
 
     def release(self, request: Request) -> None:
         """The request has been admitted, or is gone: what was loaded for it may be evicted."""
@@ -205,7 +212,8 @@ class TierTransfers:
         record.tag = wanted.tag
         pages = found.pages[record.first :]
         self._pages.retain_all(pages)
-        self._policy.retain(found.snapshot)
+        if found.snapshot != NO_SNAPSHOT:
+            self._policy.retain(found.snapshot)
         move = Move(pages, 0, len(pages), record.pages_at, found.snapshot, record.state_at)
         self._start(_Transfer("offload", record, pages=pages, snapshot=found.snapshot), [move])
 
@@ -294,10 +302,10 @@ class TierTransfers:
         here = self._policy.pages_of(tokens, salt)[: record.whole]
         self._pages.retain_all(here)
         count = record.whole + bool(record.tail) - len(here)
-        snapshot = self._policy.begin_save(tokens, salt) if ensure_pages(count) else None
+        snapshot = self._snapshot_for(tokens, salt) if ensure_pages(count) else None
         if snapshot is None or self._pages.free < count:
             if snapshot is not None:
-                self._policy.release(snapshot)
+                self._release_snapshot(snapshot)
             self._pages.release_all(here)
             return False
         pages = [*here, *self._pages.allocate(count)]
@@ -317,6 +325,11 @@ class TierTransfers:
             moves,
         )
         return True
+
+    def _snapshot_for(self, tokens: Sequence[int], salt: str) -> int | None:
+        """The snapshot that a load writes; NO_SNAPSHOT where prefixes are their pages. None: there
+        is none free."""
+        return self._policy.begin_save(tokens, salt) if self._has_states else NO_SNAPSHOT
 
     def _moves(self, record: ColdRecord, pages: list[int], start: int, snapshot: int) -> list[Move]:
         """The moves of pages from `start` on, one for each record of the chain that has any."""
@@ -369,7 +382,7 @@ class TierTransfers:
 
     def _offloaded(self, one: _Transfer) -> None:
         self._pages.release_all(one.pages)
-        self._policy.release(one.snapshot)
+        self._release_snapshot(one.snapshot)
         if one.dropped:
             self.store.discard(one.record)
             return
@@ -380,13 +393,16 @@ class TierTransfers:
     def _loaded(self, one: _Transfer) -> None:
         record = one.record
         if one.dropped:
-            self._policy.release(one.snapshot)
+            self._release_snapshot(one.snapshot)
             self.store.discard(record)
         else:
             kind, tag = record.kind, record.tag
-            self._policy.publish(
-                one.tokens, one.pages, one.snapshot, record.salt, kind=kind, tag=tag
-            )
+            if self._has_states:
+                self._policy.publish(
+                    one.tokens, one.pages, one.snapshot, record.salt, kind=kind, tag=tag
+                )
+            else:
+                self._policy.store(one.tokens, one.pages, record.salt)
             self._prefix_tiers.set(tag, Tier.DEVICE, there=True)
             self._prefix_tiers.set(tag, Tier.HOST, there=record.state_at != NOWHERE)
             self._keep_for(one.request, one.tokens, record.salt)

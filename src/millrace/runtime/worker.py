@@ -223,7 +223,7 @@ class Worker:
         """Bytes of the host's memory for prefixes, on one rank. Files are read and written through
         it, so with a disk cache there is enough for a few of the longest ones."""
         config, ranks, spec = self.config, self.ranks.size, self.cache_spec
-        if not spec.needs_snapshots or not config.args.enable_prefix_caching:
+        if not config.args.enable_prefix_caching:
             return 0
         longest = config.max_pages_per_request * spec.page_bytes(ranks)
         least = 2 * (longest + spec.snapshot_bytes(ranks)) if config.disk_cache else 0
@@ -283,7 +283,7 @@ class Worker:
         caches = allocate_caches(spec, slots=rows, pages=pages, ranks=ranks, device=device)
         slots = Slots.allocate(config.max_num_seqs, config.max_model_len, config.drafts, device)
         pool = Snapshots.allocate(spec, snapshots, ranks, device)
-        if snapshots:
+        if snapshots or (pages > 1 and not spec.needs_snapshots):
             self.tiers = self._build_tiers(caches, pool)
         runner = Runner(config, self.model, caches, slots, pool, self.ranks)
         runner.tiers = self.tiers
@@ -332,10 +332,7 @@ def _timed(part: str) -> Iterator[None]:
 
 def unused_options(config: EngineConfig, spec: CacheSpec) -> list[str]:
     """Options about states and snapshots that were given for a model without them."""
-    names = (
-        *("num_snapshots", "snapshot_interval", "snapshot_distance"),
-        *("host_cache_gb", "disk_cache"),
-    )
+    names = ("num_snapshots", "snapshot_interval", "snapshot_distance")
     given = [name for name in names if getattr(config.args, name)]
     if config.args.mamba_ssm_cache_dtype != "auto":
         given.append("mamba_ssm_cache_dtype")

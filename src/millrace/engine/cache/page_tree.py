@@ -59,7 +59,12 @@ class PageTree:
         return path[-1].depth if path else 0
 
     def locate(self, tokens: Sequence[int], salt: str = "") -> Match | None:
-        return None
+        """Of whole pages."""
+        path = self._walk(tokens, len(tokens), salt)
+        if not path or path[-1].depth != len(tokens):
+            return None
+        pages = [node.page for node in path]
+        return Match(len(tokens), pages, NO_SNAPSHOT, shared=len(tokens))
 
     def pages_of(self, tokens: Sequence[int], salt: str = "") -> list[int]:
         return [node.page for node in self._walk(tokens, len(tokens), salt)]
