@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 from millrace.engine.engine import Engine
 from millrace.errors import ConfigError
+from millrace.protocol import AddRequest, Grammar, SamplingParams
 from tests.support.engines import assert_same, build, generate, run
 
 _rng = random.Random(8)
@@ -123,6 +125,40 @@ def test_seeded_tokens_from_files(tiny_model: Path, tmp_path: Path) -> None:
         engine.close()
         prompt = [*prompt, *answer, *NEW]
     assert engine.stats().disk_hits > 0
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_grammars_through_every_tier(tiny_model: Path, tmp_path: Path, k: int) -> None:
+    """Three turns of three conversations, each answer under a grammar: from the host's memory, then
+    from files, the tokens of cold runs."""
+    pattern = Grammar(LLMatcher.grammar_from_regex(r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."))
+
+    def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+        found = []
+        for number, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=40, temperature=1.0, seed=number)
+            engine.add(AddRequest(f"g{number}", prompt, params, grammar=pattern))
+            found.append([])
+            while engine.has_work():
+                found[-1] += [token for delta in engine.step() for token in delta.token_ids]
+        return found
+
+    cold, prompts, turns = build(tiny_model, max_num_seqs=1), LINES[1:], []
+    for _ in range(3):
+        turns.append((prompts, answers(cold, prompts)))
+        prompts = [[*p, *a, *NEW] for p, a in zip(*turns[-1], strict=True)]
+    cold.close()
+    given = options(k, disk_cache=str(tmp_path))
+    for number, (prompts, expected) in enumerate(turns):
+        if number != 1:  # the last turn comes from files
+            engine = build(tiny_model, **given)
+        assert answers(engine, prompts) == expected
+        settle(engine)
+        if number == 1:
+            assert engine.stats().host_hits > 0
+            engine.close()
+    assert engine.stats().disk_hits > 0
+    engine.close()
 
 
 def test_files_of_another_model_or_layout_are_not_used(tiny_model: Path, tmp_path: Path) -> None:
