@@ -7,6 +7,7 @@ import pytest
 from millrace.bench.measure.prometheus_reader import (
     MetricsPage,
     difference,
+    expert_load,
     prefix_hits,
     read_dcgm,
     read_page,
@@ -112,3 +113,26 @@ def test_acceptance_by_method() -> None:
             "acceptance_by_position": [0.8, 0.5],
         }
     }
+
+
+def test_load_of_experts() -> None:
+    """Of what happened between both readings; layers without tokens are left out."""
+
+    def page(*counts: int) -> MetricsPage:
+        name = "millrace:expert_tokens_total"
+        places = [("layers.0", 0), ("layers.0", 1), ("layers.1", 0), ("layers.1", 1)]
+        return read_page(
+            "\n".join(
+                f'{name}{{layer="{layer}",expert="{expert}"}} {count}'
+                for (layer, expert), count in zip(places, counts, strict=True)
+            )
+        )
+
+    found = expert_load(difference([page(5, 5, 9, 0)], [page(6, 8, 9, 0)]))
+    assert found == {
+        "mean": 1.5,
+        "largest": 1.5,
+        "layers": {"layers.0": {"imbalance": 1.5, "tokens": {"0": 1.0, "1": 3.0}}},
+    }
+    assert expert_load(difference([page(1, 1, 1, 1)], [page(1, 1, 1, 1)])) is None
+    assert expert_load(difference([read_page(VLLM)], [read_page(VLLM)])) is None

@@ -30,6 +30,7 @@ BY_METHOD = {
     "spec_decode_num_draft_tokens_by_method": "draft_tokens",
     "spec_decode_num_accepted_tokens_by_method": "accepted",
 }
+EXPERT_TOKENS = "millrace:expert_tokens"  # by layer and expert
 PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 _PREFIXES = ("vllm:", "millrace:", "millrace_")
 DCGM = {
@@ -45,22 +46,25 @@ DCGM = {
 class MetricsPage(msgspec.Struct, frozen=True):
     """The figures of one page: counters (totals), gauges, and accepted drafts by position.
 
-    methods: (method, figure, position, or -1) -> total, figures as in BY_METHOD.
+    methods: (method, figure, position, or -1) -> total, figures as in BY_METHOD. experts: (layer,
+    expert) -> tokens.
     """
 
     counters: dict[str, float] = {}
     gauges: dict[str, float] = {}
     accepted: dict[int, float] = {}
     methods: dict[tuple[str, str, int], float] = {}
+    experts: dict[tuple[str, str], float] = {}
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What all replicas did between two readings. accepted: drafts by position. methods: as of a
-    page."""
+    """What all replicas did between two readings. accepted: drafts by position. methods, experts:
+    as of a page."""
 
     counters: dict[str, float] = {}
     accepted: list[float] = []
     methods: dict[tuple[str, str, int], float] = {}
+    experts: dict[tuple[str, str], float] = {}
 
 
 def read_page(text: str) -> MetricsPage:
@@ -68,6 +72,7 @@ def read_page(text: str) -> MetricsPage:
     found: dict[str, float] = {}
     accepted: dict[str, dict[int, float]] = {}
     methods: dict[tuple[str, str, int], float] = {}
+    experts: dict[tuple[str, str], float] = {}
     for name, labels, value in _samples(text, _PREFIXES):
         name = name.removesuffix("_total")
         found[name] = found.get(name, 0.0) + value
@@ -75,6 +80,8 @@ def read_page(text: str) -> MetricsPage:
             by_position = accepted.setdefault(name, {})
             position = int(labels["position"])
             by_position[position] = by_position.get(position, 0.0) + value
+        if name == EXPERT_TOKENS:
+            experts[labels.get("layer", ""), labels.get("expert", "")] = value
         if figure := BY_METHOD.get(name.removeprefix("millrace:")):
             position = int(labels["position"]) if "position" in labels else -1
             key = labels.get("method", ""), figure, position
@@ -86,6 +93,7 @@ def read_page(text: str) -> MetricsPage:
             (accepted[p + PER_POSITION] for p in _PREFIXES if p + PER_POSITION in accepted), {}
         ),
         methods=methods,
+        experts=experts,
     )
 
 
@@ -115,6 +123,7 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
     counters: dict[str, float] = {}
     accepted: dict[int, float] = {}
     methods: dict[tuple[str, str, int], float] = {}
+    experts: dict[tuple[str, str], float] = {}
     for first, last in zip(before, after, strict=True):
         for name, value in last.counters.items():
             counters[name] = counters.get(name, 0.0) + _increase(
@@ -126,9 +135,12 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
         for key, value in last.methods.items():
             increase = _increase(first.methods.get(key, 0.0), value)
             methods[key] = methods.get(key, 0.0) + increase
+        for expert, value in last.experts.items():
+            increase = _increase(first.experts.get(expert, 0.0), value)
+            experts[expert] = experts.get(expert, 0.0) + increase
     most = max(accepted, default=-1)
     by_position = [accepted.get(position, 0.0) for position in range(most + 1)]
-    return Totals(counters, by_position, methods)
+    return Totals(counters, by_position, methods, experts)
 
 
 def _increase(before: float, after: float) -> float:
@@ -177,6 +189,26 @@ def _by_method(totals: Totals) -> dict[str, Any]:
             "acceptance_by_position": [count / drafts for _, count in by_position],
         }
     return found
+
+
+def expert_load(totals: Totals) -> dict[str, Any] | None:
+    """By layer the tokens of each expert, and by how much the busiest is above the mean; over all
+    layers the mean and the largest of that. None where no server counts them."""
+    layers: dict[str, dict[str, float]] = {}
+    for (layer, expert), count in totals.experts.items():
+        layers.setdefault(layer, {})[expert] = count
+    ratios = {
+        layer: max(load.values()) * len(load) / total
+        for layer, load in layers.items()
+        if (total := sum(load.values())) > 0
+    }
+    if not ratios:
+        return None
+    found = {
+        layer: {"imbalance": ratio, "tokens": layers[layer]} for layer, ratio in ratios.items()
+    }
+    mean = sum(ratios.values()) / len(ratios)
+    return {"mean": mean, "largest": max(ratios.values()), "layers": found}
 
 
 def prefix_hits(totals: Totals) -> dict[str, float] | None:

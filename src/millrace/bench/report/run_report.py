@@ -19,7 +19,7 @@ from millrace.bench.load.process_pool import Outcome
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.measure.client_overhead import ClientOverhead
 from millrace.bench.measure.metrics import LATENCIES, Distribution, Summary, Window, successes
-from millrace.bench.measure.prometheus_reader import prefix_hits, speculation
+from millrace.bench.measure.prometheus_reader import expert_load, prefix_hits, speculation
 from millrace.bench.measure.reuse import reuse_fields
 from millrace.bench.measure.telemetry import Observation
 from millrace.bench.report.results import hit_rate
@@ -183,6 +183,7 @@ def _server_fields(observation: Observation, summary: Summary) -> dict[str, Any]
         "counters": observation.totals.counters,
         "speculation": speculation(observation.totals),
         "prefix_cache": prefix_hits(observation.totals),
+        "expert_load": expert_load(observation.totals),
         "gpus": observation.gpus,
         "energy_j": energy,
         "joules_per_token": energy / tokens if energy is not None and tokens else None,
@@ -304,6 +305,8 @@ def _server_rows(result: Mapping[str, Any]) -> list[str]:
             shares = " ".join(f"{100 * share:.1f}" for share in one["acceptance_by_position"])
             text = f"{shares} of {one['drafts']:.0f} drafts"
             rows[f"Acceptance, {method} (%):"] = text
+    if (load := server.get("expert_load")) is not None:
+        rows["Busiest expert over the mean:"] = f"{load['mean']:.2f}, at most {load['largest']:.2f}"
     if (hits := hit_rate(result)) is not None:
         rows["Prefix cache hit rate (%):"] = 100 * hits
     rows["Energy per token (J):"] = server.get("joules_per_token")
