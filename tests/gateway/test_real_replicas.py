@@ -1,4 +1,4 @@
-"""Real engines behind the gateway: killed under load, read slowly: no token is lost or wrong.
+"""Real engines behind the gateway: killed, told to go, read slowly: no token is lost or wrong.
 
 The long variants are in benchmarks/gateway_kill.py.
 """
@@ -80,9 +80,11 @@ def read(body: bytes) -> LocalReply:
     return ids, text, events[-1]["usage"]["completion_tokens"]
 
 
-def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model: Path) -> None:
+def test_replicas_that_go_under_load_lose_no_request_and_no_token(small_model: Path) -> None:
+    """Two are killed; the third gets the notice of a spot node: SIGTERM, and little time."""
     command = [sys.executable, "-m", "millrace.cli", "serve", str(small_model)]
     command += ["--dtype", "float32", "--max-model-len", "512", "--device", "cpu"]
+    command += ["--shutdown-timeout", "0.1"]
     options = FleetOptions(
         command=[*command, "--kv-cache-memory-bytes", str(64 << 20)],
         count=3,
@@ -100,10 +102,10 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
             truth = [await answer(target, index) for index in range(4)]
             assert all(len(ids) == count == TOKENS for ids, _, count in truth)
             assert await read_slowly(target, 0, truth) == truth[0]
-            for victim in range(2):
-                await _kill_in_mid_stream(fleet, target, truth, victim)
+            for victim, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
+                await _end_in_mid_stream(fleet, target, truth, victim, number)
             events = fleet.gateway.counters.events()
-            assert events["resumed"] >= 2
+            assert events["resumed"] >= 3
             assert events["cut_off"] == 0
         finally:
             await fleet.stop()
@@ -111,12 +113,18 @@ def test_kill_9_of_replicas_under_load_loses_no_request_and_no_token(small_model
     run(scenario(), timeout=240)
 
 
-async def _kill_in_mid_stream(
-    fleet: Supervisor, target: Target, truth: list[LocalReply], victim: int
+async def _end_in_mid_stream(
+    fleet: Supervisor,
+    target: Target,
+    truth: list[LocalReply],
+    victim: int,
+    number: signal.Signals,
 ) -> None:
     """Twelve streams run, four of them on the victim; all answers are those from before."""
     running = [asyncio.create_task(answer(target, index % 4)) for index in range(12)]
     await eventually(lambda: streamed(fleet.gateway, victim) > 10, 30)
-    os.kill(fleet.pids[victim], signal.SIGKILL)
+    before = fleet.gateway.counters.events()["resumed"]
+    os.kill(fleet.pids[victim], number)
     for index, got in enumerate(await asyncio.gather(*running)):
         assert got == truth[index % 4]
+    assert fleet.gateway.counters.events()["resumed"] > before
