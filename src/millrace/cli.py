@@ -22,6 +22,7 @@ _COMMANDS = {
     "serve": ("millrace.server.command", "serve", "Serve a model over an OpenAI-compatible API."),
     "chat": ("millrace.chat.command", "chat", "Talk with a model in the terminal."),
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
+    "fleet": ("millrace.fleet.command", "fleet", "Run replicas of this host from one file."),
     "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
     "simulate": (
         "millrace.simulate.command",

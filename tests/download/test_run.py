@@ -25,7 +25,7 @@ from millrace.download.journal import Journal
 from millrace.download.run import Request
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
-from tests.support.fake_hub import COMMIT, MODEL, FakeHub, Faults, Handler, fake_hub, large_file
+from tests.download.fake_hub import COMMIT, MODEL, FakeHub, Faults, Handler, fake_hub, large_file
 
 FILES = {
     "config.json": b'{"model_type": "qwen3_5"}',

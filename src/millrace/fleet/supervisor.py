@@ -31,9 +31,11 @@ from millrace.fleet.device_assignment import (
     visible_gpus,
 )
 from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_healthy
+from millrace.fleet.rolling_update import RollingUpdate
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
+from millrace.gateway.routing.replicas import Member
 
 _LOOPBACK = "127.0.0.1"
 
@@ -65,9 +67,18 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Supervisor:
-    """The replicas and the gateway of one host, in the running event loop."""
+    """The replicas and the gateway of one host, in the running event loop.
 
-    def __init__(self, options: FleetOptions, log: Callable[[str], None]) -> None:
+    reread: gives the command of a rolling update, from wherever the first one came; None if it is
+    always the same.
+    """
+
+    def __init__(
+        self,
+        options: FleetOptions,
+        log: Callable[[str], None],
+        reread: Callable[[], Sequence[str]] | None = None,
+    ) -> None:
         if options.count < 1:
             raise ConfigError(f"--replicas {options.count}: use 1 or more")
         self._options = options
@@ -81,9 +92,11 @@ class Supervisor:
             threads=thread_limit(),
         )
         self._targets = [Target(_LOOPBACK, free_port(_LOOPBACK)) for _ in range(options.count)]
+        self._commands = [options.command] * options.count
+        self._replacing: set[int] = set()  # these end because they are told to
         self._processes = [
             ReplicaProcess(
-                (*options.command, "--host", target.host, "--port", str(target.port)),
+                _complete(options.command, target),
                 {**options.environment, **environment},
                 self._prefixed(index),
             )
@@ -92,6 +105,13 @@ class Supervisor:
             )
         ]
         self._tasks: list[asyncio.Task[None]] = []
+        self.update = RollingUpdate(
+            _Numbered(self),
+            lambda: asyncio.to_thread(reread or (lambda: options.command)),
+            log,
+            options.drain_timeout,
+            options.start_timeout,
+        )
         self.gateway = Gateway(
             msgspec.structs.replace(
                 options.gateway,
@@ -101,6 +121,7 @@ class Supervisor:
                 port=options.port,
             ),
             log,
+            self.update,
         )
 
     async def start(self) -> None:
@@ -133,6 +154,7 @@ class Supervisor:
     async def stop(self) -> None:
         """Stop the gateway when the running requests have ended or their time is over, then every
         replica. Returns with all of them reaped."""
+        await self.update.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -149,6 +171,11 @@ class Supervisor:
         """Process ids of the replicas, in order."""
         return [process.pid for process in self._processes]
 
+    @property
+    def holds_requests(self) -> bool:
+        """Whether requests wait while no replica is up."""
+        return self._options.gateway.limits.hold_timeout > 0
+
     def _prefixed(self, index: int) -> Callable[[str], None]:
         return lambda line: self._log(f"[replica {index}] {line}")
 
@@ -161,11 +188,34 @@ class Supervisor:
         while True:
             began = time.monotonic()
             status = await process.wait()
+            if index in self._replacing:
+                while index in self._replacing:
+                    await asyncio.sleep(0.1)
+                continue
             pause = backoff.failed(time.monotonic() - began)
             self._log(f"replica {index} ended with status {status}; restarting in {pause:g} s")
             process.kill()  # what is left of its session
             await asyncio.sleep(pause)
             await process.start()  # it ran before, so its command can be run
+
+    async def replace(self, index: int, command: Sequence[str]) -> None:
+        """Stop a replica and start it with a command. Raises UserError if it does not become
+        healthy in start_timeout."""
+        process, target = self._processes[index], self._targets[index]
+        self._replacing.add(index)
+        try:
+            await process.stop(self._options.stop_timeout)
+            process.command = _complete(command, target)
+            self._commands[index] = command
+            await start_and_wait_healthy(
+                process, target, f"replica {index}", self._options.start_timeout
+            )
+        finally:
+            self._replacing.discard(index)
+
+    def command_of(self, index: int) -> Sequence[str]:
+        """What a replica was started with, without host and port."""
+        return self._commands[index]
 
     async def _kill_hung_loop(self) -> None:
         """Kill replicas that were healthy and have stopped answering; `_restart_loop` restarts
@@ -188,6 +238,46 @@ class Supervisor:
                     )
                     process.kill()
                     del since[index]
+
+
+def _complete(command: Sequence[str], target: Target) -> tuple[str, ...]:
+    return (*command, "--host", target.host, "--port", str(target.port))
+
+
+class _Numbered:
+    """The replicas of a supervisor by number, as a rolling update sees them."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.command_of = supervisor.command_of
+        self.replace = supervisor.replace
+
+    @property
+    def count(self) -> int:
+        return len(self._supervisor.pids)
+
+    def _member(self, index: int) -> Member:
+        return self._supervisor.gateway.monitor.members[index]
+
+    def drain(self, index: int) -> None:
+        monitor = self._supervisor.gateway.monitor
+        monitor.drain(self._member(index).id, then_remove=False)
+
+    def undrain(self, index: int) -> None:
+        self._supervisor.gateway.monitor.undrain(self._member(index).id)
+
+    def in_flight(self, index: int) -> int:
+        counters = self._supervisor.gateway.counters
+        return counters.load_and_in_flight(self._member(index).slot)[1]
+
+    def is_up(self, index: int) -> bool:
+        return self._member(index).state == "up"
+
+    def others_serve(self, index: int) -> bool:
+        if self._supervisor.holds_requests:
+            return True
+        members = self._supervisor.gateway.monitor.members
+        return any(m.state == "up" for at, m in enumerate(members) if at != index)
 
 
 def run_replicas(
@@ -224,11 +314,14 @@ def run_replicas(
         environment=dict(environment or {}),
     )
     protect_standard_streams()
-    uvloop.run(_run(options))
+    uvloop.run(run_until_stopped(options))
 
 
-async def _run(options: FleetOptions) -> None:
-    supervisor = Supervisor(options, stderr_line)
+async def run_until_stopped(
+    options: FleetOptions, reread: Callable[[], Sequence[str]] | None = None
+) -> None:
+    """Start everything, say so, and stop it at the first signal; the second one kills it."""
+    supervisor = Supervisor(options, stderr_line, reread)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import restarted
-from millrace.gateway.admin.api import AdminApi, health_reply, is_local_request
+from millrace.gateway.admin.api import AdminApi, FleetControl, health_reply, is_local_request
 from millrace.gateway.admin.scale import SAMPLE_SECONDS, ScaleAdvisor
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
@@ -39,6 +39,7 @@ class Gateway:
         self,
         options: GatewayOptions,
         log: Callable[[str], None] = stderr_line,
+        fleet: FleetControl | None = None,
     ) -> None:
         check_options(options)
         check_access_log(options.access_log)
@@ -68,6 +69,7 @@ class Gateway:
             self.monitor,
             options.access,
             self._scale,
+            fleet=fleet,
             policy=options.policy,
             merge=options.merge_metrics,
             label=lambda member: options.labels.get(str(member.target), member.target.authority),

@@ -16,8 +16,7 @@ from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
-from millrace.gateway.admin.scale import ScalePolicy
-from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
 from millrace.gateway.common.replica_spec import HealthPolicy, ReplicaSpec
 from millrace.gateway.processes.options import (
     ACCESS_HELP,

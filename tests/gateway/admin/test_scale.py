@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from millrace.common.http_client import Target
 from millrace.errors import UserError
-from millrace.gateway.admin.scale import ScaleAdvisor, ScalePolicy
+from millrace.gateway.admin.scale import ScaleAdvisor
+from millrace.gateway.common.limits import ScalePolicy
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.processes.options import GatewayOptions, check_options
 from millrace.gateway.routing.replicas import Member

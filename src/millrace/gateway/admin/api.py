@@ -2,7 +2,8 @@
 
 /health is 200 while at least one replica takes requests. /gateway/scale says how many replicas the
 load asks for. /metrics has the gateway's own metrics,
-and those of the replicas with merge_metrics. /gateway/status and /gateway/replicas show each
+and those of the replicas with merge_metrics. /gateway/fleet replaces
+the replicas that run here. /gateway/status and /gateway/replicas show each
 replica, and the latter adds, drains, changes and removes them. Every other path is relayed.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote
 
 import msgspec
@@ -88,6 +89,16 @@ def health_reply(replicas: ReplicaSet) -> LocalReply:
     return json_reply(200, {"status": "ok", "replicas": counts})
 
 
+class FleetControl(Protocol):
+    """What runs the replicas, where something here does (fleet/rolling_update.py)."""
+
+    def document(self) -> dict[str, Any]:
+        """How far the latest rolling update is."""
+
+    async def begin(self) -> None:
+        """Start one. Raises UserError."""
+
+
 class AdminApi:
     """Answers local requests from the health monitor and the shared counters.
 
@@ -102,6 +113,7 @@ class AdminApi:
         access: Access,
         scale: ScaleAdvisor,
         *,
+        fleet: FleetControl | None = None,
         policy: str,
         merge: bool,
         label: Callable[[Member], str] = lambda member: member.target.authority,
@@ -112,6 +124,7 @@ class AdminApi:
         self._monitor = monitor
         self._access = access
         self._scale = scale
+        self._fleet = fleet
         self._policy = policy
         self._merge = merge
         self._label = label
@@ -133,6 +146,8 @@ class AdminApi:
             return json_reply(200, {"replicas": self._rows()})
         if request.method == b"GET" and path == "/gateway/scale":
             return json_reply(200, self._scale.document())
+        if path.startswith("/gateway/fleet") and self._fleet is not None:
+            return await self._fleet_reply(self._fleet, request, path)
         if request.method == b"GET" and path == "/gateway/status":
             return json_reply(200, self.status())
         if path != "/gateway/replicas" and not path.startswith("/gateway/replicas/"):
@@ -146,6 +161,21 @@ class AdminApi:
             return self._administer(request, path)
         except (msgspec.DecodeError, UserError) as error:
             return error_reply(400, str(error))
+
+    async def _fleet_reply(self, fleet: FleetControl, request: Request, path: str) -> LocalReply:
+        """GET /gateway/fleet, and POST /gateway/fleet/restart."""
+        if request.method == b"GET" and path == "/gateway/fleet":
+            return json_reply(200, fleet.document())
+        if request.method != b"POST" or path != "/gateway/fleet/restart":
+            return error_reply(405, "use GET /gateway/fleet or POST /gateway/fleet/restart")
+        refusal = self._access.admin_refusal(request)
+        if refusal is not None:
+            return api_error_reply(refusal)
+        try:
+            await fleet.begin()
+        except UserError as error:
+            return error_reply(409, str(error))
+        return json_reply(202, fleet.document())
 
     def _model(self, name: str) -> LocalReply:
         """One model, as /v1/models has it."""

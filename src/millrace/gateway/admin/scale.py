@@ -15,28 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from millrace.gateway.common.clock import LOOP_CLOCK, Clock
+from millrace.gateway.common.limits import ScalePolicy
 from millrace.gateway.common.shared_counters import FIRST_BYTE_BOUNDS, SharedCounters
 from millrace.gateway.routing.replicas import Member
 
 SAMPLE_SECONDS = 1.0
 FIRST_BYTE_SECONDS = 30.0  # of the latest answers that are compared with the objective
 FEWEST_ANSWERS = 20  # fewer say nothing about a 95th percentile
-
-
-class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """requests: that one replica is meant to have at a time. fewest, most: replicas; most 0 for any
-    number. down_after, zero_after: seconds, see the module. first_byte: objective for the 95th
-    percentile of the time to the first byte, in seconds; 0 for none."""
-
-    scale_requests: int = 64
-    scale_min: int = 0
-    scale_max: int = 0
-    scale_down_after: float = 300.0
-    scale_zero_after: float = 300.0
-    scale_first_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

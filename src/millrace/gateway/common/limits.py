@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
+class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of a gateway. Times are seconds, sizes bytes.
 
     max_concurrent_requests, max_concurrent_batch: admitted requests of each service class, over
@@ -44,3 +44,20 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
     hold_timeout: float = 0.0
     hold_size: int = 1024
     hold_per_replica: int = 64
+
+
+class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When more or fewer replicas are wanted (admin/scale.py).
+
+    scale_requests: that one replica is meant to have at a time. scale_min, scale_max: replicas; 0
+    for any number. scale_down_after, scale_zero_after: seconds of lower load, or of none, before
+    fewer are wanted. scale_first_byte: seconds in which 95% of responses are to begin; 0 for any
+    time.
+    """
+
+    scale_requests: int = 64
+    scale_min: int = 0
+    scale_max: int = 0
+    scale_down_after: float = 300.0
+    scale_zero_after: float = 300.0
+    scale_first_byte: float = 0.0

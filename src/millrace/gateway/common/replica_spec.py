@@ -16,7 +16,7 @@ DEFAULT_POLICY: PolicyName = "prefix_aware"
 _MAX_MODELS, _MAX_NAME = 1000, 500
 
 
-class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True):
+class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When replicas are checked and how long a failed one stays out. Times are seconds.
 
     max_missed_checks: health checks in a row without an answer after which a replica counts as

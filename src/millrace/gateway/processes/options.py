@@ -11,8 +11,7 @@ from typing import get_args
 import msgspec
 
 from millrace.errors import UserError
-from millrace.gateway.admin.scale import ScalePolicy
-from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
 from millrace.gateway.common.replica_spec import (
     DEFAULT_POLICY,
     HealthPolicy,

@@ -27,7 +27,7 @@ _NO_ADMIN = (
 )
 
 
-class Access(msgspec.Struct, frozen=True, kw_only=True):
+class Access(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """api_key: keys of which clients must send one; none for an open gateway. admin_key: for
     changes to the gateway; without one they must come to a listener of their own. worker_api_key:
     the key that replicas ask for. cache_salt_by_api_key: requests of different keys share no cached

@@ -219,7 +219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve one model to other processes: python -m tests.support.fake_hub MEGABYTES RATE."""
+    """Serve one model to other processes: python -m tests.download.fake_hub MEGABYTES RATE."""
     import sys
 
     megabytes, rate = int(sys.argv[1]), float(sys.argv[2])
