@@ -35,6 +35,7 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
     queue_size: int | None = None
     max_requests_per_replica: int = 0
     step_model: str | None = None
+    plan_log: list[str] = msgspec.field(default_factory=list)
     gpu: str = "h200"
     model: str = "qwen3.5-27b"
     engine: str = "millrace"
@@ -86,6 +87,8 @@ HELP: Mapping[str, str] = {
     "max_requests_per_replica": "Requests that a replica gets at a time; 0: any number.",
     "step_model": "A step model that `millrace plan calibrate` wrote, instead of --gpu, --model, "
     "--engine, --weights, --kv, --state, --tensor-parallel-size.",
+    "plan_log": "A plan log of an engine (`millrace serve --plan-log`): steps take the time that "
+    "is fitted to it, whatever --gpu says.",
     "gpu": "GPU of a replica, as `millrace plan` names it.",
     "model": "Model, as `millrace plan` names it.",
     "engine": "Engine whose speed is taken: millrace, vllm or sglang. The scheduler is millrace's.",

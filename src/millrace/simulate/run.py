@@ -61,8 +61,10 @@ def report_on(scenario: Scenario, flags: SimulateFlags, outcome: Outcome) -> Res
 
 
 def _facts(flags: SimulateFlags) -> dict[str, str]:
-    kind = flags.step_model or (
-        f"{flags.model} {flags.weights} on {flags.tensor_parallel_size} x {flags.gpu}"
+    kind = (
+        flags.step_model
+        or " ".join(flags.plan_log)
+        or (f"{flags.model} {flags.weights} on {flags.tensor_parallel_size} x {flags.gpu}")
     )
     drafts = f", {flags.drafts} drafts" if flags.drafts else ""
     return {

@@ -18,6 +18,7 @@ from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 from millrace.protocol import Limits
 from millrace.runtime.memory import SNAPSHOTS_PER_SEQUENCE
+from millrace.simulate.common.fitted_steps import FittedSteps, fit_plan_logs
 from millrace.simulate.common.lifecycle import LifeOptions, ScaleRule
 from millrace.simulate.common.options import (
     ApiServerCost,
@@ -124,7 +125,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _step_model(flags: SimulateFlags) -> StepModel:
+def _step_model(flags: SimulateFlags) -> StepModel | FittedSteps:
+    if flags.plan_log:
+        return fit_plan_logs([_readable(path) for path in flags.plan_log])
     if flags.step_model is not None:
         return StepModel.load(Path(flags.step_model))
     return step_model(
@@ -137,6 +140,12 @@ def _step_model(flags: SimulateFlags) -> StepModel:
         tensor=flags.tensor_parallel_size,
         drafts=flags.drafts,
     )
+
+
+def _readable(path: str) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"--plan-log {path}: there is no such file")
+    return Path(path)
 
 
 def _acceptance(flags: SimulateFlags) -> tuple[float, ...]:
@@ -156,12 +165,15 @@ def _acceptance(flags: SimulateFlags) -> tuple[float, ...]:
 
 
 def _memory(
-    flags: SimulateFlags, model: StepModel, longest: int, pages_each: int
+    flags: SimulateFlags, model: StepModel | FittedSteps, longest: int, pages_each: int
 ) -> tuple[int, int, float]:
-    """(pages, snapshots, page cost) of a replica. With --num-pages, snapshots are as many as are
-    useful. Raises UserError for what does not fit."""
+    """(pages, snapshots, page cost) of a replica. With --num-pages, and where the memory is not
+    known, snapshots are as many as are useful. Raises UserError for what does not fit."""
+    useful = SNAPSHOTS_PER_SEQUENCE * flags.max_num_seqs
     if flags.num_pages is not None:
-        return flags.num_pages, SNAPSHOTS_PER_SEQUENCE * flags.max_num_seqs, 0.0
+        return flags.num_pages, useful, 0.0
+    if isinstance(model, FittedSteps):
+        return pages_each * flags.max_num_seqs + 1, useful, 0.0
     description = msgspec.structs.replace(
         model.description, max_model_len=longest, drafts=flags.drafts
     )
@@ -182,7 +194,7 @@ def _memory(
     return found.num_pages, found.num_snapshots, 1.0 / max(1, found.page_cost)
 
 
-def _limits(flags: SimulateFlags, load: BenchOptions, model: StepModel) -> Limits:
+def _limits(flags: SimulateFlags, load: BenchOptions, model: StepModel | FittedSteps) -> Limits:
     longest = flags.max_model_len or _longest(load)
     pages_each = -(-(longest + 3 * flags.drafts + 1) // flags.block_size)
     pages, held, page_cost = _memory(flags, model, longest, pages_each)

@@ -1,7 +1,7 @@
 """A fleet whose replicas advance together: requests, policy, engines and lives as arrays.
 
-Time goes in windows that are shorter than any step. What ends in one is seen in the next, so no
-engine ever learns of something too late. The rest of the fleet is that of the other mode: the same
+Time goes in windows, in which nothing ends that is begun in them. What ends is seen in the next
+window, so no engine ever learns of something too late. The rest of the fleet is that of the other mode: the same
 life of replicas, the same clients.
 """
 
@@ -92,7 +92,7 @@ class AggregatedFleet:
         while not self._done and now < LONGEST:
             now = self._next_moment(now)
             self._clock.run(now)
-            horizon = now + self._window
+            horizon = self._horizon(now)
             self._begin_requests(horizon)
             self._route(horizon)
             while len(rows := np.flatnonzero(self._engines.plan_at < horizon)):
@@ -117,6 +117,18 @@ class AggregatedFleet:
         if self._next_due is not None and self._may_begin:
             moments.append(self._next_due)
         return max(now, min(moments))
+
+    def _horizon(self, now: float) -> float:
+        """The end of the window that begins now: no request that is sent to an engine in it, nor a
+        step that is planned in it, ends before. A step begins when the one before has ended."""
+        engines = self._engines
+        busy = engines.plan_at < np.inf
+        if not busy[self._up].all():  # an idle engine may begin at once
+            return now + self._window
+        begins = np.maximum(engines.ended, engines.plan_at)
+        earliest = float(begins[busy].min()) if busy.any() else now
+        latest = max(self._clock.next_call, now + self._window)
+        return min(max(earliest, now) + self._window, latest)
 
     # --- clients ---------------------------------------------------------------------------------
 

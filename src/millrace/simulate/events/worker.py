@@ -108,7 +108,7 @@ class SimulatedWorker:
         slots, tokens = [], []
         for slot in plan.decode:
             slots.append(slot)
-            tokens.append(self._emit(self._rows[slot], 1 + self._accepted()))
+            tokens.append(self._emit(self._rows[slot], 1 + self._accepted(self._drafts(plan))))
         for chunk in plan.chunks:
             if chunk.last:
                 slots.append(chunk.slot)
@@ -134,7 +134,7 @@ class SimulatedWorker:
         rows, chunks = self._rows, plan.chunks
         return StepShape(
             decode_rows=float(len(plan.decode)),
-            decode_tokens=float(len(plan.decode) * self._width),
+            decode_tokens=float(len(plan.decode) * (1 + self._drafts(plan))),
             decode_context=float(sum([rows[slot].length for slot in plan.decode])),
             prompts=float(len(chunks)),
             prompt_tokens=float(sum([c.count for c in chunks])),
@@ -143,10 +143,14 @@ class SimulatedWorker:
             sampled_rows=float(len(plan.decode) + sum([c.last for c in chunks])),
         )
 
-    def _accepted(self) -> int:
+    def _drafts(self, plan: StepPlan) -> int:
+        """Drafts of each decode row; the engine may have chosen fewer for this step."""
+        return self._width - 1 if plan.drafts < 0 else plan.drafts
+
+    def _accepted(self, drafts: int) -> int:
         """Drafts of one row that are accepted."""
         count = 0
-        for chance in self._speeds.acceptance:
+        for chance in self._speeds.acceptance[:drafts]:
             if self._random.random() >= chance:
                 break
             count += 1
