@@ -1,8 +1,8 @@
 """A fleet whose replicas advance together: requests, policy, engines and lives as arrays.
 
 Time goes in windows, in which nothing ends that is begun in them. What ends is seen in the next
-window, so no engine ever learns of something too late. The rest of the fleet is that of the other mode: the same
-life of replicas, the same clients.
+window, so no engine ever learns of something too late. The rest of the fleet is that of the other
+mode: the same life of replicas, the same clients.
 """
 
 from __future__ import annotations
