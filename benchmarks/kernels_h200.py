@@ -51,7 +51,6 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "gdn_prefill": gdn_prefill.cases,
     "gemm": gemm.cases,
     "gemm_few": gemm.few_cases,
-    "gemm_some": gemm.some_cases,
     "gemm_clusters": gemm_clusters.cases,
     "w4": w4.cases,
     "attention": attention.cases,

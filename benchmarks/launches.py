@@ -1,13 +1,12 @@
 """Which kernels are launched before the one in front of them has ended: the switches, by name.
 
 Early: FP8 products behind what quantises their input; chained: norms, silu, products of few tokens
-and the pass over recurrent states, too, and CUDA kernels are launched by a call of the driver;
-some: besides, FP8 products of 9 to 128 tokens are Millrace's own.
+and the pass over recurrent states, too, and CUDA kernels are launched by a call of the driver.
 """
 
 from __future__ import annotations
 
-WAYS = ("default", "apart", "early", "chained", "some")
+WAYS = ("default", "apart", "early", "chained")
 
 
 def choose_launches(way: str) -> None:
@@ -16,11 +15,10 @@ def choose_launches(way: str) -> None:
         return
     try:
         from millrace.kernels.gpu import cuda_source, quantize
-        from millrace.kernels.gpu.gemm import fp8, some
+        from millrace.kernels.gpu.gemm import fp8
     except ImportError:  # a machine without Triton
         return
     quantize.EARLY_LAUNCHES = way != "apart"
-    quantize.CHAINED_LAUNCHES = cuda_source.DIRECT_LAUNCHES = way in ("chained", "some")
-    some.MOST_TOKENS = some.TOKENS[-1] if way == "some" and some.is_compiled() else 0
+    quantize.CHAINED_LAUNCHES = cuda_source.DIRECT_LAUNCHES = way == "chained"
     quantize.launches_early.cache_clear()
     fp8.allow_early_launches.cache_clear()

@@ -12,7 +12,7 @@ from kernel_cases.shapes import DEVICE
 from millrace.common.optional import probe
 from millrace.kernels import gemm
 from millrace.kernels.gpu import quantize as gpu_quantize
-from millrace.kernels.gpu.gemm import few, some
+from millrace.kernels.gpu.gemm import few
 from millrace.kernels.gpu.gemm import fp8 as gpu_gemm
 
 GEMM_SHAPES = {
@@ -93,16 +93,6 @@ def few_cases(quick: bool) -> Iterator[Case]:
     if not (quick and len(ways) > 1):
         ways["cublas"] = gpu_gemm.cublas_matmul
     for tokens in (1, 2, 4, 8):
-        for name in GEMM_SHAPES:
-            for way, run in ways.items():
-                yield product_case(name, tokens, way, run, calls=12)
-
-
-def some_cases(quick: bool) -> Iterator[Case]:
-    """9 to 128 tokens, a dozen calls to a graph: ours, and what is taken without it."""
-    ways: dict[str, Callable[..., Tensor | None]] = {"some": some.some_matmul}
-    ways["taken"] = lambda q, w, s: gpu_gemm.fp8_matmul(q, w, s, torch.bfloat16)
-    for tokens in (16, 64) if quick else (16, 32, 64, 128):
         for name in GEMM_SHAPES:
             for way, run in ways.items():
                 yield product_case(name, tokens, way, run, calls=12)

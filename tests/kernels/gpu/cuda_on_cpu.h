@@ -41,8 +41,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 struct Place {
   int x, y;
 };
-static Place threadIdx, blockIdx, gridDim;
-static bool last_block_first = false;
+static Place threadIdx, blockIdx;
 
 struct Barrier {
   int waiting = 0, passed = 0;
@@ -87,9 +86,7 @@ inline void run_fiber() {
 // keeps what the block before left there.
 inline void launch(int columns, int threads, void (*kernel)(), int rows = 1) {
   body = kernel;
-  gridDim = {columns, rows};
-  for (int number = 0; number < columns * rows; number++) {
-    const int block = last_block_first ? columns * rows - 1 - number : number;
+  for (int block = 0; block < columns * rows; block++) {
     blockIdx.x = block % columns, blockIdx.y = block / columns;
     fibers = std::vector<Fiber>(threads);
     warps = std::vector<Warp>(threads / 32);
@@ -234,78 +231,6 @@ inline float __expf(float x) { return expf(x); }
 inline float silu(float x) { return x / (1 + expf(-x)); }
 inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_copies() {}
-
-// --- products of some tokens: boxes of bytes, barriers in memory, products of four warps ------------
-
-#define CONSTANT const
-alignas(1024) static unsigned char memory[232448];  // shared
-
-struct TensorMap {
-  const uint8_t* base;
-  long height, width, rows;
-};
-
-// A barrier: how many arrivals it takes, how many are missing, how often it opened. Bytes that are
-// announced are there at once.
-struct Counts {
-  uint16_t count, missing;
-  uint32_t phase;
-};
-inline Counts* counts(unsigned long long* barrier) { return reinterpret_cast<Counts*>(barrier); }
-inline void open_barrier(unsigned long long* barrier, int count) {
-  *counts(barrier) = {uint16_t(count), uint16_t(count), 0};
-}
-inline void show_barriers() {}
-inline void arrive(unsigned long long* barrier) {
-  Counts* c = counts(barrier);
-  if (!--c->missing) c->missing = c->count, c->phase++;
-}
-inline void announce(unsigned long long* barrier, uint32_t) { arrive(barrier); }
-inline void arrive_with_scales(unsigned long long* barrier) { arrive(barrier); }
-inline void await(unsigned long long* barrier, uint32_t parity) {
-  const int mine = threadIdx.x;
-  while ((counts(barrier)->phase & 1) == parity) swapcontext(&fibers[mine].context, &scheduler);
-}
-inline void fetch_scale(float* to, const float* from) { *to = *from; }
-
-// Byte c of row r of a tile at a multiple of 1,024 bytes.
-inline uint8_t& swizzled(uint8_t* tile, int r, int c) {
-  return tile[r * 128 + ((c / 16 ^ r % 8) * 16) + c % 16];
-}
-inline void fetch(uint8_t* to, const TensorMap& map, int channel, int row, unsigned long long*) {
-  for (int r = 0; r < map.rows; r++) {
-    for (int c = 0; c < 128; c++) {
-      const bool inside = row + r < map.height && channel + c < map.width;
-      swizzled(to, r, c) = inside ? map.base[(row + r) * map.width + channel + c] : 0;
-    }
-  }
-}
-
-template <int N>
-void products(float* sums, const uint8_t* weight, const uint8_t* x) {
-  const int lane = threadIdx.x % 32, g = lane / 4, l = lane % 4, warp = threadIdx.x / 32 % 4;
-  for (int i = 0; i < N / 2; i++) {
-    const int row = 16 * warp + g + i % 4 / 2 * 8, token = i / 4 * 8 + 2 * l + i % 2;
-    sums[i] = 0;
-    for (int c = 0; c < 128; c++) {
-      sums[i] += from_e4m3(swizzled(const_cast<uint8_t*>(weight), row, c)) *
-                 from_e4m3(swizzled(const_cast<uint8_t*>(x), token, c));
-    }
-  }
-}
-#ifdef TOKENS
-inline void start_products(float* sums, const uint8_t* weight, const uint8_t* x) {
-  products<TOKENS>(sums, weight, x);
-}
-#endif
-inline void await_products(float*) {}
-
-static Barrier multipliers;
-inline void meet_multipliers() { wait(multipliers, 256); }
-inline void set_flag(uint32_t* flag, uint32_t value) { *flag = value; }
-inline void await_flag(const uint32_t* flag) {
-  if (!*flag) abort();  // blocks run one after the other, those that are waited for first
-}
 
 // Call `kernel` for each thread of these blocks; arguments: the address of each of its arguments.
 template <typename... P, size_t... I>

@@ -52,12 +52,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", **change
     """Let the choice of kernels see a Hopper GPU. changes: of `Gpu`'s fields."""
     from millrace.kernels import dispatch
     from millrace.kernels.gpu import device, moe
-    from millrace.kernels.gpu.gemm import few, fp8, grouped, some
+    from millrace.kernels.gpu.gemm import clusters, few, fp8, grouped
     from millrace.kernels.gpu.moe import few as few_experts
 
     fields = {"capability": (9, 0), "multiprocessors": SMS, **changes}
     found = device.Gpu(name, **fields)
-    for module in (few, fp8, some, grouped, moe, few_experts):
+    for module in (clusters, few, fp8, grouped, moe, few_experts):
         monkeypatch.setattr(module, "gpu", lambda: found)
     dispatch.forget()
 

@@ -124,10 +124,14 @@ def test_prefill(device: str, first: int):
 @pytest.mark.parametrize(
     "rows", [((1, 18, 16, 33), (36, 0, 20, 1)), ((37,), (0,)), ((5, 3), (0, 40))]
 )
-def test_prefill_of_widened_keys(device: str, first: int, rows: tuple[tuple[int, ...], ...]):
-    """The same bits as from pages, which the products see as the same numbers."""
+def test_prefill_of_widened_keys(
+    device: str, first: int, rows: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
+):
+    """Without boxes the same bits as from pages, which the products see as the same numbers."""
     from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu.attention import prefill
 
+    monkeypatch.setattr(prefill, "BOXES", False)
     torch.manual_seed(3)
     counts, starts = rows
     lengths = [s + c for s, c in zip(starts, counts, strict=True)]

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ logger = logging.getLogger(__name__)
 DIRECT_LAUNCHES = True  # `benchmarks/early_launch_h200.py` compares
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_..., of the driver's interface
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
-BYTES, SWIZZLE_128B, L2_PROMOTION_256B = 0, 3, 3  # CU_TENSOR_MAP_...
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_...
+BYTES, FLOAT32, BFLOAT16 = 0, 7, 9  # CU_TENSOR_MAP_..., as what follows
+SWIZZLES = {0: 0, 16: 0, 32: 1, 64: 2, 128: 3}
+L2_PROMOTION_256B = 3
 
 
 class _Attribute(ctypes.Structure):
@@ -45,7 +50,7 @@ class _Config(ctypes.Structure):
 
 
 class TensorMap:
-    """Boxes of a matrix of bytes in GPU memory, for a kernel that has them fetched: CUtensorMap."""
+    """Boxes of a matrix in GPU memory, for a kernel that has them fetched: CUtensorMap."""
 
     def __init__(self) -> None:
         self._memory = ctypes.create_string_buffer(128 + 64)
@@ -53,23 +58,33 @@ class TensorMap:
         self.address = first + -first % 64  # where the driver wants it
 
     @classmethod
-    def of_bytes(cls, address: int, shape: tuple[int, int], box: tuple[int, int]) -> TensorMap:
-        """shape: rows, and the bytes of one, a multiple of 16; box: the same, at most 256 and 128.
-        In shared memory 8 rows of 128 bytes are swizzled. What lies outside is read as zeros."""
+    def of(
+        cls, address: int, kind: int, shape: tuple[int, int], stride: int, box: tuple[int, int],
+        swizzle: int,
+    ) -> TensorMap:  # fmt: skip
+        """kind: BYTES, FLOAT32 or BFLOAT16. shape, box: rows and elements of one. stride: bytes
+        from row to row, a multiple of 16. swizzle: bytes of the pattern in shared memory, 128 to
+        16, which is none, as 0. What lies outside is read as zeros."""
         found = cls()
-        (height, width), (rows, channels) = shape, box
+        (height, width), (rows, elements) = shape, box
         failed = _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(found.address), BYTES, 2, ctypes.c_void_p(address),
-            (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(width),
-            (ctypes.c_uint32 * 2)(channels, rows), (ctypes.c_uint32 * 2)(1, 1),
-            0, SWIZZLE_128B, L2_PROMOTION_256B, 0,
+            ctypes.c_void_p(found.address), kind, 2, ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(stride),
+            (ctypes.c_uint32 * 2)(elements, rows), (ctypes.c_uint32 * 2)(1, 1),
+            0, SWIZZLES[swizzle], L2_PROMOTION_256B, 0,
         )  # fmt: skip
         if failed:
             raise RuntimeError(f"a tensor map could not be made: CUDA driver error {failed}")
         return found
 
 
-_EARLY = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+def _attributes(early: bool, cluster: int) -> list[_Attribute]:
+    found = []
+    if early:
+        found.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
+    if cluster > 1:
+        found.append(_Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
+    return found
 
 
 class CudaKernel:
@@ -78,12 +93,24 @@ class CudaKernel:
     def __init__(self, by_torch: Any) -> None:
         self._by_torch = by_torch
 
-    def allow(self, shared_bytes: int) -> None:
-        """Blocks may have so much shared memory beside what they declare."""
-        function = self._by_torch.func
-        failed = _driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+    @classmethod
+    def load(cls, cubin: bytes, shared_bytes: int) -> CudaKernel:
+        """The only kernel of a cubin, whose blocks may have so much shared memory beside what they
+        declare. Raises RuntimeError."""
+        name = re.search(rb"\.text\.(_Z\w+)", cubin)
+        if name is None:
+            raise RuntimeError("there is no kernel in a cubin")
+        driver, found = _driver(), SimpleNamespace(module=ctypes.c_void_p(), func=ctypes.c_void_p())
+        failed = driver.cuModuleLoadData(ctypes.byref(found.module), cubin)
+        failed = failed or driver.cuModuleGetFunction(
+            ctypes.byref(found.func), found.module, name[1]
+        )
+        failed = failed or driver.cuFuncSetAttribute(
+            found.func, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+        )
         if failed:
-            raise RuntimeError(f"no {shared_bytes} bytes of shared memory: driver error {failed}")
+            raise RuntimeError(f"a kernel could not be loaded: CUDA driver error {failed}")
+        return cls(found)
 
     def __call__(
         self,
@@ -92,12 +119,14 @@ class CudaKernel:
         args: Sequence[Tensor | int | TensorMap],
         early: bool = False,
         shared_bytes: int = 0,
+        cluster: int = 1,
     ) -> None:
         """Launch it on the current stream. args: tensors, as pointers, ints of 32 bits, and tensor
         maps. early: it may be launched before the kernel in front has ended, and waits for that by
-        itself. shared_bytes: of memory that a block has beside what it declares."""
-        if early or shared_bytes or DIRECT_LAUNCHES:
-            self._launch(grid, block, args, early, shared_bytes)
+        itself. shared_bytes: of memory that a block has beside what it declares. cluster: blocks
+        that run beside each other."""
+        if early or shared_bytes or cluster > 1 or DIRECT_LAUNCHES:
+            self._launch(grid, block, args, early, shared_bytes, cluster)
         else:
             self._by_torch(grid=grid, block=block, args=args)
 
@@ -108,6 +137,7 @@ class CudaKernel:
         args: Sequence[Tensor | int | TensorMap],
         early: bool,
         shared_bytes: int,
+        cluster: int,
     ) -> None:
         count = len(args)
         # A parameter is read from the front of its 8 bytes, whichever its size; a map lies apart.
@@ -125,8 +155,9 @@ class CudaKernel:
             )
         )
         stream = torch.cuda.current_stream().cuda_stream
-        attributes = ctypes.pointer(_EARLY) if early else None
-        config = _Config(grid, block, shared_bytes, stream, attributes, int(early))
+        given = _attributes(early, cluster)
+        attributes = (_Attribute * max(1, len(given)))(*given)
+        config = _Config(grid, block, shared_bytes, stream, attributes, len(given))
         failed = _driver().cuLaunchKernelEx(
             ctypes.byref(config), self._by_torch.func, pointers, None
         )
@@ -140,23 +171,14 @@ def read(file: str, constants: Mapping[str, int]) -> str:
     return head + resources.files(__package__).joinpath(file).read_text()
 
 
-def compiled(
-    text: str, name: str, architecture: str | None = None, shared_bytes: int = 0
-) -> CudaKernel | None:
-    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it.
-
-    architecture: such as "90a"; None: the device's. shared_bytes: that launches may ask for.
-    """
+def compiled(text: str, name: str) -> CudaKernel | None:
+    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it."""
     compiler = getattr(torch.cuda, "_compile_kernel", None)
     if compiler is None:
         _warn(name, f"PyTorch {torch.__version__} has no torch.cuda._compile_kernel")
         return None
     try:
-        options = {"compute_capability": architecture} if architecture else {}
-        kernel = CudaKernel(compiler(text, name, **options))
-        if shared_bytes:
-            kernel.allow(shared_bytes)
-        return kernel
+        return CudaKernel(compiler(text, name))
     except (RuntimeError, OSError) as error:  # no compiler library on this machine
         _warn(name, error)
         return None

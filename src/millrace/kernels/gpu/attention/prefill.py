@@ -25,7 +25,7 @@ from millrace.kernels.gpu.attention.split import split_rows, splits
 ROW_ARRAYS = ["slots", "starts", "offsets"]
 WIDENED_MOST = 32768  # keys at a time: 128 MiB at 4 heads of 256
 WIDENERS = 64  # programs that share a row
-BOXES = False  # whether what is widened is fetched in boxes; until a GPU has compared
+BOXES = True  # whether what is widened is fetched in boxes
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_ARRAYS)

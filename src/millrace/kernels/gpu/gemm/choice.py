@@ -1,9 +1,10 @@
 """Which library multiplies FP8 fastest, by the weight's shape and the number of tokens.
 
 How well a library's tiles fill the multiprocessors goes up and down with the number of tokens, and
-DeepGEMM picks other tiles when told to use fewer multiprocessors. So the choice is a table for each
-device and shape, as `benchmarks/gemm_choice_h200.py` measured it (measured/DEVICE.json), and a rule
-for shapes that were not measured. Knows names and numbers only, and multiplies nothing.
+DeepGEMM picks other tiles when told to use fewer multiprocessors, or is told which to take. So the
+choice is a table for each device and shape, as `benchmarks/gemm_choice_h200.py` measured it
+(measured/DEVICE.json), and a rule for shapes that were not measured. Knows names and numbers only,
+and multiplies nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from typing import NamedTuple
 
 
 class GemmBackend(NamedTuple):
-    """A library, "deep_gemm" or "cublas", and how many multiprocessors DeepGEMM may use; 0: all."""
+    """A library, "deep_gemm" or "cublas", and how many multiprocessors DeepGEMM may use; 0: all.
+    tiling: as `clusters.Tiling` reads it, of a kernel that DeepGEMM would not pick; "": it picks.
+    """
 
     library: str
     multiprocessors: int = 0
+    tiling: str = ""
 
     @classmethod
     def parse(cls, text: str) -> GemmBackend:
-        """From "cublas", "deep_gemm" or "deep_gemm:124"."""
+        """From "cublas", "deep_gemm", "deep_gemm:124" or "deep_gemm@128x160/weight"."""
+        text, _, tiling = text.partition("@")
         library, _, count = text.partition(":")
         if library not in ("deep_gemm", "cublas"):
             raise ValueError(f"no library {library!r}; there are deep_gemm and cublas")
-        return cls(library, int(count or 0))
+        return cls(library, int(count or 0), tiling)
+
+    def __str__(self) -> str:
+        count = f":{self.multiprocessors}" if self.multiprocessors else ""
+        return self.library + count + (f"@{self.tiling}" if self.tiling else "")
 
 
 DEEP_GEMM, CUBLAS = GemmBackend("deep_gemm"), GemmBackend("cublas")

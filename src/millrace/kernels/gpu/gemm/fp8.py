@@ -18,11 +18,11 @@ from torch import Tensor
 from millrace.common.optional import probe
 from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gpu.device import gpu
-from millrace.kernels.gpu.gemm import choice, some
+from millrace.kernels.gpu.gemm import choice
 from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
+from millrace.kernels.gpu.gemm.clusters import Tiling, cluster_matmul
 from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
-from millrace.kernels.gpu.gemm.some import some_matmul
 from millrace.kernels.gpu.quantize import launches_early, quantize
 from millrace.kernels.quantize import GROUP, Quantized
 
@@ -100,9 +100,6 @@ def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> 
     few, name = gemm_few.is_compiled(), f"FP8 GEMM, {MAX_TOKENS} tokens or less"
     reason = "" if few else "the CUDA kernel cannot be compiled here"
     found = [BackendChoice(name, "CUDA kernel" if few else many.backend, reason), many]
-    if some.MOST_TOKENS:
-        ours = "CUDA kernel" if some.is_compiled() else many.backend
-        found.insert(1, BackendChoice(f"FP8 GEMM, {some.MOST_TOKENS} tokens or less", ours, reason))
     odd = [f"{a}x{b}" for a, b in sorted(set(shapes)) if a % GROUP or b % GROUP]
     if odd:
         reason = f"other backends need multiples of {GROUP}"
@@ -189,13 +186,13 @@ def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) 
         out = few_matmul(x, weight, scale.float())
         if out is not None:
             return out
-    if len(x.values) <= some.MOST_TOKENS:
-        out = some_matmul(x, weight, scale.float())
-        if out is not None:
-            return out
     way = _way(len(x.values), outputs, width)
     if way.library == "cublas":
         return cublas_matmul(x, weight, scale.float())
+    if way.tiling:
+        out = cluster_matmul(x, weight, scale.float(), Tiling.parse(way.tiling))
+        if out is not None:
+            return out
     return deep_gemm_matmul(x, weight, scale.float(), way.multiprocessors)
 
 

@@ -44,7 +44,7 @@ def _kernels(tokens: int, inputs: int, multiprocessors: int) -> Iterator[Kernel]
     for shared in ("", "activations", "weight"):
         for height in rows:
             for width in range(16, 193, 16):
-                stages = _stages(height, width, inputs)
+                stages = stages_of(height, width, inputs)
                 enough = 3 if height * width >= 128 * 192 else 4
                 if stages >= enough and min(height, width) <= 128 and _unrolls(width):
                     yield Kernel(height, width, stages, shared, multiprocessors)
@@ -56,7 +56,7 @@ def _unrolls(width: int) -> bool:
     return over <= 0 or width % over == 0 or BLOCK_K % over == 0
 
 
-def _stages(height: int, width: int, inputs: int) -> int:
+def stages_of(height: int, width: int, inputs: int) -> int:
     """Pipeline stages that fit beside a tile of outputs and the weight's scales."""
     kinds = 1 if BLOCK_K % width == 0 else 2  # of scales that a tile may need
     scales = _up(4 * kinds * -(-inputs // BLOCK_K), 8)
