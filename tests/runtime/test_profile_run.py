@@ -27,8 +27,8 @@ from millrace.runtime.profile_run import (
 from millrace.runtime.step.cuda_graphs import bucket_sizes
 from millrace.runtime.step.inputs import tokens_of
 from millrace.runtime.worker import compile_in_background, gpu_memory_budget
+from tests.kernels.gpu.gemm.test_choice import MEASURED, TABLES
 from tests.kernels.gpu.gpu_support import HAS_TRITON
-from tests.kernels.gpu.test_gemm_choice import MEASURED, TABLES
 from tests.support.engines import build, watch_drafts
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

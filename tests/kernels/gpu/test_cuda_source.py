@@ -43,7 +43,9 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
 
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(cuda_source, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch))
+    monkeypatch.setattr(
+        cuda_source, "cuda_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch)
+    )
     x = torch.zeros(4)
     monkeypatch.setattr(cuda_source, "DIRECT_LAUNCHES", True)
     kernel = cuda_source.CudaKernel(SimpleNamespace(func=ctypes.c_void_p(123)))

@@ -67,7 +67,7 @@ class TensorMap:
         16, which is none, as 0. What lies outside is read as zeros."""
         found = cls()
         (height, width), (rows, elements) = shape, box
-        failed = _driver().cuTensorMapEncodeTiled(
+        failed = cuda_driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(found.address), kind, 2, ctypes.c_void_p(address),
             (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(stride),
             (ctypes.c_uint32 * 2)(elements, rows), (ctypes.c_uint32 * 2)(1, 1),
@@ -100,7 +100,10 @@ class CudaKernel:
         name = re.search(rb"\.text\.(_Z\w+)", cubin)
         if name is None:
             raise RuntimeError("there is no kernel in a cubin")
-        driver, found = _driver(), SimpleNamespace(module=ctypes.c_void_p(), func=ctypes.c_void_p())
+        driver, found = (
+            cuda_driver(),
+            SimpleNamespace(module=ctypes.c_void_p(), func=ctypes.c_void_p()),
+        )
         failed = driver.cuModuleLoadData(ctypes.byref(found.module), cubin)
         failed = failed or driver.cuModuleGetFunction(
             ctypes.byref(found.func), found.module, name[1]
@@ -158,7 +161,7 @@ class CudaKernel:
         given = _attributes(early, cluster)
         attributes = (_Attribute * max(1, len(given)))(*given)
         config = _Config(grid, block, shared_bytes, stream, attributes, len(given))
-        failed = _driver().cuLaunchKernelEx(
+        failed = cuda_driver().cuLaunchKernelEx(
             ctypes.byref(config), self._by_torch.func, pointers, None
         )
         if failed:
@@ -185,7 +188,7 @@ def compiled(text: str, name: str) -> CudaKernel | None:
 
 
 @functools.cache
-def _driver() -> Any:
+def cuda_driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 

@@ -161,13 +161,13 @@ def prepare(tilings: Iterable[Tiling]) -> None:
     wanted = [tiling for tiling in dict.fromkeys(tilings) if gpu().multiprocessors % 2 == 0]
     if wanted:
         with ThreadPoolExecutor(len(wanted)) as pool:
-            list(pool.map(_cubin, wanted))
+            list(pool.map(cubin_of, wanted))
 
 
 @remembered
 def _compiled(tiling: Tiling) -> CudaKernel | None:
     """None where it cannot be compiled, or loaded."""
-    path = _cubin(tiling)
+    path = cubin_of(tiling)
     if path is None:
         return None
     try:
@@ -178,9 +178,9 @@ def _compiled(tiling: Tiling) -> CudaKernel | None:
 
 
 @remembered
-def _cubin(tiling: Tiling) -> Path | None:
+def cubin_of(tiling: Tiling) -> Path | None:
     """The compiled kernel's file."""
-    library, compiler = probe("deep_gemm"), _compiler()
+    library, compiler = probe("deep_gemm"), compiler_path()
     file = getattr(library.module, "__file__", None)
     if file is None or compiler is None:
         _warn(tiling, "there is no nvcc" if file else "there is no DeepGEMM")
@@ -215,7 +215,7 @@ def _compile(compiler: str, include: Path, text: str, to: Path) -> None:
         out.replace(to)
 
 
-def _compiler() -> str | None:
+def compiler_path() -> str | None:
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     for home in (*filter(None, homes), "/usr/local/cuda"):
         if Path(home, "bin", "nvcc").is_file():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from millrace.kernels.gemm import dequantize
 from millrace.kernels.quantize import Quantized
+from tests.kernels.gpu.gemm.test_few import exact, some_tokens, some_weight
 from tests.kernels.gpu.gpu_support import (
     HAS_TRITON,
     INTERPRETED,
@@ -26,7 +27,6 @@ from tests.kernels.gpu.gpu_support import (
     pretend,
     relative,
 )
-from tests.kernels.gpu.test_gemm import exact, some_tokens, some_weight
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 on_gpu = pytest.mark.skipif(

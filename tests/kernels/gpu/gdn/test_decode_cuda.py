@@ -1,6 +1,6 @@
 """GDN decode in CUDA, run on a CPU: g++ compiles the same sources, their warps emulated.
 
-Proves index arithmetic, not speed: see cuda_on_cpu.h. On a GPU test_gpu_gdn.py runs the kernels.
+Proves index arithmetic, not speed: see cuda_on_cpu.h. On a GPU test_gdn.py runs the kernels.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from millrace.kernels import gdn
 from millrace.kernels.batch import DecodeRows, GDNState
+from tests.kernels.gpu.gdn.test_gdn import fill_windows, make_cache
 from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED, relative
-from tests.kernels.gpu.test_gdn import fill_windows, make_cache
 
 if INTERPRETED or not HAS_TRITON:
     pytest.skip("the launchers' module needs Triton", allow_module_level=True)
 
 from millrace.kernels.gpu.gdn import decode as gpu
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # where cuda_on_cpu.h is
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ENTRY = """
 namespace {space} {{

@@ -17,8 +17,8 @@ from millrace.kernels.gpu import cuda_source
 from millrace.kernels.gpu.gemm import clusters, fp8
 from millrace.kernels.gpu.gemm.choice import GemmBackend, choose
 from millrace.kernels.gpu.gemm.clusters import Tiling
+from tests.kernels.gpu.gemm.test_few import exact, some_tokens, some_weight
 from tests.kernels.gpu.gpu_support import INTERPRETED, pretend, relative
-from tests.kernels.gpu.test_gemm import exact, some_tokens, some_weight
 
 USED = Tiling(128, 160, "weight")
 NVCC = """#!/bin/sh
@@ -39,7 +39,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
     library = SimpleNamespace(module=SimpleNamespace(__file__=str(tmp_path / "x.py")), version="1")
-    monkeypatch.setattr(clusters, "probe", lambda name: library)
+    for user in (clusters, fp8):
+        monkeypatch.setattr(user, "probe", lambda name: library)
     dispatch.forget()
     yield tmp_path
     dispatch.forget()
@@ -65,10 +66,10 @@ def test_what_was_measured_is_taken() -> None:
 def test_a_kernel_is_compiled_once(machine: Path) -> None:
     """By whoever is first; later processes find it."""
     clusters.prepare([USED, USED])
-    first = clusters._cubin(USED)
+    first = clusters.cubin_of(USED)
     dispatch.forget()
     assert first is not None
-    assert clusters._cubin(USED) == first
+    assert clusters.cubin_of(USED) == first
     assert (machine / "calls").read_text() == "x\n"
     assert [path.name for path in first.parent.iterdir()] == [first.name]
 
@@ -78,17 +79,17 @@ def test_without_a_kernel_the_library_decides(
     machine: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if broken == "no compiler":
-        monkeypatch.setattr(clusters, "_compiler", lambda: None)
+        monkeypatch.setattr(clusters, "compiler_path", lambda: None)
     elif broken == "compiler fails":
         script = machine / "bin" / "nvcc"
         script.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no such flag" >&2; exit 3; }')
     else:
         driver = SimpleNamespace(cuModuleLoadData=lambda *_: 209)
-        monkeypatch.setattr(cuda_source, "_driver", lambda: driver)
+        monkeypatch.setattr(cuda_source, "cuda_driver", lambda: driver)
     taken: list[int] = []
     monkeypatch.setattr(fp8, "deep_gemm_matmul", lambda *given: taken.append(given[3]))
     way = GemmBackend("deep_gemm", 0, str(USED))
-    monkeypatch.setattr(fp8, "_way", lambda *_: way)
+    monkeypatch.setattr(fp8, "choose", lambda *_: way)
     x, (weight, scale) = some_tokens(512, 256), some_weight(128, 256)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -121,7 +122,7 @@ def test_a_launch(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cuTensorMapEncodeTiled=encode, cuLaunchKernelEx=launch, cuModuleLoadData=lambda *_: 0,
         cuModuleGetFunction=lambda *_: 0, cuFuncSetAttribute=lambda *_: 0,
     )  # fmt: skip
-    monkeypatch.setattr(cuda_source, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_source, "cuda_driver", lambda: driver)
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     x, (weight, scale) = some_tokens(509, 384), some_weight(256, 384)

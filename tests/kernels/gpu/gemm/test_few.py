@@ -19,7 +19,7 @@ from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.quantize import Quantized, quantize
 from tests.kernels.gpu.gpu_support import INTERPRETED, relative
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # where cuda_on_cpu.h is
 ENTRY = """
 #include "cuda_on_cpu.h"
 {source}
