@@ -134,6 +134,16 @@ def test_behind_a_gateway_clients_are_kept_apart_too(small_model: Path, tmp_path
         for _ in range(3):  # each client's prompt finds the replica that has it
             assert cached_tokens("one") > 0
             assert cached_tokens("two") > 0
+        # Whichever replica had a request, its sender is told why it was cached, and nobody else.
+        for number in range(4):
+            prompt = {"prompt": f"{number} " * 20, "max_tokens": 2}
+            headers = {"x-api-key": "one"}
+            answer = httpx.post(f"{url}/v1/completions", json=prompt, headers=headers, timeout=60)
+            asked = f"{url}/cache/explain?request_id={answer.json()['id']}"
+            told = httpx.get(asked, headers=headers, timeout=60)
+            assert told.status_code == 200, told.text
+            assert told.json()["prompt_tokens"] > 0
+            assert httpx.get(asked, headers={"x-api-key": "two"}, timeout=60).status_code == 404
         replicas = httpx.get(f"{url}/gateway/replicas", headers={"x-api-key": "one"}).json()
         load = f"{replicas['replicas'][0]['url']}/load?prefixes_since=0"
         for key in ("one", "two"):

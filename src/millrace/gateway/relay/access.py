@@ -10,16 +10,18 @@ import msgspec
 
 from millrace.common.api_errors import ApiError, no_access
 from millrace.common.api_keys import ApiKeys, checked_key, presented_key
-from millrace.common.prefix_hash import SALT_HEADER, key_salt
+from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, key_salt
 from millrace.errors import ConfigError
 from millrace.gateway.http.message import Request, header
-from millrace.response_ids import OWNER_HEADER, PATH
+from millrace.response_ids import OWNER_HEADER
 
 _FORWARDED = (
     *(b"forwarded", b"x-forwarded", b"x-real-ip", b"via", b"x-client-ip", b"x-cluster-client-ip"),
     *(b"true-client-ip", b"cf-connecting-ip", b"x-original-", b"x-envoy-", b"x-amzn-trace-id"),
 )  # beginnings of headers that proxies add
-_RESPONSES, _OWNER = PATH.encode(), OWNER_HEADER.encode()
+_OWNER = OWNER_HEADER.encode()
+# What is kept of a request, its response or why its prompt was not cached, is for its sender.
+_OWNED = (*(path.encode() for path in PROMPT_FIELDS), b"/cache/explain")
 _OPEN_PATHS = frozenset((b"/ping", b"/version", b"/openapi.json"))
 _NO_ADMIN = (
     "this gateway takes no changes here: start it with --admin-key and send the key, or with "
@@ -54,12 +56,12 @@ class Access(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def isolate(self, request: Request) -> None:
         """Have the request say whose cached prefixes it shares, where that depends on its key, and
-        whose stored responses it may use."""
+        whose stored responses and reports it may read."""
         if self.cache_salt_by_api_key:
             name = SALT_HEADER.encode()
             rest = [pair for pair in request.headers if pair[0].lower() != name]
             request.headers = [*rest, (name, key_salt(_key(request)).encode())]
-        if request.path.startswith(_RESPONSES):
+        if request.path.startswith(_OWNED):
             rest = [pair for pair in request.headers if pair[0].lower() != _OWNER]
             owner = [(_OWNER, key_salt(_key(request)).encode())] if self.api_key else []
             request.headers = [*rest, *owner]

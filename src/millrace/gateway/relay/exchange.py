@@ -46,6 +46,7 @@ from millrace.gateway.routing.suspects import (
 )
 
 _ENGINE_DEAD = b'"engine_dead"'  # the code of an error if the engine died with the request
+_EXPLAIN = b"/cache/explain"
 _BUSY = (429, 503)  # such a replica is skipped while there is another one
 _HOLD_SECONDS = 0.05  # for the rest of a chunk that was cut
 _RETRY_WHEN_HELD = 10  # seconds that a client is told to wait when no replica came
@@ -253,6 +254,9 @@ class Exchange:
         status = head.status
         if status in _BUSY and not self._is_last_answer(status, head, first):
             return False
+        if status == 404 and self._is_asked_everywhere and self._candidates.untried():
+            self._skip_replica("knows nothing of that request")
+            return False
         if self._stream.resuming:
             if status == 200:
                 return True
@@ -280,6 +284,11 @@ class Exchange:
             self._relay.process_counters.count_event("unprotected")
         self._client.buffer_head(response_head(head, self._keep_alive, request.id))
         return True
+
+    @property
+    def _is_asked_everywhere(self) -> bool:
+        """Whether only the replica that had another request can answer this one."""
+        return self.request.path.startswith(_EXPLAIN)
 
     def _is_last_answer(self, status: int, head: ResponseHead, first: bytes) -> bool:
         """Whether the client gets this 429 or 503. False: another replica is tried."""

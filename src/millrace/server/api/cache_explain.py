@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from millrace.common.api_errors import ApiError
+from millrace.common.prefix_hash import SALT_HEADER
 from millrace.protocol import CacheReport
+from millrace.response_ids import OWNER_HEADER
 from millrace.server.api.context import ApiContext
 from millrace.server.api.transport import json_response
 from millrace.server.engine_link.request_record import RequestRecord
@@ -40,7 +44,7 @@ class CacheExplain:
     async def explain(self, request: Request) -> Response:
         """GET /cache/explain?request_id=ID, with the key that sent that request."""
         client, name = client_of(request.scope), request.query_params.get("request_id", "")
-        found = self._context.client.cache_reports.find(name, client.owner)
+        found = self._context.client.cache_reports.find(name, _owner(request.scope))
         if found is None:
             raise ApiError(
                 404,
@@ -49,7 +53,8 @@ class CacheExplain:
                 param="request_id",
             )
         tokens, report = found
-        alone = not client.owner or bool(client.salt)
+        salted = client.salt or request.headers.get(SALT_HEADER)
+        alone = bool(salted) or not (client.owner or request.headers.get(OWNER_HEADER))
         return json_response(
             Explanation(
                 tokens,
@@ -68,10 +73,15 @@ class CacheExplain:
         return self._context.processor.tokenizer.decode(tokens, False)
 
 
+def _owner(scope: Scope) -> str:
+    """Whose request it is: of its API key, and of whom its gateway names."""
+    return f"{client_of(scope).owner}.{Headers(scope=scope).get(OWNER_HEADER, '')}"
+
+
 def keep_report(reports: CacheReports, record: RequestRecord) -> None:
     """Keep what the prefix cache had of an ended request, by its ids; of several prompts, the whole
     request's ids name the first."""
-    owner = client_of(record.scope).owner
+    owner = _owner(record.scope)
     for stream in reversed(record.streams):
         if stream.cache is None:
             continue
