@@ -440,9 +440,9 @@ def _log_weights(config: EngineConfig, model_config: ModelConfig, model: CausalL
     plain = [module for module in linears if isinstance(module, PlainLinear)]
     if found.method == "none":
         return
-    device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
     form, dtype = found.format.name, config.dtype
     if len(plain) == len(linears):
+        device = torch.cuda.get_device_name() if config.device == "cuda" else "a CPU"
         level = logging.WARNING if config.device == "cuda" else logging.INFO
         logger.log(level, "%s weights become %s: %s has no %s GEMM", form, dtype, device, form)
         return
