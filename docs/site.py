@@ -22,6 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/LEDGER.md": "ledger.md",
+    "benchmarks/PREDICTIONS.md": "predictions.md",
     "models/mini/README.md": "mini.md",
 }
 ASSETS = {"models/mini/results/training.png": "images/training.png"}

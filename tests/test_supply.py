@@ -58,7 +58,7 @@ def version(pin: Requirement) -> Version:
 def test_floors_exclude_known_holes() -> None:
     floors = {
         canonicalize_name(one.name): Version(spec.version)
-        for one in requirements("bench", "otel")
+        for one in requirements("bench", "otel", "plan")
         for spec in one.specifier
         if spec.operator in (">=", "==")
     }
@@ -66,7 +66,9 @@ def test_floors_exclude_known_holes() -> None:
         assert floors[canonicalize_name(name)] >= Version(sound), name
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("ship", ["bench", "otel"]), ("test", ["test"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("ship", ["bench", "otel", "plan"]), ("test", ["test"])]
+)
 def test_a_lock_file_has_every_requirement_with_hashes(lock: str, extras: list[str]) -> None:
     """If this fails, pyproject.toml has changed: run `make lock`."""
     locked = pins(lock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,35 @@ import numpy as np
 
 from millrace.plan.calibration.rows import predict
 from millrace.plan.facts.measured import Row
+from millrace.plan.facts.models import model_config
 from millrace.plan.model.posterior import NAMES, NOISE, Fit, Sensitivity, Space, rates
 
 STEP = 0.02  # of a logarithm, for derivatives
 ROBUST = 2.5  # standard deviations beyond which a row pulls no harder
 
 
+# Parameters that some rows do not depend on -> whether a row does. It saves a third of the time.
+_IDLE: dict[str, Callable[[Row], bool]] = {
+    "chunk_server": lambda row: row.served,
+    "request_server": lambda row: row.served,
+    "away": lambda row: row.served,
+    "sum_latency": lambda row: row.tensor > 1,
+    "sum_rate": lambda row: row.tensor > 1,
+    "draft_host": lambda row: row.drafts > 1,
+    "energy_flop": lambda row: row.metric == "joules",
+    "energy_byte": lambda row: row.metric == "joules",
+    "grouped": lambda row: model_config(row.model).experts is not None,
+    "expert_stream": lambda row: model_config(row.model).experts is not None,
+}
+
+
 def jacobian(row: Row, logarithms: Any) -> tuple[float, Any]:
     """(logarithm of the prediction, its derivatives by the logarithms of the rates)."""
     here = np.log(predict(row, rates(logarithms)))
     slopes = np.zeros(len(NAMES))
-    for i in range(len(NAMES)):
+    for i, name in enumerate(NAMES):
+        if name in _IDLE and not _IDLE[name](row):
+            continue
         moved = logarithms.copy()
         moved[i] += STEP
         slopes[i] = (np.log(predict(row, rates(moved))) - here) / STEP
@@ -58,11 +76,16 @@ class Solution:
         return Fit(date, values, found, discrepancy)
 
 
+def space_of(rows: Sequence[Row]) -> Space:
+    """The axes of a fit to these rows."""
+    return Space(tuple(sorted({r.engine for r in rows})), tuple(sorted({r.gpu for r in rows})))
+
+
 def solve(rows: Sequence[Row], rounds: int = 12, start: Any = None) -> Solution:
     """The parameters that fit best. Gauss-Newton steps, each a linear least-squares problem."""
     from scipy.linalg import lstsq
 
-    space = Space(tuple(sorted({r.engine for r in rows})), tuple(sorted({r.gpu for r in rows})))
+    space = space_of(rows)
     theta = np.zeros(space.size) if start is None else np.array(start)
     noises = np.array([noise(row) for row in rows])
     observed = np.log([row.value for row in rows])

@@ -10,8 +10,16 @@ import numpy as np
 
 from millrace.plan.calibration.fit import ROBUST, Solution, noise
 from millrace.plan.calibration.rows import predict
-from millrace.plan.facts.measured import Row
-from millrace.plan.model.posterior import Space, covariance, interval, rate_covariance, rates
+from millrace.plan.facts.measured import Row, measured
+from millrace.plan.model.posterior import (
+    Posterior,
+    Space,
+    covariance,
+    interval,
+    posterior,
+    rate_covariance,
+    rates,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +71,22 @@ def _held(row: Row, space: Space, theta: Any, spread: Any) -> Held:
         lambda found: predict(row, rates(found)), logarithms, matrix, noise(row)
     )
     return Held(row, float(middle), float(low), float(high))
+
+
+def explained(known: Posterior | None = None) -> list[Held]:
+    """Every measured row, predicted by a fit to all of them, with its bar."""
+    known = known or posterior()
+    found = []
+    for row in measured():
+
+        def value(logarithms: Any, row: Row = row) -> float:
+            return predict(row, rates(logarithms))
+
+        middle, low, high = interval(
+            value,
+            known.logarithms(row.engine, row.gpu),
+            known.covariance(row.engine, row.gpu),
+            noise(row),
+        )
+        found.append(Held(row, float(middle), float(low), float(high)))
+    return found

@@ -67,12 +67,17 @@ def cache_spec(config: ModelConfig, d: Description, page_size: int) -> CacheSpec
 
 def sequence_bytes(config: ModelConfig, d: Description, tokens: float) -> float:
     """Memory of one sequence of so many tokens on one rank. Engines without the window form keep a
-    state for every draft beside one."""
+    state for every draft beside one, and their pages of keys are as large as states, so that a
+    sequence has a whole one."""
     spec = cache_spec(config, d, 64)
-    kv = spec.page_bytes(d.tensor) / 64 * (tokens + 32)
+    token = spec.page_bytes(d.tensor) / 64
     if d.window:
-        return spec.slot_bytes(d.tensor) + kv
-    return (1 + d.drafts) * spec.snapshot_bytes(d.tensor) + kv
+        return spec.slot_bytes(d.tensor) + token * (tokens + 32)
+    states = spec.snapshot_bytes(d.tensor)
+    if not (states and config.num_attention_layers):
+        return token * (tokens + 8)
+    page = states * config.num_attention_layers / config.num_gdn_layers
+    return (1 + d.drafts) * states + page * max(1.0, token * tokens / page)
 
 
 def fit(

@@ -19,6 +19,7 @@ import numpy as np
 
 from millrace.errors import ConfigError
 from millrace.plan.model.rates import PARAMETERS
+from millrace.plan.model.step_model import Description
 
 NAMES = tuple(PARAMETERS)
 # Relative standard deviation of a measurement and of what the model leaves out, by metric.
@@ -148,6 +149,22 @@ def interval(
     return middle, middle * np.exp(-BAR * np.sqrt(down)), middle * np.exp(BAR * np.sqrt(up))
 
 
+class Calibration(msgspec.Struct, frozen=True):
+    """What `millrace plan calibrate` writes. logarithms: of the rates, relative to the priors'
+    means, in the order of the parameters' names. covariance: of them. error: median relative error
+    of the steps that it was fitted to. before: the same with the fit that ships."""
+
+    date: str
+    description: Description
+    names: list[str]
+    logarithms: list[float]
+    covariance: list[list[float]]
+    observations: int
+    error: float
+    before: float
+    jitter: float
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -158,21 +175,25 @@ def shipped() -> Fit:
     return msgspec.json.decode(content, type=Fit)
 
 
-def read_fit(path: Path) -> Fit:
-    """What `millrace plan calibrate` wrote. Raises ConfigError if the file is none."""
+def read_calibration(path: Path) -> Posterior:
+    """The shipped fit with what `millrace plan calibrate` wrote in its place for one engine on one
+    device. Raises ConfigError if the file is none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Fit)
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(
             f"{path}: no calibration ({error}); `millrace plan calibrate` writes one"
         ) from None
+    if found.names != list(NAMES):
+        raise ConfigError(f"{path}: made by another version; calibrate again")
+    return Posterior(shipped(), found)
 
 
 class Posterior:
-    """A fit, ready for questions."""
+    """A fit, ready for questions. own: what replaces it for one engine on one device."""
 
-    def __init__(self, fit: Fit) -> None:
-        self.fit = fit
+    def __init__(self, fit: Fit, own: Calibration | None = None) -> None:
+        self.fit, self.own = fit, own
         self.space = Space(
             tuple(sorted({r.engine for r in fit.rows})), tuple(sorted({r.gpu for r in fit.rows}))
         )
@@ -187,17 +208,28 @@ class Posterior:
         weights = np.array([1 / (r.noise * self.fit.discrepancy) for r in rows])
         return covariance(self.space, lines, weights)
 
+    def _is_own(self, engine: str, gpu: str) -> bool:
+        own = self.own
+        return own is not None and (own.description.engine, own.description.gpu) == (engine, gpu)
+
     def logarithms(self, engine: str, gpu: str) -> Any:
+        if self.own is not None and self._is_own(engine, gpu):
+            return np.array(self.own.logarithms)
         return self.space.logarithms(self._theta, engine, gpu)
 
     def rates(self, engine: str, gpu: str) -> dict[str, float]:
         return rates(self.logarithms(engine, gpu))
 
     def covariance(self, engine: str, gpu: str) -> Any:
+        if self.own is not None and self._is_own(engine, gpu):
+            return np.array(self.own.covariance)
         return rate_covariance(self.space, self._spread, engine, gpu)
 
     def source(self, engine: str, gpu: str) -> str:
         """What the rates of an engine on a GPU rest on, in words."""
+        if self.own is not None and self._is_own(engine, gpu):
+            count = self.own.observations
+            return f"a calibration of {self.own.date} with {count} steps and runs"
         both = sum(r.engine == engine and r.gpu == gpu for r in self.fit.rows)
         if both:
             return f"{both} measured rows of {engine} on {gpu}"

@@ -73,25 +73,31 @@ PARAMETERS = {
             "gaps and short kernels between the large ones", "12 to 20 short kernels a layer",
         ),
         Parameter(
-            "step_host", 1.0e-3, 0.7, 0.8, 0.4, "seconds a step",
+            "step_host", 1.0e-3, 0.5, 0.8, 0.3, "seconds a step",
             "what the device waits for at each step: planning, launching, reading back",
             "schedulers written in Python",
         ),
         Parameter(
-            "row_host", 3e-6, 0.8, 0.8, 0.4, "seconds a row and step",
-            "the same for each sequence", "schedulers written in Python",
+            "token_host", 3e-6, 0.6, 0.8, 0.3, "seconds a token and step",
+            "the same for each token of a decode row, and for each prompt: inputs, results",
+            "schedulers written in Python",
         ),
         Parameter(
-            "chunk_server", 60e-6, 0.8, 0.9, 0.3, "seconds a chunk",
+            "draft_host", 2.0e-3, 0.5, 0.9, 0.3, "seconds a draft behind the first",
+            "each further pass of the draft head beside its work: its inputs, its launches",
+            "drafters outside of CUDA graphs take some milliseconds, inside some tenths",
+        ),
+        Parameter(
+            "chunk_server", 85e-6, 0.3, 1.0, 0.2, "seconds a chunk",
             "server process for one streamed piece, in series with the engine",
-            "measured servers: 25 us to 300 us a chunk",
+            "servers and relays measured here and elsewhere: 20 to 300 us a chunk",
         ),
         Parameter(
-            "request_server", 2e-3, 0.7, 0.7, 0.3, "seconds a request",
+            "request_server", 2e-3, 0.4, 0.8, 0.2, "seconds a request",
             "server process for one request: parsing, tokens, first chunk", "measured servers",
         ),
         Parameter(
-            "away", 0.04, 0.8, 0.9, 0.3, "share of the streams",
+            "away", 0.06, 0.4, 1.0, 0.2, "share of the streams",
             "streams in queues of the server processes, or at the rank that has too many",
             "engines that balance well have next to none",
         ),

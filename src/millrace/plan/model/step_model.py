@@ -131,7 +131,9 @@ class StepModel:
         """Seconds that a step waits for the host. Some engines copy every row's block table, one
         entry for 16 tokens of the longest context, to the device at every step."""
         rates, rows = self.rates, shape.decode_rows + shape.prompts
-        found = rates["step_host"] + rates["row_host"] * rows
+        found = rates["step_host"] + rates["token_host"] * (shape.decode_tokens + shape.prompts)
+        further = max(0, self.description.drafts - 1)
+        found = found + rates["draft_host"] * further * (shape.sampled_rows > 0)
         if self.description.engine == "vllm":
             found = found + BLOCK_TABLE_SECONDS * self.description.max_model_len / 16 * rows
         return found
