@@ -17,7 +17,7 @@ from millrace.errors import ConfigError
 from millrace.model.work import StepShape
 from millrace.plan.calibration.observations import from_result, read, shape_of
 from millrace.plan.calibration.refit import refit, step_model_of
-from millrace.plan.model.posterior import read_calibration
+from millrace.plan.model.posterior import posterior, read_calibration
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import Description, StepModel
 from millrace.protocol import StepTiming
@@ -62,9 +62,9 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_a_fit_to_a_plan_log_predicts_other_steps(log: Path, tmp_path: Path) -> None:
-    """Within 5% where the prior is wrong by a third, and with smaller uncertainty."""
+    """Within 8% where the prior is wrong by more, and with smaller uncertainty."""
     found = refit(HIDDEN, read(log))
-    assert found.error < 0.05 < 0.2 < found.before
+    assert found.error < 0.03 < 0.1 < found.before
     model = step_model_of(found)
     for shape in (
         StepShape.of(rows=24, width=1, context=500),
@@ -79,7 +79,8 @@ def test_a_fit_to_a_plan_log_predicts_other_steps(log: Path, tmp_path: Path) -> 
     known = read_calibration(path)
     assert known.rates("millrace", "epyc-2") == pytest.approx(model.rates)
     assert "a calibration of" in known.source("millrace", "epyc-2")
-    assert np.trace(known.covariance("millrace", "epyc-2")) < 3
+    before = posterior().covariance("millrace", "epyc-2")
+    assert np.trace(known.covariance("millrace", "epyc-2")) < 0.9 * np.trace(before)
 
 
 def test_lengths_give_the_pairs_of_attention() -> None:

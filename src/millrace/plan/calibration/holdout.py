@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from millrace.plan.calibration.fit import ROBUST, Solution, noise
 from millrace.plan.calibration.rows import predict
 from millrace.plan.facts.measured import Row, measured
 from millrace.plan.model.posterior import (
-    Posterior,
+    BAR,
     Space,
     covariance,
     interval,
@@ -41,15 +41,18 @@ class Held:
         return self.low <= self.row.value <= self.high
 
 
-def leave_out(solution: Solution, group: Callable[[Row], str]) -> list[Held]:
+def leave_out(
+    solution: Solution, group: Callable[[Row], str], names: Collection[str] | None = None
+) -> list[Held]:
     """Each group of rows predicted from the others: one step of the fit without them, from the
-    solution with them, then the row itself with the parameters found."""
+    solution with them, then the row itself with the parameters found. names: of the groups that
+    are wanted; None: all."""
     found: dict[int, Held] = {}
     rows = solution.rows
-    for name in sorted({group(row) for row in rows}):
+    for name in sorted({group(row) for row in rows}) if names is None else names:
         out = [i for i, row in enumerate(rows) if group(row) == name]
         found.update(zip(out, _without(solution, out), strict=True))
-    return [found[i] for i in range(len(rows))]
+    return [found[i] for i in sorted(found)]
 
 
 def _without(solution: Solution, out: Sequence[int]) -> list[Held]:
@@ -73,20 +76,15 @@ def _held(row: Row, space: Space, theta: Any, spread: Any) -> Held:
     return Held(row, float(middle), float(low), float(high))
 
 
-def explained(known: Posterior | None = None) -> list[Held]:
-    """Every measured row, predicted by a fit to all of them, with its bar."""
-    known = known or posterior()
+def explained() -> list[Held]:
+    """Every measured row, predicted by the fit to all of them, with its bar by the sensitivities
+    that the fit has kept."""
+    known, rows = posterior(), {row.id: row for row in measured()}
     found = []
-    for row in measured():
-
-        def value(logarithms: Any, row: Row = row) -> float:
-            return predict(row, rates(logarithms))
-
-        middle, low, high = interval(
-            value,
-            known.logarithms(row.engine, row.gpu),
-            known.covariance(row.engine, row.gpu),
-            noise(row),
-        )
-        found.append(Held(row, float(middle), float(low), float(high)))
+    for one in known.fit.rows:
+        row, slopes = rows[one.id], np.array(one.jacobian)
+        middle = predict(row, known.rates(one.engine, one.gpu))
+        variance = slopes @ known.covariance(one.engine, one.gpu) @ slopes + one.noise**2
+        bar = float(np.exp(BAR * np.sqrt(variance)))
+        found.append(Held(row, middle, middle / bar, middle * bar))
     return found

@@ -91,7 +91,7 @@ def read(path: Path, text: str = "mixed") -> list[Observation]:
     if head in (b"{", b"["):
         return _json(path, text)
     try:
-        return from_timings(e for e in plan_log.read(path) if isinstance(e, StepTiming))
+        timings = [e for e in plan_log.read(path) if isinstance(e, StepTiming)]
     except UserError:
         found = list(_messages(path))
         if not found:
@@ -100,6 +100,7 @@ def read(path: Path, text: str = "mixed") -> list[Observation]:
                 "result of `millrace bench serve --save-result`"
             ) from None
         return from_metrics(found)
+    return from_timings(timings)
 
 
 # --- plan logs ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from millrace.model.work import StepShape
 from millrace.plan.model.step_model import StepModel
 from millrace.plan.predict.load import Load, Settings, accepted
 
+SEARCH, NEAR = 20, 1e-3  # of the streams of an open loop: steps at most, and when one is right
 ROUNDS, CLOSE = 60, 1e-5  # of the fixed point: at most, and when it has been found
 # Relative standard deviation of the streams of ranks behind one address: one engine was seen with
 # 801 waiting requests beside one that had none.
@@ -79,6 +80,7 @@ class Replica:
         self.model, self.load, self.settings = model, load, settings
         self.drafts = model.description.drafts
         self.tokens = accepted(load, self.drafts, shift)
+        self._capacity: float | None = None
         self.decode_steps = max(1.0, (load.output - 1) / self.tokens) if load.output > 1 else 0.0
 
     # --- loops ----------------------------------------------------------------------------------
@@ -105,18 +107,31 @@ class Replica:
 
     def open(self, rate: float) -> Steady | None:
         """With so many requests a second; None if the replica cannot keep up."""
-        most = self.closed(float(self.settings.max_num_seqs))
-        if rate >= most.requests:
+        high = float(self.settings.max_num_seqs)
+        if rate >= self.capacity():
             return None
-        low, high = 1e-3, float(self.settings.max_num_seqs)
-        for _ in range(ROUNDS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.closed(middle).requests < rate else (low, middle)
-        return self.closed(max(high, 1e-3))
+        # Streams by false position in logarithms, between so few that they hardly meet and all.
+        low = 1e-3
+        below, above = (math.log(self.closed(n).requests / rate) for n in (low, high))
+        found = self.closed(high)
+        for _ in range(SEARCH):
+            share = below / (below - above)
+            middle = low ** (1 - share) * high**share
+            found = self.closed(middle)
+            error = math.log(found.requests / rate)
+            if abs(error) < NEAR:
+                break
+            if error < 0:
+                low, below, above = middle, error, above / 2
+            else:
+                high, above, below = middle, error, below / 2
+        return found
 
     def capacity(self) -> float:
         """Requests a second with every slot in use."""
-        return self.closed(float(self.settings.max_num_seqs)).requests
+        if self._capacity is None:
+            self._capacity = self.closed(float(self.settings.max_num_seqs)).requests
+        return self._capacity
 
     def run_seconds(self, steady: Steady, streams: float) -> float:
         """Seconds of a run of `load.requests`: at the end fewer and fewer streams are left, and no
