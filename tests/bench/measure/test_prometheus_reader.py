@@ -136,3 +136,21 @@ def test_load_of_experts() -> None:
     }
     assert expert_load(difference([page(1, 1, 1, 1)], [page(1, 1, 1, 1)])) is None
     assert expert_load(difference([read_page(VLLM)], [read_page(VLLM)])) is None
+
+
+def test_cached_tokens_are_split_by_tier() -> None:
+    def page(host: int, prefix: str = "vllm:") -> MetricsPage:
+        lines = ["vllm:prefix_cache_queries_total 1000.0", "vllm:prefix_cache_hits_total 500.0"]
+        for name in dict.fromkeys((prefix, "millrace:")):
+            for tier, count in (("device", 10), ("host", host), ("disk", 0)):
+                source = f'{{engine="0",source="{tier}"}}'
+                lines.append(f"{name}prompt_tokens_cached_by_source_total{source} {count}.0")
+        return read_page("\n".join(lines) + "\n")
+
+    totals = difference([page(0), page(5)], [page(70), page(25)])
+    assert totals.tiers == {"device": 0, "host": 90, "disk": 0}
+    later = difference([MetricsPage()], [page(70, "millrace:")])
+    found = prefix_hits(later)
+    assert found is not None
+    assert found["by_tier"] == {"device": 10, "host": 70, "disk": 0}
+    assert "by_tier" not in (prefix_hits(difference([MetricsPage()], [read_page(VLLM)])) or {})

@@ -30,6 +30,7 @@ BY_METHOD = {
     "spec_decode_num_draft_tokens_by_method": "draft_tokens",
     "spec_decode_num_accepted_tokens_by_method": "accepted",
 }
+CACHED_BY_TIER = "prompt_tokens_cached_by_source"  # by where they were found: device, host, disk
 EXPERT_TOKENS = "millrace:expert_tokens"  # by layer and expert
 PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 _PREFIXES = ("vllm:", "millrace:", "millrace_")
@@ -47,7 +48,7 @@ class MetricsPage(msgspec.Struct, frozen=True):
     """The figures of one page: counters (totals), gauges, and accepted drafts by position.
 
     methods: (method, figure, position, or -1) -> total, figures as in BY_METHOD. experts: (layer,
-    expert) -> tokens.
+    expert) -> tokens. tiers: cached prompt tokens by the tier that they came from.
     """
 
     counters: dict[str, float] = {}
@@ -55,16 +56,18 @@ class MetricsPage(msgspec.Struct, frozen=True):
     accepted: dict[int, float] = {}
     methods: dict[tuple[str, str, int], float] = {}
     experts: dict[tuple[str, str], float] = {}
+    tiers: dict[str, float] = {}
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What all replicas did between two readings. accepted: drafts by position. methods, experts:
-    as of a page."""
+    """What all replicas did between two readings. accepted: drafts by position. methods, experts,
+    tiers: as of a page."""
 
     counters: dict[str, float] = {}
     accepted: list[float] = []
     methods: dict[tuple[str, str, int], float] = {}
     experts: dict[tuple[str, str], float] = {}
+    tiers: dict[str, float] = {}
 
 
 def read_page(text: str) -> MetricsPage:
@@ -73,6 +76,7 @@ def read_page(text: str) -> MetricsPage:
     accepted: dict[str, dict[int, float]] = {}
     methods: dict[tuple[str, str, int], float] = {}
     experts: dict[tuple[str, str], float] = {}
+    tiers: dict[str, dict[str, float]] = {}
     for name, labels, value in _samples(text, _PREFIXES):
         name = name.removesuffix("_total")
         found[name] = found.get(name, 0.0) + value
@@ -80,6 +84,9 @@ def read_page(text: str) -> MetricsPage:
             by_position = accepted.setdefault(name, {})
             position = int(labels["position"])
             by_position[position] = by_position.get(position, 0.0) + value
+        if name.endswith(CACHED_BY_TIER) and "source" in labels:
+            by_tier = tiers.setdefault(name, {})
+            by_tier[labels["source"]] = by_tier.get(labels["source"], 0.0) + value
         if name == EXPERT_TOKENS:
             experts[labels.get("layer", ""), labels.get("expert", "")] = value
         if figure := BY_METHOD.get(name.removeprefix("millrace:")):
@@ -94,6 +101,9 @@ def read_page(text: str) -> MetricsPage:
         ),
         methods=methods,
         experts=experts,
+        tiers=next(
+            (tiers[p + CACHED_BY_TIER] for p in _PREFIXES if p + CACHED_BY_TIER in tiers), {}
+        ),
     )
 
 
@@ -124,6 +134,7 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
     accepted: dict[int, float] = {}
     methods: dict[tuple[str, str, int], float] = {}
     experts: dict[tuple[str, str], float] = {}
+    tiers: dict[str, float] = {}
     for first, last in zip(before, after, strict=True):
         for name, value in last.counters.items():
             counters[name] = counters.get(name, 0.0) + _increase(
@@ -138,9 +149,12 @@ def difference(before: Sequence[MetricsPage], after: Sequence[MetricsPage]) -> T
         for expert, value in last.experts.items():
             increase = _increase(first.experts.get(expert, 0.0), value)
             experts[expert] = experts.get(expert, 0.0) + increase
+        for tier, value in last.tiers.items():
+            increase = _increase(first.tiers.get(tier, 0.0), value)
+            tiers[tier] = tiers.get(tier, 0.0) + increase
     most = max(accepted, default=-1)
     by_position = [accepted.get(position, 0.0) for position in range(most + 1)]
-    return Totals(counters, by_position, methods, experts)
+    return Totals(counters, by_position, methods, experts, tiers)
 
 
 def _increase(before: float, after: float) -> float:
@@ -211,13 +225,15 @@ def expert_load(totals: Totals) -> dict[str, Any] | None:
     return {"mean": mean, "largest": max(ratios.values()), "layers": found}
 
 
-def prefix_hits(totals: Totals) -> dict[str, float] | None:
-    """Prompt tokens looked up and found in prefix caches; None where none were looked up."""
+def prefix_hits(totals: Totals) -> dict[str, Any] | None:
+    """Prompt tokens looked up and found in prefix caches, and by tier where servers say so; None
+    where none were looked up."""
     queries = totals.counters.get("prefix_cache_queries", 0.0)
     if queries <= 0:
         return None
     hits = totals.counters.get("prefix_cache_hits", 0.0)
-    return {"queries": queries, "hits": hits, "hit_rate": hits / queries}
+    by_tier = {"by_tier": totals.tiers} if totals.tiers else {}
+    return {"queries": queries, "hits": hits, "hit_rate": hits / queries, **by_tier}
 
 
 def read_dcgm(text: str) -> dict[str, float]:

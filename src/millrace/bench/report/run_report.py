@@ -169,7 +169,7 @@ def _hit_rate(observation: Observation, done: Sequence[RequestTiming]) -> float 
     """The share of prompt tokens found in prefix caches, by the servers' counters, else by the
     usage of the answers; None where neither says."""
     if (counted := prefix_hits(observation.totals)) is not None:
-        return counted["hit_rate"]
+        return float(counted["hit_rate"])
     known = [record for record in done if record.cached_tokens >= 0]
     tokens = sum(record.input_tokens for record in known)
     return sum(record.cached_tokens for record in known) / tokens if tokens else None
@@ -309,6 +309,10 @@ def _server_rows(result: Mapping[str, Any]) -> list[str]:
         rows["Busiest expert over the mean:"] = f"{load['mean']:.2f}, at most {load['largest']:.2f}"
     if (hits := hit_rate(result)) is not None:
         rows["Prefix cache hit rate (%):"] = 100 * hits
+    tiers = (server.get("prefix_cache") or {}).get("by_tier") or {}
+    if (found := sum(tiers.values())) and found != tiers.get("device"):
+        shares = " ".join(f"{tier} {100 * count / found:.1f}" for tier, count in tiers.items())
+        rows["Cached tokens by tier (%):"] = shares
     rows["Energy per token (J):"] = server.get("joules_per_token")
     for task, found in (result.get("accuracy") or {}).items():
         rows[f"Accuracy, {task}:"] = found["text"]
