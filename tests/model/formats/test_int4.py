@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.errors import CheckpointError
+from millrace.kernels.cpu.w4 import is_supported
 from millrace.kernels.gemm import W4, dequantize_w4
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
@@ -23,6 +24,7 @@ from millrace.model.w4.format import PartsLinear, W4Linear
 from millrace.model.weights import load
 from tests.support import obvious
 from tests.support.driver import Driver, allocate_caches
+from tests.support.engines import run
 
 IDS = [(7 * i + i * i) % 320 for i in range(60)]
 ONE_LAYER = {**QWEN3, "num_hidden_layers": 1}
@@ -138,6 +140,20 @@ def test_weights_are_the_obvious_ones(tmp_path: Path, case: str) -> None:
         for name, weight in kept(model).items():
             assert torch.equal(dequantize_w4(weight), plain.get_parameter(f"{name}.weight")), name
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-4)
+
+
+def test_tokens_are_those_of_the_dequantized_twin(tmp_path: Path) -> None:
+    """In bfloat16, where weights are unpacked as they are multiplied, in prompts and in answers."""
+    if not is_supported():
+        pytest.skip("no compiled function on this processor")
+    config = {**QWEN3, "num_hidden_layers": 2, "dtype": "bfloat16"}
+    config["quantization_config"] = CASES["gptq asymmetric"][0]
+    stored = write_checkpoint(tmp_path / "stored", config)
+    plain = twin(stored, tmp_path / "plain", config, CASES["gptq asymmetric"][1])
+    options: dict[str, Any] = {"dtype": "bfloat16", "max_num_batched_tokens": 29}
+    prompts = [IDS[:n] for n in (3, 20, 55)]
+    found, want = (run(directory, prompts, **options)[0] for directory in (stored, plain))
+    assert found == want
 
 
 # --- which layers -------------------------------------------------------------------------------
