@@ -4,10 +4,10 @@
     python benchmarks/gemm_choice_h200.py --shapes 5120x6144 --tokens 512,1920 --print
 
 Measures cuBLAS, and DeepGEMM with several numbers of multiprocessors, which make it choose other
-tiles; in CUDA graphs over copies of the weight that exceed the L2 cache. The results of the
-backends are compared with each other at every size. All backends of a size take turns, so that
-clocks that fall at the power limit affect all of them. The default backend is kept unless another
-is 2% faster.
+tiles, and in clusters that it would not pick (TILINGS); in CUDA graphs over copies of the weight
+that exceed the L2 cache. The results of the backends are compared with each other at every size.
+All backends of a size take turns, so that clocks that fall at the power limit affect all of them.
+The default backend is kept unless another is 2% faster.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_runs import commit
 
-from millrace.kernels.gpu.gemm import choice, fp8
+from millrace.kernels.gpu.gemm import choice, clusters, fp8
 from millrace.kernels.gpu.gemm.choice import GemmBackend
+from millrace.kernels.gpu.gemm.clusters import Tiling
 from millrace.kernels.gpu.gemm.prebuild import multiply_nothing
 from millrace.kernels.gpu.quantize import quantize
 from millrace.kernels.quantize import Quantized
@@ -42,6 +43,7 @@ MOST_ROWS = 512
 SMALL = [16, 24, 32, 48, 64, 96, 128, 192, 256]
 TOKENS = [*SMALL, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, *range(1024, 3073, 128)]
 MULTIPROCESSORS = (0, 128, 124, 120, 112)
+TILINGS = ("128x160/weight", "128x160/tokens", "128x128/weight", "256x128/weight")
 GAIN = 0.98  # of the default's time, to be taken instead of it
 CACHE = 120 << 20  # bytes of weights that fall out of the L2 cache
 AT_ONCE = 30  # processes that compile
@@ -53,11 +55,22 @@ Shape = tuple[int, int]  # outputs, inputs
 def run_of(way: GemmBackend) -> Run:
     if way.library == "cublas":
         return fp8.cublas_matmul
+    if way.tiling:
+        return lambda x, w, s: clustered(x, w, s, Tiling.parse(way.tiling))
     return lambda x, w, s: fp8.deep_gemm_matmul(x, w, s, way.multiprocessors)
 
 
-def candidates() -> list[GemmBackend]:
-    return [*(GemmBackend("deep_gemm", count) for count in MULTIPROCESSORS), choice.CUBLAS]
+def clustered(x: Quantized, w: Tensor, s: Tensor, tiling: Tiling) -> Tensor:
+    out = clusters.cluster_matmul(x, w, s, tiling)
+    if out is None:
+        raise SystemExit(f"tiles of {tiling} cannot be compiled, or do not take these tensors")
+    return out
+
+
+def candidates(tokens: int) -> list[GemmBackend]:
+    """tokens: fewer than 256 do not fill the tiles of clusters."""
+    found = [*(GemmBackend("deep_gemm", count) for count in MULTIPROCESSORS), choice.CUBLAS]
+    return found + [GemmBackend("deep_gemm", 0, text) for text in TILINGS if tokens > 256]
 
 
 def weight(outputs: int, width: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +143,7 @@ def measure(
     calls = max(4, len(copies))
     reference = fp8.cublas_matmul(x, *copies[0]).float()
     replays = {}
-    for way in candidates():
+    for way in candidates(tokens):
         run = run_of(way)
         error = (run(x, *copies[0]).float() - reference).norm() / reference.norm()
         if not error < 5e-3:
@@ -149,10 +162,6 @@ def fastest(times: dict[GemmBackend, float], default: GemmBackend) -> GemmBacken
     return best if times[best] < GAIN * times[default] else default
 
 
-def text_of(way: GemmBackend) -> str:
-    return f"{way.library}:{way.multiprocessors}" if way.multiprocessors else way.library
-
-
 def merged(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """Without the bounds that a neighbour above of the same way makes needless."""
     pairs = zip(lines, [*lines[1:], (0, "")], strict=True)
@@ -167,10 +176,10 @@ def table_of(shape: Shape, tokens: list[int]) -> list[tuple[int, str]]:
         times = measure(shape, count, copies)
         default = choice._rule(count, outputs)
         way = fastest(times, default)
-        lines.append((count, text_of(way)))
-        shown = {text_of(w): round(t, 1) for w, t in times.items()}
+        lines.append((count, str(way)))
+        shown = {str(w): round(t, 1) for w, t in times.items()}
         gain = times[default] / times[way]
-        print(f"{outputs}x{width} {count}: {text_of(way)} ({gain:.2f}) {shown}", flush=True)
+        print(f"{outputs}x{width} {count}: {way!s} ({gain:.2f}) {shown}", flush=True)
     return merged(lines)
 
 
@@ -188,6 +197,7 @@ def main() -> None:
     if options.compile is not None:
         compile_some(shapes[0], tokens, options.compile)
         return
+    clusters.prepare(Tiling.parse(text) for text in TILINGS)
     compile_all(shapes, tokens)
     few = [count for count in tokens if count <= MOST_ROWS]
     found = {

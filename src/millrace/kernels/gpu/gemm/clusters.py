@@ -18,6 +18,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +56,8 @@ LIMIT = 120  # seconds of a compiler
 FETCHING = 128  # threads of a block, beside those that multiply
 MOST_INPUTS = 32768  # of a weight; scales of a strip lie in shared memory
 MOST_SHARED_MEMORY = 227 * 1024
+
+_LOCKS: dict[Tiling, threading.Lock] = defaultdict(threading.Lock)
 
 
 class Tiling(NamedTuple):
@@ -177,9 +181,14 @@ def _compiled(tiling: Tiling) -> CudaKernel | None:
         return None
 
 
-@remembered
 def cubin_of(tiling: Tiling) -> Path | None:
-    """The compiled kernel's file."""
+    """The compiled kernel's file. Threads that want the same one wait for the first of them."""
+    with _LOCKS[tiling]:
+        return _find_cubin(tiling)
+
+
+@remembered
+def _find_cubin(tiling: Tiling) -> Path | None:
     library, compiler = probe("deep_gemm"), compiler_path()
     file = getattr(library.module, "__file__", None)
     if file is None or compiler is None:
