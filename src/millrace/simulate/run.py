@@ -67,9 +67,10 @@ def _facts(flags: SimulateFlags) -> dict[str, str]:
         or (f"{flags.model} {flags.weights} on {flags.tensor_parallel_size} x {flags.gpu}")
     )
     drafts = f", {flags.drafts} drafts" if flags.drafts else ""
+    noun = "replica" if flags.replicas == 1 else "replicas"
     return {
         "model": kind + drafts,
-        "fleet": f"{flags.replicas} replicas, policy {flags.policy}",
+        "fleet": f"{flags.replicas} {noun}, policy {flags.policy}",
         "seed": str(flags.seed),
     }
 
