@@ -72,6 +72,7 @@ class Compiler:
     def __init__(self) -> None:
         self.shared: dict[str, int] = {}  # bytes a block of each kernel takes, at most
         self.forms: dict[str, set[str]] = {}  # by kernel: what was compiled of it
+        self.code: dict[str, list[str]] = {}  # by kernel: the PTX of each form
 
     def get_current_device(self) -> int:
         return -1  # no other test's
@@ -88,6 +89,7 @@ class Compiler:
         name, shared = kernel.metadata.name, kernel.metadata.shared
         self.shared[name] = max(self.shared.get(name, 0), shared)
         self.forms.setdefault(name, set()).add(kernel.hash)
+        self.code.setdefault(name, []).append(kernel.asm["ptx"])
 
 
 @pytest.fixture
@@ -489,6 +491,14 @@ def test_groups_of_experts(nvrtc: Nvrtc, alone: bool):
     from millrace.kernels.gpu.moe import routing
 
     assert spilled(nvrtc.compile(routing.source(16, 2048, alone))) == 0
+
+
+def test_w4_codes_are_loaded_as_neighbours(compiler: Compiler):
+    """Where the compiler does not see it, each byte is loaded by itself: ten times slower."""
+    w4_products(LARGE)
+    assert all("cp.async.cg" in ptx for ptx in compiler.code["_matmul_kernel"])
+    assert all("ld.shared.b8" not in ptx for ptx in compiler.code["_matmul_kernel"])
+    assert all("ld.global.v4" in ptx for ptx in compiler.code["_dequantize_kernel"])
 
 
 @pytest.mark.parametrize("zeros", [False, True])

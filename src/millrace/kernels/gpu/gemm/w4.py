@@ -96,7 +96,7 @@ def _weight_tile(
     return tl.join(low, high).reshape(low.shape[0], BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # else odd numbers of tokens are compiled when they come
 def _matmul_kernel(
     x, codes, scales, zeros, factor, out, T, OUT, K, KB, groups, GROUP: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
@@ -143,7 +143,7 @@ def _matmul_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(t < T)[:, None] & (o < OUT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_kernel(parts, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = the sum of PARTS float32 tensors of `size` numbers, in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -176,7 +176,7 @@ def _dequantize_kernel(
 def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
     """x @ weight^T by the Triton kernel."""
     tokens, (outputs, width) = len(x), weight.shape
-    tiles = tiles or tiles_for(tokens, outputs, width)
+    tiles = tiles or tiles_for(tokens, outputs, width, weight.group)
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
@@ -199,11 +199,12 @@ def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
 
 def dequantized(weight: W4, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in dtype."""
-    outputs, width = weight.shape
+    (outputs, width), inputs = weight.shape, tiles_for(1, *weight.shape, weight.group).inputs
     out = torch.empty(outputs, width, dtype=dtype, device=weight.codes.device)
-    _dequantize_kernel[triton.cdiv(width, 128), triton.cdiv(outputs, 32)](
+    _dequantize_kernel[triton.cdiv(width, inputs), triton.cdiv(outputs, 4096 // inputs)](
         *_operands(weight), out, outputs, width, width // 2, weight.scales.shape[1],
-        GROUP=weight.group, BO=32, BK=128, EVEN=width % 128 == 0, FLOATS=weight.floats,
+        GROUP=weight.group, BO=4096 // inputs, BK=inputs, EVEN=width % inputs == 0,
+        FLOATS=weight.floats,
         ZEROS=weight.zeros is not None, num_warps=4,
     )  # fmt: skip
     return out
@@ -215,14 +216,16 @@ def _operands(weight: W4) -> tuple[Tensor, ...]:
     return weight.codes.view(torch.uint8), weight.scales, zeros, weight.factor
 
 
-def tiles_for(tokens: int, outputs: int, width: int) -> Tiles:
-    """Tiles for these sizes, with as many parts of K as fill the multiprocessors twice."""
+def tiles_for(tokens: int, outputs: int, width: int, group: int = 128) -> Tiles:
+    """Tiles for these sizes, with as many parts of K as fill the multiprocessors twice. A step has
+    inputs of one group, if that is possible: a scale for each row, and not for each byte."""
+    most = next((inputs for inputs in (128, 64, 32) if group % inputs == 0), 64)
     if tokens > 64:
-        return Tiles(128, 128, 64, True, 1, 8, 3)
+        return Tiles(128, 128, min(most, 64), True, 1, 8, 3)
     size = max(16, triton.next_power_of_2(tokens))
     programs = triton.cdiv(outputs, 64)
     wanted = triton.next_power_of_2(triton.cdiv(264, programs))
-    return Tiles(size, 64, 128, True, max(1, min(wanted, width // LEAST_INPUTS, 8)), 4, 4)
+    return Tiles(size, 64, most, True, max(1, min(wanted, width // LEAST_INPUTS, 8)), 4, 4)
 
 
 def w4_linear(x: Tensor, weight: W4) -> Tensor:

@@ -81,8 +81,8 @@ def source(form: Form, zeros: bool) -> str:
 
 
 def is_compiled() -> bool:
-    """Whether this machine has the kernel; it is compiled now."""
-    return _compiled(NARROW, False) is not None
+    """Whether this machine has the kernel; it is compiled now, without zeros."""
+    return all(_compiled(form, False) is not None for form in (NARROW, WIDE))
 
 
 @remembered
