@@ -16,6 +16,18 @@ def test_reports_are_bounded_and_told_to_their_owner() -> None:
     assert reports.find("r2", "a") == (12, CacheReport(2, 5))
 
 
+def test_the_latest_requests_of_a_key_are_listed_once_each() -> None:
+    reports = CacheReports()
+    for number, owner in enumerate("abaa"):
+        report = CacheReport(number, 9)
+        for name in (f"other-{number}", f"r{number}"):
+            reports.add(name, owner, 10 * number, report, f"c{number % 2}")
+    assert [(tokens, one.cached, talk) for _, tokens, one, talk in reports.latest("a")] == [
+        (30, 3, "c1"), (20, 2, "c0"), (0, 0, "c0"),
+    ]  # fmt: skip
+    assert reports.latest("x") == []
+
+
 def test_reasons() -> None:
     for report, words in (
         (CacheReport(9, 9), "all of the prompt"),

@@ -144,6 +144,14 @@ def test_behind_a_gateway_clients_are_kept_apart_too(small_model: Path, tmp_path
             assert told.status_code == 200, told.text
             assert told.json()["prompt_tokens"] > 0
             assert httpx.get(asked, headers={"x-api-key": "two"}, timeout=60).status_code == 404
+        listed = [
+            {one["id"] for one in httpx.get(
+                f"{url}/cache/explain", headers={"x-api-key": key}, timeout=60
+            ).json()["requests"]}
+            for key in ("one", "two")
+        ]  # fmt: skip
+        assert any(listed)
+        assert not listed[0] & listed[1]
         replicas = httpx.get(f"{url}/gateway/replicas", headers={"x-api-key": "one"}).json()
         load = f"{replicas['replicas'][0]['url']}/load?prefixes_since=0"
         for key in ("one", "two"):

@@ -35,6 +35,23 @@ class Explanation(msgspec.Struct, frozen=True):
     other: str | None
 
 
+class CachedRequest(msgspec.Struct, frozen=True):
+    """conversation: the same for prompts that begin with the same system prompt and message."""
+
+    id: str
+    conversation: str
+    prompt_tokens: int
+    cached_tokens: int
+    known_tokens: int
+    tiers: dict[str, tuple[int, int]]
+
+
+class CachedRequests(msgspec.Struct, frozen=True):
+    """The latest requests of a key, newest first."""
+
+    requests: list[CachedRequest]
+
+
 class CacheExplain:
     """The endpoint of one replica."""
 
@@ -42,8 +59,11 @@ class CacheExplain:
         self._context = context
 
     async def explain(self, request: Request) -> Response:
-        """GET /cache/explain?request_id=ID, with the key that sent that request."""
+        """GET /cache/explain?request_id=ID, with the key that sent that request; without an ID the
+        figures of that key's latest requests."""
         client, name = client_of(request.scope), request.query_params.get("request_id", "")
+        if not name:
+            return json_response(self._latest(_owner(request.scope)))
         found = self._context.client.cache_reports.find(name, _owner(request.scope))
         if found is None:
             raise ApiError(
@@ -69,6 +89,15 @@ class CacheExplain:
             )
         )
 
+    def _latest(self, owner: str) -> CachedRequests:
+        listed = self._context.client.cache_reports.latest(owner)
+        return CachedRequests(
+            [
+                CachedRequest(name, conversation, tokens, one.cached, one.known, one.loaded)
+                for name, tokens, one, conversation in listed
+            ]
+        )
+
     def _text(self, tokens: list[int]) -> str:
         return self._context.processor.tokenizer.decode(tokens, False)
 
@@ -88,7 +117,7 @@ def keep_report(reports: CacheReports, record: RequestRecord) -> None:
         whole, _, number = stream.id.rpartition("-")  # of a completion, numbered by prompt
         names = [stream.id, record.id, *([whole] if number.isdigit() and whole else [])]
         for name in dict.fromkeys(names):
-            reports.add(name, owner, stream.prompt_len, stream.cache)
+            reports.add(name, owner, stream.prompt_len, stream.cache, stream.conversation)
 
 
 def reason(report: CacheReport, tokens: int) -> str:

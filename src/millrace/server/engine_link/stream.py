@@ -7,6 +7,8 @@ memory for its own tokens only, and the engine never waits for it.
 from __future__ import annotations
 
 import asyncio
+from array import array
+from hashlib import blake2b
 from time import monotonic
 from typing import TypeVar
 
@@ -26,6 +28,7 @@ class Stream:
     before the first tokens. queue_time: seconds from arrival to admission.
     first_token_time, last_token_time: when tokens came, in seconds on the clock of `arrival`; 0
     before. counts_prompt: of several outputs for one prompt, the first counts it.
+    conversation: the same for prompts that begin with the same two turns; empty for shorter ones.
     """
 
     def __init__(self, request: AddRequest, metrics: RequestMetrics, interval: int = 1) -> None:
@@ -33,6 +36,7 @@ class Stream:
         self.params = request.params
         self.ended = False
         self.prompt_len = len(request.prompt)
+        self.conversation = _conversation(request)
         self.counts_prompt = request.wait_for is None
         self.arrival = request.arrival
         self.first_token_time = self.last_token_time = self.queue_time = 0.0
@@ -151,6 +155,13 @@ class Stream:
         metrics.time_per_output_token_or_zero.observe(mean)
         if after_first > 0:
             metrics.time_per_output_token.observe(mean)
+
+
+def _conversation(request: AddRequest) -> str:
+    if len(request.boundaries) < 2:
+        return ""
+    first = array("i", request.prompt[: request.boundaries[1]]).tobytes()
+    return blake2b(first + request.cache_salt.encode(), digest_size=8).hexdigest()
 
 
 def _merged(one: Delta, other: Delta) -> Delta:
