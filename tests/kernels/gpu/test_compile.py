@@ -369,6 +369,7 @@ def test_any_number_of_prompts_is_one_kernel(compiler: Compiler):
         gpu.attend_prefill(q, cache, table, prefill_rows(prompts), 1 / 16, widen=True)
     assert {name: len(forms) for name, forms in compiler.forms.items()} == {
         "_prefill_kernel": 1,
+        "_prefill_wide_kernel": 1,
         "_widen_kernel": 1,
     }
 

@@ -3,7 +3,8 @@
 A program owns a tile of one row's tokens and one query head, and all tiles of all heads of a group
 read the same keys and values. Converting e4m3 ones each time would take longer than the products
 do. So they are widened first, once, into rows of their own without pages; float16 holds each
-exactly. Which rows, the device decides: those in front, as many as there is room for.
+exactly. Which rows, the device decides: those in front, as many as there is room for; `wide` has
+the kernel for these, and the one here reads pages.
 
 Few tokens behind a long context are few tiles, so those rows go to `split`.
 """
@@ -130,17 +131,13 @@ def attend_prefill(
     boxes = widen and BOXES and wide_attention.takes(q, wide)
     if boxes:
         wide_attention.attend(q, wide, rows, wide_at, scale, first, out, config)
-        if _all_widened(rows):
-            split.attend(q, cache, block_table, rows, scale, first, out)
-            return out
     heads, tiles = q.shape[1], rows.tiles(tile, q.shape[0])
     _prefill_kernel[(heads, tiles.shape[1])](
         q, cache.keys, cache.values, wide.keys, wide.values, block_table, rows.slots, rows.starts,
         rows.offsets, wide_at, tiles, out, block_table.stride(0), q.stride(0), tiles.shape[1],
         scale * LOG2_E, heads, kv_heads, FIRST=first, GROUP=heads // kv_heads, M=tile, PAGE=page,
         D=dim, DB=triton.next_power_of_2(dim), BN=block, STAGES=stages, WIDE=widen and not boxes,
-        PAGED=boxes,
-        num_warps=warps,
+        PAGED=boxes, num_warps=warps,
     )  # fmt: skip
     split.attend(q, cache, block_table, rows, scale, first, out)
     return out
@@ -151,13 +148,6 @@ def _most_widened(rows: PrefillRows) -> int:
     if rows.counts is None or rows.host_starts is None:
         return WIDENED_MOST
     return min(sum(rows.counts) + sum(rows.host_starts), WIDENED_MOST)
-
-
-def _all_widened(rows: PrefillRows) -> bool:
-    """Whether the host knows that all rows are, but for those that are split."""
-    if rows.counts is None or rows.host_starts is None:
-        return False
-    return sum(rows.counts) + sum(rows.host_starts) <= WIDENED_MOST
 
 
 def _wide_at(rows: PrefillRows, widen: bool) -> Tensor:
