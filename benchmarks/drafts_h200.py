@@ -5,7 +5,8 @@ Seeded random weights in the shapes of Qwen3.5-27B-FP8, as in h200_throughput.py
     python benchmarks/drafts_h200.py --phases lookup                   # some 4 minutes on an H200
     python benchmarks/drafts_h200.py --phases depth --drafts 1,auto    # some 6 minutes
     python benchmarks/drafts_h200.py --phases depth --drafts 3         # some 3 minutes
-    python benchmarks/drafts_h200.py --tiny                            # all, small, on any machine
+    python benchmarks/drafts_h200.py --phases answers                  # on a CPU
+    python benchmarks/drafts_h200.py --tiny --phases lookup,depth      # small, on any machine
 
 "lookup": one stream that says a given text, token by token, whatever random weights would say: an
 edit of a source file of this tree that is in the prompt, quotes from a page of its documentation
@@ -13,6 +14,9 @@ that is in the prompt, and a page that has little in common with its prompt. Eve
 that it would. What is looked up is accepted as the text decides; a draft of the head is made the
 right one with the probability --acceptance. Tokens are those of the models that ship, which has
 shorter tokens than Qwen's: the same text has more of them.
+
+"answers": the model that ships answers policy questions, sums and greetings one at a time, with its
+own drafts and real look-ups: tokens a step, and acceptance by method and position.
 
 "depth": prompts of 8,192 random tokens with 1,024 of output, drafts accepted with the probability
 --depth-acceptance each, for numbers of streams, drafts fixed or chosen by the engine.
@@ -41,14 +45,17 @@ from h200_throughput import BASE, TINY_ARGS, model_directory
 
 from millrace.config import engine_args
 from millrace.engine.engine import Engine
+from millrace.eval.models import GenerationOptions, InProcess
 from millrace.kernels.sampling import gumbel
 from millrace.protocol import AddRequest, SamplingParams
 from millrace.replica.build import build_engine
 from millrace.runtime.step.inputs import SampledRows
 from millrace.runtime.step.sampler import Sampler
+from millrace.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "models" / "millrace-mini" / "tokenizer.json"
+MINI = ROOT / "models" / "millrace-mini"
+TOKENIZER = MINI / "tokenizer.json"
 LOOKUPS: dict[str, dict[str, Any]] = {
     "mtp-1": {"num_speculative_tokens": 1},
     "suffix": {"method": "suffix"},
@@ -178,6 +185,28 @@ def one_stream(engine: Engine, name: str, prompt: list[int], output: int) -> dic
     }
 
 
+def answers(options: argparse.Namespace, model: Path, out: dict[str, Any]) -> None:
+    """Tokens a step of the model that ships, by task and method; greedy, so they never vary."""
+    count = 1 if options.tiny else 4
+    for name, speculative in LOOKUPS.items():
+        for task in ("policy", "math", "chat"):
+            items = [TASKS[task].make(index, 0, "heldout") for index in range(count)]
+            given = {"dtype": "float32", "max_model_len": 2048, "speculative_config": speculative}
+            runs = InProcess(str(MINI), concurrency=1, **given)
+            before = runs.stats()
+            list(runs.generate(items, GenerationOptions()))
+            stats = runs.stats()
+            runs.close()
+            decoded = stats.generated_tokens - before.generated_tokens - count
+            rows = sum(stats.steps_by_depth.values()) - sum(before.steps_by_depth.values())
+            found: dict[str, Any] = {"tokens_a_step": round(decoded / rows, 2)}
+            for method, one in stats.draft_methods.items():
+                shares = [round(n / max(one.drafts, 1), 2) for n in one.accepted]
+                found[method] = {"rows": one.drafts, "accepted": shares}
+            out.setdefault(name, {})[task] = found
+            print(f"{name}, {task}: {json.dumps(found)}", flush=True)
+
+
 def middle(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
 
@@ -232,7 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir(), "drafts.json"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens")
     options = parser.parse_args()
-    options.model = "qwen3.5-27b"
+    options.model, options.quantization = "qwen3.5-27b", "fp8"
     logging.basicConfig(format="%(name)s %(message)s")
     logging.getLogger("millrace").setLevel(logging.INFO)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -241,7 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         model = model_directory(options, Path(parent))
         for name in options.phases.split(","):
-            run = {"lookup": lookup, "depth": depth}[name]
+            run = {"lookup": lookup, "depth": depth, "answers": answers}[name]
             run(options, model, out.setdefault(name, {}))
             options.out.write_text(json.dumps(out, indent=1) + "\n")
 
