@@ -69,6 +69,9 @@ CASES: dict[str, tuple[dict[str, Any], Obvious]] = {
         lambda t, m: obvious.awq(t, m, 32),
     ),
     "auto-round, gptq": (auto_round("auto_gptq"), lambda t, m: obvious.gptq(t, m, group=32)),
+    "auto-round, gptqmodel": (
+        auto_round("gptqmodel", sym=False), lambda t, m: obvious.gptq(t, m, v1=False, group=32)
+    ),
     "auto-round, awq": (
         auto_round("auto_awq", sym=False, group_size=64), lambda t, m: obvious.awq(t, m, 64)
     ),

@@ -14,7 +14,13 @@ from millrace.model.w4.layers import Choice, RuledQuantization, compiled, is_par
 from millrace.model.w4.layouts import AwqLayout, GptqLayout
 from millrace.model.weight_format import Quantization
 
-PACKINGS = ("auto_round:auto_gptq", "auto_round:auto_awq")
+# Packings, and their layouts without zeros; "gptqmodel" has zeros as they are, not less one.
+LAYOUTS: dict[str, GptqLayout | AwqLayout] = {
+    "auto_round:auto_gptq": GptqLayout(),
+    "auto_round:auto_awq": AwqLayout(has_zeros=False),
+    "auto_round:gptqmodel": GptqLayout(zero_less_one=False),
+}
+PLAIN_NAMES = {"auto_gptq": "auto_round:auto_gptq", "auto_awq": "auto_round:auto_awq"}
 SPECIAL = set(r"*+?^$()[]{}|\\")  # characters of names that are regular expressions
 
 
@@ -26,15 +32,16 @@ class AutoRound(W4Format):
 
     def read_config(self, entries: Mapping[str, Any]) -> Quantization:
         checked_bits(entries, "bits", "auto-round")
-        packing = entries.get("packing_format") or entries.get("backend") or PACKINGS[0]
-        if packing.removesuffix("_sym") not in (*PACKINGS, "auto_gptq", "auto_awq"):
+        given = entries.get("packing_format") or entries.get("backend") or "auto_gptq"
+        packing = PLAIN_NAMES.get(str(given), str(given))
+        if packing not in LAYOUTS:
             raise CheckpointError(
-                f"quantization 'auto-round' with packing_format {str(packing)[:60]!r} cannot be "
-                f"run; {' and '.join(PACKINGS)} can; {OTHERS}"
+                f"quantization 'auto-round' with packing_format {packing[:60]!r} cannot be "
+                f"run; {', '.join(LAYOUTS)} can; {OTHERS}"
             )
-        awq = "awq" in packing
+        base = LAYOUTS[packing]
         group, sym = checked_group(entries, "group_size"), flag(entries, "sym", True)
-        form = replace(self, layout=_layout(awq, sym), group=group)
+        form = replace(self, layout=replace(base, has_zeros=not sym), group=group)
         own = entries.get("extra_config") or {}
         blocks = [str(name) for name in _flat(listed(entries, "block_name_to_quantize"))]
         skipped = listed(entries, "modules_to_not_convert")
@@ -42,17 +49,13 @@ class AutoRound(W4Format):
         def choose(names: list[str]) -> Choice:
             changes = _changes(own, names)
             if changes is not None:
-                return _changed(form, changes, awq, sym)
+                return _changed(form, changes, sym)
             if names[0] == "lm_head" or is_part(skipped, names):
                 return None
             inside = not blocks or any(f"{n}.".startswith(f"{b}.") for n in names for b in blocks)
             return form if inside else None
 
         return RuledQuantization("auto-round", form, plain.FORMAT, choose=choose)
-
-
-def _layout(awq: bool, sym: bool) -> GptqLayout | AwqLayout:
-    return AwqLayout(has_zeros=not sym) if awq else GptqLayout(has_zeros=not sym)
 
 
 def _flat(found: list[Any]) -> list[Any]:
@@ -72,14 +75,14 @@ def _changes(own: Mapping[str, Any], names: list[str]) -> Mapping[str, Any] | No
     return None
 
 
-def _changed(form: AutoRound, changes: Mapping[str, Any], awq: bool, sym: bool) -> Choice:
+def _changed(form: AutoRound, changes: Mapping[str, Any], sym: bool) -> Choice:
     bits = changes.get("bits", 4)
     if bits >= 16:
         return None
     if bits != 4 or changes.get("data_type", "int") != "int":
         kind = changes.get("data_type", "int")
         return f"AutoRound with {bits} bits of {kind} cannot be run; 4 bits of int can, and 16"
-    layout = _layout(awq, bool(changes.get("sym", sym)))
+    layout = replace(form.layout, has_zeros=not changes.get("sym", sym))
     return replace(form, layout=layout, group=checked_group(changes, "group_size", form.group))
 
 
