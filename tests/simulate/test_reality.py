@@ -56,8 +56,8 @@ def flags(**given: Any) -> LoadFlags:
     return LoadFlags(**{"random_range_ratio": 0.5, "ignore_eos": True, "seed": 1, **given})
 
 
-FITTED = flags(num_prompts=90, random_input_len=100, random_output_len=48, max_concurrency=10)
-PREDICTED = flags(num_prompts=90, random_input_len=220, random_output_len=30, max_concurrency=20)
+FITTED = flags(num_prompts=60, random_input_len=100, random_output_len=48, max_concurrency=10)
+PREDICTED = flags(num_prompts=60, random_input_len=220, random_output_len=30, max_concurrency=20)
 
 
 def trace(path: Path, gap: float) -> LoadFlags:
