@@ -14,7 +14,7 @@ import torch
 from millrace.common.optional import probe
 from millrace.kernels import dispatch
 from millrace.kernels.gpu import cuda_source
-from millrace.kernels.gpu.gemm import clusters, fp8
+from millrace.kernels.gpu.gemm import clusters, fp8, prebuild
 from millrace.kernels.gpu.gemm.choice import GemmBackend, choose
 from millrace.kernels.gpu.gemm.clusters import Tiling
 from tests.kernels.gpu.gemm.test_few import exact, some_tokens, some_weight
@@ -72,6 +72,17 @@ def test_a_kernel_is_compiled_once(machine: Path) -> None:
     assert clusters.cubin_of(USED) == first
     assert (machine / "calls").read_text() == "x\n"
     assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_the_start_waits_for_it(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And DeepGEMM is not asked to compile what it will not multiply."""
+    asked: list[Any] = []
+    monkeypatch.setattr(prebuild, "on_this_gpu", asked.extend)
+    with prebuild.compiling([(5120, 17408, 512), (5120, 17408, 256)]):
+        pass
+    assert [product[:3] for product in asked] == [(5120, 17408, 256)]
+    assert (machine / "calls").read_text() == "x\n"
+    assert len(list((machine / "cache" / "millrace-kernels").glob("*.cubin"))) == 1
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "compiler fails", "driver refuses"])

@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -76,8 +77,9 @@ def compiling(sizes: Collection[Size], grouped: Collection[GroupedSize] = ()) ->
     At the end the children are waited for, up to LIMIT; if what is within raises, they are killed.
     Raises nothing of its own.
     """
-    children = None
+    children, own = None, None
     try:
+        own = _compile_tilings(sizes)
         products = [*grouped_products(grouped), *deep_gemm_products(sizes)]
         if products:
             children = on_this_gpu(products)
@@ -87,9 +89,25 @@ def compiling(sizes: Collection[Size], grouped: Collection[GroupedSize] = ()) ->
         yield
         if children is not None:
             children.finish(LIMIT)
+        if own is not None:
+            own.join(LIMIT)
     finally:
         if children is not None:
             children.close()
+
+
+def _compile_tilings(sizes: Collection[Size]) -> threading.Thread | None:
+    """What compiles the kernels that `clusters` has of these, by nvcc, beside everything else."""
+    from millrace.kernels.gpu.gemm import clusters
+    from millrace.kernels.gpu.gemm.fp8 import deep_gemm_way
+
+    ways = (deep_gemm_way(tokens, outputs, inputs) for outputs, inputs, tokens in sizes)
+    tilings = {clusters.Tiling.parse(way.tiling) for way in ways if way and way.tiling}
+    if not tilings:
+        return None
+    thread = threading.Thread(target=clusters.prepare, args=(tilings,), daemon=True)
+    thread.start()
+    return thread
 
 
 def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
@@ -99,7 +117,7 @@ def deep_gemm_products(sizes: Collection[Size]) -> list[Product]:
     products = [
         Product(outputs, inputs, tokens, way.multiprocessors)
         for outputs, inputs, tokens in sorted(set(sizes))
-        if (way := deep_gemm_way(tokens, outputs, inputs))
+        if (way := deep_gemm_way(tokens, outputs, inputs)) and not way.tiling
     ]
     random.Random(0).shuffle(products)
     return products
