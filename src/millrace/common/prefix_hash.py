@@ -86,7 +86,7 @@ def hash_chain(prompt: bytes, salt: str = "") -> list[int]:
     for end in _ENDS:
         if end > len(prompt) and chain:
             break
-        so_far = crc32(memoryview(prompt)[start:end], so_far)
+        so_far = crc32(prompt[start:end], so_far)
         chain.append(end << 32 | so_far)
         start = end
     return chain

@@ -129,19 +129,27 @@ class PrefixAware:
         if not info.for_text:
             return least
         chain = hash_pieces(info.prompt, info.cache_salt)
-        chosen = self._best_prefix_match(replicas, chain, info, least)
-        self._table.learn(chosen.slot, chain)
-        self._table.put_in_tier(chosen.slot, chain, "device")  # soon
-        return chosen
-
-    def _best_prefix_match(
-        self, replicas: Sequence[Replica], chain: list[int], info: RequestInfo, least: Replica
-    ) -> Replica:
         blocks, slots = self._table.longest_match([r.slot for r in replicas], chain)
         if not blocks:
-            return least
-        known = depth_of(chain[blocks - 1]) / BYTES_PER_TOKEN
-        saved = {slot: known * WORTH[self._table.tier(slot, chain[blocks - 1])] for slot in slots}
+            chosen = least
+        else:
+            chosen = self._best_match(replicas, slots, chain[blocks - 1], info, least)
+            if self._table.tier(chosen.slot, chain[blocks - 1]) != "device":
+                self._table.put_in_tier(chosen.slot, chain, "device")  # soon
+        self._table.learn(chosen.slot, chain)
+        return chosen
+
+    def _best_match(
+        self,
+        replicas: Sequence[Replica],
+        slots: Sequence[int],
+        block: int,
+        info: RequestInfo,
+        least: Replica,
+    ) -> Replica:
+        """Of replicas that know a prefix, which ends with `block`, or the least loaded one."""
+        known = depth_of(block) / BYTES_PER_TOKEN
+        saved = {slot: known * WORTH[self._table.tier(slot, block)] for slot in slots}
         having = [r for r in replicas if r.slot in slots]
         best = min(having, key=lambda r: self._least.load_after(r, info) - saved[r.slot])
         gap = self._least.load_after(best, info) - self._least.load_after(least, info)
