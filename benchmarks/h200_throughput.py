@@ -339,12 +339,13 @@ def floors(engine: Engine, rows: int, scale: Scale, record: dict[str, Any], size
     profile(engine, rows, engine.scheduler.limits.drafts, scale, record, sizes)
     prefill_alone(engine, rows, scale, record)
     length = scale.inputs[1]
-    work = prefill_work(sizes, 1, length)
-    rate = record["prefill_tok_s"] / length  # prompts a second
+    prompts = max(1, engine.scheduler.limits.max_num_batched_tokens // length)  # of a step
+    work = prefill_work(sizes, prompts, length)
+    rate = record["prefill_tok_s"] / length / prompts  # steps a second
     record["prefill_achieved"] = {
         "tflop_s": work.flops * rate / 1e12,
         "share_of_floor": floor_seconds(work)["all"] * rate,
-        "floor_tok_s": length / floor_seconds(work)["all"],
+        "floor_tok_s": prompts * length / floor_seconds(work)["all"],
     }
     floor = record["achieved"]["floor_ms"]["all"]
     record["decode_share_of_floor"] = floor / record["decode"]["step_ms"]
