@@ -8,6 +8,7 @@ few launches and little memory of the device. What is where is not known here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,6 +22,7 @@ from millrace.runtime.step.upload import upload
 from millrace.runtime.tiers.pinned import pinned_memory, unpin
 
 PIECE = 64 << 20  # bytes of pages that are copied at once
+CLOSE_SECONDS = 10.0
 
 
 class HostCache:
@@ -58,10 +60,16 @@ class HostCache:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def close(self) -> None:
-        """Wait for the copies, and give the memory back."""
-        if self._stream is not None:
-            self._stream.synchronize()
-            unpin(self.memory)
+        """Wait for the copies, and give the memory back. A device that does not answer in time
+        keeps it until the process ends."""
+        if self._stream is None:
+            return
+        end = time.monotonic() + CLOSE_SECONDS
+        while not self._stream.query():
+            if time.monotonic() > end:
+                return
+            time.sleep(0.001)
+        unpin(self.memory)
 
     def _beside(self) -> AbstractContextManager[object]:
         if self._stream is None:
