@@ -137,7 +137,7 @@ def plain_weights(
 def poisoned(weights: ExpertWeights, routes: Routes) -> None:
     """Experts without tokens become NaN."""
     idle = set(range(len(weights.values))) - set(routes.experts.flatten().tolist())
-    for part in weights:
+    for part in (weights.values, weights.scales):
         if part is not None and idle:
             view = part.view(torch.uint8) if part.dtype == E4M3 else part
             view[sorted(idle)] = 0x7F if part.dtype == E4M3 else torch.nan
