@@ -13,7 +13,7 @@ COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	$(UNLOCKED:%=--no-emit-package %)
 
-.PHONY: serve test lint bench soak docs lock sbom audit clean
+.PHONY: serve test sweep lint bench soak docs lock sbom audit clean
 
 # The locked versions come first, by their hashes; what pyproject.toml has beyond them comes after.
 $(VENV)/.installed: pyproject.toml requirements/test.lock
@@ -37,7 +37,10 @@ lint: $(VENV)/.installed
 # The GPU kernels run in Triton's interpreter first; in the second run they are skipped.
 test: $(VENV)/.installed lint  ## lint, types and every test that needs no GPU
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/gpu
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not sweep" $(ARGS)
+
+sweep: $(VENV)/.installed  ## the tests that take minutes, or that compare with a quiet machine
+	@$(BIN)/python -m pytest -m "sweep and not gpu" $(ARGS)
 
 bench: $(VENV)/.installed  ## serve 1, 2 and 3 replicas and print the scaling table
 	@$(BIN)/millrace bench scaling $(MODEL) $(ARGS)

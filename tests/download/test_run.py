@@ -309,7 +309,7 @@ def killed_until_done(server: FakeHub, out: Path, kills: int) -> int:
             return done
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.sweep)])
 def test_each_kill_costs_less_than_a_chunk(tmp_path: Path, kills: int) -> None:
     size = kills * 4 << 20
     with fake_hub({"config.json": b"{}", "model.safetensors": large_file(size)}) as server:

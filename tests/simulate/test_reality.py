@@ -139,7 +139,7 @@ def simulated(load: LoadFlags, steps: FittedSteps) -> Figures:
     return figures(outcome.records, 0.0, outcome.seconds)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(900)
 def test_what_was_simulated_is_what_is_measured(tmp_path: Path) -> None:
     loads = [FITTED, PREDICTED, trace(tmp_path / "trace.csv", 0.25), FITTED]
