@@ -18,7 +18,7 @@ _PLAIN_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 def openapi_document(routes: Sequence[ApiRoute]) -> bytes:
     """The document as JSON."""
-    types = [kind for row in routes for kind in (row.body, row.answer) if kind is not None]
+    types = [kind for row in routes for kind in (row.body, *_answers(row)) if kind is not None]
     types.append(ErrorBody)
     schemas, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
@@ -39,7 +39,10 @@ def openapi_document(routes: Sequence[ApiRoute]) -> bytes:
 
 
 def _operation(row: ApiRoute, schema_of: dict[int, Any]) -> dict[str, Any]:
-    content = _PLAIN_TEXT if row.answer is None else _json(schema_of[id(row.answer)])
+    answers = [schema_of[id(kind)] for kind in _answers(row)]
+    content = _json(answers[0] if len(answers) == 1 else {"anyOf": answers})
+    if not answers:
+        content = _PLAIN_TEXT
     if hasattr(row.body, "stream"):
         content = {**content, "text/event-stream": {"schema": {"type": "string"}}}
     failure = {"description": "Refused or failed", "content": _json(schema_of[id(ErrorBody)])}
@@ -54,6 +57,12 @@ def _operation(row: ApiRoute, schema_of: dict[int, Any]) -> dict[str, Any]:
     if row.body is not None:
         operation["requestBody"] = {"required": True, "content": _json(schema_of[id(row.body)])}
     return operation
+
+
+def _answers(row: ApiRoute) -> tuple[Any, ...]:
+    if isinstance(row.answer, tuple):
+        return row.answer
+    return () if row.answer is None else (row.answer,)
 
 
 def _parameter(name: str, place: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from millrace.server.api.anthropic.endpoint import (
     TokenCount,
 )
 from millrace.server.api.anthropic.formatter import Message
-from millrace.server.api.cache_explain import CacheExplain, Explanation
+from millrace.server.api.cache_explain import CachedRequests, CacheExplain, Explanation
 from millrace.server.api.chat.endpoint import Chat
 from millrace.server.api.completions.endpoint import Completions
 from millrace.server.api.management import (
@@ -64,7 +64,7 @@ class ApiRoute(NamedTuple):
     """One path. family: the class whose instance serves it; handler: that class's method.
 
     body: the type of the request's JSON, None where it has none. answer: the type of the answer's
-    JSON, None for plain text. query: names of the query's parameters. manages: it changes what the
+    JSON, a tuple where there are several, None for plain text. query: names of the query's parameters. manages: it changes what the
     engine does, so a server offers it only with --admin-key, whose key it needs, or with --debug.
     """
 
@@ -157,7 +157,8 @@ ROUTES: tuple[ApiRoute, ...] = (
     ),
     ApiRoute(
         "/cache/explain", _GET, "Why a request's prompt was not all in the prefix cache",
-        CacheExplain, CacheExplain.explain, answer=Explanation, query=("request_id",),
+        CacheExplain, CacheExplain.explain,
+        answer=(Explanation, CachedRequests), query=("request_id",),
     ),
     ApiRoute("/version", _GET, "Millrace's version", Pages, Pages.version, answer=Version),
     ApiRoute(

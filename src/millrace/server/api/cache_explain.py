@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated
+
 import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -18,6 +21,10 @@ from millrace.server.engine_link.request_record import RequestRecord
 from millrace.server.http.access import client_of
 from millrace.server.telemetry.cache_reports import CacheReports
 
+# The first token of a range, and the one behind its last. A list: the schema of a tuple is not
+# valid in OpenAPI.
+TokenRange = Annotated[list[int], msgspec.Meta(min_length=2, max_length=2)]
+
 
 class Explanation(msgspec.Struct, frozen=True):
     """known_tokens: of the prompt, those that an earlier prompt began with too. before, prompt,
@@ -28,7 +35,7 @@ class Explanation(msgspec.Struct, frozen=True):
     cached_tokens: int
     known_tokens: int
     evicted_tokens: int
-    tiers: dict[str, tuple[int, int]]
+    tiers: dict[str, TokenRange]
     reason: str
     before: str
     prompt: str
@@ -43,7 +50,7 @@ class CachedRequest(msgspec.Struct, frozen=True):
     prompt_tokens: int
     cached_tokens: int
     known_tokens: int
-    tiers: dict[str, tuple[int, int]]
+    tiers: dict[str, TokenRange]
 
 
 class CachedRequests(msgspec.Struct, frozen=True):
@@ -81,7 +88,7 @@ class CacheExplain:
                 report.cached,
                 report.known,
                 report.evicted,
-                report.loaded,
+                _ranges(report.loaded),
                 reason(report, tokens),
                 self._text(report.before),
                 self._text(report.prompt),
@@ -93,13 +100,19 @@ class CacheExplain:
         listed = self._context.client.cache_reports.latest(owner)
         return CachedRequests(
             [
-                CachedRequest(name, conversation, tokens, one.cached, one.known, one.loaded)
+                CachedRequest(
+                    name, conversation, tokens, one.cached, one.known, _ranges(one.loaded)
+                )
                 for name, tokens, one, conversation in listed
             ]
         )
 
     def _text(self, tokens: list[int]) -> str:
         return self._context.processor.tokenizer.decode(tokens, False)
+
+
+def _ranges(loaded: Mapping[str, tuple[int, int]]) -> dict[str, TokenRange]:
+    return {tier: list(range_) for tier, range_ in loaded.items()}
 
 
 def _owner(scope: Scope) -> str:
