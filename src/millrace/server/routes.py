@@ -64,8 +64,9 @@ class ApiRoute(NamedTuple):
     """One path. family: the class whose instance serves it; handler: that class's method.
 
     body: the type of the request's JSON, None where it has none. answer: the type of the answer's
-    JSON, a tuple where there are several, None for plain text. query: names of the query's parameters. manages: it changes what the
-    engine does, so a server offers it only with --admin-key, whose key it needs, or with --debug.
+    JSON, a tuple where there are several, None for plain text. query: names of the query's
+    parameters. manages: it changes what the engine does, so a server offers it only with
+    --admin-key, whose key it needs, or with --debug.
     """
 
     path: str
