@@ -74,15 +74,21 @@ class Controller:
             for _ in range(state["wanted"] - there):
                 task = asyncio.create_task(self._start())
                 self._starting.add(task)
-                task.add_done_callback(self._starting.discard)
+                task.add_done_callback(self._started)
             if state["wanted"] < len(self._replicas):
                 await self._stop_newest()
             await asyncio.sleep(0.5)
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        self._starting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._run.ends[f"lost: {error}"] += 1  # a replica that does not start is a failure, too
 
     async def _start(self) -> None:
         target = Target(HOST, free_port(HOST))
         command = [sys.executable, "-m", "millrace", "serve", self._model, "--device", "cpu"]
         command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(100 << 20)]
+        command += ["--max-num-seqs", "16"]
         command += ["--host", HOST, "--port", str(target.port)]
         process = ReplicaProcess(command, {"OMP_NUM_THREADS": "1"}, lambda line: None)
         await start_and_wait_healthy(process, target, "a replica", START_SECONDS)

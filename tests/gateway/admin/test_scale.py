@@ -83,7 +83,9 @@ def test_short_requests_between_two_samples_are_seen() -> None:
     bench = Bench(scale_zero_after=10, scale_down_after=1)
     bench.up(1)
     assert bench.after(20) == 0
-    bench.cells.count_status(200)
+    bench.cells.count_status(200)  # as of an autoscaler that asks
+    assert bench.after(1) == 0
+    bench.cells.count_event("relayed_requests")
     assert bench.after(1) == 1
     assert bench.after(12) == 0
 

@@ -73,7 +73,7 @@ class ScaleAdvisor:
     def sample(self) -> None:
         """Take note of the load now; called once a second."""
         now, load = self._clock.now(), self.load()
-        answered = sum(self._counters.statuses().values())
+        answered = self._counters.events()["relayed_requests"]  # not those to the gateway itself
         if load.requests or answered != self._answered:  # short requests end between two samples
             self._busy_at, self._answered = now, answered
         self._note_first_bytes(now)
