@@ -36,6 +36,11 @@ class RankError(Exception):
     """The ranks of a group cannot go on together; the message names the one that is at fault."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_library_failure(error: BaseException) -> bool:
     """Whether native code failed: it raised an `Exception`, or its Rust part panicked, which
     reaches Python as something else."""

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -84,6 +85,11 @@ class PlainDirectory:
         self._commit = commit
         self._manifest = directory / STATE_FOLDER / "manifest.json"
 
+    @cached_property
+    def _known(self) -> dict[str, RemoteFile]:
+        """The manifest; no other download changes it while this one has the lock."""
+        return read_manifest(self.root)
+
     def part(self, file: RemoteFile) -> Path:
         return self.root / STATE_FOLDER / f"{file.name}.part"
 
@@ -94,13 +100,13 @@ class PlainDirectory:
         """A file that the manifest does not vouch for is read and hashed: it may be older."""
         if _size(self.target(file)) != file.size:
             return False
-        entry = read_manifest(self.root).get(file.name)
+        entry = self._known.get(file.name)
         if entry is not None and entry.identity == file.identity:
             return True
         return file.digest is not None and content_digest(self.target(file), file) == file.digest
 
     def finish(self, files: list[RemoteFile]) -> Path:
-        known = read_manifest(self.root) | {file.name: file for file in files}
+        known = self._known | {file.name: file for file in files}
         document = {
             "source": self._source,
             "commit": self._commit,

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from millrace.download.source import Digest, RemoteFile, TransferError
-from millrace.errors import UserError
+from millrace.errors import UserError, one_line
 from millrace.version import __version__
 
 METADATA_SECONDS = 30.0
@@ -266,5 +266,4 @@ def _maybe(said: str) -> str:
 
 def _line(error: BaseException) -> str:
     """An exception as one line, without the query of a url: that may be a signature."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?[^\s'\"]+", "", text)[:300]
+    return re.sub(r"\?[^\s'\"]+", "", one_line(error))[:300]

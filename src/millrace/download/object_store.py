@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from millrace.download.source import Digest, RemoteFile, TransferError
-from millrace.errors import UserError
+from millrace.errors import UserError, one_line
 
 READ_BYTES = 1 << 20
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -34,7 +34,7 @@ class ObjectStoreModel:
         try:
             found = self._files.find(self._root, detail=True)
         except Exception as error:  # each store's library has exceptions of its own
-            raise UserError(f"{self.name} cannot be listed: {_line(error)}") from error
+            raise UserError(f"{self.name} cannot be listed: {one_line(error)[:300]}") from error
         start = len(self._root.rstrip("/")) + 1
         return [
             remote_file(path[start:], entry)
@@ -52,7 +52,7 @@ class ObjectStoreModel:
             package = _PACKAGES.get(scheme, "its fsspec package")
             raise UserError(f"{scheme}:// needs {package}; pip install {package}") from error
         except Exception as error:
-            raise UserError(f"{self.name}: {_line(error)}") from error
+            raise UserError(f"{self.name}: {one_line(error)[:300]}") from error
 
     def has_ranges(self, file: RemoteFile) -> bool:
         return True
@@ -64,7 +64,7 @@ class ObjectStoreModel:
             try:
                 piece = self._files.cat_file(path, start=start, end=middle)
             except Exception as error:
-                raise TransferError(_line(error)) from error
+                raise TransferError(one_line(error)[:300]) from error
             if len(piece) != middle - start:
                 raise TransferError(f"asked for {middle - start} bytes, got {len(piece)}")
             yield piece
@@ -83,7 +83,3 @@ def _digest(entry: dict[str, Any]) -> Digest | None:
         return Digest("md5", base64.b64decode(text).hex())
     etag = str(entry.get("ETag") or entry.get("etag") or "").strip('"')
     return Digest("md5", etag) if _MD5.fullmatch(etag) else None
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

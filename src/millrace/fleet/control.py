@@ -7,29 +7,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
-from millrace.common.http_client import fetch, parse_url
+from millrace.common.http_client import parse_url
 from millrace.errors import UserError
+from millrace.gateway.admin.client import ask
 
 _POLL = 0.5
 
 
 def call(url: str, method: str, path: str, key: str | None) -> dict[str, Any]:
     """The JSON object that a gateway answers. Raises UserError with its reason if it refuses."""
-    target = parse_url(url)
-    headers = (("Authorization", f"Bearer {key}"),) if key else ()
-    try:
-        response = asyncio.run(fetch(target, path, method=method, headers=headers, timeout=10.0))
-    except OSError as error:
-        raise UserError(f"{target}: no gateway answers ({error or 'timed out'})") from None
-    try:
-        answer = msgspec.json.decode(response.body, type=dict[str, Any])
-    except msgspec.DecodeError:
-        raise UserError(f"{target}: this is not a millrace gateway") from None
-    if response.status >= 400:
-        problem = answer.get("error", {}).get("message", f"answered {response.status}")
-        raise UserError(f"{target}: {problem}")
+    status, answer = asyncio.run(ask(url, path, key, method=method, timeout=10.0))
+    if status >= 400:
+        problem = answer.get("error", {}).get("message", f"answered {status}")
+        raise UserError(f"{parse_url(url)}: {problem}")
     return answer
 
 

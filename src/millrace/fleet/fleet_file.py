@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from millrace.common.yaml_file import read_mapping
 from millrace.errors import UserError
 from millrace.fleet.device_assignment import Device
 from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
@@ -57,14 +57,7 @@ class FleetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def read_fleet_file(path: Path) -> FleetFile:
     """The file's content. Raises UserError that names the key that is wrong."""
-    import yaml
-
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    content = read_mapping(path, str(path), "model: millrace-mini")
     try:
         found = msgspec.convert(content, FleetFile)
     except msgspec.ValidationError as error:

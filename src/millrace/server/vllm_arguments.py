@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 
+from millrace.common.yaml_file import read_mapping
 from millrace.errors import ConfigError
-from millrace.server.config_file import read_config
 from millrace.vllm_flags import PARTS, REFUSED_VALUES, SYNONYMS, TABLE, Row, positive_form
 
 _OPTIMIZATION = re.compile(r"-O=?(\d)")
@@ -142,7 +142,7 @@ def _takes_value(flag: str, options: Options) -> bool:
 
 def _of_file(path: Path, options: Options) -> Iterator[str]:
     """The options in a YAML file, as words of a command line."""
-    for key, value in read_config(path).items():
+    for key, value in read_mapping(path, f"--config {path}", "max-model-len: 4096").items():
         flag = f"--{key.lstrip('-').replace('_', '-')}"
         if isinstance(value, bool) and _takes_value(flag, options):
             yield f"{flag}={str(value).lower()}"

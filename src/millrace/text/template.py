@@ -22,7 +22,7 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from millrace.errors import CheckpointError, RequestError
+from millrace.errors import CheckpointError, RequestError, one_line
 from millrace.text.chat.effort import VARIABLE, known_efforts
 from millrace.text.chat.system_notes import one_system_message
 from millrace.text.checkpoint.files import read_json
@@ -154,7 +154,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{name}, line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{name}: {_one_line(error)}") from None
+            raise CheckpointError(f"{name}: {one_line(error)}") from None
         self.source = source
         self._name = name
         self._tokens = dict(tokens)
@@ -201,7 +201,7 @@ class ChatTemplate:
             ) from None
         except Exception as error:  # a template is a program, and raises what it likes
             raise RequestError(
-                f"the chat template refuses these messages: {_one_line(error)}", param="messages"
+                f"the chat template refuses these messages: {one_line(error)}", param="messages"
             ) from None
 
         if continue_final_message:
@@ -302,10 +302,6 @@ def _named_reasoning(message: Message) -> dict[str, Any]:
         if message.get(name) is not None:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
     return dict(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_template(directory: Path, given: str | None = None) -> ChatTemplate | None:

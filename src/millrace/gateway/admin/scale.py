@@ -27,13 +27,15 @@ FEWEST_ANSWERS = 20  # fewer say nothing about a 95th percentile
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests of all gateway processes, and the replicas that are up or still end requests."""
+    """Requests of all gateway processes, the replicas that are up or still end requests, and
+    `first_byte_p95`."""
 
     running: int
     queued: int
     held: int
     up: int
     draining: int
+    first_byte_p95: float | None
 
     @property
     def requests(self) -> int:
@@ -68,6 +70,7 @@ class ScaleAdvisor:
             held=gauge("held"),
             up=states.count("up"),
             draining=states.count("draining"),
+            first_byte_p95=self.first_byte_p95(),
         )
 
     def sample(self) -> None:
@@ -106,13 +109,13 @@ class ScaleAdvisor:
         """What the load of this moment asks for, between the bounds."""
         policy = self._policy
         wanted = math.ceil(load.requests / policy.scale_requests)
-        if self._is_slow() and load.requests and load.up:
+        if self._is_slow(load) and load.requests and load.up:
             wanted = max(wanted, load.up + 1)
         wanted = max(wanted, policy.scale_min)
         return min(wanted, policy.scale_max) if policy.scale_max else wanted
 
-    def _is_slow(self) -> bool:
-        objective, p95 = self._policy.scale_first_byte, self.first_byte_p95()
+    def _is_slow(self, load: Load) -> bool:
+        objective, p95 = self._policy.scale_first_byte, load.first_byte_p95
         return bool(objective) and p95 is not None and p95 > objective
 
     def document(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class ScaleAdvisor:
         idle = self._clock.now() - self._busy_at
         if not wanted and load.up and idle < self._policy.scale_zero_after:
             wanted = 1
-        p95 = self.first_byte_p95()
+        p95 = load.first_byte_p95
         return {
             "wanted": wanted,
             "up": load.up,
@@ -144,7 +147,7 @@ class ScaleAdvisor:
         if asked == policy.scale_max and by_count >= asked:
             return "as many as --scale-max allows"
         if asked > by_count:
-            slow = self._is_slow() and load.requests
+            slow = self._is_slow(load) and load.requests
             return "answers begin later than --scale-first-byte" if slow else "--scale-min"
         if not load.requests:
             return "no requests"

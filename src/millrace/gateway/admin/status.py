@@ -6,14 +6,14 @@ import asyncio
 import time
 from typing import Any
 
-import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from millrace.common.http_client import fetch, parse_url
+from millrace.common.http_client import parse_url
 from millrace.errors import UserError
+from millrace.gateway.admin.client import ask
 
 _COLOURS = {"up": "green", "draining": "yellow", "down": "red"}
 
@@ -40,19 +40,14 @@ def show_status(url: str, interval: float, once: bool, key: str | None = None) -
 
 async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
     """The status of the gateway there. Raises UserError."""
-    target = parse_url(url)
-    try:
-        headers = (("Authorization", f"Bearer {key}"),) if key else ()
-        response = await fetch(target, "/gateway/status", headers=headers)
-        if response.status == 401:
-            raise UserError(f"{target}: this gateway needs a key; give it with --api-key")
-        if response.status == 200:
-            return msgspec.json.decode(response.body, type=dict[str, Any])
-    except OSError as error:
-        raise UserError(f"{target}: no gateway answers ({error or 'timed out'})") from None
-    except msgspec.DecodeError:
-        pass
-    raise UserError(f"{target}: this is not a millrace gateway; give the URL of the gateway itself")
+    status, answer = await ask(url, "/gateway/status", key)
+    if status == 401:
+        raise UserError(f"{parse_url(url)}: this gateway needs a key; give it with --api-key")
+    if status != 200:
+        raise UserError(
+            f"{parse_url(url)}: this is not a millrace gateway; give the URL of the gateway itself"
+        )
+    return answer
 
 
 def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:

@@ -514,9 +514,7 @@ class Exchange:
         if self._loop.time() > self._resume_deadline:
             self._abort_response()
         else:
-            self._candidates.reset(keep_last=False)
-            self._idle_timeout.restart()
-            self._timer = self._loop.call_later(_WAIT_STEP, self._attempt)
+            self._attempt_later()
 
     def _hold_again(self) -> None:
         """The last replica went before the first byte came: wait until one comes, as the requests
@@ -525,8 +523,11 @@ class Exchange:
         self._hold_deadline = self._hold_deadline or now + self._relay.limits.hold_timeout
         if now > self._hold_deadline:
             self._reply(self._held_too_long())
-            return
-        self._failures = 0
+        else:
+            self._failures = 0
+            self._attempt_later()
+
+    def _attempt_later(self) -> None:
         self._candidates.reset(keep_last=False)
         self._idle_timeout.restart()
         self._timer = self._loop.call_later(_WAIT_STEP, self._attempt)
