@@ -79,6 +79,43 @@ def test_what_came_before_a_failure_is_not_lost() -> None:
     run(body())
 
 
+@pytest.mark.parametrize(
+    "late",
+    [
+        Delta("r", [2]),
+        Delta("r", [2], "length"),
+        Delta("r", [], "error", error="why"),
+    ],
+)
+def test_what_comes_after_the_end_does_not_replace_it(late: Delta) -> None:
+    """The server ends a request itself, while the engine's next tokens are under way."""
+
+    async def body() -> None:
+        metrics = RequestMetrics()
+        stream = new_stream(metrics)
+        reader = asyncio.ensure_future(stream.take())
+        await asyncio.sleep(0)  # it waits; what follows comes before it runs again
+        stream.put(Delta("r", [1]), 11.0)
+        stream.put(Delta("r", [], "abort"), 11.0)
+        stream.put(late, 11.0)
+        assert await reader == Delta("r", [1], "abort")
+        assert stream.generated_tokens == 1
+        assert +metrics.finished == {"abort": 1}
+
+    run(body())
+
+
+def test_tokens_after_a_failure_do_not_put_it_off() -> None:
+    async def body() -> None:
+        stream = new_stream()
+        stream.fail(RuntimeError("gone"))
+        stream.put(Delta("r", [1]), 11.0)
+        with pytest.raises(RuntimeError, match="gone"):
+            await stream.take()
+
+    run(body())
+
+
 @pytest.mark.parametrize(("model_failed", "kind"), [(False, RequestError), (True, ModelError)])
 def test_an_error_comes_after_the_tokens_before_it(
     model_failed: bool, kind: type[Exception]

@@ -52,7 +52,13 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, delta: Delta, now: float) -> None:
-        """Add tokens or the end. now: seconds on the clock of `arrival`."""
+        """Add tokens or the end. now: seconds on the clock of `arrival`.
+
+        After the end nothing is added: an engine that is told to abort a request may have sent
+        more of it before, which would take the place of an end that is not read yet.
+        """
+        if self.ended or self._failure is not None:
+            return
         if delta.token_ids:
             self._record_tokens(len(delta.token_ids), now)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
