@@ -168,10 +168,11 @@ class CudaKernel:
             raise RuntimeError(f"a kernel could not be launched: CUDA driver error {failed}")
 
 
-def read(file: str, constants: Mapping[str, int]) -> str:
-    """The text of `file` after its constants, whose names it writes in capitals."""
+def read(constants: Mapping[str, int], *files: str) -> str:
+    """A source: constants, whose names it writes in capitals, then `common.cuh`, then `files`."""
     head = "".join(f"#define {name.upper()} {int(value)}\n" for name, value in constants.items())
-    return head + resources.files(__package__).joinpath(file).read_text()
+    folder = resources.files(__package__)
+    return head + "".join(folder.joinpath(file).read_text() for file in ("common.cuh", *files))
 
 
 def compiled(text: str, name: str) -> CudaKernel | None:

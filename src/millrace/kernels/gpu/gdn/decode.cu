@@ -1,13 +1,9 @@
 // What the two kernels of GDN decode share: gdn_prepare.cu makes the coefficients of one step's
 // tokens, gdn_answer.cu passes over the state. decode.py says what goes between them; it puts
-// this file before either. Compile-time: N tokens, W window rows, DK, DV, RATIO, QKV_BF16,
+// common.cuh and this file before either. Compile-time: N tokens, W window rows, DK, DV, RATIO, QKV_BF16,
 // STATE_BF16, STATE_FP16, KEY_BF16, GATE_BF16, RAW (gates come as the projections a and b), CONV
 // (queries, keys and values come as the projection, and are still to be convolved), BLOCKS of the
 // second kernel on a multiprocessor, AHEAD (it asks for states at once).
-
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
 
 constexpr int NEW = 2 * N * W, STATE = NEW + 2 * N * N, BETA = STATE + 2 * N;
 constexpr int SHARE = BETA + N, OWN = SHARE + W, SIZE = OWN + 1;
@@ -42,19 +38,6 @@ __device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x <<
 __device__ __forceinline__ float widen(float x) { return x; }
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
-// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // 16 bytes to shared memory, there after wait_copies and a barrier.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -65,23 +48,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ float from_half(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-
 // Two float16, rounded to nearest; what is beyond their range becomes their largest number.
 __device__ __forceinline__ u32 pack_half(float low, float high) {
   u32 d;
   low = fminf(fmaxf(low, -65504.f), 65504.f), high = fminf(fmaxf(high, -65504.f), 65504.f);
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
-  u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
 

@@ -90,9 +90,7 @@ class Native(NamedTuple):
 def source(shape: Shape, name: str) -> str:
     """The kernel `name`, gdn_prepare or gdn_answer."""
     constants = asdict(shape) | {"blocks": shape.blocks}
-    return cuda_source.read("gdn/decode.cu", constants) + cuda_source.read(
-        f"gdn/{name.removeprefix('gdn_')}.cu", {}
-    )
+    return cuda_source.read(constants, "gdn/decode.cu", f"gdn/{name.removeprefix('gdn_')}.cu")
 
 
 def unsupported(shape: Shape) -> str:

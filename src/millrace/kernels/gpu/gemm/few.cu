@@ -12,42 +12,9 @@
 // and g + 8 and token g, bytes 16 l .. 16 l + 15 of either half of a group, of which word i goes into
 // product i of 4.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-
 constexpr int GROUP = 128, ROWS = 16, TOKENS = 8;  // WARPS is given
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
-// 16 bytes that nobody reads again; anything, unread, unless live. No branch, so that the load may
-// move up among the products that still use its registers' neighbours.
-__device__ __forceinline__ uint4 stream(const u8* at, bool live) {
-  uint4 x;
-  asm volatile(
-      "{ .reg .pred live; setp.ne.u32 live, %5, 0;"
-      "@live ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-      : "l"(at), "r"((u32)live));
-  return x;
-}
-
-// Not through the read-only path: the kernel in front may write this while the block is there.
-__device__ __forceinline__ uint4 load(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
-
-// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // Two e4m3 to two float16.
 __device__ __forceinline__ u32 widen(u16 pair) {
   u32 d;
@@ -67,17 +34,7 @@ __device__ __forceinline__ u32 halves(float low, float high) {  // two float16, 
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
-
-__device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
-  u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
 #endif
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) {  // i is known when this is compiled
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 
 // A lane's part of one group: rows g and g + 8, either half, and the scale of the whole block.
 struct Weights {

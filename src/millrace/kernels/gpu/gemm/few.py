@@ -49,7 +49,7 @@ def is_compiled() -> bool:
 
 def source() -> str:
     """The kernel `gemm_few`."""
-    return cuda_source.read("gemm/few.cu", {"warps": WARPS})
+    return cuda_source.read({"warps": WARPS}, "gemm/stream.cuh", "gemm/few.cu")
 
 
 def takes(x: Quantized, weight: Tensor, scale: Tensor) -> bool:

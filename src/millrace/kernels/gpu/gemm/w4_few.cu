@@ -15,42 +15,9 @@
 // channels 32 l .. 32 l + 31 of a group; of 8 channels that a word has, product p of 2 takes the pairs
 // (2 p, 2 p + 4) and (2 p + 1, 2 p + 5).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-
 constexpr int GROUP = 128, ROWS = 16 * TILES, TOKENS = 8;  // capitals are given
 
 #ifndef EMULATED  // what the CPU twin in the tests stands in for
-// 16 bytes that nobody reads again; anything, unread, unless live. No branch, so that the load may
-// move up among the products that still use its registers' neighbours.
-__device__ __forceinline__ uint4 stream(const u8* at, bool live) {
-  uint4 x;
-  asm volatile(
-      "{ .reg .pred live; setp.ne.u32 live, %5, 0;"
-      "@live ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-      : "l"(at), "r"((u32)live));
-  return x;
-}
-
-// Not through the read-only path: the kernel in front may write this while the block is there.
-__device__ __forceinline__ uint4 load(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
-
-// The next kernel may be launched; and the one in front has ended, if this one did not wait for it.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void mma(float* d, const u32* a, const u32* b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -58,25 +25,9 @@ __device__ __forceinline__ void mma(float* d, const u32* a, const u32* b) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {  // two bfloat16, rounded to nearest
-  u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-__device__ __forceinline__ float from_half(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-
 __device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 #endif
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) {  // i is known when this is compiled
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 
 // 128 + code of channels i and i + 4 of a word.
 __device__ __forceinline__ u32 pair_of(u32 codes, int i) {

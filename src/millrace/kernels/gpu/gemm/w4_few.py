@@ -77,7 +77,9 @@ def takes(x: Tensor, weight: W4) -> bool:
 
 def source(form: Form, zeros: bool) -> str:
     """The kernel `w4_few`."""
-    return cuda_source.read("gemm/w4_few.cu", {**form._asdict(), "zeros": int(zeros)})
+    return cuda_source.read(
+        {**form._asdict(), "zeros": int(zeros)}, "gemm/stream.cuh", "gemm/w4_few.cu"
+    )
 
 
 def is_compiled() -> bool:

@@ -120,7 +120,7 @@ def source(form: Form) -> str:
     """The kernel `experts_few`."""
     constants = {"warps": warps_of(form.groups), **form._asdict()}
     del constants["groups"]
-    return cuda_source.read("gemm/few.cu", constants) + cuda_source.read("moe/few.cu", {})
+    return cuda_source.read(constants, "gemm/stream.cuh", "gemm/few.cu", "moe/few.cu")
 
 
 def is_compiled(hidden: int, width: int) -> bool:

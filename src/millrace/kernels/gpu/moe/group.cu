@@ -7,8 +7,6 @@
 // Pairs of an expert are numbered in whatever order the threads come; a row's result does not depend
 // on the rows beside it, so no result depends on that order.
 
-typedef unsigned int u32;
-
 constexpr int THREADS = 1024, MOST = 1024;  // experts; PART pairs to a block, TILE, ALONE are given
 
 #ifndef EMULATED

@@ -203,7 +203,7 @@ def group_by_cuda(experts: Tensor, count: int, to: Groups) -> bool:
 def source(tile: int, part: int, alone: bool) -> str:
     """The kernels `group_count` and `group_place`. part: pairs of a block; alone: it is the only
     one."""
-    return cuda_source.read("moe/group.cu", {"tile": tile, "part": part, "alone": alone})
+    return cuda_source.read({"tile": tile, "part": part, "alone": alone}, "moe/group.cu")
 
 
 @remembered
