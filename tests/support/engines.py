@@ -84,6 +84,42 @@ def run(
         engine.close()
 
 
+DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+
+
+@dataclass(frozen=True)
+class PlainAnswers:
+    """What a model says to prompts without drafts: greedily, and drawn with DRAWN."""
+
+    model: Path
+    prompts: Prompts
+    greedy: list[list[int]]
+    drawn: list[list[int]]
+
+    @classmethod
+    def of(cls, model: Path, prompts: Prompts, max_tokens: int = 40) -> PlainAnswers:
+        engine = build(model)
+        greedy, drawn = (generate(engine, prompts, max_tokens, **how) for how in ({}, DRAWN))
+        engine.close()
+        return cls(model, prompts, greedy, drawn)
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompts with their greedy answers."""
+        return [[*prompt, *said] for prompt, said in zip(self.prompts, self.greedy, strict=True)]
+
+    def assert_said_by(self, engine: Engine) -> None:
+        """The engine says the same; with a prefix cache also where it finds its answers in it."""
+        size = len(self.greedy[0])
+        for _ in range(1 + engine.scheduler.limits.prefix_caching):
+            self.assert_equal(generate(engine, self.prompts, size))
+        assert generate(engine, self.prompts, size, **DRAWN) == self.drawn
+
+    def assert_equal(self, got: list[list[int]]) -> None:
+        """These are the greedy tokens."""
+        assert_same(self.model, self.prompts, self.greedy, got)
+
+
 @dataclass
 class WatchedDrafter:
     """The drafter of a runner; `after` sees, or changes on the tape, what each step drafts.

@@ -12,10 +12,8 @@ from millrace.engine.engine import Engine
 from tests.runtime.step.test_cuda_graphs import in_graph_sizes
 from tests.runtime.step.test_drafts import PROMPTS, heartbeat
 from tests.runtime.step.test_logits_processors import PATTERN, add, finish, regex, tokens_of
-from tests.support.engines import assert_same, build, generate
+from tests.support.engines import PlainAnswers, build, generate
 
-TOKENS = 40
-DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 AUTO = {"speculative_config": {"num_speculative_tokens": "auto"}}
 BOTH = {
     "speculative_config": {
@@ -34,11 +32,8 @@ def at_random(engine: Engine, seed: int = 3) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: Path) -> tuple[list[list[int]], list[list[int]]]:
-    engine = build(tiny_model)
-    found = [generate(engine, PROMPTS, TOKENS, **params) for params in ({}, DRAWN)]
-    engine.close()
-    return found[0], found[1]
+def plain(tiny_model: Path) -> PlainAnswers:
+    return PlainAnswers.of(tiny_model, PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +53,13 @@ def plain(tiny_model: Path) -> tuple[list[list[int]], list[list[int]]]:
     ],
 )  # fmt: skip
 def test_no_token_depends_on_the_depths(
-    tiny_model: Path,
-    plain: tuple[list[list[int]], list[list[int]]],
-    options: dict[str, Any],
-    graphs: bool,
+    tiny_model: Path, plain: PlainAnswers, options: dict[str, Any], graphs: bool
 ) -> None:
     engine = at_random(build(tiny_model, **options))
     if graphs:
         in_graph_sizes(engine)
-    sequences = [[*p, *o] for p, o in zip(PROMPTS, plain[0], strict=True)]
-    heartbeat(engine, engine.scheduler.limits.drafts, sequences)
-    for _ in range(1 + engine.scheduler.limits.prefix_caching):
-        assert_same(tiny_model, PROMPTS, plain[0], generate(engine, PROMPTS, TOKENS))
-    assert generate(engine, PROMPTS, TOKENS, **DRAWN) == plain[1]
+    heartbeat(engine, engine.scheduler.limits.drafts, plain.sequences)
+    plain.assert_said_by(engine)
     stats = engine.stats()
     engine.close()
     assert min(stats.steps_by_depth[depth] for depth in engine.scheduler.limits.depths) > 5

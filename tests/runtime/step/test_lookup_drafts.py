@@ -13,13 +13,12 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, SamplingParams
 from tests.runtime.step.test_cuda_graphs import in_graph_sizes
 from tests.runtime.step.test_drafts import heartbeat
-from tests.support.engines import assert_same, build, generate, with_few_pages
+from tests.support.engines import PlainAnswers, build, generate, with_few_pages
 
 _rng = random.Random(11)
 _text = [_rng.randrange(3, 300) for _ in range(30)]
 PROMPTS = [[*_text, 8, 9, *_text[:20]], [5, 6, 7] * 9, _text[5:], [_rng.randrange(3, 9)]]
 TOKENS = 40
-DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 
 
 def speculative(method: str, **more: Any) -> dict[str, Any]:
@@ -32,12 +31,8 @@ BOTH = speculative("mtp", num_speculative_tokens=2, lookup="suffix", prompt_look
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Greedy and drawn tokens without drafts."""
-    engine = build(tiny_model)
-    found = [generate(engine, PROMPTS, TOKENS, **params) for params in ({}, DRAWN)]
-    engine.close()
-    return found[0], found[1]
+def plain(tiny_model: Path) -> PlainAnswers:
+    return PlainAnswers.of(tiny_model, PROMPTS, TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -56,21 +51,15 @@ def plain(tiny_model: Path) -> tuple[list[list[int]], list[list[int]]]:
 )
 @pytest.mark.parametrize("graphs", [False, True])
 def test_no_token_depends_on_what_is_found(
-    tiny_model: Path,
-    plain: tuple[list[list[int]], list[list[int]]],
-    options: dict[str, Any],
-    graphs: bool,
+    tiny_model: Path, plain: PlainAnswers, options: dict[str, Any], graphs: bool
 ) -> None:
     """Three of four drafts are laid right, so that of the recurrent state's window any part is
     kept; the model's own text repeats as well."""
     engine = build(tiny_model, **options)
     if graphs:
         in_graph_sizes(engine)
-    sequences = [[*p, *o] for p, o in zip(PROMPTS, plain[0], strict=True)]
-    heartbeat(engine, engine.scheduler.limits.drafts, sequences)
-    for _ in range(1 + engine.scheduler.limits.prefix_caching):
-        assert_same(tiny_model, PROMPTS, plain[0], generate(engine, PROMPTS, TOKENS))
-    assert generate(engine, PROMPTS, TOKENS, **DRAWN) == plain[1]
+    heartbeat(engine, engine.scheduler.limits.drafts, plain.sequences)
+    plain.assert_said_by(engine)
     stats = engine.stats()
     engine.close()
     assert stats.drafts > stats.accepted_per_position[0] > 5, "some are accepted and some not"
@@ -82,21 +71,19 @@ def test_no_token_depends_on_what_is_found(
 
 
 def test_the_same_tokens_where_requests_are_preempted(
-    tiny_model: Path, plain: tuple[list[list[int]], list[list[int]]]
+    tiny_model: Path, plain: PlainAnswers
 ) -> None:
     engine = with_few_pages(build(tiny_model, async_scheduling=True, **SUFFIX), 17)
     prompts = PROMPTS[:2] * 3
     got = generate(engine, prompts, 90)
     assert engine.stats().preemptions > 0
-    assert [tokens[:TOKENS] for tokens in got] == plain[0][:2] * 3
+    assert [tokens[:TOKENS] for tokens in got] == plain.greedy[:2] * 3
     engine.close()
 
 
-def test_the_same_tokens_on_two_ranks(
-    tiny_model: Path, plain: tuple[list[list[int]], list[list[int]]]
-) -> None:
+def test_the_same_tokens_on_two_ranks(tiny_model: Path, plain: PlainAnswers) -> None:
     engine = build(tiny_model, tensor_parallel_size=2, **NGRAM)
-    assert_same(tiny_model, PROMPTS, plain[0], generate(engine, PROMPTS, TOKENS))
+    plain.assert_equal(generate(engine, PROMPTS, TOKENS))
     assert engine.stats().drafts > 20
     engine.close()
 
@@ -117,16 +104,16 @@ def answers(engine: Engine, methods: list[str | None]) -> list[list[int]]:
 
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_rows_of_every_method_and_of_none_share_steps(
-    tiny_model: Path, plain: tuple[list[list[int]], list[list[int]]], pipelined: bool
+    tiny_model: Path, plain: PlainAnswers, pipelined: bool
 ) -> None:
     engine = build(tiny_model, async_scheduling=pipelined, **BOTH)
     got = answers(engine, ["none", "suffix", None, "mtp"])
-    assert_same(tiny_model, PROMPTS, plain[0], got)
+    plain.assert_equal(got)
     found = engine.stats().draft_methods
     assert found["mtp"].drafts > 20
     assert found["suffix"].drafts > 10
     before = engine.stats().drafts
-    assert_same(tiny_model, PROMPTS, plain[0], answers(engine, ["none"] * 4))
+    plain.assert_equal(answers(engine, ["none"] * 4))
     assert engine.stats().drafts == before
     with pytest.raises(RequestError, match="use mtp or suffix or none"):
         answers(engine, ["eagle", None, None, None])

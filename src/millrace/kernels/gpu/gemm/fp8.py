@@ -20,6 +20,7 @@ from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gpu.device import gpu
 from millrace.kernels.gpu.gemm import choice
 from millrace.kernels.gpu.gemm import few as gemm_few
+from millrace.kernels.gpu.gemm.bands import tile_in_bands
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
 from millrace.kernels.gpu.gemm.clusters import Tiling, cluster_matmul
 from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
@@ -35,14 +36,7 @@ def _matmul_kernel(
 ):  # fmt: skip
     """A tile [BT tokens, BO outputs], BO dividing 128. SWAP computes it transposed, for few tokens:
     the weight then is the operand with many rows."""
-    tiles_t = tl.cdiv(T, BT)
-    tiles_o = tl.cdiv(OUT, BO)
-    pid = tl.program_id(0)
-    # Tiles run in bands of SUPER output tiles, so that programs alive together share operands.
-    band = pid // (SUPER * tiles_t)
-    width = tl.minimum(tiles_o - band * SUPER, SUPER)
-    tile_o = band * SUPER + (pid % (SUPER * tiles_t)) % width
-    tile_t = (pid % (SUPER * tiles_t)) // width
+    tile_t, tile_o = tile_in_bands(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(OUT, BO), SUPER)
     t = tile_t * BT + tl.arange(0, BT)
     o = tile_o * BO + tl.arange(0, BO)
     k = tl.arange(0, 128)

@@ -20,6 +20,7 @@ from millrace.kernels.dispatch import BackendChoice
 from millrace.kernels.gemm import W4
 from millrace.kernels.gpu.device import gpu
 from millrace.kernels.gpu.gemm import w4_few as few
+from millrace.kernels.gpu.gemm.bands import tile_in_bands
 
 TORCH_FROM = 256  # tokens from which cuBLAS with a dequantized weight is taken for faster
 LEAST_INPUTS = 512  # of a part of K
@@ -105,15 +106,8 @@ def _matmul_kernel(
 ):  # fmt: skip
     """A tile [BT tokens, BO outputs] of part program_id(1) of K: STEPS steps of BK inputs. The
     parts' results lie one behind the other in `out`."""
-    tiles_t = tl.cdiv(T, BT)
-    tiles_o = tl.cdiv(OUT, BO)
-    pid = tl.program_id(0)
+    tile_t, tile_o = tile_in_bands(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(OUT, BO), SUPER)
     part = tl.program_id(1)
-    # Tiles run in bands of SUPER output tiles, so that programs alive together share operands.
-    band = pid // (SUPER * tiles_t)
-    width = tl.minimum(tiles_o - band * SUPER, SUPER)
-    tile_o = band * SUPER + (pid % (SUPER * tiles_t)) % width
-    tile_t = (pid % (SUPER * tiles_t)) // width
     t = tile_t * BT + tl.arange(0, BT)
     o = tile_o * BO + tl.arange(0, BO)
     x_at = x + (t % T).to(tl.int64)[:, None] * K + tl.arange(0, BK)[None, :]
