@@ -16,7 +16,7 @@ _FILE = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 
 @click.group()
 def fleet() -> None:
-    """Run replicas behind a gateway on this host, from one file, and replace them."""
+    """Run replicas behind a gateway on this host or several, from files, and replace them."""
 
 
 @fleet.command()
@@ -41,28 +41,32 @@ def status(url: str, api_key: str | None, once: bool, interval: float) -> None:
 
 
 @fleet.command()
-@click.argument("replica", type=int)
+@click.argument("replica")
 @_URL
 @_KEY
 @click.option("--undo", is_flag=True, help="Send it requests again.")
-def drain(replica: int, url: str, api_key: str | None, undo: bool) -> None:
-    """Send REPLICA, by its id in the status, no new requests."""
-    from millrace.fleet.control import call
+def drain(replica: str, url: str, api_key: str | None, undo: bool) -> None:
+    """Send REPLICA no new requests.
 
-    change = "undrain" if undo else "drain"
-    row = call(url, "POST", f"/gateway/replicas/{replica}/{change}", api_key)
-    click.echo(f"{row['url']}: {row['state']}")
+    REPLICA is its id or its URL in the status, or a host: then all replicas of that machine.
+    """
+    from millrace.fleet.control import drain as drain_replicas
+
+    for row in drain_replicas(url, api_key, replica, "undrain" if undo else "drain"):
+        click.echo(f"{row['url']}: {row['state']}")
 
 
 @fleet.command()
 @_URL
 @_KEY
+@click.option("--replica", type=int, help="Only this one of the host's replicas, from 0 on.")
 @click.option("--no-wait", is_flag=True, help="Return at once; `fleet status` shows the rest.")
-def restart(url: str, api_key: str | None, no_wait: bool) -> None:
+def restart(url: str, api_key: str | None, replica: int | None, no_wait: bool) -> None:
     """Read the fleet's file again and replace its replicas one by one. No request is lost."""
     from millrace.fleet.control import call, follow
 
-    call(url, "POST", "/gateway/fleet/restart", api_key)
+    only = "" if replica is None else f"?replica={replica}"
+    call(url, "POST", f"/gateway/fleet/restart{only}", api_key)
     if not no_wait:
         follow(url, api_key, click.echo)
 

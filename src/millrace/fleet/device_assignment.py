@@ -55,7 +55,7 @@ def replica_environments(
     """
     if device == "cpu" or (device == "auto" and not gpus):
         # CUDA is hidden so that "cpu" means the same on a machine that has GPUs.
-        share = max(1, min(cores // count, threads or cores))
+        share = max(1, min(cores // max(1, count), threads or cores))
         each = {"OMP_NUM_THREADS": str(share), "CUDA_VISIBLE_DEVICES": ""}
         return [dict(each) for _ in range(count)]
     if len(gpus) < count * gpus_per_replica:

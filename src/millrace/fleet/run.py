@@ -9,7 +9,6 @@ import uvloop
 from millrace.common.safe_log import protect_standard_streams
 from millrace.fleet.fleet_file import FleetFile, read_fleet_file
 from millrace.fleet.supervisor import FleetOptions, run_until_stopped
-from millrace.gateway.processes.options import GatewayOptions
 
 
 def run_fleet(path: Path) -> None:
@@ -24,24 +23,15 @@ def run_fleet(path: Path) -> None:
 
 def fleet_options(file: FleetFile) -> FleetOptions:
     """The options of a supervisor, from a fleet's file."""
-    gateway = GatewayOptions(
-        processes=file.processes,
-        policy=file.policy,
-        limits=file.limits,
-        scale=file.scale,
-        health=file.health,
-        access=file.access,
-        admin_port=file.admin_port,
-        admin_uds=file.admin_uds,
-        access_log=file.access_log,
-        merge_metrics=True,
-    )
     return FleetOptions(
         command=file.replica_command(),
         count=file.replicas,
         host=file.host,
         port=file.port,
-        gateway=gateway,
+        gateway=file.gateway,
+        replica_host=file.replica_host,
+        replica_port=file.replica_port,
+        machines_file=file.machines_file,
         device=file.device,
         gpus_per_replica=file.gpus_per_replica,
         start_timeout=file.start_timeout,

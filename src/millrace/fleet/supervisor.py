@@ -1,4 +1,4 @@
-"""Replicas on this host behind one port: started, watched, restarted, stopped together.
+"""Replicas on this host behind one port: started, watched, restarted, replaced, stopped together.
 
 Each replica starts on its own port; when all are healthy, the gateway opens the public port. A
 replica that ends later is restarted after a delay that doubles with each end in a row; meanwhile
@@ -12,6 +12,8 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -22,7 +24,7 @@ from millrace.common.http_client import Target
 from millrace.common.safe_log import protect_standard_streams, stderr_line
 from millrace.common.sockets import free_port, require_free_port
 from millrace.common.tasks import restarted
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, UserError
 from millrace.fleet.device_assignment import (
     Device,
     replica_environments,
@@ -30,12 +32,12 @@ from millrace.fleet.device_assignment import (
     usable_cores,
     visible_gpus,
 )
+from millrace.fleet.machines import Machines
 from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_healthy
-from millrace.fleet.rolling_update import RollingUpdate
+from millrace.fleet.rolling_update import GatewayReplica, Replaceable, RollingUpdate
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
-from millrace.gateway.routing.replicas import Member
 
 _LOOPBACK = "127.0.0.1"
 
@@ -43,9 +45,11 @@ _LOOPBACK = "127.0.0.1"
 class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What to run, how many times, and where. Times are seconds.
 
-    command: starts one replica when `--host H --port P` is added. start_timeout: until all replicas
-    must be healthy. stop_timeout: for a replica to end when asked. restarts: delays before a
-    replica that ended is started again. hang_timeout: a replica that has answered no health check
+    command: starts one replica when `--host H --port P` is added. replica_host: where replicas
+    listen; replica_port: the first one's port, from which they count up; None for free ones.
+    machines_file: machines with replicas of their own (machines.py). start_timeout: until all
+    replicas must be healthy. stop_timeout: for a replica to end when asked. restarts: delays before
+    a replica that ended is started again. hang_timeout: a replica that has answered no health check
     for so long is killed. drain_timeout: for running requests when all is to stop. gateway: the
     gateway's options; its replicas, host and port are set here. environment: variables of the
     replicas, besides this process's own.
@@ -56,6 +60,9 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     gateway: GatewayOptions = GatewayOptions(merge_metrics=True)
+    replica_host: str = _LOOPBACK
+    replica_port: int | None = None
+    machines_file: str | None = None
     device: Device = "auto"
     gpus_per_replica: int = 1
     start_timeout: float = 900.0
@@ -79,10 +86,11 @@ class Supervisor:
         log: Callable[[str], None],
         reread: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        if options.count < 1:
+        if options.count < 1 and options.machines_file is None:
             raise ConfigError(f"--replicas {options.count}: use 1 or more")
         self._options = options
         self._log = log
+        self._reread = reread or (lambda: options.command)
         environments = replica_environments(
             options.count,
             device=options.device,
@@ -91,7 +99,7 @@ class Supervisor:
             gpus_per_replica=options.gpus_per_replica,
             threads=thread_limit(),
         )
-        self._targets = [Target(_LOOPBACK, free_port(_LOOPBACK)) for _ in range(options.count)]
+        self._targets = [_replica_target(options, index) for index in range(options.count)]
         self._commands = [options.command] * options.count
         self._replacing: set[int] = set()  # these end because they are told to
         self._processes = [
@@ -105,13 +113,11 @@ class Supervisor:
             )
         ]
         self._tasks: list[asyncio.Task[None]] = []
-        self.update = RollingUpdate(
-            _Numbered(self),
-            lambda: asyncio.to_thread(reread or (lambda: options.command)),
-            log,
-            options.drain_timeout,
-            options.start_timeout,
-        )
+        self.update = RollingUpdate(log, options.drain_timeout, options.start_timeout)
+        self._machines: Machines | None = None
+        if options.machines_file is not None:
+            key = options.gateway.access.admin_key
+            self._machines = Machines(Path(options.machines_file), key, log)
         self.gateway = Gateway(
             msgspec.structs.replace(
                 options.gateway,
@@ -121,7 +127,8 @@ class Supervisor:
                 port=options.port,
             ),
             log,
-            self.update,
+            self,
+            [self._machines] if self._machines is not None else [],
         )
 
     async def start(self) -> None:
@@ -171,11 +178,6 @@ class Supervisor:
         """Process ids of the replicas, in order."""
         return [process.pid for process in self._processes]
 
-    @property
-    def holds_requests(self) -> bool:
-        """Whether requests wait while no replica is up."""
-        return self._options.gateway.limits.hold_timeout > 0
-
     def _prefixed(self, index: int) -> Callable[[str], None]:
         return lambda line: self._log(f"[replica {index}] {line}")
 
@@ -198,9 +200,45 @@ class Supervisor:
             await asyncio.sleep(pause)
             await process.start()  # it ran before, so its command can be run
 
-    async def replace(self, index: int, command: Sequence[str]) -> None:
-        """Stop a replica and start it with a command. Raises UserError if it does not become
-        healthy in start_timeout."""
+    # --- rolling updates -----------------------------------------------------------------------
+
+    def document(self) -> dict[str, Any]:
+        """How far the latest update is; the replicas of this host by number, and the machines."""
+        machines = self._machines.document() if self._machines is not None else []
+        here = [str(target) for target in self._targets]
+        return {**self.update.document(), "replicas": here, "machines": machines}
+
+    async def begin_update(self, only: int | None = None) -> None:
+        """Start a rolling update; only: of this replica of this host. Raises UserError."""
+        if only is not None and only >= self._options.count:
+            raise UserError(
+                f"there is no replica {only}; this host has {self._options.count}, counted from 0"
+            )
+        await self.update.begin(partial(self._replaceable, only))
+
+    async def _replaceable(self, only: int | None) -> list[Replaceable]:
+        command = await asyncio.to_thread(self._reread)
+        holds = self._options.gateway.limits.hold_timeout > 0
+        here: list[Replaceable] = [
+            GatewayReplica(self.gateway, target, partial(self._replace, index, command), holds)
+            for index, target in enumerate(self._targets)
+            if only in (None, index)
+        ]
+        if only is not None or self._machines is None:
+            return here
+        return [*here, *await self._machines.replaceable(self.gateway, holds)]
+
+    async def _replace(self, index: int, command: Sequence[str]) -> None:
+        """Stop a replica and start it with a command, or, if it does not become healthy in
+        start_timeout, with its old one again. Raises UserError then."""
+        before = self._commands[index]
+        try:
+            await self._restart(index, command)
+        except UserError as error:
+            await self._restart(index, before)
+            raise UserError(f"{error}; it runs its old command again") from error
+
+    async def _restart(self, index: int, command: Sequence[str]) -> None:
         process, target = self._processes[index], self._targets[index]
         self._replacing.add(index)
         try:
@@ -213,9 +251,7 @@ class Supervisor:
         finally:
             self._replacing.discard(index)
 
-    def command_of(self, index: int) -> Sequence[str]:
-        """What a replica was started with, without host and port."""
-        return self._commands[index]
+    # --- silence -------------------------------------------------------------------------------
 
     async def _kill_hung_loop(self) -> None:
         """Kill replicas that were healthy and have stopped answering; `_restart_loop` restarts
@@ -240,44 +276,14 @@ class Supervisor:
                     del since[index]
 
 
+def _replica_target(options: FleetOptions, index: int) -> Target:
+    """Where a replica of this host listens."""
+    host, first = options.replica_host, options.replica_port
+    return Target(host, free_port(host) if first is None else first + index)
+
+
 def _complete(command: Sequence[str], target: Target) -> tuple[str, ...]:
     return (*command, "--host", target.host, "--port", str(target.port))
-
-
-class _Numbered:
-    """The replicas of a supervisor by number, as a rolling update sees them."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-        self.command_of = supervisor.command_of
-        self.replace = supervisor.replace
-
-    @property
-    def count(self) -> int:
-        return len(self._supervisor.pids)
-
-    def _member(self, index: int) -> Member:
-        return self._supervisor.gateway.monitor.members[index]
-
-    def drain(self, index: int) -> None:
-        monitor = self._supervisor.gateway.monitor
-        monitor.drain(self._member(index).id, then_remove=False)
-
-    def undrain(self, index: int) -> None:
-        self._supervisor.gateway.monitor.undrain(self._member(index).id)
-
-    def in_flight(self, index: int) -> int:
-        counters = self._supervisor.gateway.counters
-        return counters.load_and_in_flight(self._member(index).slot)[1]
-
-    def is_up(self, index: int) -> bool:
-        return self._member(index).state == "up"
-
-    def others_serve(self, index: int) -> bool:
-        if self._supervisor.holds_requests:
-            return True
-        members = self._supervisor.gateway.monitor.members
-        return any(m.state == "up" for at, m in enumerate(members) if at != index)
 
 
 def run_replicas(
@@ -340,9 +346,9 @@ async def run_until_stopped(
         await asyncio.gather(starting, return_exceptions=True)
         return
     starting.result()
+    count, port = len(supervisor.gateway.monitor.members), supervisor.gateway.port
     stderr_line(
-        f"{options.count} replicas on http://{options.host}:{supervisor.gateway.port}, "
-        f"policy {options.gateway.policy}"
+        f"{count} replicas on http://{options.host}:{port}, policy {options.gateway.policy}"
     )
     try:
         await stopping

@@ -17,6 +17,7 @@ Wants=network-online.target
 [Service]
 User={user}
 ExecStart={python} -m millrace fleet up {file}
+WorkingDirectory={directory}
 Restart=on-failure
 RestartSec=5
 # Running requests get drain_timeout, then replicas stop_timeout; nothing is killed before.
@@ -34,6 +35,7 @@ def unit(file: Path, user: str | None = None) -> str:
     options = read_fleet_file(file)
     return _UNIT.format(
         file=_quoted(str(file.resolve())),
+        directory=str(file.resolve().parent).replace("%", "%%"),
         user=user or getpass.getuser(),
         python=_quoted(sys.executable),
         stop=round(options.drain_timeout + options.stop_timeout + 10),

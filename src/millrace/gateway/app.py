@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import stderr_line
@@ -33,13 +33,18 @@ __all__ = ["Gateway", "GatewayOptions"]
 
 
 class Gateway:
-    """A gateway in the running event loop, between `start` and `stop`."""
+    """A gateway in the running event loop, between `start` and `stop`.
+
+    fleet: what runs replicas and can replace them. sources: of replicas, besides those of the
+    options.
+    """
 
     def __init__(
         self,
         options: GatewayOptions,
         log: Callable[[str], None] = stderr_line,
         fleet: FleetControl | None = None,
+        sources: Sequence[Source] = (),
     ) -> None:
         check_options(options)
         check_access_log(options.access_log)
@@ -56,7 +61,7 @@ class Gateway:
         )
         for spec in options.replicas:
             self.monitor.add(spec)
-        sources: list[Source] = [parse_dns(text) for text in options.worker_dns]
+        sources = [*sources, *map(parse_dns, options.worker_dns)]
         if options.worker_file is not None:
             from pathlib import Path
 

@@ -47,6 +47,25 @@ def states(made: Gateway) -> list[str]:
     return [member.state for member in made.monitor.members]
 
 
+def test_what_is_drained_by_hand_stays_so_while_its_source_lists_it() -> None:
+    async def scenario() -> None:
+        some = [await MockReplica(name=str(i)).start() for i in range(2)]
+        specs = [ReplicaSpec(target=parse_url(r.url), source="a file") for r in some]
+        async with gateway() as (made, _):
+            made.monitor.sync("a file", specs)
+            await eventually(lambda: states(made) == ["up", "up"])
+            made.monitor.drain(made.monitor.members[1].id, then_remove=False)
+            made.monitor.sync("a file", specs)
+            assert states(made) == ["up", "draining"]
+            made.monitor.sync("a file", specs[:1])
+            await eventually(lambda: states(made) == ["up"])
+            assert [m.target for m in made.monitor.members] == [specs[0].target]
+        for replica in some:
+            await replica.stop()
+
+    run(scenario())
+
+
 # --- checks ------------------------------------------------------------------------------------
 
 

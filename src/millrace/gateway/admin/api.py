@@ -1,10 +1,10 @@
 """The local paths of the gateway: health, metrics, models, status, and the admin API.
 
 /health is 200 while at least one replica takes requests. /gateway/scale says how many replicas the
-load asks for. /metrics has the gateway's own metrics,
-and those of the replicas with merge_metrics. /gateway/fleet replaces
-the replicas that run here. /gateway/status and /gateway/replicas show each
-replica, and the latter adds, drains, changes and removes them. Every other path is relayed.
+load asks for. /metrics has the gateway's own metrics, and those of the replicas with
+merge_metrics. /gateway/fleet shows and replaces the replicas that run here. /gateway/status and
+/gateway/replicas show each replica, and the latter adds, drains, changes and removes them. Every
+other path is relayed.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def health_reply(replicas: ReplicaSet) -> LocalReply:
 
 
 class FleetControl(Protocol):
-    """What runs the replicas, where something here does (fleet/rolling_update.py)."""
+    """What runs the replicas, where something here does (fleet/supervisor.py)."""
 
     def document(self) -> dict[str, Any]:
-        """How far the latest rolling update is."""
+        """Its replicas, and how far the latest rolling update is."""
 
-    async def begin(self) -> None:
-        """Start one. Raises UserError."""
+    async def begin_update(self, only: int | None) -> None:
+        """Start a rolling update, of one replica of this host or of all. Raises UserError."""
 
 
 class AdminApi:
@@ -172,7 +172,7 @@ class AdminApi:
         if refusal is not None:
             return api_error_reply(refusal)
         try:
-            await fleet.begin()
+            await fleet.begin_update(_replica_number(request))
         except UserError as error:
             return error_reply(409, str(error))
         return json_reply(202, fleet.document())
@@ -278,6 +278,15 @@ class AdminApi:
     def _row_of(self, member: Member) -> dict[str, Any]:
         sums = self._counters.replica_sums(member.slot + 1)
         return _row(member, sums[member.slot])
+
+
+def _replica_number(request: Request) -> int | None:
+    """The number in ?replica=N; None without one. Raises UserError."""
+    query = parse_qs(request.path.partition(b"?")[2].decode("latin-1"), keep_blank_values=True)
+    (text,) = query.get("replica", ("",))[-1:]
+    if "replica" in query and not _ID.fullmatch(text):
+        raise UserError(f"replica={text}: use the number of a replica of this host, from 0 on")
+    return int(text) if text else None
 
 
 def _row(member: Member, sums: list[int]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class _Monitored:
         self.evidence = ReplicaEvidence()
         self.verified_at = 0.0  # when a failed request last caused a check
         self.verifying = False
+        self.leaving = False  # it is removed when its last request has ended
         self.tasks: list[asyncio.Task[None]] = []
 
 
@@ -163,12 +164,14 @@ class HealthMonitor:
         """Send a replica no new requests; then_remove: remove it when its last one has ended."""
         monitored = self._monitored[id]
         self._set(monitored, state="draining", reason="draining")
-        if then_remove:
+        if then_remove and not monitored.leaving:
+            monitored.leaving = True
             self._run(monitored, "the removal", self._remove_when_empty)
 
     def undrain(self, id: int) -> None:
         """Send a drained replica requests again, after a successful check."""
         monitored = self._monitored[id]
+        monitored.leaving = False
         if monitored.member.state == "draining":
             self._set(monitored, state="down", reason="to be checked")
 
@@ -179,15 +182,16 @@ class HealthMonitor:
         self._set(self._monitored[id], weight=weight)
 
     def sync(self, source: str, specs: Sequence[ReplicaSpec]) -> None:
-        """Make this source's replicas exactly these: its others are drained and removed."""
+        """Make this source's replicas exactly these: its others are drained and removed. One that
+        was drained by hand stays so."""
         wanted = {spec.target: spec for spec in specs}
         for id, monitored in list(self._monitored.items()):
             target = monitored.spec.target
             if target not in wanted:
-                if monitored.spec.source == source and monitored.member.state != "draining":
+                if monitored.spec.source == source:
                     self.drain(id, then_remove=True)
             elif monitored.spec.source == source:
-                if monitored.member.state == "draining":
+                if monitored.leaving:
                     self.undrain(id)
                 self._configure(monitored, wanted[target])
         there = {monitored.spec.target for monitored in self._monitored.values()}
@@ -234,9 +238,9 @@ class HealthMonitor:
 
     async def _remove_when_empty(self, monitored: _Monitored) -> None:
         member = monitored.member
-        while self._in_flight(member):
+        while monitored.leaving and self._in_flight(member):
             await asyncio.sleep(0.02)
-        if monitored.member.state == "draining" and member.id in self._monitored:
+        if monitored.leaving and member.id in self._monitored:
             monitored.tasks = [t for t in monitored.tasks if t is not asyncio.current_task()]
             self.remove(member.id)
 

@@ -21,14 +21,9 @@ from millrace.gateway.common.replica_spec import (
 from millrace.gateway.relay.access import Access, is_loopback
 
 
-class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of one gateway. Help texts are in `GATEWAY_HELP`.
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user sets of a gateway, by flags or in a file. Help texts are in `GATEWAY_HELP`."""
 
-    replicas: those that the command line names. labels: names of replicas in merged metrics, by
-    URL.
-    """
-
-    replicas: Sequence[ReplicaSpec] = ()
     worker_file: str | None = None
     worker_dns: list[str] = []
     host: str = "127.0.0.1"
@@ -47,6 +42,16 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin_uds: str | None = None
     access_log: str | None = None
     merge_metrics: bool = False
+
+
+class GatewayOptions(GatewaySettings, frozen=True, kw_only=True):
+    """Options of one gateway: its settings and what its caller knows.
+
+    replicas: those that are there from the start. labels: names of replicas in merged metrics, by
+    URL.
+    """
+
+    replicas: Sequence[ReplicaSpec] = ()
     labels: dict[str, str] = {}
 
 
