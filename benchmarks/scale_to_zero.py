@@ -20,7 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+from streams import stream_while
 
 from millrace.common.http_client import Target, fetch
 from millrace.common.sockets import free_port
@@ -112,26 +113,13 @@ class Controller:
         return len(self._replicas)
 
 
-async def client(gateway: Target, number: int, until: float, run: Run) -> None:
-    """One stream after the other."""
-    while time.monotonic() < until:
-        body: dict[str, Any] = {"prompt": f"What is {number} plus 7?", "max_tokens": 128}
-        body |= {"stream": True, "temperature": 0, "ignore_eos": True}
-        try:
-            response = await fetch(
-                gateway, "/v1/completions", method="POST", body=json.dumps(body).encode(),
-                timeout=180,
-            )  # fmt: skip
-        except OSError as error:
-            run.ends[f"lost: {error}"] += 1
-            continue
-        whole = response.status == 200 and response.body.endswith(b"data: [DONE]\n\n")
-        run.ends["whole" if whole else f"lost: {response.status} {response.body[-200:]!r}"] += 1
-
-
 async def load(gateway: Target, count: int, seconds: float, run: Run) -> None:
     until = time.monotonic() + seconds
-    await asyncio.gather(*(client(gateway, number, until, run) for number in range(count)))
+    clients = (
+        stream_while(gateway, number, lambda: time.monotonic() < until, run.ends)
+        for number in range(count)
+    )
+    await asyncio.gather(*clients)
 
 
 async def scenario(options: argparse.Namespace) -> Run:
