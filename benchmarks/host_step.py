@@ -1,4 +1,4 @@
-"""Host time of a step: plan, commit and their messages, without a model.
+"""Host time of a step: plan, commit, accounting and their messages, without a model.
 
     python benchmarks/host_step.py [--sequences 256]
 
@@ -14,6 +14,8 @@ import time
 import msgspec
 
 from millrace.engine.scheduler import Scheduler
+from millrace.model.work import Accounted, Formats, WorkAccount
+from millrace.plan.facts.models import model_config
 from millrace.protocol import AddRequest, Limits, Outputs, SamplingParams, StepPlan, StepResult
 
 encode = msgspec.msgpack.Encoder().encode
@@ -46,7 +48,12 @@ def planned(scheduler: Scheduler) -> StepPlan:
     return plan
 
 
-def step(scheduler: Scheduler) -> float:
+def account() -> WorkAccount:
+    config = model_config("qwen3.5-27b")
+    return WorkAccount(Accounted(config, Formats(weights="fp8", kv="fp8"), head_drafts=1))
+
+
+def step(scheduler: Scheduler, account: WorkAccount) -> float:
     """Seconds of one step."""
     start = time.perf_counter()
     plan = planned(scheduler)
@@ -55,6 +62,7 @@ def step(scheduler: Scheduler) -> float:
     result = StepResult(plan.step, plan.decode, [[7, 8] for _ in plan.decode])
     start = time.perf_counter()
     deltas = scheduler.commit(result)
+    account.add(*scheduler.committed_counts(), 0.05)
     encode(Outputs(deltas, scheduler.stats()))
     return spent + time.perf_counter() - start
 
@@ -64,7 +72,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     sequences = parser.parse_args().sequences
     scheduler = ready(sequences)
-    times = [1e3 * step(scheduler) for _ in range(300)]
+    billed = account()
+    times = [1e3 * step(scheduler, billed) for _ in range(300)]
+    billed.totals()
     print(f"{sequences} sequences: {statistics.median(times):.3f} ms, least {min(times):.3f} ms")
 
 

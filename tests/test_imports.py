@@ -25,6 +25,7 @@ LAYERS = [
     "vllm_keywords speculation",
     "target",
     "protocol config lengths response_ids common tasks request_parser model_lookup vllm_flags",
+    "hardware",
     # the engine plane: one replica
     "text.tools text.checkpoint text.chat kernels engine.cache",
     "engine",
@@ -79,7 +80,9 @@ LAYERS = [
 
 FLEET_PLANE = {"gateway", "fleet", "bench", "tune", "observe", "deploy", "batch"}
 # What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
-FLEET_GROUND = {"version", "errors", "target", "response_ids", "common", "tasks", "request_parser"}
+FLEET_GROUND = {
+    "version", "errors", "target", "response_ids", "common", "tasks", "request_parser", "hardware",
+}  # fmt: skip
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {

@@ -296,6 +296,24 @@ class DraftStats(msgspec.Struct, array_like=True):
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+class PartWork(msgspec.Struct, frozen=True, array_like=True):
+    """Work of one kind since the engine started, on one rank. unit: what multiplied: fp4, fp8, bf16
+    or fp32. flops: a multiply and an add are two. read, written: bytes of the device's memory."""
+
+    unit: str
+    flops: float
+    read: float
+    written: float
+
+
+class WorkStats(msgspec.Struct, frozen=True):
+    """What steps have computed and moved on one rank since the engine started, as the work model
+    counts it from the sizes of the steps; parts by kind. seconds: in which a step ran."""
+
+    seconds: float = 0.0
+    parts: dict[str, PartWork] = {}
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """Gauges, and totals since the engine started.
 
@@ -306,6 +324,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     each of STEP_TOKENS, and how many more than the last; steps without a token are not counted.
     step_tokens_sum: their tokens. expert_tokens: how many tokens each expert got, by layer, if that
     is reported; expert_ranks: ranks among which the experts of a layer are divided in this order.
+    work: only in some messages, and only where a model's work can be counted.
     """
 
     steps: int = 0
@@ -338,6 +357,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_tokens_sum: int = 0
     expert_tokens: dict[str, list[int]] = {}
     expert_ranks: int = 1
+    work: WorkStats | None = None
     paused: bool = False  # no step runs until the server says so
 
 
@@ -351,13 +371,18 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine has loaded the model, planned its memory and completed a real request."""
+    """The engine has loaded the model, planned its memory and completed a real request.
+
+    devices: UUIDs of the GPUs of its ranks, as far as rank 0 knows them; empty on a CPU.
+    device_name: of rank 0's device, as its driver says it."""
 
     max_model_len: int
     max_num_seqs: int
     num_pages: int
     page_size: int
     summary: str
+    devices: list[str] = []
+    device_name: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -342,7 +342,7 @@ def holdings(url: str, pid: int) -> HeldResources:
     return HeldResources(
         running=metric("num_requests_running"),
         waiting=metric("num_requests_waiting"),
-        pages=metric("kv_pages_total") - metric("kv_pages_free"),
+        pages=metric("kv_pages_capacity") - metric("kv_pages_free"),
         snapshots=metric("snapshots_used"),
         requests=metric("http_requests_open"),
         connections=metric("http_connections"),

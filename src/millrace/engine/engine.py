@@ -26,7 +26,7 @@ from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
 from millrace.engine.plan_log import PlanLog, StepSizes
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.worker_protocol import Pending, Worker
+from millrace.engine.worker_protocol import Account, Pending, Worker
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, EngineStats, Masks, StepPlan, StepResult
 
@@ -61,8 +61,8 @@ class Engine:
 
     depth: steps launched ahead of the last known result. plan_log: a file for plans and results.
     check: test every invariant after each step. grammars: for structured outputs; None: requests
-    that need a grammar are refused. now, pause: the clock of `AddRequest.arrival`, and how the
-    engine waits on it.
+    that need a grammar are refused. account: adds up what steps compute. now, pause: the clock of
+    `AddRequest.arrival`, and how the engine waits on it.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Engine:
         check: bool = False,
         config: EngineConfig | None = None,
         grammars: Grammars | None = None,
+        account: Account | None = None,
         now: Callable[[], float] = monotonic,
         pause: Callable[[float], None] = sleep,
     ) -> None:
@@ -87,6 +88,7 @@ class Engine:
         self._check = check
         self._now, self._pause = now, pause
         self.grammars = grammars
+        self.account = account
         self._compiling: dict[str, tuple[AddRequest, Future[GrammarState]]] = {}
         self._steps: deque[_LaunchedStep] = deque()
         self._immediate: list[Delta] = []  # ends of requests that no step brings
@@ -190,6 +192,8 @@ class Engine:
         if self._log:
             self._log.write(result)
         deltas = self.scheduler.commit(result, 0.0 if step.masked else seconds)
+        if self.account is not None:
+            self.account.add(*self.scheduler.committed_counts(), seconds)
         if self._log:
             times = step.planned, step.launched, step.ended, self._now()
             self._log.write(self._sizes.timing(step.plan, result, times, step.planning))

@@ -25,7 +25,7 @@ from millrace.engine.kv_manager import KVManager
 from millrace.engine.plan_builders import make_admission, make_delta
 from millrace.engine.prompt_budget import FOLLOWING_STEPS, PromptBudget, step_tokens
 from millrace.engine.request import Phase, Request
-from millrace.engine.step import Step
+from millrace.engine.step import Step, StepCounts
 from millrace.engine.validation import check, make_request
 from millrace.engine.waiting_queue import WaitingQueue, rank
 from millrace.errors import RequestError
@@ -79,6 +79,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._followed: set[str] = set()  # requests whose prompts others wait for
         self._launched: deque[tuple[StepPlan, Step]] = deque()
+        self._committed = Step(now=0.0)
         self._draining = False
         self._following_steps = 0  # that are to come after one with a short prompt
         self._totals = _Totals(
@@ -194,6 +195,7 @@ class Scheduler:
                 continue
             request.upper += step.drafts + 1
             step.context = max(step.context, request.upper)
+            step.known += len(request.tokens)
             step.decode.append(request)
         # In slot order, neighbouring rows are neighbours in device memory too.
         step.decode.sort(key=lambda request: request.slot)
@@ -377,6 +379,7 @@ class Scheduler:
         """Take the result of the oldest launched step. Returns what it brought, request by
         request. seconds: that it took; 0: nobody knows."""
         plan, step = self._launched.popleft()
+        self._committed = step
         if plan.step != result.step:
             raise RuntimeError(f"got the result of step {result.step}, expected step {plan.step}")
         if seconds and step.decode and not step.chunks:
@@ -487,6 +490,10 @@ class Scheduler:
     def kv_manager(self) -> KVManager:
         """The device's memory, for tools that put prefixes there themselves."""
         return self._kv_manager
+
+    def committed_counts(self) -> tuple[StepCounts, int]:
+        """The sizes of the step that was committed last, and the drafts of its rows."""
+        return self._committed.counts(), self._committed.drafts
 
     def masked_rows(self) -> list[tuple[int, str]]:
         """Sampled rows of the newest plan whose requests follow a grammar: (row, request id)."""

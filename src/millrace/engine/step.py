@@ -6,9 +6,27 @@ The scheduler fills it, and keeps it until the step's result is known.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from millrace.engine.request import Request
 from millrace.protocol import Admission, Chunk, PageCopy, PageGrant, Save, StepPlan, Transfer
+
+
+class StepCounts(NamedTuple):
+    """What a step computed, in rows and tokens; named and ordered as `model.work.StepShape` is.
+
+    decode_context: as far as the host knew the lengths when the step was planned: with a pipeline,
+    without the tokens of the step before.
+    """
+
+    decode_rows: int
+    decode_tokens: int
+    decode_context: int
+    prompts: int
+    prompt_tokens: int
+    prompt_context: int
+    prompt_attention: float
+    sampled_rows: int
 
 
 @dataclass(slots=True)
@@ -16,12 +34,14 @@ class Step:
     """now: when it is planned, seconds. context: tokens of its longest row. saves: (request, number
     of its first tokens, snapshot to write them to). ends: slots whose requests have ended, to be
     saved first. admitted: requests that run for the first time. drafts: of each decode row.
-    made: those that the step before made for it."""
+    made: those that the step before made for it. known: tokens of all decode rows, as far as they
+    are known."""
 
     now: float
     context: int = 0
     drafts: int = 0
     made: int = 0
+    known: int = 0
     ends: list[Save] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     deletes: list[tuple[str, bool]] = field(default_factory=list)
@@ -40,6 +60,21 @@ class Step:
     def sampled(self) -> list[Request]:
         """Requests whose rows bring new tokens, in the order of StepPlan.sampled_slots."""
         return self.decode + [request for request, chunk in self.chunks if chunk.last]
+
+    def counts(self) -> StepCounts:
+        """Its sizes. Costs a few operations for each piece of a prompt, and none for decode rows."""
+        rows, ends = len(self.decode), 0
+        tokens = context = 0
+        attention = 0.0
+        for _, chunk in self.chunks:
+            tokens += chunk.count
+            context += chunk.start
+            attention += chunk.count * (chunk.start + (chunk.count + 1) / 2)
+            ends += chunk.last
+        return StepCounts(
+            rows, rows * (self.drafts + 1), self.known, len(self.chunks), tokens, context,
+            attention, rows + ends,
+        )  # fmt: skip
 
     def plan(self, number: int) -> StepPlan:
         """The plan that the worker runs."""

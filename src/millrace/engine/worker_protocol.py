@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from millrace.protocol import Masks, StepPlan, StepResult
+from millrace.engine.step import StepCounts
+from millrace.protocol import Masks, StepPlan, StepResult, WorkStats
 
 
 class Pending(Protocol):
@@ -30,3 +31,13 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """Free the device; nothing is launched afterwards."""
+
+
+class Account(Protocol):
+    """Adds up what steps have computed and moved."""
+
+    def add(self, counts: StepCounts, drafts: int, seconds: float) -> None:
+        """A step of this size has ended. drafts: of each decode row. seconds: that it ran for."""
+
+    def totals(self) -> WorkStats:
+        """What all steps so far have computed and moved, on one rank."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 
 from millrace.errors import ConfigError
-from millrace.plan.facts.gpus import gpus
+from millrace.hardware.gpus import gpus
 from millrace.plan.facts.prices import gpu_prices, price_of
 from millrace.plan.predict.capacity import BatchRun, Day, NodeRow, batch, day, node_table
 from millrace.plan.predict.cost import Against, Cost, against, cost, million

@@ -10,7 +10,7 @@ import click
 
 from millrace.common.flags import Count
 from millrace.model.work.layout import CACHE_BYTES, WEIGHT_BYTES
-from millrace.plan.facts.gpus import gpu, gpus
+from millrace.hardware.gpus import gpu, gpus
 from millrace.plan.facts.prices import KINDS
 from millrace.plan.model.posterior import Posterior, posterior, read_calibration
 from millrace.plan.predict.load import Load

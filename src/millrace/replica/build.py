@@ -20,6 +20,7 @@ from millrace.config import EngineArgs, EngineConfig, ModelFacts, resolve
 from millrace.engine.engine import Engine
 from millrace.engine.grammar import Grammars
 from millrace.engine.scheduler import Scheduler
+from millrace.engine.worker_protocol import Account
 from millrace.errors import CheckpointError, ConfigError, RankError, UserError
 from millrace.model_lookup import find_model
 from millrace.protocol import AddRequest, Delta, SamplingParams
@@ -250,12 +251,22 @@ def _assemble(
         check=config.args.debug,
         config=config,
         grammars=_grammars(config, model),
+        account=_account(worker),
     )
     engine.scheduler.restore(worker.found_files())
     engine.ranks, engine.children = ranks, children
     gc.collect()
     gc.freeze()
     return engine
+
+
+def _account(worker: Worker) -> Account | None:
+    from millrace.model.work import WorkAccount
+
+    if worker.accounted is None:
+        log.warning("FLOPs and bytes of steps are not counted: the weights' format has no size")
+        return None
+    return WorkAccount(worker.accounted)
 
 
 def _warm_up(engine: Engine, config: EngineConfig) -> None:

@@ -48,6 +48,7 @@ log = logging.getLogger("millrace.engine")
 
 IDLE_POLL_MS = 500
 LOADS_EVERY = 5.0  # seconds between counts of tokens by expert, which wait for the device
+WORK_EVERY = 1.0  # seconds between counts of FLOPs and bytes
 HEARTBEAT = 1.0  # seconds after which an idle engine sends its statistics
 STUCK_LIMIT = 5.0  # seconds for the loop to notice by itself that its ranks have failed
 
@@ -143,7 +144,7 @@ def _end_if_stuck(server: _ServerLink, why: str) -> None:
 
 def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) -> None:
     """Serve until a Shutdown message, or until the server process is gone."""
-    last_sent = last_loads = 0.0
+    last_sent = last_loads = last_work = 0.0
     paused = False
     while True:
         now = time.monotonic()
@@ -168,6 +169,9 @@ def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) 
             stats = engine.stats()
             if now - last_loads >= LOADS_EVERY:
                 stats, last_loads = _with_loads(engine, stats), now
+            if engine.account is not None and now - last_work >= WORK_EVERY:
+                stats = msgspec.structs.replace(stats, work=engine.account.totals())
+                last_work = now
             if paused:
                 stats = msgspec.structs.replace(stats, paused=True)
             server.send(Outputs(deltas, stats, engine.scheduler.take_moved()))
@@ -192,14 +196,17 @@ def _add(engine: Engine, request: AddRequest) -> list[Delta]:
     return []
 
 
-def _ready(engine: Engine) -> Ready:
+def _ready(engine: Replica) -> Ready:
     limits = engine.scheduler.limits
+    name, devices = engine.worker.devices()
     return Ready(
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         summary=summary(engine),
+        devices=devices,
+        device_name=name,
     )
 
 

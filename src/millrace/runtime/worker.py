@@ -37,6 +37,7 @@ from millrace.model.weights import load, random_weights
 from millrace.model.work import Layout, weight_bytes
 from millrace.model.work.fit import formats_in_memory, problem, rank_needs
 from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks
+from millrace.runtime import accounting
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 from millrace.runtime.profile_run import (
     declared_warmup,
@@ -91,6 +92,9 @@ class Worker:
         self.expert_ranks = ranks.size if whole else 1
         if config.device == "cuda":
             check_fit(config, model_config, self.cache_spec, Layout(ranks.size, whole))
+        self.accounted = accounting.accounted(
+            config, model_config, Layout(ranks.size, whole), drafter
+        )
         self.model = build_empty_model(config, model_config, parallel)
         longest = tape_length(config.max_model_len, config.drafts)
         self._loads = count_loads(self.model) if config.args.report_expert_load else {}
@@ -161,6 +165,10 @@ class Worker:
             vocab_size=self.model_config.vocab_size,
             priorities=config.args.scheduling_policy == "priority",
         )
+
+    def devices(self) -> tuple[str, list[str]]:
+        """The name of this rank's device, and the UUIDs of the GPUs of all ranks of this host."""
+        return accounting.devices(self._device, self.ranks.size)
 
     def launch(self, plan: StepPlan, masks: Callable[[], Masks] | None = None) -> PendingStep:
         """Start a step. masks: builds the masks of rows with a grammar; only rank 0 needs it."""

@@ -54,7 +54,9 @@ from millrace.server.supervisor import (
     open_listeners,
 )
 from millrace.server.telemetry.cache_reports import CacheReports
+from millrace.server.telemetry.devices import DeviceSampler
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
+from millrace.server.telemetry.work_metrics import WorkMetrics
 from millrace.text.processor import TextProcessor
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ async def _serve(
     client = EngineClient(metrics, options.stream_interval)
     control = EngineControl(client)
     grammars, encoder = _sandboxes(args)
-    tracer = Tracer.to(options.otlp_traces_endpoint)
+    tracer, sampler = Tracer.to(options.otlp_traces_endpoint), DeviceSampler()
+    client.on_ready = lambda ready: sampler.start(ready.devices)
     await client.start(args, program)
     try:
         page = MetricsPage(
@@ -106,6 +109,12 @@ async def _serve(
             lambda: client.stats,
             lambda: _cache_config(args, client.ready),
             sleep_level=lambda: control.sleep_level or 0,
+            up=lambda: client.ready is not None and client.died is None,
+            work=WorkMetrics(
+                lambda: client.stats.work,
+                lambda: "" if client.ready is None else client.ready.device_name,
+                lambda: sampler.samples,
+            ),
         )
         middleware = _middleware(
             _api(args, options, names, client, metrics, page, (grammars, encoder), control),
@@ -119,6 +128,7 @@ async def _serve(
             _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
         )
         page.gauges.update(_gauges(middleware, server))
+        page.counters.update(_counters())
         supervision = reported(
             "the supervision of the engine",
             _supervise_engine(
@@ -139,6 +149,7 @@ async def _serve(
         await asyncio.gather(grammars.close(), encoder.close())
         await client.stop()
         tracer.close()
+        sampler.close()
     if isinstance(client.died, UserError):
         raise client.died
     return 0 if client.died is None else 1
@@ -246,10 +257,15 @@ def _gauges(
         "http_connections": (
             "Connections of clients.", lambda: len(server.server_state.connections)
         ),
-        "log_lines_dropped": ("Log lines lost because they could not be written.", dropped_lines),
-        "task_failures": ("Failures of background tasks.", task_failures),
         "front_tasks": ("Tasks in the server's event loop.", lambda: len(asyncio.all_tasks())),
     }  # fmt: skip
+
+
+def _counters() -> dict[str, tuple[str, Callable[[], float]]]:
+    return {
+        "log_lines_dropped": ("Log lines lost because they could not be written.", dropped_lines),
+        "task_failures": ("Failures of background tasks.", task_failures),
+    }
 
 
 def _cache_config(args: EngineArgs, ready: Ready | None) -> dict[str, str]:

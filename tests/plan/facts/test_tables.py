@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from millrace.errors import ConfigError
-from millrace.plan.facts.gpus import gpu, gpus
+from millrace.hardware.gpus import gpu, gpus
 from millrace.plan.facts.measured import measured
 from millrace.plan.facts.models import catalogue, model_config
 from millrace.plan.facts.prices import api_prices, gpu_prices, price_of

@@ -9,7 +9,7 @@ import pytest
 
 from millrace.errors import ConfigError
 from millrace.model.work import StepShape
-from millrace.plan.facts.gpus import gpus
+from millrace.hardware.gpus import gpus
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 

@@ -11,7 +11,7 @@ from importlib import resources
 import msgspec
 
 from millrace.errors import ConfigError
-from millrace.plan.facts.gpus import gpu as find_gpu
+from millrace.hardware.gpus import gpu as find_gpu
 
 KINDS = ("on-demand", "reserved", "spot", "flex")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from millrace.plan.facts.gpus import gpu as find_gpu
+from millrace.hardware.gpus import gpu as find_gpu
 from millrace.plan.model.posterior import NOISE, Posterior, posterior
 from millrace.plan.model.step_model import ApiServer, Description, StartUp, StepModel
 

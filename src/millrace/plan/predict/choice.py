@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from millrace.errors import ConfigError
-from millrace.plan.facts.gpus import gpu as find_gpu
+from millrace.hardware.gpus import gpu as find_gpu
 from millrace.plan.facts.models import model_config
 from millrace.plan.facts.prices import price_of
 from millrace.plan.model.memory import formats_for

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from millrace.errors import ConfigError
-from millrace.plan.facts.gpus import gpu as find_gpu
+from millrace.hardware.gpus import gpu as find_gpu
 from millrace.plan.facts.models import model_config
 from millrace.plan.model.memory import SPREAD as MEMORY_SPREAD
 from millrace.plan.model.memory import MemoryFit, fit

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -50,7 +50,7 @@ class EngineDeadError(Exception):
 class EngineClient:
     """One engine after another and the requests that are open in it.
 
-    ready: the engine's Ready message, None before. died: why the engine ended, None while it runs.
+    ready: the engine's Ready message, None before. on_ready: called with each. died: why the engine ended, None while it runs.
     stats: its latest figures. cache_reports: why prompts were not cached. prefix_reporter:
     hashes of the prompts that were sent to it.
     draining: new requests are refused. refusal: why they are although the server does not stop:
@@ -60,6 +60,7 @@ class EngineClient:
 
     def __init__(self, metrics: RequestMetrics, stream_interval: int = 1) -> None:
         self.ready: Ready | None = None
+        self.on_ready: Callable[[Ready], None] = lambda _: None
         self.died: Exception | None = None
         self.stats = EngineStats()
         self.prefix_reporter = PrefixReporter()
@@ -215,6 +216,7 @@ class EngineClient:
                     stream.put(delta, now)
         elif isinstance(message, Ready):
             self.ready = message
+            self.on_ready(message)
             self._changed.set()
         else:
             self._die(_failure(message))
@@ -257,12 +259,13 @@ class EngineClient:
 
 
 def _with_loads(stats: EngineStats, before: EngineStats) -> EngineStats:
-    """The figures with the counts of tokens by expert, which only some messages have."""
-    if stats.expert_tokens or not before.expert_tokens:
-        return stats
-    return msgspec.structs.replace(
-        stats, expert_tokens=before.expert_tokens, expert_ranks=before.expert_ranks
-    )
+    """The figures with those that only some messages have: tokens by expert, and work."""
+    kept: dict[str, Any] = {}
+    if before.expert_tokens and not stats.expert_tokens:
+        kept = {"expert_tokens": before.expert_tokens, "expert_ranks": before.expert_ranks}
+    if before.work is not None and stats.work is None:
+        kept["work"] = before.work
+    return msgspec.structs.replace(stats, **kept) if kept else stats
 
 
 def _failure(message: Failed) -> Exception:

@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 
 from millrace.protocol import STEP_TOKENS, EngineStats, FinishReason
+from millrace.server.telemetry.work_metrics import WorkMetrics
 
 # vLLM's buckets, in seconds, tokens and outputs.
 _FIRST_TOKEN = (
@@ -131,10 +132,10 @@ GAUGES: tuple[_Row, ...] = (
     ("kv_pages_free", None, "KV pages that nothing holds.", lambda s: s.free_pages),
     ("kv_pages_evictable", None, "KV pages that only the prefix cache holds.",
      lambda s: s.evictable_pages),
-    ("kv_pages_total", None, "KV pages that there are.", lambda s: s.total_pages),
+    ("kv_pages_capacity", None, "KV pages that there are.", lambda s: s.total_pages),
     ("snapshots_used", None, "State snapshots that the prefix cache holds.",
      lambda s: s.snapshots_used),
-    ("snapshots_total", None, "State snapshots that there is room for.",
+    ("snapshots_capacity", None, "State snapshots that there is room for.",
      lambda s: s.snapshots_total),
 )  # fmt: skip
 
@@ -179,6 +180,9 @@ HISTOGRAMS: tuple[_HistogramRow, ...] = (
     ("time_per_output_token_seconds", None,
      "Mean over a request's tokens after the first, of requests of several tokens.",
      lambda m: m.time_per_output_token),
+    (None, "time_per_output_token_seconds",
+     "Between two steps that brought tokens to one request; older dashboards read this name.",
+     lambda m: m.inter_token_latency),
     (None, "request_time_per_output_token_seconds",
      "Mean over a request's tokens after the first; 0 for a request of one token.",
      lambda m: m.time_per_output_token_or_zero),
@@ -211,8 +215,9 @@ class MetricsPage:
     """The page that Prometheus reads.
 
     stats: gives the engine's latest figures. config: facts of the engine that never change, once
-    they are known. sleep_level: 0 while the engine is awake. gauges: further figures by name, each
-    with what it is.
+    they are known. sleep_level: 0 while the engine is awake. up: whether the engine runs. work: what
+    steps compute, and the GPUs that they run on. gauges,
+    counters: further figures by name, each with what it is.
     """
 
     def __init__(
@@ -222,13 +227,17 @@ class MetricsPage:
         stats: Callable[[], EngineStats],
         config: Callable[[], Mapping[str, str]] = dict,
         sleep_level: Callable[[], int] = lambda: 0,
+        up: Callable[[], bool] = lambda: True,
+        work: WorkMetrics | None = None,
     ) -> None:
-        self._sleep_level = sleep_level
+        self._sleep_level, self._up = sleep_level, up
+        self._work = work or WorkMetrics(lambda: self._stats().work)
         self._labels = {"model_name": model, "engine": "0"}
         self._requests = requests
         self._stats = stats
         self._config = config
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self.counters: dict[str, tuple[str, Callable[[], float]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -239,16 +248,21 @@ class MetricsPage:
     def collect(self) -> Iterator[Metric]:
         """Prometheus' way of asking for every figure."""
         stats = self._stats()
+        text = "1 while an engine has loaded its model and runs; 0 while it loads or is dead."
+        yield self._gauge("millrace:engine_up", text, float(self._up()))
         for name, vllm_name, text, value in GAUGES:
             for full in _names(name, vllm_name):
                 yield self._gauge(full, text, value(stats))
         for name, (text, read) in self.gauges.items():
             yield self._gauge(f"millrace:{name}", text, read())
+        for name, (text, read) in self.counters.items():
+            yield self._counter(f"millrace:{name}", text, {(): read()})
         for name, vllm_name, text, value in COUNTERS:
             for full in _names(name, vllm_name):
                 yield self._counter(full, text, {(): value(stats)})
         yield from self._histograms()
         yield from self._labelled(stats)
+        yield from self._work.collect(self._labels)
 
     def _histograms(self) -> Iterator[Metric]:
         for name, vllm_name, text, pick in HISTOGRAMS:
@@ -268,7 +282,7 @@ class MetricsPage:
         """Figures with labels of their own."""
         requests = self._requests
         yield from self._waiting_by_reason(stats)
-        for full in _names("iteration_tokens_total", "iteration_tokens_total"):
+        for full in _names("iteration_tokens", "iteration_tokens_total"):
             text = "Tokens that a step computes, of prompts and outputs."
             yield self._histogram(full, text, _step_buckets(stats), stats.step_tokens_sum)
         yield self._admission_rejections()

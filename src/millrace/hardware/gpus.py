@@ -57,7 +57,7 @@ class _Table(msgspec.Struct, frozen=True):
 @functools.cache
 def gpus() -> dict[str, Gpu]:
     """All devices by name."""
-    text = resources.files("millrace.plan.facts").joinpath("gpus.json").read_bytes()
+    text = resources.files("millrace.hardware").joinpath("gpus.json").read_bytes()
     return {gpu.name: gpu for gpu in msgspec.json.decode(text, type=_Table).gpus}
 
 
@@ -67,3 +67,14 @@ def gpu(name: str) -> Gpu:
     if found is None:
         raise ConfigError(f"unknown GPU {name!r}; known are {', '.join(gpus())}")
     return found
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The row of a device by the name that its driver gives, such as "NVIDIA H100 80GB HBM3"; None
+    where the table has none, or where several would do."""
+    words = device_name.lower().replace("-", " ").replace("_", " ").split()
+    if "a100" in words:
+        return gpus()["a100-80" if "80gb" in words else "a100-40"]
+    if "rtx" in words and "pro" in words and "6000" in words:
+        return gpus()["rtx-pro-6000"]
+    return next((found for name, found in gpus().items() if name in words), None)
