@@ -62,7 +62,7 @@ class Step:
         return self.decode + [request for request, chunk in self.chunks if chunk.last]
 
     def counts(self) -> StepCounts:
-        """Its sizes. Costs a few operations for each piece of a prompt, and none for decode rows."""
+        """Its sizes; costs a few operations for each piece of a prompt, and none for rows."""
         rows, ends = len(self.decode), 0
         tokens = context = 0
         attention = 0.0

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from millrace.model.work import StepShape
 from millrace.hardware.gpus import gpu as find_gpu
+from millrace.model.work import StepShape
 from millrace.plan.model.memory import formats_for
 from millrace.plan.model.posterior import NAMES, Posterior
 from millrace.plan.model.profiles import step_model

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from millrace.common.flags import Count
-from millrace.model.work.layout import CACHE_BYTES, WEIGHT_BYTES
 from millrace.hardware.gpus import gpu, gpus
+from millrace.model.work.layout import CACHE_BYTES, WEIGHT_BYTES
 from millrace.plan.facts.prices import KINDS
 from millrace.plan.model.posterior import Posterior, posterior, read_calibration
 from millrace.plan.predict.load import Load

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from millrace.errors import ConfigError
-from millrace.model.work import StepShape
 from millrace.hardware.gpus import gpus
+from millrace.model.work import StepShape
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from millrace.errors import ConfigError
+from millrace.hardware.gpus import Gpu
+from millrace.hardware.gpus import gpu as find_gpu
 from millrace.model.cache_spec import CacheOptions, CacheSpec
 from millrace.model.config import ModelConfig
 from millrace.model.work import Formats, weight_bytes
-from millrace.hardware.gpus import Gpu
-from millrace.hardware.gpus import gpu as find_gpu
 from millrace.plan.facts.models import model_config
 from millrace.plan.model.step_model import Description
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from millrace.errors import ConfigError
-from millrace.model.config import ModelConfig
-from millrace.model.work import Formats, Layout, Part, StepShape, Work, step_work
 from millrace.hardware.gpus import Gpu
 from millrace.hardware.gpus import gpu as find_gpu
+from millrace.model.config import ModelConfig
+from millrace.model.work import Formats, Layout, Part, StepShape, Work, step_work
 from millrace.plan.facts.models import model_config
 from millrace.plan.model.rates import OVERLAP
 

@@ -50,9 +50,9 @@ class EngineDeadError(Exception):
 class EngineClient:
     """One engine after another and the requests that are open in it.
 
-    ready: the engine's Ready message, None before. on_ready: called with each. died: why the engine ended, None while it runs.
-    stats: its latest figures. cache_reports: why prompts were not cached. prefix_reporter:
-    hashes of the prompts that were sent to it.
+    ready: the engine's Ready message, None before. on_ready: called with each. died: why the engine
+    ended, None while it runs. stats: its latest figures. cache_reports: why prompts were not
+    cached. prefix_reporter: hashes of the prompts that were sent to it.
     draining: new requests are refused. refusal: why they are although the server does not stop:
     paused or asleep; None while they are not. stream_interval: tokens that a stream's reader waits
     for.

@@ -215,9 +215,9 @@ class MetricsPage:
     """The page that Prometheus reads.
 
     stats: gives the engine's latest figures. config: facts of the engine that never change, once
-    they are known. sleep_level: 0 while the engine is awake. up: whether the engine runs. work: what
-    steps compute, and the GPUs that they run on. gauges,
-    counters: further figures by name, each with what it is.
+    they are known. sleep_level: 0 while the engine is awake. up: whether the engine runs. work:
+    what steps compute, and the GPUs that they run on. gauges, counters: further figures by name,
+    each with what it is.
     """
 
     def __init__(
