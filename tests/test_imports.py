@@ -49,6 +49,7 @@ LAYERS = [
     "server.api.chat server.api.completions",
     "server.api.anthropic server.api.openai_responses server.api.tokenize",
     # the fleet plane: many replicas, known by HTTP alone
+    "batch",
     "gateway.common",
     "gateway.http",
     "gateway.routing gateway.resume",

@@ -23,6 +23,7 @@ _COMMANDS = {
     "chat": ("millrace.chat.command", "chat", "Talk with a model in the terminal."),
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
     "fleet": ("millrace.fleet.command", "fleet", "Run replicas of this host from one file."),
+    "batch": ("millrace.offline.batch", "batch", "Answer a file of requests, each exactly once."),
     "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
     "simulate": (
         "millrace.simulate.command",

@@ -17,7 +17,7 @@ from millrace.offline.options import OFFLINE_HELP, LatencyOptions, ThroughputOpt
 from millrace.server.vllm_arguments import Options, rewrite
 
 
-class _EngineCommand(click.Command):
+class EngineCommand(click.Command):
     """A command that takes vLLM's command lines, as `serve` does; the model also as --model."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -27,7 +27,7 @@ class _EngineCommand(click.Command):
         return super().parse_args(ctx, arguments)
 
 
-@bench.command(cls=_EngineCommand)
+@bench.command(cls=EngineCommand)
 @click.argument("model")
 @struct_options(ThroughputOptions, OFFLINE_HELP)
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
@@ -39,7 +39,7 @@ def throughput(model: str, **values: Any) -> None:
     click.echo(measure_throughput(model, options, given(values, EngineArgs)))
 
 
-@bench.command(cls=_EngineCommand)
+@bench.command(cls=EngineCommand)
 @click.argument("model")
 @struct_options(LatencyOptions, OFFLINE_HELP)
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))

@@ -1,0 +1,120 @@
+"""`millrace batch`: its options, and what runs its requests: servers, or an engine of its own."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from millrace.batch.options import BATCH_HELP, BatchOptions
+from millrace.common.flags import given, struct_options
+from millrace.config import HELP, EngineArgs
+from millrace.errors import ConfigError
+from millrace.offline.command import EngineCommand
+
+_FAILED = 1
+_SHORT = {"-i": "--input-file", "-o": "--output-file"}
+
+
+class _BatchCommand(EngineCommand):
+    """Also with the short names of vLLM's run-batch."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_SHORT.get(word, word) for word in args])
+
+
+@click.command("batch", cls=_BatchCommand)
+@click.argument("model", required=False)
+@click.option(
+    "-i",
+    "--input-file",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with one request a line, in the format of OpenAI's batches.",
+)
+@click.option(
+    "-o",
+    "--output-file",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for the results, in the order in which they come.",
+)
+@struct_options(BatchOptions, BATCH_HELP, skip=frozenset({"model"}))
+@struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
+@click.pass_context
+def batch(
+    ctx: click.Context, /, model: str | None, input_file: Path, output_file: Path, **values: Any
+) -> None:
+    """Answer every request of a file exactly once, over servers or with a model of its own.
+
+    MODEL (or --model MODEL): with --base-url, the model to ask for instead of that of each line;
+    else the model to run. After a kill, or any other end, the same command goes on where it
+    stopped.
+    """
+    values["model"] = model
+    options = msgspec.convert(given(values, BatchOptions), BatchOptions)
+    engine = given({**values, "model": None}, EngineArgs)
+    if options.api_key is None and (key := os.environ.get("OPENAI_API_KEY")):
+        options = msgspec.structs.replace(options, api_key=key)
+    ctx.exit(_run(input_file, output_file, options, engine))
+
+
+def _run(input_file: Path, output_file: Path, options: BatchOptions, engine: dict[str, Any]) -> int:
+    """Run it; the exit status: 1 if it has to be run again to go on."""
+    from millrace.batch.input_file import InputFile
+    from millrace.batch.journal import Journal, StopError
+
+    _check(options, engine)
+    options.dispatch()
+    errors = Path(options.error_file) if options.error_file else _error_file(output_file)
+    if len({path.resolve() for path in (input_file, output_file, errors)}) < 3:
+        raise ConfigError("input, output and error file must be three files")
+    model = options.model if options.base_url else None
+    try:
+        with (
+            closing(InputFile(input_file, model)) as source,
+            closing(Journal(output_file, errors)) as journal,
+        ):
+            journal.load(source)
+            return _answer_all(source, journal, options, engine)
+    except StopError as error:
+        click.echo(f"millrace batch: {error}", err=True)
+        return _FAILED
+
+
+def _check(options: BatchOptions, engine: dict[str, Any]) -> None:
+    if options.base_url and engine:
+        name = next(iter(engine)).replace("_", "-")
+        raise ConfigError(f"--{name} is the engine's; with --base-url the servers have engines")
+    if not options.base_url and options.model is None:
+        raise ConfigError("name servers with --base-url, or a model to run here with --model")
+
+
+def _error_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.errors{output.suffix}")
+
+
+def _answer_all(source: Any, journal: Any, options: BatchOptions, engine: dict[str, Any]) -> int:
+    from millrace.batch.run import http_endpoints, run_batch
+    from millrace.bench.load.interrupts import Interrupts
+
+    counts = journal.counts
+    if counts.done:
+        click.echo(f"{counts.done:,} of {counts.total:,} requests are done already", err=True)
+    if counts.done == counts.total:
+        return 0
+    endpoints = http_endpoints(options)
+    with Interrupts() as interrupts:
+        whole, counts = interrupts.run(
+            lambda stop: run_batch(
+                source, journal, endpoints, options, lambda line: click.echo(line, err=True), stop
+            )
+        )
+        if not whole:
+            left = counts.total - counts.done
+            click.echo(f"{left:,} requests are left; the same command goes on", err=True)
+    return interrupts.status or (0 if whole else _FAILED)
