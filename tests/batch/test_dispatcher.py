@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_busy_answers_cost_no_attempt_and_retry_after_is_kept(tmp_path: Path) ->
 
 def test_wrong_keys_stop_the_run_and_cost_no_request(tmp_path: Path) -> None:
     closed = Scripted("closed", lambda content, attempt: Answer(401, b'{"error": "no key"}'))
-    with pytest.raises(StopError, match="no endpoint works: closed: status 401.*no key"):
+    with pytest.raises(StopError, match=r"no endpoint works: closed: status 401.*no key"):
         dispatched(tmp_path, [closed])
     outcome = dispatched(tmp_path, [Scripted("open", good)])
     assert len(outcome.output) == 40
@@ -217,7 +218,7 @@ def test_requests_that_begin_alike_are_sent_together(tmp_path: Path) -> None:
     server = Scripted("one", good)
     dispatched(tmp_path, [server], 30, shared, max_in_flight=1)
     firsts = [content[0] for content in server.order]
-    assert sum(a != b for a, b in zip(firsts, firsts[1:], strict=False)) == 2
+    assert sum(a != b for a, b in pairwise(firsts)) == 2
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:

@@ -143,7 +143,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 
     with closing(opened(tmp_path, source)) as journal:
         monkeypatch.setattr(journal_module.ResultFile, "append", append)
-        with pytest.raises(StopError, match="No space left on device.*the same command again"):
+        with pytest.raises(StopError, match=r"No space left on device.*the same command again"):
             journal.record([result(1, "id-0"), result(2, "id-1")], 0.0)
     monkeypatch.undo()
     opened(tmp_path, source).close()

@@ -8,6 +8,7 @@ import msgspec
 
 from millrace.batch.dispatcher import DispatchOptions
 from millrace.errors import ConfigError
+from millrace.target import Target, parse_base_url
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +27,13 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     output_price: float = 0.0
     hourly_price: float = 0.0
     page: str | None = None
+
+    def targets(self) -> list[Target]:
+        """The servers. Raises UserError."""
+        targets = [parse_base_url(url) for url in self.base_url]
+        if len(set(targets)) < len(targets):
+            raise ConfigError("--base-url: one server is named twice")
+        return [msgspec.structs.replace(one, verify=not self.insecure) for one in targets]
 
     def dispatch(self) -> DispatchOptions:
         """What the dispatcher is told. Raises ConfigError."""

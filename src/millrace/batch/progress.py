@@ -104,9 +104,9 @@ class Progress:
         parts = [f"{counts.done:,}/{counts.total:,} done"]
         if counts.failed:
             parts.append(f"{counts.failed:,} failed")
-        if self.rate:
-            left = (counts.total - counts.done) / self.rate
-            parts += [f"{self.rate:,.1f}/s", f"{duration(left)} left"]
+        left = counts.total - counts.done
+        if self.rate and left:
+            parts += [f"{self.rate:,.1f}/s", f"{duration(left / self.rate)} left"]
         usage = counts.usage
         parts.append(f"{usage.prompt:,} prompt tokens ({usage.cached:,} cached)")
         parts.append(f"{usage.output:,} output tokens")

@@ -6,26 +6,18 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from millrace.batch.dispatcher import Dispatcher
 from millrace.batch.endpoint import Endpoint, HttpEndpoint
 from millrace.batch.input_file import InputFile
-from millrace.batch.journal import Counts, Journal
+from millrace.batch.journal import Journal
 from millrace.batch.options import BatchOptions
 from millrace.batch.progress import Prices, Progress, duration
-from millrace.common.http_client import parse_base_url
-from millrace.errors import ConfigError
 
 
 def http_endpoints(options: BatchOptions) -> list[Endpoint]:
     """The servers that the options name. Raises UserError."""
     headers = [("Authorization", f"Bearer {options.api_key}")] if options.api_key else []
-    targets = [parse_base_url(url) for url in options.base_url]
-    if len(set(targets)) < len(targets):
-        raise ConfigError("--base-url: one server is named twice")
-    verify = not options.insecure
-    return [HttpEndpoint(msgspec.structs.replace(t, verify=verify), headers) for t in targets]
+    return [HttpEndpoint(target, headers) for target in options.targets()]
 
 
 async def run_batch(
@@ -35,10 +27,10 @@ async def run_batch(
     options: BatchOptions,
     say: Callable[[str], None],
     stop: asyncio.Event,
-) -> tuple[bool, Counts]:
+) -> bool:
     """Run a batch whose journal is loaded, to its end or until `stop` is set.
 
-    Returns whether every request has a result, and how far it is. Raises StopError, UserError.
+    Returns whether every request has a result. Raises StopError, UserError.
     """
     page = Path(options.page) if options.page else None
     prices = Prices(options.input_price, options.output_price, options.hourly_price)
@@ -53,7 +45,7 @@ async def run_batch(
         progress.end()
         await asyncio.gather(*(endpoint.close() for endpoint in endpoints))
     say(f"{progress.line()}, in {duration(journal.counts.seconds)}")
-    return whole, journal.counts
+    return whole
 
 
 async def _stop_when_set(stop: asyncio.Event, dispatcher: Dispatcher) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
+from millrace.batch.input_file import InputFile
+from millrace.batch.journal import Journal, StopError
 from millrace.batch.options import BATCH_HELP, BatchOptions
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs
@@ -65,18 +69,13 @@ def batch(
 
 def _run(input_file: Path, output_file: Path, options: BatchOptions, engine: dict[str, Any]) -> int:
     """Run it; the exit status: 1 if it has to be run again to go on."""
-    from millrace.batch.input_file import InputFile
-    from millrace.batch.journal import Journal, StopError
-
     _check(options, engine)
-    options.dispatch()
     errors = Path(options.error_file) if options.error_file else _error_file(output_file)
     if len({path.resolve() for path in (input_file, output_file, errors)}) < 3:
         raise ConfigError("input, output and error file must be three files")
-    model = options.model if options.base_url else None
     try:
         with (
-            closing(InputFile(input_file, model)) as source,
+            closing(InputFile(input_file, options.model)) as source,
             closing(Journal(output_file, errors)) as journal,
         ):
             journal.load(source)
@@ -87,6 +86,8 @@ def _run(input_file: Path, output_file: Path, options: BatchOptions, engine: dic
 
 
 def _check(options: BatchOptions, engine: dict[str, Any]) -> None:
+    options.dispatch()
+    options.targets()
     if options.base_url and engine:
         name = next(iter(engine)).replace("_", "-")
         raise ConfigError(f"--{name} is the engine's; with --base-url the servers have engines")
@@ -98,23 +99,50 @@ def _error_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.errors{output.suffix}")
 
 
-def _answer_all(source: Any, journal: Any, options: BatchOptions, engine: dict[str, Any]) -> int:
-    from millrace.batch.run import http_endpoints, run_batch
+def _answer_all(
+    source: InputFile, journal: Journal, options: BatchOptions, engine: dict[str, Any]
+) -> int:
     from millrace.bench.load.interrupts import Interrupts
 
     counts = journal.counts
     if counts.done:
-        click.echo(f"{counts.done:,} of {counts.total:,} requests are done already", err=True)
+        _say(f"{counts.done:,} of {counts.total:,} requests are done already")
     if counts.done == counts.total:
         return 0
-    endpoints = http_endpoints(options)
     with Interrupts() as interrupts:
-        whole, counts = interrupts.run(
-            lambda stop: run_batch(
-                source, journal, endpoints, options, lambda line: click.echo(line, err=True), stop
-            )
-        )
+        run = _through_servers if options.base_url else partial(_through_engine, engine)
+        whole = interrupts.run(partial(run, source, journal, options))
         if not whole:
-            left = counts.total - counts.done
-            click.echo(f"{left:,} requests are left; the same command goes on", err=True)
+            left = journal.counts.total - journal.counts.done
+            _say(f"{left:,} requests are left; the same command goes on")
     return interrupts.status or (0 if whole else _FAILED)
+
+
+async def _through_servers(
+    source: InputFile, journal: Journal, options: BatchOptions, stop: asyncio.Event
+) -> bool:
+    from millrace.batch.run import http_endpoints, run_batch
+
+    return await run_batch(source, journal, http_endpoints(options), options, _say, stop)
+
+
+async def _through_engine(
+    engine: dict[str, Any],
+    source: InputFile,
+    journal: Journal,
+    options: BatchOptions,
+    stop: asyncio.Event,
+) -> bool:
+    from millrace.batch.run import run_batch
+    from millrace.config import engine_args
+    from millrace.offline.engine_endpoint import engine_endpoint
+
+    args = engine_args(model=options.model, **engine)
+    async with engine_endpoint(args) as (endpoint, limit):
+        most = min(options.max_in_flight, limit)
+        options = msgspec.structs.replace(options, max_in_flight=most)
+        return await run_batch(source, journal, [endpoint], options, _say, stop)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)

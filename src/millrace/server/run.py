@@ -98,7 +98,7 @@ async def _serve(
     metrics = RequestMetrics()
     client = EngineClient(metrics, options.stream_interval)
     control = EngineControl(client)
-    grammars, encoder = _sandboxes(args)
+    grammars, encoder = sandboxes = make_sandboxes(args)
     tracer, sampler = Tracer.to(options.otlp_traces_endpoint), DeviceSampler()
     client.on_ready = lambda ready: sampler.start(ready.devices)
     await client.start(args, program)
@@ -117,7 +117,7 @@ async def _serve(
             ),
         )
         middleware = _middleware(
-            _api(args, options, names, client, metrics, page, (grammars, encoder), control),
+            make_application(args, options, names, client, metrics, page, sandboxes, control),
             options,
             metrics,
             tracer,
@@ -155,7 +155,7 @@ async def _serve(
     return 0 if client.died is None else 1
 
 
-def _api(
+def make_application(
     args: EngineArgs,
     options: ServerOptions,
     names: list[str],
@@ -165,6 +165,8 @@ def _api(
     sandboxes: tuple[Sandbox, Sandbox],
     control: EngineControl,
 ) -> ASGIApp:
+    """The API of one engine, without what every HTTP request passes through. names: of the model.
+    sandboxes: of `make_sandboxes`."""
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
     context = ApiContext(
@@ -202,7 +204,7 @@ def _api(
     return application(context, page, root=args.model, managed=managed)
 
 
-def _sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
+def make_sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
     """The processes that build grammars, and the one that encodes long texts."""
     tokenizer = str(find_model(args.tokenizer)) if args.tokenizer else args.model
     grammars = SandboxOptions(
