@@ -43,6 +43,7 @@ from millrace.server.engine_link.restarter import Restarter
 from millrace.server.http.access import Access
 from millrace.server.http.bodies import BodyReader
 from millrace.server.http.connection import connection_class
+from millrace.server.http.idempotency import IdempotentRequests
 from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
 from millrace.server.options import ServerOptions, admin_key, api_keys, gateway_key
@@ -117,7 +118,9 @@ async def _serve(
             ),
         )
         middleware = _middleware(
-            make_application(args, options, names, client, metrics, page, sandboxes, control),
+            IdempotentRequests(
+                make_application(args, options, names, client, metrics, page, sandboxes, control)
+            ),
             options,
             metrics,
             tracer,
