@@ -74,12 +74,15 @@ LAYERS = [
     "simulate.common",
     "simulate.events simulate.aggregated",
     "chat eval server doctor simulate download quantize",
+    "deploy.layout",
+    "deploy.manifests",
+    "deploy",
     "about offline",
     "cli millrace",
     "__main__",
 ]
 
-FLEET_PLANE = {"gateway", "fleet", "bench", "tune", "observe", "deploy", "batch"}
+FLEET_PLANE = {"gateway", "fleet", "bench", "tune", "observe", "batch"}
 # What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
 FLEET_GROUND = {
     "version", "errors", "target", "response_ids", "common", "tasks", "request_parser", "hardware",

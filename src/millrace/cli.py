@@ -24,6 +24,11 @@ _COMMANDS = {
     "gateway": ("millrace.gateway.command", "gateway", "Put one address before many replicas."),
     "fleet": ("millrace.fleet.command", "fleet", "Run replicas of this host from one file."),
     "batch": ("millrace.offline.batch", "batch", "Answer a file of requests, each exactly once."),
+    "deploy": (
+        "millrace.deploy.command",
+        "deploy",
+        "Render, check and follow a fleet on a cluster.",
+    ),
     "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
     "simulate": (
         "millrace.simulate.command",

@@ -66,7 +66,9 @@ class Gateway:
             from pathlib import Path
 
             sources.append(FileSource(Path(options.worker_file)))
-        self._discovery = Discovery(self.monitor, sources, log)
+        self._discovery = Discovery(
+            self.monitor, sources, log, patient=options.limits.hold_timeout > 0
+        )
         self._scale = ScaleAdvisor(self.counters, lambda: self.monitor.members, options.scale)
         self._sampling: asyncio.Task[None] | None = None
         self._admin = AdminApi(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 from millrace.common.http_client import Response, Target, fetch, parse_url
 from millrace.errors import UserError
 from millrace.gateway.app import Gateway
+from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.common.shared_counters import IN_FLIGHT, LOAD
-from millrace.gateway.health.discovery import FileSource, parse_dns
+from millrace.gateway.health.discovery import DnsSource, FileSource, parse_dns
 from millrace.gateway.health.health_monitor import HealthPolicy, ReplicaSpec
 from millrace.gateway.health.load_report import LoadReport
 from millrace.gateway.relay.access import Access
@@ -386,6 +388,27 @@ def test_every_address_of_a_name_is_a_replica() -> None:
         await replica.stop()
 
     run(scenario())
+
+
+def test_a_gateway_that_holds_requests_waits_for_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A headless service has no address until its first pod is ready."""
+    monkeypatch.setattr(DnsSource, "read", _no_address)
+    lines: list[str] = []
+
+    async def start(**options: Any) -> None:
+        async with gateway(worker_dns=["replicas.test:8000"], replicas=[], **options):
+            pass
+
+    run(start(limits=GatewayLimits(hold_timeout=5.0), log=lines.append))
+    assert lines == ["DNS replicas.test: no address yet; it is asked for again"]
+    with pytest.raises(UserError, match="not known"):
+        run(start())
+
+
+async def _no_address(_: DnsSource) -> list[ReplicaSpec]:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 def test_sources_that_cannot_be_read_fail_the_start(tmp_path: Path) -> None:

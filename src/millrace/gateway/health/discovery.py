@@ -97,14 +97,21 @@ def parse_dns(text: str) -> DnsSource:
 
 
 class Discovery:
-    """Keeps a health monitor in step with sources. log: takes a line if one cannot be read."""
+    """Keeps a health monitor in step with sources. log: takes a line if one cannot be read.
+    patient: a name that has no addresses yet is no mistake: its replicas are still to come."""
 
     def __init__(
-        self, monitor: HealthMonitor, sources: Sequence[Source], log: Callable[[str], None]
+        self,
+        monitor: HealthMonitor,
+        sources: Sequence[Source],
+        log: Callable[[str], None],
+        *,
+        patient: bool = False,
     ) -> None:
         self._monitor = monitor
         self._sources = sources
         self._log = log
+        self._patient = patient
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -114,7 +121,10 @@ class Discovery:
             try:
                 self._monitor.sync(source.name, await source.read())
             except OSError as error:
-                raise UserError(f"{source.name}: {error.strerror or error}") from None
+                if self._patient and isinstance(error, socket.gaierror):
+                    self._log(f"{source.name}: no address yet; it is asked for again")
+                else:
+                    raise UserError(f"{source.name}: {error.strerror or error}") from None
             work = partial(self._follow, source)
             self._tasks.append(restarted(f"the reading of {source.name}", work, self._log))
 

@@ -1,9 +1,11 @@
-"""The command lines that start what was planned."""
+"""The options and command lines that start what was planned."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from millrace.plan.predict.prediction import Deployment
 
@@ -11,41 +13,52 @@ KV = {"fp8": "fp8_e4m3", "bf16": "bfloat16", "fp32": "float32"}
 STATES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+def serve_options(deployment: Deployment) -> dict[str, Any]:
+    """Options of one replica, by their names in EngineArgs; vLLM's have the same."""
+    d, settings = deployment.description, deployment.settings
+    found: dict[str, Any] = {
+        "max_model_len": d.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "gpu_memory_utilization": deployment.utilization,
+        "kv_cache_dtype": KV[d.kv],
+    }
+    if d.tensor > 1:
+        found["tensor_parallel_size"] = d.tensor
+    if d.tensor > 1 and d.experts:
+        found["enable_expert_parallel"] = True
+    if d.drafts:
+        found["speculative_config"] = {"method": "mtp", "num_speculative_tokens": d.drafts}
+    if d.engine != "vllm" or d.state != "fp32":
+        found["mamba_ssm_cache_dtype"] = STATES[d.state]
+    if d.engine != "vllm" and settings.mixed:
+        found["mixed_prefill_tokens"] = settings.mixed
+    return found
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Options on a command line of Millrace: lists repeated, objects as JSON, switches by name."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words += [word for one in value for word in (flag, str(one))]
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
+        elif value is not None:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
 def serve_command(deployment: Deployment) -> str:
     """Of one replica: `millrace serve`, or `vllm serve` for that engine."""
-    d, settings = deployment.description, deployment.settings
-    program = {"vllm": "vllm"}.get(d.engine, "millrace")
-    parts = [program, "serve", d.model, *_common(deployment)]
-    if program == "vllm":
-        if settings.ranks > 1:
-            parts += ["--data-parallel-size", str(settings.ranks)]
-        if d.state != "fp32":
-            parts += ["--mamba-ssm-cache-dtype", STATES[d.state]]
-    else:
-        parts += ["--mamba-ssm-cache-dtype", STATES[d.state]]
-        if settings.mixed:
-            parts += ["--mixed-prefill-tokens", str(settings.mixed)]
-    return shlex.join(parts)
-
-
-def _common(deployment: Deployment) -> list[str]:
-    """What both take under the same name."""
-    d, settings = deployment.description, deployment.settings
-    parts = [
-        "--max-model-len", str(d.max_model_len),
-        "--max-num-seqs", str(settings.max_num_seqs),
-        "--max-num-batched-tokens", str(settings.max_num_batched_tokens),
-        "--gpu-memory-utilization", f"{deployment.utilization:g}",
-        "--kv-cache-dtype", KV[d.kv],
-    ]  # fmt: skip
-    if d.tensor > 1:
-        parts += ["--tensor-parallel-size", str(d.tensor)]
-    if d.tensor > 1 and d.experts:
-        parts.append("--enable-expert-parallel")
-    if d.drafts:
-        config = {"method": "mtp", "num_speculative_tokens": d.drafts}
-        parts += ["--speculative-config", json.dumps(config)]
-    return parts
+    program = "vllm" if deployment.description.engine == "vllm" else "millrace"
+    options = serve_options(deployment)
+    if program == "vllm" and deployment.settings.ranks > 1:
+        options["data_parallel_size"] = deployment.settings.ranks
+    return shlex.join([program, "serve", deployment.description.model, *as_flags(options)])
 
 
 def gateway_command(deployment: Deployment) -> str:

@@ -1,0 +1,1 @@
+"""Fleets on clusters and machines: rendered from one file, checked, followed."""

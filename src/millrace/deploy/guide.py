@@ -1,0 +1,153 @@
+"""The README of a rendered folder: what to run in which order, and what each step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from millrace.deploy.layout.layout import Layout
+from millrace.deploy.layout.remedies import install_router
+from millrace.deploy.manifests.model_volume import by_snapshot
+
+DOWNLOAD_RATE = 200e6  # bytes a second that a download is reckoned with
+CHEAP_MACHINE = 0.2  # dollars an hour of a machine without GPUs
+
+
+def guide(layout: Layout, files: Sequence[str]) -> str:
+    """Markdown. files: paths of what is rendered."""
+    file = layout.file
+    lines = [
+        f"# {file.model} on {file.platform}",
+        "",
+        _summary(layout),
+        "",
+        *_prediction(layout),
+        "## Steps",
+        "",
+        *(f"{number}. {step}" for number, step in enumerate(_steps(layout, files), 1)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(layout: Layout) -> str:
+    file, settings = layout.file, layout.settings
+    each = f"{layout.gpus} x {file.gpu}" if file.has_gpus else "no GPU"
+    what = "groups of pods" if layout.groups else "pods"
+    options = " ".join(f"{name}={value}" for name, value in settings.options.items())
+    return (
+        f"{settings.replicas} replicas of {file.engine} in {layout.count} {what}, each pod with "
+        f"{each}, behind {file.entry}. `{options}`"
+    )
+
+
+def _prediction(layout: Layout) -> list[str]:
+    """What the planner says, where it was asked."""
+    planned, price, cost = layout.settings.planned, layout.settings.price, layout.settings.cost
+    if planned is None:
+        return [*(f"- {note}" for note in layout.settings.notes), ""]
+    total = planned.bars["total_tokens"]
+    lines = [f"- {total.value:,.0f} tokens/s in all ({total.low:,.0f} to {total.high:,.0f}, 80%)"]
+    if "tpot" in planned.bars:
+        ttft, tpot = planned.bars["ttft"], planned.bars["tpot"]
+        lines.append(f"- TTFT {ttft.value * 1e3:,.0f} ms, TPOT {tpot.value * 1e3:,.1f} ms")
+    if planned.overload:
+        lines.append(f"- {planned.overload}")
+    if price is None or cost is None or layout.hourly is None:
+        lines.append(f"- no {layout.file.price} price of {layout.file.gpu} is known: give dollars:")
+    else:
+        million = cost.million
+        lines.append(
+            f"- {price.kind} at ${price.dollars:.2f} a GPU-hour ({price.provider}, {price.date}): "
+            f"${layout.hourly:,.2f} an hour while all run, ${million.value:.3f} "
+            f"({million.low:.3f} to {million.high:.3f}) for a million tokens while full"
+        )
+    return [*lines, *(f"- {note}" for note in layout.settings.notes), ""]
+
+
+def _steps(layout: Layout, files: Sequence[str]) -> list[str]:
+    file, space = layout.file, f"-n {layout.file.namespace}"
+    steps = []
+    if "cluster.sh" in files:
+        steps.append("`./cluster.sh` makes the cluster and what it needs (about $0.10 an hour for "
+                     "its control plane, and a machine without GPUs)")  # fmt: skip
+    steps.append("`kubectl apply -k cluster`: nothing that costs")
+    steps += _secrets(layout)
+    if "model/kustomization.yaml" in files:
+        steps.append(_download(layout))
+    if "model/publish/kustomization.yaml" in files:
+        steps.append(
+            f"`kubectl apply -k model/publish`; then `kubectl wait {space} --for=jsonpath="
+            f"'{{.status.readyToUse}}'=true volumesnapshot/{layout.volume} --timeout=2h`"
+        )
+    steps.append("`millrace deploy check deploy.yaml` says what the cluster still lacks")
+    if file.entry == "inference-pool":
+        steps.append(f"`{install_router(layout.name, file.namespace, file.router.version)}`")
+    hourly = f": {_dollars(layout.hourly)} an hour from now on" if file.has_gpus else ""
+    steps.append(f"`kubectl apply -k overlays/{file.platform}`{hourly}")
+    steps.append("`millrace deploy status deploy.yaml` follows the start, which takes minutes")
+    steps.append(_first_request(layout))
+    if "bench/kustomization.yaml" in files:
+        steps.append(_bench(layout))
+    steps.append(f"To pay nothing more: `kubectl delete -k overlays/{file.platform}`")
+    return steps
+
+
+def _dollars(value: float | None) -> str:
+    return "an unknown price" if value is None else f"${value:,.2f}"
+
+
+def _secrets(layout: Layout) -> list[str]:
+    file, space = layout.file, f"-n {layout.file.namespace}"
+    found = []
+    if file.hub_token_secret:
+        found.append(f"`kubectl create secret generic {file.hub_token_secret} {space} "
+                     '--from-literal=HF_TOKEN="$HF_TOKEN"`')  # fmt: skip
+    if file.api_key_secret:
+        found.append(f"`kubectl create secret generic {file.api_key_secret} {space} "
+                     '--from-literal=api-key="$(openssl rand -hex 32)"`')  # fmt: skip
+    return found
+
+
+def _download(layout: Layout) -> str:
+    planned = layout.settings.planned
+    cost = ""
+    if planned is not None:
+        hours = planned.memory.weights * layout.settings.ranks / DOWNLOAD_RATE / 3600
+        minutes = max(1, round(hours * 60))
+        cost = (
+            f", some {minutes} minutes at 200 MB/s on a machine without GPUs: about "
+            f"${max(0.01, hours * CHEAP_MACHINE):.2f}"
+        )
+    disk = " to a disk that many machines read later" if by_snapshot(layout) else ""
+    return (
+        f"`kubectl apply -k model`, then `kubectl wait -n {layout.file.namespace} "
+        f"--for=condition=complete job/{layout.name}-download --timeout=6h`: downloads and checks "
+        f"the model{disk}{cost}"
+    )
+
+
+def _first_request(layout: Layout) -> str:
+    key = ' -H "Authorization: Bearer $KEY"' if layout.file.api_key_secret else ""
+    target = f"svc/{layout.entry}"
+    if layout.file.entry == "inference-pool":
+        target = f"svc/$(kubectl get svc -n {layout.file.namespace} -l gateway.networking.k8s.io/"
+        target += f"gateway-name={layout.entry} -o name | head -1 | cut -d/ -f2)"
+    body = f'{{"model": "{layout.served_name}", "prompt": "Hello", "max_tokens": 16}}'
+    return (
+        f"`kubectl port-forward -n {layout.file.namespace} {target} 8080:80`, and in another "
+        f"terminal `curl{key} --json '{body}' http://127.0.0.1:8080/v1/completions`"
+    )
+
+
+def _bench(layout: Layout) -> str:
+    part = layout.file.bench
+    assert part is not None
+    gpus = layout.settings.ranks * max(part.replicas)
+    price = layout.settings.price
+    cost = f", ${price.dollars * gpus:,.2f} an hour for its {gpus} GPUs" if price else ""
+    return (
+        f"`kubectl apply -k bench` and `kubectl logs -n {layout.file.namespace} -f "
+        f"job/{layout.name}-bench`: the table of {', '.join(map(str, part.replicas))} "
+        f"replicas{cost}; its pods keep no GPUs once the Job has ended, but `{layout.name}"
+        "-bench-shell` does until it is deleted"
+    )

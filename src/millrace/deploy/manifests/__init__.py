@@ -1,0 +1,1 @@
+"""Kubernetes objects as plain data, each made from a layout; nothing here reads or writes files."""
