@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from tests.support.text_model import write_text_model
 # An example's time says how busy the machine is, not whether it is right.
 settings.register_profile("millrace", deadline=None)
 settings.load_profile("millrace")
+
+# A client of httpx reads all certificates of the machine, which takes 20 ms for each of thousands.
+# No test leaves the machine, and those of TLS name their own certificates: this folder has none.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent / "support")
 
 
 @pytest.fixture(scope="session")

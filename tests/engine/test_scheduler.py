@@ -547,7 +547,7 @@ def test_a_prompt_of_a_higher_priority_takes_its_tokens_first() -> None:
     assert running["low"].computed == 512
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     length=st.integers(600, 4000),

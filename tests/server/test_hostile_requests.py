@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -151,6 +152,31 @@ with httpx.Client(base_url=sys.argv[1], timeout=120) as client:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["the quick brown fox " * 100] * 1000, "max_tokens": 1}),
+        ("/v1/chat/completions", with_schema(deep_schema().wanted.json)),
+    ],
+    ids=["prompts", "schema"],
+)
+def test_others_are_answered_while_a_hostile_text_is_worked_on(
+    server: LiveServer, path: str, body: Any
+) -> None:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        httpx.Client(base_url=server.url, timeout=60) as honest,
+    ):
+        hostile = pool.submit(post, server, path, body)
+        answered = 0
+        while not hostile.done():
+            assert honest.get("/health").status_code == 200
+            answered += 1
+        assert hostile.result().status_code in (200, 400)
+    assert answered > 5  # two, if it is worked on where they are answered
+
+
+@pytest.mark.sweep  # what is beside it on the machine shows
 def test_other_streams_go_on_while_hostile_texts_arrive(server: LiveServer, tmp_path: Path) -> None:
     """99 of 100 gaps between the chunks of an honest stream stay under 100 ms."""
     words = "the quick brown fox "

@@ -209,12 +209,13 @@ def test_requests_that_take_too_long_are_told(slow: LiveServer) -> None:
     assert "Traceback" not in slow.log
 
 
-@pytest.mark.slow
 def test_an_engine_that_will_not_end_is_killed(text_model: Path, tmp_path: Path) -> None:
-    with fake_server(text_model, tmp_path / "log", Behaviour(deaf=True)) as server:
+    module, deaf = "millrace.server.engine_link.process", Behaviour(deaf=True)
+    constants = {f"{module}:ASKED_SECONDS": 0.5, f"{module}:TERMINATED_SECONDS": 0.5}
+    with fake_server(text_model, tmp_path / "log", deaf, constants=constants) as server:
         engine = server.engine()
         server.process.terminate()
-        server.process.wait(12)
+        server.process.wait(20)
         assert not engine.is_running()
 
 

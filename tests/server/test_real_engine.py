@@ -27,7 +27,8 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
 
 
-@pytest.fixture(scope="module", params=["plain", "mtp"])
+# That drafts change no answer of a server is shown by test_crossed as well.
+@pytest.fixture(scope="module", params=["plain", pytest.param("mtp", marks=pytest.mark.sweep)])
 def server(
     small_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[LiveServer]:

@@ -40,7 +40,7 @@ CHECKS = [
 ]
 SHAPE = response_schema_conformance  # of what is JSON
 EXAMPLES = settings(
-    max_examples=3, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    max_examples=2, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 

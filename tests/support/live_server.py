@@ -58,16 +58,23 @@ class LiveServer:
 
     def metric(self, name: str) -> float:
         """The sum over all labels of one metric."""
-        page = httpx.get(f"{self.url}/metrics").text
-        rows = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, flags=re.MULTILINE)
-        assert rows, f"no {name} in the metrics"
-        return sum(map(float, rows))
+        return _sum_of(name, self._metrics())
 
     def open_in_engine(self) -> float:
         """Requests that the engine holds, as it says itself."""
-        return self.metric("millrace:num_requests_running") + self.metric(
-            "millrace:num_requests_waiting"
-        )
+        page = self._metrics()
+        names = ("millrace:num_requests_running", "millrace:num_requests_waiting")
+        return sum(_sum_of(name, page) for name in names)
+
+    def _metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics").text
+
+
+def _sum_of(name: str, page: str) -> float:
+    """The sum over all labels of a metric on a page."""
+    rows = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, flags=re.MULTILINE)
+    assert rows, f"no {name} in the metrics"
+    return sum(map(float, rows))
 
 
 def command_line(process: psutil.Process) -> list[str]:
@@ -94,11 +101,13 @@ def fake_server(
     *,
     ready: bool = True,
     environment: dict[str, str] | None = None,
+    constants: dict[str, float] | None = None,
     **given: object,
 ) -> Iterator[LiveServer]:
     """A server over a fake engine. Its name for the model is `fake`.
 
-    given: fields of EngineArgs and of ServerOptions.
+    constants: of modules of the server, as `serve_fake` takes them. given: fields of EngineArgs and
+    of ServerOptions.
     """
     context = {name: given.pop(name) for name in ServerOptions.__struct_fields__ if name in given}
     options = msgspec.convert({"port": 0, "max_body_bytes": 1 << 20, **context}, ServerOptions)
@@ -108,7 +117,7 @@ def fake_server(
     command = [
         sys.executable,
         str(SERVE_FAKE),
-        *(msgspec.json.encode(o).decode() for o in (args, options)),
+        *(msgspec.json.encode(o).decode() for o in (args, options, constants or {})),
     ]
     encoded = msgspec.json.encode(behaviour or Behaviour()).decode()
     with started(command, log, {VARIABLE: encoded, **(environment or {})}) as server:

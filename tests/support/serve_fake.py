@@ -1,7 +1,10 @@
-"""`millrace serve` with the fake engine. Arguments: EngineArgs and ServerOptions, as JSON."""
+"""`millrace serve` with the fake engine. Arguments: EngineArgs and ServerOptions, as JSON,
+and what constants of modules, named as `package.module:NAME`, are set to, where a test would wait.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -18,6 +21,10 @@ PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO)
+    constants = sys.argv[3] if len(sys.argv) > 3 else "{}"
+    for name, value in msgspec.json.decode(constants).items():
+        module, _, constant = name.partition(":")
+        setattr(importlib.import_module(module), constant, value)
     args = msgspec.json.decode(sys.argv[1], type=EngineArgs)
     options = msgspec.json.decode(sys.argv[2], type=ServerOptions)
     try:

@@ -214,7 +214,7 @@ PLAUSIBLE = {"max_tokens": 3, "model": "fake", "stream": True}
 ASKED: dict[str, Any] = {COMPLETIONS: {"prompt": "hello"}, CHAT: {"messages": MESSAGES}}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from([COMPLETIONS, CHAT]),
     odd=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3),

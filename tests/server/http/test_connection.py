@@ -91,8 +91,12 @@ def test_a_body_that_comes_soon_after_its_answer_leaves_the_connection_usable(
 
 
 @pytest.mark.slow
-def test_a_body_that_drips_after_its_answer_ends(server: LiveServer) -> None:
-    with connect(server) as connection:
+def test_a_body_that_drips_after_its_answer_ends(text_model: Path, tmp_path: Path) -> None:
+    constants = {"millrace.server.http.connection:UNWANTED_BODY_SECONDS": 1.0}
+    with (
+        fake_server(text_model, tmp_path / "log", constants=constants) as server,
+        connect(server) as connection,
+    ):
         connection.sendall(head("/nowhere", "Content-Length: 100000"))
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
         started = time.monotonic()
