@@ -343,10 +343,6 @@ def _check_tiers(args: EngineArgs) -> None:
         )
     if args.disk_cache and not args.disk_cache_gb:
         raise ConfigError("disk_cache_gb 0: give the GiB that disk_cache may take, as 16")
-    if args.disk_cache and args.tensor_parallel_size > 1:
-        raise ConfigError(
-            "disk_cache: not yet with tensor_parallel_size above 1; use host_cache_gb"
-        )
 
 
 def _or(given: int | None, default: int) -> int:

@@ -108,48 +108,73 @@ def test_same_tokens_from_files_after_a_restart(
     engine.close()
 
 
-def test_seeded_tokens_from_files(tiny_model: Path, tmp_path: Path) -> None:
-    seeded = {"temperature": 0.9, "seed": 3}
-    cold = build(tiny_model, max_num_seqs=1)
-    prompt, answers = LINES[2], []
-    for _ in range(3):
-        answers.append(generate(cold, [prompt], LENGTH, **seeded)[0])
-        prompt = [*prompt, *answers[-1], *NEW]
-    cold.close()
-    given = options(2, disk_cache=str(tmp_path))
-    prompt = LINES[2]
-    for answer in answers:
-        engine = build(tiny_model, **given)
-        assert generate(engine, [prompt], LENGTH, **seeded)[0] == answer
-        settle(engine)
-        engine.close()
-        prompt = [*prompt, *answer, *NEW]
+def test_files_of_two_ranks(
+    tiny_model: Path, turns: list[tuple[list[list[int]], list[list[int]]]], tmp_path: Path
+) -> None:
+    """Each has its own. What one of them lacks, or cannot read, is computed again."""
+    given = options(1, disk_cache=str(tmp_path), host_cache_gb=0.0, tensor_parallel_size=2)
+    engine = build(tiny_model, **given)
+    talk(engine, tiny_model, turns[:2], 0)
+    engine.close()
+    folders = list(tmp_path.iterdir())
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    ends = sorted(folders[1].glob("*.state"), key=lambda path: path.stat().st_mtime_ns)
+    missing, spoiled = ends[-2:]  # of the latest answers
+    missing.unlink()
+    data = spoiled.read_bytes()
+    spoiled.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    engine = build(tiny_model, **given)
+    assert len(LINES) < talk(engine, tiny_model, turns, 2) < sum(map(len, turns[2][0]))
     assert engine.stats().disk_hits > 0
+    assert not (folders[0] / missing.name).exists()
+    engine.scheduler.check_integrity()
+    engine.close()
 
 
-@pytest.mark.parametrize("k", [0, 2])
-def test_grammars_through_every_tier(tiny_model: Path, tmp_path: Path, k: int) -> None:
-    """Three turns of three conversations, each answer under a grammar: from the host's memory, then
-    from files, the tokens of cold runs."""
-    pattern = Grammar(LLMatcher.grammar_from_regex(r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."))
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "max_tokens": LENGTH, "ignore_eos": True},
+    {"temperature": 0.9, "seed": 3, "max_tokens": LENGTH, "ignore_eos": True},
+    {"temperature": 1.0, "seed": 7, "max_tokens": 40},  # under a grammar, as the last
+    {"temperature": 0.0, "max_tokens": 40},
+]
+PATTERN = r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."
 
-    def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-        found = []
-        for number, prompt in enumerate(prompts):
-            params = SamplingParams(max_tokens=40, temperature=1.0, seed=number)
-            engine.add(AddRequest(f"g{number}", prompt, params, grammar=pattern))
-            found.append([])
-            while engine.has_work():
-                found[-1] += [token for delta in engine.step() for token in delta.token_ids]
-        return found
 
-    cold, prompts, turns = build(tiny_model, max_num_seqs=1), LINES[1:], []
+def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """Of each line in its own kind, one after another."""
+    grammar = Grammar(LLMatcher.grammar_from_regex(PATTERN))
+    found = []
+    for number, (prompt, kind) in enumerate(zip(prompts, KINDS, strict=True)):
+        bound = grammar if number > 1 else None
+        engine.add(AddRequest(f"{number}", prompt, SamplingParams(**kind), grammar=bound))
+        found.append([])
+        while engine.has_work():
+            found[-1] += [token for delta in engine.step() for token in delta.token_ids]
+    return found
+
+
+@pytest.fixture(scope="module")
+def kinds(tiny_model: Path) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """(prompts, answers) of three turns of each line, cold."""
+    engine, prompts, found = build(tiny_model, max_num_seqs=1), LINES, []
     for _ in range(3):
-        turns.append((prompts, answers(cold, prompts)))
-        prompts = [[*p, *a, *NEW] for p, a in zip(*turns[-1], strict=True)]
-    cold.close()
+        found.append((prompts, answers(engine, prompts)))
+        prompts = [[*p, *a, *NEW] for p, a in zip(*found[-1], strict=True)]
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_every_kind_of_request_through_every_tier(
+    tiny_model: Path,
+    kinds: list[tuple[list[list[int]], list[list[int]]]],
+    tmp_path: Path,
+    k: int,
+) -> None:
+    """Greedy and seeded, free and under a grammar: from the host's memory, then from files."""
     given = options(k, disk_cache=str(tmp_path))
-    for number, (prompts, expected) in enumerate(turns):
+    for number, (prompts, expected) in enumerate(kinds):
         if number != 1:  # the last turn comes from files
             engine = build(tiny_model, **given)
         assert answers(engine, prompts) == expected
@@ -223,7 +248,6 @@ def test_options_that_cannot_work_are_refused(tiny_model: Path, tmp_path: Path) 
     for given, words in (
         ({"host_cache_gb": -1.0}, "host_cache_gb -1"),
         ({"disk_cache": str(tmp_path), "disk_cache_gb": 0.0}, "disk_cache_gb 0"),
-        ({"disk_cache": str(tmp_path), "tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"host_cache_gb": 1.0, "enable_prefix_caching": False}, "prefix caching"),
         ({"host_cache_gb": 1e6}, "are free; give less"),
     ):

@@ -46,7 +46,12 @@ from millrace.runtime.profile_run import (
     workspace_bytes,
 )
 from millrace.runtime.ranks.allreduce import AllReduce, Timing
-from millrace.runtime.ranks.plan_codec import MeasureAllReduce
+from millrace.runtime.ranks.plan_codec import (
+    CommonRecords,
+    FinishedFiles,
+    MeasureAllReduce,
+    Message,
+)
 from millrace.runtime.ranks.ranks import Ranks
 from millrace.runtime.step.caches import DTYPES, allocate_caches
 from millrace.runtime.step.results import PendingStep
@@ -154,7 +159,7 @@ class Worker:
             prefix_caching=config.args.enable_prefix_caching,
             page_cost=self._page_cost(),
             host_cache=self.host_bytes(),
-            disk_cache=config.disk_cache,
+            disk_cache=config.disk_cache // self.ranks.size,
             page_bytes=self.cache_spec.page_bytes(self.ranks.size),
             snapshot_bytes=self.cache_spec.snapshot_bytes(self.ranks.size),
             cache_policy="snapshot" if self.cache_spec.needs_snapshots else "page",
@@ -181,10 +186,20 @@ class Worker:
         while not isinstance(message := self.ranks.receive(), StopRanks):
             if isinstance(message, MeasureAllReduce):
                 self.all_reduce.measure(message.rows)
-            else:
+            elif isinstance(message, StepPlan):
                 self.runner.run(message)
-                self.finished()  # nobody asks this rank
+            self._follow_tiers(message)
         self.runner.release()
+
+    def _follow_tiers(self, message: Message) -> None:
+        if self.tiers is None:
+            return
+        if isinstance(message, FinishedFiles):
+            self.tiers.finished_files()
+        elif isinstance(message, CommonRecords):
+            self.tiers.common(self.tiers.found(), message.keys)
+        else:
+            self.tiers.finished()  # nobody asks this rank
 
     def measure_all_reduce(self, rows: list[int]) -> list[Timing]:
         """Measure every all-reduce algorithm at messages of so many rows."""
@@ -192,8 +207,14 @@ class Worker:
         return self.all_reduce.measure(rows)
 
     def finished(self) -> list[tuple[int, bool]]:
-        """Transfers that have ended since the last call, on this rank."""
-        return [] if self.tiers is None else self.tiers.finished()
+        """Rank 0: transfers that have ended since the last call."""
+        if self.tiers is None:
+            return []
+        ended = self.tiers.finished()
+        if self.tiers.has_finished_files:
+            self.ranks.send(FinishedFiles())
+            ended += self.tiers.finished_files()
+        return ended
 
     def expert_load(self) -> dict[str, list[int]]:
         """How many tokens each expert has got, by layer, since the start; empty if they are not
@@ -203,8 +224,12 @@ class Worker:
         return {layer: counts.tolist() for layer, counts in self._loads.items()}
 
     def found_files(self) -> dict[str, FoundFile]:
-        """The records that an earlier process left in files."""
-        return {} if self.tiers is None else self.tiers.found()
+        """Rank 0: the records that an earlier process left in files, of all ranks."""
+        if self.tiers is None or self.tiers.files is None:
+            return {}
+        found = self.tiers.found()
+        self.ranks.send(CommonRecords(list(found)))
+        return self.tiers.common(found, list(found))
 
     def close(self) -> None:
         self.ranks.send(StopRanks())
@@ -309,10 +334,11 @@ class Worker:
         host, files = HostCache(size, caches, pool), None
         logger.info("cached prefixes may take %.2f GiB of the host's memory", size / 2**30)
         if self.config.disk_cache:
-            folder = cache_folder(self.config, self.cache_spec, self._directory)
+            rank, size = self.ranks.rank, self.ranks.size
+            folder = cache_folder(self.config, self.cache_spec, self._directory, rank, size)
             files = DiskCache(folder, host.memory)
-            logger.info("and %.2f GiB in %s", self.config.disk_cache / 2**30, files.folder)
-        return Tiers(host, files)
+            logger.info("and %.2f GiB in %s", self.config.disk_cache / size / 2**30, files.folder)
+        return Tiers(host, files, self.ranks.mins_over_ranks)
 
 
 def gpu_memory_budget(

@@ -199,7 +199,9 @@ DRAWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize(
+    "k", [0, 3, *(pytest.param(few, marks=pytest.mark.sweep) for few in (1, 2))]
+)
 def test_ranks_draw_the_tokens_of_one(
     odd_model: Path, alone: list[list[list[int]]], k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import signal
 import subprocess
@@ -34,16 +33,13 @@ LINES = {
     "stop": r"rank 1 \(pid \d+\) has not answered for \d+ s and is stopped",
     "raise": r"rank 1 (\(pid \d+\) ends|could not join): out of luck",
 }
-# Each stage and each way once or twice; all of them with MILLRACE_TEST_ALL_STARTS=1.
-SOME = [
-    ("groups", "kill"),
-    ("measuring", "stop"),
-    ("weights", "raise"),
-    ("profile run", "kill"),
-    ("capture", "raise"),
-    ("first step", "stop"),
+# Each way once, early, amid and late; `make sweep` has all of them at every stage.
+SOME = [("groups", "kill"), ("weights", "raise"), ("first step", "stop")]
+EVERY = [
+    pytest.param(stage, way, marks=[] if (stage, way) in SOME else pytest.mark.sweep)
+    for stage in STAGES
+    for way in WAYS
 ]
-EVERY = [(stage, way) for stage in STAGES for way in WAYS]
 
 
 def start_failing_ranks(
@@ -64,9 +60,7 @@ def start_failing_ranks(
     return started
 
 
-@pytest.mark.parametrize(
-    ("stage", "way"), EVERY if os.environ.get("MILLRACE_TEST_ALL_STARTS") else SOME
-)
+@pytest.mark.parametrize(("stage", "way"), EVERY)
 def test_a_rank_that_fails_is_named(
     stage: str, way: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,17 @@ class MeasureAllReduce(msgspec.Struct, frozen=True, tag="measure"):
     rows: list[int]
 
 
-Message = ToRank | MeasureAllReduce
+class FinishedFiles(msgspec.Struct, frozen=True, tag="files"):
+    """Take part in finding out which transfers of files have ended on all ranks."""
+
+
+class CommonRecords(msgspec.Struct, frozen=True, tag="records"):
+    """Take part in finding out which of rank 0's records in files, by key, all ranks have."""
+
+    keys: list[str]
+
+
+Message = ToRank | MeasureAllReduce | FinishedFiles | CommonRecords
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 

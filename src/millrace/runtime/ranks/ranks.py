@@ -186,6 +186,10 @@ class Ranks:
         """The smallest of the ranks' values, on every rank."""
         return int(self._reduce_numbers([value], dist.ReduceOp.MIN)[0])
 
+    def mins_over_ranks(self, values: list[int]) -> list[int]:
+        """The elementwise minimum of the ranks' values, on every rank."""
+        return [int(x) for x in self._reduce_numbers([*values], dist.ReduceOp.MIN)]
+
     def max_over_ranks(self, values: list[float]) -> list[float]:
         """The elementwise maximum of the ranks' values, on every rank."""
         return self._reduce_numbers(values, dist.ReduceOp.MAX)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 from zlib import crc32
 
 import msgspec
@@ -33,8 +35,16 @@ MAGIC = b"millrace prefix 2\n"
 PAGES, STATE = ".pages", ".state"
 _UNFINISHED = ".new"
 MOST_ENGINES = 256  # of one host, with one model
+READY_SECONDS = 60.0  # for copies of the device that a file waits for
 _LENGTH = 8  # bytes of the header's length
 _SAMPLES, _SAMPLE = 16, 64 << 10  # of each file of weights, to tell them apart
+
+
+class Ready(Protocol):
+    """An event on a device."""
+
+    def query(self) -> bool:
+        """Whether it has come."""
 
 
 class _Header(msgspec.Struct):
@@ -63,13 +73,14 @@ class DiskCache:
         # One thread keeps the order of writes, reads and deletes of a file.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk-cache")
 
-    def store(self, files: list[FileMove]) -> Future[bool]:
-        """Write files. The result: whether all are written."""
-        return self._thread.submit(self._store, files)
+    def store(self, files: list[FileMove], ready: Ready | None = None) -> Future[bool]:
+        """Write files. ready: what has to end before. The result: whether all are written."""
+        return self._thread.submit(lambda: _ended(ready) and self._store(files))
 
-    def fetch(self, files: list[FileMove]) -> Future[bool]:
-        """Read files into memory. The result: whether all were there and whole."""
-        return self._thread.submit(self._fetch, files)
+    def fetch(self, files: list[FileMove], ready: Ready | None = None) -> Future[bool]:
+        """Read files into memory. ready: what has to end before. The result: whether all were there
+        and whole."""
+        return self._thread.submit(lambda: _ended(ready) and self._fetch(files))
 
     def delete(self, deletes: list[tuple[str, bool]]) -> None:
         """Delete the files of records: their states, and their pages if the second is true."""
@@ -159,6 +170,17 @@ class DiskCache:
                 (self.folder / (key + PAGES)).unlink(missing_ok=True)
 
 
+def _ended(ready: Ready | None) -> bool:
+    """Wait until it has come; False if it does not."""
+    end = time.monotonic() + READY_SECONDS
+    while ready is not None and not ready.query():
+        if time.monotonic() > end:
+            logger.warning("disk cache: the device has not ended its copies")
+            return False
+        time.sleep(0.0005)
+    return True
+
+
 def _take_folder(wanted: Path) -> tuple[Path, int]:
     """A folder that no other process uses, and its lock, which ends with this process."""
     for number in range(MOST_ENGINES):
@@ -192,8 +214,10 @@ def _read_header(path: Path) -> _Header | None:
 # --- what the files belong to --------------------------------------------------------------------
 
 
-def cache_folder(config: EngineConfig, spec: CacheSpec, model: Path) -> Path:
-    """The folder of prefixes that this engine can use, in the one that was asked for."""
+def cache_folder(
+    config: EngineConfig, spec: CacheSpec, model: Path, rank: int = 0, ranks: int = 1
+) -> Path:
+    """The folder of prefixes that this rank can use, in the one that was asked for."""
     assert config.disk_cache
     facts = {
         "format": FORMAT,
@@ -202,6 +226,7 @@ def cache_folder(config: EngineConfig, spec: CacheSpec, model: Path) -> Path:
         "dtype": config.dtype,
         "model": _weights(model) if config.args.load_format != "dummy" else config.args.seed,
         "overrides": config.args.hf_overrides,
+        **({"rank": [rank, ranks]} if ranks > 1 else {}),
     }
     name = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Path(str(config.args.disk_cache)).expanduser() / name

@@ -59,6 +59,11 @@ class HostCache:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
+    def mark(self) -> torch.cuda.Event | None:
+        """What says that the copies that have begun are done; None: they are."""
+        with self._beside():
+            return self._mark()
+
     def close(self) -> None:
         """Wait for the copies, and give the memory back. A device that does not answer in time
         keeps it until the process ends."""

@@ -1,22 +1,43 @@
-"""Starts the transfers of plans, and says which have ended."""
+"""Starts the transfers of plans, and says which have ended.
+
+Each rank has its part of every record in its own memory and files. Copies of all ranks are in the
+order of their streams, so that rank 0's end counts for all of them. Files are another matter: a
+rank's disk may be slower, or full. So a transfer of files has ended once it has on all ranks, which
+they find out together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+import msgspec
 
 from millrace.protocol import FoundFile, StepPlan, Transfer
 from millrace.runtime.tiers.disk_cache import DiskCache
 from millrace.runtime.tiers.host_cache import HostCache
 
+_PENDING, _FAILED, _DONE = range(3)
+
 
 class Tiers:
-    """The tiers below the device of one rank. files: None without a disk cache."""
+    """The tiers below the device of one rank.
 
-    def __init__(self, host: HostCache, files: DiskCache | None) -> None:
+    files: None without a disk cache. mins: the elementwise minimum of all ranks' numbers.
+    """
+
+    def __init__(
+        self,
+        host: HostCache,
+        files: DiskCache | None,
+        mins: Callable[[list[int]], list[int]] = lambda values: values,
+    ) -> None:
         self._host = host
         self.files = files
-        self._started: dict[int, Any] = {}  # what each waits for: an event, a future, or nothing
+        self._mins = mins
+        self._copies: dict[int, Any] = {}  # by transfer, what it waits for: an event, or nothing
+        self._filing: dict[int, Future[bool]] = {}  # of the same transfers on all ranks
 
     def start(self, plan: StepPlan, wait: bool) -> None:
         """Start a plan's transfers. wait: its steps may read what earlier loads of this rank are
@@ -24,35 +45,67 @@ class Tiers:
         if wait:
             self._host.wait()
         for transfer in plan.transfers:
-            self._started[transfer.id] = self._begin(transfer)
+            self._begin(transfer)
         if self.files is not None and plan.deletes:
             self.files.delete(plan.deletes)
 
-    def _begin(self, transfer: Transfer) -> Any:
+    def _begin(self, transfer: Transfer) -> None:
         if transfer.kind == "offload":
-            return self._host.offload(transfer.moves)
-        if transfer.kind == "load":
-            return self._host.load(transfer.moves)
-        assert self.files is not None
-        act = self.files.store if transfer.kind == "store" else self.files.fetch
-        return act(transfer.files)
+            self._copies[transfer.id] = self._host.offload(transfer.moves)
+        elif transfer.kind == "load":
+            self._copies[transfer.id] = self._host.load(transfer.moves)
+        else:
+            assert self.files is not None
+            act = self.files.store if transfer.kind == "store" else self.files.fetch
+            # Copies of the same memory have ended on rank 0, and may not have here.
+            self._filing[transfer.id] = act(transfer.files, self._host.mark())
 
     def finished(self) -> list[tuple[int, bool]]:
-        """Transfers that have ended since the last call: (number, whether it succeeded)."""
-        ended = []
-        for number, waits_for in list(self._started.items()):
-            if isinstance(waits_for, Future):
-                if waits_for.done():
-                    ended.append((number, bool(waits_for.result())))
-            elif waits_for is None or waits_for.query():
-                ended.append((number, True))
+        """Copies that have ended on this rank since the last call: (number, True)."""
+        ended = [n for n, event in self._copies.items() if event is None or event.query()]
+        for number in ended:
+            del self._copies[number]
+        return [(number, True) for number in ended]
+
+    @property
+    def has_finished_files(self) -> bool:
+        """Whether a transfer of files has ended on this rank."""
+        return any(future.done() for future in self._filing.values())
+
+    def finished_files(self) -> list[tuple[int, bool]]:
+        """Transfers of files that have ended on all ranks since the last call: (number, whether it
+        succeeded on all). All ranks call it together."""
+        states = [
+            (_DONE if future.result() else _FAILED) if future.done() else _PENDING
+            for future in self._filing.values()
+        ]
+        least = zip(list(self._filing), self._mins(states), strict=True)
+        ended = [(number, state == _DONE) for number, state in least if state != _PENDING]
         for number, _ in ended:
-            del self._started[number]
+            del self._filing[number]
         return ended
 
     def found(self) -> dict[str, FoundFile]:
-        """The records that an earlier process left in files."""
+        """The records that an earlier process left in files, on this rank."""
         return {} if self.files is None else self.files.found()
+
+    def common(self, found: dict[str, FoundFile], keys: list[str]) -> dict[str, FoundFile]:
+        """Of the records that this rank has found, what all ranks have. The rest is deleted. keys:
+        of those that rank 0 has found. All ranks call it together."""
+        parts = [(key in found) + (key in found and found[key].has_state) for key in keys]
+        kept = {
+            key: msgspec.structs.replace(found[key], has_state=least == 2)
+            for key, least in zip(keys, self._mins(parts), strict=True)
+            if least
+        }
+        spare = [
+            (key, key not in kept)
+            for key, one in found.items()
+            if key not in kept or (one.has_state and not kept[key].has_state)
+        ]
+        if self.files is not None and spare:
+            self.files.delete(spare)
+        return kept
 
     def close(self) -> None:
         """Wait for what has begun, and give the host's memory back."""
