@@ -13,6 +13,7 @@ import click
 from millrace.bench.flags.command_line import SeveralValues, flags_of, read_flags
 from millrace.bench.flags.structs import (
     CompareFlags,
+    GatewayFlags,
     OwnServersFlags,
     ParallelismFlags,
     ReportFlags,
@@ -89,13 +90,16 @@ def selftest(**values: Any) -> None:
     _exit(run_selftest(read_flags(SelftestFlags, values)))
 
 
-def _own_servers(kind: type[OwnServersFlags]) -> Callable[[_Command], _Command]:
-    """Decorator: a command that starts servers of MODEL, with further arguments for them."""
+def _own_servers(
+    kind: type[OwnServersFlags], *, model: bool = True
+) -> Callable[[_Command], _Command]:
+    """Decorator: a command that starts servers of MODEL, with further arguments for them. model:
+    whether one must be given."""
 
     def decorate(command: _Command) -> _Command:
         command = flags_of(kind)(command)
         command = click.argument("serve_arguments", nargs=-1, type=click.UNPROCESSED)(command)
-        return click.argument("model")(command)
+        return click.argument("model", required=model)(command)
 
     return decorate
 
@@ -123,6 +127,20 @@ def parallelism(model: str, serve_arguments: tuple[str, ...], **values: Any) -> 
     from millrace.bench.runs.own_servers import run_parallelism
 
     _exit(run_parallelism(model, serve_arguments, read_flags(ParallelismFlags, values)))
+
+
+@bench.command()
+@_own_servers(GatewayFlags, model=False)
+def gateway(model: str | None, serve_arguments: tuple[str, ...], **values: Any) -> None:
+    """Load the replicas of MODEL directly and through a gateway: what the gateway costs.
+
+    One table: throughput of both, the share that is lost, latencies, accuracy. --num-prompts and
+    --max-concurrency are for each replica. Instead of MODEL, --url names a gateway that runs. All
+    arguments after `--` are passed on to `millrace serve`.
+    """
+    from millrace.bench.runs.own_servers import run_gateway
+
+    _exit(run_gateway(model, serve_arguments, read_flags(GatewayFlags, values)))
 
 
 def _exit(status: int) -> None:

@@ -64,7 +64,7 @@ def driven(certificate: tuple[Path, Path], *, verify: bool, count: int = 6) -> l
         async with closing_server(certificate) as port:
             target = Target("127.0.0.1", port, tls=True, verify=verify)
             job = Job(encode_request(target, "GET", "/x"), 1)
-            return await Load(target, [job] * count, [None] * count, limit=1).run()
+            return await Load([target], [job] * count, [None] * count, limit=1).run()
 
     return run(scenario())
 

@@ -66,7 +66,7 @@ async def driven(replica: MockReplica, tokens: int, count: int, limit: int) -> l
     target = parse_url(replica.url)
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": tokens}).encode()
     job = Job(encode_request(target, "POST", "/v1/completions", body), 3)
-    return await Load(target, [job] * count, [None] * count, limit=limit).run()
+    return await Load([target], [job] * count, [None] * count, limit=limit).run()
 
 
 def test_chunk_times_follow_the_stamps_that_the_server_put_into_them() -> None:
@@ -343,7 +343,7 @@ def test_a_connection_that_the_server_closed_while_idle_costs_no_request() -> No
         server = await ScriptedServer([head + stream], close=True).start()
         target = parse_url(server.url)
         job = Job(encode_request(target, "POST", "/v1/completions", b"{}"), 1)
-        records = await Load(target, [job] * 10, [None] * 10, limit=1).run()
+        records = await Load([target], [job] * 10, [None] * 10, limit=1).run()
         assert [r.error for r in records] == [None] * 10
         await server.stop()
 

@@ -92,6 +92,7 @@ HELP: Mapping[str, str] = {
     "accuracy_task": "The task that measures accuracy.",
     "start_timeout": "Seconds that a server may take to start.",
     "replicas": "Counts of replicas to compare.",
+    "url": "A Millrace gateway that runs; its replicas are loaded directly and through it.",
     "arrangements": "TPxDP to compare, as 1x1,1x2,2x1 (default: all that fit).",
     "streams": "Concurrent streams, one level for each number.",
     "seconds": "Seconds for each level.",

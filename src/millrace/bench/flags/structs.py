@@ -152,6 +152,13 @@ class ParallelismFlags(OwnServersFlags, frozen=True, kw_only=True):
     arrangements: str | None = None
 
 
+class GatewayFlags(OwnServersFlags, frozen=True, kw_only=True):
+    """Replicas with and without a gateway in front."""
+
+    replicas: str = "1,2"
+    url: str | None = None
+
+
 class SelftestFlags(msgspec.Struct, frozen=True, kw_only=True):
     """The load generator against the built-in mock server."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns, thread_time_ns
 
 import msgspec
@@ -55,9 +55,47 @@ class _Answered(msgspec.Struct, frozen=True):
     raw: RawResponse
 
 
-class Load:
-    """One run against one server.
+class _Server:
+    """A server and the connections to it. in_flight: requests that it has not answered."""
 
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.in_flight = 0
+        self._idle: list[TimedConnection] = []
+
+    async def open(self, count: int) -> bool:
+        """Open connections; False where one cannot be opened."""
+        opened = await asyncio.gather(
+            *(connect(self.target) for _ in range(count)), return_exceptions=True
+        )
+        good = [one for one in opened if isinstance(one, TimedConnection)]
+        self._idle += good
+        return len(good) == count
+
+    def take_idle(self) -> TimedConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.open:
+                return connection
+        return None
+
+    def release(self, connection: TimedConnection | None) -> None:
+        if connection is None:
+            return
+        if connection.busy:
+            connection.close()
+        elif connection.open:
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
+
+class Load:
+    """One run against one server, or several.
+
+    targets: each request goes to the one that has the fewest of this load's, the first of equals.
     arrivals: seconds after the start at which each job is due (ascending); None for a job that is
     due when a slot is free. Jobs and arrivals are paired until either ends. limit: the most
     conversations in flight, None for no limit. timeout: seconds that one request may take. until:
@@ -67,7 +105,7 @@ class Load:
 
     def __init__(
         self,
-        target: Target,
+        targets: Sequence[Target],
         jobs: Iterable[Job],
         arrivals: Iterable[float | None],
         *,
@@ -76,7 +114,7 @@ class Load:
         until: float | None = None,
         on_record: Callable[[RequestTiming], None] | None = None,
     ) -> None:
-        self._target = target
+        self._servers = [_Server(target) for target in targets]
         self._jobs = jobs
         self._arrivals = arrivals
         self._slots = asyncio.Semaphore(limit) if limit else None
@@ -84,7 +122,6 @@ class Load:
         self._until = until
         self._begin_ns = 0
         self._on_record = on_record
-        self._idle: list[TimedConnection] = []
         self._requests: set[asyncio.Task[None]] = set()
         self._dispatcher: asyncio.Task[None] | None = None
         self._fault: BaseException | None = None
@@ -105,14 +142,11 @@ class Load:
     async def open(self, count: int) -> None:
         """Open connections before the run, so that the run does not begin with connecting. A
         connection that cannot be opened is left to the request that will need it."""
-        for first in range(0, count, _OPENED_AT_ONCE):
-            wanted = min(_OPENED_AT_ONCE, count - first)
-            opened = await asyncio.gather(
-                *(connect(self._target) for _ in range(wanted)), return_exceptions=True
-            )
-            self._idle += [one for one in opened if isinstance(one, TimedConnection)]
-            if len(self._idle) < first + wanted:
-                return
+        each = -(-count // len(self._servers))
+        for server in self._servers:
+            for first in range(0, each, _OPENED_AT_ONCE):
+                if not await server.open(min(_OPENED_AT_ONCE, each - first)):
+                    break
 
     async def run(self) -> list[RequestTiming]:
         """Send every job and return the records, in the order in which requests ended."""
@@ -124,8 +158,8 @@ class Load:
             while self._requests:
                 await asyncio.wait(self._requests)
         finally:
-            for connection in self._idle:
-                connection.close()
+            for server in self._servers:
+                server.close()
         while self._unparsed:
             self._parse_one()
         if self._fault is not None:
@@ -201,48 +235,35 @@ class Load:
                 asyncio.get_running_loop().call_soon(self._parse_next)
 
     async def _request(self, index: int, job: Job, scheduled_ns: int) -> _Answered:
-        connection: TimedConnection | None = None
+        server = min(self._servers, key=lambda one: one.in_flight)
+        server.in_flight += 1
         begun_ns = start_ns = perf_counter_ns()
-        reused = connection = self._take_idle()
+        reused = connection = server.take_idle()
         try:
             if connection is None:
-                connection = await connect(self._target)
+                connection = await connect(server.target)
             # Setting up a connection belongs to the client's own queueing, not to the server.
             start_ns = perf_counter_ns()
             async with asyncio.timeout(self._timeout):
                 raw = await connection.send(job.request)
                 if reused and raw.error and not raw.begun:
                     # The server closed an idle connection as we wrote to it: HTTP's own race.
-                    connection = await connect(self._target)
+                    connection = await connect(server.target)
                     raw = await connection.send(job.request)
         except OSError as error:
-            raw = self._failed_response(error)
+            raw = self._failed_response(server.target, error)
         finally:
-            self._release(connection)
+            server.in_flight -= 1
+            server.release(connection)
         connect_ns = 0 if reused else start_ns - begun_ns
         return _Answered(index, job, scheduled_ns or start_ns, start_ns, connect_ns, raw)
 
-    def _take_idle(self) -> TimedConnection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.open:
-                return connection
-        return None
-
-    def _release(self, connection: TimedConnection | None) -> None:
-        if connection is None:
-            return
-        if connection.busy:
-            connection.close()
-        elif connection.open:
-            self._idle.append(connection)
-
-    def _failed_response(self, error: OSError) -> RawResponse:
+    def _failed_response(self, target: Target, error: OSError) -> RawResponse:
         raw = RawResponse()
         if isinstance(error, TimeoutError):
             raw.end(f"no complete answer within {self._timeout:g} s")
         else:
-            raw.end(f"cannot connect to {self._target}: {error}")
+            raw.end(f"cannot connect to {target}: {error}")
         return raw
 
     # --- parsing answers -----------------------------------------------------------------------

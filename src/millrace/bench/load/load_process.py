@@ -139,7 +139,7 @@ class _ProgressCounter:
 def _load(assignment: Assignment, share: WorkloadShare, counter: _ProgressCounter) -> Load:
     options = assignment.options
     return Load(
-        options.target,
+        options.targets,
         share.jobs(),
         share.due(),
         limit=assignment.limit,

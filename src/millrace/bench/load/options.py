@@ -27,10 +27,12 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     duration: seconds after which no more requests are sent. processes: number of load processes.
     timeout and ready_timeout are in seconds. metrics_urls: addresses of replicas whose /metrics are
     read; none reads the target's. reset_prefix_cache: whether caches are emptied before the run.
-    gpus: number of GPUs of the server, for figures per GPU.
+    gpus: number of GPUs of the server, for figures per GPU. others: servers like the target that
+    take their share of its requests.
     """
 
     target: Target
+    others: tuple[Target, ...] = ()
     backend: Backend = "openai"
     endpoint: str | None = None
     model: str | None = None
@@ -55,6 +57,11 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     metrics_urls: tuple[str, ...] = ()
     dcgm_url: str | None = None
     gpus: int | None = None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All servers that are loaded."""
+        return (self.target, *self.others)
 
     @property
     def chat(self) -> bool:

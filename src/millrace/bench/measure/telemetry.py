@@ -124,12 +124,14 @@ def integrate(powers: list[tuple[int, float]]) -> float | None:
 
 
 async def find_replicas(options: BenchOptions) -> list[Target]:
-    """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else the
-    target."""
+    """All replicas: those of --metrics-url, else those that a Millrace gateway lists, else what is
+    loaded."""
     verify = options.target.verify
     if options.metrics_urls:
         named = [parse_url(url) for url in options.metrics_urls]
         return [msgspec.structs.replace(target, verify=verify) for target in named]
+    if options.others:
+        return [msgspec.structs.replace(one, prefix="", query="") for one in options.targets]
     root = msgspec.structs.replace(options.target, prefix="", query="")
     try:
         response = await fetch(root, "/gateway/replicas", timeout=_LIMIT_S)

@@ -1,6 +1,6 @@
-"""`bench scaling` and `bench parallelism`: from flags to a table and a result file.
+"""`bench scaling`, `parallelism` and `gateway`: from flags to a table and a result file.
 
-Both commands start servers of their own and compare them under one load.
+The commands start servers of their own and compare them under one load.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import Any
 
 import click
 
-from millrace.bench.flags.structs import OwnServersFlags, ParallelismFlags, ScalingFlags
+from millrace.bench.flags.structs import (
+    GatewayFlags,
+    OwnServersFlags,
+    ParallelismFlags,
+    ScalingFlags,
+)
 from millrace.bench.load.interrupts import Interrupts
 from millrace.bench.report.save import new_file, provenance, write_json
+from millrace.bench.runs.gateway_cost import gateway_fields, gateway_table, measure_gateway
 from millrace.bench.runs.options_from_flags import load_options, positive_counts
 from millrace.bench.runs.parallelism import (
     MOST_CORES,
@@ -32,6 +38,7 @@ from millrace.bench.runs.scaling import (
 )
 from millrace.bench.workload.prompts import lengths, prompt_maker, workload_line
 from millrace.common.http_client import Target
+from millrace.errors import UserError
 from millrace.fleet.device_assignment import usable_cores, visible_gpus
 
 FAILED = 1
@@ -62,6 +69,21 @@ def run_parallelism(model: str, serve_arguments: Sequence[str], flags: Paralleli
         if any(row.runs for row in rows):
             click.echo(parallelism_table(rows))
             status = _save("parallelism", flags, options, rows, parallelism_fields(rows))
+    return interrupts.status or status
+
+
+def run_gateway(model: str | None, serve_arguments: Sequence[str], flags: GatewayFlags) -> int:
+    """Measure replicas with and without a gateway; the exit status."""
+    if (model is None) == (flags.url is None):
+        raise UserError("give a MODEL to serve, or --url for a gateway that runs; one of both")
+    status = 0
+    counts = positive_counts(flags.replicas, "--replicas")
+    options = _options(model or "", serve_arguments, flags, counts)
+    with Interrupts() as interrupts:
+        rows = interrupts.run(lambda stop: measure_gateway(options, _say, stop, flags.url))
+        if rows:
+            click.echo(gateway_table(rows))
+            status = _save("gateway", flags, options, rows, gateway_fields(rows))
     return interrupts.status or status
 
 
@@ -112,4 +134,4 @@ def _save(
     if flags.result_filename is None:
         path = new_file(path)
     click.echo(f"written to {write_json(path, content)}")
-    return FAILED if any(run["failed"] for row in rows for run in row.runs) else 0
+    return FAILED if any(run["failed"] for row in rows for run in row.every_run) else 0

@@ -32,7 +32,7 @@ from millrace.fleet.replica_process import ReplicaProcess, start_and_wait_health
 
 MILLRACE = tuple(python_module("millrace.cli"))
 _LOOPBACK = "127.0.0.1"
-_GRACE = 30.0  # seconds; more than a supervisor needs for its own replicas
+GRACE = 30.0  # seconds; more than a supervisor needs for its own replicas
 _LATENCIES = ("ttft", "tpot", "itl")
 _FIGURES = ("mean", "median", "p99")
 
@@ -64,6 +64,11 @@ class ScalingRow(msgspec.Struct, kw_only=True):
     def figure(self, name: str) -> float:
         """Median of a result field over the runs."""
         return statistics.median(float(run[name]) for run in self.runs)
+
+    @property
+    def every_run(self) -> list[dict[str, Any]]:
+        """All runs whose requests count."""
+        return self.runs
 
     @property
     def hit_rate(self) -> float | None:
@@ -149,7 +154,7 @@ async def served(
         await start_and_wait_healthy(process, target, name, options.start_timeout)
         yield target
     finally:
-        await process.stop(_GRACE)
+        await process.stop(GRACE)
 
 
 def replica_threads(counts: Sequence[int]) -> dict[str, str]:

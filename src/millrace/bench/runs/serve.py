@@ -284,7 +284,7 @@ async def warm_up(options: BenchOptions, model: str) -> None:
     jobs = [make_job(options, model, make(index)) for index in range(1 + options.num_warmups)]
     for part in (jobs[:1], jobs[1:]):
         load = Load(
-            options.target,
+            options.targets,
             part,
             repeat(None),
             limit=options.max_concurrency,
