@@ -121,6 +121,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        with suppress(OSError):  # of a client that was killed
+            self._get()
+
+    def _get(self) -> None:
         hub = self.shared
         with hub.lock:
             hub.requests.append((self.path, dict(self.headers)))

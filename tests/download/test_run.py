@@ -6,10 +6,8 @@ import errno
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from millrace.download.run import Request
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
 from tests.download.fake_hub import COMMIT, MODEL, FakeHub, Faults, Handler, fake_hub, large_file
+from tests.download.kills import killed_until_done
 
 FILES = {
     "config.json": b'{"model_type": "qwen3_5"}',
@@ -287,26 +286,6 @@ def test_two_at_once_fetch_everything_once(server: FakeHub, tmp_path: Path) -> N
     assert [one.communicate(timeout=60)[0] for one in runs] == [f"{tmp_path / 'out'}\n"] * 2
     assert_whole(tmp_path / "out")
     assert server.sent == {name: len(FILES[name]) for name in WANTED if FILES[name]}
-
-
-def killed_until_done(server: FakeHub, out: Path, kills: int) -> int:
-    """Download with so many kill -9s on the way; how many there were."""
-    command = [sys.executable, "-m", "millrace", "download", MODEL, "--endpoint", server.url]
-    command += ["--local-dir", str(out), "--quiet"]
-    done = 0
-    while True:
-        before = sum(server.sent.values())
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while done < kills and process.poll() is None:
-            if sum(server.sent.values()) > before + 300_000:  # it is in the middle of it
-                time.sleep(0.01 * (done % 7))
-                process.send_signal(signal.SIGKILL)
-                done += 1
-                break
-            time.sleep(0.002)
-        if process.wait(timeout=60) != -signal.SIGKILL:
-            assert process.returncode == 0
-            return done
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.sweep)])

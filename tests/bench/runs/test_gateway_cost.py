@@ -8,6 +8,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from millrace.bench.command import bench
 from millrace.bench.runs.accuracy import Accuracy
 from millrace.bench.runs.gateway_cost import (
     GatewayRow,
@@ -15,7 +16,6 @@ from millrace.bench.runs.gateway_cost import (
     gateway_table,
     measure_gateway,
 )
-from millrace.cli import cli
 from millrace.errors import UserError
 from millrace.gateway.admin.status import read_status
 from tests.bench.runs.test_scaling import MOCK, options
@@ -82,6 +82,6 @@ def test_the_loss_is_the_median_of_pairs() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["m", "--url", "http://127.0.0.1:1"]])
 def test_a_model_or_a_url(arguments: list[str]) -> None:
-    got = CliRunner().invoke(cli, ["bench", "gateway", *arguments])
+    got = CliRunner().invoke(bench, ["gateway", *arguments])
     assert isinstance(got.exception, UserError)
     assert "one of both" in str(got.exception)
