@@ -57,6 +57,7 @@ LAYERS = [
     "gateway.admin",
     "gateway.processes",
     "gateway",
+    "observe",
     "fleet bench.flags",
     "bench.workload",
     "bench.load",

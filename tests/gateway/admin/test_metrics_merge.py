@@ -43,6 +43,30 @@ def test_pages_are_merged_into_one_that_prometheus_reads() -> None:
     assert [(s.labels["why"], s.value) for s in done] == [('a "b" {c}', 7.0)] * 2
 
 
+def test_a_replicas_series_have_one_name_everywhere_and_a_dead_one_is_down() -> None:
+    """The gateway's own series and those of replicas can be joined; ports are only in the info."""
+
+    async def scenario() -> str:
+        well, ill = await MockReplica().start(), await MockReplica().start()
+        names = {well.url: "left", ill.url: "right"}
+        async with gateway(*names, merge_metrics=True, labels=names) as (made, target):
+            await eventually(lambda: made.healthy == 2)
+            await ill.stop()
+            await eventually(lambda: made.healthy == 1)
+            text = (await fetch(target, "/metrics")).body.decode()
+        await well.stop()
+        return text
+
+    text = run(scenario())
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    assert {s.labels["replica"]: s.value for s in families["millrace:engine_up"].samples} == {
+        "left": 1.0, "right": 0.0,
+    }  # fmt: skip
+    for name in ("picks", "replica_healthy", "replica_in_flight", "failures", "replica_info"):
+        labels = {s.labels["replica"] for s in families[f"millrace_gateway_{name}"].samples}
+        assert labels == {"left", "right"}, name
+
+
 def test_every_request_gets_a_line_in_the_access_log(tmp_path: Path) -> None:
     log = tmp_path / "access"
 

@@ -23,7 +23,7 @@ from millrace.common.safe_log import dropped_lines
 from millrace.common.tasks import task_failures
 from millrace.errors import UserError
 from millrace.gateway.admin.metrics import exposition
-from millrace.gateway.admin.metrics_merge import merged
+from millrace.gateway.admin.metrics_merge import ENGINE_UP, engine_page, merged
 from millrace.gateway.admin.scale import ScaleAdvisor
 from millrace.gateway.common.shared_counters import (
     BYTES,
@@ -212,10 +212,11 @@ class AdminApi:
 
     async def _metrics(self) -> LocalReply:
         counters, members = self._counters, self._monitor.members
-        own = exposition(counters, members, self._policy, self._restarts(), self._own_events())
+        events = self._own_events()
+        own = exposition(counters, members, self._policy, self._restarts(), events, self._label)
         if self._merge:
-            pages = await asyncio.gather(*(self._replica_metrics(m) for m in self._monitor.members))
-            own += merged([page for page in pages if page is not None])
+            pages = await asyncio.gather(*(self._replica_metrics(member) for member in members))
+            own += merged(pages)
         return LocalReply(200, own, _TEXT)
 
     def _own_events(self) -> dict[str, int]:
@@ -224,15 +225,19 @@ class AdminApi:
             return {}
         return {"log_lines_dropped": dropped_lines(), "task_failures": task_failures()}
 
-    async def _replica_metrics(self, member: Member) -> tuple[str, str] | None:
-        if member.state == "down":
-            return None
+    async def _replica_metrics(self, member: Member) -> tuple[str, str]:
+        """A replica's label and page; of one that gives none, that its engine is down."""
+        label = self._label(member)
+        if member.state == "down" and member.lost:
+            return label, engine_page(up=False)
         try:
             response = await fetch(member.target, "/metrics", timeout=2.0)
         except OSError:
-            return None
+            return label, engine_page(up=False)
+        if response.status != 200:
+            return label, engine_page(up=False)
         text = response.body.decode("utf-8", "replace")
-        return (self._label(member), text) if response.status == 200 else None
+        return label, text if ENGINE_UP in text else text + engine_page(member.state != "down")
 
     # --- changing --------------------------------------------------------------------------------
 

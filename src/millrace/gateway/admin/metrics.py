@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -57,7 +57,9 @@ class SharedCountersCollector(Collector):
         policy: str,
         restarts: int,
         more_events: Mapping[str, int],
+        label: Callable[[Member], str],
     ) -> None:
+        self._label = label
         self._counters = counters
         self._members = members
         self._policy = policy
@@ -115,21 +117,24 @@ class SharedCountersCollector(Collector):
         sums = self._counters.replica_sums(max((m.slot for m in members), default=-1) + 1)
         picks = _counter("picks", "Requests given to a replica.", ["replica", "policy"])
         healthy = _gauge("replica_healthy", "1 while a replica takes requests.", ["replica"])
+        info = _gauge("replica_info", "1 for each replica, with its address.", ["replica", "url"])
         for member in members:
-            name = member.target.authority
+            name = self._label(member)
             picks.add_metric([name, self._policy], sums[member.slot][cells.PICKS])
             healthy.add_metric([name], float(member.state == "up"))
+            info.add_metric([name, str(member.target)], 1.0)
         yield picks
         yield healthy
+        yield info
         for name, (cell, text) in _COUNTERS.items():
             family = _counter(name, text, ["replica"])
             for member in members:
-                family.add_metric([member.target.authority], sums[member.slot][cell])
+                family.add_metric([self._label(member)], sums[member.slot][cell])
             yield family
         for name, (cell, text) in _GAUGES.items():
             gauge = _gauge(f"replica_{name}", text, ["replica"])
             for member in members:
-                gauge.add_metric([member.target.authority], sums[member.slot][cell])
+                gauge.add_metric([self._label(member)], sums[member.slot][cell])
             yield gauge
 
 
@@ -151,8 +156,12 @@ def exposition(
     policy: str,
     restarts: int = 0,
     more_events: Mapping[str, int] = {},
+    label: Callable[[Member], str] = lambda member: member.target.authority,
 ) -> bytes:
-    """The text of /metrics. more_events: added to the processes' own totals."""
+    """The text of /metrics. more_events: added to the processes' own totals. label: a replica's
+    name, the same here and in the replicas' own metrics."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(SharedCountersCollector(counters, members, policy, restarts, more_events))
+    registry.register(
+        SharedCountersCollector(counters, members, policy, restarts, more_events, label)
+    )
     return generate_latest(registry)

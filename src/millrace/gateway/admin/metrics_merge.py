@@ -12,6 +12,17 @@ _SUFFIXES = ("_bucket", "_count", "_sum", "_total", "_created")
 _SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{(.*)\})? (.+)$")
 
 
+ENGINE_UP = "millrace:engine_up"
+
+
+def engine_page(up: bool) -> str:
+    """A page that says only whether an engine runs: for replicas that do not say it themselves."""
+    return (
+        f"# HELP {ENGINE_UP} 1 while an engine has loaded its model and runs; 0 while it does not.\n"
+        f"# TYPE {ENGINE_UP} gauge\n{ENGINE_UP} {float(up)}\n"
+    )
+
+
 def merged(pages: Sequence[tuple[str, str]]) -> bytes:
     """One page from (label, page) pairs. Lines that are not samples are left out."""
     comments: dict[str, dict[str, str]] = {}

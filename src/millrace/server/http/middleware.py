@@ -117,6 +117,8 @@ class Middleware:
         method = record.scope["method"]
         method = method if method in _METHODS else "other"
         self._metrics.http[record.route, method, record.status] += 1
+        seconds = monotonic() - record.started
+        self._metrics.http_durations.observe(record.route, method, seconds)
         if self._unlogged_paths is not None and record.scope["path"] not in self._unlogged_paths:
             logger.info("%s", access_line(record))
         for callback in self._on_finish:

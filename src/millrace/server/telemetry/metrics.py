@@ -22,6 +22,8 @@ from prometheus_client.core import (
 )
 
 from millrace.protocol import STEP_TOKENS, EngineStats, FinishReason
+from millrace.server.telemetry import http_metrics
+from millrace.server.telemetry.http_metrics import HttpDurations
 from millrace.server.telemetry.work_metrics import WorkMetrics
 
 # vLLM's buckets, in seconds, tokens and outputs.
@@ -101,6 +103,7 @@ class RequestMetrics:
         self.preemptions = Histogram(_PREEMPTIONS)
         self.finished: Counter[FinishReason] = Counter(dict.fromkeys(_REASONS, 0))
         self.http: Counter[tuple[str, str, int]] = Counter()  # route, method, status
+        self.http_durations = HttpDurations()
         self.rejected = 0
         self.restarts = 0
 
@@ -286,7 +289,8 @@ class MetricsPage:
             text = "Tokens that a step computes, of prompts and outputs."
             yield self._histogram(full, text, _step_buckets(stats), stats.step_tokens_sum)
         yield self._admission_rejections()
-        yield from self._sleep_state()
+        if self._up():  # a dead engine is neither awake nor asleep
+            yield from self._sleep_state()
         accepted = {(str(at),): count for at, count in enumerate(stats.accepted_per_position)}
         finished = {(str(reason),): count for reason, count in requests.finished.items()}
         for name, vllm_name, text, label, counts in (
@@ -314,6 +318,7 @@ class MetricsPage:
         yield self._counter(
             "millrace:http_requests", "HTTP requests.", http, "route", "method", "status"
         )
+        yield from http_metrics.families(requests.http, requests.http_durations)
         restarts = {(): requests.restarts}
         yield self._counter("millrace:engine_restarts", "Engines started again.", restarts)
         config = self._config()
