@@ -95,7 +95,8 @@ def case(name: str, faults: dict[str, str], at: int) -> dict[str, Any]:
                 "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
                 "eval_time": f"{at}m",
                 "exp_samples": [
-                    {"labels": f'{{alertname="{one}"}}', "value": 1} for one in ALSO.get(name, [name])
+                    {"labels": f'{{alertname="{one}"}}', "value": 1}
+                    for one in ALSO.get(name, [name])
                 ] if name else [],
             }
         ],

@@ -232,7 +232,8 @@ ENERGY = Dashboard(
             "joule",
         ),
         Panel(
-            "Output tokens / s", {_rate("vllm:generation_tokens_total", "model_name"): "{{model_name}}"}
+            "Output tokens / s",
+            {_rate("vllm:generation_tokens_total", "model_name"): "{{model_name}}"},
         ),
         Panel(
             "GPU memory in use", {_gauge("millrace:gpu_memory_used_bytes"): LEGEND}, "bytes"
@@ -290,7 +291,7 @@ def _panel(at: int, panel: Panel) -> dict[str, Any]:
         "gridPos": {"x": column * WIDTH, "y": row * HEIGHT, "w": WIDTH, "h": HEIGHT},
         "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
         "targets": [
-            {"refId": chr(ord("A") + n), "expr": query, "legendFormat": legend, "datasource": source}
-            for n, (query, legend) in enumerate(panel.queries.items())
+            {"refId": chr(ord("A") + n), "expr": expr, "legendFormat": legend, "datasource": source}
+            for n, (expr, legend) in enumerate(panel.queries.items())
         ],
     }  # fmt: skip

@@ -18,7 +18,7 @@ ENGINE_UP = "millrace:engine_up"
 def engine_page(up: bool) -> str:
     """A page that says only whether an engine runs: for replicas that do not say it themselves."""
     return (
-        f"# HELP {ENGINE_UP} 1 while an engine has loaded its model and runs; 0 while it does not.\n"
+        f"# HELP {ENGINE_UP} 1 while an engine has loaded its model and runs; else 0.\n"
         f"# TYPE {ENGINE_UP} gauge\n{ENGINE_UP} {float(up)}\n"
     )
 
