@@ -6,7 +6,7 @@ knows no socket, no tensor and no policy.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -191,6 +191,19 @@ class ReasoningBound(msgspec.Struct, frozen=True, array_like=True):
     end: int
 
 
+class RecordSource(msgspec.Struct, frozen=True, array_like=True):
+    """Where the record of a prompt's beginning comes from: an engine, and the record's name there.
+
+    host, port: where that engine hands records over. tokens: of the prompt that the record covers.
+    """
+
+    host: str
+    port: int
+    engine: str
+    name: str
+    tokens: int
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """A request enters the engine.
 
@@ -202,8 +215,10 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     sequences of `params.bad_words`. cache_salt: the prompt shares cached prefixes only with prompts
     of the same salt. pins: seconds for which the first snapshot of its prompt (behind the system
     prompt) and its last one are evicted after all others. tag: by which `Outputs.moved` names its
-    prefix; 0: by none. `params.n` is the server's business: each
-    output is a request of its own.
+    prefix; 0: by none. hand_over: the name by which another engine may take the record of all
+    prompt tokens but the last; empty: none may. source: the record that the prompt goes on from;
+    without it the request does not run. `params.n` is the server's business: each output is a
+    request of its own.
     """
 
     id: str
@@ -220,6 +235,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     reasoning: ReasoningBound | None = None
     pins: tuple[float, float] = (0.0, 0.0)
     tag: int = 0
+    hand_over: str = ""
+    source: RecordSource | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -283,6 +300,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     model_failed: bool = False  # the error is the model's, not the request's
     preemptions: int = 0  # with the end: how often the request was put back for want of pages
     cache: CacheReport | None = None  # with the first tokens
+    record: int = 0  # with the first tokens: how many the record has that is handed over
+    record_error: str = ""  # with the first tokens: why none is, though it was asked for
+    transfer_failed: bool = False  # the error is that of a record that did not come
 
 
 class DraftStats(msgspec.Struct, array_like=True):
@@ -291,6 +311,27 @@ class DraftStats(msgspec.Struct, array_like=True):
     drafts: int = 0
     tokens: int = 0
     accepted: list[int] = []
+
+
+class TransferStats(msgspec.Struct, frozen=True, array_like=True):
+    """Records that went to other engines (sent) and came from them (received), since the start.
+
+    pages, bytes: of these records. sent_failed: that nobody took before their lease ended, or that
+    could not be offered. received_failed: that did not come whole. local: that were asked for and
+    were here already. open: offered now. seconds: that receiving took, in all.
+    """
+
+    sent: int = 0
+    sent_pages: int = 0
+    sent_bytes: int = 0
+    sent_failed: int = 0
+    received: int = 0
+    received_pages: int = 0
+    received_bytes: int = 0
+    received_failed: int = 0
+    local: int = 0
+    open: int = 0
+    seconds: float = 0.0
 
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -359,6 +400,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     expert_ranks: int = 1
     work: WorkStats | None = None
     paused: bool = False  # no step runs until the server says so
+    transfers: TransferStats = TransferStats()
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
@@ -374,7 +416,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine has loaded the model, planned its memory and completed a real request.
 
     devices: UUIDs of the GPUs of its ranks, as far as rank 0 knows them; empty on a CPU.
-    device_name: of rank 0's device, as its driver says it."""
+    device_name: of rank 0's device, as its driver says it. engine, transfer_host,
+    transfer_port: by which others take its records; empty and 0: they cannot.
+    """
 
     max_model_len: int
     max_num_seqs: int
@@ -383,6 +427,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     summary: str
     devices: list[str] = []
     device_name: str = ""
+    engine: str = ""
+    transfer_host: str = ""
+    transfer_port: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -411,7 +458,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     always `drafts`. depth_schedule: (least rows, most rows, depth). cache_policy: "snapshot":
     prompts resume at snapshots; "page": at any whole page. page_cost: memory of a page as a share
     of a snapshot's. host_cache, disk_cache: bytes of the lower tiers. page_bytes, snapshot_bytes:
-    of one, on all ranks together.
+    of one, on all ranks together. transfers: whether records go to other engines and come from
+    them. lease: seconds for which a record is kept for whoever may take it. recompute: a request
+    whose record does not come computes its prompt.
     """
 
     max_num_seqs: int
@@ -431,6 +480,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     disk_cache: int = 0
     page_bytes: int = 0
     snapshot_bytes: int = 0
+    transfers: bool = False
+    lease: float = 30.0
+    recompute: bool = False
     snapshot_interval: int = 0
     snapshot_distance: int = 0
     mixed_prefill_tokens: int = 0
@@ -571,14 +623,54 @@ class FoundFile(msgspec.Struct, frozen=True):
     used: float = 0.0
 
 
+class HostPages(msgspec.Struct, frozen=True, array_like=True):
+    """Pages `first` to `end` of a range in the host's memory for `count` pages, which begins at
+    byte `at`."""
+
+    at: int
+    count: int
+    first: int
+    end: int
+
+
+class RecordMove(msgspec.Struct, frozen=True, array_like=True):
+    """A record in the host's memory that another engine takes from there, or that comes there.
+
+    pages: where its pages are, from its page `first` on. state_at: likewise; -1: a prefix is its
+    pages. source: where it comes from. seconds: within which it must be taken, or come. refused:
+    why it is not offered after all.
+    """
+
+    name: str
+    first: int
+    pages: list[HostPages]
+    state_at: int
+    seconds: float
+    source: RecordSource | None = None
+    refused: str = ""
+
+
 class Transfer(msgspec.Struct, frozen=True, array_like=True):
-    """Moves between tiers that end together. offload: from the device to the host's memory; load:
-    back; store: from there to files; fetch: back."""
+    """Moves between tiers, or between engines, that end together. offload: from the device to the
+    host's memory; load: back; store: from there to files; fetch: back; send: another engine takes
+    a record from the host's memory; receive: one comes there."""
 
     id: int
-    kind: Literal["offload", "load", "store", "fetch"]
+    kind: Literal["offload", "load", "store", "fetch", "send", "receive"]
     moves: list[Move] = []
     files: list[FileMove] = []
+    record: RecordMove | None = None
+
+
+class TransferEnd(NamedTuple):
+    """A transfer has ended. error: why a record did not come. bytes, seconds: of a record that went
+    to another engine or came from one."""
+
+    id: int
+    succeeded: bool
+    error: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):

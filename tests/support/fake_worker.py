@@ -17,9 +17,11 @@ from millrace.protocol import (
     FileMove,
     FoundFile,
     Masks,
+    RecordMove,
     StepPlan,
     StepResult,
     Transfer,
+    TransferEnd,
 )
 
 VOCAB = 50
@@ -75,8 +77,18 @@ class FakePending:
         return self.value
 
 
+class FakeNetwork:
+    """Records that workers offer each other: name -> (pages' tags, state). Those in `broken` do
+    not arrive."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, tuple[list[dict[int, int]], list[int]]] = {}
+        self.taken: set[str] = set()
+        self.broken: set[str] = set()
+
+
 class FakeWorker:
-    """See the module. `seed` drives how many drafts are accepted."""
+    """See the module. `seed` drives how many drafts are accepted. network: where records go to."""
 
     def __init__(
         self,
@@ -87,7 +99,10 @@ class FakeWorker:
         seed: int = 0,
         checks: bool = True,
         policy: str = "snapshot",
+        network: FakeNetwork | None = None,
     ) -> None:
+        self._network = network or FakeNetwork()
+        self._sending: dict[int, str] = {}
         self._policy = policy
         self._page_size = page_size
         self._width = drafts + 1
@@ -99,7 +114,7 @@ class FakeWorker:
         self._checks = checks
         self._host: dict[tuple[int, int, int], int] = {}
         self._host_states: dict[int, list[int]] = {}
-        self._transfers: list[tuple[int, bool]] = []
+        self._transfers: list[TransferEnd] = []
         self.files: dict[tuple[str, str], Any] = {}
         self.damaged: set[str] = set()
         self.plans: list[StepPlan] = []
@@ -148,7 +163,6 @@ class FakeWorker:
                 tokens.append(self._emit(row, 1))
         for save in plan.saves:
             row = self._rows[save.slot]
-            assert row.length % self._page_size == 0
             self._snapshots[save.snapshot] = row.tokens[: row.length]
         return FakePending(StepResult(plan.step, slots, tokens))
 
@@ -157,15 +171,28 @@ class FakeWorker:
 
     # --- lower tiers ------------------------------------------------------------------------
 
-    def finished(self) -> list[tuple[int, bool]]:
+    def finished(self) -> list[TransferEnd]:
         """Some of the transfers that were started, after a while."""
         ended = [one for one in self._transfers if self._rng.random() < 0.5]
         self._transfers = [one for one in self._transfers if one not in ended]
-        return ended
+        taken = [number for number, name in self._sending.items() if name in self._network.taken]
+        for number in taken:
+            del self._network.records[self._sending.pop(number)]
+        return ended + [TransferEnd(number, True, bytes=1) for number in taken]
+
+    def expire_leases(self) -> None:
+        """Nobody takes what is offered."""
+        for number, name in self._sending.items():
+            self._network.records.pop(name, None)
+            self._transfers.append(TransferEnd(number, False))
+        self._sending.clear()
 
     def _transfer(self, transfer: Transfer) -> None:
         """Everything is copied at once, and reported later. A range in the host's memory is known
         by where it begins."""
+        if transfer.record is not None:
+            self._hand_over(transfer.id, transfer.record)
+            return
         succeeded = True
         for move in transfer.moves:
             for index, page in enumerate(move.pages, move.first):
@@ -181,7 +208,31 @@ class FakeWorker:
                 self._snapshots[move.snapshot] = self._host_states[move.state_at]
         for file in transfer.files:
             succeeded &= self._file(transfer.kind, file)
-        self._transfers.append((transfer.id, succeeded))
+        self._transfers.append(TransferEnd(transfer.id, succeeded))
+
+    def _hand_over(self, number: int, move: RecordMove) -> None:
+        places = [
+            {at: (part.at, index, at) for at in range(self._page_size)}
+            for part in move.pages
+            for index in range(part.first, part.end)
+        ]
+        if move.source is None:
+            if not move.refused:
+                pages = [{at: self._host[p] for at, p in page.items()} for page in places]
+                self._network.records[move.name] = pages, self._host_states.get(move.state_at, [])
+            self._sending[number] = move.name
+            return
+        found = self._network.records.get(move.name)
+        if found is None or move.name in self._network.broken:
+            self._transfers.append(TransferEnd(number, False, "it is not there"))
+            return
+        pages, state = found
+        for page, place in zip(pages[move.first :], places, strict=True):
+            for at, p in place.items():
+                self._host[p] = page[at]
+        self._host_states[move.state_at] = state
+        self._network.taken.add(move.name)
+        self._transfers.append(TransferEnd(number, True, bytes=1))
 
     def _file(self, kind: str, file: FileMove) -> bool:
         if kind == "store":

@@ -121,8 +121,8 @@ class Engine:
         immediate, self._immediate = self._immediate + self._add_compiled(), []
         if self._steps and self._steps[-1].last:
             return immediate + self._commit(self._steps.popleft())
-        if self.scheduler.uses_tiers:
-            self.scheduler.transferred(self.worker.finished())
+        self.poll()
+        immediate, self._immediate = immediate + self._immediate, []
         began = self._now()
         plan = self.scheduler.plan(began)
         if plan is not None:
@@ -132,6 +132,11 @@ class Engine:
         if not self._steps or (plan is not None and len(self._steps) <= self._depth):
             return immediate
         return immediate + self._commit(self._steps.popleft())
+
+    def poll(self) -> None:
+        """Take note of the transfers that have ended; an idle engine does so now and then."""
+        if self.scheduler.uses_tiers:
+            self._immediate += self.scheduler.transferred(self.worker.finished())
 
     def reset_prefix_cache(self) -> None:
         """Drop every cached prefix. Running requests keep their pages."""

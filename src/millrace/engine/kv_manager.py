@@ -207,7 +207,27 @@ class KVManager:
         if not self._limits.prefix_caching:
             return []
         ends, length = request.source.boundaries, len(request.tokens)
-        return self.policy.stops(request.computed, length, ends, shared, resumed)
+        stops = self.policy.stops(request.computed, length, ends, shared, resumed)
+        return self._with_hand_over(request, stops) if request.source.hand_over else stops
+
+    def _with_hand_over(self, request: Request, stops: list[int]) -> list[int]:
+        """The stops of a prompt whose record is handed over: the end, too, in place of the last
+        whole page."""
+        depth = self._hand_over_depth(request)
+        if self._limits.cache_policy == "page" or depth <= request.computed:
+            return stops
+        return [depth, *(stop for stop in stops if stop < self._whole(depth))]
+
+    def _hand_over_depth(self, request: Request) -> int:
+        assert self.tiers is not None
+        return self.tiers.hand_overs.depth(request.prompt_len)
+
+    def hand_over(self, request: Request) -> None:
+        """The request's prompt has been computed up to its record, or is cached: let another engine
+        take that, if one wants it and nobody has asked before."""
+        if request.source.hand_over and request.handed_over < 0:
+            assert self.tiers is not None
+            self.tiers.hand_over(request)
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
@@ -216,15 +236,17 @@ class KVManager:
 
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
-        pages = request.pages[: depth // self._limits.page_size]
+        pages = request.pages[: -(-depth // self._limits.page_size)]
         ends_turn = any(self._whole(end) == depth for end in request.source.boundaries)
-        whole_prompt = depth == self._whole(len(request.tokens) - 1)
+        whole_prompt = depth >= self._whole(len(request.tokens) - 1)
         kind = Kind.PROMPT if whole_prompt and not ends_turn else Kind.TURNS
         salt = request.source.cache_salt
         tokens = request.tokens[:depth]
         self._publish(request, tokens, pages, snapshot, kind)
         if self.tiers is not None and not request.failed:
             self.tiers.cached(tokens, salt, kind, request.hashes, request.source.tag)
+        if request.source.hand_over and depth == self._hand_over_depth(request):
+            self.hand_over(request)
 
     def _publish(
         self, request: Request, tokens: Sequence[int], pages: list[int], snapshot: int, kind: Kind
@@ -249,7 +271,7 @@ class KVManager:
     def save_end(self, request: Request) -> None:
         """A request has ended, and its slot has the state of all tokens but the last one: make that
         a snapshot, which the next step writes before anything else."""
-        if not self._limits.prefix_caching or request.failed:
+        if not self._limits.prefix_caching or request.failed or request.source.hand_over:
             return
         tokens = request.tokens[:-1]
         salt = request.source.cache_salt

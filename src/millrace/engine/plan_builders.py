@@ -26,6 +26,8 @@ def make_delta(
         prompt_logprobs=(request.prompt_logprobs or None) if first else None,
         preemptions=request.preemptions,
         cache=request.report if first else None,
+        record=max(0, request.handed_over) if first else 0,
+        record_error=request.not_handed_over if first else "",
     )
 
 

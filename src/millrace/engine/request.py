@@ -32,7 +32,9 @@ class Request:
     for a snapshot, nearest last. held_pages, held_snapshot: of the prefix cache, read by its first
     step. report: what the cache had of its prompt. hashes: of its whole pages, for lower tiers.
     loading: a transfer brings its prefix. loaded: from and to which token of its prefix came from a
-    lower tier, by name.
+    lower tier, or from another engine (remote), by name. expected: tokens that must be cached when
+    it is admitted, because another engine has computed them. handed_over: tokens of its record that
+    others may take; -1: nobody has tried. not_handed_over: why they may not.
     ordinal: requests are numbered as they come.
     prompt_cached: its whole prompt is computed, so another request may find it in the cache.
     split: some step computed only a part of its prompt, for want of budget. cached_estimate: prompt
@@ -58,6 +60,9 @@ class Request:
     hashes: list[bytes] = field(default_factory=list)
     loading: bool = False
     loaded: dict[str, tuple[int, int]] = field(default_factory=dict)
+    expected: int = 0
+    handed_over: int = -1
+    not_handed_over: str = ""
     computed: int = 0
     upper: int = 0
     in_flight: int = 0

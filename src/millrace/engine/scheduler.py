@@ -40,6 +40,7 @@ from millrace.protocol import (
     Limits,
     StepPlan,
     StepResult,
+    TransferEnd,
 )
 
 
@@ -108,6 +109,8 @@ class Scheduler:
         if source.wait_for is not None and source.wait_for in self._requests:
             self._followed.add(source.wait_for)
         self.waiting.add(request)
+        if request.expected and self._tiers is not None:
+            self._tiers.hand_overs.expect(request)
         return []
 
     def check(self, source: AddRequest) -> None:
@@ -124,13 +127,18 @@ class Scheduler:
                 continue
             if request.phase is Phase.WAITING:
                 self.waiting.remove(request)
-                if self._tiers is not None:
-                    self._tiers.release(request)
-                self._followed.discard(request_id)
-                del self._requests[request_id]
-                request.phase = Phase.DONE
+                self._forget(request)
             else:
                 self._retire(request)
+
+    def _forget(self, request: Request) -> None:
+        """A waiting request has gone from the queue, and does not run."""
+        request.phase = Phase.DONE
+        if self._tiers is not None:
+            self._tiers.release(request)
+            self._tiers.hand_overs.released(request)
+        self._followed.discard(request.id)
+        del self._requests[request.id]
 
     def has_work(self) -> bool:
         work = self.waiting or self.running or self._launched or self._kv_manager.has_ends
@@ -146,13 +154,24 @@ class Scheduler:
         """Whether transfers between tiers are to be reported by `transferred`."""
         return self._tiers is not None
 
-    def transferred(self, ended: Iterable[tuple[int, bool]]) -> None:
-        """Transfers have ended: (number, whether it succeeded)."""
+    def transferred(self, ended: Iterable[TransferEnd]) -> list[Delta]:
+        """Transfers have ended. Returns the ends of requests whose records did not come."""
         assert self._tiers is not None
-        for number, succeeded in ended:
-            ensure_pages = self._kv_manager.ensure_free_pages
-            for request in self._tiers.ended(number, succeeded, ensure_pages):
+        for end in ended:
+            for request in self._tiers.ended(end, self._kv_manager.ensure_free_pages):
                 request.estimate_version = -1
+        failures, self._tiers.hand_overs.failures = self._tiers.hand_overs.failures, []
+        return [
+            delta for request, why in failures for delta in self._end_untransferred(request, why)
+        ]
+
+    def _end_untransferred(self, request: Request, why: str) -> list[Delta]:
+        if request.phase is not Phase.WAITING:
+            return []
+        self.waiting.remove(request)
+        self._forget(request)
+        error = f"the record of the prompt did not come: {why}"
+        return [Delta(request.id, [], "error", error=error, transfer_failed=True)]
 
     def restore(self, found: Mapping[str, FoundFile]) -> None:
         """Records of an earlier process, by key."""
@@ -320,6 +339,9 @@ class Scheduler:
             return False
         match = self._kv_manager.match(request)
         request.cached_estimate = match.tokens
+        if match.tokens < request.expected:  # its record is in a lower tier again
+            request.estimate_version = -1
+            return False
         if not offer(request.missing):
             return False
         reach = min(len(request.tokens) + self._width, request.max_total)
@@ -336,7 +358,9 @@ class Scheduler:
         request.boundaries = self._kv_manager.boundaries(request, match.shared, resumed)
         step.admissions.append(make_admission(request, match.snapshot, self.limits.methods))
         self.waiting.admitted(request)
-        request.phase = Phase.PREFILL
+        request.phase, request.expected = Phase.PREFILL, 0
+        if self._tiers is not None:
+            self._tiers.hand_overs.released(request)
         insort(self.running, request, key=rank)
         self._count_prompt(request, step.now)
         return True
@@ -394,6 +418,7 @@ class Scheduler:
             if chunk.last:
                 request.prompt_cached = True
                 self._kv_manager.store(request, chunk.start + chunk.count)
+                self._kv_manager.hand_over(request)
         self._take_prompt_logprobs(step, result)
         before = self._totals.generated_tokens
         deltas = self._take_tokens(step, result)

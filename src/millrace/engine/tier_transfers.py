@@ -1,4 +1,5 @@
-"""Transfers between the device, the host's memory and files: which are under way, and for whom.
+"""Transfers between the device, the host's memory, files and other engines: which are under way,
+and for whom.
 
 Every answer, and every system prompt, is offloaded soon after it is cached on the device, so that
 evicting it there costs nothing, and written to files, so that it survives the process. A waiting
@@ -27,8 +28,16 @@ from millrace.engine.cache.cold_store import (
 from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
+from millrace.engine.hand_over import NO_ROOM, HandOvers
 from millrace.engine.request import Phase, Request
-from millrace.protocol import EngineStats, Limits, Move, Transfer
+from millrace.protocol import (
+    EngineStats,
+    Limits,
+    Move,
+    RecordMove,
+    Transfer,
+    TransferEnd,
+)
 
 MOST_WAITING = 256  # prefixes that wait to be offloaded; of more, the oldest are dropped
 MOST_AT_ONCE = 4  # transfers of a kind
@@ -40,9 +49,10 @@ class _Transfer:
     """One that is under way. pages: the device's, with a reference each. snapshot: likewise; -1:
     none. fetched: records whose pages are read
     from files. fetched_state: whether the record's state is moved between memory and files, too.
-    dropped: what it moves must not be used any more."""
+    name: by which another engine may take the record. dropped: what it moves must not be used any
+    more."""
 
-    kind: Literal["offload", "load", "store", "fetch"]
+    kind: Literal["offload", "load", "store", "fetch", "send", "receive"]
     record: ColdRecord
     tokens: Sequence[int] = ()
     pages: list[int] = field(default_factory=list)
@@ -51,6 +61,7 @@ class _Transfer:
     fetched: list[ColdRecord] = field(default_factory=list)
     fetched_state: bool = False
     from_disk: bool = False
+    name: str = ""
     dropped: bool = False
 
 
@@ -89,6 +100,7 @@ class TierTransfers:
             limits.disk_cache,
         )
         self.store = ColdStore(sizes, prefix_tiers)
+        self.hand_overs = HandOvers(limits, self.store, policy)
         self._has_states = limits.cache_policy == "snapshot"  # or prefixes are their pages
         self._prefix_tiers = prefix_tiers
         self._pages, self._policy = pages, policy
@@ -104,8 +116,15 @@ class TierTransfers:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something to start, or to wait for."""
-        return bool(self._under_way or self._wanted or self._unfiled or self.store.deletes)
+        """Whether there is something to start, or to wait for. What others may take needs no
+        step."""
+        waits = self._waits_for_any or self._new or self.hand_overs.has_work
+        return bool(waits or self._wanted or self._unfiled or self.store.deletes)
+
+    @property
+    def _waits_for_any(self) -> bool:
+        """Whether a transfer is under way that ends by itself, soon."""
+        return any(one.kind != "send" for one in self._under_way.values())
 
     # --- what is kept -----------------------------------------------------------------------
 
@@ -167,6 +186,8 @@ class TierTransfers:
             self._drop(wanted.held)
         while self._unfiled and self._count("store") < MOST_AT_ONCE:
             self._file(self._unfiled.popleft())
+        while self._count("receive") < MOST_AT_ONCE and self._receive():
+            pass
         new, self._new = self._new, []
         return new
 
@@ -178,7 +199,13 @@ class TierTransfers:
     def _count(self, kind: str) -> int:
         return sum(one.kind == kind for one in self._under_way.values())
 
-    def _start(self, transfer: _Transfer, moves: Sequence[Move] = (), files: bool = False) -> None:
+    def _start(
+        self,
+        transfer: _Transfer,
+        moves: Sequence[Move] = (),
+        files: bool = False,
+        record: RecordMove | None = None,
+    ) -> None:
         self._number += 1
         listed = []
         if transfer.kind == "store":
@@ -198,7 +225,7 @@ class TierTransfers:
         for one in transfer.record.chain():
             one.busy += 1
         self._under_way[self._number] = transfer
-        self._new.append(Transfer(self._number, transfer.kind, list(moves), listed))
+        self._new.append(Transfer(self._number, transfer.kind, list(moves), listed, record))
 
     def _offload(self, wanted: _Wanted) -> None:
         found = self._policy.locate(wanted.tokens, wanted.salt)
@@ -210,12 +237,15 @@ class TierTransfers:
         if record is None:
             return
         record.tag = wanted.tag
-        pages = found.pages[record.first :]
-        self._pages.retain_all(pages)
-        if found.snapshot != NO_SNAPSHOT:
-            self._policy.retain(found.snapshot)
-        move = Move(pages, 0, len(pages), record.pages_at, found.snapshot, record.state_at)
-        self._start(_Transfer("offload", record, pages=pages, snapshot=found.snapshot), [move])
+        held = self._hold(found.pages[record.first :], found.snapshot)
+        move = self._offload_move(record, found.pages, found.snapshot)
+        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot)
+        self._start(one, [move])
+
+    def _offload_move(self, record: ColdRecord, pages: list[int], snapshot: int) -> Move:
+        """From the device to a record's memory. pages: of the whole prefix."""
+        own = pages[record.first :]
+        return Move(own, 0, len(own), record.pages_at, snapshot, record.state_at)
 
     def _file(self, record: ColdRecord) -> None:
         """Write a record to files, if it is still in memory and not in files; without its state if
@@ -225,6 +255,64 @@ class TierTransfers:
         state = record.state_at != NOWHERE and not record.state_filed
         if state or not record.pages_filed:
             self._start(_Transfer("store", record, fetched_state=state))
+
+    # --- other engines ------------------------------------------------------------------------
+
+    def hand_over(self, request: Request) -> None:
+        """Let another engine take the record of the request's prompt, which is on the device."""
+        depth, salt = self.hand_overs.depth(request.prompt_len), request.source.cache_salt
+        tokens, name = request.tokens[:depth], request.source.hand_over
+        found = self._policy.locate(tokens, salt) if depth else None
+        if found is None:
+            why = "no snapshot was free for it" if depth else "a prompt of one token has none"
+            self._refuse(request, why)
+            return
+        size = self.store.sizes.page_size
+        request.hashes = page_hashes(request.tokens, size, salt, request.hashes)
+        tail = tuple(tokens[depth // size * size :])
+        added = self.store.add(tokens, request.hashes, salt, Kind.PROMPT)
+        # None: it is there already, or there is no memory.
+        record = added or self.store.find(request.hashes[depth // size], tail)
+        if record is None or record.state_at == NOWHERE or not _in_memory(record):
+            if added is not None:
+                self.store.discard(added)
+            self._refuse(request, NO_ROOM)
+            return
+        held = self._hold(found.pages, found.snapshot)
+        record.tag = request.source.tag
+        request.handed_over = depth
+        # Without a move it ends behind those that are under way, which may bring the record.
+        moves = [self._offload_move(record, found.pages, found.snapshot)] if added else []
+        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot, name=name)
+        self._start(one, moves)
+
+    def _refuse(self, request: Request, why: str) -> None:
+        request.handed_over, request.not_handed_over = 0, why
+
+    def _receive(self) -> bool:
+        """Begin to bring the next record that a request waits for. False: there is none, or no
+        room for it now."""
+        begun = self.hand_overs.next(waits=self._waits_for_any)
+        if begun is None:
+            return False
+        fetched = [begun.record] if begun.new_pages else []
+        one = _Transfer(
+            "receive", begun.record, request=begun.request, fetched=fetched, fetched_state=True
+        )
+        self._start(one, record=begun.move)
+        return True
+
+    def _received(self, one: _Transfer, end: TransferEnd) -> None:
+        assert one.request is not None
+        if end.succeeded and not one.dropped:
+            self._prefix_tiers.set(one.record.tag, Tier.HOST, there=True)
+            self.hand_overs.received(one.request, one.record, end)
+            return
+        for record in one.fetched:
+            self.store.forget_pages(record)
+        self.store.forget_state(one.record)
+        why = "the cache was cleared meanwhile" if end.succeeded else end.error
+        self.hand_overs.lost(one.request, one.record, why)
 
     # --- what comes back ----------------------------------------------------------------------
 
@@ -236,25 +324,26 @@ class TierTransfers:
         store, tokens = self.store, request.tokens
         if not len(store) or request.loading:
             return
+        gain = LEAST_GAIN if request.cached_estimate >= request.expected else 1
         if len(request.hashes) != len(tokens) // store.sizes.page_size + 1:
             salt = request.source.cache_salt
             request.hashes = page_hashes(tokens, store.sizes.page_size, salt, request.hashes)
         record = store.match(tokens, request.hashes)
-        if record is None or store.depth(record) < request.cached_estimate + LEAST_GAIN:
+        if record is None or store.depth(record) < request.cached_estimate + gain:
             return
         missing = [one for one in record.chain() if one.pages_at == NOWHERE]
         kind: Literal["fetch", "load"] = "load"
         if missing or record.state_at == NOWHERE:
             kind = "fetch"
         needed = set(record.chain())
-        busy = [one for one in self._under_way.values() if one.kind != "store"]
+        busy = [one for one in self._under_way.values() if one.kind not in ("store", "send")]
         if self._count(kind) >= MOST_AT_ONCE or any(one.record in needed for one in busy):
             started = False  # or a part is on its way, for another request or from the device
         elif kind == "fetch":
             started = self._fetch(request, record, missing)
         else:
             started = self._load(request, record, ensure_pages, from_disk=False)
-        if not started and self._under_way:
+        if not started and self._waits_for_any:
             request.loading = True
             self._parked.append(request)
 
@@ -353,12 +442,10 @@ class TierTransfers:
 
     # --- what has ended -----------------------------------------------------------------------
 
-    def ended(
-        self, number: int, succeeded: bool, ensure_pages: Callable[[int], bool]
-    ) -> list[Request]:
+    def ended(self, end: TransferEnd, ensure_pages: Callable[[int], bool]) -> list[Request]:
         """A transfer has ended. Returns the requests that waited for it, and are to be looked up
         again."""
-        one = self._under_way.pop(number)
+        one, succeeded = self._under_way.pop(end.id), end.succeeded
         for record in one.record.chain():
             record.busy -= 1
         if one.kind == "offload":
@@ -370,6 +457,10 @@ class TierTransfers:
                 self.store.discard(one.record)
         elif one.kind == "load":
             self._loaded(one)
+        elif one.kind == "send":
+            self.hand_overs.sent(one.record, end)
+        elif one.kind == "receive":
+            self._received(one, end)
         else:
             self._fetched(one, succeeded, ensure_pages)
         self.store.settle(one.record)
@@ -385,9 +476,15 @@ class TierTransfers:
         self._release_snapshot(one.snapshot)
         if one.dropped:
             self.store.discard(one.record)
+            if one.name:
+                why = self.hand_overs.refused(one.name, "the cache was cleared meanwhile")
+                self._start(_Transfer("send", one.record), record=why)
             return
         self._prefix_tiers.set(one.record.tag, Tier.HOST, there=True)
-        if self.store.sizes.disk:
+        if one.name:
+            move = self.hand_overs.offered(one.record, one.name)
+            self._start(_Transfer("send", one.record, name=one.name), record=move)
+        elif self.store.sizes.disk:
             self._unfiled.append(one.record)
 
     def _loaded(self, one: _Transfer) -> None:
@@ -410,6 +507,8 @@ class TierTransfers:
         assert one.request is not None
         one.request.loading = False
         tier = "disk" if one.from_disk else "host"
+        if self.hand_overs.has_record_of(one.request):
+            tier = "remote"
         one.request.loaded[tier] = one.request.cached_estimate, len(one.tokens)
 
     def _keep_for(self, request: Request | None, tokens: Sequence[int], salt: str) -> None:
@@ -446,6 +545,7 @@ class TierTransfers:
             host_cache_total=self.store.sizes.host,
             disk_cache_used=self.store.disk_used,
             disk_cache_total=self.store.sizes.disk,
+            transfers=self.hand_overs.stats(self._count("send")),
         )
 
     # --- integrity ----------------------------------------------------------------------------
@@ -469,3 +569,8 @@ class TierTransfers:
         """Snapshots of the device that transfers hold."""
         kept = len(self._loaded_for) + sum(w.held is not None for w in self._wanted)
         return kept + sum(one.snapshot >= 0 for one in self._under_way.values())
+
+
+def _in_memory(record: ColdRecord) -> bool:
+    """Whether the host's memory has all of its pages."""
+    return all(one.pages_at != NOWHERE for one in record.chain())

@@ -32,6 +32,7 @@ def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
         seed=_seed(params.seed, limits.seed, ordinal),
         ordinal=ordinal,
         source=source,
+        expected=source.source.tokens if source.source is not None else 0,
     )
 
 
@@ -46,6 +47,7 @@ def check(source: AddRequest, limits: Limits) -> None:
         raise RequestError(
             "priority needs a server started with --scheduling-policy priority", param="priority"
         )
+    _check_transfer(source, limits)
     params = source.params
     _check_method(params.speculative_method, limits)
     named = {
@@ -64,6 +66,29 @@ def check(source: AddRequest, limits: Limits) -> None:
             raise RequestError(f"{name} must be from 0 to {limits.vocab_size}", param=name)
     for name, ids in named.items():
         _check_ids(name, ids, limits.vocab_size)
+
+
+def _check_transfer(source: AddRequest, limits: Limits) -> None:
+    if not (source.hand_over or source.source):
+        return
+    if not limits.transfers:
+        raise RequestError(
+            "kv_transfer_params need a server started with --role prefill, decode or both",
+            param="kv_transfer_params",
+        )
+    if source.params.prompt_logprobs is not None:
+        raise RequestError(
+            "kv_transfer_params and prompt_logprobs: these need the whole prompt computed in one "
+            "place; leave one of them out",
+            param="prompt_logprobs",
+        )
+    tokens = len(source.prompt) + len(source.resume)
+    if source.source is not None and not 0 < source.source.tokens < tokens:
+        raise RequestError(
+            f"kv_transfer_params: the record has {source.source.tokens} tokens, and the prompt has "
+            f"{tokens}; send the prompt that the record was made of",
+            param="kv_transfer_params",
+        )
 
 
 def _check_method(wanted: str | None, limits: Limits) -> None:

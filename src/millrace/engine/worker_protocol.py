@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from millrace.engine.step import StepCounts
-from millrace.protocol import Masks, StepPlan, StepResult, WorkStats
+from millrace.protocol import Masks, StepPlan, StepResult, TransferEnd, WorkStats
 
 
 class Pending(Protocol):
@@ -26,8 +26,8 @@ class Worker(Protocol):
         most once, after the forward is launched, so that the masks are built while it runs.
         """
 
-    def finished(self) -> list[tuple[int, bool]]:
-        """Transfers that have ended since the last call: (number, whether it succeeded)."""
+    def finished(self) -> list[TransferEnd]:
+        """Transfers that have ended since the last call."""
 
     def close(self) -> None:
         """Free the device; nothing is launched afterwards."""

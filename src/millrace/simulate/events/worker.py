@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from millrace.model.work import StepShape
-from millrace.protocol import Admission, Masks, StepPlan, StepResult, Transfer
+from millrace.protocol import Admission, Masks, StepPlan, StepResult, Transfer, TransferEnd
 from millrace.simulate.common.options import Speeds, StepTime
 
 END_TOKEN = 0  # ends a request whose text ends before its max_tokens
@@ -115,10 +115,10 @@ class SimulatedWorker:
                 tokens.append(self._emit(self._rows[chunk.slot], 1))
         return _Launched(self._thread, self._device_free, StepResult(plan.step, slots, tokens))
 
-    def finished(self) -> list[tuple[int, bool]]:
+    def finished(self) -> list[TransferEnd]:
         """Transfers that have ended by now; all of them succeed."""
         now = self._thread.moment
-        ended = [(number, True) for moment, number in self._transfers if moment <= now]
+        ended = [TransferEnd(number, True) for moment, number in self._transfers if moment <= now]
         self._transfers = [one for one in self._transfers if one[0] > now]
         return ended
 
