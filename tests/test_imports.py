@@ -38,7 +38,7 @@ LAYERS = [
     "kernels.gpu.attention kernels.gpu.gdn kernels.gpu.gemm",
     "kernels.gpu.moe",
     "runtime.ranks",
-    "runtime.step",
+    "runtime.step runtime.transfer",
     "runtime.tiers",
     "runtime",
     "replica",

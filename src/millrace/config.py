@@ -43,6 +43,7 @@ GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
 # TILE tokens.
 TILE = 128
 SMALL_BUCKETS = (16, 32, 64)
+ROLE_HOST_CACHE_GB = 4.0
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +79,12 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     host_cache_gb: float = 0.0
     disk_cache: str | None = None
     disk_cache_gb: float = 16.0
+    role: Literal["prefill", "decode", "both"] | None = None
+    kv_transfer_host: str = "127.0.0.1"
+    kv_transfer_port: int = 0
+    kv_transport: Literal["auto", "shm", "tcp", "nixl"] = "auto"
+    kv_lease: float = 30.0
+    kv_load_failure_policy: Literal["fail", "recompute"] = "fail"
     speculative_config: SpeculativeConfig | None = None
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
@@ -139,6 +146,17 @@ HELP: Mapping[str, str] = {
     "disk_cache": "Directory for cached prefixes; they survive a restart. It holds users' prompts "
     "(default: none).",
     "disk_cache_gb": "GiB that --disk-cache may take.",
+    "role": "Part in serving prompts and answers apart: prefill computes prompts for others, "
+    "decode answers prompts that others computed, both does either (default: none of it). It "
+    "needs host_cache_gb (then 4 by default).",
+    "kv_transfer_host": "Address where other engines take the records of prompts; they are not "
+    "asked for a key, only for a record's name.",
+    "kv_transfer_port": "Port for that; 0 takes a free one.",
+    "kv_transport": "How records come here. shm: out of the other engine's memory, on one host; "
+    "tcp; nixl; auto: shm where that is possible, else tcp.",
+    "kv_lease": "Seconds for which the record of a prompt is kept for whoever may take it.",
+    "kv_load_failure_policy": "What becomes of a request whose record does not come: fail, or "
+    "recompute its prompt.",
     "speculative_config": 'JSON, such as {"method": "mtp", "num_speculative_tokens": 1}; methods: '
     'mtp, ngram, suffix, eagle3 and draft_model (these with "model"); with "lookup": "suffix" rows '
     'look up drafts before the head makes them; "quantization": "fp8" or "none" for the output '
@@ -290,7 +308,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         window=max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
         snapshot_distance=_or(args.snapshot_distance, distance),
-        host_cache=int(args.host_cache_gb * 2**30),
+        host_cache=int(_host_cache_gb(args) * 2**30),
         disk_cache=int(args.disk_cache_gb * 2**30) if args.disk_cache else 0,
         async_scheduling=device == "cuda"
         if args.async_scheduling is None
@@ -326,6 +344,7 @@ def _check_choices(args: EngineArgs) -> None:
             f"{args.block_size}"
         )
     _check_tiers(args)
+    _check_role(args)
     _positive("max_queue", args.max_queue)
     if args.max_logprobs < -1:
         raise ConfigError(f"max_logprobs {args.max_logprobs}: use 0 or more, or -1 for all")
@@ -343,6 +362,26 @@ def _check_tiers(args: EngineArgs) -> None:
         )
     if args.disk_cache and not args.disk_cache_gb:
         raise ConfigError("disk_cache_gb 0: give the GiB that disk_cache may take, as 16")
+
+
+def _check_role(args: EngineArgs) -> None:
+    if args.role is None:
+        return
+    if not args.enable_prefix_caching:
+        raise ConfigError(f"role {args.role}: records are cached prefixes; leave prefix caching on")
+    if args.num_snapshots == 0:
+        raise ConfigError(f"role {args.role}, num_snapshots 0: use 2 or more, or leave it out")
+    if args.tensor_parallel_size > 1:
+        raise ConfigError(f"role {args.role}: not yet with tensor_parallel_size above 1")
+    if not 0 < args.kv_lease < float("inf"):
+        raise ConfigError(f"kv_lease {args.kv_lease:g}: use seconds above 0")
+    if not 0 <= args.kv_transfer_port < 65536:
+        raise ConfigError(f"kv_transfer_port {args.kv_transfer_port}: use 0 to 65535")
+
+
+def _host_cache_gb(args: EngineArgs) -> float:
+    """Records go through the host's memory."""
+    return args.host_cache_gb or (ROLE_HOST_CACHE_GB if args.role is not None else 0.0)
 
 
 def _or(given: int | None, default: int) -> int:

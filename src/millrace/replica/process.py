@@ -164,6 +164,7 @@ def _run(engine: Replica, server: _ServerLink, parent: int, watchdog: Watchdog) 
             else:
                 refused += _add(engine, message)
         engine.check()
+        engine.poll()
         deltas = refused + (engine.step() if engine.has_work() and not paused else [])
         if deltas or messages or now - last_sent >= HEARTBEAT:
             stats = engine.stats()
@@ -197,8 +198,8 @@ def _add(engine: Engine, request: AddRequest) -> list[Delta]:
 
 
 def _ready(engine: Replica) -> Ready:
-    limits = engine.scheduler.limits
     name, devices = engine.worker.devices()
+    limits, address = engine.scheduler.limits, engine.worker.address
     return Ready(
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
@@ -207,6 +208,9 @@ def _ready(engine: Replica) -> Ready:
         summary=summary(engine),
         devices=devices,
         device_name=name,
+        engine=address.engine if address else "",
+        transfer_host=address.host if address else "",
+        transfer_port=address.port if address else 0,
     )
 
 

@@ -36,7 +36,7 @@ from millrace.model.weight_format import Linear
 from millrace.model.weights import load, random_weights
 from millrace.model.work import Layout, weight_bytes
 from millrace.model.work.fit import formats_in_memory, problem, rank_needs
-from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks
+from millrace.protocol import FoundFile, Limits, Masks, StepPlan, StopRanks, TransferEnd
 from millrace.runtime import accounting
 from millrace.runtime.memory import Costs, MemoryPlan, enough_memory, plan_memory
 from millrace.runtime.profile_run import (
@@ -61,6 +61,8 @@ from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.tiers.disk_cache import DiskCache, cache_folder
 from millrace.runtime.tiers.host_cache import HostCache
 from millrace.runtime.tiers.tiers import Tiers
+from millrace.runtime.transfer.identity import Identity
+from millrace.runtime.transfer.peer import Address, Peer
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +164,9 @@ class Worker:
             disk_cache=config.disk_cache // self.ranks.size,
             page_bytes=self.cache_spec.page_bytes(self.ranks.size),
             snapshot_bytes=self.cache_spec.snapshot_bytes(self.ranks.size),
+            transfers=self.address is not None,
+            lease=config.args.kv_lease,
+            recompute=config.args.kv_load_failure_policy == "recompute",
             cache_policy="snapshot" if self.cache_spec.needs_snapshots else "page",
             snapshot_interval=config.snapshot_interval,
             snapshot_distance=config.snapshot_distance,
@@ -206,7 +211,7 @@ class Worker:
         self.ranks.send(MeasureAllReduce(rows))
         return self.all_reduce.measure(rows)
 
-    def finished(self) -> list[tuple[int, bool]]:
+    def finished(self) -> list[TransferEnd]:
         """Rank 0: transfers that have ended since the last call."""
         if self.tiers is None:
             return []
@@ -331,14 +336,28 @@ class Worker:
                 f"{size / 2**30:.1f} GiB of the host's memory for it, and {free / 2**30:.1f} are "
                 "free; give less"
             )
-        host, files = HostCache(size, caches, pool), None
+        shared = self.config.args.role is not None
+        host, files = HostCache(size, caches, pool, shared), None
         logger.info("cached prefixes may take %.2f GiB of the host's memory", size / 2**30)
         if self.config.disk_cache:
             rank, size = self.ranks.rank, self.ranks.size
             folder = cache_folder(self.config, self.cache_spec, self._directory, rank, size)
             files = DiskCache(folder, host.memory)
             logger.info("and %.2f GiB in %s", self.config.disk_cache / size / 2**30, files.folder)
-        return Tiers(host, files, self.ranks.mins_over_ranks)
+        peer = self._build_peer(host) if shared else None
+        return Tiers(host, files, peer, self.ranks.mins_over_ranks)
+
+    def _build_peer(self, host: HostCache) -> Peer:
+        args = self.config.args
+        identity = Identity.of(self.config, self.cache_spec, self._directory, self.ranks.size)
+        where = args.kv_transfer_host, args.kv_transfer_port
+        return Peer(identity, host.layout, host.memory, host.descriptor, args.kv_transport, *where)
+
+    @property
+    def address(self) -> Address | None:
+        """By which other engines take this one's records; None: they cannot."""
+        peer = None if self.tiers is None else self.tiers.peer
+        return None if peer is None else peer.address
 
 
 def gpu_memory_budget(

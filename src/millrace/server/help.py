@@ -29,6 +29,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("enable_prefix_caching", "snapshot_interval", "snapshot_distance", "num_snapshots"),
         *("host_cache_gb", "disk_cache", "disk_cache_gb"),
     ),
+    "hand-over": (
+        *("role", "kv_transfer_host", "kv_transfer_port", "kv_transport", "kv_lease"),
+        *("kv_load_failure_policy",),
+    ),
     "scheduling": (
         *("max_num_batched_tokens", "mixed_prefill_tokens", "long_prefill_token_threshold"),
         *("max_num_partial_prefills", "max_long_partial_prefills", "scheduling_policy"),

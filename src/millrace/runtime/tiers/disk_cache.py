@@ -27,6 +27,7 @@ from millrace.config import EngineConfig
 from millrace.errors import ConfigError
 from millrace.model.cache_spec import CacheSpec
 from millrace.protocol import FileMove, FoundFile
+from millrace.runtime.transfer.identity import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ _UNFINISHED = ".new"
 MOST_ENGINES = 256  # of one host, with one model
 READY_SECONDS = 60.0  # for copies of the device that a file waits for
 _LENGTH = 8  # bytes of the header's length
-_SAMPLES, _SAMPLE = 16, 64 << 10  # of each file of weights, to tell them apart
 
 
 class Ready(Protocol):
@@ -224,25 +224,9 @@ def cache_folder(
         "record": [list(map(str, part)) for part in spec.record()],
         "page": config.page_size,
         "dtype": config.dtype,
-        "model": _weights(model) if config.args.load_format != "dummy" else config.args.seed,
+        "model": weights_of(model) if config.args.load_format != "dummy" else config.args.seed,
         "overrides": config.args.hf_overrides,
         **({"rank": [rank, ranks]} if ranks > 1 else {}),
     }
     name = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Path(str(config.args.disk_cache)).expanduser() / name
-
-
-def _weights(model: Path) -> list[str]:
-    """What tells one checkpoint from another: its configuration, and samples of its weights."""
-    names = sorted([*model.glob("config.json"), *model.glob("*.safetensors")])
-    return [f"{path.name} {_fingerprint(path)}" for path in names]
-
-
-def _fingerprint(path: Path) -> str:
-    hasher, size = blake2b(digest_size=16), path.stat().st_size
-    hasher.update(str(size).encode())
-    with path.open("rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(sample * max(0, size - _SAMPLE) // (_SAMPLES - 1))
-            hasher.update(file.read(_SAMPLE))
-    return hasher.hexdigest()

@@ -8,6 +8,7 @@ few launches and little memory of the device. What is where is not known here.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,25 +21,45 @@ from millrace.protocol import Move
 from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.step.upload import upload
 from millrace.runtime.tiers.pinned import pinned_memory, unpin
+from millrace.runtime.transfer.layout import RecordLayout
+from millrace.runtime.transfer.shared_memory import mapped, new_file
 
 PIECE = 64 << 20  # bytes of pages that are copied at once
 CLOSE_SECONDS = 10.0
 
 
 class HostCache:
-    """`size` bytes, and the device memory that is copied from and to."""
+    """`size` bytes, and the device memory that is copied from and to.
 
-    def __init__(self, size: int, caches: Caches, snapshots: Snapshots) -> None:
+    shared: other engines of this host may read the memory; `descriptor` is that of its file then,
+    else -1. layout: of the bytes of a record in it.
+    """
+
+    def __init__(
+        self, size: int, caches: Caches, snapshots: Snapshots, shared: bool = False
+    ) -> None:
         # By page, all layers: [pages, L, ...].
         self._pages = [_words(stack).transpose(0, 1) for stack in caches.kv]
         self._device = caches.block_table.device
         on_gpu = self._device.type == "cuda"
-        self.memory = pinned_memory(size) if on_gpu else torch.empty(size, dtype=torch.uint8)
+        self.descriptor = new_file(size) if shared else -1
+        self.memory = self._allocate(size, on_gpu)
         self._stream = torch.cuda.Stream() if on_gpu else None
         # By snapshot, the parts of a record: [M, L, ...] or [M, ...].
         self._states = [stack.transpose(0, 1) for stack in snapshots.stacks.values()]
         if snapshots.hidden is not None:
             self._states.append(snapshots.hidden)
+        self.layout = RecordLayout(
+            tuple(_row_bytes(stack) for stack in self._pages),
+            sum(_row_bytes(states) for states in self._states),
+        )
+
+    def _allocate(self, size: int, on_gpu: bool) -> Tensor:
+        if on_gpu:
+            return pinned_memory(size, self.descriptor)
+        if self.descriptor < 0:
+            return torch.empty(size, dtype=torch.uint8)
+        return torch.frombuffer(mapped(self.descriptor, size), dtype=torch.uint8)
 
     def offload(self, moves: list[Move]) -> torch.cuda.Event | None:
         """Copy from the device. Returns what says that it is done; None: it is."""
@@ -67,6 +88,9 @@ class HostCache:
     def close(self) -> None:
         """Wait for the copies, and give the memory back. A device that does not answer in time
         keeps it until the process ends."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
         if self._stream is None:
             return
         end = time.monotonic() + CLOSE_SECONDS
@@ -118,8 +142,13 @@ class HostCache:
 
     def _view(self, at: int, like: Tensor, count: int) -> Tensor:
         """Memory from `at` on, as `count` rows of `like`."""
-        size = count * like[0].numel() * like.element_size()
+        size = count * _row_bytes(like)
         return self.memory[at : at + size].view(like.dtype).view(count, *like.shape[1:])
+
+
+def _row_bytes(stack: Tensor) -> int:
+    """Bytes of one of its rows."""
+    return stack[0].numel() * stack.element_size() if len(stack) else 0
 
 
 def _words(stack: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def pinned_memory(size: int) -> Tensor:
-    """`size` bytes, uint8. If they cannot be pinned, a warning says so, and steps wait for
-    copies."""
+def pinned_memory(size: int, descriptor: int = -1) -> Tensor:
+    """`size` bytes, uint8. If they cannot be pinned, a warning says so, and steps wait for copies.
+
+    descriptor: of the file that they are, if other processes share them.
+    """
     began = time.perf_counter()
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(descriptor, size, flags=private if descriptor < 0 else mmap.MAP_SHARED)
     for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
         pages.madvise(advice)
     memory = torch.frombuffer(pages, dtype=torch.uint8)

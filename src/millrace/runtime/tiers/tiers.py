@@ -14,9 +14,11 @@ from typing import Any
 
 import msgspec
 
-from millrace.protocol import FoundFile, StepPlan, Transfer
+from millrace.protocol import FoundFile, StepPlan, Transfer, TransferEnd
 from millrace.runtime.tiers.disk_cache import DiskCache
 from millrace.runtime.tiers.host_cache import HostCache
+from millrace.runtime.transfer.offers import Moved
+from millrace.runtime.transfer.peer import Peer
 
 _PENDING, _FAILED, _DONE = range(3)
 
@@ -24,19 +26,22 @@ _PENDING, _FAILED, _DONE = range(3)
 class Tiers:
     """The tiers below the device of one rank.
 
-    files: None without a disk cache. mins: the elementwise minimum of all ranks' numbers.
+    files: None without a disk cache. peer: None where no record goes to other engines. mins: the elementwise minimum of all ranks' numbers.
     """
 
     def __init__(
         self,
         host: HostCache,
-        files: DiskCache | None,
+        files: DiskCache | None = None,
+        peer: Peer | None = None,
         mins: Callable[[list[int]], list[int]] = lambda values: values,
     ) -> None:
         self._host = host
         self.files = files
+        self.peer = peer
         self._mins = mins
         self._copies: dict[int, Any] = {}  # by transfer, what it waits for: an event, or nothing
+        self._records: dict[int, Future[Moved]] = {}  # of other engines, or for them
         self._filing: dict[int, Future[bool]] = {}  # of the same transfers on all ranks
 
     def start(self, plan: StepPlan, wait: bool) -> None:
@@ -54,35 +59,45 @@ class Tiers:
             self._copies[transfer.id] = self._host.offload(transfer.moves)
         elif transfer.kind == "load":
             self._copies[transfer.id] = self._host.load(transfer.moves)
+        elif transfer.record is not None:
+            assert self.peer is not None
+            move = self.peer.send if transfer.kind == "send" else self.peer.receive
+            self._records[transfer.id] = move(transfer.record)
         else:
             assert self.files is not None
             act = self.files.store if transfer.kind == "store" else self.files.fetch
             # Copies of the same memory have ended on rank 0, and may not have here.
             self._filing[transfer.id] = act(transfer.files, self._host.mark())
 
-    def finished(self) -> list[tuple[int, bool]]:
-        """Copies that have ended on this rank since the last call: (number, True)."""
+    def finished(self) -> list[TransferEnd]:
+        """Copies, and moves of records, that have ended on this rank since the last call."""
         ended = [n for n, event in self._copies.items() if event is None or event.query()]
         for number in ended:
             del self._copies[number]
-        return [(number, True) for number in ended]
+        copies = [TransferEnd(number, True) for number in ended]
+        return copies if self.peer is None else copies + self._moved(self.peer)
+
+    def _moved(self, peer: Peer) -> list[TransferEnd]:
+        peer.expire()
+        ended = [number for number, future in self._records.items() if future.done()]
+        return [TransferEnd(number, *self._records.pop(number).result()) for number in ended]
 
     @property
     def has_finished_files(self) -> bool:
         """Whether a transfer of files has ended on this rank."""
         return any(future.done() for future in self._filing.values())
 
-    def finished_files(self) -> list[tuple[int, bool]]:
-        """Transfers of files that have ended on all ranks since the last call: (number, whether it
-        succeeded on all). All ranks call it together."""
+    def finished_files(self) -> list[TransferEnd]:
+        """Transfers of files that have ended on all ranks since the last call, and whether they
+        succeeded on all. All ranks call it together."""
         states = [
             (_DONE if future.result() else _FAILED) if future.done() else _PENDING
             for future in self._filing.values()
         ]
         least = zip(list(self._filing), self._mins(states), strict=True)
-        ended = [(number, state == _DONE) for number, state in least if state != _PENDING]
-        for number, _ in ended:
-            del self._filing[number]
+        ended = [TransferEnd(n, state == _DONE) for n, state in least if state != _PENDING]
+        for one in ended:
+            del self._filing[one.id]
         return ended
 
     def found(self) -> dict[str, FoundFile]:
@@ -109,6 +124,8 @@ class Tiers:
 
     def close(self) -> None:
         """Wait for what has begun, and give the host's memory back."""
+        if self.peer is not None:
+            self.peer.close()
         if self.files is not None:
             self.files.close()
         self._host.close()

@@ -1,0 +1,1 @@
+"""Records between engines: handshake, transports, leases. What is a record is known elsewhere."""

@@ -1,0 +1,301 @@
+"""Takes records from other engines into the host's memory, and checks that they came whole.
+
+A connection to an engine is kept and used again. The first message of one makes sure that both
+engines are alike. Where they run on one host, the record is copied out of the other's memory; else
+it comes over TCP, or NIXL reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from millrace.common.framing import FramingError
+from millrace.protocol import RecordMove, RecordSource
+from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
+from millrace.runtime.transfer.messages import (
+    FRAMING,
+    Hello,
+    Message,
+    Offered,
+    Refused,
+    Take,
+    Taken,
+    Transport,
+)
+from millrace.runtime.transfer.offers import Moved
+from millrace.runtime.transfer.server import local_address
+from millrace.runtime.transfer.shared_memory import mapped_read_only
+
+CONNECT_SECONDS = 5.0
+AT_ONCE = 4
+MOST_KEPT = 4  # connections to one engine
+STOP_SECONDS = 5.0
+KINDS = ("auto", "shm", "tcp", "nixl")
+
+
+class TransferError(Exception):
+    """A record cannot be had; the text says why."""
+
+
+class Reader(Protocol):
+    """What reads another engine's memory without its help."""
+
+    agent: bytes
+
+    def read(
+        self, hello: Hello, places: list[tuple[int, int]], pieces: list[Piece], end: float
+    ) -> None:
+        """Copy the other's places into pieces of this memory, before `end`. Raises OSError."""
+
+
+class _Connection:
+    """An open connection. memory: the other's, where it is on this host."""
+
+    def __init__(self, sock: socket.socket, hello: Hello, memory: Tensor | None) -> None:
+        self.socket, self.hello, self.memory = sock, hello, memory
+
+    def ask(self, message: Message) -> Message:
+        self.socket.sendall(FRAMING.encode(message))
+        return FRAMING.receive_from(self.socket)
+
+
+class RecordClient:
+    """hello: what this engine says of itself. memory: uint8, where records come to. kind: how their
+    bytes come; auto: out of the other's memory where that is possible. reader: of NIXL."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        layout: RecordLayout,
+        memory: Tensor,
+        kind: str = "auto",
+        reader: Reader | None = None,
+    ) -> None:
+        self._hello, self._layout, self._memory = hello, layout, memory
+        self._bytes = memory.numpy().data
+        self._kind, self._reader = kind, reader
+        self._kept: dict[tuple[str, int, str], list[_Connection]] = {}
+        self._in_use: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="take-records")
+
+    def take(self, move: RecordMove) -> Future[Moved]:
+        """Bring a record. The result says whether it is here."""
+        return self._threads.submit(self._take, move)
+
+    def close(self) -> None:
+        """End what is under way, and every connection."""
+        with self._lock:
+            self._closing = True
+            kept = [one.socket for some in self._kept.values() for one in some]
+            for one in [*kept, *self._in_use]:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            for one in kept:
+                one.close()
+            self._kept.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # --- on a thread --------------------------------------------------------------------------
+
+    def _take(self, move: RecordMove) -> Moved:
+        assert move.source is not None
+        began = time.monotonic()
+        where = f"{move.source.host}:{move.source.port}"
+        try:
+            size = self._take_from(move.source, move, began + move.seconds)
+            return Moved(True, bytes=size, seconds=time.monotonic() - began)
+        except TransferError as error:
+            return Moved(False, f"{where}: {error}")
+        except TimeoutError:
+            return Moved(False, f"{where}: no answer in {time.monotonic() - began:.1f} s")
+        except (OSError, FramingError, ValueError) as error:
+            return Moved(False, f"{where}: {error}")
+
+    def _take_from(self, source: RecordSource, move: RecordMove, end: float) -> int:
+        """The bytes that came. An old connection may have died unnoticed, so a second try has a new
+        one."""
+        for fresh in (False, True):
+            connection = self._connection(source, end, fresh)
+            keep = False
+            try:
+                answer = self._ask(connection, move, end)
+                keep = isinstance(answer, Refused)
+                size = self._fill(connection, answer, move, end)
+                keep = True
+                return size
+            except ConnectionError:
+                if fresh:
+                    raise
+            finally:
+                self._put_back(source, connection, keep)
+        raise AssertionError
+
+    def _ask(self, connection: _Connection, move: RecordMove, end: float) -> Message:
+        connection.socket.settimeout(_left(end))
+        pages = sum(part.end - part.first for part in move.pages)
+        return connection.ask(Take(move.name, move.first, pages))
+
+    def _fill(self, connection: _Connection, offered: Message, move: RecordMove, end: float) -> int:
+        """Copy what is offered into its place. Raises TransferError unless it came whole."""
+        if isinstance(offered, Refused):
+            raise TransferError(offered.why)
+        if not isinstance(offered, Offered):
+            raise TransferError("an answer that is none")
+        pieces = self._layout.pieces(move.pages, move.state_at)
+        size = total(pieces)
+        if offered.size != size:
+            raise TransferError(f"{offered.size} bytes are offered, and {size} are needed")
+        if connection.memory is not None:
+            _copy(connection.memory, offered.places, self._memory, pieces)
+        elif self._kind == "nixl":
+            assert self._reader is not None
+            self._reader.read(connection.hello, offered.places, pieces, end)
+        else:
+            self._receive(connection.socket, pieces, end)
+        whole = checksum(self._memory, pieces) == offered.checksum
+        connection.socket.sendall(FRAMING.encode(Taken(whole)))
+        if not whole:
+            raise TransferError("the record's checksum is wrong")
+        return size
+
+    def _receive(self, sock: socket.socket, pieces: list[Piece], end: float) -> None:
+        for piece in pieces:
+            place, at = self._bytes[piece.at : piece.at + piece.bytes], 0
+            while at < piece.bytes:
+                sock.settimeout(_left(end))
+                count = sock.recv_into(place[at:])
+                if not count:
+                    raise ConnectionError("the other engine ended the connection")
+                at += count
+
+    # --- connections --------------------------------------------------------------------------
+
+    def _connection(self, source: RecordSource, end: float, fresh: bool) -> _Connection:
+        key = source.host, source.port, source.engine
+        with self._lock:
+            if fresh:  # those that are kept may have died, too
+                for one in self._kept.pop(key, []):
+                    one.socket.close()
+            kept = self._kept.get(key)
+            found = kept.pop() if kept else None
+        found = found or self._connect(source, end)
+        with self._lock:
+            self._in_use.add(found.socket)
+            if self._closing:
+                found.socket.close()
+        return found
+
+    def _connect(self, source: RecordSource, end: float) -> _Connection:
+        if self._kind in ("auto", "shm") and (local := self._connect_locally(source)):
+            return self._greet(local, source, "shm", end)
+        if self._kind == "shm":
+            raise TransferError("the other engine's memory is not on this host; use --kv-transport")
+        limit = min(CONNECT_SECONDS, _left(end))
+        sock = socket.create_connection((source.host, source.port), limit)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._greet(sock, source, "nixl" if self._kind == "nixl" else "tcp", end)
+
+    def _connect_locally(self, source: RecordSource) -> socket.socket | None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(CONNECT_SECONDS)
+        try:
+            sock.connect(local_address(source.engine))
+        except OSError:
+            sock.close()
+            return None
+        return sock
+
+    def _greet(
+        self, sock: socket.socket, source: RecordSource, transport: Transport, end: float
+    ) -> _Connection:
+        """Make sure that both engines are alike. Raises TransferError."""
+        try:
+            sock.settimeout(min(CONNECT_SECONDS, _left(end)))
+            agent = self._reader.agent if self._reader else b""
+            hello = Hello(self._hello.engine, self._hello.identity, transport, agent=agent)
+            sock.sendall(FRAMING.encode(hello))
+            answer = FRAMING.receive_from(sock)
+            if isinstance(answer, Refused):
+                raise TransferError(answer.why)
+            if not isinstance(answer, Hello):
+                raise TransferError("an answer that is none")
+            if answer.engine != source.engine:
+                raise TransferError(
+                    f"engine {answer.engine} is there now, not {source.engine}; it was restarted"
+                )
+            if unlike := self._hello.identity.differences(answer.identity):
+                raise TransferError("the engines cannot share records: " + "; ".join(unlike))
+            memory = _memory_of(sock, answer) if transport == "shm" else None
+            return _Connection(sock, answer, memory)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _put_back(self, source: RecordSource, connection: _Connection, keep: bool) -> None:
+        """Keep a connection for the next record, or close it."""
+        with self._lock:
+            self._in_use.discard(connection.socket)
+            kept = self._kept.setdefault((source.host, source.port, source.engine), [])
+            if keep and len(kept) < MOST_KEPT and not self._closing:
+                kept.append(connection)
+            else:
+                connection.socket.close()
+
+
+def _memory_of(sock: socket.socket, hello: Hello) -> Tensor:
+    _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+    if not descriptors:
+        raise TransferError("the other engine did not send its memory")
+    try:
+        return mapped_read_only(descriptors[0], hello.memory)
+    finally:
+        for one in descriptors:
+            os.close(one)
+
+
+def _copy(there: Tensor, places: list[tuple[int, int]], here: Tensor, pieces: list[Piece]) -> None:
+    """Copy bytes at places of one memory, in order, into pieces of another of as many bytes."""
+    spans = [(piece.at, piece.bytes) for piece in pieces]
+    for source, target, size in aligned(places, spans):
+        if source + size > len(there):
+            raise TransferError("the record lies outside of the other engine's memory")
+        here[target : target + size].copy_(there[source : source + size])
+
+
+def aligned(
+    sources: list[tuple[int, int]], targets: list[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(from, to, bytes) of copies that bring the bytes of some spans (at, bytes), in order, into
+    others. Raises TransferError if these are more or fewer."""
+    if sum(size for _, size in sources) != sum(size for _, size in targets):
+        raise TransferError("the record has another size than its places")
+    left = [list(span) for span in targets]
+    for at, size in sources:
+        while size:
+            count = min(size, left[0][1])
+            if count:
+                yield at, left[0][0], count
+            at, size = at + count, size - count
+            left[0][0] += count
+            left[0][1] -= count
+            if not left[0][1]:
+                left.pop(0)
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`. Raises TimeoutError if there are none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

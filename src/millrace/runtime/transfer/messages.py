@@ -1,0 +1,63 @@
+"""What two engines say to each other, on a connection that one opens to take records of the other.
+
+Both begin with Hello. Then each Take is answered by Offered or Refused; behind Offered come the
+record's bytes, unless the other side reads them itself. Taken ends it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from millrace.common.framing import Framing
+from millrace.runtime.transfer.identity import Identity
+
+Transport = Literal["tcp", "shm", "nixl"]
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """engine: its id. transport: how whoever opens wants the bytes. memory: bytes of the host's
+    memory that records lie in. address: where it begins; agent: by whom NIXL reads it."""
+
+    engine: str
+    identity: Identity
+    transport: Transport = "tcp"
+    memory: int = 0
+    address: int = 0
+    agent: bytes = b""
+
+
+class Take(msgspec.Struct, frozen=True, tag="take"):
+    """The record of this name, without its first `skip` pages; pages: how many that leaves."""
+
+    name: str
+    skip: int
+    pages: int
+
+
+class Offered(msgspec.Struct, frozen=True, tag="offered"):
+    """The record: how many bytes, their checksum, and where they lie in the memory (at, bytes)."""
+
+    size: int
+    checksum: bytes
+    places: list[tuple[int, int]]
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Why there is nothing."""
+
+    why: str
+
+
+class Taken(msgspec.Struct, frozen=True, tag="taken"):
+    """Whether the bytes came whole. The record is no longer needed if they did, or if nobody will
+    ask again."""
+
+    whole: bool
+    final: bool = True
+
+
+Message = Hello | Take | Offered | Refused | Taken
+LONGEST = 16 << 20
+FRAMING: Framing[Message] = Framing(Message, longest=LONGEST)

@@ -1,0 +1,191 @@
+"""Prompts computed by one engine and answered by another: the tokens of one engine alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher
+
+from millrace.engine.engine import Engine
+from millrace.errors import ConfigError
+from millrace.protocol import AddRequest, Delta, Grammar, RecordSource, SamplingParams
+from millrace.runtime.worker import Worker
+from tests.support.engines import assert_same, build, generate
+
+_rng = random.Random(21)
+PROMPTS = [[_rng.randrange(3, 300) for _ in range(n)] for n in (2, 17, 33, 64, 100)]
+LENGTH = 12
+
+
+def options(k: int = 0, **more: Any) -> dict[str, Any]:
+    drafts = {"speculative_config": {"num_speculative_tokens": k}} if k else {}
+    return {
+        "enable_prefix_caching": True, "num_snapshots": 6, "host_cache_gb": 0.03, "role": "both",
+        "kv_lease": 60.0, **drafts, **more,
+    }  # fmt: skip
+
+
+@contextmanager
+def pair(model: Path, prefill: dict[str, Any], decode: dict[str, Any]) -> Iterator[list[Engine]]:
+    engines = [build(model, **prefill), build(model, **decode)]
+    try:
+        yield engines
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def finish(engines: list[Engine], request: AddRequest) -> list[Delta]:
+    """Add a request to the last engine and run until it has ended; the others take note."""
+    engines[-1].add(request)
+    found: list[Delta] = []
+    end = time.monotonic() + 60
+    while engines[-1].has_work():
+        assert time.monotonic() < end
+        found += engines[-1].step()
+        for other in engines[:-1]:
+            other.poll()
+    return found
+
+
+def compute(engine: Engine, prompt: list[int], **params: Any) -> tuple[RecordSource, list[int]]:
+    """Where the record of the prompt is, and the first token."""
+    chosen = SamplingParams(max_tokens=1, ignore_eos=True, **{"temperature": 0.0, **params})
+    name = f"record-{engine.stats().steps}"
+    deltas = finish([engine], AddRequest(name, prompt, chosen, hand_over=name))
+    assert isinstance(engine.worker, Worker)
+    assert engine.worker.address is not None
+    address = engine.worker.address
+    [record] = {delta.record for delta in deltas if delta.record}
+    source = RecordSource(address.host, address.port, address.engine, name, record)
+    return source, [token for delta in deltas for token in delta.token_ids]
+
+
+def hand_over(
+    engines: list[Engine], prompt: list[int], resume: bool = False, **params: Any
+) -> list[int]:
+    """The answer of the second engine behind the first one's record, and nothing computed twice."""
+    prefill, decode = engines
+    source, first = compute(prefill, prompt, **params)
+    assert source.tokens == len(prompt) - 1
+    before = decode.stats()
+    chosen = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **{"temperature": 0.0, **params})
+    request = AddRequest(
+        f"answer-{before.steps}", prompt, chosen, source=source, resume=first if resume else []
+    )
+    deltas = finish([prefill, decode], request)
+    assert decode.stats().prefix_hits - before.prefix_hits == len(prompt) - 1
+    tokens = [token for delta in deltas for token in delta.token_ids]
+    return [*first, *tokens] if resume else tokens
+
+
+def assert_all_moved(engines: list[Engine], close: bool = True) -> None:
+    """Bytes sent are bytes received; with `close`, nothing is left behind either."""
+    prefill, decode = engines
+    end = time.monotonic() + 20
+    while prefill.stats().transfers.open:
+        assert time.monotonic() < end
+        prefill.poll()
+    sent, received = prefill.stats().transfers, decode.stats().transfers
+    assert (sent.sent, sent.sent_bytes) == (received.received, received.received_bytes)
+    assert sent.sent_failed == received.received_failed == 0
+    for engine in engines if close else ():
+        engine.scheduler.reset_prefix_cache()
+        engine.scheduler.check_integrity()
+        assert engine.stats().host_cache_used == 0
+
+
+def alone(model: Path, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    engine = build(model, max_num_seqs=1)
+    answers = [generate(engine, [prompt], LENGTH, **params)[0] for prompt in prompts]
+    engine.close()
+    return answers
+
+
+@pytest.mark.parametrize(("transport", "k"), [("shm", 0), ("shm", 1), ("tcp", 2), ("tcp", 3)])
+def test_same_tokens_over_either_transport(tiny_model: Path, transport: str, k: int) -> None:
+    given = options(k, kv_transport=transport)
+    with pair(tiny_model, options(k), given) as engines:
+        answers = [hand_over(engines, prompt) for prompt in PROMPTS]
+        assert_all_moved(engines)
+    assert_same(tiny_model, PROMPTS, alone(tiny_model, PROMPTS), answers)
+
+
+def test_seeded_tokens_with_other_numbers_of_drafts(tiny_model: Path) -> None:
+    """No part of a record depends on how many drafts a step verifies."""
+    seeded = {"temperature": 0.9, "seed": 3}
+    with pair(tiny_model, options(1), options(3)) as engines:
+        answers = [hand_over(engines, prompt, **seeded) for prompt in PROMPTS]
+        assert_all_moved(engines)
+    assert answers == alone(tiny_model, PROMPTS, **seeded)
+
+
+def test_the_first_token_may_come_from_the_first_engine(tiny_model: Path) -> None:
+    """A stream goes on behind tokens that the client has already."""
+    with pair(tiny_model, options(2), options(2, block_size=16, async_scheduling=True)) as engines:
+        answers = [hand_over(engines, prompt, resume=True) for prompt in PROMPTS]
+    assert_same(tiny_model, PROMPTS, alone(tiny_model, PROMPTS), answers)
+
+
+def test_prompts_with_a_cached_prefix_move_only_what_is_new(tiny_model: Path) -> None:
+    shared = PROMPTS[3]
+    longer = [[*shared, *PROMPTS[n]] for n in (1, 2)]
+    with pair(tiny_model, options(1), options(1)) as engines:
+        hand_over(engines, shared)
+        before = engines[1].stats().transfers.received_pages
+        answers = [hand_over(engines, prompt) for prompt in longer]
+        moved = engines[1].stats().transfers.received_pages - before
+        whole = sum(-(-(len(prompt) - 1) // 16) for prompt in longer)
+        assert moved <= whole - 2 * (len(shared) // 16 - 1)
+        assert engines[0].stats().prefix_hits > 0
+        assert_all_moved(engines, close=False)
+        assert hand_over(engines, longer[0]) == answers[0]
+        assert engines[1].stats().transfers.local == 1
+    assert_same(tiny_model, longer, alone(tiny_model, longer), answers)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_answers_under_a_grammar(tiny_model: Path, k: int) -> None:
+    pattern = Grammar(LLMatcher.grammar_from_regex(r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."))
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=5)
+    prompt = PROMPTS[2]
+    cold = build(tiny_model, max_num_seqs=1)
+    wanted = [
+        t
+        for d in finish([cold], AddRequest("a", prompt, params, grammar=pattern))
+        for t in d.token_ids
+    ]
+    cold.close()
+    with pair(tiny_model, options(k), options(k)) as engines:
+        source, _ = compute(engines[0], prompt)
+        request = AddRequest("a", prompt, params, grammar=pattern, source=source)
+        deltas = finish(engines, request)
+        assert engines[1].stats().prefix_hits == len(prompt) - 1
+    assert [token for delta in deltas for token in delta.token_ids] == wanted
+
+
+def test_engines_of_other_formats_are_refused_and_nothing_is_computed(tiny_model: Path) -> None:
+    with pair(tiny_model, options(0), options(1)) as engines:
+        source, _ = compute(engines[0], PROMPTS[2])
+        request = AddRequest("a", PROMPTS[2], SamplingParams(max_tokens=4), source=source)
+        [delta] = finish(engines, request)
+        assert delta.transfer_failed
+        assert "drafter: mtp" in (delta.error or "")
+        assert engines[1].stats().prompt_tokens == 0
+
+
+def test_roles_that_cannot_work_are_refused(tiny_model: Path) -> None:
+    for given, text in (
+        ({"enable_prefix_caching": False, "host_cache_gb": 0.0}, "leave prefix caching on"),
+        ({"num_snapshots": 0}, "num_snapshots 0: use 2 or more"),
+        ({"tensor_parallel_size": 2}, "not yet with tensor_parallel_size above 1"),
+        ({"kv_lease": 0.0}, "kv_lease 0: use seconds above 0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            build(tiny_model, **options(**given))
