@@ -32,6 +32,10 @@ class ModelError(Exception):
     """The model computed what no request can use, such as NaN. The fault is not the request's."""
 
 
+class TransferError(Exception):
+    """A record that another engine has computed did not come, so the request cannot go on here."""
+
+
 class RankError(Exception):
     """The ranks of a group cannot go on together; the message names the one that is at fault."""
 

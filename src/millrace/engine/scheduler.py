@@ -56,6 +56,8 @@ class _Totals:
     prefix_hits: int = 0
     host_hits: int = 0
     disk_hits: int = 0
+    remote_hits: int = 0
+    remote_queries: int = 0
     rows_not_finite: int = 0
     drafts: DraftStats = field(default_factory=DraftStats)
     by_method: dict[str, DraftStats] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class Scheduler:
             self._followed.add(source.wait_for)
         self.waiting.add(request)
         if request.expected and self._tiers is not None:
+            self._totals.remote_queries += request.expected
             self._tiers.hand_overs.expect(request)
         return []
 
@@ -379,6 +382,7 @@ class Scheduler:
             self._totals.prefix_hits += request.cached_tokens
             self._totals.host_hits += self._loaded(request, "host")
             self._totals.disk_hits += self._loaded(request, "disk")
+            self._totals.remote_hits += self._loaded(request, "remote")
 
     def _loaded(self, request: Request, tier: str) -> int:
         """Cached tokens that a lower tier brought for this prompt."""
@@ -546,6 +550,8 @@ class Scheduler:
             prefix_hits=totals.prefix_hits,
             host_hits=totals.host_hits,
             disk_hits=totals.disk_hits,
+            remote_hits=totals.remote_hits,
+            remote_queries=totals.remote_queries,
             drafts=totals.drafts.drafts,
             draft_tokens=totals.drafts.tokens,
             accepted_per_position=list(totals.drafts.accepted),

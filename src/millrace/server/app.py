@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from millrace.common.api_errors import ApiError
-from millrace.errors import ModelError, RequestError
+from millrace.errors import ModelError, RequestError, TransferError
 from millrace.server.api.context import ApiContext
 from millrace.server.api.pages import Pages
 from millrace.server.engine_link.client import EngineDeadError
@@ -49,7 +49,9 @@ def application(
         for row in offered
     ]
     routes += [Route(path, _refusal(path, why), methods=_ANY) for path, why in absent.items()]
-    errors = (ApiError, RequestError, ModelError, EngineDeadError, HTTPException, Exception)
+    errors = (
+        ApiError, RequestError, ModelError, TransferError, EngineDeadError, HTTPException, Exception,
+    )  # fmt: skip
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
 
 

@@ -21,6 +21,7 @@ from millrace.protocol import (
     AddRequest,
     Grammar,
     ReasoningBound,
+    RecordSource,
     SamplingParams,
     StructuredOutputs,
 )
@@ -176,6 +177,8 @@ class TextProcessor:
         grammar: Grammar | None = None,
         reasoning: ReasoningBound | None = None,
         pins: tuple[float, float] = (0.0, 0.0),
+        hand_over: str = "",
+        source: RecordSource | None = None,
     ) -> AddRequest:
         """A request that fits, with max_tokens settled and turn ends marked.
 
@@ -220,6 +223,8 @@ class TextProcessor:
             grammar=grammar,
             reasoning=reasoning,
             pins=pins,
+            hand_over=hand_over,
+            source=source,
         )
 
     def _logprobs(self, name: str, wanted: int | None) -> int | None:

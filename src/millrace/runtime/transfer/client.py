@@ -42,7 +42,7 @@ STOP_SECONDS = 5.0
 KINDS = ("auto", "shm", "tcp", "nixl")
 
 
-class TransferError(Exception):
+class RecordError(Exception):
     """A record cannot be had; the text says why."""
 
 
@@ -115,7 +115,7 @@ class RecordClient:
         try:
             size = self._take_from(move.source, move, began + move.seconds)
             return Moved(True, bytes=size, seconds=time.monotonic() - began)
-        except TransferError as error:
+        except RecordError as error:
             return Moved(False, f"{where}: {error}")
         except TimeoutError:
             return Moved(False, f"{where}: no answer in {time.monotonic() - began:.1f} s")
@@ -147,15 +147,15 @@ class RecordClient:
         return connection.ask(Take(move.name, move.first, pages))
 
     def _fill(self, connection: _Connection, offered: Message, move: RecordMove, end: float) -> int:
-        """Copy what is offered into its place. Raises TransferError unless it came whole."""
+        """Copy what is offered into its place. Raises RecordError unless it came whole."""
         if isinstance(offered, Refused):
-            raise TransferError(offered.why)
+            raise RecordError(offered.why)
         if not isinstance(offered, Offered):
-            raise TransferError("an answer that is none")
+            raise RecordError("an answer that is none")
         pieces = self._layout.pieces(move.pages, move.state_at)
         size = total(pieces)
         if offered.size != size:
-            raise TransferError(f"{offered.size} bytes are offered, and {size} are needed")
+            raise RecordError(f"{offered.size} bytes are offered, and {size} are needed")
         if connection.memory is not None:
             _copy(connection.memory, offered.places, self._memory, pieces)
         elif self._kind == "nixl":
@@ -166,7 +166,7 @@ class RecordClient:
         whole = checksum(self._memory, pieces) == offered.checksum
         connection.socket.sendall(FRAMING.encode(Taken(whole)))
         if not whole:
-            raise TransferError("the record's checksum is wrong")
+            raise RecordError("the record's checksum is wrong")
         return size
 
     def _receive(self, sock: socket.socket, pieces: list[Piece], end: float) -> None:
@@ -200,7 +200,7 @@ class RecordClient:
         if self._kind in ("auto", "shm") and (local := self._connect_locally(source)):
             return self._greet(local, source, "shm", end)
         if self._kind == "shm":
-            raise TransferError("the other engine's memory is not on this host; use --kv-transport")
+            raise RecordError("the other engine's memory is not on this host; use --kv-transport")
         limit = min(CONNECT_SECONDS, _left(end))
         sock = socket.create_connection((source.host, source.port), limit)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -219,7 +219,7 @@ class RecordClient:
     def _greet(
         self, sock: socket.socket, source: RecordSource, transport: Transport, end: float
     ) -> _Connection:
-        """Make sure that both engines are alike. Raises TransferError."""
+        """Make sure that both engines are alike. Raises RecordError."""
         try:
             sock.settimeout(min(CONNECT_SECONDS, _left(end)))
             agent = self._reader.agent if self._reader else b""
@@ -227,15 +227,15 @@ class RecordClient:
             sock.sendall(FRAMING.encode(hello))
             answer = FRAMING.receive_from(sock)
             if isinstance(answer, Refused):
-                raise TransferError(answer.why)
+                raise RecordError(answer.why)
             if not isinstance(answer, Hello):
-                raise TransferError("an answer that is none")
+                raise RecordError("an answer that is none")
             if answer.engine != source.engine:
-                raise TransferError(
+                raise RecordError(
                     f"engine {answer.engine} is there now, not {source.engine}; it was restarted"
                 )
             if unlike := self._hello.identity.differences(answer.identity):
-                raise TransferError("the engines cannot share records: " + "; ".join(unlike))
+                raise RecordError("the engines cannot share records: " + "; ".join(unlike))
             memory = _memory_of(sock, answer) if transport == "shm" else None
             return _Connection(sock, answer, memory)
         except BaseException:
@@ -256,7 +256,7 @@ class RecordClient:
 def _memory_of(sock: socket.socket, hello: Hello) -> Tensor:
     _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
     if not descriptors:
-        raise TransferError("the other engine did not send its memory")
+        raise RecordError("the other engine did not send its memory")
     try:
         return mapped_read_only(descriptors[0], hello.memory)
     finally:
@@ -269,7 +269,7 @@ def _copy(there: Tensor, places: list[tuple[int, int]], here: Tensor, pieces: li
     spans = [(piece.at, piece.bytes) for piece in pieces]
     for source, target, size in aligned(places, spans):
         if source + size > len(there):
-            raise TransferError("the record lies outside of the other engine's memory")
+            raise RecordError("the record lies outside of the other engine's memory")
         here[target : target + size].copy_(there[source : source + size])
 
 
@@ -277,9 +277,9 @@ def aligned(
     sources: list[tuple[int, int]], targets: list[tuple[int, int]]
 ) -> Iterator[tuple[int, int, int]]:
     """(from, to, bytes) of copies that bring the bytes of some spans (at, bytes), in order, into
-    others. Raises TransferError if these are more or fewer."""
+    others. Raises RecordError if these are more or fewer."""
     if sum(size for _, size in sources) != sum(size for _, size in targets):
-        raise TransferError("the record has another size than its places")
+        raise RecordError("the record has another size than its places")
     left = [list(span) for span in targets]
     for at, size in sources:
         while size:

@@ -197,6 +197,7 @@ class ApiContext:
             model=self.model_name(body),
             with_ids=bool(body.return_token_ids),
             with_times=self._answers.times,
+            ready=self.client.ready,
             options=options,
         )
 

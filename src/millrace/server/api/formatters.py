@@ -9,14 +9,16 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from millrace.common.api_errors import ApiError
-from millrace.protocol import TokenLogprobs
+from millrace.protocol import Ready, TokenLogprobs
 from millrace.server.api.generation import Generation
+from millrace.server.api.hand_over import transfer_answer
 from millrace.server.api.logprobs import LogprobFormatter
 from millrace.server.api.request_schema import StreamOptions
 from millrace.server.api.response_schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    KvTransferAnswer,
     PromptLogprobs,
     RequestTimes,
     Usage,
@@ -54,13 +56,15 @@ class Formatter(Protocol):
 
 
 class ResponseHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What every chunk repeats, and what the body asked for beside the text."""
+    """What every chunk repeats, and what the body asked for beside the text. ready: of the engine,
+    by which others take records of prompts."""
 
     id: str
     created: int
     model: str
     with_ids: bool = False
     with_times: bool = False
+    ready: Ready | None = None
     options: StreamOptions = StreamOptions()
 
 
@@ -118,6 +122,12 @@ class OpenAiFormatter:
         """The times of a request with one output, if answers hold them."""
         found = list(generations) if self._header.with_times else []
         return _request_times(found[0].stream) if len(found) == 1 else UNSET
+
+    def _hand_over(
+        self, generations: Sequence[Generation]
+    ) -> tuple[KvTransferAnswer | UnsetType | None, str | UnsetType]:
+        """kv_transfer_params of a whole answer, and why there are none."""
+        return transfer_answer(generations, self._header.ready)
 
     def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
         return piece.token_ids if self._header.with_ids else UNSET
@@ -179,9 +189,11 @@ class CompletionFormatter(OpenAiFormatter):
             for index, at in enumerate(kept)
         ]
         whole = self._completion(choices, usage)
+        params, why = self._hand_over(generations)
         return msgspec.structs.replace(
-            whole, service_tier=None, system_fingerprint=None, metrics=self._times(generations)
-        )
+            whole, service_tier=None, system_fingerprint=None, metrics=self._times(generations),
+            kv_transfer_params=params, kv_transfer_error=why,
+        )  # fmt: skip
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType) -> Completion:
         head = self._header

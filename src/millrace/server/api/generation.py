@@ -24,6 +24,7 @@ class Generation:
 
     resumed: text of the tokens of `request.resume`, which the client has already.
     completion_tokens: counts those tokens too. prompt_logprobs: known with the first piece.
+    record_tokens: of the record that another engine may take; record_error: why there is none.
     reasoning: counts the tokens of the reasoning that the output begins with; None: of none.
     close: called with the stream when a stop text has ended the output.
     """
@@ -43,6 +44,7 @@ class Generation:
         self.completion_tokens = len(request.resume)
         self.cached_tokens = self.written_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.record_tokens, self.record_error = 0, ""
         self.reasoning: ReasoningCounter | None = None
         self._output = output
         self._close = close
@@ -71,6 +73,8 @@ class Generation:
         if delta.cache is not None:
             self.written_tokens = delta.cache.written
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.record_tokens = self.record_tokens or delta.record
+        self.record_error = self.record_error or delta.record_error
         self.done = piece.finish_reason is not None
         return piece
 

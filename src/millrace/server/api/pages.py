@@ -7,6 +7,7 @@ may ask several times a second.
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
@@ -26,13 +27,15 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     server_load: the same as requests, under vLLM's name.
 
     prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
-    cache, and the server has no keys or the request has the gateway's.
+    cache, and the server has no keys or the request has the gateway's. role: in serving prompts and
+    answers apart, if it has one.
     """
 
     requests: int
     tokens: int
     server_load: int
     prefixes: PrefixReport | None = None
+    role: Literal["prefill", "decode", "both"] | None = None
 
 
 class Pages:
@@ -91,7 +94,8 @@ class Pages:
             cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
         requests = self._client.open_requests
-        return json_response(Load(requests, self._client.open_tokens, requests, prefixes))
+        tokens, role = self._client.open_tokens, self._client.role
+        return json_response(Load(requests, tokens, requests, prefixes, role))
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

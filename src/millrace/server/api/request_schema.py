@@ -71,7 +71,7 @@ class GenerationRequest(SamplingRequest, frozen=True, kw_only=True):
     """What both of OpenAI's older endpoints take.
 
     resume_token_ids: tokens that count as generated already; the answer holds what follows them.
-    guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
+    kv_transfer_params: as in `KvTransferParams`. guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
     cut; left keeps its end.
     """
 
@@ -87,6 +87,7 @@ class GenerationRequest(SamplingRequest, frozen=True, kw_only=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     resume_token_ids: list[int] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = False
 

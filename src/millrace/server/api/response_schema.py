@@ -52,6 +52,19 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float
 
 
+class KvTransferAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """By what another engine takes the record of the prompt: its own kv_transfer_params."""
+
+    do_remote_prefill: bool = True
+    do_remote_decode: bool = False
+    remote_engine_id: str
+    remote_request_id: str
+    remote_host: str
+    remote_port: int
+    remote_num_tokens: int
+    tp_size: int = 1
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     """One entry a token. None: the first token of an echoed prompt, which nothing predicts.
 
@@ -110,6 +123,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: UnsetType | None = UNSET
     usage: Usage | UnsetType = UNSET
     metrics: RequestTimes | UnsetType = UNSET
+    kv_transfer_params: KvTransferAnswer | UnsetType | None = UNSET
+    kv_transfer_error: str | UnsetType = UNSET
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,7 +200,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: PromptLogprobs | None = None
     prompt_text: str | None = None
     metrics: RequestTimes | UnsetType = UNSET
-    kv_transfer_params: None = None
+    kv_transfer_params: KvTransferAnswer | None = None
+    kv_transfer_error: str | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):

@@ -111,6 +111,11 @@ class EngineClient:
         return loaded and not self.draining and self.refusal is None
 
     @property
+    def role(self) -> Literal["prefill", "decode", "both"] | None:
+        """Of the engine, in serving prompts and answers apart."""
+        return self._args.role
+
+    @property
     def open_requests(self) -> int:
         return len(self._streams)
 

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from time import monotonic
 from typing import TypeVar
 
-from millrace.errors import ModelError, RequestError
+from millrace.errors import ModelError, RequestError, TransferError
 from millrace.protocol import AddRequest, CacheReport, Delta, FinishReason
 from millrace.server.telemetry.metrics import RequestMetrics
 
@@ -71,7 +71,7 @@ class Stream:
             self.preemptions = delta.preemptions
             self._record_finish(delta.finish_reason, now)
         if delta.error is not None:
-            self.fail((ModelError if delta.model_failed else RequestError)(delta.error))
+            self.fail(_error(delta, delta.error))
             return
         self._pending = delta if self._pending is None else _merged(self._pending, delta)
         if self._readable():
@@ -163,6 +163,12 @@ class Stream:
             metrics.time_per_output_token.observe(mean)
 
 
+def _error(delta: Delta, text: str) -> Exception:
+    if delta.transfer_failed:
+        return TransferError(text)
+    return ModelError(text) if delta.model_failed else RequestError(text)
+
+
 def _conversation(request: AddRequest) -> str:
     if len(request.boundaries) < 2:
         return ""
@@ -181,6 +187,8 @@ def _merged(one: Delta, other: Delta) -> Delta:
         logprobs=_joined(one.logprobs, other.logprobs),
         prompt_logprobs=_joined(one.prompt_logprobs, other.prompt_logprobs),
         cache=one.cache or other.cache,
+        record=one.record or other.record,
+        record_error=one.record_error or other.record_error,
     )
 
 

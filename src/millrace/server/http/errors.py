@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millrace.common.api_errors import ApiError
-from millrace.errors import ModelError, RequestError
+from millrace.errors import ModelError, RequestError, TransferError
 from millrace.lengths import ContextLengthError
 from millrace.server.engine_link.client import EngineDeadError
 
@@ -32,6 +32,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ModelError):
         logger.error("a request failed: %s", error)
         return ApiError(500, str(error), code="model_failed")
+    if isinstance(error, TransferError):
+        logger.error("a request failed: %s", error)
+        return ApiError(502, str(error), code="kv_transfer_failed")
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     if isinstance(error, HTTPException):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -122,6 +123,10 @@ def reported_load(stats: EngineStats) -> Mapping[str, float]:
     }
 
 
+def _transferred(name: str, stats: EngineStats) -> float:
+    return float(getattr(stats.transfers, name))
+
+
 # name, vLLM's name if it has one of the same meaning, what it is, its value
 _Row = tuple[str | None, str | None, str, Callable[[EngineStats], float]]
 
@@ -140,6 +145,8 @@ GAUGES: tuple[_Row, ...] = (
      lambda s: s.snapshots_used),
     ("snapshots_capacity", None, "State snapshots that there is room for.",
      lambda s: s.snapshots_total),
+    ("kv_transfer_open", None, "Records of prompts that other engines may take.",
+     lambda s: s.transfers.open),
 )  # fmt: skip
 
 COUNTERS: tuple[_Row, ...] = (
@@ -162,10 +169,24 @@ COUNTERS: tuple[_Row, ...] = (
      lambda s: s.draft_tokens),
     ("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens",
      "Draft tokens accepted.", lambda s: sum(s.accepted_per_position)),
+    (None, "external_prefix_cache_queries", "Prompt tokens that were to come from other engines.",
+     lambda s: s.remote_queries),
+    (None, "external_prefix_cache_hits", "Prompt tokens that came from other engines.",
+     lambda s: s.remote_hits),
+    *((f"kv_transfer_{name}", None, text, partial(_transferred, name)) for name, text in (
+        ("sent", "Records of prompts that other engines have taken."),
+        ("sent_pages", "Pages of these records."),
+        ("sent_bytes", "Bytes of these records that went over."),
+        ("sent_failed", "Records that nobody took before their lease ended."),
+        ("received", "Records of prompts that came from other engines."),
+        ("received_pages", "Pages of these records that came."),
+        ("received_bytes", "Bytes of these records that came."),
+        ("received_failed", "Records that did not come whole."),
+        ("local", "Records that were asked for and were here already."),
+        ("seconds", "Seconds that receiving records took."),
+    )),
     # vLLM has these at 0 where it has no such cache, and there is none here.
     *((None, name, text, lambda _: 0) for name, text in (
-        ("external_prefix_cache_queries", "Prompt tokens looked up on other replicas; none are."),
-        ("external_prefix_cache_hits", "Prompt tokens found on other replicas; none are."),
         ("mm_cache_queries", "Images and sounds looked up; prompts are texts."),
         ("mm_cache_hits", "Images and sounds found; prompts are texts."),
     )),

@@ -29,6 +29,7 @@ from millrace.server.api.fields import (
     structured_outputs,
 )
 from millrace.server.api.formatters import Formatter
+from millrace.server.api.hand_over import read_hand_over
 from millrace.server.api.prompts import naming_prompt
 from millrace.server.api.request_schema import (
     BatchChatRequest,
@@ -115,7 +116,10 @@ def _check_batch(body: BatchChatRequest) -> None:
     """Raise RequestError for what several conversations cannot have together."""
     if not body.messages:
         raise RequestError("messages holds no conversation", param="messages")
-    for name, wanted in (("stream", body.stream), ("tools", body.tools), ("echo", body.echo)):
+    for name, wanted in (
+        ("stream", body.stream), ("tools", body.tools), ("echo", body.echo),
+        ("kv_transfer_params", body.kv_transfer_params),
+    ):  # fmt: skip
         if wanted:
             raise RequestError(f"{name} is not served for a batch; leave it out", param=name)
     if body.n not in (None, 1):
@@ -150,6 +154,7 @@ async def prepare_chat(
     or ApiError."""
     params = sampling_params(body, context.processor.defaults)
     check_resume(body, outputs=params.n)
+    hand_over = read_hand_over(body, params.n, ready)
     context.check_capacity(params.n, ready)
     choice = tool_choice(context, body)
     text = await context.run_in_thread(
@@ -172,6 +177,7 @@ async def prepare_chat(
         grammar=grammar,
         reasoning=context.processor.reasoning_bound(_thinking_budget(body), reasons),
         pins=cache_pins(body.messages, tools=body.tools) if pins is None else pins,
+        **hand_over.arguments(id),
     )
     requests = split_outputs(request)
     parser = partial(_parser, context, choice, starts_with_reasoning)

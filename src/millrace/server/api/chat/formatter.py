@@ -107,6 +107,7 @@ class ChatFormatter(OpenAiFormatter):
         self, generations: Sequence[Generation], pieces: Sequence[Piece], usage: Usage
     ) -> ChatCompletion:
         head = self._header
+        params, why = self._hand_over(generations)
         return ChatCompletion(
             id=head.id,
             created=head.created,
@@ -120,6 +121,8 @@ class ChatFormatter(OpenAiFormatter):
             prompt_logprobs=self._prompt_logprobs(generations[0]) or None,
             prompt_text=self._prompt_text,
             metrics=self._times(generations),
+            kv_transfer_params=params or None,
+            kv_transfer_error=why,
         )
 
     def _choice(self, generation: Generation, piece: Piece) -> ChatChoice:

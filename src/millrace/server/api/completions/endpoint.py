@@ -18,6 +18,7 @@ from millrace.server.api.fields import (
     structured_outputs,
 )
 from millrace.server.api.formatters import CompletionFormatter, ResponseHeader
+from millrace.server.api.hand_over import HandOver, read_hand_over
 from millrace.server.api.prompts import Prompt, naming_prompt, split_prompts
 from millrace.server.api.request_schema import CompletionRequest
 from millrace.text.processor import split_outputs
@@ -43,6 +44,7 @@ class Completions:
         made = _outputs(body, params)
         prompts = split_prompts(body.prompt)
         check_resume(body, outputs=len(prompts) * made)
+        hand_over = read_hand_over(body, len(prompts) * made, ready)
         context.check_capacity(len(prompts) * made, ready)
         header = context.response_header(body, "cmpl")
         grammar = await self._grammar(body)
@@ -51,7 +53,9 @@ class Completions:
         for index, prompt in enumerate(prompts):
             request_id = f"{header.id}-{index}"
             with naming_prompt(index, len(prompts)):
-                one = await self._request(request_id, prompt, body, every, ready, grammar)
+                one = await self._request(
+                    request_id, prompt, body, every, ready, grammar, hand_over
+                )
             requests += split_outputs(one)
             if index % PROMPTS_IN_A_ROW == PROMPTS_IN_A_ROW - 1:
                 await asyncio.sleep(0)  # other requests go on between short prompts
@@ -82,6 +86,7 @@ class Completions:
         params: SamplingParams,
         ready: Ready,
         grammar: Grammar | None,
+        hand_over: HandOver,
     ) -> AddRequest:
         context = self._context
         token_ids = await context.token_ids(prompt, body.add_special_tokens, ready, body)
@@ -95,6 +100,7 @@ class Completions:
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             grammar=grammar,
+            **hand_over.arguments(id),
         )
 
     def _formatter(
