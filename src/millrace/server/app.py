@@ -50,7 +50,8 @@ def application(
     ]
     routes += [Route(path, _refusal(path, why), methods=_ANY) for path, why in absent.items()]
     errors = (
-        ApiError, RequestError, ModelError, TransferError, EngineDeadError, HTTPException, Exception,
+        ApiError, RequestError, ModelError, TransferError, EngineDeadError, HTTPException,
+        Exception,
     )  # fmt: skip
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
 

@@ -71,8 +71,8 @@ class GenerationRequest(SamplingRequest, frozen=True, kw_only=True):
     """What both of OpenAI's older endpoints take.
 
     resume_token_ids: tokens that count as generated already; the answer holds what follows them.
-    kv_transfer_params: as in `KvTransferParams`. guided_*: older names for the fields of structured_outputs. truncation_side: where a prompt is
-    cut; left keeps its end.
+    kv_transfer_params: as in `KvTransferParams`. guided_*: older names for the fields of
+    structured_outputs. truncation_side: where a prompt is cut; left keeps its end.
     """
 
     n: int | None = 1
