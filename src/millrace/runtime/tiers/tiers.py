@@ -26,7 +26,8 @@ _PENDING, _FAILED, _DONE = range(3)
 class Tiers:
     """The tiers below the device of one rank.
 
-    files: None without a disk cache. peer: None where no record goes to other engines. mins: the elementwise minimum of all ranks' numbers.
+    files: None without a disk cache. peer: None where no record goes to other engines. mins: the
+    elementwise minimum of all ranks' numbers.
     """
 
     def __init__(

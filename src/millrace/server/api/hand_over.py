@@ -1,7 +1,7 @@
 """kv_transfer_params: how a prompt is computed by one server and answered by another.
 
-Their names are vLLM's, so a router that was written for its pairs works with these. A server that is
-asked with do_remote_decode puts into its answer what the other one is to be asked with.
+Their names are vLLM's, so a router that was written for its pairs works with these. A server that
+is asked with do_remote_decode puts into its answer what the other one is to be asked with.
 """
 
 from __future__ import annotations
