@@ -57,7 +57,7 @@ $(VENV)/.supply: $(VENV)/.installed
 	@touch $@
 
 lock: $(VENV)/.supply  ## make the lock files anew, with the newest versions that pyproject.toml allows
-	@$(COMPILE) --extra bench --extra otel --extra plan --no-emit-package setuptools \
+	@$(COMPILE) --extra bench --extra otel --extra plan --extra tune --no-emit-package setuptools \
 		-o requirements/ship.lock
 	@$(COMPILE) --extra test -o requirements/test.lock
 

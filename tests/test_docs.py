@@ -66,7 +66,9 @@ def test_every_metric_is_documented() -> None:
         assert f"{name or vllm_name}_total" in names
 
 
-@pytest.mark.parametrize("extra", [None, "bench", "deploy", "docs", "gpu", "otel", "plan", "test"])
+@pytest.mark.parametrize(
+    "extra", [None, "bench", "deploy", "docs", "gpu", "otel", "plan", "test", "tune"]
+)
 def test_every_dependency_has_its_reason(extra: str | None) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]

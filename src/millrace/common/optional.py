@@ -52,6 +52,7 @@ PACKAGES = {
         ("opentelemetry-sdk>=1.27", "opentelemetry-exporter-otlp-proto-http>=1.27"),
         "otel",
     ),
+    "optuna": Package("optuna", ("optuna",), ("optuna>=5",), "tune"),
     "pyarrow": Package("pyarrow", ("pyarrow", "pyarrow.parquet"), ("pyarrow>=17",), "bench"),
     "pynvml": Package("nvidia-ml-py", ("pynvml",), ("nvidia-ml-py>=12.535",), "bench"),
 }

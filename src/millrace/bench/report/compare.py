@@ -161,8 +161,12 @@ def _half_width(a: Sequence[float], b: Sequence[float]) -> float:
     freedom = total**2 / sum(
         part**2 / (len(side) - 1) for part, side in zip(parts, (a, b), strict=True)
     )
-    index = min(max(1, math.floor(freedom)), len(_T)) - 1
-    return _T[index] * math.sqrt(total)
+    return student_t(freedom) * math.sqrt(total)
+
+
+def student_t(freedom: float) -> float:
+    """Student's t at 97.5% for so many degrees of freedom."""
+    return _T[min(max(1, math.floor(freedom)), len(_T)) - 1]
 
 
 def comparison_table(comparison: Comparison) -> str:

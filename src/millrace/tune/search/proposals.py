@@ -1,0 +1,260 @@
+"""What to try next: the planner's seeds, then optuna's proposals by turns with moves of the leader.
+
+Optuna gets every trial anew for each proposal, failed ones as violated constraints, and a seed that
+follows from the number of trials. So a study that is resumed asks for what it would have asked for
+anyway, and the journal is the one place where trials are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, islice, product
+from typing import Any
+
+import msgspec
+
+from millrace.common.optional import require
+from millrace.tune.search.risk import RiskMap
+from millrace.tune.search.surrogate import Surrogate
+from millrace.tune.space.knobs import Settings, Space, key_of
+from millrace.tune.trials.history import History, Trial
+
+_ASKS = 48  # proposals of optuna that are looked at; most are tried already or ruled out
+_STARTUP = 6  # trials that optuna's model needs
+_FIRST = 3  # trials that work, before a model is made of them
+_DARING = 0.5  # the risk that is taken to learn what a knob does
+_SCREENED = 12  # trials among which every knob is to be moved alone
+_STARTS = 4  # of optuna's proposals, those from which the surrogate is climbed
+_LONGEST_CLIMB = 24
+
+
+class Seed(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings to try first. source: who proposes them."""
+
+    settings: Settings
+    source: str = "given"
+    why: str = ""
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """Settings to try, who proposes them, and why, in words."""
+
+    settings: Settings
+    source: str
+    why: str
+
+
+def propose(
+    history: History,
+    seeds: Sequence[Seed],
+    rng_seed: int,
+    fixed: Settings,
+    *,
+    only_seeds: bool = False,
+) -> Proposal | None:
+    """The next setting; None where nothing is left that was not tried or ruled out.
+
+    fixed: knobs that keep their values.
+    """
+    number = len(history.trials)
+    space = history.space
+    sources: list[Iterable[Proposal]] = [_seeds(space, seeds)]
+    if not only_seeds:
+        sources += _by_turns(history, number, rng_seed, fixed)
+        sources.append(_anything(space, fixed, rng_seed + number))
+    for source in sources:
+        for found in source:
+            settings = space.normal({**found.settings, **fixed})
+            if _is_new(history, settings):
+                return Proposal(settings, found.source, found.why)
+    return None
+
+
+def _is_new(history: History, settings: Settings) -> bool:
+    return (
+        key_of(settings) not in history.tried
+        and not history.space.problem(settings)
+        and history.no_go.blocks(settings) is None
+    )
+
+
+def _seeds(space: Space, seeds: Iterable[Seed]) -> Iterator[Proposal]:
+    yield Proposal(space.defaults, "defaults", "what the server does by itself")
+    for seed in seeds:
+        yield Proposal(space.normal(seed.settings), seed.source, seed.why)
+    yield from _arrangements(space)
+
+
+def _arrangements(space: Space) -> Iterator[Proposal]:
+    """The defaults on all devices, in every way to share these out among ranks and replicas."""
+    taking = [knob for knob in space.knobs if knob.devices]
+    if space.devices < 2 or len(taking) < 2:
+        return
+    for values in product(*(knob.values for knob in taking)):
+        settings = space.normal(dict(zip((knob.name for knob in taking), values, strict=True)))
+        if space.devices_of(settings) == space.devices:
+            yield Proposal(settings, "arrangement", f"all {space.devices} devices")
+
+
+def _by_turns(
+    history: History, number: int, rng_seed: int, fixed: Settings
+) -> list[Iterable[Proposal]]:
+    model = _from_optuna(history, number, rng_seed)
+    if len(history.ranked()) < _FIRST:
+        return [model]
+    climbs = _climbs(history, fixed, [*islice(_from_optuna(history, number, rng_seed), _STARTS)])
+    if number % 3 == 0:
+        return [_reliefs(history), climbs, model]
+    if number % 3 == 1 or number < _SCREENED:
+        return [_unmoved(history), climbs, model]
+    return [model, climbs] if number % 12 == 5 else [climbs, model]
+
+
+# --- moves ----------------------------------------------------------------------------------------
+
+
+def _reliefs(history: History) -> Iterator[Proposal]:
+    """Moves against what limits the leader, in the order of the space's knobs."""
+    leader = history.ranked()[0]
+    for run in reversed(leader.runs):
+        if run.bottleneck is not None:
+            for settings in history.space.moves(leader.settings, run.bottleneck):
+                yield Proposal(settings, "bottleneck", f"trial {leader.number}: {run.why}")
+            return
+
+
+def _unmoved(history: History) -> Iterator[Proposal]:
+    """A good trial with one knob moved that was never moved alone between two that worked; the
+    leader where that is safe, else one from which the step is safer."""
+    space, ranked = history.space, history.ranked()
+    known = _moved_alone(space, ranked)
+    walls = RiskMap(space, history.trials)
+    found: list[tuple[float, int, str, Settings]] = []
+    for place, trial in enumerate(ranked):
+        for settings in space.neighbours(trial.settings):
+            moved = space.differing(settings, trial.settings)
+            if len(moved) == 1 and moved[0] not in known:
+                risk = round(float(walls.risks([settings])[0]), 1)
+                found.append((risk, place, moved[0], settings))
+    for risk, place, name, settings in sorted(found, key=lambda one: one[:2]):
+        if risk <= _DARING:
+            why = f"trial {ranked[place].number} with {name} moved, which was not moved alone yet"
+            yield Proposal(settings, "unmoved", why)
+
+
+def _moved_alone(space: Space, trials: Sequence[Trial]) -> set[str]:
+    """Knobs in which alone two trials differ."""
+    pairs = (space.differing(a.settings, b.settings) for a, b in combinations(trials, 2))
+    return {names[0] for names in pairs if len(names) == 1}
+
+
+def _climbs(history: History, fixed: Settings, starts: Sequence[Proposal]) -> Iterator[Proposal]:
+    """What the surrogate hopes for most, on the way up from the leaders and from `starts`."""
+    space, ranked = history.space, history.ranked()
+    guess = Surrogate(
+        space,
+        [t.settings for t in ranked],
+        [history.short_value(t) for t in ranked],
+    )
+    walls = RiskMap(space, history.trials)
+    seen: dict[str, tuple[float, Settings]] = {}
+
+    def hope(found: Sequence[Settings]) -> list[float]:
+        if not found:
+            return []
+        return [float(v) for v in guess.improvements(found) * (1.0 - walls.risks(found))]
+
+    for begin in [*(trial.settings for trial in ranked[:3]), *(s.settings for s in starts)]:
+        here, worth = begin, hope([begin])[0]
+        for _ in range(_LONGEST_CLIMB):
+            beside = [
+                settings
+                for one in space.neighbours(here)
+                if not space.problem(settings := space.normal({**one, **fixed}))
+                and history.no_go.blocks(settings) is None
+            ]
+            values = hope(beside)
+            seen |= {key_of(s): (v, s) for s, v in zip(beside, values, strict=True)}
+            if not values or max(values) <= worth:
+                break
+            worth, here = max(zip(values, beside, strict=True), key=lambda pair: pair[0])
+    for value, settings in sorted(seen.values(), key=lambda pair: -pair[0]):
+        yield Proposal(settings, "model", f"the model expects {math.expm1(value):+.2%} on the mean")
+
+
+def _anything(space: Space, fixed: Settings, rng_seed: int) -> Iterator[Proposal]:
+    rng = random.Random(rng_seed)
+    for _ in range(20 * _ASKS):
+        chosen = {knob.name: rng.choice(knob.values) for knob in space.knobs}
+        yield Proposal(space.normal({**chosen, **fixed}), "random", "nothing better is left")
+
+
+# --- optuna ---------------------------------------------------------------------------------------
+
+
+def _from_optuna(history: History, number: int, rng_seed: int) -> Iterator[Proposal]:
+    """Proposals of a tree-structured Parzen estimator that knows all trials."""
+    optuna: Any = require("optuna", "millrace tune")
+    study = _study(optuna, history, seed=(rng_seed * 1_000_003 + number) % 2**32)
+    kinds = _distributions(optuna, history.space)
+    for _ in range(_ASKS):
+        trial = study.ask(kinds)
+        chosen = {k.name: k.values[trial.params[k.name]] for k in history.space.knobs}
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)  # or it would be proposed again
+        yield Proposal(history.space.normal(chosen), "optuna", "by the model of all trials")
+
+
+def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
+    """A knob as the places of its values: whole numbers where they have an order."""
+    kinds = optuna.distributions
+    return {
+        knob.name: (
+            kinds.IntDistribution(0, len(knob.values) - 1)
+            if knob.ordered
+            else kinds.CategoricalDistribution(tuple(range(len(knob.values))))
+        )
+        for knob in space.knobs
+    }
+
+
+def _study(optuna: Any, history: History, seed: int) -> Any:
+    """An optuna study in memory that holds every trial of the history."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, n_startup_trials=_STARTUP
+        )
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    kinds = _distributions(optuna, history.space)
+    for trial in history.trials:
+        if trial.failure is None and not trial.feasible:
+            continue  # its first visit has not ended
+        places = {k.name: k.index(trial.settings[k.name]) for k in history.space.knobs}
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=places,
+                distributions=kinds,
+                value=history.short_value(trial) if trial.feasible else 0.0,
+                constraints={"failed": 0.0 if trial.feasible else 1.0},
+            )
+        )
+    return study
+
+
+def importances(history: History) -> dict[str, float]:
+    """How much each knob moved the objective, as shares by PED-ANOVA; empty for too few trials."""
+    optuna: Any = require("optuna", "millrace tune")
+    fine = [trial for trial in history.trials if trial.feasible]
+    if len(fine) < 2 * _STARTUP:
+        return {}
+    study = _study(optuna, history, seed=0)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    try:
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except (ValueError, RuntimeError):  # all values are equal
+        return {}
+    return {name: float(share) for name, share in found.items()}

@@ -1,0 +1,1 @@
+"""What can be chosen: knobs, their values, and which values fail together."""

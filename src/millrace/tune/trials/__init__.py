@@ -1,0 +1,1 @@
+"""What was tried: outcomes, failures, scores, and the journal that keeps them."""

@@ -1,0 +1,178 @@
+"""Studies of a fake engine with a hidden surface, walls, a crash on the second run and drift."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from millrace.tune.search.comparison import verdict, versus
+from millrace.tune.search.proposals import Seed
+from millrace.tune.search.study import Rules, next_visit, run_study
+from millrace.tune.space.knobs import key_of
+from millrace.tune.trials.history import Goal, History, Trial
+from millrace.tune.trials.journal import Journal, read_journal
+from millrace.tune.trials.outcome import Outcome, Run, Visit
+from tests.tune.fake_engine import SPACE, FakeEngine, best, surface, wall
+
+
+def studied(directory: Path, engine: FakeEngine, rules: Rules) -> History:
+    history = History(SPACE, rules.goal, [])
+    with Journal(directory) as journal:
+        asyncio.run(run_study(journal, history, rules, engine))
+    return history
+
+
+# 0.75: two settings in three run out of memory, the best one is next to the wall.
+@pytest.mark.parametrize(
+    ("room", "seed", "share"), [(1.1, 0, 0.95), (0.9, 1, 0.95), (0.9, 2, 0.95), (0.75, 3, 0.8)]
+)
+def test_the_best_is_found_and_no_wall_is_hit_twice(
+    tmp_path: Path, room: float, seed: int, share: float
+) -> None:
+    rules = Rules(trials=25, seed=seed)
+    history = studied(tmp_path, FakeEngine(room=room, seed=seed), rules)
+    found = verdict(history)
+    assert found is not None
+    assert len(history.trials) == 25
+    assert len(history.tried) == 25
+    winner = history.trials[found.best]
+    assert wall(winner.settings, room) == ""
+    assert surface(winner.settings) >= share * best(room)
+    assert found.clear
+    assert_no_region_twice(history)
+
+
+def assert_no_region_twice(history: History) -> None:
+    """By hand, for failures of memory: more of everything that takes memory is not tried again."""
+    takes = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "drafts": 1,
+             "gpu_memory_utilization": 1, "kv_cache_dtype": 1,
+             "tensor_parallel_size": -1}  # fmt: skip
+    failed: list[dict[str, int]] = []
+    for trial in history.trials:
+        places = {
+            name: sign * SPACE[name].index(trial.settings[name]) for name, sign in takes.items()
+        }
+        unsure = trial.settings["max_num_seqs"] is None  # where that lies is not known
+        assert unsure or not any(all(places[n] >= bad[n] for n in takes) for bad in failed)
+        if trial.failure is not None and trial.failure.risk == "memory" and not unsure:
+            failed.append(places)
+
+
+def test_what_dies_in_its_second_run_does_not_win(tmp_path: Path) -> None:
+    fast = {"tensor_parallel_size": 1, "replicas": 8, "kv_cache_dtype": "fp8", "drafts": 5}
+    rules = Rules(trials=12, seeds=(Seed(settings=fast, source="planner"),))
+    history = studied(tmp_path, FakeEngine(tempting=True), rules)
+    dead = [t for t in history.trials if t.failure and t.failure.kind == "illegal_address"]
+    assert 1 in {trial.number for trial in dead}
+    assert all(trial.settings["drafts"] == 5 for trial in dead)
+    assert "illegal memory access" in str(dead[0].failure)
+    found = verdict(history)
+    assert found is not None
+    assert wall(history.trials[found.best].settings) == ""
+
+
+def test_drift_does_not_choose_the_winner(tmp_path: Path) -> None:
+    """A machine that loses 1.2% of its speed with every visit: half of it in the end."""
+    history = studied(tmp_path, FakeEngine(drift=0.012), Rules(trials=25, anchor_every=4))
+    found = verdict(history)
+    assert found is not None
+    assert surface(history.trials[found.best].settings) >= 0.95 * best()
+
+
+class Flat:
+    """All settings are equal but for noise."""
+
+    async def visit(self, visit: Visit) -> Outcome:
+        runs = tuple(
+            Run(seed=seed, total=100.0 + (seed * 7919 % 13), completed=1) for seed in visit.seeds
+        )
+        return Outcome(runs=runs, seconds=1.0)
+
+
+def test_without_a_difference_the_defaults_stay(tmp_path: Path) -> None:
+    rules = Rules(trials=6)
+    history = History(SPACE, rules.goal, [])
+    with Journal(tmp_path) as journal:
+        asyncio.run(run_study(journal, history, rules, Flat()))
+    found = verdict(history)
+    assert found is not None
+    assert not found.clear
+    assert found.best == 0
+
+
+def test_prompts_differ_between_visits_and_agree_in_a_round(tmp_path: Path) -> None:
+    history = studied(tmp_path, FakeEngine(), Rules(trials=8))
+    rounds: dict[int, set[tuple[int, ...]]] = {}
+    for trial in history.trials:
+        seeds = [seed for visit, _ in trial.done for seed in visit.seeds]
+        assert len(seeds) == len(set(seeds))
+    for visit, _ in history.order:
+        if visit.purpose == "full":
+            rounds.setdefault(visit.round, set()).add(visit.seeds)
+    assert rounds
+    assert all(len(seeds) == 1 for seeds in rounds.values())
+
+
+def test_a_client_that_limits_the_runs_shows_nothing() -> None:
+    history = History(SPACE, Goal(), [])
+    fast, slow = (Trial(n, SPACE.defaults, "", "", 8) for n in range(2))
+    for number in (1, 2, 3):
+        for trial, total in ((fast, 120.0 + number), (slow, 100.0)):
+            run = Run(total=total, completed=1, client_bound="a load process was busy")
+            visit = Visit(number=0, trial=trial.number, settings={}, purpose="full", round=number)
+            trial.done.append((visit, Outcome(runs=(run,))))
+    found = versus(history, fast, slow)
+    assert found.low is not None
+    assert found.low > 1.0
+    assert not found.better
+    assert "busy" in found.refused
+
+
+def test_a_study_goes_on_where_its_journal_ends(tmp_path: Path) -> None:
+    rules = Rules(trials=8)
+    whole = studied(tmp_path, FakeEngine(), rules)
+    records = read_journal_of(tmp_path)
+    for length in (0, 1, 2, 9, 20):
+        history = History(SPACE, rules.goal, records[:length])
+        visit = next_visit(history, rules)
+        assert visit is not None
+        at = length // 2
+        assert visit == whole.order[at][0]
+    assert next_visit(whole, rules) is None
+
+
+def read_journal_of(directory: Path) -> list[object]:
+    """The journal has no header here: the study alone was run."""
+    from millrace.tune.trials.journal import FILE, decode
+
+    path = directory / FILE
+    return list(decode(path.read_bytes(), path, headed=False))
+
+
+def test_settings_that_take_the_tuner_down_are_given_up(tmp_path: Path) -> None:
+    rules = Rules(trials=3)
+    with Journal(tmp_path) as journal:
+        history = History(SPACE, rules.goal, [])
+        for _ in range(3):
+            visit = next_visit(history, rules)
+            assert visit is not None
+            begin(journal, history, visit)
+        asyncio.run(run_study(journal, history, rules, FakeEngine()))
+    first = history.trials[0]
+    assert first.failure is not None
+    assert first.failure.kind == "interrupted"
+    assert len({key_of(trial.settings) for trial in history.trials}) == 3
+
+
+def begin(journal: Journal, history: History, visit: Visit) -> None:
+    from millrace.tune.trials.journal import Began
+
+    journal.write(Began(visit))
+    history.add(Began(visit))
+
+
+def test_read_journal_wants_a_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no study"):
+        read_journal(tmp_path)
