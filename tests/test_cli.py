@@ -60,6 +60,7 @@ HEAVY = (
             "bench scaling",
             "bench parallelism",
             "eval",
+            "batch",
             "doctor",
         ),
     ],

@@ -26,6 +26,8 @@ LAYERS = [
     "target",
     "protocol config lengths response_ids common tasks request_parser model_lookup vllm_flags",
     "hardware",
+    "batch",
+    "batch.jobs",
     # the engine plane: one replica
     "text.tools text.checkpoint text.chat kernels engine.cache",
     "engine",
@@ -47,9 +49,8 @@ LAYERS = [
     "server.http server.sandbox",
     "server.api",
     "server.api.chat server.api.completions",
-    "server.api.anthropic server.api.openai_responses server.api.tokenize",
+    "server.api.anthropic server.api.batches server.api.openai_responses server.api.tokenize",
     # the fleet plane: many replicas, known by HTTP alone
-    "batch",
     "gateway.common",
     "gateway.http",
     "gateway.routing gateway.resume",

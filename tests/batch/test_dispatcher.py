@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from millrace.batch.dispatcher import Dispatcher, DispatchOptions
+from millrace.batch.dispatcher import Dispatcher
 from millrace.batch.endpoint import Answer, seconds_to_wait
 from millrace.batch.input_file import InputFile
 from millrace.batch.journal import Counts, Journal, StopError
+from millrace.batch.options import DispatchOptions
 from millrace.batch.window import Window
 from tests.batch.counting_server import answer, chat_line
 from tests.support.running import run

@@ -15,30 +15,16 @@ from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
-import msgspec
-
 from millrace.batch.endpoint import Answer, Endpoint, Verdict
 from millrace.batch.input_file import InputFile
 from millrace.batch.journal import Journal, Pending, Result, StopError
 from millrace.batch.lines import error_line, read_usage, response_line
+from millrace.batch.options import DispatchOptions
 from millrace.batch.window import Window
 from millrace.common.backoff import BackoffPolicy
 
 _RETRIES = BackoffPolicy(first=0.5, longest=30.0)
 _RECORDED_AT_ONCE = 512  # results of one transaction
-
-
-class DispatchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """max_in_flight: requests at each endpoint. max_retries: times that a request is sent again
-    after an endpoint has failed on it. request_timeout: seconds of one answer. give_up_after:
-    seconds without an endpoint that works, after which the run stops. drain: seconds for open
-    requests once the run is asked to stop."""
-
-    max_in_flight: int = 256
-    max_retries: int = 5
-    request_timeout: float = 600.0
-    give_up_after: float = 600.0
-    drain: float = 30.0
 
 
 class Observer(Protocol):

@@ -16,19 +16,21 @@ import contextlib
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 
 import msgspec
 
 from millrace.batch.input_file import InputFile, Place
-from millrace.batch.lines import LineError, Usage
+from millrace.batch.lines import LineError, Usage, error_line
 from millrace.batch.result_file import ResultFile
 from millrace.errors import UserError, one_line
 
 SUFFIX = ".journal"
 SYNC_SECONDS = 1.0  # between two times that the result files are synchronised
 SYNC_BYTES = 8 << 20
+_ABANDONED_AT_ONCE = 1000
 _SHOWN = 20  # bad lines that are listed
 _VERSION = "1"
 _SCHEMA = """
@@ -261,6 +263,19 @@ class Journal:
                     self._unsynced += len(data)
             if self._unsynced >= SYNC_BYTES or monotonic() - self._synced_at >= SYNC_SECONDS:
                 self._sync()
+
+    def abandon(self, code: str, message: str) -> None:
+        """Give an error to every request that is not done. Raises StopError."""
+        while True:
+            pending = list(islice(self.pending(), _ABANDONED_AT_ONCE))
+            if not pending:
+                break
+            self.record(
+                [Result(p.place.number, error_line(p.custom_id, code, message), True)
+                 for p in pending],
+                0.0,
+            )  # fmt: skip
+        self.finish()
 
     def finish(self) -> None:
         """Synchronise the result files. Raises StopError."""

@@ -6,9 +6,21 @@ from collections.abc import Mapping
 
 import msgspec
 
-from millrace.batch.dispatcher import DispatchOptions
 from millrace.errors import ConfigError
 from millrace.target import Target, parse_base_url
+
+
+class DispatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """max_in_flight: requests at each endpoint. max_retries: times that a request is sent again
+    after an endpoint has failed on it. request_timeout: seconds of one answer. give_up_after:
+    seconds without an endpoint that works, after which the run stops. drain: seconds for open
+    requests once the run is asked to stop."""
+
+    max_in_flight: int = 256
+    max_retries: int = 5
+    request_timeout: float = 600.0
+    give_up_after: float = 600.0
+    drain: float = 30.0
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 
+from millrace.batch.jobs.service import BatchService
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import restarted
@@ -22,7 +23,7 @@ from millrace.gateway.processes.listeners import (
     port_of,
     remove_unix_socket,
 )
-from millrace.gateway.processes.options import GatewayOptions, check_options
+from millrace.gateway.processes.options import GatewayOptions, batch_settings, check_options
 from millrace.gateway.processes.relay_server import RelayServer, check_access_log
 from millrace.gateway.processes.supervisor import GatewayProcesses
 from millrace.gateway.relay.relay import Relay
@@ -83,6 +84,7 @@ class Gateway:
             workers=lambda: self.pids,
             restarts=lambda: self._processes.restarts if self._processes else 0,
         )
+        self._batches = BatchService(batch_settings(options), log)
         self._relay_server: RelayServer | None = None
         self._listeners: list[Listener] = []  # of a gateway of one process
         self._processes: GatewayProcesses | None = None
@@ -171,6 +173,11 @@ class Gateway:
             else:
                 assert self._processes is not None
                 await self._processes.start()
+            keys = self._options.access.api_key
+            self._batches.start(
+                self._options.host, self.port, bool(self._options.ssl_certfile),
+                keys[0] if keys else None,
+            )  # fmt: skip
         except BaseException:
             await self.stop()
             raise
@@ -184,6 +191,7 @@ class Gateway:
         """Close the port, give running requests `drain` seconds to end, then close the rest."""
         if self._sampling is not None:
             self._sampling.cancel()
+        await self._batches.stop()  # they go on after the next start
         await self._discovery.stop()
         if self._relay_server is not None:
             close_listeners(self._listeners)

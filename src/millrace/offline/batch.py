@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from millrace.batch.input_file import InputFile
-from millrace.batch.journal import Journal, StopError
 from millrace.batch.options import BATCH_HELP, BatchOptions
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs
 from millrace.errors import ConfigError
 from millrace.offline.command import EngineCommand
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from millrace.batch.input_file import InputFile
+    from millrace.batch.journal import Journal
 
 _FAILED = 1
 _SHORT = {"-i": "--input-file", "-o": "--output-file"}
@@ -69,6 +72,9 @@ def batch(
 
 def _run(input_file: Path, output_file: Path, options: BatchOptions, engine: dict[str, Any]) -> int:
     """Run it; the exit status: 1 if it has to be run again to go on."""
+    from millrace.batch.input_file import InputFile
+    from millrace.batch.journal import Journal, StopError
+
     _check(options, engine)
     errors = Path(options.error_file) if options.error_file else _error_file(output_file)
     if len({path.resolve() for path in (input_file, output_file, errors)}) < 3:

@@ -67,6 +67,7 @@ class _ServeCommand(click.Command):
 _GATEWAY_OPTIONS = (
     *("--replicas", "--host", "--port", "--policy", "--gateway-processes", "--engine"),
     *("--ssl-certfile", "--ssl-keyfile"),
+    *("--batch-dir", "--batch-dir-gb", "--batch-max-in-flight"),
 )
 
 
@@ -191,6 +192,9 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
             merge_metrics=True,
+            batch_dir=options.batch_dir,
+            batch_dir_gb=options.batch_dir_gb,
+            batch_max_in_flight=options.batch_max_in_flight,
         ),
         device=args.device,
         gpus_per_replica=args.tensor_parallel_size,

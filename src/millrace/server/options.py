@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from millrace.batch.jobs.settings import BatchSettings, read_settings
 from millrace.common.api_keys import configured_keys
 from millrace.errors import ConfigError
 from millrace.text.reasoning import ReasoningParser
@@ -61,6 +62,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     stream_interval: int = 1
     max_stored_responses: int = 1000
     max_stored_bytes: int = 256 * 2**20
+    batch_dir: str | None = None
+    batch_dir_gb: float = 50.0
+    batch_max_in_flight: int = 64
     shutdown_timeout: float = 10.0
     max_engine_restarts: int = 3
     max_server_restarts: int = 3
@@ -122,6 +126,9 @@ SERVER_HELP: Mapping[str, str] = {
     "max_stored_responses": "Responses that /v1/responses keeps in memory for later requests; 0 "
     "keeps none.",
     "max_stored_bytes": "Most bytes of stored responses and the conversations before them.",
+    "batch_dir": "Directory for /v1/files and /v1/batches; what is in it outlives the server.",
+    "batch_dir_gb": "Most gigabytes of all files there.",
+    "batch_max_in_flight": "Requests that one batch has in flight.",
     "shutdown_timeout": "Seconds that open requests get to finish when the server stops.",
     "max_engine_restarts": "Times in a row that the engine is started again after it died; after "
     "after that the server ends too.",
@@ -141,6 +148,17 @@ SERVER_HELP: Mapping[str, str] = {
     "http://127.0.0.1:4318/v1/traces.",
     "uvicorn_log_level": "Log level of the HTTP server.",
 }
+
+
+def batch_settings(options: ServerOptions) -> BatchSettings | None:
+    """Where and how batches run; None where they do not. Raises ConfigError."""
+    if options.batch_dir is None:
+        return None
+    if options.uds:
+        raise ConfigError("--batch-dir needs a port, at which it sends requests; leave out --uds")
+    if options.ssl_cert_reqs == 2:
+        raise ConfigError("--batch-dir has no client certificate; use --ssl-cert-reqs 0 or 1")
+    return read_settings(options.batch_dir, options.batch_dir_gb, options.batch_max_in_flight)
 
 
 def api_keys(options: ServerOptions) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+from millrace.batch.jobs.objects import BatchObject, FileObject, NewBatch, Page
+from millrace.batch.jobs.objects import Deleted as DeletedFile
 from millrace.server.api.anthropic.endpoint import (
     Anthropic,
     CountRequest,
@@ -19,6 +21,7 @@ from millrace.server.api.anthropic.endpoint import (
     TokenCount,
 )
 from millrace.server.api.anthropic.formatter import Message
+from millrace.server.api.batches.endpoint import Batches
 from millrace.server.api.cache_explain import CachedRequests, CacheExplain, Explanation
 from millrace.server.api.chat.endpoint import Chat
 from millrace.server.api.completions.endpoint import Completions
@@ -126,6 +129,36 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute(
         "/v1/messages/count_tokens", _POST, "Count a chat's tokens",
         Anthropic, Anthropic.count, CountRequest, TokenCount,
+    ),
+    ApiRoute(
+        "/v1/files", _POST, "Upload a file", Batches, Batches.answer, answer=FileObject,
+    ),
+    ApiRoute(
+        "/v1/files", _GET, "The files that are kept", Batches, Batches.answer, answer=Page,
+        query=("purpose", "limit", "order", "after"),
+    ),
+    ApiRoute(
+        "/v1/files/{id}", _GET, "A file", Batches, Batches.answer, answer=FileObject
+    ),
+    ApiRoute(
+        "/v1/files/{id}", ("DELETE",), "Delete a file", Batches, Batches.answer,
+        answer=DeletedFile,
+    ),
+    ApiRoute("/v1/files/{id}/content", _GET, "A file's content", Batches, Batches.answer),
+    ApiRoute(
+        "/v1/batches", _POST, "Answer every request of a file", Batches, Batches.answer,
+        NewBatch, BatchObject,
+    ),
+    ApiRoute(
+        "/v1/batches", _GET, "The batches", Batches, Batches.answer, answer=Page,
+        query=("limit", "after"),
+    ),
+    ApiRoute(
+        "/v1/batches/{id}", _GET, "A batch", Batches, Batches.answer, answer=BatchObject
+    ),
+    ApiRoute(
+        "/v1/batches/{id}/cancel", _POST, "End a batch", Batches, Batches.answer,
+        answer=BatchObject,
     ),
     ApiRoute(
         "/tokenize", _POST, "A prompt's tokens",

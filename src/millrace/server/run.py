@@ -23,7 +23,10 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from millrace.batch.jobs.api import BatchApi
+from millrace.batch.jobs.service import BatchService
 from millrace.common.api_errors import shutting_down
+from millrace.common.api_keys import configured_keys
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import dropped_lines
 from millrace.common.sockets import BACKLOG, tls_context
@@ -46,7 +49,14 @@ from millrace.server.http.connection import connection_class
 from millrace.server.http.idempotency import IdempotentRequests
 from millrace.server.http.middleware import Middleware
 from millrace.server.http.tracing import Tracer
-from millrace.server.options import ServerOptions, admin_key, api_keys, gateway_key
+from millrace.server.options import (
+    KEY_VARIABLES,
+    ServerOptions,
+    admin_key,
+    api_keys,
+    batch_settings,
+    gateway_key,
+)
 from millrace.server.routes import ROUTES
 from millrace.server.sandbox.pool import Sandbox, SandboxOptions
 from millrace.server.supervisor import (
@@ -100,6 +110,7 @@ async def _serve(
     client = EngineClient(metrics, options.stream_interval)
     control = EngineControl(client)
     grammars, encoder = sandboxes = make_sandboxes(args)
+    batches = BatchService(batch_settings(options), logger.warning)
     tracer, sampler = Tracer.to(options.otlp_traces_endpoint), DeviceSampler()
     client.on_ready = lambda ready: sampler.start(ready.devices)
     await client.start(args, program)
@@ -119,7 +130,9 @@ async def _serve(
         )
         middleware = _middleware(
             IdempotentRequests(
-                make_application(args, options, names, client, metrics, page, sandboxes, control)
+                make_application(
+                    args, options, names, client, metrics, page, sandboxes, control, batches.api
+                )
             ),
             options,
             metrics,
@@ -128,8 +141,14 @@ async def _serve(
             client.cache_reports,
         )
         server = _Server(
-            _uvicorn_config(middleware, options), client, middleware, options.shutdown_timeout
-        )
+            _uvicorn_config(middleware, options), client, middleware, batches,
+            options.shutdown_timeout,
+        )  # fmt: skip
+        if options.uds is None:
+            host, port = listeners[0].getsockname()[:2]
+            keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
+            key = keys[0] if keys else None
+            batches.start(host, port, bool(options.ssl_certfile), key)
         page.gauges.update(_gauges(middleware, server))
         page.counters.update(_counters())
         supervision = reported(
@@ -149,7 +168,7 @@ async def _serve(
         await server.serve(sockets=listeners)
         supervision.cancel()
     finally:
-        await asyncio.gather(grammars.close(), encoder.close())
+        await asyncio.gather(grammars.close(), encoder.close(), batches.stop())
         await client.stop()
         tracer.close()
         sampler.close()
@@ -167,9 +186,10 @@ def make_application(
     page: MetricsPage,
     sandboxes: tuple[Sandbox, Sandbox],
     control: EngineControl,
+    batches: BatchApi | None = None,
 ) -> ASGIApp:
     """The API of one engine, without what every HTTP request passes through. names: of the model.
-    sandboxes: of `make_sandboxes`."""
+    sandboxes: of `make_sandboxes`. batches: the API of files and batches, if there is one."""
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
     context = ApiContext(
@@ -200,6 +220,7 @@ def make_application(
             tokens_as_ids=options.return_tokens_as_token_ids,
             times=options.enable_per_request_metrics,
         ),
+        batches=batches,
         max_stored_responses=options.max_stored_responses,
         max_stored_bytes=options.max_stored_bytes,
     )
@@ -327,11 +348,17 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, client: EngineClient, middleware: Middleware, limit: float
+        self,
+        config: uvicorn.Config,
+        client: EngineClient,
+        middleware: Middleware,
+        batches: BatchService,
+        limit: float,
     ) -> None:
         super().__init__(config)
         self._client = client
         self._middleware = middleware
+        self._batches = batches
         self._limit = limit
         self._draining: asyncio.Task[None] | None = None
 
@@ -354,6 +381,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         self._client.draining = True
+        await self._batches.stop()  # its requests go on after the next start
         if self._middleware.open_requests:
             logger.warning(
                 "stopping: %d requests are open and have %g s to end; a second signal ends them",

@@ -10,6 +10,7 @@ from typing import get_args
 
 import msgspec
 
+from millrace.batch.jobs.settings import BatchSettings, read_settings
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
 from millrace.gateway.common.replica_spec import (
@@ -42,6 +43,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_uds: str | None = None
     access_log: str | None = None
     merge_metrics: bool = False
+    batch_dir: str | None = None
+    batch_dir_gb: float = 50.0
+    batch_max_in_flight: int = 64
 
 
 class GatewayOptions(GatewaySettings, frozen=True, kw_only=True):
@@ -70,6 +74,9 @@ GATEWAY_HELP: Mapping[str, str] = {
     "admin_uds": "Unix socket for changes to the gateway; only this user can connect.",
     "access_log": "File that gets one line of JSON per request; - for stderr.",
     "merge_metrics": "Add the metrics of the replicas to /metrics.",
+    "batch_dir": "Directory for /v1/files and /v1/batches; what is in it outlives the gateway.",
+    "batch_dir_gb": "Most gigabytes of all files there.",
+    "batch_max_in_flight": "Requests that one batch has in flight.",
 }
 
 LIMITS_HELP: Mapping[str, str] = {
@@ -122,6 +129,13 @@ ACCESS_HELP: Mapping[str, str] = {
 }
 
 
+def batch_settings(options: GatewaySettings) -> BatchSettings | None:
+    """Where and how batches run; None where they do not. Raises ConfigError."""
+    if options.batch_dir is None:
+        return None
+    return read_settings(options.batch_dir, options.batch_dir_gb, options.batch_max_in_flight)
+
+
 def check_options(options: GatewayOptions) -> None:
     """Raise UserError for options that cannot work."""
     policies = get_args(PolicyName)
@@ -144,6 +158,7 @@ def check_options(options: GatewayOptions) -> None:
         )
     options.access.check()
     _check_admin(options)
+    batch_settings(options)
 
     from millrace.common.sockets import tls_context
 

@@ -11,13 +11,15 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+from millrace.batch.jobs.service import open_api
 from millrace.common.safe_log import stderr_line
 from millrace.common.sockets import BACKLOG, tls_context
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
+from millrace.gateway.admin.batches import WithBatches
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.processes.listeners import ListenerSet
-from millrace.gateway.processes.options import GatewayOptions
+from millrace.gateway.processes.options import GatewayOptions, batch_settings
 from millrace.gateway.relay.access_log import AccessLog
 from millrace.gateway.relay.client_connection import ClientConnection
 from millrace.gateway.relay.relay import AdminHandler, Relay
@@ -56,13 +58,20 @@ class RelayServer:
             self.replicas,
             policy,
             options.limits,
-            admin(self.replicas),
+            self._local_requests(admin),
             admission=AdmissionControl(counters, process_counters, options.limits),
             access=options.access,
             log=self._access_log.write if self._access_log else None,
         )
         self._servers: dict[int, list[asyncio.Server]] = {}  # by the number of the listener set
         self._chores: asyncio.Task[None] | None = None
+
+    def _local_requests(self, admin: Callable[[ReplicaSet], AdminHandler]) -> AdminHandler:
+        """What answers requests that are not relayed."""
+        handler, settings = admin(self.replicas), batch_settings(self._options)
+        if settings is None:
+            return handler
+        return WithBatches(handler, open_api(settings), self._options.access)
 
     async def start(self, listeners: ListenerSet) -> None:
         """Accept connections at this process's own listeners."""

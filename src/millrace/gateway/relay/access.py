@@ -66,6 +66,10 @@ class Access(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             owner = [(_OWNER, key_salt(_key(request)).encode())] if self.api_key else []
             request.headers = [*rest, *owner]
 
+    def owner(self, request: Request) -> str:
+        """Whose files and batches a request may use; empty where there are no keys."""
+        return key_salt(_key(request)) if self.api_key else ""
+
     def refusal(self, request: Request) -> ApiError:
         """What a request is told that has no key, or a wrong one."""
         return no_access(given=bool(_key(request)))

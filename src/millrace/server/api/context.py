@@ -20,6 +20,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive
 
+from millrace.batch.jobs.api import BatchApi
 from millrace.common.api_errors import ApiError, shutting_down
 from millrace.common.framing import FramingError
 from millrace.common.prefix_hash import PROMPT_FIELDS, SALT_HEADER, combined_salt
@@ -82,6 +83,7 @@ class ApiContext:
     max_queue: requests that may wait beyond those that the engine runs at once.
     grammars, encoder: the processes that build grammars and encode long texts. control: what
     pauses the engine and puts it to sleep. answers: what they hold where requests say nothing.
+    batches: the API of files and batches, where they are kept.
     max_stored_responses, max_stored_bytes: bounds of the responses that are kept. response_tag:
     stands in their ids.
     """
@@ -101,6 +103,7 @@ class ApiContext:
         encoder: Sandbox,
         control: EngineControl,
         answers: AnswerDefaults | None = None,
+        batches: BatchApi | None = None,
         max_stored_responses: int = 0,
         max_stored_bytes: int = 0,
     ) -> None:
@@ -113,7 +116,8 @@ class ApiContext:
         self.tool_call_parser = tool_call_parser
         self._metrics = metrics
         self._max_queue = max_queue
-        self._body_reader = body_reader
+        self.batches = batches
+        self.body_reader = body_reader
         self._grammars = grammars
         self._encoder = encoder
         self._encoded_turns = EncodedTurns(processor.tokenizer)
@@ -132,7 +136,7 @@ class ApiContext:
     async def _parse(
         self, request: Request, kind: type[_Body], rules: FieldRules
     ) -> tuple[_Body, Mapping[str, msgspec.Raw]]:
-        data = await self._body_reader.read(request)
+        data = await self.body_reader.read(request)
         return await self.run_in_thread(
             partial(parse_body, data, kind, rules), len(data) >= THREAD_BODY
         )

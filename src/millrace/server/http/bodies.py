@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from codecs import BOM_UTF8
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect, Request
@@ -54,17 +55,30 @@ class BodyReader:
         except ClientDisconnect:
             raise ApiError(400, "the body ended early") from None
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body came too slowly: nothing for {self.read_timeout:g} s, or only "
-                "a few bytes a second",
-                headers={"Connection": "close"},
-            ) from None
+            raise self._too_slow() from None
         finally:
             self._buffered -= len(body)
         if body.startswith(BOM_UTF8):
             del body[: len(BOM_UTF8)]
         return body
+
+    async def pieces(self, request: Request) -> AsyncIterator[bytes]:
+        """The pieces of a body of any size, which nobody keeps here.
+
+        Raises ApiError: 408 if it comes too slowly.
+        """
+        parts = aiter(request.stream())
+        while True:
+            try:
+                async with asyncio.timeout(self.read_timeout):
+                    part = await anext(parts, None)
+            except ClientDisconnect:
+                raise ApiError(400, "the body ended early") from None
+            except TimeoutError:
+                raise self._too_slow() from None
+            if part is None:
+                return
+            yield part
 
     async def _fill(self, body: bytearray, request: Request) -> None:
         now = asyncio.get_running_loop().time
@@ -80,6 +94,14 @@ class BodyReader:
                 self._buffered += len(part)
                 if len(body) > self.max_bytes:
                     raise self._too_large()
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(
+            408,
+            f"the body came too slowly: nothing for {self.read_timeout:g} s, or only "
+            "a few bytes a second",
+            headers={"Connection": "close"},
+        )
 
     def _too_large(self) -> ApiError:
         return ApiError(
