@@ -19,11 +19,12 @@ VLLM_VERSION = "0.33"
 _SAME = """
     --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key
     --async-scheduling --block-size --chat-template --config --default-chat-template-kwargs
-    --disable-access-log-for-endpoints --disable-uvicorn-access-log --download-dir --dtype
+    --disable-access-log-for-endpoints --disable-log-stats --disable-uvicorn-access-log
+    --download-dir --dtype
     --enable-force-include-usage --enable-per-request-metrics --enable-prefix-caching
     --enable-request-id-headers --enforce-eager --generation-config
     --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
-    --load-format --long-prefill-token-threshold --mamba-ssm-cache-dtype --max-logprobs
+    --load-format --log-level --long-prefill-token-threshold --mamba-ssm-cache-dtype --max-logprobs
     --max-model-len
     --max-num-batched-tokens --max-num-seqs --model --otlp-traces-endpoint
     --override-generation-config --port --quantization --reasoning-parser
@@ -81,7 +82,6 @@ _HARMLESS = {
         --enable-server-load-tracking --use-tqdm-on-load
         --scheduler-reserve-full-isl --enable-log-deltas
     """,
-    "no statistics are logged, /metrics has them": "--disable-log-stats",
     "/tokenizer_info is there": "--enable-tokenizer-info-endpoint",
     "the markers of reasoning are those of the chat template": "--reasoning-config=",
     "/sleep and /wake_up need --admin-key": "--enable-sleep-mode",
@@ -258,7 +258,7 @@ _REFUSED = {
         "--pooler-config --enable-mm-embeds --mm-encoder-only",
     "texts and prompts are never logged; trace requests with --otlp-traces-endpoint":
         "--enable-log-outputs",
-    "use --uvicorn-log-level": "--log-level --log-config-file --logging-config",
+    "use --log-level and --log-format": "--log-config-file --logging-config",
     "errors are logged with their stack whenever they are ours": "--log-error-stack",
     "the buckets are fixed, see docs/operations.md": "--custom-histogram-buckets",
     "send chat_template_kwargs, or use --chat-template":

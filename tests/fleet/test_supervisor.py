@@ -42,7 +42,11 @@ async def supervised(lines: list[str], *extra: str, **options: Any) -> AsyncIter
     }
     spread = {"policy": "least_loaded", "health": FAST, "merge_metrics": True}
     options.setdefault("gateway", GatewayOptions(**spread))
-    made = Supervisor(FleetOptions(command=[*MOCK, *extra], **options), lines.append)
+    made = Supervisor(
+        FleetOptions(command=[*MOCK, *extra], **options),
+        lines.append,
+        on_line=lambda name, line: lines.append(f"{name}: {line}"),
+    )
     await made.start()
     try:
         yield made
@@ -77,7 +81,7 @@ def test_replicas_come_up_share_the_load_and_go_away() -> None:
 
     pids = run(scenario())
     assert gone(pids)
-    assert any(line.startswith("[replica 1] mock replica") for line in lines)
+    assert any(line.startswith("replica 1: mock replica") for line in lines)
 
 
 def test_each_replica_gets_its_share_of_the_cores(
@@ -96,37 +100,38 @@ def test_each_replica_gets_its_share_of_the_cores(
 
 
 def test_a_killed_replica_is_restarted_and_meanwhile_the_other_answers() -> None:
-    lines: list[str] = []
-
-    async def scenario() -> None:
-        async with supervised(lines) as fleet:
+    async def scenario() -> Supervisor:
+        async with supervised([]) as fleet:
             before = fleet.pids
             os.kill(before[0], signal.SIGKILL)
             assert set(await answers(fleet.gateway.port)) == {str(before[1])}
             await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
             assert fleet.pids[0] != before[0]
             assert len(set(await answers(fleet.gateway.port))) == 2
+            return fleet
 
-    run(scenario())
-    assert any("replica 0 ended with status -9; restarting in 0.1 s" in line for line in lines)
+    fleet = run(scenario())
+    (ended,) = [event for event in fleet.gateway.events.since(0) if event.kind == "ended"]
+    assert (ended.replica, ended.text) == ("0", "status -9; restarting in 0.1 s")
 
 
 def test_a_replica_that_hangs_is_killed_and_restarted() -> None:
-    lines: list[str] = []
     health = HealthPolicy(health_check_interval=0.05, health_check_timeout=0.2, slow_start=0.0)
 
-    async def scenario() -> None:
+    async def scenario() -> Supervisor:
         gateway = GatewayOptions(health=health)
-        async with supervised(lines, gateway=gateway, hang_timeout=0.3) as fleet:
+        async with supervised([], gateway=gateway, hang_timeout=0.3) as fleet:
             before = fleet.pids[0]
             await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
             await asyncio.sleep(0.2)  # it is seen to serve
             os.kill(before, signal.SIGSTOP)
             await eventually(lambda: fleet.pids[0] != before)
             await eventually(lambda: len(fleet.gateway.replicas.available()) == 2)
+            return fleet
 
-    run(scenario())
-    assert any("replica 0 has been silent for 0.3 s" in line for line in lines)
+    fleet = run(scenario())
+    (killed,) = [event for event in fleet.gateway.events.since(0) if event.kind == "killed"]
+    assert (killed.replica, killed.text) == ("0", "silent for 0.3 s")
 
 
 def test_metrics_of_all_replicas_are_on_one_page() -> None:
@@ -203,7 +208,9 @@ def test_a_replica_that_will_not_end_is_killed_after_its_grace() -> None:
 
 PROGRAM = """
 import sys
+from millrace.common.logs import set_up_logs
 from millrace.fleet.supervisor import run_replicas
+set_up_logs("supervisor")
 run_replicas(sys.argv[1:], 2, "127.0.0.1", 0, device="cpu")
 """
 
@@ -216,7 +223,7 @@ def test_nothing_is_left_however_the_supervisor_ends(number: signal.Signals) -> 
     try:
         assert supervisor.stderr is not None
         for line in supervisor.stderr:
-            if line.startswith("2 replicas on"):
+            if "2 replicas on" in line:
                 break
         children = [child.pid for child in psutil.Process(supervisor.pid).children()]
         assert len(children) == 2

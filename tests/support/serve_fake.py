@@ -5,12 +5,12 @@ and what constants of modules, named as `package.module:NAME`, are set to, where
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from pathlib import Path
 
 import msgspec
 
+from millrace.common.logs import set_up_logs
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.server.options import ServerOptions
@@ -20,7 +20,7 @@ PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO)
+    set_up_logs("server")
     constants = sys.argv[3] if len(sys.argv) > 3 else "{}"
     for name, value in msgspec.json.decode(constants).items():
         module, _, constant = name.partition(":")

@@ -25,7 +25,10 @@ class OwnServer:
     url: str
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        own = ("--port=0", "--disable-uvicorn-access-log", "--shutdown-timeout=1")
+        own = (
+            *("--port=0", "--disable-uvicorn-access-log", "--shutdown-timeout=1"),
+            *("--log-level=info", "--log-format=text"),  # _wait_ready reads it
+        )
         self._command = python_module("millrace.cli", "serve", *arguments, *own)
 
     def __enter__(self) -> OwnServer:

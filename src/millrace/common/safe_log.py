@@ -62,7 +62,7 @@ class LineWriter:
         max_queued: int = MAX_QUEUED_BYTES,
     ) -> None:
         self._fd = fd
-        self._notice = notice
+        self.notice = notice
         self._on_failure = on_failure
         self._max_queued = max_queued
         self.dropped = 0
@@ -145,7 +145,7 @@ class LineWriter:
         prefix = b"\n" if self._torn else b""
         if lost:
             with contextlib.suppress(Exception):
-                prefix += self._notice(lost, reason)
+                prefix += self.notice(lost, reason)
         whole = prefix + data
         done = 0
         try:

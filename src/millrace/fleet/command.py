@@ -6,8 +6,13 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
+
+from millrace.common.flags import given, struct_options
+from millrace.common.logs import LOG_HELP, LogOptions
 
 _URL = click.argument("url", default="http://127.0.0.1:8000")
 _KEY = click.option("--api-key", envvar="MILLRACE_API_KEY", help="Key for changes to the gateway.")
@@ -21,11 +26,12 @@ def fleet() -> None:
 
 @fleet.command()
 @_FILE
-def up(file: Path) -> None:
+@struct_options(LogOptions, LOG_HELP)
+def up(file: Path, **flags: Any) -> None:
     """Start what FILE describes, and keep it running until told to stop."""
     from millrace.fleet.run import run_fleet
 
-    run_fleet(file)
+    run_fleet(file, msgspec.convert(given(flags, LogOptions), LogOptions))
 
 
 @fleet.command()

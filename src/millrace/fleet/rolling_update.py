@@ -9,6 +9,7 @@ elsewhere.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.app import Gateway
 from millrace.gateway.routing.replicas import Member
+
+logger = logging.getLogger("millrace.fleet")
 
 _STEP = 0.1  # seconds between two looks
 
@@ -159,7 +162,7 @@ class RollingUpdate:
         for replica in order:
             if replica.url in self._done:
                 continue
-            self._log(f"{replica.url} is replaced; its requests go to others")
+            logger.info("%s is replaced; its requests go to others", replica.url)
             try:
                 await self._update(replica)
             except UserError as error:
@@ -168,7 +171,7 @@ class RollingUpdate:
                 return
             self._done = [*self._done, replica.url]
         self._state = "done"
-        self._log(f"{len(self._done)} replicas are replaced")
+        logger.info("%d replicas are replaced", len(self._done))
 
     async def _update(self, replica: Replaceable) -> None:
         replica.drain()

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import uvloop
 
+from millrace.common.logs import NO_LOG_OPTIONS, LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.fleet.fleet_file import FleetFile, read_fleet_file
 from millrace.fleet.supervisor import FleetOptions, run_until_stopped
 
 
-def run_fleet(path: Path) -> None:
+def run_fleet(path: Path, logs: LogOptions = NO_LOG_OPTIONS) -> None:
     """Run what a fleet's file describes until SIGINT or SIGTERM. A rolling update reads it again.
 
     Raises UserError if the file is wrong, or the replicas cannot be started.
     """
     options = fleet_options(read_fleet_file(path))
     protect_standard_streams()
+    set_up_logs("supervisor", logs)
     uvloop.run(run_until_stopped(options, lambda: read_fleet_file(path).replica_command()))
 
 

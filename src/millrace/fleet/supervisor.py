@@ -9,6 +9,7 @@ the gateway sends it nothing. The command can be any that takes --host and --por
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +22,8 @@ import uvloop
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import stop_signals
 from millrace.common.http_client import Target
-from millrace.common.safe_log import protect_standard_streams, stderr_line
+from millrace.common.logs import REPLICA_VARIABLE, relay_line
+from millrace.common.safe_log import protect_standard_streams
 from millrace.common.sockets import free_port, require_free_port
 from millrace.common.tasks import restarted
 from millrace.errors import ConfigError, UserError
@@ -38,6 +40,9 @@ from millrace.fleet.rolling_update import GatewayReplica, Replaceable, RollingUp
 from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
+from millrace.gateway.serve import how_to_try, log_draining
+
+logger = logging.getLogger("millrace.fleet")
 
 _LOOPBACK = "127.0.0.1"
 
@@ -77,14 +82,15 @@ class Supervisor:
     """The replicas and the gateway of one host, in the running event loop.
 
     reread: gives the command of a rolling update, from wherever the first one came; None if it is
-    always the same.
+    always the same. on_line: called with a replica's name and each line that it writes.
     """
 
     def __init__(
         self,
         options: FleetOptions,
-        log: Callable[[str], None],
+        log: Callable[[str], None] = logger.warning,
         reread: Callable[[], Sequence[str]] | None = None,
+        on_line: Callable[[str, str], None] = relay_line,
     ) -> None:
         if options.count < 1 and options.machines_file is None:
             raise ConfigError(f"--replicas {options.count}: use 1 or more")
@@ -105,8 +111,8 @@ class Supervisor:
         self._processes = [
             ReplicaProcess(
                 _complete(options.command, target),
-                {**options.environment, **environment},
-                self._prefixed(index),
+                {**options.environment, **environment, REPLICA_VARIABLE: f"replica {index}"},
+                partial(on_line, f"replica {index}"),
             )
             for index, (target, environment) in enumerate(
                 zip(self._targets, environments, strict=True)
@@ -178,8 +184,6 @@ class Supervisor:
         """Process ids of the replicas, in order."""
         return [process.pid for process in self._processes]
 
-    def _prefixed(self, index: int) -> Callable[[str], None]:
-        return lambda line: self._log(f"[replica {index}] {line}")
 
     # --- restarts ------------------------------------------------------------------------------
 
@@ -195,7 +199,9 @@ class Supervisor:
                     await asyncio.sleep(0.1)
                 continue
             pause = backoff.failed(time.monotonic() - began)
-            self._log(f"replica {index} ended with status {status}; restarting in {pause:g} s")
+            self.gateway.events.add(
+                "ended", str(index), f"status {status}; restarting in {pause:g} s"
+            )
             process.kill()  # what is left of its session
             await asyncio.sleep(pause)
             await process.start()  # it ran before, so its command can be run
@@ -269,9 +275,8 @@ class Supervisor:
                 if not silent:
                     since.pop(index, None)
                 elif now - since.setdefault(index, now) > self._options.hang_timeout:
-                    self._log(
-                        f"replica {index} has been silent for {self._options.hang_timeout:g} s"
-                    )
+                    why = f"silent for {self._options.hang_timeout:g} s"
+                    self.gateway.events.add("killed", str(index), why)
                     process.kill()
                     del since[index]
 
@@ -327,7 +332,7 @@ async def run_until_stopped(
     options: FleetOptions, reread: Callable[[], Sequence[str]] | None = None
 ) -> None:
     """Start everything, say so, and stop it at the first signal; the second one kills it."""
-    supervisor = Supervisor(options, stderr_line, reread)
+    supervisor = Supervisor(options, reread=reread)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -338,19 +343,27 @@ async def run_until_stopped(
 
     for number in stop_signals():
         loop.add_signal_handler(number, stop_or_kill)
+    scheme = "https" if options.gateway.ssl_certfile else "http"
+    logger.info(
+        "%d replicas start; %s://%s:%d opens when all are healthy",
+        options.count, scheme, options.host, options.port,
+    )  # fmt: skip
     starting = asyncio.create_task(supervisor.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
+        logger.info("stopping before all replicas are healthy")
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return
     starting.result()
-    count, port = len(supervisor.gateway.monitor.members), supervisor.gateway.port
-    stderr_line(
-        f"{count} replicas on http://{options.host}:{port}, policy {options.gateway.policy}"
-    )
+    url = f"{scheme}://{options.host}:{supervisor.gateway.port}"
+    logger.info(
+        "%d replicas on %s, policy %s%s",
+        len(supervisor.gateway.monitor.members), url, options.gateway.policy, how_to_try(supervisor.gateway, url),
+    )  # fmt: skip
     try:
         await stopping
+        log_draining(supervisor.gateway, options.drain_timeout)
     finally:
         await supervisor.stop()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Sequence
 
 from millrace.batch.jobs.service import BatchService
 from millrace.common.open_files import raise_file_limit
-from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import restarted
 from millrace.gateway.admin.api import AdminApi, FleetControl, health_reply, is_local_request
+from millrace.gateway.admin.load_log import EVERY_SECONDS, LoadLog
 from millrace.gateway.admin.scale import SAMPLE_SECONDS, ScaleAdvisor
 from millrace.gateway.common.shared_counters import SharedCounters
 from millrace.gateway.health.discovery import Discovery, FileSource, Source, parse_dns
+from millrace.gateway.health.events import FleetEvents
 from millrace.gateway.health.health_monitor import HealthMonitor
 from millrace.gateway.http.message import LocalReply, Request
 from millrace.gateway.processes.listeners import (
@@ -28,9 +30,11 @@ from millrace.gateway.processes.relay_server import RelayServer, check_access_lo
 from millrace.gateway.processes.supervisor import GatewayProcesses
 from millrace.gateway.relay.relay import Relay
 from millrace.gateway.routing.policies import BY_PREFIX
-from millrace.gateway.routing.replicas import ReplicaSet
+from millrace.gateway.routing.replicas import Member, ReplicaSet
 
 __all__ = ["Gateway", "GatewayOptions"]
+
+logger = logging.getLogger("millrace.gateway")
 
 
 class Gateway:
@@ -43,7 +47,7 @@ class Gateway:
     def __init__(
         self,
         options: GatewayOptions,
-        log: Callable[[str], None] = stderr_line,
+        log: Callable[[str], None] = logger.warning,
         fleet: FleetControl | None = None,
         sources: Sequence[Source] = (),
     ) -> None:
@@ -60,6 +64,8 @@ class Gateway:
             by_prefix=options.policy in BY_PREFIX,
             log=log,
         )
+        self.events = FleetEvents(self._name)
+        self.monitor.listeners.append(self.events.update)
         for spec in options.replicas:
             self.monitor.add(spec)
         sources = [*sources, *map(parse_dns, options.worker_dns)]
@@ -71,7 +77,7 @@ class Gateway:
             self.monitor, sources, log, patient=options.limits.hold_timeout > 0
         )
         self._scale = ScaleAdvisor(self.counters, lambda: self.monitor.members, options.scale)
-        self._sampling: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
         self._admin = AdminApi(
             self.counters,
             self.monitor,
@@ -80,7 +86,7 @@ class Gateway:
             fleet=fleet,
             policy=options.policy,
             merge=options.merge_metrics,
-            label=lambda member: options.labels.get(str(member.target), member.target.authority),
+            label=self._name,
             workers=lambda: self.pids,
             restarts=lambda: self._processes.restarts if self._processes else 0,
         )
@@ -152,6 +158,15 @@ class Gateway:
         """Ids of the gateway processes."""
         return [os.getpid()] if self._processes is None else self._processes.pids
 
+    def _name(self, member: Member) -> str:
+        """What people call a replica: its number where it runs here, else its address."""
+        return self._options.labels.get(str(member.target), member.target.authority)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return self.counters.gauge("interactive") + self.counters.gauge("batch")
+
     @property
     def healthy(self) -> int:
         """Replicas that take requests."""
@@ -166,7 +181,9 @@ class Gateway:
         try:
             await self._discovery.start()
             await self.monitor.start()
-            self._sampling = restarted("the scale advice", self._sample, self._log)
+            self._chores.append(restarted("the scale advice", self._sample, self._log))
+            if not self._options.disable_log_stats:
+                self._chores.append(restarted("the figures in the log", self._log_load, self._log))
             if self._relay_server is not None:
                 (self._listeners,) = open_listeners(self._options)
                 await self._relay_server.start(self._listeners)
@@ -187,10 +204,16 @@ class Gateway:
             self._scale.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
+    async def _log_load(self) -> None:
+        log = LoadLog(self.counters, lambda: self.monitor.members)
+        while True:
+            await asyncio.sleep(EVERY_SECONDS)
+            log.write()
+
     async def stop(self, drain: float = 0.0) -> None:
         """Close the port, give running requests `drain` seconds to end, then close the rest."""
-        if self._sampling is not None:
-            self._sampling.cancel()
+        for task in self._chores:
+            task.cancel()
         await self._batches.stop()  # they go on after the next start
         await self._discovery.stop()
         if self._relay_server is not None:

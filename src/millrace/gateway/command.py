@@ -14,6 +14,7 @@ import msgspec
 
 from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
+from millrace.common.logs import LOG_HELP, LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
@@ -51,6 +52,7 @@ _NO_FLAGS = _without_help(GatewayOptions, GATEWAY_HELP)
 @struct_options(ScalePolicy, SCALE_HELP)
 @struct_options(HealthPolicy, HEALTH_HELP, skip=_without_help(HealthPolicy, HEALTH_HELP))
 @struct_options(Access, ACCESS_HELP)
+@struct_options(LogOptions, LOG_HELP)
 @click.option("--api-key-file", help="File with one key for clients per line.")
 @click.option(
     "--drain-timeout",
@@ -65,6 +67,7 @@ def gateway(ctx: click.Context, /, **flags: Any) -> None:
     if ctx.invoked_subcommand is None:
         options = _options(flags)
         protect_standard_streams()
+        set_up_logs("gateway", msgspec.convert(given(flags, LogOptions), LogOptions))
         import uvloop
 
         from millrace.gateway.serve import serve

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.errors import CheckpointError
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
@@ -36,7 +37,7 @@ from millrace.model.registry import family_named
 
 INDEX = "model.safetensors.index.json"
 MAX_LISTED = 20
-REPORT_EVERY = 15.0  # seconds
+REPORT_EVERY = PROGRESS_SECONDS
 logger = logging.getLogger(__name__)
 
 
@@ -256,11 +257,16 @@ def load_module(
 def _reported(targets: list[tuple[Tensor, Piece]]) -> Iterator[tuple[Tensor, Piece]]:
     """The targets one by one; long loads are logged now and then."""
     total = sum(target.nbytes for target, _ in targets)
-    done, reported = 0, time.monotonic()
+    done = 0
+    began, due = time.monotonic(), Due(REPORT_EVERY)
     for target, piece in targets:
-        if time.monotonic() - reported > REPORT_EVERY:
-            reported = time.monotonic()
-            logger.info("%.0f of %.0f GiB of weights are loaded", done / 2**30, total / 2**30)
+        if due:
+            speed = done / (time.monotonic() - began)
+            logger.info(
+                "%.1f of %.1f GiB of weights are loaded (%.0f%%, %.2f GiB/s, about %.0f s to go)",
+                done / 2**30, total / 2**30, 100 * done / total, speed / 2**30,
+                (total - done) / speed if speed else 0,
+            )  # fmt: skip
         yield target, piece
         done += target.nbytes
 

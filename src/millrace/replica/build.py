@@ -101,7 +101,8 @@ def run_rank(args: EngineArgs) -> int:
     from millrace.runtime.ranks.process_groups import torchrun_rank_info
 
     rank_info = torchrun_rank_info(args.tensor_parallel_size)
-    logging.getLogger("millrace").setLevel(logging.WARNING)  # rank 0 logs the rest
+    ours = logging.getLogger("millrace")
+    ours.setLevel(max(logging.WARNING, ours.level))  # rank 0 logs the rest
     joined = None
     try:
         config, model = _resolve(args)

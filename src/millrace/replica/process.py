@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from millrace.common.child_process import end_with_parent
+from millrace.common.logs import set_up_logs
 from millrace.common.safe_log import exit_at_once, protect_standard_streams
 from millrace.config import EngineArgs
 from millrace.engine.engine import Engine
@@ -267,7 +268,7 @@ def main() -> int:
     options = parser.parse_args()
     end_with_parent(options.parent_pid)
     protect_standard_streams()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    set_up_logs(f"rank {os.environ['RANK']}" if options.socket_dir is None else "engine")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server process decides when to stop
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # prints its stacks while it runs

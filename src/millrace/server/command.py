@@ -17,6 +17,7 @@ import click
 import msgspec
 
 from millrace.common.flags import given, struct_options
+from millrace.common.logs import LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
@@ -31,6 +32,9 @@ from millrace.server.options import (
     gateway_key,
 )
 from millrace.server.vllm_arguments import Options, rewrite
+from millrace.version import __version__
+
+logger = logging.getLogger(__name__)
 
 ENGINE_END_SECONDS = 10.0  # that a replica's engine may take to end, once its requests have
 
@@ -86,7 +90,8 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
     options = msgspec.convert(given(values, ServerOptions), ServerOptions)
     _check(options)
     protect_standard_streams()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs = LogOptions(log_level=options.log_level, log_format=options.log_format)
+    set_up_logs(_source(options), logs)
     if options.engine != "millrace":
         _serve_others(args, options, values)
     elif options.replicas > 1:
@@ -97,6 +102,23 @@ def serve(ctx: click.Context, /, model: str, **values: Any) -> None:
         ctx.exit(run_rank(args))
     else:
         ctx.exit(_serve_one(args, options, ctx.meta["millrace.arguments"]))
+
+
+def _source(options: ServerOptions) -> str:
+    """What this process is called in the log."""
+    if options.replicas > 1 or options.engine != "millrace":
+        return "supervisor"
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        return f"rank {rank}"
+    return "supervisor" if _supervises(options) else "server"
+
+
+def _supervises(options: ServerOptions) -> bool:
+    """Whether the server is to be a child of this process."""
+    from millrace.server.supervisor import is_supervised
+
+    return bool(options.max_server_restarts) and not is_supervised() and "RANK" not in os.environ
 
 
 def _check(options: ServerOptions) -> None:
@@ -124,9 +146,9 @@ def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -
     """A server in this process, or one that this process watches. Returns the exit status."""
     from millrace.common.child_process import python_module
     from millrace.common.sockets import tls_context
-    from millrace.server.supervisor import is_supervised, open_listeners, supervise
+    from millrace.server.supervisor import open_listeners, supervise
 
-    if not options.max_server_restarts or is_supervised() or "RANK" in os.environ:
+    if not _supervises(options):
         from millrace.server.run import run_server
 
         return run_server(args, options)
@@ -135,6 +157,7 @@ def _serve_one(args: EngineArgs, options: ServerOptions, arguments: list[str]) -
     )
     listeners = open_listeners(options)
     find_model(args.model, args.revision, args.download_dir)
+    logger.info("Millrace %s", __version__)
     command = python_module("millrace.cli", "serve", *arguments)
     return supervise(command, listeners, options.max_server_restarts)
 
@@ -195,6 +218,7 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
             batch_dir=options.batch_dir,
             batch_dir_gb=options.batch_dir_gb,
             batch_max_in_flight=options.batch_max_in_flight,
+            disable_log_stats=options.disable_log_stats,
         ),
         device=args.device,
         gpus_per_replica=args.tensor_parallel_size,

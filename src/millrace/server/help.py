@@ -63,6 +63,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("enable_per_request_metrics", "return_tokens_as_token_ids"),
     ),
     "logs": (
+        *("log_level", "log_format", "disable_log_stats"),
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "uvicorn_log_level"),
         *("otlp_traces_endpoint", "plan_log", "step_timeout", "report_expert_load", "debug"),
     ),

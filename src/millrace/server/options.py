@@ -10,6 +10,7 @@ import msgspec
 
 from millrace.batch.jobs.settings import BatchSettings, read_settings
 from millrace.common.api_keys import configured_keys
+from millrace.common.logs import LOG_HELP, LogFormat, LogLevel
 from millrace.errors import ConfigError
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tools.parser import ToolCallParser
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLES = ("MILLRACE_API_KEY", "VLLM_API_KEY")
 GATEWAY_KEY_VARIABLE = "MILLRACE_GATEWAY_API_KEY"
 ADMIN_KEY_VARIABLE = "MILLRACE_SERVER_ADMIN_KEY"
-LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +76,9 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     disable_access_log_for_endpoints: str = "/health,/ping,/metrics,/load"
     otlp_traces_endpoint: str | None = None
     uvicorn_log_level: LogLevel = "warning"
+    log_level: LogLevel | None = None
+    log_format: LogFormat | None = None
+    disable_log_stats: bool = False
 
 
 SERVER_HELP: Mapping[str, str] = {
@@ -147,6 +150,8 @@ SERVER_HELP: Mapping[str, str] = {
     "otlp_traces_endpoint": "URL that receives OpenTelemetry traces, such as "
     "http://127.0.0.1:4318/v1/traces.",
     "uvicorn_log_level": "Log level of the HTTP server.",
+    **LOG_HELP,
+    "disable_log_stats": "Write no line of figures every 10 seconds under load.",
 }
 
 

@@ -27,10 +27,12 @@ from millrace.batch.jobs.api import BatchApi
 from millrace.batch.jobs.service import BatchService
 from millrace.common.api_errors import shutting_down
 from millrace.common.api_keys import configured_keys
+from millrace.common.example_request import example_request
+from millrace.common.logs import in_replica
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import dropped_lines
 from millrace.common.sockets import BACKLOG, tls_context
-from millrace.common.tasks import reported, task_failures
+from millrace.common.tasks import reported, restarted, task_failures
 from millrace.config import EngineArgs
 from millrace.errors import UserError
 from millrace.model_lookup import find_model
@@ -66,6 +68,7 @@ from millrace.server.supervisor import (
 )
 from millrace.server.telemetry.cache_reports import CacheReports
 from millrace.server.telemetry.devices import DeviceSampler
+from millrace.server.telemetry.load_log import EVERY_SECONDS, LoadLog
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
 from millrace.server.telemetry.work_metrics import WorkMetrics
 from millrace.text.processor import TextProcessor
@@ -92,11 +95,25 @@ def run_server(
     listeners = inherited_listeners() or open_listeners(options)
     directory = find_model(args.model, args.revision, args.download_dir)
     names = args.served_model_name or [args.model]
+    logger.info("%s", _loading_message(names[0], directory, args, listeners[0]))
     args = msgspec.structs.replace(args, model=str(directory))
     with contextlib.ExitStack() as stack:
         for listener in listeners:
             stack.enter_context(listener)
         return uvloop.run(_serve(args, options, names, listeners, program))
+
+
+def _loading_message(name: str, directory: Path, args: EngineArgs, listener: socket.socket) -> str:
+    """What is said before anything is loaded."""
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    where = listener.getsockname()
+    place = where if isinstance(where, str) else f"{where[0]}:{where[1]}"
+    several = f", tensor_parallel_size {args.tensor_parallel_size}"
+    return (
+        f"loading {name} from {directory}: {size / 2**30:.2f} GiB of weights, device "
+        f"{args.device}{several if args.tensor_parallel_size > 1 else ''}; {place} listens, and "
+        "/health says 503 until it is ready"
+    )
 
 
 async def _serve(
@@ -165,8 +182,14 @@ async def _serve(
             logger.error,
             on_failure=lambda error: _end_unsupervised(client, server, error),
         )
+        chores = [supervision]
+        if not options.disable_log_stats:
+            chores.append(
+                restarted("the figures in the log", partial(_log_load, client), logger.error)
+            )
         await server.serve(sockets=listeners)
-        supervision.cancel()
+        for task in chores:
+            task.cancel()
     finally:
         await asyncio.gather(grammars.close(), encoder.close(), batches.stop())
         await client.stop()
@@ -328,9 +351,17 @@ async def _supervise_engine(
         ready = await client.wait_ready()
         on_ready()
         scheme = "https" if options.ssl_certfile else "http"
-        print(_startup_message(ready, name, scheme, listener, token_ids), flush=True)
+        logger.info("%s", _startup_message(ready, name, scheme, listener, token_ids))
     await Restarter(client, options.max_engine_restarts).run()
     server.should_exit = True
+
+
+async def _log_load(client: EngineClient) -> None:
+    """A line of figures every ten seconds under load."""
+    log = LoadLog(lambda: client.stats)
+    while True:
+        await asyncio.sleep(EVERY_SECONDS)
+        log.write()
 
 
 def _end_unsupervised(client: EngineClient, server: uvicorn.Server, error: Exception) -> None:
@@ -382,11 +413,10 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         self._client.draining = True
         await self._batches.stop()  # its requests go on after the next start
-        if self._middleware.open_requests:
-            logger.warning(
-                "stopping: %d requests are open and have %g s to end; a second signal ends them",
-                self._middleware.open_requests, self._limit,
-            )  # fmt: skip
+        logger.info(
+            "stopping: %d requests are open and have %g s to end; a second signal ends them",
+            self._middleware.open_requests, self._limit,
+        )  # fmt: skip
         if not await self._middleware.wait_idle(self._limit):
             self._client.fail_all(shutting_down())
         self.should_exit = True
@@ -409,6 +439,7 @@ def _uvicorn_config(middleware: Middleware, options: ServerOptions) -> uvicorn.C
         http=connection_class(options.read_timeout, options.max_header_bytes),
         ws="none",
         lifespan="off",
+        log_config=None,  # its lines have the format of ours
         log_level=options.uvicorn_log_level,
         access_log=False,  # the middleware writes a line that says more
         server_header=False,
@@ -426,21 +457,17 @@ def _startup_message(
     ready: Ready, name: str, scheme: str, listener: socket.socket, token_ids: bool
 ) -> str:
     """What is printed when the engine is ready. token_ids: prompts must be token ids."""
-    where = ""
+    socket_path = ""
     if listener.family == socket.AF_UNIX:
-        url, where = f"{scheme}://localhost", f" --unix-socket {listener.getsockname()}"
+        url, socket_path = f"{scheme}://localhost", str(listener.getsockname())
     else:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         url = f"{scheme}://{host}:{port}"
-    path: str
-    body: dict[str, object]
-    path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    if token_ids:
-        path, body = "completions", {"prompt": [1, 2, 3], "return_token_ids": True}
-    example = msgspec.json.encode({"model": name, **body, "max_tokens": 64}).decode()
+    if in_replica():  # clients ask the gateway, which says how
+        return f"{ready.summary}\nready at {url}"
+    where = f" --unix-socket {socket_path}" if socket_path else ""
     return (
-        f"{ready.summary}\n"
-        f"Millrace serves {name} at {url}{where}. Try:\n"
-        f"  curl{where} {url}/v1/{path} -H 'Content-Type: application/json' -d '{example}'"
+        f"{ready.summary}\nMillrace serves {name} at {url}{where}. Try:\n"
+        f"  {example_request(url, name, token_ids=token_ids, socket=socket_path)}"
     )

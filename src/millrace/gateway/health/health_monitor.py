@@ -11,6 +11,7 @@ listeners.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -20,7 +21,6 @@ import msgspec
 
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
-from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
 from millrace.gateway.common.replica_spec import HealthPolicy as HealthPolicy
@@ -49,6 +49,8 @@ from millrace.gateway.routing.suspects import (
     Success,
     Suspect,
 )
+
+logger = logging.getLogger("millrace.gateway")
 
 _MODELS_SECONDS = 10.0  # between two readings of the models of a healthy replica
 
@@ -94,7 +96,7 @@ class HealthMonitor:
         replica_key: str | None = None,
         *,
         by_prefix: bool = False,
-        log: Callable[[str], None] = stderr_line,
+        log: Callable[[str], None] = logger.warning,
     ) -> None:
         self._counters = counters
         self._policy = policy

@@ -16,6 +16,7 @@ import msgspec
 import uvloop
 
 from millrace.common.child_process import end_with_parent
+from millrace.common.logs import set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.gateway.admin.api import health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
@@ -118,6 +119,7 @@ def main() -> None:
     # The main process decides when to stop, also when Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     protect_standard_streams()
+    set_up_logs(f"gateway {index}")
     given = msgspec.json.decode(sys.stdin.buffer.read(), type=Start)
     uvloop.run(_run(index, channel_fd, counters_fd, given))
 

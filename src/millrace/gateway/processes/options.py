@@ -57,6 +57,7 @@ class GatewayOptions(GatewaySettings, frozen=True, kw_only=True):
 
     replicas: Sequence[ReplicaSpec] = ()
     labels: dict[str, str] = {}
+    disable_log_stats: bool = False
 
 
 GATEWAY_HELP: Mapping[str, str] = {
@@ -77,6 +78,7 @@ GATEWAY_HELP: Mapping[str, str] = {
     "batch_dir": "Directory for /v1/files and /v1/batches; what is in it outlives the gateway.",
     "batch_dir_gb": "Most gigabytes of all files there.",
     "batch_max_in_flight": "Requests that one batch has in flight.",
+    "disable_log_stats": "Write no line of figures every 10 seconds under load.",
 }
 
 LIMITS_HELP: Mapping[str, str] = {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from millrace.batch.jobs.service import open_api
-from millrace.common.safe_log import stderr_line
 from millrace.common.sockets import BACKLOG, tls_context
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
@@ -29,6 +29,8 @@ from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import ReplicaSet
 from millrace.gateway.routing.suspects import Outcome
 
+logger = logging.getLogger("millrace.gateway")
+
 _PUBLISH_SECONDS = 0.5
 _SWEEP_EVERY = 4  # times _PUBLISH_SECONDS
 
@@ -43,7 +45,7 @@ class RelayServer:
         index: int,
         admin: Callable[[ReplicaSet], AdminHandler],
         report: Callable[[int, Outcome], None],
-        log: Callable[[str], None] = stderr_line,
+        log: Callable[[str], None] = logger.warning,
     ) -> None:
         process_counters = counters.process_counters(index)
         self._options = options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from random import getrandbits
@@ -12,7 +13,6 @@ import httptools
 import msgspec
 
 from millrace.common.api_errors import shutting_down
-from millrace.common.safe_log import stderr_line
 from millrace.common.tasks import describe
 from millrace.gateway.http.bodies import RequestBodies
 from millrace.gateway.http.message import (
@@ -28,6 +28,8 @@ from millrace.gateway.http.message import (
 from millrace.gateway.relay.exchange import Exchange
 from millrace.gateway.relay.relay import Relay
 from millrace.request_parser import Head, RequestParser
+
+logger = logging.getLogger("millrace.gateway")
 
 _LINGER_SECONDS = 5.0  # for a client to read the last reply and to stop sending
 _LARGE_BODY = 64 << 10  # bytes; a smaller body is read before its request is refused
@@ -332,6 +334,6 @@ class LocalReplyTask:
         try:
             own = await relay.admin.answer(self._request)
         except Exception as error:
-            stderr_line(f"a local request failed ({describe(error)})")
+            logger.error("a local request failed (%s)", describe(error))
             own = error_reply(500, "the gateway failed on this request; its log says more")
         self._client.answer(own, self._request)

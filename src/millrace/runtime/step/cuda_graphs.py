@@ -13,6 +13,7 @@ hidden vectors.
 from __future__ import annotations
 
 import gc
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.config import EngineConfig, bucket_above, token_buckets
 from millrace.protocol import StepPlan
 from millrace.runtime.step.inputs import (
@@ -33,6 +35,8 @@ from millrace.runtime.step.inputs import (
     width_of,
 )
 from millrace.runtime.step.upload import overwrite
+
+logger = logging.getLogger(__name__)
 
 MOST_CHUNKS = 64  # of a step's prompts; room for rows that are not there costs 0.3 ms of a step
 FEW_ROWS = 64  # decode rows of the class between none and all
@@ -147,7 +151,11 @@ class StepGraphs:
     def capture(self, largest_only: bool = False) -> int:
         """Capture every graph, larger ones first, so that the others fit into their memory;
         returns how many. largest_only: one of each kind, to see what they take."""
-        for key in self._sizes.largest() if largest_only else self._sizes.all():
+        keys = list(self._sizes.largest() if largest_only else self._sizes.all())
+        due = Due(PROGRESS_SECONDS)
+        for number, key in enumerate(keys):
+            if due:
+                logger.info("%d of %d graphs of steps are captured", number, len(keys))
             self._captured[key] = self._capture(key)
         return len(self._captured)
 

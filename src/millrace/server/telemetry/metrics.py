@@ -109,7 +109,7 @@ class RequestMetrics:
         self.restarts = 0
 
 
-def _kv_usage(stats: EngineStats) -> float:
+def kv_usage(stats: EngineStats) -> float:
     """What the prefix cache alone holds is free for whoever needs it, so it is not in use."""
     available = stats.free_pages + stats.evictable_pages
     return 1.0 - available / stats.total_pages if stats.total_pages else 0.0
@@ -118,7 +118,7 @@ def _kv_usage(stats: EngineStats) -> float:
 def reported_load(stats: EngineStats) -> Mapping[str, float]:
     """What answers report of the engine's load to balancers that ask (ORCA), as vLLM does."""
     return {
-        "kv_cache_usage_perc": _kv_usage(stats),
+        "kv_cache_usage_perc": kv_usage(stats),
         "num_requests_waiting": float(stats.waiting),
     }
 
@@ -136,7 +136,7 @@ GAUGES: tuple[_Row, ...] = (
     ("num_requests_waiting", "num_requests_waiting", "Requests that wait for a slot.",
      lambda s: s.waiting),
     ("kv_cache_usage_perc", "kv_cache_usage_perc",
-     "Share of KV pages that requests hold; 1 is all.", _kv_usage),
+     "Share of KV pages that requests hold; 1 is all.", kv_usage),
     ("kv_pages_free", None, "KV pages that nothing holds.", lambda s: s.free_pages),
     ("kv_pages_evictable", None, "KV pages that only the prefix cache holds.",
      lambda s: s.evictable_pages),

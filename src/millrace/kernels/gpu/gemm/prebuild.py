@@ -37,6 +37,7 @@ from millrace.common.child_process import (
     python_module,
     reap,
 )
+from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.common.optional import probe
 from millrace.kernels.gpu.gemm.tiling import Kernel, kernel_of
 from millrace.kernels.quantize import GROUP, Quantized
@@ -232,7 +233,7 @@ class Children:
     """Processes that take products from one file, whose offset they share, until none is left."""
 
     def __init__(self, products: list[Product], device: str, count: int, marker: IO[bytes]) -> None:
-        self._marker = marker
+        self._marker, self._count = marker, len(products)
         self._work = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -260,7 +261,8 @@ class Children:
     def finish(self, limit: float) -> None:
         """Wait `limit` seconds for them, then end those that are left; all are gone afterwards."""
         began = time.monotonic()
-        late = reap(self.processes, limit, groups=True)
+        self._report_until_done(began + limit)
+        late = reap(self.processes, max(0.0, began + limit - time.monotonic()), groups=True)
         failed = sum(process.returncode != 0 for process in self.processes) - late
         if not late + failed:
             with contextlib.suppress(OSError):  # without it the next start looks again
@@ -269,6 +271,18 @@ class Children:
         else:
             total = len(self.processes)
             _warn(f"of {total} processes {failed} failed, {late} took too long{self._last_line()}")
+
+    def _report_until_done(self, deadline: float) -> None:
+        """Wait for the processes, with a line of progress now and then."""
+        due = Due(PROGRESS_SECONDS)
+        for process in self.processes:
+            while process.poll() is None and (left := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(left, PROGRESS_SECONDS))
+                if due:
+                    # The processes share the file's offset: what they have taken from it.
+                    taken = os.lseek(self._work.fileno(), 0, os.SEEK_CUR) // _RECORD.size
+                    logger.info("DeepGEMM's kernels: %d of %d are begun", taken, self._count)
 
     def close(self) -> None:
         """End all of them, whatever they do."""
