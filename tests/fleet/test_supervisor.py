@@ -208,7 +208,7 @@ def test_a_replica_that_will_not_end_is_killed_after_its_grace() -> None:
 
 PROGRAM = """
 import sys
-from millrace.common.logs import set_up_logs
+from millrace.logs.setup import set_up_logs
 from millrace.fleet.supervisor import run_replicas
 set_up_logs("supervisor")
 run_replicas(sys.argv[1:], 2, "127.0.0.1", 0, device="cpu")

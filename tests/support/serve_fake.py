@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from millrace.common.logs import set_up_logs
 from millrace.config import EngineArgs
 from millrace.errors import UserError
+from millrace.logs.setup import set_up_logs
 from millrace.server.options import ServerOptions
 from millrace.server.run import run_server
 

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from millrace.common.flags import given, struct_options
-from millrace.common.logs import LOG_HELP, LogOptions
+from millrace.logs.setup import LOG_HELP, LogOptions
 
 _URL = click.argument("url", default="http://127.0.0.1:8000")
 _KEY = click.option("--api-key", envvar="MILLRACE_API_KEY", help="Key for changes to the gateway.")

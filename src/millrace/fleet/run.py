@@ -6,10 +6,10 @@ from pathlib import Path
 
 import uvloop
 
-from millrace.common.logs import NO_LOG_OPTIONS, LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.fleet.fleet_file import FleetFile, read_fleet_file
 from millrace.fleet.supervisor import FleetOptions, run_until_stopped
+from millrace.logs.setup import NO_LOG_OPTIONS, LogOptions, set_up_logs
 
 
 def run_fleet(path: Path, logs: LogOptions = NO_LOG_OPTIONS) -> None:

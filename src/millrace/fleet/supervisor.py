@@ -22,7 +22,6 @@ import uvloop
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.child_process import stop_signals
 from millrace.common.http_client import Target
-from millrace.common.logs import REPLICA_VARIABLE, relay_line
 from millrace.common.safe_log import protect_standard_streams
 from millrace.common.sockets import free_port, require_free_port
 from millrace.common.tasks import restarted
@@ -41,6 +40,7 @@ from millrace.gateway.app import Gateway
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.serve import how_to_try, log_draining
+from millrace.logs.setup import REPLICA_VARIABLE, relay_line
 
 logger = logging.getLogger("millrace.fleet")
 
@@ -183,7 +183,6 @@ class Supervisor:
     def pids(self) -> list[int]:
         """Process ids of the replicas, in order."""
         return [process.pid for process in self._processes]
-
 
     # --- restarts ------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import msgspec
 
 from millrace.common.api_keys import configured_keys, keys_of_file
 from millrace.common.flags import given, struct_options
-from millrace.common.logs import LOG_HELP, LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits, ScalePolicy
@@ -29,6 +28,7 @@ from millrace.gateway.processes.options import (
 )
 from millrace.gateway.proxy_config import RENDERERS, render
 from millrace.gateway.relay.access import Access
+from millrace.logs.setup import LOG_HELP, LogOptions, set_up_logs
 
 _NEXT_URL = re.compile(r",(?=https?://|\[[0-9a-fA-F:]+\]|\d+\.\d+\.\d+\.\d+:\d)")
 

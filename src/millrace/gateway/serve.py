@@ -6,10 +6,10 @@ import asyncio
 import logging
 
 from millrace.common.child_process import stop_signals
-from millrace.common.example_request import example_request
 from millrace.gateway.app import Gateway
 from millrace.gateway.processes.options import GatewayOptions
 from millrace.gateway.processes.relay_server import freeze_garbage_collector
+from millrace.logs.example_request import example_request
 
 logger = logging.getLogger("millrace.gateway")
 

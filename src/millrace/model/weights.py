@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.errors import CheckpointError
+from millrace.logs.progress import PROGRESS_SECONDS, Due
 from millrace.model.build import build_model
 from millrace.model.causal_lm import CausalLM
 from millrace.model.config import ModelConfig

@@ -22,11 +22,11 @@ import msgspec
 import zmq
 
 from millrace.common.child_process import end_with_parent
-from millrace.common.logs import set_up_logs
 from millrace.common.safe_log import exit_at_once, protect_standard_streams
 from millrace.config import EngineArgs
 from millrace.engine.engine import Engine
 from millrace.errors import RankError, RequestError, UserError
+from millrace.logs.setup import set_up_logs
 from millrace.protocol import (
     Abort,
     AddRequest,

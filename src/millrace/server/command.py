@@ -17,10 +17,10 @@ import click
 import msgspec
 
 from millrace.common.flags import given, struct_options
-from millrace.common.logs import LogOptions, set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.config import HELP, EngineArgs, engine_args
 from millrace.errors import ConfigError
+from millrace.logs.setup import LogOptions, set_up_logs
 from millrace.model_lookup import find_model
 from millrace.server.help import write_options
 from millrace.server.options import (

@@ -10,8 +10,8 @@ import msgspec
 
 from millrace.batch.jobs.settings import BatchSettings, read_settings
 from millrace.common.api_keys import configured_keys
-from millrace.common.logs import LOG_HELP, LogFormat, LogLevel
 from millrace.errors import ConfigError
+from millrace.logs.setup import LOG_HELP, LogFormat, LogLevel
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tools.parser import ToolCallParser
 

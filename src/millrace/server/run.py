@@ -27,14 +27,14 @@ from millrace.batch.jobs.api import BatchApi
 from millrace.batch.jobs.service import BatchService
 from millrace.common.api_errors import shutting_down
 from millrace.common.api_keys import configured_keys
-from millrace.common.example_request import example_request
-from millrace.common.logs import in_replica
 from millrace.common.open_files import raise_file_limit
 from millrace.common.safe_log import dropped_lines
 from millrace.common.sockets import BACKLOG, tls_context
 from millrace.common.tasks import reported, restarted, task_failures
 from millrace.config import EngineArgs
 from millrace.errors import UserError
+from millrace.logs.example_request import example_request
+from millrace.logs.setup import in_replica
 from millrace.model_lookup import find_model
 from millrace.protocol import Ready
 from millrace.server.api.cache_explain import keep_report

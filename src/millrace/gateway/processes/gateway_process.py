@@ -16,7 +16,6 @@ import msgspec
 import uvloop
 
 from millrace.common.child_process import end_with_parent
-from millrace.common.logs import set_up_logs
 from millrace.common.safe_log import protect_standard_streams
 from millrace.gateway.admin.api import health_reply, is_local_request
 from millrace.gateway.common.shared_counters import SharedCounters
@@ -37,6 +36,7 @@ from millrace.gateway.processes.supervisor import (
 )
 from millrace.gateway.routing.replicas import ReplicaSet
 from millrace.gateway.routing.suspects import Suspect
+from millrace.logs.setup import set_up_logs
 
 _ANSWER_SECONDS = 10.0
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.config import EngineConfig, bucket_above, token_buckets
+from millrace.logs.progress import PROGRESS_SECONDS, Due
 from millrace.protocol import StepPlan
 from millrace.runtime.step.inputs import (
     Numbers,

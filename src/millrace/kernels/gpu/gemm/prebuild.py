@@ -37,10 +37,10 @@ from millrace.common.child_process import (
     python_module,
     reap,
 )
-from millrace.common.logs import PROGRESS_SECONDS, Due
 from millrace.common.optional import probe
 from millrace.kernels.gpu.gemm.tiling import Kernel, kernel_of
 from millrace.kernels.quantize import GROUP, Quantized
+from millrace.logs.progress import PROGRESS_SECONDS, Due
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,6 @@ LEVEL_VARIABLE = "MILLRACE_LOG_LEVEL"
 FORMAT_VARIABLE = "MILLRACE_LOG_FORMAT"
 REPLICA_VARIABLE = "MILLRACE_LOG_REPLICA"  # the name of the replica that a program belongs to
 
-PROGRESS_SECONDS = 5.0  # between two lines about slow work
-
 _OURS = re.compile(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ |\{"time":"')
 
 
@@ -81,20 +79,6 @@ def relay_line(source: str, line: str) -> None:
         stderr_line(line)
     else:
         logging.getLogger("millrace.child").info("%s", line, extra={"source": source})
-
-
-class Due:
-    """Tells slow work when its next line of progress is due. every: seconds."""
-
-    def __init__(self, every: float) -> None:
-        self._every, self._last = every, time.monotonic()
-
-    def __bool__(self) -> bool:
-        now = time.monotonic()
-        if now - self._last <= self._every:
-            return False
-        self._last = now
-        return True
 
 
 def _choice(given: str | None, variable: str, kind: Any, default: str) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from millrace.common import logs
-from millrace.common.logs import Due, LogOptions, relay_line, set_up_logs
 from millrace.errors import ConfigError
+from millrace.logs import setup as logs
+from millrace.logs.progress import Due
+from millrace.logs.setup import LogOptions, relay_line, set_up_logs
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
 logger = logging.getLogger("millrace.test")
@@ -81,7 +82,7 @@ def test_children_get_level_format_and_the_name_of_the_replica(
     monkeypatch.setenv(logs.REPLICA_VARIABLE, "replica 3")
     set_up_logs("server", LogOptions(log_level="debug", log_format="json"))
     program = (
-        "import logging; from millrace.common.logs import set_up_logs\n"
+        "import logging; from millrace.logs.setup import set_up_logs\n"
         "set_up_logs('engine'); logging.getLogger('millrace').debug('hello')"
     )
     done = subprocess.run(
@@ -118,7 +119,7 @@ def test_lost_lines_are_reported_in_the_format() -> None:
     """The descriptor is a full disk first, and then a pipe."""
     program = (
         "import logging, os, sys\n"
-        "from millrace.common.logs import LogOptions, set_up_logs\n"
+        "from millrace.logs.setup import LogOptions, set_up_logs\n"
         "from millrace.common.safe_log import protect_standard_streams\n"
         "reader = os.dup(2); os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
         "protect_standard_streams(); set_up_logs('server', LogOptions(log_format='json'))\n"
