@@ -359,7 +359,8 @@ async def run_until_stopped(
     url = f"{scheme}://{options.host}:{supervisor.gateway.port}"
     logger.info(
         "%d replicas on %s, policy %s%s",
-        len(supervisor.gateway.monitor.members), url, options.gateway.policy, how_to_try(supervisor.gateway, url),
+        len(supervisor.gateway.monitor.members), url, options.gateway.policy,
+        how_to_try(supervisor.gateway, url),
     )  # fmt: skip
     try:
         await stopping
