@@ -24,12 +24,13 @@ def test_it_serves_until_it_gets_a_signal(number: signal.Signals) -> None:
     assert replica.stdout is not None
     url = f"127.0.0.1:{replica.stdout.readline().split()[-1]}"
     command = [*GATEWAY, "--worker-urls", f"{url},http://127.0.0.1:9", "--port", "0"]
-    gateway = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    gateway = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        assert gateway.stdout is not None
-        line = gateway.stdout.readline()
-        assert "1 of 2 replicas healthy, policy prefix_aware" in line
-        address = line.split()[2].rstrip(",")
+        assert gateway.stderr is not None
+        line = next(line for line in gateway.stderr if "gateway on" in line)
+        assert "1 of 2 replicas healthy, policy prefix_aware. Try:" in line
+        address = line.split("gateway on ")[1].split(",")[0]
+        assert f"curl {address}/v1/chat/completions" in gateway.stderr.readline()
         with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
             assert json.load(answer)["data"][0]["id"] == "mock"
         gateway.send_signal(number)

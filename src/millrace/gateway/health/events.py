@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from millrace.gateway.routing.replicas import Member
+from millrace.gateway.routing.replicas import NOT_CHECKED, Member
 
 logger = logging.getLogger("millrace.gateway")
 
@@ -38,7 +38,7 @@ class FleetEvents:
 
     def __init__(self, name: Callable[[Member], str]) -> None:
         self._name = name
-        self._states: dict[int, tuple[str, str]] = {}  # id -> name and state
+        self._states: dict[int, tuple[str, EventKind]] = {}  # id -> name, and what it is
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._number = 0
 
@@ -64,8 +64,8 @@ class FleetEvents:
 
     def _compare(self, member: Member) -> None:
         name, before = self._name(member), self._states.get(member.id)
-        if before is None or before[1] != member.state:
-            self._states[member.id] = name, member.state
-            # A replica begins as "down" and not checked, which is no trouble yet.
-            kind: EventKind = member.state if before else "added"
+        unchecked = member.state == "down" and member.reason == NOT_CHECKED
+        kind: EventKind = "added" if unchecked and before is None else member.state
+        if before is None or (before[1] != kind and not unchecked):
+            self._states[member.id] = name, kind
             self.add(kind, name, member.reason if kind == "down" else "")

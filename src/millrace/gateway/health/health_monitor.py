@@ -41,7 +41,7 @@ from millrace.gateway.health.evidence import (
 from millrace.gateway.health.load_report import LoadReports, correct_load
 from millrace.gateway.health.probes import UNCERTAIN, HealthProbe, Problem
 from millrace.gateway.routing.prefix_index import ReportedPrefixes
-from millrace.gateway.routing.replicas import Member
+from millrace.gateway.routing.replicas import NOT_CHECKED, Member
 from millrace.gateway.routing.suspects import (
     BURST_SECONDS,
     Failure,
@@ -362,7 +362,7 @@ class HealthMonitor:
 
     async def _check_loop(self, monitored: _Monitored) -> None:
         while True:
-            if monitored.member.reason != "not checked yet":
+            if monitored.member.reason != NOT_CHECKED:
                 await asyncio.sleep(self._policy.health_check_interval)
             await self.check(monitored.member.id)
 

@@ -37,6 +37,8 @@ _NO_EVIDENCE = (501, 503)  # errors of the server that do not speak against a re
 _FEW = 32  # replicas times processes; above it numpy is faster
 _INITIAL_MEAN_OUTPUT = 128.0  # output tokens, until responses have been seen
 
+NOT_CHECKED = "not checked yet"  # the reason of a replica that is new
+
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """The health monitor's view of one replica.
@@ -52,7 +54,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     target: Target
     state: State = "down"
-    reason: str = "not checked yet"
+    reason: str = NOT_CHECKED
     lost: bool = False
     failing: bool = False
     weight: float = 1.0
