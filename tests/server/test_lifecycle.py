@@ -163,7 +163,8 @@ def test_an_engine_that_cannot_load(
     behaviour = Behaviour(fail="too little memory; 3 pages would fit", user_error=user_error)
     with fake_server(text_model, tmp_path / "log", behaviour, ready=False) as server:
         assert server.process.wait(10) == status
-        (line,) = server.log.splitlines()
+        loading, line = server.log.splitlines()
+        assert "/health says 503 until it is ready" in loading
         assert "too little memory; 3 pages would fit" in line
 
 
