@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,8 +21,11 @@ from millrace.batch.jobs.catalog import Catalog
 from millrace.batch.jobs.job_runner import JobRunner
 from millrace.common.child_process import end_with_parent
 from millrace.common.http_client import parse_base_url
-from millrace.common.safe_log import protect_standard_streams, stderr_line
+from millrace.common.safe_log import protect_standard_streams
 from millrace.common.tasks import restarted
+from millrace.logs.setup import set_up_logs
+
+logger = logging.getLogger("millrace.batches")
 
 KEY_VARIABLE = "MILLRACE_BATCH_API_KEY"
 LOCK_SECONDS = 1.0  # between two looks whether another worker has gone
@@ -39,9 +43,9 @@ async def main(directory: Path, url: str, most_in_flight: int, most_bytes: int) 
         Catalog(directory, most_bytes),
         lambda: HttpEndpoint(target, headers),
         most_in_flight,
-        stderr_line,
+        logger.warning,
     )
-    await restarted("the batches", runner.run, stderr_line)
+    await restarted("the batches", runner.run, logger.warning)
 
 
 async def _wait_for(lock: int, directory: Path) -> None:
@@ -53,7 +57,9 @@ async def _wait_for(lock: int, directory: Path) -> None:
             return
         except OSError:
             if not said:
-                stderr_line(f"{directory}: another server runs its batches; waiting for its end")
+                logger.warning(
+                    "%s: another server runs its batches; waiting for its end", directory
+                )
             said = True
             await asyncio.sleep(LOCK_SECONDS)
 
@@ -61,4 +67,5 @@ async def _wait_for(lock: int, directory: Path) -> None:
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[5]))
     protect_standard_streams()
+    set_up_logs("batches")
     asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
