@@ -48,7 +48,7 @@ def test_it_serves_until_it_gets_a_signal(number: signal.Signals) -> None:
         (["--worker-urls", "ftp://x"], "use a form like http://127.0.0.1:8000"),
         (["--worker-urls", "http://127.0.0.1:9/v2"], "a replica's URL has no path"),
         (["--worker-urls", "http://127.0.0.1:9?a=b"], "a replica's URL has no path"),
-        (["--worker-urls", "127.0.0.1:9;size=2"], "use weight=, limit= or models="),
+        (["--worker-urls", "127.0.0.1:9;size=2"], "use weight=, limit=, models= or role="),
         (["--worker-urls", "127.0.0.1:9", "--processes", "0"], "use 1 to 128"),
         (["--worker-urls", "127.0.0.1:9", "--ssl-keyfile", "k"], "go together"),
         (["--worker-urls", "127.0.0.1:9", "--api-key-file", "/no/file"], "No such file"),

@@ -28,6 +28,11 @@ _EVENTS = {
     "queue_refused": "Requests refused because the queue was full.",
     "log_lines_dropped": "Log lines lost because they could not be written.",
     "task_failures": "Failures of background tasks, which were restarted.",
+    "handed_over": "Prompts that one replica computed for another.",
+    "hand_over_failed": "Prompts that were computed for another replica and did not get there; "
+    "one replica then did everything.",
+    "hand_over_unproven": "Times that replicas said they had handed prompts over, and their "
+    "counters had not moved.",
     "body_refused": "Requests refused because request bodies used all of their memory.",
 }
 _SECONDS = {

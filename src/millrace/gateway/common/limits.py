@@ -20,6 +20,10 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     before the first byte. max_resumptions: replicas that one stream may outlive. hold_timeout: how
     long a request waits while no replica is up; 0: it is refused at once. hold_size: requests that
     may wait so, in each process. hold_per_replica: how many of them a new replica gets at a time.
+    hand_over_prompt: prompt tokens, as estimated, from which a prompt is computed by one replica
+    and answered by another, where they have such roles. hand_over_ratio: prompt tokens for each
+    token of the answer, where the client bounds it, below which one replica does both.
+    hand_over_timeout: for the prompt.
     """
 
     max_concurrent_requests: int = 16384
@@ -44,6 +48,9 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hold_timeout: float = 0.0
     hold_size: int = 1024
     hold_per_replica: int = 64
+    hand_over_prompt: int = 2048
+    hand_over_ratio: float = 4.0
+    hand_over_timeout: float = 120.0
 
 
 class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

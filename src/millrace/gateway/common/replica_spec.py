@@ -12,6 +12,7 @@ from millrace.target import Target
 PolicyName = Literal[
     "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
 ]
+Role = Literal["", "prefill", "decode", "both"]
 DEFAULT_POLICY: PolicyName = "prefix_aware"
 _MAX_MODELS, _MAX_NAME = 1000, 500
 
@@ -41,12 +42,14 @@ class HealthPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A configured replica. source: where it comes from; a source removes only its own replicas.
-    models: empty to read them from the replica."""
+    models: empty to read them from the replica. role: in serving prompts and answers apart; empty
+    to read it from the replica."""
 
     target: Target
     weight: float = 1.0
     limit: int = 0
     models: tuple[str, ...] = ()
+    role: Role = ""
     source: str = "flags"
 
 

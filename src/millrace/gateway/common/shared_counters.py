@@ -38,6 +38,9 @@ EVENTS = (
     "cpu_ns",
     "log_lines_dropped",
     "task_failures",
+    "handed_over",
+    "hand_over_failed",
+    "hand_over_unproven",
 )
 PROCESS_GAUGES = (
     "interactive",

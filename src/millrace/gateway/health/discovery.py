@@ -11,11 +11,14 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
+
+import msgspec
 
 from millrace.common.http_client import Target, parse_base_url
 from millrace.common.tasks import restarted
 from millrace.errors import UserError
+from millrace.gateway.common.replica_spec import Role
 from millrace.gateway.health.health_monitor import HealthMonitor, ReplicaSpec
 
 
@@ -31,8 +34,8 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A file with one replica per line: a URL, then optionally `weight=`, `limit=` and `models=`
-    (with commas); `#` begins a comment. It is read every second."""
+    """A file with one replica per line: a URL, then optionally `weight=`, `limit=`, `role=`
+    and `models=` (with commas); `#` begins a comment. It is read every second."""
 
     interval = 1.0
 
@@ -55,15 +58,19 @@ def parse_spec(words: Sequence[str], source: str, where: str) -> ReplicaSpec:
     values: dict[str, str] = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
-        if not equals or key not in ("weight", "limit", "models"):
-            raise UserError(f"{where}: {word!r}: use weight=, limit= or models=")
+        if not equals or key not in ("weight", "limit", "models", "role"):
+            raise UserError(f"{where}: {word!r}: use weight=, limit=, models= or role=")
         values[key] = value
+    role = values.get("role", "")
+    if role not in get_args(Role):
+        raise UserError(f"{where}: role={role}: use prefill, decode or both")
     try:
         return ReplicaSpec(
             target=parse_base_url(words[0]),
             weight=float(values.get("weight", "1")),
             limit=int(values.get("limit", "0")),
             models=tuple(name for name in values.get("models", "").split(",") if name),
+            role=msgspec.convert(role, Role),
             source=source,
         )
     except UserError as error:

@@ -141,6 +141,7 @@ class HealthMonitor:
             weight=spec.weight,
             limit=spec.limit,
             models=spec.models,
+            role=spec.role,
         )
         self._next_id += 1
         reported_prefixes = ReportedPrefixes(self._counters, member.slot)
@@ -207,7 +208,8 @@ class HealthMonitor:
             check_spec(spec)
             monitored.spec = spec
             models = spec.models or monitored.served_models
-            self._set(monitored, weight=spec.weight, limit=spec.limit, models=models)
+            role = spec.role or monitored.health_probe.role
+            self._set(monitored, weight=spec.weight, limit=spec.limit, models=models, role=role)
 
     def find(self, id: int) -> Member | None:
         """The replica of that id."""
@@ -376,7 +378,9 @@ class HealthMonitor:
         if problem is UNCERTAIN:
             return
         if problem is None:
-            self._set(monitored, response_tag=monitored.health_probe.response_tag)
+            probe = monitored.health_probe
+            role = monitored.spec.role or probe.role
+            self._set(monitored, response_tag=probe.response_tag, role=role)
             if self._must_read_models(monitored):
                 await self._read_models(monitored)
             if time.monotonic() < monitored.ejected_until:

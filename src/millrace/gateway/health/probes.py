@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from millrace.common.http_client import Response, Target, error_text, fetch
+from millrace.gateway.common.replica_spec import Role
 from millrace.gateway.http.request_info import Kind
 
 # Several tokens: prompts of one token take a code path that fails in some engines.
@@ -20,6 +21,7 @@ _PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperatur
 
 class _Health(msgspec.Struct):
     response_tag: str = ""
+    role: Role = ""
 
 
 _read_health = msgspec.json.Decoder(_Health).decode
@@ -47,7 +49,8 @@ class ServedModels(msgspec.Struct, frozen=True):
 class HealthProbe:
     """Questions to one replica. headers: sent with each. timeout, probe_timeout: seconds for an
     answer, and for a completion. misses: checks in a row without an answer that are evidence.
-    response_tag: what the ids of its stored responses hold, as it last said.
+    response_tag: what the ids of its stored responses hold, and role: of the replica, as it last
+    said.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class HealthProbe:
         self._misses = misses
         self._missed = 0
         self.response_tag = ""
+        self.role: Role = ""
 
     async def check_health(self) -> Problem | None:
         """What is wrong by GET /health; None if nothing is, UNCERTAIN if it is not known yet."""
@@ -83,9 +87,10 @@ class HealthProbe:
         self._missed = 0
         if response.status != 200:
             return Problem(f"/health says {response.status} ({error_text(response.body)})")
-        self.response_tag = ""
+        self.response_tag = self.role = ""
         with contextlib.suppress(msgspec.DecodeError):
-            self.response_tag = _read_health(response.body).response_tag
+            said = _read_health(response.body)
+            self.response_tag, self.role = said.response_tag, said.role
         return None
 
     async def read_models(self) -> ServedModels | None:

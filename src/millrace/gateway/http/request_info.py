@@ -73,8 +73,8 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     stream that another replica can resume, if the first one sends token ids. resume_token_ids:
     output tokens that the client itself resumes from. response_tag: of the replica that keeps the
     stored response which it names; empty: any will do. seed: drawn here if the client set none, so
-    that a resumed stream draws the same noise. can_prepend_fields: the body has none of the fields
-    that `body_for` adds.
+    that a resumed stream draws the same noise. single: one prompt with one answer.
+    can_prepend_fields: the body has none of the fields that `body_for` adds.
     """
 
     request: Request
@@ -94,6 +94,7 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     seed: int | None = None
     can_prepend_fields: bool = False
     has_tools: bool = False
+    single: bool = False
     include_usage: bool = False
 
     @property
@@ -158,6 +159,7 @@ def _generation(
     bound = body.max_completion_tokens or body.max_tokens or body.max_output_tokens
     named = body.prompt_cache_key or body.session_id or body.user
     single = body.n in (None, 1) and body.best_of in (None, 1) and not body.echo
+    one_prompt = _has_single_prompt(prompt, chat)
     return RequestInfo(
         request=request,
         chat=chat,
@@ -169,7 +171,8 @@ def _generation(
         max_tokens=bound or (16 if path == _COMPLETIONS else None),
         affinity_key=key or (named.encode() if named else salt.encode() + prompt[:1024]),
         service_class="batch" if body.service_tier in ("flex", "batch") else service_class,
-        resumable=known and bool(body.stream) and single and _has_single_prompt(prompt, chat),
+        resumable=known and bool(body.stream) and single and one_prompt,
+        single=single and one_prompt,
         response_tag=_named_by(body) if path == RESPONSES else "",
         wants_token_ids=body.return_token_ids is True,
         resume_token_ids=tuple(body.resume_token_ids or ()),

@@ -95,6 +95,11 @@ LIMITS_HELP: Mapping[str, str] = {
     "hold_timeout": "Seconds that a request waits while no replica is up; 0: none waits.",
     "hold_size": "Requests that may wait so, per gateway process.",
     "hold_per_replica": "How many of these a new replica gets at a time.",
+    "hand_over_prompt": "Least prompt tokens, as estimated, of a request whose prompt one replica "
+    "computes (role prefill) and another answers (role decode).",
+    "hand_over_ratio": "Least prompt tokens of such a request for each token of its answer, where "
+    "it bounds that.",
+    "hand_over_timeout": "Seconds that such a prompt may take.",
     "max_kept_bytes": "Bytes of a stream that are kept to resume it on another replica; a longer "
     "stream cannot be resumed. 0: no stream is.",
 }

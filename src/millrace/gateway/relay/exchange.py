@@ -29,6 +29,7 @@ from millrace.gateway.http.message import (
 )
 from millrace.gateway.http.request_info import read_request_info
 from millrace.gateway.relay.fast_path import FastPath
+from millrace.gateway.relay.hand_over import HandOver, whole
 from millrace.gateway.relay.idle_timeout import IdleTimeout
 from millrace.gateway.relay.relay import Client, Relay
 from millrace.gateway.relay.replica_connection import ReplicaConnection
@@ -80,6 +81,7 @@ class Exchange:
         self._busy_reply: LocalReply | None = None
         self._connection: ReplicaConnection | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._hand_over: HandOver | None = None
         self._hold_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # queue timeout, or wait for a replica
         self._idle_timeout = IdleTimeout(
@@ -188,7 +190,20 @@ class Exchange:
         if self._timer is not None:
             self._timer.cancel()
         self._idle_timeout.start()
+        relay = self._relay
+        if relay.replicas.has_roles:
+            self._hand_over = HandOver(relay, self.request, self.info)
+            if self._hand_over.pays():
+                self._opening = self._loop.create_task(self._compute_prompt(self._hand_over))
+                return
         self._attempt()
+
+    async def _compute_prompt(self, hand_over: HandOver) -> None:
+        """Have one replica compute the prompt, for another to answer."""
+        await hand_over.compute(self)
+        self._opening = None
+        if not self._finished:
+            self._attempt()
 
     def cancel(self) -> None:
         """The client has gone; the replica notices when its connection closes."""
@@ -210,6 +225,9 @@ class Exchange:
 
     def _attempt(self) -> None:
         capable = self._stream.capable(self._candidates.untried())
+        if self._hand_over is not None and capable:
+            resuming = self._stream.resuming  # then the client has what only tokens can continue
+            capable = whole(capable) if resuming else self._hand_over.answerers(capable)
         if not capable:
             self._no_replica_left()
             return
@@ -238,6 +256,8 @@ class Exchange:
     def _send(self, connection: ReplicaConnection) -> None:
         self._connection = connection
         path, body = self._stream.build_request(connection.replica.member.kind)
+        if self._hand_over is not None and not self._stream.resuming:
+            body = self._hand_over.answer_body(body)
         upstream = self._relay.upstream(connection.replica)
         data = request_bytes(self.request, upstream, body, path)
         if self._client.paused:
@@ -252,6 +272,9 @@ class Exchange:
         """The response's head has come, and `first`, the start of its body. False: the request goes
         to another replica instead."""
         status = head.status
+        if self._hand_over is not None and self._hand_over.broke(status, first):
+            self._answer_whole(self._hand_over, f"{status} ({error_text(first)})")
+            return False
         if status in _BUSY and not self._is_last_answer(status, head, first):
             return False
         if status == 404 and self._is_asked_everywhere and self._candidates.untried():
@@ -270,6 +293,8 @@ class Exchange:
         if error is not None and error.by_server and self._candidates.untried():
             self.failed(f"began its stream with an error ({error.message})")
             return False
+        if self._hand_over is not None and status == 200 and self.replica is not None:
+            self._hand_over.answered(self.replica)
         self.status, self._delimited = status, head.delimited
         self.first_byte = time.perf_counter() - self.began
         self._relay.process_counters.observe_first_byte(self.first_byte)
@@ -284,6 +309,14 @@ class Exchange:
             self._relay.process_counters.count_event("unprotected")
         self._client.buffer_head(response_head(head, self._keep_alive, request.id))
         return True
+
+    def _answer_whole(self, hand_over: HandOver, reason: str) -> None:
+        """The record of the prompt did not get to the replica: any one does everything."""
+        assert self.replica is not None
+        hand_over.give_up(f"{self.replica.target} answered {reason}")
+        self._release_replica(reusable=False)
+        self._candidates.reset(keep_last=False)
+        self._attempt()
 
     @property
     def _is_asked_everywhere(self) -> bool:

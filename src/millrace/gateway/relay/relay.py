@@ -19,6 +19,7 @@ from millrace.gateway.http.message import LocalReply, Request, Upstream
 from millrace.gateway.relay.access import Access
 from millrace.gateway.relay.access_log import LoggedRequest
 from millrace.gateway.relay.connection_pool import Pool
+from millrace.gateway.relay.pair_checks import PairChecks
 from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.first_copies import FirstCopies
@@ -113,6 +114,9 @@ class Relay:
         self.bodies = BodyBudget(limits, self.process_counters)
         self.pool = Pool(limits)
         self.clients: set[Client] = set()
+        key = self.access.worker_api_key
+        headers = (("Authorization", f"Bearer {key}"),) if key else ()
+        self.pair_checks = PairChecks(self.process_counters, headers)
         self.closing = False
         self._published = _process_totals()
         replicas.on_lost = self._lost
@@ -169,6 +173,7 @@ class Relay:
         """Close every connection at once, also those with a running request."""
         for client in list(self.clients):
             client.close()
+        self.pair_checks.close()
         self.pool.close()
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from millrace.common.http_client import Target
 from millrace.gateway.common.clock import LOOP_CLOCK, Clock
+from millrace.gateway.common.replica_spec import Role
 from millrace.gateway.common.shared_counters import (
     BYTES,
     CHUNKS,
@@ -47,7 +48,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     running requests will not end. failing: requests met failures since its last success.
     slow_start_from: the moment at which slow start began; None for full weight. limit:
     concurrent requests, 0 for any number. response_tag: stands in the ids of the responses that it
-    stores; empty if it says none.
+    stores; empty if it says none. role: in serving prompts and answers apart; empty: none.
     """
 
     id: int
@@ -63,6 +64,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     kind: Kind = "other"
     response_tag: str = ""
+    role: Role = ""
 
 
 class InFlight(Protocol):
@@ -151,6 +153,7 @@ class ReplicaSet:
         self._slow_start = slow_start
         self._slot_count = 0
         self._ramping = False
+        self.has_roles = False  # whether any computes prompts for others, or answers them
         self._mean_output = _INITIAL_MEAN_OUTPUT
 
     # --- membership ------------------------------------------------------------------------------
@@ -173,6 +176,7 @@ class ReplicaSet:
         self.all = sorted(made, key=lambda replica: replica.slot)
         self._slot_count = max((r.slot for r in made), default=-1) + 1
         self._ramping = any(r.member.slow_start_from is not None for r in made)
+        self.has_roles = any(r.member.role for r in made)
         for replica in gone.values():
             replica.removed = True
             self.on_removed(replica)

@@ -79,7 +79,7 @@ class Pages:
         or the server begins to stop, else 503."""
         if not self._client.healthy:
             raise unavailable(self._client)
-        return json_response(Health("ok", self._context.response_tag))
+        return json_response(Health("ok", self._context.response_tag, self._client.role or ""))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""

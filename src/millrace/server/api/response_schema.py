@@ -264,10 +264,12 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Answer of /health. response_tag: stands in the ids of the responses that are stored here."""
+    """Answer of /health. response_tag: stands in the ids of the responses that are stored here.
+    role: in serving prompts and answers apart, if it has one."""
 
     status: Literal["ok"]
     response_tag: str = ""
+    role: Literal["", "prefill", "decode", "both"] = ""
 
 
 class Version(msgspec.Struct, frozen=True):

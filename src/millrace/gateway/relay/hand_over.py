@@ -1,0 +1,195 @@
+"""A prompt that one replica computes and another answers, for one request.
+
+The replica with role `prefill` gets the request with an answer of one token, and says by what the
+other one takes the record of the prompt (kv_transfer_params, as vLLM speaks them). The client's own
+request then goes to a replica with role `decode`, with that. Where it would not pay, where there is
+no pair, and where the hand-over fails, one replica does everything; a failure is counted and
+logged. How a record moves is the replicas' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Raw
+
+from millrace.common.http_client import connect, error_text
+from millrace.gateway.http.message import Request, request_bytes
+from millrace.gateway.http.request_info import RequestInfo
+from millrace.gateway.routing.load_account import LoadAccount
+from millrace.gateway.routing.replicas import InFlight, Replica
+
+if TYPE_CHECKING:
+    from millrace.gateway.relay.relay import Relay
+
+logger = logging.getLogger(__name__)
+
+PATHS = (b"/v1/completions", b"/v1/chat/completions")
+PARAMS = "kv_transfer_params"
+FAILED = b"kv_transfer_failed"  # the code of an error of a replica that got no record
+_TRIES = 2  # replicas that may compute the prompt
+_ASK = {
+    "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+    "remote_block_ids": None, "remote_host": None, "remote_port": None,
+}  # fmt: skip
+_OF_THE_ANSWER = (
+    "stream", "stream_options", "max_tokens", "max_completion_tokens", "min_tokens", "n",
+    "logprobs", "top_logprobs", "resume_token_ids",
+)  # fmt: skip
+_WHOLE_PROMPT = (b'"prompt_logprobs"', b'"echo"', b'"kv_transfer_params"')
+
+
+class _Computed(msgspec.Struct):
+    """What is read of the first replica's answer."""
+
+    kv_transfer_params: dict[str, Any] | None = None
+    kv_transfer_error: str = ""
+
+
+_decode = msgspec.json.Decoder(_Computed).decode
+
+
+class HandOver:
+    """params: by what the second replica takes the record; empty: nothing is handed over.
+    prefiller: the replica that computed the prompt."""
+
+    def __init__(self, relay: Relay, request: Request, info: RequestInfo) -> None:
+        self._relay, self._request, self._info = relay, request, info
+        self.params: dict[str, Any] = {}
+        self.prefiller: Replica | None = None
+
+    # --- whether it pays, and where -----------------------------------------------------------
+
+    def pays(self) -> bool:
+        """Whether the request is one for two replicas, and there are such."""
+        info, limits = self._info, self._relay.limits
+        if info.prompt_tokens < limits.hand_over_prompt or not self._single():
+            return False
+        answer = info.max_tokens
+        if answer is not None and info.prompt_tokens < limits.hand_over_ratio * answer:
+            return False
+        return bool(self._prefillers(())) and answer != 1
+
+    def _single(self) -> bool:
+        """Whether it is one prompt with one answer, of an API that hands over, and computes no more
+        than the answer."""
+        info, request = self._info, self._request
+        path = request.path.partition(b"?")[0]
+        known = path in PATHS and info.single and not info.resume_token_ids
+        return known and not any(name in request.body for name in _WHOLE_PROMPT)
+
+    def _prefillers(self, tried: Sequence[Replica]) -> list[Replica]:
+        """Those that may compute the prompt: there is another of their kind to answer it."""
+        available = self._relay.replicas.available(tried, self._info.model)
+        return [
+            one
+            for one in available
+            if one.member.role in ("prefill", "both") and self._answerers(available, one)
+        ]
+
+    def _answerers(self, replicas: Sequence[Replica], prefiller: Replica) -> list[Replica]:
+        checks = self._relay.pair_checks
+        return [
+            one
+            for one in replicas
+            if one is not prefiller
+            and one.member.role in ("decode", "both")
+            and one.member.kind == prefiller.member.kind
+            and not checks.is_broken(prefiller, one)
+        ]
+
+    def answerers(self, replicas: Sequence[Replica]) -> Sequence[Replica]:
+        """Those of the replicas that may answer the prompt; gives up the record if none may."""
+        if self.prefiller is not None and self.params:
+            if found := self._answerers(replicas, self.prefiller):
+                return found
+            self.give_up("no replica is left that could take it")
+        return whole(replicas)
+
+    # --- the prompt ---------------------------------------------------------------------------
+
+    async def compute(self, exchange: InFlight) -> None:
+        """Have the prompt computed; `params` is empty afterwards if that failed."""
+        tried: list[Replica] = []
+        while len(tried) < _TRIES and (found := self._prefillers(tried)):
+            replica = self._relay.policy.pick(found, self._info)
+            tried.append(replica)
+            account = LoadAccount(self._relay.replicas)
+            account.begin(replica, self._info, 0, exchange)
+            try:
+                async with asyncio.timeout(self._relay.limits.hand_over_timeout):
+                    self.params = await self._compute_at(replica)
+            except (OSError, ValueError) as error:
+                self._note(f"{replica.target}: {error or 'no answer in time'}")
+                continue
+            finally:
+                account.end(replica, exchange)
+            self.prefiller = replica
+            self._relay.process_counters.count_event("handed_over")
+            return
+
+    async def _compute_at(self, replica: Replica) -> dict[str, Any]:
+        """Raises OSError or ValueError, which say why there is no record."""
+        upstream = self._relay.upstream(replica)
+        connection = await connect(replica.target)
+        try:
+            data = request_bytes(self._request, upstream, self._prompt_body())
+            response = await connection.send(data)
+        finally:
+            connection.close()
+        if response.error is not None:
+            raise ConnectionError(response.error)
+        if response.status != 200:
+            raise ValueError(f"answered {response.status} ({error_text(response.body)})")
+        answer = _decode(response.body)
+        if not answer.kv_transfer_params:
+            raise ValueError(
+                f"handed nothing over ({answer.kv_transfer_error or 'it says no why'})"
+            )
+        return answer.kv_transfer_params
+
+    def _prompt_body(self) -> bytes:
+        """The client's body, with an answer of one token that is kept here."""
+        fields = msgspec.json.decode(self._request.body, type=dict[str, Raw])
+        kept = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}
+        return msgspec.json.encode({**kept, "stream": False, "max_tokens": 1, PARAMS: _ASK})
+
+    # --- the answer ---------------------------------------------------------------------------
+
+    def answer_body(self, body: bytes) -> bytes:
+        """The body for the second replica."""
+        if not self.params:
+            return body
+        field = msgspec.json.encode({PARAMS: self.params})[:-1]
+        return field + b"," + body[body.index(b"{") + 1 :]
+
+    def broke(self, status: int, first: bytes) -> bool:
+        """Whether this answer means that the second replica got no record. first: of its body."""
+        if not self.params or status < 500:
+            return False
+        return FAILED in first or status == 500
+
+    def answered(self, replica: Replica) -> None:
+        """The second replica has begun its answer. Millrace's fails without the record; whether
+        others had it, their counters tell."""
+        if self.params and self.prefiller is not None and replica.member.kind != "millrace":
+            self._relay.pair_checks.handed_over(self.prefiller, replica)
+
+    def give_up(self, reason: str) -> None:
+        """The record did not get there: one replica does everything."""
+        self.params = {}
+        self._note(reason)
+
+    def _note(self, reason: str) -> None:
+        self._relay.process_counters.count_event("hand_over_failed")
+        logger.warning("a prompt is not handed over: %s", reason)
+
+
+def whole(replicas: Sequence[Replica]) -> Sequence[Replica]:
+    """Those that answer prompts of their own: not those for prompts alone, while there are
+    others."""
+    return [one for one in replicas if one.member.role != "prefill"] or replicas

@@ -1,0 +1,213 @@
+"""Prompts that one replica computes and another answers: which go, what happens where they do not
+get there, and vLLM pairs whose counters do not move."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from millrace.common.http_client import Response, Target, fetch, parse_url
+from millrace.gateway.app import Gateway
+from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.health.health_monitor import ReplicaSpec
+from millrace.gateway.relay import pair_checks
+from tests.support.gateways import gateway
+from tests.support.mock_replica import MockReplica, next_token
+from tests.support.running import eventually, run
+
+PROMPT = list(range(1, 41))
+LIMITS = GatewayLimits(hand_over_prompt=32, hand_over_ratio=2.0)
+
+
+class Paired(MockReplica):
+    """A replica that hands prompts over. records: those that it has computed and nobody has taken.
+
+    fault: "null": it hands nothing over; "lost": what it should take is gone; "recompute": the
+    same, and it says nothing, like vLLM. taken: tokens that came, which /metrics shows.
+    """
+
+    def __init__(self, kind: str, role: str, fault: str = "") -> None:
+        super().__init__(kind=kind, name=role)
+        self.role, self.fault = role, fault
+        self.records: dict[str, int] = {}
+        self.taken = 0
+        self.partners: dict[str, Paired] = {}
+
+    async def _complete(
+        self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> None:
+        params = body.get("kv_transfer_params") or {}
+        if params.get("do_remote_decode"):
+            name = f"record-{len(self.bodies)}"
+            self.records[name] = len(PROMPT) - 1
+            answer = {"do_remote_prefill": True, "remote_request_id": name, "from": self.name}
+            given = None if self.fault == "null" else answer
+            self._plain(writer, 200, {"choices": [{}], "kv_transfer_params": given})
+            return
+        if params.get("do_remote_prefill"):
+            if self.fault == "lost":
+                error = {"message": "did not come", "code": "kv_transfer_failed"}
+                self._plain(writer, 502, {"error": error})
+                return
+            if self.fault != "recompute":
+                partner = self.partners[params["from"]]
+                self.taken += partner.records.pop(params["remote_request_id"])
+        await super()._complete(path, body, writer)
+
+    def _get(self, path: str, writer: asyncio.StreamWriter) -> None:
+        if path == "/health":
+            self._plain(writer, 200, {"role": self.role if self.kind == "millrace" else ""})
+        elif path == "/metrics":
+            self._text(writer, f'vllm:external_prefix_cache_hits_total{{a="b"}} {self.taken}\n')
+        else:
+            super()._get(path, writer)
+
+
+Scenario = Callable[[Gateway, Target, dict[str, Paired]], Awaitable[None]]
+
+
+def with_pair(scenario: Scenario, kind: str = "millrace", **faults: str) -> None:
+    """Run it with a replica for prompts, one for answers, and one for both of its own."""
+
+    async def whole() -> None:
+        made = {
+            role: Paired(kind, role, faults.get(role or "plain", ""))
+            for role in ("prefill", "decode", "")
+        }
+        for one in made.values():
+            one.partners = made
+            await one.start()
+        specs = [
+            ReplicaSpec(target=parse_url(one.url), role=role if kind == "vllm" else "")  # type: ignore[arg-type]
+            for role, one in made.items()
+        ]
+        async with gateway(replicas=specs, limits=LIMITS) as (started, target):
+            await eventually(lambda: started.replicas.has_roles)
+            await scenario(started, target, made)
+        for one in made.values():
+            await one.stop()
+
+    run(whole())
+
+
+async def ask(target: Target, path: str = "/v1/completions", **more: Any) -> Response:
+    body = {"prompt": PROMPT, "max_tokens": 8, "stream": True, **more}
+    return await fetch(target, path, method="POST", body=json.dumps(body).encode(), timeout=20)
+
+
+def tokens(response: Response) -> str:
+    assert response.status == 200, response.body
+    events = [json.loads(e[6:]) for e in response.body.split(b"\n\n") if e[:7] == b"data: {"]
+    return "".join(e["choices"][0]["text"] for e in events if e["choices"])
+
+
+RIGHT = "".join(f"w{next_token(PROMPT, at)} " for at in range(8))
+
+
+@pytest.mark.parametrize("kind", ["millrace", "vllm"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_goes_from_one_to_the_other(kind: str, stream: bool) -> None:
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        response = await ask(target, stream=stream, min_tokens=2, stream_options=None)
+        assert response.status == 200
+        assert not stream or tokens(response) == RIGHT
+        [first], [second] = replicas["prefill"].bodies, replicas["decode"].bodies
+        assert (first["max_tokens"], first["stream"]) == (1, False)
+        assert "min_tokens" not in first
+        assert first["prompt"] == second["prompt"] == PROMPT
+        assert second["max_tokens"] == 8
+        assert replicas["decode"].taken == len(PROMPT) - 1
+        assert not replicas[""].bodies
+        events = made.counters.events()
+        assert (events["handed_over"], events["hand_over_failed"]) == (1, 0)
+
+    with_pair(scenario, kind)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": PROMPT[:8]},  # short
+        {"max_tokens": 30},  # a long answer
+        {"n": 2, "stream": False},
+        {"prompt_logprobs": 1},
+        {"max_tokens": 1},
+        {"resume_token_ids": [5]},
+    ],
+)
+def test_what_would_not_pay_is_done_by_one_replica(more: dict[str, Any]) -> None:
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        for _ in range(4):
+            assert (await ask(target, **more)).status == 200
+        assert not replicas["prefill"].bodies, "it is for prompts of others"
+        assert all("kv_transfer_params" not in body for body in replicas["decode"].bodies)
+        assert made.counters.events()["handed_over"] == 0
+
+    with_pair(scenario)
+
+
+@pytest.mark.parametrize(
+    ("faults", "handed"),
+    [({"prefill": "null"}, 0), ({"decode": "lost"}, 1), ({"prefill": "down"}, 0)],
+)
+def test_where_nothing_moves_one_replica_does_everything_and_it_is_counted(
+    faults: dict[str, str], handed: int
+) -> None:
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        if "down" in faults.values():
+            replicas["prefill"].behaviour = "error"
+            replicas["prefill"].fault = ""
+            plain = replicas["prefill"]
+
+            async def error(path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+                plain._plain(writer, 500, {"error": {"message": "broken"}})
+
+            plain._complete = error  # type: ignore[method-assign]
+        assert tokens(await ask(target)) == RIGHT
+        events = made.counters.events()
+        assert (events["handed_over"], events["hand_over_failed"]) == (handed, 1)
+
+    with_pair(scenario, **faults)
+
+
+def test_a_decode_replica_that_breaks_off_is_followed_by_another() -> None:
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        replicas["decode"].cut_after = 3
+        assert tokens(await ask(target)) == RIGHT
+        assert made.counters.events()["resumed"] == 1
+        assert replicas[""].bodies[-1]["resume_token_ids"]
+        assert "kv_transfer_params" not in replicas[""].bodies[-1]
+
+    with_pair(scenario)
+
+
+def test_a_vllm_pair_whose_counters_stand_still_is_reported_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pair_checks, "READ_AFTER", 0.01)
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        assert tokens(await ask(target)) == RIGHT
+        await eventually(lambda: made.counters.events()["hand_over_unproven"] == 1)
+        before = len(replicas["prefill"].bodies)
+        assert tokens(await ask(target)) == RIGHT
+        assert len(replicas["prefill"].bodies) == before
+
+    with_pair(scenario, "vllm", decode="recompute")
+
+
+def test_a_vllm_pair_that_hands_over_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_checks, "READ_AFTER", 0.01)
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        for _ in range(3):
+            assert tokens(await ask(target)) == RIGHT
+        await asyncio.sleep(0.1)
+        events = made.counters.events()
+        assert (events["handed_over"], events["hand_over_unproven"]) == (3, 0)
+
+    with_pair(scenario, "vllm")
