@@ -217,8 +217,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     prompt) and its last one are evicted after all others. tag: by which `Outputs.moved` names its
     prefix; 0: by none. hand_over: the name by which another engine may take the record of all
     prompt tokens but the last; empty: none may. source: the record that the prompt goes on from;
-    without it the request does not run. `params.n` is the server's business: each output is a
-    request of its own.
+    without it the request does not run. background: others go first (engine/background.py).
+    `params.n` is the server's business: each output is a request of its own.
     """
 
     id: str
@@ -237,6 +237,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     tag: int = 0
     hand_over: str = ""
     source: RecordSource | None = None
+    background: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -122,6 +122,7 @@ def test_a_prompt_that_comes_twice_in_a_row_is_found(
     partial=st.integers(0, 2),
     long=st.integers(0, 2),
     policy=st.sampled_from(["snapshot", "page"]),
+    background=st.sampled_from([0.0, 0.5]),
 )
 def test_every_mix_of_requests_brings_the_right_tokens(
     seed: int,
@@ -137,9 +138,10 @@ def test_every_mix_of_requests_brings_the_right_tokens(
     partial: int,
     long: int,
     policy: str,
+    background: float,
 ) -> None:
-    """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, requests that
-    resume or wait for another's prompt: none of it changes a token.
+    """Shared prefixes, chunks, drafts, preemption, aborts, pipelining, priorities, batch work,
+    requests that resume or wait for another's prompt: none of it changes a token.
     """
     rng = random.Random(seed)
     lim = limits(
@@ -176,6 +178,7 @@ def test_every_mix_of_requests_brings_the_right_tokens(
             resume=output[:resumed],
             wait_for=wait_for,
             priority=rng.randint(-1, 1),
+            background=rng.random() < background,
         )
         eng.add(source)
         wanted[name] = output[resumed:]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from millrace.engine import background
 from tests.support.engines import assert_same, build, generate, run, with_few_pages
 
 _rng = random.Random(0)
@@ -120,6 +122,19 @@ def test_same_tokens_when_preempted(
     engine = with_few_pages(engine, 18)  # one longest sequence and a little
     got = generate(engine, PROMPTS)
     assert engine.stats().preemptions > 0
+    assert_same(tiny_model, PROMPTS, cold, got)
+    engine.close()
+
+
+@pytest.mark.parametrize(("k", "pipelined"), [(0, False), (3, True)])
+def test_same_tokens_beside_batch_work(
+    tiny_model: Path, cold: list[list[int]], k: int, pipelined: bool
+) -> None:
+    """Rows that miss steps, often and at any time, go on as if they had not."""
+    engine = build(tiny_model, **mtp(k, async_scheduling=pipelined))
+    others = frozenset(range(0, len(PROMPTS), 2))
+    with mock.patch.object(background, "STEPS", 3), mock.patch.object(background, "ROWS", 2):
+        got = generate(engine, PROMPTS, background=others)
     assert_same(tiny_model, PROMPTS, cold, got)
     engine.close()
 

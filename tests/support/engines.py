@@ -56,14 +56,20 @@ def generate(
     *,
     between: Callable[[], None] | None = None,
     salts: Sequence[str] | None = None,
+    background: frozenset[int] = frozenset(),
     **params: Any,
 ) -> list[list[int]]:
-    """Every prompt's tokens, all of them added at once. salts: each prompt's cache salt."""
+    """Every prompt's tokens, all of them added at once. salts: each prompt's cache salt.
+    background: the numbers of those that are batch work."""
     salts = salts or [""] * len(prompts)
     params = {"temperature": 0.0, "ignore_eos": True, **params}
     for index, prompt in enumerate(prompts):
         chosen = SamplingParams(max_tokens=max_tokens, **params)
-        engine.add(AddRequest(str(index), list(prompt), chosen, cache_salt=salts[index]))
+        request = AddRequest(
+            str(index), list(prompt), chosen, cache_salt=salts[index],
+            background=index in background,
+        )  # fmt: skip
+        engine.add(request)
     out: list[list[int]] = [[] for _ in prompts]
     while engine.has_work():
         for delta in engine.step():

@@ -5,10 +5,11 @@ accounted in kv_manager.py. What the device did is known only through `commit`. 
 may be planned ahead of the last known result; until then the host uses upper bounds of all lengths.
 
 A step has decode rows (each verifies its drafts), then chunks of prompts, as long as there are
-tokens, slots and pages. prompt_budget.py shares the tokens between prompts. waiting_queue.py says
-which waiting request may overtake another. Requests are ranked by priority, then by age. Without
-free pages the scheduler gives up cached prefixes first, and then preempts the request of the last
-rank, which waits again and is computed again.
+tokens, slots and pages. prompt_budget.py shares the tokens between prompts. background.py says when
+batch work runs. waiting_queue.py says which waiting request may overtake another. Requests are
+ranked by priority, then by age, batch work behind all others. Without free pages the scheduler
+gives up cached prefixes first, and then preempts the request of the last rank, which waits again
+and is computed again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from heapq import merge, nsmallest
 from itertools import groupby
 
+from millrace.engine.background import Turn, Turns, rows_beside
 from millrace.engine.draft_depth import DraftDepth
 from millrace.engine.kv_manager import KVManager
 from millrace.engine.plan_builders import make_admission, make_delta
@@ -84,6 +86,7 @@ class Scheduler:
         self._launched: deque[tuple[StepPlan, Step]] = deque()
         self._committed = Step(now=0.0)
         self._draining = False
+        self._turns, self._turn = Turns(), Turn.ALL
         self._following_steps = 0  # that are to come after one with a short prompt
         self._totals = _Totals(
             drafts=DraftStats(accepted=[0] * limits.drafts),
@@ -195,20 +198,52 @@ class Scheduler:
         decoding = [request for request in self.running if request.phase is Phase.DECODE]
         drafts = self.draft_depth.choose(decoding)
         step = Step(now=now, drafts=drafts, made=self._made, ends=self._kv_manager.take_ends())
+        self._turn = self._choose_turn()
+        if self._turn is not Turn.ALL:
+            self._make_room()
         self._plan_decode(step)
         self._plan_prompts(step)
+        if self._turn is not Turn.ALL and not (step.decode or step.chunks):
+            self._turn = Turn.ALL  # those whose turn it is wait for something
+            self._plan_decode(step)
+            self._plan_prompts(step)
         if self._tiers is not None:
             step.transfers, step.deletes = self._tiers.take(), self._tiers.take_deletes()
         if not (step.decode or step.chunks or step.ends or step.transfers or step.deletes):
             return None
         return self._record_launch(step)
 
+    def _choose_turn(self) -> Turn:
+        """Whose step it is: of all, or without the background, or of the background alone."""
+        ends = [*self.running[:1], *self.running[-1:], *self.waiting.ends]
+        sorts = {request.source.background for request in ends}
+        return self._turns.choose(False in sorts, True in sorts)
+
+    def _make_room(self) -> None:
+        """Preempt a request of the background if another one waits for its slot or pages. To be
+        called before anything is planned: no step may name it."""
+        first, victim = self.waiting.ends[:1], self.running[-1:]
+        if not first or first[0].source.background or not victim:
+            return
+        blocked = self.waiting.blocked
+        lacks_pages = blocked is not None and not blocked.source.background
+        idle = victim[0].source.background and victim[0].in_flight == 0
+        if idle and (lacks_pages or not self._kv_manager.slots.free):
+            self._preempt(victim[0])
+
     def _plan_decode(self, step: Step) -> None:
         page_size = self.limits.page_size
+        others = 0  # rows of the background, beside those that go first
         for request in list(self.running):
             if self._draining:
                 break
             if request.phase is not Phase.DECODE or self._certainly_done(request):
+                continue
+            if request.source.background and self._turn is Turn.FOREGROUND:
+                if others >= rows_beside(len(step.decode) - others):
+                    break  # by rank, so only the background is left
+                others += 1
+            elif not request.source.background and self._turn is Turn.BACKGROUND:
                 continue
             # A row writes draft rows up to 2k past its own length (the head drafts ahead of the
             # longest acceptance); none beyond the request's end is ever read.
@@ -252,14 +287,18 @@ class Scheduler:
 
     def _plan_prompts(self, step: Step) -> None:
         """Plan chunks of running and waiting prompts within the step's token budget."""
-        running = [request for request in self.running if request.phase is Phase.PREFILL]
+        running = [
+            request
+            for request in self.running
+            if request.phase is Phase.PREFILL and not self._turn.bars(request.source.background)
+        ]
         waiting = self._candidates()
         ready = running + waiting[: self._kv_manager.slots.free]
         decode_tokens = len(step.decode) * (step.drafts + 1)
         tokens = step_tokens(self.limits, decode_tokens, sum(r.missing for r in ready))
         budget = PromptBudget(self.limits, tokens, decode_tokens, self._following_steps > 0)
         prompts = merge(running, waiting, key=rank)
-        for _, group in groupby(prompts, key=lambda request: request.source.priority):
+        for _, group in groupby(prompts, key=lambda request: rank(request)[:2]):
             budget.start_priority()
             others = [r for r in group if not self._plan_whole(r, step, budget)]
             for request in others:
@@ -323,7 +362,9 @@ class Scheduler:
 
     def _waits_for_prefix(self, request: Request) -> bool:
         """Whether the request waits until another one's prompt is cached, or a lower tier's part
-        of its own is on the device."""
+        of its own is on the device, or until it is its turn."""
+        if self._turn.bars(request.source.background):
+            return True
         leader = self._requests.get(request.source.wait_for or "")
         return request.loading or (
             leader is not None

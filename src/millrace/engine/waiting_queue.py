@@ -40,6 +40,16 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def ends(self) -> list[Request]:
+        """The requests of the first and of the last rank; none if nothing waits."""
+        return [self._requests[0], self._requests[-1]] if self._requests else []
+
+    @property
+    def blocked(self) -> Request | None:
+        """The first of those that lack pages."""
+        return self._blocked
+
     def add(self, request: Request) -> None:
         insort(self._requests, request, key=rank)
 
@@ -84,6 +94,6 @@ class WaitingQueue:
         return blocked is not None and rank(blocked) < rank(request) and blocked.overtaken >= times
 
 
-def rank(request: Request) -> tuple[int, int]:
-    """Requests of a lower rank come first: by priority, then by age."""
-    return request.source.priority, request.ordinal
+def rank(request: Request) -> tuple[bool, int, int]:
+    """Requests of a lower rank come first: the background last, by priority, then by age."""
+    return request.source.background, request.source.priority, request.ordinal

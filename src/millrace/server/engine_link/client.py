@@ -130,8 +130,11 @@ class EngineClient:
         stream_interval: tokens that its reader waits for, if they are more than usual.
         """
         interval = max(self._stream_interval, stream_interval or 1)
+        seen = request_record.current.get()
+        if seen is not None and seen.background:
+            request = msgspec.structs.replace(request, background=True)
         stream = Stream(request, self._metrics, interval)
-        if (seen := request_record.current.get()) is not None:
+        if seen is not None:
             seen.streams.append(stream)
         if self.died is not None:
             stream.engine_died(EngineDeadError(str(self.died)))

@@ -50,6 +50,14 @@ class RequestRecord:
         return getattr(route, "path", "other")
 
     @property
+    def background(self) -> bool:
+        """Whether it is batch work, by its X-Service-Class."""
+        return any(
+            name == b"x-service-class" and value.strip().lower() == b"batch"
+            for name, value in self.scope["headers"]
+        )
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts. Of several outputs for one prompt, the first counts it."""
         return sum(stream.prompt_len for stream in self.streams if stream.counts_prompt)
