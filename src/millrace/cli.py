@@ -30,6 +30,11 @@ _COMMANDS = {
         "Render, check and follow a fleet on a cluster.",
     ),
     "bench": ("millrace.offline.command", "bench", "Measure servers and engines."),
+    "observe": (
+        "millrace.observe.command",
+        "observe",
+        "Sample a fleet; keep it; say where the wall is.",
+    ),
     "simulate": (
         "millrace.simulate.command",
         "simulate",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from millrace.hardware.nvml import Nvml, shared_memory, throttles
-from tests.support.fake_nvml import fake_nvml
+from tests.support.observed.fake_nvml import fake_nvml
 
 pytest.importorskip("pynvml")
 

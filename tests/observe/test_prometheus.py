@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -24,9 +21,7 @@ import yaml
 
 from millrace.common.sockets import free_port
 from millrace.observe.dashboards import DASHBOARDS, document
-from millrace.protocol import STEP_TOKENS, DraftStats, EngineStats, PartWork, WorkStats
-from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
-from millrace.server.telemetry.work_metrics import WorkMetrics
+from tests.support.observed.moving_replica import MovingReplica, served
 
 VLLM_PANELS = Path(__file__).with_name("vllm_panels.txt")
 VARIABLES = {
@@ -36,73 +31,11 @@ VARIABLES = {
 LIMIT = 60.0  # seconds until every query has an answer
 
 
-class Replica:
-    """A server whose figures move with every reading."""
-
-    def __init__(self) -> None:
-        self.requests, self.count = RequestMetrics(), 0
-        self._page = MetricsPage(
-            "m", self.requests, self._stats, lambda: {"block_size": "16"},
-            work=WorkMetrics(
-                self._work, lambda: "NVIDIA H200",
-                lambda: {"0": {"power_watts": 650.0, "power_limit_watts": 700.0,
-                               "energy_joules": 650.0 * self.count, "memory_used_bytes": 1e9}},
-            ),
-        )  # fmt: skip
-
-    def page(self) -> bytes:
-        self.count += 1
-        for histogram in vars(self.requests).values():
-            if hasattr(histogram, "buckets"):
-                histogram.observe(0.3)
-        for reason in ("stop", "length", "abort", "error"):
-            self.requests.finished[reason] += 1
-        for status in (200, 503):
-            self.requests.http["/v1/completions", "POST", status] += 1
-        self.requests.http_durations.observe("/v1/completions", "POST", 0.2)
-        return self._page.render()
-
-    def _stats(self) -> EngineStats:
-        n = self.count
-        moving = dict.fromkeys(
-            ("steps", "preemptions", "generated_tokens", "prefix_hits", "drafts", "draft_tokens",
-             "step_tokens_sum"), n,
-        )  # fmt: skip
-        return EngineStats(
-            **moving, prompt_tokens=2 * n, prefix_queries=2 * n, running=3, waiting=2,
-            total_pages=10, free_pages=5, accepted_per_position=[n, n // 2],
-            draft_methods={"mtp": DraftStats(n, n, [n])}, step_tokens=[n] * (len(STEP_TOKENS) + 1),
-        )  # fmt: skip
-
-    def _work(self) -> WorkStats:
-        n = float(self.count)
-        return WorkStats(n / 4, {"linear": PartWork("fp8", 1e14 * n, 1e12 * n, 1e9 * n)})
-
-
 @pytest.fixture(scope="module")
 def replica() -> Iterator[int]:
     """The port where the moving page is."""
-    source = Replica()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = source.page()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+    with served(MovingReplica().page) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ power and energy are those of the whole GPU. Nothing here keeps a process or wai
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,38 +66,37 @@ class Nvml:
             parts = list(self._instances(whole))
             for instance, handle in enumerate(parts) if parts else [(-1, whole)]:
                 name = str(nvml.nvmlDeviceGetName(handle))
-                uuid = str(self._try(nvml.nvmlDeviceGetUUID, handle) or "")
+                uuid = str(self._ask("nvmlDeviceGetUUID", handle) or "")
                 yield Device(index, instance, name, uuid, handle, whole)
 
     def _instances(self, handle: Any) -> Iterable[Any]:
         """The instances of a divided GPU; none of a whole one."""
-        mode = self._try(self._nvml.nvmlDeviceGetMigMode, handle)
+        mode = self._ask("nvmlDeviceGetMigMode", handle)
         if not mode or not mode[0]:
             return
-        for at in range(self._try(self._nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
-            instance = self._try(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, at)
+        for at in range(self._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+            instance = self._ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, at)
             if instance is not None:
                 yield instance
 
-    @staticmethod
-    def _try(read: Callable[..., Any], *arguments: Any) -> Any:
-        """An answer of the driver; None where the device has none."""
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        """An answer of the driver; None where the device, or an older library, has none."""
         with contextlib.suppress(Exception):
-            return read(*arguments)
+            return getattr(self._nvml, what)(*arguments)
         return None
 
     def sample(self, device: Device) -> dict[str, float]:
         """Figures of now: power_watts, power_limit_watts, energy_joules, utilization_ratio,
         memory_utilization_ratio, memory_used_bytes, memory_total_bytes, temperature_celsius,
         sm_clock_mhz, memory_clock_mhz, throttle (bits of THROTTLES)."""
-        nvml, found = self._nvml, {}
+        found: dict[str, float] = {}
         for name, read, scale in (
             ("power_watts", "nvmlDeviceGetPowerUsage", 1e-3),
             ("power_limit_watts", "nvmlDeviceGetEnforcedPowerLimit", 1e-3),
             ("energy_joules", "nvmlDeviceGetTotalEnergyConsumption", 1e-3),
             ("throttle", "nvmlDeviceGetCurrentClocksEventReasons", 1.0),
         ):
-            value = self._try(getattr(nvml, read, None) or _absent, device.parent)
+            value = self._ask(read, device.parent)
             if value is not None:
                 found[name] = value * scale
         for name, read, argument in (
@@ -105,14 +104,14 @@ class Nvml:
             ("sm_clock_mhz", "nvmlDeviceGetClockInfo", 1),
             ("memory_clock_mhz", "nvmlDeviceGetClockInfo", 2),
         ):
-            value = self._try(getattr(nvml, read), device.parent, argument)
+            value = self._ask(read, device.parent, argument)
             if value is not None:
                 found[name] = float(value)
-        rates = self._try(nvml.nvmlDeviceGetUtilizationRates, device.handle)
+        rates = self._ask("nvmlDeviceGetUtilizationRates", device.handle)
         if rates is not None:
             found["utilization_ratio"] = rates.gpu / 100
             found["memory_utilization_ratio"] = rates.memory / 100
-        memory = self._try(nvml.nvmlDeviceGetMemoryInfo, device.handle)
+        memory = self._ask("nvmlDeviceGetMemoryInfo", device.handle)
         if memory is not None:
             found["memory_used_bytes"] = float(memory.used)
             found["memory_total_bytes"] = float(memory.total)
@@ -125,10 +124,6 @@ class Nvml:
         seen = {d.index: self.sample(d).get("energy_joules") for d in self.devices}
         known = [value for value in seen.values() if value is not None]
         return sum(known) if known and len(known) == len(seen) else None
-
-
-def _absent(*_: Any) -> None:
-    """In place of a function that an older library has not."""
 
 
 def shared_memory(path: Path = MEMINFO) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 from millrace.bench.measure import telemetry
 from millrace.bench.report.save import check_raw
 from millrace.errors import UserError
+from millrace.hardware import nvml
 
 Replace = Callable[[str, str | None], None]
 NO_DRIVER = "def nvmlInit():\n    raise RuntimeError('NVML: driver not loaded')\n"
@@ -23,12 +24,12 @@ def nvmlDeviceGetName(handle): return "NVIDIA H200"
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_DRIVER", tmp_path)
+    monkeypatch.setattr(nvml, "DRIVER", tmp_path)
 
 
 @pytest.fixture
 def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(nvml, "DRIVER", tmp_path / "none")
 
 
 def test_gpus_that_can_be_read(driver: None, replace_package: Replace) -> None:

@@ -27,6 +27,7 @@ from millrace.bench.runs.serve import run as run_bench
 from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.http_client import encode_request, parse_url
 from millrace.errors import UserError
+from millrace.observe.store import read_events, read_meta
 from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import run
 
@@ -404,3 +405,15 @@ def test_a_redirect_to_another_server_is_named(location: str, refused: bool) -> 
             run(scenario())
     else:
         assert run(scenario()) == 2
+
+
+def test_a_run_is_observed_by_a_process_of_its_own(tmp_path: Path) -> None:
+    """Samples are kept with the run's phases marked, and the report is there behind it."""
+    out = tmp_path / "seen"
+    with mock("--kind", "millrace") as port:
+        done = call("--port", port, *SMALL, "--num-warmups", 1, "--observe", out)
+    assert done.exit_code == 0, done.output
+    assert [phase for _, phase in read_events(out)] == ["warm-up", "measured", "after"]
+    assert "report: " in (out / "observe.log").read_text()
+    assert (out / "report.html").exists()
+    assert f"127.0.0.1:{port}" in read_meta(out)["targets"]

@@ -12,7 +12,7 @@ from millrace.protocol import EngineStats, PartWork, WorkStats
 from millrace.server.telemetry.devices import DeviceSampler
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics
 from millrace.server.telemetry.work_metrics import Utilisation, WorkMetrics, peak_seconds
-from tests.support.fake_nvml import fake_nvml
+from tests.support.observed.fake_nvml import fake_nvml
 
 WORK = WorkStats(
     4.0,

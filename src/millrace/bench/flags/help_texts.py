@@ -68,6 +68,7 @@ HELP: Mapping[str, str] = {
     "reset_prefix_cache": "Empty the prefix caches before each run, where the server can do that.",
     "metrics_url": "Address of a replica whose /metrics is read.",
     "dcgm_url": "Address of a DCGM exporter, as http://host:9400.",
+    "observe": "Directory that keeps samples of servers, GPUs and this host, and their report.",
     "percentile_metrics": "Latencies in the table: any of ttft,tpot,itl,e2el.",
     "metric_percentiles": "Percentiles, comma-separated.",
     "goodput": "Objective in ms, as ttft:500; several may follow the flag.",

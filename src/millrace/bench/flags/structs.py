@@ -90,6 +90,7 @@ class ServeFlags(LoadFlags, frozen=True, kw_only=True):
     reset_prefix_cache: bool = False
     metrics_url: list[str] = []
     dcgm_url: str | None = None
+    observe: str | None = None
     percentile_metrics: str = "ttft,tpot,itl"
     metric_percentiles: str = "99"
     goodput: list[str] = []

@@ -56,6 +56,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     reset_prefix_cache: bool = False
     metrics_urls: tuple[str, ...] = ()
     dcgm_url: str | None = None
+    observe: str | None = None
     gpus: int | None = None
 
     @property

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
 
 import msgspec
 
@@ -23,12 +22,11 @@ from millrace.bench.measure.prometheus_reader import (
     read_page,
 )
 from millrace.common.http_client import Target, fetch, parse_url
-from millrace.common.optional import probe
 from millrace.errors import UserError
+from millrace.hardware.nvml import Nvml
 
 _EVERY_S = 1.0
 _LIMIT_S = 2.0  # for one page
-_DRIVER = Path("/proc/driver/nvidia")  # exists where NVIDIA's driver is loaded
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -164,52 +162,33 @@ def _combined(pages: list[MetricsPage]) -> dict[str, float]:
 
 
 class Gpus:
-    """This host's GPUs, read through NVML; none without the library or without GPUs. A missing
-    library is noted where there is a driver."""
+    """This host's GPUs, together. A library that is missing where there is a driver is a note."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self.notes: list[str] = []
-        self._handles: list[Any] = []
-        found, driver = probe("pynvml"), _DRIVER.exists()
-        self._nvml: Any = found.module
-        if found.module is None:
-            if driver or found.state == "broken":
-                self.notes.append(f"power of GPUs is left out: {found.problem}; {found.remedy}")
-            return
-        try:
-            self._find()
-        except Exception as error:
-            if driver:
-                self.notes.append(f"power of GPUs is left out: {type(error).__name__}: {error}")
-
-    def _find(self) -> None:
-        nvml = self._nvml
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        self.names = [str(nvml.nvmlDeviceGetName(handle)) for handle in handles]
-        self._handles = handles
-
-    def _each(self, read: str, *arguments: Any) -> list[Any]:
-        """The answer of each GPU; one without that figure (GB10 has no memory size) is left out."""
-        seen = []
-        for handle in self._handles:
-            with contextlib.suppress(Exception):
-                seen.append(getattr(self._nvml, read)(handle, *arguments))
-        return seen
+        self._nvml = Nvml()
+        problem = self._nvml.problem
+        self.names = [device.name for device in self._nvml.devices]
+        self.notes = [f"power of GPUs is left out: {problem}"] if problem else []
 
     def energy_j(self) -> float | None:
         """Joules since the driver was loaded, of all GPUs; None where one has no counter."""
-        seen = self._each("nvmlDeviceGetTotalEnergyConsumption")
-        return sum(seen) / 1e3 if seen and len(seen) == len(self._handles) else None
+        return self._nvml.energy_joules()
 
     def sample(self) -> dict[str, float]:
         """Power in W and memory in bytes over all GPUs, utilisation as a mean share."""
-        sample: dict[str, float] = {}
-        if power := self._each("nvmlDeviceGetPowerUsage"):
-            sample["power_w"] = sum(power) / 1e3
-        if rates := self._each("nvmlDeviceGetUtilizationRates"):
-            sample["utilization"] = sum(rate.gpu for rate in rates) / len(rates) / 100
-        if memory := self._each("nvmlDeviceGetMemoryInfo"):
-            sample["memory_used"] = float(sum(info.used for info in memory))
-        return sample
+        devices = self._nvml.devices
+        samples = [self._nvml.sample(device) for device in devices]
+        found = {}
+        whole = {device.index: one for device, one in zip(devices, samples, strict=True)}
+        if power := _known(whole.values(), "power_watts"):
+            found["power_w"] = sum(power)
+        if shares := _known(samples, "utilization_ratio"):
+            found["utilization"] = sum(shares) / len(shares)
+        if memory := _known(samples, "memory_used_bytes"):
+            found["memory_used"] = sum(memory)
+        return found
+
+
+def _known(samples: Iterable[Mapping[str, float]], name: str) -> list[float]:
+    """A figure of all samples that have it."""
+    return [sample[name] for sample in samples if name in sample]

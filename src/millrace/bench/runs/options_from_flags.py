@@ -55,6 +55,7 @@ def serve_options(flags: ServeFlags) -> BenchOptions:
         reset_prefix_cache=flags.reset_prefix_cache,
         metrics_urls=tuple(flags.metrics_url),
         dcgm_url=flags.dcgm_url,
+        observe=flags.observe,
     )
 
 

@@ -23,6 +23,7 @@ from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.process_pool import Outcome, open_pool
 from millrace.bench.load.records import RequestTiming
 from millrace.bench.load.request_builder import make_job
+from millrace.bench.measure.attached import AttachedObserver
 from millrace.bench.measure.client_overhead import ClientOverhead, measure_client
 from millrace.bench.measure.metrics import Summary, summarize
 from millrace.bench.measure.telemetry import Observation, Telemetry, find_replicas
@@ -85,9 +86,12 @@ async def run(
         await unless_stopped(pool.prepare(), stop)
         if on_start is not None:
             on_start(options.workload, pool.lengths)
-        await unless_stopped(warm_up(options, served.model), stop)
-        async with Telemetry(options) as telemetry:
-            outcome = await pool.run(stop, on_progress)
+        async with AttachedObserver(options) as observer:
+            observer.mark("warm-up")
+            await unless_stopped(warm_up(options, served.model), stop)
+            observer.mark("measured")
+            async with Telemetry(options) as telemetry:
+                outcome = await pool.run(stop, on_progress)
         return _run(options, served, pool.lengths, outcome, telemetry.observation)
 
 

@@ -1,0 +1,66 @@
+"""Figures of Prometheus pages: engines (Millrace, vLLM), gateways, exporters (DCGM, AMD, nodes).
+
+A page is recognised by what stands on it. Of an engine that has Millrace's names, vLLM's are left
+out, as they say the same; of histograms with many buckets only those of latencies keep them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from millrace.observe.sample import Row, labels_text
+
+KINDS = {
+    "engine": ("millrace:", "vllm:"),
+    "gateway": ("millrace_gateway_",),
+    "dcgm": ("DCGM_FI_",),
+    "amd": ("amd_", "gpu_"),
+    "node": ("node_",),
+}
+# Of a node's exporter: what the host's own figures are, too.
+_NODE = re.compile(
+    r"node_(cpu_seconds_total|memory_Mem(Total|Available)_bytes|load1|network_(receive|transmit)_bytes_total"
+    r"|pressure_.*|infiniband_port_data_.*)"
+)
+_PROCESS = ("process_cpu_seconds_total", "process_resident_memory_bytes",
+            "process_start_time_seconds", "process_open_fds")  # fmt: skip
+_BUCKETS = re.compile(
+    r"(millrace|vllm):(time_to_first_token|inter_token_latency|e2e_request_latency"
+    r"|request_queue_time)_seconds_bucket|millrace_gateway_first_byte_seconds_bucket"
+)
+_CREATED = "_created"
+
+
+def kind_of(text: str) -> str:
+    """What a page is of; empty for an unknown one. A gateway's may have engines' figures too."""
+    for kind in ("gateway", "engine", "dcgm", "node", "amd"):
+        if any(re.search(f"^{re.escape(prefix)}", text, re.MULTILINE) for prefix in KINDS[kind]):
+            return kind
+    return ""
+
+
+def read(t: float, source: str, text: str) -> Iterator[Row]:
+    """The figures of a page that are kept. Raises ValueError for a page that cannot be parsed."""
+    ours = "\nmillrace:" in f"\n{text}"
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _kept(line, ours))
+    for family in text_string_to_metric_families(kept):
+        for sample in family.samples:
+            yield Row(t, source, sample.name, labels_text(sample.labels), float(sample.value))
+
+
+def _kept(line: str, ours: bool) -> bool:
+    if line.startswith("#") or not line.strip():
+        return False
+    name = re.split(r"[{ ]", line, maxsplit=1)[0]
+    if name.endswith(_CREATED) or (ours and name.startswith("vllm:")):
+        return False
+    if name.endswith("_bucket"):
+        return _BUCKETS.fullmatch(name) is not None
+    if name.startswith("node_"):
+        return _NODE.fullmatch(name) is not None
+    if name.startswith("process_"):
+        return name in _PROCESS
+    return any(name.startswith(prefix) for kind in KINDS.values() for prefix in kind)

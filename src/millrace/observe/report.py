@@ -1,0 +1,184 @@
+"""The report of a run as one HTML file: phases, the wall of each in words, utilisation, charts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from millrace.hardware.gpus import Gpu, gpu_of_device
+from millrace.observe.charts import Line, chart, short
+from millrace.observe.figures import (
+    KV_USAGE,
+    NAMES,
+    OUTPUT,
+    POWER,
+    UTILIZATION,
+    WAITING,
+    Figures,
+    Kind,
+    Spread,
+    figures,
+    peaks,
+)
+from millrace.observe.findings import contradictions, walls
+from millrace.observe.phases import RUNNING, Phase, phases
+from millrace.observe.series import Array, Samples
+from millrace.observe.store import read_events, read_meta, read_rows
+
+REPORT = "report.html"
+
+
+def write_report(directory: Path) -> tuple[Path, list[Figures]]:
+    """Write report.html into a run's directory; returns it, and what each phase showed. Raises
+    UserError for a directory without samples."""
+    meta = read_meta(directory)
+    samples = Samples(row for row in read_rows(directory) if row.name in NAMES)
+    found = [figures(samples, phase) for phase in phases(samples, read_events(directory))]
+    gpu = _gpu(meta)
+    context = _context(meta, samples, found) | {
+        "phases": [_phase(one, *peaks(samples, gpu)) for one in found],
+        "charts": _charts(samples, [one.phase for one in found]),
+    }
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    text = resources.files("millrace.observe").joinpath("templates/report.html.j2").read_text()
+    for one in context["charts"]:
+        one["svg"] = Markup(one["svg"])  # made by us, of escaped names
+    target = directory / REPORT
+    target.write_text(Environment(autoescape=True).from_string(text).render(context))
+    return target, found
+
+
+def _gpu(meta: dict[str, Any]) -> Gpu | None:
+    names = list(meta.get("gpus", {}).values())
+    return gpu_of_device(names[0]) if names else None
+
+
+def _context(meta: dict[str, Any], samples: Samples, found: Sequence[Figures]) -> dict[str, Any]:
+    targets = [
+        {
+            "name": name, "kind": one["kind"], "restarts": one["restarts"],
+            "offset": _offset(one["clock_offset"], one["clock_error"]),
+        }
+        for name, one in meta.get("targets", {}).items()
+    ]  # fmt: skip
+    names = sorted(meta.get("gpus", {}).values())
+    counts = {name: names.count(name) for name in names}
+    return {
+        "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(samples.start)),
+        "seconds": f"{samples.end - samples.start:.0f}",
+        "interval": f"{meta.get('interval', 1):g}",
+        "targets": targets,
+        "gpus": ", ".join(f"{count} x {name}" for name, count in counts.items()),
+        "problems": meta.get("problems", []),
+    }
+
+
+def _offset(offset: float | None, error: float | None) -> str:
+    if offset is None or error is None:
+        return ""
+    return f"{offset * 1000:+.0f} ms, within {error * 1000:.0f}"
+
+
+def _phase(f: Figures, peak_flops: dict[str, float], peak_bytes: float | None) -> dict[str, Any]:
+    return {
+        "name": f.phase.name,
+        "seconds": f"{f.phase.end - f.phase.start:.0f}",
+        "walls": walls(f),
+        "contradictions": contradictions(f),
+        "rows": _rows(f),
+        "latencies": [
+            (name, *(f"{1000 * value:,.0f} ms" for value in quantiles))
+            for name, quantiles in f.latencies.items()
+        ],
+        "kinds": [_kind(kind, peak_flops, peak_bytes) for kind in f.kinds],
+    }
+
+
+def _rows(f: Figures) -> list[tuple[str, ...]]:
+    """(figure, value, and 5%, median and 95% of a gauge)."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, value: float | None, unit: str = "", share: bool = False) -> None:
+        if value is not None:
+            text = f"{value:.1%}" if share else f"{short(value)}{unit}"
+            rows.append((name, text, "", "", ""))
+
+    def lies(name: str, spread: Spread | None, unit: str = "", share: bool = False) -> None:
+        if spread is not None:
+            cells = (spread.low, spread.median, spread.high)
+            texts = [f"{c:.1%}" if share else f"{short(c)}{unit}" for c in cells]
+            rows.append((name, "", *texts))
+
+    add("output tokens / s", f.output_rate)
+    add("prompt tokens / s", f.prompt_rate)
+    add("requests / s", f.request_rate)
+    add("MFU, of the dense peak", f.mfu, share=True)
+    add("MBU, of the memory's peak", f.mbu, share=True)
+    add("time in which a step ran", f.busy, share=True)
+    add("accepted drafts", f.acceptance, share=True)
+    add("energy of an output token", f.joules_per_token, "J")
+    add("energy of a request", f.joules_per_request, "J")
+    add("processors of this host", f.host_busy, share=True)
+    add("sent over the network / s", f.network or None, "B")
+    lies("running requests", f.running)
+    lies("waiting requests", f.waiting)
+    lies("KV cache, fullest engine", f.kv_usage, share=True)
+    lies("power of all GPUs", f.power, "W")
+    lies("GPU busy, as the driver says", f.utilization, share=True)
+    lies("tensor pipes active (DCGM)", f.tensor_active, share=True)
+    lies("DRAM active (DCGM)", f.dram_active, share=True)
+    return rows
+
+
+def _kind(kind: Kind, peak_flops: dict[str, float], peak_bytes: float | None) -> dict[str, str]:
+    """A row of the roofline table."""
+    compute = kind.flops / peak_flops[kind.unit] if peak_flops.get(kind.unit) else None
+    memory = kind.moved / peak_bytes if peak_bytes else None
+    bound = "" if compute is None or memory is None else "compute" if compute > memory else "memory"
+    return {
+        "name": kind.name,
+        "unit": kind.unit if kind.flops else "",
+        "flops": short(kind.flops),
+        "mfu": "" if compute is None else f"{compute:.1%}",
+        "moved": f"{short(kind.moved)}B",
+        "mbu": "" if memory is None else f"{memory:.1%}",
+        "intensity": f"{kind.flops / kind.moved:.3g}" if kind.moved else "",
+        "bound": bound,
+    }
+
+
+def _charts(samples: Samples, shown: Sequence[Phase]) -> list[dict[str, str]]:
+    def gauge(name: str, *names: str, largest: bool = False) -> Line:
+        combine = (lambda table: table.max(axis=0)) if largest else None
+        t, values = samples.over_time(samples.start, samples.end, *names, combine=combine)
+        return Line(name, t, values)
+
+    def rate(name: str, *names: str) -> Line:
+        grid: Array = np.arange(samples.start, samples.end, 1.0, dtype=np.float64)
+        found = samples.series(*names)
+        if not found or not len(grid):
+            return Line(name, grid[:0], grid[:0])
+        return Line(name, grid, np.asarray(sum(one.rate(grid) for one in found)))
+
+    wanted = (
+        ("Output tokens / s", "", [rate("output", *OUTPUT)]),
+        (
+            "Requests: running, waiting",
+            "",
+            [gauge("running", *RUNNING), gauge("waiting", *WAITING)],
+        ),
+        ("KV cache, fullest engine", "", [gauge("KV cache", *KV_USAGE, largest=True)]),
+        ("Power of all GPUs", "W", [gauge("power", *POWER)]),
+        ("GPU busy", "", [gauge("busy", *UTILIZATION)]),
+    )
+    found = [
+        {"title": title, "svg": chart(title, unit, lines, shown)} for title, unit, lines in wanted
+    ]
+    return [one for one in found if one["svg"]]

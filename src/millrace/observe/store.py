@@ -1,0 +1,125 @@
+"""Samples in a directory: files of Parquet, or of JSON lines without pyarrow, and events.
+
+A file is written whole and then renamed, so a kill loses the seconds since the last one and tears
+none. A later run in the same directory goes on behind the files that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from millrace.common.optional import probe
+from millrace.errors import UserError
+from millrace.observe.sample import Row
+
+FLUSH_EVERY = 10.0  # seconds
+MOST_ROWS = 500_000  # that wait in memory
+EVENTS, META = "events.jsonl", "meta.json"
+
+
+class Store:
+    """Writes samples. Raises UserError for a directory that cannot be made."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._rows: list[Row] = []
+        self._since: float | None = None
+        self._arrow = probe("pyarrow").module
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            numbers = [int(path.stem.rpartition("-")[2]) for path in _files(directory)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {directory}: {error}") from None
+        self._next = max(numbers, default=0) + 1
+
+    @property
+    def suffix(self) -> str:
+        return "parquet" if self._arrow is not None else "jsonl"
+
+    def add(self, rows: list[Row]) -> None:
+        """Keep samples; writes a file when it is time."""
+        if not rows:
+            return
+        self._rows += rows
+        if self._since is None:
+            self._since = rows[0].t
+        if rows[-1].t - self._since >= FLUSH_EVERY or len(self._rows) >= MOST_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits. Raises UserError where that cannot be done."""
+        if not self._rows:
+            return
+        target = self.directory / f"samples-{self._next:06d}.{self.suffix}"
+        part = target.with_name(f".{target.name}.part")
+        try:
+            self._write(part)
+            os.replace(part, target)
+        except OSError as error:
+            raise UserError(f"{target}: {error.strerror or error}") from None
+        self._rows, self._since, self._next = [], None, self._next + 1
+
+    def _write(self, path: Path) -> None:
+        if self._arrow is None:
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in self._rows))
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        columns = list(zip(*self._rows, strict=True))
+        types = [pa.float64(), pa.string(), pa.string(), pa.string(), pa.float64()]
+        arrays = [pa.array(c, type=kind) for c, kind in zip(columns, types, strict=True)]
+        table = pa.table(arrays, names=list(Row._fields))
+        parquet.write_table(table, path, compression="zstd")
+
+    def note(self, meta: dict[str, Any]) -> None:
+        """Facts of the run, over those that are there."""
+        path = self.directory / META
+        part = path.with_name(f".{META}.part")
+        part.write_text(json.dumps(read_meta(self.directory) | meta, indent=1))
+        os.replace(part, path)
+
+
+def _files(directory: Path) -> list[Path]:
+    found = [*directory.glob("samples-*.parquet"), *directory.glob("samples-*.jsonl")]
+    return sorted(found, key=lambda path: path.stem)
+
+
+def mark(directory: Path, t: float, name: str) -> None:
+    """Write that a phase begins."""
+    with (directory / EVENTS).open("a") as file:
+        file.write(json.dumps({"t": t, "phase": name}) + "\n")
+
+
+def read_events(directory: Path) -> list[tuple[float, str]]:
+    """(when, phase that begins then), in order."""
+    path = directory / EVENTS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sorted((float(e["t"]), str(e["phase"])) for e in map(json.loads, lines))
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    path = directory / META
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def read_rows(directory: Path) -> Iterator[Row]:
+    """All samples of a directory, in the order of their files. Raises UserError without any."""
+    files = _files(directory)
+    if not files:
+        raise UserError(f"{directory}: no samples; give the --out of a `millrace observe` run")
+    for path in files:
+        if path.suffix == ".jsonl":
+            yield from (Row(*json.loads(line)) for line in path.read_text().splitlines())
+            continue
+        if probe("pyarrow").module is None:
+            found = probe("pyarrow")
+            raise UserError(f"{path}: {found.problem}; {found.remedy}")
+        import pyarrow.parquet as parquet
+
+        columns = parquet.read_table(path).to_pydict()
+        yield from map(Row, *(columns[name] for name in Row._fields))

@@ -1,0 +1,202 @@
+"""From samples to phases, figures, the wall in words, and a page: over runs made up by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from millrace.observe.charts import Line, chart, short
+from millrace.observe.figures import Figures, Spread, figures
+from millrace.observe.findings import contradictions, walls
+from millrace.observe.phases import Phase, phases
+from millrace.observe.report import write_report
+from millrace.observe.sample import Row, labels_text
+from millrace.observe.series import Samples, Series, quantile_of
+from millrace.observe.store import Store, mark
+
+T0 = 1_700_000_000.0
+ENGINE, GPU = {"model_name": "m", "engine": "0"}, {"gpu": "0"}
+
+
+def made(seconds: int = 60, **changes: Callable[[int], float]) -> list[Row]:
+    """A minute of one engine on one H200: idle, a ramp of 10 s, load at second 20 to 50, idle."""
+
+    def load(s: int) -> float:
+        return min(max((s - 10) / 10, 0.0), 1.0) if s < 50 else 0.0
+
+    def total(s: int) -> float:
+        return sum(load(n) for n in range(s + 1))
+
+    gauges: dict[str, tuple[dict[str, str], Callable[[int], float]]] = {
+        "millrace:num_requests_running": (ENGINE, lambda s: 100 * load(s)),
+        "millrace:num_requests_waiting": (ENGINE, lambda s: 0),
+        "millrace:kv_cache_usage_perc": (ENGINE, lambda s: 0.6 * load(s)),
+        "millrace:engine_up": (ENGINE, lambda s: 1),
+        "millrace:generation_tokens_total": (ENGINE, lambda s: 5000 * total(s)),
+        "millrace:requests_finished_total": (ENGINE, lambda s: 10 * total(s)),
+        "millrace:step_seconds_total": (ENGINE, lambda s: 0.98 * total(s)),
+        "millrace:estimated_peak_compute_seconds_total": (ENGINE, lambda s: 0.3 * total(s)),
+        "millrace:estimated_peak_memory_seconds_total": (ENGINE, lambda s: 0.7 * total(s)),
+        "millrace:peak_flops_per_second": (ENGINE | {"unit": "fp8"}, lambda s: 1979e12),
+        "millrace:peak_memory_bytes_per_second": (ENGINE, lambda s: 4.8e12),
+        "millrace:estimated_flops_total": (
+            ENGINE | {"kind": "linear", "unit": "fp8"}, lambda s: 0.3 * 1979e12 * total(s),
+        ),
+        "millrace:estimated_read_bytes_total": (
+            ENGINE | {"kind": "linear"}, lambda s: 0.5 * 4.8e12 * total(s),
+        ),
+        "gpu_power_watts": (GPU, lambda s: 100 + 500 * load(s)),
+        "gpu_power_limit_watts": (GPU, lambda s: 700),
+        "gpu_energy_joules": (GPU, lambda s: 600 * total(s)),
+        "gpu_utilization_ratio": (GPU, load),
+        "gpu_throttle": (GPU, lambda s: 0),
+    }  # fmt: skip
+    for bound, share in (("0.1", 0.5), ("1.0", 0.96), ("+Inf", 1.0)):
+        gauges[f"bucket {bound}"] = (
+            ENGINE | {"le": bound}, lambda s, share=share: share * 10 * total(s),
+        )  # fmt: skip
+    rows = []
+    for name, (labels, value) in gauges.items():
+        value = changes.get(name.rpartition(":")[2], value)
+        name = "millrace:time_to_first_token_seconds_bucket" if "bucket" in name else name
+        rows += [Row(T0 + s, "e", name, labels_text(labels), value(s)) for s in range(seconds)]
+    return rows
+
+
+def steady(**changes: Callable[[int], float]) -> Figures:
+    samples = Samples(made(**changes))
+    (phase,) = [p for p in phases(samples, []) if p.name == "steady"]
+    return figures(samples, phase)
+
+
+def test_counters_survive_restarts() -> None:
+    one = Series("a", "", [(0, 0.0), (1, 10.0), (2, 3.0), (3, 8.0)])
+    assert one.increase(0, 3) == 18.0
+    assert one.rate(np.arange(3.0)).tolist() == [10.0, 3.0, 5.0]
+    assert quantile_of(0.5, [(0.1, 50.0), (1.0, 96.0), (float("inf"), 100.0)]) == 0.1
+    assert quantile_of(0.99, [(0.1, 50.0), (1.0, 96.0), (float("inf"), 100.0)]) == 1.0
+    assert quantile_of(0.5, []) is None
+
+
+def test_phases_are_found_and_marked_ones_win() -> None:
+    samples = Samples(made())
+    found = [(p.name, round(p.start - T0), round(p.end - T0)) for p in phases(samples, [])]
+    assert found == [("idle", 0, 11), ("ramp", 11, 18), ("steady", 18, 50), ("idle", 50, 59)]
+    marked = phases(samples, [(T0 + 5, "warm-up"), (T0 + 30, "run")])
+    assert [(p.name, p.end - p.start) for p in marked] == [
+        ("before", 5), ("warm-up", 25), ("run", 29),
+    ]  # fmt: skip
+
+
+def test_figures_of_a_phase() -> None:
+    f = steady()
+    assert f.output_rate == pytest.approx(5000, rel=0.05)
+    assert f.request_rate == pytest.approx(10, rel=0.05)
+    assert f.mfu == pytest.approx(0.3, rel=0.05)
+    assert f.mbu == pytest.approx(0.7, rel=0.05)
+    assert f.busy == pytest.approx(0.98, rel=0.05)
+    assert f.joules_per_token == pytest.approx(0.12, rel=0.05)
+    assert f.joules_per_request == pytest.approx(60, rel=0.05)
+    assert f.power is not None
+    assert f.power.median == 600.0
+    p50, p95, p99 = f.latencies["time to first token"]
+    assert (p50, p99) == (pytest.approx(0.1), 1.0)
+    assert 0.9 < p95 < 1.0
+    (linear,) = f.kinds
+    assert (linear.unit, linear.flops) == ("fp8", pytest.approx(0.3 * 1979e12, rel=0.05))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "Memory bandwidth: 68%"),
+        ({"estimated_peak_compute_seconds_total": lambda s: 0.8 * s}, "Compute: 80%"),
+        ({"gpu_power_watts": lambda s: 698.0}, "Power: the GPUs are at their limit, 698 W"),
+        ({"num_requests_waiting": lambda s: 9, "kv_cache_usage_perc": lambda s: 0.99,
+          "estimated_peak_memory_seconds_total": lambda s: 0.3 * s},
+         "KV cache: 99% of its pages"),
+        ({"num_requests_waiting": lambda s: 9, "step_seconds_total": lambda s: 0.4 * s,
+          "estimated_peak_memory_seconds_total": lambda s: 0.2 * s}, "The host: requests wait"),
+        ({"step_seconds_total": lambda s: 0.2 * s,
+          "estimated_peak_memory_seconds_total": lambda s: 0.1 * s}, "The load: nothing waits"),
+        ({"estimated_peak_memory_seconds_total": lambda s: 0.2 * s}, "In between: steps run"),
+        ({"engine_up": lambda s: float(s % 2)}, "Engines were down or silent for 5"),
+    ],
+)  # fmt: skip
+def test_the_wall_is_said_in_words(changes: dict[str, Callable[[int], float]], said: str) -> None:
+    found = walls(steady(**changes))
+    assert said in found[0], found
+
+
+def test_a_phase_without_load_or_engines_says_so() -> None:
+    samples = Samples(made())
+    idle = figures(samples, Phase("idle", T0, T0 + 9))
+    assert walls(idle) == ["No load: no request ran for most of the time."]
+    assert walls(Figures(idle.phase)) == ["No engine was sampled, so nothing is known of the work."]
+
+
+def test_figures_that_contradict_each_other_are_said() -> None:
+    fine = steady()
+    assert contradictions(fine) == []
+    quiet = replace(fine, mfu=0.02, mbu=0.03)
+    assert "another program uses them" in contradictions(quiet)[0]
+    asleep = replace(fine, tensor_active=Spread(0.0, 0.01, 0.02), mfu=0.01)
+    assert "DCGM calls the tensor pipes 1% active" in contradictions(asleep)[0]
+    assert "which cannot be" in contradictions(replace(fine, mfu=1.3))[0]
+    assert (
+        "too much work is counted"
+        in (contradictions(replace(fine, mfu=0.9, tensor_active=Spread(0.3, 0.4, 0.5)))[0])
+    )
+    assert (
+        "other GPUs than those of the engines"
+        in (contradictions(replace(fine, utilization=Spread(0.0, 0.05, 0.1)))[0])
+    )
+
+
+def test_the_report_has_phases_walls_and_the_roofline(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add(made())
+    store.flush()
+    store.note(
+        {
+            "gpus": {"0": "NVIDIA H200"},
+            "targets": {
+                "a:1<b>": {
+                    "kind": "engine",
+                    "restarts": 2,
+                    "clock_offset": 0.25,
+                    "clock_error": 0.02,
+                }
+            },
+        }
+    )
+    mark(tmp_path, T0 + 20, "run & measure")
+    target, found = write_report(tmp_path)
+    text = target.read_text()
+    assert [f.phase.name for f in found] == ["before", "run & measure"]
+    assert "run &amp; measure" in text
+    assert "a:1&lt;b&gt; (engine, started again 2 times, clock +250 ms, within 20)" in text
+    assert "1 x NVIDIA H200" in text
+    assert text.count("<svg") == 5
+    assert re.search(r"<td>linear</td><td>fp8</td>.*<td>memory</td>", text)
+    assert "<script" not in text
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", text)  # it needs nothing from elsewhere
+
+
+def test_charts_keep_peaks_and_escape_names() -> None:
+    t = np.arange(5000.0)
+    values = np.zeros(5000)
+    values[4321] = 7e3
+    made_chart = chart("x", "W", [Line("<b>", t, values)], [Phase("a&b", 0, 10)])
+    assert "a&amp;b" in made_chart
+    assert "<title>&lt;b&gt;" in made_chart
+    points = re.findall(r"([\d.]+),([\d.]+)", made_chart)
+    assert len(points) <= 720
+    assert min(float(y) for _, y in points) == 8.0
+    assert chart("x", "", [Line("none", t[:0], t[:0])], []) == ""
+    assert (short(12_345.0), short(1.5e15), short(0.25)) == ("12.3 k", "1.5 P", "0.25 ")
