@@ -3,14 +3,12 @@ them."""
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import pytest
 
 from tests.support.fake_engine import Behaviour
 from tests.support.live_server import LiveServer, fake_server, wait_for
+from tests.support.observed.collector import collector
 
 SECRET, OTHER = "sk-first", "sk-second"
 ONE = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True}
@@ -268,38 +267,20 @@ def test_https(text_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_request_becomes_a_span_of_the_callers_trace(text_model: Path, tmp_path: Path) -> None:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    received: list[bytes] = []
-
-    class Collector(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    try:
-        with fake_server(text_model, tmp_path / "log", otlp_traces_endpoint=endpoint) as server:
-            trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-            ask(server, None, traceparent=f"00-{trace}-{parent}-01")
-            server.process.terminate()  # what waits is sent before the end
-            assert server.process.wait(20) == 0
-    finally:
-        collector.shutdown()
-    (span,) = [
-        span
-        for data in received
-        for resource in ExportTraceServiceRequest.FromString(data).resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-    ]
-    values = {one.key: one.value for one in span.attributes}
-    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (trace, parent)
-    assert values["gen_ai.usage.completion_tokens"].int_value == 3
-    assert 0 < values["gen_ai.latency.time_to_first_token"].double_value < 20
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with (
+        collector() as spans,
+        fake_server(text_model, tmp_path / "log", otlp_traces_endpoint=spans.endpoint) as server,
+    ):
+        ask(server, None, traceparent=f"00-{trace}-{parent}-01")
+        server.process.terminate()  # what waits is sent before the end
+        assert server.process.wait(20) == 0
+    (request,) = spans.named("llm_request")
+    assert (request.trace, request.parent) == (trace, parent)
+    assert request.attributes["gen_ai.usage.completion_tokens"] == 3
+    assert 0 < request.attributes["gen_ai.latency.time_to_first_token"] < 20
+    queue, prefill, decode = phases = spans.below(request)
+    assert [one.name for one in phases] == ["queue", "prefill", "decode"]
+    assert request.start <= queue.start <= queue.end == prefill.start
+    assert prefill.end == decode.start <= decode.end <= request.end
+    assert decode.attributes["gen_ai.usage.completion_tokens"] == 3

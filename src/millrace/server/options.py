@@ -11,6 +11,7 @@ import msgspec
 from millrace.batch.jobs.settings import BatchSettings, read_settings
 from millrace.common.api_keys import configured_keys
 from millrace.errors import ConfigError
+from millrace.logs.otlp import HELP as OTLP_HELP
 from millrace.logs.setup import LOG_HELP, LogFormat, LogLevel
 from millrace.text.reasoning import ReasoningParser
 from millrace.text.tools.parser import ToolCallParser
@@ -147,8 +148,7 @@ SERVER_HELP: Mapping[str, str] = {
     "disable_uvicorn_access_log": "Write no access log.",
     "disable_access_log_for_endpoints": "Paths, separated by commas, that are left out of the "
     "access log.",
-    "otlp_traces_endpoint": "URL that receives OpenTelemetry traces, such as "
-    "http://127.0.0.1:4318/v1/traces.",
+    "otlp_traces_endpoint": OTLP_HELP,
     "uvicorn_log_level": "Log level of the HTTP server.",
     **LOG_HELP,
     "disable_log_stats": "Write no line of figures every 10 seconds under load.",

@@ -70,8 +70,11 @@ class Paired(MockReplica):
 Scenario = Callable[[Gateway, Target, dict[str, Paired]], Awaitable[None]]
 
 
-def with_pair(scenario: Scenario, kind: str = "millrace", **faults: str) -> None:
-    """Run it with a replica for prompts, one for answers, and one for both of its own."""
+def with_pair(
+    scenario: Scenario, kind: str = "millrace", endpoint: str | None = None, **faults: str
+) -> None:
+    """Run it with a replica for prompts, one for answers, and one for both of its own. endpoint:
+    of a collector of traces."""
 
     async def whole() -> None:
         made = {
@@ -85,7 +88,10 @@ def with_pair(scenario: Scenario, kind: str = "millrace", **faults: str) -> None
             ReplicaSpec(target=parse_url(one.url), role=role if kind == "vllm" else "")  # type: ignore[arg-type]
             for role, one in made.items()
         ]
-        async with gateway(replicas=specs, limits=LIMITS) as (started, target):
+        async with gateway(replicas=specs, limits=LIMITS, otlp_traces_endpoint=endpoint) as (
+            started,
+            target,
+        ):
             await eventually(lambda: started.replicas.has_roles)
             await scenario(started, target, made)
         for one in made.values():
@@ -211,3 +217,21 @@ def test_a_vllm_pair_that_hands_over_is_not_reported(monkeypatch: pytest.MonkeyP
         assert (events["handed_over"], events["hand_over_unproven"]) == (3, 0)
 
     with_pair(scenario, "vllm")
+
+
+def test_both_replicas_are_in_the_trace() -> None:
+    pytest.importorskip("opentelemetry.sdk.trace")
+    from tests.support.observed.collector import collector
+
+    asked: list[str] = []
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        assert tokens(await ask(target)) == RIGHT
+        asked.extend(replicas[role].headers[-1]["traceparent"] for role in ("prefill", "decode"))
+
+    with collector() as spans:
+        with_pair(scenario, endpoint=spans.endpoint)
+    (root,) = spans.named("gateway")
+    assert [one.name for one in spans.below(root)] == ["prompt", "replica"]
+    told = [value.rpartition("-")[0] for value in asked]
+    assert told == [f"00-{root.trace}-{one.id}" for one in spans.below(root)]

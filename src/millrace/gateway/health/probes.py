@@ -38,6 +38,10 @@ class Problem(msgspec.Struct, frozen=True):
 UNCERTAIN = Problem("no answer")  # once, which is not yet evidence
 
 
+# Probes are no requests of anybody: the last digit says that their trace is not kept.
+_MARKS = (("X-Millrace-Probe", "1"), ("traceparent", f"00-{'1' * 32}-{'1' * 16}-00"))
+
+
 class ServedModels(msgspec.Struct, frozen=True):
     """The models of a replica. cards: as in /v1/models."""
 
@@ -63,7 +67,7 @@ class HealthProbe:
         misses: int,
     ) -> None:
         self._target = target
-        self._headers = (*headers, ("X-Millrace-Probe", "1"))
+        self._headers = (*headers, *_MARKS)
         self._timeout = timeout
         self._probe_timeout = probe_timeout
         self._misses = misses

@@ -90,12 +90,18 @@ class Upstream(msgspec.Struct, frozen=True):
 
 
 def request_bytes(
-    request: Request, upstream: Upstream, body: bytes | None = None, path: bytes | None = None
+    request: Request,
+    upstream: Upstream,
+    body: bytes | None = None,
+    path: bytes | None = None,
+    traceparent: bytes = b"",
 ) -> bytes:
     """The request for a replica. An HTTP/1.0 client's stays HTTP/1.0, so that the answer comes in
-    a framing which that client can read. body and path replace the request's own."""
+    a framing which that client can read. body, path and traceparent replace the request's own."""
     secrets = upstream.secrets
     dropped = _REPLACED if upstream.authorization is None else _REPLACED | _CREDENTIALS
+    if traceparent:
+        dropped = dropped | {b"traceparent"}
     headers_out = [(b"Host", upstream.host)]
     for name, value in passed_on(request.headers):
         if name.lower() not in dropped and not _holds(value, secrets):
@@ -103,6 +109,8 @@ def request_bytes(
     if upstream.authorization:
         headers_out.append((b"Authorization", upstream.authorization))
     headers_out.append((b"X-Request-Id", request.id))
+    if traceparent:
+        headers_out.append((b"traceparent", traceparent))
     body = request.body if body is None else body
     if body or request.method in (b"POST", b"PUT", b"PATCH"):
         headers_out.append((b"Content-Length", b"%d" % len(body)))

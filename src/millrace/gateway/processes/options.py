@@ -20,6 +20,8 @@ from millrace.gateway.common.replica_spec import (
     ReplicaSpec,
 )
 from millrace.gateway.relay.access import Access, is_loopback
+from millrace.logs.otlp import HELP as OTLP_HELP
+from millrace.logs.otlp import check_endpoint
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_uds: str | None = None
     access_log: str | None = None
     merge_metrics: bool = False
+    otlp_traces_endpoint: str | None = None
     batch_dir: str | None = None
     batch_dir_gb: float = 50.0
     batch_max_in_flight: int = 64
@@ -75,6 +78,7 @@ GATEWAY_HELP: Mapping[str, str] = {
     "admin_uds": "Unix socket for changes to the gateway; only this user can connect.",
     "access_log": "File that gets one line of JSON per request; - for stderr.",
     "merge_metrics": "Add the metrics of the replicas to /metrics.",
+    "otlp_traces_endpoint": OTLP_HELP,
     "batch_dir": "Directory for /v1/files and /v1/batches; what is in it outlives the gateway.",
     "batch_dir_gb": "Most gigabytes of all files there.",
     "batch_max_in_flight": "Requests that one batch has in flight.",
@@ -158,6 +162,7 @@ def check_options(options: GatewayOptions) -> None:
         if getattr(limits, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(limits, name)}: use 1 or more")
     _check_scale(options.scale)
+    check_endpoint(options.otlp_traces_endpoint)
     if limits.max_bodies_bytes < limits.max_body_bytes:
         raise UserError(
             f"--max-bodies-bytes {limits.max_bodies_bytes}: use at least --max-body-bytes, "

@@ -23,6 +23,7 @@ from millrace.gateway.processes.options import GatewayOptions, batch_settings
 from millrace.gateway.relay.access_log import AccessLog
 from millrace.gateway.relay.client_connection import ClientConnection
 from millrace.gateway.relay.relay import AdminHandler, Relay
+from millrace.gateway.relay.spans import RequestTracer
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.policies import make_policy
 from millrace.gateway.routing.prefix_index import PrefixTable
@@ -64,6 +65,7 @@ class RelayServer:
             admission=AdmissionControl(counters, process_counters, options.limits),
             access=options.access,
             log=self._access_log.write if self._access_log else None,
+            tracer=RequestTracer(options.otlp_traces_endpoint),
         )
         self._servers: dict[int, list[asyncio.Server]] = {}  # by the number of the listener set
         self._chores: asyncio.Task[None] | None = None
@@ -118,6 +120,7 @@ class RelayServer:
         self.relay.close()
         if self._access_log is not None:
             self._access_log.close()
+        await asyncio.to_thread(self.relay.tracer.close)
         await asyncio.sleep(0)  # let the closed connections say so
 
     async def _do_chores(self) -> None:

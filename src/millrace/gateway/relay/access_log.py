@@ -13,6 +13,7 @@ import msgspec
 from millrace.common.safe_log import LineWriter
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import RequestInfo
+from millrace.gateway.relay.spans import RequestSpans
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import Replica
 
@@ -31,6 +32,7 @@ class LoggedRequest(Protocol):
     began: float
     first_byte: float | None
     retries: int
+    spans: RequestSpans
 
     @property
     def resumptions(self) -> int:
@@ -80,6 +82,8 @@ class AccessLog:
             "retries": exchange.retries,
             "resumed": exchange.resumptions,
         }
+        if exchange.spans.trace_id:
+            line["trace"] = exchange.spans.trace_id
         self._lines.append(msgspec.json.encode(line) + b"\n")
         if len(self._lines) >= _BATCH:
             self.flush()

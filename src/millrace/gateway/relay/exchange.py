@@ -64,6 +64,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self.info = read_request_info(request, keep=relay.limits.max_kept_bytes > 0)
         self.began = time.perf_counter()
+        self.spans = relay.tracer.begin(request)
         self.first_byte: float | None = None
         self.status = 0
         self.account = LoadAccount(relay.replicas)
@@ -76,6 +77,7 @@ class Exchange:
         self._suspicion = Suspicion()
         self._copy_key: Hashable = None  # while it is among the copies of its kind
         self._sent_at = 0.0  # to the last replica
+        self._traceparent = b""  # for it
         self._begun = False  # bytes of the response have gone to the client
         self._stale_failure = ""  # why an idle connection closed on which it had been sent
         self._busy_reply: LocalReply | None = None
@@ -187,6 +189,7 @@ class Exchange:
     def admitted(self) -> None:
         """The request is admitted: choose a replica and send."""
         self._admitted = True
+        self.spans.admitted()
         if self._timer is not None:
             self._timer.cancel()
         self._idle_timeout.start()
@@ -200,7 +203,7 @@ class Exchange:
 
     async def _compute_prompt(self, hand_over: HandOver) -> None:
         """Have one replica compute the prompt, for another to answer."""
-        await hand_over.compute(self)
+        await hand_over.compute(self, self.spans)
         self._opening = None
         if not self._finished:
             self._attempt()
@@ -234,6 +237,7 @@ class Exchange:
         replica = self.replica = self._candidates.pick(capable)
         self._idle_timeout.restart()
         self.account.begin(replica, self.info, self._stream.output_tokens, self)
+        self._traceparent = self.spans.sent_to(replica)
         idle = self._relay.pool.take(replica)
         if idle is not None:
             self._send(idle)
@@ -259,7 +263,7 @@ class Exchange:
         if self._hand_over is not None and not self._stream.resuming:
             body = self._hand_over.answer_body(body)
         upstream = self._relay.upstream(connection.replica)
-        data = request_bytes(self.request, upstream, body, path)
+        data = request_bytes(self.request, upstream, body, path, self._traceparent)
         if self._client.paused:
             connection.pause()
         no_body = self.request.method == b"HEAD"
@@ -297,6 +301,7 @@ class Exchange:
             self._hand_over.answered(self.replica)
         self.status, self._delimited = status, head.delimited
         self.first_byte = time.perf_counter() - self.began
+        self.spans.first_byte()
         self._relay.process_counters.observe_first_byte(self.first_byte)
         request = self.request
         self._keep_alive = head.delimited and request.keep_alive and request.version == "1.1"
@@ -314,6 +319,7 @@ class Exchange:
         """The record of the prompt did not get to the replica: any one does everything."""
         assert self.replica is not None
         hand_over.give_up(f"{self.replica.target} answered {reason}")
+        self.spans.failed(f"answered {reason}")
         self._release_replica(reusable=False)
         self._candidates.reset(keep_last=False)
         self._attempt()
@@ -460,6 +466,7 @@ class Exchange:
             return
         self._stale_failure = ""
         self._candidates.record_failure(replica, reason)
+        self.spans.failed(reason)
         self._failures += 1
         if self.status and not self._begun:
             self._start_again()
@@ -507,6 +514,7 @@ class Exchange:
         """The replica is healthy but has no capacity."""
         assert self.replica is not None
         self._candidates.record_failure(self.replica, reason)
+        self.spans.failed(reason)
         self._release_replica(reusable=False)
         self._retry()
 
@@ -608,6 +616,7 @@ class Exchange:
         replica, self.replica = self.replica, None
         if replica is not None:
             self.account.end(replica, self)
+            self.spans.left()
 
     def _finish(self, status: int, reusable: bool, counted: bool = False) -> None:
         """Release everything. counted: the status is counted elsewhere."""
@@ -630,6 +639,7 @@ class Exchange:
         if not counted:
             relay.process_counters.count_status(status)
         relay.process_counters.count_event("relayed_requests")
+        self.spans.ended(status, self.retries, self.resumptions)
         if self._admitted:
             relay.admission.release(self.info.service_class)
         else:

@@ -20,6 +20,7 @@ from msgspec import Raw
 from millrace.common.http_client import connect, error_text
 from millrace.gateway.http.message import Request, request_bytes
 from millrace.gateway.http.request_info import RequestInfo
+from millrace.gateway.relay.spans import RequestSpans
 from millrace.gateway.routing.load_account import LoadAccount
 from millrace.gateway.routing.replicas import InFlight, Replica
 
@@ -112,7 +113,7 @@ class HandOver:
 
     # --- the prompt ---------------------------------------------------------------------------
 
-    async def compute(self, exchange: InFlight) -> None:
+    async def compute(self, exchange: InFlight, spans: RequestSpans) -> None:
         """Have the prompt computed; `params` is empty afterwards if that failed."""
         tried: list[Replica] = []
         while len(tried) < _TRIES and (found := self._prefillers(tried)):
@@ -120,24 +121,29 @@ class HandOver:
             tried.append(replica)
             account = LoadAccount(self._relay.replicas)
             account.begin(replica, self._info, 0, exchange)
+            traceparent = spans.sent_to(replica, "prompt")
             try:
                 async with asyncio.timeout(self._relay.limits.hand_over_timeout):
-                    self.params = await self._compute_at(replica)
+                    self.params = await self._compute_at(replica, traceparent)
             except (OSError, ValueError) as error:
-                self._note(f"{replica.target}: {error or 'no answer in time'}")
+                reason = str(error) or "no answer in time"
+                spans.failed(reason)
+                self._note(f"{replica.target}: {reason}")
                 continue
             finally:
                 account.end(replica, exchange)
+                spans.left()
             self.prefiller = replica
             self._relay.process_counters.count_event("handed_over")
             return
 
-    async def _compute_at(self, replica: Replica) -> dict[str, Any]:
+    async def _compute_at(self, replica: Replica, traceparent: bytes) -> dict[str, Any]:
         """Raises OSError or ValueError, which say why there is no record."""
         upstream = self._relay.upstream(replica)
         connection = await connect(replica.target)
         try:
-            data = request_bytes(self._request, upstream, self._prompt_body())
+            body = self._prompt_body()
+            data = request_bytes(self._request, upstream, body, traceparent=traceparent)
             response = await connection.send(data)
         finally:
             connection.close()

@@ -20,6 +20,7 @@ from millrace.gateway.relay.access import Access
 from millrace.gateway.relay.access_log import LoggedRequest
 from millrace.gateway.relay.connection_pool import Pool
 from millrace.gateway.relay.pair_checks import PairChecks
+from millrace.gateway.relay.spans import RequestTracer
 from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.first_copies import FirstCopies
@@ -96,6 +97,7 @@ class Relay:
         admission: AdmissionControl,
         access: Access | None = None,
         log: Callable[[LoggedRequest, int], None] | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.replicas = replicas
         self.process_counters = replicas.process_counters
@@ -105,6 +107,7 @@ class Relay:
         self.admission = admission
         self.access = access or Access()
         self.log = log
+        self.tracer = tracer or RequestTracer()
         self._upstreams: dict[Replica, Upstream] = {}
         self.in_flight = 0
         self.suspects = SuspectRequests()

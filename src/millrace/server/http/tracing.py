@@ -1,27 +1,38 @@
 """OpenTelemetry traces of requests, where they are wanted (extra `otel`).
 
-One span a request, made when it has ended, with the attributes that vLLM's spans have; a
-`traceparent` header of the request makes it part of the caller's trace. OpenTelemetry is imported
-only when an endpoint was named, and sends from a thread of its own.
+One span a request, made when it has ended, with the attributes that vLLM's spans have, and below it
+the engine's phases of each output: queue, prefill, decode. A `traceparent` header of the request
+makes all of it part of the caller's trace, such as the gateway's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from millrace.common.optional import require
-from millrace.errors import ConfigError
+from millrace.logs.otlp import close_provider, open_provider
 from millrace.server.engine_link.request_record import RequestRecord
+from millrace.server.engine_link.stream import Stream
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 NANOSECONDS = 1_000_000_000
-FLUSH_MS = 3000
+
+
+class Phase(NamedTuple):
+    """What the engine did for an output, from start to end, on the clock of its stream's times."""
+
+    name: str
+    start: float
+    end: float
+    attributes: dict[str, Any]
 
 
 class Tracer:
-    """Sends a span for each request that reached the engine; without a provider it does nothing."""
+    """Sends spans for each request that reached the engine; without a provider it does nothing."""
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
         self._provider = provider
@@ -33,24 +44,7 @@ class Tracer:
 
         Raises ConfigError where OpenTelemetry is not installed, or is broken.
         """
-        if endpoint is None:
-            return cls()
-        if not endpoint.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"--otlp-traces-endpoint {endpoint!r}: use a URL of OTLP over HTTP, such as "
-                "http://127.0.0.1:4318/v1/traces"
-            )
-        require("opentelemetry", "--otlp-traces-endpoint")
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-        provider = TracerProvider(
-            resource=Resource.create({SERVICE_NAME: "millrace"}), shutdown_on_exit=False
-        )
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
-        return cls(provider)
+        return cls(open_provider(endpoint, "millrace"))
 
     @property
     def active(self) -> bool:
@@ -68,18 +62,58 @@ class Tracer:
             "llm_request",
             context=TraceContextTextMapPropagator().extract(headers),
             kind=trace.SpanKind.SERVER,
-            start_time=int(record.started_unix * NANOSECONDS),
+            start_time=_unix(record, record.started),
             attributes=_attributes(record),
         )
         if record.status >= 400:
             span.set_status(trace.StatusCode.ERROR, f"HTTP {record.status}")
+        if span.is_recording():
+            for stream in record.streams:
+                self._record_phases(record, stream, span)
         span.end()
+
+    def _record_phases(self, record: RequestRecord, stream: Stream, parent: Span) -> None:
+        from opentelemetry.trace import set_span_in_context
+
+        assert self._tracer is not None
+        for phase in phases(stream, monotonic()):
+            span = self._tracer.start_span(
+                phase.name,
+                context=set_span_in_context(parent),
+                start_time=_unix(record, phase.start),
+                attributes={"gen_ai.request.id": stream.id, **phase.attributes},
+            )
+            span.end(_unix(record, phase.end))
 
     def close(self) -> None:
         """Send what waits, within a few seconds."""
-        if self._provider is not None:
-            self._provider.force_flush(FLUSH_MS)
-            self._provider.shutdown()
+        close_provider(self._provider)
+
+
+def phases(stream: Stream, now: float) -> Iterator[Phase]:
+    """The phases of an output that has ended, or whose reader has gone. Before its first token the
+    engine does not say when it was admitted: what was until then is one phase."""
+    prompt = {
+        "gen_ai.usage.prompt_tokens": stream.prompt_len,
+        "gen_ai.usage.cached_tokens": stream.cached_tokens,
+    }
+    if not stream.generated_tokens:
+        yield Phase("queue and prefill", stream.arrival, now, prompt)
+        return
+    admitted = stream.arrival + stream.queue_time
+    yield Phase("queue", stream.arrival, admitted, {})
+    yield Phase("prefill", admitted, stream.first_token_time, prompt)
+    answer = {
+        "gen_ai.usage.completion_tokens": stream.generated_tokens,
+        "gen_ai.response.finish_reason": stream.finish_reason or "abort",
+        "millrace.preemptions": stream.preemptions,
+    }
+    yield Phase("decode", stream.first_token_time, stream.last_token_time, answer)
+
+
+def _unix(record: RequestRecord, t: float) -> int:
+    """Nanoseconds since 1970 of a time on the monotonic clock."""
+    return int((record.started_unix + t - record.started) * NANOSECONDS)
 
 
 def _attributes(record: RequestRecord) -> dict[str, Any]:
