@@ -82,6 +82,22 @@ def test_shares_are_of_the_last_seconds() -> None:
     assert shares(0.5, 0.5) == pytest.approx((0.5, 0.5))
 
 
+def test_prompt_tokens_are_counted_where_they_came_from() -> None:
+    """Each once: the sources of all add up to the prompts, and those of cached ones to the hits."""
+    stats = EngineStats(
+        prompt_tokens=100, prefix_hits=60, host_hits=10, disk_hits=5, remote_hits=20
+    )
+    found = samples(MetricsPage("m", RequestMetrics(), lambda: stats))
+
+    def by_source(name: str) -> dict[str, float]:
+        return {own[0]: value for (one, own), value in found.items() if one == name}
+
+    prompts = by_source("vllm:prompt_tokens_by_source_total")
+    assert prompts == {"local_compute": 40, "local_cache_hit": 40, "external_kv_transfer": 20}
+    cached = by_source("vllm:prompt_tokens_cached_by_source_total")
+    assert cached == {"device": 25, "host": 10, "disk": 5, "p2p": 20}
+
+
 def test_an_engine_that_does_not_run_is_down() -> None:
     page = MetricsPage("m", RequestMetrics(), EngineStats, up=lambda: False)
     assert samples(page)["millrace:engine_up", ()] == 0.0

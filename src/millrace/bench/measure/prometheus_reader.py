@@ -30,7 +30,9 @@ BY_METHOD = {
     "spec_decode_num_draft_tokens_by_method": "draft_tokens",
     "spec_decode_num_accepted_tokens_by_method": "accepted",
 }
-CACHED_BY_TIER = "prompt_tokens_cached_by_source"  # by where they were found: device, host, disk
+CACHED_BY_TIER = (
+    "prompt_tokens_cached_by_source"  # by where they were found: device, host, disk, p2p
+)
 EXPERT_TOKENS = "millrace:expert_tokens"  # by layer and expert
 PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 _PREFIXES = ("vllm:", "millrace:", "millrace_")

@@ -438,11 +438,13 @@ def _step_buckets(stats: EngineStats) -> list[tuple[str, float]]:
 
 
 def _cached_by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
-    below = stats.host_hits + stats.disk_hits
+    """Every hit in the tier that had it; `p2p` is vLLM's word for another engine."""
+    elsewhere = stats.host_hits + stats.disk_hits + stats.remote_hits
     return {
-        ("device",): stats.prefix_hits - below,
+        ("device",): stats.prefix_hits - elsewhere,
         ("host",): stats.host_hits,
         ("disk",): stats.disk_hits,
+        ("p2p",): stats.remote_hits,
     }
 
 
@@ -457,8 +459,8 @@ def imbalance(load: Sequence[int], parts: int) -> float:
 def _by_source(stats: EngineStats) -> Mapping[tuple[str], float]:
     return {
         ("local_compute",): stats.prompt_tokens - stats.prefix_hits,
-        ("local_cache_hit",): stats.prefix_hits,
-        ("external_kv_transfer",): 0,  # prompts are computed where they are served
+        ("local_cache_hit",): stats.prefix_hits - stats.remote_hits,
+        ("external_kv_transfer",): stats.remote_hits,
     }
 
 
