@@ -7,8 +7,8 @@
 On a CPU the references of all ops run, whose products torch counts; small models of every kind
 prefill and decode. On a GPU a few layers of published shapes run one step of 128 decode rows and
 one of a prompt of 2,048 tokens, under `ncu`: FLOPs of the tensor pipes and of FP32 instructions,
-bytes of DRAM. Without `ncu`, or where it may read no counters, the object says why. Prints one JSON
-object.
+bytes of DRAM. Without `ncu`, where it may read no counters, or where a step takes too long, the
+object says why. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,7 @@ FP32 = {
     "smsp__sass_thread_inst_executed_op_fadd_pred_on.sum": 1,
     "smsp__sass_thread_inst_executed_op_fmul_pred_on.sum": 1,
 }
-NCU_LIMIT = 500.0  # seconds for one step
+COUNTED = ("fp8", "bf16", "fp16", "tf32")  # dtypes of sources; each takes a pass of every kernel
 
 
 def gpu_step(name: str, layers: int, kind: str) -> None:
@@ -139,14 +140,14 @@ def gpu_step(name: str, layers: int, kind: str) -> None:
             )
         )  # fmt: skip
     assert engine.account is not None
-    lengths = [CONTEXT] * ROWS if kind == "decode" else [64, PROMPT]
+    lengths = [CONTEXT] * ROWS if kind == "decode" else [PROMPT] * 2
     for number, length in enumerate(lengths):
         prompt = [(17 * number + 3 * at) % 50_000 for at in range(length)]
-        most = SamplingParams(temperature=1.0, max_tokens=512, ignore_eos=True)
-        if kind != "decode" and number == 1:  # the first prompt has compiled what it needs
-            while engine.has_work():
-                engine.step()
-        engine.add(AddRequest(str(number), prompt, most))
+        most = 512 if kind == "decode" else 4
+        while kind != "decode" and engine.has_work():  # the first one has tuned what it needs
+            engine.step()
+        params = SamplingParams(temperature=1.0, max_tokens=most, ignore_eos=True)
+        engine.add(AddRequest(str(number), prompt, params))
     if kind == "decode":
         while engine.stats().running < ROWS or engine.scheduler.committed_counts()[0].prompts:
             engine.step()
@@ -175,14 +176,16 @@ def gpu_step(name: str, layers: int, kind: str) -> None:
 
 
 def tensor_metrics(ncu: str) -> list[str]:
-    """The counters of tensor operations that this chip has."""
-    listed = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True, timeout=120)
+    """The counters of tensor operations that this chip has, by dtype of the sources. Those that
+    tell sparse from dense ones apart count the same operations again."""
+    listed = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True, timeout=60)
     names = [line.split()[0] for line in listed.stdout.splitlines() if line.startswith(TENSOR)]
-    return [f"{name}.sum" for name in names]
+    kinds = tuple(f"{TENSOR}{dtype}" for dtype in COUNTED)
+    return [f"{name}.sum" for name in names if name.startswith(kinds) and "sparsity" not in name]
 
 
-def under_ncu(ncu: str, name: str, layers: int, kind: str) -> dict[str, Any]:
-    """One step's billed work, and its counters, summed over its kernels."""
+def under_ncu(ncu: str, name: str, layers: int, kind: str, limit: float) -> dict[str, Any]:
+    """One step's billed work, and its counters, summed over its kernels. limit: seconds."""
     metrics = [*BYTES.values(), *tensor_metrics(ncu), *FP32]
     command = [
         ncu, "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
@@ -190,11 +193,19 @@ def under_ncu(ncu: str, name: str, layers: int, kind: str) -> dict[str, Any]:
         sys.executable, "-m", "benchmarks.work_counted", "--step", kind, "--model", name,
         "--layers", str(layers),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=NCU_LIMIT)
-    billed = next((s for s in done.stdout.splitlines() if s.startswith("BILLED ")), None)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # ncu and the engine below it
+        said, _ = process.communicate()
+        return {"problem": f"no result within {limit:.0f} s; last: {said[-1500:]}"}
+    billed = next((s for s in said.splitlines() if s.startswith("BILLED ")), None)
     if billed is None:
-        return {"problem": (done.stdout + done.stderr)[-1500:]}
-    return {**json.loads(billed.removeprefix("BILLED ")), "counted": sums(done.stdout, metrics)}
+        return {"problem": said[-1500:]}
+    return {**json.loads(billed.removeprefix("BILLED ")), "counted": sums(said, metrics)}
 
 
 def sums(text: str, metrics: list[str]) -> dict[str, Any]:
@@ -225,8 +236,7 @@ def judged(step: dict[str, Any]) -> dict[str, Any]:
     if not counted:
         return step
     parts = step["parts"]
-    tensor = max((v for m, v in counted.items() if m.startswith(TENSOR)), default=0.0)
-    tensor = sum(v for m, v in counted.items() if m.startswith(TENSOR)) or tensor
+    tensor = sum(v for m, v in counted.items() if m.startswith(TENSOR))
     fp32 = sum(times * counted.get(metric, 0.0) for metric, times in FP32.items())
     gemms = sum(parts[name]["flops"] for name in GEMMS if name in parts)
     flops = sum(part["flops"] for part in parts.values())
@@ -242,25 +252,34 @@ def judged(step: dict[str, Any]) -> dict[str, Any]:
     return step
 
 
-def on_gpu(name: str, layers: int) -> dict[str, Any]:
+def on_gpu(name: str, layers: int, limit: float) -> dict[str, Any]:
+    """limit: seconds for both steps; the first one has more of them, as it compiles."""
     ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
     if not Path(ncu).exists():
         return {"problem": "ncu is not installed: no hardware counters"}
-    return {kind: judged(under_ncu(ncu, name, layers, kind)) for kind in ("decode", "prompt")}
+    shares = {"decode": 0.6, "prompt": 0.4}
+    return {
+        kind: judged(under_ncu(ncu, name, layers, kind, share * limit))
+        for kind, share in shares.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--model", default="qwen3.5-27b")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=170.0, help="seconds on a GPU")
     parser.add_argument("--step", choices=["decode", "prompt"], help="for the child process")
     parser.add_argument("--kinds", nargs="*", help="models to run on a CPU")
     options = parser.parse_args()
     if options.step:
         gpu_step(options.model, options.layers, options.step)
-    os.environ["MILLRACE_NATIVE"] = "0"
-    found = on_gpu(options.model, options.layers) if options.gpu else on_cpu(options.kinds)
+    if options.gpu:
+        found = on_gpu(options.model, options.layers, options.limit)
+    else:
+        os.environ["MILLRACE_NATIVE"] = "0"
+        found = on_cpu(options.kinds)
     json.dump(found, sys.stdout, indent=1)
 
 

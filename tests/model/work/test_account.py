@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.work_counted import judged, under_ncu
 from millrace.model.work import (
     Accounted,
     DraftModelWork,
@@ -45,6 +46,36 @@ def test_an_engine_bills_what_torch_counts() -> None:
     for kind in KINDS:
         assert found[kind]["ratio_gemms"] == pytest.approx(1.0, abs=0.01), kind
         assert found[kind]["ratio"] == pytest.approx(1.0, abs=0.05), kind
+
+
+def test_counters_of_a_gpu_are_summed_over_the_kernels_of_a_step(tmp_path: Path) -> None:
+    """By an `ncu` that prints what the real one does: its listing, its table, and in between what
+    the step says. Dense and sparse counters of one dtype are not added to it."""
+    read, written, tensor = (
+        "dram__bytes_read.sum", "dram__bytes_write.sum", "sm__ops_path_tensor_src_fp8_dst_fp32",
+    )  # fmt: skip
+    parts = {"linear": {"unit": "fp8", "flops": 950.0, "read": 60.0, "written": 20.0}}
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"""#!/bin/sh
+if [ "$1" = --query-metrics ]; then
+    printf '%s  Counter  ops\\n' {tensor} {tensor}_sparsity_off sm__cycles_active
+    exit
+fi
+echo '==PROF== Connected'
+echo 'BILLED {json.dumps({"parts": parts})}'
+echo '"ID","Kernel Name","{read}","{written}","{tensor}.sum"'
+echo '"","","byte","byte",""'
+echo '"0","gemm","50","10","1,000"'
+echo '"1","norm","30","10","0"'
+""")
+    ncu.chmod(0o755)
+    found = judged(under_ncu(str(ncu), "any", 4, "decode", 30.0))
+    assert found["counted"]["sums"] == {read: 80.0, written: 20.0, f"{tensor}.sum": 1000.0}
+    assert found["counted"]["kernels"]["gemm"] == [1, 50.0, 10.0, 1000.0]
+    assert found["ratios"]["GEMMs to tensor pipes"] == pytest.approx(0.95)
+    assert found["ratios"]["bytes to DRAM"] == pytest.approx(0.8)
+    ncu.write_text("#!/bin/sh\n[ $1 = --query-metrics ] || exec sleep 60\n")
+    assert "no result within 0 s" in judged(under_ncu(str(ncu), "any", 4, "decode", 0.2))["problem"]
 
 
 @pytest.mark.parametrize("name", ["qwen3.5-27b", "qwen3.5-35b-a3b"])
