@@ -20,6 +20,7 @@ from millrace.observe.clock import Clock, ClockOffset
 from millrace.observe.host import Host
 from millrace.observe.observer import Observer
 from millrace.observe.pages import kind_of, read
+from millrace.observe.progress import Progress
 from millrace.observe.sample import Row
 from millrace.observe.store import Store, mark, read_events, read_meta, read_rows
 from tests.support.observed.fake_nvml import fake_nvml
@@ -52,6 +53,22 @@ def test_pages_are_recognised_and_what_says_the_same_twice_is_kept_once() -> Non
     assert kind_of("hello\n") == ""
     vllm = list(read(1.0, "b", 'vllm:num_requests_running{model_name="m"} 3\n'))
     assert vllm == [Row(1.0, "b", "vllm:num_requests_running", '{"model_name":"m"}', 3.0)]
+
+
+def test_a_gateways_page_has_engines_of_both_kinds() -> None:
+    """Of vLLM's names those of a replica that has Millrace's are left out, and no others."""
+    text = "".join(
+        f'{name}{{replica="{replica}"}} 3\n'
+        for name, replica in (
+            ("millrace:engine_up", "a"), ("millrace:engine_up", "b"),
+            ("millrace:num_requests_running", "a"), ("vllm:num_requests_running", "a"),
+            ("vllm:num_requests_running", "b"), ("millrace_gateway_picks_total", "b"),
+        )
+    )  # fmt: skip
+    found = [(row.name, json.loads(row.labels)["replica"]) for row in read(1.0, "g", text)]
+    assert ("vllm:num_requests_running", "b") in found
+    assert ("vllm:num_requests_running", "a") not in found
+    assert len(found) == 5
 
 
 def test_what_it_watches_may_end_and_come_back(tmp_path: Path) -> None:
@@ -136,6 +153,57 @@ def test_samples_are_written_while_it_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("samples-*"))
     store.add([Row(stores.FLUSH_EVERY, "a", "up", "", 1.0)])
     assert len(list(tmp_path.glob("samples-*"))) == 1
+
+
+def test_samples_wait_for_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "MOST_ROWS", 3)
+    store, full = Store(tmp_path), [True]
+
+    def replace(source: str, target: str) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        Path(source).rename(target)
+
+    monkeypatch.setattr(stores.os, "replace", replace)
+    rows = [Row(t * stores.FLUSH_EVERY, "a", "up", "", 1.0) for t in range(6)]
+    store.add(rows[:1])
+    for row in rows[1:5]:
+        with pytest.raises(UserError, match=r"samples-000001.*: No space left on device"):
+            store.add([row])
+    assert (store.waits, store.lost) == (True, 2)
+    full[0] = False
+    store.add(rows[5:])
+    assert (store.waits, store.lost) == (False, 3)
+    assert list(read_rows(tmp_path)) == rows[3:]
+
+
+def test_only_the_figures_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add([Row(0.0, "a", name, "", 1.0) for name in ("up", "down", "left")])
+    store.flush()
+    assert [row.name for row in read_rows(tmp_path, {"left", "up"})] == ["up", "left"]
+
+
+def test_a_line_says_what_runs() -> None:
+    progress = Progress()
+
+    def rows(t: float, tokens: float) -> list[Row]:
+        running, out = "millrace:num_requests_running", "vllm:generation_tokens_total"
+        return [
+            Row(t, "a", "up", "", 1.0), Row(t, "b", "up", "", 0.0), Row(t, "a", running, "", 5.0),
+            Row(t, "a", out, "", tokens), Row(t, "a", "millrace:gpu_power_watts", "", 650.0),
+        ]  # fmt: skip
+
+    progress.add(rows(0.0, 100.0))
+    assert progress.line() == "1 of 2 targets answer; 5 running, 0 waiting; 650 W"
+    progress.add(rows(10.0, 30_100.0))
+    assert progress.line() == "1 of 2 targets answer; 3,000 tok/s out; 5 running, 0 waiting; 650 W"
+    progress.add(rows(20.0, 10.0))  # it was started again
+    assert "; 0 tok/s out" in progress.line()
+    progress.add([])
+    assert progress.line() == "this host is sampled"
 
 
 def test_a_directory_without_samples_is_said(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from millrace.observe.charts import Line, chart, short
-from millrace.observe.figures import Figures, Spread, figures
+from millrace.observe.charts import Line, bars, chart, short
+from millrace.observe.figures import Figures, Kind, Spread, figures
 from millrace.observe.findings import contradictions, walls
 from millrace.observe.phases import Phase, phases
 from millrace.observe.report import write_report
+from millrace.observe.roofline import roofline
 from millrace.observe.sample import Row, labels_text
 from millrace.observe.series import Samples, Series, quantile_of
 from millrace.observe.store import Store, mark
@@ -140,6 +141,100 @@ def test_a_phase_without_load_or_engines_says_so() -> None:
     assert walls(Figures(idle.phase)) == ["No engine was sampled, so nothing is known of the work."]
 
 
+def fleet(*shares: float) -> list[Row]:
+    """Replicas on a GPU each, which say themselves what that takes; each with its share of load."""
+    rows = []
+    for number, share in enumerate(shares):
+        for row in made():
+            name = f"millrace:{row.name}" if row.name.startswith("gpu_") else row.name
+            name = name.replace("energy_joules", "energy_joules_total")
+            value = row.value * (share if "generation" in name else 1.0)
+            rows.append(row._replace(source=f"r{number}", name=name, value=value))
+    return rows
+
+
+def steady_of(rows: list[Row]) -> Figures:
+    return figures(Samples(rows), Phase("steady", T0 + 20, T0 + 50))
+
+
+def test_shares_are_those_of_one_gpu_however_many_there_are() -> None:
+    one, three = steady_of(fleet(1.0)), steady_of(fleet(1.0, 1.0, 1.0))
+    assert three.engines == len(three.replicas) == 3
+    assert three.output_rate == pytest.approx(3 * one.output_rate)
+    assert three.power is not None
+    assert three.power.median == 1800.0
+    for name in ("mfu", "mbu", "busy", "joules_per_token"):
+        assert getattr(three, name) == pytest.approx(getattr(one, name)), name
+    assert three.kinds[0].flops == pytest.approx(one.kinds[0].flops)
+    assert walls(three) == walls(one)
+
+
+def test_gpus_of_engines_go_before_those_of_the_observers_host() -> None:
+    """Its host may run no engine; and of engines whose GPUs are unknown no joules are said."""
+    idle_here = [row._replace(source="host") for row in made() if row.name.startswith("gpu_")]
+    here = [row._replace(value=50.0) for row in idle_here if row.name == "gpu_power_watts"]
+    found = steady_of([*fleet(1.0, 1.0), *here])
+    assert found.power is not None
+    assert found.power.median == 1200.0
+    bare = [row for row in fleet(1.0, 1.0) if "gpu_" not in row.name]
+    unknown = steady_of([*bare, *here])
+    assert unknown.joules_per_token is None
+
+
+def test_a_replica_that_lags_is_named() -> None:
+    found = steady_of(fleet(1.0, 0.4, 1.0))
+    assert [round(one.output_rate or 0, -2) for one in found.replicas] == [4800, 1900, 4800]
+    assert any("Imbalance: r2 makes" in said and "and r1 1," in said for said in walls(found))
+    assert not any("Imbalance" in said for said in walls(steady_of(fleet(1.0, 0.8))))
+
+
+def test_requests_that_wait_at_the_gateway_are_no_load_that_is_missing() -> None:
+    rows = fleet(1.0)
+    for s in range(60):
+        labels = '{"service_class":"interactive"}'
+        rows.append(Row(T0 + s, "gw", "millrace_gateway_requests_queued", labels, 7.0))
+        for status, each in (("200", 9), ("503", 1)):
+            name, labels = "millrace_gateway_requests_total", f'{{"status":"{status}"}}'
+            rows.append(Row(T0 + s, "gw", name, labels, float(each * s)))
+    found = steady_of(rows)
+    assert found.gateway_errors == pytest.approx(0.1)
+    assert any(said.startswith("The gateway: 7 requests wait there") for said in walls(found))
+
+
+def test_histograms_with_other_buckets_are_added() -> None:
+    rows = []
+    for source, name, buckets in (
+        ("a", "millrace:x_bucket", {"1.0": 50.0, "2.0": 100.0, "+Inf": 100.0}),
+        ("b", "vllm:x_bucket", {"4.0": 100.0, "+Inf": 100.0}),
+    ):
+        for bound, count in buckets.items():
+            rows += [Row(t, source, name, f'{{"le":"{bound}"}}', count * t) for t in (0.0, 1.0)]
+    found = Samples(rows).cumulative(0.0, 1.0, "millrace:x_bucket", "vllm:x_bucket")
+    assert found == [(1.0, 75.0), (2.0, 150.0), (4.0, 200.0), (float("inf"), 200.0)]
+
+
+def test_the_roof_is_above_what_can_be_reached() -> None:
+    kinds = [Kind("a<b", "fp8", 1e14, 1e12), Kind("lookups", "", 0.0, 1e9)]
+    picture = roofline(kinds, {"fp8": 2e15, "bf16": 1e15}, 4e12)
+    assert picture.count("<polyline") == 2
+    assert picture.count("<circle") == 1
+    assert "a&lt;b" in picture
+    point = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)
+    assert point is not None
+    corners = re.findall(r"([\d.]+),([\d.]+)", picture)
+    assert all(float(point[2]) > min(float(y) for _, y in corners[n : n + 3]) for n in (0, 3))
+    assert roofline(kinds, {}, None) == ""
+
+
+def test_a_histogram_shows_the_buckets_that_matter() -> None:
+    picture = bars(
+        "t", [(0.1, 0.0), (0.5, 60.0), (2.0, 99.99), (8.0, 100.0), (float("inf"), 100.0)]
+    )
+    assert picture.count("<rect") == 2
+    assert "up to 500 ms: 60.0%" in picture
+    assert bars("t", [(1.0, 0.0)]) == bars("t", []) == ""
+
+
 def test_figures_that_contradict_each_other_are_said() -> None:
     fine = steady()
     assert contradictions(fine) == []
@@ -182,7 +277,7 @@ def test_the_report_has_phases_walls_and_the_roofline(tmp_path: Path) -> None:
     assert "run &amp; measure" in text
     assert "a:1&lt;b&gt; (engine, started again 2 times, clock +250 ms, within 20)" in text
     assert "1 x NVIDIA H200" in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 5 + 2  # of the run; of the phase under load: times, the roofline
     assert re.search(r"<td>linear</td><td>fp8</td>.*<td>memory</td>", text)
     assert "<script" not in text
     assert "http" not in re.sub(r'xmlns="[^"]*"', "", text)  # it needs nothing from elsewhere

@@ -1,4 +1,4 @@
-"""Lines over time as SVG: one picture a figure, phases shaded. It knows pixels and no figures."""
+"""Lines over time and histograms as SVG, one picture each. It knows pixels and no figures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from millrace.observe.series import Array
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 180, 56, 22, 8
 MOST_POINTS = 720
+MOST_LABELS = 12
+LEAST_SHARE = 0.001
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,37 @@ def short(value: float) -> str:
         if abs(value) >= power:
             return f"{value / power:.3g} {prefix}"
     return f"{value:.3g} "
+
+
+def bars(title: str, cumulative: Sequence[tuple[float, float]]) -> str:
+    """A histogram of seconds as SVG, a bar for each bucket with a share of 0.1% or more; empty
+    without values. cumulative: (bound, values up to it)."""
+    total = cumulative[-1][1] if cumulative else 0.0
+    if not total:
+        return ""
+    shares, before = [], 0.0
+    for bound, count in cumulative:
+        shares.append((bound, (count - before) / total))
+        before = count
+    seen = [at for at, (_, share) in enumerate(shares) if share >= LEAST_SHARE]
+    shares = shares[seen[0] : seen[-1] + 1]
+    step, most = (WIDTH - LEFT) / len(shares), max(share for _, share in shares)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    every = -(-len(shares) // MOST_LABELS)
+    for at, (bound, share) in enumerate(shares):
+        height = share / most * (HEIGHT - BOTTOM - TOP)
+        left, label = LEFT + at * step, "more" if bound == float("inf") else _seconds(bound)
+        parts.append(
+            f'<rect class="b" x="{left + 1:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" '
+            f'width="{max(step - 2, 1):.1f}" height="{height:.1f}"><title>up to {label}: '
+            f"{share:.1%}</title></rect>"
+        )
+        if at % every == 0:
+            place = f'x="{left + step:.1f}" y="{HEIGHT - 6}"'
+            parts.append(f'<text class="a" {place}>{label}</text>')
+    parts.append(f'<text class="a" x="{LEFT - 4}" y="{TOP + 8}">{most:.0%}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from millrace.hardware.gpus import Gpu
 from millrace.observe.phases import RUNNING, Phase
+from millrace.observe.replicas import (
+    COMPUTE_SECONDS,
+    KV_USAGE,
+    MEMORY_SECONDS,
+    OUTPUT,
+    STEP_SECONDS,
+    WAITING,
+    Replica,
+    replicas,
+)
 from millrace.observe.series import Array, Samples
 
-WAITING = ("millrace:num_requests_waiting", "vllm:num_requests_waiting")
-KV_USAGE = ("millrace:kv_cache_usage_perc", "vllm:kv_cache_usage_perc")
-OUTPUT = ("millrace:generation_tokens_total", "vllm:generation_tokens_total")
 PROMPT = ("millrace:prompt_tokens_total", "vllm:prompt_tokens_total")
 ENDED = ("millrace:requests_finished_total", "vllm:request_success_total")
 PREEMPTIONS = ("millrace:num_preemptions_total", "vllm:num_preemptions_total")
@@ -21,26 +29,50 @@ ACCEPTED = ("millrace:spec_decode_num_accepted_tokens_total",
             "vllm:spec_decode_num_accepted_tokens_total")  # fmt: skip
 DRAFTED = ("millrace:spec_decode_num_draft_tokens_total",
            "vllm:spec_decode_num_draft_tokens_total")  # fmt: skip
-STEP_SECONDS = "millrace:step_seconds_total"
 FLOPS, READ, WRITTEN = (f"millrace:estimated_{name}_total" for name in
                         ("flops", "read_bytes", "write_bytes"))  # fmt: skip
-COMPUTE_SECONDS = "millrace:estimated_peak_compute_seconds_total"
-MEMORY_SECONDS = "millrace:estimated_peak_memory_seconds_total"
 LATENCIES = {
     "time to first token": "time_to_first_token_seconds",
     "between two tokens": "inter_token_latency_seconds",
     "whole request": "e2e_request_latency_seconds",
     "in the queue": "request_queue_time_seconds",
 }
-UTILIZATION = ("gpu_utilization_ratio", "DCGM_FI_DEV_GPU_UTIL")
-POWER = ("gpu_power_watts", "DCGM_FI_DEV_POWER_USAGE", "millrace:gpu_power_watts")
-ENERGY = ("gpu_energy_joules", "millrace:gpu_energy_joules_total")
+HITS = ("millrace:prefix_cache_hits_total", "vllm:prefix_cache_hits_total")
+QUERIES = ("millrace:prefix_cache_queries_total", "vllm:prefix_cache_queries_total")
+GATEWAY_ANSWERS = "millrace_gateway_requests_total"
+GATEWAY_RETRIES = "millrace_gateway_retries_total"
+GATEWAY_QUEUE = "millrace_gateway_requests_queued"
+GATEWAY_FIRST_BYTE = "millrace_gateway_first_byte_seconds_bucket"
+
+
+class Meter(NamedTuple):
+    """Names of what one source says of GPUs."""
+
+    power: str
+    limit: str
+    energy: str
+    utilization: str
+
+
+# The best first: engines name their own GPUs on any host, exporters those of their hosts, and the
+# observer those of its own host, which may run no engine.
+METERS = (
+    Meter("millrace:gpu_power_watts", "millrace:gpu_power_limit_watts",
+          "millrace:gpu_energy_joules_total", "millrace:gpu_utilization_ratio"),
+    Meter("DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_POWER_MGMT_LIMIT", "", "DCGM_FI_DEV_GPU_UTIL"),
+    Meter("gpu_power_watts", "gpu_power_limit_watts", "gpu_energy_joules", "gpu_utilization_ratio"),
+)  # fmt: skip
+POWER = tuple(meter.power for meter in METERS)
 TENSOR, DRAM = "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "DCGM_FI_PROF_DRAM_ACTIVE"
+LATENCY_BUCKETS = {
+    title: (f"millrace:{name}_bucket", f"vllm:{name}_bucket") for title, name in LATENCIES.items()
+} | {"first byte, at the gateway": (GATEWAY_FIRST_BYTE,)}
 # Everything that a report reads, so that a long run's other figures stay in their files.
 NAMES = {
     *RUNNING, *WAITING, *KV_USAGE, *OUTPUT, *PROMPT, *ENDED, *PREEMPTIONS, *ACCEPTED, *DRAFTED,
-    STEP_SECONDS, FLOPS, READ, WRITTEN, COMPUTE_SECONDS, MEMORY_SECONDS, *UTILIZATION, *POWER,
-    *ENERGY, TENSOR, DRAM, "up", "millrace:engine_up", "gpu_power_limit_watts", "gpu_throttle",
+    STEP_SECONDS, FLOPS, READ, WRITTEN, COMPUTE_SECONDS, MEMORY_SECONDS, *HITS, *QUERIES,
+    *(name for meter in METERS for name in meter if name), TENSOR, DRAM, "up", "millrace:engine_up",
+    "gpu_throttle", GATEWAY_ANSWERS, GATEWAY_RETRIES, GATEWAY_QUEUE, GATEWAY_FIRST_BYTE,
     "cpu_busy_seconds", "cpu_total_seconds", "net_receive_bytes", "net_transmit_bytes",
     "gpu_memory_used_bytes", "gpu_memory_total_bytes", "millrace:peak_flops_per_second",
     "millrace:peak_memory_bytes_per_second", "process_cpu_seconds_total",
@@ -59,7 +91,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Kind:
-    """Work of one kind, on all GPUs: FLOPs and bytes a second."""
+    """Work of one kind, on one GPU in the mean: FLOPs and bytes a second."""
 
     name: str
     unit: str
@@ -89,6 +121,10 @@ class Figures:
     tensor_active: Spread | None = None
     dram_active: Spread | None = None
     throttled: float = 0.0
+    cache_hits: float | None = None
+    gateway_errors: float | None = None
+    gateway_retries: float | None = None
+    gateway_queue: Spread | None = None
     mfu: float | None = None
     mbu: float | None = None
     busy: float | None = None
@@ -98,12 +134,25 @@ class Figures:
     joules_per_request: float | None = None
     latencies: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     kinds: list[Kind] = field(default_factory=list)
+    replicas: list[Replica] = field(default_factory=list)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request ran for most of the time."""
+        return self.running is None or self.running.median < 0.5
+
+
+def meter_of(samples: Samples) -> Meter:
+    """Where the figures of GPUs are taken from."""
+    return next((one for one in METERS if samples.series(one.power)), METERS[-1])
 
 
 def figures(samples: Samples, phase: Phase) -> Figures:
     """What a phase showed."""
     start, end = phase.start, phase.end
     found = Figures(phase, engines=len(samples.series(*RUNNING)))
+    found.replicas = replicas(samples, start, end)
+    meter = meter_of(samples)
 
     def rate(*names: str) -> float | None:
         return samples.rate(start, end, *names)
@@ -119,18 +168,29 @@ def figures(samples: Samples, phase: Phase) -> Figures:
     drafted = samples.increase(start, end, *DRAFTED)
     if drafted:
         found.acceptance = samples.increase(start, end, *ACCEPTED) / drafted
+    queries = samples.increase(start, end, *QUERIES)
+    if queries:
+        found.cache_hits = samples.increase(start, end, *HITS) / queries
     found.running, found.waiting = spread(*RUNNING), spread(*WAITING)
     found.kv_usage = spread(*KV_USAGE, combine=lambda table: table.max(axis=0))
-    found.power = spread(*POWER)
-    found.power_limit = _last_sum(samples, "gpu_power_limit_watts")
-    found.utilization = spread(*UTILIZATION, combine=_mean_ratio)
+    found.power = spread(meter.power)
+    found.power_limit = _last_sum(samples, meter.limit)
+    found.utilization = spread(meter.utilization, combine=_mean_ratio)
     found.tensor_active = spread(TENSOR, combine=_mean)
     found.dram_active = spread(DRAM, combine=_mean)
     _, limited = samples.over_time(start, end, "gpu_throttle", combine=_any_limit)
     found.throttled = float(np.mean(limited)) if len(limited) else 0.0
     found.down = _down(samples, start, end)
     _add_shares(found, samples, rate)
+    if len(samples.series(meter.power)) >= found.engines:  # else of some engines nothing is known
+        _add_energy(found, rate(meter.energy) if meter.energy else None)
+    _add_kinds(found, samples)
     _add_latencies(found, samples)
+    found.gateway_queue, found.gateway_retries = spread(GATEWAY_QUEUE), rate(GATEWAY_RETRIES)
+    by_status = samples.rate_by("status", start, end, GATEWAY_ANSWERS)
+    if by_status:
+        failed = sum(one for status, one in by_status.items() if status.startswith("5"))
+        found.gateway_errors = failed / sum(by_status.values())
     return found
 
 
@@ -147,25 +207,33 @@ def _add_shares(found: Figures, samples: Samples, rate: Callable[..., float | No
         one for one in samples.series("net_transmit_bytes") if one.labels.get("device") != "lo"
     ]
     found.network = sum(one.increase(start, end) for one in wires) / max(end - start, 1e-9)
-    joules = rate(*ENERGY)
+
+
+def _add_energy(found: Figures, joules: float | None) -> None:
+    """joules: a second, as a counter has it; else the power is taken."""
     if joules is None and found.power is not None:
         joules = found.power.median
     if joules is not None:
         found.joules_per_token = joules / found.output_rate if found.output_rate else None
         found.joules_per_request = joules / found.request_rate if found.request_rate else None
+
+
+def _add_kinds(found: Figures, samples: Samples) -> None:
+    start, end = found.phase.start, found.phase.end
+    engines = max(found.engines, 1)
     units = {
         one.labels.get("kind", ""): one.labels.get("unit", "") for one in samples.series(FLOPS)
     }
     flops = samples.rate_by("kind", start, end, FLOPS)
     moved = [samples.rate_by("kind", start, end, name) for name in (READ, WRITTEN)]
     for kind in sorted({*flops, *moved[0], *moved[1]}, key=lambda kind: -flops.get(kind, 0.0)):
-        bytes_moved = sum(one.get(kind, 0.0) for one in moved)
-        found.kinds.append(Kind(kind, units.get(kind, ""), flops.get(kind, 0.0), bytes_moved))
+        bytes_moved = sum(one.get(kind, 0.0) for one in moved) / engines
+        counted = flops.get(kind, 0.0) / engines
+        found.kinds.append(Kind(kind, units.get(kind, ""), counted, bytes_moved))
 
 
 def _add_latencies(found: Figures, samples: Samples) -> None:
-    for title, name in LATENCIES.items():
-        names = (f"millrace:{name}_bucket", f"vllm:{name}_bucket")
+    for title, names in LATENCY_BUCKETS.items():
         quantiles = [
             samples.quantile(q, found.phase.start, found.phase.end, *names)
             for q in (0.5, 0.95, 0.99)

@@ -23,9 +23,9 @@ def walls(f: Figures) -> list[str]:
         found.append(
             f"Engines were down or silent for {f.down:.0%} of the time: see their logs first."
         )
-    if f.running is None or f.running.median < 0.5:
+    if f.idle:
         return [*found, "No load: no request ran for most of the time."]
-    found += _of_the_device(f) + _of_memory(f) + _of_host_and_load(f)
+    found += _of_the_device(f) + _of_memory(f) + _of_the_fleet(f) + _of_host_and_load(f)
     if not found:
         found.append(_in_between(f))
     return found
@@ -67,6 +67,26 @@ def _of_memory(f: Figures) -> list[str]:
             f"Preemptions: {f.preemption_rate:.1f} requests a second are computed again; lower "
             "--max-num-seqs."
         )
+    return found
+
+
+def _of_the_fleet(f: Figures) -> list[str]:
+    found = []
+    if (f.gateway_queue is not None and f.gateway_queue.median >= 1) and (
+        f.waiting is None or f.waiting.median < 1
+    ):
+        found.append(
+            f"The gateway: {f.gateway_queue.median:.0f} requests wait there while none waits at an "
+            "engine; a higher --max-concurrent-requests lets them through."
+        )
+    loads = [(one.output_rate, one.name) for one in f.replicas if one.output_rate is not None]
+    if len(loads) > 1:
+        (least, idle), (most, busiest) = min(loads), max(loads)
+        if most > 1.5 * least and f.running is not None and f.running.median >= 2 * len(loads):
+            found.append(
+                f"Imbalance: {busiest} makes {most:,.0f} tokens a second, and {idle} {least:,.0f}; "
+                "the fleet is as fast as its requests are spread."
+            )
     return found
 
 

@@ -8,15 +8,18 @@ import logging
 from collections.abc import Callable, Sequence
 
 from millrace.common.http_client import Target, fetch
+from millrace.errors import UserError
 from millrace.observe import pages
 from millrace.observe.clock import Clock, ClockOffset
 from millrace.observe.host import Host
+from millrace.observe.progress import Progress
 from millrace.observe.sample import Row, first, rows_of
 from millrace.observe.store import Store
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 2.0  # seconds for one page
+NOTE_EVERY = 10.0  # seconds between two lines of figures in the log
 
 
 class Watched:
@@ -43,7 +46,7 @@ class Watched:
             text = response.body.decode("utf-8", "replace")
             received = clock.now()
             t = (sent + received) / 2
-            self.kind = self.kind or pages.kind_of(text)
+            self.kind = self.kind or pages.kind_of(text) or "other"
             rows = list(pages.read(t, self.name, text))
         except (OSError, ValueError) as error:
             if not self.gone:
@@ -81,6 +84,8 @@ class Observer:
         self._store, self._host, self._interval = store, host, interval
         self.clock = clock or Clock()
         self._stopped = asyncio.Event()
+        self._progress = Progress()
+        self._unwritten = ""  # why the last samples could not be written
 
     def stop(self) -> None:
         self._stopped.set()
@@ -88,7 +93,7 @@ class Observer:
     async def run(self, duration: float = 0.0, on_tick: Callable[[], None] = lambda: None) -> None:
         """Sample until `stop`, or for so many seconds; 0: until `stop`. What was sampled is stored
         in any case."""
-        began = self.clock.now()
+        began = noted = self.clock.now()
         self._note(began)
         tick = 0
         try:
@@ -100,8 +105,11 @@ class Observer:
                 if wait < 0:  # late: skip what is past, so that times stay even
                     tick = int((self.clock.now() - began) / self._interval) + 1
                     wait = began + tick * self._interval - self.clock.now()
-                if duration and tick * self._interval >= duration:
+                if duration and tick * self._interval > duration:
                     break
+                if self.clock.now() - noted >= NOTE_EVERY:
+                    noted = self.clock.now()
+                    self._report_progress(began)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), wait)
         finally:
@@ -114,7 +122,23 @@ class Observer:
         for one, found in zip(self.watched, await answers, strict=True):
             rows += self._once(one, found)
         rows.sort(key=lambda row: row.t)
-        self._store.add(rows)
+        self._progress.add(rows)
+        try:
+            self._store.add(rows)
+        except UserError as error:
+            if not self._unwritten:
+                log.warning("%s; samples wait in memory, and it is tried again", error)
+            self._unwritten = str(error)
+        else:
+            if self._unwritten and not self._store.waits:
+                log.warning("samples can be written again; %d were lost", self._store.lost)
+                self._unwritten = ""
+
+    def _report_progress(self, began: float) -> None:
+        """A line of figures, and what is known of the targets, while it runs."""
+        log.info("%s", self._progress.line())
+        with contextlib.suppress(UserError):  # said already, where samples cannot be written
+            self._note(began)
 
     def _once(self, one: Watched, rows: list[Row]) -> list[Row]:
         """Without what a gateway's page says of engines that are watched themselves."""

@@ -1,13 +1,15 @@
 """Figures of Prometheus pages: engines (Millrace, vLLM), gateways, exporters (DCGM, AMD, nodes).
 
 A page is recognised by what stands on it. Of an engine that has Millrace's names, vLLM's are left
-out, as they say the same; of histograms with many buckets only those of latencies keep them.
+out, as they say the same; a gateway's page may have engines of both kinds. Of histograms with many
+buckets only those of latencies keep them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -32,6 +34,8 @@ _BUCKETS = re.compile(
     r"|request_queue_time)_seconds_bucket|millrace_gateway_first_byte_seconds_bucket"
 )
 _CREATED = "_created"
+_REPLICA = re.compile(r'replica="[^"]*"')
+_OURS = re.compile(r"^millrace:num_requests_running\b.*", re.MULTILINE)
 
 
 def kind_of(text: str) -> str:
@@ -44,18 +48,21 @@ def kind_of(text: str) -> str:
 
 def read(t: float, source: str, text: str) -> Iterator[Row]:
     """The figures of a page that are kept. Raises ValueError for a page that cannot be parsed."""
-    ours = "\nmillrace:" in f"\n{text}"
+    ours = {_replica(line) for line in _OURS.findall(text)}
     kept = "".join(f"{line}\n" for line in text.splitlines() if _kept(line, ours))
     for family in text_string_to_metric_families(kept):
         for sample in family.samples:
             yield Row(t, source, sample.name, labels_text(sample.labels), float(sample.value))
 
 
-def _kept(line: str, ours: bool) -> bool:
+def _kept(line: str, ours: AbstractSet[str]) -> bool:
+    """ours: replicas that have Millrace's names."""
     if line.startswith("#") or not line.strip():
         return False
     name = re.split(r"[{ ]", line, maxsplit=1)[0]
-    if name.endswith(_CREATED) or (ours and name.startswith("vllm:")):
+    if name.endswith(_CREATED):
+        return False
+    if name.startswith("vllm:") and _replica(line) in ours:
         return False
     if name.endswith("_bucket"):
         return _BUCKETS.fullmatch(name) is not None
@@ -64,3 +71,9 @@ def _kept(line: str, ours: bool) -> bool:
     if name.startswith("process_"):
         return name in _PROCESS
     return any(name.startswith(prefix) for kind in KINDS.values() for prefix in kind)
+
+
+def _replica(line: str) -> str:
+    """The label of a sample's replica on a gateway's page; empty for an engine's own page."""
+    found = _REPLICA.search(line)
+    return found.group() if found else ""

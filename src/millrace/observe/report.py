@@ -11,22 +11,21 @@ from typing import Any
 import numpy as np
 
 from millrace.hardware.gpus import Gpu, gpu_of_device
-from millrace.observe.charts import Line, chart, short
+from millrace.observe.charts import Line, bars, chart, short
 from millrace.observe.figures import (
-    KV_USAGE,
+    LATENCY_BUCKETS,
     NAMES,
-    OUTPUT,
-    POWER,
-    UTILIZATION,
-    WAITING,
     Figures,
     Kind,
     Spread,
     figures,
+    meter_of,
     peaks,
 )
 from millrace.observe.findings import contradictions, walls
 from millrace.observe.phases import RUNNING, Phase, phases
+from millrace.observe.replicas import KV_USAGE, OUTPUT, WAITING, Replica
+from millrace.observe.roofline import roofline
 from millrace.observe.series import Array, Samples
 from millrace.observe.store import read_events, read_meta, read_rows
 
@@ -37,19 +36,21 @@ def write_report(directory: Path) -> tuple[Path, list[Figures]]:
     """Write report.html into a run's directory; returns it, and what each phase showed. Raises
     UserError for a directory without samples."""
     meta = read_meta(directory)
-    samples = Samples(row for row in read_rows(directory) if row.name in NAMES)
+    samples = Samples(read_rows(directory, NAMES))
     found = [figures(samples, phase) for phase in phases(samples, read_events(directory))]
     gpu = _gpu(meta)
     context = _context(meta, samples, found) | {
-        "phases": [_phase(one, *peaks(samples, gpu)) for one in found],
+        "phases": [_phase(one, samples, *peaks(samples, gpu)) for one in found],
         "charts": _charts(samples, [one.phase for one in found]),
     }
     from jinja2 import Environment
     from markupsafe import Markup
 
     text = resources.files("millrace.observe").joinpath("templates/report.html.j2").read_text()
-    for one in context["charts"]:
+    for one in (*context["charts"], *(one for phase in context["phases"] for one in phase["bars"])):
         one["svg"] = Markup(one["svg"])  # made by us, of escaped names
+    for one in context["phases"]:
+        one["roofline"] = Markup(one["roofline"])
     target = directory / REPORT
     target.write_text(Environment(autoescape=True).from_string(text).render(context))
     return target, found
@@ -86,8 +87,14 @@ def _offset(offset: float | None, error: float | None) -> str:
     return f"{offset * 1000:+.0f} ms, within {error * 1000:.0f}"
 
 
-def _phase(f: Figures, peak_flops: dict[str, float], peak_bytes: float | None) -> dict[str, Any]:
+def _phase(
+    f: Figures, samples: Samples, peak_flops: dict[str, float], peak_bytes: float | None
+) -> dict[str, Any]:
+    kinds = [] if f.idle else f.kinds
     return {
+        "bars": [] if f.idle else _bars(f.phase, samples),
+        "roofline": roofline(kinds, peak_flops, peak_bytes),
+        "replicas": [_replica(one) for one in f.replicas] if len(f.replicas) > 1 else [],
         "name": f.phase.name,
         "seconds": f"{f.phase.end - f.phase.start:.0f}",
         "walls": walls(f),
@@ -97,8 +104,32 @@ def _phase(f: Figures, peak_flops: dict[str, float], peak_bytes: float | None) -
             (name, *(f"{1000 * value:,.0f} ms" for value in quantiles))
             for name, quantiles in f.latencies.items()
         ],
-        "kinds": [_kind(kind, peak_flops, peak_bytes) for kind in f.kinds],
+        "kinds": [_kind(kind, peak_flops, peak_bytes) for kind in kinds],
     }
+
+
+def _bars(phase: Phase, samples: Samples) -> list[dict[str, str]]:
+    """Histograms of latencies."""
+    found = [
+        {"title": title, "svg": bars(title, samples.cumulative(phase.start, phase.end, *names))}
+        for title, names in LATENCY_BUCKETS.items()
+    ]
+    return [one for one in found if one["svg"]]
+
+
+def _replica(one: Replica) -> tuple[str, ...]:
+    """A row of the table of replicas."""
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else short(value)
+
+    return (
+        one.name, share(one.up), number(one.running), number(one.waiting), share(one.kv_usage),
+        number(one.output_rate), share(one.busy), share(one.mfu), share(one.mbu),
+    )  # fmt: skip
 
 
 def _rows(f: Figures) -> list[tuple[str, ...]]:
@@ -123,12 +154,16 @@ def _rows(f: Figures) -> list[tuple[str, ...]]:
     add("MBU, of the memory's peak", f.mbu, share=True)
     add("time in which a step ran", f.busy, share=True)
     add("accepted drafts", f.acceptance, share=True)
+    add("prompt tokens found in the cache", f.cache_hits, share=True)
+    add("failed answers of the gateway", f.gateway_errors, share=True)
+    add("retries of the gateway / s", f.gateway_retries)
     add("energy of an output token", f.joules_per_token, "J")
     add("energy of a request", f.joules_per_request, "J")
     add("processors of this host", f.host_busy, share=True)
     add("sent over the network / s", f.network or None, "B")
     lies("running requests", f.running)
     lies("waiting requests", f.waiting)
+    lies("waiting at the gateway", f.gateway_queue)
     lies("KV cache, fullest engine", f.kv_usage, share=True)
     lies("power of all GPUs", f.power, "W")
     lies("GPU busy, as the driver says", f.utilization, share=True)
@@ -167,6 +202,7 @@ def _charts(samples: Samples, shown: Sequence[Phase]) -> list[dict[str, str]]:
             return Line(name, grid[:0], grid[:0])
         return Line(name, grid, np.asarray(sum(one.rate(grid) for one in found)))
 
+    meter = meter_of(samples)
     wanted = (
         ("Output tokens / s", "", [rate("output", *OUTPUT)]),
         (
@@ -175,8 +211,8 @@ def _charts(samples: Samples, shown: Sequence[Phase]) -> list[dict[str, str]]:
             [gauge("running", *RUNNING), gauge("waiting", *WAITING)],
         ),
         ("KV cache, fullest engine", "", [gauge("KV cache", *KV_USAGE, largest=True)]),
-        ("Power of all GPUs", "W", [gauge("power", *POWER)]),
-        ("GPU busy", "", [gauge("busy", *UTILIZATION)]),
+        ("Power of all GPUs", "W", [gauge("power", meter.power)]),
+        ("GPUs busy, summed", "", [gauge("busy", meter.utilization)]),
     )
     found = [
         {"title": title, "svg": chart(title, unit, lines, shown)} for title, unit, lines in wanted

@@ -40,6 +40,10 @@ class Series:
         ends = np.append(grid, grid[-1:] + 1.0)
         return np.asarray(np.diff(np.interp(ends, self.t, gained)))
 
+    def between(self, start: float, end: float) -> Array:
+        """The values between two times."""
+        return self.values[(self.t >= start) & (self.t <= end)]
+
     def span(self, start: float, end: float) -> float:
         """Seconds between the first and the last sample between two times."""
         inside = self.t[(self.t >= start) & (self.t <= end)]
@@ -61,8 +65,8 @@ class Samples:
         self.end = max((float(t[-1]) for t in times), default=0.0)
 
     def series(self, *names: str) -> list[Series]:
-        """The series of the first of these names that there is."""
-        return next((self._by_name[name] for name in names if name in self._by_name), [])
+        """All series of these names: of a source only one of them is kept."""
+        return [one for name in names for one in self._by_name.get(name, ())]
 
     def increase(self, start: float, end: float, *names: str) -> float:
         """Summed over all series of a counter."""
@@ -96,10 +100,20 @@ class Samples:
 
     def quantile(self, q: float, start: float, end: float, *names: str) -> float | None:
         """Of a histogram (names of its buckets), over all series; None without a value."""
-        counts: dict[float, float] = defaultdict(float)
-        for one in self.series(*names):
-            counts[float(one.labels["le"])] += one.increase(start, end)
-        return quantile_of(q, sorted(counts.items()))
+        return quantile_of(q, self.cumulative(start, end, *names))
+
+    def cumulative(self, start: float, end: float, *names: str) -> list[tuple[float, float]]:
+        """(bound, values up to it) of a histogram, over all series. Names may have buckets of their
+        own; between two of its bounds the values of one are spread evenly."""
+        tables = []
+        for name in names:
+            counts: dict[float, float] = defaultdict(float)
+            for one in self.series(name):
+                counts[float(one.labels["le"])] += one.increase(start, end)
+            if counts:
+                tables.append(sorted(counts.items()))
+        bounds = sorted({bound for table in tables for bound, _ in table})
+        return [(bound, sum(_up_to(bound, table) for table in tables)) for bound in bounds]
 
 
 def quantile_of(q: float, cumulative: Sequence[tuple[float, float]]) -> float | None:
@@ -115,6 +129,18 @@ def quantile_of(q: float, cumulative: Sequence[tuple[float, float]]) -> float | 
             return low + (bound - low) * ((rank - seen) / within if within else 1.0)
         low, seen = bound, count
     return low
+
+
+def _up_to(bound: float, cumulative: Sequence[tuple[float, float]]) -> float:
+    low, seen = 0.0, 0.0
+    for high, count in cumulative:
+        if bound == high:
+            return count
+        if bound < high:
+            whole = high == float("inf")  # all that is known of it is that it is above
+            return seen if whole else seen + (count - seen) * (bound - low) / (high - low)
+        low, seen = high, count
+    return seen
 
 
 def _on_grid(one: Series, grid: Array) -> Array:

@@ -1,5 +1,8 @@
 """Samples in a directory: files of Parquet, or of JSON lines without pyarrow, and events.
 
+A directory that takes nothing more, such as one on a full disk, is tried again; the newest samples
+wait for it in memory.
+
 A file is written whole and then renamed, so a kill loses the seconds since the last one and tears
 none. A later run in the same directory goes on behind the files that are there.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ EVENTS, META = "events.jsonl", "meta.json"
 
 
 class Store:
-    """Writes samples. Raises UserError for a directory that cannot be made."""
+    """Writes samples. lost: that were dropped because they could not be written. Raises UserError
+    for a directory that cannot be made."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._rows: list[Row] = []
+        self.lost = 0
         self._since: float | None = None
         self._arrow = probe("pyarrow").module
         try:
@@ -40,14 +45,23 @@ class Store:
     def suffix(self) -> str:
         return "parquet" if self._arrow is not None else "jsonl"
 
+    @property
+    def waits(self) -> bool:
+        """Whether samples wait to be written."""
+        return bool(self._rows)
+
     def add(self, rows: list[Row]) -> None:
-        """Keep samples; writes a file when it is time."""
+        """Keep samples; writes a file when it is time. Raises UserError where that cannot be done;
+        the samples are written with the next ones then."""
         if not rows:
             return
         self._rows += rows
+        self.lost += max(0, len(self._rows) - MOST_ROWS)
+        del self._rows[:-MOST_ROWS]
         if self._since is None:
             self._since = rows[0].t
-        if rows[-1].t - self._since >= FLUSH_EVERY or len(self._rows) >= MOST_ROWS:
+        if rows[-1].t - self._since >= FLUSH_EVERY:
+            self._since = rows[-1].t
             self.flush()
 
     def flush(self) -> None:
@@ -77,11 +91,14 @@ class Store:
         parquet.write_table(table, path, compression="zstd")
 
     def note(self, meta: dict[str, Any]) -> None:
-        """Facts of the run, over those that are there."""
+        """Facts of the run, over those that are there. Raises UserError like `flush`."""
         path = self.directory / META
         part = path.with_name(f".{META}.part")
-        part.write_text(json.dumps(read_meta(self.directory) | meta, indent=1))
-        os.replace(part, path)
+        try:
+            part.write_text(json.dumps(read_meta(self.directory) | meta, indent=1))
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -107,19 +124,22 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def read_rows(directory: Path) -> Iterator[Row]:
-    """All samples of a directory, in the order of their files. Raises UserError without any."""
+def read_rows(directory: Path, names: Collection[str] | None = None) -> Iterator[Row]:
+    """The samples of a directory, in the order of their files; names: of figures, None for all.
+    Raises UserError without any file."""
     files = _files(directory)
     if not files:
         raise UserError(f"{directory}: no samples; give the --out of a `millrace observe` run")
     for path in files:
         if path.suffix == ".jsonl":
-            yield from (Row(*json.loads(line)) for line in path.read_text().splitlines())
+            rows = (Row(*json.loads(line)) for line in path.read_text().splitlines())
+            yield from (row for row in rows if names is None or row.name in names)
             continue
         if probe("pyarrow").module is None:
             found = probe("pyarrow")
             raise UserError(f"{path}: {found.problem}; {found.remedy}")
         import pyarrow.parquet as parquet
 
-        columns = parquet.read_table(path).to_pydict()
+        wanted = None if names is None else [("name", "in", list(names))]
+        columns = parquet.read_table(path, filters=wanted).to_pydict()
         yield from map(Row, *(columns[name] for name in Row._fields))
