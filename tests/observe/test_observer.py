@@ -22,7 +22,7 @@ from millrace.observe.observer import Observer
 from millrace.observe.pages import kind_of, read
 from millrace.observe.progress import Progress
 from millrace.observe.sample import Row
-from millrace.observe.store import Store, mark, read_events, read_meta, read_rows
+from millrace.observe.store import Store, mark, read_events, read_meta, read_points, read_rows
 from tests.support.observed.fake_nvml import fake_nvml
 from tests.support.observed.moving_replica import MovingReplica, served
 from tests.support.running import eventually, run
@@ -179,11 +179,26 @@ def test_samples_wait_for_a_disk_that_is_full(
     assert list(read_rows(tmp_path)) == rows[3:]
 
 
-def test_only_the_figures_that_are_asked_for_are_read(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.add([Row(0.0, "a", name, "", 1.0) for name in ("up", "down", "left")])
-    store.flush()
-    assert [row.name for row in read_rows(tmp_path, {"left", "up"})] == ["up", "left"]
+def test_only_the_figures_that_are_asked_for_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From files of both kinds, each series whole and in its order."""
+    pytest.importorskip("pyarrow")
+    rows = [
+        Row(float(t), source, name, labels, 10.0 * t)
+        for t in range(6) for source in "ab" for name in ("up", "down") for labels in ("", "{}")
+    ]  # fmt: skip
+    for start, arrow in ((0, True), (16, True), (32, False)):
+        store = Store(tmp_path)
+        if not arrow:
+            monkeypatch.setattr(store, "_arrow", None)
+        store.add(rows[start : start + 16])
+        store.flush()
+    found = read_points(tmp_path, {"up"})
+    assert found.keys() == {("up", source, labels) for source in "ab" for labels in ("", "{}")}
+    for t, values in found.values():
+        assert t.tolist() == [0, 1, 2, 3, 4, 5]
+        assert values.tolist() == [0, 10, 20, 30, 40, 50]
 
 
 def test_a_line_says_what_runs() -> None:

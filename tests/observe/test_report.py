@@ -16,7 +16,7 @@ from millrace.observe.findings import contradictions, walls
 from millrace.observe.phases import Phase, phases
 from millrace.observe.report import write_report
 from millrace.observe.roofline import roofline
-from millrace.observe.sample import Row, labels_text
+from millrace.observe.sample import Row, labels_text, points_of
 from millrace.observe.series import Samples, Series, quantile_of
 from millrace.observe.store import Store, mark
 
@@ -70,13 +70,13 @@ def made(seconds: int = 60, **changes: Callable[[int], float]) -> list[Row]:
 
 
 def steady(**changes: Callable[[int], float]) -> Figures:
-    samples = Samples(made(**changes))
+    samples = Samples(points_of(made(**changes)))
     (phase,) = [p for p in phases(samples, []) if p.name == "steady"]
     return figures(samples, phase)
 
 
 def test_counters_survive_restarts() -> None:
-    one = Series("a", "", [(0, 0.0), (1, 10.0), (2, 3.0), (3, 8.0)])
+    one = Series("a", "", np.arange(4.0), np.array([0.0, 10.0, 3.0, 8.0]))
     assert one.increase(0, 3) == 18.0
     assert one.rate(np.arange(3.0)).tolist() == [10.0, 3.0, 5.0]
     assert quantile_of(0.5, [(0.1, 50.0), (1.0, 96.0), (float("inf"), 100.0)]) == 0.1
@@ -85,7 +85,7 @@ def test_counters_survive_restarts() -> None:
 
 
 def test_phases_are_found_and_marked_ones_win() -> None:
-    samples = Samples(made())
+    samples = Samples(points_of(made()))
     found = [(p.name, round(p.start - T0), round(p.end - T0)) for p in phases(samples, [])]
     assert found == [("idle", 0, 11), ("ramp", 11, 18), ("steady", 18, 50), ("idle", 50, 59)]
     marked = phases(samples, [(T0 + 5, "warm-up"), (T0 + 30, "run")])
@@ -135,7 +135,7 @@ def test_the_wall_is_said_in_words(changes: dict[str, Callable[[int], float]], s
 
 
 def test_a_phase_without_load_or_engines_says_so() -> None:
-    samples = Samples(made())
+    samples = Samples(points_of(made()))
     idle = figures(samples, Phase("idle", T0, T0 + 9))
     assert walls(idle) == ["No load: no request ran for most of the time."]
     assert walls(Figures(idle.phase)) == ["No engine was sampled, so nothing is known of the work."]
@@ -154,7 +154,7 @@ def fleet(*shares: float) -> list[Row]:
 
 
 def steady_of(rows: list[Row]) -> Figures:
-    return figures(Samples(rows), Phase("steady", T0 + 20, T0 + 50))
+    return figures(Samples(points_of(rows)), Phase("steady", T0 + 20, T0 + 50))
 
 
 def test_shares_are_those_of_one_gpu_however_many_there_are() -> None:
@@ -209,7 +209,7 @@ def test_histograms_with_other_buckets_are_added() -> None:
     ):
         for bound, count in buckets.items():
             rows += [Row(t, source, name, f'{{"le":"{bound}"}}', count * t) for t in (0.0, 1.0)]
-    found = Samples(rows).cumulative(0.0, 1.0, "millrace:x_bucket", "vllm:x_bucket")
+    found = Samples(points_of(rows)).cumulative(0.0, 1.0, "millrace:x_bucket", "vllm:x_bucket")
     assert found == [(1.0, 75.0), (2.0, 150.0), (4.0, 200.0), (float("inf"), 200.0)]
 
 

@@ -20,7 +20,8 @@ from millrace.observe.replicas import (
     Replica,
     replicas,
 )
-from millrace.observe.series import Array, Samples
+from millrace.observe.sample import Array
+from millrace.observe.series import Samples
 
 PROMPT = ("millrace:prompt_tokens_total", "vllm:prompt_tokens_total")
 ENDED = ("millrace:requests_finished_total", "vllm:request_success_total")

@@ -7,6 +7,7 @@ buckets only those of latencies keep them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -34,6 +35,7 @@ _BUCKETS = re.compile(
     r"|request_queue_time)_seconds_bucket|millrace_gateway_first_byte_seconds_bucket"
 )
 _CREATED = "_created"
+_SAMPLE = re.compile(r"([A-Za-z_:][\w:]*)(\{.*\})? +([^\s{}]+)(?: +-?\d+)?\s*")
 _REPLICA = re.compile(r'replica="[^"]*"')
 _OURS = re.compile(r"^millrace:num_requests_running\b.*", re.MULTILINE)
 
@@ -49,10 +51,20 @@ def kind_of(text: str) -> str:
 def read(t: float, source: str, text: str) -> Iterator[Row]:
     """The figures of a page that are kept. Raises ValueError for a page that cannot be parsed."""
     ours = {_replica(line) for line in _OURS.findall(text)}
-    kept = "".join(f"{line}\n" for line in text.splitlines() if _kept(line, ours))
-    for family in text_string_to_metric_families(kept):
-        for sample in family.samples:
-            yield Row(t, source, sample.name, labels_text(sample.labels), float(sample.value))
+    for line in text.splitlines():
+        if _kept(line, ours):
+            found = _SAMPLE.fullmatch(line)
+            if found is None:
+                raise ValueError(f"{line[:80]!r} is no sample")
+            name, labels, value = found.groups()
+            if value != "NaN":  # it says nothing, and a sum with it neither
+                yield Row(t, source, name, _labels(labels) if labels else "", float(value))
+
+
+@functools.lru_cache(maxsize=100_000)  # the same in every second
+def _labels(text: str) -> str:
+    (family,) = text_string_to_metric_families(f"x{text} 0\n")
+    return labels_text(family.samples[0].labels)
 
 
 def _kept(line: str, ours: AbstractSet[str]) -> bool:

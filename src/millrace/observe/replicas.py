@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from millrace.observe.phases import RUNNING
-from millrace.observe.series import Array, Samples, Series
+from millrace.observe.sample import Array
+from millrace.observe.series import Samples, Series
 
 WAITING = ("millrace:num_requests_waiting", "vllm:num_requests_waiting")
 KV_USAGE = ("millrace:kv_cache_usage_perc", "vllm:kv_cache_usage_perc")

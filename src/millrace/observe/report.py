@@ -26,8 +26,9 @@ from millrace.observe.findings import contradictions, walls
 from millrace.observe.phases import RUNNING, Phase, phases
 from millrace.observe.replicas import KV_USAGE, OUTPUT, WAITING, Replica
 from millrace.observe.roofline import roofline
-from millrace.observe.series import Array, Samples
-from millrace.observe.store import read_events, read_meta, read_rows
+from millrace.observe.sample import Array
+from millrace.observe.series import Samples
+from millrace.observe.store import read_events, read_meta, read_points
 
 REPORT = "report.html"
 
@@ -36,7 +37,7 @@ def write_report(directory: Path) -> tuple[Path, list[Figures]]:
     """Write report.html into a run's directory; returns it, and what each phase showed. Raises
     UserError for a directory without samples."""
     meta = read_meta(directory)
-    samples = Samples(read_rows(directory, NAMES))
+    samples = Samples(read_points(directory, NAMES))
     found = [figures(samples, phase) for phase in phases(samples, read_events(directory))]
     gpu = _gpu(meta)
     context = _context(meta, samples, found) | {

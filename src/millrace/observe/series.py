@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from millrace.observe.sample import Row
-
-Array = npt.NDArray[np.float64]
+from millrace.observe.sample import Array, Points
 
 
 class Series:
     """One figure of one source: t, values; labels as a dict."""
 
-    def __init__(self, source: str, labels: str, points: Sequence[tuple[float, float]]) -> None:
+    def __init__(self, source: str, labels: str, t: Array, values: Array) -> None:
         self.source = source
         self.labels: Mapping[str, str] = json.loads(labels) if labels else {}
-        self.t: Array
-        self.values: Array
-        self.t, self.values = np.asarray(sorted(points), dtype=np.float64).T
+        order = np.argsort(t, kind="stable")
+        self.t, self.values = t[order], values[order]
 
     def increase(self, start: float, end: float) -> float:
         """What a counter gained between two times. One that fell was started again, from 0."""
@@ -53,13 +49,10 @@ class Series:
 class Samples:
     """All series of a run, by name."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        points: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
-        for row in rows:
-            points[row.name, row.source, row.labels].append((row.t, row.value))
+    def __init__(self, points: Points) -> None:
         self._by_name: dict[str, list[Series]] = defaultdict(list)
-        for (name, source, labels), found in points.items():
-            self._by_name[name].append(Series(source, labels, found))
+        for (name, source, labels), (t, values) in points.items():
+            self._by_name[name].append(Series(source, labels, t, values))
         times = [series.t for found in self._by_name.values() for series in found]
         self.start = min((float(t[0]) for t in times), default=0.0)
         self.end = max((float(t[-1]) for t in times), default=0.0)

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from millrace.common.optional import probe
 from millrace.errors import UserError
-from millrace.observe.sample import Row
+from millrace.observe.sample import KEY, Array, Key, Points, Row, points_of
 
 FLUSH_EVERY = 10.0  # seconds
 MOST_ROWS = 500_000  # that wait in memory
+FILES_AT_ONCE = 30  # that are read
 EVENTS, META = "events.jsonl", "meta.json"
 
 
@@ -124,22 +129,64 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def read_rows(directory: Path, names: Collection[str] | None = None) -> Iterator[Row]:
-    """The samples of a directory, in the order of their files; names: of figures, None for all.
-    Raises UserError without any file."""
+def read_rows(directory: Path) -> Iterator[Row]:
+    """All samples of a directory, in the order of their files. Raises UserError without any."""
+    for path in _some_files(directory):
+        if path.suffix == ".jsonl":
+            yield from (Row(*json.loads(line)) for line in path.read_text().splitlines())
+        else:
+            columns = _read_table([path], None).to_pydict()
+            yield from map(Row, *(columns[name] for name in Row._fields))
+
+
+def read_points(directory: Path, names: Collection[str]) -> Points:
+    """The samples of these figures. A day of a fleet fits into memory so, which rows would not.
+    Raises UserError like `read_rows`."""
+    files = _some_files(directory)
+    parts: dict[Key, list[tuple[Array, Array]]] = defaultdict(list)
+    tables = [path for path in files if path.suffix == ".parquet"]
+    for start in range(0, len(tables), FILES_AT_ONCE):
+        for key, part in _grouped(_read_table(tables[start : start + FILES_AT_ONCE], names)):
+            parts[key].append(part)
+    for path in set(files) - set(tables):
+        rows = (Row(*json.loads(line)) for line in path.read_text().splitlines())
+        for key, part in points_of(row for row in rows if row.name in names).items():
+            parts[key].append(part)
+    return {
+        key: (np.concatenate([t for t, _ in found]), np.concatenate([v for _, v in found]))
+        for key, found in parts.items()
+    }
+
+
+def _grouped(table: Any) -> Iterator[tuple[Key, tuple[Array, Array]]]:
+    """The points of each series of a table of pyarrow's."""
+    columns = [table.column(name).combine_chunks() for name in KEY]
+    code = np.zeros(len(table), dtype=np.int64)
+    for column in columns:
+        code = code * len(column.dictionary) + column.indices.to_numpy()
+    order = np.argsort(code, kind="stable")
+    t, values = (table.column(name).to_numpy()[order] for name in ("t", "value"))
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    for start, end in pairwise([*starts.tolist(), len(order)]):
+        row = int(order[start])
+        name, source, labels = (str(column[row].as_py()) for column in columns)
+        yield (name, source, labels), (t[start:end], values[start:end])
+
+
+def _read_table(paths: Sequence[Path], names: Collection[str] | None) -> Any:
+    """Samples as a table of pyarrow's; names: of figures, None for all."""
+    found = probe("pyarrow")
+    if found.module is None:
+        raise UserError(f"{paths[0]}: {found.problem}; {found.remedy}")
+    import pyarrow.parquet as parquet
+
+    wanted = None if names is None else [("name", "in", list(names))]
+    table = parquet.read_table(list(map(str, paths)), filters=wanted, read_dictionary=list(KEY))
+    return table.unify_dictionaries()
+
+
+def _some_files(directory: Path) -> list[Path]:
     files = _files(directory)
     if not files:
         raise UserError(f"{directory}: no samples; give the --out of a `millrace observe` run")
-    for path in files:
-        if path.suffix == ".jsonl":
-            rows = (Row(*json.loads(line)) for line in path.read_text().splitlines())
-            yield from (row for row in rows if names is None or row.name in names)
-            continue
-        if probe("pyarrow").module is None:
-            found = probe("pyarrow")
-            raise UserError(f"{path}: {found.problem}; {found.remedy}")
-        import pyarrow.parquet as parquet
-
-        wanted = None if names is None else [("name", "in", list(names))]
-        columns = parquet.read_table(path, filters=wanted).to_pydict()
-        yield from map(Row, *(columns[name] for name in Row._fields))
+    return files
