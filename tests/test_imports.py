@@ -58,6 +58,8 @@ LAYERS = [
     "gateway.admin",
     "gateway.processes",
     "gateway",
+    "observe.samples",
+    "observe.report",
     "observe",
     "fleet bench.flags",
     "bench.workload",

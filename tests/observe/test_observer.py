@@ -15,14 +15,21 @@ import pytest
 from millrace.common.http_client import Target
 from millrace.common.sockets import free_port
 from millrace.errors import UserError
-from millrace.observe import store as stores
-from millrace.observe.clock import Clock, ClockOffset
-from millrace.observe.host import Host
 from millrace.observe.observer import Observer
-from millrace.observe.pages import kind_of, read
 from millrace.observe.progress import Progress
-from millrace.observe.sample import Row
-from millrace.observe.store import Store, mark, read_events, read_meta, read_points, read_rows
+from millrace.observe.samples import store as stores
+from millrace.observe.samples.clock import Clock, ClockOffset
+from millrace.observe.samples.host import Host
+from millrace.observe.samples.pages import kind_of, read
+from millrace.observe.samples.sample import Row
+from millrace.observe.samples.store import (
+    Store,
+    mark,
+    read_events,
+    read_meta,
+    read_points,
+    read_rows,
+)
 from tests.support.observed.fake_nvml import fake_nvml
 from tests.support.observed.moving_replica import MovingReplica, served
 from tests.support.running import eventually, run
@@ -130,16 +137,12 @@ def test_an_engine_that_a_gateway_reports_too_is_counted_once(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("arrow", [True, False])
-def test_samples_come_back_as_they_were_and_runs_go_on(
-    tmp_path: Path, arrow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_come_back_as_they_were_and_runs_go_on(tmp_path: Path, arrow: bool) -> None:
     if arrow:
         pytest.importorskip("pyarrow")
     rows = [Row(float(t), "a", "up", '{"gpu":"0"}' if t % 2 else "", 0.25 * t) for t in range(4)]
     for part in (rows[:2], rows[2:]):  # the second as a later run would
-        store = Store(tmp_path)
-        if not arrow:
-            monkeypatch.setattr(store, "_arrow", None)
+        store = Store(tmp_path, as_text=not arrow)
         store.add(part)
         store.flush()
     (tmp_path / ".samples-000009.parquet.part").write_bytes(b"torn")  # of a kill
@@ -179,9 +182,7 @@ def test_samples_wait_for_a_disk_that_is_full(
     assert list(read_rows(tmp_path)) == rows[3:]
 
 
-def test_only_the_figures_that_are_asked_for_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_figures_that_are_asked_for_are_read(tmp_path: Path) -> None:
     """From files of both kinds, each series whole and in its order."""
     pytest.importorskip("pyarrow")
     rows = [
@@ -189,9 +190,7 @@ def test_only_the_figures_that_are_asked_for_are_read(
         for t in range(6) for source in "ab" for name in ("up", "down") for labels in ("", "{}")
     ]  # fmt: skip
     for start, arrow in ((0, True), (16, True), (32, False)):
-        store = Store(tmp_path)
-        if not arrow:
-            monkeypatch.setattr(store, "_arrow", None)
+        store = Store(tmp_path, as_text=not arrow)
         store.add(rows[start : start + 16])
         store.flush()
     found = read_points(tmp_path, {"up"})

@@ -72,9 +72,9 @@ def observe(
 
 
 def _run(targets: list[Target], out: Path, *, host: bool, interval: float, duration: float) -> None:
-    from millrace.observe.host import Host
     from millrace.observe.observer import Observer
-    from millrace.observe.store import Store
+    from millrace.observe.samples.host import Host
+    from millrace.observe.samples.store import Store
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     store = Store(out)
@@ -97,7 +97,7 @@ def _run(targets: list[Target], out: Path, *, host: bool, interval: float, durat
 
 
 def _mark(out: Path, phase: str) -> None:
-    from millrace.observe.store import mark
+    from millrace.observe.samples.store import mark
 
     if not out.is_dir():
         raise UserError(f"--out {out}: no such directory; start `millrace observe` first")
@@ -105,8 +105,8 @@ def _mark(out: Path, phase: str) -> None:
 
 
 def _report(out: Path) -> None:
-    from millrace.observe.findings import contradictions, walls
-    from millrace.observe.report import write_report
+    from millrace.observe.report.findings import contradictions, walls
+    from millrace.observe.report.page import write_report
 
     target, found = write_report(out)
     for one in found:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 from millrace.common.http_client import Target, fetch
 from millrace.errors import UserError
-from millrace.observe import pages
-from millrace.observe.clock import Clock, ClockOffset
-from millrace.observe.host import Host
 from millrace.observe.progress import Progress
-from millrace.observe.sample import Row, first, rows_of
-from millrace.observe.store import Store
+from millrace.observe.samples import pages
+from millrace.observe.samples.clock import Clock, ClockOffset
+from millrace.observe.samples.host import Host
+from millrace.observe.samples.sample import Row, first, rows_of
+from millrace.observe.samples.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from millrace.observe.figures import POWER
-from millrace.observe.phases import RUNNING
-from millrace.observe.replicas import OUTPUT, WAITING
-from millrace.observe.sample import Row
+from millrace.observe.report.figures import POWER
+from millrace.observe.report.phases import RUNNING
+from millrace.observe.report.replicas import OUTPUT, WAITING
+from millrace.observe.samples.sample import Row
 
 
 class Progress:

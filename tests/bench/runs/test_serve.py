@@ -27,7 +27,7 @@ from millrace.bench.runs.serve import run as run_bench
 from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.http_client import encode_request, parse_url
 from millrace.errors import UserError
-from millrace.observe.store import read_events, read_meta
+from millrace.observe.samples.store import read_events, read_meta
 from tests.support.mock_replica import MockReplica, ScriptedServer
 from tests.support.running import run
 

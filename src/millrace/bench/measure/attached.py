@@ -13,7 +13,7 @@ from millrace.bench.load.options import BenchOptions
 from millrace.bench.measure.telemetry import find_replicas
 from millrace.common.child_process import python_module, reap
 from millrace.errors import UserError
-from millrace.observe.store import mark, read_meta
+from millrace.observe.samples.store import mark, read_meta
 
 START_LIMIT = 60.0
 STOP_LIMIT = 60.0  # seconds to write what was sampled, and its report

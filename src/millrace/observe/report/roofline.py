@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from millrace.observe.charts import short
-from millrace.observe.figures import Kind
+from millrace.observe.report.charts import short
+from millrace.observe.report.figures import Kind
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 34, 10, 90
 DECADES = 4.0  # of FLOP/s that are shown below the highest roof

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from millrace.observe.sample import Array, Points
+from millrace.observe.samples.sample import Array, Points
 
 
 class Series:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from millrace.hardware.nvml import Nvml, shared_memory
-from millrace.observe.sample import Row, rows_of
+from millrace.observe.samples.sample import Row, rows_of
 
 SOURCE = "host"
 _WORD = 4  # bytes that InfiniBand counts data in

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from millrace.hardware.gpus import Gpu
-from millrace.observe.phases import RUNNING, Phase
-from millrace.observe.replicas import (
+from millrace.observe.report.phases import RUNNING, Phase
+from millrace.observe.report.replicas import (
     COMPUTE_SECONDS,
     KV_USAGE,
     MEMORY_SECONDS,
@@ -20,8 +20,8 @@ from millrace.observe.replicas import (
     Replica,
     replicas,
 )
-from millrace.observe.sample import Array
-from millrace.observe.series import Samples
+from millrace.observe.report.series import Samples
+from millrace.observe.samples.sample import Array
 
 PROMPT = ("millrace:prompt_tokens_total", "vllm:prompt_tokens_total")
 ENDED = ("millrace:requests_finished_total", "vllm:request_success_total")

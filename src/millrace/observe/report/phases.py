@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from millrace.observe.series import Samples
+from millrace.observe.report.series import Samples
 
 STEADY = 0.8  # of the most requests that ran at once
 SHORTEST = 2.0  # seconds

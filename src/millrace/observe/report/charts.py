@@ -8,8 +8,8 @@ from html import escape
 
 import numpy as np
 
-from millrace.observe.phases import Phase
-from millrace.observe.sample import Array
+from millrace.observe.report.phases import Phase
+from millrace.observe.samples.sample import Array
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 180, 56, 22, 8
 MOST_POINTS = 720

@@ -21,7 +21,7 @@ import numpy as np
 
 from millrace.common.optional import probe
 from millrace.errors import UserError
-from millrace.observe.sample import KEY, Array, Key, Points, Row, points_of
+from millrace.observe.samples.sample import KEY, Array, Key, Points, Row, points_of
 
 FLUSH_EVERY = 10.0  # seconds
 MOST_ROWS = 500_000  # that wait in memory
@@ -30,15 +30,15 @@ EVENTS, META = "events.jsonl", "meta.json"
 
 
 class Store:
-    """Writes samples. lost: that were dropped because they could not be written. Raises UserError
+    """Writes samples. as_text: as JSON lines in any case. lost: that were dropped because they could not be written. Raises UserError
     for a directory that cannot be made."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, as_text: bool = False) -> None:
         self.directory = directory
         self._rows: list[Row] = []
         self.lost = 0
         self._since: float | None = None
-        self._arrow = probe("pyarrow").module
+        self._arrow = None if as_text else probe("pyarrow").module
         try:
             directory.mkdir(parents=True, exist_ok=True)
             numbers = [int(path.stem.rpartition("-")[2]) for path in _files(directory)]

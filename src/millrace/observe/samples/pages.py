@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from millrace.observe.sample import Row, labels_text
+from millrace.observe.samples.sample import Row, labels_text
 
 KINDS = {
     "engine": ("millrace:", "vllm:"),

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from millrace.observe.charts import Line, bars, chart, short
-from millrace.observe.figures import Figures, Kind, Spread, figures
-from millrace.observe.findings import contradictions, walls
-from millrace.observe.phases import Phase, phases
-from millrace.observe.report import write_report
-from millrace.observe.roofline import roofline
-from millrace.observe.sample import Row, labels_text, points_of
-from millrace.observe.series import Samples, Series, quantile_of
-from millrace.observe.store import Store, mark
+from millrace.observe.report.charts import Line, bars, chart, short
+from millrace.observe.report.figures import Figures, Kind, Spread, figures
+from millrace.observe.report.findings import contradictions, walls
+from millrace.observe.report.page import write_report
+from millrace.observe.report.phases import Phase, phases
+from millrace.observe.report.roofline import roofline
+from millrace.observe.report.series import Samples, Series, quantile_of
+from millrace.observe.samples.sample import Row, labels_text, points_of
+from millrace.observe.samples.store import Store, mark
 
 T0 = 1_700_000_000.0
 ENGINE, GPU = {"model_name": "m", "engine": "0"}, {"gpu": "0"}
@@ -149,7 +149,7 @@ def fleet(*shares: float) -> list[Row]:
             name = f"millrace:{row.name}" if row.name.startswith("gpu_") else row.name
             name = name.replace("energy_joules", "energy_joules_total")
             value = row.value * (share if "generation" in name else 1.0)
-            rows.append(row._replace(source=f"r{number}", name=name, value=value))
+            rows.append(Row(row.t, f"r{number}", name, row.labels, value))
     return rows
 
 
@@ -171,8 +171,8 @@ def test_shares_are_those_of_one_gpu_however_many_there_are() -> None:
 
 def test_gpus_of_engines_go_before_those_of_the_observers_host() -> None:
     """Its host may run no engine; and of engines whose GPUs are unknown no joules are said."""
-    idle_here = [row._replace(source="host") for row in made() if row.name.startswith("gpu_")]
-    here = [row._replace(value=50.0) for row in idle_here if row.name == "gpu_power_watts"]
+    power = [row for row in made() if row.name == "gpu_power_watts"]
+    here = [Row(row.t, "host", row.name, row.labels, 50.0) for row in power]
     found = steady_of([*fleet(1.0, 1.0), *here])
     assert found.power is not None
     assert found.power.median == 1200.0

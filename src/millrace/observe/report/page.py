@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from millrace.hardware.gpus import Gpu, gpu_of_device
-from millrace.observe.charts import Line, bars, chart, short
-from millrace.observe.figures import (
+from millrace.observe.report.charts import Line, bars, chart, short
+from millrace.observe.report.figures import (
     LATENCY_BUCKETS,
     NAMES,
     Figures,
@@ -22,13 +22,13 @@ from millrace.observe.figures import (
     meter_of,
     peaks,
 )
-from millrace.observe.findings import contradictions, walls
-from millrace.observe.phases import RUNNING, Phase, phases
-from millrace.observe.replicas import KV_USAGE, OUTPUT, WAITING, Replica
-from millrace.observe.roofline import roofline
-from millrace.observe.sample import Array
-from millrace.observe.series import Samples
-from millrace.observe.store import read_events, read_meta, read_points
+from millrace.observe.report.findings import contradictions, walls
+from millrace.observe.report.phases import RUNNING, Phase, phases
+from millrace.observe.report.replicas import KV_USAGE, OUTPUT, WAITING, Replica
+from millrace.observe.report.roofline import roofline
+from millrace.observe.report.series import Samples
+from millrace.observe.samples.sample import Array
+from millrace.observe.samples.store import read_events, read_meta, read_points
 
 REPORT = "report.html"
 
@@ -47,7 +47,9 @@ def write_report(directory: Path) -> tuple[Path, list[Figures]]:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    text = resources.files("millrace.observe").joinpath("templates/report.html.j2").read_text()
+    text = (
+        resources.files("millrace.observe.report").joinpath("templates/report.html.j2").read_text()
+    )
     for one in (*context["charts"], *(one for phase in context["phases"] for one in phase["bars"])):
         one["svg"] = Markup(one["svg"])  # made by us, of escaped names
     for one in context["phases"]:

@@ -5,7 +5,7 @@ Each rule says what it saw and what follows. Thresholds are stated with the rule
 
 from __future__ import annotations
 
-from millrace.observe.figures import Figures
+from millrace.observe.report.figures import Figures
 
 FULL = 0.95  # of the KV cache
 NEAR_PEAK = 0.6  # of a peak: what tuned kernels reach of it in whole steps

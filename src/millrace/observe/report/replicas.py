@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from millrace.observe.phases import RUNNING
-from millrace.observe.sample import Array
-from millrace.observe.series import Samples, Series
+from millrace.observe.report.phases import RUNNING
+from millrace.observe.report.series import Samples, Series
+from millrace.observe.samples.sample import Array
 
 WAITING = ("millrace:num_requests_waiting", "vllm:num_requests_waiting")
 KV_USAGE = ("millrace:kv_cache_usage_perc", "vllm:kv_cache_usage_perc")

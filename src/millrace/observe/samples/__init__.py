@@ -1,0 +1,1 @@
+"""What is sampled, on which clock, and how it is kept. It draws no conclusions."""
