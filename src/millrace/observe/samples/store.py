@@ -30,8 +30,8 @@ EVENTS, META = "events.jsonl", "meta.json"
 
 
 class Store:
-    """Writes samples. as_text: as JSON lines in any case. lost: that were dropped because they could not be written. Raises UserError
-    for a directory that cannot be made."""
+    """Writes samples. as_text: as JSON lines in any case. lost: samples that were dropped because
+    they could not be written. Raises UserError for a directory that cannot be made."""
 
     def __init__(self, directory: Path, *, as_text: bool = False) -> None:
         self.directory = directory
