@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from tests.deploy.variants import VARIANTS, find, layout, objects, rendered
 GOLDEN = Path(__file__).parent / "golden"
 # Kinds whose definitions are not at hand: tests of their own say what they must hold.
 UNCHECKED = {"ComputeClass", "PodMonitoring", "VolumeSnapshot", "VolumeSnapshotClass", "Gateway",
-             "HTTPRoute", "TriggerAuthentication"}  # fmt: skip
+             "HTTPRoute", "TriggerAuthentication", "PrometheusRule", "Rules"}  # fmt: skip
 
 
 def every(kinds: set[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -123,6 +125,20 @@ def test_other_platforms_have_no_word_of_google() -> None:
     for name in [name for name in VARIANTS if not layout(name).file.on_google]:
         text = "".join(rendered(name).values()).lower()
         assert not [word for word in ("gke", "google", "gcloud", "hyperdisk") if word in text]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gateway", "PrometheusRule"), ("scaled", "Rules")])
+def test_the_rules_are_those_that_prometheus_reads(name: str, kind: str, tmp_path: Path) -> None:
+    groups = find(name, kind)["spec"]["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
+    assert "MillraceEngineDown" in alerts
+    assert {group["interval"] for group in groups} == {"1m"}
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    command = [tool, "check", "rules", str(tmp_path / "rules.yml")]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
 def test_the_inventory_of_every_variant_is_as_it_was() -> None:

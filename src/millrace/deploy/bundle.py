@@ -84,13 +84,16 @@ def base_objects(layout: Layout) -> dict[str, Objects]:
         "network": network.network_policies(layout) + network.disruption_budgets(layout),
         "scale": observe.scalers(layout),
         "monitors": observe.monitors(layout) if prometheus else [],
+        "rules": observe.rules(layout) if prometheus else [],
     }
     return {name: objects for name, objects in found.items() if objects}
 
 
 def _overlay(layout: Layout) -> dict[str, str]:
     google = layout.file.monitoring == "google"
-    objects = {"monitors": observe.monitors(layout)} if google else {}
+    objects = {}
+    if google:
+        objects = {"monitors": observe.monitors(layout), "rules": observe.rules(layout)}
     found = _folder(layout, objects, also=("../../base",))
     patches = placement.placement_patch(layout)
     if patches:

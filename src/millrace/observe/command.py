@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import time
-from importlib import resources
 from pathlib import Path
 
 import click
@@ -118,15 +117,15 @@ def _report(out: Path) -> None:
 
 def _write_rules(directory: Path) -> None:
     from millrace.observe.dashboards import DASHBOARDS, document
+    from millrace.observe.rules import rule_files
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in ("recording.yml", "alerts.yml"):
-            source = resources.files("millrace.observe").joinpath("prometheus", name)
-            (directory / name).write_text(source.read_text())
+        for name, text in rule_files().items():
+            (directory / name).write_text(text)
         for dashboard in DASHBOARDS:
-            text = json.dumps(document(dashboard), indent=1)
-            (directory / f"grafana-{dashboard.name}.json").write_text(text)
+            shown = json.dumps(document(dashboard), indent=1)
+            (directory / f"grafana-{dashboard.name}.json").write_text(shown)
     except OSError as error:
         raise UserError(f"--write-rules {directory}: {error.strerror}") from None
     click.echo(f"{directory}: recording.yml, alerts.yml, {len(DASHBOARDS)} dashboards")

@@ -20,6 +20,8 @@ class Progress:
     def add(self, rows: Sequence[Row]) -> None:
         """The rows of one moment."""
         self._rows = rows
+        if not self._last:
+            self._output_rate()
 
     def line(self) -> str:
         """`2 of 3 targets answer; 5,210 tok/s out; 64 running, 3 waiting; 1,310 W`."""

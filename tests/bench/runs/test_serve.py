@@ -417,3 +417,4 @@ def test_a_run_is_observed_by_a_process_of_its_own(tmp_path: Path) -> None:
     assert "report: " in (out / "observe.log").read_text()
     assert (out / "report.html").exists()
     assert f"127.0.0.1:{port}" in read_meta(out)["targets"]
+    assert f"Observed: {out / 'report.html'}" in done.output

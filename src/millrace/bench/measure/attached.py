@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import click
 import msgspec
 
 from millrace.bench.load.options import BenchOptions
@@ -17,7 +18,7 @@ from millrace.observe.samples.store import mark, read_meta
 
 START_LIMIT = 60.0
 STOP_LIMIT = 60.0  # seconds to write what was sampled, and its report
-LOG = "observe.log"
+LOG, REPORT = "observe.log", "report.html"
 
 
 class AttachedObserver:
@@ -28,10 +29,12 @@ class AttachedObserver:
         self._options = options
         self._directory = Path(options.observe) if options.observe else None
         self._process: subprocess.Popen[bytes] | None = None
+        self._began = 0.0
 
     async def __aenter__(self) -> AttachedObserver:
         if self._directory is None:
             return self
+        self._began = time.time()
         options = self._options
         root = msgspec.structs.replace(options.target, prefix="", query="")
         urls = dict.fromkeys(map(str, (root, *await find_replicas(options))))
@@ -52,7 +55,7 @@ class AttachedObserver:
         """Until it samples, so that the first seconds of the run are seen too. Raises UserError
         with its own words if it does not come to that."""
         assert self._process is not None
-        since, limit = time.time(), time.monotonic() + START_LIMIT
+        since, limit = self._began, time.monotonic() + START_LIMIT
         while read_meta(directory).get("ended", 0.0) < since:
             if self._process.poll() is not None or time.monotonic() > limit:
                 self._process.kill()
@@ -66,6 +69,11 @@ class AttachedObserver:
         self.mark("after")
         self._process.terminate()
         await asyncio.to_thread(reap, [self._process], STOP_LIMIT)
+        assert self._directory is not None
+        report = self._directory / REPORT
+        done = report.exists() and report.stat().st_mtime >= self._began
+        where = report if done else f"no report; {self._directory / LOG} says why"
+        click.echo(f"Observed: {where}", err=True)
 
     def mark(self, phase: str) -> None:
         """A phase of the run begins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from millrace.deploy.layout.deploy_file import AutoscalePart, SchedulePart
 from millrace.deploy.layout.layout import PORT, Layout
 from millrace.deploy.manifests.parts import Object, selector, thing
+from millrace.observe.rules import rule_groups
 
 INTERVAL = "15s"
 POLLING = 15  # seconds between two questions to the gateway
@@ -30,6 +31,17 @@ def _monitor(layout: Layout, component: str) -> Object:
         where: [endpoint],
     }
     return found
+
+
+def rules(layout: Layout) -> list[Object]:
+    """Recorded figures and alerts, as `millrace observe --write-rules` writes them."""
+    google = layout.file.monitoring == "google"
+    api = "monitoring.googleapis.com/v1" if google else "monitoring.coreos.com/v1"
+    found = thing(
+        api, "Rules" if google else "PrometheusRule", f"{layout.name}-rules", layout, "rules"
+    )
+    found["spec"] = {"groups": [{"interval": "1m", **group} for group in rule_groups()]}
+    return [found]
 
 
 # --- KEDA --------------------------------------------------------------------------------------
