@@ -17,6 +17,7 @@ from millrace.observe.report.page import write_report
 from millrace.observe.report.phases import Phase, phases
 from millrace.observe.report.roofline import roofline
 from millrace.observe.report.series import Samples, Series, quantile_of
+from millrace.observe.samples.pages import read
 from millrace.observe.samples.sample import Row, labels_text, points_of
 from millrace.observe.samples.store import Store, mark
 
@@ -179,6 +180,22 @@ def test_gpus_of_engines_go_before_those_of_the_observers_host() -> None:
     bare = [row for row in fleet(1.0, 1.0) if "gpu_" not in row.name]
     unknown = steady_of([*bare, *here])
     assert unknown.joules_per_token is None
+
+
+def test_gpus_of_exporters_are_found() -> None:
+    """Of AMD's, with the prefix that it may have, and of DCGM's; both count utilisation to 100."""
+    bare = [row for row in fleet(1.0) if "gpu_" not in row.name]
+    for text in (
+        'amd_gpu_package_power{gpu_id="0"} 748\namd_gpu_gfx_activity{gpu_id="0"} 90\n',
+        'DCGM_FI_DEV_POWER_USAGE{gpu="0"} 748\nDCGM_FI_DEV_GPU_UTIL{gpu="0"} 90\n',
+    ):
+        rows = [row for s in range(60) for row in read(T0 + s, "exporter", text)]
+        found = steady_of([*bare, *rows])
+        assert found.power is not None
+        assert found.power.median == 748.0
+        assert found.utilization is not None
+        assert found.utilization.median == 0.9
+        assert found.joules_per_token == pytest.approx(748 / 4900, rel=0.05)
 
 
 def test_a_replica_that_lags_is_named() -> None:

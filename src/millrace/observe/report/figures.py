@@ -47,7 +47,7 @@ GATEWAY_FIRST_BYTE = "millrace_gateway_first_byte_seconds_bucket"
 
 
 class Meter(NamedTuple):
-    """Names of what one source says of GPUs."""
+    """Names of what one source says of GPUs; empty for what it does not say."""
 
     power: str
     limit: str
@@ -61,6 +61,7 @@ METERS = (
     Meter("millrace:gpu_power_watts", "millrace:gpu_power_limit_watts",
           "millrace:gpu_energy_joules_total", "millrace:gpu_utilization_ratio"),
     Meter("DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_POWER_MGMT_LIMIT", "", "DCGM_FI_DEV_GPU_UTIL"),
+    Meter("gpu_package_power", "", "", "gpu_gfx_activity"),  # of AMD's exporter
     Meter("gpu_power_watts", "gpu_power_limit_watts", "gpu_energy_joules", "gpu_utilization_ratio"),
 )  # fmt: skip
 POWER = tuple(meter.power for meter in METERS)

@@ -2,7 +2,7 @@
 
 A page is recognised by what stands on it. Of an engine that has Millrace's names, vLLM's are left
 out, as they say the same; a gateway's page may have engines of both kinds. Of histograms with many
-buckets only those of latencies keep them.
+buckets only those of latencies keep them. AMD's exporter may be told to begin its names with `amd_`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def read(t: float, source: str, text: str) -> Iterator[Row]:
                 raise ValueError(f"{line[:80]!r} is no sample")
             name, labels, value = found.groups()
             if value != "NaN":  # it says nothing, and a sum with it neither
+                name = name.removeprefix("amd_") if name.startswith("amd_gpu_") else name
                 yield Row(t, source, name, _labels(labels) if labels else "", float(value))
 
 
