@@ -55,6 +55,8 @@ GPU = "model: Qwen/Qwen3.5-27B-FP8\ngpu: h200\nshape: none\n"
             GPU + "entry: inference-pool\nautoscale: {max: 2, prometheus: 'http://p'}",
             "autoscale.min: 0 with entry: inference-pool: nothing there holds a request",
         ),
+        (BASE + "traces: collector:4317", "traces: 'collector:4317'; use a URL of OTLP over HTTP"),
+        (BASE + "traces: 'http://a b'", "traces: "),
         (GPU + "engine: vllm\nbench: {}", "bench: its Job serves Millrace itself"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -125,6 +126,24 @@ def test_other_platforms_have_no_word_of_google() -> None:
     for name in [name for name in VARIANTS if not layout(name).file.on_google]:
         text = "".join(rendered(name).values()).lower()
         assert not [word for word in ("gke", "google", "gcloud", "hyperdisk") if word in text]
+
+
+def test_traces_reach_their_collector() -> None:
+    """Gateway and replicas send them, and may; those of others may not."""
+    url, labels = (
+        "http://collector.observe:4318/v1/traces", {"kubernetes.io/metadata.name": "observe"},
+    )  # fmt: skip
+    way = {
+        "ports": [{"protocol": "TCP", "port": 4318}],
+        "to": [{"namespaceSelector": {"matchLabels": labels}}],
+    }
+    for part in ("replica", "gateway"):
+        (spec,) = pod_specs(find("gateway", "Deployment", part))
+        command = shlex.join(spec["containers"][0]["command"])
+        assert f"--otlp-traces-endpoint {url}" in command
+        assert way in find("gateway", "NetworkPolicy", part)["spec"]["egress"]
+        assert "otlp" not in json.dumps(find("single", "Deployment"))
+    assert len(find("single", "NetworkPolicy", "replica")["spec"]["egress"]) == 1
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gateway", "PrometheusRule"), ("scaled", "Rules")])

@@ -24,6 +24,7 @@ VARIANTS = {
     "single": f"{MODEL}\ngpu: h200\nentry: service\n{FIXED}",
     "gateway": f"{FREE}\ngpu: h200\nreplicas: 3\napi_key_secret: keys\nhub_token_secret: hub\n"
     "cache_volume: {storage_class: nfs}\nmonitoring: prometheus\nbench: {}\n"
+    "traces: 'http://collector.observe:4318/v1/traces'\n"
     "image_pull_secret: registry\ndownload: {arch: arm64}\nnode_selector: {disk: fast}",
     "scaled": f"{MODEL}\ngpu: h200\nplatform: gke-standard\nprice: spot\nreplicas: 12\n{FIXED}\n"
     "autoscale:\n  max: 12\n  schedules:\n"

@@ -19,7 +19,7 @@ def replica_command(layout: Layout, port: int = PORT, role: str = "") -> list[st
     options.setdefault("served_model_name", [layout.served_name])
     if file.engine == "millrace":
         words = ["millrace", "serve", layout.directory, *as_flags(options)]
-        words += ["--shutdown-timeout", str(file.drain)]
+        words += ["--shutdown-timeout", str(file.drain), *_traces(layout)]
         if layout.engines > 1:
             words += ["--replicas", str(layout.engines)]
         if not file.has_gpus:
@@ -36,7 +36,7 @@ def _others(layout: Layout, role: str) -> list[str]:
     words = []
     vllm = layout.file.engine == "vllm"
     if vllm:
-        words += ["--shutdown-timeout", str(layout.file.drain)]
+        words += ["--shutdown-timeout", str(layout.file.drain), *_traces(layout)]
     if layout.engines > 1:
         words += ["--data-parallel-size" if vllm else "--dp-size", str(layout.engines)]
     if role:
@@ -46,6 +46,10 @@ def _others(layout: Layout, role: str) -> list[str]:
         words += ["--kv-transfer-config", json.dumps(transfer)]
         words.append("--no-disable-hybrid-kv-cache-manager")
     return words
+
+
+def _traces(layout: Layout) -> list[str]:
+    return ["--otlp-traces-endpoint", layout.file.traces] if layout.file.traces else []
 
 
 def rank_script(layout: Layout) -> str:
@@ -86,7 +90,7 @@ def gateway_command(layout: Layout) -> list[str]:
         **_scale(layout),
         **part.options,
     }
-    return ["millrace", "gateway", *as_flags(options)]
+    return ["millrace", "gateway", *as_flags(options), *_traces(layout)]
 
 
 def _scale(layout: Layout) -> dict[str, object]:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from millrace.common.yaml_file import read_mapping
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, UserError
+from millrace.target import parse_url
 
 Platform = Literal["plain", "eks", "gke-standard", "gke-autopilot", "machine"]
 Engine = Literal["millrace", "vllm", "sglang"]
@@ -127,7 +128,8 @@ class DeployFile(_Part, frozen=True, kw_only=True):
     a GPU-hour, instead of the table's. settings: options of the engine, which the planner then
     checks; arguments: more, in the engine's own syntax. pods: one for each replica, or one for
     each machine with replicas inside. hosts: machines that one replica spans. drain: seconds that
-    running requests get. resources: cpu and memory of a pod."""
+    running requests get. resources: cpu and memory of a pod. traces: URL of a
+    collector of traces, by OTLP over HTTP."""
 
     model: str
     gpu: str
@@ -166,6 +168,7 @@ class DeployFile(_Part, frozen=True, kw_only=True):
     drain: int = 60
     monitoring: Literal["none", "prometheus", "google"] = "none"
     monitoring_namespaces: tuple[str, ...] = ("monitoring",)
+    traces: str = ""
     google: GooglePart = GooglePart()
     bench: BenchPart | None = None
 
@@ -223,6 +226,7 @@ def check(file: DeployFile) -> None:
     _check_counts(file)
     _check_volumes(file)
     _check_together(file)
+    _check_traces(file)
     if file.autoscale is not None:
         _check_autoscale(file, file.autoscale)
 
@@ -268,6 +272,21 @@ def _check_together(file: DeployFile) -> None:
     if file.bench is not None and file.engine != "millrace":
         raise ConfigError("bench: its Job serves Millrace itself; with another engine run "
                           "`millrace bench serve` against the entry")  # fmt: skip
+
+
+def _check_traces(file: DeployFile) -> None:
+    if file.traces and not file.traces.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"traces: {file.traces!r}; use a URL of OTLP over HTTP, such as "
+            "http://collector.monitoring:4318/v1/traces"
+        )
+    if file.traces:
+        try:
+            parse_url(file.traces)
+        except UserError as error:
+            raise ConfigError(f"traces: {error}") from None
+    if file.traces and file.engine == "sglang" and file.entry != "gateway":
+        raise ConfigError("traces: of replicas of sglang only the gateway's; use entry: gateway")
 
 
 def _check_split(file: DeployFile) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from millrace.deploy.layout.layout import PORT, Layout
 from millrace.deploy.manifests.parts import Object, selector, thing
+from millrace.target import parse_url
 
 DNS = {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
 GOOGLE_MONITORING = ("gmp-system", "gke-gmp-system")
@@ -13,7 +14,8 @@ GOOGLE_MONITORING = ("gmp-system", "gke-gmp-system")
 
 def network_policies(layout: Layout) -> list[Object]:
     """Replicas take requests from the entry, the benchmark and what reads metrics, and call nobody
-    but the ranks and transfers of their own kind. The download may call out."""
+    but the ranks and transfers of their own kind, and the collector of traces. The download may
+    call out."""
     found = [_replicas(layout)]
     if layout.file.entry == "gateway":
         found.append(_gateway(layout))
@@ -44,7 +46,7 @@ def _replicas(layout: Layout) -> Object:
         ingress.append({"from": [*sources, *_monitoring(layout)], "ports": http})
     else:
         ingress.append({"ports": http})  # clients, or the cluster's proxy, from anywhere
-    egress: list[Any] = [DNS]
+    egress: list[Any] = [DNS, *_collector(layout)]
     if layout.groups or layout.file.split is not None:
         ingress.append({"from": [own]})
         egress.append({"to": [own]})
@@ -55,7 +57,7 @@ def _gateway(layout: Layout) -> Object:
     http = [{"protocol": "TCP", "port": PORT}]
     replicas = {"podSelector": {"matchLabels": selector(layout, "replica")}}
     return _policy(layout, "gateway", [{"ports": http}],
-                   [DNS, {"to": [replicas], "ports": http}])  # fmt: skip
+                   [DNS, *_collector(layout), {"to": [replicas], "ports": http}])  # fmt: skip
 
 
 def download_policy(layout: Layout) -> Object:
@@ -69,6 +71,21 @@ def _monitoring(layout: Layout) -> list[Object]:
     names = GOOGLE_MONITORING if google else layout.file.monitoring_namespaces
     values = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": list(names)}
     return [{"namespaceSelector": {"matchExpressions": [values]}}]
+
+
+def _collector(layout: Layout) -> list[Object]:
+    """The way to where traces go: the namespace that its name has in a cluster, else its port."""
+    if not layout.file.traces:
+        return []
+    target = parse_url(layout.file.traces)
+    rule: Object = {"ports": [{"protocol": "TCP", "port": target.port}]}
+    name, *rest = target.host.split(".")
+    if name and (len(rest) == 1 or rest[1:2] == ["svc"]):
+        labels = {"kubernetes.io/metadata.name": rest[0]}
+        rule["to"] = [{"namespaceSelector": {"matchLabels": labels}}]
+    elif not rest:
+        rule["to"] = [{"podSelector": {}}]  # of the namespace of the fleet
+    return [rule]
 
 
 def disruption_budgets(layout: Layout) -> list[Object]:

@@ -178,6 +178,8 @@ def environment(layout: Layout, role: str = "", rank: str = "") -> list[Object]:
         "VLLM_CACHE_ROOT": f"{CACHES}/vllm",
         "HF_HUB_OFFLINE": "1",
     }
+    if layout.file.traces and layout.file.engine == "vllm":
+        fixed["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"  # it speaks gRPC by itself
     if rank:
         fixed |= {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}
     if role:

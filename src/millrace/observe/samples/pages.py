@@ -2,7 +2,7 @@
 
 A page is recognised by what stands on it. Of an engine that has Millrace's names, vLLM's are left
 out, as they say the same; a gateway's page may have engines of both kinds. Of histograms with many
-buckets only those of latencies keep them. AMD's exporter may be told to begin its names with `amd_`.
+buckets only those of latencies keep them. AMD's exporter may begin its names with `amd_`.
 """
 
 from __future__ import annotations
