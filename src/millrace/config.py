@@ -151,9 +151,10 @@ HELP: Mapping[str, str] = {
     "needs host_cache_gb (then 4 by default).",
     "kv_transfer_host": "Address where other engines take the records of prompts; they are not "
     "asked for a key, only for a record's name.",
-    "kv_transfer_port": "Port for that; 0 takes a free one.",
+    "kv_transfer_port": "Port for that; other ranks take those behind it; 0 takes free ones.",
     "kv_transport": "How records come here. shm: out of the other engine's memory, on one host; "
-    "tcp; nixl; auto: shm where that is possible, else tcp.",
+    "tcp; nixl: both sides need it then (pip install 'millrace[pd]'); auto: shm where that is "
+    "possible, else tcp.",
     "kv_lease": "Seconds for which the record of a prompt is kept for whoever may take it.",
     "kv_load_failure_policy": "What becomes of a request whose record does not come: fail, or "
     "recompute its prompt.",
@@ -371,12 +372,13 @@ def _check_role(args: EngineArgs) -> None:
         raise ConfigError(f"role {args.role}: records are cached prefixes; leave prefix caching on")
     if args.num_snapshots == 0:
         raise ConfigError(f"role {args.role}, num_snapshots 0: use 2 or more, or leave it out")
-    if args.tensor_parallel_size > 1:
-        raise ConfigError(f"role {args.role}: not yet with tensor_parallel_size above 1")
     if not 0 < args.kv_lease < float("inf"):
         raise ConfigError(f"kv_lease {args.kv_lease:g}: use seconds above 0")
-    if not 0 <= args.kv_transfer_port < 65536:
-        raise ConfigError(f"kv_transfer_port {args.kv_transfer_port}: use 0 to 65535")
+    if not 0 <= args.kv_transfer_port <= 65536 - args.tensor_parallel_size:
+        raise ConfigError(
+            f"kv_transfer_port {args.kv_transfer_port}: use 0, or one with a port behind it for "
+            "each rank"
+        )
 
 
 def _host_cache_gb(args: EngineArgs) -> float:

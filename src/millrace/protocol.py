@@ -666,14 +666,15 @@ class Transfer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TransferEnd(NamedTuple):
-    """A transfer has ended. error: why a record did not come. bytes, seconds: of a record that went
-    to another engine or came from one."""
+    """A transfer has ended. error: why a record did not come. bytes, seconds, pages: of a record
+    that went to another engine or came from one."""
 
     id: int
     succeeded: bool
     error: str = ""
     bytes: int = 0
     seconds: float = 0.0
+    pages: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):

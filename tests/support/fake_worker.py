@@ -232,7 +232,7 @@ class FakeWorker:
                 self._host[p] = page[at]
         self._host_states[move.state_at] = state
         self._network.taken.add(move.name)
-        self._transfers.append(TransferEnd(number, True, bytes=1))
+        self._transfers.append(TransferEnd(number, True, bytes=1, pages=len(places)))
 
     def _file(self, kind: str, file: FileMove) -> bool:
         if kind == "store":

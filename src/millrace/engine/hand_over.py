@@ -85,14 +85,14 @@ class HandOvers:
         self._totals.sent_failed += 1
         return RecordMove(name, 0, [], NOWHERE, self._limits.lease, refused=why)
 
-    def sent(self, record: ColdRecord, end: TransferEnd) -> None:
+    def sent(self, end: TransferEnd) -> None:
         """It was taken, or its lease has ended."""
         totals = self._totals
         if not end.succeeded:
             totals.sent_failed += 1
             return
         totals.sent += 1
-        totals.sent_pages += record.whole + bool(record.tail)
+        totals.sent_pages += end.pages
         totals.sent_bytes += end.bytes
 
     def _end(self, one: ColdRecord, record: ColdRecord) -> int:
@@ -180,7 +180,7 @@ class HandOvers:
         """It is here, and stays until the request is admitted."""
         totals = self._totals
         totals.received += 1
-        totals.received_pages += record.own_pages
+        totals.received_pages += end.pages
         totals.received_bytes += end.bytes
         totals.seconds += end.seconds
         for one in [request, *self._joined.pop(record.key)]:

@@ -458,7 +458,7 @@ class TierTransfers:
         elif one.kind == "load":
             self._loaded(one)
         elif one.kind == "send":
-            self.hand_overs.sent(one.record, end)
+            self.hand_overs.sent(end)
         elif one.kind == "receive":
             self._received(one, end)
         else:

@@ -99,6 +99,11 @@ class Buffer:
     axes: tuple[Axis, ...]
     recorded: int | None = None
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Buffers of pages of one form lie in one stack."""
+        return self.dtype, self.axes
+
     def shape(self, ranks: int = 1) -> tuple[int, ...]:
         return tuple(axis.size(ranks) for axis in self.axes)
 
@@ -221,6 +226,15 @@ class CacheSpec:
                 if buffer.recorded != 0:
                     found.setdefault(buffer.name, []).append(buffer)
         assert all(len(set(same)) == 1 for same in found.values())
+        return found
+
+    def page_forms(self) -> dict[tuple[object, ...], tuple[Buffer, int]]:
+        """The forms of the layers' buffers of pages: a buffer of each, and how many there are."""
+        found: dict[tuple[object, ...], tuple[Buffer, int]] = {}
+        for layer in self.all_layers():
+            for buffer in layer.per_page:
+                _, count = found.get(buffer.form, (buffer, 0))
+                found[buffer.form] = buffer, count + 1
         return found
 
 

@@ -62,7 +62,8 @@ from millrace.runtime.tiers.disk_cache import DiskCache, cache_folder
 from millrace.runtime.tiers.host_cache import HostCache
 from millrace.runtime.tiers.tiers import Tiers
 from millrace.runtime.transfer.identity import Identity
-from millrace.runtime.transfer.peer import Address, Peer
+from millrace.runtime.transfer.peer import Address, Peer, Place, new_engine
+from millrace.runtime.transfer.record_form import RecordForm
 
 logger = logging.getLogger(__name__)
 
@@ -345,13 +346,24 @@ class Worker:
             files = DiskCache(folder, host.memory)
             logger.info("and %.2f GiB in %s", self.config.disk_cache / size / 2**30, files.folder)
         peer = self._build_peer(host) if shared else None
-        return Tiers(host, files, peer, self.ranks.mins_over_ranks)
+        return Tiers(host, files, peer, self.ranks.mins_over_ranks, self.ranks.size)
 
     def _build_peer(self, host: HostCache) -> Peer:
-        args = self.config.args
-        identity = Identity.of(self.config, self.cache_spec, self._directory, self.ranks.size)
-        where = args.kv_transfer_host, args.kv_transfer_port
-        return Peer(identity, host.layout, host.memory, host.descriptor, args.kv_transport, *where)
+        """All ranks call it together."""
+        args, ranks = self.config.args, self.ranks
+        identity = Identity.of(self.config, self.cache_spec, self._directory, ranks.size)
+        port = args.kv_transfer_port + (ranks.rank if args.kv_transfer_port else 0)
+        engine = torch.frombuffer(bytearray(new_engine().encode()), dtype=torch.uint8)
+        if ranks.size > 1:
+            ranks.broadcast_bytes(engine)
+        place = Place(ranks.rank, engine.numpy().tobytes().decode(), RecordForm.of(self.cache_spec))
+        peer = Peer(
+            identity, host.layout, host.memory, host.descriptor, args.kv_transport,
+            args.kv_transfer_host, port, place,
+        )  # fmt: skip
+        mine = [peer.address.port * (rank == ranks.rank) for rank in range(ranks.size)]
+        peer.set_ports(tuple(int(one) for one in ranks.max_over_ranks([*map(float, mine)])))
+        return peer
 
     @property
     def address(self) -> Address | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from llguidance import LLMatcher
 
@@ -108,13 +109,61 @@ def alone(model: Path, prompts: list[list[int]], **params: Any) -> list[list[int
     return answers
 
 
-@pytest.mark.parametrize(("transport", "k"), [("shm", 0), ("shm", 1), ("tcp", 2), ("tcp", 3)])
-def test_same_tokens_over_either_transport(tiny_model: Path, transport: str, k: int) -> None:
+def under_a_grammar(
+    engines: list[Engine], prompt: list[int], model: Path | None = None
+) -> list[int]:
+    """A seeded answer behind the first engine's record; of a new engine alone with `model`."""
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=5)
+    request = AddRequest("words", prompt, params, grammar=WORDS)
+    if model is None:
+        source, _ = compute(engines[0], prompt)
+        deltas = finish(engines, msgspec.structs.replace(request, source=source))
+    else:
+        cold = build(model, max_num_seqs=1)
+        deltas = finish([cold], request)
+        cold.close()
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+CORE = [("shm", 0, 1, 1), ("tcp", 2, 1, 1), ("nixl", 3, 1, 1), ("shm", 1, 2, 1)]
+ALL = [
+    (transport, k, *ranks)
+    for transport in ("shm", "tcp", "nixl")
+    for k in range(4)
+    for ranks in ((1, 1), (2, 1), (1, 2))
+]
+SEEDED = {"temperature": 0.9, "seed": 3}
+WORDS = Grammar(LLMatcher.grammar_from_regex(r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."))
+
+
+@pytest.mark.parametrize(
+    ("transport", "k", "ranks", "ranks_behind"),
+    [
+        pytest.param(
+            *one, marks=() if one in CORE else pytest.mark.sweep, id="-".join(map(str, one))
+        )
+        for one in ALL
+    ],
+)
+def test_same_tokens_over_every_transport(
+    tiny_model: Path, transport: str, k: int, ranks: int, ranks_behind: int
+) -> None:
+    """Greedy, seeded and under a grammar, the last prompt with a prefix that is there already. k:
+    drafts. ranks: that compute the prompts; ranks_behind: that answer them."""
     given = options(k, kv_transport=transport)
-    with pair(tiny_model, options(k), given) as engines:
-        answers = [hand_over(engines, prompt) for prompt in PROMPTS]
+    one = {**given, "tensor_parallel_size": ranks}
+    other = {**given, "tensor_parallel_size": ranks_behind}
+    prompts = [*PROMPTS, [*PROMPTS[3], *PROMPTS[1]]]
+    with pair(tiny_model, one, other) as engines:
+        greedy = [hand_over(engines, prompt) for prompt in prompts]
+        for engine in engines:
+            engine.scheduler.reset_prefix_cache()
+        seeded = [hand_over(engines, prompt, **SEEDED) for prompt in prompts]
+        words = under_a_grammar(engines, prompts[2][::-1])
         assert_all_moved(engines)
-    assert_same(tiny_model, PROMPTS, alone(tiny_model, PROMPTS), answers)
+    assert_same(tiny_model, prompts, alone(tiny_model, prompts), greedy)
+    assert words == under_a_grammar([], prompts[2][::-1], tiny_model)
+    assert seeded == alone(tiny_model, prompts, **SEEDED)
 
 
 def test_seeded_tokens_with_other_numbers_of_drafts(tiny_model: Path) -> None:
@@ -150,26 +199,6 @@ def test_prompts_with_a_cached_prefix_move_only_what_is_new(tiny_model: Path) ->
     assert_same(tiny_model, longer, alone(tiny_model, longer), answers)
 
 
-@pytest.mark.parametrize("k", [0, 2])
-def test_answers_under_a_grammar(tiny_model: Path, k: int) -> None:
-    pattern = Grammar(LLMatcher.grammar_from_regex(r"(yes|no), [0-9]{2,5}( and [a-f]{1,6}){1,2}\."))
-    params = SamplingParams(max_tokens=30, temperature=1.0, seed=5)
-    prompt = PROMPTS[2]
-    cold = build(tiny_model, max_num_seqs=1)
-    wanted = [
-        t
-        for d in finish([cold], AddRequest("a", prompt, params, grammar=pattern))
-        for t in d.token_ids
-    ]
-    cold.close()
-    with pair(tiny_model, options(k), options(k)) as engines:
-        source, _ = compute(engines[0], prompt)
-        request = AddRequest("a", prompt, params, grammar=pattern, source=source)
-        deltas = finish(engines, request)
-        assert engines[1].stats().prefix_hits == len(prompt) - 1
-    assert [token for delta in deltas for token in delta.token_ids] == wanted
-
-
 def test_engines_of_other_formats_are_refused_and_nothing_is_computed(tiny_model: Path) -> None:
     with pair(tiny_model, options(0), options(1)) as engines:
         source, _ = compute(engines[0], PROMPTS[2])
@@ -184,7 +213,6 @@ def test_roles_that_cannot_work_are_refused(tiny_model: Path) -> None:
     for given, text in (
         ({"enable_prefix_caching": False, "host_cache_gb": 0.0}, "leave prefix caching on"),
         ({"num_snapshots": 0}, "num_snapshots 0: use 2 or more"),
-        ({"tensor_parallel_size": 2}, "not yet with tensor_parallel_size above 1"),
         ({"kv_lease": 0.0}, "kv_lease 0: use seconds above 0"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -55,7 +55,7 @@ class Side:
 
 @contextmanager
 def sides(kind: str = "auto", **changes: object) -> Iterator[tuple[Side, Side]]:
-    one, other = Side(1), Side(2, kind, **changes)
+    one, other = Side(1, "nixl" if kind == "nixl" else "auto"), Side(2, kind, **changes)
     try:
         yield one, other
     finally:
@@ -90,7 +90,7 @@ def assert_equal(one: Side, other: Side) -> int:
     return total(here)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "nixl"])
 def test_a_record_arrives_and_both_sides_count_its_bytes(kind: str) -> None:
     with sides(kind) as (one, other):
         for name in "ab":  # the second over the same connection
@@ -99,6 +99,20 @@ def test_a_record_arrives_and_both_sides_count_its_bytes(kind: str) -> None:
             came = other.peer.receive(wanted(one, name)).result(20)
             assert came.succeeded, came.error
             assert came.bytes == sent.result(20).bytes == assert_equal(one, other)
+
+
+def test_nixl_on_one_side_only_is_refused_and_said() -> None:
+    one, other = Side(1), Side(2, "nixl")
+    one.peer.send(offer())
+    assert "use --kv-transport tcp" in other.peer.receive(wanted(one)).result(20).error
+    other.peer.close()
+    one.peer.close()
+
+
+def test_numbers_of_ranks_that_do_not_divide_are_refused() -> None:
+    two, three = (msgspec.structs.replace(IDENTITY, ranks=n) for n in (2, 3))
+    assert two.differences(three) == ["ranks: 3 there, 2 here; one number must divide the other"]
+    assert not two.differences(IDENTITY)
 
 
 def test_a_record_may_be_asked_for_before_it_is_offered() -> None:
@@ -115,7 +129,6 @@ def test_a_record_may_be_asked_for_before_it_is_offered() -> None:
         ({"drafter": "none"}, "drafter: mtp there, none here"),
         ({"model": ["weights 2"]}, "model: weights 1 there, weights 2 here"),
         ({"version": "2"}, "version: 1 there, 2 here"),
-        ({"ranks": 2}, "ranks: 1 there, 2 here"),
         (
             {"record": [Part("layers.0", "state", "bfloat16", ["head"], [4])]},
             "layers.0 state float32 [4 head] there, layers.0 state bfloat16 [4 head] here",
@@ -250,7 +263,7 @@ def test_a_lease_ends_unless_somebody_reads() -> None:
         now = 31.0
         offers.expire()
         assert not ended.done()
-    assert ended.result(0) == (False, "its lease has ended", 0, 0.0)
+    assert ended.result(0) == (False, "its lease has ended", 0, 0.0, 0)
     assert len(offers) == 0
     with pytest.raises(LookupError, match="no such record"), offers.reading("a", 0.0):
         pass

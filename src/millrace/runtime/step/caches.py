@@ -40,11 +40,11 @@ def allocate_caches(
     stacked: dict[str, Iterator[Tensor]] = {
         name: iter(each) for name, each in (stacks | windows).items()
     }
-    kv = {form: zeros(pages, buffer, count) for form, (buffer, count) in _kv_forms(spec).items()}
+    kv = {form: zeros(pages, buffer, count) for form, (buffer, count) in spec.page_forms().items()}
     paged = {form: iter(stack) for form, stack in kv.items()}
 
     def layer(cache: LayerCache) -> KVCache | GDNState:
-        tensors = {buffer.name: next(paged[_form(buffer)]) for buffer in cache.per_page}
+        tensors = {buffer.name: next(paged[buffer.form]) for buffer in cache.per_page}
         for buffer in cache.per_slot:
             tensors[buffer.name] = next(stacked[buffer.name])
         return LAYERS[cache.kind](**tensors)
@@ -59,21 +59,6 @@ def allocate_caches(
     return Caches(
         layers, stacks, windows, kept, draft, **index, page_size=size, draft_layers=drafting
     )
-
-
-def _form(buffer: Buffer) -> tuple[object, ...]:
-    """Buffers of one form lie in one stack."""
-    return buffer.dtype, buffer.axes
-
-
-def _kv_forms(spec: CacheSpec) -> dict[tuple[object, ...], tuple[Buffer, int]]:
-    """The forms of the layers' buffers of pages: a buffer of each, and how many there are."""
-    found: dict[tuple[object, ...], tuple[Buffer, int]] = {}
-    for cache in spec.all_layers():
-        for buffer in cache.per_page:
-            _, count = found.get(_form(buffer), (buffer, 0))
-            found[_form(buffer)] = buffer, count + 1
-    return found
 
 
 def tensors_of(caches: Caches) -> Iterator[Tensor]:

@@ -1,9 +1,9 @@
 """Starts the transfers of plans, and says which have ended.
 
 Each rank has its part of every record in its own memory and files. Copies of all ranks are in the
-order of their streams, so that rank 0's end counts for all of them. Files are another matter: a
-rank's disk may be slower, or full. So a transfer of files has ended once it has on all ranks, which
-they find out together.
+order of their streams, so that rank 0's end counts for all of them. Files and records of other
+engines are another matter: a rank's disk may be slower, or full, and its part of a record lost. So
+such a transfer has ended once it has on all ranks, which they find out together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from millrace.protocol import FoundFile, StepPlan, Transfer, TransferEnd
+from millrace.protocol import FoundFile, RecordMove, StepPlan, Transfer, TransferEnd
 from millrace.runtime.tiers.disk_cache import DiskCache
 from millrace.runtime.tiers.host_cache import HostCache
 from millrace.runtime.transfer.offers import Moved
@@ -26,8 +26,8 @@ _PENDING, _FAILED, _DONE = range(3)
 class Tiers:
     """The tiers below the device of one rank.
 
-    files: None without a disk cache. peer: None where no record goes to other engines. mins: the
-    elementwise minimum of all ranks' numbers.
+    files: None without a disk cache. peer: None where no record goes to other engines. ranks: how
+    many there are; mins: the elementwise minimum of all ranks' numbers.
     """
 
     def __init__(
@@ -36,14 +36,16 @@ class Tiers:
         files: DiskCache | None = None,
         peer: Peer | None = None,
         mins: Callable[[list[int]], list[int]] = lambda values: values,
+        ranks: int = 1,
     ) -> None:
+        self._ranks = ranks
         self._host = host
         self.files = files
         self.peer = peer
         self._mins = mins
         self._copies: dict[int, Any] = {}  # by transfer, what it waits for: an event, or nothing
         self._records: dict[int, Future[Moved]] = {}  # of other engines, or for them
-        self._filing: dict[int, Future[bool]] = {}  # of the same transfers on all ranks
+        self._common: dict[int, Future[bool] | Future[Moved]] = {}  # that end on all ranks together
 
     def start(self, plan: StepPlan, wait: bool) -> None:
         """Start a plan's transfers. wait: its steps may read what earlier loads of this rank are
@@ -61,14 +63,23 @@ class Tiers:
         elif transfer.kind == "load":
             self._copies[transfer.id] = self._host.load(transfer.moves)
         elif transfer.record is not None:
-            assert self.peer is not None
-            move = self.peer.send if transfer.kind == "send" else self.peer.receive
-            self._records[transfer.id] = move(transfer.record)
+            self._move(transfer, transfer.record)
         else:
             assert self.files is not None
             act = self.files.store if transfer.kind == "store" else self.files.fetch
             # Copies of the same memory have ended on rank 0, and may not have here.
-            self._filing[transfer.id] = act(transfer.files, self._host.mark())
+            self._common[transfer.id] = act(transfer.files, self._host.mark())
+
+    def _move(self, transfer: Transfer, record: RecordMove) -> None:
+        assert self.peer is not None
+        move = self.peer.send if transfer.kind == "send" else self.peer.receive
+        if self._ranks == 1:
+            self._records[transfer.id] = move(record)
+            return
+        # Copies of the same memory have ended on rank 0, and may not have here.
+        if (event := self._host.mark()) is not None:
+            event.synchronize()
+        self._common[transfer.id] = move(record)
 
     def finished(self) -> list[TransferEnd]:
         """Copies, and moves of records, that have ended on this rank since the last call."""
@@ -85,21 +96,30 @@ class Tiers:
 
     @property
     def has_finished_files(self) -> bool:
-        """Whether a transfer of files has ended on this rank."""
-        return any(future.done() for future in self._filing.values())
+        """Whether a transfer of files, or a part of a record, has ended on this rank."""
+        return any(future.done() for future in self._common.values())
 
     def finished_files(self) -> list[TransferEnd]:
-        """Transfers of files that have ended on all ranks since the last call, and whether they
-        succeeded on all. All ranks call it together."""
-        states = [
-            (_DONE if future.result() else _FAILED) if future.done() else _PENDING
-            for future in self._filing.values()
+        """Transfers of files, and moves of records, that have ended on all ranks since the last
+        call, and whether they succeeded on all. All ranks call it together."""
+        if self.peer is not None:
+            self.peer.expire()
+        least = self._mins([_state(future) for future in self._common.values()])
+        ended = [
+            (number, state == _DONE)
+            for number, state in zip(self._common, least, strict=True)
+            if state != _PENDING
         ]
-        least = zip(list(self._filing), self._mins(states), strict=True)
-        ended = [TransferEnd(n, state == _DONE) for n, state in least if state != _PENDING]
-        for one in ended:
-            del self._filing[one.id]
-        return ended
+        return [self._common_end(*one) for one in ended]
+
+    def _common_end(self, number: int, succeeded: bool) -> TransferEnd:
+        result = self._common.pop(number).result()
+        if isinstance(result, bool):
+            return TransferEnd(number, succeeded)
+        if not succeeded:
+            return TransferEnd(number, False, result.error or "another rank lacks its part")
+        # Every rank moves as many bytes as this one.
+        return TransferEnd(number, *result._replace(bytes=result.bytes * self._ranks))
 
     def found(self) -> dict[str, FoundFile]:
         """The records that an earlier process left in files, on this rank."""
@@ -130,3 +150,10 @@ class Tiers:
         if self.files is not None:
             self.files.close()
         self._host.close()
+
+
+def _state(future: Future[bool] | Future[Moved]) -> int:
+    if not future.done():
+        return _PENDING
+    result = future.result()
+    return _DONE if (result if isinstance(result, bool) else result.succeeded) else _FAILED

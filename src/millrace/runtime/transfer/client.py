@@ -12,14 +12,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from millrace.common.framing import FramingError
-from millrace.protocol import RecordMove, RecordSource
+from millrace.protocol import HostPages, RecordMove, RecordSource
 from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
 from millrace.runtime.transfer.messages import (
     FRAMING,
@@ -31,13 +32,16 @@ from millrace.runtime.transfer.messages import (
     Taken,
     Transport,
 )
+from millrace.runtime.transfer.nixl import NixlReader
 from millrace.runtime.transfer.offers import Moved
+from millrace.runtime.transfer.record_form import RecordForm, sources_of
 from millrace.runtime.transfer.server import local_address
 from millrace.runtime.transfer.shared_memory import mapped_read_only
 
 CONNECT_SECONDS = 5.0
 AT_ONCE = 4
-MOST_KEPT = 4  # connections to one engine
+MOST_KEPT = 4  # connections to one rank of an engine
+MOST_ENGINES = 64  # that are remembered
 STOP_SECONDS = 5.0
 KINDS = ("auto", "shm", "tcp", "nixl")
 
@@ -46,15 +50,23 @@ class RecordError(Exception):
     """A record cannot be had; the text says why."""
 
 
-class Reader(Protocol):
-    """What reads another engine's memory without its help."""
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """Who hands over: one rank of an engine."""
 
-    agent: bytes
+    host: str
+    port: int
+    engine: str
+    rank: int = 0
 
-    def read(
-        self, hello: Hello, places: list[tuple[int, int]], pieces: list[Piece], end: float
-    ) -> None:
-        """Copy the other's places into pieces of this memory, before `end`. Raises OSError."""
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the bytes of a record go, in order. taker: as in `Take`, with the number of them."""
+
+    memory: Tensor
+    pieces: list[Piece]
+    taker: tuple[int, int] = (0, 1)
 
 
 class _Connection:
@@ -69,8 +81,12 @@ class _Connection:
 
 
 class RecordClient:
-    """hello: what this engine says of itself. memory: uint8, where records come to. kind: how their
-    bytes come; auto: out of the other's memory where that is possible. reader: of NIXL."""
+    """Of one rank of an engine.
+
+    hello: what the engine says of itself. memory: uint8, where records come to. kind: how their
+    bytes come; auto: out of the other's memory where that is possible. reader: of NIXL. form: how
+    records are divided over ranks; None: only engines with as many are asked.
+    """
 
     def __init__(
         self,
@@ -78,12 +94,15 @@ class RecordClient:
         layout: RecordLayout,
         memory: Tensor,
         kind: str = "auto",
-        reader: Reader | None = None,
+        reader: NixlReader | None = None,
+        rank: int = 0,
+        form: RecordForm | None = None,
     ) -> None:
         self._hello, self._layout, self._memory = hello, layout, memory
-        self._bytes = memory.numpy().data
         self._kind, self._reader = kind, reader
-        self._kept: dict[tuple[str, int, str], list[_Connection]] = {}
+        self._rank, self._ranks, self._form = rank, hello.identity.ranks, form
+        self._engines: dict[str, Hello] = {}  # what those say that were asked lately
+        self._kept: dict[_Rank, list[_Connection]] = {}
         self._in_use: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closing = False
@@ -113,8 +132,9 @@ class RecordClient:
         began = time.monotonic()
         where = f"{move.source.host}:{move.source.port}"
         try:
-            size = self._take_from(move.source, move, began + move.seconds)
-            return Moved(True, bytes=size, seconds=time.monotonic() - began)
+            size = self._take_all(move.source, move, began + move.seconds)
+            pages = sum(part.end - part.first for part in move.pages)
+            return Moved(True, bytes=size, seconds=time.monotonic() - began, pages=pages)
         except RecordError as error:
             return Moved(False, f"{where}: {error}")
         except TimeoutError:
@@ -122,16 +142,72 @@ class RecordClient:
         except (OSError, FramingError, ValueError) as error:
             return Moved(False, f"{where}: {error}")
 
-    def _take_from(self, source: RecordSource, move: RecordMove, end: float) -> int:
+    def _take_all(self, source: RecordSource, move: RecordMove, end: float) -> int:
+        """The bytes that came, of all ranks of the other engine that have a part of it."""
+        hello = self._hello_of(source, end)
+        ranks = hello.identity.ranks
+        ports = hello.ports or (source.port,)
+        here = self._layout.pieces(move.pages, move.state_at)
+        if ranks == self._ranks:
+            one = _Rank(source.host, ports[self._rank], source.engine, self._rank)
+            return self._take_from(one, move, _Target(self._memory, here), end)
+        assert self._form is not None
+        pages = sum(part.end - part.first for part in move.pages)
+        layout = self._form.layout(ranks)
+        each = [HostPages(0, pages, 0, pages)] if pages else []
+        state_at = pages * sum(layout.page_bytes) if move.state_at >= 0 else -1
+        pieces = layout.pieces(each, state_at)
+        taker = (self._rank, max(1, self._ranks // ranks))
+        parts: dict[int, Tensor] = {}
+        for rank in sources_of(self._rank, self._ranks, ranks):
+            parts[rank] = torch.empty(total(pieces), dtype=torch.uint8)
+            one = _Rank(source.host, ports[rank], source.engine, rank)
+            self._take_from(one, move, _Target(parts[rank], pieces, taker), end)
+        self._put(self._form, parts, ranks, pages, here)
+        return total(pieces) * len(parts)
+
+    def _put(
+        self,
+        form: RecordForm,
+        parts: Mapping[int, Tensor],
+        ranks: int,
+        pages: int,
+        pieces: list[Piece],
+    ) -> None:
+        """Cut this rank's record out of those of the other's ranks, and put it into its place."""
+        data = form.cut(parts, ranks, self._rank, self._ranks, pages)
+        _copy(data, [(0, len(data))], self._memory, pieces)
+
+    def _hello_of(self, source: RecordSource, end: float) -> Hello:
+        """What the other engine says of itself, from its rank 0."""
+        known = self._engines.get(source.engine)
+        if known is None:
+            rank = _Rank(source.host, source.port, source.engine)
+            connection = self._connection(rank, end, fresh=False)
+            self._put_back(rank, connection, keep=True)
+            known = connection.hello
+            while len(self._engines) >= MOST_ENGINES:
+                self._forget(next(iter(self._engines)))
+            self._engines[source.engine] = known
+        return known
+
+    def _forget(self, engine: str) -> None:
+        with self._lock:
+            self._engines.pop(engine, None)
+            for rank in [one for one in self._kept if one.engine == engine]:
+                for connection in self._kept.pop(rank):
+                    connection.socket.close()
+
+    def _take_from(self, source: _Rank, move: RecordMove, target: _Target, end: float) -> int:
         """The bytes that came. An old connection may have died unnoticed, so a second try has a new
         one."""
         for fresh in (False, True):
             connection = self._connection(source, end, fresh)
             keep = False
             try:
-                answer = self._ask(connection, move, end)
+                answer = self._ask(connection, move, target, end)
                 keep = isinstance(answer, Refused)
-                size = self._fill(connection, answer, move, end)
+                size = self._fill(connection, answer, target, end)
                 keep = True
                 return size
             except ConnectionError:
@@ -141,53 +217,43 @@ class RecordClient:
                 self._put_back(source, connection, keep)
         raise AssertionError
 
-    def _ask(self, connection: _Connection, move: RecordMove, end: float) -> Message:
+    def _ask(
+        self, connection: _Connection, move: RecordMove, target: _Target, end: float
+    ) -> Message:
         connection.socket.settimeout(_left(end))
         pages = sum(part.end - part.first for part in move.pages)
-        return connection.ask(Take(move.name, move.first, pages))
+        return connection.ask(Take(move.name, move.first, pages, *target.taker))
 
-    def _fill(self, connection: _Connection, offered: Message, move: RecordMove, end: float) -> int:
+    def _fill(self, connection: _Connection, offered: Message, target: _Target, end: float) -> int:
         """Copy what is offered into its place. Raises RecordError unless it came whole."""
         if isinstance(offered, Refused):
             raise RecordError(offered.why)
         if not isinstance(offered, Offered):
             raise RecordError("an answer that is none")
-        pieces = self._layout.pieces(move.pages, move.state_at)
-        size = total(pieces)
+        size = total(target.pieces)
         if offered.size != size:
             raise RecordError(f"{offered.size} bytes are offered, and {size} are needed")
         if connection.memory is not None:
-            _copy(connection.memory, offered.places, self._memory, pieces)
-        elif self._kind == "nixl":
-            assert self._reader is not None
-            self._reader.read(connection.hello, offered.places, pieces, end)
+            _copy(connection.memory, offered.places, target.memory, target.pieces)
+        elif self._reader is not None:
+            with self._reader.reading(connection.hello, offered.places, end) as data:
+                _copy(data, [(0, size)], target.memory, target.pieces)
         else:
-            self._receive(connection.socket, pieces, end)
-        whole = checksum(self._memory, pieces) == offered.checksum
+            _receive(connection.socket, target, end)
+        whole = checksum(target.memory, target.pieces) == offered.checksum
         connection.socket.sendall(FRAMING.encode(Taken(whole)))
         if not whole:
             raise RecordError("the record's checksum is wrong")
         return size
 
-    def _receive(self, sock: socket.socket, pieces: list[Piece], end: float) -> None:
-        for piece in pieces:
-            place, at = self._bytes[piece.at : piece.at + piece.bytes], 0
-            while at < piece.bytes:
-                sock.settimeout(_left(end))
-                count = sock.recv_into(place[at:])
-                if not count:
-                    raise ConnectionError("the other engine ended the connection")
-                at += count
-
     # --- connections --------------------------------------------------------------------------
 
-    def _connection(self, source: RecordSource, end: float, fresh: bool) -> _Connection:
-        key = source.host, source.port, source.engine
+    def _connection(self, source: _Rank, end: float, fresh: bool) -> _Connection:
         with self._lock:
             if fresh:  # those that are kept may have died, too
-                for one in self._kept.pop(key, []):
+                for one in self._kept.pop(source, []):
                     one.socket.close()
-            kept = self._kept.get(key)
+            kept = self._kept.get(source)
             found = kept.pop() if kept else None
         found = found or self._connect(source, end)
         with self._lock:
@@ -196,8 +262,8 @@ class RecordClient:
                 found.socket.close()
         return found
 
-    def _connect(self, source: RecordSource, end: float) -> _Connection:
-        if self._kind in ("auto", "shm") and (local := self._connect_locally(source)):
+    def _connect(self, source: _Rank, end: float) -> _Connection:
+        if self._kind in ("auto", "shm") and (local := _connect_locally(source)):
             return self._greet(local, source, "shm", end)
         if self._kind == "shm":
             raise RecordError("the other engine's memory is not on this host; use --kv-transport")
@@ -206,18 +272,8 @@ class RecordClient:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._greet(sock, source, "nixl" if self._kind == "nixl" else "tcp", end)
 
-    def _connect_locally(self, source: RecordSource) -> socket.socket | None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(CONNECT_SECONDS)
-        try:
-            sock.connect(local_address(source.engine))
-        except OSError:
-            sock.close()
-            return None
-        return sock
-
     def _greet(
-        self, sock: socket.socket, source: RecordSource, transport: Transport, end: float
+        self, sock: socket.socket, source: _Rank, transport: Transport, end: float
     ) -> _Connection:
         """Make sure that both engines are alike. Raises RecordError."""
         try:
@@ -242,15 +298,39 @@ class RecordClient:
             sock.close()
             raise
 
-    def _put_back(self, source: RecordSource, connection: _Connection, keep: bool) -> None:
+    def _put_back(self, source: _Rank, connection: _Connection, keep: bool) -> None:
         """Keep a connection for the next record, or close it."""
         with self._lock:
             self._in_use.discard(connection.socket)
-            kept = self._kept.setdefault((source.host, source.port, source.engine), [])
+            kept = self._kept.setdefault(source, [])
             if keep and len(kept) < MOST_KEPT and not self._closing:
                 kept.append(connection)
             else:
                 connection.socket.close()
+
+
+def _connect_locally(source: _Rank) -> socket.socket | None:
+    """None: it is not on this host."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(CONNECT_SECONDS)
+    try:
+        sock.connect(local_address(source.engine, source.rank))
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def _receive(sock: socket.socket, target: _Target, end: float) -> None:
+    data = target.memory.numpy().data
+    for piece in target.pieces:
+        place, at = data[piece.at : piece.at + piece.bytes], 0
+        while at < piece.bytes:
+            sock.settimeout(_left(end))
+            count = sock.recv_into(place[at:])
+            if not count:
+                raise ConnectionError("the other engine ended the connection")
+            at += count
 
 
 def _memory_of(sock: socket.socket, hello: Hello) -> Tensor:

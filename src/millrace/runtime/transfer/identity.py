@@ -22,7 +22,7 @@ _MOST_SHOWN = 160  # characters of a value in a message
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """As `RecordPart`, without the share of the rank."""
+    """As `RecordPart`, of the whole model."""
 
     layer: str
     name: str
@@ -39,7 +39,8 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """See the module. model: what tells its weights from others. drafter: what drafts from a memory
-    of its own. ranks: that share the model. record: the parts of one rank's record, in order.
+    of its own. ranks: that share the model; each has its part of the record. record: the parts of
+    the whole one, in order.
 
     How many drafts a step verifies is not in it: no part of a record depends on that.
     """
@@ -68,7 +69,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
             page_size=config.page_size,
             drafter=" ".join([speculation.head or "none", *_drafter(speculation.model)]),
             ranks=ranks,
-            record=[_part(part) for part in spec.record(0, ranks)],
+            record=[_part(part) for part in spec.record()],
         )
 
     def differences(self, other: Identity) -> list[str]:
@@ -82,11 +83,14 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
                 "dtype",
                 "page_size",
                 "drafter",
-                "ranks",
             )
             if (theirs := getattr(other, name)) != (mine := getattr(self, name))
         ]
         found += _lists("model", other.model, self.model)
+        if max(other.ranks, self.ranks) % min(other.ranks, self.ranks):
+            found.append(
+                f"ranks: {other.ranks} there, {self.ranks} here; one number must divide the other"
+            )
         return [*found, *_lists("record", other.record, self.record)]
 
 

@@ -18,7 +18,8 @@ Transport = Literal["tcp", "shm", "nixl"]
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """engine: its id. transport: how whoever opens wants the bytes. memory: bytes of the host's
-    memory that records lie in. address: where it begins; agent: by whom NIXL reads it."""
+    memory that records lie in. address: where it begins; agent: by whom NIXL reads it. ports: of
+    the engine's ranks, each of which hands over its own part."""
 
     engine: str
     identity: Identity
@@ -26,14 +27,18 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     memory: int = 0
     address: int = 0
     agent: bytes = b""
+    ports: tuple[int, ...] = ()
 
 
 class Take(msgspec.Struct, frozen=True, tag="take"):
-    """The record of this name, without its first `skip` pages; pages: how many that leaves."""
+    """The record of this name, without its first `skip` pages; pages: how many that leaves. taker:
+    which of `takers` ranks asks, each of which needs a part of it."""
 
     name: str
     skip: int
     pages: int
+    taker: int = 0
+    takers: int = 1
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

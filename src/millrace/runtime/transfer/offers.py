@@ -20,17 +20,19 @@ class Moved(NamedTuple):
     error: str = ""
     bytes: int = 0
     seconds: float = 0.0
+    pages: int = 0
 
 
 @dataclass(slots=True)
 class _Offer:
     """until: when the lease ends, seconds. readers: who take it now; it is theirs until they have
-    ended."""
+    ended. bytes: by taker, of those that have it."""
 
     move: RecordMove
     until: float
     ended: Future[Moved] = field(default_factory=Future)
     readers: int = 0
+    bytes: dict[int, int] = field(default_factory=dict)
 
 
 class Offers:
@@ -69,6 +71,17 @@ class Offers:
             with self._changed:
                 offer.readers -= 1
         self.expire()
+
+    def taken(self, name: str, taker: int, takers: int, moved: Moved) -> None:
+        """One of so many takers has it."""
+        with self._changed:
+            offer = self._offers.get(name)
+            if offer is None:
+                return
+            offer.bytes[taker] = moved.bytes
+            missing, size = takers - len(offer.bytes), sum(offer.bytes.values())
+        if not missing:
+            self.end(name, moved._replace(bytes=size))
 
     def end(self, name: str, moved: Moved) -> None:
         """It was taken, or nobody will take it."""

@@ -1,4 +1,4 @@
-"""One engine among others: what it offers, and what it takes."""
+"""One engine among others: what it offers, and what it takes. Each of its ranks has a part."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import msgspec
 from torch import Tensor
 
 from millrace.protocol import RecordMove
@@ -14,7 +15,9 @@ from millrace.runtime.transfer.client import RecordClient
 from millrace.runtime.transfer.identity import Identity
 from millrace.runtime.transfer.layout import RecordLayout
 from millrace.runtime.transfer.messages import Hello
+from millrace.runtime.transfer.nixl import NixlReader
 from millrace.runtime.transfer.offers import Moved, Offers
+from millrace.runtime.transfer.record_form import RecordForm
 from millrace.runtime.transfer.server import RecordServer
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,16 @@ class Address:
     engine: str
     host: str
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank of an engine. engine: its id; empty: a new one. form: how records are divided over
+    ranks; None: it takes none of engines with other numbers of them."""
+
+    rank: int = 0
+    engine: str = ""
+    form: RecordForm | None = None
 
 
 class Peer:
@@ -42,13 +55,30 @@ class Peer:
         kind: str,
         host: str,
         port: int,
+        place: Place = Place(),
     ) -> None:
-        hello = Hello(uuid.uuid4().hex, identity, memory=memory.nbytes, address=memory.data_ptr())
+        engine = place.engine or new_engine()
+        self._reader = NixlReader(f"{engine}-{place.rank}", memory) if kind == "nixl" else None
+        self._hello = Hello(
+            engine,
+            identity,
+            memory=memory.nbytes,
+            address=memory.data_ptr(),
+            agent=self._reader.agent if self._reader else b"",
+        )
         self._offers = Offers()
-        self._server = RecordServer(hello, self._offers, layout, memory, descriptor, host, port)
-        self._client = RecordClient(hello, layout, memory, kind)
-        self.address = Address(hello.engine, host, self._server.port)
+        self._server = RecordServer(
+            self._hello, self._offers, layout, memory, descriptor, host, port, place.rank
+        )
+        self._client = RecordClient(
+            self._hello, layout, memory, kind, self._reader, place.rank, place.form
+        )
+        self.address = Address(engine, host, self._server.port)
         logger.info("records of prompts are handed over at %s port %d", host, self.address.port)
+
+    def set_ports(self, ports: tuple[int, ...]) -> None:
+        """Where the ranks of this engine hand over their parts."""
+        self._server.set_hello(msgspec.structs.replace(self._hello, ports=ports))
 
     def send(self, move: RecordMove) -> Future[Moved]:
         """Let others take a record. The result: whether one did."""
@@ -67,3 +97,10 @@ class Peer:
         self._client.close()
         self._server.close()
         self._offers.close()
+        if self._reader is not None:
+            self._reader.close()
+
+
+def new_engine() -> str:
+    """An id that no other engine has."""
+    return uuid.uuid4().hex

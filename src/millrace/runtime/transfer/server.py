@@ -44,16 +44,16 @@ MOVE_SECONDS = 30.0  # of one wait while a record moves
 STOP_SECONDS = 5.0
 
 
-def local_address(engine: str) -> str:
-    """The name of an engine's Unix socket, which is no file."""
-    return f"\0millrace-records-{engine}"
+def local_address(engine: str, rank: int = 0) -> str:
+    """The name of the Unix socket of an engine's rank, which is no file."""
+    return f"\0millrace-records-{engine}-{rank}"
 
 
 class RecordServer:
     """The offers of one engine, for others.
 
-    hello: what this engine says of itself. memory: uint8, where the records lie. descriptor: of the
-    file that it is; -1: it is none, so nobody reads it in place.
+    hello: what this engine says of itself. rank: of it. memory: uint8, where the records lie.
+    descriptor: of the file that it is; -1: it is none, so nobody reads it in place.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class RecordServer:
         descriptor: int,
         host: str,
         port: int,
+        rank: int = 0,
     ) -> None:
         self._hello, self._offers, self._layout = hello, offers, layout
         self._memory, self._descriptor = memory, descriptor
@@ -72,13 +73,17 @@ class RecordServer:
         self._listeners = listen(host, port)
         self.port: int = self._listeners[0].getsockname()[1]
         if descriptor >= 0:
-            self._listeners.append(_listen_locally(hello.engine))
+            self._listeners.append(_listen_locally(hello.engine, rank))
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._wake, self._closing = socket.socketpair()
         self._threads: list[threading.Thread] = []
         self._accepting = threading.Thread(target=self._accept, name="records", daemon=True)
         self._accepting.start()
+
+    def set_hello(self, hello: Hello) -> None:
+        """What this engine says of itself from now on."""
+        self._hello = hello
 
     def close(self) -> None:
         """End every connection, and wait for their threads, within a limit."""
@@ -180,7 +185,8 @@ class RecordServer:
         if taken is None:
             return
         if taken.whole:
-            self._offers.end(take.name, Moved(True, bytes=size))
+            moved = Moved(True, bytes=size, pages=take.pages)
+            self._offers.taken(take.name, take.taker, take.takers, moved)
         elif taken.final:
             self._offers.end(take.name, Moved(False, "it did not arrive whole"))
 
@@ -211,9 +217,9 @@ def _send(connection: socket.socket, message: Message) -> None:
     connection.sendall(FRAMING.encode(message))
 
 
-def _listen_locally(engine: str) -> socket.socket:
+def _listen_locally(engine: str, rank: int) -> socket.socket:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    one.bind(local_address(engine))
+    one.bind(local_address(engine, rank))
     one.listen(MOST_CONNECTIONS)
     one.setblocking(False)
     return one

@@ -1,0 +1,124 @@
+"""Real servers for prompts and for answers behind one gateway: the tokens of one server alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from millrace.common.http_client import Target, fetch, parse_url
+from millrace.gateway.app import Gateway
+from millrace.gateway.common.limits import GatewayLimits
+from millrace.gateway.health.health_monitor import ReplicaSpec
+from tests.support.gateways import gateway
+from tests.support.live_server import LiveServer, started, wait_for
+from tests.support.running import eventually, run
+
+TOKENS = 24
+LEASE = 3.0
+LIMITS = GatewayLimits(hand_over_prompt=32, hand_over_ratio=1.0)
+_rng = random.Random(4)
+PROMPTS = [[_rng.randrange(3, 300) for _ in range(_rng.randrange(60, 200))] for _ in range(8)]
+
+
+def server(model: Path, folder: Path, role: str, number: int, transport: str, ranks: int) -> Any:
+    command = [sys.executable, "-m", "millrace.cli", "serve", str(model), "--port", "0"]
+    command += ["--role", role, "--kv-transport", transport, "--kv-lease", str(LEASE)]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--device", "cpu", "--debug"]
+    command += ["--kv-cache-memory-bytes", str(64 << 20), "--host-cache-gb", "0.1"]
+    command += ["--max-engine-restarts", "1000", "--snapshot-distance", "0"]
+    command += ["--num-snapshots", "16", "--served-model-name", "m"]
+    command += ["--tensor-parallel-size", str(ranks)]
+    return started(command, folder / f"{role}-{number}.log")
+
+
+@contextlib.contextmanager
+def servers(
+    model: Path, folder: Path, count: int, transport: str, ranks: int = 1
+) -> Iterator[tuple[list[LiveServer], list[LiveServer]]]:
+    """(those for prompts, those for answers)."""
+    with contextlib.ExitStack() as stack:
+        made = {
+            role: [
+                stack.enter_context(server(model, folder, role, n, transport, ranks))
+                for n in range(count)
+            ]
+            for role in ("prefill", "decode")
+        }
+        for one in [*made["prefill"], *made["decode"]]:
+            one.wait_ready(120)
+        yield made["prefill"], made["decode"]
+
+
+@contextlib.asynccontextmanager
+async def in_front(all_servers: list[LiveServer]) -> AsyncIterator[tuple[Gateway, Target]]:
+    specs = [ReplicaSpec(target=parse_url(one.url)) for one in all_servers]
+    async with gateway(replicas=specs, limits=LIMITS, policy="prefix_aware") as (made, target):
+        await eventually(lambda: len(made.replicas.available()) == len(specs), 60)
+        yield made, target
+
+
+async def answer(target: Target, number: int) -> list[int]:
+    """The tokens of a prompt; every other one is seeded, the rest are greedy."""
+    sampling: dict[str, Any] = {"temperature": 0.8, "seed": 7} if number % 2 else {"temperature": 0}
+    body = {
+        "model": "m", "prompt": PROMPTS[number], "max_tokens": TOKENS, "ignore_eos": True,
+        "stream": True, "return_token_ids": True, **sampling,
+    }  # fmt: skip
+    data = json.dumps(body).encode()
+    response = await fetch(target, "/v1/completions", method="POST", body=data, timeout=120)
+    assert response.status == 200, response.body
+    events = response.body.split(b"\n\n")
+    assert events[-2] == b"data: [DONE]", "the stream broke off"
+    choices = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
+    return [token for choice in choices for token in choice["token_ids"]]
+
+
+def figures(of: list[LiveServer], name: str) -> float:
+    return sum(one.metric(f"millrace:kv_transfer_{name}_total") for one in of)
+
+
+def assert_nothing_left(of: list[LiveServer]) -> None:
+    """Once the leases have ended, nothing is offered and every page is free or evictable."""
+    for one in of:
+        wait_for(lambda one=one: one.metric("millrace:kv_transfer_open") == 0, LEASE + 60)
+        free = one.metric("millrace:kv_pages_free") + one.metric("millrace:kv_pages_evictable")
+        assert free == one.metric("millrace:kv_pages_capacity")
+        assert one.open_in_engine() == 0
+
+
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [
+        ("tcp", 1),
+        *(pytest.param(*one, marks=pytest.mark.sweep) for one in (("nixl", 1), ("shm", 2))),
+    ],
+)
+def test_a_pair_behind_a_gateway_says_what_one_server_says(
+    small_model: Path, tmp_path: Path, transport: str, ranks: int
+) -> None:
+    async def scenario(prefill: list[LiveServer], decode: list[LiveServer]) -> None:
+        alone = parse_url(decode[0].url)
+        truth = [await answer(alone, number) for number in range(4)]
+        assert all(len(tokens) == TOKENS for tokens in truth)
+        async with in_front([*prefill, *decode]) as (made, target):
+            assert [await answer(target, n + 4) for n in range(4)] == [
+                await answer(parse_url(prefill[0].url), n + 4) for n in range(4)
+            ]
+            assert [await answer(target, n) for n in range(4)] == truth
+            assert made.counters.events()["handed_over"] == 8
+            assert made.counters.events()["hand_over_failed"] == 0
+        # The record of a prompt ends before its last token; what is cached here is longer.
+        await eventually(lambda: figures(prefill, "sent") == figures(decode, "received") == 8)
+        for unit in ("bytes", "pages"):
+            assert figures(prefill, f"sent_{unit}") == figures(decode, f"received_{unit}") > 0
+
+    with servers(small_model, tmp_path, 1, transport, ranks) as (prefill, decode):
+        run(scenario(prefill, decode), timeout=240)
+        assert_nothing_left([*prefill, *decode])
