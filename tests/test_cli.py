@@ -185,7 +185,7 @@ def test_replicas_get_the_same_command_line(
     monkeypatch.setattr(
         "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append((args, more))
     )
-    bodies = [f"--max-bodies-bytes={99 << 20}"]
+    bodies = [f"--max-bodies-bytes={99 << 20}", "--otlp-traces-endpoint", "http://c:4318/v1/traces"]
     arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", *bodies]
     assert cli.run(arguments) == 0
     ((command, count, host, port), more) = seen[0]
@@ -194,6 +194,7 @@ def test_replicas_get_the_same_command_line(
     assert (count, host, port) == (2, "127.0.0.1", 81)
     assert (more["device"], more["gpus_per_replica"]) == ("auto", 1)
     assert more["gateway"].limits.max_bodies_bytes == 99 << 20
+    assert more["gateway"].otlp_traces_endpoint == "http://c:4318/v1/traces"
 
 
 def test_replicas_know_their_gateway_by_a_key_that_no_client_has(

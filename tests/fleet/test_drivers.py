@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -71,14 +72,20 @@ def test_the_command_starts_the_other_server_behind_the_gateway(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(
-        "millrace.fleet.supervisor.run_replicas",
-        lambda command, count, *rest, **more: started.append([*command, str(count)]),
-    )
+    environments: list[dict[str, str]] = []
+
+    def start(command: list[str], count: int, *_: object, **more: Any) -> None:
+        started.append([*command, str(count)])
+        environments.append(more["environment"])
+
+    monkeypatch.setattr("millrace.fleet.supervisor.run_replicas", start)
     program = f"{sys.executable} {MOCK}"
     arguments = ["m", "--engine", "vllm", "--engine-command", program, "--max-model-len", "99"]
+    arguments += ["--otlp-traces-endpoint", "http://c:4318/v1/traces"]
     done = CliRunner().invoke(serve, [*arguments, "--replicas", "2", "--engine-args", "--x 1"])
     assert done.exception is None, done.output
     assert started == [
-        [sys.executable, str(MOCK), "serve", "m", "--max-model-len", "99", "--x", "1", "2"]
-    ]
+        [sys.executable, str(MOCK), "serve", "m", "--max-model-len", "99",
+         "--otlp-traces-endpoint", "http://c:4318/v1/traces", "--x", "1", "2"]
+    ]  # fmt: skip
+    assert environments == [{"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}]

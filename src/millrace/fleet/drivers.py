@@ -86,7 +86,10 @@ _VLLM: Mapping[str, Callable[[Any], list[str]]] = {
     "chat_template": _flag("--chat-template"),
     "default_chat_template_kwargs": _object("--default-chat-template-kwargs"),
     "api_key": _each("--api-key"),
+    "otlp_traces_endpoint": _flag("--otlp-traces-endpoint"),
 }
+# So that it sends traces as the gateway does; by itself it speaks gRPC.
+ENVIRONMENT = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
 
 _SGLANG: Mapping[str, Callable[[Any], list[str]]] = {
     "served_model_name": lambda names: ["--served-model-name", str(names[0])] if names else [],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -169,12 +169,12 @@ def _serve_replicas(args: EngineArgs, options: ServerOptions, arguments: list[st
     own = without_options(arguments, _GATEWAY_OPTIONS)
     # The gateway's supervisor restarts them.
     command = python_module("millrace.cli", "serve", *own, "--max-server-restarts", "0")
-    _run_replicas(command, args, options)
+    _run_replicas(command, args, options, {})
 
 
 def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, Any]) -> None:
     """Another server's engines behind our gateway."""
-    from millrace.fleet.drivers import engine_command
+    from millrace.fleet.drivers import ENVIRONMENT, engine_command
 
     options_given = {**given(values, EngineArgs), **given(values, ServerOptions)}
     command = engine_command(
@@ -184,10 +184,13 @@ def _serve_others(args: EngineArgs, options: ServerOptions, values: dict[str, An
         own=options.engine_args or "",
         program=options.engine_command or "",
     )
-    _run_replicas(command, args, options)
+    _run_replicas(command, args, options, ENVIRONMENT)
 
 
-def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) -> None:
+def _run_replicas(
+    command: list[str], args: EngineArgs, options: ServerOptions, more: Mapping[str, str]
+) -> None:
+    """more: variables of the replicas' environment."""
     from millrace.fleet.supervisor import run_replicas
     from millrace.gateway.common.limits import GatewayLimits
     from millrace.gateway.processes.options import GatewayOptions
@@ -219,11 +222,12 @@ def _run_replicas(command: list[str], args: EngineArgs, options: ServerOptions) 
             batch_dir_gb=options.batch_dir_gb,
             batch_max_in_flight=options.batch_max_in_flight,
             disable_log_stats=options.disable_log_stats,
+            otlp_traces_endpoint=options.otlp_traces_endpoint,
         ),
         device=args.device,
         gpus_per_replica=args.tensor_parallel_size,
         stop_timeout=options.shutdown_timeout + ENGINE_END_SECONDS,
-        environment=environment,
+        environment={**more, **environment},
     )
 
 
