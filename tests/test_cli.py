@@ -185,7 +185,7 @@ def test_replicas_get_the_same_command_line(
     monkeypatch.setattr(
         "millrace.fleet.supervisor.run_replicas", lambda *args, **more: seen.append((args, more))
     )
-    bodies = [f"--max-bodies-bytes={99 << 20}", "--otlp-traces-endpoint", "http://c:4318/v1/traces"]
+    bodies = [f"--max-bodies-bytes={99 << 20}", "--otlp-traces-endpoint=http://c:4318/v1/traces"]
     arguments = ["serve", str(text_model), "--replicas", "2", "--port=81", *bodies]
     assert cli.run(arguments) == 0
     ((command, count, host, port), more) = seen[0]
