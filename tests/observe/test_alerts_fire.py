@@ -43,6 +43,7 @@ ALSO = {
 def shortened(rules: str) -> str:
     """Rules whose minutes are seconds and whose hours are minutes."""
     text = re.sub(r"\[(\d+)([mh])\]", lambda m: f"[{m[1]}{SHORTER[m[2]]}]", rules)
+    text = text.replace("< 900", "< 1")  # a server's start
     text = re.sub(r"\[5s\]", "[6s]", text)  # of a scrape a second a rate needs some more
     return re.sub(r"(for: |offset )(\d+)([mh])", lambda m: f"{m[1]}{m[2]}{SHORTER[m[3]]}", text)
 

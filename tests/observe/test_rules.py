@@ -18,6 +18,10 @@ TWO = 'job="m", instance="a:2", model_name="q", engine="0"'
 # Alert -> (series of a fault, minutes until it must fire). Each is quiet in the healthy fleet.
 FAULTS: dict[str, tuple[dict[str, str], int]] = {
     "MillraceEngineDown": ({f"millrace:engine_up{{{ONE}}}": "1x9 0x20"}, 14),
+    "MillraceEngineNotStarted": ({f"millrace:engine_up{{{ONE}}}": "0x60"}, 40),
+    "MillraceEngineRestarts": (
+        {f"millrace:engine_restarts_total{{{ONE}}}": "0x5 1x3 2x3 3x20"}, 18,
+    ),
     "MillraceTargetDown": (
         {f"millrace:engine_up{{{ONE}}}": "1x9 _x20", 'up{job="m", instance="a:1"}': "1x9 0x20"}, 14,
     ),
@@ -53,6 +57,12 @@ FAULTS: dict[str, tuple[dict[str, str], int]] = {
     ),
 }  # fmt: skip
 
+# Two that load: one for the first time, and one that was up and whose server was started again.
+LOADING = {
+    f"millrace:engine_up{{{ONE}}}": "0x30",
+    f"millrace:engine_up{{{TWO}}}": "1x5 0x30",
+    'process_start_time_seconds{job="m", instance="a:2"}': "300x30",
+}
 ALSO = {"MillraceErrorBudgetFast": ["MillraceErrorBudgetFast", "MillraceErrorBudgetSlow"]}
 
 
@@ -62,6 +72,7 @@ def healthy(minutes: int) -> dict[str, str]:
     for labels in (ONE, TWO):
         found |= {
             f"millrace:engine_up{{{labels}}}": "1",
+            f"millrace:engine_restarts_total{{{labels}}}": "0",
             f"vllm:num_requests_running{{{labels}}}": "20",
             f"vllm:num_requests_waiting{{{labels}}}": "0",
             f"vllm:kv_cache_usage_perc{{{labels}}}": "0.6",
@@ -126,6 +137,7 @@ def test_every_alert_has_a_planted_fault_and_says_what_it_means() -> None:
 def test_faults_fire_their_alerts_and_a_healthy_fleet_none(tmp_path: Path) -> None:
     cases = [case(name, faults, at) for name, (faults, at) in FAULTS.items()]
     cases.append(case("", {}, 30))
+    cases.append(case("", LOADING, 14))
     document = {"rule_files": list(map(str, FILES)), "evaluation_interval": "1m", "tests": cases}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(document))
     done = promtool("test", "rules", str(tmp_path / "test.yml"))
