@@ -10,7 +10,7 @@ import random
 import timeit
 
 from millrace.common.http_client import Target
-from millrace.gateway.common.shared_counters import SharedCounters
+from millrace.gateway.common.shared_counters import MAX_REPLICAS, SharedCounters
 from millrace.gateway.http.message import Request
 from millrace.gateway.http.request_info import RequestInfo, read_request_info
 from millrace.gateway.routing.policies import POLICIES, make_policy
@@ -34,23 +34,23 @@ def asks() -> list[RequestInfo]:
 
 def cost(policy: str, count: int, processes: int) -> float:
     """Least mean of seven runs, in microseconds."""
-    counters = SharedCounters(processes)
+    counters = SharedCounters(processes, replicas=max(count, MAX_REPLICAS))
     fleet = ReplicaSet(counters, counters.process_counters(0), lambda id, reason: None)
     fleet.apply(
         Member(id=i, slot=i, target=Target("10.0.0.1", 8000 + i), state="up") for i in range(count)
     )
     chosen_policy = make_policy(policy, fleet, PrefixTable(counters.prefixes))
-    able, some = fleet.available(), asks()
+    some = asks()
 
     def picks() -> None:
         for number in range(PICKS):
-            chosen_policy.pick(able, some[number % 64])
+            chosen_policy.pick(fleet.available(), some[number % 64])
 
     return min(timeit.repeat(picks, number=1, repeat=7)) / PICKS * 1e6
 
 
 def main() -> None:
-    for count, processes in ((3, 1), (8, 4), (96, 12)):
+    for count, processes in ((3, 1), (8, 4), (96, 12), (256, 1), (1000, 1)):
         row = {policy: round(cost(policy, count, processes), 1) for policy in POLICIES}
         print(f"{count} replicas, {processes} processes: {json.dumps(row)}")
 

@@ -99,6 +99,41 @@ def test_least_loaded_takes_a_minimum_and_turns_among_equals(loads: list[int]) -
     assert [pick(policy, some) for _ in least] == least
 
 
+@given(
+    loads=st.lists(st.integers(0, 5), min_size=17, max_size=60),
+    arrivals=st.lists(st.integers(0, 59), max_size=20),
+)
+def test_least_loaded_picks_of_many_what_it_picks_of_few(
+    loads: list[int], arrivals: list[int]
+) -> None:
+    """Arrays are a faster way to the same replica."""
+    some = fleet(loads)
+    policy, last = LeastLoaded(some), -1
+    for arrival in arrivals:
+        chosen = policy.pick(some.available(), info())
+        some.refresh_load(some.all)
+        equals = [r.slot for r in some.all if r.load == min(r.load for r in some.all)]
+        assert chosen.slot == next((slot for slot in equals if slot > last), equals[0])
+        last = chosen.slot
+        some.process_counters.add(chosen.slot, LOAD, 1)
+        some.process_counters.add(arrival % len(loads), LOAD, 1)
+
+
+def test_available_replicas_follow_the_members() -> None:
+    """The kept list is made anew when members change, and is not kept for every name asked."""
+    some = fleet([0] * 3)
+    before = some.available()
+    assert some.available() is before
+    assert [r.slot for r in some.available([before[1]])] == [0, 2]
+    for number in range(200):
+        assert len(some.available(model=f"m{number}")) == 3
+    some.apply(
+        Member(id=i, slot=i, target=Target("127.0.0.1", 8000 + i), state="up" if i else "down")
+        for i in range(3)
+    )
+    assert [r.slot for r in some.available()] == [1, 2]
+
+
 def test_least_loaded_weighs_loads_and_corrections() -> None:
     some = fleet([100, 150], weights=[1, 2])
     assert pick(LeastLoaded(some), some) == 1

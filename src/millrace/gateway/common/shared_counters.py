@@ -108,6 +108,12 @@ class SharedCounters:
         rows: list[list[int]] = sums.tolist()
         return rows
 
+    def loads(self, count: int) -> np.ndarray:
+        """The load of the first `count` replicas, as `replica_sums` has it."""
+        sums = self._replicas[:, :count, LOAD].sum(axis=0) + self._load_corrections[:count]
+        found: np.ndarray = np.maximum(sums, 0)
+        return found
+
     def events(self) -> dict[str, int]:
         """Totals of EVENTS over processes."""
         sums = self._processes.sum(axis=0)

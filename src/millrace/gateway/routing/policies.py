@@ -8,10 +8,12 @@ over all gateway processes.
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Protocol
+
+import numpy as np
 
 from millrace.common.prefix_hash import depth_of, hash_pieces
 from millrace.errors import UserError
@@ -22,6 +24,7 @@ from millrace.gateway.routing.replicas import Replica, ReplicaSet
 # Of a known prefix by its tier: what of the time to compute it is saved. 60,000 tokens of a 27B are
 # computed in 5 s; they come from the host's memory in some 0.05 s, from a disk in 1 s and more.
 WORTH = {"device": 1.0, "host": 0.95, "disk": 0.6}
+_FEW = 16  # replicas; above it arrays are faster
 _RING_POINTS = 64  # of a replica of weight 1
 
 
@@ -42,17 +45,18 @@ class RoundRobin:
         self._credit: dict[int, float] = {}
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
-        weights = [self._replica_set.effective_weight(r) for r in replicas]
-        if min(weights) == max(weights):
-            chosen = next((r for r in replicas if r.slot > self._last), replicas[0])
+        if self._replica_set.weights_are_equal:
+            at = bisect_right(replicas, self._last, key=lambda r: r.slot)
+            chosen = replicas[at] if at < len(replicas) else replicas[0]
         else:
-            chosen = self._by_credit(replicas, weights)
+            chosen = self._by_credit(replicas)
         self._last = chosen.slot
         return chosen
 
-    def _by_credit(self, replicas: Sequence[Replica], weights: Sequence[float]) -> Replica:
+    def _by_credit(self, replicas: Sequence[Replica]) -> Replica:
         """Each replica gains its weight per round; the one with the most credit is picked and pays
         the sum of all weights (as in nginx)."""
+        weights = [self._replica_set.effective_weight(r) for r in replicas]
         credit = {r.member.id: self._credit.get(r.member.id, 0.0) for r in replicas}
         for replica, weight in zip(replicas, weights, strict=True):
             credit[replica.member.id] += weight
@@ -70,6 +74,8 @@ class Random:
         self._random = random.Random(seed)
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
+        if self._replica_set.weights_are_equal:
+            return self._random.choice(replicas)
         weights = [self._replica_set.effective_weight(r) for r in replicas]
         return self._random.choices(replicas, weights)[0]
 
@@ -82,16 +88,30 @@ class LeastLoaded:
         self._last = -1
 
     def pick(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
+        if len(replicas) > _FEW and self._replica_set.weights_are_equal:
+            chosen = self._of_many(replicas)
+        else:
+            chosen = self._of_few(replicas, info)
+        self._last = chosen.slot
+        return chosen
+
+    def _of_many(self, replicas: Sequence[Replica]) -> Replica:
+        """The same for replicas of equal weight, by arrays."""
+        loads = self._replica_set.loads(replicas)
+        equals = np.flatnonzero(loads == loads.min())
+        first = bisect_right(replicas, self._last, key=lambda r: r.slot)
+        later = int(np.searchsorted(equals, first))
+        return replicas[int(equals[later if later < len(equals) else 0])]
+
+    def _of_few(self, replicas: Sequence[Replica], info: RequestInfo) -> Replica:
         self._replica_set.refresh_load(replicas)
         after = [self.load_after(r, info) for r in replicas]
         least = min(after)
         equals = [r for r, value in zip(replicas, after, strict=True) if value == least]
-        chosen = next((r for r in equals if r.slot > self._last), equals[0])
-        self._last = chosen.slot
-        return chosen
+        return next((r for r in equals if r.slot > self._last), equals[0])
 
     def load_after(self, replica: Replica, info: RequestInfo) -> float:
-        """Its load with this request, for its weight; `look` must have been called."""
+        """Its load with this request, for its weight; `refresh_load` must have been called."""
         return (replica.load + info.prompt_tokens) / self._replica_set.effective_weight(replica)
 
 
@@ -151,6 +171,7 @@ class PrefixAware:
         known = depth_of(block) / BYTES_PER_TOKEN
         saved = {slot: known * WORTH[self._table.tier(slot, block)] for slot in slots}
         having = [r for r in replicas if r.slot in slots]
+        self._replica_set.refresh_load([*having, least])
         best = min(having, key=lambda r: self._least.load_after(r, info) - saved[r.slot])
         gap = self._least.load_after(best, info) - self._least.load_after(least, info)
         worth = saved[best.slot]

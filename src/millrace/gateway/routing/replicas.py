@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
+import numpy as np
 
 from millrace.common.http_client import Target
 from millrace.gateway.common.clock import LOOP_CLOCK, Clock
@@ -36,6 +37,7 @@ State = Literal["up", "down", "draining"]
 
 _NO_EVIDENCE = (501, 503)  # errors of the server that do not speak against a replica
 _FEW = 32  # replicas times processes; above it numpy is faster
+_MAX_MODELS = 64  # names of models whose replicas are kept; a client may ask for any name
 _INITIAL_MEAN_OUTPUT = 128.0  # output tokens, until responses have been seen
 
 NOT_CHECKED = "not checked yet"  # the reason of a replica that is new
@@ -152,8 +154,11 @@ class ReplicaSet:
         self._report = report
         self._slow_start = slow_start
         self._slot_count = 0
-        self._ramping = False
         self.has_roles = False  # whether any computes prompts for others, or answers them
+        self._equal_weights = True
+        self._ramps_end = 0.0  # from then on no replica has a reduced weight
+        self._available: dict[str | None, list[Replica]] = {}  # by model, until the next `apply`
+        self._slots: tuple[Sequence[Replica], np.ndarray] = ([], np.array([], dtype=int))
         self._mean_output = _INITIAL_MEAN_OUTPUT
 
     # --- membership ------------------------------------------------------------------------------
@@ -175,8 +180,11 @@ class ReplicaSet:
                 self.on_lost(replica)
         self.all = sorted(made, key=lambda replica: replica.slot)
         self._slot_count = max((r.slot for r in made), default=-1) + 1
-        self._ramping = any(r.member.slow_start_from is not None for r in made)
         self.has_roles = any(r.member.role for r in made)
+        self._equal_weights = len({r.member.weight for r in made}) <= 1
+        begins = [r.member.slow_start_from for r in made if r.member.slow_start_from is not None]
+        self._ramps_end = max(begins) + self._slow_start if begins else 0.0
+        self._available = {}
         for replica in gone.values():
             replica.removed = True
             self.on_removed(replica)
@@ -190,29 +198,28 @@ class ReplicaSet:
         offers = {frozenset(replica.member.models) for replica in self.all}
         return len(offers - {frozenset()}) > 1
 
-    def is_available(self, replica: Replica) -> bool:
-        """Whether it may be given requests."""
-        return replica.member.state == "up"
-
     def available(self, tried: Collection[Replica] = (), model: str | None = None) -> list[Replica]:
         """Replicas that take requests for this model, without those already tried. One that does
-        not say what it serves is taken to serve everything."""
-        return [
-            r
-            for r in self.all
-            if self.is_available(r)
-            and r not in tried
-            and (model is None or not r.member.models or model in r.member.models)
-        ]
+        not say what it serves is taken to serve everything. The list is the set's own: it is the
+        same one until the members change."""
+        found = self._available.get(model)
+        if found is None:
+            found = [
+                r
+                for r in self.all
+                if r.member.state == "up"
+                and (model is None or not r.member.models or model in r.member.models)
+            ]
+            if len(self._available) < _MAX_MODELS:
+                self._available[model] = found
+        return [r for r in found if r not in tried] if tried else found
 
     def describe_outage(self, model: str | None = None) -> str:
         """Why no replica is available, for an error message."""
         asked = [r for r in self.all if model is None or model in (*r.member.models, model)]
         if not asked:
             return "no replica is configured"
-        return "; ".join(
-            f"{r.target}: {self._why_not(r)}" for r in asked if not self.is_available(r)
-        )
+        return "; ".join(f"{r.target}: {self._why_not(r)}" for r in asked if r.member.state != "up")
 
     def _why_not(self, replica: Replica) -> str:
         member = replica.member
@@ -231,10 +238,26 @@ class ReplicaSet:
             row = rows[replica.slot]
             replica.load, replica.in_flight = row[LOAD], row[IN_FLIGHT]
 
+    def loads(self, replicas: Sequence[Replica]) -> np.ndarray:
+        """The load of each over all processes, now. For many replicas this is much quicker than
+        `refresh_load`, and their attributes stay as they are."""
+        if self._slots[0] is not replicas:
+            slots = np.fromiter((r.member.slot for r in replicas), dtype=int, count=len(replicas))
+            self._slots = replicas, slots
+        found: np.ndarray = self.counters.loads(self._slot_count)[self._slots[1]]
+        return found
+
+    @property
+    def weights_are_equal(self) -> bool:
+        """Whether all replicas have the same weight now, in slow start or not."""
+        return self._equal_weights and (
+            self._slow_start <= 0 or self._clock.now() >= self._ramps_end
+        )
+
     def effective_weight(self, replica: Replica) -> float:
         """Its weight now, reduced during slow start."""
         member = replica.member
-        if not self._ramping or member.slow_start_from is None or self._slow_start <= 0:
+        if member.slow_start_from is None or self._slow_start <= 0:
             return member.weight
         age = self._clock.now() - member.slow_start_from
         return member.weight * min(1.0, max(0.1, age / self._slow_start))
