@@ -24,12 +24,14 @@ THROTTLES = {0x4: "power", 0x8: "hardware", 0x20: "thermal", 0x40: "thermal", 0x
 @dataclass(frozen=True, slots=True)
 class Device:
     """One GPU, or one instance of a divided GPU. index: of the GPU; instance: -1 for a whole one.
-    handle, parent: NVML's; parent: of the whole GPU."""
+    uuid: its own; gpu_uuid: of the whole GPU, whose power it reports. handle, parent: NVML's;
+    parent: of the whole GPU."""
 
     index: int
     instance: int
     name: str
     uuid: str
+    gpu_uuid: str
     handle: Any
     parent: Any
 
@@ -64,10 +66,11 @@ class Nvml:
         for index in range(nvml.nvmlDeviceGetCount()):
             whole = nvml.nvmlDeviceGetHandleByIndex(index)
             parts = list(self._instances(whole))
+            gpu_uuid = str(self._ask("nvmlDeviceGetUUID", whole) or "")
             for instance, handle in enumerate(parts) if parts else [(-1, whole)]:
                 name = str(nvml.nvmlDeviceGetName(handle))
                 uuid = str(self._ask("nvmlDeviceGetUUID", handle) or "")
-                yield Device(index, instance, name, uuid, handle, whole)
+                yield Device(index, instance, name, uuid, gpu_uuid, handle, whole)
 
     def _instances(self, handle: Any) -> Iterable[Any]:
         """The instances of a divided GPU; none of a whole one."""

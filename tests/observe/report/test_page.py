@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from millrace.observe.report.charts import Line, bars, chart, short
-from millrace.observe.report.figures import Figures, Kind, Spread, figures
+from millrace.observe.report.figures import OF_WHOLE_GPUS, Figures, Kind, Spread, figures
 from millrace.observe.report.findings import contradictions, walls
 from millrace.observe.report.page import write_report
 from millrace.observe.report.phases import Phase, phases
@@ -180,6 +180,24 @@ def test_gpus_of_engines_go_before_those_of_the_observers_host() -> None:
     bare = [row for row in fleet(1.0, 1.0) if "gpu_" not in row.name]
     unknown = steady_of([*bare, *here])
     assert unknown.joules_per_token is None
+
+
+def test_a_gpu_that_several_engines_name_counts_once() -> None:
+    """As instances of it, or together."""
+
+    def named(row: Row, uuid: str) -> Row:
+        labels = labels_text({"gpu": f"0.{row.source[1:]}", "uuid": uuid})
+        return Row(row.t, row.source, row.name, labels, row.value) if "gpu_" in row.name else row
+
+    shared = [named(row, "GPU-a") for row in fleet(1.0, 1.0)]
+    apart = [named(row, f"GPU-{row.source}") for row in fleet(1.0, 1.0)]
+    for rows, watts in ((shared, 600.0), (apart, 1200.0)):
+        samples = Samples(points_of(rows), OF_WHOLE_GPUS)
+        found = figures(samples, Phase("steady", T0 + 20, T0 + 50))
+        assert found.power is not None
+        assert found.power.median == watts
+        assert found.power_limit == watts * 7 / 6
+        assert found.joules_per_token == pytest.approx(watts / 2 / 5000, rel=0.05)
 
 
 def test_gpus_of_exporters_are_found() -> None:

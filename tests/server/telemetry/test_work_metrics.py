@@ -106,7 +106,7 @@ def test_an_engine_that_does_not_run_is_down() -> None:
 
 def test_gauges_have_no_names_of_counters() -> None:
     """Names that end in _total are counters; vLLM's histogram of tokens is the exception."""
-    with_all = page_of(WORK, "NVIDIA H200", samples=lambda: {"0": {"energy_joules": 5.0}})
+    with_all = page_of(WORK, "NVIDIA H200", samples=lambda: {("0", ""): {"energy_joules": 5.0}})
     for family in text_string_to_metric_families(with_all.render().decode()):
         if family.type in ("gauge", "histogram") and family.name.startswith("millrace"):
             assert not family.name.endswith("_total"), family.name
@@ -124,6 +124,20 @@ def test_the_engines_gpus_are_sampled_by_a_thread() -> None:
             time.sleep(0.01)
         sampler.close()
     found = samples(page_of(None, samples=lambda: sampler.samples))
-    assert found["millrace:gpu_power_watts", ("1",)] == 650.0
-    assert found["millrace:gpu_energy_joules_total", ("1",)] == 9000.0
-    assert ("millrace:gpu_power_watts", ("0",)) not in found
+    assert found["millrace:gpu_power_watts", ("1", "GPU-1")] == 650.0
+    assert found["millrace:gpu_energy_joules_total", ("1", "GPU-1")] == 9000.0
+    assert ("millrace:gpu_power_watts", ("0", "GPU-0")) not in found
+
+
+def test_an_instance_of_a_divided_gpu_is_found_by_the_name_that_cuda_has() -> None:
+    pytest.importorskip("pynvml")
+    with fake_nvml("mig", count=1):
+        sampler = DeviceSampler()
+        sampler.start(["GPU-1"])  # the driver says MIG-1
+        limit = time.monotonic() + 60
+        while not sampler.samples and not sampler.problem and time.monotonic() < limit:
+            time.sleep(0.01)
+        sampler.close()
+    ((key, figures),) = sampler.samples.items()
+    assert key == ("0.1", "GPU-0")  # and the UUID is that of the whole GPU, whose power it has
+    assert figures["memory_used_bytes"] == 2e9

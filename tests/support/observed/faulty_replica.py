@@ -64,5 +64,7 @@ class FaultyReplica:
         part = PartWork("fp8", 0.25 * 1979e12 * t, 0.5 * 4.8e12 * t, 0.0)
         return WorkStats(self._seconds(), {"linear": part})
 
-    def _gpus(self) -> dict[str, dict[str, float]]:
-        return {"0": {"power_watts": 600.0, "power_limit_watts": 700.0, "energy_joules": 1.0}}
+    def _gpus(self) -> dict[tuple[str, str], dict[str, float]]:
+        return {
+            ("0", "GPU-0"): {"power_watts": 600.0, "power_limit_watts": 700.0, "energy_joules": 1.0}
+        }

@@ -22,7 +22,7 @@ class MovingReplica:
             "m", self.requests, self._stats, lambda: {"block_size": "16"},
             work=WorkMetrics(
                 self._work, lambda: "NVIDIA H200",
-                lambda: {"0": {"power_watts": 650.0, "power_limit_watts": 700.0,
+                lambda: {("0", "GPU-0"): {"power_watts": 650.0, "power_limit_watts": 700.0,
                                "energy_joules": 650.0 * self.count, "memory_used_bytes": 1e9}},
             ),
         )  # fmt: skip

@@ -65,6 +65,7 @@ METERS = (
     Meter("gpu_power_watts", "gpu_power_limit_watts", "gpu_energy_joules", "gpu_utilization_ratio"),
 )  # fmt: skip
 POWER = tuple(meter.power for meter in METERS)
+OF_WHOLE_GPUS = [name for meter in METERS for name in meter[:3] if name]
 TENSOR, DRAM = "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "DCGM_FI_PROF_DRAM_ACTIVE"
 LATENCY_BUCKETS = {
     title: (f"millrace:{name}_bucket", f"vllm:{name}_bucket") for title, name in LATENCIES.items()
@@ -184,7 +185,7 @@ def figures(samples: Samples, phase: Phase) -> Figures:
     found.throttled = float(np.mean(limited)) if len(limited) else 0.0
     found.down = _down(samples, start, end)
     _add_shares(found, samples, rate)
-    if len(samples.series(meter.power)) >= found.engines:  # else of some engines nothing is known
+    if _powers_known(samples, meter, found):
         _add_energy(found, rate(meter.energy) if meter.energy else None)
     _add_kinds(found, samples)
     _add_latencies(found, samples)
@@ -194,6 +195,14 @@ def figures(samples: Samples, phase: Phase) -> Figures:
         failed = sum(one for status, one in by_status.items() if status.startswith("5"))
         found.gateway_errors = failed / sum(by_status.values())
     return found
+
+
+def _powers_known(samples: Samples, meter: Meter, found: Figures) -> bool:
+    """Whether the power of every engine's GPUs is known: by its own word, or by the number of GPUs
+    of hosts and exporters."""
+    if meter is METERS[0]:
+        return {one.name for one in found.replicas} <= samples.engines.get(meter.power, set())
+    return len(samples.series(meter.power)) >= found.engines
 
 
 def _add_shares(found: Figures, samples: Samples, rate: Callable[..., float | None]) -> None:

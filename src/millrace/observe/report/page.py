@@ -15,6 +15,7 @@ from millrace.observe.report.charts import Line, bars, chart, short
 from millrace.observe.report.figures import (
     LATENCY_BUCKETS,
     NAMES,
+    OF_WHOLE_GPUS,
     Figures,
     Kind,
     Spread,
@@ -37,7 +38,7 @@ def write_report(directory: Path) -> tuple[Path, list[Figures]]:
     """Write report.html into a run's directory; returns it, and what each phase showed. Raises
     UserError for a directory without samples."""
     meta = read_meta(directory)
-    samples = Samples(read_points(directory, NAMES))
+    samples = Samples(read_points(directory, NAMES), OF_WHOLE_GPUS)
     found = [figures(samples, phase) for phase in phases(samples, read_events(directory))]
     gpu = _gpu(meta)
     context = _context(meta, samples, found) | {

@@ -41,18 +41,13 @@ class Replica:
 
 def replicas(samples: Samples, start: float, end: float) -> list[Replica]:
     """All that have said how many requests run, by name."""
-    names = sorted({_name(one) for one in samples.series(*RUNNING)})
+    names = sorted({one.engine for one in samples.series(*RUNNING)})
     return [_replica(samples, name, start, end) for name in names]
-
-
-def _name(one: Series) -> str:
-    label = one.labels.get("replica", "")
-    return f"{one.source} {label}" if label else one.source
 
 
 def _replica(samples: Samples, name: str, start: float, end: float) -> Replica:
     def own(names: tuple[str, ...]) -> list[Series]:
-        return [one for one in samples.series(*names) if _name(one) == name]
+        return [one for one in samples.series(*names) if one.engine == name]
 
     def gauge(names: tuple[str, ...], combine: Callable[[Array], float]) -> float | None:
         values = [one.between(start, end) for one in own(names)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,12 @@ class Series:
         self.labels: Mapping[str, str] = json.loads(labels) if labels else {}
         order = np.argsort(t, kind="stable")
         self.t, self.values = t[order], values[order]
+
+    @property
+    def engine(self) -> str:
+        """The engine whose figure it is: a source, or a replica of a gateway."""
+        replica = self.labels.get("replica", "")
+        return f"{self.source} {replica}" if replica else self.source
 
     def increase(self, start: float, end: float) -> float:
         """What a counter gained between two times. One that fell was started again, from 0."""
@@ -47,12 +54,18 @@ class Series:
 
 
 class Samples:
-    """All series of a run, by name."""
+    """All series of a run, by name. whole_gpus: figures of which each GPU counts once, however many
+    engines or instances of it say them."""
 
-    def __init__(self, points: Points) -> None:
+    def __init__(self, points: Points, whole_gpus: Iterable[str] = ()) -> None:
         self._by_name: dict[str, list[Series]] = defaultdict(list)
         for (name, source, labels), (t, values) in points.items():
             self._by_name[name].append(Series(source, labels, t, values))
+        self.engines: dict[str, set[str]] = {
+            name: {one.engine for one in found} for name, found in self._by_name.items()
+        }  # that have each figure
+        for name in whole_gpus:
+            self._by_name[name] = _once(self._by_name.get(name, []))
         times = [series.t for found in self._by_name.values() for series in found]
         self.start = min((float(t[0]) for t in times), default=0.0)
         self.end = max((float(t[-1]) for t in times), default=0.0)
@@ -107,6 +120,16 @@ class Samples:
                 tables.append(sorted(counts.items()))
         bounds = sorted({bound for table in tables for bound, _ in table})
         return [(bound, sum(_up_to(bound, table) for table in tables)) for bound in bounds]
+
+
+def _once(found: Sequence[Series]) -> list[Series]:
+    """Of series of the same GPU the longest."""
+    by_gpu: dict[Any, Series] = {}
+    for number, one in enumerate(found):
+        uuid = one.labels.get("uuid") or one.labels.get("UUID") or number
+        if uuid not in by_gpu or len(by_gpu[uuid].t) < len(one.t):
+            by_gpu[uuid] = one
+    return list(by_gpu.values())
 
 
 def quantile_of(q: float, cumulative: Sequence[tuple[float, float]]) -> float | None:

@@ -88,7 +88,7 @@ class Host:
     def _nvidia(self, t: float) -> Iterator[Row]:
         for device in self._nvml.devices:
             figures = {f"gpu_{name}": v for name, v in self._nvml.sample(device).items()}
-            yield from rows_of(t, SOURCE, figures, gpu=device.label)
+            yield from rows_of(t, SOURCE, figures, gpu=device.label, uuid=device.gpu_uuid)
 
     def _amd_devices(self) -> list[Path]:
         cards = (self._root / "sys/class/drm").glob("card*/device/mem_info_vram_total")

@@ -14,11 +14,12 @@ EVERY = 1.0  # seconds
 class DeviceSampler:
     """Samples of some GPUs by their UUIDs; nothing runs before `start`.
 
-    samples: the latest, by the GPU's number. problem: why there are none.
+    samples: the latest, by the GPU's number and its UUID, which for an instance of a divided GPU is
+    that of the whole one. problem: why there are none.
     """
 
     def __init__(self) -> None:
-        self.samples: dict[str, dict[str, float]] = {}
+        self.samples: dict[tuple[str, str], dict[str, float]] = {}
         self.problem = ""
         self._uuids: tuple[str, ...] = ()
         self._ended = threading.Event()
@@ -45,14 +46,19 @@ class DeviceSampler:
     def _run(self, ended: threading.Event) -> None:
         nvml = Nvml()
         self.problem = nvml.problem
-        wanted = [device for device in nvml.devices if device.uuid in self._uuids]
+        wanted = _named(nvml.devices, self._uuids)
         if not wanted and not self.problem:
             self.problem = "the driver shows none of the engine's GPUs"
         while wanted:
-            self.samples = {device.label: self._sample(nvml, device) for device in wanted}
+            self.samples = {
+                (device.label, device.gpu_uuid): nvml.sample(device) for device in wanted
+            }
             if ended.wait(EVERY):
                 return
 
-    @staticmethod
-    def _sample(nvml: Nvml, device: Device) -> dict[str, float]:
-        return nvml.sample(device)
+
+def _named(devices: Sequence[Device], uuids: Sequence[str]) -> list[Device]:
+    """Those with one of these UUIDs. CUDA calls instances of a divided GPU by theirs with another
+    beginning than the driver does."""
+    wanted = {uuid.partition("-")[2] for uuid in uuids}
+    return [device for device in devices if device.uuid.partition("-")[2] in wanted]

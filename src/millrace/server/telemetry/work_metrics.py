@@ -56,14 +56,14 @@ class WorkMetrics:
     """Families of the metrics page.
 
     work: the engine's totals, None where its model's work is not counted. device_name: as its
-    driver says it. samples: of its GPUs by number, as `hardware.nvml` has them.
+    driver says it. samples: of its GPUs by number and UUID, as `hardware.nvml` has them.
     """
 
     def __init__(
         self,
         work: Callable[[], WorkStats | None],
         device_name: Callable[[], str] = str,
-        samples: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
+        samples: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict,
     ) -> None:
         self._work, self._device_name, self._samples = work, device_name, samples
         self._utilisation = Utilisation()
@@ -113,15 +113,15 @@ class WorkMetrics:
             ("memory_used_bytes", "Memory in use; the host's where it is shared."),
             ("sm_clock_mhz", "Clock of its multiprocessors."),
         ):
-            values = {(gpu,): found[name] for gpu, found in samples.items() if name in found}
-            yield _gauge(f"millrace:gpu_{name}", text, labels, values, "gpu")
+            values = {gpu: found[name] for gpu, found in samples.items() if name in found}
+            yield _gauge(f"millrace:gpu_{name}", text, labels, values, "gpu", "uuid")
         energy = {
-            (gpu,): found["energy_joules"]
+            gpu: found["energy_joules"]
             for gpu, found in samples.items()
             if "energy_joules" in found
         }
         text = "Energy that a GPU of the engine has taken since its driver was loaded."
-        yield _counter("millrace:gpu_energy_joules", text, labels, energy, "gpu")
+        yield _counter("millrace:gpu_energy_joules", text, labels, energy, "gpu", "uuid")
 
 
 def _totals(work: WorkStats, labels: Mapping[str, str]) -> Iterator[Metric]:
