@@ -129,6 +129,37 @@ def explain_command(model: str, as_json: bool, **given: Any) -> None:
         print_explanation(found)
 
 
+@plan.command("hand-over")
+@click.argument("model")
+@o.settings_options
+@click.option("--prompts", default="1024,8192,32768", show_default=True, help="Tokens of prompts.")
+@click.option("--outputs", default="64,256,1024", show_default=True, help="Tokens of answers.")
+@click.option("--states", default="fp32,bf16", show_default=True, help="Formats of states.")
+@click.option("--links", default="1.2,12,48", show_default=True, help="GB/s between replicas.")
+@click.option("--gpus", type=int, default=8, show_default=True, help="Of all replicas.")
+@click.option("--rows", type=int, default=64, show_default=True, help="Sequences that decode.")
+@o.engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def hand_over_command(model: str, as_json: bool, **given: Any) -> None:
+    """When it pays that one replica computes prompts and another answers them."""
+    from millrace.plan.explain import description_of
+    from millrace.plan.hand_over import Cases, print_table, table
+
+    cases = Cases(
+        o.listed(given["prompts"], int, "--prompts"),
+        o.listed(given["outputs"], int, "--outputs"),
+        o.listed(given["states"], str, "--states"),
+        o.listed(given["links"], float, "--links"),
+        given["gpus"], given["rows"],
+    )  # fmt: skip
+    description = description_of(model, given)
+    rows = table(description, cases, o.known(given["calibration"]))
+    if as_json:
+        _print_json(rows)
+    else:
+        print_table(description, cases, rows)
+
+
 @plan.command("calibrate")
 @click.argument("results", nargs=-1, required=True, type=o.FILE)
 @click.option("--model", required=True, help="The model that was measured.")

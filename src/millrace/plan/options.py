@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 import click
 
 from millrace.common.flags import Count
+from millrace.errors import ConfigError
 from millrace.hardware.gpus import gpu, gpus
 from millrace.model.work.layout import CACHE_BYTES, WEIGHT_BYTES
 from millrace.plan.facts.prices import KINDS
 from millrace.plan.model.posterior import Posterior, posterior, read_calibration
 from millrace.plan.predict.load import Load
 
+_Value = TypeVar("_Value")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -89,6 +91,14 @@ def load_of(options: dict[str, Any]) -> Load:
     )  # fmt: skip
     load.check()
     return load
+
+
+def listed(text: str, kind: Callable[[str], _Value], name: str) -> list[_Value]:
+    """Values with commas between them. Raises ConfigError for others."""
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} {text}: use numbers with commas between them") from None
 
 
 def kinds_of(names: tuple[str, ...]) -> list[str]:
