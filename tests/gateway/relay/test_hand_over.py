@@ -180,6 +180,21 @@ def test_where_nothing_moves_one_replica_does_everything_and_it_is_counted(
     with_pair(scenario, **faults)
 
 
+def test_a_client_may_have_any_replica_do_everything() -> None:
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 8, "stream": True}).encode()
+        never = (("X-Hand-Over", "never"),)
+        for _ in range(6):
+            response = await fetch(
+                target, "/v1/completions", method="POST", body=body, headers=never, timeout=20
+            )
+            assert tokens(response) == RIGHT
+        assert all(replica.bodies for replica in replicas.values())
+        assert made.counters.events()["handed_over"] == 0
+
+    with_pair(scenario)
+
+
 def test_a_decode_replica_that_breaks_off_is_followed_by_another() -> None:
     async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
         replicas["decode"].cut_after = 3

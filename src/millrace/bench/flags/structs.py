@@ -12,7 +12,9 @@ from typing import Literal
 import msgspec
 
 Backend = Literal["openai", "openai-chat", "vllm"]
-Dataset = Literal["random", "prefix_repetition", "policy", "custom", "sharegpt", "trace", "agent"]
+Dataset = Literal[
+    "random", "prefix_repetition", "policy", "custom", "sharegpt", "trace", "agent", "bursts"
+]
 PresetName = Literal["write-up", "inferencex"]
 RampStrategy = Literal["linear", "exponential"]
 RangeConvention = Literal["vllm", "inferencex"]
@@ -54,6 +56,14 @@ class LoadFlags(msgspec.Struct, frozen=True, kw_only=True):
     agent_branch: float = 0.08
     agent_compaction: float = 0.2
     agent_pause: float = 5.0
+    burst_streams: int = 32
+    burst_stream_input: int = 128
+    burst_stream_output: int = 400
+    burst_count: int = 8
+    burst_size: int = 2
+    burst_every: float = 2.0
+    burst_input: int = 4096
+    burst_output: int = 4
     max_concurrency: int | None = None
     request_rate: float = math.inf
     burstiness: float = 1.0

@@ -17,6 +17,7 @@ import numpy as np
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.process_pool import Outcome
 from millrace.bench.load.records import RequestTiming
+from millrace.bench.measure.bursts import burst_fields
 from millrace.bench.measure.client_overhead import ClientOverhead
 from millrace.bench.measure.metrics import LATENCIES, Distribution, Summary, Window, successes
 from millrace.bench.measure.prometheus_reader import expert_load, prefix_hits, speculation
@@ -86,6 +87,7 @@ def run_fields(
         "server": _server_fields(observation, summary),
         "prefix_cache_hit_rate": _hit_rate(observation, done),
         **_reuse(options, outcome.records),
+        **_bursts(options, outcome.records),
         **detail_fields(outcome.records),
     }
 
@@ -147,9 +149,19 @@ def _from_due(options: BenchOptions, done: Sequence[RequestTiming]) -> dict[str,
 
 def _reuse(options: BenchOptions, records: Sequence[RequestTiming]) -> dict[str, Any]:
     """Of workloads that say which tokens are new."""
-    if not isinstance(options.workload, AgentSpec | TraceSpec):
+    workload = options.workload
+    bursts = isinstance(workload, TraceSpec) and workload.streams
+    if bursts or not isinstance(workload, AgentSpec | TraceSpec):
         return {}
     return {"reuse": reuse_fields(records)}
+
+
+def _bursts(options: BenchOptions, records: Sequence[RequestTiming]) -> dict[str, Any]:
+    """Of streams with bursts of prompts beside them."""
+    workload = options.workload
+    if not (isinstance(workload, TraceSpec) and workload.streams):
+        return {}
+    return {"bursts": burst_fields(workload, records)}
 
 
 def _per_gpu(options: BenchOptions, summary: Summary) -> dict[str, float]:
@@ -269,6 +281,7 @@ def table(result: Mapping[str, Any], shown: Iterable[str], percentiles: Sequence
         lines.append(_row("Output token throughput (tok/s):", steady["output_throughput"]))
         lines.append(_row("Total token throughput (tok/s):", steady["total_token_throughput"]))
     lines += _reuse_rows(result.get("reuse"))
+    lines += _burst_rows(result.get("bursts"))
     lines += _server_rows(result)
     lines += _client_rows(result.get("client"))
     lines.append("=" * _WIDTH)
@@ -290,6 +303,18 @@ def _reuse_rows(reuse: Mapping[str, Any] | None) -> list[str]:
         label = "Recomputed / new tokens" + ("" if name == "all" else f", {name}")
         rows.append(_row(f"{label}:", f"{found['recomputed_over_new']:.3f}"))
     return [f"{'Conversations':-^{_WIDTH}}", *rows] if rows else []
+
+
+def _burst_rows(bursts: Mapping[str, float] | None) -> list[str]:
+    """Gaps of streams, and what the prompts beside them wait."""
+    if not bursts:
+        return []
+    rows = []
+    for name, label in (("stream_itl", "ITL of the streams"), ("prompt_ttft", "TTFT beside them")):
+        if f"p50_{name}_ms" in bursts:
+            figures = [f"{bursts[f'p{part}_{name}_ms']:.2f}" for part in (50, 95, 99)]
+            rows.append(_row(f"{label}, p50 / p95 / p99 (ms):", " / ".join(figures)))
+    return [f"{'Streams with bursts beside them':-^{_WIDTH}}", *rows] if rows else []
 
 
 def _server_rows(result: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from millrace.bench.flags.structs import LoadFlags, ServeFlags
 from millrace.bench.load.arrivals import Schedule, check_schedule
 from millrace.bench.load.options import ENDPOINTS, BenchOptions
 from millrace.bench.measure.metrics import LATENCIES
+from millrace.bench.workload.bursts import Bursts, burst_workload
 from millrace.bench.workload.files import estimate_tokens, read_custom, read_sharegpt
 from millrace.bench.workload.files import tokenizer_counts as read_tokenizer
 from millrace.bench.workload.prompts import (
@@ -102,6 +103,10 @@ def _workload(flags: LoadFlags) -> tuple[Workload, tuple[float, ...] | None]:
         return PolicySpec(count=count, output_len=flags.policy_output_len, seed=flags.seed), None
     if kind == "agent":
         return _agent(flags), None
+    if kind == "bursts":
+        names = Bursts.__struct_fields__
+        values = {name: getattr(flags, f"burst_{name}") for name in names}
+        return burst_workload(Bursts(**values), flags.seed)
     if kind == "prefix_repetition":
         return PrefixSpec(
             count=count,

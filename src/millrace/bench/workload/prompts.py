@@ -122,7 +122,8 @@ class TraceRow(msgspec.Struct, frozen=True, array_like=True):
 class TraceSpec(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     """Requests of the lengths in a trace, with random tokens, in its order.
 
-    block_tokens: the size of a block. After the last row the rows begin again.
+    block_tokens: the size of a block. After the last row the rows begin again. streams: the first
+    rows, beside which the others come in bursts (`workload.bursts`).
     """
 
     rows: tuple[TraceRow, ...]
@@ -131,6 +132,7 @@ class TraceSpec(msgspec.Struct, frozen=True, kw_only=True, tag="trace"):
     vocab_size: int = 1000
     seed: int = 0
     source: str = "trace"
+    streams: int = 0
 
 
 class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, tag="agent"):

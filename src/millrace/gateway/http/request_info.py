@@ -74,7 +74,8 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     output tokens that the client itself resumes from. response_tag: of the replica that keeps the
     stored response which it names; empty: any will do. seed: drawn here if the client set none, so
     that a resumed stream draws the same noise. single: one prompt with one answer.
-    can_prepend_fields: the body has none of the fields that `body_for` adds.
+    can_prepend_fields: the body has none of the fields that `body_for` adds. hand_over: whether two
+    replicas may share the work.
     """
 
     request: Request
@@ -96,6 +97,7 @@ class RequestInfo(msgspec.Struct, kw_only=True):
     has_tools: bool = False
     single: bool = False
     include_usage: bool = False
+    hand_over: bool = True
 
     @property
     def for_text(self) -> bool:
@@ -180,6 +182,7 @@ def _generation(
         can_prepend_fields=body.return_token_ids is UNSET and body.resume_token_ids is UNSET,
         has_tools=bool(body.tools),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        hand_over=header(request.headers, b"x-hand-over").lower() != b"never",
     )
 
 

@@ -194,7 +194,7 @@ class Exchange:
             self._timer.cancel()
         self._idle_timeout.start()
         relay = self._relay
-        if relay.replicas.has_roles:
+        if relay.replicas.has_roles and self.info.hand_over:
             self._hand_over = HandOver(relay, self.request, self.info)
             if self._hand_over.pays():
                 self._opening = self._loop.create_task(self._compute_prompt(self._hand_over))
