@@ -84,6 +84,8 @@ def test_a_wait_for_admission_has_a_span() -> None:
         run(relayed([replica], count=2, limits=limits, otlp_traces_endpoint=spans.endpoint))
     assert len({root.trace for root in spans.named("gateway")}) == 2
     (queue,) = spans.named("queue")
+    (replica,) = [one for one in spans.named("replica") if one.parent == queue.parent]
+    assert queue.end <= replica.start
     assert queue.end - queue.start > 20_000_000
 
 

@@ -112,6 +112,8 @@ class Exchange:
             held.hold(self)
         else:
             self._enter(none)
+        if not self._admitted and not self._finished:
+            self.spans.waits()
 
     def has_room(self, most: int) -> bool:
         """Whether an available replica has fewer than `most` requests."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span, Tracer
 
-SHORTEST_QUEUE = 1_000_000  # nanoseconds that a wait must last to get a span
 TRACEPARENT = b"traceparent"
 
 
@@ -28,6 +27,9 @@ class RequestSpans:
     """The spans of one request: here of one that is not traced, which costs nothing."""
 
     trace_id = ""
+
+    def waits(self) -> None:
+        """It is not admitted at once."""
 
     def admitted(self) -> None:
         """It waits no longer."""
@@ -78,6 +80,7 @@ class TracedRequest(RequestSpans):
                 "client.address": request.peer,
             },
         )
+        self._queue: Span | None = None
         self._attempt: Span | None = None
         self.trace_id = f"{self._span.get_span_context().trace_id:032x}"
 
@@ -88,9 +91,13 @@ class TracedRequest(RequestSpans):
         context = set_span_in_context(self._span)
         return self._tracer.start_span(name, context=context, kind=kind, start_time=start)
 
+    def waits(self) -> None:
+        self._queue = self._child("queue", self._began)
+
     def admitted(self) -> None:
-        if time_ns() - self._began >= SHORTEST_QUEUE:
-            self._child("queue", self._began).end()
+        if self._queue is not None:
+            self._queue.end()
+            self._queue = None
 
     def sent_to(self, replica: Replica, name: str = "replica") -> bytes:
         self.left()
@@ -120,6 +127,7 @@ class TracedRequest(RequestSpans):
     def ended(self, status: int, retries: int, resumptions: int) -> None:
         from opentelemetry.trace import StatusCode
 
+        self.admitted()  # or refused
         self.left()
         span = self._span
         span.set_attribute("http.response.status_code", status)
