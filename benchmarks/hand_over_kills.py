@@ -225,17 +225,20 @@ async def disturbed(
 async def quiet(of: Fleet, rng: random.Random, count: int) -> dict[str, list[float]]:
     """Some hand-overs without kills. Returns bytes and pages, sent and received."""
     await of.wait_healthy()
+    await asyncio.sleep(LEASE + 2.0)  # figures of what was before are complete then
     names = ("bytes_total", "pages_total")
     before = await _moved(of, names)
     for number in range(count):
         await answer(of.gateway, new_prompt(rng), number)
-    end = time.monotonic() + 10.0
-    while (after := await _moved(of, names))[0] == before[0] or after[0][0] != after[1][0]:
-        if time.monotonic() > end:
-            break
-        await asyncio.sleep(0.1)
-    sides = zip(("sent", "received"), after, before, strict=True)
-    return {name: [a - b for a, b in zip(now, then, strict=True)] for name, now, then in sides}
+    end, sent, received = time.monotonic() + 10.0, [0.0], [1.0]
+    while sent != received and time.monotonic() < end:
+        await asyncio.sleep(0.2)
+        after = await _moved(of, names)
+        sent, received = (
+            [a - b for a, b in zip(now, then, strict=True)]
+            for now, then in zip(after, before, strict=True)
+        )
+    return {"sent": sent, "received": received}
 
 
 async def _moved(of: Fleet, names: tuple[str, ...]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -27,7 +28,7 @@ _rng = random.Random(4)
 PROMPTS = [[_rng.randrange(3, 300) for _ in range(_rng.randrange(60, 200))] for _ in range(8)]
 
 
-def server(model: Path, folder: Path, role: str, number: int, transport: str, ranks: int) -> Any:
+def server(model: Path, log: Path, role: str, transport: str, ranks: int) -> Any:
     command = [sys.executable, "-m", "millrace.cli", "serve", str(model), "--port", "0"]
     command += ["--role", role, "--kv-transport", transport, "--kv-lease", str(LEASE)]
     command += ["--dtype", "float32", "--max-model-len", "512", "--device", "cpu", "--debug"]
@@ -35,18 +36,26 @@ def server(model: Path, folder: Path, role: str, number: int, transport: str, ra
     command += ["--max-engine-restarts", "1000", "--snapshot-distance", "0"]
     command += ["--num-snapshots", "16", "--served-model-name", "m"]
     command += ["--tensor-parallel-size", str(ranks)]
-    return started(command, folder / f"{role}-{number}.log")
+    return started(command, log)
 
 
 @contextlib.contextmanager
 def servers(
-    model: Path, folder: Path, count: int, transport: str, ranks: int = 1
+    model: Path, folder: Path, count: int, transport: str, ranks: int = 1, both: bool = False
 ) -> Iterator[tuple[list[LiveServer], list[LiveServer]]]:
     """(those for prompts, those for answers)."""
     with contextlib.ExitStack() as stack:
         made = {
             role: [
-                stack.enter_context(server(model, folder, role, n, transport, ranks))
+                stack.enter_context(
+                    server(
+                        model,
+                        folder / f"{role}-{n}.log",
+                        "both" if both else role,
+                        transport,
+                        ranks,
+                    )
+                )
                 for n in range(count)
             ]
             for role in ("prefill", "decode")
@@ -64,11 +73,11 @@ async def in_front(all_servers: list[LiveServer]) -> AsyncIterator[tuple[Gateway
         yield made, target
 
 
-async def answer(target: Target, number: int) -> list[int]:
+async def answer(target: Target, number: int, count: int = TOKENS) -> list[int]:
     """The tokens of a prompt; every other one is seeded, the rest are greedy."""
     sampling: dict[str, Any] = {"temperature": 0.8, "seed": 7} if number % 2 else {"temperature": 0}
     body = {
-        "model": "m", "prompt": PROMPTS[number], "max_tokens": TOKENS, "ignore_eos": True,
+        "model": "m", "prompt": PROMPTS[number], "max_tokens": count, "ignore_eos": True,
         "stream": True, "return_token_ids": True, **sampling,
     }  # fmt: skip
     data = json.dumps(body).encode()
@@ -84,12 +93,16 @@ def figures(of: list[LiveServer], name: str) -> float:
     return sum(one.metric(f"millrace:kv_transfer_{name}_total") for one in of)
 
 
+def all_pages_free(of: LiveServer) -> bool:
+    free = of.metric("millrace:kv_pages_free") + of.metric("millrace:kv_pages_evictable")
+    return free == of.metric("millrace:kv_pages_capacity")
+
+
 def assert_nothing_left(of: list[LiveServer]) -> None:
     """Once the leases have ended, nothing is offered and every page is free or evictable."""
     for one in of:
         wait_for(lambda one=one: one.metric("millrace:kv_transfer_open") == 0, LEASE + 60)
-        free = one.metric("millrace:kv_pages_free") + one.metric("millrace:kv_pages_evictable")
-        assert free == one.metric("millrace:kv_pages_capacity")
+        wait_for(lambda one=one: all_pages_free(one), 10)
         assert one.open_in_engine() == 0
 
 
@@ -122,3 +135,31 @@ def test_a_pair_behind_a_gateway_says_what_one_server_says(
     with servers(small_model, tmp_path, 1, transport, ranks) as (prefill, decode):
         run(scenario(prefill, decode), timeout=240)
         assert_nothing_left([*prefill, *decode])
+
+
+@pytest.mark.sweep
+def test_streams_of_a_drained_server_go_on_at_another(small_model: Path, tmp_path: Path) -> None:
+    """By their records, all of a sudden, to the tokens of one server alone."""
+    count = 200
+
+    async def scenario(one: LiveServer, other: LiveServer) -> None:
+        truth = [await answer(parse_url(one.url), n, count) for n in range(4)]
+        await fetch(parse_url(one.url), "/reset_prefix_cache", method="POST")
+        async with in_front([one, other]) as (made, target):
+            asked = [asyncio.create_task(answer(target, n, count)) for n in range(4)]
+            first = made.replicas.all[0]
+            await eventually(
+                lambda: first.exchanges and all(e.account.chunks > 20 for e in first.exchanges), 60
+            )
+            running = len(first.exchanges)
+            made.monitor.drain(first.member.id, then_remove=False)
+            assert [await task for task in asked] == truth
+            events = made.counters.events()
+            assert events["stream_moved"] == running > 0
+            assert events["hand_over_failed"] == events["cut_off"] == 0
+        await eventually(lambda: figures([one], "sent") == running)
+        assert figures([one], "sent_bytes") == figures([other], "received_bytes")
+
+    with servers(small_model, tmp_path, 1, "tcp", both=True) as (one, other):
+        run(scenario(one[0], other[0]), timeout=240)
+        assert_nothing_left([*one, *other])

@@ -61,9 +61,10 @@ class HandOvers:
     def has_work(self) -> bool:
         return bool(self._expected or self.failures)
 
-    def depth(self, length: int) -> int:
-        """Tokens of the record of a prompt: all but the last, which gives the first logits; of
-        prefixes that are their pages, whole pages."""
+    def depth(self, request: Request) -> int:
+        """Tokens of the record of a prompt, and of what it resumes with: all but the last, which
+        gives the first logits; of prefixes that are their pages, whole pages."""
+        length = request.prompt_len + len(request.source.resume)
         if self._limits.cache_policy == "page":
             return (length - 1) // self._limits.page_size * self._limits.page_size
         return length - 1

@@ -220,7 +220,7 @@ class KVManager:
 
     def _hand_over_depth(self, request: Request) -> int:
         assert self.tiers is not None
-        return self.tiers.hand_overs.depth(request.prompt_len)
+        return self.tiers.hand_overs.depth(request)
 
     def hand_over(self, request: Request) -> None:
         """The request's prompt has been computed up to its record, or is cached: let another engine

@@ -260,7 +260,7 @@ class TierTransfers:
 
     def hand_over(self, request: Request) -> None:
         """Let another engine take the record of the request's prompt, which is on the device."""
-        depth, salt = self.hand_overs.depth(request.prompt_len), request.source.cache_salt
+        depth, salt = self.hand_overs.depth(request), request.source.cache_salt
         tokens, name = request.tokens[:depth], request.source.hand_over
         found = self._policy.locate(tokens, salt) if depth else None
         if found is None:

@@ -21,6 +21,7 @@ from tests.support.running import eventually, run
 
 PROMPT = list(range(1, 41))
 LIMITS = GatewayLimits(hand_over_prompt=32, hand_over_ratio=2.0)
+NEVER = GatewayLimits(hand_over_prompt=1 << 20)
 
 
 class Paired(MockReplica):
@@ -71,16 +72,18 @@ Scenario = Callable[[Gateway, Target, dict[str, Paired]], Awaitable[None]]
 
 
 def with_pair(
-    scenario: Scenario, kind: str = "millrace", endpoint: str | None = None, **faults: str
+    scenario: Scenario,
+    kind: str = "millrace",
+    endpoint: str | None = None,
+    roles: tuple[str, ...] = ("prefill", "decode", ""),
+    limits: GatewayLimits = LIMITS,
+    **faults: str,
 ) -> None:
-    """Run it with a replica for prompts, one for answers, and one for both of its own. endpoint:
-    of a collector of traces."""
+    """Run it with replicas of these roles, as a rule one that does everything by itself, too.
+    endpoint: of a collector of traces."""
 
     async def whole() -> None:
-        made = {
-            role: Paired(kind, role, faults.get(role or "plain", ""))
-            for role in ("prefill", "decode", "")
-        }
+        made = {role: Paired(kind, role, faults.get(role or "plain", "")) for role in roles}
         for one in made.values():
             one.partners = made
             await one.start()
@@ -88,7 +91,7 @@ def with_pair(
             ReplicaSpec(target=parse_url(one.url), role=role if kind == "vllm" else "")  # type: ignore[arg-type]
             for role, one in made.items()
         ]
-        async with gateway(replicas=specs, limits=LIMITS, otlp_traces_endpoint=endpoint) as (
+        async with gateway(replicas=specs, limits=limits, otlp_traces_endpoint=endpoint) as (
             started,
             target,
         ):
@@ -204,6 +207,31 @@ def test_a_decode_replica_that_breaks_off_is_followed_by_another() -> None:
         assert "kv_transfer_params" not in replicas[""].bodies[-1]
 
     with_pair(scenario)
+
+
+def test_streams_of_a_drained_replica_go_on_elsewhere_by_their_records() -> None:
+    """The client sees one stream; the record is of the prompt and all tokens so far."""
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        one, other = replicas["decode"], replicas["both"]
+        one.gap_s = 0.05
+        asked = asyncio.create_task(ask(target))
+        await eventually(lambda: one.bodies and made.replicas.all[1].exchanges)
+        await eventually(lambda: sum(e.account.chunks for e in made.replicas.all[1].exchanges) > 3)
+        made.monitor.drain(made.replicas.all[1].member.id, then_remove=False)
+        assert tokens(await asked) == RIGHT
+        record, rest = one.bodies[-1], other.bodies[-1]
+        assert record["kv_transfer_params"]["do_remote_decode"]
+        made_so_far = len(record["resume_token_ids"])
+        assert 0 < made_so_far < 8
+        assert (record["max_tokens"], record["stream"]) == (made_so_far + 1, False)
+        assert rest["resume_token_ids"] == record["resume_token_ids"]
+        assert rest["kv_transfer_params"]["do_remote_prefill"]
+        assert other.taken == len(PROMPT) - 1
+        events = made.counters.events()
+        assert (events["stream_moved"], events["resumed"], events["cut_off"]) == (1, 1, 0)
+
+    with_pair(scenario, roles=("prefill", "decode", "both"), limits=NEVER)
 
 
 def test_a_vllm_pair_whose_counters_stand_still_is_reported_and_left_out(

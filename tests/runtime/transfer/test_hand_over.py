@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,15 @@ def finish(engines: list[Engine], request: AddRequest) -> list[Delta]:
     return found
 
 
-def compute(engine: Engine, prompt: list[int], **params: Any) -> tuple[RecordSource, list[int]]:
-    """Where the record of the prompt is, and the first token."""
-    chosen = SamplingParams(max_tokens=1, ignore_eos=True, **{"temperature": 0.0, **params})
+def compute(
+    engine: Engine, prompt: list[int], made: Sequence[int] = (), **params: Any
+) -> tuple[RecordSource, list[int]]:
+    """Where the record of the prompt and of what was made of its answer is, and the next token."""
+    most = len(made) + 1
+    chosen = SamplingParams(max_tokens=most, ignore_eos=True, **{"temperature": 0.0, **params})
     name = f"record-{engine.stats().steps}"
-    deltas = finish([engine], AddRequest(name, prompt, chosen, hand_over=name))
+    request = AddRequest(name, prompt, chosen, hand_over=name, resume=list(made))
+    deltas = finish([engine], request)
     assert isinstance(engine.worker, Worker)
     assert engine.worker.address is not None
     address = engine.worker.address
@@ -180,6 +184,25 @@ def test_the_first_token_may_come_from_the_first_engine(tiny_model: Path) -> Non
     with pair(tiny_model, options(2), options(2, block_size=16, async_scheduling=True)) as engines:
         answers = [hand_over(engines, prompt, resume=True) for prompt in PROMPTS]
     assert_same(tiny_model, PROMPTS, alone(tiny_model, PROMPTS), answers)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_stream_moves_with_what_it_has_so_far(tiny_model: Path, k: int) -> None:
+    """Seeded: the other engine computes nothing but the last token, and goes on as the first."""
+    seeded = {"temperature": 0.9, "seed": 3}
+    whole = alone(tiny_model, PROMPTS[1:4], **seeded)
+    with pair(tiny_model, options(k), options(k)) as engines:
+        for prompt, answer, count in zip(PROMPTS[1:4], whole, (1, 5, 9), strict=True):
+            source, after = compute(engines[0], prompt, answer[:count], **seeded)
+            assert source.tokens == len(prompt) + count - 1
+            assert after == [answer[count]]
+            params = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **seeded)
+            request = AddRequest(
+                f"rest-{count}", prompt, params, source=source, resume=answer[:count]
+            )
+            deltas = finish(engines, request)
+            assert [t for delta in deltas for t in delta.token_ids] == answer[count:]
+        assert_all_moved(engines)
 
 
 def test_prompts_with_a_cached_prefix_move_only_what_is_new(tiny_model: Path) -> None:

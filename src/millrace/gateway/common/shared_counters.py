@@ -41,6 +41,8 @@ EVENTS = (
     "handed_over",
     "hand_over_failed",
     "hand_over_unproven",
+    "prefix_moved",
+    "stream_moved",
 )
 PROCESS_GAUGES = (
     "interactive",

@@ -29,7 +29,7 @@ from millrace.gateway.http.message import (
 )
 from millrace.gateway.http.request_info import read_request_info
 from millrace.gateway.relay.fast_path import FastPath
-from millrace.gateway.relay.hand_over import HandOver, whole
+from millrace.gateway.relay.hand_over import HandOver
 from millrace.gateway.relay.idle_timeout import IdleTimeout
 from millrace.gateway.relay.relay import Client, Relay
 from millrace.gateway.relay.replica_connection import ReplicaConnection
@@ -231,8 +231,7 @@ class Exchange:
     def _attempt(self) -> None:
         capable = self._stream.capable(self._candidates.untried())
         if self._hand_over is not None and capable:
-            resuming = self._stream.resuming  # then the client has what only tokens can continue
-            capable = whole(capable) if resuming else self._hand_over.answerers(capable)
+            capable = self._hand_over.answerers(capable)
         if not capable:
             self._no_replica_left()
             return
@@ -262,7 +261,7 @@ class Exchange:
     def _send(self, connection: ReplicaConnection) -> None:
         self._connection = connection
         path, body = self._stream.build_request(connection.replica.member.kind)
-        if self._hand_over is not None and not self._stream.resuming:
+        if self._hand_over is not None:
             body = self._hand_over.answer_body(body)
         upstream = self._relay.upstream(connection.replica)
         data = request_bytes(self.request, upstream, body, path, self._traceparent)
@@ -458,6 +457,31 @@ class Exchange:
         """The replica is gone, or was removed, by the word of the health monitor."""
         self._fail(reason, reached=not removed, reported=not removed, lost=True)
 
+    def move(self) -> None:
+        """Its replica is drained: have another one go on with the stream, by its record."""
+        replica, stream = self.replica, self._stream
+        movable = self.status == 200 and self._begun and stream.resumable and not stream.resuming
+        if replica is None or self._finished or not movable or replica.member.kind != "millrace":
+            return
+        if not stream.interrupt():
+            return
+        self._release_replica(reusable=False)
+        self._candidates.record_failure(replica, "is drained")
+        if stream.final_bytes() is not None:
+            self._resume_elsewhere()
+            return
+        self._hand_over = HandOver(self._relay, self.request, self.info)
+        self._opening = self._loop.create_task(self._move_record(replica, self._hand_over))
+
+    async def _move_record(self, replica: Replica, hand_over: HandOver) -> None:
+        """Have the replica hand over the record of what it has, and go on elsewhere."""
+        _, body = self._stream.build_request(replica.member.kind)
+        await hand_over.compute_rest(replica, body, self._stream.output_tokens, self, self.spans)
+        self._opening = None
+        if not self._finished:
+            self._relay.process_counters.count_event("stream_moved")
+            self._resume_elsewhere(record=True)
+
     def _fail(
         self, reason: str, *, reached: bool = True, reported: bool = True, lost: bool = False
     ) -> None:
@@ -528,8 +552,11 @@ class Exchange:
         self._relay.process_counters.count_event("retries")
         self._attempt()
 
-    def _resume_elsewhere(self) -> None:
-        """Resume the stream, which has been interrupted, on another replica."""
+    def _resume_elsewhere(self, record: bool = False) -> None:
+        """Resume the stream, which has been interrupted, on another replica. record: of what it has
+        so far is one, unless that failed."""
+        if self._hand_over is not None and not record:
+            self._hand_over.forget()  # it is of the prompt alone
         self._relay.process_counters.count_event("resumed")
         ending = self._stream.final_bytes()
         if ending is not None:

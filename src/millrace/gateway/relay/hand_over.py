@@ -119,31 +119,46 @@ class HandOver:
         while len(tried) < _TRIES and (found := self._prefillers(tried)):
             replica = self._relay.policy.pick(found, self._info)
             tried.append(replica)
-            account = LoadAccount(self._relay.replicas)
-            account.begin(replica, self._info, 0, exchange)
-            traceparent = spans.sent_to(replica, "prompt")
-            try:
-                async with asyncio.timeout(self._relay.limits.hand_over_timeout):
-                    self.params = await self._compute_at(replica, traceparent)
-            except (OSError, ValueError) as error:
-                reason = str(error) or "no answer in time"
-                spans.failed(reason)
-                self._note(f"{replica.target}: {reason}")
-                continue
-            finally:
-                account.end(replica, exchange)
-                spans.left()
-            self.prefiller = replica
-            self._relay.process_counters.count_event("handed_over")
-            return
+            if await self._have(replica, self._request.body, 0, exchange, spans):
+                self._relay.process_counters.count_event("handed_over")
+                return
 
-    async def _compute_at(self, replica: Replica, traceparent: bytes) -> dict[str, Any]:
+    async def compute_rest(
+        self, replica: Replica, body: bytes, made: int, exchange: InFlight, spans: RequestSpans
+    ) -> None:
+        """Have a replica hand over the record of a stream that it has had. body: of the request
+        that would resume it; made: tokens of its answer. `params` is empty if that failed."""
+        await self._have(replica, body, made, exchange, spans)
+
+    async def _have(
+        self, replica: Replica, body: bytes, made: int, exchange: InFlight, spans: RequestSpans
+    ) -> bool:
+        """Have a replica hand over the record of a request. Whether it does."""
+        account = LoadAccount(self._relay.replicas)
+        account.begin(replica, self._info, made, exchange)
+        traceparent = spans.sent_to(replica, "prompt")
+        try:
+            async with asyncio.timeout(self._relay.limits.hand_over_timeout):
+                self.params = await self._ask(replica, body, traceparent)
+        except (OSError, ValueError) as error:
+            reason = str(error) or "no answer in time"
+            spans.failed(reason)
+            self._note(f"{replica.target}: {reason}")
+            return False
+        finally:
+            account.end(replica, exchange)
+            spans.left()
+        self.prefiller = replica
+        return True
+
+    async def _ask(self, replica: Replica, body: bytes, traceparent: bytes) -> dict[str, Any]:
         """Raises OSError or ValueError, which say why there is no record."""
         upstream = self._relay.upstream(replica)
         connection = await connect(replica.target)
         try:
-            body = self._prompt_body()
-            data = request_bytes(self._request, upstream, body, traceparent=traceparent)
+            data = request_bytes(
+                self._request, upstream, _prompt_body(body), traceparent=traceparent
+            )
             response = await connection.send(data)
         finally:
             connection.close()
@@ -157,12 +172,6 @@ class HandOver:
                 f"handed nothing over ({answer.kv_transfer_error or 'it says no why'})"
             )
         return answer.kv_transfer_params
-
-    def _prompt_body(self) -> bytes:
-        """The client's body, with an answer of one token that is kept here."""
-        fields = msgspec.json.decode(self._request.body, type=dict[str, Raw])
-        kept = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}
-        return msgspec.json.encode({**kept, "stream": False, "max_tokens": 1, PARAMS: _ASK})
 
     # --- the answer ---------------------------------------------------------------------------
 
@@ -185,6 +194,10 @@ class HandOver:
         if self.params and self.prefiller is not None and replica.member.kind != "millrace":
             self._relay.pair_checks.handed_over(self.prefiller, replica)
 
+    def forget(self) -> None:
+        """The record is not of use any more."""
+        self.params = {}
+
     def give_up(self, reason: str) -> None:
         """The record did not get there: one replica does everything."""
         self.params = {}
@@ -193,6 +206,17 @@ class HandOver:
     def _note(self, reason: str) -> None:
         self._relay.process_counters.count_event("hand_over_failed")
         logger.warning("a prompt is not handed over: %s", reason)
+
+
+def _prompt_body(body: bytes) -> bytes:
+    """A request's body, with an answer of one more token than it resumes with, kept here."""
+    fields = msgspec.json.decode(body, type=dict[str, Raw])
+    kept = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}
+    made = msgspec.json.decode(fields.get("resume_token_ids", b"[]"), type=list[int] | None)
+    if made:
+        kept["resume_token_ids"] = fields["resume_token_ids"]
+    own = {"stream": False, "max_tokens": len(made or ()) + 1, PARAMS: _ASK}
+    return msgspec.json.encode({**kept, **own})
 
 
 def whole(replicas: Sequence[Replica]) -> Sequence[Replica]:

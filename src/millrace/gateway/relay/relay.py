@@ -124,6 +124,7 @@ class Relay:
         self._published = _process_totals()
         replicas.on_lost = self._lost
         replicas.on_removed = self._removed
+        replicas.on_draining = self._draining
 
     def upstream(self, replica: Replica) -> Upstream:
         """What this replica is told instead of what clients send."""
@@ -144,6 +145,12 @@ class Relay:
         for exchange in list(replica.exchanges):
             reason = f"lost ({replica.member.reason or 'removed'})"
             exchange.lost(reason, removed=replica.removed)
+
+    def _draining(self, replica: Replica) -> None:
+        """It is to become empty: where it hands records over, its streams go on elsewhere."""
+        if replica.member.role:
+            for exchange in list(replica.exchanges):
+                exchange.move()
 
     def publish(self) -> None:
         """Bring this process's counters up to date; called periodically."""

@@ -80,6 +80,10 @@ class InFlight(Protocol):
         """Nothing more will come from the replica: it is gone, or was removed."""
         ...
 
+    def move(self) -> None:
+        """Another replica is to go on with it, by the record of what it has so far."""
+        ...
+
 
 class Replica:
     """One replica in one process.
@@ -150,6 +154,7 @@ class ReplicaSet:
         self.process_counters = process_counters
         self.on_lost: Callable[[Replica], None] = lambda replica: None
         self.on_removed: Callable[[Replica], None] = lambda replica: None
+        self.on_draining: Callable[[Replica], None] = lambda replica: None
         self.counters = counters
         self._report = report
         self._slow_start = slow_start
@@ -167,13 +172,16 @@ class ReplicaSet:
         """Apply the health monitor's list."""
         known = {replica.member.id: replica for replica in self.all}
         gone = dict(known)
-        made = []
+        made: list[Replica] = []
+        draining: list[Replica] = []
         for member in members:
             replica = known.get(member.id)
             gone.pop(member.id, None)
             if replica is None:
                 replica = Replica(member)
             newly_lost = member.lost and not replica.member.lost
+            if member.state == "draining" != replica.member.state:
+                draining.append(replica)
             replica.member = member
             made.append(replica)
             if newly_lost:
@@ -188,6 +196,8 @@ class ReplicaSet:
         for replica in gone.values():
             replica.removed = True
             self.on_removed(replica)
+        for replica in draining:
+            self.on_draining(replica)
 
     def models(self) -> set[str]:
         """Names of the models that replicas offer, whatever their health."""

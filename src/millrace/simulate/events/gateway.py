@@ -196,6 +196,9 @@ class SimulatedExchange:
     def lost(self, reason: str, *, removed: bool) -> None:
         self._fail(reason, reached=not removed)
 
+    def move(self) -> None:
+        """Simulated replicas hand nothing over: the stream ends where it is."""
+
     # --- towards the replica ---------------------------------------------------------------------
 
     def _attempt(self) -> None:
