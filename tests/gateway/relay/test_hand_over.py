@@ -21,6 +21,7 @@ from tests.support.running import eventually, run
 
 PROMPT = list(range(1, 41))
 LIMITS = GatewayLimits(hand_over_prompt=32, hand_over_ratio=2.0)
+MOVES = GatewayLimits(hand_over_prompt=128, hand_over_ratio=1e6)
 NEVER = GatewayLimits(hand_over_prompt=1 << 20)
 
 
@@ -33,7 +34,7 @@ class Paired(MockReplica):
 
     def __init__(self, kind: str, role: str, fault: str = "") -> None:
         super().__init__(kind=kind, name=role)
-        self.role, self.fault = role, fault
+        self.role, self.fault = role.split()[0] if role else "", fault
         self.records: dict[str, int] = {}
         self.taken = 0
         self.partners: dict[str, Paired] = {}
@@ -77,6 +78,7 @@ def with_pair(
     endpoint: str | None = None,
     roles: tuple[str, ...] = ("prefill", "decode", ""),
     limits: GatewayLimits = LIMITS,
+    policy: str = "least_loaded",
     **faults: str,
 ) -> None:
     """Run it with replicas of these roles, as a rule one that does everything by itself, too.
@@ -91,7 +93,9 @@ def with_pair(
             ReplicaSpec(target=parse_url(one.url), role=role if kind == "vllm" else "")  # type: ignore[arg-type]
             for role, one in made.items()
         ]
-        async with gateway(replicas=specs, limits=limits, otlp_traces_endpoint=endpoint) as (
+        async with gateway(
+            replicas=specs, limits=limits, policy=policy, otlp_traces_endpoint=endpoint
+        ) as (
             started,
             target,
         ):
@@ -207,6 +211,31 @@ def test_a_decode_replica_that_breaks_off_is_followed_by_another() -> None:
         assert "kv_transfer_params" not in replicas[""].bodies[-1]
 
     with_pair(scenario)
+
+
+def test_a_cached_beginning_goes_to_the_replica_that_has_time() -> None:
+    """While its own replica has time, nothing moves."""
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        conversation = PROMPT * 10
+        for _ in range(2):
+            assert (await ask(target, prompt=conversation)).status == 200
+        [holder] = [one for one in replicas.values() if one.bodies]
+        [other] = [one for one in replicas.values() if one is not holder]
+        assert len(holder.bodies) == 2
+        holder.gap_s = 5.0
+        long = [*conversation, *[9] * 6000]
+        busy = asyncio.create_task(ask(target, prompt=long, max_tokens=6000))
+        await eventually(lambda: len(holder.bodies) == 3)
+        holder.gap_s = 0.0
+        assert (await ask(target, prompt=conversation)).status == 200
+        assert other.bodies[-1]["kv_transfer_params"]["do_remote_prefill"]
+        assert other.taken == len(PROMPT) - 1
+        events = made.counters.events()
+        assert (events["prefix_moved"], events["handed_over"]) == (1, 0)
+        busy.cancel()
+
+    with_pair(scenario, roles=("both", "both 2"), limits=MOVES, policy="prefix_aware")
 
 
 def test_streams_of_a_drained_replica_go_on_elsewhere_by_their_records() -> None:

@@ -22,6 +22,7 @@ from millrace.gateway.http.message import Request, request_bytes
 from millrace.gateway.http.request_info import RequestInfo
 from millrace.gateway.relay.spans import RequestSpans
 from millrace.gateway.routing.load_account import LoadAccount
+from millrace.gateway.routing.policies import PrefixAware
 from millrace.gateway.routing.replicas import InFlight, Replica
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class HandOver:
         self._relay, self._request, self._info = relay, request, info
         self.params: dict[str, Any] = {}
         self.prefiller: Replica | None = None
+        self._holders: Sequence[Replica] = ()  # whose cached beginning of the prompt is moved
 
     # --- whether it pays, and where -----------------------------------------------------------
 
@@ -71,9 +73,36 @@ class HandOver:
         if info.prompt_tokens < limits.hand_over_prompt or not self._single():
             return False
         answer = info.max_tokens
-        if answer is not None and info.prompt_tokens < limits.hand_over_ratio * answer:
+        if answer == 1:
             return False
-        return bool(self._prefillers(())) and answer != 1
+        available = self._relay.replicas.available((), info.model)
+        known, holders = self._known(available)
+        rest = info.prompt_tokens - known
+        if rest < limits.hand_over_prompt:
+            return known >= limits.hand_over_prompt and self._moves(available, holders)
+        if answer is not None and rest < limits.hand_over_ratio * answer:
+            return False
+        return bool(self._prefillers(()))
+
+    def _known(self, available: Sequence[Replica]) -> tuple[float, Sequence[Replica]]:
+        """(tokens, replicas): of the prompt's beginning that is cached, and where."""
+        policy = self._relay.policy
+        if not isinstance(policy, PrefixAware):
+            return 0.0, ()
+        return policy.known(available, self._info)
+
+    def _moves(self, available: Sequence[Replica], holders: Sequence[Replica]) -> bool:
+        """Whether a prompt of which little is to be computed goes to a replica that does not have
+        its beginning, because those that have it are busy: then that is moved there."""
+        chosen = self._relay.policy.pick(whole(available), self._info)
+        if chosen in holders:
+            return False
+        self._holders = [
+            one
+            for one in holders
+            if one.member.role in ("prefill", "both") and self._answerers(available, one)
+        ]
+        return bool(self._holders)
 
     def _single(self) -> bool:
         """Whether it is one prompt with one answer, of an API that hands over, and computes no more
@@ -82,6 +111,12 @@ class HandOver:
         path = request.path.partition(b"?")[0]
         known = path in PATHS and info.single and not info.resume_token_ids
         return known and not any(name in request.body for name in _WHOLE_PROMPT)
+
+    def _untried(self, tried: Sequence[Replica]) -> Sequence[Replica]:
+        """Those that may compute the prompt, without those that have failed."""
+        if self._holders:
+            return [one for one in self._holders if one not in tried]
+        return self._prefillers(tried)
 
     def _prefillers(self, tried: Sequence[Replica]) -> list[Replica]:
         """Those that may compute the prompt: there is another of their kind to answer it."""
@@ -116,11 +151,12 @@ class HandOver:
     async def compute(self, exchange: InFlight, spans: RequestSpans) -> None:
         """Have the prompt computed; `params` is empty afterwards if that failed."""
         tried: list[Replica] = []
-        while len(tried) < _TRIES and (found := self._prefillers(tried)):
+        while len(tried) < _TRIES and (found := self._untried(tried)):
             replica = self._relay.policy.pick(found, self._info)
             tried.append(replica)
             if await self._have(replica, self._request.body, 0, exchange, spans):
-                self._relay.process_counters.count_event("handed_over")
+                event = "prefix_moved" if self._holders else "handed_over"
+                self._relay.process_counters.count_event(event)
                 return
 
     async def compute_rest(

@@ -159,6 +159,20 @@ class PrefixAware:
         self._table.learn(chosen.slot, chain)
         return chosen
 
+    def known(
+        self, replicas: Sequence[Replica], info: RequestInfo
+    ) -> tuple[float, Sequence[Replica]]:
+        """(tokens, replicas): the longest prefix of the prompt that any of them knows, and which
+        do."""
+        if not info.for_text:
+            return 0.0, []
+        chain = hash_pieces(info.prompt, info.cache_salt)
+        blocks, slots = self._table.longest_match([r.slot for r in replicas], chain)
+        if not blocks:
+            return 0.0, []
+        having = [r for r in replicas if r.slot in slots]
+        return depth_of(chain[blocks - 1]) / BYTES_PER_TOKEN, having
+
     def _best_match(
         self,
         replicas: Sequence[Replica],
