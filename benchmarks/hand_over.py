@@ -35,6 +35,7 @@ from model_shapes import write_config
 from millrace.config import EngineArgs, engine_args
 from millrace.model.tiny import TinyShape, config_json
 from millrace.protocol import AddRequest, RecordSource, SamplingParams, TransferStats
+from millrace.runtime.transfer.client import KINDS
 from millrace.server.engine_link.client import EngineClient
 from millrace.server.telemetry.metrics import RequestMetrics
 
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--burst", type=int, default=2)
     parser.add_argument("--every", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--transport", default="auto", choices=("auto", "shm", "tcp", "nixl"))
+    parser.add_argument("--transport", default="auto", choices=KINDS)
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)

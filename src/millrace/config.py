@@ -82,7 +82,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     role: Literal["prefill", "decode", "both"] | None = None
     kv_transfer_host: str = "127.0.0.1"
     kv_transfer_port: int = 0
-    kv_transport: Literal["auto", "shm", "tcp", "nixl"] = "auto"
+    kv_transport: Literal["auto", "shm", "tcp", "nixl", "cuda_ipc"] = "auto"
     kv_lease: float = 30.0
     kv_load_failure_policy: Literal["fail", "recompute"] = "fail"
     speculative_config: SpeculativeConfig | None = None
@@ -153,8 +153,9 @@ HELP: Mapping[str, str] = {
     "asked for a key, only for a record's name.",
     "kv_transfer_port": "Port for that; other ranks take those behind it; 0 takes free ones.",
     "kv_transport": "How records come here. shm: out of the other engine's memory, on one host; "
-    "tcp; nixl: both sides need it then (pip install 'millrace[pd]'); auto: shm where that is "
-    "possible, else tcp.",
+    "tcp; nixl: both sides need it then (pip install 'millrace[pd]'); cuda_ipc: "
+    "records lie in host_cache_gb of the GPU's memory, for engines of one host that all use it; "
+    "auto: shm where that is possible, else tcp.",
     "kv_lease": "Seconds for which the record of a prompt is kept for whoever may take it.",
     "kv_load_failure_policy": "What becomes of a request whose record does not come: fail, or "
     "recompute its prompt.",
@@ -265,6 +266,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
     if args.device == "cuda" and not cuda:
         raise ConfigError("device cuda: no CUDA device is visible; use --device cpu")
     device: Literal["cpu", "cuda"] = "cuda" if cuda and args.device != "cpu" else "cpu"
+    _check_cuda_ipc(args, device)
     dtype = _dtype(args, facts)
     speculation = resolve_speculation(args.speculative_config, facts.mtp_layers)
     drafts = speculation.drafts
@@ -378,6 +380,18 @@ def _check_role(args: EngineArgs) -> None:
         raise ConfigError(
             f"kv_transfer_port {args.kv_transfer_port}: use 0, or one with a port behind it for "
             "each rank"
+        )
+
+
+def _check_cuda_ipc(args: EngineArgs, device: str) -> None:
+    if args.kv_transport != "cuda_ipc":
+        return
+    if device == "cpu":
+        raise ConfigError("kv_transport cuda_ipc: the device is a CPU; use shm, or auto")
+    if args.disk_cache:
+        raise ConfigError(
+            "kv_transport cuda_ipc: files are written out of the host's memory; leave disk_cache "
+            "out, or use shm"
         )
 
 

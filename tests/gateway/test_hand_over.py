@@ -28,41 +28,31 @@ _rng = random.Random(4)
 PROMPTS = [[_rng.randrange(3, 300) for _ in range(_rng.randrange(60, 200))] for _ in range(8)]
 
 
-def server(model: Path, log: Path, role: str, transport: str, ranks: int) -> Any:
+def server(model: Path, log: Path, role: str, device: str, transport: str, ranks: int = 1) -> Any:
     command = [sys.executable, "-m", "millrace.cli", "serve", str(model), "--port", "0"]
     command += ["--role", role, "--kv-transport", transport, "--kv-lease", str(LEASE)]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--device", "cpu", "--debug"]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--device", device]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--host-cache-gb", "0.1"]
     command += ["--max-engine-restarts", "1000", "--snapshot-distance", "0"]
     command += ["--num-snapshots", "16", "--served-model-name", "m"]
     command += ["--tensor-parallel-size", str(ranks)]
+    command += ["--debug"] if device == "cpu" else []
     return started(command, log)
 
 
 @contextlib.contextmanager
 def servers(
-    model: Path, folder: Path, count: int, transport: str, ranks: int = 1, both: bool = False
-) -> Iterator[tuple[list[LiveServer], list[LiveServer]]]:
-    """(those for prompts, those for answers)."""
+    model: Path, folder: Path, *options: Any, both: bool = False, device: str = "cpu"
+) -> Iterator[tuple[LiveServer, LiveServer]]:
+    """(one for prompts, one for answers). options: transport and ranks."""
     with contextlib.ExitStack() as stack:
-        made = {
-            role: [
-                stack.enter_context(
-                    server(
-                        model,
-                        folder / f"{role}-{n}.log",
-                        "both" if both else role,
-                        transport,
-                        ranks,
-                    )
-                )
-                for n in range(count)
-            ]
-            for role in ("prefill", "decode")
-        }
-        for one in [*made["prefill"], *made["decode"]]:
+        made = []
+        for side in ("prefill", "decode"):
+            role, log = "both" if both else side, folder / f"{side}.log"
+            made.append(stack.enter_context(server(model, log, role, device, *options)))
+        for one in made:
             one.wait_ready(120)
-        yield made["prefill"], made["decode"]
+        yield made[0], made[1]
 
 
 @contextlib.asynccontextmanager
@@ -116,25 +106,23 @@ def assert_nothing_left(of: list[LiveServer]) -> None:
 def test_a_pair_behind_a_gateway_says_what_one_server_says(
     small_model: Path, tmp_path: Path, transport: str, ranks: int
 ) -> None:
-    async def scenario(prefill: list[LiveServer], decode: list[LiveServer]) -> None:
-        alone = parse_url(decode[0].url)
-        truth = [await answer(alone, number) for number in range(4)]
+    async def scenario(prefill: LiveServer, decode: LiveServer) -> None:
+        truth = [await answer(parse_url(prefill.url), number) for number in range(8)]
         assert all(len(tokens) == TOKENS for tokens in truth)
-        async with in_front([*prefill, *decode]) as (made, target):
-            assert [await answer(target, n + 4) for n in range(4)] == [
-                await answer(parse_url(prefill[0].url), n + 4) for n in range(4)
-            ]
-            assert [await answer(target, n) for n in range(4)] == truth
-            assert made.counters.events()["handed_over"] == 8
-            assert made.counters.events()["hand_over_failed"] == 0
+        async with in_front([prefill, decode]) as (made, target):
+            assert [await answer(target, number) for number in range(8)] == truth
+            events = made.counters.events()
+            # By when the gateway has heard what is cached, a prefix moves, or a prompt.
+            assert events["handed_over"] + events["prefix_moved"] == 8
+            assert events["hand_over_failed"] == 0
         # The record of a prompt ends before its last token; what is cached here is longer.
-        await eventually(lambda: figures(prefill, "sent") == figures(decode, "received") == 8)
+        await eventually(lambda: figures([prefill], "sent") == figures([decode], "received") == 8)
         for unit in ("bytes", "pages"):
-            assert figures(prefill, f"sent_{unit}") == figures(decode, f"received_{unit}") > 0
+            assert figures([prefill], f"sent_{unit}") == figures([decode], f"received_{unit}") > 0
 
-    with servers(small_model, tmp_path, 1, transport, ranks) as (prefill, decode):
+    with servers(small_model, tmp_path, transport, ranks) as (prefill, decode):
         run(scenario(prefill, decode), timeout=240)
-        assert_nothing_left([*prefill, *decode])
+        assert_nothing_left([prefill, decode])
 
 
 @pytest.mark.sweep
@@ -160,6 +148,26 @@ def test_streams_of_a_drained_server_go_on_at_another(small_model: Path, tmp_pat
         await eventually(lambda: figures([one], "sent") == running)
         assert figures([one], "sent_bytes") == figures([other], "received_bytes")
 
-    with servers(small_model, tmp_path, 1, "tcp", both=True) as (one, other):
-        run(scenario(one[0], other[0]), timeout=240)
-        assert_nothing_left([*one, *other])
+    with servers(small_model, tmp_path, "tcp", both=True) as (one, other):
+        run(scenario(one, other), timeout=240)
+        assert_nothing_left([one, other])
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shm"])
+def test_two_processes_on_one_gpu(small_model: Path, tmp_path: Path, transport: str) -> None:
+    """With CUDA IPC no byte of a record leaves the GPU."""
+
+    async def scenario(prefill: LiveServer, decode: LiveServer) -> None:
+        truth = [await answer(parse_url(prefill.url), number) for number in range(4)]
+        async with in_front([prefill, decode]) as (made, target):
+            assert [await answer(target, number) for number in range(4)] == truth
+            events = made.counters.events()
+            assert events["handed_over"] + events["prefix_moved"] == 4
+        await eventually(lambda: figures([prefill], "sent") == figures([decode], "received") == 4)
+        assert figures([prefill], "sent_bytes") == figures([decode], "received_bytes") > 0
+
+    with servers(small_model, tmp_path, transport, device="cuda") as (prefill, decode):
+        run(scenario(prefill, decode), timeout=240)
+        assert_nothing_left([prefill, decode])

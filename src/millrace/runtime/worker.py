@@ -288,7 +288,8 @@ class Worker:
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
-            return gpu_memory_budget(
+            records = self.host_bytes() if args.kv_transport == "cuda_ipc" else 0
+            return -records + gpu_memory_budget(
                 args.gpu_memory_utilization, self._workspace, self._background.close
             )
         enough = enough_memory(
@@ -331,15 +332,17 @@ class Worker:
     def _build_tiers(self, caches: Caches, pool: Snapshots) -> Tiers | None:
         if not (size := self.host_bytes()):
             return None
-        if size > (free := _available_memory()):
+        on_device = self.config.args.kv_transport == "cuda_ipc" and self._device.type == "cuda"
+        if not on_device and size > (free := _available_memory()):
             raise ConfigError(
                 f"host_cache_gb {self.config.host_cache / 2**30:g}: this rank needs "
                 f"{size / 2**30:.1f} GiB of the host's memory for it, and {free / 2**30:.1f} are "
                 "free; give less"
             )
         shared = self.config.args.role is not None
-        host, files = HostCache(size, caches, pool, shared), None
-        logger.info("cached prefixes may take %.2f GiB of the host's memory", size / 2**30)
+        host, files = HostCache(size, caches, pool, shared, on_device), None
+        where = "GPU" if on_device else "host"
+        logger.info("cached prefixes may take %.2f GiB of the %s's memory", size / 2**30, where)
         if self.config.disk_cache:
             rank, size = self.ranks.rank, self.ranks.size
             folder = cache_folder(self.config, self.cache_spec, self._directory, rank, size)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 GPU_TIE = 1e-2
 
 
-@pytest.mark.parametrize(("transport", "k"), [("shm", 0), ("shm", 2), ("tcp", 1)])
+@pytest.mark.parametrize(("transport", "k"), [("shm", 0), ("shm", 2), ("tcp", 1), ("nixl", 1)])
 def test_same_tokens_on_a_gpu(tiny_model: Path, transport: str, k: int) -> None:
     given = options(
         k, device="cuda", kv_transport=transport, kv_cache_memory_bytes=1 << 30, debug=False

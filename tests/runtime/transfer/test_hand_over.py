@@ -236,6 +236,7 @@ def test_roles_that_cannot_work_are_refused(tiny_model: Path) -> None:
     for given, text in (
         ({"enable_prefix_caching": False, "host_cache_gb": 0.0}, "leave prefix caching on"),
         ({"num_snapshots": 0}, "num_snapshots 0: use 2 or more"),
+        ({"kv_transport": "cuda_ipc"}, "the device is a CPU; use shm"),
         ({"kv_lease": 0.0}, "kv_lease 0: use seconds above 0"),
     ):
         with pytest.raises(ConfigError, match=text):

@@ -21,6 +21,7 @@ from millrace.protocol import Move
 from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.step.upload import upload
 from millrace.runtime.tiers.pinned import pinned_memory, unpin
+from millrace.runtime.transfer.device_memory import allocate, free
 from millrace.runtime.transfer.layout import RecordLayout
 from millrace.runtime.transfer.shared_memory import mapped, new_file
 
@@ -32,18 +33,24 @@ class HostCache:
     """`size` bytes, and the device memory that is copied from and to.
 
     shared: other engines of this host may read the memory; `descriptor` is that of its file then,
-    else -1. layout: of the bytes of a record in it.
+    else -1. on_device: it is the GPU's own, which others read by CUDA IPC. layout: of the bytes of
+    a record in it.
     """
 
     def __init__(
-        self, size: int, caches: Caches, snapshots: Snapshots, shared: bool = False
+        self,
+        size: int,
+        caches: Caches,
+        snapshots: Snapshots,
+        shared: bool = False,
+        on_device: bool = False,
     ) -> None:
         # By page, all layers: [pages, L, ...].
         self._pages = [_words(stack).transpose(0, 1) for stack in caches.kv]
         self._device = caches.block_table.device
         on_gpu = self._device.type == "cuda"
-        self.descriptor = new_file(size) if shared else -1
-        self.memory = self._allocate(size, on_gpu)
+        self.descriptor = new_file(size) if shared and not on_device else -1
+        self.memory = allocate(size, self._device) if on_device else self._allocate(size, on_gpu)
         self._stream = torch.cuda.Stream() if on_gpu else None
         # By snapshot, the parts of a record: [M, L, ...] or [M, ...].
         self._states = [stack.transpose(0, 1) for stack in snapshots.stacks.values()]
@@ -98,7 +105,10 @@ class HostCache:
             if time.monotonic() > end:
                 return
             time.sleep(0.001)
-        unpin(self.memory)
+        if self.memory.is_cuda:
+            free(self.memory)
+        else:
+            unpin(self.memory)
 
     def _beside(self) -> AbstractContextManager[object]:
         if self._stream is None:

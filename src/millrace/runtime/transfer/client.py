@@ -21,6 +21,7 @@ from torch import Tensor
 
 from millrace.common.framing import FramingError
 from millrace.protocol import HostPages, RecordMove, RecordSource
+from millrace.runtime.transfer.device_memory import close_handle, open_handle
 from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
 from millrace.runtime.transfer.messages import (
     FRAMING,
@@ -43,7 +44,7 @@ AT_ONCE = 4
 MOST_KEPT = 4  # connections to one rank of an engine
 MOST_ENGINES = 64  # that are remembered
 STOP_SECONDS = 5.0
-KINDS = ("auto", "shm", "tcp", "nixl")
+KINDS = ("auto", "shm", "tcp", "nixl", "cuda_ipc")
 
 
 class RecordError(Exception):
@@ -104,13 +105,14 @@ class RecordClient:
         self._engines: dict[str, Hello] = {}  # what those say that were asked lately
         self._kept: dict[_Rank, list[_Connection]] = {}
         self._in_use: set[socket.socket] = set()
+        self._mapped: dict[bytes, Tensor] = {}  # other engines' memory, by its handle
         self._lock = threading.Lock()
         self._closing = False
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="take-records")
 
     def take(self, move: RecordMove) -> Future[Moved]:
         """Bring a record. The result says whether it is here."""
-        return self._threads.submit(self._take, move)
+        return self._threads.submit(self._take_beside, move)
 
     def close(self) -> None:
         """End what is under way, and every connection."""
@@ -124,8 +126,22 @@ class RecordClient:
                 one.close()
             self._kept.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for memory in self._mapped.values():
+            with contextlib.suppress(OSError):  # its engine is gone
+                close_handle(memory)
+        self._mapped.clear()
 
     # --- on a thread --------------------------------------------------------------------------
+
+    def _take_beside(self, move: RecordMove) -> Moved:
+        """On a stream of its own where the memory is a GPU's, so that no step waits."""
+        if not self._memory.is_cuda:
+            return self._take(move)
+        stream = torch.cuda.Stream(self._memory.device)
+        with torch.cuda.stream(stream):
+            moved = self._take(move)
+        stream.synchronize()
+        return moved
 
     def _take(self, move: RecordMove) -> Moved:
         assert move.source is not None
@@ -160,7 +176,8 @@ class RecordClient:
         taker = (self._rank, max(1, self._ranks // ranks))
         parts: dict[int, Tensor] = {}
         for rank in sources_of(self._rank, self._ranks, ranks):
-            parts[rank] = torch.empty(total(pieces), dtype=torch.uint8)
+            device = self._memory.device
+            parts[rank] = torch.empty(total(pieces), dtype=torch.uint8, device=device)
             one = _Rank(source.host, ports[rank], source.engine, rank)
             self._take_from(one, move, _Target(parts[rank], pieces, taker), end)
         self._put(self._form, parts, ranks, pages, here)
@@ -263,9 +280,10 @@ class RecordClient:
         return found
 
     def _connect(self, source: _Rank, end: float) -> _Connection:
-        if self._kind in ("auto", "shm") and (local := _connect_locally(source)):
-            return self._greet(local, source, "shm", end)
-        if self._kind == "shm":
+        on_host: Transport = "cuda_ipc" if self._kind == "cuda_ipc" else "shm"
+        if self._kind in ("auto", on_host) and (local := _connect_locally(source)):
+            return self._greet(local, source, on_host, end)
+        if self._kind == on_host:
             raise RecordError("the other engine's memory is not on this host; use --kv-transport")
         limit = min(CONNECT_SECONDS, _left(end))
         sock = socket.create_connection((source.host, source.port), limit)
@@ -292,11 +310,26 @@ class RecordClient:
                 )
             if unlike := self._hello.identity.differences(answer.identity):
                 raise RecordError("the engines cannot share records: " + "; ".join(unlike))
-            memory = _memory_of(sock, answer) if transport == "shm" else None
+            memory = None
+            if transport == "shm":
+                memory = _memory_of(sock, answer)
+            elif transport == "cuda_ipc":
+                memory = self._opened(answer)
             return _Connection(sock, answer, memory)
         except BaseException:
             sock.close()
             raise
+
+    def _opened(self, hello: Hello) -> Tensor:
+        """The memory of another engine, on a GPU. It is opened once for all connections."""
+        with self._lock:
+            known = self._mapped.get(hello.handle)
+            if known is None:
+                while len(self._mapped) >= MOST_ENGINES:
+                    close_handle(self._mapped.pop(next(iter(self._mapped))))
+                known = open_handle(hello.handle, hello.memory, self._memory.device)
+                self._mapped[hello.handle] = known
+            return known
 
     def _put_back(self, source: _Rank, connection: _Connection, keep: bool) -> None:
         """Keep a connection for the next record, or close it."""

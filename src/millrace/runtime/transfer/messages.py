@@ -13,13 +13,14 @@ import msgspec
 from millrace.common.framing import Framing
 from millrace.runtime.transfer.identity import Identity
 
-Transport = Literal["tcp", "shm", "nixl"]
+Transport = Literal["tcp", "shm", "nixl", "cuda_ipc"]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """engine: its id. transport: how whoever opens wants the bytes. memory: bytes of the host's
     memory that records lie in. address: where it begins; agent: by whom NIXL reads it. ports: of
-    the engine's ranks, each of which hands over its own part."""
+    the engine's ranks, each of which hands over its own part. handle: of the memory, where it is a
+    GPU's."""
 
     engine: str
     identity: Identity
@@ -28,6 +29,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     address: int = 0
     agent: bytes = b""
     ports: tuple[int, ...] = ()
+    handle: bytes = b""
 
 
 class Take(msgspec.Struct, frozen=True, tag="take"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from millrace.protocol import RecordMove
 from millrace.runtime.transfer.client import RecordClient
+from millrace.runtime.transfer.device_memory import handle_of
 from millrace.runtime.transfer.identity import Identity
 from millrace.runtime.transfer.layout import RecordLayout
 from millrace.runtime.transfer.messages import Hello
@@ -65,6 +66,7 @@ class Peer:
             memory=memory.nbytes,
             address=memory.data_ptr(),
             agent=self._reader.agent if self._reader else b"",
+            handle=handle_of(memory) if memory.is_cuda else b"",
         )
         self._offers = Offers()
         self._server = RecordServer(

@@ -68,7 +68,9 @@ class RecordForm:
         whole = pages * sum(layout.page_bytes)
         most = pages * sum(self.layout(there).page_bytes)
         state = any(len(data) > most for data in sources.values())
-        found = torch.empty(whole + state * layout.state_bytes, dtype=torch.uint8)
+        device = next(iter(sources.values())).device
+        size = whole + state * layout.state_bytes
+        found = torch.empty(size, dtype=torch.uint8, device=device)
         targets = list(self._views(found, here, pages, state))
         for source, data in sources.items():
             views = self._views(data, there, pages, state)
@@ -105,7 +107,7 @@ def _copy_common(target: Tensor, to: list[Ranges], source: Tensor, out_of: list[
         common = [(place, at[e]) for place, e in enumerate(_entries(mine)) if e in at]
         if not common:
             return
-        places, entries = torch.tensor(common).unbind(1)
+        places, entries = torch.tensor(common, device=target.device).unbind(1)
         target.index_copy_(axis, places, source.index_select(axis, entries))
         return  # no buffer is divided along two axes
     target.copy_(source)

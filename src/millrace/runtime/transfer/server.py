@@ -69,10 +69,10 @@ class RecordServer:
     ) -> None:
         self._hello, self._offers, self._layout = hello, offers, layout
         self._memory, self._descriptor = memory, descriptor
-        self._bytes = memory.numpy().data
+        self._on_gpu = memory.is_cuda
         self._listeners = listen(host, port)
         self.port: int = self._listeners[0].getsockname()[1]
-        if descriptor >= 0:
+        if descriptor >= 0 or self._on_gpu:
             self._listeners.append(_listen_locally(hello.engine, rank))
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -164,8 +164,13 @@ class RecordServer:
         if hello.transport == "nixl" and not self._hello.agent:
             _send(connection, Refused("nixl: not on this side; use --kv-transport tcp"))
             return False
+        if self._on_gpu != (hello.transport == "cuda_ipc"):
+            here = "the GPU's" if self._on_gpu else "the host's"
+            way = "cuda_ipc" if self._on_gpu else "auto"
+            _send(connection, Refused(f"records lie in {here} memory; use --kv-transport {way}"))
+            return False
         _send(connection, self._hello)
-        if connection.family == socket.AF_UNIX:
+        if connection.family == socket.AF_UNIX and not self._on_gpu:
             descriptor = read_only(self._descriptor)
             try:
                 socket.send_fds(connection, [b"m"], [descriptor])
@@ -209,8 +214,9 @@ class RecordServer:
         return (answer, size) if isinstance(answer, Taken) else (None, 0)
 
     def _send_bytes(self, connection: socket.socket, pieces: list[Piece]) -> None:
+        data = self._memory.numpy().data
         for piece in pieces:
-            connection.sendall(self._bytes[piece.at : piece.at + piece.bytes])
+            connection.sendall(data[piece.at : piece.at + piece.bytes])
 
 
 def _send(connection: socket.socket, message: Message) -> None:
