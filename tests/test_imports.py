@@ -25,7 +25,7 @@ LAYERS = [
     "vllm_keywords speculation",
     "target",
     "protocol config lengths response_ids common tasks request_parser model_lookup vllm_flags",
-    "hardware logs",
+    "hardware logs dashboard",
     "batch",
     "batch.jobs",
     # the engine plane: one replica
@@ -95,7 +95,7 @@ FLEET_PLANE = {"gateway", "fleet", "bench", "tune", "observe", "batch"}
 # What the fleet plane may use besides itself; so it reaches no engine, whatever these import.
 FLEET_GROUND = {
     "version", "errors", "target", "response_ids", "common", "tasks", "request_parser", "hardware",
-    "logs",
+    "logs", "dashboard",
 }  # fmt: skip
 # The tuner asks the planner for its first settings; that knows models by their descriptions alone.
 PLANNER_OF_TUNER = {("tune", name) for name in ("plan", "plan.predict", "plan.facts")}

@@ -366,6 +366,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     each of STEP_TOKENS, and how many more than the last; steps without a token are not counted.
     step_tokens_sum: their tokens. expert_tokens: how many tokens each expert got, by layer, if that
     is reported; expert_ranks: ranks among which the experts of a layer are divided in this order.
+    step_times: of steps that decode, that compute prompts, and that do both: their number, seconds,
+    and seconds in which the device waited for the host.
     work: only in some messages, and only where a model's work can be counted.
     """
 
@@ -399,6 +401,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_not_finite: int = 0  # ended because their logits were NaN or infinite
     step_tokens: list[int] = []
     step_tokens_sum: int = 0
+    step_times: list[float] = []
     expert_tokens: dict[str, list[int]] = {}
     expert_ranks: int = 1
     work: WorkStats | None = None

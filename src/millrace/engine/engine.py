@@ -26,6 +26,7 @@ from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
 from millrace.engine.plan_log import PlanLog, StepSizes
 from millrace.engine.scheduler import Scheduler
+from millrace.engine.step_times import StepTimes
 from millrace.engine.worker_protocol import Account, Pending, Worker
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, EngineStats, Masks, StepPlan, StepResult
@@ -42,7 +43,7 @@ LARGE_PIECE = 512
 class _LaunchedStep:
     """A launched step. planning .. ended: as in `StepTiming`. at: when, in seconds. masked: its
     sampled rows that follow a grammar, with request ids. last: nothing is launched behind it before
-    it has ended."""
+    it has ended. waited: how long the host waited for its result."""
 
     plan: StepPlan
     planning: float
@@ -53,6 +54,7 @@ class _LaunchedStep:
     masked: Sequence[tuple[int, str]]
     last: bool
     ended: float = 0.0
+    waited: float = 0.0
     result: StepResult | None = None
 
 
@@ -92,6 +94,8 @@ class Engine:
         self._compiling: dict[str, tuple[AddRequest, Future[GrammarState]]] = {}
         self._steps: deque[_LaunchedStep] = deque()
         self._immediate: list[Delta] = []  # ends of requests that no step brings
+        has_device = config is not None and config.device != "cpu"
+        self._step_times = StepTimes(overlaps=depth > 0, has_device=has_device)
         self._last_result = 0.0  # when the result of the newest step that has ended was there
 
     def add(self, request: AddRequest) -> None:
@@ -143,12 +147,12 @@ class Engine:
         self.scheduler.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
-        """The scheduler's figures; requests whose grammars are compiled wait too."""
+        """The scheduler's figures, and times of steps; requests whose grammars are compiled wait
+        too."""
         stats, compiling = self.scheduler.stats(), len(self._compiling)
-        if not compiling:
-            return stats
         return msgspec.structs.replace(
             stats,
+            step_times=self._step_times.totals,
             waiting=stats.waiting + compiling,
             waiting_deferred=stats.waiting_deferred + compiling,
         )
@@ -181,8 +185,10 @@ class Engine:
     def _result(self, step: _LaunchedStep) -> StepResult:
         """A step's result. The first call waits for it and advances the grammars by its tokens."""
         if step.result is None:
+            began = self._now()
             step.result = step.pending.result()
             step.ended = self._now()
+            step.waited = step.ended - began
             for row, request_id in step.masked:
                 assert self.grammars is not None
                 drafts = step.result.drafts[row]
@@ -194,6 +200,7 @@ class Engine:
         # A step begins when it is launched, or when the one before has ended.
         now = monotonic()
         seconds, self._last_result = now - max(step.at, self._last_result), now
+        self._step_times.add(step.plan, seconds, step.waited)
         if self._log:
             self._log.write(result)
         deltas = self.scheduler.commit(result, 0.0 if step.masked else seconds)

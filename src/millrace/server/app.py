@@ -17,11 +17,13 @@ from starlette.types import ASGIApp
 from millrace.common.api_errors import ApiError
 from millrace.errors import ModelError, RequestError, TransferError
 from millrace.server.api.context import ApiContext
+from millrace.server.api.live_pages import LivePages
 from millrace.server.api.pages import Pages
 from millrace.server.engine_link.client import EngineDeadError
 from millrace.server.http.errors import error_response
 from millrace.server.openapi import openapi_document
 from millrace.server.routes import ABSENT, ROUTES
+from millrace.server.telemetry.live_page import LivePage
 from millrace.server.telemetry.metrics import MetricsPage
 
 _ANY = ["GET", "POST", "PUT", "DELETE"]
@@ -29,16 +31,21 @@ _UNMANAGED = "start the server with --admin-key, and send that key"
 
 
 def application(
-    context: ApiContext, metrics_page: MetricsPage, *, root: str, managed: bool = False
+    context: ApiContext,
+    metrics_page: MetricsPage,
+    live: LivePage | None,
+    *,
+    root: str,
+    managed: bool = False,
 ) -> ASGIApp:
     """The ASGI application of one replica.
 
-    root: the model's directory. managed: also offer the endpoints that change what the engine does.
+    live: what /dashboard shows; None: there are no pages. root: the model's directory. managed: also offer the endpoints that change what the engine does.
     """
     offered = [route for route in ROUTES if managed or not route.manages]
     absent = dict(ABSENT)
     absent.update((row.path, _UNMANAGED) for row in ROUTES if row not in offered)
-    pages = Pages(context, metrics_page, root=root, document=openapi_document(offered))
+    pages = Pages(context, metrics_page, live, root=root, document=openapi_document(offered))
     families: dict[type[Any], Any] = {Pages: pages}
     for row in offered:
         if row.family not in families:
@@ -48,6 +55,8 @@ def application(
         Route(row.path, row.handler.__get__(families[row.family]), methods=list(row.methods))
         for row in offered
     ]
+    if live is not None:
+        routes += LivePages(live, lambda: context.client.draining).routes()
     routes += [Route(path, _refusal(path, why), methods=_ANY) for path, why in absent.items()]
     errors = (
         ApiError, RequestError, ModelError, TransferError, EngineDeadError, HTTPException,

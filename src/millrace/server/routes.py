@@ -187,7 +187,7 @@ ROUTES: tuple[ApiRoute, ...] = (
     ApiRoute("/metrics", _GET, "Figures for Prometheus", Pages, Pages.metrics),
     ApiRoute(
         "/load", _GET, "Open requests and their tokens, for gateways", Pages, Pages.load,
-        answer=Load, query=("prefixes_since",),
+        answer=Load, query=("prefixes_since", "samples_since"),
     ),
     ApiRoute(
         "/cache/explain", _GET, "Why a request's prompt was not all in the prefix cache",

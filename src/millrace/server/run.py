@@ -69,9 +69,12 @@ from millrace.server.supervisor import (
 from millrace.server.telemetry.cache_reports import CacheReports
 from millrace.server.telemetry.devices import DeviceSampler
 from millrace.server.telemetry.load_log import EVERY_SECONDS, LoadLog
+from millrace.server.telemetry.live_page import LivePage
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
+from millrace.server.telemetry.samples import Sampler
 from millrace.server.telemetry.work_metrics import WorkMetrics
 from millrace.text.processor import TextProcessor
+from millrace.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +148,12 @@ async def _serve(
                 lambda: sampler.samples,
             ),
         )
+        live = _live_page(names[0], client, metrics, sampler)
         middleware = _middleware(
             IdempotentRequests(
                 make_application(
-                    args, options, names, client, metrics, page, sandboxes, control, batches.api
+                    args, options, names, client, metrics, page, sandboxes, control, batches.api,
+                    live,
                 )
             ),
             options,
@@ -182,7 +187,7 @@ async def _serve(
             logger.error,
             on_failure=lambda error: _end_unsupervised(client, server, error),
         )
-        chores = [supervision]
+        chores = [supervision, restarted("the samples of the live page", live.run, logger.error)]
         if not options.disable_log_stats:
             chores.append(
                 restarted("the figures in the log", partial(_log_load, client), logger.error)
@@ -210,9 +215,11 @@ def make_application(
     sandboxes: tuple[Sandbox, Sandbox],
     control: EngineControl,
     batches: BatchApi | None = None,
+    live: LivePage | None = None,
 ) -> ASGIApp:
     """The API of one engine, without what every HTTP request passes through. names: of the model.
-    sandboxes: of `make_sandboxes`. batches: the API of files and batches, if there is one."""
+    sandboxes: of `make_sandboxes`. batches: the API of files and batches, if there is one. live:
+    what /dashboard shows; None: nothing is."""
     directory = Path(args.model)
     tokenizer = find_model(args.tokenizer) if args.tokenizer else directory
     context = ApiContext(
@@ -248,7 +255,7 @@ def make_application(
         max_stored_bytes=options.max_stored_bytes,
     )
     managed = args.debug or admin_key(options) is not None
-    return application(context, page, root=args.model, managed=managed)
+    return application(context, page, live, root=args.model, managed=managed)
 
 
 def make_sandboxes(args: EngineArgs) -> tuple[Sandbox, Sandbox]:
@@ -354,6 +361,25 @@ async def _supervise_engine(
         logger.info("%s", _startup_message(ready, name, scheme, listener, token_ids))
     await Restarter(client, options.max_engine_restarts).run()
     server.should_exit = True
+
+
+def _live_page(
+    name: str, client: EngineClient, metrics: RequestMetrics, sampler: DeviceSampler
+) -> LivePage:
+    about = {"kind": "server", "name": name, "version": __version__}
+    samples = Sampler(lambda: client.stats, metrics, lambda: sampler.samples)
+    return LivePage(samples, partial(_engine_state, client), about)
+
+
+def _engine_state(client: EngineClient) -> tuple[str, str]:
+    """What the engine does, in a word, and why."""
+    if client.died is not None:
+        return "down", str(client.died)[:300]
+    if client.draining:
+        return "draining", "the server is told to stop"
+    if client.refusal is not None:
+        return client.refusal, ""
+    return ("up", "") if client.ready is not None else ("loading", "")
 
 
 async def _log_load(client: EngineClient) -> None:

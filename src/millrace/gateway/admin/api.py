@@ -21,7 +21,11 @@ import msgspec
 from millrace.common.http_client import fetch, parse_base_url
 from millrace.common.safe_log import dropped_lines
 from millrace.common.tasks import task_failures
+from millrace.dashboard.files import EVENTS_PATH, HEADERS, HISTORY_PATH, file_at
+from millrace.dashboard.files import PATHS as PAGES
+from millrace.dashboard.stream import CONTENT_TYPE, Cursor
 from millrace.errors import UserError
+from millrace.gateway.admin.live_page import FleetPage
 from millrace.gateway.admin.metrics import exposition
 from millrace.gateway.admin.metrics_merge import ENGINE_UP, engine_page, merged
 from millrace.gateway.admin.scale import ScaleAdvisor
@@ -43,13 +47,16 @@ from millrace.gateway.http.message import (
     Request,
     api_error_reply,
     error_reply,
+    header,
     json_reply,
 )
 from millrace.gateway.relay.access import Access
 from millrace.gateway.routing.candidates import model_not_found
 from millrace.gateway.routing.replicas import Member, ReplicaSet
 
-_OWN = (b"/health", b"/metrics", b"/v1/models")
+_OWN = frozenset(
+    (b"/health", b"/metrics", b"/v1/models", *(path.encode() for path in PAGES)),
+) | {EVENTS_PATH.encode(), HISTORY_PATH.encode()}
 _MODEL = "/v1/models/"
 _ID = re.compile("[0-9]{1,9}")
 _MAX_ADMIN_BODY = 64 << 10
@@ -136,8 +143,14 @@ class AdminApi:
         path = unquote(request.path.partition(b"?")[0].decode("latin-1"))
         if path == "/metrics":
             return await self._metrics()
+        if path in PAGES:
+            return _page(path)
         if not self._may_read(request):
             return api_error_reply(self._access.refusal(request))
+        if path == EVENTS_PATH:
+            return self._events_reply(request)
+        if path == HISTORY_PATH:
+            return self._history_reply(request)
         if path.startswith(_MODEL):
             return self._model(path.removeprefix(_MODEL))
         if path == "/v1/models":
@@ -176,6 +189,21 @@ class AdminApi:
         except UserError as error:
             return error_reply(409, str(error))
         return json_reply(202, fleet.document())
+
+    def _events_reply(self, request: Request) -> LocalReply:
+        """GET /dashboard/events: the next part of a viewer's stream."""
+        last = header(request.headers, b"last-event-id").decode("latin-1")
+        message, seen = self._live.message(Cursor.parse(last))
+        headers = (("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"))
+        return LocalReply(200, message, CONTENT_TYPE, headers, follow=str(seen))
+
+    def _history_reply(self, request: Request) -> LocalReply:
+        """GET /dashboard/replica?id=ID: the last hour of one replica."""
+        asked = parse_qs(request.path.partition(b"?")[2].decode("latin-1")).get("id", [""])[0]
+        found = self._live.replica_history(int(asked)) if _ID.fullmatch(asked) else None
+        if found is None:
+            return error_reply(404, f"there is no replica {asked[:20]!r}")
+        return json_reply(200, found)
 
     def _model(self, name: str) -> LocalReply:
         """One model, as /v1/models has it."""

@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import msgspec
-
+from millrace.dashboard.stream import Event
 from millrace.gateway.routing.replicas import NOT_CHECKED, Member
 
 logger = logging.getLogger("millrace.gateway")
@@ -21,16 +20,6 @@ logger = logging.getLogger("millrace.gateway")
 EventKind = Literal["added", "up", "down", "draining", "removed", "ended", "killed", "replaced"]
 MAX_EVENTS = 1000
 _TROUBLE = ("down", "ended", "killed")
-
-
-class Event(msgspec.Struct, frozen=True):
-    """number: counts up from 1. at: seconds since 1970. replica: its name; "" for the gateway."""
-
-    number: int
-    at: float
-    kind: str
-    replica: str
-    text: str = ""
 
 
 class FleetEvents:

@@ -26,6 +26,7 @@ from millrace.errors import UserError
 from millrace.gateway.common.replica_spec import HealthPolicy as HealthPolicy
 from millrace.gateway.common.replica_spec import ReplicaSpec as ReplicaSpec
 from millrace.gateway.common.replica_spec import check_spec
+from millrace.dashboard.sample import Sample
 from millrace.gateway.common.shared_counters import (
     ENDED,
     IN_FLIGHT,
@@ -52,6 +53,7 @@ from millrace.gateway.routing.suspects import (
 
 logger = logging.getLogger("millrace.gateway")
 
+_SAMPLE_SECONDS = 1.0
 _MODELS_SECONDS = 10.0  # between two readings of the models of a healthy replica
 
 
@@ -86,8 +88,9 @@ class _Monitored:
 
 
 class HealthMonitor:
-    """All replicas and the tasks that check them. listeners: called with every new list. by_prefix:
-    the policy uses prefixes, so replicas are asked for theirs."""
+    """All replicas and the tasks that check them. listeners: called with every new list.
+    on_samples: called with a replica's id and what it says of its last seconds. by_prefix: the
+    policy uses prefixes, so replicas are asked for theirs."""
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class HealthMonitor:
         self._requests = RequestEvidence(policy.suspect_timeout)
         self.listeners: list[Callable[[list[Member]], None]] = []
         self.suspect_listeners: list[Callable[[Suspect], None]] = []
+        self.on_samples: Callable[[int, list[Sample]], None] = lambda id, samples: None
 
     @property
     def members(self) -> list[Member]:
@@ -436,6 +440,7 @@ class HealthMonitor:
         """Correct the counted load by its load reports; read its prefixes."""
         reports = LoadReports(monitored.spec.target, self._headers)
         counters, slot = self._counters, monitored.member.slot
+        newest, asked = 0, 0.0  # the second of its newest sample, and when samples were asked for
         try:
             while True:
                 await asyncio.sleep(reports.next_delay(self._policy.load_interval))
@@ -447,9 +452,19 @@ class HealthMonitor:
                     counters.replica_total(slot, IN_FLIGHT),
                 )
                 cursor = monitored.reported_prefixes.cursor if self._by_prefix else None
-                report = await reports.read(monitored.member.kind, cursor)
+                due = time.monotonic() - asked >= _SAMPLE_SECONDS
+                asked = time.monotonic() if due else asked
+                report = await reports.read(
+                    monitored.member.kind, cursor, newest if due else None
+                )
                 if report is not None and report.prefixes is not None:
                     monitored.reported_prefixes.apply(report.prefixes, cursor)
+                if report is not None and report.samples:
+                    # At first it tells a minute of its past, which is no news.
+                    self.on_samples(
+                        monitored.member.id, report.samples if newest else report.samples[-1:]
+                    )
+                    newest = report.samples[-1].at
                 if report is not None:
                     correct_load(counters, slot, report, tokens, requests)
         finally:

@@ -15,7 +15,9 @@ import msgspec
 
 from millrace.common.http_client import Connection, Response, Target, connect, encode_request
 from millrace.common.prefix_hash import PrefixReport
+from millrace.dashboard.sample import Sample
 from millrace.gateway.common.shared_counters import IN_FLIGHT, RESIDENT, SharedCounters
+from millrace.gateway.health.vllm_samples import VllmSamples
 from millrace.gateway.http.request_info import Kind
 
 _TIMEOUT = 1.0
@@ -26,11 +28,13 @@ _GAUGE = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-
 
 class LoadReport(msgspec.Struct, frozen=True):
     """requests: running in the replica. tokens: of these, prompt and output so far; None if
-    unknown. prefixes: if they were asked for and it keeps any."""
+    unknown. prefixes: if they were asked for and it keeps any. samples: of its last seconds, if they
+    were asked for."""
 
     requests: int
     tokens: int | None = None
     prefixes: PrefixReport | None = None
+    samples: list[Sample] = []
 
     def correction(self, counted: int, requests: int) -> int:
         """Tokens to add to what the gateway counted (tokens, requests)."""
@@ -63,6 +67,7 @@ class LoadReports:
         self._connection: Connection | None = None
         self._headers = headers
         self._min_delay = 0.0
+        self._vllm = VllmSamples()
 
     def next_delay(self, interval: float) -> float:
         """Seconds until the next report is to be read."""
@@ -74,11 +79,16 @@ class LoadReports:
             self._connection.close()
             self._connection = None
 
-    async def read(self, kind: Kind, prefixes_since: str | None = None) -> LoadReport | None:
-        """Its report; None if there is none now. prefixes_since: a cursor; None: no prefixes."""
+    async def read(
+        self, kind: Kind, prefixes_since: str | None = None, samples_since: int | None = None
+    ) -> LoadReport | None:
+        """Its report; None if there is none now. prefixes_since: a cursor; None: no prefixes.
+        samples_since: the second of the newest sample that is known; None: no samples."""
         path = "/metrics" if kind == "vllm" else "/load"
-        if kind == "millrace" and prefixes_since is not None:
-            path += f"?prefixes_since={prefixes_since}"
+        if kind == "millrace":
+            asked = {"prefixes_since": prefixes_since, "samples_since": samples_since}
+            query = "&".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+            path += f"?{query}" if query else ""
         try:
             async with asyncio.timeout(_TIMEOUT):
                 response = await self._get(path)
@@ -91,7 +101,8 @@ class LoadReports:
         self._min_delay = _VLLM_INTERVAL if kind == "vllm" else 0.0
         if kind == "vllm":
             found = [float(value) for value in _GAUGE.findall(response.body)]
-            return LoadReport(int(sum(found))) if found else None
+            samples = self._vllm.read(response.body)
+            return LoadReport(int(sum(found)), samples=samples) if found else None
         with contextlib.suppress(msgspec.DecodeError):
             return _DECODER.decode(response.body)
         return None

@@ -163,7 +163,8 @@ def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 class LocalReply(msgspec.Struct, frozen=True):
     """A complete response of the gateway itself. close: the connection ends with it. error: the
-    message of an error; the body has it in OpenAI's shape."""
+    message of an error; the body has it in OpenAI's shape. follow: the body is a part of a stream of
+    events; the next part answers the same request with this Last-Event-ID."""
 
     status: int
     body: bytes
@@ -171,6 +172,7 @@ class LocalReply(msgspec.Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
     close: bool = False
     error: str | None = None
+    follow: str = ""
 
     def in_shape_of(self, path: bytes) -> LocalReply:
         """The same reply; an error has the shape of the API that the path belongs to."""
@@ -189,6 +191,21 @@ class LocalReply(msgspec.Struct, frozen=True):
             encoded.append((b"Connection", b"close"))
         start = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode()
         return _head(start, encoded) + self.body
+
+
+def stream_head(reply: LocalReply, request_id: bytes) -> bytes:
+    """The head of a stream of which this reply is the first part; the stream ends with the
+    connection."""
+    fields = [("Content-Type", reply.content_type), *reply.headers, ("Connection", "close")]
+    encoded = [(k.encode(), v.encode()) for k, v in fields]
+    return _head(b"HTTP/1.1 200 OK", [*encoded, (b"X-Request-Id", request_id)])
+
+
+def next_part(request: Request, last_id: str) -> Request:
+    """The request for the next part of a stream."""
+    rest = [pair for pair in request.headers if pair[0].lower() != b"last-event-id"]
+    headers = [*rest, (b"Last-Event-ID", last_id.encode())]
+    return msgspec.structs.replace(request, headers=headers)
 
 
 def json_reply(status: int, value: object) -> LocalReply:

@@ -14,6 +14,7 @@ import msgspec
 
 from millrace.common.api_errors import shutting_down
 from millrace.common.tasks import describe
+from millrace.dashboard.stream import MAX_VIEWERS
 from millrace.gateway.http.bodies import RequestBodies
 from millrace.gateway.http.message import (
     MAX_REQUEST_ID,
@@ -24,6 +25,8 @@ from millrace.gateway.http.message import (
     api_error_reply,
     error_reply,
     header,
+    next_part,
+    stream_head,
 )
 from millrace.gateway.relay.exchange import Exchange
 from millrace.gateway.relay.relay import Relay
@@ -31,6 +34,7 @@ from millrace.request_parser import Head, RequestParser
 
 logger = logging.getLogger("millrace.gateway")
 
+_PART_SECONDS = 1.0  # between two parts of a stream
 _LINGER_SECONDS = 5.0  # for a client to read the last reply and to stop sending
 _LARGE_BODY = 64 << 10  # bytes; a smaller body is read before its request is refused
 _LEAST_RATE = 16 << 10  # bytes per second at which a request may take longer than client_timeout
@@ -313,11 +317,13 @@ class ClientConnection(asyncio.Protocol):
 
 
 class LocalReplyTask:
-    """A local reply that is being made. It is short, so flow control does not apply."""
+    """A local reply that is being made. It is short, so flow control does not apply; to a stream
+    nothing is added while its client does not read."""
 
     def __init__(self, relay: Relay, client: ClientConnection, request: Request) -> None:
         self._client = client
         self._request = request
+        self._paused = False
         self._task = asyncio.get_running_loop().create_task(self._make(relay))
 
     def cancel(self) -> None:
@@ -325,10 +331,12 @@ class LocalReplyTask:
         self._task.cancel()
 
     def pause(self) -> None:
-        """A local reply is not paused."""
+        """The client does not read."""
+        self._paused = True
 
     def resume(self) -> None:
-        """A local reply was not paused."""
+        """The client reads again."""
+        self._paused = False
 
     async def _make(self, relay: Relay) -> None:
         try:
@@ -336,4 +344,27 @@ class LocalReplyTask:
         except Exception as error:
             logger.error("a local request failed (%s)", describe(error))
             own = error_reply(500, "the gateway failed on this request; its log says more")
+        if own.follow and relay.viewers < MAX_VIEWERS:
+            await self._stream(relay, own)
+            return
+        if own.follow:
+            own = error_reply(503, f"{MAX_VIEWERS} viewers watch already", retry_after=60)
         self._client.answer(own, self._request)
+
+    async def _stream(self, relay: Relay, part: LocalReply) -> None:
+        """Send this part and those that follow, one each second, until the client or the gateway
+        goes."""
+        relay.viewers += 1
+        try:
+            relay.process_counters.count_status(part.status)
+            self._client.write(stream_head(part, self._request.id) + part.body)
+            while not relay.closing:
+                await asyncio.sleep(_PART_SECONDS)
+                if not self._paused:
+                    part = await relay.admin.answer(next_part(self._request, part.follow))
+                    if not part.follow:
+                        break
+                    self._client.write(part.body)
+        finally:
+            relay.viewers -= 1
+        self._client.finished(keep_alive=False)

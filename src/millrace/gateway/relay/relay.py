@@ -120,6 +120,7 @@ class Relay:
         key = self.access.worker_api_key
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
         self.pair_checks = PairChecks(self.process_counters, headers)
+        self.viewers = 0  # clients that follow a stream of the gateway's own
         self.closing = False
         self._published = _process_totals()
         replicas.on_lost = self._lost

@@ -14,10 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millrace.common.prefix_hash import PrefixReport
+from millrace.dashboard.sample import Sample
 from millrace.server.api.context import ApiContext, unavailable
 from millrace.server.api.response_schema import Health, ModelCard, ModelList, Version
 from millrace.server.api.transport import json_response
 from millrace.server.http.access import client_of
+from millrace.server.telemetry.live_page import LivePage
 from millrace.server.telemetry.metrics import MetricsPage
 from millrace.version import __version__
 
@@ -28,7 +30,8 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
 
     prefixes: sent where the query has `prefixes_since=CURSOR` (0 at first), there is a prefix
     cache, and the server has no keys or the request has the gateway's. role: in serving prompts and
-    answers apart, if it has one.
+    answers apart, if it has one. samples: what happened in each second after `samples_since`, where
+    the query has it; a minute at most.
     """
 
     requests: int
@@ -36,6 +39,7 @@ class Load(msgspec.Struct, frozen=True, omit_defaults=True):
     server_load: int
     prefixes: PrefixReport | None = None
     role: Literal["prefill", "decode", "both"] | None = None
+    samples: list[Sample] = []
 
 
 class Pages:
@@ -45,11 +49,18 @@ class Pages:
     """
 
     def __init__(
-        self, context: ApiContext, metrics_page: MetricsPage, *, root: str, document: bytes
+        self,
+        context: ApiContext,
+        metrics_page: MetricsPage,
+        live: LivePage | None,
+        *,
+        root: str,
+        document: bytes,
     ) -> None:
         self._context = context
         self._client = context.client
         self._metrics_page = metrics_page
+        self._live = live
         self._root = root
         self._document = document
         self._created = int(time.time())
@@ -94,8 +105,11 @@ class Pages:
             cursor = None
         prefixes = None if cursor is None else self._client.prefix_reporter.report(cursor)
         requests = self._client.open_requests
+        since = request.query_params.get("samples_since", "")
+        asked = self._live is not None and since.isdecimal()
+        samples = self._live.samples_since(int(since)) if self._live and asked else []
         tokens, role = self._client.open_tokens, self._client.role
-        return json_response(Load(requests, tokens, requests, prefixes, role))
+        return json_response(Load(requests, tokens, requests, prefixes, role, samples))
 
     async def version(self, _: Request) -> Response:
         """GET /version"""

@@ -14,9 +14,10 @@ from starlette.types import Scope
 from millrace.common.api_errors import no_access
 from millrace.common.api_keys import ApiKeys, presented_key
 from millrace.common.prefix_hash import key_salt
+from millrace.dashboard.files import PATHS as PAGES
 
 # What answers without a key: what says nothing but that there is a server, and how it fares.
-OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version", "/openapi.json", *PAGES})
 _CLIENT = "millrace.client"
 
 
