@@ -11,6 +11,7 @@ from millrace.batch.jobs.service import BatchService
 from millrace.common.open_files import raise_file_limit
 from millrace.common.tasks import restarted
 from millrace.gateway.admin.api import AdminApi, FleetControl, health_reply, is_local_request
+from millrace.gateway.admin.live_page import FleetPage
 from millrace.gateway.admin.load_log import EVERY_SECONDS, LoadLog
 from millrace.gateway.admin.scale import SAMPLE_SECONDS, ScaleAdvisor
 from millrace.gateway.common.shared_counters import SharedCounters
@@ -31,6 +32,7 @@ from millrace.gateway.processes.supervisor import GatewayProcesses
 from millrace.gateway.relay.relay import Relay
 from millrace.gateway.routing.policies import BY_PREFIX
 from millrace.gateway.routing.replicas import Member, ReplicaSet
+from millrace.version import __version__
 
 __all__ = ["Gateway", "GatewayOptions"]
 
@@ -78,11 +80,17 @@ class Gateway:
         )
         self._scale = ScaleAdvisor(self.counters, lambda: self.monitor.members, options.scale)
         self._chores: list[asyncio.Task[None]] = []
+        about = {"kind": "gateway", "name": f"gateway, {options.policy}", "version": __version__}
+        self._live = FleetPage(
+            self.counters, lambda: self.monitor.members, self._name, self.events, about
+        )
+        self.monitor.on_samples = self._live.add
         self._admin = AdminApi(
             self.counters,
             self.monitor,
             options.access,
             self._scale,
+            self._live,
             fleet=fleet,
             policy=options.policy,
             merge=options.merge_metrics,
@@ -181,7 +189,7 @@ class Gateway:
         try:
             await self._discovery.start()
             await self.monitor.start()
-            self._chores.append(restarted("the scale advice", self._sample, self._log))
+            self._chores.append(restarted("the samples of each second", self._sample, self._log))
             if not self._options.disable_log_stats:
                 self._chores.append(restarted("the figures in the log", self._log_load, self._log))
             if self._relay_server is not None:
@@ -202,6 +210,7 @@ class Gateway:
     async def _sample(self) -> None:
         while True:
             self._scale.sample()
+            self._live.tick()
             await asyncio.sleep(SAMPLE_SECONDS)
 
     async def _log_load(self) -> None:

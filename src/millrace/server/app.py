@@ -40,7 +40,8 @@ def application(
 ) -> ASGIApp:
     """The ASGI application of one replica.
 
-    live: what /dashboard shows; None: there are no pages. root: the model's directory. managed: also offer the endpoints that change what the engine does.
+    live: what /dashboard shows; None: there are no pages. root: the model's directory. managed:
+    also offer the endpoints that change what the engine does.
     """
     offered = [route for route in ROUTES if managed or not route.manages]
     absent = dict(ABSENT)

@@ -68,8 +68,8 @@ from millrace.server.supervisor import (
 )
 from millrace.server.telemetry.cache_reports import CacheReports
 from millrace.server.telemetry.devices import DeviceSampler
-from millrace.server.telemetry.load_log import EVERY_SECONDS, LoadLog
 from millrace.server.telemetry.live_page import LivePage
+from millrace.server.telemetry.load_log import EVERY_SECONDS, LoadLog
 from millrace.server.telemetry.metrics import MetricsPage, RequestMetrics, reported_load
 from millrace.server.telemetry.samples import Sampler
 from millrace.server.telemetry.work_metrics import WorkMetrics

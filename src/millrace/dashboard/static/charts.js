@@ -98,7 +98,7 @@ export class Chart {
       width: this.area.clientWidth || 400, height: 170, legend: { show: false },
       cursor: { y: false, sync: { key: "time" }, drag: { setScale: false, x: false } },
       scales: { y: { range: (_, low, high) => [0, this.highest || Math.max(high * 1.08, 1e-6)] } },
-      axes: [{ ...axis, space: 70, values: (_, ticks) => ticks.map(clock) },
+      axes: [{ ...axis, size: 24, space: 70, values: (_, ticks) => ticks.map(clock) },
         { ...axis, size: 64, values: (_, ticks) => ticks.map((v) => this.format(v)) }],
       series: [{}, ...this.shown.map(({ at }) => ({
         stroke: () => css(COLOURS[at]), width: 2, dash: DASHES[at], spanGaps: false, points: { show: false } }))],

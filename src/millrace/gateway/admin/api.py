@@ -119,6 +119,7 @@ class AdminApi:
         monitor: HealthMonitor,
         access: Access,
         scale: ScaleAdvisor,
+        live: FleetPage,
         *,
         fleet: FleetControl | None = None,
         policy: str,
@@ -131,6 +132,7 @@ class AdminApi:
         self._monitor = monitor
         self._access = access
         self._scale = scale
+        self._live = live
         self._fleet = fleet
         self._policy = policy
         self._merge = merge
@@ -320,6 +322,13 @@ def _replica_number(request: Request) -> int | None:
     if "replica" in query and not _ID.fullmatch(text):
         raise UserError(f"replica={text}: use the number of a replica of this host, from 0 on")
     return int(text) if text else None
+
+
+def _page(path: str) -> LocalReply:
+    """A page for people, or what it loads; it needs no key, for it holds no figures."""
+    found = file_at(path)
+    assert found is not None
+    return LocalReply(200, found.body, found.media_type, HEADERS)
 
 
 def _row(member: Member, sums: list[int]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import msgspec
 from millrace.common.backoff import Backoff, BackoffPolicy
 from millrace.common.http_client import Target
 from millrace.common.tasks import restarted
+from millrace.dashboard.sample import Sample
 from millrace.errors import UserError
 from millrace.gateway.common.replica_spec import HealthPolicy as HealthPolicy
 from millrace.gateway.common.replica_spec import ReplicaSpec as ReplicaSpec
 from millrace.gateway.common.replica_spec import check_spec
-from millrace.dashboard.sample import Sample
 from millrace.gateway.common.shared_counters import (
     ENDED,
     IN_FLIGHT,
@@ -454,9 +454,7 @@ class HealthMonitor:
                 cursor = monitored.reported_prefixes.cursor if self._by_prefix else None
                 due = time.monotonic() - asked >= _SAMPLE_SECONDS
                 asked = time.monotonic() if due else asked
-                report = await reports.read(
-                    monitored.member.kind, cursor, newest if due else None
-                )
+                report = await reports.read(monitored.member.kind, cursor, newest if due else None)
                 if report is not None and report.prefixes is not None:
                     monitored.reported_prefixes.apply(report.prefixes, cursor)
                 if report is not None and report.samples:

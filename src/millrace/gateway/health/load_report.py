@@ -28,8 +28,8 @@ _GAUGE = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-
 
 class LoadReport(msgspec.Struct, frozen=True):
     """requests: running in the replica. tokens: of these, prompt and output so far; None if
-    unknown. prefixes: if they were asked for and it keeps any. samples: of its last seconds, if they
-    were asked for."""
+    unknown. prefixes: if they were asked for and it keeps any. samples: of its last seconds, if
+    they were asked for."""
 
     requests: int
     tokens: int | None = None
@@ -87,7 +87,9 @@ class LoadReports:
         path = "/metrics" if kind == "vllm" else "/load"
         if kind == "millrace":
             asked = {"prefixes_since": prefixes_since, "samples_since": samples_since}
-            query = "&".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+            query = "&".join(
+                f"{name}={value}" for name, value in asked.items() if value is not None
+            )
             path += f"?{query}" if query else ""
         try:
             async with asyncio.timeout(_TIMEOUT):

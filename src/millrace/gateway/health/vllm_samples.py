@@ -61,10 +61,9 @@ class VllmSamples:
                 draft_tokens=new("spec_decode_num_draft_tokens_total"),
                 accepted=[new(f"{position} {at}") for at in range(positions)],
                 ended=new("request_success_total"),
-                **{
-                    kind: _buckets(kind, metric, before, totals)
-                    for kind, metric in _BUCKETS.items()
-                },
+                ttft=_buckets("ttft", before, totals),
+                itl=_buckets("itl", before, totals),
+                tpot=_buckets("tpot", before, totals),
             )
         ]
 
@@ -79,15 +78,13 @@ def _totals(page: bytes) -> dict[str, float]:
     return totals
 
 
-def _buckets(
-    kind: str, metric: str, before: dict[str, float], totals: dict[str, float]
-) -> Buckets:
+def _buckets(kind: str, before: dict[str, float], totals: dict[str, float]) -> Buckets:
     """Values by bucket of BOUNDS[kind]; a bound that we do not have goes to the next one."""
     bounds, found, below = BOUNDS[kind], dict[int, int](), 0.0
     rows = [
         (float(key.rpartition(" ")[2]), value - before.get(key, 0.0))
         for key, value in totals.items()
-        if key.startswith(f"{metric} ")
+        if key.startswith(f"{_BUCKETS[kind]} ")
     ]
     for bound, fresh in sorted(rows):
         at = next((i for i, ours in enumerate(bounds) if ours >= bound), len(bounds))

@@ -163,8 +163,8 @@ def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 class LocalReply(msgspec.Struct, frozen=True):
     """A complete response of the gateway itself. close: the connection ends with it. error: the
-    message of an error; the body has it in OpenAI's shape. follow: the body is a part of a stream of
-    events; the next part answers the same request with this Last-Event-ID."""
+    message of an error; the body has it in OpenAI's shape. follow: the body is a part of a stream
+    of events; the next part answers the same request with this Last-Event-ID."""
 
     status: int
     body: bytes
