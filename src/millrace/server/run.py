@@ -152,7 +152,15 @@ async def _serve(
         middleware = _middleware(
             IdempotentRequests(
                 make_application(
-                    args, options, names, client, metrics, page, sandboxes, control, batches.api,
+                    args,
+                    options,
+                    names,
+                    client,
+                    metrics,
+                    page,
+                    sandboxes,
+                    control,
+                    batches.api,
                     live,
                 )
             ),

@@ -4,6 +4,7 @@ import { percentile, share, store, together } from "./data.js";
 /* global uPlot */
 const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
 const DASHES = [[], [8, 4], [2, 3], [], [8, 4], []];
+const STEPS = [1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1800]; // seconds between two ticks
 const BIN = { 60: 1, 300: 2, 900: 5, 3600: 15 }; // seconds of one point
 
 const rate = (name) => (b) => b[name] / b.seconds;
@@ -98,8 +99,9 @@ export class Chart {
       width: this.area.clientWidth || 400, height: 170, legend: { show: false },
       cursor: { y: false, sync: { key: "time" }, drag: { setScale: false, x: false } },
       scales: { y: { range: (_, low, high) => [0, this.highest || Math.max(high * 1.08, 1e-6)] } },
-      axes: [{ ...axis, size: 24, space: 70, values: (_, ticks) => ticks.map(clock) },
-        { ...axis, size: 64, values: (_, ticks) => ticks.map((v) => this.format(v)) }],
+      axes: [{ ...axis, size: 24, space: 62, incrs: STEPS,
+        values: (_, ticks, at, space, step) => ticks.map((t) => (step < 60 ? clock(t) : clock(t).slice(0, 5))) },
+        { ...axis, size: 72, values: (_, ticks) => ticks.map((v) => this.format(v)) }],
       series: [{}, ...this.shown.map(({ at }) => ({
         stroke: () => css(COLOURS[at]), width: 2, dash: DASHES[at], spanGaps: false, points: { show: false } }))],
       hooks: { draw: [drawEvents], setCursor: [(plot) => this.tell(plot.cursor.idx)] },

@@ -38,7 +38,7 @@ export class Replicas {
     this.cells = new Map();
     this.heat.addEventListener("keydown", (event) => this.move(event));
     const head = document.createElement("tr");
-    head.append(...COLUMNS.map(([name]) => Object.assign(document.createElement("th"), { textContent: name, scope: "col" })));
+    head.append(...COLUMNS.map(([name], at) => Object.assign(document.createElement("th"), { textContent: name, scope: "col", className: at < 2 ? "text" : "" })));
     section.querySelector("thead").append(head);
   }
 

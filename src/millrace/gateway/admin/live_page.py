@@ -35,12 +35,14 @@ class _Replica:
         self.latest: msgspec.Raw | None = None
         self.seen = 0
 
-    def second(self, at: int, running: int) -> Sample | None:
-        """Its sample for the second that ends now. running: as the gateway counts them."""
+    def second(self, at: int, running: int, tells: bool) -> Sample | None:
+        """Its sample for the second that ends now; None if it is late. running: as the gateway
+        counts them. tells: it keeps samples itself."""
+        self.seen = self.seen or at
         if self.fresh:
             sample = of_seconds(self.fresh)
             self.fresh, self.seen = [], at
-        elif at - self.seen < STALE:
+        elif tells and at - self.seen < STALE:
             return None  # late; it will bring this second too
         else:
             sample = Sample(at=at, running=running)
@@ -86,7 +88,8 @@ class FleetPage:
                 replica.fresh, replica.latest = [], None
                 self._last.pop(member.id, None)
                 continue
-            sample = replica.second(at, rows[member.slot][IN_FLIGHT])
+            running = rows[member.slot][IN_FLIGHT]
+            sample = replica.second(at, running, tells=member.kind != "other")
             if sample is None:
                 sample = _levels(self._last.get(member.id))
             else:
