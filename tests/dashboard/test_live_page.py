@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.browser import Browser, require_browser
+from tests.dashboard.browser import Browser, require_browser
+from tests.dashboard.page_server import page_server
 from tests.support.gateways import gateway
 from tests.support.live_server import fake_server
 from tests.support.mock_replica import MockReplica
-from tests.support.page_server import page_server
 from tests.support.running import run
 
 LIVE = "document.querySelector('#status')?.textContent === 'live'"
@@ -64,7 +64,7 @@ def test_a_server_shows_what_it_does(browser: Browser, text_model: Path, tmp_pat
         browser.open(f"{server.url}/docs")
         browser.until("document.body.textContent.includes('/v1/chat/completions')")
         browser.open(f"{server.url}/")
-        browser.until("document.querySelector('a[href=dashboard]')")
+        browser.until("document.querySelector('a[href=dashboard]') !== null")
         assert browser.problems == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from millrace.engine.step_times import StepTimes
+from millrace.engine.step import StepTimes
 from millrace.protocol import Chunk, StepPlan
 
 PIECE = Chunk(1, 0, 2, False)

@@ -26,7 +26,7 @@ from millrace.config import EngineConfig
 from millrace.engine.grammar import Grammars, GrammarState
 from millrace.engine.plan_log import PlanLog, StepSizes
 from millrace.engine.scheduler import Scheduler
-from millrace.engine.step_times import StepTimes
+from millrace.engine.step import StepTimes
 from millrace.engine.worker_protocol import Account, Pending, Worker
 from millrace.errors import RequestError, UserError
 from millrace.protocol import AddRequest, Delta, EngineStats, Masks, StepPlan, StepResult

@@ -17,10 +17,10 @@ from starlette.types import ASGIApp
 from millrace.common.api_errors import ApiError
 from millrace.errors import ModelError, RequestError, TransferError
 from millrace.server.api.context import ApiContext
-from millrace.server.api.live_pages import LivePages
 from millrace.server.api.pages import Pages
 from millrace.server.engine_link.client import EngineDeadError
 from millrace.server.http.errors import error_response
+from millrace.server.http.live_pages import LivePages
 from millrace.server.openapi import openapi_document
 from millrace.server.routes import ABSENT, ROUTES
 from millrace.server.telemetry.live_page import LivePage

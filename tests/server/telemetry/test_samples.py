@@ -22,7 +22,10 @@ BUSY = EngineStats(
 def test_a_sample_has_what_came_since_the_last_one() -> None:
     stats, metrics = [EngineStats()], RequestMetrics()
     metrics.time_to_first_token.observe(0.3)  # before it began
-    devices = {"0": {"power_watts": 300.0, "sm_clock_mhz": 1500.0}, "1": {"power_watts": 100.0}}
+    devices = {
+        ("0", "a"): {"power_watts": 300.0, "sm_clock_mhz": 1500.0},
+        ("1", "b"): {"power_watts": 100.0},
+    }
     sampler = Sampler(lambda: stats[0], metrics, lambda: devices, now=lambda: 5.2)
     stats[0] = BUSY
     metrics.time_to_first_token.observe(0.0005)

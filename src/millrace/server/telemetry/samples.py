@@ -13,14 +13,14 @@ from millrace.dashboard.sample import BOUNDS, Buckets, Sample
 from millrace.protocol import EngineStats
 from millrace.server.telemetry.metrics import Histogram, RequestMetrics
 
-DeviceFigures = Mapping[str, Mapping[str, float]]
+DeviceFigures = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 class Sampler:
     """Makes samples of what happened since the last one.
 
-    stats: gives the engine's latest figures. devices: those of its GPUs by number, as
-    `DeviceSampler` has them.
+    stats: gives the engine's latest figures. devices: those of its GPUs, as `DeviceSampler` has
+    them.
     """
 
     def __init__(

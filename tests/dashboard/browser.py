@@ -106,9 +106,9 @@ class Browser:
         return answer["result"].get("value")
 
     def until(self, script: str, timeout: float = SECONDS) -> Any:
-        """The value of an expression, once it is true."""
+        """The value of an expression, once the page has a body and it is true."""
         end = time.monotonic() + timeout
-        while not (value := self.evaluate(script)):
+        while not (value := self.evaluate(f"document.body !== null && ({script})")):
             assert time.monotonic() < end, f"never true: {script}; problems: {self.problems}"
             time.sleep(0.1)
         return value
