@@ -139,7 +139,7 @@ def test_same_tokens_beside_batch_work(
     engine.close()
 
 
-@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("k", [pytest.param(0, marks=pytest.mark.sweep), 2])
 def test_same_tokens_on_two_ranks(tiny_model: Path, cold: list[list[int]], k: int) -> None:
     got, _ = run(tiny_model, PROMPTS, tensor_parallel_size=2, **mtp(k, enable_prefix_caching=True))
     assert_same(tiny_model, PROMPTS, cold, got)

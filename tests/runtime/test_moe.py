@@ -48,7 +48,12 @@ CACHED = {"enable_prefix_caching": True, "block_size": 4}
     [
         pytest.param("qwen3", {}, id="co-batched"),
         pytest.param("qwen3", {**CACHED, "max_num_batched_tokens": 29}, id="cached-chunks"),
-        pytest.param("qwen3", {**CACHED, "tensor_parallel_size": 2}, id="cached-two-ranks"),
+        pytest.param(
+            "qwen3",
+            {**CACHED, "tensor_parallel_size": 2},
+            id="cached-two-ranks",
+            marks=pytest.mark.sweep,
+        ),
         pytest.param("qwen3_5", {"async_scheduling": True}, id="hybrid-pipelined"),
         pytest.param("qwen3_5", {"max_num_batched_tokens": 13}, id="hybrid-chunks"),
         pytest.param("qwen3_5", mtp(1), id="hybrid-mtp-1"),

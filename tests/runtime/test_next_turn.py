@@ -59,7 +59,9 @@ def answer_all(engine: Engine, prompts: list[list[int]], together: bool) -> list
         *(pytest.param(options(k), id=f"mtp-{k}") for k in (1, 2, 3)),
         pytest.param(options(async_scheduling=True), id="pipelined"),
         pytest.param(options(2, async_scheduling=True, block_size=4), id="mtp-2-pipelined"),
-        pytest.param(options(1, tensor_parallel_size=2), id="mtp-1-two-ranks"),
+        pytest.param(  # shown by test_tiers, too
+            options(1, tensor_parallel_size=2), id="mtp-1-two-ranks", marks=pytest.mark.sweep
+        ),
         pytest.param(options(3, block_size=1), id="mtp-3-pages-of-1"),
     ],
 )

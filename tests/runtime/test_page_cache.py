@@ -40,7 +40,9 @@ def cold(model: Path) -> list[list[int]]:
         pytest.param({"block_size": 4}, id="whole-prompts"),
         pytest.param({"block_size": 1, "max_num_batched_tokens": 13}, id="chunks-pages-of-1"),
         pytest.param({"async_scheduling": True}, id="pipelined"),
-        pytest.param({"block_size": 4, "tensor_parallel_size": 2}, id="two-ranks"),
+        pytest.param(
+            {"block_size": 4, "tensor_parallel_size": 2}, id="two-ranks", marks=pytest.mark.sweep
+        ),
     ],
 )
 def test_same_tokens_cold_and_cached(

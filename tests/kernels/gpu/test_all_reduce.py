@@ -11,7 +11,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from tests.kernels.gpu.gpu_support import INTERPRETED
+
 pytest.importorskip("triton", reason="needs Triton, its interpreter at least")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter by itself")
 
 ROWS, CALLS = 4, 12
 

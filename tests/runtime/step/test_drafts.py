@@ -187,7 +187,7 @@ def answered(
     [
         pytest.param(1, 0.0, {}, id="1"),
         pytest.param(3, 1.0, {}, id="3-drawn"),
-        pytest.param(1, 0.0, {"tensor_parallel_size": 2}, id="1-ranks"),
+        pytest.param(1, 0.0, {"tensor_parallel_size": 2}, id="1-ranks", marks=pytest.mark.sweep),
     ],
 )
 def test_an_fp8_output_head_accepts_as_many_drafts(

@@ -54,7 +54,7 @@ def test_a_single_bad_row_of_the_output_head_is_found(untied: Path, tmp_path: Pa
         pytest.param({"async_scheduling": True}, id="pipelined"),
         pytest.param({"max_num_batched_tokens": 13}, id="chunks"),
         pytest.param({"enable_prefix_caching": True, "block_size": 4}, id="prefix-cache"),
-        pytest.param({"tensor_parallel_size": 2}, id="two-ranks"),
+        pytest.param({"tensor_parallel_size": 2}, id="two-ranks", marks=pytest.mark.sweep),
         pytest.param(
             {"speculative_config": {"num_speculative_tokens": 2}, "async_scheduling": True},
             id="drafts",
@@ -91,6 +91,12 @@ def test_a_bad_row_ends_alone(
     engine.scheduler.check_integrity()
     assert engine.stats().free_pages == engine.stats().total_pages
     engine.close()
+
+
+def test_a_bad_row_ends_alone_on_two_ranks(half_good: Path) -> None:
+    """Where both need the whole vocabulary."""
+    params = {"temperature": 1.0, "top_k": 5, "seed": 3}
+    test_a_bad_row_ends_alone(half_good, {"tensor_parallel_size": 2}, params)
 
 
 @pytest.mark.parametrize("k", [0, 2])

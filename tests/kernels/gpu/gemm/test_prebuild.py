@@ -24,10 +24,13 @@ import pytest
 import torch
 
 from millrace.common.optional import probe
-from tests.kernels.gpu.gpu_support import HAS_TRITON, StandIn, pretend
+from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED, StandIn, pretend
 from tests.support.child_environment import python_path
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton")
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="children import kernels in Triton"),
+    pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),
+]
 
 from millrace.kernels.gpu.gemm import prebuild  # noqa: E402
 from millrace.kernels.gpu.gemm.tiling import kernel_of  # noqa: E402

@@ -118,6 +118,20 @@ def test_tools_can_be_chosen(http: httpx.Client, choice: Any, refused: str) -> N
     assert not refused or refused in answer.json()["error"]["message"]
 
 
+def test_a_search_that_is_offered_beside_other_tools_is_left_out(http: httpx.Client) -> None:
+    """As Codex offers it; a choice of it is refused."""
+    search = {"type": "web_search", "external_web_access": False}
+    body = {"input": "hi", "tools": [PATCH, search], "max_output_tokens": 2}
+    whole, alone = (
+        http.post("/v1/responses", json={**body, "tools": tools})
+        for tools in ([PATCH, search], [PATCH])
+    )
+    assert whole.status_code == 200
+    assert whole.json()["usage"]["input_tokens"] == alone.json()["usage"]["input_tokens"]
+    chosen = http.post("/v1/responses", json={**body, "tool_choice": {"type": "web_search"}})
+    assert chosen.status_code == 400
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

@@ -6,11 +6,12 @@ name the tools of MCP servers. What a tool is to a model is not known here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from millrace.errors import RequestError
-from millrace.server.api.fields import note_tool_keys
+from millrace.server.api.fields import note_tool_keys, warn_once
 
 
 class OfferedTool(NamedTuple):
@@ -28,7 +29,7 @@ def chat_tools(
     RequestError."""
     tools: list[dict[str, Any]] = []
     offered: dict[str, OfferedTool] = {}
-    for at, one in enumerate(given or ()):
+    for at, one in _without_searches(given or ()):
         for tool, where, group in _flat(one, f"tools[{at}]"):
             made, kind = _tool(tool, where)
             tools.append(made)
@@ -37,6 +38,18 @@ def chat_tools(
                 shown = made[kind]["name"] = flat_name(name, group)
                 offered[shown] = OfferedTool(kind, name, group)
     return tools, offered
+
+
+def _without_searches(
+    given: Sequence[Mapping[str, Any]],
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """Each tool and its place, but for searches of the web beside others: agents offer them
+    unasked, and the server runs none. One that is all that is offered is refused."""
+    numbered = list(enumerate(given))
+    others = [one for one in numbered if not str(one[1].get("type")).startswith("web_search")]
+    if others and len(others) < len(numbered):
+        warn_once("tools: web_search is left out, because the server runs no tools", logging.INFO)
+    return others or numbered
 
 
 def flat_name(name: Any, namespace: Any) -> Any:
