@@ -231,9 +231,11 @@ _REFUSED = {
     "profile with torch's profiler or Nsight around the process; --plan-log records steps":
         "--profiler-config --ray-workers-use-nsight --enable-layerwise-nvtx-tracing "
         "--collect-detailed-traces --enable-trace-replay",
-    "prefill and decode run in one engine; use `--engine vllm`":
-        "--kv-transfer-config --ec-transfer-config --kv-offloading-backend --tokens-only "
-        "--enable-scale-out --weight-transfer-config --aux-output-config",
+    "prompts and answers apart are set by --role and --kv-transport": "--kv-transfer-config",
+    "prefixes go to lower tiers by --host-cache-gb and --disk-cache": "--kv-offloading-backend",
+    "only records of prompts go to other engines; use `--engine vllm`":
+        "--ec-transfer-config --tokens-only --enable-scale-out --weight-transfer-config "
+        "--aux-output-config",
     "routers read /load and /metrics; there are no cache events": "--kv-events-config",
     "weights and caches stay on the device; leave it out":
         "--cpu-offload-params --offload-params --kv-sharing-fast-prefill",
