@@ -12,7 +12,8 @@ import ctypes
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
 from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED
+from tests.kernels.gpu.machine_code import disassembled, overwritten_operands
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton's compiler")
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on a Hopper GPU
+OPERAND_IN_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\{[^;{]*\{")  # the first is the result
 BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 DECODE, PROMPT = 8, 200  # rows of a decode step, tokens of a prompt
 
@@ -73,6 +76,7 @@ class Compiler:
         self.shared: dict[str, int] = {}  # bytes a block of each kernel takes, at most
         self.forms: dict[str, set[str]] = {}  # by kernel: what was compiled of it
         self.code: dict[str, list[str]] = {}  # by kernel: the PTX of each form
+        self.overwritten: dict[str, list[str]] = {}  # by kernel: instructions that may not be there
 
     def get_current_device(self) -> int:
         return -1  # no other test's
@@ -90,11 +94,14 @@ class Compiler:
         self.shared[name] = max(self.shared.get(name, 0), shared)
         self.forms.setdefault(name, set()).add(kernel.hash)
         self.code.setdefault(name, []).append(kernel.asm["ptx"])
+        if OPERAND_IN_REGISTERS.search(kernel.asm["ptx"]):
+            lost = overwritten_operands(disassembled(kernel.asm["cubin"]))
+            self.overwritten |= {name: lost} if lost else {}
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """Launches compile, as far as machine code, and do not run."""
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    """Launches compile, as far as machine code, and do not run. No operand is lost."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -105,7 +112,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
     monkeypatch.setattr(driver, "_active", fake)
     monkeypatch.setattr(JITFunction, "run", run)
-    return fake
+    yield fake
+    assert fake.overwritten == {}
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -320,6 +328,22 @@ PARTS: list[Callable[[Shape], None]] = [
     snapshots,
     drafts,
 ]
+
+
+def test_overwritten_operands_are_found() -> None:
+    loop = [
+        ".L_x_1:",
+        "/*0010*/ FADD R89, R19, 1 ;",
+        "/*0020*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;",
+        "/*0030*/ MOV R88, R2 ;",
+        "/*0040*/ HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR20], R24, gsb0 ;",
+        "/*0050*/ @P1 BRA `(.L_x_1);",
+    ]
+    assert overwritten_operands(loop) == ["FADD R89, R19, 1 "]
+    loop[1], loop[2] = loop[2], loop[1]
+    assert overwritten_operands(loop) == []
+    loop[4] = loop[4].replace("R88, gdesc", "gdesc[UR8], gdesc")  # from shared memory
+    assert overwritten_operands([*loop[:1], *loop[3:]]) == []
 
 
 @pytest.mark.parametrize("shape", [MINI, LARGE], ids=["mini", "large"])
