@@ -40,8 +40,8 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _values(codes, zero, FLOATS: tl.constexpr):
-    """float32 of codes from 0 to 15, less zero."""
+def _values(codes, zero, scale, FLOATS: tl.constexpr):
+    """float32 of codes from 0 to 15, less zero, times scale."""
     if FLOATS:
         size = codes & 7
         exponent = size >> 1
@@ -51,7 +51,7 @@ def _values(codes, zero, FLOATS: tl.constexpr):
     else:
         # 2^23 + code, by its bits: no conversion of integers, which is slow.
         value = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
-    return value
+    return value * scale
 
 
 @triton.jit
@@ -74,12 +74,11 @@ def _scales_of(
 @triton.jit
 def _weight_tile(
     codes, scale, zero, o, step, KB, GROUP: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, FLOATS: tl.constexpr, SCALED: tl.constexpr,
+    EVEN: tl.constexpr, FLOATS: tl.constexpr,
 ):  # fmt: skip
-    """float32 [outputs, BK], of inputs from step * BK on, without the factor of an output; scaled,
-    if SCALED, or if a step has inputs of several groups. o: outputs, all of them there. codes:
-    bytes [OUT, KB]; EVEN: BK divides K. Bytes are counted as such, so that the compiler sees that
-    they are neighbours: else each is loaded by itself."""
+    """float32 [outputs, BK], of inputs from step * BK on, without the factor of an output. o:
+    outputs, all of them there. codes: bytes [OUT, KB]; EVEN: BK divides K. Bytes are counted as
+    such, so that the compiler sees that they are neighbours: else each is loaded by itself."""
     HALF: tl.constexpr = BK // 2
     at_byte = step * HALF + tl.arange(0, HALF)
     at = codes + o.to(tl.int64)[:, None] * KB + at_byte[None, :]
@@ -91,9 +90,8 @@ def _weight_tile(
         wide, nought = scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
     else:
         wide, nought = scale.to(tl.float32), zero.to(tl.float32)
-    low, high = _values(pairs & 15, nought, FLOATS), _values(pairs >> 4, nought, FLOATS)
-    if SCALED or GROUP % BK != 0:
-        low, high = low * wide, high * wide
+    low = _values(pairs & 15, nought, wide, FLOATS)
+    high = _values(pairs >> 4, nought, wide, FLOATS)
     return tl.join(low, high).reshape(low.shape[0], BK)
 
 
@@ -107,10 +105,10 @@ def _matmul_kernel(
     """A tile [BT tokens, BO outputs] of part program_id(1) of K: STEPS steps of BK inputs. The
     parts' results lie one behind the other in `out`.
 
-    A step's product is scaled, and added afterwards. The weight is then exact in 16 bits; and it is
-    what makes the compiler wait for the product. Were it added by the product itself, as Triton 3.6
-    compiles it, the next step's weights would be computed in registers from which the tensor cores
-    still read this one's (tests/kernels/gpu/test_compile.py looks for that in every kernel)."""
+    A step's product takes the outputs' factors, and is added afterwards. That is what makes the
+    compiler wait for it. Were it added by the product itself, as Triton 3.6 compiles it, the next
+    step's weights would be computed in registers from which the tensor cores still read this one's
+    (tests/kernels/gpu/test_compile.py looks for that in every kernel)."""
     tile_t, tile_o = tile_in_bands(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(OUT, BO), SUPER)
     part = tl.program_id(1)
     t = tile_t * BT + tl.arange(0, BT)
@@ -128,15 +126,14 @@ def _matmul_kernel(
         else:
             there = (step * BK + tl.arange(0, BK) < K)[None, :]
             a = tl.load(x_at + step * BK, mask=there, other=0.0)
-        w = _weight_tile(codes, scale, zero, row, step, KB, GROUP, BK, EVEN, FLOATS, False)
-        of_step = of_row * scale.to(tl.float32) if GROUP % BK == 0 else of_row
+        w = _weight_tile(codes, scale, zero, row, step, KB, GROUP, BK, EVEN, FLOATS)
         scale, zero = _scales_of(scales, zeros, row, step + 1, groups, GROUP, BK, ZEROS)
         if SWAP:
             product = tl.dot(w.to(a.dtype), tl.trans(a), input_precision="ieee")
-            acc += product * of_step[:, None]
+            acc += product * of_row[:, None]
         else:
             product = tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee")
-            acc += product * of_step[None, :]
+            acc += product * of_row[None, :]
     if SWAP:
         acc = tl.trans(acc)
     at = (part.to(tl.int64) * T + t)[:, None] * OUT + o[None, :]
@@ -163,7 +160,7 @@ def _dequantize_kernel(
     row = o % OUT
     scale, zero = _scales_of(scales, zeros, row, step, groups, GROUP, BK, ZEROS)
     of_row = tl.load(factor + row)
-    w = _weight_tile(codes, scale, zero, row, step, KB, GROUP, BK, EVEN, FLOATS, True)
+    w = _weight_tile(codes, scale, zero, row, step, KB, GROUP, BK, EVEN, FLOATS)
     w = (w * of_row[:, None]).to(out.dtype.element_ty)
     column = step * BK + tl.arange(0, BK)
     at = out + o.to(tl.int64)[:, None] * K + column[None, :]
