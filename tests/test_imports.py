@@ -78,6 +78,7 @@ LAYERS = [
     "tune.space",
     "tune.trials",
     "tune.search",
+    "tune.servers",
     "tune",
     # commands that use both planes
     "simulate.common",
@@ -98,7 +99,7 @@ FLEET_GROUND = {
     "logs", "dashboard",
 }  # fmt: skip
 # The tuner asks the planner for its first settings; that knows models by their descriptions alone.
-PLANNER_OF_TUNER = {("tune", name) for name in ("plan", "plan.predict", "plan.facts")}
+PLANNER_OF_TUNER = {("tune", name) for name in ("plan", "plan.predict", "plan.facts", "plan.model")}
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {

@@ -43,6 +43,7 @@ _COMMANDS = {
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
     "download": ("millrace.download.command", "download", "Download a model, and check it."),
     "quantize": ("millrace.quantize.command", "quantize", "Write a quantized checkpoint."),
+    "tune": ("millrace.tune.command", "tune", "Find the settings that serve a load best."),
     "plan": ("millrace.plan.command", "plan", "What a fleet will do and cost, with error bars."),
     "doctor": ("millrace.doctor.command", "doctor", "Look at what a machine can do."),
 }

@@ -40,7 +40,7 @@ def study(directory: Path) -> None:
     """Go on with the study in a directory, or begin it."""
     with Journal(directory) as journal:
         if not journal.records:
-            journal.write(Header(space=SPACE, rules={}))
+            journal.write(Header(space=SPACE))
         history = History(SPACE, RULES.goal, journal.records)
         asyncio.run(run_study(journal, history, RULES, Slow(directory / "visits")))
 

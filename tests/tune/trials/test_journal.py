@@ -16,7 +16,7 @@ VISIT = Visit(number=0, trial=0, settings=SPACE.defaults, purpose="short", seeds
 OUTCOME = Outcome(
     runs=(Run(seed=7, total=1.5),), failure=Failure("hang", "run", "no token"), seconds=2.0
 )
-RECORDS = [Header(space=SPACE, rules={"trials": 2}), Began(VISIT), Ended(0, OUTCOME)]
+RECORDS = [Header(space=SPACE, request={"trials": 2}), Began(VISIT), Ended(0, OUTCOME)]
 
 
 def test_records_come_back(tmp_path: Path) -> None:

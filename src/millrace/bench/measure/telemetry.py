@@ -32,11 +32,13 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 class Sample(msgspec.Struct, frozen=True):
     """One sample: at_ns on the monotonic clock; server: gauges and counters summed over replicas
-    (kv_cache_usage_perc is their mean); gpu: power in W over all GPUs, shares as means."""
+    (kv_cache_usage_perc is their mean); gpu: power in W over all GPUs, shares as means. running:
+    requests that run at each replica that says so."""
 
     at_ns: int
     server: dict[str, float] = {}
     gpu: dict[str, float] = {}
+    running: tuple[float, ...] = ()
 
 
 class Observation(msgspec.Struct, frozen=True):
@@ -103,7 +105,7 @@ class Telemetry:
             gpu = self._gpus.sample() if self._gpus else {}
             if self._options.dcgm_url:
                 gpu = gpu | read_dcgm(await _text(parse_url(self._options.dcgm_url)))
-            self._samples.append(Sample(at, _combined(pages), gpu))
+            self._samples.append(Sample(at, _combined(pages), gpu, _running(pages)))
             await asyncio.sleep(max(0.0, _EVERY_S - (perf_counter_ns() - at) / 1e9))
 
     def _energy_used(self) -> float | None:
@@ -159,6 +161,11 @@ def _combined(pages: list[MetricsPage]) -> dict[str, float]:
     if used:
         whole["kv_cache_usage_perc"] = sum(used) / len(used)
     return whole
+
+
+def _running(pages: list[MetricsPage]) -> tuple[float, ...]:
+    found = (page.gauges.get("num_requests_running") for page in pages)
+    return tuple(value for value in found if value is not None)
 
 
 class Gpus:

@@ -103,8 +103,10 @@ def _by_turns(
     history: History, number: int, rng_seed: int, fixed: Settings
 ) -> list[Iterable[Proposal]]:
     model = _from_optuna(history, number, rng_seed)
-    if len(history.ranked()) < _FIRST:
+    if not history.ranked():
         return [model]
+    if len(history.ranked()) < _FIRST:
+        return [_unmoved(history), model]
     climbs = _climbs(history, fixed, [*islice(_from_optuna(history, number, rng_seed), _STARTS)])
     if number % 3 == 0:
         return [_reliefs(history), climbs, model]

@@ -15,7 +15,7 @@ import msgspec
 from millrace.tune.space.knobs import Settings, Space, key_of
 from millrace.tune.space.no_go import Known, NoGo
 from millrace.tune.trials.failures import Failure
-from millrace.tune.trials.journal import Began, Ended, Record
+from millrace.tune.trials.journal import Abandoned, Began, Ended, Record
 from millrace.tune.trials.outcome import Objective, Outcome, Run, Visit
 
 _GATE_Z = 1.96  # accuracy is lost where the drop is beyond chance, at 95%
@@ -88,6 +88,8 @@ class History:
             self._begin(record.visit)
         elif isinstance(record, Ended):
             self._end(record.outcome)
+        elif isinstance(record, Abandoned) and self.open is not None:
+            self.open = (self.open[0], 0)
 
     def _begin(self, visit: Visit) -> None:
         times = self.open[1] if self.open else 0

@@ -23,12 +23,11 @@ VERSION = 1
 
 
 class Header(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The first record: what the study is. rules: as in search.study. request: what was asked for,
-    so that it can be resumed; read by the command alone."""
+    """The first record: what the study is. request: what was asked for, so that it can be resumed;
+    read by the command alone."""
 
     version: int = VERSION
     space: Space
-    rules: dict[str, Any]
     request: dict[str, Any] = {}
 
 
@@ -45,7 +44,13 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     outcome: Outcome
 
 
-Record = Header | Began | Ended
+class Abandoned(msgspec.Struct, frozen=True, tag=True):
+    """A visit was ended in good order, by the user; it begins anew."""
+
+    number: int
+
+
+Record = Header | Began | Ended | Abandoned
 _DECODER = msgspec.json.Decoder(Record)
 
 

@@ -1,0 +1,131 @@
+"""A study as one HTML page, in the benchmark's own form: no scripts, nothing is loaded."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from millrace.bench.report.chart import Series, chart, frontier
+from millrace.bench.report.html_report import Chart, Page, Section, environment
+from millrace.tune.results import Results, TrialRow
+from millrace.tune.text_report import UNITS
+from millrace.tune.trials.failures import TITLES
+from millrace.version import __version__
+
+_HEADINGS = (
+    *("trial", "settings", "proposed by", "why", "{unit}", "short runs", "rounds, less spread"),
+    *("against the defaults", "TPOT ms", "TTFT p99 ms", "ITL p99 ms", "accuracy", "what limits"),
+)
+
+
+def report_html(results: Results) -> str:
+    """The page of a study."""
+    parts = (_best, _pareto, _progress, _trials, _importance, _failures)
+    page = Page(
+        models=[results.model],
+        files=0,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        sections=[section for part in parts if not (section := part(results)).empty],
+        title=f"Tuning of {results.engine} by {UNITS[results.objective]}",
+    )
+    return environment().get_template("report.html.j2").render(page=page)
+
+
+def _best(results: Results) -> Section:
+    found = results.verdict
+    if found is None:
+        return Section(title="Best settings", warnings=["nothing worked; see the failures"])
+    row = results.trials[found.best]
+    notes = [f"Trial {row.number}: {row.label}.", f"{found.why}."]
+    if found.tied and found.clear:
+        notes.append(f"Not told apart from it: trial {', '.join(map(str, found.tied))}.")
+    if row.bottleneck:
+        notes.append(f"What limits it: {row.bottleneck}.")
+    notes += [f"Accuracy: {row.accuracy}.", f"Start it with: {results.command}"]
+    warnings = [] if results.finished else ["The study has not ended: these are results so far."]
+    return Section(title="Best settings", notes=notes, warnings=warnings)
+
+
+def _pareto(results: Results) -> Section:
+    """Throughput a device against what one user sees."""
+    fine = [row for row in results.trials if row.failure is None and row.tpot_ms > 0]
+    points = [(1e3 / row.tpot_ms, row.total / row.devices) for row in fine]
+    if len(points) < 2:
+        return Section(title="Throughput against interactivity")
+    series = [
+        Series("trials", points, dots=True, labels=[str(row.number) for row in fine]),
+        Series("frontier", frontier(points)),
+    ]
+    picture = chart(series, x="tok/s a user (1 / TPOT)", y="total tok/s a device")
+    assert picture is not None
+    return Section(
+        title="Throughput against interactivity",
+        introduction=["A point for each trial that works, with its number."],
+        charts=[Chart("Total tok/s a device against tok/s a user", picture)],
+    )
+
+
+def _progress(results: Results) -> Section:
+    """How good the best was after so many trials."""
+    fine = [(float(row.number), row.short) for row in results.trials if row.short]
+    best = [(x, max(y for at, y in fine if at <= x)) for x, _ in fine]
+    series = [Series("trials", fine, dots=True), Series("best so far", best)]
+    picture = chart(series, x="trial", y="relative to the anchor")
+    charts = [Chart("Short runs", picture)] if picture is not None and len(fine) > 1 else []
+    return Section(title="How the search went", charts=charts)
+
+
+def _trials(results: Results) -> Section:
+    unit = UNITS[results.objective]
+    rows = [tuple(heading.format(unit=unit) for heading in _HEADINGS)]
+    rows += [_cells(row) for row in results.trials]
+    return Section(
+        title="What was tried, and why",
+        introduction=[
+            "Short runs are relative to the defaults at that time. Rounds are the median of full "
+            "runs relative to the defaults in the same round, less the spread."
+        ],
+        table=rows,
+    )
+
+
+def _cells(row: TrialRow) -> tuple[str, ...]:
+    return (
+        str(row.number),
+        row.label,
+        row.source,
+        row.why,
+        f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}",
+        f"{row.short:.3f}" if row.short else "",
+        f"{row.full:.3f}" if row.full else "",
+        row.against,
+        f"{row.tpot_ms:.2f}",
+        f"{row.ttft_p99_ms:,.0f}",
+        f"{row.itl_p99_ms:,.1f}",
+        row.accuracy,
+        TITLES[row.failure.kind] if row.failure else row.bottleneck,
+    )
+
+
+def _importance(results: Results) -> Section:
+    order = sorted(results.importances.items(), key=lambda pair: -pair[1])
+    rows = [("knob", "importance"), *((name, f"{share:.0%}") for name, share in order)]
+    return Section(
+        title="Which knobs matter",
+        introduction=["Shares by PED-ANOVA over the trials that worked."],
+        table=rows if order else (),
+    )
+
+
+def _failures(results: Results) -> Section:
+    rows = [("trial", "settings", "failure", "while", "the log's own line")]
+    rows += [
+        (str(row.number), row.label, TITLES[row.failure.kind], row.failure.phase, row.failure.line)
+        for row in results.trials
+        if row.failure is not None
+    ]
+    return Section(
+        title="What failed",
+        table=rows if len(rows) > 1 else (),
+        notes=[f"Not tried again: {line}" for line in results.no_go],
+    )

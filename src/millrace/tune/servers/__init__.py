@@ -1,0 +1,1 @@
+"""Servers of trials: their command lines, loads on them, and what limits them."""

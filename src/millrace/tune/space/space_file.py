@@ -1,0 +1,173 @@
+"""Reading search spaces: those that ship, one for each engine, and files of the user.
+
+A space is then fitted to what is there: the devices, the longest sequence of the workload, and how
+many requests are in flight.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from millrace.common.yaml_file import read_mapping
+from millrace.errors import ConfigError
+from millrace.tune.space.knobs import (
+    FLEET_KNOBS,
+    Bottleneck,
+    Direction,
+    Knob,
+    Risk,
+    Space,
+    Value,
+)
+
+_MOST_VALUES = 64
+_LENGTH_STEP = 64  # tokens to which the longest sequence is rounded up
+_TEMPLATE = 64  # tokens that a chat template may add to it
+EXAMPLE = "knobs: {max_num_seqs: {flag: --max-num-seqs, values: [32, 64, 128]}}"
+
+
+class _Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From low to high, by a step or by a factor."""
+
+    low: float
+    high: float
+    step: float = 0.0
+    factor: float = 0.0
+
+
+class _KnobFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A knob as it stands in a file: the fields of Knob, values also as a range. gpu: only where
+    there are GPUs."""
+
+    values: list[Value] = []
+    range: _Range | None = None
+    default: Value = None
+    like: Value = None
+    ordered: bool = True
+    flag: str = ""
+    key: str = ""
+    omit: Value = None
+    words: list[str] = []
+    riskier: dict[Risk, Direction] = {}
+    neutral: list[Risk] = []
+    helps: dict[Bottleneck, Direction] = {}
+    when: dict[str, list[Value]] = {}
+    devices: bool = False
+    covers: str = ""
+    seen: str = ""
+    about: str = ""
+    gpu: bool = False
+
+
+class _SpaceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file. arguments: further ones, of starts for trials alone."""
+
+    engine: str = ""
+    arguments: str = ""
+    knobs: dict[str, _KnobFile]
+
+
+class Circumstances(msgspec.Struct, frozen=True, kw_only=True):
+    """What a space is fitted to. devices: GPUs, or 1 on a host without. sequence: tokens of the
+    longest prompt and answer together. concurrency: requests in flight; 0: not known."""
+
+    devices: int = 1
+    gpus: bool = False
+    sequence: int = 0
+    concurrency: int = 0
+
+
+def shipped_space(engine: str) -> Path:
+    """The file of an engine's space. Raises ConfigError for an unknown engine."""
+    folder = resources.files("millrace.tune").joinpath("spaces")
+    path = Path(str(folder.joinpath(f"{engine}.yaml")))
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path(str(folder)).glob("*.yaml")))
+        raise ConfigError(f"--engine {engine}: no search space ships; use {known}, or --space")
+    return path
+
+
+def read_space(path: Path, where: Circumstances) -> tuple[Space, str]:
+    """A space fitted to what is there, and the arguments of every start for a trial.
+
+    Raises ConfigError that names the knob that is wrong.
+    """
+    content = read_mapping(path, str(path), EXAMPLE)
+    try:
+        file = msgspec.convert(content, _SpaceFile)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    knobs = [
+        _fitted(_knob(path, name, one), where)
+        for name, one in file.knobs.items()
+        if where.gpus or not one.gpu
+    ]
+    space = Space(engine=file.engine, knobs=tuple(knobs), devices=where.devices)
+    _check(path, space)
+    return space, file.arguments
+
+
+def _knob(path: Path, name: str, given: _KnobFile) -> Knob:
+    values = list(given.values) or (_spread(path, name, given.range) if given.range else [])
+    if not 1 <= len(values) <= _MOST_VALUES:
+        raise ConfigError(f"{path}: {name}: give values or a range, 1 to {_MOST_VALUES} of them")
+    if len(set(map(repr, values))) < len(values):
+        raise ConfigError(f"{path}: {name}: a value stands twice in {values}")
+    if given.words and len(given.words) != len(values):
+        raise ConfigError(f"{path}: {name}: give as many words as values ({len(values)})")
+    for field in ("default", "like"):
+        value = getattr(given, field)
+        if value is not None and value not in values:
+            raise ConfigError(f"{path}: {name}: {field} {value} is none of {values}")
+    if not given.flag and not given.words and name not in FLEET_KNOBS:
+        raise ConfigError(f"{path}: {name}: give its flag, or words for each value")
+    fields = msgspec.structs.asdict(given)
+    del fields["range"], fields["gpu"]
+    like = given.like if given.like is not None else values[len(values) // 2]
+    found: Any = {**fields, "name": name, "values": values, "like": like}
+    return msgspec.convert(found, Knob)
+
+
+def _spread(path: Path, name: str, given: _Range) -> list[Value]:
+    """The values of a range; whole numbers where all of it is whole."""
+    if given.high < given.low or (given.step > 0) == (given.factor > 1):
+        raise ConfigError(
+            f"{path}: {name}: a range has low, high, and a step above 0 or a factor above 1"
+        )
+    found: list[float] = []
+    value = given.low
+    while value <= given.high * (1 + 1e-9) and len(found) <= _MOST_VALUES:
+        found.append(round(value, 9))
+        value = value * given.factor if given.factor else value + given.step
+    whole = all(one == int(one) for one in found)
+    return [int(one) if whole else one for one in found]
+
+
+def _fitted(knob: Knob, where: Circumstances) -> Knob:
+    """A knob without the values that make no sense here."""
+    values = list(knob.values)
+    if knob.devices:
+        values = [one for one in values if int(one or 1) <= where.devices]
+    if knob.seen == "sequence" and where.sequence:
+        least = -(-(where.sequence + _TEMPLATE) // _LENGTH_STEP) * _LENGTH_STEP
+        longer: list[Value] = [one for one in values if isinstance(one, int) and one > least]
+        values = [least, *longer]
+    if knob.name == "max_num_seqs" and where.concurrency:
+        most = 2 * where.concurrency  # what is above has the same effect
+        enough: list[Value] = [one for one in values if isinstance(one, int) and one < most]
+        values = enough or values[:1]
+    if knob.default is not None and knob.default not in values:
+        values = [one for one in knob.values if one in values or one == knob.default]
+    like = knob.like if knob.like in values else values[-1]
+    return msgspec.structs.replace(knob, values=tuple(values), like=like)
+
+
+def _check(path: Path, space: Space) -> None:
+    for knob in space.knobs:
+        for other in [*knob.when, *([knob.covers] if knob.covers else [])]:
+            if other not in space:
+                raise ConfigError(f"{path}: {knob.name}: there is no knob {other!r}")

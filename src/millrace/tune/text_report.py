@@ -1,0 +1,90 @@
+"""A study in the terminal: a table of trials, who won, and how to start that."""
+
+from __future__ import annotations
+
+from millrace.bench.report.tables import aligned
+from millrace.tune.results import Results, TrialRow
+from millrace.tune.trials.failures import TITLES
+from millrace.tune.trials.outcome import Outcome, Visit
+from millrace.tune.write_up import NODE, phase_named
+
+UNITS = {
+    "throughput": "tok/s",
+    "per_gpu": "tok/s a GPU",
+    "per_dollar": "tokens a dollar",
+    "goodput": "good requests/s",
+}
+_HEADINGS = ["trial", "settings", "by", "{unit}", "short runs", "in rounds", "accuracy", "failure"]
+
+
+def text_of(results: Results) -> str:
+    """The whole report as text."""
+    unit = UNITS[results.objective]
+    cells = [[heading.format(unit=unit) for heading in _HEADINGS]]
+    cells += [_cells(row) for row in results.trials]
+    lines = aligned(cells)
+    lines += _failures(results)
+    lines += _phases(results)
+    lines += _verdict(results)
+    return "\n".join(lines)
+
+
+def _cells(row: TrialRow) -> list[str]:
+    return [
+        str(row.number),
+        row.label,
+        row.source,
+        f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}",
+        f"x {row.short:.3f}" if row.short else "",
+        f"x {row.full:.3f}" if row.full else "",
+        row.accuracy,
+        TITLES[row.failure.kind] if row.failure else "",
+    ]
+
+
+def _failures(results: Results) -> list[str]:
+    failed = [row for row in results.trials if row.failure]
+    return [f"trial {row.number}: {row.failure}" for row in failed]
+
+
+def _phases(results: Results) -> list[str]:
+    """The write-up's table, where its phases were walked."""
+    cells = [["phase", "here, tok/s", "accuracy", "the write-up for as many GPUs", "ratio", ""]]
+    for row in results.trials:
+        phase = phase_named(row.why)
+        if phase is not None:
+            there = phase.total * row.devices / NODE
+            ratio = f"{row.total / there:.2f}" if row.total else ""
+            said = f"there: {phase.note}" if phase.note else ""
+            cells.append(
+                [phase.name, f"{row.total:,.0f}", row.accuracy, f"{there:,.0f}", ratio, said]
+            )
+    return aligned(cells) if len(cells) > 1 else []
+
+
+def _verdict(results: Results) -> list[str]:
+    found = results.verdict
+    if found is None:
+        return ["nothing has worked so far"]
+    state = "" if results.finished else "so far: "
+    lines = [f"{state}trial {found.best} is best: {found.why}"]
+    if found.tied and found.clear:
+        tied = ", ".join(map(str, found.tied))
+        lines.append(f"not told apart from it: trial {tied}")
+    limiting = results.trials[found.best].bottleneck
+    if limiting:
+        lines.append(f"what limits it: {limiting}")
+    return [*lines, f"start it with: {results.command}"]
+
+
+def visit_line(visit: Visit, name: str, outcome: Outcome | None, unit: str, value: float) -> str:
+    """One line for the terminal, before a visit or after it."""
+    kind = f"round {visit.round}" if visit.purpose == "full" else visit.purpose
+    head = f"trial {visit.trial} ({kind}): {name}"
+    if outcome is None:
+        return f"{head} ... {visit.why}"
+    if outcome.failure is not None:
+        return f"  {outcome.failure}, {outcome.seconds:.0f} s"
+    shown = f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+    reading = next((run.why for run in outcome.runs if run.why), "")
+    return f"  {shown} {unit}, {outcome.seconds:.0f} s" + (f"; {reading}" if reading else "")

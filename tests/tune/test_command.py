@@ -1,0 +1,137 @@
+"""`millrace tune` with a mock server in the place of an engine, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from millrace import cli
+from millrace.bench.measure.client_overhead import ClientOverhead
+from millrace.tune.servers.load import client_bound
+from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
+from millrace.tune.trials.journal import Began, read_journal
+from millrace.tune.write_up import phase_seeds
+
+MOCK = Path(__file__).parents[1] / "support" / "mock_replica.py"
+SPACE = """
+engine: mock
+knobs:
+  gap:
+    about: seconds between chunks
+    flag: --gap
+    values: [0.02, 0.0]
+    default: 0.0
+  fail:
+    words: ["", "--fail 'CUDA out of memory'"]
+    values: [false, true]
+    default: false
+    riskier: {memory: up}
+"""
+LOAD = (
+    *("--max-concurrency", "2", "--num-prompts", "4", "--random-input-len", "8"),
+    *("--random-output-len", "5", "--num-warmups", "0", "--short-share", "1"),
+    *("--accuracy-items", "0"),
+)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def test_a_study_of_a_server(
+    tmp_path: Path, space: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    command = ["tune", "any", "--engine", "mock", "--space", str(space), "--dir", str(study)]
+    command += ["--engine-command", f"{sys.executable} {MOCK}", *LOAD]
+    command += ["--trials", "3", "--least-rounds", "1", "--most-rounds", "1", "--full-runs", "1"]
+    assert cli.run(command) == 0
+    said = capsys.readouterr()
+    assert "out of memory at the start" in said.out
+    assert "CUDA out of memory" in said.out
+    assert (study / "logs" / "visit-000.log").exists()
+    page = (study / "report.html").read_text()
+    assert "What failed" in page
+    assert "<script" not in page
+
+    assert cli.run(["tune", "show", str(study), "--json"]) == 0
+    found = msgspec.json.decode(capsys.readouterr().out)
+    trials = {row["label"]: row for row in found["trials"]}
+    assert set(trials) == {"defaults", "gap 0.02", "fail on"}
+    assert trials["fail on"]["failure"]["kind"] == "startup_oom"
+    assert 0 < trials["gap 0.02"]["value"] < trials["defaults"]["value"]
+
+    visits = sum(isinstance(record, Began) for record in read_journal(study))
+    assert cli.run(["tune", "resume", str(study)]) == 0  # nothing is left to do
+    assert sum(isinstance(record, Began) for record in read_journal(study)) == visits
+    assert cli.run(command) == 2
+    assert "goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["--engine", "other"], "no search space ships"),
+        (["--space", "missing.yaml"], "no such file"),
+        (["--set", "max_num_seqs=7"], "max_num_seqs=7: use one of 8"),
+        (["--set", "nothing=1"], "use NAME=VALUE"),
+        (["--only", "nothing"], "no such knob"),
+        (["--base-url", "http://127.0.0.1:1"], "go together"),
+        (["--objective", "goodput"], "--goodput ttft:MS"),
+        (["--objective", "per_dollar"], "needs --price"),
+        (["--trials", "0"], "--trials 0: use 1 or more"),
+        (["--most-rounds", "1"], "--most-rounds 1"),
+        (["--short-share", "2"], "--short-share 2"),
+        (["--plan-gpu", "b999"], "b999"),
+        (["--gpus", "64"], "--gpus 64"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(
+    tmp_path: Path, arguments: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", "run", "millrace-mini", "--dir", str(tmp_path / "study"), *arguments]
+    assert cli.run(command) == 2
+    said = capsys.readouterr().err
+    assert wrong in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_show_and_resume_want_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("show", "resume"):
+        assert cli.run(["tune", name, str(tmp_path)]) == 2
+        assert "no study" in capsys.readouterr().err
+
+
+def test_the_write_up_is_planned_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["tune", "write-up", "--plan-only", "--engine", "vllm"]) == 0
+    said = capsys.readouterr().out
+    assert "96,023" in said
+    assert "908 requests failed" in said
+    assert "predicted, not measured" in said
+
+
+def test_the_phases_of_the_write_up_become_settings() -> None:
+    space, _ = read_space(shipped_space("vllm"), Circumstances(devices=8, gpus=True, sequence=1600))
+    found = phase_seeds(space)
+    assert len(found) == 8
+    assert found[0].settings["tensor_parallel_size"] == 8
+    assert found[4].settings["kv_cache_dtype"] == "fp8_e4m3"
+    assert found[7].settings["gpu_memory_utilization"] == 0.95
+    one, _ = read_space(shipped_space("vllm"), Circumstances(devices=1, gpus=True, sequence=1600))
+    assert {one.devices_of(seed.settings) for seed in phase_seeds(one)} == {1}
+
+
+def test_only_a_study_by_goodput_minds_the_clients_clock() -> None:
+    plain = dict.fromkeys(ClientOverhead.__struct_fields__, 0)
+    objects = {"lag_ms": {}, "error_ms": {}, "relative_error": {}}
+    late = {"client_bound": True, "reasons": ["ITL p99 may be off"], "advice": None}
+    client = msgspec.convert({**plain, **objects, **late}, ClientOverhead)
+    assert client_bound(client, latencies=True) == "ITL p99 may be off"
+    assert client_bound(client, latencies=False) == ""
