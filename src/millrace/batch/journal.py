@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -201,11 +201,7 @@ class Journal:
         """Bring the result files to what the journal says."""
         facts = self._facts()
         self._batch = facts["batch"]
-        usage = Usage(*(int(facts[name]) for name in ("prompt", "output", "cached")))
-        self.counts = Counts(
-            int(facts["total"]), int(facts["done"]), int(facts["failed"]), usage,
-            float(facts["seconds"]),
-        )  # fmt: skip
+        self.counts = _counts_of(facts)
         self._output.cut(int(facts["size0"]))
         if int(facts["size1"]) or self._errors.exists():
             self._file(True).cut(int(facts["size1"]))
@@ -351,6 +347,26 @@ class InputError(UserError):
     def __init__(self, message: str, problems: Sequence[str]) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+def read_counts(output: Path) -> Counts:
+    """How far the batch of an output file is, or was; nobody needs to have it open."""
+    path = output.with_name(output.name + SUFFIX)
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            return _counts_of(dict(db.execute("SELECT name, value FROM facts")))
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+
+
+def _counts_of(facts: Mapping[str, str]) -> Counts:
+    usage = Usage(*(int(facts[name]) for name in ("prompt", "output", "cached")))
+    return Counts(
+        int(facts["total"]), int(facts["done"]), int(facts["failed"]), usage,
+        float(facts["seconds"]),
+    )  # fmt: skip
 
 
 def _stopped(reason: str) -> str:

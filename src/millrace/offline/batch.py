@@ -39,7 +39,6 @@ class _BatchCommand(EngineCommand):
 @click.option(
     "-i",
     "--input-file",
-    required=True,
     type=click.Path(path_type=Path, dir_okay=False),
     help="File with one request a line, in the format of OpenAI's batches.",
 )
@@ -50,11 +49,29 @@ class _BatchCommand(EngineCommand):
     type=click.Path(path_type=Path, dir_okay=False),
     help="File for the results, in the order in which they come.",
 )
+@click.option(
+    "--task",
+    type=click.Choice(["policy"]),
+    help="Generated insurance policies instead of an input file; the answers are graded.",
+)
+@click.option("--num-items", type=click.IntRange(1), help="Of the task.  [default: 50000]")
+@click.option(
+    "--plan-gpu",
+    help="What a replica runs on, for the planner's estimate of the task: `millrace plan gpus`.",
+)
 @struct_options(BatchOptions, BATCH_HELP, skip=frozenset({"model"}))
 @struct_options(EngineArgs, HELP, skip=frozenset({"model"}))
 @click.pass_context
 def batch(
-    ctx: click.Context, /, model: str | None, input_file: Path, output_file: Path, **values: Any
+    ctx: click.Context,
+    /,
+    model: str | None,
+    input_file: Path | None,
+    output_file: Path,
+    task: str | None,
+    num_items: int | None,
+    plan_gpu: str | None,
+    **values: Any,
 ) -> None:
     """Answer every request of a file exactly once, over servers or with a model of its own.
 
@@ -67,7 +84,50 @@ def batch(
     engine = given({**values, "model": None}, EngineArgs)
     if options.api_key is None and (key := os.environ.get("OPENAI_API_KEY")):
         options = msgspec.structs.replace(options, api_key=key)
-    ctx.exit(_run(input_file, output_file, options, engine))
+    if task is None:
+        if num_items is not None or plan_gpu is not None:
+            raise ConfigError("--num-items and --plan-gpu are of --task policy")
+        if input_file is None:
+            raise ConfigError("name a file of requests with -i, or use --task policy")
+        ctx.exit(_run(input_file, output_file, options, engine))
+    if input_file is not None:
+        raise ConfigError("-i and --task exclude each other")
+    ctx.exit(_run_policies(output_file, num_items or 50_000, plan_gpu, options, engine))
+
+
+def _run_policies(
+    output: Path, number: int, gpu: str | None, options: BatchOptions, engine: dict[str, Any]
+) -> int:
+    """Generated policies; at the end their accuracy, and what the planner expected."""
+    from millrace.hardware.gpus import gpu as find_gpu
+    from millrace.offline import policy_batch
+
+    _check(options, engine)
+    if options.model is None:
+        raise ConfigError("--task policy: name the model with --model, also for servers")
+    if gpu is not None:
+        find_gpu(gpu)
+    requests = output.with_name(f"{output.stem}.requests{output.suffix}")
+    policy_batch.write_requests(requests, number, options.model)
+    status = _run(requests, output, options, engine)
+    if status:
+        return status
+    _say(policy_batch.accuracy(output, number))
+    if gpu is not None:
+        _say(_estimate(output, gpu, options))
+    return 0
+
+
+def _estimate(output: Path, gpu: str, options: BatchOptions) -> str:
+    from millrace.batch.journal import read_counts
+    from millrace.model_lookup import find_model
+    from millrace.offline import policy_batch
+
+    assert options.model is not None
+    return policy_batch.estimate(
+        read_counts(output), gpu, str(find_model(options.model)),
+        max(1, len(options.base_url)), options.max_in_flight,
+    )  # fmt: skip
 
 
 def _run(input_file: Path, output_file: Path, options: BatchOptions, engine: dict[str, Any]) -> int:
