@@ -35,10 +35,6 @@ class Loads:
         found: np.ndarray = (self.load + prompt) / self.weight
         return found
 
-    @property
-    def weights(self) -> np.ndarray:
-        return np.ones(len(self.rows)) if self.weight is None else self.weight
-
 
 Pick = Callable[[Loads, int, int], int]  # loads, tokens of the prompt, number of the request
 
@@ -66,7 +62,7 @@ class RoundRobin:
 
     def pick(self, loads: Loads, prompt: int, number: int) -> int:
         rows, weight = loads.rows, loads.weight
-        if weight is None or weight.min() == weight.max():
+        if weight is None:
             at = int(np.searchsorted(rows, self._last, side="right"))
             self._last = int(rows[at] if at < len(rows) else rows[0])
             return self._last
@@ -85,7 +81,10 @@ class Random:
         self._random = random.Random(seed)
 
     def pick(self, loads: Loads, prompt: int, number: int) -> int:
-        rows, total = loads.rows, np.cumsum(loads.weights)
+        rows = loads.rows
+        if loads.weight is None:
+            return int(rows[self._random.choice(range(len(rows)))])
+        total = np.cumsum(loads.weight)
         at = np.searchsorted(total, self._random.random() * (total[-1] + 0.0), side="right")
         return int(rows[min(int(at), len(rows) - 1)])
 
