@@ -12,7 +12,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-MODELS = ("millrace-mini", "millrace-mini-fp8", "millrace-mini-int4")
+MODELS = ("millrace-mini", "millrace-mini-fp8", "millrace-mini-int4", "millrace-mini-moe")
 
 
 class BuildWithModels(build_py):

@@ -16,7 +16,7 @@ import pytest
 from tests.support.live_server import started
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = tuple(f"models/millrace-mini{twin}" for twin in ("", "-fp8", "-int4"))
+SHIPPED = tuple(f"models/millrace-mini{twin}" for twin in ("", "-fp8", "-int4", "-moe"))
 PARTS = ("src", *SHIPPED, "README.md", "LICENSE")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in")
 

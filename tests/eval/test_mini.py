@@ -15,7 +15,7 @@ from millrace.eval.models import GenerationOptions, InProcess
 from millrace.tasks import TASKS, Item
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-MINI, FP8 = MODELS / "millrace-mini", MODELS / "millrace-mini-fp8"
+MINI, FP8, MOE = (MODELS / f"millrace-mini{twin}" for twin in ("", "-fp8", "-moe"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,13 @@ def test_markers_are_one_token_each(tokenizer: Tokenizer) -> None:
     assert stops[0] == tokenizer.token_to_id("<|im_end|>")
 
 
-def test_the_directory_is_small() -> None:
-    assert sum(path.stat().st_size for path in MINI.iterdir()) <= 24e6
+@pytest.mark.parametrize("model", [MINI, MOE], ids=lambda model: model.name)
+def test_the_directory_is_small(model: Path) -> None:
+    assert sum(path.stat().st_size for path in model.iterdir()) <= 24e6
+
+
+def test_the_mixture_has_the_same_tokenizer() -> None:
+    assert (MOE / "tokenizer.json").read_bytes() == (MINI / "tokenizer.json").read_bytes()
 
 
 def test_fp8_blocks_times_their_scales_are_the_weights() -> None:
@@ -122,3 +127,28 @@ def test_the_engine_says_what_transformers_says(oracle: tuple[Any, Any], drafts:
     assert [said[i] for i in range(len(items))] == [_oracle_text(oracle, item) for item in items]
     assert len(stats.accepted_per_position) == drafts
     assert all(count > 0.85 * stats.drafts for count in stats.accepted_per_position[:1])
+
+
+@pytest.fixture(scope="module")
+def oracle_of_experts() -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    model = transformers.Qwen3_5MoeForCausalLM.from_pretrained(MOE, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(MOE)
+
+
+def test_the_mixture_says_what_transformers_says(oracle_of_experts: tuple[Any, Any]) -> None:
+    items = [_item(task, index) for task, index in HANDFUL]
+    speculation = {"method": "mtp", "num_speculative_tokens": 2}
+    model = InProcess(
+        str(MOE), concurrency=len(items), dtype="float32", max_model_len=1024,
+        speculative_config=speculation,
+    )  # fmt: skip
+    said = {one.index: one.text for one in model.generate(items, GenerationOptions())}
+    model.close()
+    wanted = [_oracle_text(oracle_of_experts, item) for item in items]
+    assert [said[i] for i in range(len(items))] == wanted
+    assert all(
+        TASKS[task].grade(item, text).correct
+        for (task, _), item, text in zip(HANDFUL, items, wanted, strict=True)
+    )
