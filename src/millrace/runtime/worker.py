@@ -349,7 +349,8 @@ class Worker:
             files = DiskCache(folder, host.memory)
             logger.info("and %.2f GiB in %s", self.config.disk_cache / size / 2**30, files.folder)
         peer = self._build_peer(host) if shared else None
-        return Tiers(host, files, peer, self.ranks.mins_over_ranks, self.ranks.size)
+        ranks = self.ranks
+        return Tiers(host, files, peer, ranks.mins_over_ranks, ranks.size, ranks.wait)
 
     def _build_peer(self, host: HostCache) -> Peer:
         """All ranks call it together."""

@@ -27,7 +27,8 @@ class Tiers:
     """The tiers below the device of one rank.
 
     files: None without a disk cache. peer: None where no record goes to other engines. ranks: how
-    many there are; mins: the elementwise minimum of all ranks' numbers.
+    many there are; mins: the elementwise minimum of all ranks' numbers; await_event: waits for an
+    event of the device, not for ever. The last two are for several ranks.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Tiers:
         peer: Peer | None = None,
         mins: Callable[[list[int]], list[int]] = lambda values: values,
         ranks: int = 1,
+        await_event: Callable[[Any], None] = lambda event: None,
     ) -> None:
         self._ranks = ranks
+        self._await_event = await_event
         self._host = host
         self.files = files
         self.peer = peer
@@ -78,7 +81,7 @@ class Tiers:
             return
         # Copies of the same memory have ended on rank 0, and may not have here.
         if (event := self._host.mark()) is not None:
-            event.synchronize()
+            self._await_event(event)
         self._common[transfer.id] = move(record)
 
     def finished(self) -> list[TransferEnd]:
