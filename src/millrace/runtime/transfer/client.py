@@ -40,6 +40,7 @@ from millrace.runtime.transfer.server import local_address
 from millrace.runtime.transfer.shared_memory import mapped_read_only
 
 CONNECT_SECONDS = 5.0
+DEVICE_SECONDS = 60  # for copies on the device; they take milliseconds
 AT_ONCE = 4
 MOST_KEPT = 4  # connections to one rank of an engine
 MOST_ENGINES = 64  # that are remembered
@@ -140,7 +141,11 @@ class RecordClient:
         stream = torch.cuda.Stream(self._memory.device)
         with torch.cuda.stream(stream):
             moved = self._take(move)
-        stream.synchronize()
+        end = time.monotonic() + DEVICE_SECONDS
+        while not stream.query():
+            if time.monotonic() > end:
+                return Moved(False, f"the device has not ended its copies in {DEVICE_SECONDS} s")
+            time.sleep(0.0002)
         return moved
 
     def _take(self, move: RecordMove) -> Moved:
