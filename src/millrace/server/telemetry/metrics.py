@@ -310,7 +310,7 @@ class MetricsPage:
             text = "Tokens that a step computes, of prompts and outputs."
             yield self._histogram(full, text, _step_buckets(stats), stats.step_tokens_sum)
         yield self._admission_rejections()
-        if self._up():  # a dead engine is neither awake nor asleep
+        if self._up() or self._sleep_level():  # a dead engine is neither awake nor asleep
             yield from self._sleep_state()
         accepted = {(str(at),): count for at, count in enumerate(stats.accepted_per_position)}
         finished = {(str(reason),): count for reason, count in requests.finished.items()}
