@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
 from zlib import crc32
 
 import msgspec
@@ -27,6 +25,7 @@ from millrace.config import EngineConfig
 from millrace.errors import ConfigError
 from millrace.model.cache_spec import CacheSpec
 from millrace.protocol import FileMove, FoundFile
+from millrace.runtime.transfer.device_wait import Ready, comes_within
 from millrace.runtime.transfer.identity import weights_of
 
 logger = logging.getLogger(__name__)
@@ -38,13 +37,6 @@ _UNFINISHED = ".new"
 MOST_ENGINES = 256  # of one host, with one model
 READY_SECONDS = 60.0  # for copies of the device that a file waits for
 _LENGTH = 8  # bytes of the header's length
-
-
-class Ready(Protocol):
-    """An event on a device."""
-
-    def query(self) -> bool:
-        """Whether it has come."""
 
 
 class _Header(msgspec.Struct):
@@ -172,13 +164,10 @@ class DiskCache:
 
 def _ended(ready: Ready | None) -> bool:
     """Wait until it has come; False if it does not."""
-    end = time.monotonic() + READY_SECONDS
-    while ready is not None and not ready.query():
-        if time.monotonic() > end:
-            logger.warning("disk cache: the device has not ended its copies")
-            return False
-        time.sleep(0.0005)
-    return True
+    if ready is None or comes_within(ready, READY_SECONDS):
+        return True
+    logger.warning("disk cache: the device has not ended its copies")
+    return False
 
 
 def _take_folder(wanted: Path) -> tuple[Path, int]:

@@ -9,7 +9,6 @@ few launches and little memory of the device. What is where is not known here.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,6 +21,7 @@ from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.step.upload import upload
 from millrace.runtime.tiers.pinned import pinned_memory, unpin
 from millrace.runtime.transfer.device_memory import allocate, free
+from millrace.runtime.transfer.device_wait import comes_within
 from millrace.runtime.transfer.layout import RecordLayout
 from millrace.runtime.transfer.shared_memory import mapped, new_file
 
@@ -100,11 +100,8 @@ class HostCache:
             self.descriptor = -1
         if self._stream is None:
             return
-        end = time.monotonic() + CLOSE_SECONDS
-        while not self._stream.query():
-            if time.monotonic() > end:
-                return
-            time.sleep(0.001)
+        if not comes_within(self._stream, CLOSE_SECONDS):
+            return
         if self.memory.is_cuda:
             free(self.memory)
         else:

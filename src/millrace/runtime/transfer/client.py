@@ -22,6 +22,7 @@ from torch import Tensor
 from millrace.common.framing import FramingError
 from millrace.protocol import HostPages, RecordMove, RecordSource
 from millrace.runtime.transfer.device_memory import close_handle, open_handle
+from millrace.runtime.transfer.device_wait import comes_within
 from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
 from millrace.runtime.transfer.messages import (
     FRAMING,
@@ -141,11 +142,8 @@ class RecordClient:
         stream = torch.cuda.Stream(self._memory.device)
         with torch.cuda.stream(stream):
             moved = self._take(move)
-        end = time.monotonic() + DEVICE_SECONDS
-        while not stream.query():
-            if time.monotonic() > end:
-                return Moved(False, f"the device has not ended its copies in {DEVICE_SECONDS} s")
-            time.sleep(0.0002)
+        if not comes_within(stream, DEVICE_SECONDS):
+            return Moved(False, f"the device has not ended its copies in {DEVICE_SECONDS} s")
         return moved
 
     def _take(self, move: RecordMove) -> Moved:
