@@ -93,7 +93,7 @@ def assert_nothing_left(of: list[LiveServer]) -> None:
     for one in of:
         wait_for(lambda one=one: one.metric("millrace:kv_transfer_open") == 0, LEASE + 60)
         wait_for(lambda one=one: all_pages_free(one), 10)
-        assert one.open_in_engine() == 0
+        wait_for(lambda one=one: one.open_in_engine() == 0, 10)
 
 
 @pytest.mark.parametrize(

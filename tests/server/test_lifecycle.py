@@ -72,6 +72,13 @@ def test_leaving_a_stream_aborts_the_request(slow: LiveServer) -> None:
     assert "Traceback" not in slow.log
 
 
+def test_a_stop_text_frees_the_engine_long_before_the_last_token(slow: LiveServer) -> None:
+    body = {**LONG, "prompt": "hello stop world", "stop": ["stop w"]}
+    answer = httpx.post(f"{slow.url}/v1/completions", json=body, timeout=20)
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    wait_for(lambda: slow.open_in_engine() == 0)
+
+
 def test_leaving_before_the_answer_aborts_every_prompt(slow: LiveServer) -> None:
     with sent(slow, {**LONG, "prompt": ["hello", "world", "END"]}):
         wait_for(lambda: slow.open_in_engine() == 3)

@@ -9,7 +9,6 @@ import openai
 import pytest
 
 from millrace.text.checkpoint.files import vocab_size
-from tests.support.live_server import LiveServer
 
 CHAT: list[Any] = [{"role": "user", "content": "Wer reitet so spät? 🦊"}]
 RENDERED = "<|im_start|>user\nWer reitet so spät? 🦊<|im_end|>\n<|im_start|>assistant\n"
@@ -119,9 +118,7 @@ def test_token_ids_are_not_sent_unasked(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_stop_text_ends_the_answer_and_frees_the_engine(
-    client: openai.OpenAI, server: LiveServer, stream: bool
-) -> None:
+def test_a_stop_text_ends_the_answer(client: openai.OpenAI, stream: bool) -> None:
     extra = {"ignore_eos": True}
     create: Any = client.completions.create
     got = create(
@@ -132,7 +129,6 @@ def test_a_stop_text_ends_the_answer_and_frees_the_engine(
     assert "".join(chunk.choices[0].text for chunk in chunks) == "hello "
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert chunks[-1].choices[0].stop_reason == "stop w"
-    assert server.open_in_engine() == 0
 
 
 def test_a_stop_text_may_be_shown(client: openai.OpenAI) -> None:

@@ -91,7 +91,7 @@ def test_an_engine_that_dies_is_replaced(text_model: Path, tmp_path: Path) -> No
             answer = waiting.result()
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_dead"
-        assert server.open_in_engine() == 0
+        wait_for(lambda: server.open_in_engine() == 0)
         refused = post(server, SHORT)
         assert refused.status_code in (503, 200)  # 200 if the next one is there already
         wait_for(lambda: health(server).status_code == 200, 30)

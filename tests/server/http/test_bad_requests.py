@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from millrace.server.api.field_table import FIELDS as TABLE
 from millrace.server.api.field_table import Refusal
 from millrace.server.api.request_schema import ChatRequest, CompletionRequest
-from tests.support.live_server import LiveServer
+from tests.support.live_server import LiveServer, wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 COMPLETIONS = "/v1/completions"
@@ -45,7 +45,7 @@ def _server_is_well_afterwards(http: httpx.Client, server: LiveServer) -> Any:
     yield
     answer = http.post(COMPLETIONS, json={"prompt": "hello", "max_tokens": 1})
     assert answer.status_code == 200
-    assert server.open_in_engine() == 0
+    wait_for(lambda: server.open_in_engine() == 0)
     assert "Traceback" not in server.log
 
 
