@@ -3,6 +3,7 @@
 Three real engines in fp32 run behind `millrace serve --replicas 3`. Greedy answers are recorded
 once without disturbance. Then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a
 gateway process gets SIGKILL) every few seconds, and every answer is compared with the recorded one.
+`--what notice` is what a spot machine does: SIGTERM, and SIGKILL for what is left 30 seconds later.
 A gateway process that is killed loses the connections that it has accepted: it is stopped first and
 these are listed, so that failures on other connections can be told from those.
 
@@ -16,6 +17,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -28,6 +30,7 @@ import uvloop
 
 from millrace.common.http_client import Connection, Target, connect, encode_request, fetch
 
+NOTICE = 30.0  # seconds that a spot machine gives
 _COUNTED = ("answered", "failed", "failed_with_process", "different")
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECTS = [
@@ -145,6 +148,8 @@ async def murders(
             if options.what == "stop":
                 os.kill(victim, signal.SIGSTOP)
                 asyncio.get_running_loop().call_later(15, _continue, victim)
+            elif options.what == "notice":
+                _notice(victim)
             else:
                 if options.what == "gateway":
                     doomed |= stopped_clients(victim, target.port)
@@ -163,6 +168,20 @@ def stopped_clients(pid: int, port: int) -> set[int]:
             raise SystemExit(f"process {pid} did not stop within 5 s")
     held = process.net_connections("tcp")
     return {one.raddr.port for one in held if one.raddr and one.laddr.port == port}
+
+
+def _notice(pid: int) -> None:
+    """SIGTERM to a server; in 30 seconds it and its engine are gone, whatever they do."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    family[0].terminate()
+    asyncio.get_running_loop().call_later(NOTICE, _reclaim, family)
+
+
+def _reclaim(family: list[psutil.Process]) -> None:
+    for process in family:
+        if process.is_running():
+            print(f"{process.pid} was still there after {NOTICE:g} s", flush=True)
+            process.kill()
 
 
 def _continue(pid: int) -> None:
@@ -190,6 +209,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         *(sys.executable, "-m", "millrace.cli", "serve", options.model, "--port", "0"),
         *("--replicas", "3", "--dtype", "float32", "--max-model-len", "1024", "--device", "cpu"),
         *("--gateway-processes", str(processes), "--kv-cache-memory-bytes", str(200 << 20)),
+        "--disable-uvicorn-access-log",
     ]
     supervisor = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
@@ -221,15 +241,15 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 async def _port(supervisor: asyncio.subprocess.Process) -> Target:
     assert supervisor.stderr is not None
     while line := (await supervisor.stderr.readline()).decode():
-        if line.startswith("3 replicas on"):
+        if ready := re.search(r"\d replicas on https?://[^:]*:(\d+)", line):
             asyncio.create_task(_drain(supervisor.stderr))  # noqa: RUF006
-            return Target("127.0.0.1", int(line.split(":")[2].split(",")[0]))
+            return Target("127.0.0.1", int(ready[1]))
     raise SystemExit("the replicas did not come up")
 
 
 async def _drain(lines: asyncio.StreamReader) -> None:
     while line := await lines.readline():
-        if line.startswith((b"replica", b"gateway process", b"Traceback")):
+        if b"ended" in line or b"Traceback" in line:
             print(line.decode().rstrip(), flush=True)
 
 
@@ -237,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="millrace-mini")
     parser.add_argument(
-        "--what", choices=["replica", "engine", "stop", "gateway"], default="replica"
+        "--what", choices=["replica", "engine", "stop", "gateway", "notice"], default="replica"
     )
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=6.0)

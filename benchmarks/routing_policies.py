@@ -98,13 +98,14 @@ async def run(policy: str, options: argparse.Namespace) -> dict[str, Any]:
     supervisor = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
         assert supervisor.stderr is not None
-        while not (line := (await supervisor.stderr.readline()).decode()).startswith(
-            f"{options.replicas} replicas on"
-        ):
+        ready = None
+        while ready is None:
+            line = (await supervisor.stderr.readline()).decode()
             if not line:
                 raise SystemExit("the replicas did not come up")
+            ready = re.search(r"\d replicas on https?://[^:]*:(\d+)", line)
         drain = asyncio.create_task(_drain(supervisor.stderr))
-        target = Target("127.0.0.1", int(line.split(":")[2].split(",")[0]))
+        target = Target("127.0.0.1", int(ready[1]))
         bodies = requests(options.workload, options.requests)
         result = await drive(target, bodies, options.concurrency)
         page = (await fetch(target, "/metrics")).body.decode()
