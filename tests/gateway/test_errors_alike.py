@@ -146,3 +146,41 @@ def test_a_prompt_that_is_too_long(server: LiveServer, path: str, stream: bool) 
     assert re.search("maximum context length is|prompt is too long", own.text)
     volatile = r"resp_[0-9a-f]+|\"created_at\":[0-9]+"
     assert re.sub(volatile, "", theirs.body.decode()) == re.sub(volatile, "", own.text)
+
+
+URL = "data:image/png;base64,iVBORw0KGgo="
+SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+PICTURE = {"type": "image", "source": SOURCE}
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": [PICTURE]}
+IMAGES = [
+    ("chat/completions", {"type": "image_url", "image_url": {"url": URL}}),
+    ("responses", {"type": "input_image", "image_url": URL}),
+    ("messages", PICTURE),
+    ("messages", RESULT),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "part"), IMAGES)
+def test_an_image(server: LiveServer, path: str, part: dict[str, Any], stream: bool) -> None:
+    """Refused with the reason and what would serve it, on each API, by a gateway as well."""
+    path, key = f"/v1/{path}", {"Authorization": f"Bearer {KEY}"}
+    text = {"type": "input_text" if path == "/v1/responses" else "text", "text": "What is this?"}
+    messages = [{"role": "user", "content": [text, part]}]
+    body = {"input" if path == "/v1/responses" else "messages": messages, "stream": stream}
+    body |= {"max_tokens": 5} if path == "/v1/messages" else {}
+    own = httpx.post(f"{server.url}{path}", headers=key, json=body, timeout=20)
+    assert own.status_code == 400
+    error = own.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "reads text only, and no images" in error["message"]
+    assert "--engine vllm" in error["message"]
+
+    async def ask() -> Response:
+        async with gateway(server.url, access=Access(worker_api_key=KEY)) as (_, target):
+            pairs = (("Content-Type", "application/json"),)
+            data = json.dumps(body).encode()
+            return await fetch(target, path, method="POST", body=data, headers=pairs)
+
+    theirs = run(ask())
+    assert (theirs.status, theirs.body) == (400, own.content)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millrace.errors import RequestError
+from millrace.text.chat.media import not_text
 from millrace.text.tools.custom import INPUT
 from millrace.text.tools.json_repair import completed
 
@@ -106,7 +107,7 @@ def _part(part: Any, where: str) -> Any:
         return {"type": "text", "text": part["refusal"]}
     if kind != "text" or not isinstance(part.get("text"), str):
         raise RequestError(
-            f'{where} must be {{"type": "text", "text": ...}}; this model reads text only',
+            f'{where} must be {{"type": "text", "text": ...}}; {not_text(kind)}',
             param=where,
         )
     return part

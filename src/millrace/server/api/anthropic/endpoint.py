@@ -32,10 +32,9 @@ from millrace.server.api.request_schema import (
 )
 from millrace.server.api.transport import json_response
 from millrace.text.chat.effort import EFFORTS
+from millrace.text.chat.media import not_text
 from millrace.text.messages import is_long
 from millrace.text.tools.schema import nested_tool
-
-_TEXT_ONLY = "the model reads and writes text only"
 
 
 class CountRequest(SamplingRequest, frozen=True, kw_only=True):
@@ -162,7 +161,7 @@ def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         elif kind != "redacted_thinking":  # encrypted by Anthropic: no template can read it
             known = "text, document, search_result, tool_result, tool_use or thinking"
             raise RequestError(
-                f"{place} must be a block of type {known}, where they belong; {_TEXT_ONLY}",
+                f"{place} must be a block of type {known}, where they belong; {not_text(kind)}",
                 param=where,
             )
     if results and not texts:
@@ -199,8 +198,9 @@ def _text(content: Any, where: str) -> str:
     for at, block in enumerate(content if isinstance(content, list) else [content]):
         text = _block_text(block) if isinstance(block, Mapping) else None
         if text is None:
+            kind = block.get("type") if isinstance(block, Mapping) else None
             raise RequestError(
-                f'{where}: block {at} must be {{"type": "text", "text": ...}}; {_TEXT_ONLY}',
+                f'{where}: block {at} must be {{"type": "text", "text": ...}}; {not_text(kind)}',
                 param=where.split(".")[0],
             )
         texts.append(text)

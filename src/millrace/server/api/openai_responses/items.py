@@ -22,11 +22,11 @@ from millrace.server.api.openai_responses.tools import (
     flat_name,
 )
 from millrace.server.api.request_schema import SAMPLING_FIELDS, ChatRequest
+from millrace.text.chat.media import not_text
 from millrace.text.tools.custom import INPUT
 
 Item = Mapping[str, Any]
 
-_TEXT_ONLY = "the model reads and writes text only"
 _TEXTS = ("input_text", "output_text", "text")
 _KINDS = (
     "message",
@@ -143,7 +143,7 @@ def _content(content: Any, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text") if kind else None
         if kind not in (*_TEXTS, "refusal") or not isinstance(text, str):
             raise RequestError(
-                f"{where}: part {at} must be of type {' or '.join(_TEXTS)}; {_TEXT_ONLY}",
+                f"{where}: part {at} must be of type {' or '.join(_TEXTS)}; {not_text(kind)}",
                 param="input",
             )
         texts.append(text)
