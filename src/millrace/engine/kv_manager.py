@@ -60,7 +60,7 @@ class KVManager:
             self.tiers = TierTransfers(limits, self.pages, self.policy, self._prefix_tiers)
             self.policy.lower_tiers = True
         self._limits = limits
-        self._ends: dict[int, Save] = {}  # by snapshot: answers that the next step saves
+        self._ends: dict[int, Save] = {}  # by snapshot: slots that the next step saves
 
     # --- pages ------------------------------------------------------------------------------
 
@@ -271,28 +271,39 @@ class KVManager:
     def save_end(self, request: Request) -> None:
         """A request has ended, and its slot has the state of all tokens but the last one: make that
         a snapshot, which the next step writes before anything else."""
-        if not self._limits.prefix_caching or request.failed or request.source.hand_over:
+        if not request.source.hand_over:
+            self._save_slot(request, request.tokens[:-1], Kind.ANSWER)
+
+    def save_part(self, request: Request) -> None:
+        """A request was aborted, and its slot has the state of the first `computed` tokens of its
+        prompt: save that the same way, so that who sends the prompt again goes on from there."""
+        tokens = request.tokens[: request.computed]
+        have = self.policy.cached(request.tokens[: len(tokens) + 1], request.source.cache_salt)
+        if self.may_use_cache(request) and len(tokens) - have > self._limits.snapshot_distance:
+            self._save_slot(request, tokens, Kind.TURNS)
+
+    def _save_slot(self, request: Request, tokens: Sequence[int], kind: Kind) -> None:
+        """Let the next step save what the request's slot has: the state of `tokens`."""
+        if not self._limits.prefix_caching or request.failed:
             return
-        tokens = request.tokens[:-1]
         salt = request.source.cache_salt
         snapshot = self.policy.begin_save(tokens, salt, kind=Kind.ANSWER)
         if snapshot is None:
             return
         pages = request.pages[: -(-len(tokens) // self._limits.page_size)]
-        self._publish(request, tokens, pages, snapshot, Kind.ANSWER)
+        self._publish(request, tokens, pages, snapshot, kind)
         # One that was evicted before it was written may be in use again: the last one counts.
         self._ends[snapshot] = Save(request.slot, snapshot)
         if self.tiers is not None:
-            tag = request.source.tag
-            self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes, tag)
+            self.tiers.cached(tokens, salt, kind, request.hashes, request.source.tag)
 
     @property
     def has_ends(self) -> bool:
-        """Whether there are answers to save."""
+        """Whether there are slots to save."""
         return bool(self._ends)
 
     def take_ends(self) -> list[Save]:
-        """The answers that the next step saves."""
+        """The slots that the next step saves."""
         ends, self._ends = list(self._ends.values()), {}
         return ends
 

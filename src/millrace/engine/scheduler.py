@@ -548,6 +548,8 @@ class Scheduler:
         if self._requests.pop(request.id, None) is not None:
             if request.ended:
                 self._kv_manager.save_end(request)
+            elif request.upper == request.computed < len(request.tokens):
+                self._kv_manager.save_part(request)
             self._kv_manager.release(request)
 
     # --- queries ----------------------------------------------------------------------------

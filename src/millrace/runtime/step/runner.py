@@ -114,6 +114,7 @@ class Runner:
             if graphs is not None and plan.sampled_slots and processors is None:
                 graphs.take(plan, hidden[self._rows(plan, numbers).candidates()[2]])
         out = self._tail_of(plan, hidden, numbers, processors, masks)
+        self._keep_parts(plan, hidden)
         self._save(plan, hidden)
         offset = len(plan.decode) * width
         prompt = self._processors.prompt_logprobs(plan, hidden, offset, self._model.logits)
@@ -350,12 +351,23 @@ class Runner:
             hidden = None if self._last is None else self._last[save.slot]
             self._snapshots.save_open(self._caches, save.slot, save.snapshot, hidden)
 
+    def _keep_parts(self, plan: StepPlan, hidden: Tensor) -> None:
+        """Keep the last vectors of unfinished prompts: a record of such a part needs its own."""
+        parts = [(slot, at) for slot, at, last in self._chunk_ends(plan) if not last]
+        if self._last is None or not parts:
+            return
+        slots, tokens = upload(list(zip(*parts, strict=True)), self._device)
+        self._last[slots] = self._features(hidden[tokens])
+
+    def _chunk_ends(self, plan: StepPlan) -> list[tuple[int, int, bool]]:
+        """(slot, flat token that it ends with, whether the prompt ends) of the plan's chunks."""
+        flat = chunk_ends(plan, self._width_of(plan))
+        return [(c.slot, at, c.last) for c, at in zip(plan.chunks, flat, strict=True)]
+
     def _save(self, plan: StepPlan, hidden: Tensor) -> None:
         if not plan.saves:
             return
-        flat = chunk_ends(plan, self._width_of(plan))
-        ends = zip((c.slot for c in plan.chunks), flat, strict=True)
-        last, saves = dict(ends), plan.saves
+        last, saves = {slot: at for slot, at, _ in self._chunk_ends(plan)}, plan.saves
         table = [
             [s.slot for s in saves],
             [s.snapshot for s in saves],
