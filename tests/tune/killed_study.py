@@ -21,7 +21,7 @@ from millrace.tune.trials.journal import FILE, Header, Journal
 from millrace.tune.trials.outcome import Outcome, Visit
 from tests.tune.fake_engine import SPACE, FakeEngine
 
-RULES = Rules(trials=25, rounds=(3, 3), seed=5)
+RULES = Rules(trials=25, rounds=(3, 3), draft_rounds=2, seed=5)
 
 
 class Slow:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from millrace.bench.report.chart import Series, chart, frontier
 from millrace.bench.report.html_report import Chart, Page, Section, environment
 from millrace.tune.results import Results, TrialRow
-from millrace.tune.text_report import UNITS
+from millrace.tune.text_report import UNITS, draft_cells
 from millrace.tune.trials.failures import TITLES
 from millrace.version import __version__
 
@@ -19,7 +19,7 @@ _HEADINGS = (
 
 def report_html(results: Results) -> str:
     """The page of a study."""
-    parts = (_best, _pareto, _progress, _trials, _importance, _failures)
+    parts = (_best, _drafts, _pareto, _progress, _trials, _importance, _failures)
     page = Page(
         models=[results.model],
         files=0,
@@ -44,6 +44,20 @@ def _best(results: Results) -> Section:
     notes += [f"Accuracy: {row.accuracy}.", f"Start it with: {results.command}"]
     warnings = [] if results.finished else ["The study has not ended: these are results so far."]
     return Section(title="Best settings", notes=notes, warnings=warnings)
+
+
+def _drafts(results: Results) -> Section:
+    if results.drafts is None:
+        return Section(title="Drafts by batch size")
+    return Section(
+        title="Drafts by batch size",
+        introduction=[
+            "Total tok/s of the best settings on one engine, by the number of drafts; in brackets "
+            "the best, by rounds of runs that took turns."
+        ],
+        table=[tuple(row) for row in draft_cells(results.drafts.schedule)],
+        notes=[f"Start it so with: {results.drafts.command}"],
+    )
 
 
 def _pareto(results: Results) -> Section:

@@ -42,6 +42,7 @@ class TuneFlags(LoadFlags, frozen=True, kw_only=True):
     least_rounds: int = 3
     most_rounds: int = 6
     full_runs: int = 2
+    draft_rounds: int = 2
     anchor_every: int = 6
     spread_penalty: float = 1.0
     accuracy: str = "math"
@@ -83,6 +84,8 @@ HELP = {
     "least_rounds": "Rounds of the finalists at least.",
     "most_rounds": "Rounds at most, while they cannot be told apart.",
     "full_runs": "Loads for each start of a finalist; the second one finds warm caches.",
+    "draft_rounds": "Rounds of the best settings with every number of drafts, few requests in "
+    "flight and many, for a schedule by batch size; 0: none is made.",
     "anchor_every": "Trials between two runs of the defaults, which show drift; 0: never.",
     "spread_penalty": "Share of the spread between rounds that is taken off a median.",
     "accuracy": "Task of `millrace eval` that every trial is measured on.",

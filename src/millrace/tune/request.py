@@ -23,7 +23,7 @@ from millrace.tune.search.proposals import Seed
 from millrace.tune.search.study import Rules, TuningTarget
 from millrace.tune.servers.command_line import Served, engine_words
 from millrace.tune.servers.load import LoadPlan
-from millrace.tune.servers.targets import LocalServers, Restart, RestartedServer, Starting
+from millrace.tune.servers.targets import LocalServers, Restart, RestartedServer, Visits
 from millrace.tune.space.knobs import Knob, Settings, Space, Value
 from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
 from millrace.tune.trials.history import Goal
@@ -52,15 +52,21 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     def target(self, stop: asyncio.Event | None) -> TuningTarget:
         """What is tuned. stop: ends a visit."""
         flags = self.request.flags
-        starting = Starting(limit=flags.start_timeout, logs=Path(flags.dir) / "logs")
+        visits = Visits(
+            space=self.space,
+            plan=self.load,
+            start_limit=flags.start_timeout,
+            logs=Path(flags.dir) / "logs",
+            stop=stop,
+        )
         if flags.base_url is None:
-            return LocalServers(self.served, self.space, self.load, starting, stop)
+            return LocalServers(self.served, visits)
         assert flags.restart_command is not None
         log = Path(flags.log_file) if flags.log_file else None
         restart = Restart(
             command=flags.restart_command, target=parse_base_url(flags.base_url), log=log
         )
-        return RestartedServer(restart, self.space, self.load, starting, stop)
+        return RestartedServer(restart, visits)
 
 
 def prepare(request: Request) -> Prepared:
@@ -111,6 +117,8 @@ def _check(flags: TuneFlags) -> None:
         if getattr(flags, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {getattr(flags, name)}: use 1 or more")
+    if flags.draft_rounds < 0:
+        raise ConfigError(f"--draft-rounds {flags.draft_rounds}: use 0 or more")
     if flags.most_rounds < flags.least_rounds:
         raise ConfigError(
             f"--most-rounds {flags.most_rounds}: use --least-rounds ({flags.least_rounds}) or more"
@@ -162,6 +170,8 @@ def _rules(request: Request, space: Space, load: LoadPlan) -> Rules:
         finalists=flags.finalists,
         rounds=(flags.least_rounds, flags.most_rounds),
         full_runs=flags.full_runs,
+        draft_rounds=0 if request.walk else flags.draft_rounds,
+        streams=load.full.max_concurrency or Rules().streams,
         accuracy=flags.accuracy_items > 0,
         fixed=read_settings(space, ",".join(flags.set)),
         seed=flags.seed,

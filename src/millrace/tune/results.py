@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from millrace.tune.search.comparison import Verdict, full_score, standing, verdict, versus
+from millrace.tune.search.draft_schedule import DraftSchedule, draft_schedule
 from millrace.tune.search.proposals import importances
 from millrace.tune.servers.command_line import Served, flags_of, shown_command
 from millrace.tune.space.knobs import Settings, Space, changed, label
@@ -40,9 +42,18 @@ class TrialRow(msgspec.Struct, frozen=True, kw_only=True):
     failure: Failure | None
 
 
+class DraftsByBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The drafts that are best by batch size: as measured, and as a server takes them."""
+
+    schedule: DraftSchedule
+    command: str
+    options: dict[str, Any]
+
+
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Everything: trials in order, who won and why, the command line and options of the best, how
-    much each knob matters, which failures ruled out what, the drafts that are best by batch."""
+    much each knob matters, which failures ruled out what, the drafts that are best by batch size;
+    None where those were not measured, or none are best."""
 
     objective: str
     model: str
@@ -54,6 +65,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     importances: dict[str, float]
     no_go: list[str]
     seconds: float
+    drafts: DraftsByBatch | None = None
     finished: bool = False
 
 
@@ -76,13 +88,27 @@ def results_of(history: History, space: Space, served: Served, *, finished: bool
             for known in history.no_go
         ],
         seconds=history.seconds,
+        drafts=_drafts(history, space, served),
         finished=finished,
     )
 
 
-def options_of(space: Space, settings: Settings) -> dict[str, Any]:
-    """The flags of a setting as the entries of a file for --config."""
-    words = flags_of(space, settings)
+def _drafts(history: History, space: Space, served: Served) -> DraftsByBatch | None:
+    found = draft_schedule(history)
+    if found is None:
+        return None
+    return DraftsByBatch(
+        schedule=found,
+        command=shown_command(served, space, found.settings, found.ranges),
+        options=options_of(space, found.settings, found.ranges),
+    )
+
+
+def options_of(
+    space: Space, settings: Settings, drafts: Sequence[tuple[int, int, int]] = ()
+) -> dict[str, Any]:
+    """The flags of a setting as the entries of a file for --config. drafts: by batch size."""
+    words = flags_of(space, settings, drafts)
     found: dict[str, Any] = {}
     for at, word in enumerate(words):
         if not word.startswith("--"):

@@ -17,8 +17,8 @@ from millrace.tune.html_report import report_html
 from millrace.tune.request import Prepared, Request, fields_of, prepare, request_from
 from millrace.tune.results import Results, results_of
 from millrace.tune.search.study import Rules, run_study
-from millrace.tune.servers.command_line import Served, engine_words, fleet_content, replicas_of
-from millrace.tune.space.knobs import label
+from millrace.tune.servers.command_line import Served, engine_words, fleet_content
+from millrace.tune.space.knobs import label, replicas_of
 from millrace.tune.text_report import UNITS, text_of, visit_line
 from millrace.tune.trials.history import History
 from millrace.tune.trials.journal import Abandoned, Header, Journal, read_journal
@@ -147,6 +147,8 @@ def _write(directory: Path, prepared: Prepared, history: History, results: Resul
     if results.verdict is not None:
         settings = history.trials[results.verdict.best].settings
         files.append(write_json(directory / "best.yaml", results.options))  # JSON is YAML
+        if results.drafts is not None:
+            files.append(write_json(directory / "best-drafts.yaml", results.drafts.options))
         if replicas_of(settings) > 1:
             served = msgspec.structs.replace(prepared.served, of_trials=())
             words = engine_words(served, prepared.space, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from millrace.bench.report.tables import aligned
 from millrace.tune.results import Results, TrialRow
+from millrace.tune.search.draft_schedule import DraftSchedule
 from millrace.tune.trials.failures import TITLES
 from millrace.tune.trials.outcome import Outcome, Visit
 from millrace.tune.write_up import NODE, phase_named
@@ -26,6 +27,7 @@ def text_of(results: Results) -> str:
     lines += _failures(results)
     lines += _phases(results)
     lines += _verdict(results)
+    lines += _drafts(results)
     return "\n".join(lines)
 
 
@@ -77,6 +79,28 @@ def _verdict(results: Results) -> list[str]:
     return [*lines, f"start it with: {results.command}"]
 
 
+def _drafts(results: Results) -> list[str]:
+    """The schedule of drafts and the figures that it follows from."""
+    if results.drafts is None:
+        return []
+    return [
+        "drafts by batch size, tok/s; the best in brackets:",
+        *aligned(draft_cells(results.drafts.schedule)),
+        f"start it so with: {results.drafts.command}",
+    ]
+
+
+def draft_cells(schedule: DraftSchedule) -> list[list[str]]:
+    """A table of speeds, by requests in flight and drafts; the first row has the headings."""
+    depths = list(schedule.rows[0].speeds)
+    cells = [["in flight", *(f"{depth} drafts" for depth in depths)]]
+    for row in schedule.rows:
+        figures = {depth: f"{speed:,.0f}" for depth, speed in row.speeds.items()}
+        figures[row.best] = f"[{figures[row.best]}]"
+        cells.append([str(row.batch), *figures.values()])
+    return cells
+
+
 def visit_line(visit: Visit, name: str, outcome: Outcome | None, unit: str, value: float) -> str:
     """One line for the terminal, before a visit or after it."""
     kind = f"round {visit.round}" if visit.purpose == "full" else visit.purpose
@@ -85,6 +109,9 @@ def visit_line(visit: Visit, name: str, outcome: Outcome | None, unit: str, valu
         return f"{head} ... {visit.why}"
     if outcome.failure is not None:
         return f"  {outcome.failure}, {outcome.seconds:.0f} s"
+    if visit.streams:
+        speeds = ", ".join(f"{run.total:,.0f}" for run in outcome.runs)
+        return f"  {speeds} tok/s, {outcome.seconds:.0f} s"
     shown = f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
     reading = next((run.why for run in outcome.runs if run.why), "")
     return f"  {shown} {unit}, {outcome.seconds:.0f} s" + (f"; {reading}" if reading else "")

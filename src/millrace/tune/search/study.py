@@ -2,32 +2,36 @@
 
 First every trial gets a short visit, and now and then the anchor gets one more, so that drift of
 the machine can be taken out. Then the finalists run in rounds, by turns, until the runs tell them
-apart. What comes next is a pure function of the records: that is what makes a study resumable.
+apart. At last the best settings run with other numbers of drafts, for a schedule by batch size.
+What comes next is a pure function of the records: that is what makes a study resumable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from millrace.tune.search.comparison import standing, versus
+from millrace.tune.search.comparison import standing, verdict, versus
+from millrace.tune.search.draft_schedule import batch_sizes, to_measure
 from millrace.tune.search.proposals import Seed, propose
-from millrace.tune.space.knobs import Settings
+from millrace.tune.space.knobs import Settings, engines_of, key_of
 from millrace.tune.trials.failures import Failure
 from millrace.tune.trials.history import Goal, History, Trial
 from millrace.tune.trials.journal import Began, Ended, Journal
 from millrace.tune.trials.outcome import Outcome, Purpose, Visit
 
+_T = TypeVar("_T")
 _MOST_BEGINNINGS = 3  # of one visit: settings that take the tuner down with them are given up
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """How a study goes. trials: settings that are tried. seconds: after which no trial begins; 0:
     no limit. anchor_every: trials between two visits of the anchor. finalists: besides the
-    defaults. rounds: fewest and most of them. full_runs: loads of a full visit. accuracy: whether
+    defaults. rounds: fewest and most of them. full_runs: loads of a full visit. draft_rounds: of
+    all numbers of drafts; 0: none. streams: requests in flight of the load. accuracy: whether
     answers are checked. fixed: knobs that keep their values. walk: the seeds are tried, and no
     more."""
 
@@ -39,6 +43,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     finalists: int = 2
     rounds: tuple[int, int] = (3, 6)
     full_runs: int = 2
+    draft_rounds: int = 0
+    streams: int = 32
     accuracy: bool = False
     fixed: Settings = {}
     seed: int = 0
@@ -90,7 +96,7 @@ def next_visit(history: History, rules: Rules) -> Visit | None:
             return _visit(history, rules, anchor, "anchor")
         if (trial := _new_trial(history, rules)) is not None:
             return _visit(history, rules, trial, "short")
-    return _full_visit(history, rules)
+    return _full_visit(history, rules) or _draft_visit(history, rules)
 
 
 def _search_is_over(history: History, rules: Rules) -> bool:
@@ -174,9 +180,9 @@ def finalists(history: History, rules: Rules) -> list[Trial]:
     return [*base, *others]
 
 
-def _turns(entrants: Sequence[Trial], number: int) -> list[Trial]:
+def _turns(entrants: Sequence[_T], number: int) -> list[_T]:
     """The entrants in the order of a round: each round begins with another one."""
-    shift = (number - 1) % len(entrants)
+    shift = (number - 1) % max(1, len(entrants))
     return [*entrants[shift:], *entrants[:shift]]
 
 
@@ -187,3 +193,35 @@ def _undecided(history: History, entrants: Sequence[Trial]) -> list[Trial]:
         return list(entrants)
     leader = order[0]
     return [leader, *(t for t in order[1:] if not versus(history, leader, t).better)]
+
+
+# --- drafts by batch size -------------------------------------------------------------------------
+
+
+def _draft_visit(history: History, rules: Rules) -> Visit | None:
+    """The next visit for the schedule of drafts: of the lowest round that some number lacks."""
+    found = verdict(history) if rules.draft_rounds else None
+    if found is None:
+        return None
+    settings = to_measure(history, rules.fixed)
+    done = {(key_of(visit.settings), visit.round) for visit, _ in history.draft_visits}
+    for number in range(1, rules.draft_rounds + 1):
+        for one in _turns(settings, number):
+            if (key_of(one), number) not in done:
+                return _drafts_of(history, rules, found.best, one, number)
+    return None
+
+
+def _drafts_of(history: History, rules: Rules, best: int, settings: Settings, number: int) -> Visit:
+    sizes = batch_sizes(-(-rules.streams // engines_of(history.trials[best].settings)))
+    return Visit(
+        number=history.visits,
+        trial=best,
+        settings=settings,
+        purpose="drafts",
+        round=number,
+        seeds=tuple(_seed(rules.seed, f"drafts {number}", size) for size in sizes),
+        streams=sizes,
+        accuracy=rules.accuracy and number == 1,
+        why=f"drafts by batch size, {', '.join(map(str, sizes))} in flight",
+    )

@@ -15,7 +15,7 @@ import msgspec
 from millrace.common.child_process import python_module
 from millrace.errors import ConfigError
 from millrace.fleet.drivers import Engine, engine_command
-from millrace.tune.space.knobs import FLEET_KNOBS, Knob, Settings, Space, Value
+from millrace.tune.space.knobs import FLEET_KNOBS, Knob, Settings, Space, Value, replicas_of
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +29,13 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     program: str = ""
 
 
-def flags_of(space: Space, settings: Mapping[str, Value]) -> list[str]:
-    """The flags of a setting; those at the server's own default are not given."""
+def flags_of(
+    space: Space,
+    settings: Mapping[str, Value],
+    drafts: Sequence[tuple[int, int, int]] = (),
+) -> list[str]:
+    """The flags of a setting; those at the server's own default are not given. drafts: a schedule
+    by batch size, which goes into the object of the knob that has one."""
     words: list[str] = []
     objects: dict[str, dict[str, Any]] = {}
     for knob in space.knobs:
@@ -40,6 +45,8 @@ def flags_of(space: Space, settings: Mapping[str, Value]) -> list[str]:
         if knob.key:
             if _is_given(knob, value):
                 objects.setdefault(knob.flag, {})[knob.key] = value
+                if knob.by_batch and drafts:
+                    objects[knob.flag][knob.by_batch] = [list(one) for one in drafts]
         elif value is not None and value != knob.default:
             words += _words(knob, value)
     for flag, content in objects.items():
@@ -94,13 +101,14 @@ def fleet_content(
     return content
 
 
-def replicas_of(settings: Mapping[str, Value]) -> int:
-    return int(settings.get("replicas") or 1)
-
-
-def shown_command(served: Served, space: Space, settings: Settings) -> str:
+def shown_command(
+    served: Served,
+    space: Space,
+    settings: Settings,
+    drafts: Sequence[tuple[int, int, int]] = (),
+) -> str:
     """A command line that a user types."""
-    flags = [*flags_of(space, settings), *served.arguments]
+    flags = [*flags_of(space, settings, drafts), *served.arguments]
     if served.engine == "millrace":
         replicas = replicas_of(settings)
         own = ["--replicas", str(replicas)] if replicas > 1 else []

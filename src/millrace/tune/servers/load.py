@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from millrace.bench.load.arrivals import Schedule
 from millrace.bench.load.interrupts import unless_stopped
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
@@ -27,6 +28,7 @@ from millrace.tune.trials.outcome import Run
 _EVAL_LIMIT = 1800.0  # seconds
 _CONNECTING = 0.05  # share of the requests' time
 _FEWEST = 2  # requests for each one in flight, in a short load
+_FEWEST_ALONE = 8  # requests, in a load with few in flight
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,12 +46,17 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     items: int = 0
     goodput: bool = False
 
-    def options(self, target: Target, seed: int, *, short: bool) -> BenchOptions:
-        """The options of one load; its prompts and arrival times follow from the seed."""
+    def options(self, target: Target, seed: int, *, short: bool, streams: int = 0) -> BenchOptions:
+        """The options of one load; its prompts and arrival times follow from the seed. streams: so
+        many requests are in flight all the time; 0: as many as the load itself has."""
         full = self.full
         workload = msgspec.structs.replace(full.workload, seed=seed)
+        schedule = msgspec.structs.replace(full.schedule, seed=seed)
         duration = full.duration
-        if short and duration is not None:
+        if streams:
+            workload = msgspec.structs.replace(workload, count=_count(streams))
+            schedule, duration = Schedule(seed=seed), None
+        elif short and duration is not None:
             duration *= self.short_share
         elif short and workload.count is not None:
             least = _FEWEST * (full.max_concurrency or 1)
@@ -59,9 +66,15 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
             full,
             target=target,
             workload=workload,
-            schedule=msgspec.structs.replace(full.schedule, seed=seed),
+            schedule=schedule,
             duration=duration,
+            max_concurrency=streams or full.max_concurrency,
         )
+
+
+def _count(streams: int) -> int:
+    """Requests of a load with so many in flight: enough for a figure, few where each is alone."""
+    return max(_FEWEST_ALONE, _FEWEST * streams)
 
 
 class HungError(Exception):
@@ -70,19 +83,17 @@ class HungError(Exception):
 
 async def run_load(
     plan: LoadPlan,
-    target: Target,
-    seed: int,
+    options: BenchOptions,
     *,
-    short: bool,
     stop: asyncio.Event | None = None,
     ended: asyncio.Event | None = None,
 ) -> Run:
-    """The figures of one load. stop: ends the study; ended: the server's process has ended.
+    """The figures of one load. options: of `plan`. stop: ends the study; ended: the server's
+    process has ended.
 
     Raises UserError if the server refuses or fails the first request, HungError, and
     InterruptedRunError at `stop`.
     """
-    options = plan.options(target, seed, short=short)
     over = asyncio.Event()
     watch = _Watch(plan.hang_seconds, over)
     ending = asyncio.create_task(_either(ended, over))
@@ -93,7 +104,7 @@ async def run_load(
         await asyncio.gather(ending, return_exceptions=True)
     if watch.hung:
         raise HungError(f"no token came for {plan.hang_seconds:g} s")
-    return figures_of(plan, measured, seed)
+    return figures_of(plan, measured, options.workload.seed)
 
 
 async def _either(ended: asyncio.Event | None, over: asyncio.Event) -> None:

@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,9 @@ from millrace.tune.servers.command_line import (
     engine_words,
     flags_of,
     fleet_content,
-    replicas_of,
 )
 from millrace.tune.servers.load import HungError, LoadPlan, check_accuracy, run_load
-from millrace.tune.space.knobs import Settings, Space, Value
+from millrace.tune.space.knobs import Settings, Space, Value, replicas_of
 from millrace.tune.trials.failures import Failure, LogReader
 from millrace.tune.trials.outcome import Outcome, Run, Visit
 
@@ -46,11 +46,15 @@ _GRACE = 30.0  # seconds that a server has to end
 _MOST_LOG = 4 << 20  # characters of a log file
 
 
-class Starting(msgspec.Struct, frozen=True, kw_only=True):
-    """limit: seconds until a server must be healthy. logs: folder of the servers' output."""
+class Visits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the visits of a study have in common. start_limit: seconds until a server must be
+    healthy. logs: folder of the servers' output. stop: ends the visit that is under way."""
 
-    limit: float = 900.0
+    space: Space
+    plan: LoadPlan
+    start_limit: float = 900.0
     logs: Path
+    stop: asyncio.Event | None = None
 
 
 class RunningServer:
@@ -72,11 +76,10 @@ class StartError(Exception):
 
 
 class _Servers:
-    """The part of a visit that all kinds of servers share."""
+    """How a visit goes, whatever kind of server it is to."""
 
-    def __init__(self, plan: LoadPlan, stop: asyncio.Event | None) -> None:
-        self._plan = plan
-        self._stop = stop
+    def __init__(self, visits: Visits) -> None:
+        self._visits = visits
 
     def started(self, visit: Visit) -> Any:
         """A context with a RunningServer. Raises StartError on entry."""
@@ -92,7 +95,8 @@ class _Servers:
                 failure = await self._loads(visit, server, runs)
                 found = None
                 if failure is None and visit.accuracy:
-                    found = await check_accuracy(self._plan, server.target, self._stop)
+                    plan, stop = self._visits.plan, self._visits.stop
+                    found = await check_accuracy(plan, server.target, stop)
         except StartError as error:
             return Outcome(failure=error.failure, seconds=time.monotonic() - began)
         return Outcome(
@@ -106,18 +110,11 @@ class _Servers:
 
     async def _loads(self, visit: Visit, server: RunningServer, runs: list[Run]) -> Failure | None:
         """A load for each seed; the failure that ended them, if one did."""
-        for seed in visit.seeds:
+        plan = self._visits.plan
+        for seed, streams in zip(visit.seeds, visit.streams or repeat(0), strict=False):
+            load = plan.options(server.target, seed, short=visit.purpose != "full", streams=streams)
             try:
-                runs.append(
-                    await run_load(
-                        self._plan,
-                        server.target,
-                        seed,
-                        short=visit.purpose != "full",
-                        stop=self._stop,
-                        ended=server.ended,
-                    )
-                )
+                runs.append(await run_load(plan, load, stop=self._visits.stop, ended=server.ended))
             except HungError as error:
                 return Failure("hang", "run", str(error))
             except UserError as error:
@@ -132,25 +129,16 @@ class _Servers:
 class LocalServers(_Servers):
     """Servers that are started on this host: one, or replicas behind a gateway."""
 
-    def __init__(
-        self,
-        served: Served,
-        space: Space,
-        plan: LoadPlan,
-        starting: Starting,
-        stop: asyncio.Event | None = None,
-    ) -> None:
-        super().__init__(plan, stop)
+    def __init__(self, served: Served, visits: Visits) -> None:
+        super().__init__(visits)
         self._served = served
-        self._space = space
-        self._starting = starting
 
     @asynccontextmanager
     async def started(self, visit: Visit) -> AsyncIterator[RunningServer]:
         """The server of a visit, healthy; ended and reaped when the context ends."""
         server = RunningServer(Target(_LOOPBACK, free_port(_LOOPBACK)), LogReader())
         command, environment = self._command(visit, server.target)
-        with _log_file(self._starting.logs, visit.number) as write:
+        with _log_file(self._visits.logs, visit.number) as write:
 
             def on_line(line: str) -> None:
                 server.reader.feed(line)
@@ -171,24 +159,24 @@ class LocalServers(_Servers):
     def _command(self, visit: Visit, target: Target) -> tuple[list[str], Mapping[str, str]]:
         """The command of a visit, and more variables of its environment."""
         settings = visit.settings
-        words = engine_words(self._served, self._space, settings)
+        words = engine_words(self._served, self._visits.space, settings)
         if replicas_of(settings) == 1:
-            taken = self._space.devices_of(settings)
+            taken = self._visits.space.devices_of(settings)
             (environment,) = replica_environments(
                 1, device="auto", gpus=visible_gpus(), cores=usable_cores(),
                 gpus_per_replica=taken, threads=thread_limit(),
             )  # fmt: skip
             return [*words, "--host", target.host, "--port", str(target.port)], environment
-        content = fleet_content(words, self._space, settings, target.port)
-        path = self._starting.logs / f"fleet-{visit.number:03}.yaml"
+        content = fleet_content(words, self._visits.space, settings, target.port)
+        path = self._visits.logs / f"fleet-{visit.number:03}.yaml"
         path.write_bytes(msgspec.json.format(msgspec.json.encode(content)))  # JSON is YAML
         return [*python_module("millrace.cli", "fleet", "up"), str(path)], {}
 
     async def _wait_healthy(self, process: ReplicaProcess, server: RunningServer) -> None:
-        limit = self._starting.limit
+        limit = self._visits.start_limit
         starting = start_and_wait_healthy(process, server.target, "the server", limit)
         try:
-            await unless_stopped(starting, self._stop)
+            await unless_stopped(starting, self._visits.stop)
         except UserError as error:
             if process.running and not server.reader.seen:
                 failure = Failure("hang", "start", f"it was not healthy within {limit:g} s")
@@ -236,34 +224,25 @@ class Restart(msgspec.Struct, frozen=True, kw_only=True):
 class RestartedServer(_Servers):
     """A server somewhere, which a command of the user restarts with other flags."""
 
-    def __init__(
-        self,
-        restart: Restart,
-        space: Space,
-        plan: LoadPlan,
-        starting: Starting,
-        stop: asyncio.Event | None = None,
-    ) -> None:
-        super().__init__(plan, stop)
+    def __init__(self, restart: Restart, visits: Visits) -> None:
+        super().__init__(visits)
         self._restart = restart
-        self._space = space
-        self._starting = starting
 
     @asynccontextmanager
     async def started(self, visit: Visit) -> AsyncIterator[RunningServer]:
         """The server of a visit, restarted and healthy. It is left running at the end."""
         server = RunningServer(self._restart.target, LogReader())
         begin = _size(self._restart.log)
-        status = await unless_stopped(self._run_command(visit.settings, server), self._stop)
+        limit, stop = self._visits.start_limit, self._visits.stop
+        status = await unless_stopped(self._run_command(visit.settings, server), stop)
         if status:
             self._read_log(server, begin)
             raise StartError(server.reader.failure("start", status))
-        healthy = unless_stopped(_healthy(server.target, self._starting.limit), self._stop)
-        if not await healthy:
+        if not await unless_stopped(_healthy(server.target, limit), stop):
             self._read_log(server, begin)
             if server.reader.seen:
                 raise StartError(server.reader.failure("start"))
-            line = f"it was not healthy within {self._starting.limit:g} s"
+            line = f"it was not healthy within {limit:g} s"
             raise StartError(Failure("hang", "start", line))
         tail = asyncio.create_task(self._follow_log(server, begin))
         try:
@@ -273,7 +252,7 @@ class RestartedServer(_Servers):
 
     async def _run_command(self, settings: Settings, server: RunningServer) -> int:
         """Run the user's command; its exit status, and what it wrote goes to the reader."""
-        flags = shlex.join(flags_of(self._space, settings))
+        flags = shlex.join(flags_of(self._visits.space, settings))
         process = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", self._restart.command.replace("{flags}", flags)),
             stdin=asyncio.subprocess.DEVNULL,
@@ -282,9 +261,9 @@ class RestartedServer(_Servers):
             env=child_environment(MILLRACE_TUNE_FLAGS=flags, **_variables(settings)),
         )
         try:
-            output, _ = await asyncio.wait_for(process.communicate(), self._starting.limit)
+            output, _ = await asyncio.wait_for(process.communicate(), self._visits.start_limit)
         except TimeoutError:
-            server.reader.feed(f"--restart-command took longer than {self._starting.limit:g} s")
+            server.reader.feed(f"--restart-command took longer than {self._visits.start_limit:g} s")
             return 1
         finally:
             await kill_process(process)

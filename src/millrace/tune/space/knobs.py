@@ -7,6 +7,7 @@ of the values. What a value does is not known here, and what happened to it neit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Literal
@@ -25,6 +26,7 @@ Bottleneck = Literal[
     "client_bound", "drafts_rejected", "idle",
 ]  # fmt: skip
 FLEET_KNOBS = ("replicas", "policy")  # of the gateway and its replicas, not of an engine
+COPIES = ("replicas", "data_parallel_size")  # engines that have the whole model each
 
 
 class Knob(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +34,8 @@ class Knob(msgspec.Struct, frozen=True, kw_only=True):
 
     default: what the server does without it; None: it works that out by itself, and that is
     something like `like`. flag: of the server; key: the knob is an entry of the flag's JSON object;
-    omit: the value for which the flag is not given; words: of each value, instead of a flag.
+    omit: the value for which the flag is not given; by_batch: the entry of that object that has
+    the values by batch size, if there is one; words: of each value, instead of a flag.
     riskier: in which direction of the values a failure of that kind gets more likely. neutral:
     kinds of failure that it has no influence on. helps: which bottleneck a move relieves. when:
     values of other knobs without which it does nothing. devices: the replica takes as many. covers:
@@ -48,6 +51,7 @@ class Knob(msgspec.Struct, frozen=True, kw_only=True):
     flag: str = ""
     key: str = ""
     omit: Value = None
+    by_batch: str = ""
     words: tuple[str, ...] = ()
     riskier: dict[Risk, Direction] = {}
     neutral: tuple[Risk, ...] = ()
@@ -160,6 +164,16 @@ def _next_values(knob: Knob, value: Value) -> Sequence[Value]:
         return [other for other in knob.values if other != value]
     beside = (knob.moved(value, "up"), knob.moved(value, "down"))
     return [other for other in beside if other != value]
+
+
+def replicas_of(settings: Mapping[str, Value]) -> int:
+    """Replicas behind the gateway."""
+    return int(settings.get("replicas") or 1)
+
+
+def engines_of(settings: Mapping[str, Value]) -> int:
+    """Engines among which the requests are shared out."""
+    return math.prod(int(settings.get(name) or 1) for name in COPIES)
 
 
 def key_of(settings: Mapping[str, Value]) -> str:

@@ -51,6 +51,7 @@ class _KnobFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     flag: str = ""
     key: str = ""
     omit: Value = None
+    by_batch: str = ""
     words: list[str] = []
     riskier: dict[Risk, Direction] = {}
     neutral: list[Risk] = []

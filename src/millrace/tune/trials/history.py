@@ -68,7 +68,8 @@ class Trial:
 
 
 class History:
-    """All trials. open: the visit that began and has not ended, with how often it began."""
+    """All trials. open: the visit that began and has not ended, with how often it began.
+    draft_visits: of the best settings with other numbers of drafts; they are no trials."""
 
     def __init__(self, space: Space, goal: Goal, records: Iterable[Record]) -> None:
         self.space = space
@@ -79,6 +80,7 @@ class History:
         self.seconds = 0.0
         self.open: tuple[Visit, int] | None = None
         self.order: list[tuple[Visit, Outcome]] = []
+        self.draft_visits: list[tuple[Visit, Outcome]] = []
         for record in records:
             self.add(record)
 
@@ -102,14 +104,27 @@ class History:
     def _end(self, outcome: Outcome) -> None:
         assert self.open is not None
         visit, self.open = self.open[0], None
+        self.seconds += outcome.seconds
+        if visit.purpose == "drafts":
+            self._end_of_drafts(visit, outcome)
+            return
         trial = self.trials[visit.trial]
         trial.done.append((visit, outcome))
         self.order.append((visit, outcome))
-        self.seconds += outcome.seconds
         failure = outcome.failure or self._failed_requests(outcome) or self._lost(trial)
         if failure is not None and trial.failure is None:
             trial.failure = failure
             self.no_go.add(Known(trial.settings, failure.risk, trial.number, str(failure)))
+
+    def _end_of_drafts(self, visit: Visit, outcome: Outcome) -> None:
+        """What a failure says of these settings holds as for a trial; the best stays as it is."""
+        failure = outcome.failure or self._failed_requests(outcome)
+        if failure is None and outcome.accuracy is not None:
+            failure = self._worse(outcome.accuracy, outcome.items)
+        if failure is not None:
+            outcome = msgspec.structs.replace(outcome, failure=failure)
+            self.no_go.add(Known(visit.settings, failure.risk, visit.trial, str(failure)))
+        self.draft_visits.append((visit, outcome))
 
     def _failed_requests(self, outcome: Outcome) -> Failure | None:
         for run in outcome.runs:
@@ -127,7 +142,11 @@ class History:
         least = self.goal.min_accuracy
         if least is not None and share + _GATE_Z * _deviation(share, items) < least:
             return Failure("lost_accuracy", "run", f"{share:.1%} of {items}, less than {least:.1%}")
-        base = self.trials[0].accuracy if trial.number else None
+        return self._worse(share, items) if trial.number else None
+
+    def _worse(self, share: float, items: int) -> Failure | None:
+        """Whether answers are worse than those of the defaults."""
+        base = self.trials[0].accuracy
         if base is None:
             return None
         doubt = _GATE_Z * math.hypot(_deviation(share, items), _deviation(*base))

@@ -9,7 +9,8 @@ import msgspec
 from millrace.tune.space.knobs import Bottleneck, Settings
 from millrace.tune.trials.failures import Failure
 
-Purpose = Literal["short", "anchor", "full"]
+# "drafts": the best settings with other numbers of drafts, at several batch sizes.
+Purpose = Literal["short", "anchor", "full", "drafts"]
 # What a trial can be best at; each is a figure of a run, and more is better.
 Objective = Literal["throughput", "per_gpu", "per_dollar", "goodput"]
 
@@ -62,9 +63,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be done. number: its place in the journal. round: of full visits, else 0. seeds:
-    one for each load. accuracy: whether answers are checked too. source: who asked for the trial;
-    why: in words."""
+    """What is to be done. number: its place in the journal. round: of visits by turns, else 0.
+    seeds: one for each load; streams: requests in flight of each load, empty: those of the study.
+    accuracy: whether answers are checked too. source: who asked for the trial; why: in words."""
 
     number: int
     trial: int
@@ -72,6 +73,7 @@ class Visit(msgspec.Struct, frozen=True, kw_only=True):
     purpose: Purpose
     round: int = 0
     seeds: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()
     accuracy: bool = False
     source: str = ""
     why: str = ""
