@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from millrace.engine.cache.cold_store import NOWHERE, ColdRecord, ColdStore, page_hashes
 from millrace.engine.cache.policy import CachePolicy, Kind
 from millrace.engine.request import Phase, Request
@@ -18,22 +20,6 @@ from millrace.protocol import HostPages, Limits, RecordMove, TransferEnd, Transf
 
 RECEIVE_SECONDS = 30.0  # most that a record may take to come
 NO_ROOM = "the host's memory has no room for the record; raise --host-cache-gb"
-
-
-@dataclass(slots=True)
-class _Totals:
-    """As `TransferStats` has them."""
-
-    sent: int = 0
-    sent_pages: int = 0
-    sent_bytes: int = 0
-    sent_failed: int = 0
-    received: int = 0
-    received_pages: int = 0
-    received_bytes: int = 0
-    received_failed: int = 0
-    local: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +41,7 @@ class HandOvers:
         self._kept: dict[str, ColdRecord] = {}  # by request, until it is admitted
         self._joined: dict[str, list[Request]] = {}  # by a record's key, while it comes
         self.failures: list[tuple[Request, str]] = []
-        self._totals = _Totals()
+        self._totals = TransferStats()
 
     @property
     def has_work(self) -> bool:
@@ -82,19 +68,16 @@ class HandOvers:
         return RecordMove(name, 0, pages, self._state_at(record), self._limits.lease)
 
     def refused(self, name: str, why: str) -> RecordMove:
-        """Word for whoever asks for a record that is not offered after all."""
-        self._totals.sent_failed += 1
+        """Word for whoever asks for a record that is not offered after all. It counts as one that
+        was not sent once that word has ended."""
         return RecordMove(name, 0, [], NOWHERE, self._limits.lease, refused=why)
 
     def sent(self, end: TransferEnd) -> None:
         """It was taken, or its lease has ended."""
-        totals = self._totals
-        if not end.succeeded:
-            totals.sent_failed += 1
-            return
-        totals.sent += 1
-        totals.sent_pages += end.pages
-        totals.sent_bytes += end.bytes
+        if end.succeeded:
+            self._count(sent=1, sent_pages=end.pages, sent_bytes=end.bytes)
+        else:
+            self._count(sent_failed=1)
 
     def _end(self, one: ColdRecord, record: ColdRecord) -> int:
         """The page behind the last one that a record of a chain has for it."""
@@ -118,7 +101,7 @@ class HandOvers:
             if request.phase is not Phase.WAITING or self._joins(request):
                 self._expected.popleft()
             elif self._is_here(request):
-                self._totals.local += 1
+                self._count(local=1)
                 self._expected.popleft()
                 self._go_on(request)
             elif (begun := self._begin(request)) is not None:
@@ -179,11 +162,12 @@ class HandOvers:
 
     def received(self, request: Request, record: ColdRecord, end: TransferEnd) -> None:
         """It is here, and stays until the request is admitted."""
-        totals = self._totals
-        totals.received += 1
-        totals.received_pages += end.pages
-        totals.received_bytes += end.bytes
-        totals.seconds += end.seconds
+        self._count(
+            received=1,
+            received_pages=end.pages,
+            received_bytes=end.bytes,
+            seconds=end.seconds,
+        )
         for one in [request, *self._joined.pop(record.key)]:
             if one.phase is Phase.WAITING:
                 self._go_on(one)
@@ -196,7 +180,7 @@ class HandOvers:
 
     def failed(self, request: Request, why: str) -> None:
         """It does not come: the request fails, or computes its prompt if it may."""
-        self._totals.received_failed += 1
+        self._count(received_failed=1)
         self._go_on(request)
         if self._limits.recompute:
             request.expected = 0
@@ -225,9 +209,9 @@ class HandOvers:
 
     def stats(self, offered: int) -> TransferStats:
         """offered: records that are open to others now."""
-        one = self._totals
-        return TransferStats(
-            one.sent, one.sent_pages, one.sent_bytes, one.sent_failed,
-            one.received, one.received_pages, one.received_bytes, one.received_failed,
-            one.local, offered, one.seconds,
-        )  # fmt: skip
+        return msgspec.structs.replace(self._totals, open=offered)
+
+    def _count(self, **more: float) -> None:
+        """Add to the totals."""
+        sums = {name: getattr(self._totals, name) + value for name, value in more.items()}
+        self._totals = msgspec.structs.replace(self._totals, **sums)
