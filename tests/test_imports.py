@@ -86,6 +86,7 @@ LAYERS = [
     "chat eval server doctor simulate download quantize",
     "deploy.layout",
     "deploy.manifests",
+    "deploy.files",
     "deploy",
     "about offline",
     "cli millrace",

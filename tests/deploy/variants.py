@@ -20,6 +20,8 @@ MODEL = "model: Qwen/Qwen3.5-27B-FP8"
 FREE = f"{MODEL}\nshape: none"
 TP16 = "settings: {tensor_parallel_size: 16, max_num_seqs: 64}"
 
+NO_OBJECTS = {"kustomization.yaml", "placement.yaml", "values.yaml", "fleet.yaml", "compose.yaml"}
+
 VARIANTS = {
     "single": f"{MODEL}\ngpu: h200\nentry: service\n{FIXED}",
     "gateway": f"{FREE}\ngpu: h200\nreplicas: 3\napi_key_secret: keys\nhub_token_secret: hub\n"
@@ -51,6 +53,9 @@ VARIANTS = {
     "vllm-machines": f"{FREE}\ngpu: h100\nplatform: eks\nengine: vllm\npods: machine\n"
     "replicas: 24\nmodel_volume: {size: 100Gi}",
     "cpu": "model: millrace-mini\ngpu: cpu\nreplicas: 2\ncontext: 512\nbench: {}",
+    "machine": f"{FREE}\ngpu: h200\nplatform: machine\nreplicas: 4\n"
+    "settings: {tensor_parallel_size: 2}\nenvironment: {A: b}",
+    "machine-vllm": f"{FREE}\ngpu: h200\nplatform: machine\nengine: vllm\nreplicas: 2",
     "gateways": f"{FREE}\ngpu: h200\nreplicas: 2\ngateway: {{pods: 2, hold_timeout: 0}}\n"
     "api_key_secret: keys\nautoscale: {min: 1, max: 3, requests: 40}",
 }
@@ -79,7 +84,7 @@ def objects_of(files: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path, text in files.items():
         folder, _, name = path.rpartition("/")
-        if name.endswith(".yaml") and name not in ("kustomization.yaml", "placement.yaml"):
+        if name.endswith(".yaml") and name not in NO_OBJECTS:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             content = yaml.load_all(text, Loader=loader)
             found += [(folder, one) for one in content if "apiVersion" in one]

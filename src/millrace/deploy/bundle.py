@@ -6,6 +6,7 @@ model/       the volume of the model and the Job that fills it; model/publish/: 
 base/        replicas, entry, network, budgets, scaling: no word of a platform
 overlays/X/  the base on platform X
 bench/       the benchmark
+images/      Dockerfiles; compose/ and systemd/ in place of all above on one machine
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from millrace.deploy.files.cluster_script import cluster_script
+from millrace.deploy.files.images import dockerfiles
+from millrace.deploy.files.machine import machine_files
 from millrace.deploy.guide import guide
 from millrace.deploy.layout.layout import Layout
 from millrace.deploy.layout.yaml_text import documents, yaml_text
@@ -35,14 +39,23 @@ Objects = list[dict[str, Any]]
 
 def render(layout: Layout) -> dict[str, str]:
     """Path -> text of every file."""
-    files: dict[str, str] = {}
+    files = {**dockerfiles(layout)}
+    if layout.file.platform == "machine":
+        files |= machine_files(layout)
+    else:
+        files |= _on_cluster(layout)
+    files["README.md"] = guide(layout, sorted(files))
+    files[MARK] = "Made by `millrace deploy render`; every file here is written anew by it.\n"
+    return files
+
+
+def _on_cluster(layout: Layout) -> dict[str, str]:
+    files = {"cluster.sh": cluster_script(layout)}
     for folder, content in folders(layout).items():
         for name, text in content.items():
             files[f"{folder}/{name}"] = text
     if layout.file.entry == "inference-pool":
         files["router/values.yaml"] = yaml_text(pool.router_values(layout))
-    files["README.md"] = guide(layout, sorted(files))
-    files[MARK] = "Made by `millrace deploy render`; every file here is written anew by it.\n"
     return files
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
+from millrace.deploy.files.images import build_commands
 from millrace.deploy.layout.layout import Layout
 from millrace.deploy.layout.remedies import install_router
 from millrace.deploy.manifests.model_volume import by_snapshot
+from millrace.plan.predict.flags import as_flags
 
 DOWNLOAD_RATE = 200e6  # bytes a second that a download is reckoned with
 CHEAP_MACHINE = 0.2  # dollars an hour of a machine without GPUs
@@ -33,11 +36,11 @@ def _summary(layout: Layout) -> str:
     file, settings = layout.file, layout.settings
     each = f"{layout.gpus} x {file.gpu}" if file.has_gpus else "no GPU"
     what = "groups of pods" if layout.groups else "pods"
-    options = " ".join(f"{name}={value}" for name, value in settings.options.items())
-    return (
-        f"{settings.replicas} replicas of {file.engine} in {layout.count} {what}, each pod with "
-        f"{each}, behind {file.entry}. `{options}`"
-    )
+    where = f"in {layout.count} {what}, each pod with {each}, behind {file.entry}"
+    if file.platform == "machine":
+        where = f"on one machine with {each}, behind a gateway"
+    options = shlex.join(as_flags(settings.options))
+    return f"Replicas: {settings.replicas} of {file.engine}, {where}. Settings: `{options}`"
 
 
 def _prediction(layout: Layout) -> list[str]:
@@ -66,10 +69,10 @@ def _prediction(layout: Layout) -> list[str]:
 
 def _steps(layout: Layout, files: Sequence[str]) -> list[str]:
     file, space = layout.file, f"-n {layout.file.namespace}"
-    steps = []
-    if "cluster.sh" in files:
-        steps.append("`./cluster.sh` makes the cluster and what it needs (about $0.10 an hour for "
-                     "its control plane, and a machine without GPUs)")  # fmt: skip
+    steps = [f"`{command}`" for command in build_commands(layout)]
+    if file.platform == "machine":
+        return steps + _on_machine(layout)
+    steps.append(_cluster(layout))
     steps.append("`kubectl apply -k cluster`: nothing that costs")
     steps += _secrets(layout)
     if "model/kustomization.yaml" in files:
@@ -88,8 +91,41 @@ def _steps(layout: Layout, files: Sequence[str]) -> list[str]:
     steps.append(_first_request(layout))
     if "bench/kustomization.yaml" in files:
         steps.append(_bench(layout))
-    steps.append(f"To pay nothing more: `kubectl delete -k overlays/{file.platform}`")
+    steps.append(_end(layout, files))
     return steps
+
+
+def _cluster(layout: Layout) -> str:
+    if layout.file.platform == "plain":
+        return "`./cluster.sh` adds what the cluster lacks: nothing that costs"
+    return (
+        "`./cluster.sh` makes the cluster and what it needs: about $0.10 an hour for its control "
+        "plane, and its machines without GPUs"
+    )
+
+
+def _on_machine(layout: Layout) -> list[str]:
+    hourly = f": {_dollars(layout.hourly)} an hour" if layout.file.has_gpus else ""
+    test = f'{{"model": "{layout.served_name}", "prompt": "Hello", "max_tokens": 16}}'
+    return [
+        "`millrace doctor` says what the machine lacks",
+        f"with Docker: `docker compose -f compose/compose.yaml up -d` downloads and starts{hourly}",
+        "or with systemd: Millrace in /opt/millrace, the model in "
+        f"{layout.directory}, `systemd/fleet.yaml` in /etc/millrace, and "
+        "`systemctl enable --now millrace` with `systemd/millrace.service` in /etc/systemd/system",
+        f"`curl --json '{test}' http://127.0.0.1:8000/v1/completions`",
+        "`millrace fleet status http://127.0.0.1:8000` shows the replicas",
+    ]
+
+
+def _end(layout: Layout, files: Sequence[str]) -> str:
+    end = f"To pay no GPUs any more: `kubectl delete -k overlays/{layout.file.platform}`"
+    if "model/kustomization.yaml" not in files:
+        return end
+    folders = [path.rsplit("/", 1)[0] for path in ("model/publish/kustomization.yaml",
+               "model/kustomization.yaml") if path in files]  # fmt: skip
+    deletes = " and ".join(f"`kubectl delete -k {folder}`" for folder in folders)
+    return f"{end}; the model's disk of {layout.model_size} costs until {deletes}"
 
 
 def _dollars(value: float | None) -> str:

@@ -6,7 +6,7 @@ import getpass
 import sys
 from pathlib import Path
 
-from millrace.fleet.fleet_file import read_fleet_file
+from millrace.fleet.fleet_file import FleetFile, read_fleet_file
 
 _UNIT = """\
 [Unit]
@@ -32,12 +32,18 @@ WantedBy=multi-user.target
 
 def unit(file: Path, user: str | None = None) -> str:
     """The text of the unit. Raises UserError if the file cannot be read or is wrong."""
-    options = read_fleet_file(file)
+    return unit_text(
+        file.resolve(), read_fleet_file(file), user or getpass.getuser(), sys.executable
+    )
+
+
+def unit_text(file: Path, options: FleetFile, user: str, python: str) -> str:
+    """The text of the unit for a fleet file that is, or will be, at that place."""
     return _UNIT.format(
-        file=_quoted(str(file.resolve())),
-        directory=str(file.resolve().parent).replace("%", "%%"),
-        user=user or getpass.getuser(),
-        python=_quoted(sys.executable),
+        file=_quoted(str(file)),
+        directory=str(file.parent).replace("%", "%%"),
+        user=user,
+        python=_quoted(python),
         stop=round(options.drain_timeout + options.stop_timeout + 10),
     )
 

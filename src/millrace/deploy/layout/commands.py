@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 from millrace.deploy.layout.layout import ADMIN_PORT, PORT, RANK_PORT, Layout
 from millrace.fleet.drivers import engine_command
@@ -14,9 +15,7 @@ SGLANG = "python3 -m sglang.launch_server"
 
 def replica_command(layout: Layout, port: int = PORT, role: str = "") -> list[str]:
     """What a replica's container runs. role: prefill or decode, in a split."""
-    file = layout.file
-    options = dict(layout.settings.options)
-    options.setdefault("served_model_name", [layout.served_name])
+    file, options = layout.file, _options(layout)
     if file.engine == "millrace":
         words = ["millrace", "serve", layout.directory, *as_flags(options)]
         words += ["--shutdown-timeout", str(file.drain), *_traces(layout)]
@@ -29,6 +28,22 @@ def replica_command(layout: Layout, port: int = PORT, role: str = "") -> list[st
         words = engine_command(file.engine, layout.directory, options, program=program)
         words += _others(layout, role)
     return [*words, "--host", "0.0.0.0", "--port", str(port), *file.arguments]
+
+
+def _options(layout: Layout) -> dict[str, Any]:
+    return {"served_model_name": [layout.served_name], **layout.settings.options}
+
+
+def engine_words(layout: Layout) -> list[str]:
+    """One replica for `millrace fleet`, which adds host and port: arguments of `millrace serve`, or
+    the whole command of another engine."""
+    file, options = layout.file, _options(layout)
+    if file.engine == "millrace":
+        words = as_flags(options)
+    else:
+        program = "vllm" if file.engine == "vllm" else SGLANG
+        words = engine_command(file.engine, layout.directory, options, program=program)
+    return [*words, *file.arguments]
 
 
 def _others(layout: Layout, role: str) -> list[str]:
@@ -116,7 +131,7 @@ def bench_command(layout: Layout) -> list[str]:
     """`bench scaling` on the GPUs of the pod, with the settings of the replicas."""
     part = layout.file.bench
     assert part is not None
-    options = {**layout.settings.options, "served_model_name": [layout.served_name]}
+    options = _options(layout)
     counts = ",".join(map(str, part.replicas))
     return ["millrace", "bench", "scaling", layout.directory, "--replicas", counts,
             "--result-dir", "/tmp/results", *part.flags, "--", *as_flags(options),

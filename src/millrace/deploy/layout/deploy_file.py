@@ -267,8 +267,8 @@ def _check_together(file: DeployFile) -> None:
         raise ConfigError("image: name SGLang's, such as lmsysorg/sglang:TAG; none is known here")
     if file.monitoring == "google" and not file.on_google:
         raise ConfigError(f"monitoring: google on {file.platform}; use prometheus or none")
-    if file.platform == "machine" and file.entry == "inference-pool":
-        raise ConfigError("entry: inference-pool needs a cluster; use entry: gateway")
+    if file.platform == "machine":
+        _check_one_machine(file)
     if file.bench is not None and file.engine != "millrace":
         raise ConfigError("bench: its Job serves Millrace itself; with another engine run "
                           "`millrace bench serve` against the entry")  # fmt: skip
@@ -287,6 +287,17 @@ def _check_traces(file: DeployFile) -> None:
             raise ConfigError(f"traces: {error}") from None
     if file.traces and file.engine == "sglang" and file.entry != "gateway":
         raise ConfigError("traces: of replicas of sglang only the gateway's; use entry: gateway")
+
+
+def _check_one_machine(file: DeployFile) -> None:
+    if file.entry != "gateway" or file.hosts > 1:
+        raise ConfigError(
+            "platform: machine has replicas behind a gateway; use entry: gateway and hosts: 1, or "
+            "a cluster"
+        )
+    if file.api_key_secret:
+        raise ConfigError("api_key_secret: a machine has no Secrets; put access: {api_key: [...]} "
+                          "into its fleet.yaml")  # fmt: skip
 
 
 def _check_split(file: DeployFile) -> None:

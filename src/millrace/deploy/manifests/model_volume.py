@@ -97,6 +97,17 @@ def _claim(layout: Layout, name: str, access: str) -> Object:
     return found
 
 
+def _machines(layout: Layout) -> dict[str, str]:
+    """Which machines fill the volume; on Autopilot a family that can attach its disk."""
+    part = layout.file.download
+    found = {} if part.arch == "any" else {"kubernetes.io/arch": part.arch}
+    if layout.file.platform == "gke-autopilot":
+        family = "c4a" if part.arch == "arm64" else "c3"
+        found["cloud.google.com/compute-class"] = "Performance"
+        found["cloud.google.com/machine-family"] = family
+    return found
+
+
 def _job(layout: Layout, claim: str) -> Object:
     """It goes on where a lost machine stopped, since what has arrived stays on the volume."""
     part = layout.file.download
@@ -111,12 +122,12 @@ def _job(layout: Layout, claim: str) -> Object:
         resources={"requests": size, "limits": {"memory": part.memory}},
         volumeMounts=[{"name": "model", "mountPath": MODELS}],
     )  # fmt: skip
-    where = {} if part.arch == "any" else {"nodeSelector": {"kubernetes.io/arch": part.arch}}
+    where = _machines(layout)
     spec = pod_spec(
         layout,
         [main],
         restartPolicy="OnFailure",
-        **where,
+        **({"nodeSelector": where} if where else {}),
         **({"tolerations": [ARM_TAINT]} if part.arch != "amd64" else {}),
         volumes=[{"name": "model", "persistentVolumeClaim": {"claimName": claim}}],
     )
