@@ -87,6 +87,7 @@ LAYERS = [
     "deploy.layout",
     "deploy.manifests",
     "deploy.files",
+    "deploy.check",
     "deploy",
     "about offline",
     "cli millrace",

@@ -37,6 +37,8 @@ VARIANTS = {
     "pool": f"{FREE}\ngpu: h100\nplatform: gke-standard\nengine: vllm\nreplicas: 4\n"
     "entry: inference-pool\nprice: reserved\n"
     "google: {reservation: r1, reservation_project: q}",
+    "pool-project": f"{FREE}\ngpu: h100\nplatform: gke-standard\nreplicas: 4\n"
+    "entry: inference-pool\ngoogle: {project: p}",
     "pool-scaled": f"{FREE}\ngpu: h200\nreplicas: 2\nentry: inference-pool\n"
     "autoscale: {min: 1, max: 4, prometheus: 'http://prometheus.monitoring:9090'}",
     "hosts": f"{FREE}\ngpu: b200\nplatform: eks\nhosts: 2\nreplicas: 2\n{TP16}",

@@ -44,7 +44,7 @@ PACKAGES = {
         "gpu",
         "CUDA_HOME must name a CUDA toolkit",
     ),
-    "kr8s": Package("kr8s", ("kr8s",), ("kr8s>=0.20",), "deploy"),
+    "kr8s": Package("kr8s", ("kr8s", "kr8s.asyncio"), ("kr8s>=0.20",), "deploy"),
     "llguidance": Package("llguidance", ("llguidance",), ("llguidance>=1.9",)),
     "opentelemetry": Package(
         "OpenTelemetry",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
+from millrace.doctor.finding import write_report
 from millrace.errors import ConfigError
 
 
@@ -72,7 +72,7 @@ def _check(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
     ok = all(one.verdict != "fail" for one in findings)
     if str(file) != "-":
         show(findings, Console(highlight=False))
-    _write({"ok": ok, "findings": findings}, file)
+    write_report({"ok": ok, "findings": findings}, file)
     return 0 if ok else 1
 
 
@@ -82,15 +82,4 @@ def _measure_allreduce(args: EngineArgs, file: Path | None) -> None:
     found = measure(args)
     if str(file) != "-":
         click.echo(report(found))
-    _write(found, file)
-
-
-def _write(found: dict[str, Any], file: Path | None) -> None:
-    if file is None:
-        return
-    text = msgspec.json.format(msgspec.json.encode(found))
-    if str(file) == "-":
-        click.echo(text.decode())
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text)
+    write_report(found, file)

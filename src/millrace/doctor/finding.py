@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 from rich.console import Console
@@ -55,6 +57,18 @@ def show(findings: Sequence[Finding], console: Console) -> None:
         if one.verdict == "fail":
             text = f"FAIL  {one.topic}: {one.name}: {one.value}"
             console.print(Text(text + (f"; {one.advice}" if one.advice else ""), style="bold red"))
+
+
+def write_report(content: Mapping[str, Any], file: Path | None) -> None:
+    """Write a report as JSON to a file, or to stdout for `-`; nowhere for None."""
+    if file is None:
+        return
+    text = msgspec.json.format(msgspec.json.encode(content))
+    if str(file) == "-":
+        sys.stdout.write(text.decode() + "\n")
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
 
 
 def _worst_last(findings: Sequence[Finding]) -> list[Finding]:

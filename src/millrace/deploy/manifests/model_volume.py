@@ -100,7 +100,7 @@ def _claim(layout: Layout, name: str, access: str) -> Object:
 def _machines(layout: Layout) -> dict[str, str]:
     """Which machines fill the volume; on Autopilot a family that can attach its disk."""
     part = layout.file.download
-    found = {} if part.arch == "any" else {"kubernetes.io/arch": part.arch}
+    found: dict[str, str] = {} if part.arch == "any" else {"kubernetes.io/arch": part.arch}
     if layout.file.platform == "gke-autopilot":
         family = "c4a" if part.arch == "arm64" else "c3"
         found["cloud.google.com/compute-class"] = "Performance"
