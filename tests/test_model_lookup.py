@@ -39,6 +39,8 @@ def test_a_name_is_found_in_the_first_place(shelf: Path) -> None:
 def test_an_unknown_name_lists_what_there_is(shelf: Path) -> None:
     with pytest.raises(CheckpointError, match=r"these ship: .*alpha.*twin"):
         find_model("beta")
+    with pytest.raises(CheckpointError, match=r"its own here: maker/model --revision v1"):
+        find_model("maker/model@v1")
 
 
 def test_a_directory_without_a_config_is_no_model(shelf: Path) -> None:

@@ -35,6 +35,11 @@ def find_model(name: str, revision: str | None = None, download_dir: str | None 
         return found[name]
     if _HUB_ID.fullmatch(name):
         return _in_cache(name, revision, download_dir)
+    plain, _, suffix = name.partition("@")
+    if suffix and _HUB_ID.fullmatch(plain):
+        raise CheckpointError(
+            f"model {name!r}: a revision is an option of its own here: {plain} --revision {suffix}"
+        )
     there = f"these ship: {', '.join(sorted(found))}" if found else "none ships with this install"
     raise CheckpointError(f"model {name!r}: neither a directory nor a shipped model ({there})")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 COMMIT = "c" * 40
 MODEL = "maker/model"
@@ -128,7 +129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub = self.shared
         with hub.lock:
             hub.requests.append((self.path, dict(self.headers)))
-        path = self.path.partition("?")[0]
+        path = urlsplit(self.path).path  # a proxy is asked for whole urls
         if path.startswith("/api/models/"):
             self._list(path)
         elif path.startswith("/signed/"):

@@ -6,11 +6,13 @@ import errno
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -166,6 +168,16 @@ def _redirect(server: FakeHub, other: FakeHub, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Handler, "answer", answer)
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_everything_goes_through_a_proxy(server: FakeHub, tmp_path: Path, variable: str) -> None:
+    others = {name: text for name, text in os.environ.items() if "proxy" not in name.lower()}
+    command = [sys.executable, "-m", "millrace", "download", MODEL, "--local-dir", "out"]
+    command += ["--endpoint", "http://hub.invalid"]  # which only the proxy can reach
+    subprocess.run(command, env=others | {variable: server.url}, cwd=tmp_path, check=True)
+    assert_whole(tmp_path / "out")
+    assert {urlsplit(path).netloc for path, _ in server.requests} == {"hub.invalid"}
+
+
 def test_a_source_that_gives_nothing_ends_in_one_line(server: FakeHub, tmp_path: Path) -> None:
     server.faults = Faults(refuse=[(500, {})] * 10_000)
     with pytest.raises(UserError, match=r"11 tries in a row failed, .* answered 500; what arrived"):
@@ -261,12 +273,15 @@ def test_verify_finds_what_changed(server: FakeHub, tmp_path: Path) -> None:
         with (directory / "model-2.safetensors").open("r+b") as file:
             file.seek(500)
             file.write(b"\0\1\2")
-        (directory / "config.json").unlink()
-        found = runner.invoke(cli, ["download", "--verify", str(directory), "--quiet"])
+        (directory / "config.json").resolve().unlink()
+        found = runner.invoke(cli, ["download", "--verify", str(directory)])
         assert found.exit_code == 1
         assert "model-2.safetensors: has another content" in found.output
-        if directory == plain:
-            assert "config.json: is missing" in found.output
+        assert "config.json: is missing" in found.output
+        (command,) = re.findall("again with: millrace (.*)", found.stderr)
+        mended = runner.invoke(cli, [*shlex.split(command), "--endpoint", server.url])
+        assert mended.exit_code == 0, mended.output
+        assert_whole(directory)
 
 
 def test_a_changed_file_comes_again(server: FakeHub, tmp_path: Path) -> None:

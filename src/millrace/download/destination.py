@@ -42,6 +42,9 @@ class Destination(Protocol):
     def has(self, file: RemoteFile) -> bool:
         """Whether the whole file is there, as far as its name and size tell."""
 
+    def note(self, file: RemoteFile) -> None:
+        """Remember that a file is there, whatever stops the rest."""
+
     def finish(self, files: list[RemoteFile]) -> Path:
         """Make the model visible, now that all files are there; the model's directory."""
 
@@ -66,6 +69,9 @@ class HubCache:
     def has(self, file: RemoteFile) -> bool:
         return _size(self.target(file)) == file.size
 
+    def note(self, file: RemoteFile) -> None:
+        """The blob's name says it."""
+
     def finish(self, files: list[RemoteFile]) -> Path:
         snapshot = self.root / "snapshots" / self._commit
         for file in files:
@@ -84,11 +90,13 @@ class PlainDirectory:
         self._source = source
         self._commit = commit
         self._manifest = directory / STATE_FOLDER / "manifest.json"
+        self._noted = directory / STATE_FOLDER / "arrived.json"
 
     @cached_property
     def _known(self) -> dict[str, RemoteFile]:
-        """The manifest; no other download changes it while this one has the lock."""
-        return read_manifest(self.root)
+        """The manifest, and what has come since; no other download changes it while this one has
+        the lock."""
+        return _read(self._manifest) | _read(self._noted)
 
     def part(self, file: RemoteFile) -> Path:
         return self.root / STATE_FOLDER / f"{file.name}.part"
@@ -105,20 +113,43 @@ class PlainDirectory:
             return True
         return file.digest is not None and content_digest(self.target(file), file) == file.digest
 
+    def note(self, file: RemoteFile) -> None:
+        self._known[file.name] = file
+        self._write(self._noted)
+
     def finish(self, files: list[RemoteFile]) -> Path:
-        known = self._known | {file.name: file for file in files}
+        for file in files:
+            known = self._known.get(file.name)
+            if known is None or known.identity != file.identity:
+                self._known[file.name] = file
+        self._write(self._manifest)
+        self._noted.unlink(missing_ok=True)
+        return self.root
+
+    def _write(self, path: Path) -> None:
         document = {
             "source": self._source,
             "commit": self._commit,
-            "files": [_entry(known[name]) for name in sorted(known)],
+            "files": [_entry(file) for _, file in sorted(self._known.items())],
         }
-        write_atomically(self._manifest, json.dumps(document, indent=1) + "\n")
-        return self.root
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, RemoteFile]:
     """name -> what the file must contain; empty where there is no manifest."""
+    return _read(directory / STATE_FOLDER / "manifest.json")
+
+
+def manifest_source(directory: Path) -> str:
+    """The model, with its version, that a directory was filled from; empty where nothing says."""
     path = directory / STATE_FOLDER / "manifest.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return "@".join(filter(None, (str(document["source"]), str(document["commit"]))))
+    return ""
+
+
+def _read(path: Path) -> dict[str, RemoteFile]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         entries = json.loads(path.read_text(encoding="utf-8"))["files"]
         return {entry["name"]: _remote_file(entry) for entry in entries}

@@ -13,12 +13,12 @@ import time
 from bisect import insort
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from millrace.common.backoff import BackoffPolicy
 from millrace.download.journal import Journal
-from millrace.download.source import RemoteFile, Source, TransferError
+from millrace.download.source import Digest, RemoteFile, Source, TransferError
 from millrace.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class Part:
 
 class Fetcher:
     """Fetches parts, in their order. on_bytes: called with the count of bytes that arrived, or, of
-    bytes that turned out to be wrong, with minus their count; by any thread."""
+    bytes that turned out to be wrong, with minus their count; by any thread. on_file: called with
+    each file that has its name now; where the source has no digest, with that of what arrived."""
 
     def __init__(
         self,
@@ -138,20 +139,19 @@ class Fetcher:
         self._on_file(part.file)
 
     def _is_right(self, part: Part) -> bool:
-        """Wait for all bytes of a part; whether they have its digest."""
-        digest = part.file.digest
-        hasher = digest.hasher(part.file.size) if digest else None
+        """Wait for all bytes of a part; whether they have its digest. Without one, they get it."""
+        digest = part.file.digest or Digest("sha256", "")
+        hasher = digest.hasher(part.file.size)
         position = 0
         while position < part.file.size:
             self._wait_for(part, position)
-            if hasher is None:
-                position = part.journal.prefix()
-                continue
             piece = part.journal.read(position, min(HASH_BYTES, part.journal.prefix() - position))
             hasher.update(piece)
             position += len(piece)
         self._wait_until(lambda: not part.in_flight)
-        return hasher is None or digest is None or hasher.hexdigest() == digest.value
+        if part.file.digest is None:
+            part.file = replace(part.file, digest=Digest("sha256", hasher.hexdigest()))
+        return part.file.digest == Digest(digest.algorithm, hasher.hexdigest())
 
     def _wait_for(self, part: Part, position: int) -> None:
         self._wait_until(lambda: part.journal.prefix() > position)

@@ -72,7 +72,9 @@ class HubModel:
         self.endpoint = (self.endpoint or constants.ENDPOINT).rstrip("/")
         self.token = self.token or get_token()
         self._opener = urllib.request.build_opener(
-            _NoRedirects, urllib.request.HTTPSHandler(context=_certificates())
+            _NoRedirects,
+            urllib.request.HTTPSHandler(context=_certificates()),
+            urllib.request.ProxyHandler(_proxies()),
         )
 
     def files(self) -> list[RemoteFile]:
@@ -253,6 +255,12 @@ def _certificates() -> ssl.SSLContext:
         if (path := os.environ.get(variable)) and os.path.isfile(path):
             return ssl.create_default_context(cafile=path)
     return ssl.create_default_context()
+
+
+def _proxies() -> dict[str, str]:
+    """Proxies of the environment; ALL_PROXY is for the schemes that have none of their own."""
+    found = urllib.request.getproxies()
+    return {scheme: found["all"] for scheme in ("http", "https") if "all" in found} | found
 
 
 def _origin(url: str) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from millrace.download.source import Digest, RemoteFile, TransferError
 from millrace.errors import UserError, one_line
 
 READ_BYTES = 1 << 20
+READ_SECONDS = 60.0  # a read that takes longer is given up: libraries of stores wait for minutes
+LIST_SECONDS = 300.0
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 
@@ -32,7 +34,7 @@ class ObjectStoreModel:
     def files(self) -> list[RemoteFile]:
         self._open()
         try:
-            found = self._files.find(self._root, detail=True)
+            found = self._call("find", LIST_SECONDS, self._root, detail=True)
         except Exception as error:  # each store's library has exceptions of its own
             raise UserError(f"{self.name} cannot be listed: {one_line(error)[:300]}") from error
         start = len(self._root.rstrip("/")) + 1
@@ -54,6 +56,19 @@ class ObjectStoreModel:
         except Exception as error:
             raise UserError(f"{self.name}: {one_line(error)[:300]}") from error
 
+    def _call(self, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+        """A method of the file system, with a limit of time where the file system has a loop."""
+        from fsspec.asyn import AsyncFileSystem, sync
+        from fsspec.exceptions import FSTimeoutError
+
+        if not isinstance(self._files, AsyncFileSystem):
+            return getattr(self._files, method)(*arguments, **options)
+        function = getattr(self._files, f"_{method}")
+        try:
+            return sync(self._files.loop, function, *arguments, timeout=seconds, **options)
+        except FSTimeoutError as error:
+            raise TimeoutError(f"no answer within {seconds:g} s") from error
+
     def has_ranges(self, file: RemoteFile) -> bool:
         return True
 
@@ -62,7 +77,7 @@ class ObjectStoreModel:
         while start < end:
             middle = min(start + READ_BYTES, end)
             try:
-                piece = self._files.cat_file(path, start=start, end=middle)
+                piece = self._call("cat_file", READ_SECONDS, path, start=start, end=middle)
             except Exception as error:
                 raise TransferError(one_line(error)[:300]) from error
             if len(piece) != middle - start:

@@ -29,7 +29,7 @@ from millrace.download.object_store import ObjectStoreModel
 from millrace.download.progress import Progress, clock, size
 from millrace.download.selection import select
 from millrace.download.source import RemoteFile, Source
-from millrace.download.verify import expected_files, faults
+from millrace.download.verify import expected_files, faults, mending
 from millrace.errors import UserError
 from millrace.model_lookup import hub_cache
 
@@ -118,7 +118,12 @@ def _fetch(
         done = sum(part.journal.done() for part in parts)
         with Progress(total, done, len(wanted), request.quiet) as progress:
             limits = Limits(workers=request.max_workers)
-            Fetcher(source, parts, limits, progress.add, lambda _: progress.finished()).run()
+
+            def arrived(file: RemoteFile) -> None:
+                destination.note(file)
+                progress.finished()
+
+            Fetcher(source, parts, limits, progress.add, arrived).run()
         return progress.arrived
     finally:
         for part in parts:
@@ -212,5 +217,9 @@ def run_verify(directory: Path, quiet: bool) -> int:
         print(f"{fault.name}: {fault.text}")
     if not quiet:
         right = len(expected) - len(found)
-        print(f"{right} of {len(expected)} files, {size(total)}, are right", file=sys.stderr)
+        unknown = sum(file.digest is None for file in expected.values())
+        sizes = f"; of {unknown} of them only the size is known" if unknown else ""
+        print(f"{right} of {len(expected)} files, {size(total)}, are right{sizes}", file=sys.stderr)
+        if command := mending(directory.expanduser(), found):
+            print(f"get the others again with: {command}", file=sys.stderr)
     return 1 if found else 0

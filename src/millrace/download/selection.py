@@ -26,12 +26,14 @@ def select(
 
     Raises UserError when no file is left.
     """
+    if not files:
+        raise UserError("there are no files; check the name of the folder, and the revision")
     chosen = [file for file in files if not include or _matches(file.name, include)]
     chosen = [file for file in chosen if not _matches(file.name, exclude)]
     if not include and any(file.name.endswith(".safetensors") for file in chosen):
         chosen = [file for file in chosen if not _is_other(file.name)]
     if not chosen:
-        names = ", ".join(sorted(file.name for file in files)[:8]) or "none"
+        names = ", ".join(sorted(file.name for file in files)[:8])
         raise UserError(f"no file is left by --include and --exclude; there are: {names}")
     return sorted(chosen, key=lambda file: (file.size > 64 << 20, file.name))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from millrace.download.destination import content_digest, read_manifest
+from millrace.download.destination import content_digest, manifest_source, read_manifest
 from millrace.download.source import Digest, RemoteFile
 from millrace.errors import UserError
 
@@ -53,6 +55,28 @@ def faults(
     """What is missing or different, in the order of names."""
     found = [_fault(path, file, on_bytes) for path, file in expected.items()]
     return [fault for fault in found if fault is not None]
+
+
+def mending(directory: Path, found: list[Fault]) -> str:
+    """The command that fetches faulty files again; empty where there are none, or no source."""
+    if source := manifest_source(directory):
+        place = ["--local-dir", str(directory)]
+    else:
+        cache, source = _cached(directory.resolve())
+        place = ["--cache-dir", str(cache)]
+    if not source or not found:
+        return ""
+    names = [word for fault in found for word in ("--include", glob.escape(fault.name))]
+    return shlex.join(["millrace", "download", source, *place, "--force-download", *names])
+
+
+def _cached(snapshot: Path) -> tuple[Path, str]:
+    """The cache that a snapshot is in, and its model with the commit; empty if it is in none."""
+    model = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not model.name.startswith("models--"):
+        return model, ""
+    name = model.name.removeprefix("models--").replace("--", "/", 1)
+    return model.parent, f"{name}@{snapshot.name}"
 
 
 def _fault(path: Path, file: RemoteFile, on_bytes: Callable[[int], None]) -> Fault | None:
