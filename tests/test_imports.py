@@ -101,7 +101,10 @@ FLEET_GROUND = {
     "logs", "dashboard",
 }  # fmt: skip
 # The tuner asks the planner for its first settings; that knows models by their descriptions alone.
-PLANNER_OF_TUNER = {("tune", name) for name in ("plan", "plan.predict", "plan.facts", "plan.model")}
+# And it looks for such a description itself.
+PLANNER_OF_TUNER = {
+    ("tune", name) for name in ("plan", "plan.predict", "plan.facts", "plan.model", "model_lookup")
+}
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {

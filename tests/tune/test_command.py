@@ -10,6 +10,10 @@ import pytest
 
 from millrace import cli
 from millrace.bench.measure.client_overhead import ClientOverhead
+from millrace.bench.runs.options_from_flags import load_options
+from millrace.common.http_client import Target
+from millrace.tune import planner_seeds
+from millrace.tune.options import TuneFlags
 from millrace.tune.servers.load import client_bound
 from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
 from millrace.tune.trials.journal import Began, read_journal
@@ -135,3 +139,17 @@ def test_only_a_study_by_goodput_minds_the_clients_clock() -> None:
     client = msgspec.convert({**plain, **objects, **late}, ClientOverhead)
     assert client_bound(client, latencies=True) == "ITL p99 may be off"
     assert client_bound(client, latencies=False) == ""
+
+
+def test_the_planner_is_asked_for_the_gpu_of_this_host(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight, _ = read_space(shipped_space("vllm"), Circumstances(devices=8, gpus=True, sequence=1600))
+    flags = TuneFlags(engine="vllm", max_concurrency=512)
+    load = load_options(flags, Target("127.0.0.1", 0))
+    monkeypatch.setattr(planner_seeds, "gpu_here", lambda: "b200")
+    found = planner_seeds.seeds_of_planner("qwen3.5-27b", flags, eight, load)
+    assert {seed.source for seed in found} == {"planner"}
+    assert any(seed.settings["data_parallel_size"] == 8 for seed in found)
+    assert planner_seeds.seeds_of_planner("nobody/knows-it", flags, eight, load) == []
+    assert "no first settings by the planner" in capsys.readouterr().err

@@ -69,7 +69,7 @@ HELP = {
     "set": "NAME=VALUE: a knob that keeps this value.",
     "try_first": "NAME=VALUE,NAME=VALUE: settings to try before the search.",
     "only": "Knobs that are tuned; the others keep their defaults.",
-    "plan_gpu": "Ask the planner for the first settings, for this GPU.",
+    "plan_gpu": "GPU for which the planner is asked for first settings (default: this host's).",
     "plan_model": "Model by the planner's name or directory (default: MODEL).",
     "plan_text": "Kind of text for the planner, which decides how drafts fare.",
     "objective": "What is to be largest: tok/s, tok/s a GPU, tokens a dollar, or requests a second "

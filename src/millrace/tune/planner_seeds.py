@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import click
+
 from millrace.bench.load.options import BenchOptions
-from millrace.errors import ConfigError
+from millrace.errors import ConfigError, UserError
+from millrace.hardware.gpus import gpu_of_device
+from millrace.hardware.nvml import Nvml
 from millrace.plan.facts.prices import price_of
 from millrace.plan.predict.choice import Candidate, choose, label
 from millrace.plan.predict.choice import Space as PlanSpace
@@ -14,7 +18,7 @@ from millrace.plan.predict.load import Load
 from millrace.plan.predict.prediction import Deployment, Planner
 from millrace.tune.options import TuneFlags
 from millrace.tune.search.proposals import Seed
-from millrace.tune.space.knobs import Knob, Settings, Space, Value, key_of
+from millrace.tune.space.knobs import Knob, Settings, Space, Value, copies_knob, key_of
 from millrace.tune.workload import mean_lengths
 
 _MOST = 4  # seeds
@@ -22,16 +26,37 @@ _PLANNED = ("millrace", "vllm", "sglang")
 
 
 def seeds_of_planner(model: str, flags: TuneFlags, space: Space, load: BenchOptions) -> list[Seed]:
-    """The planner's best settings, and the best of its others that differ; none without a GPU."""
-    if flags.plan_gpu is None:
+    """The planner's best settings, and the best of its others that differ, for the GPU that the
+    flags name, or else the one of this host. Where nobody named it, a planner that does not know
+    the model or the engine is no error; why there are no seeds is said."""
+    gpu = flags.plan_gpu or (gpu_here() if not space.cores and flags.base_url is None else "")
+    if not gpu:
         return []
+    try:
+        return _seeds_for(gpu, model, flags, space, load)
+    except UserError as error:
+        if flags.plan_gpu is not None:
+            raise
+        click.echo(f"no first settings by the planner: {error}", err=True)
+        return []
+
+
+def gpu_here() -> str:
+    """The planner's name of this host's GPUs; empty where it knows none."""
+    found = {gpu.name for device in Nvml().devices if (gpu := gpu_of_device(device.name))}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _seeds_for(
+    gpu: str, model: str, flags: TuneFlags, space: Space, load: BenchOptions
+) -> list[Seed]:
     if flags.engine not in _PLANNED:
         raise ConfigError(f"--plan-gpu: the planner knows no engine {flags.engine}; leave it out")
     found = choose(
         Planner(),
         flags.plan_model or model,
         plan_load(flags, load),
-        PlanSpace(gpus=[flags.plan_gpu], count=max(1, space.devices), engine=flags.engine),
+        PlanSpace(gpus=[gpu], count=max(1, space.devices), engine=flags.engine),
     )
     seeds: dict[str, Seed] = {}
     for one in (found.best, *found.others):
@@ -67,7 +92,7 @@ def settings_of(deployment: Deployment, space: Space) -> Settings:
     d, settings = deployment.description, deployment.settings
     planned: Mapping[str, Value] = {
         "tensor_parallel_size": d.tensor,
-        "replicas": deployment.replicas,
+        copies_knob(space): deployment.replicas,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "mixed_prefill_tokens": settings.mixed or None,

@@ -16,7 +16,8 @@ from millrace.bench.load.options import BenchOptions
 from millrace.bench.runs.options_from_flags import load_options, read_objectives
 from millrace.common.http_client import Target, parse_base_url
 from millrace.errors import ConfigError, UserError
-from millrace.fleet.device_assignment import visible_gpus
+from millrace.fleet.device_assignment import usable_cores, visible_gpus
+from millrace.tune.model_facts import model_facts
 from millrace.tune.options import TuneFlags
 from millrace.tune.planner_seeds import price_of_gpu, seeds_of_planner
 from millrace.tune.search.proposals import Seed
@@ -25,7 +26,12 @@ from millrace.tune.servers.command_line import Served, engine_words
 from millrace.tune.servers.load import LoadPlan
 from millrace.tune.servers.targets import LocalServers, Restart, RestartedServer, Visits
 from millrace.tune.space.knobs import Knob, Settings, Space, Value
-from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
+from millrace.tune.space.space_file import (
+    Circumstances,
+    read_space,
+    shipped_space,
+    without_knobs,
+)
 from millrace.tune.trials.history import Goal
 from millrace.tune.workload import longest_sequence
 from millrace.tune.write_up import phase_seeds
@@ -74,7 +80,7 @@ def prepare(request: Request) -> Prepared:
     flags = request.flags
     _check(flags)
     load = _load_plan(flags)
-    where = circumstances(flags, load.full)
+    where = circumstances(request.model, flags, load.full)
     path = Path(flags.space) if flags.space else shipped_space(flags.engine)
     space, arguments = read_space(path, where)
     space = _narrowed(space, flags)
@@ -91,18 +97,21 @@ def prepare(request: Request) -> Prepared:
     return Prepared(request=request, served=served, space=space, rules=rules, load=load)
 
 
-def circumstances(flags: TuneFlags, load: BenchOptions) -> Circumstances:
+def circumstances(model: str, flags: TuneFlags, load: BenchOptions) -> Circumstances:
     """What is there, and what the workload needs."""
     gpus = len(visible_gpus())
     if flags.base_url is not None:
         gpus = flags.gpus or max(gpus, 1)
     if flags.gpus is not None and flags.base_url is None and flags.gpus > max(gpus, 1):
         raise ConfigError(f"--gpus {flags.gpus}: {gpus} are visible; use at most {max(gpus, 1)}")
+    facts = model_facts(flags.plan_model or model)
     return Circumstances(
-        devices=flags.gpus or max(gpus, 1),
+        devices=flags.gpus or gpus or usable_cores(),
         gpus=gpus > 0,
         sequence=longest_sequence(load),
         concurrency=load.max_concurrency or 0,
+        positions=facts.positions,
+        experts=facts.experts,
     )
 
 
@@ -185,23 +194,15 @@ def _narrowed(space: Space, flags: TuneFlags) -> Space:
     unknown = [name for name in flags.only if name not in space]
     if unknown:
         raise ConfigError(f"--only {unknown[0]}: no such knob; use {_names(space)}")
-    knobs = [
-        knob
+    left_out = {
+        knob.name: knob.default
         for knob in space.knobs
-        if not flags.only or knob.name in flags.only or knob.name in fixed
-    ]
-    kept = {knob.name for knob in knobs}
-    knobs = [
-        msgspec.structs.replace(
-            knob,
-            when={name: values for name, values in knob.when.items() if name in kept},
-            covers=knob.covers if knob.covers in kept else "",
-        )
-        for knob in knobs
-    ]
-    if not knobs:
+        if flags.only and knob.name not in flags.only and knob.name not in fixed
+    }
+    narrowed = without_knobs(space, left_out)
+    if not narrowed.knobs:
         raise ConfigError("the search space has no knob that can be tuned here; see --space")
-    return msgspec.structs.replace(space, knobs=tuple(knobs))
+    return narrowed
 
 
 def read_settings(space: Space, text: str) -> Settings:

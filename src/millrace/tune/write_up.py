@@ -17,7 +17,7 @@ from millrace.plan.predict.prediction import Bar, Deployment, Planner
 from millrace.plan.presets import write_up_load
 from millrace.tune.planner_seeds import nearest
 from millrace.tune.search.proposals import Seed
-from millrace.tune.space.knobs import Settings, Space, Value
+from millrace.tune.space.knobs import Settings, Space, Value, copies_knob
 
 NODE = 8  # GPUs of the write-up's node
 _EARLY_STREAMS = 1000.0  # in flight in its first phase, by its own figures of one engine
@@ -150,7 +150,7 @@ def phase_seeds(space: Space) -> list[Seed]:
 def _phase_settings(phase: Phase, space: Space) -> Settings:
     wanted: dict[str, Value] = {
         "tensor_parallel_size": space.devices if phase.wide else 1,
-        "replicas": 1 if phase.wide else space.devices,
+        copies_knob(space): 1 if phase.wide else space.devices,
         "max_num_seqs": 512 if phase.wide else 1024,
         "max_num_batched_tokens": 16384,
         "kv_cache_dtype": "fp8_e4m3" if phase.kv == "fp8" else None,

@@ -65,3 +65,24 @@ def test_replicas_stand_behind_a_gateway() -> None:
     assert shown_command(served, space, settings) == (
         "millrace serve m --replicas 4 --policy round_robin --tensor-parallel-size 2"
     )
+
+
+def test_sglang_gets_its_method_with_its_drafts_and_not_without() -> None:
+    space, _ = read_space(shipped_space("sglang"), WHERE)
+    words = flags_of(space, space.normal({"drafts": 2}))
+    assert words[words.index("--speculative-algorithm") + 1] == "NEXTN"
+    assert words[words.index("--speculative-num-steps") + 1] == "2"
+    words = flags_of(space, space.normal({"drafts": 2, "draft_method": "ngram"}))
+    assert words[words.index("--speculative-algorithm") + 1] == "NGRAM"
+    assert flags_of(space, space.normal({"draft_method": "ngram"})) == []
+
+
+def test_vllm_multiplies_engines_by_its_own_flag_or_by_replicas() -> None:
+    space, _ = read_space(shipped_space("vllm"), WHERE)
+    own = space.normal({"data_parallel_size": 4, "replicas": 2})
+    assert flags_of(space, own) == ["--data-parallel-size", "4"]
+    assert space.devices_of(own) == 4  # replicas stand back
+    served = Served(engine="vllm", model="m", program="/opt/vllm")
+    behind = space.normal({"replicas": 2})
+    command = engine_words(served, space, behind)
+    assert fleet_content(command, space, behind, 8000)["replicas"] == 2

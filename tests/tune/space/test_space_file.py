@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from millrace.errors import ConfigError
@@ -24,9 +25,10 @@ def test_a_shipped_space_is_fitted_to_what_is_there(engine: str) -> None:
     assert space["tensor_parallel_size"].values == (1, 2, 4, 8)
     assert space["max_model_len"].values[0] == 2112  # 2,000 tokens, a template, whole blocks
     assert max(int(value or 0) for value in space["max_num_seqs"].values) == 128
-    small = shipped(engine, Circumstances(devices=1, sequence=100))
-    assert small["replicas"].values == (1,)
+    small = shipped(engine, Circumstances(devices=1, sequence=100, positions=4096))
+    assert "replicas" not in small or small["replicas"].values == (1,)
     assert "gpu_memory_utilization" not in small
+    assert small["max_model_len"].values == (192, 4096)  # no more than the model knows
     assert all(knob.default is None or knob.default in knob.values for knob in small.knobs)
 
 
@@ -35,6 +37,53 @@ def test_knobs_that_do_nothing_have_their_defaults() -> None:
     settings = space.normal({"drafts": 0, "draft_method": "ngram", "replicas": 1})
     assert settings["draft_method"] == "mtp"
     assert label(space, settings) == "defaults"
+
+
+def test_a_knob_goes_with_the_one_that_it_needs() -> None:
+    host = shipped("vllm", Circumstances(devices=2, sequence=100))
+    assert "data_parallel_size" not in host
+    assert "prefill_schedule_interval" not in host
+    assert "policy" not in host
+    assert "draft_method" in host
+
+
+def test_experts_have_knobs_of_their_own_where_ranks_share_them() -> None:
+    for engine, name, on in (
+        ("millrace", "enable_expert_parallel", True),
+        ("vllm", "enable_expert_parallel", True),
+        ("sglang", "expert_parallel_size", 2),
+    ):
+        assert name not in shipped(engine)
+        mixture = shipped(engine, msgspec.structs.replace(EIGHT, experts=True))
+        alone = mixture.normal({name: on})
+        assert alone[name] == mixture[name].default
+        shared = mixture.normal({name: on, "tensor_parallel_size": 4})
+        assert shared[name] == on
+        assert mixture.problem(shared) == ""
+    wide = mixture.normal({name: 8, "tensor_parallel_size": 4})
+    assert "below expert_parallel_size" in mixture.problem(wide)
+
+
+def test_a_host_without_gpus_has_its_own_likely_values_and_shares_out_its_cores() -> None:
+    host = shipped("millrace", Circumstances(devices=2, sequence=100, concurrency=100))
+    assert host["max_num_batched_tokens"].like == 2048
+    assert "below mixed_prefill_tokens" in host.problem(host.normal({"mixed_prefill_tokens": 4096}))
+    two = host.normal({"replicas": 2})
+    assert host.problem(two) == ""
+    assert host.counted(two) == host.counted(host.defaults) == 1
+
+
+def test_what_a_server_refuses_is_not_tried_with_other_knobs() -> None:
+    space = shipped("millrace")
+    no_go = NoGo(space)
+    said = "refused by the server: millrace serve: max_model_len 32768 is beyond the model's 4096"
+    failed = space.normal({"max_model_len": 32768, "drafts": 1})
+    no_go.add(Known(failed, "refused", 1, said))
+    riskier = {"max_model_len": 131072, "drafts": 2, "draft_method": "suffix", "max_num_seqs": 64}
+    assert no_go.blocks(space.normal(riskier))
+    assert no_go.blocks(space.normal({"max_model_len": 8192, "drafts": 1})) is None
+    no_go.add(Known(space.normal({"max_model_len": 4096, "replicas": 2}), "length", 2, "too long"))
+    assert no_go.blocks(space.normal({"max_model_len": 2112}))
 
 
 def test_more_devices_than_there_are_cannot_be_meant() -> None:

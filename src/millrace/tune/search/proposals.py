@@ -160,6 +160,7 @@ def _climbs(history: History, fixed: Settings, starts: Sequence[Proposal]) -> It
         space,
         [t.settings for t in ranked],
         [history.short_value(t) for t in ranked],
+        history.noise,
     )
     walls = RiskMap(space, history.trials)
     seen: dict[str, tuple[float, Settings]] = {}

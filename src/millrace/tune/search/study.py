@@ -124,7 +124,7 @@ def _new_trial(history: History, rules: Rules) -> Trial | None:
     found = propose(history, rules.seeds, rules.seed, rules.fixed, only_seeds=rules.walk)
     if found is None:
         return None
-    devices = history.space.devices_of(found.settings)
+    devices = history.space.counted(found.settings)
     return Trial(number, found.settings, found.source, found.why, devices)
 
 

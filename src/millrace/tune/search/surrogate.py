@@ -19,26 +19,28 @@ Vector = NDArray[np.float64]
 _LENGTH = 0.45  # of a knob's range: over how much of it a value tells of others
 _TOGETHER = 0.25  # part of the variance that only all knobs together explain
 _LEAST_SCALE = 0.4  # standard deviation of the logarithms, before anything is known
-_NOISE = 0.01  # standard deviation of a logarithm between short runs
+_LEAST_NOISE = 0.01  # standard deviation of a logarithm between short runs
 _OTHER = 0.3  # correlation of two alternatives without an order
 
 
 class Surrogate:
-    """settings and values: of the trials that worked; values above 0."""
+    """settings and values: of the trials that worked; values above 0. noise: standard deviation of
+    their logarithms."""
 
     def __init__(
         self,
         space: Space,
         settings: Sequence[Mapping[str, Value]],
         values: Sequence[float],
+        noise: float = 0.0,
     ) -> None:
         self._space = space
         self._known = self._places(settings)
         logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), 1e-12))
         self._mean = float(logs.mean())
         self._scale = max(float(logs.std()), _LEAST_SCALE)
-        noise = (_NOISE / self._scale) ** 2 * np.eye(len(logs))
-        self._root = np.linalg.cholesky(self._kernel(self._known, self._known) + noise)
+        doubt = (max(noise, _LEAST_NOISE) / self._scale) ** 2 * np.eye(len(logs))
+        self._root = np.linalg.cholesky(self._kernel(self._known, self._known) + doubt)
         self._weights = self._solved((logs - self._mean) / self._scale)
         self._best = float(self._expected(self._known)[0].max())
 

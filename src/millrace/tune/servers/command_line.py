@@ -47,7 +47,7 @@ def flags_of(
                 objects.setdefault(knob.flag, {})[knob.key] = value
                 if knob.by_batch and drafts:
                     objects[knob.flag][knob.by_batch] = [list(one) for one in drafts]
-        elif value is not None and value != knob.default:
+        elif value is not None and (knob.always or value != knob.default):
             words += _words(knob, value)
     for flag, content in objects.items():
         words += [flag, json.dumps(content)]

@@ -38,7 +38,7 @@ from millrace.tune.servers.command_line import (
 )
 from millrace.tune.servers.load import HungError, LoadPlan, check_accuracy, run_load
 from millrace.tune.space.knobs import Settings, Space, Value, replicas_of
-from millrace.tune.trials.failures import Failure, LogReader
+from millrace.tune.trials.failures import Failure, LogReader, failed_request
 from millrace.tune.trials.outcome import Outcome, Run, Visit
 
 _LOOPBACK = "127.0.0.1"
@@ -119,7 +119,7 @@ class _Servers:
                 return Failure("hang", "run", str(error))
             except UserError as error:
                 if not server.ended.is_set() and not server.reader.seen:
-                    return Failure("failed_requests", "run", str(error))
+                    return failed_request(str(error))
                 return server.reader.failure("run", server.status)
             if server.ended.is_set() or (runs[-1].failed and server.reader.seen):
                 return server.reader.failure("run", server.status)

@@ -18,8 +18,8 @@ Value = bool | int | float | str | None
 Settings = dict[str, Value]
 Direction = Literal["up", "down"]  # along the list of values
 # What a failure says about other settings: it ran out of memory; it left no room for a KV cache; it
-# crashed or hung; its answers got worse; the server refused its command line.
-Risk = Literal["memory", "room", "stability", "quality", "refused"]
+# crashed or hung; its answers got worse; the server refused its command line, or a prompt's length.
+Risk = Literal["memory", "room", "stability", "quality", "refused", "length"]
 # What limits a server, read from its metrics.
 Bottleneck = Literal[
     "kv_full", "slots_full", "host_bound", "decode_bandwidth", "prefill_compute", "imbalance",
@@ -35,12 +35,13 @@ class Knob(msgspec.Struct, frozen=True, kw_only=True):
     default: what the server does without it; None: it works that out by itself, and that is
     something like `like`. flag: of the server; key: the knob is an entry of the flag's JSON object;
     omit: the value for which the flag is not given; by_batch: the entry of that object that has
-    the values by batch size, if there is one; words: of each value, instead of a flag.
+    the values by batch size, if there is one; words: of each value, instead of a flag;
+    always: also those of the default are given.
     riskier: in which direction of the values a failure of that kind gets more likely. neutral:
     kinds of failure that it has no influence on. helps: which bottleneck a move relieves. when:
-    values of other knobs without which it does nothing. devices: the replica takes as many. covers:
-    a knob whose value it may not be below. seen: a length of the workload that it must be able to
-    hold.
+    values of other knobs without which it does nothing; ranks: it does nothing where a replica has
+    one device. devices: the replica takes as many. covers: knobs whose values it may not be below.
+    seen: a length of the workload that it must be able to hold.
     """
 
     name: str
@@ -53,12 +54,14 @@ class Knob(msgspec.Struct, frozen=True, kw_only=True):
     omit: Value = None
     by_batch: str = ""
     words: tuple[str, ...] = ()
+    always: bool = False
     riskier: dict[Risk, Direction] = {}
     neutral: tuple[Risk, ...] = ()
     helps: dict[Bottleneck, Direction] = {}
     when: dict[str, tuple[Value, ...]] = {}
     devices: bool = False
-    covers: str = ""
+    ranks: bool = False
+    covers: tuple[str, ...] = ()
     seen: Literal["", "sequence"] = ""
     about: str = ""
 
@@ -78,11 +81,13 @@ class Knob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """All knobs of one kind of server. devices: how many a setting may take in all; 0: no limit."""
+    """All knobs of one kind of server. devices: how many a setting may take in all; 0: no limit.
+    cores: they are the cores of one host, of which every setting has all."""
 
     engine: str
     knobs: tuple[Knob, ...]
     devices: int = 0
+    cores: bool = False
 
     def __getitem__(self, name: str) -> Knob:
         return next(knob for knob in self.knobs if knob.name == name)
@@ -105,6 +110,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
 
     def active(self, knob: Knob, settings: Mapping[str, Value]) -> bool:
         """Whether a knob does anything in a setting."""
+        if knob.ranks and self.devices_of(settings) <= replicas_of(settings):
+            return False
         return all(settings.get(name) in wanted for name, wanted in knob.when.items())
 
     def problem(self, settings: Mapping[str, Value]) -> str:
@@ -113,10 +120,20 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         if self.devices and taken > self.devices:
             return f"it takes {taken} devices of {self.devices}"
         for knob in self.knobs:
-            value, other = settings[knob.name], settings.get(knob.covers)
-            if _is_number(value) and _is_number(other) and float(value or 0) < float(other or 0):
-                return f"{knob.name} {value} is below {knob.covers} {other}"
+            value = settings[knob.name] if settings[knob.name] is not None else knob.like
+            for name in knob.covers:
+                other = settings.get(name)
+                if (
+                    _is_number(value)
+                    and _is_number(other)
+                    and float(value or 0) < float(other or 0)
+                ):
+                    return f"{knob.name} {value} is below {name} {other}"
         return ""
+
+    def counted(self, settings: Mapping[str, Value]) -> int:
+        """By how many devices the figures of a setting are to be divided."""
+        return 1 if self.cores else self.devices_of(settings)
 
     def devices_of(self, settings: Mapping[str, Value]) -> int:
         """How many devices a setting takes."""
@@ -174,6 +191,11 @@ def replicas_of(settings: Mapping[str, Value]) -> int:
 def engines_of(settings: Mapping[str, Value]) -> int:
     """Engines among which the requests are shared out."""
     return math.prod(int(settings.get(name) or 1) for name in COPIES)
+
+
+def copies_knob(space: Space) -> str:
+    """The knob by which engines are multiplied: the server's own way where it has one."""
+    return COPIES[1] if COPIES[1] in space else COPIES[0]
 
 
 def key_of(settings: Mapping[str, Value]) -> str:

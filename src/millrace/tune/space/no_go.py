@@ -3,11 +3,14 @@
 A failure rules out every setting that is at least as far in the risky direction of each knob, and
 equal in the knobs of which nothing is known. So a wall that was hit once is not hit again, however
 far behind it a setting lies.
+
+What a server refuses it names. Then the knobs that it does not name have no part in it, and a
+refusal is not met again with all their values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -28,23 +31,43 @@ class NoGo:
 
     def __init__(self, space: Space) -> None:
         self._space = space
-        self._known: list[Known] = []
+        self._known: list[tuple[Known, tuple[Knob, ...]]] = []  # with the knobs that have a part
 
     def __iter__(self) -> Iterator[Known]:
-        return iter(self._known)
+        return (known for known, _ in self._known)
 
     def add(self, failure: Known) -> None:
-        self._known.append(failure)
+        self._known.append((failure, _blamed(self._space, failure)))
 
     def blocks(self, settings: Mapping[str, Value]) -> Known | None:
         """The failure that rules a setting out; None if none does."""
-        return next((known for known in self._known if self._covers(known, settings)), None)
-
-    def _covers(self, known: Known, settings: Mapping[str, Value]) -> bool:
-        return all(
-            _at_least_as_risky(knob, known.risk, known.settings[knob.name], settings[knob.name])
-            for knob in self._space.knobs
+        return next(
+            (known for known, knobs in self._known if _covers(known, knobs, settings)), None
         )
+
+
+def _covers(known: Known, knobs: Iterable[Knob], settings: Mapping[str, Value]) -> bool:
+    return all(
+        _at_least_as_risky(knob, known.risk, known.settings[knob.name], settings[knob.name])
+        for knob in knobs
+    )
+
+
+def _blamed(space: Space, failure: Known) -> tuple[Knob, ...]:
+    """The knobs that have a part in a failure."""
+    told = [knob for knob in space.knobs if failure.risk in knob.riskier]
+    if failure.risk == "length" and told:
+        return tuple(told)
+    named = [knob for knob in space.knobs if _names(failure.reason, knob)]
+    if failure.risk == "refused" and named:
+        return tuple(knob for knob in space.knobs if knob in told or knob in named)
+    return space.knobs
+
+
+def _names(reason: str, knob: Knob) -> bool:
+    words = {knob.name, knob.flag.removeprefix("--"), *knob.words} - {""}
+    plain = reason.replace("-", "_")
+    return any(word.removeprefix("--").replace("-", "_") in plain for word in words)
 
 
 def _at_least_as_risky(knob: Knob, risk: Risk, failed: Value, value: Value) -> bool:

@@ -6,6 +6,7 @@ many requests are in flight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from millrace.tune.space.knobs import (
 _MOST_VALUES = 64
 _LENGTH_STEP = 64  # tokens to which the longest sequence is rounded up
 _TEMPLATE = 64  # tokens that a chat template may add to it
+_FITTING = ("range", "gpu", "cpu", "experts")  # said in files alone
 EXAMPLE = "knobs: {max_num_seqs: {flag: --max-num-seqs, values: [32, 64, 128]}}"
 
 
@@ -41,7 +43,8 @@ class _Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _KnobFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A knob as it stands in a file: the fields of Knob, values also as a range. gpu: only where
-    there are GPUs."""
+    there are GPUs; cpu: fields that are otherwise where there are none. experts: only for a mixture
+    of experts."""
 
     values: list[Value] = []
     range: _Range | None = None
@@ -53,15 +56,19 @@ class _KnobFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     omit: Value = None
     by_batch: str = ""
     words: list[str] = []
+    always: bool = False
     riskier: dict[Risk, Direction] = {}
     neutral: list[Risk] = []
     helps: dict[Bottleneck, Direction] = {}
     when: dict[str, list[Value]] = {}
     devices: bool = False
-    covers: str = ""
+    ranks: bool = False
+    covers: list[str] = []
     seen: str = ""
     about: str = ""
     gpu: bool = False
+    cpu: dict[str, Any] = {}
+    experts: bool = False
 
 
 class _SpaceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,13 +80,16 @@ class _SpaceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Circumstances(msgspec.Struct, frozen=True, kw_only=True):
-    """What a space is fitted to. devices: GPUs, or 1 on a host without. sequence: tokens of the
-    longest prompt and answer together. concurrency: requests in flight; 0: not known."""
+    """What a space is fitted to. devices: GPUs, or cores of a host without. sequence: tokens of the
+    longest prompt and answer together. concurrency: requests in flight; positions: of the model,
+    the longest sequence that it knows; 0: not known. experts: the model is a mixture of them."""
 
     devices: int = 1
     gpus: bool = False
     sequence: int = 0
     concurrency: int = 0
+    positions: int = 0
+    experts: bool = False
 
 
 def shipped_space(engine: str) -> Path:
@@ -100,16 +110,43 @@ def read_space(path: Path, where: Circumstances) -> tuple[Space, str]:
     content = read_mapping(path, str(path), EXAMPLE)
     try:
         file = msgspec.convert(content, _SpaceFile)
+        given = {
+            name: one if where.gpus else _on_a_cpu(one)
+            for name, one in file.knobs.items()
+            if (where.gpus or not one.gpu) and (where.experts or not one.experts)
+        }
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
+    knobs = [_fitted(_knob(path, name, one), where) for name, one in given.items()]
+    space = Space(
+        engine=file.engine, knobs=tuple(knobs), devices=where.devices, cores=not where.gpus
+    )
+    left_out = {name: one.default for name, one in file.knobs.items() if name not in given}
+    _check(path, space, left_out)
+    return without_knobs(space, left_out), file.arguments
+
+
+def _on_a_cpu(knob: _KnobFile) -> _KnobFile:
+    """A knob with what is otherwise on a host without GPUs."""
+    fields = {**msgspec.structs.asdict(knob), **knob.cpu, "cpu": {}}
+    return msgspec.convert(msgspec.to_builtins(fields), _KnobFile)
+
+
+def without_knobs(space: Space, left_out: Mapping[str, Value]) -> Space:
+    """A space without some knobs, and without those that do nothing at their defaults.
+
+    left_out: names and defaults."""
     knobs = [
-        _fitted(_knob(path, name, one), where)
-        for name, one in file.knobs.items()
-        if where.gpus or not one.gpu
+        msgspec.structs.replace(
+            knob,
+            when={name: values for name, values in knob.when.items() if name not in left_out},
+            covers=tuple(name for name in knob.covers if name not in left_out),
+        )
+        for knob in space.knobs
+        if knob.name not in left_out
+        and all(left_out.get(name, values[0]) in values for name, values in knob.when.items())
     ]
-    space = Space(engine=file.engine, knobs=tuple(knobs), devices=where.devices)
-    _check(path, space)
-    return space, file.arguments
+    return msgspec.structs.replace(space, knobs=tuple(knobs))
 
 
 def _knob(path: Path, name: str, given: _KnobFile) -> Knob:
@@ -126,8 +163,7 @@ def _knob(path: Path, name: str, given: _KnobFile) -> Knob:
             raise ConfigError(f"{path}: {name}: {field} {value} is none of {values}")
     if not given.flag and not given.words and name not in FLEET_KNOBS:
         raise ConfigError(f"{path}: {name}: give its flag, or words for each value")
-    fields = msgspec.structs.asdict(given)
-    del fields["range"], fields["gpu"]
+    fields = {k: v for k, v in msgspec.structs.asdict(given).items() if k not in _FITTING}
     like = given.like if given.like is not None else values[len(values) // 2]
     found: Any = {**fields, "name": name, "values": values, "like": like}
     return msgspec.convert(found, Knob)
@@ -155,7 +191,9 @@ def _fitted(knob: Knob, where: Circumstances) -> Knob:
         values = [one for one in values if int(one or 1) <= where.devices]
     if knob.seen == "sequence" and where.sequence:
         least = -(-(where.sequence + _TEMPLATE) // _LENGTH_STEP) * _LENGTH_STEP
-        longer: list[Value] = [one for one in values if isinstance(one, int) and one > least]
+        least = min(least, where.positions or least)
+        most = where.positions or max(least, *(int(one or 0) for one in values))
+        longer: list[Value] = [one for one in values if least < int(one or 0) <= most]
         values = [least, *longer]
     if knob.name == "max_num_seqs" and where.concurrency:
         most = 2 * where.concurrency  # what is above has the same effect
@@ -167,8 +205,8 @@ def _fitted(knob: Knob, where: Circumstances) -> Knob:
     return msgspec.structs.replace(knob, values=tuple(values), like=like)
 
 
-def _check(path: Path, space: Space) -> None:
+def _check(path: Path, space: Space, left_out: Mapping[str, Value]) -> None:
     for knob in space.knobs:
-        for other in [*knob.when, *([knob.covers] if knob.covers else [])]:
-            if other not in space:
+        for other in [*knob.when, *knob.covers]:
+            if other not in space and other not in left_out:
                 raise ConfigError(f"{path}: {knob.name}: there is no knob {other!r}")

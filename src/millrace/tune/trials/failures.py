@@ -15,7 +15,7 @@ from millrace.tune.space.knobs import Risk
 
 FailureKind = Literal[
     "startup_oom", "runtime_oom", "no_room", "illegal_address", "hang", "crash", "failed_requests",
-    "lost_accuracy", "refused", "interrupted",
+    "lost_accuracy", "refused", "too_long", "interrupted",
 ]  # fmt: skip
 Phase = Literal["start", "run"]
 
@@ -30,6 +30,7 @@ RISKS: dict[FailureKind, Risk] = {
     "failed_requests": "stability",
     "lost_accuracy": "quality",
     "refused": "refused",
+    "too_long": "length",
 }
 
 TITLES: dict[FailureKind, str] = {
@@ -43,6 +44,7 @@ TITLES: dict[FailureKind, str] = {
     "failed_requests": "failed requests",
     "lost_accuracy": "lost accuracy",
     "refused": "refused by the server",
+    "too_long": "too short for a prompt",
 }
 
 
@@ -84,6 +86,17 @@ _CAUSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 _LONGEST = 300
+_TOO_LONG = re.compile(
+    r"maximum (context|model|allowed) length|context_length_exceeded"
+    r"|longer than the model.s context|exceeds the (context window|model.s maximum)",
+    re.IGNORECASE,
+)
+
+
+def failed_request(answer: str) -> Failure:
+    """What a server's answer to a request says: its context may be too short for the prompt."""
+    kind: FailureKind = "too_long" if _TOO_LONG.search(answer) else "failed_requests"
+    return Failure(kind, "run", answer[:_LONGEST])
 
 
 class LogReader:

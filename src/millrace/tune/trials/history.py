@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import msgspec
 
@@ -98,7 +99,7 @@ class History:
         self.open = (visit, times + 1)
         self.visits = max(self.visits, visit.number + 1)
         if visit.trial == len(self.trials):
-            devices = self.space.devices_of(visit.settings)
+            devices = self.space.counted(visit.settings)
             self.trials.append(Trial(visit.trial, visit.settings, visit.source, visit.why, devices))
 
     def _end(self, outcome: Outcome) -> None:
@@ -197,6 +198,21 @@ class History:
         (x, low), (y, high) = before[0], after[0]
         share = (at - x) / (y - x) if y > x else 0.0
         return max(low + share * (high - low), 1e-12)
+
+    @property
+    def noise(self) -> float:
+        """How far two short runs of one setting are apart: the standard deviation of their
+        logarithms, by the visits of the anchor; 0 before there are two."""
+        seen = [
+            math.log(max(statistics.median(self.values(self.anchor, outcome)), 1e-12))
+            for visit, outcome in self.order
+            if self.anchor is not None
+            and visit.trial == self.anchor.number
+            and visit.purpose != "full"
+            and outcome.runs
+        ]
+        steps = [(b - a) ** 2 / 2.0 for a, b in pairwise(seen)]
+        return math.sqrt(statistics.fmean(steps)) if steps else 0.0
 
     def ranked(self) -> list[Trial]:
         """Feasible trials by their short runs, best first."""
