@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 
 # The GPU kernels run in Triton's interpreter first; in the second run they are skipped.
 test: $(VENV)/.installed lint  ## lint, types and every test that needs no GPU
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/gpu
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/gpu tests/runtime/kernel_tuning
 	@$(BIN)/python -m pytest -m "not gpu and not sweep" $(ARGS)
 
 sweep: $(VENV)/.installed  ## the tests that take minutes, or that compare with a quiet machine

@@ -43,6 +43,7 @@ LAYERS = [
     "runtime.step runtime.transfer",
     "runtime.tiers",
     "runtime",
+    "runtime.kernel_tuning",
     "replica",
     "llm server.telemetry",
     "server.engine_link",

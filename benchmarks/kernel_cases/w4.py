@@ -67,7 +67,7 @@ def case(name: str, tokens: int, way: str, run: Callable[..., Tensor | None], ca
 
 def by_tiles(tokens: int, name: str, tiles: tuple[int, ...]) -> Callable[..., Tensor]:
     """The Triton kernel; 0 of tokens: as many as there are, of splits: as chosen otherwise."""
-    chosen = w4.tiles_for(tokens, *GEMM_SHAPES[name])
+    chosen = w4.tile_rule(tokens, *GEMM_SHAPES[name])
     size = tiles[0] or max(16, tokens)
     full = w4.Tiles(size, *tiles[1:4], tiles[4] or chosen.splits, *tiles[5:])  # type: ignore[misc]
     return lambda x, weight: w4.triton_matmul(x, weight, full)

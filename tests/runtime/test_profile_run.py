@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from millrace.config import EngineConfig, token_buckets
+from millrace.kernels.gpu import device
 from millrace.kernels.gpu.gemm import prebuild
 from millrace.model.build import build_model
 from millrace.model.config import read_config
@@ -171,6 +172,7 @@ def test_memory_is_measured_once_compilers_are_gone(monkeypatch: pytest.MonkeyPa
 
         return run
 
+    monkeypatch.setattr(device, "is_unified", lambda: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", step("read memory", (100, 200)))
     budget = gpu_memory_budget(0.75, step("profile run", 10), step("stop compilers", None))
     assert budget == 100 - 10 - 50

@@ -20,6 +20,8 @@ from torch import nn
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches
+from millrace.kernels.gpu.device import is_unified
+from millrace.kernels.gpu.device import memory as device_memory
 from millrace.model.build import build_model
 from millrace.model.cache_spec import CacheOptions, CacheSpec
 from millrace.model.causal_lm import CausalLM
@@ -288,7 +290,9 @@ class Worker:
         if args.kv_cache_memory_bytes is not None:
             return args.kv_cache_memory_bytes
         if self._device.type == "cuda":
-            records = self.host_bytes() if args.kv_transport == "cuda_ipc" else 0
+            # Records that other processes map, and all of the host's where memory is the same one.
+            shared = args.kv_transport == "cuda_ipc" or is_unified()
+            records = self.host_bytes() if shared else 0
             return -records + gpu_memory_budget(
                 args.gpu_memory_utilization, self._workspace, self._background.close
             )
@@ -386,7 +390,7 @@ def gpu_memory_budget(
     """
     taken = workspace()
     stop_compilers()
-    free, total = torch.cuda.mem_get_info()
+    free, total = device_memory()
     logger.info("steps and graphs take %.2f GiB of workspace", taken / 2**30)
     return int(free - taken - (1.0 - utilization) * total)
 
@@ -418,7 +422,7 @@ def check_fit(
         formats = formats_in_memory(model_config, config.dtype, kept)
     except ConfigError:
         return
-    drafts, free = bool(config.speculation.head), torch.cuda.mem_get_info()[0]
+    drafts, free = bool(config.speculation.head), device_memory()[0]
     weights = weight_bytes(model_config, formats, layout, drafts=drafts)
     needs = rank_needs(model_config, formats, spec, config.max_model_len, drafts=drafts)
     if found := problem(needs, layout, weights, free):

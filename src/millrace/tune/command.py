@@ -10,6 +10,8 @@ import msgspec
 
 from millrace.bench.flags.command_line import read_flags
 from millrace.common.flags import struct_options
+from millrace.tune.kernels import HELP as KERNEL_HELP
+from millrace.tune.kernels import KernelFlags
 from millrace.tune.options import HELP, TuneFlags
 
 NAMED = "run"  # the command that `millrace tune MODEL` is short for
@@ -88,6 +90,20 @@ def write_up_command(
         return
     request: Request = of_command_line(model, serve_arguments, flags)
     _exit(begin(msgspec.structs.replace(request, walk="write-up")))
+
+
+@tune.command("kernels")
+@click.argument("model")
+@struct_options(KernelFlags, KERNEL_HELP)
+def kernels_command(model: str, **values: Any) -> None:
+    """Measure which ways of the GPU's kernels are fastest for MODEL's shapes.
+
+    `millrace serve` takes them from then on; without a table a rule is used, and its start says so.
+    No weights are read: a config.json is enough. On an H200 it takes some minutes.
+    """
+    from millrace.tune.kernels import measure
+
+    _exit(measure(model, read_flags(KernelFlags, values)))
 
 
 def _planned(flags: TuneFlags) -> str:

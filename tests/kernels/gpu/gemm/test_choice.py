@@ -8,7 +8,7 @@ import pytest
 from millrace.kernels.gpu.gemm.choice import CUBLAS, DEEP_GEMM, GemmBackend, choose
 from tests.kernels.gpu.gpu_support import HAS_TRITON, StandIn, pretend
 
-MEASURED = resources.files("millrace.kernels.gpu.gemm").joinpath("measured")
+MEASURED = resources.files("millrace.kernels.gpu").joinpath("measured")
 TABLES = sorted(file.name for file in MEASURED.iterdir() if file.name.endswith(".json"))
 
 

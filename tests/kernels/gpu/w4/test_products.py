@@ -56,12 +56,12 @@ def test_dequantized(device: str, kind: str) -> None:
 
 def test_tiles_fill_the_gpu() -> None:
     pytest.importorskip("triton")
-    from millrace.kernels.gpu.gemm.w4 import tiles_for
+    from millrace.kernels.gpu.gemm.w4 import tile_rule
 
-    assert tiles_for(16, 5120, 17408).splits == 4
-    assert tiles_for(16, 34816, 5120).splits == 1
-    assert tiles_for(16, 256, 512).splits == 1  # there is too little of K
-    assert tiles_for(512, 5120, 5120).splits == 1
+    assert tile_rule(16, 5120, 17408).splits == 4
+    assert tile_rule(16, 34816, 5120).splits == 1
+    assert tile_rule(16, 256, 512).splits == 1  # there is too little of K
+    assert tile_rule(512, 5120, 5120).splits == 1
 
 
 @pytest.mark.gpu

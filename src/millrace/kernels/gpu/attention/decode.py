@@ -7,19 +7,25 @@ second kernel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import DecodeRows, KVCache
+from millrace.kernels.dispatch import remembered
+from millrace.kernels.gpu import tables
 from millrace.kernels.gpu.attention.softmax import (
     LOG2_E,
     _attend_range,
     _attend_range_of_pairs,
     _operand,
 )
+from millrace.kernels.gpu.device import device_name
 
+SECTION = "decode_attention"  # of the tables
 MOST_PARTS = 64  # of a row's keys
 LEAST_KEYS = 128  # of a part, where there is more than one
 JOINED = 8  # parts that are joined at a time
@@ -114,7 +120,7 @@ def attend_decode(
 ) -> Tensor:  # fmt: skip
     """As the reference; rows stand first in q, and results in out, which is as long as q.
 
-    config: (block, parts, warps, stages); None takes the measured one. pairs: whether values are
+    config: (block, parts, warps, stages); None: as `_decode_config` says. pairs: whether values are
     read as pairs of channels; None: where they can be.
     """
     count, n = rows.slots.shape[0], rows.width
@@ -124,9 +130,8 @@ def attend_decode(
     if count == 0:
         return out
     pairs = _pairs(q, cache) if pairs is None else pairs
-    block, parts, warps, stages = config or _decode_config(
-        count * kv_heads, rows.max_context, pairs
-    )
+    parts = key_parts(count * kv_heads, rows.max_context)
+    block, parts, warps, stages = config or _decode_config(shape_of(q, cache, n), parts, pairs)
     partial = count * n * heads * parts if parts > 1 else 0
     part = torch.empty(partial, dim, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(partial, 2, dtype=torch.float32, device=q.device)
@@ -153,10 +158,42 @@ def _pairs(q: Tensor, cache: KVCache) -> bool:
     return narrow and dim == triton.next_power_of_2(dim)
 
 
-def _decode_config(programs: int, max_context: int, pairs: bool) -> tuple[int, int, int, int]:
+class Blocks(NamedTuple):
+    """keys: of a step of the kernel."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def shape_of(q: Tensor, cache: KVCache, width: int) -> tuple[int, int, int, int]:
+    """Query heads of a KV head, channels of a head, bytes of a cached number, tokens of a row."""
+    kv_heads, dim = cache.keys.shape[2:]
+    return q.shape[1] // kv_heads, dim, cache.keys.itemsize, width
+
+
+def _decode_config(
+    shape: tuple[int, int, int, int], parts: int, pairs: bool
+) -> tuple[int, int, int, int]:
     """(block, parts, warps, stages)."""
-    parts = key_parts(programs, max_context)
-    return (32, 1, 2, 5) if pairs and parts == 1 else (64, parts, 4, 3)
+    keys, warps, stages = blocks_for(shape, parts > 1, pairs)
+    return keys, parts, warps, stages
+
+
+@remembered
+def blocks_for(shape: tuple[int, int, int, int], split: bool, pairs: bool) -> Blocks:
+    """What measured fastest on this GPU, or else a rule. split: keys are cut into parts."""
+    way = tables.find(SECTION, (*shape, int(split)), 1, device_name())
+    return (
+        block_rule(split, pairs)
+        if way is None
+        else Blocks._make(tables.numbers_of(way, Blocks._fields))
+    )
+
+
+def block_rule(split: bool, pairs: bool) -> Blocks:
+    """What is taken where nothing was measured."""
+    return Blocks(32, 2, 5) if pairs and not split else Blocks(64, 4, 3)
 
 
 def key_parts(programs: int, max_context: int) -> int:

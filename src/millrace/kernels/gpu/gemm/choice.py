@@ -2,18 +2,17 @@
 
 How well a library's tiles fill the multiprocessors goes up and down with the number of tokens, and
 DeepGEMM picks other tiles when told to use fewer multiprocessors, or is told which to take. So the
-choice is a table for each device and shape, as `benchmarks/gemm_choice_h200.py` measured it
-(measured/DEVICE.json), and a rule for shapes that were not measured. Knows names and numbers only,
-and multiplies nothing.
+choice is a table for each device and shape (tables.py), as `millrace tune kernels` measures it, and
+a rule for shapes that were not measured. Knows names and numbers only, and multiplies nothing.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from bisect import bisect_left
-from importlib import resources
 from typing import NamedTuple
+
+from millrace.errors import ConfigError
+from millrace.kernels.dispatch import remembered
+from millrace.kernels.gpu import tables
 
 
 class GemmBackend(NamedTuple):
@@ -39,6 +38,7 @@ class GemmBackend(NamedTuple):
         return self.library + count + (f"@{self.tiling}" if self.tiling else "")
 
 
+SECTION = "fp8_products"
 DEEP_GEMM, CUBLAS = GemmBackend("deep_gemm"), GemmBackend("cublas")
 
 
@@ -47,33 +47,23 @@ def choose(tokens: int, outputs: int, width: int, device: str) -> GemmBackend:
 
     device: its name, as `torch.cuda.get_device_name` tells it.
     """
-    bounds, ways = _table(device).get((outputs, width), ((), ()))
-    at = bisect_left(bounds, tokens)
-    return ways[at] if at < len(ways) else _rule(tokens, outputs)
+    found = _measured(tokens, outputs, width, device)
+    return rule(tokens, outputs) if found is None else found
 
 
-def is_measured(device: str) -> bool:
-    """Whether there is a table for this device."""
-    return bool(_table(device))
-
-
-def _rule(tokens: int, outputs: int) -> GemmBackend:
+def rule(tokens: int, outputs: int) -> GemmBackend:
     """What held for the shapes of Qwen3.5-27B on one H200, before each was measured."""
     if 128 < tokens <= 384:
         return CUBLAS if 12288 <= outputs < 32768 else DEEP_GEMM
     return CUBLAS if 384 < tokens <= 640 and outputs >= 32768 else DEEP_GEMM
 
 
-@functools.cache
-def _table(device: str) -> dict[tuple[int, int], tuple[tuple[int, ...], tuple[GemmBackend, ...]]]:
-    """By shape: greatest token counts, ascending, and the way of each. Nothing if not measured."""
-    name = device.replace(" ", "_").replace("/", "_")
-    file = resources.files(__package__).joinpath("measured", f"{name}.json")
-    if not file.is_file():
-        return {}
-    found = {}
-    for shape, lines in json.loads(file.read_text())["fp8_products"].items():
-        outputs, width = map(int, shape.split("x"))
-        bounds = tuple(int(bound) for bound, _ in lines)
-        found[outputs, width] = bounds, tuple(GemmBackend.parse(way) for _, way in lines)
-    return found
+@remembered
+def _measured(tokens: int, outputs: int, width: int, device: str) -> GemmBackend | None:
+    way = tables.find(SECTION, (outputs, width), tokens, device)
+    if way is None:
+        return None
+    try:
+        return GemmBackend.parse(str(way))
+    except ValueError as error:
+        raise ConfigError(f"{tables.own_path(device)}, {SECTION}: {error}") from None

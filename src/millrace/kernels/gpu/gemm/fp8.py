@@ -2,13 +2,14 @@
 
 Four ways, all with the same rounding: our Triton kernel (always there), our CUDA kernel for few
 tokens, cuBLAS's block-scaled product through torch, and DeepGEMM where it is installed.
-`fp8_linear` takes the one that measured fastest (`gemm_choice`) and quantises its input first;
+`fp8_linear` takes the one that measured fastest (choice.py) and quantises its input first;
 `fp8_matmul` starts from activations that a fused op has quantised already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from millrace.common.optional import probe
 from millrace.kernels.dispatch import BackendChoice, remembered
-from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu import tables
+from millrace.kernels.gpu.device import device_name, gpu
 from millrace.kernels.gpu.gemm import choice
 from millrace.kernels.gpu.gemm import few as gemm_few
 from millrace.kernels.gpu.gemm.bands import tile_in_bands
@@ -26,6 +28,19 @@ from millrace.kernels.gpu.gemm.clusters import Tiling, cluster_matmul
 from millrace.kernels.gpu.gemm.few import MAX_TOKENS, few_matmul
 from millrace.kernels.gpu.quantize import launches_early, quantize
 from millrace.kernels.quantize import GROUP, Quantized
+
+NOT_MEASURED = "by a rule, until `millrace tune kernels MODEL` has measured this GPU"
+SECTION = "fp8_tiles"  # of the tables: tiles of the Triton kernel
+
+
+class Tiles(NamedTuple):
+    """tokens, outputs: of a tile. swap: whether it is computed transposed."""
+
+    tokens: int
+    outputs: int
+    swap: bool
+    warps: int
+    stages: int
 
 
 @triton.jit
@@ -64,13 +79,13 @@ def _matmul_kernel(
 
 def triton_matmul(
     x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype,
-    config: tuple[int, int, bool, int, int] | None = None,
+    config: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """x @ weight^T by our kernel. config: (token tile, output tile, swap, warps, stages)."""
+    """x @ weight^T by our kernel."""
     tokens, width = x.values.shape
     outputs = weight.shape[0]
     out = torch.empty(tokens, outputs, dtype=dtype, device=weight.device)
-    bt, bo, swap, warps, stages = config or _config(tokens, outputs)
+    bt, bo, swap, warps, stages = config or tiles_for(tokens, outputs, width)
     grid = (triton.cdiv(tokens, bt) * triton.cdiv(outputs, bo),)
     _matmul_kernel[grid](
         x.values, x.scales, weight, scale, out, tokens, outputs, width, x.scales.stride(1),
@@ -79,10 +94,18 @@ def triton_matmul(
     return out
 
 
-def _config(tokens: int, outputs: int) -> tuple[int, int, bool, int, int]:
+@remembered
+def tiles_for(tokens: int, outputs: int, width: int) -> Tiles:
+    """The tiles that measured fastest on this GPU, or else those of a rule."""
+    way = tables.find(SECTION, (outputs, width), tokens, device_name())
+    return tile_rule(tokens) if way is None else Tiles._make(tables.numbers_of(way, Tiles._fields))
+
+
+def tile_rule(tokens: int) -> Tiles:
+    """Tiles where nothing was measured."""
     if tokens <= 64:
-        return max(16, triton.next_power_of_2(tokens)), 64, True, 4, 6
-    return 64, 128, False, 4, 4
+        return Tiles(max(16, triton.next_power_of_2(tokens)), 64, True, 4, 6)
+    return Tiles(64, 128, False, 4, 4)
 
 
 def fp8_backends(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> list[BackendChoice]:
@@ -105,14 +128,15 @@ def _fp8_backend(dtype: torch.dtype) -> BackendChoice:
     name, device = "FP8 GEMM", gpu().name
     if not gpu().is_hopper or dtype != torch.bfloat16:
         why = f"DeepGEMM and cuBLAS do it on Hopper in bfloat16, not on {device} in {dtype}"
-        return BackendChoice(name, "Triton kernel", why)
+        tiles = "measured" if tables.is_measured(SECTION, device) else NOT_MEASURED
+        return BackendChoice(name, "Triton kernel", f"{why}; its tiles: {tiles}")
     found = probe("deep_gemm")
     if found.module is None:
         return BackendChoice(name, "cuBLAS", found.problem, found.remedy)
     both = f"DeepGEMM {found.version} or cuBLAS"
-    if choice.is_measured(device):
+    if tables.is_measured(choice.SECTION, device):
         return BackendChoice(name, f"{both}, by what was measured on {device}")
-    return BackendChoice(name, f"{both}, by a rule", f"nothing was measured on {device}")
+    return BackendChoice(name, both, NOT_MEASURED)
 
 
 @remembered

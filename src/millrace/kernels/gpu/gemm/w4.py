@@ -1,10 +1,10 @@
 """Products with weights of 4 bits and activations of 16: the weight is widened in registers.
 
-Three ways. At most 8 tokens: our CUDA kernel (`w4_few`), which is bound by memory. Up to
-`TORCH_FROM` tokens: a Triton kernel, which takes every layout of groups, and E2M1 codes; where
-there are few tiles, K is split. More tokens: the weight is dequantized to memory, and cuBLAS
-multiplies; that costs the same at any number of tokens. Weights are rounded to the dtype of x in
-the last two ways; in the first they are exact.
+Three ways. At most 8 tokens: our CUDA kernel (`w4_few`), which is bound by memory. More: a Triton
+kernel, which takes every layout of groups, and E2M1 codes; where there are few tiles, K is split.
+Many: the weight is dequantized to memory, and cuBLAS multiplies; that costs the same at any number
+of tokens. Weights are rounded to the dtype of x in the last two ways; in the first they are exact.
+Between these two a table chooses, where the device was measured, or else `TORCH_FROM`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.dispatch import BackendChoice
+from millrace.kernels.dispatch import BackendChoice, remembered
 from millrace.kernels.gemm import W4
-from millrace.kernels.gpu.device import gpu
+from millrace.kernels.gpu import tables
+from millrace.kernels.gpu.device import device_name, gpu
 from millrace.kernels.gpu.gemm import w4_few as few
 from millrace.kernels.gpu.gemm.bands import tile_in_bands
 
+SECTION = "w4_products"  # of the tables: TORCH, or tiles of the Triton kernel
+TORCH = "torch"
 TORCH_FROM = 256  # tokens from which cuBLAS with a dequantized weight is taken for faster
 LEAST_INPUTS = 512  # of a part of K
 
@@ -171,9 +174,9 @@ def _dequantize_kernel(
 
 
 def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
-    """x @ weight^T by the Triton kernel."""
+    """x @ weight^T by the Triton kernel. tiles: None: those of the rule."""
     tokens, (outputs, width) = len(x), weight.shape
-    tiles = tiles or tiles_for(tokens, outputs, width, weight.group)
+    tiles = tiles or tile_rule(tokens, outputs, width, weight.group)
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
@@ -196,7 +199,7 @@ def triton_matmul(x: Tensor, weight: W4, tiles: Tiles | None = None) -> Tensor:
 
 def dequantized(weight: W4, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in dtype."""
-    (outputs, width), inputs = weight.shape, tiles_for(1, *weight.shape, weight.group).inputs
+    (outputs, width), inputs = weight.shape, inputs_of(weight.group)
     out = torch.empty(outputs, width, dtype=dtype, device=weight.codes.device)
     _dequantize_kernel[triton.cdiv(width, inputs), triton.cdiv(outputs, 4096 // inputs)](
         *_operands(weight), out, outputs, width, width // 2, weight.scales.shape[1],
@@ -213,10 +216,21 @@ def _operands(weight: W4) -> tuple[Tensor, ...]:
     return weight.codes.view(torch.uint8), weight.scales, zeros, weight.factor
 
 
-def tiles_for(tokens: int, outputs: int, width: int, group: int = 128) -> Tiles:
-    """Tiles for these sizes, with as many parts of K as fill the multiprocessors twice. A step has
-    inputs of one group, if that is possible: a scale for each row, and not for each byte."""
-    most = next((inputs for inputs in (128, 64, 32) if group % inputs == 0), 64)
+@remembered
+def way_for(tokens: int, outputs: int, width: int, group: int) -> Tiles | None:
+    """Tiles of the Triton kernel; None: cuBLAS with a dequantized weight. As it measured fastest
+    on this GPU, or else by a rule."""
+    way = tables.find(SECTION, (outputs, width, group), tokens, device_name())
+    if way is None:
+        return None if tokens >= TORCH_FROM else tile_rule(tokens, outputs, width, group)
+    return None if way == TORCH else Tiles._make(tables.numbers_of(way, Tiles._fields))
+
+
+def tile_rule(tokens: int, outputs: int, width: int, group: int = 128) -> Tiles:
+    """Tiles where nothing was measured, with as many parts of K as fill the multiprocessors twice.
+    A step has inputs of one group, if that is possible: a scale for each row, and not for each
+    byte."""
+    most = inputs_of(group)
     if tokens > 64:
         return Tiles(128, 128, min(most, 64), True, 1, 8, 3)
     size = max(16, triton.next_power_of_2(tokens))
@@ -225,14 +239,25 @@ def tiles_for(tokens: int, outputs: int, width: int, group: int = 128) -> Tiles:
     return Tiles(size, 64, most, True, max(1, min(wanted, width // LEAST_INPUTS, 8)), 4, 4)
 
 
+def inputs_of(group: int) -> int:
+    """The most inputs of a step that lie in one group."""
+    return next((inputs for inputs in (128, 64, 32) if group % inputs == 0), 64)
+
+
 def w4_linear(x: Tensor, weight: W4) -> Tensor:
     """As the reference, by the way that should be the fastest for this number of tokens."""
     out = few.w4_few(x, weight)
     if out is not None:
         return out
-    if len(x) >= TORCH_FROM:
-        return torch.nn.functional.linear(x, dequantized(weight, x.dtype))
-    return triton_matmul(x, weight)
+    tiles = way_for(len(x), *weight.shape, weight.group)
+    if tiles is None:
+        return torch_matmul(x, weight)
+    return triton_matmul(x, weight, tiles)
+
+
+def torch_matmul(x: Tensor, weight: W4) -> Tensor:
+    """x @ weight^T by cuBLAS, with the weight dequantized to memory."""
+    return torch.nn.functional.linear(x, dequantized(weight, x.dtype))
 
 
 def w4_backends() -> list[BackendChoice]:
@@ -242,5 +267,7 @@ def w4_backends() -> list[BackendChoice]:
     name = f"W4 GEMM, {few.MAX_TOKENS} tokens or less"
     found = BackendChoice(name, "CUDA kernel" if compiled else "Triton kernel", reason)
     many = f"Triton kernel, and from {TORCH_FROM} tokens on cuBLAS with a dequantized weight"
+    if tables.is_measured(SECTION, device_name()):
+        many = f"Triton kernel or cuBLAS, by what was measured on {device_name()}"
     why = "" if gpu().capability[0] < 10 else "there are no kernels for FP4 tensor cores yet"
     return [found, BackendChoice("W4 GEMM", many, why)]
