@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from millrace.deploy.bundle import render
+from millrace.deploy.layout.layout import layout_of
+from millrace.deploy.layout.settings import settle
 from millrace.fleet.fleet_file import read_fleet_file
-from tests.deploy.variants import VARIANTS, layout, rendered
+from tests.deploy.variants import VARIANTS, layout, parsed, rendered
 
 PROGRAMS = ("gcloud", "kubectl", "eksctl", "helm")
 RECORDER = """#!/bin/bash
@@ -185,6 +188,22 @@ def test_the_guide_names_each_step_with_its_price() -> None:
     assert text.index("cluster.sh") < text.index("apply -k cluster") < text.index("apply -k model")
     assert text.index("apply -k model`") < text.index("apply -k model/publish")
     assert "tokens/s in all" in text
-    assert "$75.12 an hour from now on" in text  # 12 x 6.26
+    assert "from now on $0.00 an hour with 0 pods, $100.16 with 12" in text  # 16 x 6.26
+    assert "16 GPUs are paid for and 12 are used: machines have 8" in text
     assert "for a million tokens while full" in text
     assert "docker compose" in rendered("machine")["README.md"]
+
+
+def test_the_page_takes_a_newcomer_by_a_file_that_renders() -> None:
+    """Its first example is rendered, and the prices of its steps are those of the guide."""
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    example = re.search(r"```yaml\n(# deploy.yaml\n.*?)```", page, re.DOTALL)
+    assert example
+    file = parsed(example[1])
+    text = render(layout_of(file, settle(file)))["README.md"]
+    walk = page[page.index("## From nothing") : page.index("FAIL ")]
+    for command in re.findall(r"^\| `((?:kubectl|millrace|\./)[^`.]*)", walk, re.MULTILINE):
+        assert f"`{command}" in text, command
+    prices = re.findall(r"\$\d[\d.,]*\d", walk)
+    assert len(prices) > 3
+    assert [price for price in prices if price not in text] == []

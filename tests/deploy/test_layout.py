@@ -35,7 +35,7 @@ def test_the_planner_chooses_what_the_file_leaves_open() -> None:
 def test_prices_follow_the_class_and_whole_machines() -> None:
     spot = layout("scaled")
     assert spot.settings.price.kind == "spot"  # type: ignore[union-attr]
-    assert spot.hourly == pytest.approx(12 * 6.26)
+    assert spot.hourly == pytest.approx(16 * 6.26), "12 pods keep two machines of 8"
     own = settled(f"{MODEL}\ngpu: h200\ndollars: 2.5\n{FIXED}")
     assert own.hourly == 2.5
     assert own.settings.cost.million.value > 0

@@ -45,7 +45,7 @@ def _summary(layout: Layout) -> str:
 
 def _prediction(layout: Layout) -> list[str]:
     """What the planner says, where it was asked."""
-    planned, price, cost = layout.settings.planned, layout.settings.price, layout.settings.cost
+    planned = layout.settings.planned
     if planned is None:
         return [*(f"- {note}" for note in layout.settings.notes), ""]
     total = planned.bars["total_tokens"]
@@ -55,16 +55,27 @@ def _prediction(layout: Layout) -> list[str]:
         lines.append(f"- TTFT {ttft.value * 1e3:,.0f} ms, TPOT {tpot.value * 1e3:,.1f} ms")
     if planned.overload:
         lines.append(f"- {planned.overload}")
-    if price is None or cost is None or layout.hourly is None:
-        lines.append(f"- no {layout.file.price} price of {layout.file.gpu} is known: give dollars:")
-    else:
-        million = cost.million
-        lines.append(
-            f"- {price.kind} at ${price.dollars:.2f} a GPU-hour ({price.provider}, {price.date}): "
-            f"${layout.hourly:,.2f} an hour while all run, ${million.value:.3f} "
-            f"({million.low:.3f} to {million.high:.3f}) for a million tokens while full"
-        )
+    lines += _priced(layout)
     return [*lines, *(f"- {note}" for note in layout.settings.notes), ""]
+
+
+def _priced(layout: Layout) -> list[str]:
+    """Dollars an hour and for a million tokens, of the GPUs that are paid for."""
+    price, cost, hourly = layout.settings.price, layout.settings.cost, layout.hourly
+    if price is None or cost is None or hourly is None:
+        return [f"- no {layout.file.price} price of {layout.file.gpu} is known: give dollars:"]
+    used, paid = layout.gpus * layout.count * layout.file.hosts, layout.paid_gpus(layout.count)
+    million = cost.million
+    bar = [one * paid / used for one in (million.value, million.low, million.high)]
+    lines = [
+        f"- {price.kind} at ${price.dollars:.2f} a GPU-hour ({price.provider}, {price.date}): "
+        f"${hourly:,.2f} an hour while all run, ${bar[0]:.3f} ({bar[1]:.3f} to {bar[2]:.3f}) for a "
+        "million tokens while full"
+    ]
+    if paid > used:
+        lines.append(f"- {paid} GPUs are paid for and {used} are used: machines have "
+                     f"{layout.machine_gpus(layout.gpus)}")  # fmt: skip
+    return lines
 
 
 def _steps(layout: Layout, files: Sequence[str]) -> list[str]:
@@ -85,8 +96,7 @@ def _steps(layout: Layout, files: Sequence[str]) -> list[str]:
     steps.append("`millrace deploy check deploy.yaml` says what the cluster still lacks")
     if file.entry == "inference-pool":
         steps.append(f"`{install_router(layout.name, file.namespace, file.router.version)}`")
-    hourly = f": {_dollars(layout.hourly)} an hour from now on" if file.has_gpus else ""
-    steps.append(f"`kubectl apply -k overlays/{file.platform}`{hourly}")
+    steps.append(f"`kubectl apply -k overlays/{file.platform}`{_from_now_on(layout)}")
     steps.append("`millrace deploy status deploy.yaml` follows the start, which takes minutes")
     steps.append(_first_request(layout))
     if "bench/kustomization.yaml" in files:
@@ -126,6 +136,17 @@ def _end(layout: Layout, files: Sequence[str]) -> str:
                "model/kustomization.yaml") if path in files]  # fmt: skip
     deletes = " and ".join(f"`kubectl delete -k {folder}`" for folder in folders)
     return f"{end}; the model's disk of {layout.model_size} costs until {deletes}"
+
+
+def _from_now_on(layout: Layout) -> str:
+    """What the fleet costs; of one that is scaled, at its most and at its least."""
+    if not layout.file.has_gpus:
+        return ""
+    scaled = layout.file.autoscale
+    if scaled is None:
+        return f": {_dollars(layout.hourly)} an hour from now on"
+    least, most = (_dollars(layout.hourly_of(pods)) for pods in (scaled.min, scaled.max))
+    return f": from now on {least} an hour with {scaled.min} pods, {most} with {scaled.max}"
 
 
 def _dollars(value: float | None) -> str:

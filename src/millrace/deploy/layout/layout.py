@@ -140,19 +140,25 @@ class Layout:
 
     @property
     def hourly(self) -> float | None:
-        """Dollars of all GPUs that are paid for, whole machines where the platform sells these;
-        None: no price is known."""
-        price = self.settings.price
-        if price is None:
-            return None
-        return price.dollars * self.paid_gpus * self.count * self.file.hosts
+        """Dollars while all pods run; None: no price is known."""
+        return self.hourly_of(self.count)
 
-    @property
-    def paid_gpus(self) -> int:
-        """GPUs that a pod keeps from others: Autopilot gives it whole machines."""
-        if self.file.platform != "gke-autopilot" or not self.file.has_gpus:
-            return self.gpus
-        return machine_for(self.file.platform, self.file.gpu, self.gpus)[0]
+    def hourly_of(self, count: int) -> float | None:
+        """Dollars of all GPUs that so many pods, or groups of them, keep."""
+        price = self.settings.price
+        return None if price is None else price.dollars * self.paid_gpus(count)
+
+    def paid_gpus(self, count: int) -> int:
+        """GPUs of the machines: clouds sell whole ones, and Autopilot gives each pod its own."""
+        pods, size = count * self.file.hosts, self.machine_gpus(self.gpus)
+        share = 1 if self.file.platform == "gke-autopilot" else size // max(1, self.gpus)
+        return -(-pods // max(1, share)) * size
+
+    def machine_gpus(self, gpus: int) -> int:
+        """GPUs of the machine for a pod with so many; these, where nobody sells machines."""
+        if not gpus or self.file.platform in ("plain", "machine"):
+            return gpus
+        return machine_for(self.file.platform, self.file.gpu, gpus)[0]
 
 
 def layout_of(file: DeployFile, settings: Settings) -> Layout:
