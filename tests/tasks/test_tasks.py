@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,11 +27,64 @@ def test_items_depend_on_seed_and_index_alone(name: str) -> None:
 def test_the_reference_answer_is_right_and_others_are_not(name: str) -> None:
     for item in make_items(name, 60, seed=0):
         said = item.answer + "".join(map(_call, item.tool_calls))
+        said = obedient(json.loads(said)) if name == "instructions" else said
         task = TASKS[name]
         assert task.grade(item, said).correct
         assert task.grade(item, f"<think>\n{item.reasoning}\n</think>\n\n{said}").correct
         assert not task.grade(item, "").correct
-        assert not task.grade(item, said + " 17").correct
+        if name != "instructions":
+            assert not task.grade(item, said + " 17").correct
+
+
+def obedient(rules: list[dict[str, Any]]) -> str:
+    """A text that keeps some rules, made without the code that checks them."""
+    rule = {one["kind"]: one for one in rules}
+    word = rule.get("with_word", rule.get("word_times", {})).get("word", "")
+    parts = ["word"] * 2 + [word] * rule.get("word_times", {"n": 1})["n"] * bool(word)
+    if "at_least_words" in rule:
+        parts += ["more"] * rule["at_least_words"]["n"]
+    text = " ".join(parts)
+    if "question_mark" in rule:
+        text += " no?" * rule["question_mark"]["n"]
+    if "bullets" in rule:
+        return "\n".join(f"- {text if at == 0 else 'b'}" for at in range(rule["bullets"]["n"]))
+    if "json_list" in rule:
+        return json.dumps([text, *"b" * (rule["json_list"]["n"] - 1)])
+    if "paragraphs" in rule:
+        text += "\n\nmore" * (rule["paragraphs"]["n"] - 1)
+    text = rule.get("begins_with", {"word": ""})["word"] + " " + text
+    text = "[[a]]\n" + text if "title" in rule else text
+    text += " " + rule.get("ends_with", {"word": ""})["word"]
+    return text.upper() if "upper_case" in rule else text
+
+
+def test_a_text_that_breaks_a_rule_is_wrong() -> None:
+    """Of each kind: a text made for the other rules of an item does not keep it."""
+    kinds = set()
+    for item in make_items("instructions", 400, seed=1):
+        rules = json.loads(item.answer)
+        for rule in rules:
+            broken = BREAK.get(rule["kind"], lambda text, rule: obedient([]))
+            text = broken(obedient(rules), rule)
+            grade = TASKS["instructions"].grade(item, text)
+            assert not grade.correct, (rule, text)
+            assert not grade.fields[rule["kind"]], (rule, text)
+            kinds.add(rule["kind"])
+    assert len(kinds) == 15
+
+
+# What makes a text break a rule; of the others a text without any rule does.
+BREAK: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "at_most_words": lambda text, rule: text + " more" * rule["n"],
+    "no_comma": lambda text, rule: text + ",",
+    "question_mark": lambda text, rule: text + "?",
+    "lower_case": lambda text, rule: text + " A",
+    "upper_case": lambda text, rule: text + " a",
+    "without_letter": lambda text, rule: text + f" a{rule['word']}a",
+    "word_times": lambda text, rule: f"{text} {rule['word']}",
+    "bullets": lambda text, rule: text + "\n- one more",
+    "paragraphs": lambda text, rule: text + "\n\none more",
+}
 
 
 def _call(call: dict[str, dict[str, dict[str, str]]]) -> str:

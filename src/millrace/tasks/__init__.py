@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from millrace.errors import UserError
-from millrace.tasks import arithmetic, chat, policy
+from millrace.tasks import arithmetic, chat, instructions, policy
 from millrace.tasks.items import Grade, Item, Split, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (policy.TASK, arithmetic.TASK, chat.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (policy.TASK, arithmetic.TASK, chat.TASK, instructions.TASK)
+}
 
 __all__ = ["TASKS", "Grade", "Item", "Split", "Task", "find_task", "make_items"]
 
