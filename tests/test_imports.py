@@ -91,6 +91,9 @@ LAYERS = [
     "deploy.check",
     "deploy",
     "about offline",
+    "report.steps",
+    "report.sections",
+    "report",
     "cli millrace",
     "__main__",
 ]
@@ -109,9 +112,9 @@ PLANNER_OF_TUNER = {
 
 # Which top-level rooms may import these packages; no other room does, not in a function either.
 OWNERS = {
-    "torch": {"kernels", "model", "runtime", "replica", "doctor", "quantize"},
+    "torch": {"kernels", "model", "runtime", "replica", "doctor", "quantize", "report"},
     "triton": {"kernels", "runtime"},
-    "transformers": set[str](),
+    "transformers": {"report"},
     "zmq": {"replica", "server"},
     "tokenizers": {"text", "model", "bench"},
     "starlette": {"server"},

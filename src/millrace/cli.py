@@ -41,6 +41,11 @@ _COMMANDS = {
         "Simulate a fleet on a virtual clock.",
     ),
     "eval": ("millrace.eval.command", "eval_command", "Measure a model's accuracy."),
+    "report": (
+        "millrace.report.command",
+        "report",
+        "Measure a model on this machine, in a file that can be checked.",
+    ),
     "download": ("millrace.download.command", "download", "Download a model, and check it."),
     "quantize": ("millrace.quantize.command", "quantize", "Write a quantized checkpoint."),
     "tune": ("millrace.tune.command", "tune", "Find the settings that serve a load best."),

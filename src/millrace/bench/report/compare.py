@@ -152,6 +152,21 @@ def ratio_of(figure: str, a: Sequence[float], b: Sequence[float]) -> Ratio:
     )
 
 
+def paired_interval(
+    logs: Sequence[float], error: float = 0.0
+) -> tuple[float, float | None, float | None]:
+    """A ratio of values measured by turns, with its 95% interval: None for fewer than two.
+
+    logs: of the ratio in each turn. error: relative, of what measures; the interval is wider by it.
+    """
+    middle = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(middle), None, None
+    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    half += math.log1p(error)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
 def _half_width(a: Sequence[float], b: Sequence[float]) -> float:
     """Half of Welch's 95% interval for the difference of two means."""
     parts = [statistics.variance(side) / len(side) for side in (a, b)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from millrace.bench.report.compare import student_t
+from millrace.bench.report.compare import paired_interval
 from millrace.tune.trials.history import History, Trial, penalised
 
 _TINY = 1e-12
@@ -70,14 +70,7 @@ def versus(history: History, a: Trial, b: Trial) -> Versus:
         bound = bound or next((run.client_bound for run in runs if run.client_bound), "")
     if not logs:
         return Versus(1.0, None, None, 0, "they share no round")
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return Versus(math.exp(middle), None, None, 1, bound)
-    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    half += math.log1p(max(errors))
-    return Versus(
-        math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs), bound
-    )
+    return Versus(*paired_interval(logs, max(errors)), len(logs), bound)
 
 
 def _log(value: float) -> float:

@@ -1,0 +1,1 @@
+"""The parts of a report: each makes the steps that measure it."""
