@@ -135,8 +135,9 @@ def text_load(
 
 
 def batch_load(profile: Profile, streams: int, seed: int) -> Load:
-    """So many streams of texts of all kinds, with answers of one length."""
-    texts = mixed(max(4, profile.per_batch * streams), seed)
+    """So many streams of texts of all kinds, with answers of one length. No two loads of different
+    seeds or streams share a text, so none finds what another left in a prefix cache."""
+    texts = mixed(max(4, profile.per_batch * streams), 1000 * seed + streams)
     output = min(profile.text_output, 256)
     return text_load(texts, f"texts/mixed-{streams}-{seed}.jsonl", output, streams, whole=True)
 
