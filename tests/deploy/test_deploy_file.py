@@ -52,7 +52,8 @@ GPU = "model: Qwen/Qwen3.5-27B-FP8\ngpu: h200\nshape: none\n"
             "autoscale.prometheus: with entry: inference-pool its address is needed",
         ),
         (
-            GPU + "entry: inference-pool\nautoscale: {max: 2, prometheus: 'http://p'}",
+            GPU + "monitoring: prometheus\nentry: inference-pool\n"
+            "autoscale: {max: 2, prometheus: 'http://p'}",
             "autoscale.min: 0 with entry: inference-pool: nothing there holds a request",
         ),
         (BASE + "traces: collector:4317", "traces: 'collector:4317'; use a URL of OTLP over HTTP"),

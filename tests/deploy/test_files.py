@@ -15,11 +15,18 @@ from millrace.deploy.bundle import render
 from millrace.deploy.layout.layout import layout_of
 from millrace.deploy.layout.settings import settle
 from millrace.fleet.fleet_file import read_fleet_file
+from tests.deploy.test_layout import parse
 from tests.deploy.variants import VARIANTS, layout, parsed, rendered
 
-PROGRAMS = ("gcloud", "kubectl", "eksctl", "helm")
+PROGRAMS = ("aws", "gcloud", "kubectl", "eksctl", "helm")
 RECORDER = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$RECORD"
+case "$*" in
+*LifeCycleState*) echo available ;;
+*create-file-system*) echo fs-1 ;;
+*subnetIds*) echo subnet-a subnet-b ;;
+*clusterSecurityGroupId*) echo sg-1 ;;
+esac
 for word in $MISSING; do [[ " $* " == *" $word "* ]] && exit 1; done
 exit 0
 """
@@ -95,6 +102,14 @@ def test_autopilot_and_eks_have_their_own_commands(tmp_path: Path) -> None:
     assert not [line for line in found if line.startswith("gcloud")]
     assert any("--node-type p6-b200.48xlarge --nodes-min 0 --nodes 4" in line for line in found)
     assert any("lws/releases/download/v0.10.0" in line for line in found)
+    shared = "aws efs create-mount-target --region us-east-1 --file-system-id fs-1 --subnet-id"
+    assert [line for line in found if line.startswith("aws efs create")] == [
+        "aws efs create-file-system --region us-east-1 --creation-token millrace --encrypted "
+        "--query FileSystemId --output text",
+        f"{shared} subnet-a --security-groups sg-1",
+        f"{shared} subnet-b --security-groups sg-1",
+    ]
+    assert "kubectl apply -f -" in found, "the storage class of the file system"
     assert any("nvidia-device-plugin.yml" in line for line in found)
 
 
@@ -142,6 +157,9 @@ def test_images_install_what_the_project_pins() -> None:
 @pytest.mark.parametrize("name", ["machine", "machine-vllm"])
 def test_fleet_files_of_a_machine_are_read_by_the_fleet(name: str, tmp_path: Path) -> None:
     for folder, host in (("compose", "0.0.0.0"), ("systemd", "127.0.0.1")):
+        if f"{folder}/fleet.yaml" not in rendered(name):
+            assert (name, folder) == ("machine-vllm", "compose"), "its image has no Millrace"
+            continue
         path = tmp_path / f"{folder}.yaml"
         path.write_text(rendered(name)[f"{folder}/fleet.yaml"])
         found = read_fleet_file(path)
@@ -170,6 +188,26 @@ def test_compose_starts_the_fleet_when_the_model_is_there() -> None:
         assert service["cap_drop"] == ["ALL"]
     volumes = {mount.split(":")[0] for one in (fleet, download) for mount in one["volumes"]}
     assert {name for name in volumes if not name.startswith(".")} == set(content["volumes"])
+
+
+def test_another_engine_runs_in_its_own_image_behind_a_gateway() -> None:
+    """Each replica on GPUs of its own; the gateway in an image that has Millrace."""
+    services = yaml.safe_load(rendered("machine-vllm")["compose/compose.yaml"])["services"]
+    replicas = [one for name, one in services.items() if name.startswith("replica-")]
+    devices = [one["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+               for one in replicas]  # fmt: skip
+    assert devices == [["0"], ["1"]]
+    for one in replicas:
+        assert one["image"].startswith("vllm/")
+        assert one["entrypoint"][:2] == ["vllm", "serve"]
+        assert one["environment"]["HF_HUB_OFFLINE"] == "1"
+    gateway = services["gateway"]
+    assert gateway["image"] == layout("machine-vllm").cpu_image
+    parse(gateway["entrypoint"])
+    assert "http://replica-2:8000" in " ".join(gateway["entrypoint"])
+    assert {name for name, one in services.items() if "ports" in one} == {"gateway"}
+    # The caches' volume gets the owner that it has in an image of ours.
+    assert any(mount.startswith("cache:") for mount in services["download"]["volumes"])
 
 
 def test_the_unit_waits_for_requests_to_end() -> None:

@@ -7,12 +7,25 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 
 from millrace.cli import cli
 from millrace.deploy.layout.layout import layout_of
 from millrace.deploy.layout.settings import settle
+from millrace.deploy.manifests.placement import ARM_TAINT, placement
+from millrace.errors import ConfigError
 from tests.deploy.test_render import all_pods, pod_specs
-from tests.deploy.variants import FIXED, FREE, MODEL, VARIANTS, find, layout, objects, parsed
+from tests.deploy.variants import (
+    FIXED,
+    FREE,
+    MODEL,
+    VARIANTS,
+    find,
+    layout,
+    objects,
+    parsed,
+    rendered,
+)
 
 
 def settled(text: str) -> Any:
@@ -176,3 +189,45 @@ def test_the_free_variants_say_that_nobody_checked_them() -> None:
     assert (
         "nothing says whether these settings fit" in settle(parsed(f"{FREE}\ngpu: h200")).notes[0]
     )
+
+
+def test_a_benchmark_gets_a_machine_that_it_fits() -> None:
+    """Its pod serves all replicas itself, so that it may need a larger one than they have."""
+    classes = {one["metadata"]["name"]: one["spec"]["priorities"]
+               for _, one in objects("bench-wide") if one["kind"] == "ComputeClass"}  # fmt: skip
+    machines = {name: {way["machineType"] for way in ways} for name, ways in classes.items()}
+    assert machines == {"millrace": {"a3-highgpu-1g"}, "millrace-bench": {"a3-highgpu-4g"}}
+    assert "reservations" in classes["millrace"][0]
+    assert not [way for way in classes["millrace-bench"] if "reservations" in way]
+    for spec in pod_specs(find("bench-wide", "Job", "-bench")):
+        assert spec["nodeSelector"]["cloud.google.com/compute-class"] == "millrace-bench"
+    with pytest.raises(ConfigError, match=r"do not fit into a machine of 8; .*replicas: \[1, 2\]"):
+        settled(f"{FREE}\ngpu: h100\nsettings: {{tensor_parallel_size: 4}}\nbench: {{}}")
+
+
+def test_machines_with_arm_processors_are_tolerated() -> None:
+    assert ARM_TAINT["value"] == "arm64"
+    assert ARM_TAINT in placement(layout("arm"))["tolerations"]
+    assert ARM_TAINT not in placement(layout("scaled"))["tolerations"]
+
+
+def test_caches_of_several_pods_are_on_a_file_system_that_they_share() -> None:
+    shared = find("arm", "PersistentVolumeClaim", "-cache")["spec"]
+    assert shared["accessModes"] == ["ReadWriteMany"]
+    assert shared["storageClassName"] == "standard-rwx"
+    assert shared["resources"]["requests"]["storage"] == "1Ti"
+    assert "GcpFilestoreCsiDriver" in rendered("arm")["cluster.sh"]
+    alone = find("bench-wide", "PersistentVolumeClaim", "-cache")["spec"]
+    assert alone["accessModes"] == ["ReadWriteOnce"]
+    assert "storageClassName" not in alone
+    assert "Filestore" not in rendered("bench-wide")["cluster.sh"]
+
+
+def test_the_endpoint_picker_fits_its_machine_and_its_metrics_are_read() -> None:
+    values = yaml.safe_load(rendered("pool-scaled")["router/values.yaml"])["router"]
+    assert float(values["epp"]["resources"]["requests"]["cpu"]) <= 4
+    assert values["monitoring"]["prometheus"]["enabled"]
+    level = find("pool", "Namespace")["metadata"]["labels"]
+    assert level == {"pod-security.kubernetes.io/enforce": "baseline"}, "of the chart's pods"
+    with pytest.raises(ConfigError, match="use monitoring: prometheus too"):
+        parsed(VARIANTS["pool-scaled"].replace("monitoring: prometheus", ""))

@@ -40,7 +40,8 @@ VARIANTS = {
     "pool-project": f"{FREE}\ngpu: h100\nplatform: gke-standard\nreplicas: 4\n"
     "entry: inference-pool\ngoogle: {project: p}",
     "pool-scaled": f"{FREE}\ngpu: h200\nreplicas: 2\nentry: inference-pool\n"
-    "autoscale: {min: 1, max: 4, prometheus: 'http://prometheus.monitoring:9090'}",
+    "autoscale: {min: 1, max: 4, prometheus: 'http://prometheus.monitoring:9090'}\n"
+    "monitoring: prometheus",
     "hosts": f"{FREE}\ngpu: b200\nplatform: eks\nhosts: 2\nreplicas: 2\n{TP16}",
     "hosts-vllm": f"{FREE}\ngpu: b200\nengine: vllm\nhosts: 2\n{TP16}\n"
     "autoscale: {min: 0, max: 2}",
@@ -58,6 +59,9 @@ VARIANTS = {
     "machine": f"{FREE}\ngpu: h200\nplatform: machine\nreplicas: 4\n"
     "settings: {tensor_parallel_size: 2}\nenvironment: {A: b}",
     "machine-vllm": f"{FREE}\ngpu: h200\nplatform: machine\nengine: vllm\nreplicas: 2",
+    "bench-wide": f"{FREE}\ngpu: h100\nplatform: gke-standard\nprice: reserved\nbench: {{}}\n"
+    "cache_volume: {}\ngoogle: {reservation: r1}",
+    "arm": f"{FREE}\ngpu: gb200\nplatform: gke-standard\nreplicas: 4\ncache_volume: {{}}",
     "gateways": f"{FREE}\ngpu: h200\nreplicas: 2\ngateway: {{pods: 2, hold_timeout: 0}}\n"
     "api_key_secret: keys\nautoscale: {min: 1, max: 3, requests: 40}",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from millrace.deploy.files.cluster_script import bench_group_command
 from millrace.deploy.files.images import build_commands
 from millrace.deploy.layout.layout import Layout
 from millrace.deploy.layout.remedies import install_router
@@ -199,12 +200,15 @@ def _first_request(layout: Layout) -> str:
 def _bench(layout: Layout) -> str:
     part = layout.file.bench
     assert part is not None
-    gpus = layout.settings.ranks * max(part.replicas)
+    gpus = layout.machine_gpus(layout.bench_gpus)
     price = layout.settings.price
     cost = f", ${price.dollars * gpus:,.2f} an hour for its {gpus} GPUs" if price else ""
+    group = bench_group_command(layout)
+    first = f"`{group}`, as its machine is a larger one; then " if group else ""
     return (
-        f"`kubectl apply -k bench` and `kubectl logs -n {layout.file.namespace} -f "
+        f"{first}`kubectl apply -k bench` and `kubectl logs -n {layout.file.namespace} -f "
         f"job/{layout.name}-bench`: the table of {', '.join(map(str, part.replicas))} "
         f"replicas{cost}; its pods keep no GPUs once the Job has ended, but `{layout.name}"
         "-bench-shell` does until it is deleted"
+        + ("; delete the node group `bench` in the end, too" if group else "")
     )

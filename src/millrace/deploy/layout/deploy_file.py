@@ -329,6 +329,9 @@ def _check_autoscale(file: DeployFile, wanted: AutoscalePart) -> None:
         return
     if file.entry == "inference-pool" and not wanted.prometheus and not wanted.schedules:
         raise ConfigError("autoscale.prometheus: with entry: inference-pool its address is needed")
+    if wanted.prometheus and file.monitoring == "none":
+        raise ConfigError("autoscale.prometheus: nobody reads the endpoint picker's metrics there; "
+                          "use monitoring: prometheus too")  # fmt: skip
     if file.entry == "service" and not wanted.schedules:
         raise ConfigError("autoscale: a plain Service counts no requests; use entry: gateway, or "
                           "give schedules")  # fmt: skip

@@ -104,6 +104,17 @@ class Layout:
         return self.settings.ranks * self.engines // self.file.hosts
 
     @property
+    def bench_gpus(self) -> int:
+        """GPUs of the benchmark's pod, which serves all its replicas itself; at least 1."""
+        part = self.file.bench
+        return self.settings.ranks * max(part.replicas, default=1) if part else 0
+
+    @property
+    def cache_alone(self) -> bool:
+        """Whether one pod alone compiles: its cache may be a disk."""
+        return self.count == 1 and not self.groups and self.file.autoscale is None
+
+    @property
     def groups(self) -> bool:
         """Whether a replica is a group of pods."""
         return self.file.hosts > 1
@@ -177,6 +188,8 @@ def layout_of(file: DeployFile, settings: Settings) -> Layout:
     found = Layout(file, settings, engines, settings.replicas // engines)
     if file.has_gpus and file.platform not in ("plain", "machine"):
         _check_machine(found)
+    if file.has_gpus and file.bench is not None:
+        _check_bench(found)
     return found
 
 
@@ -207,4 +220,20 @@ def _check_machine(found: Layout) -> None:
         raise ConfigError(
             f"platform: Autopilot gives each GPU pod a whole machine, here {machine} with {size} "
             f"GPUs for a pod that uses {found.gpus}; use pods: machine, or platform: gke-standard"
+        )
+
+
+def _check_bench(found: Layout) -> None:
+    """All replicas that it compares run in one pod."""
+    part, ranks = found.file.bench, found.settings.ranks
+    assert part is not None
+    most = max(cloud_gpu(found.file.platform, found.file.gpu).machines)
+    if not part.replicas or min(part.replicas) < 1:
+        raise ConfigError(f"bench.replicas: {list(part.replicas)}; use counts such as [1, 2, 3]")
+    if found.bench_gpus > most:
+        fits = [count for count in part.replicas if count * ranks <= most]
+        instead = f"use bench: {{replicas: {fits}}}" if fits else "leave bench out"
+        raise ConfigError(
+            f"bench: {max(part.replicas)} replicas of {ranks} GPUs do not fit into a machine of "
+            f"{most}; {instead}"
         )

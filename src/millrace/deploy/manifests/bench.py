@@ -29,8 +29,7 @@ def bench_objects(layout: Layout) -> list[Object]:
 def _pod(layout: Layout, command: list[str], restart: str) -> Object:
     part = layout.file.bench
     assert part is not None
-    replicas = max(part.replicas)
-    gpus = layout.settings.ranks * replicas
+    gpus = layout.bench_gpus
     size = {"cpu": str(max(4, 6 * gpus)), "memory": f"{max(16, 48 * gpus)}Gi"}
     count = {gpu_resource(layout): str(gpus)} if layout.file.has_gpus else {}
     main = container(
@@ -43,4 +42,4 @@ def _pod(layout: Layout, command: list[str], restart: str) -> Object:
         volumeMounts=mounts(layout),
     )  # fmt: skip
     return pod_spec(layout, [main], restartPolicy=restart, volumes=volumes(layout, own_cache=True),
-                    **placement(layout))  # fmt: skip
+                    **placement(layout, gpus))  # fmt: skip

@@ -17,11 +17,11 @@ from millrace.deploy.manifests.parts import (
     pod_spec,
     thing,
 )
+from millrace.deploy.manifests.placement import ARM_TAINT
 
-SHARED_CLASSES = {"eks": "efs-sc"}  # of platforms where it has a usual name
+# File systems that many pods write, of platforms where they have a usual name.
+SHARED_CLASSES = {"eks": "efs-sc", "gke-standard": "standard-rwx", "gke-autopilot": "standard-rwx"}
 HYPERDISK = "hyperdisk-ml"
-ARM_TAINT = {"key": "kubernetes.io/arch", "operator": "Equal", "value": "arm64",
-             "effect": "NoSchedule"}  # fmt: skip
 
 
 def fill_objects(layout: Layout) -> list[Object]:

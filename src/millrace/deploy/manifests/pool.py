@@ -67,6 +67,8 @@ def router_values(layout: Layout) -> Object:
         "replicas": 1,
         "image": {"registry": "ghcr.io/llm-d", "repository": "llm-d-router-endpoint-picker",
                   "tag": layout.file.router.version, "pullPolicy": "IfNotPresent"},
+        # The chart's 8 cores are more than a machine of 8 has left for pods.
+        "resources": {"requests": {"cpu": "4", "memory": "8Gi"}, "limits": {"memory": "16Gi"}},
     }  # fmt: skip
     if layout.file.split is not None:
         epp["pluginsConfigFile"] = "split.yaml"
@@ -79,11 +81,25 @@ def router_values(layout: Layout) -> Object:
             "targetPorts": [{"number": PORT}],
             "matchLabels": served_by(layout),
         },
+        **_monitoring(layout),
     }
     return {
         "router": router,
         "provider": {"name": "gke" if layout.file.on_google else _provider(layout)},
     }
+
+
+def _monitoring(layout: Layout) -> Object:
+    """Who reads the endpoint picker's metrics; scaling asks for them."""
+    if layout.file.monitoring == "none":
+        return {}
+    google = layout.file.monitoring == "google"
+    autopilot = layout.file.platform == "gke-autopilot"
+    provider = {"name": "gmp", "gmp": {"autopilot": autopilot}} if google else {
+        "name": "prometheusoperator"}  # fmt: skip
+    # Nobody outside the cluster reaches them, and an operator has no token for them.
+    prometheus = {"enabled": True, **({} if google else {"auth": {"enabled": False}})}
+    return {"monitoring": {"provider": provider, "prometheus": prometheus}}
 
 
 def _provider(layout: Layout) -> str:

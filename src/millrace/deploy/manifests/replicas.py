@@ -10,6 +10,7 @@ from typing import Any
 
 from millrace.deploy.layout.commands import rank_script, replica_command
 from millrace.deploy.layout.layout import CACHES, MODELS, PORT, RANK_PORT, UNLISTED, Layout
+from millrace.deploy.manifests.model_volume import SHARED_CLASSES
 from millrace.deploy.manifests.parts import (
     Object,
     connects,
@@ -243,12 +244,16 @@ def _cache_claim(layout: Layout) -> Object | None:
     part = layout.file.cache_volume
     if part is None:
         return None
-    alone = layout.count == 1 and not layout.groups and layout.file.autoscale is None
+    alone = layout.cache_alone
+    usual = "" if alone else SHARED_CLASSES.get(layout.file.platform, "")
+    storage = part.storage_class or usual
+    # Google's shared file systems have a terabyte at least.
+    size = part.size or ("1Ti" if storage == SHARED_CLASSES["gke-standard"] else "20Gi")
     found = thing("v1", "PersistentVolumeClaim", layout.cache, layout, "replica")
     found["spec"] = {
         "accessModes": ["ReadWriteOnce" if alone else "ReadWriteMany"],
-        **({"storageClassName": part.storage_class} if part.storage_class else {}),
-        "resources": {"requests": {"storage": part.size or "20Gi"}},
+        **({"storageClassName": storage} if storage else {}),
+        "resources": {"requests": {"storage": size}},
     }
     return found
 
