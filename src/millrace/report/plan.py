@@ -24,7 +24,7 @@ from millrace.report.sections.load import (
     throughput_steps,
 )
 from millrace.report.sections.logprobs import logprob_steps
-from millrace.report.sections.versus import OURS, versus_steps
+from millrace.report.sections.versus import OURS, versus_drafts, versus_steps
 from millrace.report.steps.profiles import Profile
 from millrace.report.steps.step import ModelFacts, Serving, Step
 
@@ -118,7 +118,9 @@ def steps_of(request: Request) -> list[Step]:
             profile, served, shown_server(served, model, request.serve_program)
         ),
         "versus": lambda: versus_steps(
-            [own_serving(request, OURS, drafts=1), *request.peers], profile, request.rounds
+            [own_serving(request, OURS, drafts=versus_drafts()), *request.peers],
+            profile,
+            request.rounds,
         ),
     }  # fmt: skip
     return [step for name in request.sections for step in parts[name]()]
@@ -135,14 +137,14 @@ def own_serving(
     more: Sequence[str] = (),
     length: int | None = None,
 ) -> Serving:
-    """A start of `millrace serve`; what the user gave comes last, so it wins."""
+    """A start of `millrace serve`; what the user gave comes last, so it wins. drafts: 0: none."""
     profile, model = request.profile, request.model
     words = [
         *(*request.serve_program, str(model.directory), "--served-model-name", model.name),
         *("--max-model-len", str(length or profile.max_model_len)),
         *("--max-num-seqs", str(profile.streams)),
     ]
-    if model.drafts:
+    if model.drafts and drafts:
         config = {"method": "mtp", "num_speculative_tokens": drafts}
         words += ["--speculative-config", msgspec.json.encode(config).decode()]
     return Serving(name=name, command=(*words, *more, *request.serve_arguments))

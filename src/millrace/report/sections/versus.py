@@ -116,11 +116,20 @@ def peer_serving(
     return Serving(name=name, command=tuple(command), environment=tuple(environment.items()))
 
 
+def versus_drafts() -> int:
+    """Drafts of our own server: none where the others cannot have any."""
+    return 1 if visible_gpus() else 0
+
+
 def peer_line(name: str, serving: Serving) -> str:
     """What is printed of a peer before anything runs."""
     peer = PEERS[name]
     variables = " ".join(f"{key}={value}" for key, value in serving.environment)
-    note = "" if visible_gpus() else "; without drafts, as its CPU build has none"
+    note = (
+        ""
+        if visible_gpus()
+        else "; without drafts, which it has not on a CPU; so ours has none either"
+    )
     return (
         f"{name} (flags for {peer.version}, from {peer.source}{note}): "
         f"{variables} {' '.join(serving.command)}".replace("  ", " ")
