@@ -44,6 +44,10 @@ GPU_SNAPSHOT_DISTANCE, CPU_SNAPSHOT_DISTANCE = 128, 64
 TILE = 128
 SMALL_BUCKETS = (16, 32, 64)
 ROLE_HOST_CACHE_GB = 4.0
+# Rows of the recurrent window where it begins at fixed positions. Drafts end with it: with fewer
+# rows more drafts are lost, with more rows each token reads more, and snapshots are larger.
+INVARIANT_WINDOW = 16
+INVARIANT_RANKS = 2  # a sum of more depends on the algorithm, which is chosen by size
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +97,7 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
     prefill_graphs: bool = True
+    batch_invariant: bool = False
     seed: int = 0
     max_queue: int = 4096
     max_logprobs: int = 20
@@ -173,6 +178,8 @@ HELP: Mapping[str, str] = {
     "enforce_eager": "Use no CUDA graphs.",
     "prefill_graphs": "Run steps with prompts as CUDA graphs, too (not yet where ranks share "
     "a model).",
+    "batch_invariant": "Tokens of a request depend on the request alone, whatever runs beside it, "
+    "is cached, drafted or preempted, or was generated elsewhere (slower; on a CPU).",
     "seed": "Seed for requests that have none.",
     "max_logprobs": "Most log-probabilities that a request may ask for at each position; -1: the "
     "whole vocabulary.",
@@ -267,6 +274,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         raise ConfigError("device cuda: no CUDA device is visible; use --device cpu")
     device: Literal["cpu", "cuda"] = "cuda" if cuda and args.device != "cpu" else "cpu"
     _check_cuda_ipc(args, device)
+    _check_invariant(args, device)
     dtype = _dtype(args, facts)
     speculation = resolve_speculation(args.speculative_config, facts.mtp_layers)
     drafts = speculation.drafts
@@ -308,7 +316,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, cuda: bool) -> EngineConfig:
         drafts=drafts,
         speculation=speculation,
         draft_fp8=_draft_fp8(args),
-        window=max(16, 3 * (drafts + 1)),
+        window=INVARIANT_WINDOW if args.batch_invariant else max(16, 3 * (drafts + 1)),
         snapshot_interval=args.snapshot_interval or 0,
         snapshot_distance=_or(args.snapshot_distance, distance),
         host_cache=int(_host_cache_gb(args) * 2**30),
@@ -392,6 +400,18 @@ def _check_cuda_ipc(args: EngineArgs, device: str) -> None:
         raise ConfigError(
             "kv_transport cuda_ipc: files are written out of the host's memory; leave disk_cache "
             "out, or use shm"
+        )
+
+
+def _check_invariant(args: EngineArgs, device: str) -> None:
+    if not args.batch_invariant:
+        return
+    if device == "cuda":
+        raise ConfigError("batch_invariant: not yet on a GPU; use device cpu, or leave it out")
+    if args.tensor_parallel_size > INVARIANT_RANKS:
+        raise ConfigError(
+            f"batch_invariant, tensor_parallel_size {args.tensor_parallel_size}: sums over ranks "
+            f"are invariant for at most {INVARIANT_RANKS}"
         )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, DecodeRows, KVCache, PrefillRows
-from millrace.kernels.dispatch import op
+from millrace.kernels.dispatch import is_invariant, op
 from millrace.kernels.norm import rms_norm
 from millrace.kernels.rope import apply_rope
 
@@ -104,6 +104,10 @@ def attend_decode(
     position p sees the KV rows first .. p, its own included, which must be stored already. Returns
     q's shape and dtype.
     """
+    if is_invariant():
+        starts = rows.starts[:, None] + torch.arange(rows.width, device=q.device)
+        slots = rows.slots[:, None].expand_as(starts)
+        return _attend_alone(q, cache, block_table, slots.flatten(), starts.flatten(), scale, first)
     batched = q.unflatten(0, (-1, rows.width))
     ends = rows.starts + rows.width
     span = _span(cache, block_table, rows.slots, rows.starts, ends, rows.width, first)
@@ -115,6 +119,11 @@ def attend_prefill(
     q: Tensor, cache: KVCache, block_table: Tensor, rows: PrefillRows, scale: float, first: int = 0
 ) -> Tensor:
     """Attention of prompt tokens: as attend_decode, for rows of `rows.counts` tokens each."""
+    if is_invariant():
+        known = zip(rows.starts.tolist(), rows.host_counts, strict=True)
+        positions = torch.cat([torch.arange(s, s + n, device=q.device) for s, n in known])
+        slots = rows.slots.repeat_interleave(torch.tensor(rows.host_counts, device=q.device))
+        return _attend_alone(q, cache, block_table, slots, positions, scale, first)
     counts, ends = list(rows.host_counts), rows.starts + rows.offsets.diff()
     if len(counts) * max(counts) * (1 - MAX_PADDING) <= sum(counts):
         padded = torch.nn.utils.rnn.pad_sequence(q.split(counts), batch_first=True)
@@ -127,6 +136,25 @@ def attend_prefill(
         span = _span(cache, block_table, slots, starts, end, counts[row], first)
         pieces.append(_attend_fused(piece.unsqueeze(0), *span, scale).squeeze(0))
     return torch.cat(pieces)
+
+
+def _attend_alone(
+    q: Tensor,
+    cache: KVCache,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    first: int,
+) -> Tensor:
+    """Each token of q [T, query_heads, D] by itself, so that no shape depends on another. slots,
+    positions: int64 [T]."""
+    out = []
+    for token in range(q.shape[0]):
+        slot, start = (x[token : token + 1] for x in (slots, positions))
+        span = _span(cache, block_table, slot, start, start + 1, 1, first)
+        out.append(_attend_head_by_head(q[token : token + 1, None].clone(), *span, scale)[:, 0])
+    return torch.cat(out)
 
 
 def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -38,6 +38,13 @@ class DecodeRows:
     max_context: int
     contiguous_from: int | None = None
 
+    def fixed(self) -> FixedRows:
+        """The same rows for batch invariant ops."""
+        last = self.slots.shape[0] * self.width
+        device = self.slots.device
+        offsets = torch.arange(0, last + 1, self.width, dtype=torch.int32, device=device)
+        return FixedRows(self.slots, offsets, prompts=False)
+
     def __post_init__(self) -> None:
         # Kernels read both as plain arrays and ignore strides.
         assert self.slots.is_contiguous()
@@ -78,6 +85,10 @@ class PrefillRows:
             return self.bound
         return max(s + c for s, c in zip(self.host_starts, self.counts, strict=True))
 
+    def fixed(self) -> FixedRows:
+        """The same rows, where no tokens come before them."""
+        return FixedRows(self.slots, self.offsets, prompts=True)
+
     def alone(self) -> PrefillRows:
         """The same rows where no tokens come before them."""
         return replace(self, offsets=self.offsets - self.offsets[0], _tables={})
@@ -108,6 +119,20 @@ class PrefillRows:
         if found is None:
             found = self._tables[key] = make()
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRows:
+    """Rows of tokens for ops that are batch invariant, be they of prompts or of drafts.
+
+    slots: int64 [R]. offsets: int32 [R + 1], the tokens that the rows begin with, and where the
+    last one ends. prompts: all of a row's tokens count; else those behind the end of its window do
+    not.
+    """
+
+    slots: Tensor
+    offsets: Tensor
+    prompts: bool
 
 
 def _tiles(offsets: Tensor, size: int, tokens: int) -> Tensor:

@@ -1,17 +1,24 @@
 """Which implementation of an op runs: the torch reference, or the fast path of the device.
 
 It knows where fast paths are, not what they do. They are imported at the first call on their
-device, so a machine without a GPU does not need the packages that GPU kernels import.
+device, so a machine without a GPU does not need the packages that GPU kernels import. It also knows
+whether ops are to be batch invariant: fast paths ask, and references are marked.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,3 +121,65 @@ def all_ops() -> list[tuple[str, str]]:
             and value.__module__ == module.__name__
         ]
     return found
+
+
+# --- batch invariance ---------------------------------------------------------------------------
+
+_ON: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+
+
+def is_invariant() -> bool:
+    """Whether a token's result must not depend on other tokens: ops then use one order of sums for
+    it, whatever the number of tokens, rows or chunks around it (docs/batch_invariance.md)."""
+    return _ON.get()
+
+
+@contextmanager
+def invariant(on: bool = True) -> Iterator[None]:
+    """Ops that run within it are batch invariant, or not."""
+    before = _ON.set(on)
+    try:
+        yield
+    finally:
+        _ON.reset(before)
+
+
+def by_token(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a reference whose result has an entry for each entry of the arguments `names`: where ops
+    are to be invariant, it runs for one entry at a time on a CPU.
+
+    Torch's CPU kernels choose by shape how they sum, and work on the last few numbers of a tensor
+    by other instructions than on the rest. The reference returns a tensor, or a tuple of them. On a
+    GPU such ops have one order of sums for each entry by themselves.
+    """
+
+    def mark(reference: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(reference)
+
+        @functools.wraps(reference)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not is_invariant():
+                return reference(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            rows = {name: given[name] for name in names if given.get(name) is not None}
+            first = next(iter(rows.values()))
+            if first.is_cuda or len(first) < 2:
+                return reference(*args, **kwargs)
+            parts = [
+                reference(**{**given, **{name: x[i : i + 1] for name, x in rows.items()}})  # type: ignore[call-arg]
+                for i in range(len(first))
+            ]
+            return cast(R, _joined(parts))
+
+        del run.__wrapped__  # it is no op
+        return run
+
+    return mark
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.kernels.attention import fill_up
-from millrace.kernels.batch import Batch, DecodeRows, GDNState, PrefillRows
-from millrace.kernels.dispatch import op
+from millrace.kernels.batch import Batch, DecodeRows, FixedRows, GDNState, PrefillRows
+from millrace.kernels.dispatch import by_token, is_invariant, op
 
 CHUNK = 64
 L2_EPS = 1e-6
@@ -38,6 +38,7 @@ MAX_SPAN_RATIO = (
 
 
 @op
+@by_token("a", "b")
 def gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """The decay g = -exp(A_log) softplus(a + dt_bias), in log space, and beta = sigmoid(b).
 
@@ -107,10 +108,27 @@ def _convolve(inputs: Tensor, weight: Tensor) -> Tensor:
     The sum is float32 inside and rounded to the inputs' dtype. The inputs are seen as images of
     one row in channels-last order, which is how they lie in memory.
     """
+    if is_invariant():
+        return _convolve_fixed(inputs, weight)
     image = inputs.unsqueeze(1).permute(0, 3, 1, 2)
     kernel = weight.to(inputs.dtype)[:, None, None]
     out = F.conv2d(image, kernel, groups=weight.shape[0]).permute(0, 2, 3, 1).squeeze(1)
     return F.silu(out, inplace=True)
+
+
+def _convolve_fixed(inputs: Tensor, weight: Tensor) -> Tensor:
+    """As _convolve, each sum in the order of its taps."""
+    n = inputs.shape[1] - weight.shape[1] + 1
+    taps = (inputs[:, j : j + n].float() * weight[:, j].float() for j in range(weight.shape[1]))
+    total = next(taps)
+    for tap in taps:
+        total = total + tap
+    return _silu(total.to(inputs.dtype).flatten(0, 1)).view(len(inputs), n, -1)
+
+
+@by_token("x")
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x)
 
 
 # --- the window form ---------------------------------------------------------------------------
@@ -302,6 +320,9 @@ def gdn(
     known = batch.trimmed()
     n, end, parts = known.num_decode_tokens, known.positions.shape[0], []
     gating = (A_log, dt_bias)
+    if is_invariant():
+        parts = _fixed_parts((x, weight, a, b, *gating), cache, fill, conv_offset, known)
+        return fill_up(parts, x.shape[0])
     if known.decode is not None:
         given = (x[:n], weight, a[:n], b[:n], *gating, cache, fill, conv_offset)
         parts.append(gdn_decode_conv(*given, known.decode))
@@ -310,6 +331,93 @@ def gdn(
         qkv = conv_prefill(x[n:end], cache, weight, rows, conv_offset)
         parts.append(gdn_prefill(qkv, *gates(a[n:end], b[n:end], *gating), cache, rows))
     return fill_up(parts, x.shape[0])
+
+
+def _fixed_parts(
+    inputs: tuple[Tensor, ...], cache: GDNState, fill: Tensor, conv_offset: Tensor, batch: Batch
+) -> list[Tensor]:
+    """The outputs of both kinds of rows, by ops that are batch invariant. inputs: as gdn's."""
+    x, weight, a, b, A_log, dt_bias = inputs
+    n, end, parts = batch.num_decode_tokens, batch.positions.shape[0], []
+    if batch.decode is not None:
+        qkv = conv_decode(x[:n], cache, weight, batch.decode, conv_offset)
+        rows = batch.decode.fixed()
+        parts.append(gdn_fixed(qkv, a[:n], b[:n], A_log, dt_bias, cache, fill, rows))
+    if batch.prefill is not None:
+        alone = batch.prefill.alone()
+        qkv = conv_prefill(x[n:end], cache, weight, alone, conv_offset)
+        rows = alone.fixed()
+        parts.append(gdn_fixed(qkv, a[n:end], b[n:end], A_log, dt_bias, cache, fill, rows))
+    return parts
+
+
+@op
+def gdn_fixed(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    rows: FixedRows,
+) -> Tensor:
+    """`gates` and the recurrence of rows of any kind, so that a token's result depends on what
+    comes before it in its sequence alone.
+
+    Windows begin at multiples of their W rows, and their keys are float32. A token is computed from
+    the state at its window's begin and the window's rows before it. A full window is folded before
+    the next token. In rows of drafts, the tokens behind the end of a window get zeros: they must
+    not count. qkv: [T, C] after the convolution; a, b: [T, value_heads], of the projection; fill:
+    int32 [N], read only, the rows of each window, W for a full one. Returns [T, value_heads,
+    value_dim] of qkv's dtype.
+    """
+    out = qkv.new_zeros(qkv.shape[0], cache.state.shape[1], cache.state.shape[3])
+    g, beta = gates(a, b, A_log, dt_bias)
+    ends = rows.offsets.tolist()
+    for slot, first, last in zip(rows.slots.tolist(), ends, ends[1:], strict=False):
+        filled = int(fill[slot])
+        for token in range(first, last):
+            if filled == cache.window_u.shape[2]:
+                if token > first and not rows.prompts:
+                    break
+                _fold_slot(cache, slot)
+                filled = 0
+            here = slice(token, token + 1)
+            out[here] = _advance_token(cache, slot, filled, qkv[here], g[here], beta[here])
+            filled += 1
+    return out
+
+
+def _advance_token(
+    cache: GDNState, slot: int, filled: int, qkv: Tensor, g: Tensor, beta: Tensor
+) -> Tensor:
+    """A slot's next token, behind `filled` rows of its window, and its row. Arguments as in
+    gdn_fixed, of one token; returns [1, value_heads, value_dim]."""
+    q, k, v = _split_heads(qkv.unsqueeze(0), cache)
+    k_old, u_old, log_old = _window_of(cache, slot, filled)
+    state = cache.state[slot : slot + 1].to(torch.float32, copy=True)
+    window = Window(k_old, u_old, log_old, None)
+    gating = g.t().unsqueeze(0), beta.t().unsqueeze(0)
+    o, u, log_a = advance(state, window, q, k, v, *gating)
+    cache.window_k[slot, :, filled] = k[0, :, 0].to(cache.window_k.dtype)
+    cache.window_u[slot, :, filled] = u[0, :, 0]
+    cache.window_g[slot, :, filled] = log_a[0, :, 0]
+    return o[:, :, 0].to(qkv.dtype)
+
+
+def _window_of(cache: GDNState, slot: int, filled: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, u and log A of a slot's first rows, copied: [1, heads, filled, ...]."""
+    buffers = (cache.window_k, cache.window_u, cache.window_g)
+    k, u, log_a = (x[slot : slot + 1, :, :filled].float().contiguous().clone() for x in buffers)
+    return k, u, log_a
+
+
+def _fold_slot(cache: GDNState, slot: int) -> None:
+    """Fold a slot's full window into its state."""
+    window = Window(*_window_of(cache, slot, cache.window_u.shape[2]), None)
+    state = cache.state[slot : slot + 1].to(torch.float32, copy=True)
+    cache.state[slot : slot + 1] = as_stored(fold(state, window), cache.state.dtype)
 
 
 def _slot_index(rows: DecodeRows) -> slice | Tensor:

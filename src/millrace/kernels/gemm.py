@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.kernels.dispatch import op
+from millrace.kernels.dispatch import by_token, is_invariant, op
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.quantize import E4M3_MAX, MIN_ABSMAX, Quantized
 
 CODES_PER_WORD = 8
+ROWS_AT_ONCE = 4096  # of a weight, which are multiplied by one row of inputs
 SYMMETRIC = 8  # the code of zero where there are no zeros
 # The values of E2M1 by their codes: a sign, two bits of exponent, one of mantissa.
 E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
@@ -25,7 +26,7 @@ E2M1 = tuple(sign * x for sign in (1.0, -1.0) for x in (0.0, 0.5, 1.0, 1.5, 2.0,
 @op
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T. x: [T, in], weight: [out, in] of the same dtype; returns [T, out]."""
-    return F.linear(x, weight)
+    return multiply(x, weight)
 
 
 @op
@@ -39,7 +40,21 @@ def fp8_linear(
     not.
     """
     plain = x.dequantize().to(dtype) if isinstance(x, Quantized) else x
-    return F.linear(plain, dequantize(weight, weight_scale_inv).to(dtype))
+    return multiply(plain, dequantize(weight, weight_scale_inv).to(dtype))
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear`, by torch. Where ops are to be invariant, every number of the result is a sum of
+    its own on a CPU, so that it depends on its row and its column alone."""
+    if is_invariant() and not x.is_cuda:
+        return _multiply_rows(x, weight)
+    return F.linear(x, weight)
+
+
+@by_token("x")
+def _multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
+    parts = [(x.float() * some.float()).sum(-1) for some in weight.split(ROWS_AT_ONCE)]
+    return torch.cat(parts)[None, :].to(x.dtype) if len(x) else x.new_empty(0, len(weight))
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor) -> Tensor:
@@ -131,4 +146,4 @@ def w4_linear(x: Tensor, weight: W4) -> Tensor:
     The weight is rounded to x's dtype first, so that a checkpoint that was dequantized before it
     was loaded gives the same results.
     """
-    return F.linear(x, dequantize_w4(weight).to(x.dtype))
+    return multiply(x, dequantize_w4(weight).to(x.dtype))

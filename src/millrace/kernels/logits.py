@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from millrace.kernels.dispatch import by_token
+
 
 def apply_penalties(
     logits: Tensor,
@@ -42,6 +44,7 @@ def _counts(logits: Tensor, tapes: Tensor, counted: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_add_(1, tapes, counted.to(logits.dtype))
 
 
+@by_token("logits", "min_p", "temperature")
 def apply_min_p(logits: Tensor, min_p: Tensor, temperature: Tensor) -> Tensor:
     """-inf for tokens with less than min_p times the highest probability, at the row's temperature.
 
@@ -91,11 +94,13 @@ def force_reasoning_end(
     logits[rows, token] = torch.where(due, 0.0, logits[rows, token])
 
 
+@by_token("logits", "tokens")
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities float32 [R, K] of tokens (int64 [R, K]). logits: float32 [R, V]."""
     return logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
 
 
+@by_token("logits", "tokens")
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and ranks of the tokens, and the `top` most probable tokens of each row.
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.kernels.activation import silu_mul
-from millrace.kernels.dispatch import op
+from millrace.kernels.dispatch import by_token, op
 from millrace.kernels.gemm import (
     CODES_PER_WORD,
     W4,
     dequantize,
     dequantize_w4,
     linear,
+    multiply,
     w4_linear,
 )
 from millrace.kernels.quantize import Quantized
@@ -95,11 +96,25 @@ def route(logits: Tensor, top_k: int, normalize: bool, shared_gate: Tensor | Non
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = logits.float().softmax(-1).gather(1, chosen)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / _column_sum(weights)
     if shared_gate is not None:
         chosen = F.pad(chosen, (0, 1), value=logits.shape[1])
-        weights = torch.cat([weights, shared_gate.float().sigmoid()], dim=-1)
+        weights = torch.cat([weights, _sigmoid(shared_gate)], dim=-1)
     return Routes(chosen, weights.to(logits.dtype))
+
+
+def _column_sum(weights: Tensor) -> Tensor:
+    """The sum of each row, [T, 1], in the order of its columns."""
+    total = weights[:, :1]
+    for column in range(1, weights.shape[1]):
+        total = total + weights[:, column : column + 1]
+    return total
+
+
+@by_token("gate")
+def _sigmoid(gate: Tensor) -> Tensor:
+    """float32, of [T, 1]."""
+    return gate.float().sigmoid()
 
 
 @op
@@ -127,8 +142,8 @@ def run_experts(
     x = plain_rows(x, routes)
     total = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up.values)):
-        inner = silu_mul(F.linear(x, gate_up.of(expert, x.dtype)))
-        out = F.linear(inner, down.of(expert, x.dtype)).float()
+        inner = silu_mul(multiply(x, gate_up.of(expert, x.dtype)))
+        out = multiply(inner, down.of(expert, x.dtype)).float()
         hit = routes.experts == expert
         weight = torch.where(hit, routes.weights.float(), 0.0).sum(-1, keepdim=True)
         total += torch.where(hit.any(-1, keepdim=True), out * weight, 0.0)
@@ -144,5 +159,5 @@ def with_shared(out: Tensor, shared: Shared | None) -> Tensor:
     """out + sigmoid(gate) * shared, in float32, rounded once. out: [T, H]."""
     if shared is None:
         return out
-    added = shared.gate.float().sigmoid() * shared.out.float()
+    added = _sigmoid(shared.gate) * shared.out.float()
     return (out.float() + added).to(out.dtype)

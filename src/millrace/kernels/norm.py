@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.kernels.dispatch import op
+from millrace.kernels.dispatch import by_token, op
 
 
 @op
+@by_token("x")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight. x: [..., H] of any leading shape, weight: [H]."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
 @op
+@by_token("x", "residual")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add a layer's output to the residual stream, and norm the sum for the next layer.
 
@@ -30,6 +32,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 @op
+@by_token("o", "z")
 def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The output norm of a GDN layer: per head o / rms(o) * weight * silu(z), norm before gate.
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millrace.kernels.dispatch import op
+from millrace.kernels.dispatch import by_token, op
 
 _GOLDEN = -0x61C88647  # 0x9E3779B9 as int32
 _STRIDE = -0x61C8864F  # 0x9E3779B1
@@ -67,6 +67,7 @@ def row_keys(seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @op
+@by_token("logits", "temperature", "top_p", "top_k", "seed", "position")
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -96,6 +97,7 @@ def sample(
 
 
 @op
+@by_token("logits", "temperature", "seed", "position")
 def best(
     logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, start: int,
     *, noise: bool = True,

@@ -31,6 +31,7 @@ class CacheOptions:
     dtype: of the model; the others: of keys and values, and of recurrent states. page_size: tokens.
     max_pages: of one sequence. drafts: k, tokens that a step verifies beside one. window: W, rows
     of the recurrent window. draft_head: whether the model's own head makes the drafts.
+    fixed_windows: windows begin at multiples of W, so a record has what is in them.
     """
 
     dtype: str
@@ -41,6 +42,7 @@ class CacheOptions:
     drafts: int
     window: int
     draft_head: bool
+    fixed_windows: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig) -> CacheOptions:
@@ -54,6 +56,7 @@ class CacheOptions:
             drafts=config.drafts,
             window=config.window,
             draft_head=config.speculation.head == "mtp",
+            fixed_windows=config.args.batch_invariant,
         )
 
 
@@ -274,12 +277,14 @@ def gated_delta_cache(
 ) -> LayerCache:
     """State, window and convolution inputs of one Gated DeltaNet layer.
 
-    A window is folded into the state before a record is made; of the convolution's inputs the last
-    3 are kept, which then lie in front.
+    A window is folded into the state before a record is made, unless windows begin at fixed
+    positions: a record then has it, too, and its keys are float32. Of the convolution's inputs the
+    last 3 are kept, which then lie in front.
     """
     keys, values = Axis("key_head", (key_heads,), True), Axis("value_head", (value_heads,), True)
     key, value = Axis("key_dim", (key_dim,)), Axis("value_dim", (value_dim,))
     row = Axis("row", (options.window,))
+    recorded, key_dtype = (None, "float32") if options.fixed_windows else (0, options.dtype)
     width = key_heads * key_dim
     inputs = Axis("input", (CONV_INPUTS + options.drafts,))
     channels = Axis("channel", (width, width, value_heads * value_dim), True)
@@ -288,9 +293,9 @@ def gated_delta_cache(
         "gated_delta",
         per_slot=(
             Buffer("state", "state", options.state_dtype, (values, key, value)),
-            Buffer("window_k", "window", options.dtype, (keys, row, key), 0),
-            Buffer("window_u", "window", "float32", (values, row, value), 0),
-            Buffer("window_g", "window", "float32", (values, row), 0),
+            Buffer("window_k", "window", key_dtype, (keys, row, key), recorded),
+            Buffer("window_u", "window", "float32", (values, row, value), recorded),
+            Buffer("window_g", "window", "float32", (values, row), recorded),
             Buffer("conv", "conv", options.dtype, (inputs, channels), CONV_INPUTS),
         ),
     )

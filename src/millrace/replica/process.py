@@ -23,7 +23,7 @@ import zmq
 
 from millrace.common.child_process import end_with_parent
 from millrace.common.safe_log import exit_at_once, protect_standard_streams
-from millrace.config import EngineArgs
+from millrace.config import EngineArgs, EngineConfig
 from millrace.engine.engine import Engine
 from millrace.errors import RankError, RequestError, UserError
 from millrace.logs.setup import set_up_logs
@@ -238,6 +238,16 @@ def _drafts(limits: Limits) -> str:
     return f"up to {limits.drafts} tokens by {' and '.join(limits.methods)}"
 
 
+def _invariance(config: EngineConfig) -> list[str]:
+    """A line where tokens depend on their request alone."""
+    if not config.args.batch_invariant:
+        return []
+    return [
+        "batch invariant: tokens depend on their request alone; engines with the same options, "
+        "weights, code and kind of processor answer alike"
+    ]
+
+
 def summary(engine: Engine) -> str:
     """The resolved configuration, one line for each topic, for the log."""
     config, limits = engine.config, engine.scheduler.limits
@@ -256,6 +266,7 @@ def summary(engine: Engine) -> str:
             f"{states}cached prompts resume {resume}",
             f"prefix cache: {_conversations(limits)}",
             f"drafts: {_drafts(limits)}; pipeline depth {int(config.async_scheduling)}",
+            *_invariance(config),
         ]
     )
 

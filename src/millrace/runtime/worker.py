@@ -20,6 +20,7 @@ from torch import nn
 from millrace.config import EngineConfig
 from millrace.errors import ConfigError
 from millrace.kernels.batch import Caches
+from millrace.kernels.cpu import build as native
 from millrace.kernels.gpu.device import is_unified
 from millrace.kernels.gpu.device import memory as device_memory
 from millrace.model.build import build_model
@@ -89,6 +90,8 @@ class Worker:
         self.model_config = model_config
         self._directory = directory
         self.tiers: Tiers | None = None
+        if config.args.batch_invariant and config.device == "cpu":
+            settle_native()
         self.cache_spec = model_config.cache_spec(CacheOptions.of(config))
         drafter = DraftSource.of(config, model_config, directory)
         if drafter is not None:
@@ -378,6 +381,15 @@ class Worker:
         """By which other engines take this one's records; None: they cannot."""
         peer = None if self.tiers is None else self.tiers.peer
         return None if peer is None else peer.address
+
+
+def settle_native() -> None:
+    """Wait for native code that is being compiled: a request must not see both it and the
+    references, whose sums have another order."""
+    found = native.library()
+    native.wait_until_built()
+    kind = "native code" if found or native.library() else "references, in torch"
+    logger.info("batch invariant ops: %s; engines that run the other answer differently", kind)
 
 
 def gpu_memory_budget(

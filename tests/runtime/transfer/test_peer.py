@@ -28,6 +28,7 @@ from millrace.runtime.transfer.shared_memory import mapped, new_file
 LAYOUT = RecordLayout((96, 40), 70_001)
 SIZE = 1 << 18
 IDENTITY = Identity(
+    batch_invariant=False,
     protocol=1, version="1", model=["weights 1"], overrides="{}", dtype="float32", page_size=16,
     drafter="mtp", ranks=1, record=[Part("layers.0", "state", "float32", ["head"], [4])],
 )  # fmt: skip

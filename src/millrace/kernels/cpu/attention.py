@@ -15,6 +15,7 @@ from millrace.kernels.cpu.call import (
     rows_contiguous,
     threads,
 )
+from millrace.kernels.dispatch import is_invariant
 
 # Dtype codes of `millrace_attend`.
 KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
@@ -59,7 +60,7 @@ def _attend(
         ),
         *(is_bf16(q), kind),
         *(slots.shape[0], q.shape[1], kv_heads, dim, page_size, block_table.shape[1], first),
-        *(scale, threads()),
+        *(scale, int(is_invariant()), threads()),
     )
     return out
 

@@ -17,12 +17,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 # Parameters of each function: p a tensor's memory, l an int64_t, i an int, f a float.
 SIGNATURES = {
-    "attend": "pppppppp" + "ii" + "iiiiiii" + "fi",
+    "attend": "pppppppp" + "ii" + "iiiiiii" + "fii",
     "conv": "plpiipppp" + "ii" + "p" + "ii",
     "gated_rms_norm": "ppl" + "pfl" + "ii" + "pii",
     "gdn_decode": "ppppppppppp" + "p" + "iiii" + "iii" + "ll" + "iiiii",
+    "gdn_fixed": "ppppppppppp" + "pp" + "iii" + "iii" + "ll" + "iiiii",
     "gdn_prefill": "ppppppp" + "iii" + "ll" + "iiiii",
     "linear": "ppiii" + "pi",
+    "linear_floats": "ppiii" + "pii",
     "norm_rope_store": "plppfp" + "pipppp" + "iiiiiiii",
     "rms_norm": "pppflil" + "ppii",
     "run_experts": "ppppp" + "pppppp" + "iiiii",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from millrace.kernels.batch import DecodeRows, GDNState, PrefillRows
+from millrace.kernels.batch import DecodeRows, FixedRows, GDNState, PrefillRows
 from millrace.kernels.cpu.call import (
     DTYPES,
     LANES,
@@ -131,6 +131,35 @@ def gdn_prefill(qkv: Tensor, g: Tensor, beta: Tensor, cache: GDNState, rows: Pre
         *(pointer(x) for x in (qkv, g, beta, cache.state, slots, rows.offsets, out)),
         *(is_bf16(qkv), is_bf16(cache.state), slots.shape[0]),
         *(qkv.stride(0), g.stride(0), *sizes, threads()),
+    )
+    return out
+
+
+def gdn_fixed(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cache: GDNState,
+    fill: Tensor,
+    rows: FixedRows,
+) -> Tensor:
+    """As the reference; windows are read and written in place."""
+    run, sizes = function("gdn_fixed"), _sizes(cache)
+    if run is None or sizes is None or not rows_contiguous(qkv) or not _same_layout(a, b):
+        return NotImplemented
+    if cache.window_k.dtype != torch.float32 or cache.window_k.shape[2] % LANES:
+        return NotImplemented
+    out = qkv.new_empty(qkv.shape[0], *cache.state.shape[1:2], cache.state.shape[3])
+    slots, offsets = rows.slots.contiguous(), rows.offsets.contiguous()
+    buffers = (cache.state, cache.window_k, cache.window_u, cache.window_g)
+    run(
+        *map(pointer, (qkv, a, b, A_log, dt_bias, *buffers, fill, slots)),
+        *(pointer(offsets), pointer(out)),
+        *(is_bf16(x) for x in (qkv, a, cache.state)),
+        *(slots.shape[0], cache.window_k.shape[2], int(rows.prompts)),
+        *(qkv.stride(0), a.stride(0), *sizes, threads()),
     )
     return out
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.activation import silu_mul
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
+from millrace.kernels.dispatch import is_invariant
 from millrace.kernels.formats import FP8_BLOCK
 from millrace.kernels.moe import ExpertWeights, Routes, Shared, plain_rows, with_shared
 from millrace.kernels.quantize import Quantized
@@ -66,7 +67,9 @@ def _native(
     run, pairs, hits = function("run_experts"), len(groups.tokens), len(groups.experts)
     hidden, width = down.values.shape[1:]
     multiple = 32 if x.dtype == torch.bfloat16 else 16
-    if run is None or hidden % multiple or width % multiple or pairs >= TORCH_IS_FASTER * hits:
+    if run is None or hidden % multiple or width % multiple:
+        return False
+    if pairs >= TORCH_IS_FASTER * hits and not is_invariant():
         return False
     if not all(_fits(weights, x.dtype) for weights in (gate_up, down)):
         return False

@@ -8,6 +8,7 @@
 #include "native/attention.h"
 #include "native/conv.h"
 #include "native/gdn.h"
+#include "native/gdn_fixed.h"
 #include "native/norm.h"
 #include "native/gemm.h"
 #include "native/experts.h"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.cpu.build import is_enabled
 from millrace.kernels.cpu.call import all_contiguous, function, is_bf16, pointer, threads
-from millrace.kernels.dispatch import remembered
+from millrace.kernels.dispatch import is_invariant, remembered
 from millrace.kernels.gemm import E2M1, SYMMETRIC, W4
 
 TORCH_IS_FASTER = 512  # from so many rows on
@@ -32,7 +32,9 @@ def w4_linear(x: Tensor, weight: W4) -> Tensor:
     """As the reference."""
     run, (columns, n) = function("w4_linear"), weight.shape
     parts = [part for part in weight[:4] if isinstance(part, Tensor)]
-    if run is None or x.shape[0] >= TORCH_IS_FASTER or not all_contiguous(x):
+    if run is None or not all_contiguous(x):
+        return NotImplemented
+    if x.shape[0] >= TORCH_IS_FASTER and not is_invariant():
         return NotImplemented
     if not all(part.is_contiguous() for part in parts):
         return NotImplemented

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from millrace.config import EngineConfig
 from millrace.kernels.batch import Batch, Caches
+from millrace.kernels.dispatch import invariant
 from millrace.model.causal_lm import CausalLM
 from millrace.protocol import Admission, Masks, StepPlan
 from millrace.runtime.ranks.ranks import Ranks
@@ -40,7 +41,7 @@ from millrace.runtime.step.inputs import (
 from millrace.runtime.step.logits_processors import LogitsProcessors, StepProcessors
 from millrace.runtime.step.results import StepOutput
 from millrace.runtime.step.sampler import Sampler
-from millrace.runtime.step.slots import Slots, grant_pages
+from millrace.runtime.step.slots import METHOD, Slots, grant_pages
 from millrace.runtime.step.snapshots import Snapshots
 from millrace.runtime.step.upload import upload
 
@@ -76,6 +77,8 @@ class Runner:
         self.slots = slots
         self._snapshots = snapshots
         self._width = config.drafts + 1
+        recurrent = config.args.batch_invariant and "window_u" in caches.stacks
+        self._fixed_window = config.window if recurrent else 0
         self._longest = config.max_model_len + self._width  # tokens of a row
         self._device = slots.length.device
         heads = model.head, model.draft_output
@@ -94,9 +97,12 @@ class Runner:
         # By slot, of the last token that is computed: a record needs it. Slot 0 is padding's.
         self._last = None if snapshots.hidden is None else _vectors(slots, snapshots.hidden)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan, masks: MasksOfStep = None) -> StepOutput:
         """Launch a step. masks: builds the grammar masks; called after the forward."""
+        with torch.inference_mode(), invariant(self._config.args.batch_invariant):
+            return self._run(plan, masks)
+
+    def _run(self, plan: StepPlan, masks: MasksOfStep) -> StepOutput:
         self._save_ends(plan)
         if self.tiers is not None:
             self.tiers.start(plan, wait=self._shared and bool(plan.admissions))
@@ -193,8 +199,10 @@ class Runner:
             self.drafter.observe(batch, hidden)
         if batch.prefill is not None:
             rows = batch.prefill
-            self.slots.length[rows.slots] = rows.starts + rows.offsets.diff()
+            lengths = rows.starts + rows.offsets.diff()
+            self.slots.length[rows.slots] = lengths
             records.empty_windows(self._caches, rows.slots)
+            self._set_fixed_fill(rows.slots, lengths)
 
     def _tail_of(
         self,
@@ -230,7 +238,7 @@ class Runner:
     ) -> StepOutput:
         """Sample, accept, write the tape, draft. context: no row is longer afterwards."""
         drawn, logprobs = self._sampler.targets(hidden, context, rows, processors, masks)
-        drafted = self.slots.drafted[rows.slots]
+        drafted = self._within_window(self.slots.drafted[rows.slots], rows)
         count = self._sampler.accept(drawn, rows, drafted)
         self._write_tape(drawn, rows, count)
         self._advance_lengths(rows, count)
@@ -243,6 +251,20 @@ class Runner:
         if processors is not None and processors.masked:
             out = replace(out, drafts=self._drafts(rows, count))
         return out
+
+    def _within_window(self, drafted: Tensor, rows: SampledRows) -> Tensor:
+        """The rows' drafts, without those behind the end of a window that begins at a fixed
+        position: the state is folded there first."""
+        if not self._fixed_window:
+            return drafted
+        room = self._fixed_window - 1 - rows.base % self._fixed_window
+        number = drafted % METHOD
+        return drafted - number + torch.minimum(number, room)
+
+    def _set_fixed_fill(self, slots: Tensor, lengths: Tensor) -> None:
+        """Rows in the windows of slots of these lengths, where windows begin at fixed positions."""
+        if self._fixed_window:
+            self._caches.fill[slots] = records.fixed_fill(lengths, self._fixed_window)
 
     def _numbers(self, plan: StepPlan) -> Numbers:
         sizes = Sizes.of(plan)
@@ -301,6 +323,7 @@ class Runner:
         table = [[a.slot for a in admissions], [a.snapshot for a in admissions]]
         slots, index = upload(table, self._device)
         hidden = self._snapshots.restore(self._caches, slots, index)
+        self._set_fixed_fill(slots, self.slots.length[slots])
         if self.drafter is not None and hidden is not None:
             self.drafter.resume(slots, hidden)
 
@@ -325,9 +348,12 @@ class Runner:
         fill, offset = caches.fill[slots], caches.conv_offset[slots]
         folded = fill + rows.width > self._config.window
         filled = torch.where(folded, 0, fill) + count
+        if self._fixed_window:
+            filled = records.fixed_fill(s.length[slots], self._fixed_window)
         ended = rows.verify & (count == 0)  # the step did not touch its state
-        filled = torch.where(rows.verify, filled, 0).to(torch.int32)
-        caches.fill[slots] = torch.where(ended, fill, filled)
+        if not self._fixed_window:  # after a prompt it is empty
+            filled = torch.where(rows.verify, filled, 0)
+        caches.fill[slots] = torch.where(ended, fill, filled.to(torch.int32))
         shifted = torch.where(rows.verify, count - 1, 0).to(torch.int32)
         caches.conv_offset[slots] = torch.where(ended, offset, shifted)
 

@@ -4,7 +4,8 @@ What is in a record is said by the model's `CacheSpec`: of a hybrid model the re
 at L and the last three convolution inputs, with a draft head also the hidden vector of token L - 1
 after the final norm (the draft head's row L needs it). With the KV pages it is all that is needed
 to continue from L. A slot is restored with an empty window. While it has rows in its window, these
-are folded into the record as it is saved.
+are folded into the record as it is saved. Where windows begin at fixed positions, a record has them
+instead, and how full they are follows from L.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Snapshots:
         hidden: [H], of the slot's last computed token; None without a draft head.
         """
         for name, stack in self.stacks.items():
-            if name == "state":
+            if name == "state" and caches.windows:
                 self._save_state(caches, slot, record)
             elif name == "conv":
                 offset = caches.conv_offset[slot].to(torch.int64)
@@ -117,6 +118,12 @@ def empty_windows(caches: Caches, slots: Tensor) -> None:
     """The form of a state after prefill: an empty window, the last inputs at offset 0."""
     caches.fill.index_fill_(0, slots, 0)
     caches.conv_offset.index_fill_(0, slots, 0)
+
+
+def fixed_fill(lengths: Tensor, window: int) -> Tensor:
+    """int32: rows in the windows of sequences of these lengths, where windows begin at multiples of
+    their rows: a full one is folded before the next token, not sooner."""
+    return torch.where(lengths > 0, (lengths - 1) % window + 1, 0).to(torch.int32)
 
 
 def copy_pages(caches: Caches, sources: Tensor, targets: Tensor) -> None:

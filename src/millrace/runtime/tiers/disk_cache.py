@@ -216,6 +216,7 @@ def cache_folder(
         "model": weights_of(model) if config.args.load_format != "dummy" else config.args.seed,
         "overrides": config.args.hf_overrides,
         **({"rank": [rank, ranks]} if ranks > 1 else {}),
+        **({"batch_invariant": True} if config.args.batch_invariant else {}),
     }
     name = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Path(str(config.args.disk_cache)).expanduser() / name

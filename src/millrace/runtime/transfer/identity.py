@@ -50,6 +50,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     model: list[str]
     overrides: str
     dtype: str
+    batch_invariant: bool
     page_size: int
     drafter: str
     ranks: int
@@ -66,6 +67,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
             model=[f"random weights of seed {args.seed}"] if dummy else weights_of(model),
             overrides=msgspec.json.encode(args.hf_overrides, order="sorted").decode(),
             dtype=config.dtype,
+            batch_invariant=config.args.batch_invariant,
             page_size=config.page_size,
             drafter=" ".join([speculation.head or "none", *_drafter(speculation.model)]),
             ranks=ranks,
@@ -81,6 +83,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
                 "version",
                 "overrides",
                 "dtype",
+                "batch_invariant",
                 "page_size",
                 "drafter",
             )

@@ -21,6 +21,7 @@ struct Attention {
     void* out;
     int rows, heads, kv_heads, dim, page_size, max_pages, first;
     float scale;
+    int fixed;  // every query in blocks of positions, so that it does not depend on how many there are
     int group() const { return heads / kv_heads; }
     int tokens_a_task() const { return std::max(1, QUERIES / group()); }
 };
@@ -316,7 +317,7 @@ template <class U, class T, class K> void attend_all(const Attention& a, int thr
         static thread_local std::vector<int64_t> places;
         static thread_local std::vector<float> scratch;
         View<T> view(a, tasks[i], places);
-        if (view.queries >= FEW) attend_many<U, T, K>(view, room_of<Block<U>>(a.dim));
+        if (a.fixed || view.queries >= FEW) attend_many<U, T, K>(view, room_of<Block<U>>(a.dim));
         else if (view.queries == 3) attend_few<3, T, K>(view, scratch);
         else if (view.queries == 2) attend_few<2, T, K>(view, scratch);
         else attend_few<1, T, K>(view, scratch);
@@ -330,9 +331,9 @@ extern "C" void millrace_attend(const void* q, const void* keys, const void* val
                                 const int32_t* table, const int64_t* slots, const int64_t* starts,
                                 const int32_t* offsets, void* out, int q_bf16, int kv_kind,
                                 int rows, int heads, int kv_heads, int dim, int page_size,
-                                int max_pages, int first, float scale, int threads) {
+                                int max_pages, int first, float scale, int fixed, int threads) {
     Attention a{q,     keys,     values, table,     slots,     starts, offsets, out, rows,
-                heads, kv_heads, dim,    page_size, max_pages, first,  scale};
+                heads, kv_heads, dim,    page_size, max_pages, first,  scale,  fixed};
 #ifdef __AVX512BF16__
     if (q_bf16 && kv_kind == 1 && dim % PANEL == 0) return attend_all<Bf16Pairs, bf16, bf16>(a, threads);
 #endif

@@ -147,13 +147,62 @@ inline void store_some(bf16* out, Floats x, int count) {
 
 }  // namespace
 
+namespace {
+
+// The panels of a GEMM, as tasks of several threads.
+template <class Body> void share_panels(int rows, int columns, int n, int threads, Body body) {
+    int64_t work = int64_t(rows) * columns * n;
+    share((columns + PANEL - 1) / PANEL, work > 32 * SMALL ? threads : 1, body);
+}
+
+// The rows of x in float32.
+inline const float* as_floats(const float* x, int, int, std::vector<float>&) { return x; }
+inline const float* as_floats(const bf16* x, int rows, int n, std::vector<float>& scratch) {
+    scratch.resize(size_t(rows) * n);
+    to_floats(x, scratch.data(), rows * n);
+    return scratch.data();
+}
+
+// As below, in float32 inside, n a multiple of 16.
+template <class T>
+void linear_floats(const T* x, const T* weight, int rows, int columns, int n, T* out, int threads) {
+    std::vector<float> copy;
+    const float* inputs = as_floats(x, rows, n, copy);
+    share_panels(rows, columns, n, threads, [&](int task) {
+        static thread_local std::vector<Words> scratch;
+        scratch.resize(std::max(scratch.size(), size_t(2) * n));
+        auto panel = (Words(*)[2])scratch.data();
+        int c = task * PANEL, count = std::min(PANEL, columns - c);
+        pack_loaded([&](int i, int j) { return (Words)load(weight + int64_t(c + i) * n + j); },
+                    count, n, panel);
+        in_runs(rows, [&](auto run, int first) {
+            constexpr int R = decltype(run)::value;
+            Floats total[R][2] = {};
+            meet<FloatWords, R>(inputs + int64_t(first) * n, n, panel, n, total);
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < count; i++)
+                    put(out + int64_t(first + r) * columns + c + i, total[r][i / LANES][i % LANES]);
+        });
+    });
+}
+
+}  // namespace
+
+// out[rows, columns] = x[rows, n] w[columns, n]^T in float32, n a multiple of 16.
+extern "C" void millrace_linear_floats(const void* x, const void* weight, int rows, int columns,
+                                       int n, void* out, int is_bf16, int threads) {
+    if (is_bf16)
+        linear_floats((const bf16*)x, (const bf16*)weight, rows, columns, n, (bf16*)out, threads);
+    else
+        linear_floats((const float*)x, (const float*)weight, rows, columns, n, (float*)out, threads);
+}
+
 // out[rows, columns] = x[rows, n] w[columns, n]^T in bfloat16, n a multiple of 32. Returns 0 if this
 // processor has no bfloat16 instructions.
 extern "C" int millrace_linear(const void* x, const void* weight, int rows, int columns, int n,
                                void* out, int threads) {
 #ifdef __AVX512BF16__
-    int64_t work = int64_t(rows) * columns * n;
-    share((columns + PANEL - 1) / PANEL, work > 32 * SMALL ? threads : 1, [&](int task) {
+    share_panels(rows, columns, n, threads, [&](int task) {
         static thread_local std::vector<Words> scratch;
         scratch.resize(std::max(scratch.size(), size_t(n)));
         auto panel = (Words(*)[2])scratch.data();
