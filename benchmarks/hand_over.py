@@ -101,45 +101,62 @@ class Pair:
         finally:
             engine.close(stream)
 
-    async def compute(self, prompt: list[int]) -> RecordSource:
-        """Where the record of a prompt is, once it is computed."""
+    def record(self) -> RecordSource:
+        """Where the record of a prompt will be that is to be computed."""
         self._number += 1
-        request = self.request(prompt, 1, hand_over=f"record-{self._number}")
-        record = await self.run(self.prefill, request)
         ready = self.prefill.ready
         assert ready is not None
-        assert record == len(prompt) - 1, "nothing is handed over"
         address = ready.transfer_host, ready.transfer_port, ready.engine
-        return RecordSource(*address, request.hand_over, record)
+        return RecordSource(*address, f"record-{self._number}", 0)
+
+    async def compute(self, prompt: list[int], source: RecordSource | None = None) -> RecordSource:
+        """Where the record of a prompt is, once it is computed."""
+        source = source or self.record()
+        record = await self.run(self.prefill, self.request(prompt, 1, hand_over=source.name))
+        assert record == len(prompt) - 1, "nothing is handed over"
+        return RecordSource(source.host, source.port, source.engine, source.name, record)
 
 
-async def hand_over_times(pair: Pair, lengths: list[int], rounds: int) -> list[dict[str, float]]:
-    """For each length: seconds of the prompt, of its hand-over to the first token, of the record
-    alone; and its bytes."""
+async def hand_over_times(pair: Pair, lengths: list[int], rounds: int) -> list[dict[str, Any]]:
+    """For each length, by turns: the record is asked for once the prompt is computed, or before it,
+    so that it comes part by part. Medians of seconds of the prompt, from its end to the first token
+    of the answer, and of the record alone; its bytes; and the second of these of each round."""
     found = []
     for length in lengths:
-        rows: list[dict[str, float]] = []
-        for _ in range(rounds + 1):  # the first one warms both up
-            prompt, before = pair.prompt(length), pair.decode.stats.transfers
-            began = time.perf_counter()
-            source = await pair.compute(prompt)
-            computed = time.perf_counter()
-            await pair.run(pair.decode, pair.request(prompt, 1, source=source))
-            answered = time.perf_counter()
-            after = await changed(pair.decode, before.received)
-            size, seconds = (
-                after.received_bytes - before.received_bytes,
-                after.seconds - before.seconds,
-            )
-            rows.append({
-                "prompt_ms": 1e3 * (computed - began),
-                "to_first_token_ms": 1e3 * (answered - computed),
-                "record_ms": 1e3 * seconds, "bytes": size, "gb_per_s": size / seconds / 1e9,
-            })  # fmt: skip
-        medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
-        found.append({"tokens": length, **medians})
-        print(json.dumps(found[-1]), flush=True)
+        rows: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for number in range(2 * (rounds + 1)):
+            early = number % 2 == 1
+            rows[early].append(await hand_over_time(pair, length, early))
+        for early, some in rows.items():  # the first ones warm both up
+            medians = {key: statistics.median(row[key] for row in some[1:]) for key in some[0]}
+            each = sorted(round(row["to_first_token_ms"], 1) for row in some[1:])
+            found.append({"tokens": length, "early": early, **medians, "rounds_ms": each})
+            print(json.dumps(found[-1]), flush=True)
     return found
+
+
+async def hand_over_time(pair: Pair, length: int, early: bool) -> dict[str, float]:
+    """Of one prompt, as in `hand_over_times`."""
+    prompt, before = pair.prompt(length), pair.decode.stats.transfers
+    source = pair.record()
+    began = time.perf_counter()
+    answer = pair.run(pair.decode, pair.request(prompt, 1, source=source))
+    beside = asyncio.create_task(answer) if early else None
+    known = await pair.compute(prompt, source)
+    computed = time.perf_counter()
+    if beside is not None:
+        await beside
+    else:
+        answer.close()
+        await pair.run(pair.decode, pair.request(prompt, 1, source=known))
+    answered = time.perf_counter()
+    after = await changed(pair.decode, before.received)
+    size, seconds = after.received_bytes - before.received_bytes, after.seconds - before.seconds
+    return {
+        "prompt_ms": 1e3 * (computed - began),
+        "to_first_token_ms": 1e3 * (answered - computed),
+        "record_ms": 1e3 * seconds, "bytes": size, "gb_per_s": size / seconds / 1e9,
+    }  # fmt: skip
 
 
 async def changed(engine: EngineClient, received: int) -> TransferStats:
@@ -213,7 +230,8 @@ async def measure(
             "commit": commit(), "transport": arguments["kv_transport"],
             "hand_overs": await hand_over_times(pair, options.lengths, options.rounds), "gaps": [],
         }  # fmt: skip
-        await gaps_of(pair, options, split=False)  # what a first time costs
+        if options.turns:
+            await gaps_of(pair, options, split=False)  # what a first time costs
         for number in range(options.turns):
             for split in (False, True):
                 one = {
@@ -236,8 +254,8 @@ async def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="1024,8192")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", help="of prompts; the default is 1024,8192")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--short", type=int, default=128)
     parser.add_argument("--output", type=int, default=400)
@@ -247,13 +265,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--transport", default="auto", choices=KINDS)
     parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--step-tokens", type=int, default=2048, help="of prompts in a step")
+    parser.add_argument("--only-times", action="store_true", help="no streams beside bursts")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.lengths = [int(part) for part in options.lengths.split(",")]
+    options.lengths = [int(n) for n in options.lengths.split(",")] if options.lengths else []
     arguments: dict[str, Any] = {
         **BASE, "max_num_seqs": 40, "max_model_len": 8448, "enable_prefix_caching": True,
-        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": 28_000_000_000,
+        "max_num_batched_tokens": options.step_tokens, "kv_cache_memory_bytes": 28_000_000_000,
         "num_snapshots": 32, "role": "both", "host_cache_gb": 12.0,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
@@ -261,11 +281,16 @@ def main() -> None:
         if options.tiny:
             arguments |= {**TINY_ARGS, "host_cache_gb": 0.5, "max_num_seqs": 16}
             arguments["kv_cache_memory_bytes"] = 256 << 20
-            options.lengths, options.streams, options.short, options.output = [64, 512], 4, 16, 60
-            options.long, options.every, options.rounds = 400, 0.5, 2
-            (directory / "config.json").write_text(json.dumps(config_json(TinyShape(fp8=True))))
+            arguments |= {"max_num_batched_tokens": options.step_tokens, "max_model_len": 8448}
+            options.streams, options.short, options.output = 4, 16, 60
+            options.long, options.every = 400, 0.5
+            options.lengths, options.rounds = options.lengths or [64, 512], options.rounds or 2
+            shape = config_json(TinyShape(fp8=True, max_positions=16384))
+            (directory / "config.json").write_text(json.dumps(shape))
         else:
             write_config(directory, options.layers)
+        options.lengths, options.rounds = options.lengths or [1024, 8192], options.rounds or 5
+        options.turns *= not options.only_times
         arguments["kv_transport"] = options.transport
         result = asyncio.run(measure(str(directory), arguments, options))
     if options.out:

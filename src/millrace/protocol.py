@@ -194,7 +194,8 @@ class ReasoningBound(msgspec.Struct, frozen=True, array_like=True):
 class RecordSource(msgspec.Struct, frozen=True, array_like=True):
     """Where the record of a prompt's beginning comes from: an engine, and the record's name there.
 
-    host, port: where that engine hands records over. tokens: of the prompt that the record covers.
+    host, port: where that engine hands records over. tokens: of the prompt that the record covers;
+    0: it is still computed, and will cover as much of the prompt as a record can.
     """
 
     host: str
@@ -643,8 +644,9 @@ class RecordMove(msgspec.Struct, frozen=True, array_like=True):
     """A record in the host's memory that another engine takes from there, or that comes there.
 
     pages: where its pages are, from its page `first` on. state_at: likewise; -1: a prefix is its
-    pages. source: where it comes from. seconds: within which it must be taken, or come. refused:
-    why it is not offered after all.
+    pages. source: where it comes from. seconds: within which it must be taken, or its next part
+    come. refused: why it is not offered after all. ready: its first pages that may be taken while
+    the rest is computed; -1: all of it.
     """
 
     name: str
@@ -654,15 +656,19 @@ class RecordMove(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
     source: RecordSource | None = None
     refused: str = ""
+    ready: int = -1
+
+
+TransferKind = Literal["offload", "load", "store", "fetch", "send", "grow", "receive"]
 
 
 class Transfer(msgspec.Struct, frozen=True, array_like=True):
     """Moves between tiers, or between engines, that end together. offload: from the device to the
     host's memory; load: back; store: from there to files; fetch: back; send: another engine takes
-    a record from the host's memory; receive: one comes there."""
+    a record from the host's memory; grow: it may take more of it now; receive: one comes there."""
 
     id: int
-    kind: Literal["offload", "load", "store", "fetch", "send", "receive"]
+    kind: TransferKind
     moves: list[Move] = []
     files: list[FileMove] = []
     record: RecordMove | None = None

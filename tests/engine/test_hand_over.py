@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -47,6 +48,10 @@ class Pair:
     def compute(self, name: str, prompt: list[int]) -> None:
         params = SamplingParams(max_tokens=1, temperature=0.0)
         self.prefill.add(AddRequest(name, prompt, params, hand_over=name))
+
+    def early(self, name: str) -> RecordSource:
+        """Where a record will be, before its prompt is computed."""
+        return RecordSource("here", 1, "prefill", name, 0)
 
     def answer(self, name: str, prompt: list[int], source: RecordSource, most: int = 12) -> None:
         params = SamplingParams(max_tokens=most, temperature=0.0)
@@ -140,6 +145,59 @@ def test_two_requests_of_one_record_bring_it_once() -> None:
     pair.assert_nothing_left()
 
 
+@pytest.mark.parametrize("policy", ["snapshot", "page"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_record_is_taken_while_its_prompt_is_computed(policy: str, depth: int) -> None:
+    """The answer is asked for first; pages go as they become final, and each one once."""
+    pair = Pair(depth=depth, cache_policy=policy, snapshot_bytes=1024 * (policy == "snapshot"))
+    prompt = [random.Random(8).randint(1, 49) for _ in range(300)]
+    pair.answer("a", prompt, pair.early("a"))
+    for _ in range(3):
+        pair.step(pair.decode)
+    pair.compute("a", prompt)
+    pair.run()
+    assert pair.tokens("a") == expected_output(prompt, 312, frozenset({EOS}))
+    sizes = [len(m.pages) for t in transfers(pair, 0, "offload") for m in t.moves]
+    assert len(sizes) >= 300 // 64, "a part for each step"
+    assert sum(sizes) == -(-299 // PAGE) - (policy == "page")
+    ready = [move.record.ready for kind in ("send", "grow") for move in transfers(pair, 0, kind)]
+    assert ready == [*sorted(ready[:-1]), -1]
+    assert pair.decode.stats().transfers.received == pair.prefill.stats().transfers.sent == 1
+    pair.assert_nothing_left()
+
+
+def transfers(pair: Pair, worker: int, kind: str) -> list[Any]:
+    plans = pair.workers[worker].plans
+    return [one for plan in plans for one in plan.transfers if one.kind == kind]
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_prompt_that_is_given_up_is_told_to_whoever_waits_for_its_record(steps: int) -> None:
+    pair = Pair()
+    prompt = [random.Random(9).randint(1, 49) for _ in range(300)]
+    pair.answer("a", prompt, pair.early("a"))
+    pair.compute("a", prompt)
+    for _ in range(steps):
+        pair.step(pair.prefill)
+    pair.prefill.abort(["a"])
+    pair.run()
+    [delta] = pair.deltas["a"]
+    assert delta.transfer_failed
+    assert pair.prefill.stats().transfers.sent_failed == 1
+    pair.assert_nothing_left()
+
+
+def test_two_prompts_of_one_record_bring_it_to_memory_once() -> None:
+    pair = Pair()
+    prompt = [random.Random(10).randint(1, 49) for _ in range(150)]
+    for name in "ab":
+        pair.answer(name, prompt, pair.early(name))
+        pair.compute(name, prompt)
+    pair.run()
+    assert pair.tokens("a") == pair.tokens("b") == expected_output(prompt, 162, frozenset({EOS}))
+    pair.assert_nothing_left()
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_record_that_does_not_come_is_an_error_unless_recompute_is_chosen(
     recompute: bool,
@@ -206,7 +264,12 @@ def test_any_order_of_hand_overs_failures_and_aborts(
     for turn in range(200):
         if len(prompts) < 12 and rng.random() < 0.2:
             name = str(turn)
-            prompts[name] = shared[: rng.randint(0, 30)] + [rng.randint(1, 49) for _ in range(20)]
+            length = rng.choice([20, 20, 150])
+            prompts[name] = shared[: rng.randint(0, 30)]
+            prompts[name] += [rng.randint(1, 49) for _ in range(length)]
+            if rng.random() < 0.4:
+                asked.add(name)
+                pair.answer(name, prompts[name], pair.early(name))
             pair.compute(name, prompts[name])
         for name in sorted(set(pair.sources) - asked):
             if rng.random() < 0.5:
@@ -218,6 +281,8 @@ def test_any_order_of_hand_overs_failures_and_aborts(
             victim = rng.choice(sorted(asked))
             aborted.add(victim)
             pair.decode.abort([victim])
+        if prompts and rng.random() < 0.05:
+            pair.prefill.abort([rng.choice(sorted(prompts))])
         if rng.random() < 0.02:
             rng.choice([pair.prefill, pair.decode]).reset_prefix_cache()
         if rng.random() < 0.02:

@@ -47,7 +47,7 @@ def next_token(tag: int) -> int:
 
 def expected_output(prompt: list[int], max_total: int, eos: frozenset[int]) -> list[int]:
     """The tokens that any correct engine brings for this prompt."""
-    tag, out = tag_of(prompt), []
+    tag, out = tag_of(prompt), list[int]()
     while len(prompt) + len(out) < max_total:
         token = next_token(tag)
         out.append(token)
@@ -79,10 +79,11 @@ class FakePending:
 
 class FakeNetwork:
     """Records that workers offer each other: name -> (pages' tags, state). Those in `broken` do
-    not arrive."""
+    not arrive. A state of None: the rest is computed; gone: those that nobody can take any more."""
 
     def __init__(self) -> None:
-        self.records: dict[str, tuple[list[dict[int, int]], list[int]]] = {}
+        self.records: dict[str, tuple[list[dict[int, int]], list[int] | None]] = {}
+        self.gone: set[str] = set()
         self.taken: set[str] = set()
         self.broken: set[str] = set()
 
@@ -103,6 +104,7 @@ class FakeWorker:
     ) -> None:
         self._network = network or FakeNetwork()
         self._sending: dict[int, str] = {}
+        self._receiving: list[tuple[int, RecordMove]] = []
         self._policy = policy
         self._page_size = page_size
         self._width = drafts + 1
@@ -174,25 +176,37 @@ class FakeWorker:
 
     def finished(self) -> list[TransferEnd]:
         """Some of the transfers that were started, after a while."""
+        self._receiving = [one for one in self._receiving if not self._receive(*one)]
         ended = [one for one in self._transfers if self._rng.random() < 0.5]
         self._transfers = [one for one in self._transfers if one not in ended]
         taken = [number for number, name in self._sending.items() if name in self._network.taken]
         for number in taken:
-            del self._network.records[self._sending.pop(number)]
+            name = self._sending.pop(number)
+            self._network.records.pop(name, None)
+            self._network.gone.add(name)
         return ended + [TransferEnd(number, True, bytes=1) for number in taken]
 
     def expire_leases(self) -> None:
         """Nobody takes what is offered."""
-        for number, name in self._sending.items():
-            self._network.records.pop(name, None)
-            self._transfers.append(TransferEnd(number, False))
-        self._sending.clear()
+        for number, name in list(self._sending.items()):
+            _, state = self._network.records.get(name, ([], []))
+            if state is not None:
+                self._network.records.pop(name, None)
+                self._network.gone.add(name)
+                self._end_send(number)
+
+    def _end_send(self, number: int) -> None:
+        del self._sending[number]
+        self._transfers.append(TransferEnd(number, False))
 
     def _transfer(self, transfer: Transfer) -> None:
         """Everything is copied at once, and reported later. A range in the host's memory is known
         by where it begins."""
         if transfer.record is not None:
-            self._hand_over(transfer.id, transfer.record)
+            if transfer.kind == "receive":
+                self._receiving.append((transfer.id, transfer.record))
+            else:
+                self._hand_over(transfer, transfer.record)
             return
         succeeded = True
         for move in transfer.moves:
@@ -211,29 +225,49 @@ class FakeWorker:
             succeeded &= self._file(transfer.kind, file)
         self._transfers.append(TransferEnd(transfer.id, succeeded))
 
-    def _hand_over(self, number: int, move: RecordMove) -> None:
-        places = [
-            {at: (part.at, index, at) for at in range(self._page_size)}
-            for part in move.pages
-            for index in range(part.first, part.end)
-        ]
-        if move.source is None:
-            if not move.refused:
-                pages = [{at: self._host[p] for at, p in page.items()} for page in places]
-                self._network.records[move.name] = pages, self._host_states.get(move.state_at, [])
-            self._sending[number] = move.name
+    def _hand_over(self, transfer: Transfer, move: RecordMove) -> None:
+        """Offer a record, or more of it. What was offered once is not read again."""
+        records, name = self._network.records, move.name
+        if transfer.kind == "send":
+            self._sending[transfer.id] = name
+            records[name] = [], None
+        else:
+            self._transfers.append(TransferEnd(transfer.id, True))
+        if name not in records:  # nobody can take it any more
             return
+        if move.refused:
+            del records[name]
+            self._network.gone.add(name)
+            for number in [n for n, one in self._sending.items() if one == name]:
+                self._end_send(number)
+            return
+        before, _ = records[name]
+        places = _places(move, self._page_size)
+        places = places if move.ready < 0 else places[: move.ready]
+        assert len(places) >= len(before), "a record grows"
+        fresh = [{at: self._host[p] for at, p in one.items()} for one in places[len(before) :]]
+        state = self._host_states.get(move.state_at, []) if move.ready < 0 else None
+        records[name] = [*before, *fresh], state
+
+    def _receive(self, number: int, move: RecordMove) -> bool:
+        """Whether a record is here, or will never be."""
+        assert move.source is not None
         found = self._network.records.get(move.name)
-        if found is None or move.name in self._network.broken:
+        early = not move.source.tokens and move.name not in self._network.gone
+        if move.name in self._network.broken or (found is None and not early):
             self._transfers.append(TransferEnd(number, False, "it is not there"))
-            return
-        pages, state = found
+            return True
+        if found is None or found[1] is None:
+            return False
+        pages = found[0]
+        places = _places(move, self._page_size)
         for page, place in zip(pages[move.first :], places, strict=True):
             for at, p in place.items():
                 self._host[p] = page[at]
-        self._host_states[move.state_at] = state
+        self._host_states[move.state_at] = found[1]
         self._network.taken.add(move.name)
         self._transfers.append(TransferEnd(number, True, bytes=1, pages=len(places)))
+        return True
 
     def _file(self, kind: str, file: FileMove) -> bool:
         if kind == "store":
@@ -289,7 +323,7 @@ class FakeWorker:
         return fresh
 
     def _emit(self, row: _Row, count: int) -> list[int]:
-        tag, fresh = tag_of(row.tokens), []
+        tag, fresh = tag_of(row.tokens), list[int]()
         while len(fresh) < count and not row.ended:
             token = next_token(tag)
             tag = extend_tag(tag, token)
@@ -316,3 +350,12 @@ class FakeWorker:
 
     def _place(self, row: _Row, position: int) -> tuple[int, int]:
         return row.pages[position // self._page_size], position % self._page_size
+
+
+def _places(move: RecordMove, page_size: int) -> list[dict[int, tuple[int, int, int]]]:
+    """Of each page of a record, where its rows are in the host's memory."""
+    return [
+        {at: (part.at, index, at) for at in range(page_size)}
+        for part in move.pages
+        for index in range(part.first, part.end)
+    ]

@@ -68,16 +68,21 @@ class KVManager:
         """Pages that the request lacks for `length` tokens."""
         return -(-length // self._limits.page_size) - len(request.pages)
 
-    def ensure_free_pages(self, count: int) -> bool:
+    def ensure_free_pages(self, count: int, load: bool = False) -> bool:
         """Evict snapshots until `count` pages are free. False, and nothing evicted, if that is not
-        possible."""
+        possible. load: for a load from a lower tier, which takes nothing from other loads: else
+        two that are large would drive each other out for ever."""
         if self.tiers is not None and self.pages.free + self.pages.evictable < count:
-            self.tiers.release_all()
+            self.tiers.release_all(loaded=not load)
         if self.pages.free + self.pages.evictable < count:
             return False
         while self.pages.free < count:
             self.policy.evict()
         return True
+
+    def ensure_pages_for_load(self, count: int) -> bool:
+        """As `ensure_free_pages`, for a load from a lower tier."""
+        return self.ensure_free_pages(count, load=True)
 
     def grant(self, request: Request, count: int) -> PageGrant:
         """Allocate `count` more pages for the request; the caller has checked that they are
@@ -165,7 +170,7 @@ class KVManager:
         if self.may_use_cache(request):
             request.cached_estimate = self.policy.cached(request.tokens, request.source.cache_salt)
             if self.tiers is not None:
-                self.tiers.look_up(request, self.ensure_free_pages)
+                self.tiers.look_up(request, self.ensure_pages_for_load)
 
     def can_gain_from_cache(self, request: Request) -> bool:
         """Whether it could resume where another request with the same prompt has been."""
@@ -228,6 +233,17 @@ class KVManager:
         if request.source.hand_over and request.handed_over < 0:
             assert self.tiers is not None
             self.tiers.hand_over(request)
+
+    def grow_hand_over(self, request: Request, length: int) -> None:
+        """The first `length` tokens of the request's prompt have been computed, and not all."""
+        if request.source.hand_over and request.handed_over < 0 and not request.failed:
+            assert self.tiers is not None
+            self.tiers.grow(request, length)
+
+    def end_hand_over(self, request: Request) -> None:
+        """The request is gone; a record that is not whole will not be."""
+        if request.source.hand_over and self.tiers is not None:
+            self.tiers.give_up(request, "its request has ended")
 
     def take_snapshot(self, request: Request, depth: int) -> int | None:
         """Allocate a snapshot for the request's first `depth` tokens. None: there is one already,
@@ -317,7 +333,7 @@ class KVManager:
         if self.tiers is None or self._limits.cache_policy != "page" or request.failed:
             return
         tokens = request.tokens[: self._whole(len(request.tokens) - 1)]
-        if tokens and self._limits.prefix_caching:
+        if tokens and self._limits.prefix_caching and not request.source.hand_over:
             salt, tag = request.source.cache_salt, request.source.tag
             self.tiers.cached(tokens, salt, Kind.ANSWER, request.hashes, tag)
 

@@ -140,6 +140,7 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         """A waiting request has gone from the queue, and does not run."""
         request.phase = Phase.DONE
+        self._kv_manager.end_hand_over(request)
         if self._tiers is not None:
             self._tiers.release(request)
             self._tiers.hand_overs.released(request)
@@ -164,7 +165,7 @@ class Scheduler:
         """Transfers have ended. Returns the ends of requests whose records did not come."""
         assert self._tiers is not None
         for end in ended:
-            for request in self._tiers.ended(end, self._kv_manager.ensure_free_pages):
+            for request in self._tiers.ended(end, self._kv_manager.ensure_pages_for_load):
                 request.estimate_version = -1
         failures, self._tiers.hand_overs.failures = self._tiers.hand_overs.failures, []
         return [
@@ -464,6 +465,8 @@ class Scheduler:
                 request.prompt_cached = True
                 self._kv_manager.store(request, chunk.start + chunk.count)
                 self._kv_manager.hand_over(request)
+            elif request.phase is not Phase.DONE:
+                self._kv_manager.grow_hand_over(request, chunk.start + chunk.count)
         self._take_prompt_logprobs(step, result)
         before = self._totals.generated_tokens
         deltas = self._take_tokens(step, result)
@@ -546,6 +549,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self._followed.discard(request.id)
         if self._requests.pop(request.id, None) is not None:
+            self._kv_manager.end_hand_over(request)
             if request.ended:
                 self._kv_manager.save_end(request)
             elif request.upper == request.computed < len(request.tokens):

@@ -25,10 +25,10 @@ from millrace.engine.cache.cold_store import (
     file_move,
     page_hashes,
 )
-from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind
+from millrace.engine.cache.policy import NO_SNAPSHOT, CachePolicy, Kind, Match
 from millrace.engine.cache.pool import Pool
 from millrace.engine.cache.prefix_tiers import PrefixTiers, Tier
-from millrace.engine.hand_over import NO_ROOM, HandOvers
+from millrace.engine.hand_over import NO_ROOM, Growth, HandOvers
 from millrace.engine.request import Phase, Request
 from millrace.protocol import (
     EngineStats,
@@ -37,10 +37,13 @@ from millrace.protocol import (
     RecordMove,
     Transfer,
     TransferEnd,
+    TransferKind,
 )
 
 MOST_WAITING = 256  # prefixes that wait to be offloaded; of more, the oldest are dropped
 MOST_AT_ONCE = 4  # transfers of a kind
+MOST_RECEIVED = 16  # records that come at once; most of them wait for their prompts
+CLEARED = "the cache was cleared meanwhile"
 LEAST_GAIN = 32  # tokens that a load must save
 
 
@@ -49,10 +52,10 @@ class _Transfer:
     """One that is under way. pages: the device's, with a reference each. snapshot: likewise; -1:
     none. fetched: records whose pages are read
     from files. fetched_state: whether the record's state is moved between memory and files, too.
-    name: by which another engine may take the record. dropped: what it moves must not be used any
-    more."""
+    name: by which another engine may take the record. growth: that it brings on, by the prompt's
+    pages from `begins` on. dropped: what it moves must not be used any more."""
 
-    kind: Literal["offload", "load", "store", "fetch", "send", "receive"]
+    kind: TransferKind
     record: ColdRecord
     tokens: Sequence[int] = ()
     pages: list[int] = field(default_factory=list)
@@ -62,6 +65,8 @@ class _Transfer:
     fetched_state: bool = False
     from_disk: bool = False
     name: str = ""
+    growth: Growth | None = None
+    begins: int = 0
     dropped: bool = False
 
 
@@ -107,6 +112,7 @@ class TierTransfers:
         self._wanted: deque[_Wanted] = deque(maxlen=MOST_WAITING)
         self._unfiled: deque[ColdRecord] = deque()  # at most what is in memory
         self._under_way: dict[int, _Transfer] = {}
+        self._words: set[int] = set()  # transfers that only say why there is no record
         self._new: list[Transfer] = []
         resumable = limits.num_snapshots or limits.max_num_seqs
         self._most_held = max(1, resumable // 2)  # of those wanted, and of those loaded
@@ -168,11 +174,13 @@ class TierTransfers:
         """The request has been admitted, or is gone: what was loaded for it may be evicted."""
         self._drop(self._loaded_for.pop(request.id, None))
 
-    def release_all(self) -> None:
-        """Memory is short: nothing but transfers keeps anything on the device."""
-        for held in self._loaded_for.values():
-            self._drop(held)
-        self._loaded_for.clear()
+    def release_all(self, loaded: bool = True) -> None:
+        """Memory is short: nothing but transfers keeps anything on the device; or, without
+        `loaded`, transfers and what was loaded for waiting requests."""
+        if loaded:
+            for held in self._loaded_for.values():
+                self._drop(held)
+            self._loaded_for.clear()
         for wanted in self._wanted:
             self._drop(wanted.held)
         kept = [replace(wanted, held=None) for wanted in self._wanted]
@@ -186,7 +194,7 @@ class TierTransfers:
             self._drop(wanted.held)
         while self._unfiled and self._count("store") < MOST_AT_ONCE:
             self._file(self._unfiled.popleft())
-        while self._count("receive") < MOST_AT_ONCE and self._receive():
+        while self._count("receive") < MOST_RECEIVED and self._receive():
             pass
         new, self._new = self._new, []
         return new
@@ -258,41 +266,116 @@ class TierTransfers:
 
     # --- other engines ------------------------------------------------------------------------
 
+    def grow(self, request: Request, length: int) -> None:
+        """The first tokens of a prompt are computed, whose record is handed over: pages that have
+        become final go on their way."""
+        if (growth := self.hand_overs.growth(request)) is None:
+            return
+        # Drafters may still write rows of the last token.
+        final = min(length - 1, self.hand_overs.depth(request)) // self.store.sizes.page_size
+        pages = request.pages[growth.copied : final]
+        if pages:
+            self._bring_on(growth, pages, NO_SNAPSHOT)
+
+    def _bring_on(self, growth: Growth, pages: list[int], snapshot: int) -> None:
+        """Copy the next pages of a record from the device; with a snapshot: its state."""
+        record, begins = growth.record, growth.copied
+        held = self._hold(pages, snapshot)
+        state_at = record.state_at if growth.sealing else NOWHERE
+        first = begins - record.first
+        move = Move(pages, first, record.own_pages, record.pages_at, snapshot, state_at)
+        growth.moving.append(begins)
+        growth.copied += len(pages)
+        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot, growth=growth)
+        one.begins = begins
+        self._start(one, [move])
+
     def hand_over(self, request: Request) -> None:
         """Let another engine take the record of the request's prompt, which is on the device."""
         depth, salt = self.hand_overs.depth(request), request.source.cache_salt
-        tokens, name = request.tokens[:depth], request.source.hand_over
-        found = self._policy.locate(tokens, salt) if depth else None
+        found = self._policy.locate(request.tokens[:depth], salt) if depth else None
         if found is None:
             why = "no snapshot was free for it" if depth else "a prompt of one token has none"
             self._refuse(request, why)
             return
-        size = self.store.sizes.page_size
-        request.hashes = page_hashes(request.tokens, size, salt, request.hashes)
-        tail = tuple(tokens[depth // size * size :])
-        added = self.store.add(tokens, request.hashes, salt, Kind.PROMPT)
-        # None: it is there already, or there is no memory.
-        record = added or self.store.find(request.hashes[depth // size], tail)
-        if record is None or record.state_at == NOWHERE or not _in_memory(record):
-            if added is not None:
-                self.store.discard(added)
+        growth = self.hand_overs.growth(request)
+        if growth is None:
+            self._hand_over_known(request, found)
+        else:
+            growth.sealing = True
+            self._bring_on(growth, found.pages[growth.copied :], found.snapshot)
+            request.handed_over = depth
+        self.hand_overs.forget_growth(request)
+
+    def _hand_over_known(self, request: Request, found: Match) -> None:
+        """The record is in the host's memory already, or comes there; or there is no room."""
+        record, name = self.hand_overs.record_of(request), request.source.hand_over
+        growth = self.hand_overs.growth_of(record) if record is not None else None
+        if growth is not None and not growth.why:
+            growth.names.append(name)
+        elif record is None or not record.has_state or not _in_memory(record):
             self._refuse(request, NO_ROOM)
             return
-        held = self._hold(found.pages, found.snapshot)
-        record.tag = request.source.tag
-        request.handed_over = depth
-        # Without a move it ends behind those that are under way, which may bring the record.
-        moves = [self._offload_move(record, found.pages, found.snapshot)] if added else []
-        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot, name=name)
-        self._start(one, moves)
+        else:
+            held = self._hold(found.pages, found.snapshot)
+            record.tag = request.source.tag
+            # Without a move it ends behind those that are under way, which may bring the record.
+            one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot, name=name)
+            self._start(one)
+        request.handed_over = self.hand_overs.depth(request)
 
     def _refuse(self, request: Request, why: str) -> None:
+        self.give_up(request, why)
         request.handed_over, request.not_handed_over = 0, why
+
+    def give_up(self, request: Request, why: str) -> None:
+        """The record of its prompt will not be whole, if it is not yet."""
+        growth = self.hand_overs.forget_growth(request)
+        if growth is not None and not growth.sealing:
+            self._give_up(growth, why)
+        elif growth is None and request.handed_over < 0:
+            self._tell(self.hand_overs.refused(request.source.hand_over, why))
+
+    def _give_up(self, growth: Growth, why: str) -> None:
+        growth.why = growth.why or why
+        if not growth.moving:
+            self._end_growth(growth)
+
+    def _grown(self, growth: Growth, one: _Transfer) -> None:
+        """More of a record is in the host's memory."""
+        growth.moving.remove(one.begins)
+        if growth.why:
+            self._give_up(growth, growth.why)
+            return
+        if growth.ready < 0:
+            self.hand_overs.end_growth(growth)
+            self._prefix_tiers.set(growth.record.tag, Tier.HOST, there=True)
+        for name in growth.names if growth.ready < 0 else growth.names[:1]:
+            move = self.hand_overs.offered(growth.record, name, growth.ready)
+            if name in growth.open:
+                self._start(_Transfer("grow", growth.record), record=move)
+            else:
+                growth.open.add(name)
+                self._start(_Transfer("send", growth.record, name=name, growth=growth), record=move)
+
+    def _end_growth(self, growth: Growth) -> None:
+        """Nothing is on its way any more of a record that will not be whole."""
+        for name in growth.names:
+            kind: TransferKind = "grow" if name in growth.open else "send"
+            self._tell(self.hand_overs.refused(name, growth.why), kind)
+        self.hand_overs.end_growth(growth)
+
+    def _tell(self, refused: RecordMove, kind: TransferKind = "send") -> None:
+        """Tell whoever asks for a record why there is none."""
+        self._number += 1
+        self._words.add(self._number)
+        self._new.append(Transfer(self._number, kind, record=refused))
 
     def _receive(self) -> bool:
         """Begin to bring the next record that a request waits for. False: there is none, or no
         room for it now."""
-        begun = self.hand_overs.next(waits=self._waits_for_any)
+        waits = self._waits_for_any or bool(self.hand_overs.growths)
+        begun = self.hand_overs.next(waits)
         if begun is None:
             return False
         fetched = [begun.record] if begun.new_pages else []
@@ -311,7 +394,7 @@ class TierTransfers:
         for record in one.fetched:
             self.store.forget_pages(record)
         self.store.forget_state(one.record)
-        why = "the cache was cleared meanwhile" if end.succeeded else end.error
+        why = CLEARED if end.succeeded else end.error
         self.hand_overs.lost(one.request, one.record, why)
 
     # --- what comes back ----------------------------------------------------------------------
@@ -445,6 +528,9 @@ class TierTransfers:
     def ended(self, end: TransferEnd, ensure_pages: Callable[[int], bool]) -> list[Request]:
         """A transfer has ended. Returns the requests that waited for it, and are to be looked up
         again."""
+        if end.id in self._words:
+            self._words.remove(end.id)
+            return []
         one, succeeded = self._under_way.pop(end.id), end.succeeded
         for record in one.record.chain():
             record.busy -= 1
@@ -458,7 +544,12 @@ class TierTransfers:
         elif one.kind == "load":
             self._loaded(one)
         elif one.kind == "send":
-            self.hand_overs.sent(end)
+            if one.growth is None or not one.growth.why:  # that is counted already
+                self.hand_overs.sent(end)
+            if one.growth is not None:
+                one.growth.open.discard(one.name)
+        elif one.kind == "grow":
+            pass
         elif one.kind == "receive":
             self._received(one, end)
         else:
@@ -474,18 +565,19 @@ class TierTransfers:
     def _offloaded(self, one: _Transfer) -> None:
         self._pages.release_all(one.pages)
         self._release_snapshot(one.snapshot)
-        if one.dropped:
+        if one.growth is not None:
+            self._grown(one.growth, one)
+        elif one.dropped:
             self.store.discard(one.record)
             if one.name:
-                why = self.hand_overs.refused(one.name, "the cache was cleared meanwhile")
-                self._start(_Transfer("send", one.record), record=why)
-            return
-        self._prefix_tiers.set(one.record.tag, Tier.HOST, there=True)
-        if one.name:
-            move = self.hand_overs.offered(one.record, one.name)
-            self._start(_Transfer("send", one.record, name=one.name), record=move)
-        elif self.store.sizes.disk:
-            self._unfiled.append(one.record)
+                self._tell(self.hand_overs.refused(one.name, CLEARED))
+        else:
+            self._prefix_tiers.set(one.record.tag, Tier.HOST, there=True)
+            if one.name:
+                move = self.hand_overs.offered(one.record, one.name)
+                self._start(_Transfer("send", one.record, name=one.name), record=move)
+            elif self.store.sizes.disk:
+                self._unfiled.append(one.record)
 
     def _loaded(self, one: _Transfer) -> None:
         record = one.record
@@ -554,6 +646,9 @@ class TierTransfers:
         """Drop everything; what transfers move now, when they end."""
         for one in self._under_way.values():
             one.dropped = True
+        self.hand_overs.forget_growths()
+        for growth in self.hand_overs.growths:
+            self._give_up(growth, CLEARED)
         self.release_all()
         self._wanted.clear()
         self._unfiled.clear()

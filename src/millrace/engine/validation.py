@@ -32,8 +32,23 @@ def make_request(source: AddRequest, limits: Limits, ordinal: int) -> Request:
         seed=_seed(params.seed, limits.seed, ordinal),
         ordinal=ordinal,
         source=source,
-        expected=source.source.tokens if source.source is not None else 0,
+        expected=_expected(source, limits),
     )
+
+
+def record_tokens(length: int, limits: Limits) -> int:
+    """Tokens of the record of a prompt: all but the last, which gives the first logits; of prefixes
+    that are their pages, whole pages."""
+    if limits.cache_policy == "page":
+        return (length - 1) // limits.page_size * limits.page_size
+    return length - 1
+
+
+def _expected(source: AddRequest, limits: Limits) -> int:
+    if source.source is None:
+        return 0
+    length = len(source.prompt) + len(source.resume)
+    return source.source.tokens or record_tokens(length, limits)
 
 
 def check(source: AddRequest, limits: Limits) -> None:
@@ -83,7 +98,7 @@ def _check_transfer(source: AddRequest, limits: Limits) -> None:
             param="prompt_logprobs",
         )
     tokens = len(source.prompt) + len(source.resume)
-    if source.source is not None and not 0 < source.source.tokens < tokens:
+    if source.source is not None and not 0 <= source.source.tokens < tokens:
         raise RequestError(
             f"kv_transfer_params: the record has {source.source.tokens} tokens, and the prompt has "
             f"{tokens}; send the prompt that the record was made of",

@@ -170,6 +170,52 @@ def test_same_tokens_over_every_transport(
     assert seeded == alone(tiny_model, prompts, **SEEDED)
 
 
+@pytest.mark.parametrize(
+    ("transport", "k", "ranks"),
+    [
+        ("shm", 2, 1),
+        pytest.param("tcp", 0, 1, marks=pytest.mark.sweep),
+        pytest.param("nixl", 3, 1, marks=pytest.mark.sweep),
+        pytest.param("tcp", 1, 2, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_record_comes_while_its_prompt_is_computed(
+    tiny_model: Path, transport: str, k: int, ranks: int
+) -> None:
+    """The answer is asked for before the prompt; its tokens are those of one engine alone."""
+    given = options(k, kv_transport=transport)
+    prompts = [PROMPTS[4] * 2, PROMPTS[3] * 3]
+    one = {**given, "tensor_parallel_size": ranks, "max_num_batched_tokens": 64}
+    with pair(tiny_model, one, given) as (prefill, decode):
+        assert isinstance(prefill.worker, Worker)
+        assert prefill.worker.address is not None
+        address = prefill.worker.address
+        answers = []
+        for number, prompt in enumerate(prompts):
+            source = RecordSource(address.host, address.port, address.engine, f"r{number}", 0)
+            params = SamplingParams(max_tokens=LENGTH, ignore_eos=True, **SEEDED)
+            decode.add(AddRequest(f"a{number}", prompt, params, source=source))
+            decode.step()
+            only = SamplingParams(max_tokens=1, ignore_eos=True)
+            prefill.add(AddRequest(f"r{number}", prompt, only, hand_over=f"r{number}"))
+            answers.append(run_beside(prefill, decode))
+            assert decode.stats().prefix_hits == sum(len(p) - 1 for p in prompts[: number + 1])
+        assert_all_moved([prefill, decode])
+    assert answers == alone(tiny_model, prompts, **SEEDED)
+
+
+def run_beside(prefill: Engine, decode: Engine) -> list[int]:
+    """Both engines in turn until they have nothing to do. Returns what the second one says."""
+    tokens, end = [], time.monotonic() + 60
+    while decode.has_work():
+        assert time.monotonic() < end
+        if prefill.has_work():
+            prefill.step()
+        prefill.poll()
+        tokens += [token for delta in decode.step() for token in delta.token_ids]
+    return tokens
+
+
 def test_seeded_tokens_with_other_numbers_of_drafts(tiny_model: Path) -> None:
     """No part of a record depends on how many drafts a step verifies."""
     seeded = {"temperature": 0.9, "seed": 3}

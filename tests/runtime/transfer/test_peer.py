@@ -183,7 +183,9 @@ def test_bytes_that_changed_on_the_way_are_noticed() -> None:
         FRAMING.receive_from(connection)
         connection.sendall(FRAMING.encode(Hello("x", IDENTITY)))
         assert isinstance(FRAMING.receive_from(connection), Take)
-        connection.sendall(FRAMING.encode(Offered(total(pieces), checksum(data, pieces), [])))
+        connection.sendall(
+            FRAMING.encode(Offered(total(pieces), checksum(data, pieces), [], 5, True))
+        )
         data[pieces[-1].at + 7] ^= 1
         for piece in pieces:
             connection.sendall(data[piece.at : piece.at + piece.bytes].numpy().data)
@@ -206,7 +208,9 @@ def test_an_engine_that_dies_on_the_way_fails_the_record(stage: str) -> None:
                 connection.sendall(FRAMING.encode(Hello("x", IDENTITY)))
                 FRAMING.receive_from(connection)
             if stage == "bytes":
-                connection.sendall(FRAMING.encode(Offered(5 * 136 + 70_001, b"", [])) + b"x" * 50)
+                connection.sendall(
+                    FRAMING.encode(Offered(5 * 136 + 70_001, b"", [], 5, True)) + b"x" * 50
+                )
             connection.close()
             if stage == "hello":
                 break
@@ -229,7 +233,7 @@ def test_a_taker_that_dies_leaves_the_record_for_the_next() -> None:
         sock = socket.create_connection((one.peer.address.host, one.peer.address.port))
         sock.sendall(FRAMING.encode(Hello("y", IDENTITY)))
         FRAMING.receive_from(sock)
-        sock.sendall(FRAMING.encode(Take("a", 2, 5)))
+        sock.sendall(FRAMING.encode(Take("a", 2, 5, 10.0)))
         FRAMING.receive_from(sock)
         sock.close()
         assert not sent.done()
@@ -310,3 +314,86 @@ def test_every_cut_of_a_record_has_the_same_bytes_and_checksum(data: st.DataObje
         contents.add(b"".join(bytes(area[p.at : p.at + p.bytes].tolist()) for p in pieces))
     assert len(sums) == len(contents) == 1
     assert contents == {bytes(record.tolist())}
+
+
+# --- records that grow --------------------------------------------------------------------------
+
+
+def grown(ready: int, name: str = "a", **changes: object) -> RecordMove:
+    return msgspec.structs.replace(offer(name), ready=ready, **changes)
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp", "nixl"])
+@pytest.mark.parametrize("steps", [(0, 3, 6), (2, 4), (5,), (1, 1, 7)])
+def test_a_record_comes_while_it_grows(kind: str, steps: tuple[int, ...]) -> None:
+    """Pages behind those that are ready are garbage until they are; each comes once."""
+    with sides(kind) as (one, other):
+        whole = one.memory.clone()
+        pieces = LAYOUT.pieces(OFFERED, 65536)
+        for piece in pieces:
+            one.memory[piece.at : piece.at + piece.bytes] = 0
+        came = other.peer.receive(wanted(one))
+        for number, ready in enumerate((*steps, -1)):
+            final = LAYOUT.pieces(OFFERED, 65536 if ready < 0 else -1, end=ready % 8)
+            for piece in final:
+                span = slice(piece.at, piece.at + piece.bytes)
+                one.memory[span] = whole[span]
+            if number == 0:
+                sent = one.peer.send(grown(ready))
+            else:
+                one.peer.grow(grown(ready))
+            assert ready < 0 or not sent.done()
+        found = came.result(20)
+        assert found.succeeded, found.error
+        assert found.bytes == sent.result(20).bytes == assert_equal(one, other)
+        assert torch.equal(one.memory, whole)
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("ready", [0, 4])
+def test_a_record_that_stops_growing_is_no_record(kind: str, ready: int) -> None:
+    """Given up by its engine, or its engine ends: both sides know, and nothing is left."""
+    for ends in (False, True):
+        with sides(kind) as (one, other):
+            sent = one.peer.send(grown(ready))
+            came = other.peer.receive(wanted(one))
+            one.peer.grow(grown(max(ready, 3)))
+            if ends:
+                one.peer.close()
+            else:
+                one.peer.grow(msgspec.structs.replace(offer(), refused="its request has ended"))
+                assert came.result(20).error.endswith("its request has ended")
+            assert not came.result(20).succeeded
+            assert not sent.result(20).succeeded
+
+
+def test_a_taker_that_dies_while_a_record_grows_leaves_it_for_the_next() -> None:
+    with sides("tcp") as (one, other):
+        sent = one.peer.send(grown(4))
+        sock = socket.create_connection((one.peer.address.host, one.peer.address.port))
+        sock.sendall(FRAMING.encode(Hello("y", IDENTITY)))
+        FRAMING.receive_from(sock)
+        sock.sendall(FRAMING.encode(Take("a", 2, 5, 10.0)))
+        assert not getattr(FRAMING.receive_from(sock), "final", True)
+        sock.close()
+        one.peer.grow(grown(-1))
+        assert other.peer.receive(wanted(one)).result(20).succeeded
+        assert sent.result(20).bytes == assert_equal(one, other)
+
+
+def test_a_growing_record_has_no_lease_until_it_is_whole() -> None:
+    now = 0.0
+    offers = Offers(now=lambda: now)
+    ended = offers.add(grown(2))
+    now = 100.0
+    offers.expire()
+    assert not ended.done()
+    offers.grow(grown(-1))
+    now = 129.0
+    offers.expire()
+    assert not ended.done()
+    now = 131.0
+    offers.expire()
+    assert ended.result(0).error == "its lease has ended"
+    offers.grow(grown(-1))  # nobody can take it any more
+    assert len(offers) == 0

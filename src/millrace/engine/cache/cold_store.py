@@ -42,7 +42,8 @@ class ColdRecord:
     prefix: hash of its whole pages; whole: how many. tail: tokens behind them. first: the first
     page that it has itself. tokens: of its own pages. pages_at, state_at: where they are in the
     host's memory. files: whether its pages and its state are in files. busy: transfers that use it.
-    tag: of the request that it was made for.
+    tag: of the request that it was made for. partial: it is still coming to the host's memory,
+    piece by piece, so nobody may use it, nor continue it.
     """
 
     key: str
@@ -62,6 +63,7 @@ class ColdRecord:
     busy: int = 0
     order: int = 0
     tag: int = 0
+    partial: bool = False
 
     @property
     def own_pages(self) -> int:
@@ -69,7 +71,7 @@ class ColdRecord:
 
     @property
     def has_state(self) -> bool:
-        return self.state_at != NOWHERE or self.state_filed
+        return not self.partial and (self.state_at != NOWHERE or self.state_filed)
 
     def chain(self) -> list[ColdRecord]:
         """The records whose pages it needs, the longest last."""
@@ -166,7 +168,7 @@ class ColdStore:
         whole = len(tokens) // self.sizes.page_size
         tail = tuple(tokens[whole * self.sizes.page_size :])
         found = self.find(hashes[whole], tail)
-        if found is not None and found.has_state:
+        if found is not None and (found.has_state or found.partial):
             self.touch(found)
             return None
         if found is None:
@@ -198,8 +200,8 @@ class ColdStore:
 
     def _page_holder(self, prefix: bytes) -> ColdRecord | None:
         """A record that has, with those before it, all whole pages of the prefix."""
-        beside = self._by_prefix.get(prefix)
-        return next(iter(beside.values())) if beside else None
+        beside = self._by_prefix.get(prefix, {})
+        return next((record for record in beside.values() if not record.partial), None)
 
     def _insert(self, record: ColdRecord) -> None:
         self._records[record.key] = record

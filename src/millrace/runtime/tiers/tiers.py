@@ -65,6 +65,8 @@ class Tiers:
             self._copies[transfer.id] = self._host.offload(transfer.moves)
         elif transfer.kind == "load":
             self._copies[transfer.id] = self._host.load(transfer.moves)
+        elif transfer.kind == "grow":
+            self._grow(transfer)
         elif transfer.record is not None:
             self._move(transfer, transfer.record)
         else:
@@ -73,15 +75,26 @@ class Tiers:
             # Copies of the same memory have ended on rank 0, and may not have here.
             self._common[transfer.id] = act(transfer.files, self._host.mark())
 
+    def _grow(self, transfer: Transfer) -> None:
+        """Others may take more of a record: what has come to the host's memory since."""
+        assert self.peer is not None
+        assert transfer.record is not None
+        self._await_copies()
+        self.peer.grow(transfer.record)
+        self._copies[transfer.id] = None  # it has ended
+
+    def _await_copies(self) -> None:
+        """Wait for copies that have ended on rank 0 and may not have here."""
+        if self._ranks > 1 and (event := self._host.mark()) is not None:
+            self._await_event(event)
+
     def _move(self, transfer: Transfer, record: RecordMove) -> None:
         assert self.peer is not None
         move = self.peer.send if transfer.kind == "send" else self.peer.receive
         if self._ranks == 1:
             self._records[transfer.id] = move(record)
             return
-        # Copies of the same memory have ended on rank 0, and may not have here.
-        if (event := self._host.mark()) is not None:
-            self._await_event(event)
+        self._await_copies()
         self._common[transfer.id] = move(record)
 
     def finished(self) -> list[TransferEnd]:

@@ -23,7 +23,7 @@ from millrace.common.framing import FramingError
 from millrace.protocol import HostPages, RecordMove, RecordSource
 from millrace.runtime.transfer.device_memory import close_handle, open_handle
 from millrace.runtime.transfer.device_wait import comes_within
-from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
+from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, count_pages, total
 from millrace.runtime.transfer.messages import (
     FRAMING,
     Hello,
@@ -42,7 +42,8 @@ from millrace.runtime.transfer.shared_memory import mapped_read_only
 
 CONNECT_SECONDS = 5.0
 DEVICE_SECONDS = 60  # for copies on the device; they take milliseconds
-AT_ONCE = 4
+AT_ONCE = 16  # records; most of them wait for their prompts
+OFFER_SECONDS = 10.0  # a record may be asked for before it is in the host's memory
 MOST_KEPT = 4  # connections to one rank of an engine
 MOST_ENGINES = 64  # that are remembered
 STOP_SECONDS = 5.0
@@ -65,11 +66,18 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where the bytes of a record go, in order. taker: as in `Take`, with the number of them."""
+    """Where the bytes of a record go, in order. layout, pages, state_at: of them in the memory;
+    taker: as in `Take`, with the number of them."""
 
     memory: Tensor
-    pieces: list[Piece]
+    layout: RecordLayout
+    pages: list[HostPages]
+    state_at: int
     taker: tuple[int, int] = (0, 1)
+
+    def pieces(self, first: int, end: int, final: bool) -> list[Piece]:
+        """Of some pages; final: and of the state."""
+        return self.layout.pieces(self.pages, self.state_at if final else -1, first, end)
 
 
 class _Connection:
@@ -152,8 +160,8 @@ class RecordClient:
         where = f"{move.source.host}:{move.source.port}"
         try:
             size = self._take_all(move.source, move, began + move.seconds)
-            pages = sum(part.end - part.first for part in move.pages)
-            return Moved(True, bytes=size, seconds=time.monotonic() - began, pages=pages)
+            pages, seconds = count_pages(move.pages), time.monotonic() - began
+            return Moved(True, bytes=size, seconds=seconds, pages=pages)
         except RecordError as error:
             return Moved(False, f"{where}: {error}")
         except TimeoutError:
@@ -166,25 +174,27 @@ class RecordClient:
         hello = self._hello_of(source, end)
         ranks = hello.identity.ranks
         ports = hello.ports or (source.port,)
-        here = self._layout.pieces(move.pages, move.state_at)
         if ranks == self._ranks:
             one = _Rank(source.host, ports[self._rank], source.engine, self._rank)
-            return self._take_from(one, move, _Target(self._memory, here), end)
+            target = _Target(self._memory, self._layout, move.pages, move.state_at)
+            return self._take_from(one, move, target, end)
         assert self._form is not None
-        pages = sum(part.end - part.first for part in move.pages)
+        pages = count_pages(move.pages)
         layout = self._form.layout(ranks)
         each = [HostPages(0, pages, 0, pages)] if pages else []
         state_at = pages * sum(layout.page_bytes) if move.state_at >= 0 else -1
-        pieces = layout.pieces(each, state_at)
+        size = total(layout.pieces(each, state_at))
         taker = (self._rank, max(1, self._ranks // ranks))
         parts: dict[int, Tensor] = {}
         for rank in sources_of(self._rank, self._ranks, ranks):
             device = self._memory.device
-            parts[rank] = torch.empty(total(pieces), dtype=torch.uint8, device=device)
+            parts[rank] = torch.empty(size, dtype=torch.uint8, device=device)
             one = _Rank(source.host, ports[rank], source.engine, rank)
-            self._take_from(one, move, _Target(parts[rank], pieces, taker), end)
+            target = _Target(parts[rank], layout, each, state_at, taker)
+            self._take_from(one, move, target, time.monotonic() + move.seconds)
+        here = self._layout.pieces(move.pages, move.state_at)
         self._put(self._form, parts, ranks, pages, here)
-        return total(pieces) * len(parts)
+        return size * len(parts)
 
     def _put(
         self,
@@ -227,7 +237,7 @@ class RecordClient:
             try:
                 answer = self._ask(connection, move, target, end)
                 keep = isinstance(answer, Refused)
-                size = self._fill(connection, answer, target, end)
+                size = self._fill(connection, answer, target, move.seconds)
                 keep = True
                 return size
             except ConnectionError:
@@ -241,28 +251,47 @@ class RecordClient:
         self, connection: _Connection, move: RecordMove, target: _Target, end: float
     ) -> Message:
         connection.socket.settimeout(_left(end))
-        pages = sum(part.end - part.first for part in move.pages)
-        return connection.ask(Take(move.name, move.first, pages, *target.taker))
+        early = move.source is not None and not move.source.tokens
+        wait = move.seconds if early else OFFER_SECONDS
+        pages = count_pages(move.pages)
+        return connection.ask(Take(move.name, move.first, pages, wait, *target.taker))
 
-    def _fill(self, connection: _Connection, offered: Message, target: _Target, end: float) -> int:
-        """Copy what is offered into its place. Raises RecordError unless it came whole."""
-        if isinstance(offered, Refused):
-            raise RecordError(offered.why)
-        if not isinstance(offered, Offered):
-            raise RecordError("an answer that is none")
-        size = total(target.pieces)
+    def _fill(
+        self, connection: _Connection, answer: Message, target: _Target, seconds: float
+    ) -> int:
+        """Copy what is offered into its place, part by part. seconds: for each of them. Returns the
+        bytes. Raises RecordError unless the record came whole."""
+        part, done = _offered(answer), 0
+        size = self._bring(connection, part, target, done, seconds)
+        while not part.final:
+            done += part.pages
+            connection.socket.settimeout(seconds)
+            part = _offered(FRAMING.receive_from(connection.socket))
+            size += self._bring(connection, part, target, done, seconds)
+        if done + part.pages != count_pages(target.pages):
+            raise RecordError("pages of the record are missing")
+        connection.socket.sendall(FRAMING.encode(Taken(True)))
+        return size
+
+    def _bring(
+        self, connection: _Connection, offered: Offered, target: _Target, done: int, seconds: float
+    ) -> int:
+        """Copy a part into its place, behind so many pages. Returns its bytes. Raises RecordError
+        unless it came whole."""
+        end, memory = time.monotonic() + seconds, target.memory
+        pieces = target.pieces(done, done + offered.pages, offered.final)
+        size = total(pieces)
         if offered.size != size:
             raise RecordError(f"{offered.size} bytes are offered, and {size} are needed")
         if connection.memory is not None:
-            _copy(connection.memory, offered.places, target.memory, target.pieces)
+            _copy(connection.memory, offered.places, memory, pieces)
         elif self._reader is not None:
             with self._reader.reading(connection.hello, offered.places, end) as data:
-                _copy(data, [(0, size)], target.memory, target.pieces)
+                _copy(data, [(0, size)], memory, pieces)
         else:
-            _receive(connection.socket, target, end)
-        whole = checksum(target.memory, target.pieces) == offered.checksum
-        connection.socket.sendall(FRAMING.encode(Taken(whole)))
-        if not whole:
+            _receive(connection.socket, memory, pieces, end)
+        if checksum(memory, pieces) != offered.checksum:
+            connection.socket.sendall(FRAMING.encode(Taken(False)))
             raise RecordError("the record's checksum is wrong")
         return size
 
@@ -345,6 +374,15 @@ class RecordClient:
                 connection.socket.close()
 
 
+def _offered(answer: Message) -> Offered:
+    """Raises RecordError if nothing is offered."""
+    if isinstance(answer, Refused):
+        raise RecordError(answer.why)
+    if not isinstance(answer, Offered):
+        raise RecordError("an answer that is none")
+    return answer
+
+
 def _connect_locally(source: _Rank) -> socket.socket | None:
     """None: it is not on this host."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -357,9 +395,9 @@ def _connect_locally(source: _Rank) -> socket.socket | None:
     return sock
 
 
-def _receive(sock: socket.socket, target: _Target, end: float) -> None:
-    data = target.memory.numpy().data
-    for piece in target.pieces:
+def _receive(sock: socket.socket, memory: Tensor, pieces: list[Piece], end: float) -> None:
+    data = memory.numpy().data
+    for piece in pieces:
         place, at = data[piece.at : piece.at + piece.bytes], 0
         while at < piece.bytes:
             sock.settimeout(_left(end))

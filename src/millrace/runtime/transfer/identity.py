@@ -16,7 +16,7 @@ from millrace.config import EngineConfig
 from millrace.model.cache_spec import CacheSpec, RecordPart
 from millrace.version import __version__
 
-PROTOCOL = 1
+PROTOCOL = 2
 _SAMPLES, _SAMPLE = 16, 64 << 10  # of each file of weights, to tell them apart
 _MOST_SHOWN = 160  # characters of a value in a message
 

@@ -7,7 +7,7 @@ each page, and blocks of the state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -36,22 +36,37 @@ class RecordLayout:
     page_bytes: tuple[int, ...]
     state_bytes: int
 
-    def pieces(self, pages: Sequence[HostPages], state_at: int, skip: int = 0) -> list[Piece]:
-        """All of a record, in order. skip: its first pages that are left out. state_at: -1: no
-        state."""
+    def pieces(
+        self, pages: Sequence[HostPages], state_at: int, skip: int = 0, end: int | None = None
+    ) -> list[Piece]:
+        """Of a record, in order: its pages from `skip` to `end`, and its state. end: None: all
+        pages. state_at: -1: no state."""
         found, before = [], 0
+        chosen = list(_between(pages, skip, count_pages(pages) if end is None else end))
         for size in self.page_bytes:
-            left = skip
-            for part in pages:
-                first = min(part.end, part.first + left)
-                left -= first - part.first
-                if first < part.end:
-                    at = part.at + part.count * before + first * size
-                    found.append(Piece(at, (part.end - first) * size, size))
+            for part in chosen:
+                at = part.at + part.count * before + part.first * size
+                found.append(Piece(at, (part.end - part.first) * size, size))
             before += size
         if state_at >= 0 and self.state_bytes:
             found.append(Piece(state_at, self.state_bytes, STATE_UNIT))
         return found
+
+
+def count_pages(pages: Iterable[HostPages]) -> int:
+    """How many there are."""
+    return sum(part.end - part.first for part in pages)
+
+
+def _between(pages: Iterable[HostPages], skip: int, end: int) -> Iterator[HostPages]:
+    """The pages of a record from `skip` to `end`."""
+    before = 0  # pages of the record, in front of the part
+    for part in pages:
+        first = max(part.first, part.first + skip - before)
+        last = min(part.end, part.first + end - before)
+        if first < last:
+            yield HostPages(part.at, part.count, first, last)
+        before += part.end - part.first
 
 
 def total(pieces: Iterable[Piece]) -> int:

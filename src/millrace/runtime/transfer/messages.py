@@ -1,7 +1,9 @@
 """What two engines say to each other, on a connection that one opens to take records of the other.
 
 Both begin with Hello. Then each Take is answered by Offered or Refused; behind Offered come the
-record's bytes, unless the other side reads them itself. Taken ends it.
+bytes of a part of the record, unless the other side reads them itself. A record whose prompt is
+still computed comes in several parts, each with a checksum of its own; nothing of it is of use
+before the last one, which has the state. Taken ends it.
 """
 
 from __future__ import annotations
@@ -33,22 +35,27 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Take(msgspec.Struct, frozen=True, tag="take"):
-    """The record of this name, without its first `skip` pages; pages: how many that leaves. taker:
-    which of `takers` ranks asks, each of which needs a part of it."""
+    """The record of this name, without its first `skip` pages; pages: how many that leaves.
+    seconds: for which it waits until the record is offered. taker: which of `takers` ranks asks,
+    each of which needs a part of it."""
 
     name: str
     skip: int
     pages: int
+    seconds: float
     taker: int = 0
     takers: int = 1
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):
-    """The record: how many bytes, their checksum, and where they lie in the memory (at, bytes)."""
+    """The record's next pages: how many bytes, their checksum, and where they lie in the memory
+    (at, bytes). final: the rest of it, with its state; else more follows."""
 
     size: int
     checksum: bytes
     places: list[tuple[int, int]]
+    pages: int
+    final: bool
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

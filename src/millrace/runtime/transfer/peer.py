@@ -86,6 +86,10 @@ class Peer:
         """Let others take a record. The result: whether one did."""
         return self._offers.add(move)
 
+    def grow(self, move: RecordMove) -> None:
+        """Let others take more of a record that they may take a part of, or nothing after all."""
+        self._offers.grow(move)
+
     def receive(self, move: RecordMove) -> Future[Moved]:
         """Take a record of another. The result: whether it is here, whole."""
         return self._client.take(move)
@@ -97,8 +101,8 @@ class Peer:
     def close(self) -> None:
         """End every connection; nothing that was offered can be taken any more."""
         self._client.close()
-        self._server.close()
         self._offers.close()
+        self._server.close()
         if self._reader is not None:
             self._reader.close()
 

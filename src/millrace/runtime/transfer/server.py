@@ -20,8 +20,7 @@ from torch import Tensor
 
 from millrace.common.framing import FramingError
 from millrace.common.sockets import listen
-from millrace.protocol import RecordMove
-from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, total
+from millrace.runtime.transfer.layout import Piece, RecordLayout, checksum, count_pages, total
 from millrace.runtime.transfer.messages import (
     FRAMING,
     Hello,
@@ -31,7 +30,7 @@ from millrace.runtime.transfer.messages import (
     Take,
     Taken,
 )
-from millrace.runtime.transfer.offers import Moved, Offers
+from millrace.runtime.transfer.offers import Moved, Offers, Reading
 from millrace.runtime.transfer.shared_memory import read_only
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,7 @@ logger = logging.getLogger(__name__)
 MOST_CONNECTIONS = 64
 HELLO_SECONDS = 10.0
 IDLE_SECONDS = 120.0  # between two records of a connection
-OFFER_SECONDS = 10.0  # a record may be asked for before it is in the host's memory
-MOVE_SECONDS = 30.0  # of one wait while a record moves
+MOVE_SECONDS = 30.0  # of one wait while a record moves, and of one until more of it is computed
 STOP_SECONDS = 5.0
 
 
@@ -182,8 +180,8 @@ class RecordServer:
 
     def _hand_over(self, connection: socket.socket, take: Take, in_place: bool) -> None:
         try:
-            with self._offers.reading(take.name, OFFER_SECONDS) as move:
-                taken, size = self._give(connection, move, take, in_place)
+            with self._offers.reading(take.name, min(take.seconds, MOVE_SECONDS)) as reading:
+                taken, size = self._give(connection, reading, take, in_place)
         except LookupError as error:
             _send(connection, Refused(str(error.args[0])))
             return
@@ -196,22 +194,41 @@ class RecordServer:
             self._offers.end(take.name, Moved(False, "it did not arrive whole"))
 
     def _give(
-        self, connection: socket.socket, move: RecordMove, take: Take, in_place: bool
+        self, connection: socket.socket, reading: Reading, take: Take, in_place: bool
     ) -> tuple[Taken | None, int]:
-        """Send a record. Returns what the other side says of it, and its bytes."""
-        here = sum(part.end - part.first for part in move.pages)
+        """Send a record, part by part as it is computed. Returns what the other side says of it,
+        and its bytes. Raises LookupError if the rest of it is not computed."""
+        move = reading.move
+        here, done, size = count_pages(move.pages), take.skip, 0
         if here - take.skip != take.pages:
             why = f"the record has {here} pages, and {take.skip} + {take.pages} were asked for"
             _send(connection, Refused(why))
             return None, 0
-        pieces = self._layout.pieces(move.pages, move.state_at, take.skip)
-        places = [(piece.at, piece.bytes) for piece in pieces] if in_place else []
-        size = total(pieces)
-        _send(connection, Offered(size, checksum(self._memory, pieces), places))
-        if not in_place:
-            self._send_bytes(connection, pieces)
+        final = False
+        while not final:
+            ready = reading.ready(done, MOVE_SECONDS)
+            final = ready < 0
+            end = here if final else ready
+            state_at = move.state_at if final else -1
+            pieces = self._layout.pieces(move.pages, state_at, done, end)
+            self._give_part(connection, pieces, end - done, final, in_place)
+            done, size = end, size + total(pieces)
         answer = FRAMING.receive_from(connection)
         return (answer, size) if isinstance(answer, Taken) else (None, 0)
+
+    def _give_part(
+        self,
+        connection: socket.socket,
+        pieces: list[Piece],
+        pages: int,
+        final: bool,
+        in_place: bool,
+    ) -> None:
+        places = [(piece.at, piece.bytes) for piece in pieces] if in_place else []
+        size = total(pieces)
+        _send(connection, Offered(size, checksum(self._memory, pieces), places, pages, final))
+        if not in_place:
+            self._send_bytes(connection, pieces)
 
     def _send_bytes(self, connection: socket.socket, pieces: list[Piece]) -> None:
         data = self._memory.numpy().data
