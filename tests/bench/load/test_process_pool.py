@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.bench.load.arrivals import Schedule
+from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
 from millrace.bench.load.process_pool import open_pool, split_limit
 from millrace.bench.load.request_builder import indices
@@ -181,3 +182,28 @@ def test_a_killed_parent_leaves_no_load_process_behind(tmp_path: Path) -> None:
         await replica.stop()
 
     run(scenario())
+
+
+def test_the_progress_says_the_rate_that_is_measured() -> None:
+    """Answers that arrive and end together: the rate so far is near the pace of the server at
+    every moment, two tokens a chunk included, and at the end it is the run's own figure."""
+
+    async def scenario() -> tuple[Any, list[Progress]]:
+        replica = await MockReplica(gap_s=0.1, tokens_per_chunk=2).start()
+        seen: list[Progress] = []
+        spec = RandomSpec(count=12, input_len=6, output_len=16, vocab_size=500)
+        options = BenchOptions(
+            target=parse_url(replica.url), workload=spec, max_concurrency=6, processes=2
+        )
+        found = await run_bench(options, on_progress=seen.append)
+        await replica.stop()
+        return found, seen
+
+    found, seen = run(scenario())
+    rates = [one.tokens / one.seconds for one in seen if one.seconds > 0.3]
+    truth = found.fields["output_throughput"]
+    assert len(rates) >= 2
+    assert max(rates) < 1.5 * truth
+    assert min(rates) > 0.3 * truth  # before the first end, a chunk is taken for a token
+    assert seen[-1].tokens == found.fields["total_output_tokens"] == 12 * 16
+    assert rates[-1] == pytest.approx(truth, rel=0.15)

@@ -188,8 +188,8 @@ def test_the_write_ups_preset_counts_by_gpu() -> None:
 
 
 def test_the_progress_line_says_how_far_it_is() -> None:
-    line = progress_line(Progress(10, 6, 1, 4, 500, 5, 0.5), 20, 123.4)
-    assert line == "6/20 done, 4 in flight, 123 tok/s, TTFT mean 100 ms, 1 failed"
+    line = progress_line(Progress(10, 6, 1, 4, 500, 5, 0.5, seconds=4.0), 20)
+    assert line == "6/20 done, 4 in flight, 125 tok/s, TTFT mean 100 ms, 1 failed"
 
 
 def test_what_a_reader_must_know_is_remarked() -> None:

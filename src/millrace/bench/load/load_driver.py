@@ -62,6 +62,7 @@ class _Server:
         self.target = target
         self.in_flight = 0
         self._idle: list[TimedConnection] = []
+        self._busy: set[TimedConnection] = set()
 
     async def open(self, count: int) -> bool:
         """Open connections; False where one cannot be opened."""
@@ -72,16 +73,30 @@ class _Server:
         self._idle += good
         return len(good) == count
 
+    @property
+    def pieces_arriving(self) -> int:
+        """Pieces that have arrived of the answers that are not whole."""
+        return sum(connection.pieces for connection in self._busy)
+
+    async def connect(self) -> TimedConnection:
+        """A new connection, for a request. Raises OSError."""
+        return self._taken(await connect(self.target))
+
+    def _taken(self, connection: TimedConnection) -> TimedConnection:
+        self._busy.add(connection)  # until it is released
+        return connection
+
     def take_idle(self) -> TimedConnection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.open:
-                return connection
+                return self._taken(connection)
         return None
 
     def release(self, connection: TimedConnection | None) -> None:
         if connection is None:
             return
+        self._busy.discard(connection)
         if connection.busy:
             connection.close()
         elif connection.open:
@@ -134,6 +149,12 @@ class Load:
     def in_flight(self) -> int:
         """Requests (or conversations) that are not answered yet."""
         return len(self._requests)
+
+    @property
+    def pieces_in_flight(self) -> int:
+        """Pieces of answers that have arrived, of answers that are not parsed yet."""
+        arriving = sum(server.pieces_arriving for server in self._servers)
+        return arriving + sum(len(sent.raw.pieces) for sent in self._unparsed)
 
     def begin_at(self, begin_ns: int) -> None:
         """Count time from that moment, and not from the call of `run`."""
@@ -241,14 +262,15 @@ class Load:
         reused = connection = server.take_idle()
         try:
             if connection is None:
-                connection = await connect(server.target)
+                connection = await server.connect()
             # Setting up a connection belongs to the client's own queueing, not to the server.
             start_ns = perf_counter_ns()
             async with asyncio.timeout(self._timeout):
                 raw = await connection.send(job.request)
                 if reused and raw.error and not raw.begun:
                     # The server closed an idle connection as we wrote to it: HTTP's own race.
-                    connection = await connect(server.target)
+                    server.release(connection)
+                    connection = await server.connect()
                     raw = await connection.send(job.request)
         except OSError as error:
             raw = self._failed_response(server.target, error)

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from time import perf_counter_ns
 
@@ -123,17 +123,33 @@ class _ProgressCounter:
     """Counts for the progress line, updated with every record."""
 
     def __init__(self) -> None:
-        self.done = self.failed = self.tokens = self.timed = 0
+        self.done = self.failed = self.timed = self._tokens = self._chunks = 0
         self.ttft_sum = 0.0
 
     def take(self, record: RequestTiming) -> None:
         self.done += 1
-        self.tokens += record.output_tokens
+        self._tokens += record.output_tokens
+        self._chunks += len(record.chunk_ns)
         if record.error is not None:
             self.failed += 1
         elif record.chunk_ns:
             self.timed += 1
             self.ttft_sum += record.ttft
+
+    def progress(self, load: Load, begin_ns: int) -> Progress:
+        """What a load has done since its beginning. Answers are parsed only after their ends, so
+        one that still arrives counts by its pieces, at the tokens a chunk of those that ended."""
+        per_chunk = self._tokens / self._chunks if self._chunks else 1.0
+        return Progress(
+            started=load.started,
+            done=self.done,
+            failed=self.failed,
+            in_flight=load.in_flight,
+            tokens=self._tokens + per_chunk * load.pieces_in_flight,
+            timed=self.timed,
+            ttft_sum=self.ttft_sum,
+            seconds=max(0.0, (perf_counter_ns() - begin_ns) / 1e9),
+        )
 
 
 def _load(assignment: Assignment, share: WorkloadShare, counter: _ProgressCounter) -> Load:
@@ -168,7 +184,7 @@ async def _serve(out: int) -> None:
     await asyncio.sleep(max(0.0, (begin_ns - perf_counter_ns()) / 1e9))
     control.drop_beacons()  # those from before the run do not count
     cpu, wall = time.process_time(), time.perf_counter()
-    await _until_done(load, control.stop, out, counter)
+    await _until_done(load, control.stop, out, lambda: counter.progress(load, begin_ns))
     _send(
         out,
         Report(
@@ -183,7 +199,9 @@ async def _serve(out: int) -> None:
     )
 
 
-async def _until_done(load: Load, stop: asyncio.Event, out: int, counter: _ProgressCounter) -> None:
+async def _until_done(
+    load: Load, stop: asyncio.Event, out: int, progress: Callable[[], Progress]
+) -> None:
     """Run the load to its end, or until Stop; the progress is reported meanwhile."""
     running = asyncio.create_task(load.run())
     stopping = asyncio.create_task(stop.wait())
@@ -195,8 +213,7 @@ async def _until_done(load: Load, stop: asyncio.Event, out: int, counter: _Progr
         )
         if stop.is_set():
             load.stop()
-        counted = (counter.done, counter.failed, load.in_flight, counter.tokens, counter.timed)
-        _send(out, Progress(load.started, *counted, counter.ttft_sum))
+        _send(out, progress())
     stopping.cancel()
     running.result()
 

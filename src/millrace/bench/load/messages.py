@@ -55,15 +55,20 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """So far: requests started, ended, failed and in flight, output tokens, and the sum of TTFT
-    in seconds over `timed` requests."""
+    in seconds over `timed` requests.
+
+    tokens: those of ended requests, as counted, and of requests in flight, as estimated from the
+    pieces of their answers that have arrived. seconds: since the run's beginning.
+    """
 
     started: int = 0
     done: int = 0
     failed: int = 0
     in_flight: int = 0
-    tokens: int = 0
+    tokens: float = 0.0
     timed: int = 0
     ttft_sum: float = 0.0
+    seconds: float = 0.0
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):

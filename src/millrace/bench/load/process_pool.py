@@ -198,7 +198,9 @@ class Pool:
     def progress(self) -> Progress:
         """The progress of all processes together."""
         parts = [msgspec.structs.astuple(p.progress) for p in self._processes]
-        return Progress(*(sum(column) for column in zip(*parts, strict=True)))
+        together = Progress(*(sum(column) for column in zip(*parts, strict=True)))
+        seconds = max(p.progress.seconds for p in self._processes)
+        return msgspec.structs.replace(together, seconds=seconds)
 
 
 def _outcome(reports: Sequence[Report], interrupted: bool) -> Outcome:

@@ -128,6 +128,11 @@ class TimedConnection(asyncio.Protocol):
         """Whether a response is still awaited."""
         return self._waiter is not None
 
+    @property
+    def pieces(self) -> int:
+        """Pieces of the awaited answer that have arrived."""
+        return len(self._pieces)
+
     def send(self, request: bytes) -> asyncio.Future[RawResponse]:
         """Write one encoded request; the future resolves to the answer and never raises."""
         assert self._waiter is None, "one request at a time"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import click
@@ -29,7 +28,6 @@ class LiveProgress:
         )
         self._duration = duration
         self._total: int | None = None
-        self._last = (0.0, 0)
 
     def start(self, workload: Workload, seen: Lengths) -> None:
         """Print the workload."""
@@ -42,30 +40,24 @@ class LiveProgress:
         if self._bar.disable:
             return
         if not self._bar.live.is_started:
-            self._began = time.monotonic()
-            self._last = (self._began, progress.tokens)
             self._bar.start()
-        now = time.monotonic()
-        completed = now - self._began if self._duration is not None else progress.done
+        completed = progress.seconds if self._duration is not None else progress.done
         self._bar.update(
             self._task,
             completed=completed,
-            description=progress_line(progress, self._total, self._rate(now, progress.tokens)),
+            description=progress_line(progress, self._total),
             refresh=True,
         )
-
-    def _rate(self, now: float, tokens: int) -> float:
-        """Output tokens a second of requests that ended since the last call."""
-        (before, had), self._last = self._last, (now, tokens)
-        return (tokens - had) / (now - before) if now > before else 0.0
 
     def stop(self) -> None:
         if not self._bar.disable and self._bar.live.is_started:
             self._bar.stop()
 
 
-def progress_line(progress: messages.Progress, total: int | None, rate: float) -> str:
-    """The text of the progress line."""
+def progress_line(progress: messages.Progress, total: int | None) -> str:
+    """The text of the progress line. Its tok/s is the mean since the run's beginning: tokens of
+    requests that end together, over the time since the line before, would be no rate at all."""
+    rate = progress.tokens / progress.seconds if progress.seconds > 0 else 0.0
     done = f"{progress.done}/{total}" if total else str(progress.done)
     parts = [f"{done} done", f"{progress.in_flight} in flight", f"{rate:,.0f} tok/s"]
     if progress.timed:
