@@ -68,14 +68,16 @@ def compare(a: str, b: str, **values: Any) -> None:
     compare_results(a, b, read_flags(CompareFlags, values))
 
 
-@bench.command()
+@bench.command(cls=SeveralValues)
 @click.argument("directory")
+@click.argument("other", required=False)
 @flags_of(ReportFlags)
-def report(directory: str, **values: Any) -> None:
-    """Make one self-contained HTML file of the results in DIRECTORY."""
+def report(directory: str, other: str | None, **values: Any) -> None:
+    """Make one self-contained HTML file of the results in DIRECTORY; with OTHER, of both: what was
+    measured before and after a change."""
     from millrace.bench.runs.results_commands import write_report
 
-    write_report(directory, read_flags(ReportFlags, values))
+    write_report([directory, *([other] if other else [])], read_flags(ReportFlags, values))
 
 
 @bench.command()

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from millrace.bench.report.chart import Point, Series, chart, cumulative
-from millrace.bench.report.html_report import Chart, Page, Section, environment
+from millrace.bench.report.page import Chart, Page, Section, environment
 from millrace.simulate.common.outcome import (
     Figures,
     Latency,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from millrace.bench.report.chart import Series, chart, frontier
-from millrace.bench.report.html_report import Chart, Page, Section, environment
+from millrace.bench.report.page import Chart, Page, Section, environment
 from millrace.tune.results import Results, TrialRow
 from millrace.tune.text_report import UNITS, draft_cells
 from millrace.tune.trials.failures import TITLES

@@ -23,7 +23,8 @@ def flags_of(kind: type[msgspec.Struct]) -> Callable[[_Command], _Command]:
 
 
 class SeveralValues(click.Command):
-    """A command without arguments, some of whose flags take several values: `--goodput a b`."""
+    """A command some of whose flags take several values: `--goodput a b`. Its arguments, if it has
+    any, stand before those flags."""
 
     SEVERAL = ("--goodput", "--metadata", "--header", "--metrics-url", "--over")
 

@@ -107,5 +107,5 @@ HELP: Mapping[str, str] = {
     "seconds": "Seconds for each level.",
     "chat": "Use chat completions instead of completions.",
     "json": "Also write the result to this JSON file.",
-    "output": "The HTML file (default: report.html in the directory).",
+    "output": "The HTML file (default: report.html in the last directory).",
 }

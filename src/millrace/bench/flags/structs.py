@@ -190,3 +190,4 @@ class ReportFlags(msgspec.Struct, frozen=True, kw_only=True):
     """An HTML report."""
 
     output: str | None = None
+    goodput: list[str] = []

@@ -16,12 +16,14 @@ Point = tuple[float, float]
 
 class Series(msgspec.Struct, frozen=True):
     """Points under a name. dots: draw the points and not the line between them; labels: one for
-    each point, shown beside it."""
+    each point, shown beside it; hollow: as rings; colour: its number, None for the next one."""
 
     name: str
     points: list[Point]
     dots: bool = False
     labels: list[str] = []
+    hollow: bool = False
+    colour: int | None = None
 
 
 class Frame(msgspec.Struct, frozen=True):
@@ -59,6 +61,7 @@ class DrawnSeries(msgspec.Struct, frozen=True):
     points: list[Point]
     dots: bool
     labels: list[Label]
+    hollow: bool = False
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,13 +155,14 @@ def chart(
     if not every:
         return None
     x_axis, y_axis = _axes(every, log_x, from_zero)
+    taken: list[Label] = []
     return Picture(
         label=title or y,
         x_name=x,
         y_name=y,
         x_ticks=[Tick(x_axis.at(value), number(value)) for value in x_axis.ticks()],
         y_ticks=[Tick(y_axis.at(value), number(value)) for value in y_axis.ticks()],
-        series=[_drawn(one, index, x_axis, y_axis) for index, one in enumerate(shown)],
+        series=[_drawn(one, index, x_axis, y_axis, taken) for index, one in enumerate(shown)],
     )
 
 
@@ -182,13 +186,45 @@ def _axes(every: Sequence[Point], log_x: bool, from_zero: bool) -> tuple[Axis, A
     )
 
 
-def _drawn(series: Series, index: int, x_axis: Axis, y_axis: Axis) -> DrawnSeries:
+def _drawn(
+    series: Series, index: int, x_axis: Axis, y_axis: Axis, taken: list[Label]
+) -> DrawnSeries:
+    """A series in pixels. taken: the labels of the picture so far; its own are added."""
     points = [(x_axis.at(x), y_axis.at(y)) for x, y in series.points]
     labels = []
-    for (x, y), text in zip(points, series.labels, strict=False):
-        at_end = x >= FRAME.width - 70  # no room to the right of the point
-        labels.append(Label(x - 7 if at_end else x + 7, y - 6, text, at_end))
-    return DrawnSeries(series.name, index % COLOURS, points, series.dots, labels)
+    for point, text in zip(points, series.labels, strict=False):
+        labels.append(_label(point, text, taken))
+        taken.append(labels[-1])
+    colour = (index if series.colour is None else series.colour) % COLOURS
+    return DrawnSeries(series.name, colour, points, series.dots, labels, series.hollow)
+
+
+_LETTER, _LINE = 8.0, 14.0  # pixels that a letter and a line of a label take at most
+
+
+def _label(point: Point, text: str, taken: Sequence[Label]) -> Label:
+    """A text beside a point, where it lies in the picture and, if there is such a place, on none
+    of the others."""
+    x, y = point
+    places = [
+        Label(x - 7 if at_end else x + 7, y + down, text, at_end)
+        for down in (-6, 14, 4, -20, 28)
+        for at_end in (False, True)
+    ]
+    inside = [one for one in places if _extent(one)[0] >= 0 and _extent(one)[1] <= FRAME.width]
+    free = [one for one in inside if not any(_overlap(one, other) for other in taken)]
+    return next(iter([*free, *inside, *places]))
+
+
+def _overlap(one: Label, other: Label) -> bool:
+    (left, right), (begin, end) = _extent(one), _extent(other)
+    return left < end and begin < right and abs(one.y - other.y) < _LINE
+
+
+def _extent(label: Label) -> tuple[float, float]:
+    """Where a label begins and ends."""
+    width = _LETTER * len(label.text)
+    return (label.x - width, label.x) if label.at_end else (label.x, label.x + width)
 
 
 def cumulative(values: Sequence[float], most: int = 200) -> list[Point]:

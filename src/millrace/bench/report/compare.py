@@ -60,8 +60,12 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
             return "one run: no interval"
         if not self.differs:
             return "no difference shown"
-        better = (self.ratio > 1) == self.higher_is_better
-        return f"B {'better' if better else 'worse'} by {abs(self.ratio - 1):.1%}"
+        return f"B {self.direction} by {abs(self.ratio - 1):.1%}"
+
+    @property
+    def direction(self) -> str:
+        """Whether B's figure is the better or the worse one."""
+        return "better" if (self.ratio > 1) == self.higher_is_better else "worse"
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -88,12 +92,47 @@ class Comparison(msgspec.Struct, frozen=True):
         )
 
 
+ENOUGH = 3  # runs of each; the interval of two is so wide that it shows factors alone
+
+
+def too_few(comparisons: Sequence[Comparison]) -> str | None:
+    """What to say first where there are too few runs to tell a difference from noise."""
+    least = min(count for one in comparisons for count in one.runs)
+    if least >= ENOUGH:
+        return None
+    runs = "one run is" if least == 1 else "two runs are"
+    why = "there is no interval" if least == 1 else "intervals are too wide to show what differs"
+    return f"{runs} too few: {why}; measure again with --num-runs 5"
+
+
+def differing_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """What differs, a line for each load, the lightest first."""
+    lines = []
+    for one in comparisons:
+        differing = [ratio for ratio in one.ratios if ratio.differs]
+        found = [f"{r.figure} {r.ratio - 1:+.1%} ({r.direction})" for r in differing]
+        words = ", ".join(found) or f"no difference shown in {len(one.ratios)} figures"
+        lines.append(f"{one.load}: {words}")
+    return lines
+
+
+def unmatched(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> list[str]:
+    """A line for each load that only one of the sets has."""
+    of_a, of_b = grouped(a, among=b), grouped(b, among=a)
+    return [
+        f"{load_label(runs[0].fields)}: in {name} alone"
+        for name, own, other in (("A", of_a, of_b), ("B", of_b, of_a))
+        for key, runs in own.items()
+        if key not in other
+    ]
+
+
 def compare(a: Sequence[ResultFile], b: Sequence[ResultFile]) -> list[Comparison]:
-    """Every load that was measured on both.
+    """Every load that was measured on both, the lightest first.
 
     Raises UserError when there is none, naming what differs.
     """
-    of_a, of_b = grouped(a), grouped(b)
+    of_a, of_b = grouped(a, among=b), grouped(b, among=a)
     common = [key for key in of_a if key in of_b]
     if not common:
         raise UserError(f"A and B have no load in common{_what_differs(of_a, of_b)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from millrace.bench.report.chart import Point, binned
@@ -58,11 +58,13 @@ def in_flight(table: Columns, most: int = 400) -> list[Point]:
     """Requests in flight over time, at about so many points at most."""
     begin = min(table["start_ns"], default=0)
     edges = sorted([(t, 1) for t in table["start_ns"]] + [(t, -1) for t in table["end_ns"]])
-    level, points = 0, []
-    for at, change in edges:
-        level += change
-        points.append(((at - begin) / 1e9, float(level)))
-    return points[:: max(1, len(points) // most)]
+    levels = accumulate(change for _, change in edges)
+    changes = [((at - begin) / 1e9, float(n)) for (at, _), n in zip(edges, levels, strict=True)]
+    kept = changes[:: max(1, len(changes) // most)]
+    points: list[Point] = kept[:1]
+    for (_, before), (at, after) in pairwise(kept):  # a step, not a slope
+        points += [(at, before), (at, after)]
+    return points
 
 
 def latencies_ms(table: Columns) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,12 @@ LOAD_FIELDS = (
     "random_range_convention",
     "random_context_len",
     "multi_turn_turns",
+    "workload",
     "mean_input_len",
     "mean_output_len",
 )
-_VARIES_WITH_TIME = (
-    "num_prompts",
-    "mean_input_len",
-    "mean_output_len",
-)  # where a duration is the limit
+_LENGTHS = ("mean_input_len", "mean_output_len")
+_VARIES_WITH_TIME = ("num_prompts", *_LENGTHS)  # where a duration is the limit
 
 
 class ResultFile(msgspec.Struct, frozen=True):
@@ -98,14 +97,27 @@ def _is_result(fields: Any) -> bool:
     return "total_token_throughput" in fields or ("table" in fields and "rows" in fields)
 
 
-def load_key(fields: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The load of a run, as a key; equal keys are the same load."""
-    timed = fields.get("duration_limit") is not None
-    return tuple(
-        None if timed and name in _VARIES_WITH_TIME else fields.get(name)
-        for name in LOAD_FIELDS
-        if name != "model_id"  # two servers may name one model differently
-    )
+def load_key(fields: Mapping[str, Any], by_lengths: bool = False) -> tuple[Any, ...]:
+    """The load of a run, as a key; equal keys are the same load.
+
+    Repeats draw prompts of their own, so their mean lengths differ where lengths are drawn: the
+    workload as it was asked for tells loads apart. by_lengths: use the mean lengths instead, for
+    files that do not say what was asked for.
+    """
+    left_out = {"model_id"}  # two servers may name one model differently
+    left_out |= {"workload"} if by_lengths else set(_LENGTHS)
+    if fields.get("duration_limit") is not None:
+        left_out |= set(_VARIES_WITH_TIME)
+    return tuple(None if name in left_out else fields.get(name) for name in LOAD_FIELDS)
+
+
+def load_order(fields: Mapping[str, Any]) -> tuple[float, ...]:
+    """From the lightest load to the heaviest: limits on users, then rates, then no limit."""
+    users = float(fields.get("max_concurrency") or 0)
+    rate = fields.get("request_rate")
+    endless = 0.0 if users else math.inf
+    asked = endless if rate is None or rate == "inf" else float(rate)
+    return (asked, users, *mean_lengths(fields))
 
 
 def mean_lengths(fields: Mapping[str, Any]) -> tuple[float, float]:
@@ -162,7 +174,8 @@ def load_label(fields: Mapping[str, Any]) -> str:
     """The load of a run, in a few words."""
     parts = []
     if fields.get("max_concurrency"):
-        parts.append(f"{fields['max_concurrency']} users")
+        users = fields["max_concurrency"]
+        parts.append(f"{users} user{'s' if users > 1 else ''}")
     if fields.get("request_rate") not in (None, "inf"):
         parts.append(f"{fields['request_rate']:g} req/s")
     if fields.get("ramp_up_strategy"):
@@ -173,10 +186,16 @@ def load_label(fields: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def grouped(results: Sequence[ResultFile]) -> dict[tuple[Any, ...], list[ResultFile]]:
-    """Runs grouped by load, in the order in which each load first occurs."""
+def grouped(
+    results: Sequence[ResultFile], among: Sequence[ResultFile] = ()
+) -> dict[tuple[Any, ...], list[ResultFile]]:
+    """Runs grouped by load, the lightest load first; repeats in the order of their dates.
+
+    among: all runs whose loads are compared, where they are more than these.
+    """
+    runs = [result for result in results if result.is_run]
+    by_lengths = any("workload" not in run.fields for run in [*runs, *among])
     groups: dict[tuple[Any, ...], list[ResultFile]] = {}
-    for result in results:
-        if result.is_run:
-            groups.setdefault(load_key(result.fields), []).append(result)
-    return groups
+    for run in sorted(runs, key=lambda run: str(run.fields.get("date", ""))):
+        groups.setdefault(load_key(run.fields, by_lengths), []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: load_order(item[1][0].fields)))

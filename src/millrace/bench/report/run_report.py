@@ -25,7 +25,13 @@ from millrace.bench.measure.reuse import reuse_fields
 from millrace.bench.measure.telemetry import Observation
 from millrace.bench.report.results import hit_rate
 from millrace.bench.report.tables import aligned
-from millrace.bench.workload.prompts import AgentSpec, Lengths, RandomSpec, TraceSpec
+from millrace.bench.workload.prompts import (
+    AgentSpec,
+    Lengths,
+    RandomSpec,
+    TraceSpec,
+    workload_digest,
+)
 
 _TITLES = {
     "ttft": ("TTFT", "Time to First Token"),
@@ -101,6 +107,8 @@ def _load_fields(options: BenchOptions) -> dict[str, Any]:
         "max_concurrency": options.max_concurrency,
         "processes": options.processes,
         "seed": workload.seed,
+        "workload": workload_digest(workload),
+        "objectives": options.objectives,
         "coordinated_omission": _omission(options),
     }
     if options.duration is not None:

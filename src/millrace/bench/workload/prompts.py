@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -305,6 +306,23 @@ def _policy_maker(spec: PolicySpec, as_text: bool) -> Callable[[int], Prompt]:
         return Prompt(messages if as_text else text, len(text.split()), spec.output_len)
 
     return make
+
+
+_OF_ONE_RUN = ("count", "seed", "vocab_size", "source")  # not of the kind of load
+
+
+def workload_digest(spec: Workload) -> str:
+    """What was asked for, as a short text: equal for repeats, which have seeds of their own.
+
+    Settings at their defaults are not part of it, so a new setting changes no older digest.
+    """
+    settings = {
+        field.name: value
+        for field in msgspec.structs.fields(spec)
+        if field.name not in _OF_ONE_RUN and (value := getattr(spec, field.name)) != field.default
+    }
+    said = msgspec.json.encode([spec.__struct_config__.tag, settings], order="sorted")
+    return blake2b(said, digest_size=8).hexdigest()
 
 
 # --- checks and descriptions -------------------------------------------------------------------

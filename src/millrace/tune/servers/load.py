@@ -122,7 +122,7 @@ class _Watch:
         self._limit = limit
         self._over = over
         self._clock = clock
-        self._last = (-1, clock())
+        self._last = (-1.0, clock())
         self.hung = False
 
     def seen(self, progress: Progress) -> None:
