@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from millrace.bench.report.chart import Series, chart
-from millrace.bench.report.html_report import Chart, Page, Section, Source, environment
+from millrace.bench.report.page import Chart, Page, Section, Source, environment
 from millrace.report.steps.document import Report, StepRecord
 
 _TITLES = {

@@ -103,8 +103,10 @@ def test_a_sweep_that_is_ended_early_prints_the_points_that_were_measured(tmp_pa
 
     status, output, _ = run(scenario())
     assert status == 143
-    rows = [line for line in output.splitlines() if line.startswith("|")]
+    table, _, rest = output.partition("\n\n")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 4
+    assert "failed" in rest  # the other columns
 
 
 def test_an_evaluation_is_ended_and_the_run_before_it_is_kept(tmp_path: Path) -> None:
