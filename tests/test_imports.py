@@ -119,6 +119,7 @@ OWNERS = {
     "tokenizers": {"text", "model", "bench"},
     "starlette": {"server"},
     "uvicorn": {"server"},
+    "ray": {"offline"},
 }
 MAX_MODULES = 16
 

@@ -1,9 +1,9 @@
 """Sends a batch's requests to its endpoints until each has a result.
 
-A request is taken from the journal, sent, and sent again where that can help. Its place in the
-number of open requests is free only once its result is committed, so a kill has at most that many
-requests sent twice. Nothing grows with the number of requests. How results are kept, and what
-endpoints are, is for other modules.
+A request is taken from the journal, or another ledger, sent, and sent again where that can help.
+Its place in the number of open requests is free only once its result is committed, so a kill has at
+most that many requests sent twice. Nothing grows with the number of requests. How results are kept,
+and what endpoints are, is for other modules.
 """
 
 from __future__ import annotations
@@ -16,15 +16,37 @@ from time import monotonic
 from typing import Protocol
 
 from millrace.batch.endpoint import Answer, Endpoint, Verdict
-from millrace.batch.input_file import InputFile
-from millrace.batch.journal import Journal, Pending, Result, StopError
-from millrace.batch.lines import error_line, read_usage, response_line
+from millrace.batch.input_file import Place
+from millrace.batch.journal import Counts, Pending, Result, StopError
+from millrace.batch.lines import RequestLine, error_line, read_usage, response_line
 from millrace.batch.options import DispatchOptions
 from millrace.batch.window import Window
 from millrace.common.backoff import BackoffPolicy
 
 _RETRIES = BackoffPolicy(first=0.5, longest=30.0)
 _RECORDED_AT_ONCE = 512  # results of one transaction
+
+
+class Ledger(Protocol):
+    """Which requests have no result yet, and what keeps results. counts: how far the batch is."""
+
+    counts: Counts
+
+    def pending(self) -> Iterator[Pending]:
+        """Requests without a result, once each."""
+
+    def record(self, results: Sequence[Result], seconds: float) -> None:
+        """Keep results for good. seconds: since the last time. Called in another thread."""
+
+    def finish(self) -> None:
+        """No more results come."""
+
+
+class Source(Protocol):
+    """What requests are."""
+
+    def request(self, place: Place) -> RequestLine:
+        """The request of a place."""
 
 
 class Observer(Protocol):
@@ -54,8 +76,8 @@ class Dispatcher:
 
     def __init__(
         self,
-        journal: Journal,
-        source: InputFile,
+        journal: Ledger,
+        source: Source,
         endpoints: Sequence[Endpoint],
         options: DispatchOptions,
         observer: Observer,
