@@ -86,12 +86,15 @@ def test_the_flags_of_the_operations_page_exist() -> None:
     assert {flag.replace("-", "_") for flag in flags} <= known
 
 
-def test_the_examples_of_extensions_are_in_the_tree() -> None:
-    """Every Python example of docs/extending.md is a part of a file, but for its indentation."""
-    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["extending", "batch"])
+def test_parts_of_programs_are_in_the_tree(name: str) -> None:
+    """Every Python example of these pages is a part of a file, but for its indentation."""
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert examples
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
+    files = [
+        path for place in ("examples", "src", "tests") for path in (ROOT / place).rglob("*.py")
+    ]
     texts = [stripped(path.read_text(encoding="utf-8")) for path in files]
     missing = [text for text in examples if not any(stripped(text) in file for file in texts)]
     assert missing == []

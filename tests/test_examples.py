@@ -27,8 +27,8 @@ from tests.support.live_server import LiveServer, started, wait_for
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # Parts of programs. tests/model/test_documented_use.py runs those of the first, with its tensors;
-# those of the second stand in files of the tree, as tests/test_docs.py checks.
-SKETCHES = {"docs/model.md", "docs/extending.md"}
+# those of the others stand in files of the tree, as tests/test_docs.py checks.
+SKETCHES = {"docs/model.md", "docs/extending.md", "docs/batch.md"}
 
 
 class Block(NamedTuple):

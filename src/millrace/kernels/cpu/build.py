@@ -34,7 +34,7 @@ COMPILE_LIMIT = 120.0
 
 
 def is_enabled() -> bool:
-    """Whether native code may run pointer all: MILLRACE_NATIVE=0 turns it off."""
+    """Whether native code may run at all: MILLRACE_NATIVE=0 turns it off."""
     return os.environ.get("MILLRACE_NATIVE", "1") != "0"
 
 
