@@ -34,9 +34,13 @@ lint: $(VENV)/.installed
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# The GPU kernels run in Triton's interpreter first; in the second run they are skipped.
-test: $(VENV)/.installed lint  ## lint, types and every test that needs no GPU
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf tests/kernels/gpu tests/runtime/kernel_tuning
+# The GPU kernels run in Triton's interpreter, on one core beside the lint on the other; in the second
+# run they are skipped.
+test: $(VENV)/.installed  ## lint, types and every test that needs no GPU
+	@mkdir -p build; TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" -rf \
+		tests/kernels/gpu tests/runtime/kernel_tuning >build/interpreted.log 2>&1 & kernels=$$!; \
+	trap "kill $$kernels" INT TERM; $(MAKE) -s lint; linted=$$?; \
+	wait $$kernels; tested=$$?; cat build/interpreted.log; [ $$linted = 0 ] && [ $$tested = 0 ]
 	@$(BIN)/python -m pytest -m "not gpu and not sweep" $(ARGS)
 
 sweep: $(VENV)/.installed  ## the tests that take minutes, or that compare with a quiet machine
