@@ -16,7 +16,7 @@ import numpy as np
 from millrace.bench.load.arrivals import due_times
 from millrace.gateway.routing.replicas import Member
 from millrace.simulate.aggregated.engines import Engines, Steps
-from millrace.simulate.aggregated.policies import Loads, make_pick
+from millrace.simulate.aggregated.policies import Loads, make_pick, places
 from millrace.simulate.aggregated.requests import EndedRequests, RequestTable, lengths_of
 from millrace.simulate.common.lifecycle import NOTICED, Hooks, Lives
 from millrace.simulate.common.options import PUBLISH_SECONDS, Scenario
@@ -45,6 +45,7 @@ class AggregatedFleet:
         self._table = RequestTable(min(1 << 20, max(1024, (load.max_concurrency or 0) + 8)))
         longest = min(kind.limits.max_model_len, _LONGEST_OUTPUT)
         self._engines = Engines(kind, rows, self._table, longest, scenario.seed)
+        self._is_open = load.schedule.open_loop
         self._window = max(1e-4, 0.999 * self._engines.shortest_step())
         self._clock = VirtualClock()
         self._lives = Lives(self._clock, life, self._hooks())
@@ -54,6 +55,7 @@ class AggregatedFleet:
             scenario.gateway.policy, scenario.gateway.seed, self._targets.__getitem__
         )
         self._up = np.zeros(0, dtype=np.int64)
+        self._places: dict[int, int] = {}  # of the rows in _up
         self._ramps: dict[int, float] = {}
         self._alive = np.zeros(rows, dtype=bool)
         self._load = np.zeros(rows)
@@ -100,10 +102,6 @@ class AggregatedFleet:
         return self._outcome(self.records.last_end, perf_counter() - began)
 
     # --- time ------------------------------------------------------------------------------------
-
-    @property
-    def _is_open(self) -> bool:
-        return self._scenario.load.schedule.open_loop
 
     @property
     def _done(self) -> bool:
@@ -204,7 +202,8 @@ class AggregatedFleet:
         """The loads of replicas that are up."""
         up = self._up
         weights = self._weights(up) if self._ramps else None
-        return Loads(up, np.maximum(self._load[up] + self._correction[up], 0), weights)
+        load = np.maximum(self._load[up] + self._correction[up], 0)
+        return Loads(up, load, weights, self._places)
 
     def _leave(self, moment: float, request: int, loads: Loads | None) -> None:
         """A request has ended: its replica has room, and its client may send the next one."""
@@ -215,9 +214,7 @@ class AggregatedFleet:
             self._in_flight[replica] -= 1
             self._flying -= 1
             if loads is not None:
-                at = np.searchsorted(loads.rows, replica)
-                if at < len(loads.rows) and loads.rows[at] == replica:
-                    loads.load[at] -= size
+                loads.add(replica, -size)
         failed = bool(table.failed[request])
         if not failed:
             chunks = int(table.steps[request]) + 1
@@ -272,7 +269,7 @@ class AggregatedFleet:
         asked = options.max_tokens or int(table.output[request])
         size = prompt + max(made, min(int(self._mean_output), max(asked, 1)))
         table.replica[request], table.size[request] = replica, size
-        loads.load[np.searchsorted(loads.rows, replica)] += size
+        loads.add(replica, size)
         self._load[replica] += size
         self._in_flight[replica] += 1
         self._flying += 1
@@ -410,6 +407,7 @@ class AggregatedFleet:
             if one.slow_start_from is not None and now - one.slow_start_from < slow:
                 self._ramps[one.slot] = one.slow_start_from
         self._up = np.array([one.slot for one in up], dtype=np.int64)
+        self._places = places(self._up)
 
     def _end_replica(self, id: int, silent: bool) -> None:
         row = self._row_of.get(id, -1)

@@ -16,12 +16,31 @@ from millrace.target import Target
 
 
 class Loads:
-    """Replicas that take requests. rows: ascending; load: tokens; weight: None: all are equal."""
+    """Replicas that take requests. rows: ascending; load: tokens; weight: None: all are equal.
+    place: row -> its place among the rows, if the caller has it already."""
 
-    __slots__ = ("load", "rows", "weight")
+    __slots__ = ("_place", "load", "rows", "weight")
 
-    def __init__(self, rows: np.ndarray, load: np.ndarray, weight: np.ndarray | None) -> None:
-        self.rows, self.load, self.weight = rows, load, weight
+    def __init__(
+        self,
+        rows: np.ndarray,
+        load: np.ndarray,
+        weight: np.ndarray | None,
+        place: dict[int, int] | None = None,
+    ) -> None:
+        self.rows, self.load, self.weight, self._place = rows, load, weight, place
+
+    @property
+    def place(self) -> dict[int, int]:
+        if self._place is None:
+            self._place = places(self.rows)
+        return self._place
+
+    def add(self, row: int, tokens: int) -> None:
+        """Count tokens at a replica, if it is one of these."""
+        at = self.place.get(row)
+        if at is not None:
+            self.load[at] += tokens
 
     def where(self, chosen: np.ndarray) -> Loads:
         """Some of them."""
@@ -36,6 +55,11 @@ class Loads:
         return found
 
 
+def places(rows: np.ndarray) -> dict[int, int]:
+    """row -> its place."""
+    return {row: at for at, row in enumerate(rows.tolist())}
+
+
 Pick = Callable[[Loads, int, int], int]  # loads, tokens of the prompt, number of the request
 
 
@@ -47,9 +71,14 @@ class LeastLoaded:
 
     def pick(self, loads: Loads, prompt: int, number: int) -> int:
         after = loads.after(prompt)
-        equals = loads.rows[after == after.min()]
-        later = equals[equals > self._last]
-        self._last = int(later[0] if len(later) else equals[0])
+        last = loads.place.get(self._last)
+        behind = np.searchsorted(loads.rows, self._last, "right") if last is None else last + 1
+        start = int(behind) % len(after)  # of equals, the next one behind the last choice
+        at = start + int(after[start:].argmin())
+        if start:
+            head = int(after[:start].argmin())
+            at = head if after[head] < after[at] else at
+        self._last = int(loads.rows[at])
         return self._last
 
 
