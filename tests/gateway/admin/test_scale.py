@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.common.http_client import Target
@@ -101,7 +101,38 @@ def test_slow_answers_ask_for_one_more() -> None:
     assert bench.after(1) == 3
     assert bench.advisor.document()["first_byte_p95"] == 5.0
     assert bench.advisor.document()["reason"] == "answers begin later than --scale-first-byte"
-    assert bench.after(45) == 1  # nothing slow was seen lately
+    assert bench.after(45) == 2  # nothing slow was seen lately; one would have all of them
+    assert bench.advisor.document()["reason"].startswith("answers of fewer replicas began later")
+    assert bench.after(60) == 1
+    assert bench.after(1, interactive=-5) == 1
+    assert bench.after(300) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 10))
+def test_a_fleet_that_obeys_an_objective_does_not_flap(
+    requests: int, bearable: int, start_seconds: int
+) -> None:
+    """Answers are late where a replica has more requests than it bears, and the load is steady."""
+    bench = Bench(scale_first_byte=1.0, scale_down_after=30)
+    bench.up(1)
+    up, turns, since, rising = 1, 0, 0, True
+    enough = -(-requests // bearable)
+    bench.after(1, interactive=requests)
+    for _ in range(900):
+        late = requests / up > bearable
+        for _ in range(5):
+            bench.cells.observe_first_byte(4.0 if late else 0.2)
+        wanted = bench.after(1)
+        since = since + 1 if wanted > up else 0
+        if wanted < up or since > start_seconds:
+            rose = wanted > up
+            turns += rose != rising
+            up, since, rising = (up + 1 if rose else wanted), 0, rose
+            bench.up(up)
+    # Once in SLOW_MEMORY times 30 s fewer are tried.
+    assert turns <= 2 * 900 // (6 * 30)
+    assert up <= enough + 1
 
 
 @given(st.integers(0, 5000), st.integers(0, 5), st.integers(5, 9))

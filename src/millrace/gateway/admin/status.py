@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -52,11 +53,11 @@ async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
 
 def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:
     """The table; rates are since `then`, `seconds` ago."""
-    table = Table(title=_title(now), title_justify="left", expand=False)
+    table = Table(title=_title(now), title_justify="left", expand=False, box=SIMPLE, pad_edge=False)
     table.add_column("replica", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name in ("open", "tokens", "picks", "req/s", "tok/s", "failed", "weight"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     before = {row["id"]: row for row in then["replicas"]} if then else {}
     for row in now["replicas"]:
         old = before.get(row["id"], row)
