@@ -53,7 +53,7 @@ async def read_status(url: str, key: str | None = None) -> dict[str, Any]:
 
 def draw(now: dict[str, Any], then: dict[str, Any] | None, seconds: float) -> Group:
     """The table; rates are since `then`, `seconds` ago."""
-    table = Table(title=_title(now), title_justify="left", expand=False, box=SIMPLE, pad_edge=False)
+    table = Table(title=_title(now), title_justify="left", expand=False, box=SIMPLE, padding=0)
     table.add_column("replica", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name in ("open", "tokens", "picks", "req/s", "tok/s", "failed", "weight"):
