@@ -87,7 +87,7 @@ def planned(request: Request) -> str:
         lines += [f"  {step.name}: {' '.join(step.command)}" for step in own]
     found = estimate(steps, request)
     lines.append(
-        f"{len(steps)} steps and {found.starts} starts of servers, about "
-        f"{found.seconds / 60:.0f} minutes (estimated from sizes, not measured)"
+        f"{len(steps)} steps and {found.starts} starts of servers, about {found} "
+        "(estimated from sizes, not measured)"
     )
     return "\n".join(lines)

@@ -36,6 +36,10 @@ class Estimate(msgspec.Struct, frozen=True):
     seconds: float
     starts: int
 
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        return f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+
 
 def estimate(steps: Sequence[Step], request: Request) -> Estimate:
     """A guess, from sizes and the profile's rates."""
@@ -99,7 +103,7 @@ async def _do(
     """All steps that are left; whether they came to their end."""
     left = [step for step in steps if not _is_done(step, request, journal)]
     expected = estimate(left, request)
-    say(f"{len(left)} of {len(steps)} steps to do, about {expected.seconds / 60:.0f} minutes")
+    say(f"{len(left)} of {len(steps)} steps to do, about {expected}")
     try:
         async with Servers(journal.directory / "logs", start_limit, stop) as servers:
             for number, step in enumerate(left, 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ import msgspec
 
 from millrace.bench.load.interrupts import unless_stopped
 from millrace.bench.runs.accuracy import EVALUATION
-from millrace.common.child_process import child_environment, kill_process
+from millrace.common.child_process import (
+    child_environment,
+    end_with_parent,
+    kill_group,
+    kill_process,
+)
 from millrace.errors import UserError
 from millrace.report.steps.profiles import Profile
 from millrace.report.steps.step import AbsentError, ModelFacts, Place, Serving, Step
@@ -65,6 +71,7 @@ async def run_child(
 
     Raises UserError with its last lines when it fails or takes too long.
     """
+    parent = os.getpid()
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -72,6 +79,7 @@ async def run_child(
         stderr=asyncio.subprocess.STDOUT,
         env=child_environment(**(environment or {})),
         start_new_session=True,
+        preexec_fn=lambda: end_with_parent(parent),
     )
     try:
         ending = asyncio.wait_for(process.communicate(), _LIMIT)
@@ -79,6 +87,8 @@ async def run_child(
     except TimeoutError:
         raise UserError(f"{command[0]} took longer than {_LIMIT:g} s") from None
     finally:
+        if process.returncode is None:
+            kill_group(process.pid)
         await kill_process(process)
     text = output.decode("utf-8", "replace")
     if process.returncode:
@@ -168,7 +178,7 @@ def _program(harness: Harness) -> list[str]:
         return shlex.split(harness.command)
     if importlib.util.find_spec("lm_eval") is None:
         raise AbsentError(
-            "lm-evaluation-harness is not installed; pip install 'lm_eval[api]', or name its "
-            "program with --lm-eval-command"
+            "lm-evaluation-harness is not installed; pip install 'lm_eval[api]' transformers, or "
+            "name its program with --lm-eval-command"
         )
     return [sys.executable, "-m", "lm_eval"]
