@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from itertools import product, zip_longest
 from pathlib import Path
 
+import msgspec
+
 from millrace.tune.space.knobs import Knob, Settings, Space, Value
 from millrace.tune.trials.failures import Failure, LogReader
 from millrace.tune.trials.outcome import Outcome, Run, Visit
@@ -78,44 +80,96 @@ SPACE = Space(
     ),
 )
 
+
 _WANTED = {"max_num_seqs": 3.4, "max_num_batched_tokens": 2.6, "gpu_memory_utilization": 3.2}
+_POLICY = {"round_robin": 1.0, "least_loaded": 1.05, "prefix_aware": 1.03}
+_COSTS = {
+    "max_num_seqs": 0.1, "max_num_batched_tokens": 0.08, "kv_cache_dtype": 0.1, "drafts": 0.06,
+    "gpu_memory_utilization": 0.08, "tensor_parallel_size": -0.1,
+}  # fmt: skip
 
 
-def surface(settings: Settings, tempting: bool = False) -> float:
-    """The hidden throughput, without noise, drift or failures. tempting: five drafts are fastest,
-    as long as the engine lives."""
-    place = {knob.name: knob.index(settings[knob.name]) for knob in SPACE.knobs}
-    devices = SPACE.devices_of(settings)
-    value = 1000.0 * devices
-    value *= (1.0, 0.93, 0.8, 0.55)[place["tensor_parallel_size"]]
-    for name, best in _WANTED.items():
-        value *= 1.0 / (1.0 + 0.04 * (place[name] - best) ** 2)
-    value *= 1.12 if settings["kv_cache_dtype"] == "fp8" else 1.0
-    value *= (1.0, 1.4, 1.36, 1.2, 1.7 if tempting else 1.05)[place["drafts"]]
-    return (
-        value
-        * {"round_robin": 1.0, "least_loaded": 1.05, "prefix_aware": 1.03}[str(settings["policy"])]
+class Hidden(msgspec.Struct, frozen=True, kw_only=True):
+    """What the tuner does not know. wanted: the best place of a knob; steep: how fast it falls off
+    from there. ranks, drafts: factors by place. costs: memory by place; room: how much there is.
+    hang: the share of memory at which it hangs. dying: drafts from which it dies in its second run.
+    """
+
+    wanted: dict[str, float] = msgspec.field(default_factory=_WANTED.copy)
+    steep: float = 0.04
+    ranks: tuple[float, ...] = (1.0, 0.93, 0.8, 0.55)
+    fp8: float = 1.12
+    drafts: tuple[float, ...] = (1.0, 1.4, 1.36, 1.2, 1.05)
+    policy: dict[str, float] = msgspec.field(default_factory=_POLICY.copy)
+    costs: dict[str, float] = msgspec.field(default_factory=_COSTS.copy)
+    room: float = 1.1
+    hang: float = 0.98
+    dying: int = 5
+
+    def place(self, settings: Settings) -> dict[str, int]:
+        return {knob.name: knob.index(settings[knob.name]) for knob in SPACE.knobs}
+
+    def surface(self, settings: Settings) -> float:
+        """The throughput, without noise, drift or failures."""
+        place = self.place(settings)
+        value = 1000.0 * SPACE.devices_of(settings) * self.ranks[place["tensor_parallel_size"]]
+        for name, best in self.wanted.items():
+            value /= 1.0 + self.steep * (place[name] - best) ** 2
+        value *= self.fp8 if settings["kv_cache_dtype"] == "fp8" else 1.0
+        return value * self.drafts[place["drafts"]] * self.policy[str(settings["policy"])]
+
+    def wall(self, settings: Settings) -> str:
+        """The failure that a setting runs into, however often; empty if none."""
+        place = self.place(settings)
+        taken = sum(cost * place[name] for name, cost in self.costs.items())
+        if taken > self.room + 0.1:
+            return "startup_oom"
+        if taken > self.room:
+            return "runtime_oom"
+        if float(settings["gpu_memory_utilization"] or 0) >= self.hang:
+            return "hang"
+        return "second_run" if int(settings["drafts"] or 0) >= self.dying else ""
+
+    def best(self) -> float:
+        """Of the settings that work."""
+        return max(self.surface(one) for one in everything() if not self.wall(one))
+
+
+TEMPTING = Hidden(drafts=(1.0, 1.4, 1.36, 1.2, 1.7))  # five drafts are fastest while it lives
+
+
+def drawn(seed: int, working: float = 0.5) -> Hidden:
+    """Another engine. working: the share of its settings that its memory is enough for."""
+    rng = random.Random(f"hidden {seed}")
+    most = {"max_num_seqs": 5, "max_num_batched_tokens": 3, "gpu_memory_utilization": 4}
+    ranks = [1.0]
+    for _ in range(3):
+        ranks.append(ranks[-1] * rng.uniform(0.6, 1.05))
+    drafts = [1.0, rng.uniform(0.9, 1.5)]
+    for _ in range(3):
+        drafts.append(drafts[-1] * rng.uniform(0.8, 1.15))
+    costs = {name: rng.uniform(0.03, 0.12) for name in Hidden().costs}
+    costs["tensor_parallel_size"] *= -1
+    hidden = Hidden(
+        wanted={name: rng.uniform(0.5, high) for name, high in most.items()},
+        steep=rng.uniform(0.02, 0.06),
+        ranks=tuple(ranks),
+        fp8=rng.uniform(1.0, 1.2),
+        drafts=tuple(drafts),
+        policy={name: rng.uniform(0.95, 1.1) for name in Hidden().policy},
+        costs=costs,
+        dying=rng.choice((3, 5)),
     )
+    taken = sorted(
+        sum(cost * place[name] for name, cost in costs.items())
+        for place in map(hidden.place, everything())
+    )
+    return msgspec.structs.replace(hidden, room=taken[int(working * (len(taken) - 1))])
 
 
 def gain_of_drafts(drafts: int, streams: int) -> float:
     """With so many requests in flight on one engine: drafts pay while there are few."""
     return (1.0 + 0.9 * (1.0 - 0.6**drafts)) / (1.0 + 0.02 * drafts * streams)
-
-
-def wall(settings: Settings, room: float = 1.1) -> str:
-    """The failure that a setting runs into, however often; empty if none. room: memory."""
-    place = {knob.name: knob.index(settings[knob.name]) for knob in SPACE.knobs}
-    taken = 0.1 * place["max_num_seqs"] + 0.08 * place["max_num_batched_tokens"]
-    taken += 0.1 * (settings["kv_cache_dtype"] == "bf16") + 0.06 * place["drafts"]
-    taken += 0.08 * place["gpu_memory_utilization"] - 0.1 * place["tensor_parallel_size"]
-    if taken > room + 0.1:
-        return "startup_oom"
-    if taken > room:
-        return "runtime_oom"
-    if settings["gpu_memory_utilization"] == 0.98:
-        return "hang"
-    return "second_run" if int(settings["drafts"] or 0) >= 5 else ""
 
 
 def everything() -> Iterator[Settings]:
@@ -128,10 +182,6 @@ def everything() -> Iterator[Settings]:
             yield found
 
 
-def best(room: float = 1.1) -> float:
-    return max(surface(settings) for settings in everything() if not wall(settings, room))
-
-
 class FakeEngine:
     """The tuner's target. log: file of all visits. drift: share of the speed that a visit costs."""
 
@@ -139,17 +189,15 @@ class FakeEngine:
         self,
         log: Path | None = None,
         *,
+        hidden: Hidden = Hidden(),  # noqa: B008, it is frozen
         noise: float = 0.01,
         drift: float = 0.003,
-        room: float = 1.1,
-        tempting: bool = False,
         seed: int = 0,
     ) -> None:
         self._log = log
         self._noise = noise
         self._drift = drift
-        self._room = room
-        self._tempting = tempting
+        self._hidden = hidden
         self._seed = seed
 
     async def visit(self, visit: Visit) -> Outcome:
@@ -158,7 +206,7 @@ class FakeEngine:
                 file.write(
                     json.dumps([visit.number, visit.trial, visit.settings, visit.purpose]) + "\n"
                 )
-        kind = wall(visit.settings, self._room)
+        kind = self._hidden.wall(visit.settings)
         if kind == "startup_oom":
             return Outcome(failure=_of_log("start", "CUDA out of memory. Tried to allocate 2 GiB"))
         if kind == "hang":
@@ -176,7 +224,7 @@ class FakeEngine:
 
     def _run(self, visit: Visit, seed: int, streams: int) -> Run:
         rng = random.Random(f"{self._seed}/{visit.number}/{seed}")
-        value = surface(visit.settings, self._tempting)
+        value = self._hidden.surface(visit.settings)
         if streams:
             value = 100.0 * streams * gain_of_drafts(int(visit.settings["drafts"] or 0), streams)
         value *= math.exp(rng.gauss(0.0, self._noise))

@@ -19,7 +19,7 @@ from millrace.tune.search.study import Rules, run_study
 from millrace.tune.trials.history import History
 from millrace.tune.trials.journal import FILE, Header, Journal
 from millrace.tune.trials.outcome import Outcome, Visit
-from tests.tune.fake_engine import SPACE, FakeEngine
+from tests.tune.fake_engine import SPACE, FakeEngine, Hidden
 
 RULES = Rules(trials=25, rounds=(3, 3), draft_rounds=2, seed=5)
 
@@ -28,7 +28,7 @@ class Slow:
     """The fake engine, with a moment in which it can be killed."""
 
     def __init__(self, log: Path) -> None:
-        self._engine = FakeEngine(log, room=0.75, seed=5)
+        self._engine = FakeEngine(log, hidden=Hidden(room=0.75), seed=5)
 
     async def visit(self, visit: Visit) -> Outcome:
         outcome = await self._engine.visit(visit)

@@ -16,7 +16,7 @@ from millrace.tune import planner_seeds
 from millrace.tune.options import TuneFlags
 from millrace.tune.servers.load import client_bound
 from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
-from millrace.tune.trials.journal import Began, read_journal
+from millrace.tune.trials.journal import Began, Ended, read_journal
 from millrace.tune.write_up import phase_seeds
 
 MOCK = Path(__file__).parents[1] / "support" / "mock_replica.py"
@@ -33,6 +33,19 @@ knobs:
     values: [false, true]
     default: false
     riskier: {memory: up}
+"""
+HANGING = """
+engine: mock
+knobs:
+  stuck:
+    flag: --behaviour
+    values: [ok, hang]
+    default: ok
+    riskier: {stability: up}
+  gap:
+    flag: --gap
+    values: [0.0, 0.01, 0.02]
+    default: 0.0
 """
 LOAD = (
     *("--max-concurrency", "2", "--num-prompts", "4", "--random-input-len", "8"),
@@ -67,8 +80,9 @@ def test_a_study_of_a_server(
     assert cli.run(["tune", "show", str(study), "--json"]) == 0
     found = msgspec.json.decode(capsys.readouterr().out)
     trials = {row["label"]: row for row in found["trials"]}
-    assert set(trials) == {"defaults", "gap 0.02", "fail on"}
-    assert trials["fail on"]["failure"]["kind"] == "startup_oom"
+    assert len(trials) == 3
+    (failed,) = (row for label, row in trials.items() if "fail on" in label)
+    assert failed["failure"]["kind"] == "startup_oom"
     assert 0 < trials["gap 0.02"]["value"] < trials["defaults"]["value"]
 
     visits = sum(isinstance(record, Began) for record in read_journal(study))
@@ -76,6 +90,21 @@ def test_a_study_of_a_server(
     assert sum(isinstance(record, Began) for record in read_journal(study)) == visits
     assert cli.run(command) == 2
     assert "goes on with it" in capsys.readouterr().err
+
+
+def test_a_server_that_hangs_ends_its_trial_and_not_the_study(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(HANGING)
+    study = tmp_path / "study"
+    command = ["tune", "any", "--engine", "mock", "--space", str(space), "--dir", str(study)]
+    command += ["--engine-command", f"{sys.executable} {MOCK}", *LOAD, "--hang-timeout", "1"]
+    command += ["--trials", "6", "--least-rounds", "1", "--most-rounds", "1", "--full-runs", "1"]
+    assert cli.run([*command, "--set", "stuck=hang"]) == 1  # every visit of this study hangs
+    records = read_journal(study)
+    outcomes = [record.outcome for record in records if isinstance(record, Ended)]
+    assert outcomes
+    assert all(one.failure is not None and one.failure.kind == "hang" for one in outcomes)
+    assert max(one.seconds for one in outcomes) < 30.0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from millrace.tune.servers.command_line import Served
 from millrace.tune.text_report import text_of
 from millrace.tune.trials.history import History
 from millrace.tune.trials.journal import Journal
-from tests.tune.fake_engine import SPACE, FakeEngine, gain_of_drafts
+from tests.tune.fake_engine import SPACE, FakeEngine, Hidden, gain_of_drafts
 
 STREAMS = 256  # on the engines of the best together
 RULES = Rules(trials=25, draft_rounds=2, streams=STREAMS)
@@ -39,7 +39,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
 def studied(directory: Path) -> History:
     history = History(SPACE, RULES.goal, [])
     with Journal(directory) as journal:
-        asyncio.run(run_study(journal, history, RULES, FakeEngine(room=1.4)))
+        asyncio.run(run_study(journal, history, RULES, FakeEngine(hidden=Hidden(room=1.4))))
     return history
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from pathlib import Path
 
 import pytest
 
 from millrace.tune.search.comparison import verdict, versus
 from millrace.tune.search.proposals import Seed
+from millrace.tune.search.risk import RiskMap
 from millrace.tune.search.study import Rules, next_visit, run_study
 from millrace.tune.space.knobs import key_of
+from millrace.tune.trials.failures import Failure
 from millrace.tune.trials.history import Goal, History, Trial
 from millrace.tune.trials.journal import Journal, read_journal
 from millrace.tune.trials.outcome import Outcome, Run, Visit
-from tests.tune.fake_engine import SPACE, FakeEngine, best, surface, wall
+from tests.tune.fake_engine import SPACE, TEMPTING, FakeEngine, Hidden, drawn
 
 
 def studied(directory: Path, engine: FakeEngine, rules: Rules) -> History:
@@ -24,24 +27,52 @@ def studied(directory: Path, engine: FakeEngine, rules: Rules) -> History:
     return history
 
 
-# 0.75: two settings in three run out of memory, the best one is next to the wall.
+# Half of all settings run out of memory, and the best ones stand next to the wall; five drafts die
+# in their second run, and the most memory hangs. One setting in 2,000 is within 5% of the best.
+HARD = Hidden(room=0.75)
+
+
 @pytest.mark.parametrize(
-    ("room", "seed", "share"), [(1.1, 0, 0.95), (0.9, 1, 0.95), (0.9, 2, 0.95), (0.75, 3, 0.8)]
+    ("hidden", "seed"), [(Hidden(), 0), (Hidden(room=0.9), 1), (HARD, 2), (HARD, 3)]
 )
 def test_the_best_is_found_and_no_wall_is_hit_twice(
-    tmp_path: Path, room: float, seed: int, share: float
+    tmp_path: Path, hidden: Hidden, seed: int
 ) -> None:
-    rules = Rules(trials=25, seed=seed)
-    history = studied(tmp_path, FakeEngine(room=room, seed=seed), rules)
+    history = studied(tmp_path, FakeEngine(hidden=hidden, seed=seed), Rules(trials=25, seed=seed))
+    assert len(history.tried) == len(history.trials) == 25
     found = verdict(history)
     assert found is not None
-    assert len(history.trials) == 25
-    assert len(history.tried) == 25
-    winner = history.trials[found.best]
-    assert wall(winner.settings, room) == ""
-    assert surface(winner.settings) >= share * best(room)
     assert found.clear
+    assert share_of_best(history, hidden) >= 0.95
     assert_no_region_twice(history)
+
+
+def share_of_best(history: History, hidden: Hidden) -> float:
+    found = verdict(history)
+    assert found is not None
+    settings = history.trials[found.best].settings
+    assert hidden.wall(settings) == ""
+    return hidden.surface(settings) / hidden.best()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("working", "least"), [(0.75, 36), (0.5, 32), (0.3, 16)])
+def test_of_forty_hidden_engines_most_are_within_a_twentieth(
+    tmp_path: Path, working: float, least: int
+) -> None:
+    """working: the share of settings that the memory is enough for."""
+    shares = []
+    for seed in range(40):
+        hidden = drawn(seed, working)
+        directory = tmp_path / str(seed)
+        engine = FakeEngine(hidden=hidden, drift=0.006, seed=seed)
+        history = studied(directory, engine, Rules(trials=25, seed=seed))
+        shares.append(share_of_best(history, hidden))
+        assert_no_region_twice(history)
+    within = sum(share >= 0.95 for share in shares)
+    print(f"{working:.0%} of the settings work: {within} of 40 within 5%, "
+          f"the median {statistics.median(shares):.3f}, the worst {min(shares):.3f}")  # fmt: skip
+    assert within >= least
 
 
 def assert_no_region_twice(history: History) -> None:
@@ -63,22 +94,60 @@ def assert_no_region_twice(history: History) -> None:
 def test_what_dies_in_its_second_run_does_not_win(tmp_path: Path) -> None:
     fast = {"tensor_parallel_size": 1, "replicas": 8, "kv_cache_dtype": "fp8", "drafts": 5}
     rules = Rules(trials=12, seeds=(Seed(settings=fast, source="planner"),))
-    history = studied(tmp_path, FakeEngine(tempting=True), rules)
+    history = studied(tmp_path, FakeEngine(hidden=TEMPTING), rules)
     dead = [t for t in history.trials if t.failure and t.failure.kind == "illegal_address"]
     assert 1 in {trial.number for trial in dead}
     assert all(trial.settings["drafts"] == 5 for trial in dead)
     assert "illegal memory access" in str(dead[0].failure)
     found = verdict(history)
     assert found is not None
-    assert wall(history.trials[found.best].settings) == ""
+    assert TEMPTING.wall(history.trials[found.best].settings) == ""
 
 
 def test_drift_does_not_choose_the_winner(tmp_path: Path) -> None:
     """A machine that loses 1.2% of its speed with every visit: half of it in the end."""
     history = studied(tmp_path, FakeEngine(drift=0.012), Rules(trials=25, anchor_every=4))
+    assert share_of_best(history, Hidden()) >= 0.95
+
+
+def test_defaults_that_do_not_fit_are_retreated_from(tmp_path: Path) -> None:
+    costs = {**Hidden().costs, "tensor_parallel_size": -0.3}
+    tight = Hidden(costs=costs, room=-0.55)
+    assert tight.wall(SPACE.defaults).endswith("oom")
+    history = studied(tmp_path, FakeEngine(hidden=tight), Rules(trials=10))
+    assert min(trial.number for trial in history.trials if trial.feasible) <= 2
+    assert history.trials[1].source == "retreat"
     found = verdict(history)
     assert found is not None
-    assert surface(history.trials[found.best].settings) >= 0.95 * best()
+    assert "the defaults do not work here" in found.why
+
+
+def test_a_wall_is_learnt_from_both_of_its_sides() -> None:
+    """What is known of a sum says something of settings that no single trial is beyond."""
+    few, many = {"max_num_seqs": 32}, {"max_num_seqs": 1024}
+    history = History(SPACE, Goal(), [])
+    worked = [{**many, "drafts": 0}, {**few, "drafts": 2}, {"max_num_seqs": 256, "drafts": 1}]
+    failed = [{**many, "drafts": 3}, {"max_num_seqs": 512, "drafts": 5}]
+    for at, settings in enumerate([*worked, *failed]):
+        trial = Trial(at, SPACE.normal(settings), "", "", 8)
+        trial.done.append((visit_of(trial), Outcome(runs=(Run(total=1.0, completed=1),))))
+        trial.failure = Failure("runtime_oom", "run", "") if settings in failed else None
+        history.trials.append(trial)
+    walls = RiskMap(SPACE, history.trials)
+    names = [
+        {**few, "drafts": 0},
+        {**few, "drafts": 3},
+        {**many, "drafts": 2},
+        {**many, "drafts": 5},
+    ]
+    risks = list(walls.risks([SPACE.normal(one) for one in names]))
+    assert risks == sorted(risks)
+    assert risks[0] < 0.05
+    assert risks[-1] > 0.9
+
+
+def visit_of(trial: Trial) -> Visit:
+    return Visit(number=trial.number, trial=trial.number, settings=trial.settings, purpose="short")
 
 
 class Flat:

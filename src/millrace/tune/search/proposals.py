@@ -20,11 +20,13 @@ from millrace.common.optional import require
 from millrace.tune.search.risk import RiskMap
 from millrace.tune.search.surrogate import Surrogate
 from millrace.tune.space.knobs import Settings, Space, key_of
+from millrace.tune.trials.failures import TITLES
 from millrace.tune.trials.history import History, Trial
 
 _ASKS = 48  # proposals of optuna that are looked at; most are tried already or ruled out
 _STARTUP = 6  # trials that optuna's model needs
 _FIRST = 3  # trials that work, before a model is made of them
+_WORTH_A_TRIAL = 0.5  # of the greatest hope
 _DARING = 0.5  # the risk that is taken to learn what a knob does
 _SCREENED = 12  # trials among which every knob is to be moved alone
 _STARTS = 4  # of optuna's proposals, those from which the surrogate is climbed
@@ -104,12 +106,13 @@ def _by_turns(
 ) -> list[Iterable[Proposal]]:
     model = _from_optuna(history, number, rng_seed)
     if not history.ranked():
-        return [model]
+        return [_retreats(history), model]
     if len(history.ranked()) < _FIRST:
         return [_unmoved(history), model]
-    climbs = _climbs(history, fixed, [*islice(_from_optuna(history, number, rng_seed), _STARTS)])
+    hopes = _hopes(history, fixed, [*islice(_from_optuna(history, number, rng_seed), _STARTS)])
+    climbs = _climbs(hopes)
     if number % 3 == 0:
-        return [_reliefs(history), climbs, model]
+        return [_reliefs(history, hopes if number >= _SCREENED else []), climbs, model]
     if number % 3 == 1 or number < _SCREENED:
         return [_unmoved(history), climbs, model]
     return [model, climbs] if number % 12 == 5 else [climbs, model]
@@ -118,14 +121,34 @@ def _by_turns(
 # --- moves ----------------------------------------------------------------------------------------
 
 
-def _reliefs(history: History) -> Iterator[Proposal]:
-    """Moves against what limits the leader, in the order of the space's knobs."""
+def _reliefs(history: History, hopes: Sequence[tuple[float, Settings]]) -> Iterator[Proposal]:
+    """Moves against what limits the leader, in the order of the space's knobs, where they are not
+    daring. hopes: what the surrogate hopes of them, once it knows the knobs; it must be much."""
     leader = history.ranked()[0]
+    walls = RiskMap(history.space, history.trials)
+    least = _WORTH_A_TRIAL * hopes[0][0] if hopes else 0.0
+    hoped = {key_of(settings) for value, settings in hopes if value >= least}
     for run in reversed(leader.runs):
         if run.bottleneck is not None:
             for settings in history.space.moves(leader.settings, run.bottleneck):
-                yield Proposal(settings, "bottleneck", f"trial {leader.number}: {run.why}")
+                daring = float(walls.risks([settings])[0]) > _DARING
+                if not daring and (not hopes or key_of(settings) in hoped):
+                    yield Proposal(settings, "bottleneck", f"trial {leader.number}: {run.why}")
             return
+
+
+def _retreats(history: History) -> Iterator[Proposal]:
+    """Nothing works so far: the last trial's knobs moved half of the way to where its failure is
+    least likely, and if that is not enough all of the way."""
+    space, last = history.space, history.trials[-1]
+    if last.failure is None:
+        return
+    for share in (1.0,) if last.source == "retreat" else (0.5, 1.0):
+        yield Proposal(
+            space.safer(last.settings, last.failure.risk, share),
+            "retreat",
+            f"trial {last.number}: {TITLES[last.failure.kind]}; away from that",
+        )
 
 
 def _unmoved(history: History) -> Iterator[Proposal]:
@@ -133,6 +156,8 @@ def _unmoved(history: History) -> Iterator[Proposal]:
     leader where that is safe, else one from which the step is safer."""
     space, ranked = history.space, history.ranked()
     known = _moved_alone(space, ranked)
+    if space.devices > 1:  # the ways to share them out were tried
+        known |= {knob.name for knob in space.knobs if knob.devices}
     walls = RiskMap(space, history.trials)
     found: list[tuple[float, int, str, Settings]] = []
     for place, trial in enumerate(ranked):
@@ -153,8 +178,11 @@ def _moved_alone(space: Space, trials: Sequence[Trial]) -> set[str]:
     return {names[0] for names in pairs if len(names) == 1}
 
 
-def _climbs(history: History, fixed: Settings, starts: Sequence[Proposal]) -> Iterator[Proposal]:
-    """What the surrogate hopes for most, on the way up from the leaders and from `starts`."""
+def _hopes(
+    history: History, fixed: Settings, starts: Sequence[Proposal]
+) -> list[tuple[float, Settings]]:
+    """What the surrogate hopes for, the most first, on the way up from the leaders and from
+    `starts`."""
     space, ranked = history.space, history.ranked()
     guess = Surrogate(
         space,
@@ -163,6 +191,7 @@ def _climbs(history: History, fixed: Settings, starts: Sequence[Proposal]) -> It
         history.noise,
     )
     walls = RiskMap(space, history.trials)
+    least = _fewest_devices(history)
     seen: dict[str, tuple[float, Settings]] = {}
 
     def hope(found: Sequence[Settings]) -> list[float]:
@@ -178,14 +207,26 @@ def _climbs(history: History, fixed: Settings, starts: Sequence[Proposal]) -> It
                 for one in space.neighbours(here)
                 if not space.problem(settings := space.normal({**one, **fixed}))
                 and history.no_go.blocks(settings) is None
+                and space.devices_of(settings) >= least
             ]
             values = hope(beside)
             seen |= {key_of(s): (v, s) for s, v in zip(beside, values, strict=True)}
             if not values or max(values) <= worth:
                 break
             worth, here = max(zip(values, beside, strict=True), key=lambda pair: pair[0])
-    for value, settings in sorted(seen.values(), key=lambda pair: -pair[0]):
+    return sorted(seen.values(), key=lambda pair: -pair[0])
+
+
+def _climbs(hopes: Sequence[tuple[float, Settings]]) -> Iterator[Proposal]:
+    for value, settings in hopes:
         yield Proposal(settings, "model", f"the model expects {math.expm1(value):+.2%} on the mean")
+
+
+def _fewest_devices(history: History) -> int:
+    """Those of the leader, where idle devices earn nothing."""
+    if history.goal.objective not in ("throughput", "goodput"):
+        return 0
+    return history.space.devices_of(history.ranked()[0].settings)
 
 
 def _anything(space: Space, fixed: Settings, rng_seed: int) -> Iterator[Proposal]:

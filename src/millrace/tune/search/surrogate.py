@@ -17,7 +17,7 @@ from millrace.tune.space.knobs import Knob, Space, Value
 
 Vector = NDArray[np.float64]
 _LENGTH = 0.45  # of a knob's range: over how much of it a value tells of others
-_TOGETHER = 0.25  # part of the variance that only all knobs together explain
+_TOGETHER = 0.1  # part of the variance that only all knobs together explain
 _LEAST_SCALE = 0.4  # standard deviation of the logarithms, before anything is known
 _LEAST_NOISE = 0.01  # standard deviation of a logarithm between short runs
 _OTHER = 0.3  # correlation of two alternatives without an order

@@ -20,14 +20,18 @@ from millrace.bench.load.options import BenchOptions
 from millrace.bench.measure.client_overhead import BUSY_SHARE, ClientOverhead
 from millrace.bench.runs.accuracy import EVALUATION, Accuracy, measure_accuracy
 from millrace.bench.runs.serve import Run as BenchRun
-from millrace.bench.runs.serve import run
+from millrace.bench.runs.serve import inspect_server, run, warm_up, with_server_facts
+from millrace.bench.workload.prompts import RandomSpec
 from millrace.common.http_client import Target
+from millrace.errors import UserError
 from millrace.tune.servers.bottleneck import read_bottleneck
 from millrace.tune.trials.outcome import Run
 
 _EVAL_LIMIT = 1800.0  # seconds
 _CONNECTING = 0.05  # share of the requests' time
 _FEWEST = 2  # requests for each one in flight, in a short load
+_SHORT_PROMPT = 8  # tokens
+_SILENCE = "no complete answer within"  # how the load generator puts it
 _FEWEST_ALONE = 8  # requests, in a load with few in flight
 
 
@@ -94,17 +98,34 @@ async def run_load(
     Raises UserError if the server refuses or fails the first request, HungError, and
     InterruptedRunError at `stop`.
     """
+    await unless_stopped(_answers(options, plan.hang_seconds), stop)
     over = asyncio.Event()
     watch = _Watch(plan.hang_seconds, over)
     ending = asyncio.create_task(_either(ended, over))
     try:
         measured = await unless_stopped(run(options, stop=over, on_progress=watch.seen), stop)
+    except UserError as error:
+        raise HungError(str(error)) if _SILENCE in str(error) else error from None
     finally:
         ending.cancel()
         await asyncio.gather(ending, return_exceptions=True)
     if watch.hung:
         raise HungError(f"no token came for {plan.hang_seconds:g} s")
     return figures_of(plan, measured, options.workload.seed)
+
+
+async def _answers(options: BenchOptions, limit: float) -> None:
+    """Ask for one token, within a limit: nothing is seen of the requests before a run, and so a
+    server that answers none would hold the study for as long as a request may take."""
+    served = await inspect_server(options)
+    one = RandomSpec(count=1, input_len=_SHORT_PROMPT, output_len=1, seed=options.workload.seed)
+    asked = msgspec.structs.replace(
+        options, workload=one, num_warmups=0, timeout=limit, reset_prefix_cache=False
+    )
+    try:
+        await warm_up(with_server_facts(asked, served), served.model)
+    except UserError as error:
+        raise HungError(str(error)) if _SILENCE in str(error) else error from None
 
 
 async def _either(ended: asyncio.Event | None, over: asyncio.Event) -> None:
