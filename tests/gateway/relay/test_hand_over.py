@@ -29,12 +29,14 @@ class Paired(MockReplica):
     """A replica that hands prompts over. records: those that it has computed and nobody has taken.
 
     fault: "null": it hands nothing over; "lost": what it should take is gone; "recompute": the
-    same, and it says nothing, like vLLM. taken: tokens that came, which /metrics shows.
+    same, and it says nothing, like vLLM. taken: tokens that came, which /metrics shows. early: it
+    says where its records are, so they are asked for while prompts are computed.
     """
 
-    def __init__(self, kind: str, role: str, fault: str = "") -> None:
+    def __init__(self, kind: str, role: str, fault: str = "", early: bool = False) -> None:
         super().__init__(kind=kind, name=role)
         self.role, self.fault = role.split()[0] if role else "", fault
+        self.early = early
         self.records: dict[str, int] = {}
         self.taken = 0
         self.partners: dict[str, Paired] = {}
@@ -44,10 +46,15 @@ class Paired(MockReplica):
     ) -> None:
         params = body.get("kv_transfer_params") or {}
         if params.get("do_remote_decode"):
-            name = f"record-{len(self.bodies)}"
+            name = params.get("remote_request_id") or f"record-{len(self.bodies)}"
+            if self.early:  # the other one is asked meanwhile
+                other = self.partners["decode"]
+                await eventually(lambda: other.bodies or not other.early, 10)
             self.records[name] = len(PROMPT) - 1
             answer = {"do_remote_prefill": True, "remote_request_id": name, "from": self.name}
             given = None if self.fault == "null" else answer
+            if self.fault == "null":
+                del self.records[name]
             self._plain(writer, 200, {"choices": [{}], "kv_transfer_params": given})
             return
         if params.get("do_remote_prefill"):
@@ -56,13 +63,16 @@ class Paired(MockReplica):
                 self._plain(writer, 502, {"error": error})
                 return
             if self.fault != "recompute":
-                partner = self.partners[params["from"]]
+                partner = self.partners[params.get("from") or params["remote_engine_id"]]
+                await eventually(lambda: params["remote_request_id"] in partner.records, 60)
                 self.taken += partner.records.pop(params["remote_request_id"])
         await super()._complete(path, body, writer)
 
     def _get(self, path: str, writer: asyncio.StreamWriter) -> None:
         if path == "/health":
-            self._plain(writer, 200, {"role": self.role if self.kind == "millrace" else ""})
+            where = {"records": {"engine": self.name, "host": "here", "port": 1}}
+            role = {"role": self.role if self.kind == "millrace" else ""}
+            self._plain(writer, 200, {**role, **(where if self.early else {})})
         elif path == "/metrics":
             self._text(writer, f'vllm:external_prefix_cache_hits_total{{a="b"}} {self.taken}\n')
         else:
@@ -79,13 +89,14 @@ def with_pair(
     roles: tuple[str, ...] = ("prefill", "decode", ""),
     limits: GatewayLimits = LIMITS,
     policy: str = "least_loaded",
+    early: bool = False,
     **faults: str,
 ) -> None:
     """Run it with replicas of these roles, as a rule one that does everything by itself, too.
-    endpoint: of a collector of traces."""
+    endpoint: of a collector of traces. early: as in `Paired`."""
 
     async def whole() -> None:
-        made = {role: Paired(kind, role, faults.get(role or "plain", "")) for role in roles}
+        made = {role: Paired(kind, role, faults.get(role or "plain", ""), early) for role in roles}
         for one in made.values():
             one.partners = made
             await one.start()
@@ -119,6 +130,36 @@ def tokens(response: Response) -> str:
 
 
 RIGHT = "".join(f"w{next_token(PROMPT, at)} " for at in range(8))
+
+
+def test_the_record_is_asked_for_while_the_prompt_is_computed() -> None:
+    """The replica for the prompt answers here once the other one has been asked."""
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        assert tokens(await ask(target)) == RIGHT
+        [first], [second] = replicas["prefill"].bodies, replicas["decode"].bodies
+        name = first["kv_transfer_params"]["remote_request_id"]
+        assert second["kv_transfer_params"]["remote_request_id"] == name != ""
+        assert replicas["decode"].taken == len(PROMPT) - 1
+        assert not replicas[""].bodies
+        events = made.counters.events()
+        assert (events["handed_over"], events["hand_over_failed"]) == (1, 0)
+
+    with_pair(scenario, early=True)
+
+
+@pytest.mark.parametrize(("role", "fault"), [("prefill", "null"), ("decode", "lost")])
+def test_a_record_asked_for_early_that_does_not_come_costs_no_wait(role: str, fault: str) -> None:
+    """The other replica would wait for a minute."""
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        began = asyncio.get_running_loop().time()
+        assert tokens(await ask(target)) == RIGHT
+        assert asyncio.get_running_loop().time() - began < 30
+        assert made.counters.events()["hand_over_failed"] == 1
+        await eventually(lambda: not any(one.exchanges for one in made.replicas.all))
+
+    with_pair(scenario, early=True, **{role: fault})
 
 
 @pytest.mark.parametrize("kind", ["millrace", "vllm"])

@@ -13,6 +13,16 @@ PolicyName = Literal[
     "least_loaded", "round_robin", "random", "power_of_two", "prefix_aware", "consistent_hash"
 ]
 Role = Literal["", "prefill", "decode", "both"]
+
+
+class Records(msgspec.Struct, frozen=True):
+    """Where a replica hands over the records of its prompts. engine: its id."""
+
+    engine: str
+    host: str
+    port: int
+
+
 DEFAULT_POLICY: PolicyName = "prefix_aware"
 _MAX_MODELS, _MAX_NAME = 1000, 500
 

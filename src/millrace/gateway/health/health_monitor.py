@@ -384,7 +384,8 @@ class HealthMonitor:
         if problem is None:
             probe = monitored.health_probe
             role = monitored.spec.role or probe.role
-            self._set(monitored, response_tag=probe.response_tag, role=role)
+            tag, records = probe.response_tag, probe.records
+            self._set(monitored, response_tag=tag, role=role, records=records)
             if self._must_read_models(monitored):
                 await self._read_models(monitored)
             if time.monotonic() < monitored.ejected_until:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from millrace.common.http_client import Response, Target, error_text, fetch
-from millrace.gateway.common.replica_spec import Role
+from millrace.gateway.common.replica_spec import Records, Role
 from millrace.gateway.http.request_info import Kind
 
 # Several tokens: prompts of one token take a code path that fails in some engines.
@@ -22,6 +22,7 @@ _PROBE = {"prompt": "One, two, three, four, five,", "max_tokens": 1, "temperatur
 class _Health(msgspec.Struct):
     response_tag: str = ""
     role: Role = ""
+    records: Records | None = None
 
 
 _read_health = msgspec.json.Decoder(_Health).decode
@@ -53,8 +54,8 @@ class ServedModels(msgspec.Struct, frozen=True):
 class HealthProbe:
     """Questions to one replica. headers: sent with each. timeout, probe_timeout: seconds for an
     answer, and for a completion. misses: checks in a row without an answer that are evidence.
-    response_tag: what the ids of its stored responses hold, and role: of the replica, as it last
-    said.
+    response_tag: what the ids of its stored responses hold, role: of the replica, and records:
+    where it hands over those of its prompts, as it last said.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class HealthProbe:
         self._missed = 0
         self.response_tag = ""
         self.role: Role = ""
+        self.records: Records | None = None
 
     async def check_health(self) -> Problem | None:
         """What is wrong by GET /health; None if nothing is, UNCERTAIN if it is not known yet."""
@@ -91,10 +93,10 @@ class HealthProbe:
         self._missed = 0
         if response.status != 200:
             return Problem(f"/health says {response.status} ({error_text(response.body)})")
-        self.response_tag = self.role = ""
+        said = _Health()
         with contextlib.suppress(msgspec.DecodeError):
             said = _read_health(response.body)
-            self.response_tag, self.role = said.response_tag, said.role
+        self.response_tag, self.role, self.records = said.response_tag, said.role, said.records
         return None
 
     async def read_models(self) -> ServedModels | None:

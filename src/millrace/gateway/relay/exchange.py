@@ -84,6 +84,7 @@ class Exchange:
         self._connection: ReplicaConnection | None = None
         self._opening: asyncio.Task[None] | None = None
         self._hand_over: HandOver | None = None
+        self._beside: asyncio.Task[None] | None = None  # its prompt, computed for its replica
         self._hold_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # queue timeout, or wait for a replica
         self._idle_timeout = IdleTimeout(
@@ -199,6 +200,10 @@ class Exchange:
         if relay.replicas.has_roles and self.info.hand_over:
             self._hand_over = HandOver(relay, self.request, self.info)
             if self._hand_over.pays():
+                self._beside = self._hand_over.compute_beside(self.spans, self._prompt_failed)
+                if self._beside is not None:
+                    self._attempt()
+                    return
                 self._opening = self._loop.create_task(self._compute_prompt(self._hand_over))
                 return
         self._attempt()
@@ -209,6 +214,17 @@ class Exchange:
         self._opening = None
         if not self._finished:
             self._attempt()
+
+    def _prompt_failed(self, reason: str) -> None:
+        """The prompt is not computed for the replica that waits for its record."""
+        self._beside = None
+        hand_over = self._hand_over
+        if self._finished or hand_over is None or not hand_over.params:
+            return
+        if self.status or self.replica is None:  # the record came all the same, or nobody waits
+            hand_over.give_up(reason)
+        else:
+            self._answer_whole(hand_over, reason)
 
     def cancel(self) -> None:
         """The client has gone; the replica notices when its connection closes."""
@@ -278,7 +294,8 @@ class Exchange:
         to another replica instead."""
         status = head.status
         if self._hand_over is not None and self._hand_over.broke(status, first):
-            self._answer_whole(self._hand_over, f"{status} ({error_text(first)})")
+            reason = f"{self.replica.target if self.replica else ''} answered {status}"
+            self._answer_whole(self._hand_over, f"{reason} ({error_text(first)})")
             return False
         if status in _BUSY and not self._is_last_answer(status, head, first):
             return False
@@ -318,9 +335,11 @@ class Exchange:
 
     def _answer_whole(self, hand_over: HandOver, reason: str) -> None:
         """The record of the prompt did not get to the replica: any one does everything."""
-        assert self.replica is not None
-        hand_over.give_up(f"{self.replica.target} answered {reason}")
-        self.spans.failed(f"answered {reason}")
+        hand_over.give_up(reason)
+        self.spans.failed(reason)
+        if self._beside is not None:
+            self._beside.cancel()
+            self._beside = None
         self._release_replica(reusable=False)
         self._candidates.reset(keep_last=False)
         self._attempt()
@@ -653,6 +672,9 @@ class Exchange:
             return
         self._finished = True
         relay = self._relay
+        if self._beside is not None:
+            self._beside.cancel()
+            self._beside = None
         if self._copy_key is not None:
             relay.first_copies.leave(self._copy_key, self)
             self._copy_key = None

@@ -2,7 +2,9 @@
 
 The replica with role `prefill` gets the request with an answer of one token, and says by what the
 other one takes the record of the prompt (kv_transfer_params, as vLLM speaks them). The client's own
-request then goes to a replica with role `decode`, with that. Where it would not pay, where there is
+request then goes to a replica with role `decode`, with that. A replica that says where its records
+are (Millrace's do) is told the record's name instead, and both requests go out together: the record
+moves while the prompt is computed. Where it would not pay, where there is
 no pair, and where the hand-over fails, one replica does everything; a failure is counted and
 logged. How a record moves is the replicas' business.
 """
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -55,9 +58,23 @@ class _Computed(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Computed).decode
 
 
+class _Prompt:
+    """A prompt at the replica that computes it while another one waits for its record. Its
+    failures come with its own answer."""
+
+    def publish(self, replica: Replica) -> None:
+        """Its answer has no chunks."""
+
+    def lost(self, reason: str, *, removed: bool) -> None:
+        """Its connection fails, too."""
+
+    def move(self) -> None:
+        """A prompt is not moved."""
+
+
 class HandOver:
     """params: by what the second replica takes the record; empty: nothing is handed over.
-    prefiller: the replica that computed the prompt."""
+    prefiller: the replica that computes the prompt."""
 
     def __init__(self, relay: Relay, request: Request, info: RequestInfo) -> None:
         self._relay, self._request, self._info = relay, request, info
@@ -154,7 +171,7 @@ class HandOver:
         while len(tried) < _TRIES and (found := self._untried(tried)):
             replica = self._relay.policy.pick(found, self._info)
             tried.append(replica)
-            if await self._have(replica, self._request.body, 0, exchange, spans):
+            if not await self._have(replica, self._request.body, 0, exchange, spans):
                 event = "prefix_moved" if self._holders else "handed_over"
                 self._relay.process_counters.count_event(event)
                 return
@@ -166,35 +183,69 @@ class HandOver:
         that would resume it; made: tokens of its answer. `params` is empty if that failed."""
         await self._have(replica, body, made, exchange, spans)
 
+    def compute_beside(
+        self, spans: RequestSpans, failed: Callable[[str], None]
+    ) -> asyncio.Task[None] | None:
+        """Have the prompt computed by a replica that says where its records are, while another one
+        waits for this record: it goes there part by part. failed: is told why it does not. None:
+        there is no such replica, or only the beginning of the prompt is moved."""
+        able = [one for one in self._untried(()) if one.member.records is not None]
+        if self._holders or not able:
+            return None
+        replica = self.prefiller = self._relay.policy.pick(able, self._info)
+        where, name = replica.member.records, f"record-{uuid.uuid4().hex}"
+        assert where is not None
+        self.params = {
+            "do_remote_prefill": True, "do_remote_decode": False, "remote_request_id": name,
+            "remote_engine_id": where.engine, "remote_host": where.host, "remote_port": where.port,
+        }  # fmt: skip
+        beside = self._compute_beside(replica, name, spans, failed)
+        return asyncio.get_running_loop().create_task(beside)
+
+    async def _compute_beside(
+        self, replica: Replica, name: str, spans: RequestSpans, failed: Callable[[str], None]
+    ) -> None:
+        if reason := await self._have(replica, self._request.body, 0, _Prompt(), spans, name):
+            failed(reason)
+        else:
+            self._relay.process_counters.count_event("handed_over")
+
     async def _have(
-        self, replica: Replica, body: bytes, made: int, exchange: InFlight, spans: RequestSpans
-    ) -> bool:
-        """Have a replica hand over the record of a request. Whether it does."""
+        self,
+        replica: Replica,
+        body: bytes,
+        made: int,
+        exchange: InFlight,
+        spans: RequestSpans,
+        name: str = "",
+    ) -> str:
+        """Have a replica hand over the record of a request. name: of the record, where another one
+        waits for it already. Returns why it does not; empty: it does."""
         account = LoadAccount(self._relay.replicas)
         account.begin(replica, self._info, made, exchange)
         traceparent = spans.sent_to(replica, "prompt")
         try:
             async with asyncio.timeout(self._relay.limits.hand_over_timeout):
-                self.params = await self._ask(replica, body, traceparent)
+                params = await self._ask(replica, _prompt_body(body, name), traceparent)
         except (OSError, ValueError) as error:
-            reason = str(error) or "no answer in time"
-            spans.failed(reason)
-            self._note(f"{replica.target}: {reason}")
-            return False
+            reason = f"{replica.target}: {error or 'no answer in time'}"
+            spans.failed(reason, "prompt")
+            if not name:
+                self._note(reason)
+            return reason
         finally:
             account.end(replica, exchange)
-            spans.left()
-        self.prefiller = replica
-        return True
+            spans.left("prompt")
+        if not name:
+            self.params, self.prefiller = params, replica
+        return ""
 
     async def _ask(self, replica: Replica, body: bytes, traceparent: bytes) -> dict[str, Any]:
         """Raises OSError or ValueError, which say why there is no record."""
         upstream = self._relay.upstream(replica)
         connection = await connect(replica.target)
         try:
-            data = request_bytes(
-                self._request, upstream, _prompt_body(body), traceparent=traceparent
-            )
+            data = request_bytes(self._request, upstream, body, traceparent=traceparent)
             response = await connection.send(data)
         finally:
             connection.close()
@@ -244,14 +295,16 @@ class HandOver:
         logger.warning("a prompt is not handed over: %s", reason)
 
 
-def _prompt_body(body: bytes) -> bytes:
-    """A request's body, with an answer of one more token than it resumes with, kept here."""
+def _prompt_body(body: bytes, name: str = "") -> bytes:
+    """A request's body, with an answer of one more token than it resumes with, kept here. name: by
+    which its record is taken; empty: the replica gives it one."""
     fields = msgspec.json.decode(body, type=dict[str, Raw])
     kept = {name: value for name, value in fields.items() if name not in _OF_THE_ANSWER}
     made = msgspec.json.decode(fields.get("resume_token_ids", b"[]"), type=list[int] | None)
     if made:
         kept["resume_token_ids"] = fields["resume_token_ids"]
-    own = {"stream": False, "max_tokens": len(made or ()) + 1, PARAMS: _ASK}
+    ask = {**_ASK, "remote_request_id": name} if name else _ASK
+    own = {"stream": False, "max_tokens": len(made or ()) + 1, PARAMS: ask}
     return msgspec.json.encode({**kept, **own})
 
 

@@ -41,10 +41,10 @@ class RequestSpans:
     def first_byte(self) -> None:
         """The answer has begun."""
 
-    def failed(self, reason: str) -> None:
-        """The replica that it was sent to last failed."""
+    def failed(self, reason: str, name: str = "replica") -> None:
+        """The replica that it was sent to last, by this name, failed."""
 
-    def left(self) -> None:
+    def left(self, name: str = "replica") -> None:
         """The replica is done with it."""
 
     def ended(self, status: int, retries: int, resumptions: int) -> None:
@@ -81,7 +81,7 @@ class TracedRequest(RequestSpans):
             },
         )
         self._queue: Span | None = None
-        self._attempt: Span | None = None
+        self._attempts: dict[str, Span] = {}  # one at a time of each name
         self.trace_id = f"{self._span.get_span_context().trace_id:032x}"
 
     def _child(self, name: str, start: int | None = None, *, client: bool = False) -> Span:
@@ -100,8 +100,8 @@ class TracedRequest(RequestSpans):
             self._queue = None
 
     def sent_to(self, replica: Replica, name: str = "replica") -> bytes:
-        self.left()
-        span = self._attempt = self._child(name, client=True)
+        self.left(name)
+        span = self._attempts[name] = self._child(name, client=True)
         target = replica.target
         span.set_attribute("server.address", target.host)
         span.set_attribute("server.port", target.port)
@@ -109,26 +109,26 @@ class TracedRequest(RequestSpans):
         return b"00-%032x-%016x-%02x" % (own.trace_id, own.span_id, own.trace_flags)
 
     def first_byte(self) -> None:
-        if self._attempt is not None:
-            self._attempt.add_event("first byte")
+        if (span := self._attempts.get("replica")) is not None:
+            span.add_event("first byte")
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, name: str = "replica") -> None:
         from opentelemetry.trace import StatusCode
 
-        if self._attempt is not None:
-            self._attempt.set_status(StatusCode.ERROR, reason)
-            self.left()
+        if (span := self._attempts.get(name)) is not None:
+            span.set_status(StatusCode.ERROR, reason)
+            self.left(name)
 
-    def left(self) -> None:
-        if self._attempt is not None:
-            self._attempt.end()
-            self._attempt = None
+    def left(self, name: str = "replica") -> None:
+        if (span := self._attempts.pop(name, None)) is not None:
+            span.end()
 
     def ended(self, status: int, retries: int, resumptions: int) -> None:
         from opentelemetry.trace import StatusCode
 
         self.admitted()  # or refused
-        self.left()
+        for name in list(self._attempts):
+            self.left(name)
         span = self._span
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("millrace.retries", retries)

@@ -15,7 +15,7 @@ import numpy as np
 
 from millrace.common.http_client import Target
 from millrace.gateway.common.clock import LOOP_CLOCK, Clock
-from millrace.gateway.common.replica_spec import Role
+from millrace.gateway.common.replica_spec import Records, Role
 from millrace.gateway.common.shared_counters import (
     BYTES,
     CHUNKS,
@@ -50,7 +50,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     running requests will not end. failing: requests met failures since its last success.
     slow_start_from: the moment at which slow start began; None for full weight. limit:
     concurrent requests, 0 for any number. response_tag: stands in the ids of the responses that it
-    stores; empty if it says none. role: in serving prompts and answers apart; empty: none.
+    stores; empty if it says none. role: in serving prompts and answers apart; empty: none. records:
+    where it hands over those of its prompts; None: it does not, or does not say.
     """
 
     id: int
@@ -67,6 +68,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind = "other"
     response_tag: str = ""
     role: Role = ""
+    records: Records | None = None
 
 
 class InFlight(Protocol):

@@ -22,8 +22,9 @@ PARAM = "kv_transfer_params"
 
 
 class KvTransferParams(msgspec.Struct, frozen=True):
-    """do_remote_decode: the prompt's record is kept for another engine. do_remote_prefill: it is
-    taken from there: remote_request_id is its name. Others have no effect."""
+    """do_remote_decode: the prompt's record is kept for another engine, by the name
+    remote_request_id, or one of the server's. do_remote_prefill: it is taken from there by that
+    name; without remote_num_tokens while it is still computed. Others have no effect."""
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
@@ -35,14 +36,17 @@ class KvTransferParams(msgspec.Struct, frozen=True):
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """What a request asks for. keep: its record, under the request's id. source: where that is."""
+    """What a request asks for. keep: its record, by this name; empty: by the request's id. source:
+    where its record is."""
 
     keep: bool = False
     source: RecordSource | None = None
+    name: str = ""
 
     def arguments(self, request_id: str) -> Mapping[str, Any]:
         """Of the engine's request."""
-        return {"hand_over": request_id if self.keep else "", "source": self.source}
+        name = self.name or request_id
+        return {"hand_over": name if self.keep else "", "source": self.source}
 
 
 def read_hand_over(body: GenerationRequest, outputs: int, ready: Ready) -> HandOver:
@@ -61,19 +65,22 @@ def read_hand_over(body: GenerationRequest, outputs: int, ready: Ready) -> HandO
         )
     if outputs > 1:
         raise RequestError(f"{PARAM} belong to one output; send one prompt and n 1", param=PARAM)
-    return HandOver(given.do_remote_decode, _source(given) if given.do_remote_prefill else None)
+    keeps = given.do_remote_decode
+    name = given.remote_request_id or "" if keeps and not given.do_remote_prefill else ""
+    return HandOver(keeps, _source(given) if given.do_remote_prefill else None, name)
 
 
 def _source(given: KvTransferParams) -> RecordSource:
     names = ("remote_host", "remote_port", "remote_engine_id", "remote_request_id")
-    values = {name: getattr(given, name) for name in (*names, "remote_num_tokens")}
+    values = {name: getattr(given, name) for name in names}
     if missing := [name for name, value in values.items() if value is None]:
         raise RequestError(
             f"{PARAM}: {' and '.join(missing)} missing, which the server that computed the prompt "
             "puts into its answer",
             param=PARAM,
         )
-    return RecordSource(*values.values())
+    found = [*values.values(), given.remote_num_tokens or 0]
+    return RecordSource(*found)
 
 
 def transfer_answer(

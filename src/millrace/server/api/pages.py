@@ -16,7 +16,13 @@ from starlette.responses import Response
 from millrace.common.prefix_hash import PrefixReport
 from millrace.dashboard.sample import Sample
 from millrace.server.api.context import ApiContext, unavailable
-from millrace.server.api.response_schema import Health, ModelCard, ModelList, Version
+from millrace.server.api.response_schema import (
+    Health,
+    ModelCard,
+    ModelList,
+    RecordAddress,
+    Version,
+)
 from millrace.server.api.transport import json_response
 from millrace.server.http.access import client_of
 from millrace.server.telemetry.live_page import LivePage
@@ -90,7 +96,11 @@ class Pages:
         or the server begins to stop, else 503."""
         if not self._client.healthy:
             raise unavailable(self._client)
-        return json_response(Health("ok", self._context.response_tag, self._client.role or ""))
+        ready, records = self._client.ready, None
+        if ready is not None and ready.engine:
+            records = RecordAddress(ready.engine, ready.transfer_host, ready.transfer_port)
+        role = self._client.role or ""
+        return json_response(Health("ok", self._context.response_tag, role, records))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""

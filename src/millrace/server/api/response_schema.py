@@ -263,13 +263,23 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
+class RecordAddress(msgspec.Struct, frozen=True):
+    """Where an engine hands over records, and its id."""
+
+    engine: str
+    host: str
+    port: int
+
+
 class Health(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer of /health. response_tag: stands in the ids of the responses that are stored here.
-    role: in serving prompts and answers apart, if it has one."""
+    role: in serving prompts and answers apart, if it has one. records: where its prompts' records
+    are taken."""
 
     status: Literal["ok"]
     response_tag: str = ""
     role: Literal["", "prefill", "decode", "both"] = ""
+    records: RecordAddress | None = None
 
 
 class Version(msgspec.Struct, frozen=True):
