@@ -8,13 +8,18 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from millrace.common.http_client import Response, Target, fetch, parse_url
 from millrace.gateway.app import Gateway
 from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.health.health_monitor import ReplicaSpec
 from millrace.gateway.relay import pair_checks
+from millrace.gateway.relay.rebalance import MOST_AT_ONCE, Rebalancer
+from millrace.gateway.routing.replicas import Member, Replica
 from tests.support.gateways import gateway
 from tests.support.mock_replica import MockReplica, next_token
 from tests.support.running import eventually, run
@@ -302,6 +307,84 @@ def test_streams_of_a_drained_replica_go_on_elsewhere_by_their_records() -> None
         assert (events["stream_moved"], events["resumed"], events["cut_off"]) == (1, 1, 0)
 
     with_pair(scenario, roles=("prefill", "decode", "both"), limits=NEVER)
+
+
+@pytest.mark.parametrize("least", [1, 10_000], ids=["by records", "computed again"])
+def test_streams_of_a_crowded_replica_go_where_there_is_room(least: int) -> None:
+    """A quarter of the difference goes, each stream once; clients see one stream of the right
+    tokens. Then the replicas are near enough, and nothing goes back."""
+    right = "".join(f"w{next_token(PROMPT, at)} " for at in range(120))
+
+    async def scenario(made: Gateway, target: Target, replicas: dict[str, Paired]) -> None:
+        crowded, free = replicas["decode"], replicas["both"]
+        by_name = {one.target.port: one for one in made.replicas.all}
+        other = by_name[parse_url(free.url).port].member.id
+        made.monitor.drain(other, then_remove=False)
+        crowded.gap_s = free.gap_s = 0.05
+        asked = [asyncio.create_task(ask(target, max_tokens=120)) for _ in range(12)]
+        await eventually(lambda: len(crowded.bodies) == 12)
+        made.monitor.undrain(other)
+        assert [tokens(await one) for one in asked] == [right] * 12
+        events = made.counters.events()
+        assert events["stream_rebalanced"] == events["resumed"] == len(free.bodies) == 3
+        assert events["stream_moved"] == (3 if least == 1 else 0)
+        assert events["cut_off"] == events["hand_over_failed"] == 0
+        assert free.taken == events["stream_moved"] * (len(PROMPT) - 1)
+        assert all(body["resume_token_ids"] for body in free.bodies)
+
+    limits = msgspec.structs.replace(NEVER, rebalance_gap=8, move_record_tokens=least)
+    with_pair(scenario, roles=("decode", "both"), limits=limits)
+
+
+class Crowd:
+    """A stream at a replica: it moves at once, as often as it is asked to."""
+
+    def __init__(self, at: Replica, made: int) -> None:
+        self.at, self.output_tokens, self.moves = at, made, 0
+        at.exchanges.add(self)  # type: ignore[arg-type]
+
+    def rebalance(self, to: Replica) -> bool:
+        self.at.exchanges.discard(self)  # type: ignore[arg-type]
+        self.at, self.moves = to, self.moves + 1
+        to.exchanges.add(self)  # type: ignore[arg-type]
+        return True
+
+
+class Replicas:
+    """As `ReplicaSet`, of replicas whose requests are all of this process."""
+
+    has_roles = True
+
+    def __init__(self, count: int) -> None:
+        self.all = [
+            Replica(Member(id=n, slot=n, target=Target("x", n), kind="millrace", role="both"))
+            for n in range(count)
+        ]
+
+    def available(self) -> list[Replica]:
+        return self.all
+
+    def refresh_load(self, of: list[Replica]) -> None:
+        for one in of:
+            one.in_flight = len(one.exchanges)
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowds=st.lists(st.integers(0, 60), min_size=2, max_size=5), gap=st.integers(4, 20))
+def test_rebalancing_comes_to_rest_and_never_turns_the_balance(crowds: list[int], gap: int) -> None:
+    replicas = Replicas(len(crowds))
+    made = [Crowd(replicas.all[at], n) for at, count in enumerate(crowds) for n in range(count)]
+    rebalancer = Rebalancer(replicas, gap)  # type: ignore[arg-type]
+    spread = max(crowds) - min(crowds)
+    for _ in range(400):
+        moved = rebalancer.look()
+        sizes = [len(one.exchanges) for one in replicas.all]
+        assert max(sizes) - min(sizes) <= spread, "no move makes it worse"
+        assert moved <= MOST_AT_ONCE
+        spread = max(sizes) - min(sizes)
+    assert spread < gap
+    assert sum(sizes) == len(made)
+    assert not any(rebalancer.look() for _ in range(4)), "at rest"
 
 
 def test_a_vllm_pair_whose_counters_stand_still_is_reported_and_left_out(

@@ -34,7 +34,8 @@ _EVENTS = {
     "hand_over_unproven": "Times that replicas said they had handed prompts over, and their "
     "counters had not moved.",
     "prefix_moved": "Prompts whose cached beginning went from the replica that had it to another.",
-    "stream_moved": "Streams that another replica went on with, because theirs was drained.",
+    "stream_moved": "Streams that another replica went on with by their records.",
+    "stream_rebalanced": "Streams that left a crowded replica for one with room.",
     "body_refused": "Requests refused because request bodies used all of their memory.",
 }
 _SECONDS = {

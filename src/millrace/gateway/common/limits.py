@@ -23,7 +23,9 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hand_over_prompt: prompt tokens, as estimated, from which a prompt is computed by one replica
     and answered by another, where they have such roles. hand_over_ratio: prompt tokens for each
     token of the answer, where the client bounds it, below which one replica does both.
-    hand_over_timeout: for the prompt.
+    hand_over_timeout: for the prompt. rebalance_gap: requests by which two replicas that answer
+    must differ so that streams go from one to the other; 0: none does. move_record_tokens: of a
+    stream so far, below which the other one computes them instead of taking a record.
     """
 
     max_concurrent_requests: int = 16384
@@ -51,6 +53,8 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hand_over_prompt: int = 2048
     hand_over_ratio: float = 4.0
     hand_over_timeout: float = 120.0
+    rebalance_gap: int = 0
+    move_record_tokens: int = 512
 
 
 class ScalePolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

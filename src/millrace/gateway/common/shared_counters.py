@@ -43,6 +43,7 @@ EVENTS = (
     "hand_over_unproven",
     "prefix_moved",
     "stream_moved",
+    "stream_rebalanced",
 )
 PROCESS_GAUGES = (
     "interactive",

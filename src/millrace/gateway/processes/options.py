@@ -104,6 +104,10 @@ LIMITS_HELP: Mapping[str, str] = {
     "hand_over_ratio": "Least prompt tokens of such a request for each token of its answer, where "
     "it bounds that.",
     "hand_over_timeout": "Seconds that such a prompt may take.",
+    "rebalance_gap": "Requests by which two replicas (role decode or both) must differ so that "
+    "running streams go from one to the other; 0: none does.",
+    "move_record_tokens": "Tokens of such a stream so far, below which the other replica computes "
+    "them instead of taking a record.",
     "max_kept_bytes": "Bytes of a stream that are kept to resume it on another replica; a longer "
     "stream cannot be resumed. 0: no stream is.",
 }

@@ -131,6 +131,7 @@ class RelayServer:
             turn += 1
             if turn % _SWEEP_EVERY == 0:
                 self.relay.sweep()
+                self.relay.rebalancer.look()
                 if self._access_log is not None:
                     self._access_log.flush()
 

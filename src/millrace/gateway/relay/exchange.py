@@ -84,6 +84,8 @@ class Exchange:
         self._connection: ReplicaConnection | None = None
         self._opening: asyncio.Task[None] | None = None
         self._hand_over: HandOver | None = None
+        self._target: Replica | None = None  # where the stream is to go on, if that can
+        self._rebalanced = False
         self._beside: asyncio.Task[None] | None = None  # its prompt, computed for its replica
         self._hold_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # queue timeout, or wait for a replica
@@ -251,7 +253,9 @@ class Exchange:
         if not capable:
             self._no_replica_left()
             return
-        replica = self.replica = self._candidates.pick(capable)
+        target, self._target = self._target, None
+        known = target if target is not None and target in capable else None
+        replica = self.replica = known or self._candidates.pick(capable)
         self._idle_timeout.restart()
         self.account.begin(replica, self.info, self._stream.output_tokens, self)
         self._traceparent = self.spans.sent_to(replica)
@@ -478,19 +482,45 @@ class Exchange:
 
     def move(self) -> None:
         """Its replica is drained: have another one go on with the stream, by its record."""
+        self._leave("is drained", record=True)
+
+    @property
+    def output_tokens(self) -> int:
+        """Of its answer, so far; chunks stand for tokens that nobody has counted."""
+        return self._stream.output_tokens or self.account.chunks
+
+    def rebalance(self, to: Replica) -> bool:
+        """Have a replica with more room go on with the stream: by its record, or, where that costs
+        more than it saves, by computing what there is so far. Whether it does."""
+        model, replica = self.info.model, self.replica
+        serves = model is None or not to.member.models or model in to.member.models
+        if self._rebalanced or not self.info.stream or not serves or replica is None:
+            return False
+        length = self.info.prompt_tokens + self.output_tokens
+        if not self._leave("is crowded", length >= self._relay.limits.move_record_tokens, to):
+            return False
+        self._rebalanced = True
+        self._relay.process_counters.count_event("stream_rebalanced")
+        return True
+
+    def _leave(self, why: str, record: bool, to: Replica | None = None) -> bool:
+        """Have another replica go on with the stream, that one if it can; with `record` by the
+        record of what there is so far. Whether it is a stream that can go on elsewhere."""
         replica, stream = self.replica, self._stream
         movable = self.status == 200 and self._begun and stream.resumable and not stream.resuming
         if replica is None or self._finished or not movable or replica.member.kind != "millrace":
-            return
+            return False
         if not stream.interrupt():
-            return
+            return False
         self._release_replica(reusable=False)
-        self._candidates.record_failure(replica, "is drained")
-        if stream.final_bytes() is not None:
+        self._candidates.record_failure(replica, why)
+        self._target = to
+        if stream.final_bytes() is not None or not record:
             self._resume_elsewhere()
-            return
+            return True
         self._hand_over = HandOver(self._relay, self.request, self.info)
         self._opening = self._loop.create_task(self._move_record(replica, self._hand_over))
+        return True
 
     async def _move_record(self, replica: Replica, hand_over: HandOver) -> None:
         """Have the replica hand over the record of what it has, and go on elsewhere."""

@@ -71,6 +71,12 @@ class _Prompt:
     def move(self) -> None:
         """A prompt is not moved."""
 
+    output_tokens = 0
+
+    def rebalance(self, to: Replica) -> bool:
+        """A prompt is not moved."""
+        return False
+
 
 class HandOver:
     """params: by what the second replica takes the record; empty: nothing is handed over.

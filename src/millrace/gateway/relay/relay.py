@@ -20,6 +20,7 @@ from millrace.gateway.relay.access import Access
 from millrace.gateway.relay.access_log import LoggedRequest
 from millrace.gateway.relay.connection_pool import Pool
 from millrace.gateway.relay.pair_checks import PairChecks
+from millrace.gateway.relay.rebalance import Rebalancer
 from millrace.gateway.relay.spans import RequestTracer
 from millrace.gateway.resume.stream_buffer import BufferBudget
 from millrace.gateway.routing.admission import AdmissionControl
@@ -120,6 +121,7 @@ class Relay:
         key = self.access.worker_api_key
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
         self.pair_checks = PairChecks(self.process_counters, headers)
+        self.rebalancer = Rebalancer(replicas, limits.rebalance_gap)
         self.viewers = 0  # clients that follow a stream of the gateway's own
         self.closing = False
         self._published = _process_totals()

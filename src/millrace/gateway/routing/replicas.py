@@ -86,6 +86,15 @@ class InFlight(Protocol):
         """Another replica is to go on with it, by the record of what it has so far."""
         ...
 
+    @property
+    def output_tokens(self) -> int:
+        """Of its answer, so far."""
+        ...
+
+    def rebalance(self, to: Replica) -> bool:
+        """That replica is to go on with it, which has more room. Whether it does; once at most."""
+        ...
+
 
 class Replica:
     """One replica in one process.
