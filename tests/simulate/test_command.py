@@ -78,6 +78,12 @@ def test_beyond_the_knee_no_ttft_is_shown(
         (["--json", "/nowhere/run.json"], "no such directory"),
         (["--duration", "10", "--warmup", "10"], "--warmup"),
         (["--policy", "best"], "best"),
+        (["--prefill-replicas", "1"], "use fewer than --replicas 1"),
+        (["--link", "0"], "--link 0: use a number above 0"),
+        (
+            ["--replicas", "2", "--prefill-replicas", "1", "--mode", "aggregated"],
+            "use event with --prefill-replicas",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

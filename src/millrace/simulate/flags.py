@@ -27,6 +27,10 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
     """A fleet, what happens to it, and the load on it."""
 
     replicas: int = 1
+    prefill_replicas: int = 0
+    hand_over_prompt: int = 2048
+    hand_over_ratio: float = 4.0
+    link: float = 25.0
     mode: Mode = "auto"
     policy: PolicyName = DEFAULT_POLICY
     affinity_gap: int = 4096
@@ -77,6 +81,11 @@ class SimulateFlags(LoadFlags, frozen=True, kw_only=True):
 HELP: Mapping[str, str] = {
     **BENCH_HELP,
     "replicas": "Replicas at the start.",
+    "prefill_replicas": "Of --replicas, those that compute prompts for the others (millrace serve "
+    "--role prefill); 0: each does everything.",
+    "hand_over_prompt": "Least prompt tokens of a request that goes to two replicas then.",
+    "hand_over_ratio": "Least prompt tokens of such a request for each token of its answer.",
+    "link": "GB/s of each replica's link to the others, for records of prompts.",
     "mode": "event: every step of every engine, for up to 16 replicas or so; aggregated: all "
     "replicas advance together, for thousands; auto: event up to 16 replicas.",
     "policy": "How the gateway chooses a replica.",

@@ -40,6 +40,10 @@ def run_flags(values: Mapping[str, Any]) -> None:
 
 def run(scenario: Scenario, flags: SimulateFlags) -> Outcome:
     """Simulate in the mode that the flags ask for."""
+    if flags.prefill_replicas:
+        if flags.mode == "aggregated":
+            raise UserError("--mode aggregated: use event with --prefill-replicas")
+        return Fleet(scenario).run()
     most = max(flags.replicas, scenario.life.scale.most if scenario.life.scale else 0)
     if flags.mode == "aggregated" or (flags.mode == "auto" and most > EVENT_REPLICAS):
         return AggregatedFleet(scenario).run()
@@ -70,9 +74,17 @@ def _facts(flags: SimulateFlags) -> dict[str, str]:
     noun = "replica" if flags.replicas == 1 else "replicas"
     return {
         "model": kind + drafts,
-        "fleet": f"{flags.replicas} {noun}, policy {flags.policy}",
+        "fleet": f"{flags.replicas} {noun}{_pools(flags)}, policy {flags.policy}",
         "seed": str(flags.seed),
     }
+
+
+def _pools(flags: SimulateFlags) -> str:
+    prefill = flags.prefill_replicas
+    if not prefill:
+        return ""
+    answer = flags.replicas - prefill
+    return f" ({prefill} for prompts, {answer} for answers, {flags.link:g} GB/s)"
 
 
 def _gpus(values: Mapping[str, Any]) -> int:

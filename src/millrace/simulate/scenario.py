@@ -13,7 +13,7 @@ from millrace.bench.runs.options_from_flags import load_options, read_objectives
 from millrace.bench.workload.prompts import AgentSpec, FileSpec, PolicySpec, TraceSpec, lengths
 from millrace.errors import UserError
 from millrace.gateway.common.limits import GatewayLimits
-from millrace.plan.model.memory import fit
+from millrace.plan.model.memory import cache_spec, fit
 from millrace.plan.model.profiles import step_model
 from millrace.plan.model.step_model import StepModel
 from millrace.protocol import Limits
@@ -31,6 +31,8 @@ from millrace.simulate.flags import SimulateFlags
 from millrace.target import Target
 
 MOST_REPLICAS = 10_000
+HOST_BYTES = 64 << 30  # of the host's memory, for records and cached prefixes
+LEAST_SNAPSHOTS = 2  # of a replica that hands records over
 _ACCEPTANCE = 0.8
 _NOWHERE = Target("simulated", 80)
 
@@ -42,7 +44,7 @@ def scenario_of(flags: SimulateFlags) -> Scenario:
     load = load_options(flags, _NOWHERE)
     if load.workload.count is None and load.duration is None:
         raise UserError("a load without end: give --num-prompts or --duration")
-    limits = _limits(flags, load, model)
+    limits = _with_records(flags, _limits(flags, load, model), model)
     start = model.start_up.cold if flags.start_seconds is None else flags.start_seconds
     server = model.server
     return Scenario(
@@ -53,6 +55,7 @@ def scenario_of(flags: SimulateFlags) -> Scenario:
             speeds=Speeds(
                 acceptance=_acceptance(flags),
                 jitter=model.jitter if flags.jitter is None else flags.jitter,
+                link=flags.link * 1e9,
             ),
             api_server=ApiServerCost(server.request_seconds, server.chunk_seconds),
             depth=flags.pipeline_depth,
@@ -76,6 +79,7 @@ def scenario_of(flags: SimulateFlags) -> Scenario:
             kills=tuple(_kill(text, flags.replicas) for text in flags.kill),
             scale=_scale_rule(flags),
             seed=flags.seed,
+            prefill=flags.prefill_replicas,
         ),
         seed=flags.seed,
         check=flags.check,
@@ -101,7 +105,7 @@ def _check_numbers(flags: SimulateFlags) -> None:
         value = getattr(flags, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"{_flag(name)} {value:g}: use a number from 0 on")
-    for name in ("autoscale_interval", "price"):
+    for name in ("autoscale_interval", "price", "link"):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{_flag(name)} {value:g}: use a number above 0")
@@ -223,6 +227,33 @@ def _limits(flags: SimulateFlags, load: BenchOptions, model: StepModel | FittedS
     )
 
 
+def _with_records(flags: SimulateFlags, limits: Limits, model: StepModel | FittedSteps) -> Limits:
+    """With what replicas need that hand records of prompts over. Raises UserError."""
+    prefill = flags.prefill_replicas
+    if not prefill:
+        return limits
+    if not 0 < prefill < flags.replicas:
+        raise UserError(
+            f"--prefill-replicas {prefill}: use fewer than --replicas {flags.replicas}, or 0"
+        )
+    if isinstance(model, FittedSteps):
+        raise UserError(
+            "--prefill-replicas with --plan-log: the model's bytes are not known; use "
+            "--model and --gpu, or --step-model"
+        )
+    if not limits.prefix_caching or limits.num_snapshots < LEAST_SNAPSHOTS:
+        raise UserError("--prefill-replicas: leave prefix caching on, with 2 snapshots or more")
+    spec = cache_spec(model.config, model.description, flags.block_size)
+    ranks = model.description.tensor
+    return msgspec.structs.replace(
+        limits,
+        transfers=True,
+        host_cache=HOST_BYTES,
+        page_bytes=ranks * spec.page_bytes(ranks),
+        snapshot_bytes=ranks * spec.snapshot_bytes(ranks),
+    )
+
+
 def _longest(load: BenchOptions) -> int:
     """The longest sequence that a workload may have."""
     spec = load.workload
@@ -244,6 +275,8 @@ def _gateway_limits(flags: SimulateFlags) -> GatewayLimits:
         "max_concurrent_requests": flags.max_concurrent_requests,
         "queue_size": flags.queue_size,
         "max_requests_per_replica": flags.max_requests_per_replica,
+        "hand_over_prompt": flags.hand_over_prompt,
+        "hand_over_ratio": flags.hand_over_ratio,
     }
     # The gateway's own limits are for one gateway of up to 256 replicas.
     most = GatewayLimits().max_concurrent_requests * -(-flags.replicas // 64)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.bench.load.arrivals import Schedule
+from millrace.bench.load.options import BenchOptions
 from millrace.bench.workload.prompts import AgentSpec, PrefixSpec, RandomSpec, TraceRow, TraceSpec
+from millrace.gateway.common.limits import GatewayLimits
 from millrace.gateway.routing.policies import POLICIES
 from millrace.simulate.common.lifecycle import ScaleRule, wanted_replicas
-from millrace.simulate.common.options import Scenario
+from millrace.simulate.common.options import Scenario, Speeds
 from millrace.simulate.common.outcome import Outcome, figures
 from millrace.simulate.events.fleet import Fleet
 from tests.simulate.scenarios import LinearSteps, load, loaded, scenario
@@ -81,6 +85,71 @@ def test_nothing_is_lost_and_equal_seeds_bring_equal_runs(made: Scenario) -> Non
     else:
         assert delivered <= outcome.counts["generated_tokens"]
     assert everything(run(made)) == everything(outcome)
+
+
+SPLIT = {"transfers": True, "host_cache": 1 << 24, "page_bytes": 4096, "snapshot_bytes": 65536}
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    given=st.builds(
+        load,
+        st.integers(1, 30),
+        concurrency=st.sampled_from([None, 5]),
+        rate=st.sampled_from([float("inf"), 20.0]),
+        seed=st.integers(0, 3),
+        input_len=st.sampled_from([30, 300]),
+        prefix_len=st.sampled_from([0, 64]),
+    ),
+    replicas=st.integers(2, 4),
+    life=st.sampled_from([{}, {"kills": ((0.3, 0),)}, {"crashes": 2000.0, "start_seconds": 0.5}]),
+    host=st.sampled_from([1 << 18, 1 << 24]),
+    depth=st.sampled_from([0, 1]),
+)
+def test_split_pools_lose_nothing(
+    given: BenchOptions, replicas: int, life: dict[str, Any], host: int, depth: int
+) -> None:
+    limits = GatewayLimits(hand_over_prompt=100, hand_over_ratio=1.0)
+    made = scenario(
+        given, replicas, check=True, depth=depth, life={"prefill": 1, **life},
+        limits={**SPLIT, "host_cache": host}, gateway={"limits": limits},
+    )  # fmt: skip
+    outcome = run(made)
+    records, counts = outcome.records, outcome.counts
+    assert outcome.ended
+    assert len(records) == counts["ended"] == given.workload.count
+    if not counts["crashes"]:
+        assert not any(records.errors)
+    if not life and host > 1 << 20:
+        long = sum(prompt >= 100 for prompt in records.prompt)
+        # A prompt for which no snapshot is free is answered by one replica.
+        assert counts["handed_over"] + counts["hand_over_failed"] == long
+        assert counts["handed_over"] >= long / 2
+        assert all(records.replica[at] != 0 for at in range(len(records))), "0 answers nobody"
+        state = counts["handed_over"] * SPLIT["snapshot_bytes"]
+        assert (counts["hand_over_bytes"] > state) == bool(long)
+    assert everything(run(made)) == everything(outcome)
+
+
+def test_split_pools_keep_streams_even_and_a_slow_link_costs_first_tokens() -> None:
+    rows = [TraceRow(20, 200) for _ in range(12)]
+    rows += [TraceRow(480, 2) for _ in range(12)]
+    spec = TraceSpec(rows=tuple(rows), count=len(rows), streams=12)
+    limits = GatewayLimits(hand_over_prompt=100, hand_over_ratio=1.0)
+    found = {}
+    for prefill, link in ((0, 1e9), (1, 1e9), (1, 1e6)):
+        made = scenario(
+            loaded(spec, schedule=Schedule(rate=20.0)), 3, limits=SPLIT,
+            model=LinearSteps(0.01, 1e-4, 4e-4),
+            life={"prefill": prefill}, gateway={"limits": limits},
+        )  # fmt: skip
+        kind = msgspec.structs.replace(made.kind, speeds=Speeds(link=link))
+        outcome = run(msgspec.structs.replace(made, kind=kind))
+        assert not any(outcome.records.errors)
+        found[prefill, link] = figures(outcome.records, 0.0, outcome.seconds)
+    mixed, split, slow = found.values()
+    assert split.itl.p99 < 0.5 * mixed.itl.p99
+    assert slow.ttft.p99 > split.ttft.p99 + 0.05
 
 
 def test_answers_have_the_lengths_that_the_workload_wants() -> None:

@@ -14,7 +14,7 @@ from random import Random
 
 import msgspec
 
-from millrace.gateway.common.replica_spec import HealthPolicy
+from millrace.gateway.common.replica_spec import HealthPolicy, Role
 from millrace.gateway.routing.replicas import Member
 from millrace.simulate.common.virtual_clock import VirtualClock
 from millrace.target import Target
@@ -42,7 +42,8 @@ class ScaleRule(msgspec.Struct, frozen=True, kw_only=True):
 class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """start_seconds: from the order of a replica to its first answer. crashes, reclaims: for each
     replica and hour. notice: seconds from a reclaim's notice to the end of the machine; 0: none.
-    reclaim_wait: seconds until a machine is there instead. kills: (seconds, replica).
+    reclaim_wait: seconds until a machine is there instead. kills: (seconds, replica). prefill: of
+    each `replicas`, those that compute prompts for the others; 0: each does everything.
     """
 
     replicas: int
@@ -55,6 +56,7 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     scale: ScaleRule | None = None
     health: HealthPolicy = HealthPolicy()
     seed: int = 0
+    prefill: int = 0
 
     @property
     def most(self) -> int:
@@ -127,9 +129,15 @@ class Lives:
         # As the health monitor does: the slot that was freed longest ago.
         slot = next(s for n in range(self._options.most) if (s := self._slot(id + n)) not in taken)
         self._hooks.clear(slot)
-        member = Member(id=id, slot=slot, target=Target(f"replica-{id}", 8000))
+        target = Target(f"replica-{id}", 8000)
+        member = Member(id=id, slot=slot, target=target, role=self._role(slot))
         self._members[id] = member
         self._start(id, 0.0 if first else self._options.start_seconds, first)
+
+    def _role(self, slot: int) -> Role:
+        if not self._options.prefill:
+            return ""
+        return "prefill" if slot % self._options.replicas < self._options.prefill else "decode"
 
     def _slot(self, number: int) -> int:
         return number % self._options.most

@@ -28,12 +28,13 @@ class StepTime(Protocol):
 class Speeds(msgspec.Struct, frozen=True):
     """What a step model does not say. acceptance: of each draft, given that all before it were
     accepted. jitter: relative spread of the time of single steps. host_copy, disk_copy: bytes a
-    second between device, host memory and files."""
+    second between device, host memory and files; link: of each replica to the others."""
 
     acceptance: tuple[float, ...] = ()
     jitter: float = 0.0
     host_copy: float = 25e9
     disk_copy: float = 2e9
+    link: float = 25e9
 
 
 class ApiServerCost(msgspec.Struct, frozen=True):

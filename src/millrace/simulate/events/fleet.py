@@ -18,6 +18,7 @@ from millrace.simulate.common.outcome import Outcome, Records, Sample
 from millrace.simulate.common.virtual_clock import VirtualClock
 from millrace.simulate.events.clients import Clients
 from millrace.simulate.events.gateway import SimulatedGateway
+from millrace.simulate.events.record_links import RecordLinks
 from millrace.simulate.events.replica import SimulatedReplica
 from millrace.simulate.events.workload import Requests
 
@@ -36,6 +37,10 @@ class Fleet:
         self.gateway = SimulatedGateway(clock, scenario.gateway, self._lengths, scenario.life.most)
         self.lives = Lives(clock, scenario.life, self._hooks())
         self.records = Records()
+        limits = scenario.kind.limits
+        self.links = RecordLinks(
+            scenario.kind.speeds.link, limits.page_bytes, limits.snapshot_bytes
+        )
         load = scenario.load
         self.clients = Clients(
             clock,
@@ -88,6 +93,9 @@ class Fleet:
                 "crashes": lives.crashes,
                 "reclaims": lives.reclaims,
                 "starts": lives.starts,
+                "handed_over": gateway.handed_over,
+                "hand_over_failed": gateway.hand_over_failed,
+                "hand_over_bytes": self.links.bytes,
             },
         )
 
@@ -110,7 +118,9 @@ class Fleet:
         scenario = self._scenario
         seed = crc32(f"{scenario.seed} {id} {len(self.all_engines)}".encode())
         engine = SimulatedReplica(
-            self._clock, scenario.kind, deliver, self._lengths, seed, scenario.check
+            *(self._clock, scenario.kind, deliver, self._lengths, seed, scenario.check),
+            links=self.links,
+            number=id,
         )
         self.gateway.engines[id] = engine
         self.all_engines.append(engine)

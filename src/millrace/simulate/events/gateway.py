@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from millrace.gateway.common.shared_counters import IN_FLIGHT, RESIDENT, SharedCounters
 from millrace.gateway.health.load_report import LoadReport, correct_load
+from millrace.gateway.relay.hand_over import whole
 from millrace.gateway.relay.suspicion import Suspicion
 from millrace.gateway.routing.admission import AdmissionControl
 from millrace.gateway.routing.candidates import Candidates
@@ -20,7 +21,7 @@ from millrace.gateway.routing.policies import make_policy
 from millrace.gateway.routing.prefix_index import PrefixTable
 from millrace.gateway.routing.replicas import Member, Replica, ReplicaSet
 from millrace.gateway.routing.suspects import Failure
-from millrace.protocol import AddRequest, Delta, SamplingParams
+from millrace.protocol import AddRequest, Delta, RecordSource, SamplingParams
 from millrace.simulate.common.options import PUBLISH_SECONDS, GatewayOptions
 from millrace.simulate.common.outcome import RequestRecord
 from millrace.simulate.common.virtual_clock import VirtualClock, VirtualTimer
@@ -60,6 +61,7 @@ class SimulatedGateway:
         self.engines: dict[int, SimulatedReplica] = {}  # by the id of the member
         self.exchanges: dict[str, SimulatedExchange] = {}
         self.retries = self.resumed = self.cut_off = self.refused = 0
+        self.handed_over = self.hand_over_failed = 0
         self._backlog = 0.0  # seconds of work that the processes have before them
         self._backlog_at = 0.0
         clock.call_later(PUBLISH_SECONDS, self._publish)
@@ -158,6 +160,8 @@ class SimulatedExchange:
         self._admitted = self._ended = False
         self._timer: VirtualTimer | None = None
         self._deadline = 0.0
+        self._splits = self._pays()  # its prompt is computed for another replica first
+        self._source: RecordSource | None = None  # the prompt's record
 
     def __hash__(self) -> int:
         return self.request.number  # so that sets of exchanges have the same order in every run
@@ -197,14 +201,37 @@ class SimulatedExchange:
         self._fail(reason, reached=not removed)
 
     def move(self) -> None:
-        """Simulated replicas hand nothing over: the stream ends where it is."""
+        """Simulated streams end where they are."""
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.made)
+
+    def rebalance(self, to: Replica) -> bool:
+        return False
 
     # --- towards the replica ---------------------------------------------------------------------
+
+    def _pays(self) -> bool:
+        """Whether one replica computes the prompt and another answers, as the gateway decides."""
+        limits, asked = self._gateway.options.limits, self.info.max_tokens or 0
+        prompt = len(self.request.tokens)
+        long = prompt >= max(limits.hand_over_prompt, limits.hand_over_ratio * asked)
+        return self._gateway.replicas.has_roles and long and asked != 1
+
+    def _untried(self) -> Sequence[Replica]:
+        untried = self._candidates.untried()
+        if self._splits:
+            if found := [one for one in untried if one.member.role == "prefill"]:
+                return found
+            self._splits = False
+            self._gateway.hand_over_failed += 1
+        return whole(untried)
 
     def _attempt(self) -> None:
         if self._ended:
             return
-        untried = self._candidates.untried()
+        untried = self._untried()
         if not untried:
             self._no_replica_left()
             return
@@ -230,7 +257,7 @@ class SimulatedExchange:
 
     def _message(self) -> AddRequest:
         request, asked = self.request, self._gateway.options.max_tokens
-        most = max(asked, request.output_tokens)
+        most = 1 if self._splits else max(asked, request.output_tokens)
         self._gateway.lengths[request.number] = len(request.tokens) + request.output_tokens
         return AddRequest(
             id=self._id,
@@ -239,12 +266,17 @@ class SimulatedExchange:
             boundaries=request.boundaries,
             resume=list(self.made),
             cache_salt=self.info.cache_salt,
+            hand_over=self._id if self._splits else "",
+            source=self._source,
         )
 
     # --- from the replica ------------------------------------------------------------------------
 
     def take(self, delta: Delta, at: float) -> None:
         """New tokens, which reach the client at that moment."""
+        if self._splits or delta.transfer_failed:
+            self._gateway.clock.call_at(at, self._computed, self._id, delta.record)
+            return
         self.made += delta.token_ids
         self._account.chunks += 1
         self._failures = 0
@@ -258,6 +290,21 @@ class SimulatedExchange:
             self._gateway.exchanges.pop(self._id, None)
             self._gateway.clock.call_at(at, self._end, error)
 
+    def _computed(self, attempt: str, record: int) -> None:
+        """The prompt is computed, and its record of so many tokens may be taken; or, with 0, it is
+        not there: then one replica does everything."""
+        if attempt != self._id or self._ended or self._replica is None:
+            return
+        self._splits, self._source = False, None
+        if record:
+            self._source = RecordSource("", 0, "", attempt, record)
+            self._gateway.handed_over += 1
+        else:
+            self._gateway.hand_over_failed += 1
+        self._release()
+        self._candidates.reset(keep_last=False)
+        self._attempt()
+
     # --- failures and ends -----------------------------------------------------------------------
 
     def _fail(self, reason: str, reached: bool = True) -> None:
@@ -266,6 +313,7 @@ class SimulatedExchange:
             return
         self._candidates.record_failure(replica, reason)
         self._failures += 1
+        self._source = None  # it may be gone, too
         self._release()
         digest = self.request.number.to_bytes(16, "big") + bytes(8)
         gateway.replicas.report_failure(replica, Failure(reason, digest, sent_at=self._sent_at))

@@ -19,6 +19,7 @@ from millrace.errors import RequestError
 from millrace.protocol import AddRequest, Delta, EngineStats
 from millrace.simulate.common.options import ReplicaKind
 from millrace.simulate.common.virtual_clock import VirtualClock, VirtualTimer
+from millrace.simulate.events.record_links import RecordLinks
 from millrace.simulate.events.worker import HostTime, SimulatedWorker
 
 _STALLED = 0.001  # seconds between two looks of a loop that has work and nothing to launch
@@ -30,7 +31,8 @@ Deliver = Callable[[Sequence[Delta], Sequence[float]], None]
 
 
 class SimulatedReplica:
-    """See the module. lengths: as in SimulatedWorker. check: test all invariants at each step."""
+    """See the module. lengths: as in SimulatedWorker. check: test all invariants at each step.
+    links: to replicas that hand records over; number: of this one."""
 
     def __init__(
         self,
@@ -40,6 +42,8 @@ class SimulatedReplica:
         lengths: Mapping[int, int],
         seed: int,
         check: bool = False,
+        links: RecordLinks | None = None,
+        number: int = 0,
     ) -> None:
         self._clock, self._deliver = clock, deliver
         self._thread = HostTime()
@@ -53,6 +57,8 @@ class SimulatedReplica:
             seed=seed,
             page_bytes=limits.page_bytes,
             snapshot_bytes=limits.snapshot_bytes,
+            links=links,
+            replica=number,
         )
         self.engine = Engine(
             Scheduler(limits),

@@ -12,8 +12,17 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from millrace.model.work import StepShape
-from millrace.protocol import Admission, Masks, StepPlan, StepResult, Transfer, TransferEnd
+from millrace.protocol import (
+    Admission,
+    Masks,
+    RecordMove,
+    StepPlan,
+    StepResult,
+    Transfer,
+    TransferEnd,
+)
 from millrace.simulate.common.options import Speeds, StepTime
+from millrace.simulate.events.record_links import RecordLinks
 
 END_TOKEN = 0  # ends a request whose text ends before its max_tokens
 FIRST_WORD = 1
@@ -66,7 +75,8 @@ class SimulatedWorker:
     """Runs plans in virtual time. thread: of its engine. width: 1 + drafts.
 
     lengths: by the seed of a request, the total length at which its text ends; others end by
-    their max_tokens. page_bytes, snapshot_bytes: for transfers between tiers.
+    their max_tokens. page_bytes, snapshot_bytes: for transfers between tiers. links: to other
+    replicas, where they hand records over; replica: which one this is.
     """
 
     def __init__(
@@ -80,7 +90,11 @@ class SimulatedWorker:
         seed: int,
         page_bytes: int = 0,
         snapshot_bytes: int = 0,
+        links: RecordLinks | None = None,
+        replica: int = 0,
     ) -> None:
+        self._links, self._replica = links, replica
+        self._sending: dict[int, tuple[str, float]] = {}  # until when
         self._thread, self._model, self._speeds = thread, model, speeds
         self._width = width
         self._lengths = lengths
@@ -90,6 +104,7 @@ class SimulatedWorker:
         self._device_free = 0.0
         self._link_free = 0.0
         self._transfers: list[tuple[float, int]] = []
+        self._lost: list[TransferEnd] = []
         self.launched = 0  # steps
         self.busy = 0.0  # seconds of all steps, those that run included
 
@@ -120,7 +135,20 @@ class SimulatedWorker:
         now = self._thread.moment
         ended = [TransferEnd(number, True) for moment, number in self._transfers if moment <= now]
         self._transfers = [one for one in self._transfers if one[0] > now]
-        return ended
+        lost, self._lost = self._lost, []
+        return [*ended, *lost, *self._sent(now)]
+
+    def _sent(self, now: float) -> list[TransferEnd]:
+        """Records that others have taken, or whose leases have ended."""
+        found = []
+        for number, (name, until) in list(self._sending.items()):
+            assert self._links is not None
+            taken = self._links.was_taken(name, now)
+            if taken or now > until:
+                self._links.withdraw(name)
+                del self._sending[number]
+                found.append(TransferEnd(number, taken))
+        return found
 
     def close(self) -> None:
         pass
@@ -169,6 +197,9 @@ class SimulatedWorker:
         return made
 
     def _transfer(self, transfer: Transfer) -> None:
+        if transfer.record is not None:
+            self._move(transfer, transfer.record)
+            return
         size = sum(
             len(move.pages) * self._page_bytes + (move.snapshot >= 0) * self._snapshot_bytes
             for move in transfer.moves
@@ -180,3 +211,24 @@ class SimulatedWorker:
         self._link_free = max(self._link_free, self._thread.moment) + _TRANSFER_LATENCY
         self._link_free += size / speed
         self._transfers.append((self._link_free, transfer.id))
+
+    def _move(self, transfer: Transfer, record: RecordMove) -> None:
+        """A record, to another replica or from one."""
+        assert self._links is not None
+        now, name = self._thread.moment, record.name
+        if transfer.kind == "receive":
+            if (found := self._links.take(name, now)) is None:
+                self._lost.append(TransferEnd(transfer.id, False, "it is not there"))
+            else:
+                self._transfers.append((found[0], transfer.id))
+            return
+        if transfer.kind == "grow":
+            self._transfers.append((now, transfer.id))
+        if record.refused:
+            self._links.withdraw(name)
+            return
+        if transfer.kind == "send":
+            self._sending[transfer.id] = name, now + record.seconds
+        whole = record.ready < 0
+        pages = sum(part.end - part.first for part in record.pages) if whole else record.ready
+        self._links.offer(self._replica, name, pages, whole, now)
