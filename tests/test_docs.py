@@ -81,7 +81,7 @@ def test_every_dependency_has_its_reason(extra: str | None) -> None:
 
 def test_the_flags_of_the_operations_page_exist() -> None:
     known = {*ServerOptions.__struct_fields__, *EngineArgs.__struct_fields__}
-    known |= {"json", "collectives", "base_url", "requests"}  # of other commands
+    known |= {"json", "collectives", "hosts", "base_url", "requests"}  # of other commands
     flags = re.findall(r"`?--(?:no-)?([a-z][a-z-]+)", OPERATIONS)
     assert {flag.replace("-", "_") for flag in flags} <= known
 

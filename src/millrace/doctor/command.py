@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
-from millrace.doctor.finding import write_report
+from millrace.doctor.finding import Finding, show, write_report
 from millrace.errors import ConfigError
 
 
@@ -20,6 +21,11 @@ from millrace.errors import ConfigError
     "--collectives",
     is_flag=True,
     help="Measure the all-reduces of tensor-parallel ranks, and their share of a decoding step.",
+)
+@click.option(
+    "--hosts",
+    is_flag=True,
+    help="Compare the hosts that torchrun starts this on, and measure an all-reduce between them.",
 )
 @click.option(
     "--json", "file", type=click.Path(allow_dash=True, path_type=Path),
@@ -34,6 +40,7 @@ def doctor(
     /,
     model: str | None,
     collectives: bool,
+    hosts: bool,
     file: Path | None,
     host: str,
     port: int,
@@ -45,7 +52,9 @@ def doctor(
     """
     args = engine_args(model=model or "", **given(values, EngineArgs))
     logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
-    if collectives:
+    if hosts:
+        ctx.exit(_compare_hosts(file))
+    elif collectives:
         if model is None:
             raise ConfigError("--collectives needs a MODEL to measure with")
         _measure_allreduce(args, file)
@@ -54,21 +63,37 @@ def doctor(
 
 
 def _check(args: EngineArgs, host: str, port: int, file: Path | None) -> int:
-    from rich.console import Console
-
-    from millrace.doctor import devices, machine, model, packages
-    from millrace.doctor.finding import show
+    from millrace.doctor import devices, machine, model, network, packages
+    from millrace.doctor import host as of_host
 
     findings = [
         *machine.versions(),
         *machine.machine(),
+        *of_host.memory_nodes(),
         *machine.limits(host, port),
+        *of_host.outgoing(port),
+        *of_host.containers(),
+        *network.network(),
         *packages.packages(devices.has_hopper()),
         *devices.devices(),
         *devices.kernels(),
         *model.shipped(),
         *(model.model(args) if args.model else ()),
     ]
+    return _report(findings, file)
+
+
+def _compare_hosts(file: Path | None) -> int:
+    from millrace.doctor.hosts import examine
+
+    findings = examine()
+    return 0 if findings is None else _report(findings, file)
+
+
+def _report(findings: Sequence[Finding], file: Path | None) -> int:
+    """Print and write the findings; the exit status."""
+    from rich.console import Console
+
     ok = all(one.verdict != "fail" for one in findings)
     if str(file) != "-":
         show(findings, Console(highlight=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from millrace.doctor.finding import Finding
+from millrace.doctor.host import in_container, listener
 from millrace.fleet.device_assignment import usable_cores
 from millrace.server.engine_link.link import MAX_IPC_PATH
 from millrace.version import __version__
@@ -109,7 +111,9 @@ def shared_memory() -> Finding:
     value = f"{usage.free / GiB:.2f} GiB free of {usage.total / GiB:.2f} in /dev/shm"
     if usage.free >= SHARED_NEEDED:
         return Finding("machine", "shared memory", value)
-    advice = "several GPUs need more: --shm-size 8g in Docker, an emptyDir of Memory in Kubernetes"
+    advice = "mount -o remount,size=8G /dev/shm"
+    if in_container():
+        advice = "docker run --shm-size 8g ..., or an emptyDir of medium Memory in Kubernetes"
     return Finding("machine", "shared memory", value, "warn", advice)
 
 
@@ -155,6 +159,8 @@ def _port(host: str, port: int) -> Finding:
             probe.bind(address)
             probe.listen()
     except OSError as error:
-        return Finding("limits", "port", f"{host} port {port}: {error.strerror}", "fail",
-                       "choose another --port")  # fmt: skip
+        who = listener(port) if error.errno == errno.EADDRINUSE else ""
+        value = f"{host} port {port}: {error.strerror}" + (f" ({who})" if who else "")
+        kill = f"kill {who.rpartition(' ')[2]}, or " if who else ""
+        return Finding("limits", "port", value, "fail", f"{kill}choose another --port")
     return Finding("limits", "port", f"{host} port {port} is free")
