@@ -14,6 +14,7 @@ from tests.deploy.variants import parsed
 
 BASE = "model: millrace-mini\ngpu: cpu\n"
 GPU = "model: Qwen/Qwen3.5-27B-FP8\ngpu: h200\nshape: none\n"
+SCHEDULE = "autoscale: {{max: 4, schedules: [{{start: '{}', end: '{}', pods: {}, timezone: {}}}]}}"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,19 @@ GPU = "model: Qwen/Qwen3.5-27B-FP8\ngpu: h200\nshape: none\n"
             GPU + "monitoring: prometheus\nentry: inference-pool\n"
             "autoscale: {max: 2, prometheus: 'http://p'}",
             "autoscale.min: 0 with entry: inference-pool: nothing there holds a request",
+        ),
+        (
+            GPU + SCHEDULE.format("30 7 * *", "0 19 * * *", 2, "UTC"),
+            r"schedules.start: '30 7 \* \*'; use minute, hour, day, month and weekday",
+        ),
+        (GPU + SCHEDULE.format("0 7 * * *", "0  7 * * *", 2, "UTC"), "use a later end"),
+        (
+            GPU + SCHEDULE.format("0 7 * * *", "0 19 * * *", 2, "Berlin"),
+            "timezone: 'Berlin'; use a name such as Europe/Berlin",
+        ),
+        (
+            GPU + SCHEDULE.format("0 7 * * *", "0 19 * * *", 5, "UTC"),
+            "schedules.pods: 5; use 1 to 4",
         ),
         (BASE + "traces: collector:4317", "traces: 'collector:4317'; use a URL of OTLP over HTTP"),
         (BASE + "traces: 'http://a b'", "traces: "),

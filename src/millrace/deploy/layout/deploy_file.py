@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import available_timezones
 
 import msgspec
 
@@ -316,11 +317,35 @@ def _check_split(file: DeployFile) -> None:
                           "and use a cluster")  # fmt: skip
 
 
+def _check_schedule(schedule: SchedulePart, wanted: AutoscalePart) -> None:
+    """KEDA reads no more than five fields, and says of a wrong one only that scaling failed."""
+    for key in ("start", "end"):
+        moment = getattr(schedule, key)
+        if len(moment.split()) != 5:
+            raise ConfigError(
+                f"autoscale.schedules.{key}: {moment!r}; use minute, hour, day, month and weekday, "
+                'such as "30 7 * * 1-5"'
+            )
+    if schedule.start.split() == schedule.end.split():
+        raise ConfigError("autoscale.schedules: start and end are the same moment; use a later end")
+    known = available_timezones()  # none where a system has no table of them
+    if known and schedule.timezone not in known:
+        raise ConfigError(
+            f"autoscale.schedules.timezone: {schedule.timezone!r}; use a name such as Europe/Berlin"
+        )
+    if not 1 <= schedule.pods <= wanted.max:
+        raise ConfigError(
+            f"autoscale.schedules.pods: {schedule.pods}; use 1 to {wanted.max}, the fleet's max"
+        )
+
+
 def _check_autoscale(file: DeployFile, wanted: AutoscalePart) -> None:
     if not 0 <= wanted.min <= wanted.max or wanted.max < 1:
         raise ConfigError(
             f"autoscale: min {wanted.min}, max {wanted.max}; use 0 <= min <= max, and max 1 or more"
         )
+    for schedule in wanted.schedules:
+        _check_schedule(schedule, wanted)
     if file.platform == "machine":
         raise ConfigError("autoscale: a machine has the replicas that it has; use a cluster")
     if file.split is not None:
@@ -328,7 +353,8 @@ def _check_autoscale(file: DeployFile, wanted: AutoscalePart) -> None:
     if file.entry == "gateway":
         return
     if file.entry == "inference-pool" and not wanted.prometheus and not wanted.schedules:
-        raise ConfigError("autoscale.prometheus: with entry: inference-pool its address is needed")
+        raise ConfigError("autoscale.prometheus: with entry: inference-pool its address is needed; "
+                          "give one such as http://prometheus.monitoring:9090")  # fmt: skip
     if wanted.prometheus and file.monitoring == "none":
         raise ConfigError("autoscale.prometheus: nobody reads the endpoint picker's metrics there; "
                           "use monitoring: prometheus too")  # fmt: skip
