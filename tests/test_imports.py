@@ -148,16 +148,20 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """What a file imports, as whole names: modules, or the names of a module."""
+    found: set[str] = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import; give the whole name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
+@functools.cache
 def own_modules(path: Path) -> set[str]:
     """Modules of this package that a file imports."""
     names = {name for name in imports(path) if name.split(".")[0] == "millrace"}
@@ -250,11 +254,11 @@ def test_tests_use_public_names() -> None:
     source = [parsed(path) for path in FILES.values()]
     private = {name for tree in source for name in defined(tree) if PRIVATE.match(name)}
     trees = {path: parsed(path) for path in sorted((ROOT / "tests").rglob("*.py"))}
-    own = {name for tree in trees.values() for name in defined(tree)}
+    private -= {name for tree in trees.values() for name in defined(tree)}
     found = [
         f"{path.relative_to(ROOT)}:{line} {name}"
         for path, tree in trees.items()
         for line, name in used(tree)
-        if name in private - own
+        if name in private
     ]
     assert len(found) <= FEW, "\n".join(found)
