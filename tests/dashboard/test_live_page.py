@@ -11,6 +11,7 @@ import pytest
 
 from tests.dashboard.browser import Browser, require_browser
 from tests.dashboard.page_server import page_server
+from tests.support.fake_engine import Behaviour
 from tests.support.gateways import gateway
 from tests.support.live_server import fake_server
 from tests.support.mock_replica import MockReplica
@@ -66,6 +67,42 @@ def test_a_server_shows_what_it_does(browser: Browser, text_model: Path, tmp_pat
         browser.open(f"{server.url}/")
         browser.until("document.querySelector('a[href=dashboard]') !== null")
         assert browser.problems == []
+
+
+def test_hits_by_conversation_are_those_of_the_viewers_key(
+    browser: Browser, text_model: Path, tmp_path: Path
+) -> None:
+    """Two conversations of one key, each of two turns; another key's conversation is not shown."""
+    rows = (
+        "[...document.querySelectorAll('#conversations tbody tr')]"
+        ".map((r) => [...r.children].map((c) => c.textContent))"
+    )
+    behaviour = Behaviour(explains=True)
+    with fake_server(text_model, tmp_path / "log", behaviour, api_key=["mine", "other"]) as server:
+        for key, opening in (
+            ("mine", "a"),
+            ("mine", "b"),
+            ("mine", "a"),
+            ("other", "secret words"),
+        ):
+            messages = [
+                {"role": "system", "content": "Be short."}, {"role": "user", "content": opening},
+            ]  # fmt: skip
+            httpx.post(
+                f"{server.url}/v1/chat/completions",
+                json={"messages": messages, "max_tokens": 2},
+                headers={"Authorization": f"Bearer {key}"},
+            ).raise_for_status()
+        browser.open(f"{server.url}/")
+        browser.until("document.querySelector('a') !== null")
+        browser.evaluate("sessionStorage.setItem('millrace-key', 'mine')")
+        browser.open(f"{server.url}/dashboard")
+        browser.until(f"{rows}.length > 0")
+        shown = browser.evaluate(rows)
+        browser.evaluate("sessionStorage.clear()")
+    assert sorted(row[1] for row in shown) == ["1", "2"]
+    assert len({row[0] for row in shown}) == 2
+    assert all(40 <= int(row[3].rstrip("%")) <= 50 for row in shown)
 
 
 def test_a_replica_that_dies_is_seen_at_a_gateway(browser: Browser) -> None:

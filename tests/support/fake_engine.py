@@ -23,6 +23,7 @@ from millrace.config import EngineArgs
 from millrace.protocol import (
     Abort,
     AddRequest,
+    CacheReport,
     Delta,
     DraftStats,
     EngineStats,
@@ -48,6 +49,7 @@ class Behaviour(msgspec.Struct, frozen=True):
     process exits at once. refuse: token id that makes the engine refuse a prompt. deaf: ignore
     Shutdown and SIGTERM's politeness alike. eos: the token that ends a text. stuck: token id
     that makes the step with it never end. mute: one that makes the process stop (SIGSTOP).
+    explains: it says what its prefix cache had, which is half of every prompt.
     """
 
     load: float = 0.0
@@ -61,6 +63,7 @@ class Behaviour(msgspec.Struct, frozen=True):
     eos: int | None = None
     stuck: int | None = None
     mute: int | None = None
+    explains: bool = False
 
 
 class Echo:
@@ -69,8 +72,9 @@ class Echo:
     Token t has the log-probability -(t % 8) / 8; beside it t + 1, t + 2, … are reported.
     """
 
-    def __init__(self, request: AddRequest, eos: int | None) -> None:
+    def __init__(self, request: AddRequest, behaviour: Behaviour) -> None:
         self.id = request.id
+        eos, self._explains = behaviour.eos, behaviour.explains
         self._prompt = request.prompt
         self._params = request.params
         self._limit = request.params.max_tokens or 1
@@ -116,16 +120,19 @@ class Echo:
         prompt = None
         if first and params.prompt_logprobs is not None:
             prompt = [_logprobs(token, params.prompt_logprobs) for token in self._prompt[1:]]
+        half = len(self._prompt) // 2
         return Delta(
             self.id,
             tokens,
             reason,
             (tokens or self._resumed)[-1] if reason == "stop" else None,
-            len(self._prompt) // 2 if first else 0,
+            half if first else 0,
             logprobs=None
             if params.logprobs is None
             else [_logprobs(token, params.logprobs) for token in tokens],
             prompt_logprobs=prompt,
+            queued=0.0 if first and self._explains else None,
+            cache=CacheReport(half, half) if first and self._explains else None,
         )
 
 
@@ -206,7 +213,7 @@ class FakeEngine:
             if self._behaviour.mute in message.prompt:
                 os.kill(os.getpid(), signal.SIGSTOP)
             self._prompt_tokens += len(message.prompt)
-            self._waiting.append(Echo(message, self._behaviour.eos))
+            self._waiting.append(Echo(message, self._behaviour))
         return []
 
     def _step(self) -> list[Delta]:
@@ -235,6 +242,7 @@ class FakeEngine:
             evictable_pages=5,
             total_pages=100,
             prompt_tokens=self._prompt_tokens,
+            prefilled_tokens=self._prompt_tokens,
             generated_tokens=self._generated,
             prefix_queries=self._prompt_tokens,
             prefix_hits=self._prompt_tokens // 2,

@@ -35,6 +35,7 @@ PATHS = {
         f"/dashboard/{name}": name
         for name in (
             *("page.css", "page.js", "data.js", "charts.js", "docs.js", "replicas.js"),
+            "conversations.js",
             *("uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE.txt"),
         )
     },

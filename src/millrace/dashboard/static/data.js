@@ -22,6 +22,12 @@ export async function replicaHistory(id) {
   return (await answer.json()).map(decode);
 }
 
+// The latest requests of this key, with what the prefix cache had of each.
+export async function cachedRequests() {
+  const answer = await fetch("cache/explain", { headers: headers(), cache: "no-store" });
+  return answer.ok ? (await answer.json()).requests : [];
+}
+
 // Follows the stream for ever. changed(): there is more. status(word, text): live, lost or key.
 export async function follow(changed, status) {
   let id = "", failures = 0;

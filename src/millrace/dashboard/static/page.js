@@ -1,6 +1,7 @@
 // The live page: it joins the stream, the charts, the replicas and the controls.
 import { CHARTS, Chart, TROUBLE, bins, clock, count, drawSpread, percent, seconds } from "./charts.js";
 import { follow, percentile, replicaHistory, share, store, together } from "./data.js";
+import { Conversations } from "./conversations.js";
 import { Replicas } from "./replicas.js";
 
 const $ = (id) => document.getElementById(id);
@@ -9,6 +10,8 @@ const HISTORY_EVERY = 5; // seconds of one sample of a single replica's history
 let range = 300, paused = false, chosen = null, drawnEvent = 0, asked = 0;
 const charts = [];
 const replicas = new Replicas($("replicas"), (id) => choose(id === chosen ? null : id));
+
+const conversations = new Conversations($("conversations"));
 
 const TILES = [
   ["tokens/s out", (b) => count(b.tokens_out / b.seconds)],
@@ -48,6 +51,7 @@ function draw() {
   charts.forEach((chart) => chart.draw(found));
   drawSpread($("spread"), known.length ? sum(known) : null);
   drawEvents();
+  conversations.draw(store.about.kind);
   if ($("figures").open) drawFigures();
 }
 
