@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import uvicorn
@@ -119,6 +120,21 @@ def _loading_message(name: str, directory: Path, args: EngineArgs, listener: soc
     )
 
 
+class _Parts(NamedTuple):
+    """What a server is made of, before its engine runs."""
+
+    args: EngineArgs
+    options: ServerOptions
+    names: list[str]
+    metrics: RequestMetrics
+    client: EngineClient
+    control: EngineControl
+    sandboxes: tuple[Sandbox, Sandbox]  # of grammars, and of prompts to encode
+    batches: BatchService
+    tracer: Tracer
+    sampler: DeviceSampler
+
+
 async def _serve(
     args: EngineArgs,
     options: ServerOptions,
@@ -126,91 +142,138 @@ async def _serve(
     listeners: list[socket.socket],
     program: Sequence[str],
 ) -> int:
-    metrics = RequestMetrics()
-    client = EngineClient(metrics, options.stream_interval)
-    control = EngineControl(client)
-    grammars, encoder = sandboxes = make_sandboxes(args)
-    batches = BatchService(batch_settings(options), logger.warning)
-    tracer, sampler = Tracer.to(options.otlp_traces_endpoint), DeviceSampler()
-    client.on_ready = lambda ready: sampler.start(ready.devices)
+    """Start the engine, serve until a signal or its death, end what was started."""
+    parts = _parts(args, options, names)
+    client = parts.client
     await client.start(args, program)
     try:
-        page = MetricsPage(
-            names[0],
-            metrics,
-            lambda: client.stats,
-            lambda: _cache_config(args, client.ready),
-            sleep_level=lambda: control.sleep_level or 0,
-            up=lambda: client.ready is not None and client.died is None,
-            work=WorkMetrics(
-                lambda: client.stats.work,
-                lambda: "" if client.ready is None else client.ready.device_name,
-                lambda: sampler.samples,
-            ),
-        )
-        live = _live_page(names[0], client, metrics, sampler)
-        middleware = _middleware(
-            IdempotentRequests(
-                make_application(
-                    args,
-                    options,
-                    names,
-                    client,
-                    metrics,
-                    page,
-                    sandboxes,
-                    control,
-                    batches.api,
-                    live,
-                )
-            ),
-            options,
-            metrics,
-            tracer,
-            lambda: reported_load(client.stats),
-            client.cache_reports,
-        )
+        page = _metrics_page(parts)
+        live = _live_page(names[0], client, parts.metrics, parts.sampler)
+        middleware = _http(parts, page, live)
         server = _Server(
-            _uvicorn_config(middleware, options), client, middleware, batches,
+            _uvicorn_config(middleware, options), client, middleware, parts.batches,
             options.shutdown_timeout,
         )  # fmt: skip
-        if options.uds is None:
-            host, port = listeners[0].getsockname()[:2]
-            keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
-            key = keys[0] if keys else None
-            batches.start(host, port, bool(options.ssl_certfile), key)
+        _start_batches(parts, listeners[0])
         page.gauges.update(_gauges(middleware, server))
         page.counters.update(_counters())
-        supervision = reported(
-            "the supervision of the engine",
-            _supervise_engine(
-                client,
-                options,
-                server,
-                names[0],
-                listeners[0],
-                grammars.start,
-                args.skip_tokenizer_init,
-            ),
-            logger.error,
-            on_failure=lambda error: _end_unsupervised(client, server, error),
-        )
-        chores = [supervision, restarted("the samples of the live page", live.run, logger.error)]
-        if not options.disable_log_stats:
-            chores.append(
-                restarted("the figures in the log", partial(_log_load, client), logger.error)
-            )
+        chores = _chores(parts, server, live, listeners[0])
         await server.serve(sockets=listeners)
         for task in chores:
             task.cancel()
     finally:
-        await asyncio.gather(grammars.close(), encoder.close(), batches.stop())
-        await client.stop()
-        tracer.close()
-        sampler.close()
+        await _close(parts)
     if isinstance(client.died, UserError):
         raise client.died
     return 0 if client.died is None else 1
+
+
+def _parts(args: EngineArgs, options: ServerOptions, names: list[str]) -> _Parts:
+    metrics = RequestMetrics()
+    client = EngineClient(metrics, options.stream_interval)
+    sampler = DeviceSampler()
+    client.on_ready = lambda ready: sampler.start(ready.devices)
+    return _Parts(
+        args,
+        options,
+        names,
+        metrics,
+        client,
+        EngineControl(client),
+        make_sandboxes(args),
+        BatchService(batch_settings(options), logger.warning),
+        Tracer.to(options.otlp_traces_endpoint),
+        sampler,
+    )
+
+
+def _metrics_page(parts: _Parts) -> MetricsPage:
+    client = parts.client
+    return MetricsPage(
+        parts.names[0],
+        parts.metrics,
+        lambda: client.stats,
+        lambda: _cache_config(parts.args, client.ready),
+        sleep_level=lambda: parts.control.sleep_level or 0,
+        up=lambda: client.ready is not None and client.died is None,
+        work=WorkMetrics(
+            lambda: client.stats.work,
+            lambda: "" if client.ready is None else client.ready.device_name,
+            lambda: parts.sampler.samples,
+        ),
+    )
+
+
+def _http(parts: _Parts, page: MetricsPage, live: LivePage) -> Middleware:
+    """The application, and all that a request passes before it."""
+    app = make_application(
+        parts.args,
+        parts.options,
+        parts.names,
+        parts.client,
+        parts.metrics,
+        page,
+        parts.sandboxes,
+        parts.control,
+        parts.batches.api,
+        live,
+    )
+    return _middleware(
+        IdempotentRequests(app),
+        parts.options,
+        parts.metrics,
+        parts.tracer,
+        lambda: reported_load(parts.client.stats),
+        parts.client.cache_reports,
+    )
+
+
+def _start_batches(parts: _Parts, listener: socket.socket) -> None:
+    """Let batches send their requests to this server, where it has a port."""
+    options = parts.options
+    if options.uds is not None:
+        return
+    host, port = listener.getsockname()[:2]
+    keys = configured_keys(options.api_key, "--api-key", KEY_VARIABLES)
+    parts.batches.start(host, port, bool(options.ssl_certfile), keys[0] if keys else None)
+
+
+def _chores(
+    parts: _Parts, server: _Server, live: LivePage, listener: socket.socket
+) -> list[asyncio.Task[None]]:
+    """What runs beside the requests."""
+    client, (grammars, _) = parts.client, parts.sandboxes
+    supervision = _supervise_engine(
+        client,
+        parts.options,
+        server,
+        parts.names[0],
+        listener,
+        grammars.start,
+        parts.args.skip_tokenizer_init,
+    )
+    chores = [
+        reported(
+            "the supervision of the engine",
+            supervision,
+            logger.error,
+            on_failure=lambda error: _end_unsupervised(client, server, error),
+        ),
+        restarted("the samples of the live page", live.run, logger.error),
+    ]
+    if not parts.options.disable_log_stats:
+        figures = partial(_log_load, client)
+        chores.append(restarted("the figures in the log", figures, logger.error))
+    return chores
+
+
+async def _close(parts: _Parts) -> None:
+    """End every process, thread and connection of the parts."""
+    sandboxes = (sandbox.close() for sandbox in parts.sandboxes)
+    await asyncio.gather(*sandboxes, parts.batches.stop())
+    await parts.client.stop()
+    parts.tracer.close()
+    parts.sampler.close()
 
 
 def make_application(
