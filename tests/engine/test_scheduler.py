@@ -479,6 +479,24 @@ def test_nothing_is_launched_behind_a_large_piece_of_a_prompt(threshold: int, la
     assert first == running + later
 
 
+def test_prompt_tokens_are_counted_as_pieces_are_computed_and_once_when_cached() -> None:
+    eng = unchecked(roomy(num_snapshots=8))
+    prompt = [1 + n % 40 for n in range(4000)]
+    eng.add(request("first", prompt, 1))
+    seen = [0]
+    while eng.has_work():
+        eng.step()
+        seen.append(eng.scheduler.stats().prefilled_tokens)
+        assert seen[-1] - seen[-2] == sum(chunk_sizes(eng))
+    assert seen[-1] == 4000
+    assert len(set(seen)) > 3  # it came in pieces
+    eng.add(request("again", [*prompt, 5, 6, 7], 1))
+    run(eng)
+    stats = eng.scheduler.stats()
+    assert stats.prefix_hits > 0
+    assert stats.prefilled_tokens == stats.prompt_tokens == 4000 + 4003
+
+
 def test_a_short_prompt_does_not_wait_behind_long_ones() -> None:
     eng = unchecked(roomy())
     for number in range(4):

@@ -53,6 +53,7 @@ class _Totals:
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
+    prefilled_tokens: int = 0
     generated_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -417,6 +418,7 @@ class Scheduler:
         request.queue_seconds = now - request.source.arrival
         request.cached_tokens = min(request.computed, request.prompt_len)
         self._totals.prompt_tokens += request.prompt_len
+        self._totals.prefilled_tokens += request.cached_tokens
         if self.limits.prefix_caching:
             request.report = self._kv_manager.report(request)
             self._kv_manager.record_prompt(request)
@@ -512,7 +514,9 @@ class Scheduler:
 
     def _count_tokens(self, step: Step, generated: int) -> None:
         """Count the tokens that a step computed, if any: of prompts, and those it generated."""
-        computed = generated + sum(chunk.count for _, chunk in step.chunks)
+        prefilled = sum(chunk.count for _, chunk in step.chunks)
+        self._totals.prefilled_tokens += prefilled
+        computed = generated + prefilled
         if computed:
             self._totals.step_tokens[bisect_left(STEP_TOKENS, computed)] += 1
             self._totals.step_tokens_sum += computed
@@ -592,6 +596,7 @@ class Scheduler:
             snapshots_total=snapshots,
             preemptions=totals.preemptions,
             prompt_tokens=totals.prompt_tokens,
+            prefilled_tokens=totals.prefilled_tokens,
             generated_tokens=totals.generated_tokens,
             prefix_queries=totals.prefix_queries,
             prefix_hits=totals.prefix_hits,

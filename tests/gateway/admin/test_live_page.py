@@ -182,3 +182,31 @@ def test_other_servers_show_the_requests_that_are_counted_here() -> None:
             assert as_dict(row)["running"] == 0
 
     run(scenario())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_head_gets_what_a_get_gets_without_its_body(processes: int) -> None:
+    """Also of the stream, whose head alone is sent, and of paths that are not there."""
+    paths = ("/", "/docs", "/dashboard", "/health", "/v1/models", "/gateway/status", "/gateway/x")
+
+    async def scenario() -> None:
+        replica = await MockReplica().start()
+        async with gateway(replica.url, processes=processes) as (_, target):
+            for path in paths:
+                whole = await fetch(target, path)
+                reader, writer = await asyncio.open_connection(target.host, target.port)
+                for _ in range(2):  # the connection goes on
+                    writer.write(f"HEAD {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    assert head.startswith(b"HTTP/1.1 %d " % whole.status), path
+                    assert b"Content-Length: %d" % len(whole.body) in head or "status" in path
+                writer.close()
+            reader, writer = await asyncio.open_connection(target.host, target.port)
+            writer.write(b"HEAD /dashboard/events HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert body == b""
+            writer.close()
+        await replica.stop()
+
+    run(scenario())

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from millrace.server.routes import ROUTES
 from tests.support.live_server import LiveServer
 
 BODY = {"prompt": "hello", "max_tokens": 3, "stream": True}
@@ -82,3 +83,17 @@ def test_stream_options_may_be_null(http: httpx.Client, path: str) -> None:
         answer = http.post(path, json={**body, "stream_options": options})
         assert answer.status_code == 200, options
         assert '"usage"' not in answer.text
+
+
+def test_every_get_answers_head_without_a_body(server: LiveServer) -> None:
+    """Claude Code asks HEAD / before anything else."""
+    paths = [row.path for row in ROUTES if "GET" in row.methods and not row.manages]
+    plain = [path for path in paths if "{" not in path and path not in ("/metrics", "/load")]
+    with httpx.Client(base_url=server.url) as client:
+        for path in (*plain, "/", "/docs", "/dashboard", "/nothing"):
+            head, whole = client.head(path), client.get(path)
+            assert head.content == b"", path
+            assert head.status_code == whole.status_code, path
+            assert head.headers.get("content-type") == whole.headers.get("content-type"), path
+        assert client.head("/").status_code == 200
+        assert client.head("/dashboard/events").headers["content-type"].startswith("text/event")

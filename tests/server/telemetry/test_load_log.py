@@ -7,11 +7,11 @@ import pytest
 from millrace.protocol import EngineStats
 from millrace.server.telemetry.load_log import LoadLog, as_text, figures
 
-BEFORE = EngineStats(steps=5, prompt_tokens=100, generated_tokens=50)
+BEFORE = EngineStats(steps=5, prefilled_tokens=100, generated_tokens=50)
 AFTER = EngineStats(
-    steps=25, running=3, waiting=1, prompt_tokens=20_100, generated_tokens=10_050, total_pages=200,
-    free_pages=40, evictable_pages=60, prefix_queries=20_000, prefix_hits=5_000, drafts=100,
-    draft_tokens=300, accepted_per_position=[80, 60, 40],
+    steps=25, running=3, waiting=1, prefilled_tokens=20_100, generated_tokens=10_050,
+    total_pages=200, free_pages=40, evictable_pages=60, prefix_queries=20_000, prefix_hits=5_000,
+    drafts=100, draft_tokens=300, accepted_per_position=[80, 60, 40],
 )  # fmt: skip
 
 
@@ -55,9 +55,11 @@ def test_a_line_under_load_one_after_it_and_none_when_idle(
         assert written(EngineStats()) == []
         (busy,) = written(AFTER)
         assert busy.startswith("2,010 tok/s in")
-        idle = EngineStats(steps=25, prompt_tokens=20_100, generated_tokens=10_050)
+        idle = EngineStats(steps=25, prefilled_tokens=20_100, generated_tokens=10_050)
         assert len(written(idle)) == 1
         assert written(idle) == []
         # The engine has been started again: its totals are below those before.
-        (fresh,) = written(EngineStats(steps=3, running=1, prompt_tokens=500, generated_tokens=10))
+        (fresh,) = written(
+            EngineStats(steps=3, running=1, prefilled_tokens=500, generated_tokens=10)
+        )
         assert fresh.startswith("50 tok/s in, 1 tok/s out; 1 running")

@@ -13,8 +13,8 @@ from millrace.server.telemetry.samples import Sampler
 
 BUSY = EngineStats(
     steps=9, running=2, waiting=1, free_pages=5, evictable_pages=3, total_pages=10,
-    snapshots_used=1, snapshots_total=4, prompt_tokens=60, generated_tokens=20, prefix_queries=60,
-    prefix_hits=16, drafts=4, draft_tokens=12, accepted_per_position=[4, 3, 1],
+    snapshots_used=1, snapshots_total=4, prefilled_tokens=60, generated_tokens=20,
+    prefix_queries=60, prefix_hits=16, drafts=4, draft_tokens=12, accepted_per_position=[4, 3, 1],
     step_times=[8, 0.08, 0.02, 0, 0, 0, 1, 0.05, 0],
 )  # fmt: skip
 

@@ -81,7 +81,8 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def is_local_request(request: Request) -> bool:
     """Whether a request is for the gateway itself."""
     path = request.path.partition(b"?")[0]
-    if request.method == b"GET" and (path in _OWN or path.startswith(_MODEL.encode())):
+    reads = request.method in (b"GET", b"HEAD")
+    if reads and (path in _OWN or path.startswith(_MODEL.encode())):
         return True
     return path.startswith(b"/gateway/")
 

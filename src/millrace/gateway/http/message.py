@@ -161,6 +161,11 @@ def _head(start: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"\r\n".join((start, *(b"%b: %b" % pair for pair in headers), b"", b""))
 
 
+def as_get(request: Request) -> Request:
+    """The request, or the GET whose head a HEAD asks for."""
+    return msgspec.structs.replace(request, method=b"GET") if request.method == b"HEAD" else request
+
+
 class LocalReply(msgspec.Struct, frozen=True):
     """A complete response of the gateway itself. close: the connection ends with it. error: the
     message of an error; the body has it in OpenAI's shape. follow: the body is a part of a stream
@@ -181,8 +186,10 @@ class LocalReply(msgspec.Struct, frozen=True):
             return self
         return msgspec.structs.replace(self, body=ApiError(self.status, self.error).encode(name))
 
-    def encode(self, request_id: bytes = b"", keep_alive: bool = True) -> bytes:
-        """Its bytes on the wire."""
+    def encode(
+        self, request_id: bytes = b"", keep_alive: bool = True, *, head_only: bool = False
+    ) -> bytes:
+        """Its bytes on the wire. head_only: without the body, whose length is said all the same."""
         fields = [("Content-Type", self.content_type), ("Content-Length", str(len(self.body)))]
         encoded = [(k.encode(), v.encode()) for k, v in (*fields, *self.headers)]
         if request_id:
@@ -190,7 +197,7 @@ class LocalReply(msgspec.Struct, frozen=True):
         if self.close or not keep_alive:
             encoded.append((b"Connection", b"close"))
         start = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}".encode()
-        return _head(start, encoded) + self.body
+        return _head(start, encoded) + (b"" if head_only else self.body)
 
 
 def stream_head(reply: LocalReply, request_id: bytes) -> bytes:

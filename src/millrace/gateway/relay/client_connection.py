@@ -23,6 +23,7 @@ from millrace.gateway.http.message import (
     Request,
     Via,
     api_error_reply,
+    as_get,
     error_reply,
     header,
     next_part,
@@ -233,7 +234,7 @@ class ClientConnection(asyncio.Protocol):
             own = msgspec.structs.replace(own, headers=(*own.headers, *more))
         keep_alive = request.keep_alive and not own.close
         self._relay.process_counters.count_status(own.status)
-        self.write(own.encode(request.id, keep_alive))
+        self.write(own.encode(request.id, keep_alive, head_only=request.method == b"HEAD"))
         self.finished(keep_alive)
 
     def finished(self, keep_alive: bool) -> None:
@@ -340,10 +341,12 @@ class LocalReplyTask:
 
     async def _make(self, relay: Relay) -> None:
         try:
-            own = await relay.admin.answer(self._request)
+            own = await relay.admin.answer(as_get(self._request))
         except Exception as error:
             logger.error("a local request failed (%s)", describe(error))
             own = error_reply(500, "the gateway failed on this request; its log says more")
+        if own.follow and self._request.method == b"HEAD":
+            own = msgspec.structs.replace(own, body=b"", follow="")  # a stream has no length
         if own.follow and relay.viewers < MAX_VIEWERS:
             await self._stream(relay, own)
             return

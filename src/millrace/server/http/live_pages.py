@@ -45,6 +45,8 @@ class LivePages:
             raise ApiError(503, f"{MAX_VIEWERS} viewers watch already", code="too_many_viewers")
         cursor = Cursor.parse(request.headers.get("last-event-id", ""))
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        if request.method == "HEAD":
+            return Response(media_type=CONTENT_TYPE, headers=headers)
         return StreamingResponse(self._stream(cursor), media_type=CONTENT_TYPE, headers=headers)
 
     async def _stream(self, cursor: Cursor) -> AsyncIterator[bytes]:

@@ -47,7 +47,7 @@ def figures(before: EngineStats, after: EngineStats, seconds: float) -> dict[str
     queries = after.prefix_queries - before.prefix_queries
     drafts = after.drafts - before.drafts
     found: dict[str, float] = {
-        "prompt_tokens_per_second": _rate(before.prompt_tokens, after.prompt_tokens, seconds),
+        "prompt_tokens_per_second": _rate(before.prefilled_tokens, after.prefilled_tokens, seconds),
         "generation_tokens_per_second": _rate(
             before.generated_tokens, after.generated_tokens, seconds
         ),

@@ -51,7 +51,7 @@ class Sampler:
         clocks = [one["sm_clock_mhz"] for one in devices if "sm_clock_mhz" in one]
         return Sample(
             at=round(self._now()),
-            tokens_in=stats.prompt_tokens - before.prompt_tokens,
+            tokens_in=stats.prefilled_tokens - before.prefilled_tokens,
             tokens_out=stats.generated_tokens - before.generated_tokens,
             running=stats.running,
             waiting=stats.waiting,
