@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from millrace.dashboard.files import HEADERS, PATHS, file_at
 from millrace.dashboard.history import History
@@ -78,23 +80,59 @@ def test_a_viewer_gets_everything_first_and_then_what_is_new() -> None:
     row = ReplicaRow(0, "a", "up", "", None)
     message, seen = feed.message(Cursor(), events, [row])
     kind, id, data = parts(message)
-    assert (kind, id) == ("event: all", "life.1.1")
+    assert (kind, id) == ("event: all", "life.1.1.1")
     assert Cursor.parse(id) == seen
     assert data["about"]["fields"] == list(FIELDS)
     assert data["samples"] == [json.loads(msgspec.json.encode(FIRST))]
     assert data["replicas"] == [[0, "a", "up", "", None]]
     history.add(SECOND)
     kind, id, data = parts(feed.message(seen, events, [row])[0])
-    assert (kind, id, data["events"]) == ("event: new", "life.2.1", [])
+    assert (kind, id, data["events"]) == ("event: new", "life.2.1.1", [])
     assert [row[0] for row in data["samples"]] == [11]
     assert "about" not in data
+    assert data["replicas"] == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.dictionaries(st.integers(0, 4), st.sampled_from(["up", "down"])),
+            st.lists(st.sampled_from(["a", "b"]), max_size=2),
+        ),
+        max_size=12,
+    )
+)
+def test_viewers_that_get_changed_rows_alone_know_them_all(
+    moments: list[tuple[dict[int, str], list[str]]],
+) -> None:
+    """Two viewers look at moments of their own; rows come, go and change between them."""
+    feed = Feed("life", {}, History())
+    cursors = {"a": Cursor(), "b": Cursor()}
+    known: dict[str, dict[int, str]] = {"a": {}, "b": {}}
+    for states, viewers in [*moments, ({1: "up"}, ["a", "b"])]:
+        rows = [ReplicaRow(id, "", state, "", None) for id, state in states.items()]
+        for name in viewers:
+            message, cursors[name] = feed.message(cursors[name], [], rows)
+            data = parts(message)[2]
+            seen = known[name]
+            seen |= {row[0]: row[2] for row in data["replicas"]}
+            known[name] = {id: seen[id] for id in data.get("ids", seen)}
+            assert known[name] == states
 
 
 def test_a_viewer_of_another_life_begins_anew() -> None:
     history = History()
     history.add(FIRST)
     feed = Feed("new", {}, history)
-    for sent in ("old.50.3", "", "new", "new.x.1", "new.1.1.1", "new." + "9" * 40 + ".1"):
+    for sent in (
+        "old.50.3",
+        "",
+        "new",
+        "new.x.1",
+        "new.1.1",
+        "new.1.1.1.1",
+        "new." + "9" * 40 + ".1.1",
+    ):
         kind, _, data = parts(feed.message(Cursor.parse(sent), [], [])[0])
         assert (kind, len(data["samples"])) == ("event: all", 1)
 

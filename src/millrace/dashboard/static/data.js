@@ -89,8 +89,17 @@ function take(event) {
   store.samples.splice(0, Math.max(0, store.samples.length - HOUR));
   store.events.push(...data.events);
   store.events.splice(0, Math.max(0, store.events.length - 1000));
-  store.replicas = data.replicas.map(([id, name, state, reason, row]) => (
-    { id, name, state, reason, sample: row && decode(row) }));
+  takeRows(data, event.event === "all");
+}
+
+// Rows come when they have changed, and the ids of all replicas when these have.
+function takeRows(data, all) {
+  const rows = new Map(all ? [] : store.replicas.map((one) => [one.id, one]));
+  for (const [id, name, state, reason, row] of data.replicas) {
+    rows.set(id, { id, name, state, reason, sample: row && decode(row) });
+  }
+  const ids = data.ids || [...rows.keys()];
+  store.replicas = ids.map((id) => rows.get(id)).filter(Boolean);
 }
 
 // --- figures of several samples ---------------------------------------------------------------

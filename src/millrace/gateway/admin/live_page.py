@@ -34,6 +34,7 @@ class _Replica:
         self.history = History(HOUR, EVERY)
         self.latest: msgspec.Raw | None = None
         self.seen = 0
+        self._figures = b""
 
     def second(self, at: int, running: int, tells: bool) -> Sample | None:
         """Its sample for the second that ends now; None if it is late. running: as the gateway
@@ -47,8 +48,16 @@ class _Replica:
         else:
             sample = Sample(at=at, running=running)
         self.history.add(sample)
-        self.latest = msgspec.Raw(_encode(sample))
+        self._show(sample)
         return sample
+
+    def _show(self, sample: Sample) -> None:
+        """Make a sample the latest one, unless it says the same of another second: viewers get a
+        replica's row when it has changed."""
+        said = _encode(sample)
+        figures = said[said.index(b",") :]  # behind its time
+        if self.latest is None or figures != self._figures:
+            self.latest, self._figures = msgspec.Raw(said), figures
 
 
 class FleetPage:
