@@ -47,7 +47,8 @@ ROLE_HOST_CACHE_GB = 4.0
 # Rows of the recurrent window where it begins at fixed positions. Drafts end with it: with fewer
 # rows more drafts are lost, with more rows each token reads more, and snapshots are larger.
 INVARIANT_WINDOW = 16
-INVARIANT_RANKS = 2  # a sum of more depends on the algorithm, which is chosen by size
+# A sum over more ranks depends on the algorithm, which is chosen by size.
+INVARIANT_RANKS = {"cpu": 2, "cuda": 1}
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,7 +180,7 @@ HELP: Mapping[str, str] = {
     "prefill_graphs": "Run steps with prompts as CUDA graphs, too (not yet where ranks share "
     "a model).",
     "batch_invariant": "Tokens of a request depend on the request alone, whatever runs beside it, "
-    "is cached, drafted or preempted, or was generated elsewhere (slower; on a CPU).",
+    "is cached, drafted or preempted, or was generated elsewhere (slower).",
     "seed": "Seed for requests that have none.",
     "max_logprobs": "Most log-probabilities that a request may ask for at each position; -1: the "
     "whole vocabulary.",
@@ -403,15 +404,14 @@ def _check_cuda_ipc(args: EngineArgs, device: str) -> None:
         )
 
 
-def _check_invariant(args: EngineArgs, device: str) -> None:
+def _check_invariant(args: EngineArgs, device: Literal["cpu", "cuda"]) -> None:
     if not args.batch_invariant:
         return
-    if device == "cuda":
-        raise ConfigError("batch_invariant: not yet on a GPU; use device cpu, or leave it out")
-    if args.tensor_parallel_size > INVARIANT_RANKS:
+    most = INVARIANT_RANKS[device]
+    if args.tensor_parallel_size > most:
         raise ConfigError(
-            f"batch_invariant, tensor_parallel_size {args.tensor_parallel_size}: sums over ranks "
-            f"are invariant for at most {INVARIANT_RANKS}"
+            f"batch_invariant, tensor_parallel_size {args.tensor_parallel_size}: not yet with more "
+            f"than {most} on this device; use {most}, and --replicas for more"
         )
 
 

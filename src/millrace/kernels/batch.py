@@ -37,13 +37,21 @@ class DecodeRows:
     width: int
     max_context: int
     contiguous_from: int | None = None
+    _tables: dict[str, PrefillRows] = field(default_factory=dict, compare=False, repr=False)
 
     def fixed(self) -> FixedRows:
         """The same rows for batch invariant ops."""
-        last = self.slots.shape[0] * self.width
-        device = self.slots.device
-        offsets = torch.arange(0, last + 1, self.width, dtype=torch.int32, device=device)
-        return FixedRows(self.slots, offsets, prompts=False)
+        return FixedRows(self.slots, self.as_prompts().offsets, prompts=False)
+
+    def as_prompts(self) -> PrefillRows:
+        """The same rows as rows of any lengths, made once."""
+        found = self._tables.get("prompts")
+        if found is None:
+            last, device = self.slots.shape[0] * self.width, self.slots.device
+            offsets = torch.arange(0, last + 1, self.width, dtype=torch.int32, device=device)
+            found = PrefillRows(self.slots, self.starts, offsets, None, None, self.max_context)
+            self._tables["prompts"] = found
+        return found
 
     def __post_init__(self) -> None:
         # Kernels read both as plain arrays and ignore strides.
@@ -192,6 +200,11 @@ class Batch:
         assert not self.padded
         return 0 if self.decode is None else self.decode.slots.shape[0] * self.decode.width
 
+    def as_prompts(self) -> list[tuple[PrefillRows, bool]]:
+        """Its rows as rows of any lengths, and whether they are of prompts."""
+        decode = [] if self.decode is None else [(self.decode.as_prompts(), False)]
+        return decode if self.prefill is None else [*decode, (self.prefill, True)]
+
     def trimmed(self) -> Batch:
         """Without padding, for ops of the host; reads the device's tables."""
         if not self.padded:
@@ -200,7 +213,8 @@ class Batch:
         if decode is not None:
             count = _decode_rows(decode, self.prefill)
             tokens = count * decode.width
-            cut = replace(decode, slots=decode.slots[:count], starts=decode.starts[:count])
+            slots, starts = decode.slots[:count], decode.starts[:count]
+            cut = replace(decode, slots=slots, starts=starts, _tables={})
             decode = cut if count else None
         if prefill is not None:
             count = int(prefill.live())

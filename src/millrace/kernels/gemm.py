@@ -44,15 +44,15 @@ def fp8_linear(
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """As `linear`, by torch. Where ops are to be invariant, every number of the result is a sum of
-    its own on a CPU, so that it depends on its row and its column alone."""
-    if is_invariant() and not x.is_cuda:
-        return _multiply_rows(x, weight)
-    return F.linear(x, weight)
+    """As `linear`, by torch unless ops are to be invariant."""
+    return fixed_linear(x, weight) if is_invariant() else F.linear(x, weight)
 
 
+@op
 @by_token("x")
-def _multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
+def fixed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear`; every number of the result is a sum of its own, so that it depends on its row
+    and its column alone."""
     parts = [(x.float() * some.float()).sum(-1) for some in weight.split(ROWS_AT_ONCE)]
     return torch.cat(parts)[None, :].to(x.dtype) if len(x) else x.new_empty(0, len(weight))
 

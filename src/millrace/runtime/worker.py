@@ -90,8 +90,8 @@ class Worker:
         self.model_config = model_config
         self._directory = directory
         self.tiers: Tiers | None = None
-        if config.args.batch_invariant and config.device == "cpu":
-            settle_native()
+        if config.args.batch_invariant:
+            settle_ops(config, model_config)
         self.cache_spec = model_config.cache_spec(CacheOptions.of(config))
         drafter = DraftSource.of(config, model_config, directory)
         if drafter is not None:
@@ -383,9 +383,16 @@ class Worker:
         return None if peer is None else peer.address
 
 
-def settle_native() -> None:
+def settle_ops(config: EngineConfig, model_config: ModelConfig) -> None:
     """Wait for native code that is being compiled: a request must not see both it and the
-    references, whose sums have another order."""
+    references, whose sums have another order. Raises ConfigError where ops are not invariant."""
+    if config.device == "cuda":
+        if model_config.experts is not None:
+            raise ConfigError(
+                "batch_invariant: not yet for mixtures of experts on a GPU; use device cpu, or "
+                "leave it out"
+            )
+        return
     found = native.library()
     native.wait_until_built()
     kind = "native code" if found or native.library() else "references, in torch"

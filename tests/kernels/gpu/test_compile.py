@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from millrace.kernels.batch import DecodeRows, GDNState, KVCache, PrefillRows
+from millrace.kernels.batch import Batch, DecodeRows, GDNState, KVCache, PrefillRows
 from tests.kernels.gpu.gpu_support import HAS_TRITON, INTERPRETED
 from tests.kernels.gpu.machine_code import disassembled, overwritten_operands
 
@@ -201,6 +201,32 @@ def attention(shape: Shape) -> None:
     rope.apply_rope(q, places, angles)
 
 
+def fixed(shape: Shape) -> None:
+    """What is batch invariant."""
+    from millrace.kernels.dispatch import invariant
+    from millrace.kernels.gpu import attention, gemm
+    from millrace.kernels.gpu.gdn import fixed as recurrence
+
+    dim, kv_heads = shape.head_dim, shape.kv_heads
+    cache = KVCache(*(empty(50, 64, kv_heads, dim, dtype=shape.kv) for _ in "kv"))
+    table, tokens = empty(9, 16, dtype=torch.int32), DECODE * 2 + PROMPT
+    places = empty(tokens, dtype=torch.int64)
+    batch = Batch(places, places, places, decode_rows(2), padded_rows(), padded=True)
+    with invariant():
+        attention.attend(empty(tokens, shape.heads, dim), cache, table, batch, 1 / 16)
+        gemm.fixed_linear(empty(tokens, shape.hidden), empty(shape.intermediate, shape.hidden))
+    if not shape.value_heads:
+        return
+    state, slots, heads = gdn_state(shape, 2), empty(9, dtype=torch.int32), shape.value_heads
+    keys = empty(*state.window_k.shape, dtype=F32)
+    state = GDNState(state.state, keys, state.window_u, state.window_g, state.conv)
+    biases = empty(heads, dtype=F32), empty(heads, dtype=F32)
+    a, b = empty(tokens, 2 * heads).split(heads, -1)
+    x = empty(tokens, shape.channels)
+    taps = empty(shape.channels, 4)
+    recurrence.gdn_of_batch(x, taps, a, b, biases, state, slots, slots, batch)
+
+
 def between_products(shape: Shape) -> None:
     from millrace.kernels.gpu import quantize
     from millrace.kernels.gpu.all_reduce import PeerMemory, one_shot, one_shot_norm
@@ -318,6 +344,7 @@ def experts(shape: Shape) -> None:
 
 
 PARTS: list[Callable[[Shape], None]] = [
+    fixed,
     gdn,
     attention,
     between_products,

@@ -177,6 +177,22 @@ def test_sweep_of_models(tmp_path: Path, name: str) -> None:
     same()
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["bf16", "state-bf16", "kv-fp8", "eager"])
+def test_on_a_gpu(tiny_model: Path, name: str) -> None:
+    options = {"dtype": "bfloat16", **OPTIONS.get(name, {}), "enforce_eager": name == "eager"}
+    options |= {"device": "cuda", "debug": False, "gpu_memory_utilization": 0.2}
+    expected = alone(tiny_model, **options)
+
+    @settings(max_examples=6)
+    @given(scenes())
+    def same(scene: dict[str, Any]) -> None:
+        check(tiny_model, expected, scene, **options)
+
+    same()
+
+
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's ops in place of native code."""
@@ -201,8 +217,8 @@ def test_sweep_of_references(tiny_model: Path, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"tensor_parallel_size": 4}, "at most 2"),
-        ({"device": "cuda"}, "not yet on a GPU"),
+        ({"tensor_parallel_size": 4}, "more than 2"),
+        ({"device": "cuda", "tensor_parallel_size": 2}, "more than 1"),
     ],
 )
 def test_what_cannot_be_invariant_is_refused(options: dict[str, Any], why: str) -> None:

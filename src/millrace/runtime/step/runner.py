@@ -126,7 +126,6 @@ class Runner:
         prompt = self._processors.prompt_logprobs(plan, hidden, offset, self._model.logits)
         return replace(out, prompt=prompt)
 
-    @torch.inference_mode()
     def capture(self, config: EngineConfig, largest_only: bool = False) -> int:
         """Capture the graphs of steps; returns how many. A CPU has none; there, steps have the
         sizes of graphs from then on.
@@ -134,6 +133,10 @@ class Runner:
         config: decides which graphs; it may allow more rows than there are slots, to measure
         memory. largest_only: one of each kind.
         """
+        with torch.inference_mode(), invariant(self._config.args.batch_invariant):
+            return self._capture(config, largest_only)
+
+    def _capture(self, config: EngineConfig, largest_only: bool) -> int:
         sizes = GraphSizes.of(config)
         parts = Parts(self._forward, self._tail, self._fits, self._model.multiply)
         hidden = torch.zeros(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, KVCache
+from millrace.kernels.dispatch import is_invariant
 from millrace.kernels.gpu.attention.decode import attend_decode, contexts_of_kernels
+from millrace.kernels.gpu.attention.fixed import attend_fixed
 from millrace.kernels.gpu.attention.inputs import norm_rope_store, store_kv
 from millrace.kernels.gpu.attention.prefill import attend_prefill
 from millrace.kernels.gpu.overlap import decode_and_prefill
@@ -23,6 +25,10 @@ def attend(
     """As the reference; what padded tokens get is undefined."""
     q = q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if is_invariant():
+        for rows, _ in batch.as_prompts():
+            attend_fixed(q, cache, block_table, rows, scale, first, out)
+        return out
     decode_and_prefill(
         batch,
         lambda rows: attend_decode(q, cache, block_table, rows, scale, first, out=out),

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.batch import Batch, DecodeRows, GDNState, PrefillRows
+from millrace.kernels.dispatch import is_invariant
 from millrace.kernels.gpu.gdn.conv import conv_decode, conv_prefill, gates
 from millrace.kernels.gpu.gdn.decode import launch
+from millrace.kernels.gpu.gdn.fixed import gdn_fixed, gdn_of_batch
 from millrace.kernels.gpu.gdn.prefill import gdn_prefill
 from millrace.kernels.gpu.overlap import decode_and_prefill
 
@@ -19,6 +21,7 @@ __all__ = [
     "gdn_decode",
     "gdn_decode_conv",
     "gdn_decode_raw",
+    "gdn_fixed",
     "gdn_prefill",
 ]
 
@@ -74,6 +77,8 @@ def gdn(
     batch: Batch,
 ) -> Tensor:
     """As the reference; what padded tokens get is undefined. x, a and b may be slices."""
+    if is_invariant():
+        return gdn_of_batch(x, weight, a, b, (A_log, dt_bias), cache, fill, conv_offset, batch)
     heads, dim = cache.state.shape[1], cache.state.shape[3]
     out = torch.empty(x.shape[0], heads, dim, dtype=x.dtype, device=x.device)
     gating = (A_log, dt_bias)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from millrace.kernels.gpu.gemm.fixed import fixed_linear
 from millrace.kernels.gpu.gemm.fp8 import fp8_linear
 from millrace.kernels.gpu.gemm.w4 import w4_linear
 from millrace.kernels.warmup import StepLimits, Warmup
 
-__all__ = ["fp8_linear", "w4_linear", "warmup"]
+__all__ = ["fixed_linear", "fp8_linear", "w4_linear", "warmup"]
 SMALL = (16, 24, 32, 48, 96)  # tokens, beside multiples of 64
 
 

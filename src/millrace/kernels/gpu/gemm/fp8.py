@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.common.optional import probe
-from millrace.kernels.dispatch import BackendChoice, remembered
+from millrace.kernels.dispatch import BackendChoice, is_invariant, remembered
 from millrace.kernels.gpu import tables
 from millrace.kernels.gpu.device import device_name, gpu
 from millrace.kernels.gpu.gemm import choice
@@ -41,6 +41,9 @@ class Tiles(NamedTuple):
     swap: bool
     warps: int
     stages: int
+
+
+FIXED = Tiles(64, 128, False, 4, 4)  # of batch invariant products, at any number of tokens
 
 
 @triton.jit
@@ -197,6 +200,8 @@ def _for_cublas(scale: Tensor) -> Tensor:
 
 def fp8_matmul(x: Quantized, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ dequantised weight^T in dtype, by the way that measured fastest for this shape."""
+    if is_invariant():
+        return triton_matmul(x, weight, scale, dtype, FIXED)
     outputs, width = weight.shape
     if outputs % GROUP or width % GROUP or dtype != torch.bfloat16 or not gpu().is_hopper:
         return triton_matmul(x, weight, scale, dtype)
