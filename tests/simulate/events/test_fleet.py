@@ -124,7 +124,7 @@ def test_split_pools_lose_nothing(
         long = sum(prompt >= 100 for prompt in records.prompt)
         # A prompt for which no snapshot is free is answered by one replica.
         assert counts["handed_over"] + counts["hand_over_failed"] == long
-        assert counts["handed_over"] >= long / 2
+        assert counts["hand_over_failed"] <= long / 4
         assert all(records.replica[at] != 0 for at in range(len(records))), "0 answers nobody"
         state = counts["handed_over"] * SPLIT["snapshot_bytes"]
         assert (counts["hand_over_bytes"] > state) == bool(long)

@@ -129,6 +129,7 @@ class Fleet:
         engine = self.gateway.engines.get(id)
         if engine is not None and engine.alive:
             engine.kill(silent)
+            self.links.lost(id)
 
     def _in_flight(self, id: int) -> int:
         found = [r for r in self.gateway.replicas.all if r.member.id == id]

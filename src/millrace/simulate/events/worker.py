@@ -26,6 +26,7 @@ from millrace.simulate.events.record_links import RecordLinks
 
 END_TOKEN = 0  # ends a request whose text ends before its max_tokens
 FIRST_WORD = 1
+_OFFER_SECONDS = 10.0  # that a record may be asked for before it is whole
 _TRANSFER_LATENCY = 50e-6  # seconds of a transfer between tiers besides its bytes
 
 
@@ -104,7 +105,7 @@ class SimulatedWorker:
         self._device_free = 0.0
         self._link_free = 0.0
         self._transfers: list[tuple[float, int]] = []
-        self._lost: list[TransferEnd] = []
+        self._receiving: list[tuple[int, str, float]] = []  # until when they are waited for
         self.launched = 0  # steps
         self.busy = 0.0  # seconds of all steps, those that run included
 
@@ -135,8 +136,22 @@ class SimulatedWorker:
         now = self._thread.moment
         ended = [TransferEnd(number, True) for moment, number in self._transfers if moment <= now]
         self._transfers = [one for one in self._transfers if one[0] > now]
-        lost, self._lost = self._lost, []
-        return [*ended, *lost, *self._sent(now)]
+        return [*ended, *self._received(now), *self._sent(now)]
+
+    def _received(self, now: float) -> list[TransferEnd]:
+        """Begin to take the records that are whole by now. Returns the ends of those that will not
+        be."""
+        lost, waiting = [], self._receiving
+        self._receiving = []
+        for number, name, until in waiting:
+            assert self._links is not None
+            if (found := self._links.take(name, now)) is not None:
+                self._transfers.append((found[0], number))
+            elif now > until or self._links.is_gone(name):
+                lost.append(TransferEnd(number, False, "it is not there"))
+            else:
+                self._receiving.append((number, name, until))
+        return lost
 
     def _sent(self, now: float) -> list[TransferEnd]:
         """Records that others have taken, or whose leases have ended."""
@@ -217,10 +232,7 @@ class SimulatedWorker:
         assert self._links is not None
         now, name = self._thread.moment, record.name
         if transfer.kind == "receive":
-            if (found := self._links.take(name, now)) is None:
-                self._lost.append(TransferEnd(transfer.id, False, "it is not there"))
-            else:
-                self._transfers.append((found[0], transfer.id))
+            self._receiving.append((transfer.id, name, now + _OFFER_SECONDS))
             return
         if transfer.kind == "grow":
             self._transfers.append((now, transfer.id))
