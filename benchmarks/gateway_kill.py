@@ -1,8 +1,9 @@
 """Replicas are killed under load, again and again: no request may fail, no token may be wrong.
 
-Three real engines in fp32 run behind `millrace serve --replicas 3`. Greedy answers are recorded
-once without disturbance. Then, while requests stream, a replica gets SIGKILL (or SIGSTOP, or a
-gateway process gets SIGKILL) every few seconds, and every answer is compared with the recorded one.
+Three real engines in fp32, or --dtype, run behind `millrace serve --replicas 3`. Greedy answers are
+recorded once without disturbance. Then, while requests stream, a replica gets SIGKILL (or SIGSTOP,
+or a gateway process gets SIGKILL) every few seconds, and every answer is compared with the recorded
+one.
 `--what notice` is what a spot machine does: SIGTERM, and SIGKILL for what is left 30 seconds later.
 A gateway process that is killed loses the connections that it has accepted: it is stopped first and
 these are listed, so that failures on other connections can be told from those.
@@ -207,7 +208,17 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     processes = 2 if options.what == "gateway" else 1
     command = [
         *(sys.executable, "-m", "millrace.cli", "serve", options.model, "--port", "0"),
-        *("--replicas", "3", "--dtype", "float32", "--max-model-len", "1024", "--device", "cpu"),
+        *(
+            "--replicas",
+            "3",
+            "--dtype",
+            options.dtype,
+            "--max-model-len",
+            "1024",
+            "--device",
+            "cpu",
+        ),
+        *(["--batch-invariant"] if options.batch_invariant else []),
         *("--gateway-processes", str(processes), "--kv-cache-memory-bytes", str(200 << 20)),
         "--disable-uvicorn-access-log",
     ]
@@ -259,6 +270,8 @@ def main() -> None:
     parser.add_argument(
         "--what", choices=["replica", "engine", "stop", "gateway", "notice"], default="replica"
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=6.0)
     parser.add_argument("--streams", type=int, default=12)
