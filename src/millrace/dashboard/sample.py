@@ -82,8 +82,11 @@ def of_replicas(at: int, samples: Sequence[Sample]) -> Sample:
 
 
 def of_seconds(samples: Sequence[Sample]) -> Sample:
-    """Several seconds of one replica, which come in their order: levels are those at the end."""
+    """Several seconds of one replica, which come in their order: levels are those at the end. A
+    single one is its own sum."""
     last = samples[-1]
+    if len(samples) == 1:
+        return last
     whole = _counted(last.at, samples)
     for name in (*_LEVELS, "pages", "states", "clock"):
         setattr(whole, name, getattr(last, name))
