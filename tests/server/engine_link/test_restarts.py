@@ -145,3 +145,15 @@ def test_a_silent_engine_is_killed(text_model: Path, monkeypatch: pytest.MonkeyP
             await client.stop()
 
     run(scenario())
+
+
+def test_an_engine_that_cannot_be_started_can_be_stopped(tmp_path: Path) -> None:
+    """Whoever cleans up does not hide why it failed."""
+
+    async def scenario() -> None:
+        client = EngineClient(RequestMetrics())
+        with pytest.raises(OSError):
+            await client.start(EngineArgs(model="none"), [str(tmp_path / "no-such-program")])
+        await client.stop()
+
+    run(scenario())

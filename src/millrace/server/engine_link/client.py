@@ -73,6 +73,7 @@ class EngineClient:
         self._changed = asyncio.Event()  # set once the engine is ready or dead, again once dead
         self._silent_seconds = 0
         self._kill_reason: str | None = None
+        self._silence_watch: asyncio.Task[None] | None = None  # once there is a process
 
     async def start(self, args: EngineArgs, program: Sequence[str] = ENGINE_PROGRAM) -> None:
         """Start the engine process; it loads while this returns."""
@@ -208,7 +209,8 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine, by force if it must be, and remove what `start` made."""
         self.draining = True
-        self._silence_watch.cancel()
+        if self._silence_watch is not None:
+            self._silence_watch.cancel()
         self._link.send(Shutdown())
         await self._link.stop()
 
