@@ -67,7 +67,8 @@ def test_every_metric_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [None, "bench", "deploy", "docs", "gpu", "otel", "pd", "plan", "test", "tune"]
+    "extra",
+    [None, "bench", "deploy", "docs", "example", "gpu", "otel", "pd", "plan", "test", "tune"],
 )
 def test_every_dependency_has_its_reason(extra: str | None) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

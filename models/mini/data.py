@@ -190,19 +190,24 @@ def _encode(tokenizer: Tokenizer, pieces: Pieces) -> tuple[list[int], list[int]]
 def rows(
     tokenizer: Tokenizer, seed: int, length: int, math_share: float, share: float = 0.0
 ) -> Iterator[Row]:
-    """Packed rows without end: each takes from a pool the longest document that still fits.
+    """Packed rows without end of all tasks; each takes from a pool the longest document that fits.
 
     share: of policies, that with facts of any spelling.
     """
     render, rng = template(), random.Random(seed)
     alter = unlisted(fragments_of(tokenizer), share) if share else None
+    return packed(tokenizer, length, lambda: draw_pieces(render, rng, math_share, alter))
+
+
+def packed(tokenizer: Tokenizer, length: int, draw: Callable[[], Pieces]) -> Iterator[Row]:
+    """Packed rows without end of the documents that `draw` makes."""
     pool: list[tuple[list[int], list[int]]] = []
     while True:
         row = Row(*(np.zeros(length, dtype=np.int16) for _ in range(3)))
         at, document = 0, 0
         while True:
             while len(pool) < POOL:
-                drawn = _encode(tokenizer, draw_pieces(render, rng, math_share, alter))
+                drawn = _encode(tokenizer, draw())
                 pool += [drawn] if len(drawn[0]) <= length else []
             fitting = [i for i, (ids, _) in enumerate(pool) if at + len(ids) <= length]
             if not fitting:

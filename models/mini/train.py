@@ -17,7 +17,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +99,9 @@ def batches(directory: Path, s: Settings, seed: int, workers: int) -> Iterator[T
     return iter(loader)
 
 
+Draw = Callable[[Path, Settings, int, int], Iterator[Tensor]]
+
+
 def rate(step: int, total: int, s: Settings) -> float:
     """The learning rate's factor at a step of a phase."""
     warm = min(1.0, (step + 1) / s.warmup)
@@ -128,15 +131,20 @@ class Batch:
 
 
 def _cross_entropy(hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    logits = F.linear(hidden.flatten(0, 1), embedding).float()
-    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum().clamp(min=1)
+    rows, wanted, weight = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
+    if not rows.is_cuda:  # most logits are of no weight; a GPU is faster with a fixed shape
+        chosen = weight > 0
+        rows, wanted, weight = rows[chosen], wanted[chosen], weight[chosen]
+    losses = F.cross_entropy(F.linear(rows, embedding).float(), wanted, reduction="none")
+    return (losses * weight).sum() / weight.sum().clamp(min=1)
 
 
 def main_loss(model: Mini, batch: Batch, s: Settings) -> tuple[Tensor, dict[str, Tensor]]:
     hidden, _, loads = model.hidden(batch.ids, batch.packing)
     embedding = model.model.embed_tokens.weight
     loss = _cross_entropy(hidden, embedding, batch.targets, batch.weights)
+    if not s.mtp_weight and not model.shape.experts:
+        return loss, {"loss": loss.detach()}
     (draft,), of_head = model.drafts(batch.ids, hidden, batch.packing, 1)
     mtp = _cross_entropy(draft, embedding, batch.targets, batch.weights)
     report = {"loss": loss.detach(), "mtp_1": mtp.detach()}
@@ -178,8 +186,12 @@ def mtp_loss(model: Mini, batch: Batch, s: Settings) -> tuple[Tensor, dict[str, 
 
 
 class Trainer:
-    def __init__(self, model: Mini, args: argparse.Namespace, s: Settings) -> None:
-        self.model, self.args, self.s = model, args, s
+    """draw: (directory, settings, seed, workers) -> batches without end."""
+
+    def __init__(
+        self, model: Mini, args: argparse.Namespace, s: Settings, draw: Draw = batches
+    ) -> None:
+        self.model, self.args, self.s, self.draw = model, args, s, draw
         self.device = next(model.parameters()).device
         self.began = time.monotonic()
         self.progress = Progress()
@@ -191,7 +203,7 @@ class Trainer:
             p.requires_grad_(phase == "main")
         optimizers = make_optimizers(model, s.lr if phase == "main" else s.mtp_lr, s.decay)
         base = [group["lr"] for o in optimizers for group in o.param_groups]
-        source = batches(self.args.directory, s, seed, self.args.workers)
+        source = self.draw(self.args.directory, s, seed, self.args.workers)
         step, timed = 0, (0, 0.0)
         while step < total:
             factor = rate(step, total, s)
@@ -302,8 +314,8 @@ def heldout(model: Mini, args: argparse.Namespace) -> None:
     (args.out / "heldout.json").write_text(json.dumps(results, indent=1))
 
 
-def parse() -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(description: str = "") -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(description=description or __doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="millrace-mini")
     parser.add_argument("--directory", type=Path, required=True, help="where tokenizer.json is")
     parser.add_argument("--out", type=Path, required=True)
@@ -320,8 +332,8 @@ def parse() -> tuple[argparse.Namespace, Settings]:
     return args, Settings(**{name: getattr(args, name) for name in vars(Settings())})
 
 
-def main() -> None:
-    args, s = parse()
+def train(args: argparse.Namespace, s: Settings, draw: Draw = batches) -> Mini:
+    """Both phases; their weights are in args.out, and in the model that comes back."""
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")
@@ -329,7 +341,7 @@ def main() -> None:
     model = Mini(SHAPES[args.model]).to(device)
     if args.resume:
         model.load_state_dict(load(args.resume))
-    trainer = Trainer(model, args, s)
+    trainer = Trainer(model, args, s, draw)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 32
         for layer in model.model.layers:
@@ -344,8 +356,14 @@ def main() -> None:
     if s.mtp_steps:
         trainer.run_phase("mtp", s.mtp_steps, args.seconds, s.seed + 1)
         save(model, trainer.progress.log, s, args.out)
+    return model
+
+
+def main() -> None:
+    args, s = parse()
+    model = train(args, s)
     if args.items:
-        fresh = Mini(model.shape).to(device)
+        fresh = Mini(model.shape).to(next(model.parameters()).device)
         fresh.load_state_dict(model.state_dict())
         heldout(fresh, args)
 

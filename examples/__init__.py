@@ -1,0 +1,1 @@
+"""Worked examples: applications that use Millrace as theirs would."""

@@ -1,0 +1,1 @@
+"""From retrieved clauses to an answer: prompt, decision, stream."""

@@ -1,0 +1,1 @@
+"""The generated insurer: forms, policies, endorsements, letters, claims, and questions on them."""

@@ -1,0 +1,93 @@
+"""The search: both halves over the asker's rows, their ranks fused.
+
+Answers on cover come from clauses. Letters and schedules say nothing on cover, and internal papers
+are no part of the contract: they are found when they are asked for (`papers`), not for a decision.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.insurance.retrieval.access import Access, Asker
+from examples.insurance.retrieval.chunks import Chunk
+from examples.insurance.retrieval.lexical import LexicalIndex
+from examples.insurance.retrieval.store import Rows, Store
+
+CONTRACT = frozenset({"conditions", "endorsement"})
+RANK_OFFSET = 10  # of reciprocal rank fusion: small, since a scope has some forty chunks
+CACHED_SCOPES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """similarity: the cosine of chunk and question; shares: whether they have a word in common."""
+
+    chunk: Chunk
+    score: float
+    similarity: float
+    shares: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    rows: Rows
+    index: LexicalIndex
+
+
+class Search:
+    def __init__(self, store: Store, access: Access) -> None:
+        self._store, self.access = store, access
+        self._scopes: OrderedDict[tuple[Asker, str, bool], _Scope | None] = OrderedDict()
+
+    def clauses(self, asker: Asker, policy: str, question: str, count: int) -> list[Hit]:
+        """The clauses of the contract that are nearest to a question, the best first."""
+        return self._best(self._scope(asker, policy, contract=True), question, count)
+
+    def papers(self, asker: Asker, policy: str, question: str, count: int) -> list[Hit]:
+        """The same among all papers on a policy that the asker may see."""
+        return self._best(self._scope(asker, policy, contract=False), question, count)
+
+    def _scope(self, asker: Asker, policy: str, contract: bool) -> _Scope | None:
+        """The asker is part of the key: a scope is never handed to another role or policy."""
+        key = (asker, policy, contract)
+        if key not in self._scopes:
+            self._scopes[key] = self._made(asker, policy, contract)
+            if len(self._scopes) > CACHED_SCOPES:
+                self._scopes.popitem(last=False)
+        self._scopes.move_to_end(key)
+        return self._scopes[key]
+
+    def _made(self, asker: Asker, policy: str, contract: bool) -> _Scope | None:
+        chunks = self._store.chunks
+        rows = self.access.rows(asker, policy)
+        if contract:
+            rows = np.array([r for r in rows if chunks[r].kind in CONTRACT], dtype=np.int64)
+        if not len(rows):
+            return None
+        return _Scope(rows, LexicalIndex([f"{chunks[r].label} {chunks[r].text}" for r in rows]))
+
+    def _best(self, scope: _Scope | None, question: str, count: int) -> list[Hit]:
+        if scope is None:
+            return []
+        similar = self._store.similarities(question, scope.rows)
+        shared = scope.index.scores(question)
+        fused = _reciprocal(similar) + np.where(shared > 0, _reciprocal(shared), 0)
+        order = np.argsort(-fused, kind="stable")[:count]
+        return [
+            Hit(
+                self._store.chunks[scope.rows[i]], float(fused[i]), float(similar[i]),
+                bool(shared[i] > 0),
+            )
+            for i in order
+        ]  # fmt: skip
+
+
+def _reciprocal(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    made: NDArray[np.float64] = 1 / (RANK_OFFSET + ranks)
+    return made

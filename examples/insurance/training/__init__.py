@@ -1,0 +1,1 @@
+"""Trains millrace-mini on questions with retrieved clauses: data, run, accuracy."""
