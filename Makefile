@@ -13,7 +13,7 @@ COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	$(UNLOCKED:%=--no-emit-package %)
 
-.PHONY: serve test sweep lint bench soak docs lock sbom audit clean
+.PHONY: serve example test sweep lint bench soak docs lock sbom audit clean
 
 # The locked versions come first, by their hashes; what pyproject.toml has beyond them comes after.
 $(VENV)/.installed: pyproject.toml requirements/test.lock
@@ -28,6 +28,14 @@ $(VENV)/.installed: pyproject.toml requirements/test.lock
 
 serve: $(VENV)/.installed  ## start what ships on http://127.0.0.1:$(PORT)
 	@$(BIN)/millrace serve $(MODEL) --port $(PORT) $(ARGS)
+
+$(VENV)/.example: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[example]'
+	@$(BIN)/python -m examples.insurance --build
+	@touch $@
+
+example: $(VENV)/.example  ## the worked example on http://127.0.0.1:8080: an insurance assistant
+	@$(BIN)/python -m examples.insurance $(ARGS)
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check .

@@ -32,6 +32,9 @@ class Decision:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+UNDECIDED = Decision(None, "unclear", None, None, "I could not decide this from the clauses.")
+
+
 def schema(labels: Sequence[str]) -> dict[str, Any]:
     """JSON schema of an answer to a prompt with these clauses."""
     number = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 10**7}, {"type": "null"}]}
@@ -94,15 +97,13 @@ def checked(decision: Decision, clauses: Mapping[str, str], policy: str) -> Deci
     """The decision without what its sources do not bear out.
 
     clauses: label -> text of those in the prompt; policy: the header. A decision that names no
-    clause of the prompt becomes "not stated"; a sum that is not written there is dropped.
+    clause of the prompt is none; a sum that is not written there is dropped.
     """
-    if (
-        decision.clause is None
-        or decision.clause not in clauses
-        or decision.covered == "not stated"
-    ):
+    if decision.covered == "not stated":
         return reference("", None, None, None, 0)
-    written = sums_in(clauses[str(decision.clause)])
+    if decision.clause is None or decision.clause not in clauses:
+        return UNDECIDED
+    written = sums_in(clauses[decision.clause])
     amount = decision.amount if decision.amount in written else None
     known = written | sums_in(policy)
     deductible = decision.deductible if decision.deductible in known else None

