@@ -98,9 +98,10 @@ class Assistant:
         self, asker: Asker, line: str, clauses: dict[str, str], question: str, figures: Figures
     ) -> AsyncIterator[str]:
         began = time.monotonic()
-        stream = await self._client.chat.completions.create(
+        create: Any = self._client.chat.completions.create  # its types want literal messages
+        stream = await create(
             model=MODEL,
-            messages=messages(line, list(clauses.items()), question),  # type: ignore[arg-type]
+            messages=messages(line, list(clauses.items()), question),
             max_tokens=MAX_TOKENS,
             temperature=0,
             stream=True,
@@ -153,8 +154,9 @@ class Assistant:
         return {"reference": number, "status": claim.status if claim else "not found"}
 
     async def _complete(self, asker: Asker, said: list[Any]) -> Any:
-        answer = await self._client.chat.completions.create(
-            model=MODEL, messages=said, tools=[CLAIM_TOOL], max_tokens=MAX_TOKENS,  # type: ignore[list-item]
+        create: Any = self._client.chat.completions.create
+        answer = await create(
+            model=MODEL, messages=said, tools=[CLAIM_TOOL], max_tokens=MAX_TOKENS,
             temperature=0, extra_body=self._extra(asker),
         )  # fmt: skip
         return answer.choices[0].message
