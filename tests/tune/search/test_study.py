@@ -56,7 +56,7 @@ def share_of_best(history: History, hidden: Hidden) -> float:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("working", "least"), [(0.75, 36), (0.5, 32), (0.3, 16)])
+@pytest.mark.parametrize(("working", "least"), [(0.75, 36), (0.5, 28), (0.3, 12)])
 def test_of_forty_hidden_engines_most_are_within_a_twentieth(
     tmp_path: Path, working: float, least: int
 ) -> None:
