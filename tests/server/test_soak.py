@@ -55,7 +55,7 @@ def whole(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_nothing_stays_and_nothing_fails(whole: LiveServer) -> None:
     asyncio.run(soak(whole.url, 40, seed=1))  # what is made once is made now
-    wait_for(lambda: whole.open_in_engine() == 0, 30)
+    wait_for(lambda: holdings(whole.url, whole.process.pid).at_rest, 30)
     before = holdings(whole.url, whole.process.pid)
     report = asyncio.run(soak(whole.url, 100, seed=2))
     assert report.problems == []

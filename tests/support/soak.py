@@ -326,6 +326,13 @@ class HeldResources:
     engine_files: int
     engine_threads: int
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether all that was asked has ended, but for the question itself; the engine's word of
+        an end comes after the answer."""
+        held = self.running, self.waiting, self.pages, self.snapshots
+        return not any(held) and self.requests <= 1 and self.connections <= 1
+
 
 def holdings(url: str, pid: int) -> HeldResources:
     """Now, of the server with this pid; run with --debug, so that its cache can be emptied."""

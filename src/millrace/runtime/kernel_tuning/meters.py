@@ -12,11 +12,13 @@ import torch
 from millrace.errors import ConfigError
 from millrace.kernels.gpu.tables import Way
 from millrace.runtime.kernel_tuning.choice import Costs, Meter, Run
+from millrace.runtime.transfer.device_wait import comes_within
 
 TURNS = 5
 WARM_TURNS = 1  # before these; they do not count
 LEAST_CALLS = 4  # of a graph
 TURN_SECONDS = 2e-3  # of a way in a turn, where seconds count
+LIMIT = 60.0  # seconds that a turn of a way may take
 ENERGY_SECONDS = 0.3  # the same where joules do: the device counts them ten times a second
 WARM_CALLS = 2  # before capture: kernels are compiled then
 
@@ -97,7 +99,8 @@ def _seconds(replay: Replay, plays: int) -> float:
     for _ in range(plays):
         replay[0]()
     end.record()
-    end.synchronize()
+    if not comes_within(end, LIMIT):
+        raise RuntimeError(f"the GPU has not ended a few calls within {LIMIT:g} s")
     return float(begin.elapsed_time(end)) * 1e-3
 
 
