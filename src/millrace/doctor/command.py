@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from millrace.common.flags import given, struct_options
 from millrace.config import HELP, EngineArgs, engine_args
-from millrace.doctor.finding import Finding, show, write_report
 from millrace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from millrace.doctor.finding import Finding
 
 
 @click.command()
@@ -94,6 +96,8 @@ def _report(findings: Sequence[Finding], file: Path | None) -> int:
     """Print and write the findings; the exit status."""
     from rich.console import Console
 
+    from millrace.doctor.finding import show, write_report
+
     ok = all(one.verdict != "fail" for one in findings)
     if str(file) != "-":
         show(findings, Console(highlight=False))
@@ -103,6 +107,7 @@ def _report(findings: Sequence[Finding], file: Path | None) -> int:
 
 def _measure_allreduce(args: EngineArgs, file: Path | None) -> None:
     from millrace.doctor.allreduce import measure, report
+    from millrace.doctor.finding import write_report
 
     found = measure(args)
     if str(file) != "-":
