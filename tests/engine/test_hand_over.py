@@ -234,6 +234,32 @@ def test_without_room_in_memory_nothing_is_handed_over() -> None:
     pair.assert_nothing_left()
 
 
+@pytest.mark.parametrize("snapshots", [1, 2, 3])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_more_prompts_at_once_than_snapshots_are_all_handed_over(
+    depth: int, snapshots: int
+) -> None:
+    """The last token of a prompt waits for a snapshot that another record leaves."""
+    pair = Pair(3, depth, num_snapshots=snapshots, max_num_seqs=8)
+    rng = random.Random(snapshots)
+    prompts = {
+        str(n): [rng.randint(1, 49) for _ in range(length)]
+        for n, length in enumerate([2, 9, 40, 17, 150, 16, 33, 90, 5, 64, 65, 12])
+    }
+    for name, prompt in prompts.items():
+        pair.compute(name, prompt)
+    pair.run()
+    records = {name: source.tokens for name, source in pair.sources.items()}
+    assert records == {name: len(prompt) - 1 for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        pair.answer(name, prompt, pair.sources[name])
+    pair.run()
+    for name, prompt in prompts.items():
+        wanted = expected_output(prompt, len(prompt) + 12, frozenset({EOS}))
+        assert pair.tokens(name) == wanted
+    pair.assert_nothing_left()
+
+
 def test_requests_that_cannot_go_on_from_a_record_are_refused() -> None:
     pair = Pair()
     with pytest.raises(RequestError, match="the record has 9 tokens, and the prompt has 9"):

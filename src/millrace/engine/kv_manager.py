@@ -250,6 +250,12 @@ class KVManager:
         or launched steps write all of them."""
         return self.policy.begin_save(request.tokens[:depth], request.source.cache_salt)
 
+    def lacks_snapshot(self, request: Request) -> bool:
+        """Whether the record of the request's prompt is wanted, and every snapshot is in use: the
+        records of others, for a step or a transfer."""
+        wanted = bool(request.source.hand_over) and request.handed_over < 0
+        return wanted and not self.policy.can_save()
+
     def publish(self, request: Request, depth: int, snapshot: int) -> None:
         """Insert the snapshot of the request's first `depth` tokens, which has been written."""
         pages = request.pages[: -(-depth // self._limits.page_size)]

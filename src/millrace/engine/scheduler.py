@@ -350,6 +350,10 @@ class Scheduler:
             request.boundaries.pop()
         target = request.boundaries[-1] if request.boundaries else total
         end = min(start + most, target)
+        if end == target < total and self._waits_for_snapshot(request, step):
+            end -= 1  # its record has its snapshot from a later step
+            if end == start:
+                return 0
         last = end == total
         step.chunks.append((request, Chunk(request.slot, start, end - start, last)))
         step.context = max(step.context, end + self._width)
@@ -361,6 +365,13 @@ class Scheduler:
             if snapshot is not None:
                 step.saves.append((request, end, snapshot))
         return end - start
+
+    def _waits_for_snapshot(self, request: Request, step: Step) -> bool:
+        """Whether the record of a prompt has to wait for a snapshot, and one will be free soon."""
+        if not self._kv_manager.lacks_snapshot(request) or request in step.admitted:
+            return False
+        moving = self._tiers is not None and self._tiers.waits_for_any
+        return bool(self._launched or step.saves) or moving
 
     def _waits_for_prefix(self, request: Request) -> bool:
         """Whether the request waits until another one's prompt is cached, or a lower tier's part
@@ -382,6 +393,8 @@ class Scheduler:
         called after the lookup: the prefix cache may have changed since the estimate.
         """
         if not self.waiting.may_admit(request, self._kv_manager.slots.free):
+            return False
+        if self._waits_for_snapshot(request, step):
             return False
         match = self._kv_manager.match(request)
         request.cached_estimate = match.tokens

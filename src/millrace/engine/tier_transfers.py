@@ -124,11 +124,11 @@ class TierTransfers:
     def has_work(self) -> bool:
         """Whether there is something to start, or to wait for. What others may take needs no
         step."""
-        waits = self._waits_for_any or self._new or self.hand_overs.has_work
+        waits = self.waits_for_any or self._new or self.hand_overs.has_work
         return bool(waits or self._wanted or self._unfiled or self.store.deletes)
 
     @property
-    def _waits_for_any(self) -> bool:
+    def waits_for_any(self) -> bool:
         """Whether a transfer is under way that ends by itself, soon."""
         return any(one.kind != "send" for one in self._under_way.values())
 
@@ -374,7 +374,7 @@ class TierTransfers:
     def _receive(self) -> bool:
         """Begin to bring the next record that a request waits for. False: there is none, or no
         room for it now."""
-        waits = self._waits_for_any or bool(self.hand_overs.growths)
+        waits = self.waits_for_any or bool(self.hand_overs.growths)
         begun = self.hand_overs.next(waits)
         if begun is None:
             return False
@@ -426,7 +426,7 @@ class TierTransfers:
             started = self._fetch(request, record, missing)
         else:
             started = self._load(request, record, ensure_pages, from_disk=False)
-        if not started and self._waits_for_any:
+        if not started and self.waits_for_any:
             request.loading = True
             self._parked.append(request)
 

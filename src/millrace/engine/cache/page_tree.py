@@ -96,6 +96,9 @@ class PageTree:
     ) -> int | None:
         return None
 
+    def can_save(self) -> bool:
+        return True
+
     def publish(
         self,
         tokens: Sequence[int],

@@ -115,6 +115,9 @@ class CachePolicy(Protocol):
         """At such a stop behind `tokens`, or at the end of an answer: the snapshot that the step
         writes. None: none is needed, none is free, or those that are there are worth more."""
 
+    def can_save(self) -> bool:
+        """Whether a snapshot is free, or one that nothing uses can be evicted for it."""
+
     def publish(
         self,
         tokens: Sequence[int],

@@ -173,6 +173,10 @@ class SnapshotTree:
             return self._save_answer(tokens, salt)
         return self._free_snapshot()
 
+    def can_save(self) -> bool:
+        in_use = (self._snapshots.ref_count(node.snapshot) > 1 for node in self._cached)
+        return self._snapshots.free > 0 or not all(in_use)
+
     def _free_snapshot(self) -> int | None:
         """A free snapshot, if need be in place of the one that is worth least."""
         while self._snapshots.free == 0:
