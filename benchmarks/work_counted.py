@@ -108,6 +108,7 @@ def on_cpu(kinds: list[str] | None = None) -> dict[str, Any]:
 # --- on a GPU ----------------------------------------------------------------------------------
 
 ROWS, CONTEXT, PROMPT = 128, 700, 2048
+CACHE_BYTES = 4 << 30  # ncu copies what a kernel may write, for each pass of each kernel
 BYTES = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 TENSOR = "sm__ops_path_tensor_src_"
 FP32 = {
@@ -134,7 +135,7 @@ def gpu_step(name: str, layers: int, kind: str) -> None:
                 model=str(model), load_format="dummy", skip_tokenizer_init=True,
                 enforce_eager=True, async_scheduling=False, enable_prefix_caching=False,
                 max_model_len=4096, max_num_seqs=ROWS, max_num_batched_tokens=8192,
-                kv_cache_dtype="fp8_e4m3", gpu_memory_utilization=0.35,
+                kv_cache_dtype="fp8_e4m3", kv_cache_memory_bytes=CACHE_BYTES,
                 mixed_prefill_tokens=8192, long_prefill_token_threshold=0,
                 speculative_config={"num_speculative_tokens": 1, "synthetic_acceptance": 0.9},
             )
@@ -189,7 +190,7 @@ def under_ncu(ncu: str, name: str, layers: int, kind: str, limit: float) -> dict
     metrics = [*BYTES.values(), *tensor_metrics(ncu), *FP32]
     command = [
         ncu, "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
-        "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics),
+        "--target-processes", "application-only", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics),
         sys.executable, "-m", "benchmarks.work_counted", "--step", kind, "--model", name,
         "--layers", str(layers),
     ]  # fmt: skip
