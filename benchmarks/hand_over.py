@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--step-tokens", type=int, default=2048, help="of prompts in a step")
     parser.add_argument("--snapshots", type=int, default=32)
+    parser.add_argument("--host-gb", type=float, default=12.0, help="of records; of the GPU by IPC")
     parser.add_argument("--only-times", action="store_true", help="no streams beside bursts")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -275,7 +276,7 @@ def main() -> None:
     arguments: dict[str, Any] = {
         **BASE, "max_num_seqs": 40, "max_model_len": 8448, "enable_prefix_caching": True,
         "max_num_batched_tokens": options.step_tokens, "kv_cache_memory_bytes": 28_000_000_000,
-        "num_snapshots": options.snapshots, "role": "both", "host_cache_gb": 12.0,
+        "num_snapshots": options.snapshots, "role": "both", "host_cache_gb": options.host_gb,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as parent:
         directory = Path(parent)

@@ -190,7 +190,8 @@ def under_ncu(ncu: str, name: str, layers: int, kind: str, limit: float) -> dict
     metrics = [*BYTES.values(), *tensor_metrics(ncu), *FP32]
     command = [
         ncu, "--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off",
-        "--target-processes", "application-only", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics),
+        "--target-processes", "application-only", "--csv", "--page", "raw", "--print-units", "base",
+        "--metrics", ",".join(metrics),
         sys.executable, "-m", "benchmarks.work_counted", "--step", kind, "--model", name,
         "--layers", str(layers),
     ]  # fmt: skip

@@ -94,7 +94,7 @@ def main() -> None:
 def serve(args: argparse.Namespace, gateway: subprocess.Popen[bytes]) -> None:
     insurer = draw_insurer(args.policies)
     store = store_of(insurer, args.folder / "store")
-    search = search_of(insurer, store)
+    search = search_of(insurer, store, args.folder / "store")
     url = f"http://127.0.0.1:{args.gateway_port}"
     wait_ready(url, gateway, args.folder / "gateway.log")
     password = os.environ.get("INSURANCE_OPERATOR_PASSWORD") or secrets.token_urlsafe(9)

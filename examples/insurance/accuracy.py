@@ -55,7 +55,8 @@ async def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/insurance"))
     args = parser.parse_args()
     insurer = draw_insurer(args.policies)
-    search = search_of(insurer, store_of(insurer, args.folder / "store"))
+    folder = args.folder / "store"
+    search = search_of(insurer, store_of(insurer, folder), folder)
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key="none", timeout=120) as client:
         assistant = Assistant(insurer, search, client)
         roles: tuple[Role, ...] = ("customer", "operator")

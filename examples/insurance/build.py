@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from examples.insurance.documents import phrases
 from examples.insurance.documents.insurer import Insurer
+from examples.insurance.documents.wording import TOPICS
 from examples.insurance.documents.writing import write_all
 from examples.insurance.retrieval.access import Access
 from examples.insurance.retrieval.chunks import all_chunks
 from examples.insurance.retrieval.embeddings import choose
+from examples.insurance.retrieval.glossary import Entry, Glossary
 from examples.insurance.retrieval.search import Search
 from examples.insurance.retrieval.store import Store
 
@@ -32,6 +35,16 @@ def store_of(insurer: Insurer, folder: Path) -> Store:
     return store
 
 
-def search_of(insurer: Insurer, store: Store) -> Search:
+def entries() -> list[Entry]:
+    """The insurer's glossary; phrases that are held out for tests are not in it."""
+    return [
+        Entry(topic.names, (*topic.asked[:-1], *phrases.known(name)))
+        for name, topic in TOPICS.items()
+    ]
+
+
+def search_of(insurer: Insurer, store: Store, folder: Path) -> Search:
+    """folder: of the store, where the glossary's vectors are kept too."""
     forms = {policy.number: policy.form for policy in insurer.policies}
-    return Search(store, Access(store.chunks, forms))
+    glossary = Glossary.open(entries(), store.embedder, folder)
+    return Search(store, Access(store.chunks, forms), glossary)

@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/insurance/prompts.jsonl"))
     args = parser.parse_args()
     insurer = draw_insurer(args.policies)
-    search = search_of(insurer, store_of(insurer, args.folder / "store"))
+    folder = args.folder / "store"
+    search = search_of(insurer, store_of(insurer, folder), folder)
     args.out.write_text("".join(prompt_lines(insurer, search, args.questions)))
     print(args.out)
 

@@ -107,15 +107,20 @@ def money(amount: int) -> str:
 
 
 def draw_clause(
-    rng: random.Random, label: str, topic: str, verdict: str, unseen: bool = False
-) -> Clause:
-    """A clause with a wording of its verdict; some have a limit, some a deductible of their own."""
+    rng: random.Random, label: str, topic: str, verdict: str, unseen: bool = False,
+    more: Sequence[str] = (),
+) -> Clause:  # fmt: skip
+    """A clause with a wording of its verdict; some have a limit, some a deductible of their own.
+
+    more: wordings beside the insurer's own.
+    """
     known = w.TOPICS[topic]
-    wordings = (w.UNSEEN if unseen else w.CLAUSES)[verdict]
+    wordings = (*(w.UNSEEN if unseen else w.CLAUSES)[verdict], *more)
     amount = rng.choice(SUMS) if verdict != "no" and rng.random() < 0.6 else None
     deductible = rng.choice(DEDUCTIBLES) if verdict == "yes" and rng.random() < 0.25 else None
     limit = rng.choice(w.LIMITS).format(money(amount)) if amount else ""
     text = rng.choice(wordings).format(what=rng.choice(known.names), limit=limit)
+    text = text[0].upper() + text[1:]
     text += rng.choice(w.OWN_DEDUCTIBLE).format(money(deductible)) if deductible else ""
     return Clause(label, known.section, text, topic, verdict, amount, deductible, unseen)
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from examples.insurance.assistant.decision import Decision, reference
+from examples.insurance.documents import phrases
 from examples.insurance.documents import wording as w
 from examples.insurance.documents.insurer import Insurer, Policy
 
@@ -35,9 +36,11 @@ def draw_question(
             break
     known = w.TOPICS[topic]
     if unseen:
-        text = rng.choice(w.UNSEEN_QUESTIONS).format(known.asked[-1])
+        phrase = rng.choice((known.asked[-1], *phrases.held_out(topic)))
+        text = rng.choice(w.UNSEEN_QUESTIONS).format(phrase)
     else:
-        text = rng.choice(w.QUESTIONS).format(rng.choice(known.asked[:-1]))
+        phrase = rng.choice((*known.asked[:-1], *phrases.known(topic)))
+        text = rng.choice(w.QUESTIONS).format(phrase)
     right = (
         reference(clause.verdict, clause.label, clause.amount, clause.deductible, policy.deductible)
         if clause

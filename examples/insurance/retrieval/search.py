@@ -1,4 +1,4 @@
-"""The search: both halves over the asker's rows, their ranks fused.
+"""The search: vectors, words and the glossary over the asker's rows, their ranks fused.
 
 Answers on cover come from clauses. Letters and schedules say nothing on cover, and internal papers
 are no part of the contract: they are found when they are asked for (`papers`), not for a decision.
@@ -10,15 +10,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from examples.insurance.retrieval.access import Access, Asker
 from examples.insurance.retrieval.chunks import Chunk
+from examples.insurance.retrieval.glossary import Glossary
 from examples.insurance.retrieval.lexical import LexicalIndex
+from examples.insurance.retrieval.ranks import reciprocal, reciprocal_of_shared
 from examples.insurance.retrieval.store import Rows, Store
 
 CONTRACT = frozenset({"conditions", "endorsement"})
-RANK_OFFSET = 10  # of reciprocal rank fusion: small, since a scope has some forty chunks
+GLOSSARY_WEIGHT = 2  # it knows what a clause is about; vectors and words see all of its text
 CACHED_SCOPES = 256
 
 
@@ -34,13 +35,16 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
+    """terms: of each row's clause, by the glossary; none of papers, whose words find them."""
+
     rows: Rows
     index: LexicalIndex
+    terms: list[tuple[int, ...]]
 
 
 class Search:
-    def __init__(self, store: Store, access: Access) -> None:
-        self._store, self.access = store, access
+    def __init__(self, store: Store, access: Access, glossary: Glossary) -> None:
+        self._store, self.access, self._glossary = store, access, glossary
         self._scopes: OrderedDict[tuple[Asker, str, bool], _Scope | None] = OrderedDict()
 
     def clauses(self, asker: Asker, policy: str, question: str, count: int) -> list[Hit]:
@@ -68,14 +72,18 @@ class Search:
             rows = np.array([r for r in rows if chunks[r].kind in CONTRACT], dtype=np.int64)
         if not len(rows):
             return None
-        return _Scope(rows, LexicalIndex([f"{chunks[r].label} {chunks[r].text}" for r in rows]))
+        index = LexicalIndex([f"{chunks[r].label} {chunks[r].text}" for r in rows])
+        terms = [self._glossary.terms_in(chunks[r].text) if contract else () for r in rows]
+        return _Scope(rows, index, terms)
 
     def _best(self, scope: _Scope | None, question: str, count: int) -> list[Hit]:
         if scope is None:
             return []
         similar = self._store.similarities(question, scope.rows)
         shared = scope.index.scores(question)
-        fused = _reciprocal(similar) + np.where(shared > 0, _reciprocal(shared), 0)
+        told = self._glossary.scores(question, scope.terms)
+        fused = reciprocal(similar) + reciprocal_of_shared(shared)
+        fused += GLOSSARY_WEIGHT * reciprocal_of_shared(told)
         order = np.argsort(-fused, kind="stable")[:count]
         return [
             Hit(
@@ -84,10 +92,3 @@ class Search:
             )
             for i in order
         ]  # fmt: skip
-
-
-def _reciprocal(scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
-    made: NDArray[np.float64] = 1 / (RANK_OFFSET + ranks)
-    return made

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from examples.insurance.assistant.decision import reference
 from examples.insurance.assistant.prompt import CLAUSES_IN_PROMPT, SYSTEM, header, user_message
+from examples.insurance.documents import phrases
 from examples.insurance.documents import wording as w
 from examples.insurance.documents.insurer import DEDUCTIBLES, Clause, draw_clause, draw_verdict
+from examples.insurance.training import wordings
 
+DROPPED_SHARE = 0.3  # of phrases in questions that lose a word
 FIRST_SHARE = 0.65  # of first questions, whose clause stands first, as a search mostly has it
 
 
@@ -36,7 +39,11 @@ def _label(rng: random.Random, taken: set[str]) -> str:
 
 def _clauses(rng: random.Random, topics: list[str]) -> list[Clause]:
     taken: set[str] = set()
-    made = [draw_clause(rng, _label(rng, taken), t, draw_verdict(rng)) for t in topics]
+    verdicts = [(topic, draw_verdict(rng)) for topic in topics]
+    made = [
+        draw_clause(rng, _label(rng, taken), topic, verdict, more=wordings.CLAUSES[verdict])
+        for topic, verdict in verdicts
+    ]
     if rng.random() < 0.3:
         section, text = rng.choice(w.GENERAL)
         made[-1] = Clause(made[-1].label, section, text)
@@ -58,8 +65,19 @@ def _topics(rng: random.Random) -> tuple[str, list[str], list[str]]:
 
 def ask(rng: random.Random, topic: str) -> str:
     """A question on a topic, as training may see it, and as people type it."""
-    text = rng.choice(w.QUESTIONS).format(rng.choice(w.TOPICS[topic].asked[:-1]))
+    phrase = rng.choice((*w.TOPICS[topic].asked[:-1], *phrases.known(topic)))
+    if rng.random() < DROPPED_SHARE:
+        phrase = _with_a_word_less(rng, phrase)
+    text = rng.choice((*w.QUESTIONS, *wordings.QUESTIONS)).format(phrase)
     return text.lower() if rng.random() < 0.1 else text
+
+
+def _with_a_word_less(rng: random.Random, phrase: str) -> str:
+    """So that the model reads words, and does not know phrases by their beginnings."""
+    words = phrase.split(" ")
+    if len(words) > 2:
+        del words[rng.randrange(len(words))]
+    return " ".join(words)
 
 
 def draw_dialogue(rng: random.Random, questions: int) -> list[Turn]:

@@ -30,7 +30,7 @@ import train as recipe  # noqa: E402
 
 from examples.insurance.training.dialogues import pieces  # noqa: E402
 
-QUESTIONS = (1, 4, 5, 5)  # of a dialogue: many questions make use of one prompt
+QUESTIONS = (1, 3, 4, 5)  # of a dialogue: many questions make use of one prompt
 OTHER_SHARE = 0.06  # of the tasks that the model knows already, so that it keeps them
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from examples.insurance.build import entries
 from examples.insurance.documents.insurer import Insurer, draw_insurer
 from examples.insurance.documents.writing import write_all
 from examples.insurance.retrieval.access import Access
 from examples.insurance.retrieval.chunks import all_chunks
 from examples.insurance.retrieval.embeddings import WordPieces
+from examples.insurance.retrieval.glossary import Glossary
 from examples.insurance.retrieval.search import Search
 from examples.insurance.retrieval.store import Store
 
@@ -24,5 +26,11 @@ def store(insurer: Insurer) -> Store:
 
 
 @pytest.fixture(scope="session")
-def search(insurer: Insurer, store: Store) -> Search:
-    return Search(store, Access(store.chunks, {p.number: p.form for p in insurer.policies}))
+def glossary(tmp_path_factory: pytest.TempPathFactory) -> Glossary:
+    return Glossary.open(entries(), WordPieces(), tmp_path_factory.mktemp("glossary"))
+
+
+@pytest.fixture(scope="session")
+def search(insurer: Insurer, store: Store, glossary: Glossary) -> Search:
+    forms = {p.number: p.form for p in insurer.policies}
+    return Search(store, Access(store.chunks, forms), glossary)

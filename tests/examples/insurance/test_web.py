@@ -223,6 +223,7 @@ def test_the_attack_finds_a_leak_where_there_is_one(site: Site, search: Search) 
     site.application._s.assistant._search = Search(
         site.application._s.store,
         Leaky(site.application._s.store.chunks, search.access.forms),
+        search._glossary,
     )
     with pytest.raises(AssertionError):
         assert leaks(site, 25, seed=3) == 0
