@@ -161,13 +161,18 @@ def test_the_phases_of_the_write_up_become_settings() -> None:
     assert {one.devices_of(seed.settings) for seed in phase_seeds(one)} == {1}
 
 
-def test_only_a_study_by_goodput_minds_the_clients_clock() -> None:
+def test_only_latencies_that_count_mind_the_clients_clock() -> None:
     plain = dict.fromkeys(ClientOverhead.__struct_fields__, 0)
-    objects = {"lag_ms": {}, "error_ms": {}, "relative_error": {}}
-    late = {"client_bound": True, "reasons": ["ITL p99 may be off"], "advice": None}
-    client = msgspec.convert({**plain, **objects, **late}, ClientOverhead)
-    assert client_bound(client, latencies=True) == "ITL p99 may be off"
-    assert client_bound(client, latencies=False) == ""
+    late, right = {"p50": 0.0, "p99": 40.0}, {"p50": 0.0, "p99": 0.0}
+    shares = {"ttft": right, "itl": {"p50": 0.0, "p99": 0.3}}
+    objects = {"lag_ms": {}, "error_ms": {"ttft": right, "itl": late}, "relative_error": shares}
+    said = {"client_bound": True, "reasons": ["ITL p99 may be off"], "advice": None}
+    client = msgspec.convert({**plain, **objects, **said}, ClientOverhead)
+    assert client_bound(client, ("ttft", "itl")) == "ITL p99 may be off by 40.0 ms (30%)"
+    assert client_bound(client, ("ttft",)) == ""
+    assert client_bound(client, ()) == ""
+    busy = msgspec.structs.replace(client, cpu_share=0.99)
+    assert "99% of a core" in client_bound(busy, ())
 
 
 def test_the_planner_is_asked_for_the_gpu_of_this_host(

@@ -148,8 +148,17 @@ def _load_plan(flags: TuneFlags) -> LoadPlan:
         max_itl_p99=flags.max_itl_p99_ms,
         task=flags.accuracy,
         items=flags.accuracy_items,
-        goodput=flags.objective == "goodput",
+        timed=_timed(flags),
     )
+
+
+def _timed(flags: TuneFlags) -> tuple[str, ...]:
+    """The latencies that decide: those of a request's chunks, by which goodput is counted."""
+    if flags.objective != "goodput":
+        return ()
+    limits = read_objectives(flags.goodput)
+    first = ("ttft",) if limits.keys() & {"ttft", "e2el"} else ()
+    return (*first, "itl") if flags.max_itl_p99_ms else first
 
 
 def _rules(request: Request, space: Space, load: LoadPlan) -> Rules:

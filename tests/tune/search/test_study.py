@@ -184,19 +184,33 @@ def test_prompts_differ_between_visits_and_agree_in_a_round(tmp_path: Path) -> N
     assert all(len(seeds) == 1 for seeds in rounds.values())
 
 
-def test_a_client_that_limits_the_runs_shows_nothing() -> None:
+@pytest.mark.parametrize(
+    ("bound", "better", "rounds"),
+    [
+        ("both", False, 4),
+        ("the faster", True, 4),
+        ("the slower", False, 4),
+        ("the slower once", True, 3),
+    ],
+)
+def test_a_client_that_limits_the_slower_one_shows_nothing(
+    bound: str, better: bool, rounds: int
+) -> None:
     history = History(SPACE, Goal(), [])
     fast, slow = (Trial(n, SPACE.defaults, "", "", 8) for n in range(2))
-    for number in (1, 2, 3):
+    limited = {"both": (fast, slow), "the faster": (fast,)}.get(bound, (slow,))
+    for number in (1, 2, 3, 4):
         for trial, total in ((fast, 120.0 + number), (slow, 100.0)):
-            run = Run(total=total, completed=1, client_bound="a load process was busy")
+            here = trial in limited and (number == 1 or "once" not in bound)
+            run = Run(total=total, completed=1, client_bound="a process was busy" if here else "")
             visit = Visit(number=0, trial=trial.number, settings={}, purpose="full", round=number)
             trial.done.append((visit, Outcome(runs=(run,))))
     found = versus(history, fast, slow)
     assert found.low is not None
     assert found.low > 1.0
-    assert not found.better
-    assert "busy" in found.refused
+    assert (found.better, found.rounds) == (better, rounds)
+    assert ("busy" in found.refused) != better
+    assert versus(history, slow, fast).worse == better
 
 
 def test_a_study_goes_on_where_its_journal_ends(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import msgspec
 
 from millrace.bench.report.compare import paired_interval
 from millrace.tune.trials.history import History, Trial, penalised
+from millrace.tune.trials.outcome import Outcome
 
 _TINY = 1e-12
+_FEWEST = 2  # rounds that show something
 
 
 class Versus(msgspec.Struct, frozen=True):
@@ -55,22 +57,36 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def versus(history: History, a: Trial, b: Trial) -> Versus:
-    """a relative to b, over the rounds that both have."""
+    """a relative to b, over the rounds that both have. What the load generator limited is at least
+    as good as it seems: a round shows nothing where it limited the one that seems worse."""
     of_a, of_b = a.rounds(), b.rounds()
-    shared = sorted(of_a.keys() & of_b.keys())
-    logs = []
-    errors = [0.0]
-    bound = ""
-    for number in shared:
-        left, right = history.values(a, of_a[number]), history.values(b, of_b[number])
-        pairs = zip(left, right, strict=False)  # first runs with first runs: caches are as warm
-        logs.append(statistics.fmean(_log(x) - _log(y) for x, y in pairs))
-        runs = [*of_a[number].runs, *of_b[number].runs]
-        errors += [run.client_error for run in runs]
-        bound = bound or next((run.client_bound for run in runs if run.client_bound), "")
-    if not logs:
+    rounds = [
+        _Round(history.values(a, of_a[number]), of_a[number], history.values(b, of_b[number]),
+               of_b[number])
+        for number in sorted(of_a.keys() & of_b.keys())
+    ]  # fmt: skip
+    if not rounds:
         return Versus(1.0, None, None, 0, "they share no round")
-    return Versus(*paired_interval(logs, max(errors)), len(logs), bound)
+    ahead = sum(one.log for one in rounds) >= 0.0
+    bound = [one.bound_of_b if ahead else one.bound_of_a for one in rounds]
+    valid = [one for one, why in zip(rounds, bound, strict=True) if not why]
+    refused = "" if len(valid) >= _FEWEST else next(filter(None, bound), "")
+    kept = rounds if refused else valid
+    interval = paired_interval([one.log for one in kept], max(one.error for one in kept))
+    return Versus(*interval, len(kept), refused)
+
+
+class _Round:
+    """Two trials in a shared round."""
+
+    def __init__(
+        self, of_a: Sequence[float], a: Outcome, of_b: Sequence[float], b: Outcome
+    ) -> None:
+        pairs = zip(of_a, of_b, strict=False)  # first loads with first loads: caches are as warm
+        self.log = statistics.fmean(_log(x) - _log(y) for x, y in pairs)
+        self.error = max(run.client_error for run in [*a.runs, *b.runs])
+        self.bound_of_a = next((run.client_bound for run in a.runs if run.client_bound), "")
+        self.bound_of_b = next((run.client_bound for run in b.runs if run.client_bound), "")
 
 
 def _log(value: float) -> float:

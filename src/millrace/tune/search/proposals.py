@@ -28,6 +28,10 @@ _STARTUP = 6  # trials that optuna's model needs
 _FIRST = 3  # trials that work, before a model is made of them
 _WORTH_A_TRIAL = 0.5  # of the greatest hope
 _DARING = 0.5  # the risk that is taken to learn what a knob does
+_CALM = 0.5  # the risk at which a way to share out the devices is tried again
+_ATTEMPTS = 2  # more at such a way, after its first
+_SHARES = (0.0, 0.35, 0.5, 0.7, 1.0)  # of the way to the least risk
+_OF_MEMORY = ("memory", "room")
 _SCREENED = 12  # trials among which every knob is to be moved alone
 _STARTS = 4  # of optuna's proposals, those from which the surrogate is climbed
 _LONGEST_CLIMB = 24
@@ -114,7 +118,7 @@ def _by_turns(
     if number % 3 == 0:
         return [_reliefs(history, hopes if number >= _SCREENED else []), climbs, model]
     if number % 3 == 1 or number < _SCREENED:
-        return [_unmoved(history), climbs, model]
+        return [_unmoved(history), _unproven(history), climbs, model]
     return [model, climbs] if number % 12 == 5 else [climbs, model]
 
 
@@ -170,6 +174,35 @@ def _unmoved(history: History) -> Iterator[Proposal]:
         if risk <= _DARING:
             why = f"trial {ranked[place].number} with {name} moved, which was not moved alone yet"
             yield Proposal(settings, "unmoved", why)
+
+
+def _unproven(history: History) -> Iterator[Proposal]:
+    """Ways to share out the devices that only ran out of memory so far, with the leader's other
+    knobs, as much safer as it takes: what such a way is worth nothing else tells."""
+    space, leader = history.space, history.ranked()[0]
+    shared = {knob.name for knob in space.knobs if knob.devices}
+    walls = RiskMap(space, history.trials)
+    proven = [_only(shared, trial.settings) for trial in history.ranked()]
+    failed: dict[str, list[Trial]] = {}
+    for trial in history.trials:
+        way = _only(shared, trial.settings)
+        most = space.devices_of(trial.settings) >= space.devices_of(leader.settings)
+        if trial.failure and trial.failure.risk in _OF_MEMORY and way not in proven and most:
+            failed.setdefault(key_of(way), []).append(trial)
+    for trials in failed.values():
+        if len(trials) > _ATTEMPTS:
+            continue
+        last = trials[-1]
+        assert last.failure is not None
+        begin = {**leader.settings, **_only(shared, last.settings)}
+        steps = [space.safer(begin, last.failure.risk, share, share_out=False) for share in _SHARES]
+        calm = [one for one, risk in zip(steps, walls.risks(steps), strict=True) if risk <= _CALM]
+        why = f"trial {last.number} ran out of memory; the same devices with less risk"
+        yield Proposal(calm[0] if calm else steps[-1], "arrangement", why)
+
+
+def _only(names: Iterable[str], settings: Settings) -> Settings:
+    return {name: settings[name] for name in names}
 
 
 def _moved_alone(space: Space, trials: Sequence[Trial]) -> set[str]:

@@ -131,7 +131,7 @@ def _new_trial(history: History, rules: Rules) -> Trial | None:
 def _visit(
     history: History, rules: Rules, trial: Trial, purpose: Purpose, number: int = 0
 ) -> Visit:
-    runs = rules.full_runs if purpose == "full" else 1
+    runs = _loads(history, rules, trial, purpose)
     at = history.visits
     # In a round all finalists get the same prompts; no two visits of one trial do.
     place = f"round {number}" if purpose == "full" else f"visit {at}"
@@ -146,6 +146,15 @@ def _visit(
         source=trial.source,
         why=trial.why,
     )
+
+
+def _loads(history: History, rules: Rules, trial: Trial, purpose: Purpose) -> int:
+    """Loads of a visit. Some settings die in their second one: what may be likelier to crash than
+    all that lived so far gets a second one at once, before the search builds upon it."""
+    if purpose == "full":
+        return rules.full_runs
+    daring = purpose == "short" and not history.proven(trial.settings)
+    return min(2, rules.full_runs) if daring else 1
 
 
 def _seed(*parts: object) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from millrace.bench.load.arrivals import Schedule
 from millrace.bench.load.interrupts import unless_stopped
 from millrace.bench.load.messages import Progress
 from millrace.bench.load.options import BenchOptions
-from millrace.bench.measure.client_overhead import BUSY_SHARE, ClientOverhead
+from millrace.bench.measure.client_overhead import ClientOverhead, bound_reasons
 from millrace.bench.runs.accuracy import EVALUATION, Accuracy, measure_accuracy
 from millrace.bench.runs.serve import Run as BenchRun
 from millrace.bench.runs.serve import inspect_server, run, warm_up, with_server_facts
@@ -39,8 +39,8 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The loads of all trials. full: options of a full load, without a target. short_share: of its
     requests or its duration, for a short load. hang_seconds: without a token, until a server counts
     as hung. max_itl_p99: ms, beyond which a run has no goodput; 0: no limit. task, items: of the
-    evaluation; no items: none. goodput: whether latencies decide, and so the client's error of
-    them."""
+    evaluation; no items: none. timed: the latencies that decide, and so the client's error of
+    them: ttft, itl."""
 
     full: BenchOptions
     short_share: float = 0.25
@@ -48,7 +48,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_itl_p99: float = 0.0
     task: str = "math"
     items: int = 0
-    goodput: bool = False
+    timed: tuple[str, ...] = ()
 
     def options(self, target: Target, seed: int, *, short: bool, streams: int = 0) -> BenchOptions:
         """The options of one load; its prompts and arrival times follow from the seed. streams: so
@@ -159,7 +159,7 @@ class _Watch:
 def figures_of(plan: LoadPlan, measured: BenchRun, seed: int) -> Run:
     """What a trial keeps of a run."""
     fields = measured.fields
-    bound = client_bound(measured.client, latencies=plan.goodput)
+    bound = client_bound(measured.client, plan.timed)
     reading = read_bottleneck(measured.observation.samples, fields, bound)
     itl = float(fields["p99_itl_ms"])
     goodput = float(fields.get("request_goodput") or 0.0)
@@ -184,14 +184,16 @@ def figures_of(plan: LoadPlan, measured: BenchRun, seed: int) -> Run:
     )
 
 
-def client_bound(client: ClientOverhead, *, latencies: bool) -> str:
-    """Why the load generator limited a run; empty if it did not. latencies: whether the errors of
-    TTFT and ITL count; throughput does not suffer from a clock that is read late."""
-    if latencies:
-        return "; ".join(client.reasons) if client.client_bound else ""
-    if client.cpu_share > BUSY_SHARE or client.connect_share > _CONNECTING:
-        return "; ".join(client.reasons) or "the load generator had no time left"
-    return ""
+def client_bound(client: ClientOverhead, timed: Sequence[str]) -> str:
+    """Why the load generator limited a run; empty if it did not. timed: the latencies that count,
+    ttft or itl; throughput, and the mean gap of a request, do not suffer from a clock that is read
+    late now and then."""
+    errors = {name: client.error_ms[name] for name in timed if name in client.error_ms}
+    relative = {name: client.relative_error[name] for name in errors}
+    reasons = bound_reasons([client.cpu_share], errors, relative)
+    if not reasons and client.connect_share > _CONNECTING:
+        reasons = client.reasons or ["the load generator had no time left"]
+    return "; ".join(reasons)
 
 
 def _client_error(client: ClientOverhead, e2el: float) -> float:

@@ -162,9 +162,12 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             }
             yield self.normal({**settings, **moved})
 
-    def safer(self, settings: Mapping[str, Value], risk: Risk, share: float) -> Settings:
+    def safer(
+        self, settings: Mapping[str, Value], risk: Risk, share: float, *, share_out: bool = True
+    ) -> Settings:
         """A setting moved to where a kind of failure is least likely: each knob by a share of its
-        way. At the end of the way one engine has all devices."""
+        way. At the end of the way one engine has all devices, where these may be shared out
+        anew."""
         found = dict(settings)
         for knob in self.knobs:
             direction = knob.riskier.get(risk)
@@ -172,7 +175,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
                 end = 0 if direction == "up" else len(knob.values) - 1
                 at = knob.index(settings[knob.name])
                 found[knob.name] = knob.values[at + math.trunc((end - at) * share)]
-            elif direction and share == 1.0:
+            elif direction and share == 1.0 and share_out:
                 copies = {name: 1 for name in COPIES if name in found}
                 most = [v for v in knob.values if not self.devices or int(v or 1) <= self.devices]
                 found |= {**copies, knob.name: most[-1] if direction == "down" else most[0]}

@@ -48,7 +48,7 @@ class NoGo:
 
 def _covers(known: Known, knobs: Iterable[Knob], settings: Mapping[str, Value]) -> bool:
     return all(
-        _at_least_as_risky(knob, known.risk, known.settings[knob.name], settings[knob.name])
+        at_least_as_risky(knob, known.risk, known.settings[knob.name], settings[knob.name])
         for knob in knobs
     )
 
@@ -70,7 +70,8 @@ def _names(reason: str, knob: Knob) -> bool:
     return any(word.removeprefix("--").replace("-", "_") in plain for word in words)
 
 
-def _at_least_as_risky(knob: Knob, risk: Risk, failed: Value, value: Value) -> bool:
+def at_least_as_risky(knob: Knob, risk: Risk, failed: Value, value: Value) -> bool:
+    """Whether a value of a knob is known to be no safer than one that failed."""
     if value == failed or risk in knob.neutral:
         return True
     direction = knob.riskier.get(risk)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import msgspec
 
 from millrace.tune.space.knobs import Settings, Space, key_of
-from millrace.tune.space.no_go import Known, NoGo
+from millrace.tune.space.no_go import Known, NoGo, at_least_as_risky
 from millrace.tune.trials.failures import Failure
 from millrace.tune.trials.journal import Abandoned, Began, Ended, Record
 from millrace.tune.trials.outcome import Objective, Outcome, Run, Visit
@@ -175,11 +175,11 @@ class History:
         return [run.value(goal.objective, trial.devices, goal.dollars) for run in outcome.runs]
 
     def short_value(self, trial: Trial) -> float:
-        """The objective in the first short visit, relative to what the anchor had at that time."""
+        """The objective in the first load of the short visit, relative to what the anchor had at
+        that time."""
         for at, (visit, outcome) in enumerate(self.order):
             if visit.trial == trial.number and visit.purpose == "short" and outcome.runs:
-                value = statistics.median(self.values(trial, outcome))
-                return value / self._level(at)
+                return self.values(trial, outcome)[0] / self._level(at)
         return 0.0
 
     def _level(self, at: int) -> float:
@@ -189,7 +189,7 @@ class History:
         if anchor is None:
             return 1.0
         seen = [
-            (place, statistics.median(self.values(anchor, outcome)))
+            (place, self.values(anchor, outcome)[0])
             for place, (visit, outcome) in enumerate(self.order)
             if visit.trial == anchor.number and visit.purpose != "full" and outcome.runs
         ]
@@ -204,7 +204,7 @@ class History:
         """How far two short runs of one setting are apart: the standard deviation of their
         logarithms, by the visits of the anchor; 0 before there are two."""
         seen = [
-            math.log(max(statistics.median(self.values(self.anchor, outcome)), 1e-12))
+            math.log(max(self.values(self.anchor, outcome)[0], 1e-12))
             for visit, outcome in self.order
             if self.anchor is not None
             and visit.trial == self.anchor.number
@@ -213,6 +213,20 @@ class History:
         ]
         steps = [(b - a) ** 2 / 2.0 for a, b in pairwise(seen)]
         return math.sqrt(statistics.fmean(steps)) if steps else 0.0
+
+    def proven(self, settings: Settings) -> bool:
+        """Whether something that is at least as likely to crash lived through two loads of one
+        start. True where no knob makes crashes likelier."""
+        doubtful = [knob for knob in self.space.knobs if "stability" in knob.riskier]
+        lived = [
+            trial.settings
+            for trial in self.trials
+            if trial.feasible and any(len(outcome.runs) > 1 for _, outcome in trial.done)
+        ]
+        return not doubtful or any(
+            all(at_least_as_risky(k, "stability", settings[k.name], one[k.name]) for k in doubtful)
+            for one in lived
+        )
 
     def ranked(self) -> list[Trial]:
         """Feasible trials by their short runs, best first."""
