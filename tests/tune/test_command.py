@@ -14,6 +14,7 @@ from millrace.bench.runs.options_from_flags import load_options
 from millrace.common.http_client import Target
 from millrace.tune import planner_seeds
 from millrace.tune.options import TuneFlags
+from millrace.tune.request import of_command_line, prepare
 from millrace.tune.servers.load import client_bound
 from millrace.tune.space.space_file import Circumstances, read_space, shipped_space
 from millrace.tune.trials.journal import Began, Ended, read_journal
@@ -122,6 +123,14 @@ def test_a_server_that_hangs_ends_its_trial_and_not_the_study(tmp_path: Path) ->
         (["--most-rounds", "1"], "--most-rounds 1"),
         (["--short-share", "2"], "--short-share 2"),
         (["--plan-gpu", "b999"], "b999"),
+        (["--hang-timeout", "0"], "--hang-timeout 0: use above 0"),
+        (["--minutes", "nan"], "--minutes nan: use 0 or more"),
+        (["--max-failed", "2"], "--max-failed 2: use 0 to 1"),
+        (["--objective", "per_dollar", "--price", "0"], "--price 0: use above 0"),
+        (["--accuracy", "nothing"], "use one of policy, math"),
+        (["--goodput", "ttft:5"], "give --objective goodput too"),
+        (["--log-file", "x"], "give --base-url too"),
+        (["--set", "drafts=1", "--set", "drafts=2"], "drafts is given twice"),
         (["--gpus", "64"], "--gpus 64"),
     ],
 )
@@ -134,6 +143,37 @@ def test_what_cannot_work_is_said_in_one_line(
     assert wrong in said
     assert said.count("\n") == 1
     assert not (tmp_path / "study").exists()
+
+
+def test_a_model_that_is_not_there_is_said_before_the_first_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["tune", "nobody", "--dir", str(tmp_path / "study")]) == 2
+    assert "neither a directory nor a shipped model" in capsys.readouterr().err
+
+
+def test_other_engines_get_the_directory_of_a_model_that_ships(tmp_path: Path) -> None:
+    engine = {"engine": "vllm", "engine_command": "vllm", "dir": str(tmp_path)}
+    for name, end in (("millrace-mini", "models/millrace-mini"), ("some/model", "some/model")):
+        request = of_command_line(name, (), TuneFlags(**engine))
+        served = prepare(request).served
+        assert served.model.endswith(end)
+        assert Path(served.model).is_dir() == (name == "millrace-mini")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["--plan-gpu", "b999"], "unknown GPU 'b999'"),
+        (["--gpus", "0"], "--gpus 0: use 1 or more"),
+        (["--engine", "other"], "the planner knows millrace, vllm, sglang"),
+    ],
+)
+def test_what_the_planner_does_not_know_is_said(
+    arguments: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["tune", "write-up", "--plan-only", *arguments]) == 2
+    assert wrong in capsys.readouterr().err
 
 
 def test_show_and_resume_want_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

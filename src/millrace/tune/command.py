@@ -108,8 +108,10 @@ def kernels_command(model: str, **values: Any) -> None:
 
 def _planned(flags: TuneFlags) -> str:
     from millrace.bench.report.tables import aligned
+    from millrace.tune.flag_checks import check_plan_only
     from millrace.tune.write_up import NODE, planned, planned_table
 
+    check_plan_only(flags)
     gpu, count = flags.plan_gpu or "b200", flags.gpus or NODE
     rows = planned(gpu, count, flags.engine)
     lines = aligned(planned_table(rows, gpu, count, flags.engine))

@@ -17,6 +17,8 @@ from millrace.bench.runs.options_from_flags import load_options, read_objectives
 from millrace.common.http_client import Target, parse_base_url
 from millrace.errors import ConfigError, UserError
 from millrace.fleet.device_assignment import usable_cores, visible_gpus
+from millrace.model_lookup import find_model, shipped_models
+from millrace.tune.flag_checks import check_flags
 from millrace.tune.model_facts import model_facts
 from millrace.tune.options import TuneFlags
 from millrace.tune.planner_seeds import price_of_gpu, seeds_of_planner
@@ -35,6 +37,8 @@ from millrace.tune.space.space_file import (
 from millrace.tune.trials.history import Goal
 from millrace.tune.workload import longest_sequence
 from millrace.tune.write_up import phase_seeds
+
+_OF_PLACES = ("--download-dir", "--revision")  # where `millrace serve` looks for a model
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +82,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 def prepare(request: Request) -> Prepared:
     """Check a request. Raises UserError for the first thing that cannot work."""
     flags = request.flags
-    _check(flags)
+    check_flags(flags)
     load = _load_plan(flags)
     where = circumstances(request.model, flags, load.full)
     path = Path(flags.space) if flags.space else shipped_space(flags.engine)
@@ -86,7 +90,7 @@ def prepare(request: Request) -> Prepared:
     space = _narrowed(space, flags)
     served = Served(
         engine=flags.engine,
-        model=request.model,
+        model=_model(request),
         arguments=request.arguments,
         of_trials=tuple(arguments.split()),
         program=flags.engine_command or "",
@@ -95,6 +99,23 @@ def prepare(request: Request) -> Prepared:
         engine_words(served, space, space.defaults)
     rules = _rules(request, space, load)
     return Prepared(request=request, served=served, space=space, rules=rules, load=load)
+
+
+def _model(request: Request) -> str:
+    """The model as its server knows it. Other engines know no model that ships by its name.
+
+    Raises UserError where our own server would find none.
+    """
+    flags = request.flags
+    if flags.base_url is not None:
+        return request.model
+    if flags.engine != "millrace":
+        shipped = {} if Path(request.model).exists() else shipped_models()
+        return str(shipped.get(request.model, request.model))
+    elsewhere = [word for word in request.arguments if word.startswith(_OF_PLACES)]
+    if not elsewhere and flags.engine_command is None:
+        find_model(request.model)
+    return request.model
 
 
 def circumstances(model: str, flags: TuneFlags, load: BenchOptions) -> Circumstances:
@@ -113,27 +134,6 @@ def circumstances(model: str, flags: TuneFlags, load: BenchOptions) -> Circumsta
         positions=facts.positions,
         experts=facts.experts,
     )
-
-
-def _check(flags: TuneFlags) -> None:
-    if (flags.base_url is None) != (flags.restart_command is None):
-        raise ConfigError("--base-url and --restart-command go together: give both, or neither")
-    if flags.objective == "goodput" and not flags.goodput:
-        raise ConfigError("--objective goodput needs limits: give --goodput ttft:MS, tpot:MS")
-    if flags.objective == "per_dollar" and flags.price is None and flags.plan_gpu is None:
-        raise ConfigError("--objective per_dollar needs --price, or --plan-gpu for the table's")
-    for name in ("trials", "finalists", "least_rounds", "full_runs"):
-        if getattr(flags, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {getattr(flags, name)}: use 1 or more")
-    if flags.draft_rounds < 0:
-        raise ConfigError(f"--draft-rounds {flags.draft_rounds}: use 0 or more")
-    if flags.most_rounds < flags.least_rounds:
-        raise ConfigError(
-            f"--most-rounds {flags.most_rounds}: use --least-rounds ({flags.least_rounds}) or more"
-        )
-    if not 0 < flags.short_share <= 1:
-        raise ConfigError(f"--short-share {flags.short_share:g}: use above 0, to 1")
 
 
 def _load_plan(flags: TuneFlags) -> LoadPlan:
@@ -222,6 +222,8 @@ def read_settings(space: Space, text: str) -> Settings:
         if not equals or name.strip() not in space:
             raise ConfigError(f"{pair!r}: use NAME=VALUE, names being {_names(space)}")
         knob = space[name.strip()]
+        if knob.name in found:
+            raise ConfigError(f"{pair!r}: {knob.name} is given twice; use one value")
         found[knob.name] = _value_of(knob, value.strip())
     return found
 

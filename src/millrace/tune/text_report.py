@@ -67,7 +67,9 @@ def _phases(results: Results) -> list[str]:
 def _verdict(results: Results) -> list[str]:
     found = results.verdict
     if found is None:
-        return ["nothing has worked so far"]
+        if not results.finished or not results.trials:
+            return ["nothing has worked so far"]
+        return [f"nothing worked; the last failure: {results.trials[-1].failure}"]
     state = "" if results.finished else "so far: "
     lines = [f"{state}trial {found.best} is best: {found.why}"]
     if found.tied and found.clear:

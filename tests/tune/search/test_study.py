@@ -13,7 +13,7 @@ from millrace.tune.search.proposals import Seed
 from millrace.tune.search.risk import RiskMap
 from millrace.tune.search.study import Rules, next_visit, run_study
 from millrace.tune.space.knobs import key_of
-from millrace.tune.trials.failures import Failure
+from millrace.tune.trials.failures import Failure, LogReader
 from millrace.tune.trials.history import Goal, History, Trial
 from millrace.tune.trials.journal import Journal, read_journal
 from millrace.tune.trials.outcome import Outcome, Run, Visit
@@ -56,13 +56,17 @@ def share_of_best(history: History, hidden: Hidden) -> float:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("working", "least"), [(0.75, 36), (0.5, 28), (0.3, 12)])
-def test_of_forty_hidden_engines_most_are_within_a_twentieth(
-    tmp_path: Path, working: float, least: int
+@pytest.mark.parametrize(
+    ("working", "most", "middle", "worst"),
+    [(0.75, 17, 0.98, 0.85), (0.5, 17, 0.98, 0.85), (0.3, 15, 0.96, 0.8)],
+)
+def test_of_twenty_hidden_engines_most_are_within_a_twentieth(
+    tmp_path: Path, working: float, most: int, middle: float, worst: float
 ) -> None:
-    """working: the share of settings that the memory is enough for."""
+    """working: the share of settings that the memory is enough for. The median of the studies is
+    within 5% of the best, and so are `most` of 20; none is below `worst` of it."""
     shares = []
-    for seed in range(40):
+    for seed in range(20):
         hidden = drawn(seed, working)
         directory = tmp_path / str(seed)
         engine = FakeEngine(hidden=hidden, drift=0.006, seed=seed)
@@ -70,9 +74,11 @@ def test_of_forty_hidden_engines_most_are_within_a_twentieth(
         shares.append(share_of_best(history, hidden))
         assert_no_region_twice(history)
     within = sum(share >= 0.95 for share in shares)
-    print(f"{working:.0%} of the settings work: {within} of 40 within 5%, "
+    print(f"{working:.0%} of the settings work: {within} of 20 within 5%, "
           f"the median {statistics.median(shares):.3f}, the worst {min(shares):.3f}")  # fmt: skip
-    assert within >= least
+    assert within >= most
+    assert statistics.median(shares) >= middle
+    assert min(shares) >= worst
 
 
 def assert_no_region_twice(history: History) -> None:
@@ -158,6 +164,44 @@ class Flat:
             Run(seed=seed, total=100.0 + (seed * 7919 % 13), completed=1) for seed in visit.seeds
         )
         return Outcome(runs=runs, seconds=1.0)
+
+
+class Broken:
+    """A server that never starts."""
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+
+    async def visit(self, visit: Visit) -> Outcome:
+        reader = LogReader()
+        reader.feed(self._line)
+        return Outcome(failure=reader.failure("start", 1))
+
+
+@pytest.mark.parametrize(
+    ("line", "trials"), [("no such model", 5), ("CUDA out of memory. Tried to allocate", 3)]
+)
+def test_a_server_that_no_setting_starts_is_given_up(
+    tmp_path: Path, line: str, trials: int
+) -> None:
+    history = History(SPACE, Goal(), [])
+    with Journal(tmp_path) as journal:
+        asyncio.run(run_study(journal, history, Rules(trials=9), Broken(line)))
+    assert len(history.trials) == trials
+    assert verdict(history) is None
+
+
+def test_what_may_crash_gets_a_second_load_at_once(tmp_path: Path) -> None:
+    """Five drafts die in their second load: the search knows it before it builds on them."""
+    fast = {"tensor_parallel_size": 1, "replicas": 8, "kv_cache_dtype": "fp8", "drafts": 5}
+    rules = Rules(trials=8, seeds=(Seed(settings=fast, source="planner"),))
+    history = studied(tmp_path, FakeEngine(hidden=TEMPTING), rules)
+    dead = history.trials[1]
+    assert [visit.purpose for visit, _ in dead.done] == ["short"]
+    assert dead.failure is not None
+    loads = [len(visit.seeds) for visit, _ in history.order if visit.purpose == "short"]
+    assert loads[:2] == [2, 2]
+    assert sum(loads) < 2 * len(loads)  # what is no riskier than what lived has one
 
 
 def test_without_a_difference_the_defaults_stay(tmp_path: Path) -> None:

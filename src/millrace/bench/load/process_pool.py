@@ -166,9 +166,10 @@ class Pool:
             interrupted = await self._wait(reports, stop)
             return _outcome(reports.result(), interrupted)
         finally:
+            reports.cancel()
             for task in background:
                 task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(*background, reports, return_exceptions=True)
             if on_progress is not None:
                 on_progress(self.progress())
 

@@ -24,6 +24,7 @@ from millrace.tune.trials.journal import Began, Ended, Journal
 from millrace.tune.trials.outcome import Outcome, Purpose, Visit
 
 _T = TypeVar("_T")
+_HOPELESS = 5  # trials that failed for another cause than memory, while none worked
 _MOST_BEGINNINGS = 3  # of one visit: settings that take the tuner down with them are given up
 
 
@@ -102,8 +103,22 @@ def next_visit(history: History, rules: Rules) -> Visit | None:
 def _search_is_over(history: History, rules: Rules) -> bool:
     if any(visit.purpose == "full" for visit, _ in history.order):
         return True
+    if hopeless(history) and not rules.walk:
+        return True
     late = rules.seconds and history.seconds >= rules.seconds
     return len(history.trials) >= rules.trials or bool(late)
+
+
+def hopeless(history: History) -> bool:
+    """Whether nothing ever worked, and that is not for want of memory or length: a model that is
+    not there, or a server that does not start on this machine, no setting mends."""
+    failures = [trial.failure for trial in history.trials if trial.failure]
+    last = failures[-_HOPELESS:]
+    return (
+        len(failures) == len(history.trials)
+        and len(last) == _HOPELESS
+        and all(one.risk in ("stability", "refused") for one in last)
+    )
 
 
 def _anchor_due(history: History, rules: Rules) -> Trial | None:

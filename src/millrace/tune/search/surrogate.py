@@ -88,7 +88,8 @@ class Surrogate:
         """For each guess: the Cholesky root of the trials' covariance, and the logarithm of how
         likely it makes the trials."""
         covariance = self._kernel(parts, drawn, self._known)
-        root = np.linalg.cholesky(covariance + self._noise**2 * np.eye(len(self._logs)))
+        noise = self._noise**2 * np.eye(len(self._logs))
+        root = np.linalg.cholesky(covariance + noise).astype(np.float64)
         wanted = np.broadcast_to(self._logs[:, None], (*root.shape[:2], 1))
         solved = np.linalg.solve(root, wanted)[..., 0]
         diagonal = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(axis=1)
@@ -115,10 +116,11 @@ class Surrogate:
         near = np.exp(-0.5 * np.square(apart) / np.square(lengths)[:, None, None, :])
         near[..., self._free] = np.where(apart[..., self._free] == 0.0, 1.0, _OTHER)
         shares = parts / parts.sum(axis=1)[:, None]
-        alone = np.einsum("gabk,gk->gab", near, shares)
-        together = np.exp(-0.5 * np.square(apart / _LENGTH).sum(axis=2) / math.sqrt(near.shape[3]))
-        found: Array = (1.0 - _TOGETHER) * alone + _TOGETHER * together
-        return found * np.square(_scales(drawn))[:, None, None]
+        alone: Array = np.einsum("gabk,gk->gab", near, shares)
+        far: Array = np.square(apart / _LENGTH).sum(axis=2) / math.sqrt(apart.shape[2])
+        found: Array = (1.0 - _TOGETHER) * alone + _TOGETHER * np.exp(-0.5 * far)
+        found *= np.square(_scales(drawn))[:, None, None]
+        return found
 
 
 def _scales(drawn: Array) -> Array:

@@ -6,10 +6,11 @@ many requests are in flight.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -64,7 +65,7 @@ class _KnobFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     devices: bool = False
     ranks: bool = False
     covers: list[str] = []
-    seen: str = ""
+    seen: Literal["", "sequence"] = ""
     about: str = ""
     gpu: bool = False
     cpu: dict[str, Any] = {}
@@ -161,12 +162,26 @@ def _knob(path: Path, name: str, given: _KnobFile) -> Knob:
         value = getattr(given, field)
         if value is not None and value not in values:
             raise ConfigError(f"{path}: {name}: {field} {value} is none of {values}")
-    if not given.flag and not given.words and name not in FLEET_KNOBS:
-        raise ConfigError(f"{path}: {name}: give its flag, or words for each value")
+    _check_words(path, name, given)
+    if given.devices and not all(type(one) is int and one > 0 for one in values):
+        raise ConfigError(f"{path}: {name}: devices are counted: use whole numbers, not {values}")
     fields = {k: v for k, v in msgspec.structs.asdict(given).items() if k not in _FITTING}
     like = given.like if given.like is not None else values[len(values) // 2]
     found: Any = {**fields, "name": name, "values": values, "like": like}
     return msgspec.convert(found, Knob)
+
+
+def _check_words(path: Path, name: str, given: _KnobFile) -> None:
+    """What is to stand in a command line must be words of one."""
+    if not given.flag and not given.words and name not in FLEET_KNOBS:
+        raise ConfigError(f"{path}: {name}: give its flag, or words for each value")
+    if given.flag and not given.flag.startswith("--"):
+        raise ConfigError(f"{path}: {name}: flag {given.flag!r}: a flag begins with --")
+    for words in given.words:
+        try:
+            shlex.split(words)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {name}: words {words!r}: {error}") from None
 
 
 def _spread(path: Path, name: str, given: _Range) -> list[Value]:
@@ -208,5 +223,7 @@ def _fitted(knob: Knob, where: Circumstances) -> Knob:
 def _check(path: Path, space: Space, left_out: Mapping[str, Value]) -> None:
     for knob in space.knobs:
         for other in [*knob.when, *knob.covers]:
+            if other == knob.name:
+                raise ConfigError(f"{path}: {knob.name}: it names itself in `when` or `covers`")
             if other not in space and other not in left_out:
                 raise ConfigError(f"{path}: {knob.name}: there is no knob {other!r}")
