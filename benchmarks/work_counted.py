@@ -22,8 +22,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 GEMMS = ("linear", "experts", "draft_layer", "draft_model", "heads")
 
@@ -119,6 +122,12 @@ FP32 = {
 COUNTED = ("fp8", "bf16", "fp16", "tf32")  # dtypes of sources; each takes a pass of every kernel
 
 
+def say(what: str) -> None:
+    """For whoever reads a run that was cut short: how far it came."""
+    seconds = time.time() - psutil.Process().create_time()
+    print(f"after {seconds:.0f} s: {what}", flush=True)
+
+
 def gpu_step(name: str, layers: int, kind: str) -> None:
     """Run one step between cudaProfilerStart and Stop; print what it is billed for as JSON."""
     import torch
@@ -141,6 +150,7 @@ def gpu_step(name: str, layers: int, kind: str) -> None:
             )
         )  # fmt: skip
     assert engine.account is not None
+    say("the engine is ready")
     lengths = [CONTEXT] * ROWS if kind == "decode" else [PROMPT] * 2
     for number, length in enumerate(lengths):
         prompt = [(17 * number + 3 * at) % 50_000 for at in range(length)]
@@ -155,6 +165,7 @@ def gpu_step(name: str, layers: int, kind: str) -> None:
         for _ in range(3):
             engine.step()
     before = engine.account.totals().parts
+    say("the step begins")
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
     engine.step()

@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--build", action="store_true", help="make the store and end")
     parser.add_argument("--folder", type=Path, default=Path("build/insurance"))
     parser.add_argument("--policies", type=int, default=2000)
-    parser.add_argument("--model", default="millrace-mini")
+    parser.add_argument("--model", default="millrace-mini-insurance")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--gateway-port", type=int, default=8081)
     return parser.parse_args()

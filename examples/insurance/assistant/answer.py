@@ -73,8 +73,9 @@ class Assistant:
         yield {"sources": [{"id": h.chunk.id, "label": h.chunk.label, "text": h.chunk.text}
                            for h in hits]}  # fmt: skip
         clauses = {hit.chunk.label: hit.chunk.text for hit in hits}
-        if not clauses:
+        if not any(hit.on_subject for hit in hits):  # then no clause deals with the matter
             yield {"decision": asdict(d.reference("", None, None, None, 0))}
+            yield Figures().event()
             return
         line, parts = self._header(policy), []
         figures = Figures()

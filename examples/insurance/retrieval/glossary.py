@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.insurance.retrieval.embeddings import Embedder, Vectors
-from examples.insurance.retrieval.lexical import LexicalIndex
-from examples.insurance.retrieval.ranks import reciprocal, reciprocal_of_shared
+
+AVERAGED = 2  # phrases: one alone may be near by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,7 @@ class Glossary:
 
     def __init__(self, entries: Sequence[Entry], embedder: Embedder, vectors: Vectors) -> None:
         self._entries, self._embedder, self._vectors = entries, embedder, vectors
-        self._of = np.repeat(np.arange(len(entries)), [len(e.phrases) for e in entries])
-        self._lexical = LexicalIndex(phrases_of(entries))
+        self._ends = np.cumsum([0, *(len(entry.phrases) for entry in entries)])
 
     @classmethod
     def open(cls, entries: Sequence[Entry], embedder: Embedder, folder: Path) -> Glossary:
@@ -60,11 +59,20 @@ class Glossary:
 
     def scores(self, question: str, used: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
         """One score a clause, 0 for one without a term. used: `terms_in` of each clause."""
-        similar = self._vectors @ self._embedder.query(question)
-        phrases = reciprocal(similar) + reciprocal_of_shared(self._lexical.scores(question))
-        best = np.zeros(len(self._entries))
-        np.maximum.at(best, self._of, phrases)
-        return np.array([max((best[n] for n in terms), default=0.0) for terms in used])
+        near = self._nearness(question)
+        return np.array([max((near[n] for n in terms), default=0.0) for terms in used])
+
+    def subject(self, question: str) -> int:
+        """The number of the entry that the question is about."""
+        return int(np.argmax(self._nearness(question)))
+
+    def _nearness(self, question: str) -> NDArray[np.float64]:
+        """Of each entry: the mean cosine of its AVERAGED nearest phrases, from 0 to 2."""
+        similar = 1 + self._vectors @ self._embedder.query(question)
+        return np.array([
+            np.sort(similar[first:end])[-AVERAGED:].mean()
+            for first, end in zip(self._ends, self._ends[1:], strict=False)
+        ])  # fmt: skip
 
 
 def phrases_of(entries: Sequence[Entry]) -> list[str]:

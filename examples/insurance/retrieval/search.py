@@ -25,12 +25,14 @@ CACHED_SCOPES = 256
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """similarity: the cosine of chunk and question; shares: whether they have a word in common."""
+    """similarity: the cosine of chunk and question; shares: whether they have a word in common;
+    on_subject: whether a clause uses a term for what the question is about."""
 
     chunk: Chunk
     score: float
     similarity: float
     shares: bool
+    on_subject: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Search:
         self._scopes: OrderedDict[tuple[Asker, str, bool], _Scope | None] = OrderedDict()
 
     def clauses(self, asker: Asker, policy: str, question: str, count: int) -> list[Hit]:
-        """The clauses of the contract that are nearest to a question, the best first."""
+        """The clauses of the contract that are nearest to a question, those first whose terms the
+        glossary finds nearest."""
         return self._best(self._scope(asker, policy, contract=True), question, count)
 
     def papers(self, asker: Asker, policy: str, question: str, count: int) -> list[Hit]:
@@ -84,11 +87,12 @@ class Search:
         told = self._glossary.scores(question, scope.terms)
         fused = reciprocal(similar) + reciprocal_of_shared(shared)
         fused += GLOSSARY_WEIGHT * reciprocal_of_shared(told)
-        order = np.argsort(-fused, kind="stable")[:count]
+        subject = self._glossary.subject(question)
+        best = np.argsort(-fused, kind="stable")[:count]
         return [
             Hit(
                 self._store.chunks[scope.rows[i]], float(fused[i]), float(similar[i]),
-                bool(shared[i] > 0),
+                bool(shared[i] > 0), subject in scope.terms[i],
             )
-            for i in order
+            for i in sorted(best, key=lambda i: -told[i])
         ]  # fmt: skip

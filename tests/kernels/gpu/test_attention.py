@@ -200,17 +200,16 @@ def test_prefill_from_boxes(
     assert len(seen_by_boxes) == 2
 
 
-def test_rows_are_widened_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_widened_as_long_as_there_is_room() -> None:
     """Those that are longer than all the room, or whose keys are split, take none."""
     from millrace.kernels.gpu.attention import prefill as gpu
 
-    monkeypatch.setattr(gpu, "WIDENED_MOST", 2200)
     counts, starts = (10, 20, 5, 1, 300, 300, 0), (40, 30, 0, 1200, 3000, 900, 0)
     offsets = torch.tensor([7, *counts]).cumsum(0).int()
     slots = torch.arange(7)
     for known in ((counts, starts), (None, None)):
         rows = PrefillRows(slots, torch.tensor(starts), offsets, *known)
-        assert gpu._places_of_keys(rows).tolist() == [0, 50, 100, -1, -1, 105, -1]
+        assert gpu._places_of_keys(rows, 2200).tolist() == [0, 50, 100, -1, -1, 105, -1]
 
 
 @on_each_device

@@ -24,7 +24,7 @@ from millrace.kernels.gpu.attention.split import split_rows, splits
 
 # They may be slices, which begin anywhere; another kernel for those would be compiled in a step.
 ROW_ARRAYS = ["slots", "starts", "offsets"]
-WIDENED_MOST = 32768  # keys at a time: 128 MiB at 4 heads of 256
+WIDENED_MOST = 131072  # keys at a time: 512 MiB at 4 heads of 256, and no more than are cached
 WIDENERS = 64  # programs that share a row
 BOXES = True  # whether what is widened is fetched in boxes
 
@@ -126,8 +126,9 @@ def attend_prefill(
     narrow = cache.keys.dtype == torch.float8_e4m3fn
     widen = narrow if widen is None else widen
     page, kv_heads, dim = cache.keys.shape[1:]
-    wide_at = _wide_at(rows, widen)
-    wide = _widened(cache, block_table, rows, wide_at) if widen else cache
+    most = _most_widened(rows, cache)
+    wide_at = _wide_at(rows, most) if widen else rows.offsets
+    wide = _widened(cache, block_table, rows, wide_at, most) if widen else cache
     boxes = widen and BOXES and wide_attention.takes(q, wide)
     if boxes:
         wide_attention.attend(q, wide, rows, wide_at, scale, first, out, config)
@@ -143,21 +144,22 @@ def attend_prefill(
     return out
 
 
-def _most_widened(rows: PrefillRows) -> int:
+def _most_widened(rows: PrefillRows, cache: KVCache) -> int:
     """Keys that there is room for."""
+    most = min(WIDENED_MOST, cache.keys.shape[0] * cache.keys.shape[1])
     if rows.counts is None or rows.host_starts is None:
-        return WIDENED_MOST
-    return min(sum(rows.counts) + sum(rows.host_starts), WIDENED_MOST)
+        return most
+    return min(sum(rows.counts) + sum(rows.host_starts), most)
 
 
-def _wide_at(rows: PrefillRows, widen: bool) -> Tensor:
+def _wide_at(rows: PrefillRows, most: int) -> Tensor:
     """int32 [P]: where each row's keys begin among those that are widened, -1 for rows that are
     not: those that do not fit behind the ones before them."""
-    return rows.kept("wide", lambda: _places_of_keys(rows)) if widen else rows.offsets
+    return rows.kept("wide", lambda: _places_of_keys(rows, most))
 
 
-def _places_of_keys(rows: PrefillRows) -> Tensor:
-    counts, most = rows.offsets.diff(), _most_widened(rows)
+def _places_of_keys(rows: PrefillRows, most: int) -> Tensor:
+    counts = rows.offsets.diff()
     keys = rows.starts + counts
     wanted = (counts > 0) & (keys <= most) & ~split_rows(rows)
     keys = torch.where(wanted, keys, 0)
@@ -166,10 +168,12 @@ def _places_of_keys(rows: PrefillRows) -> Tensor:
     return torch.where(fits, ends - keys, -1).to(torch.int32)
 
 
-def _widened(cache: KVCache, block_table: Tensor, rows: PrefillRows, wide_at: Tensor) -> KVCache:
-    """The rows' keys and values in float16, each [contexts of all rows, kv_heads, head_dim]."""
+def _widened(
+    cache: KVCache, block_table: Tensor, rows: PrefillRows, wide_at: Tensor, most: int
+) -> KVCache:
+    """The rows' keys and values in float16, each [most, kv_heads, head_dim]."""
     page, kv_heads, dim = cache.keys.shape[1:]
-    shape, device = (_most_widened(rows), kv_heads, dim), block_table.device
+    shape, device = (most, kv_heads, dim), block_table.device
     wide = KVCache(*(torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2)))
     _widen_kernel[(WIDENERS, rows.slots.shape[0])](
         cache.keys, cache.values, block_table, rows.slots, rows.starts, rows.offsets, wide_at,
