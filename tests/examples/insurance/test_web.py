@@ -241,9 +241,8 @@ def test_operators_see_all_and_look_up_claims(site: Site) -> None:
         got = await events(client, question=claim.number)
         assert got[0]["tool"]["result"] == {"reference": claim.number, "status": claim.status}
         assert claim.status in got[1]["said"]
-        assert (await events(client, question="Is fire covered?", policy="none"))[-1]["decision"][
-            "covered"
-        ] == "not stated"
+        got = await events(client, question="Is fire covered?", policy="none")
+        assert [one["decision"]["covered"] for one in got if "decision" in one] == ["not stated"]
 
     run(ask())
 
