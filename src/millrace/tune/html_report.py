@@ -5,15 +5,23 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from millrace.bench.report.chart import Series, chart, frontier
-from millrace.bench.report.page import Chart, Page, Section, environment
+from millrace.bench.report.page import (
+    Card,
+    CardLine,
+    Chart,
+    Page,
+    Section,
+    environment,
+    figure_text,
+)
 from millrace.tune.results import Results, TrialRow
-from millrace.tune.text_report import UNITS, draft_cells
+from millrace.tune.text_report import UNITS, draft_cells, figure
 from millrace.tune.trials.failures import TITLES
 from millrace.version import __version__
 
 _HEADINGS = (
-    *("trial", "settings", "proposed by", "why", "{unit}", "short runs", "rounds, less spread"),
-    *("against the defaults", "TPOT ms", "TTFT p99 ms", "ITL p99 ms", "accuracy", "what limits"),
+    *("trial", "settings", "{unit}", "short runs", "rounds less spread", "against the defaults"),
+    *("accuracy", "what limits", "TPOT / TTFT p99 / ITL p99, ms", "why it was tried"),
 )
 
 
@@ -26,9 +34,34 @@ def report_html(results: Results) -> str:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         sections=[section for part in parts if not (section := part(results)).empty],
+        cards=_cards(results),
         title=f"Tuning of {results.engine} by {UNITS[results.objective]}",
     )
     return environment().get_template("report.html.j2").render(page=page)
+
+
+def _cards(results: Results) -> list[Card]:
+    """Who won, by how much, how right its answers are, and what the study was."""
+    failed = sum(row.failure is not None for row in results.trials)
+    hours = f"{failed} failed; {results.seconds / 60:.0f} minutes of visits"
+    study = Card("Trials", [CardLine(str(len(results.trials)), hours)])
+    found = results.verdict
+    if found is None:
+        return [study]
+    row = results.trials[found.best]
+    against = CardLine("not better" if found.best == 0 or not found.clear else "better")
+    if found.gain is not None and found.clear:
+        line = str(found.gain).partition(" (")
+        against = CardLine(line[0], line[2].removesuffix(")"))
+    elif found.clear:
+        against = CardLine("they fail")
+    return [
+        Card("Best settings", [CardLine(row.label, f"trial {row.number}")]),
+        Card("Against the defaults", [against]),
+        Card(f"Its {UNITS[results.objective]}", [CardLine(figure(row.value))]),
+        Card("Its accuracy", [CardLine(row.accuracy)]),
+        study,
+    ]
 
 
 def _best(results: Results) -> Section:
@@ -36,12 +69,12 @@ def _best(results: Results) -> Section:
     if found is None:
         return Section(title="Best settings", warnings=["nothing worked; see the failures"])
     row = results.trials[found.best]
-    notes = [f"Trial {row.number}: {row.label}.", f"{found.why}."]
+    why = found.why[:1].upper() + found.why[1:]
+    notes = [f"{why}.", f"Start it with: {results.command}"]
     if found.tied and found.clear:
         notes.append(f"Not told apart from it: trial {', '.join(map(str, found.tied))}.")
     if row.bottleneck:
         notes.append(f"What limits it: {row.bottleneck}.")
-    notes += [f"Accuracy: {row.accuracy}.", f"Start it with: {results.command}"]
     warnings = [] if results.finished else ["The study has not ended: these are results so far."]
     return Section(title="Best settings", notes=notes, warnings=warnings)
 
@@ -107,18 +140,19 @@ def _cells(row: TrialRow) -> tuple[str, ...]:
     return (
         str(row.number),
         row.label,
-        row.source,
-        row.why,
-        f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}",
+        figure(row.value),
         f"{row.short:.3f}" if row.short else "",
         f"{row.full:.3f}" if row.full else "",
-        row.against,
-        f"{row.tpot_ms:.2f}",
-        f"{row.ttft_p99_ms:,.0f}",
-        f"{row.itl_p99_ms:,.1f}",
+        row.against.replace(" (", "\n(", 1),
         row.accuracy,
         TITLES[row.failure.kind] if row.failure else row.bottleneck,
+        " / ".join(filter(None, map(_ms, (row.tpot_ms, row.ttft_p99_ms, row.itl_p99_ms)))),
+        f"{row.source}: {row.why}",
     )
+
+
+def _ms(value: float) -> str:
+    return figure_text(value) if value else ""
 
 
 def _importance(results: Results) -> Section:
@@ -132,14 +166,14 @@ def _importance(results: Results) -> Section:
 
 
 def _failures(results: Results) -> Section:
+    """Trials that failed; of the numbers of drafts that were measured after them, a line each."""
+    failed = [(row, row.failure) for row in results.trials if row.failure is not None]
     rows = [("trial", "settings", "failure", "while", "the log's own line")]
     rows += [
-        (str(row.number), row.label, TITLES[row.failure.kind], row.failure.phase, row.failure.line)
-        for row in results.trials
-        if row.failure is not None
+        (str(row.number), row.label, TITLES[why.kind], why.phase, why.line) for row, why in failed
     ]
-    return Section(
-        title="What failed",
-        table=rows if len(rows) > 1 else (),
-        notes=[f"Not tried again: {line}" for line in results.no_go],
-    )
+    told = tuple(f"{row.label}, and all" for row, _ in failed)
+    notes = [f"Not tried again: {line}" for line in results.no_go if not line.startswith(told)]
+    if failed:
+        notes.insert(0, "What these trials had is not tried again, and nothing that is riskier.")
+    return Section(title="What failed", table=rows if failed else (), notes=notes)

@@ -15,6 +15,7 @@ UNITS = {
     "per_dollar": "tokens a dollar",
     "goodput": "good requests/s",
 }
+_LONGEST = 76  # characters of settings in the table; JSON and the page have all
 _HEADINGS = ["trial", "settings", "by", "{unit}", "short runs", "in rounds", "accuracy", "failure"]
 
 
@@ -34,14 +35,19 @@ def text_of(results: Results) -> str:
 def _cells(row: TrialRow) -> list[str]:
     return [
         str(row.number),
-        row.label,
+        row.label if len(row.label) <= _LONGEST else f"{row.label[: _LONGEST - 4]} ...",
         row.source,
-        f"{row.value:,.4g}" if row.value < 1000 else f"{row.value:,.0f}",
+        figure(row.value),
         f"x {row.short:.3f}" if row.short else "",
         f"x {row.full:.3f}" if row.full else "",
         row.accuracy,
         TITLES[row.failure.kind] if row.failure else "",
     ]
+
+
+def figure(value: float) -> str:
+    """A figure with four digits or more; empty for none."""
+    return "" if not value else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _failures(results: Results) -> list[str]:
@@ -71,7 +77,8 @@ def _verdict(results: Results) -> list[str]:
             return ["nothing has worked so far"]
         return [f"nothing worked; the last failure: {results.trials[-1].failure}"]
     state = "" if results.finished else "so far: "
-    lines = [f"{state}trial {found.best} is best: {found.why}"]
+    label = results.trials[found.best].label
+    lines = [f"{state}trial {found.best} is best ({label}): {found.why}"]
     if found.tied and found.clear:
         tied = ", ".join(map(str, found.tied))
         lines.append(f"not told apart from it: trial {tied}")
@@ -114,6 +121,7 @@ def visit_line(visit: Visit, name: str, outcome: Outcome | None, unit: str, valu
     if visit.streams:
         speeds = ", ".join(f"{run.total:,.0f}" for run in outcome.runs)
         return f"  {speeds} tok/s, {outcome.seconds:.0f} s"
-    shown = f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
     reading = next((run.why for run in outcome.runs if run.why), "")
-    return f"  {shown} {unit}, {outcome.seconds:.0f} s" + (f"; {reading}" if reading else "")
+    return f"  {figure(value)} {unit}, {outcome.seconds:.0f} s" + (
+        f"; {reading}" if reading else ""
+    )

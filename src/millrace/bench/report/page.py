@@ -12,6 +12,8 @@ import msgspec
 
 from millrace.bench.report.chart import COLOURS, Picture
 
+_FIGURE = 40  # characters that a figure has at most, its interval included
+
 # The first row holds the headings. After a line break in a cell there is what belongs to its
 # figure, such as a range.
 Table = Sequence[Sequence[str]]
@@ -96,7 +98,18 @@ def environment() -> jinja2.Environment:
     )
     templates.globals["px"] = lambda value: f"{value:.1f}"
     templates.globals["colours"] = COLOURS
+    templates.filters["wordy"] = wordy_columns
     return templates
+
+
+def wordy_columns(table: Table) -> list[int]:
+    """The columns that hold sentences and not figures; these are read from the left, and wrapped.
+    The first one is never among them."""
+    return [
+        at
+        for at in range(1, len(table[0]))
+        if any(len(line) > _FIGURE for row in table[1:] for line in row[at].split("\n"))
+    ]
 
 
 def one_chart(title: str, picture: Picture | None) -> list[Chart]:

@@ -32,6 +32,7 @@ _CALM = 0.5  # the risk at which a way to share out the devices is tried again
 _ATTEMPTS = 2  # more at such a way, after its first
 _SHARES = (0.0, 0.35, 0.5, 0.7, 1.0)  # of the way to the least risk
 _OF_MEMORY = ("memory", "room")
+_HELPFUL = 0.3  # risk that is taken for a move that relieves what limits a trial
 _SCREENED = 12  # trials among which every knob is to be moved alone
 _STARTS = 4  # of optuna's proposals, those from which the surrogate is climbed
 _LONGEST_CLIMB = 24
@@ -112,7 +113,7 @@ def _by_turns(
     if not history.ranked():
         return [_retreats(history), model]
     if len(history.ranked()) < _FIRST:
-        return [_unmoved(history), model]
+        return [_reliefs(history, []), _unmoved(history), model]
     hopes = _hopes(history, fixed, [*islice(_from_optuna(history, number, rng_seed), _STARTS)])
     climbs = _climbs(hopes)
     if number % 3 == 0:
@@ -132,13 +133,11 @@ def _reliefs(history: History, hopes: Sequence[tuple[float, Settings]]) -> Itera
     walls = RiskMap(history.space, history.trials)
     least = _WORTH_A_TRIAL * hopes[0][0] if hopes else 0.0
     hoped = {key_of(settings) for value, settings in hopes if value >= least}
-    for run in reversed(leader.runs):
-        if run.bottleneck is not None:
-            for settings in history.space.moves(leader.settings, run.bottleneck):
-                daring = float(walls.risks([settings])[0]) > _DARING
-                if not daring and (not hopes or key_of(settings) in hoped):
-                    yield Proposal(settings, "bottleneck", f"trial {leader.number}: {run.why}")
-            return
+    why = next((run.why for run in reversed(leader.runs) if run.bottleneck), "")
+    for settings in _relieving(history.space, leader):
+        daring = float(walls.risks([settings])[0]) > _DARING
+        if not daring and (not hopes or key_of(settings) in hoped):
+            yield Proposal(settings, "bottleneck", f"trial {leader.number}: {why}")
 
 
 def _retreats(history: History) -> Iterator[Proposal]:
@@ -165,15 +164,25 @@ def _unmoved(history: History) -> Iterator[Proposal]:
     walls = RiskMap(space, history.trials)
     found: list[tuple[float, int, str, Settings]] = []
     for place, trial in enumerate(ranked):
+        reliefs = {key_of(one) for one in _relieving(space, trial)}
         for settings in space.neighbours(trial.settings):
             moved = space.differing(settings, trial.settings)
             if len(moved) == 1 and moved[0] not in known:
                 risk = round(float(walls.risks([settings])[0]), 1)
-                found.append((risk, place, moved[0], settings))
-    for risk, place, name, settings in sorted(found, key=lambda one: one[:2]):
-        if risk <= _DARING:
-            why = f"trial {ranked[place].number} with {name} moved, which was not moved alone yet"
-            yield Proposal(settings, "unmoved", why)
+                if risk <= _DARING:
+                    liked = _HELPFUL if key_of(settings) in reliefs else 0.0
+                    found.append((risk - liked, place, moved[0], settings))
+    for _, place, name, settings in sorted(found, key=lambda one: one[:2]):
+        why = f"trial {ranked[place].number} with {name} moved, which was not moved alone yet"
+        yield Proposal(settings, "unmoved", why)
+
+
+def _relieving(space: Space, trial: Trial) -> Iterator[Settings]:
+    """Moves against what limited a trial, in the order of the space's knobs."""
+    for run in reversed(trial.runs):
+        if run.bottleneck is not None:
+            yield from space.moves(trial.settings, run.bottleneck)
+            return
 
 
 def _unproven(history: History) -> Iterator[Proposal]:
