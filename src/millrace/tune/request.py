@@ -26,7 +26,10 @@ from millrace.tune.search.proposals import Seed
 from millrace.tune.search.study import Rules, TuningTarget
 from millrace.tune.servers.command_line import Served, engine_words
 from millrace.tune.servers.load import LoadPlan
-from millrace.tune.servers.targets import LocalServers, Restart, RestartedServer, Visits
+from millrace.tune.servers.local import LocalServers
+from millrace.tune.servers.restarted import Restart, RestartedServer
+from millrace.tune.servers.running import Visits
+from millrace.tune.servers.targets import ServerTarget
 from millrace.tune.space.knobs import Knob, Settings, Space, Value
 from millrace.tune.space.space_file import (
     Circumstances,
@@ -70,13 +73,13 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
             stop=stop,
         )
         if flags.base_url is None:
-            return LocalServers(self.served, visits)
+            return ServerTarget(LocalServers(self.served, visits), visits)
         assert flags.restart_command is not None
         log = Path(flags.log_file) if flags.log_file else None
         restart = Restart(
             command=flags.restart_command, target=parse_base_url(flags.base_url), log=log
         )
-        return RestartedServer(restart, visits)
+        return ServerTarget(RestartedServer(restart, visits), visits)
 
 
 def prepare(request: Request) -> Prepared:

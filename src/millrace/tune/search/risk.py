@@ -23,7 +23,7 @@ _GUESSES = 192
 _STEPS = 60  # of each guess, on its way to agree with the trials
 _SOFT = 0.015  # of the sum at the riskiest setting: how sharp a wall is
 _STRIDE = 0.35  # of a step, as a factor
-_HIGHEST = 1.3  # limit, of the same: above 1 there is no wall
+_HIGHEST = 2.2  # limit, of the same: above 1 there is no wall, which is as likely at first
 
 
 class RiskMap:
