@@ -258,7 +258,7 @@ class ColdStore:
         if not had_pages:
             record.pages_at = self._allocate(self.pages_bytes(record))
         if record.pages_at != NOWHERE and record.state_at == NOWHERE:
-            record.state_at = self._allocate(self.sizes.state)
+            record.state_at = self._allocate(self.sizes.state, last=True)
             if record.state_at == NOWHERE and not had_pages:
                 self._ranges.free(record.pages_at)
                 record.pages_at = NOWHERE
@@ -281,8 +281,8 @@ class ColdStore:
         self._ranges.free(record.state_at)
         record.state_at = NOWHERE
 
-    def _allocate(self, count: int) -> int:
-        while (start := self._ranges.allocate(count)) is None:
+    def _allocate(self, count: int, *, last: bool = False) -> int:
+        while (start := self._ranges.allocate(count, last=last)) is None:
             if not self._give_up_memory():
                 return NOWHERE
         return start

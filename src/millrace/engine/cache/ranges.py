@@ -25,16 +25,21 @@ class Ranges:
         """Ranges that are taken."""
         return len(self._taken)
 
-    def allocate(self, count: int) -> int | None:
-        """The start of `count` bytes; None if no free range is as long."""
+    def allocate(self, count: int, *, last: bool = False) -> int | None:
+        """The start of `count` bytes; None if no free range is as long. last: from the end of the
+        last range that has them. What is all of one size and goes there leaves room for its like.
+        """
         needed = max(1, -(-count // ALIGNMENT)) * ALIGNMENT
-        for place, (start, end) in enumerate(self._free):
-            if end - start >= needed:
-                self._free[place] = (start + needed, end)
-                if start + needed == end:
-                    del self._free[place]
-                self._taken[start] = start + needed
-                return start
+        places = range(len(self._free))
+        for place in reversed(places) if last else places:
+            start, end = self._free[place]
+            if end - start < needed:
+                continue
+            found = end - needed if last else start
+            left = (start, found) if last else (found + needed, end)
+            self._free[place : place + 1] = [left] if left[0] < left[1] else []
+            self._taken[found] = found + needed
+            return found
         return None
 
     def free(self, start: int) -> None:
