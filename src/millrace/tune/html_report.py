@@ -13,6 +13,7 @@ from millrace.bench.report.page import (
     Section,
     environment,
     figure_text,
+    one_chart,
 )
 from millrace.tune.results import Results, TrialRow
 from millrace.tune.text_report import UNITS, draft_cells, figure
@@ -27,7 +28,7 @@ _HEADINGS = (
 
 def report_html(results: Results) -> str:
     """The page of a study."""
-    parts = (_best, _drafts, _pareto, _progress, _trials, _importance, _failures)
+    parts = (_best, _drafts, _charts, _trials, _importance, _failures)
     page = Page(
         models=[results.model],
         files=0,
@@ -93,33 +94,36 @@ def _drafts(results: Results) -> Section:
     )
 
 
-def _pareto(results: Results) -> Section:
+def _charts(results: Results) -> Section:
+    return Section(
+        title="How the search went",
+        introduction=["A point for each trial that works, on the left with its number."],
+        charts=[*_pareto(results), *_progress(results)],
+    )
+
+
+def _pareto(results: Results) -> list[Chart]:
     """Throughput a device against what one user sees."""
     fine = [row for row in results.trials if row.failure is None and row.tpot_ms > 0]
     points = [(1e3 / row.tpot_ms, row.total / row.devices) for row in fine]
     if len(points) < 2:
-        return Section(title="Throughput against interactivity")
+        return []
     series = [
         Series("trials", points, dots=True, labels=[str(row.number) for row in fine]),
         Series("frontier", frontier(points)),
     ]
     picture = chart(series, x="tok/s a user (1 / TPOT)", y="total tok/s a device")
-    assert picture is not None
-    return Section(
-        title="Throughput against interactivity",
-        introduction=["A point for each trial that works, with its number."],
-        charts=[Chart("Total tok/s a device against tok/s a user", picture)],
-    )
+    return one_chart("Total tok/s a device against tok/s a user", picture)
 
 
-def _progress(results: Results) -> Section:
+def _progress(results: Results) -> list[Chart]:
     """How good the best was after so many trials."""
     fine = [(float(row.number), row.short) for row in results.trials if row.short]
+    if len(fine) < 2:
+        return []
     best = [(x, max(y for at, y in fine if at <= x)) for x, _ in fine]
     series = [Series("trials", fine, dots=True), Series("best so far", best)]
-    picture = chart(series, x="trial", y="relative to the anchor")
-    charts = [Chart("Short runs", picture)] if picture is not None and len(fine) > 1 else []
-    return Section(title="How the search went", charts=charts)
+    return one_chart("Short runs", chart(series, x="trial", y="relative to the defaults"))
 
 
 def _trials(results: Results) -> Section:

@@ -28,7 +28,7 @@ from millrace.bench.report.chart import (
     number,
 )
 from millrace.bench.report.html_report import report_page
-from millrace.bench.report.page import environment
+from millrace.bench.report.page import Page, Section, environment, wordy_columns
 from millrace.bench.report.results import load_results
 from millrace.bench.report.run_report import benchy_table, table
 from millrace.bench.report.save import check_raw, hide_secrets, new_file, read_table, save_run
@@ -334,3 +334,14 @@ def test_names_with_dots_keep_their_raw_data_apart(tmp_path: Path) -> None:
 def test_a_default_name_is_given_once(tmp_path: Path) -> None:
     names = [new_file(tmp_path / "d" / "run-1.5qps.json").name for _ in range(3)]
     assert names == ["run-1.5qps.json", "run-1.5qps-2.json", "run-1.5qps-3.json"]
+
+
+def test_sentences_are_told_from_figures() -> None:
+    sentence = "requests wait while 2% of the KV cache is in use"
+    rows = [("a", "b", "c"), ("1", "1,234", sentence), (sentence, "x 1.2\n(95%: 1.1 to 1.3)", "")]
+    assert wordy_columns(rows) == [2]
+    section = Section(title="t", table=rows)
+    page = Page(models=["m"], files=0, made="", version="", sections=[section])
+    html = environment().get_template("report.html.j2").render(page=page)
+    assert html.count('<td class="words"') == 2
+    assert '<th scope="col" class="words">c</th>' in html

@@ -52,6 +52,15 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
+@pytest.mark.parametrize("order", [(0, 2), (0, 1, 2, 2), (0, 2, 1)])
+def test_the_end_of_a_visit_needs_its_beginning(tmp_path: Path, order: tuple[int, ...]) -> None:
+    with Journal(tmp_path) as journal:
+        for at in order:
+            journal.write(RECORDS[at])
+    with pytest.raises(ConfigError, match="ends visit 0, not under way"):
+        read_journal(tmp_path)
+
+
 def test_two_processes_cannot_write_one_journal(tmp_path: Path) -> None:
     with Journal(tmp_path), pytest.raises(ConfigError, match="another `millrace tune`"):
         Journal(tmp_path)

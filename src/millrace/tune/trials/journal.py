@@ -128,11 +128,19 @@ def read_journal(directory: Path) -> list[Record]:
 def decode(data: bytes, path: Path, *, headed: bool = True) -> list[Record]:
     """Records of whole lines. headed: the first must be a Header. Raises ConfigError for others."""
     records: list[Record] = []
+    under_way = -1
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            records.append(_DECODER.decode(line))
+            record = _DECODER.decode(line)
         except msgspec.DecodeError as error:
             raise ConfigError(f"{path}: line {number} is no record ({error})") from None
+        if isinstance(record, Began):
+            under_way = record.visit.number
+        elif not isinstance(record, Header) and record.number != under_way:
+            raise ConfigError(f"{path}: line {number} ends visit {record.number}, not under way")
+        elif isinstance(record, Ended):
+            under_way = -1
+        records.append(record)
     if headed and records and not isinstance(records[0], Header):
         raise ConfigError(f"{path}: it begins with no header; this is no study")
     if records and isinstance(records[0], Header) and records[0].version != VERSION:
