@@ -557,9 +557,10 @@ def test_w4_codes_are_loaded_as_neighbours(compiler: Compiler):
 def test_w4_few(nvrtc: Nvrtc, zeros: bool):
     from millrace.kernels.gpu.gemm import w4_few
 
-    for outputs in (5120, 34816):
-        form = w4_few.form_for(outputs, zeros)
-        assert spilled(nvrtc.compile(w4_few.source(form, zeros))) == 0
+    for outputs, width in ((5120, 6144), (5120, 17408), (16384, 5120), (34816, 5120)):
+        form = w4_few.form_for(outputs, width, zeros)
+        allowed = 24 if form == w4_few.SMALL_WIDE else 0  # faster so, measured on an H200
+        assert spilled(nvrtc.compile(w4_few.source(form, zeros))) <= allowed
 
 
 def registers(log: str) -> int:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from millrace.kernels.gemm import W4, dequantize_w4
 from millrace.kernels.gpu.gemm import w4_few
-from millrace.kernels.gpu.gemm.w4_few import NARROW, WIDE, Form
+from millrace.kernels.gpu.gemm.w4_few import (
+    LONG,
+    NARROW,
+    SMALL,
+    SMALL_WIDE,
+    WIDE,
+    Form,
+)
 from tests.kernels.gpu.gpu_support import INTERPRETED, relative
 from tests.kernels.test_w4 import some_weight
 
@@ -91,6 +98,9 @@ on_cpu = pytest.mark.skipif(INTERPRETED, reason="runs without Triton")
         (NARROW, 1, 256, 128, "symmetric"),
         (NARROW, 3, 640, 128, "zeros"),  # 5 groups: the last run has one
         (WIDE, 8, 384, 128, "zeros"),
+        (SMALL, 2, 1152, 128, "symmetric"),
+        (SMALL_WIDE, 8, 640, 128, "symmetric"),
+        (LONG, 1, 2432, 128, "symmetric"),
         (WIDE, 5, 2304, 2304, "symmetric"),  # one group for all; more runs than warps
     ],
 )
@@ -149,7 +159,7 @@ def to_gpu(weight: W4) -> W4:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["symmetric", "zeros"])
 @pytest.mark.parametrize(("outputs", "width"), [(128, 128), (5120, 640), (384, 5248)])
-@pytest.mark.parametrize("form", [NARROW, WIDE])
+@pytest.mark.parametrize("form", [NARROW, WIDE, SMALL, SMALL_WIDE, LONG])
 def test_product(form: Form, outputs: int, width: int, kind: str) -> None:
     weight = to_gpu(some_weight(outputs, width, 128, kind))
     for tokens in (1, 2, 3, 7, 8):

@@ -33,14 +33,20 @@ class Form(NamedTuple):
 
 
 NARROW, WIDE = Form(8, 1, 1, 3), Form(8, 2, 1, 2)
+SMALL, SMALL_WIDE, LONG = Form(4, 1, 1, 6), Form(4, 2, 1, 5), Form(16, 1, 1, 1)
 
 
-def form_for(outputs: int, zeros: bool) -> Form:
-    """More rows a block where that leaves two blocks for each multiprocessor. Zeros need registers
-    that a third block would have."""
-    if outputs % 32 == 0 and outputs >= 8192:
-        return WIDE
-    return NARROW._replace(blocks=2) if zeros else NARROW
+def form_for(outputs: int, width: int, zeros: bool) -> Form:
+    """By what an H200 took for the shapes of the 27B, without zeros: small blocks where there are
+    many rows, all warps on a few rows where these are long. Zeros need registers that more blocks
+    would have; there more rows a block leave two blocks for each multiprocessor."""
+    if zeros:
+        return WIDE if outputs % 32 == 0 and outputs >= 8192 else NARROW._replace(blocks=2)
+    if outputs % 32 == 0 and outputs >= 24576:
+        return SMALL_WIDE
+    if outputs >= 8192:
+        return SMALL
+    return LONG if width >= 2 * outputs else NARROW
 
 
 def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
@@ -48,7 +54,7 @@ def w4_few(x: Tensor, weight: W4, form: Form | None = None) -> Tensor | None:
     if not takes(x, weight):
         return None
     tokens, (outputs, width) = len(x), weight.shape
-    form = form or form_for(outputs, weight.zeros is not None)
+    form = form or form_for(outputs, width, weight.zeros is not None)
     kernel = _compiled(form, weight.zeros is not None)
     if kernel is None:
         return None
