@@ -2,12 +2,15 @@
 
 The servers answer at once and count; so this measures the runner, with its journal on this disk.
 Peak memory is that of the runner, read from /proc. With --seconds the kills are that far apart at
-most.
+most. With --model two replicas of it answer, and their own metrics count:
+
+    python benchmarks/batch_kills.py --model millrace-mini --documents 600 --seconds 3
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import subprocess
@@ -15,14 +18,61 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Protocol
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.batch.counting_server import CountingServer, chat_line  # noqa: E402
+from tests.support.live_server import started  # noqa: E402
 
 RULES = "You read insurance policies, and give back the fields as JSON. " * 8
+
+
+class Server(Protocol):
+    """asked: how often, by request; keys: idempotency keys that it has seen."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def asked(self) -> Counter[str]: ...
+
+    @property
+    def keys(self) -> Collection[str]: ...
+
+
+class Replica:
+    """A real one. It counts what it was asked itself, when a request ends in whatever way."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.keys: list[str] = []
+
+    @property
+    def asked(self) -> Counter[str]:
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        ends = (f for f in text_string_to_metric_families(text) if f.name == "vllm:request_success")
+        total = sum(s.value for f in ends for s in f.samples if s.name.endswith("_total"))
+        return Counter({"all": int(total)})
+
+
+@contextlib.contextmanager
+def servers_of(model: str | None, folder: Path) -> Iterator[tuple[Server, Server]]:
+    if model is None:
+        with CountingServer(0.05).running() as one, CountingServer(0.1).running() as two:
+            yield one, two
+        return
+    command = [sys.executable, "-m", "millrace.cli", "serve", model, "--port=0"]
+    with started(command, folder / "1.log") as first, started(command, folder / "2.log") as second:
+        for server in (first, second):
+            server.wait_ready(300)
+        yield Replica(first.url), Replica(second.url)
 
 
 def write_documents(path: Path, count: int) -> None:
@@ -58,6 +108,7 @@ def run_until(command: list[str], seconds: float) -> tuple[bool, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="of two real replicas, in place of servers that count")
     parser.add_argument("--documents", type=int, default=50_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=8.0)
@@ -67,15 +118,15 @@ def main() -> int:
     draw = random.Random(options.seed)
     with (
         tempfile.TemporaryDirectory() as name,
-        CountingServer(0.05).running() as one,
-        CountingServer(0.1).running() as two,
+        servers_of(options.model, Path(name)) as servers,
     ):
-        folder, servers = Path(name), (one, two)
+        folder, (one, two) = Path(name), servers
         write_documents(folder / "in.jsonl", options.documents)
         command = [
             *(sys.executable, "-m", "millrace.cli", "batch", "-i", str(folder / "in.jsonl")),
             *("-o", str(folder / "out.jsonl"), "--max-in-flight", str(options.max_in_flight)),
             *("--base-url", one.url, "--base-url", two.url),
+            *(("--model", options.model) if options.model else ()),
         ]
         began, kills, peak = time.monotonic(), 0, 0.0
         for _ in range(options.kills):
@@ -92,7 +143,7 @@ def main() -> int:
 def report(
     output: Path,
     options: argparse.Namespace,
-    servers: tuple[CountingServer, ...],
+    servers: tuple[Server, ...],
     kills: int,
     seconds: float,
     peak: float,

@@ -5,8 +5,8 @@
 
 speed: the same requests through `batch` and `bench serve`, by turns, on one server. beside: ITL p99
 of four streams with batch work beside them and without, by turns. memory: the runner's peak over
-files of two sizes, on servers that answer at once. vllm: one file, each command with the tiny model
-of its own engine, with the start; peak memory of all of its processes.
+files of two sizes, on servers that answer at once. vllm: chats, each command with an engine
+of its own, with its start; peak memory of all of its processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from batch_kills import peak_mib, write_documents  # noqa: E402
 
 from millrace.batch.journal import read_counts  # noqa: E402
-from millrace.model.tiny import TinyShape, write_checkpoint  # noqa: E402
 from tests.batch.counting_server import CountingServer  # noqa: E402
 from tests.support.live_server import LiveServer, started  # noqa: E402
 
@@ -67,14 +66,18 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"bench serve": [], "batch": []}
     with serving(options.model, folder) as server:
         for turn in range(-1, options.turns):  # the first warms up
-            texts = [f"Turn {turn}, number {n}: {'a word ' * 24}" for n in range(options.requests)]
-            closed = closed_loop(server, folder, texts)
-            batched = batch_rate(server, folder, [text.upper() for text in texts], turn)
+            closed = closed_loop(server, folder, texts_of(turn, 1000, options.requests))
+            batched = batch_rate(server, folder, texts_of(turn, 5000, options.requests), turn)
             if turn >= 0:
                 rates["bench serve"].append(closed)
                 rates["batch"].append(batched)
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
     return {**rates, "batch over bench serve": round(statistics.median(ratios), 3)}
+
+
+def texts_of(turn: int, first: int, count: int) -> list[str]:
+    """Of one length, and no two alike, whatever comes first."""
+    return [f"Turn {turn % 10}, number {first + n}: {'a word ' * 24}" for n in range(count)]
 
 
 @contextlib.contextmanager
@@ -109,6 +112,16 @@ def bench(
     )  # fmt: skip
     found: dict[str, Any] = json.loads(result.read_text())
     return found
+
+
+def write_chats(path: Path, texts: list[str], model: str) -> None:
+    """vLLM's run-batch takes no completions."""
+    with path.open("w") as file:
+        for number, text in enumerate(texts):
+            said = [{"role": "user", "content": text}]
+            body = {"model": model, "messages": said, "max_tokens": OUTPUT, "ignore_eos": True}
+            line = {"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps({**line, "body": body}) + "\n")
 
 
 def write_completions(path: Path, texts: list[str], **body: Any) -> None:
@@ -205,13 +218,12 @@ def against_vllm(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds and peak MiB of the whole command, for two sizes of the file."""
     if options.vllm_env is None:
         raise SystemExit("--vllm-env: where cpu_vs_vllm.py --setup has put it")
-    model = folder / "model"
-    write_checkpoint(model, TinyShape())
+    model = ROOT / "models" / options.model
     found: dict[str, Any] = {}
     for count in (options.requests, 4 * options.requests):
         source = folder / f"{count}.jsonl"
         texts = [f"number {n}: {'a word ' * 24}" for n in range(count)]
-        write_completions(source, texts, model=str(model))
+        write_chats(source, texts, str(model))
         for name, command in commands(options.vllm_env, model, source).items():
             found[f"{name}, {count}"] = whole_run(command)
     return found
