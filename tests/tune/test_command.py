@@ -129,6 +129,9 @@ def test_a_server_that_hangs_ends_its_trial_and_not_the_study(tmp_path: Path) ->
         (["--objective", "per_dollar", "--price", "0"], "--price 0: use above 0"),
         (["--accuracy", "nothing"], "use one of policy, math"),
         (["--goodput", "ttft:5"], "give --objective goodput too"),
+        (["--plan-text", "nothing"], "unknown text 'nothing'"),
+        (["--engine-command", "/nowhere/vllm serve"], "no such program"),
+        (["--engine-command", "a 'b"], "No closing quotation"),
         (["--log-file", "x"], "give --base-url too"),
         (["--set", "drafts=1", "--set", "drafts=2"], "drafts is given twice"),
         (["--gpus", "64"], "--gpus 64"),
@@ -153,7 +156,7 @@ def test_a_model_that_is_not_there_is_said_before_the_first_trial(
 
 
 def test_other_engines_get_the_directory_of_a_model_that_ships(tmp_path: Path) -> None:
-    engine = {"engine": "vllm", "engine_command": "vllm", "dir": str(tmp_path)}
+    engine = {"engine": "vllm", "engine_command": sys.executable, "dir": str(tmp_path)}
     for name, end in (("millrace-mini", "models/millrace-mini"), ("some/model", "some/model")):
         request = of_command_line(name, (), TuneFlags(**engine))
         served = prepare(request).served

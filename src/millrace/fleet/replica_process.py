@@ -64,6 +64,11 @@ class ReplicaProcess:
         self._reader = restarted(f"the output of {self.command[0]}", work, self._on_line)
 
     @property
+    def started(self) -> bool:
+        """Whether its command could be run, be it that it has ended since."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Process id; only after `start`."""
         assert self._process is not None

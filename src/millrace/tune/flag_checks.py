@@ -5,12 +5,15 @@ What depends on the machine, the model or the search space is checked where that
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from typing import get_args
 
 from millrace.bench.runs.options_from_flags import read_objectives
 from millrace.common.http_client import parse_base_url
 from millrace.errors import ConfigError
 from millrace.hardware.gpus import gpu
+from millrace.plan.facts.texts import text
 from millrace.tasks import TASKS
 from millrace.tune.options import PlannedEngine, TuneFlags
 
@@ -29,6 +32,7 @@ def check_flags(flags: TuneFlags) -> None:
         raise ConfigError(
             f"--most-rounds {flags.most_rounds}: use --least-rounds ({flags.least_rounds}) or more"
         )
+    text(flags.plan_text)
     if flags.accuracy_items and flags.accuracy not in TASKS:
         raise ConfigError(f"--accuracy {flags.accuracy}: use one of {', '.join(TASKS)}")
     _check_objective(flags)
@@ -83,3 +87,14 @@ def _check_server(flags: TuneFlags) -> None:
         parse_base_url(flags.base_url)
     elif flags.log_file is not None:
         raise ConfigError("--log-file is of a server that runs elsewhere: give --base-url too")
+    if flags.engine_command is not None:
+        _check_program(flags.engine_command)
+
+
+def _check_program(command: str) -> None:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"--engine-command {command!r}: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigError(f"--engine-command {command!r}: no such program; give its path")

@@ -86,9 +86,9 @@ class LocalServers:
         except UserError as error:
             if process.running:
                 raise StartError(not_healthy(server.reader, limit)) from None
-            status = await process.wait()
-            if status is None and not server.reader.seen:
+            if not process.started:
                 raise StartError(Failure("crash", "start", str(error))) from None
+            status = await process.wait()
             raise StartError(server.reader.failure("start", status)) from None
 
 
