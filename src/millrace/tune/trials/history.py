@@ -234,10 +234,14 @@ class History:
         return sorted(fine, key=lambda trial: (-self.short_value(trial), trial.number))
 
 
-def penalised(values: Sequence[float], penalty: float) -> float:
-    """The median less a penalty for the spread (1.4826 times the median absolute deviation)."""
-    middle = statistics.median(values)
-    return middle - penalty * 1.4826 * statistics.median(abs(v - middle) for v in values)
+def penalised(ratios: Sequence[float], penalty: float) -> float:
+    """The median of ratios less a penalty for their spread, both of their logarithms: a ratio that
+    is doubled in some rounds is as far off as one that is halved. Spread is 1.4826 times the median
+    absolute deviation."""
+    logs = [math.log(max(ratio, 1e-12)) for ratio in ratios]
+    middle = statistics.median(logs)
+    spread = 1.4826 * statistics.median(abs(one - middle) for one in logs)
+    return math.exp(middle - penalty * spread)
 
 
 def _deviation(share: float, items: int) -> float:
