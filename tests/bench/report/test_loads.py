@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.bench.command import bench
+from millrace.bench.report.cards import cards_of
 from millrace.bench.report.html_report import report_page
 from millrace.bench.report.loads import Load, drawn, loads_of, problems
+from millrace.bench.report.page import CardLine
 from millrace.bench.report.results import ResultFile, load_results
 from millrace.bench.report.sweep_table import sweep_table
 from millrace.bench.report.tables import TERMINAL, aligned
@@ -142,6 +144,32 @@ def test_a_gateways_table_makes_a_section() -> None:
     page = report_page([ResultFile(Path("g.json"), {"model": "m", "table": [row], "rows": []})])
     assert "What the gateway costs" in page
     assert "10.0%" in page
+
+
+@pytest.mark.parametrize(
+    ("row", "best", "detail"),
+    [
+        (
+            {"direct": 60.0, "gateway": 54.0, "lost": 0.1},
+            54.0,
+            "2 replicas behind the gateway, 10.0% lost",
+        ),
+        ({"total_token_throughput": 70.0, "efficiency": 0.9}, 70.0, "2 replicas, 90.0% of linear"),
+        ({"total_token_throughput": 80.0, "tensor_parallel_size": 4}, 80.0, "TP 4, DP 2"),
+    ],
+)
+def test_cards_of_servers_that_the_command_started(
+    row: dict[str, float], best: float, detail: str
+) -> None:
+    """The best row, the lowest accuracy; nothing is said of objectives and energy."""
+    figures = {"gateway", "total_token_throughput"} & {*row}
+    lower = {**row, **dict.fromkeys(figures, 1.0), "replicas": 1, "accuracy": 0.99}
+    table = [lower, {**row, "replicas": 2, "accuracy": 0.98}]
+    result = ResultFile(Path("s.json"), {"model": "m", "table": table, "rows": []})
+    cards = {card.title: card.lines for card in cards_of({"": [result]}, [], {})}
+    assert cards["Best throughput"] == [CardLine(f"{best:.0f} tok/s", detail)]
+    assert [line.value for line in cards["Accuracy"]] == ["98.0%"]
+    assert not [title for title in cards if title.startswith(("Best under", "Energy"))]
 
 
 def written(folder: Path, files: list[ResultFile]) -> str:

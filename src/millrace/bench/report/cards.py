@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from millrace.bench.report.host_tables import accuracy_of, best_of
 from millrace.bench.report.loads import Load
 from millrace.bench.report.page import Card, CardLine, figure_text
 from millrace.bench.report.results import ResultFile
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+_OF_LOADS = ("Best under", "Energy")  # what files of started servers cannot tell
 _WITHOUT = {"Energy": "no power was read", "Accuracy": "measured with --accuracy"}
 _NOT_ASKED = CardLine("not asked", "millrace bench report DIRECTORY --goodput ttft:500 tpot:50")
 
@@ -28,10 +30,14 @@ def cards_of(
         return [load for load in loads if load.name == name]
 
     under = " and ".join(f"{_NAMES[n]} p99 ≤ {limit:g} ms" for n, limit in objectives.items())
+    asked = [_NOT_ASKED] if loads else []
     limited = each(lambda name: _best_under(name, of(name), objectives)) if objectives else []
     cards = [
-        Card("Best throughput", each(lambda name: _best(name, of(name)))),
-        Card(f"Best under {under or 'an objective'}", limited or [_NOT_ASKED]),
+        Card(
+            "Best throughput",
+            [*each(lambda name: _best(name, of(name))), *each(lambda n: _best_host(n, sets[n]))],
+        ),
+        Card(f"Best under {under or 'an objective'}", limited or asked),
         Card("Energy", each(lambda name: _energy(name, of(name)))),
         Card("Accuracy", [line for name in sets for line in _accuracy(name, sets[name])]),
         Card("Machine", each(lambda name: _machine(name, sets[name]))),
@@ -40,6 +46,7 @@ def cards_of(
     return [
         card if card.lines else Card(card.title, [CardLine("n/a", _WITHOUT.get(card.title, ""))])
         for card in cards
+        if card.lines or loads or not card.title.startswith(_OF_LOADS)
     ]
 
 
@@ -76,6 +83,15 @@ def _best(name: str, loads: Sequence[Load]) -> CardLine | None:
     return _line(name, found) if found else None
 
 
+def _best_host(name: str, results: Sequence[ResultFile]) -> CardLine | None:
+    """Of the files whose servers the command started."""
+    rows = [found for run in results if not run.is_run and (found := best_of(run)) is not None]
+    if not rows:
+        return None
+    best, label = max(rows)
+    return CardLine(f"{best:,.0f} tok/s", label, name)
+
+
 def _best_under(
     name: str, loads: Sequence[Load], objectives: Mapping[str, float]
 ) -> CardLine | None:
@@ -102,7 +118,11 @@ def _accuracy(name: str, results: Sequence[ResultFile]) -> list[CardLine]:
         for task, found in (run.fields.get("accuracy") or {}).items():
             if task not in lowest or (found["value"] or 0.0) < (lowest[task]["value"] or 0.0):
                 lowest[task] = found
-    return [CardLine(str(found["text"]), task, name) for task, found in lowest.items()]
+    lines = [CardLine(str(found["text"]), task, name) for task, found in lowest.items()]
+    hosts = [value for run in results if not run.is_run and (value := accuracy_of(run)) is not None]
+    if hosts:
+        lines.append(CardLine(f"{min(hosts):.1%}", "the lowest of all servers started", name))
+    return lines
 
 
 def _machine(name: str, results: Sequence[ResultFile]) -> CardLine | None:

@@ -23,6 +23,33 @@ def host_section(result: ResultFile) -> Section:
     return _scaling(table)
 
 
+def best_of(result: ResultFile) -> tuple[float, str] | None:
+    """The highest total throughput of a file, tokens a second, and the row's name; of a gateway's
+    file, through the gateway. None: it has no rows."""
+    table: list[Row] = result.fields["table"]
+    if not table:
+        return None
+    if any("direct" in row for row in table):
+        row = max(table, key=lambda row: float(row["gateway"]))
+        return float(row["gateway"]), f"{_replicas(row)} behind the gateway, {row['lost']:.1%} lost"
+    row = max(table, key=lambda row: float(row["total_token_throughput"]))
+    if "tensor_parallel_size" in row:
+        name = f"TP {row['tensor_parallel_size']}, DP {row['replicas']}"
+    else:
+        name = f"{_replicas(row)}, {row['efficiency']:.1%} of linear"
+    return float(row["total_token_throughput"]), name
+
+
+def accuracy_of(result: ResultFile) -> float | None:
+    """The lowest accuracy of its rows."""
+    known = [row["accuracy"] for row in result.fields["table"] if row.get("accuracy") is not None]
+    return min(known, default=None)
+
+
+def _replicas(row: Row) -> str:
+    return f"{row['replicas']} replica{'' if row['replicas'] == 1 else 's'}"
+
+
 def _latencies(row: Row, names: Sequence[str]) -> list[str]:
     """Median, and below it the mean and the 99th percentile."""
     return [
