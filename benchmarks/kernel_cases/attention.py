@@ -13,7 +13,7 @@ from kernel_cases.shapes import DEVICE, HEAD_DIM, HEADS, KV_HEADS, PAGE
 from millrace.kernels import attention
 from millrace.kernels.batch import DecodeRows, KVCache
 from millrace.kernels.gpu import attention as gpu_attention
-from millrace.kernels.gpu.attention import prefill
+from millrace.kernels.gpu.attention import hopper, prefill
 
 
 def kv_cache(rows: int, longest: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
@@ -112,30 +112,54 @@ def check_prefill_attention(config: tuple[int, ...]) -> float:
     return relative(got, truth)
 
 
+PROMPTS = (  # tokens of each row, and of its context
+    ((1024,) * 8, (0,) * 8), ((1024,), (15360,)), ((1024,), (31744,)), ((870,), (60000,)),
+    ((512,), (60000,)), ((32768,), (0,)),
+)  # fmt: skip
+
+
 def prompt_cases(quick: bool) -> Iterator[Case]:
-    """Prompts by blocks from pages and by boxes of what is widened: 8 of 1,024 tokens, and 1,024
-    behind 15,360 and behind 31,744."""
-    boxes = [(128, 64, 8, 2), (128, 32, 8, 3)]
-    boxes += [] if quick else [(128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3)]
-    ways = [(False, (128, 64, 8, 2)), *((True, config) for config in boxes)]
-    for counts, starts in (((1024,) * 8, (0,) * 8), ((1024,), (15360,)), ((1024,), (31744,))):
-        keys = sum(counts) + sum(starts)
-        pairs = sum(c * s + c * (c + 1) / 2 for c, s in zip(counts, starts, strict=True))
-        for boxed, config in ways:
+    """Prompts by boxes of what is widened, by Triton and by the kernel for Hopper. That comes
+    last, as a fault of it ends the process's use of the GPU. Unless quick also by blocks from pages."""
+    ways: list[tuple[str, tuple[int, ...] | None]] = [("triton", (128, 32, 8, 3))]
+    if not quick:
+        more = [(128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3)]
+        ways += [("pages", (128, 64, 8, 2)), *(("triton", config) for config in more)]
+    for way, config in [*ways, ("hopper", None)]:
+        for counts, starts in PROMPTS:
+            yield _prompt_case(way, config, counts, starts)
+    prefill.BOXES, hopper.ON = True, False
 
-            def check(boxed=boxed, config=config):
-                prefill.BOXES = boxed
-                return check_prefill_attention(config)
 
-            def calls(boxed=boxed, config=config, counts=counts, starts=starts):
-                prefill.BOXES = boxed
-                cache, table = kv_cache(len(counts), max(starts) + 1024, torch.float8_e4m3fn)
-                rows = prefill_rows(counts, starts)
-                q = torch.randn(sum(counts), HEADS, HEAD_DIM, device=DEVICE).bfloat16()
-                given = (q, cache, table, rows, 1 / 16, 0, config)
-                return [lambda: gpu_attention.attend_prefill(*given)] * 3
+def _prompt_case(
+    way: str, config: tuple[int, ...] | None, counts: tuple[int, ...], starts: tuple[int, ...]
+) -> Case:
+    def choose() -> None:
+        prefill.BOXES, hopper.ON = way != "pages", way == "hopper"
+        if hopper.ON and hopper.kernel_for(torch.int64, torch.int32) is None:
+            raise RuntimeError("there is no kernel for Hopper")
 
-            name = f"prefill {len(counts)}x{counts[0]}+{starts[0]} {'boxes ' * boxed}{config}"
-            moved = HEAD_DIM * (4 * HEADS * sum(counts) + 2 * KV_HEADS * keys)
-            yield Case(name, check, 4e-3, calls, moved, 4 * HEADS * HEAD_DIM * pairs)
-    prefill.BOXES = False
+    def check() -> float:
+        choose()
+        error = check_prefill_attention(config)
+        if way == "hopper":  # and, at the case's own lengths, what Triton's kernel finds
+            attend = calls()[0]
+            got = attend()
+            hopper.ON = False
+            error = max(error, relative(got, attend()))
+            hopper.ON = True
+        return error
+
+    def calls():
+        choose()
+        cache, table = kv_cache(len(counts), max(starts) + max(counts), torch.float8_e4m3fn)
+        rows = prefill_rows(counts, starts)
+        q = torch.randn(sum(counts), HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+        given = (q, cache, table, rows, 1 / 16, 0, config)
+        return [lambda: gpu_attention.attend_prefill(*given)] * 3
+
+    keys = sum(counts) + sum(starts)
+    pairs = sum(c * s + c * (c + 1) / 2 for c, s in zip(counts, starts, strict=True))
+    name = f"prefill {len(counts)}x{counts[0]}+{starts[0]} {way} {config or ''}"
+    moved = HEAD_DIM * (4 * HEADS * sum(counts) + 2 * KV_HEADS * keys)
+    return Case(name, check, 4e-3, calls, moved, 4 * HEADS * HEAD_DIM * pairs)

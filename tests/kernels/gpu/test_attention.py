@@ -200,6 +200,39 @@ def test_prefill_from_boxes(
     assert len(seen_by_boxes) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(8))
+def test_prefill_by_the_kernel_for_hopper(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random rows beside some that find no room; what nobody wrote is NaN."""
+    from millrace.kernels.gpu import attention as gpu
+    from millrace.kernels.gpu.attention import hopper, prefill
+
+    torch.manual_seed(seed)
+    monkeypatch.setattr(prefill, "WIDENED_MOST", 3000)
+    counts = tuple(int(n) for n in torch.randint(1, 700, (4,)))
+    starts = tuple(int(n) for n in torch.randint(0, 500, (4,)) * (torch.rand(4) < 0.7))
+    lengths = [s + c for s, c in zip(starts, counts, strict=True)]
+    cache, table = make_cache(lengths, "cuda", torch.float8_e4m3fn, dim=256)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().cuda()
+    slots = torch.arange(1, 5, device="cuda")
+    rows = PrefillRows(slots, torch.tensor(starts, device="cuda"), offsets, counts, starts)
+    q = torch.randn(sum(counts), KV_HEADS * GROUP, 256, device="cuda").bfloat16()
+    want = gpu.attend_prefill(q, cache, table, rows, 1 / 16, widen=False)
+    empty = torch.empty
+
+    def poisoned(*shape: object, **options: object) -> torch.Tensor:
+        made = empty(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(hopper, "ON", True)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    if hopper.kernel_for(rows.starts.dtype, offsets.dtype) is None:
+        pytest.skip("needs a Hopper GPU and its compiler")
+    got = gpu.attend_prefill(q, cache, table, rows, 1 / 16, widen=True)
+    assert relative(got, want) < 4e-3
+
+
 def test_rows_are_widened_as_long_as_there_is_room() -> None:
     """Those that are longer than all the room, or whose keys are split, take none."""
     from millrace.kernels.gpu.attention import prefill as gpu

@@ -477,10 +477,11 @@ class Nvrtc:
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.call = ctypes.CDLL(str(next(library)))
 
-    def compile(self, text: str) -> str:
-        """What the compiler says about registers and memory; raises ValueError with its errors."""
+    def compile(self, text: str, architecture: str = "90") -> str:
+        """What the compiler says about registers and memory; raises ValueError with its errors. The
+        machine code is kept."""
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
-        options = [b"--gpu-architecture=sm_90", b"--ptxas-options=-v"]
+        options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--ptxas-options=-v"]
         array = (ctypes.c_char_p * len(options))(*options)
         encoded = text.encode()
         assert not self.call.nvrtcCreateProgram(
@@ -490,6 +491,11 @@ class Nvrtc:
         self.call.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         self.call.nvrtcGetProgramLog(program, log)
+        if not failed:
+            self.call.nvrtcGetCUBINSize(program, ctypes.byref(size))
+            code = ctypes.create_string_buffer(size.value)
+            self.call.nvrtcGetCUBIN(program, code)
+            self.cubin = code.raw
         self.call.nvrtcDestroyProgram(ctypes.byref(program))
         if failed:
             raise ValueError(log.value.decode())
@@ -520,6 +526,20 @@ def spilled(log: str) -> int:
 def test_a_fault_in_cuda_is_found(nvrtc: Nvrtc):
     with pytest.raises(ValueError, match="undefined"):
         nvrtc.compile('extern "C" __global__ void kernel(int* x) { *x = y; }')
+
+
+def test_attention_of_hopper(nvrtc: Nvrtc):
+    """Products are not serialized (C7510 and its like), and no operand in flight is written."""
+    from millrace.kernels.gpu.attention import hopper
+
+    log = nvrtc.compile(hopper.source(torch.int64, torch.int32), "90a")
+    assert spilled(log) == 0
+    assert "(C75" not in log, log
+    lines = disassembled(nvrtc.cubin)
+    assert sum("HGMMA" in line for line in lines) == hopper.DIM // 16 + 2 * hopper.BLOCK // 16
+    assert any("USETMAXREG" in line for line in lines)
+    assert overwritten_operands(lines) == []
+    assert hopper.SHARED_BYTES <= SHARED_MEMORY
 
 
 def test_gemm_few(nvrtc: Nvrtc):

@@ -25,7 +25,7 @@ DIRECT_LAUNCHES = True  # `benchmarks/early_launch_h200.py` compares
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_..., of the driver's interface
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_...
-BYTES, FLOAT32, BFLOAT16 = 0, 7, 9  # CU_TENSOR_MAP_..., as what follows
+BYTES, FLOAT16, FLOAT32, BFLOAT16 = 0, 6, 7, 9  # CU_TENSOR_MAP_..., as what follows
 SWIZZLES = {0: 0, 16: 0, 32: 1, 64: 2, 128: 3}
 L2_PROMOTION_256B = 3
 
@@ -62,9 +62,9 @@ class TensorMap:
         cls, address: int, kind: int, shape: tuple[int, int], stride: int, box: tuple[int, int],
         swizzle: int,
     ) -> TensorMap:  # fmt: skip
-        """kind: BYTES, FLOAT32 or BFLOAT16. shape, box: rows and elements of one. stride: bytes
-        from row to row, a multiple of 16. swizzle: bytes of the pattern in shared memory, 128 to
-        16, which is none, as 0. What lies outside is read as zeros."""
+        """kind: BYTES, FLOAT16, FLOAT32 or BFLOAT16. shape, box: rows and elements of one. stride:
+        bytes from row to row, a multiple of 16. swizzle: bytes of the pattern in shared memory, 128
+        to 16, which is none, as 0. What lies outside is read as zeros."""
         found = cls()
         (height, width), (rows, elements) = shape, box
         failed = cuda_driver().cuTensorMapEncodeTiled(
@@ -114,6 +114,14 @@ class CudaKernel:
         if failed:
             raise RuntimeError(f"a kernel could not be loaded: CUDA driver error {failed}")
         return cls(found)
+
+    def allow(self, shared_bytes: int) -> None:
+        """Blocks may have so much shared memory beside what they declare. Raises RuntimeError."""
+        failed = cuda_driver().cuFuncSetAttribute(
+            self._by_torch.func, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+        )
+        if failed:
+            raise RuntimeError(f"{shared_bytes} bytes of shared memory: CUDA driver error {failed}")
 
     def __call__(
         self,
@@ -175,14 +183,23 @@ def read(constants: Mapping[str, int], *files: str) -> str:
     return head + "".join(folder.joinpath(file).read_text() for file in ("common.cuh", *files))
 
 
-def compiled(text: str, name: str) -> CudaKernel | None:
-    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it."""
+def compiled(
+    text: str, name: str, architecture: str | None = None, shared_bytes: int = 0
+) -> CudaKernel | None:
+    """The kernel `name` of a source; None, and a warning, where this machine cannot compile it.
+
+    architecture: such as "90a"; None: the device's. shared_bytes: that launches may ask for.
+    """
     compiler = getattr(torch.cuda, "_compile_kernel", None)
     if compiler is None:
         _warn(name, f"PyTorch {torch.__version__} has no torch.cuda._compile_kernel")
         return None
     try:
-        return CudaKernel(compiler(text, name))
+        options = {"compute_capability": architecture} if architecture else {}
+        kernel = CudaKernel(compiler(text, name, **options))
+        if shared_bytes:
+            kernel.allow(shared_bytes)
+        return kernel
     except (RuntimeError, OSError) as error:  # no compiler library on this machine
         _warn(name, error)
         return None

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.batch import KVCache, PrefillRows
-from millrace.kernels.gpu.attention import split
+from millrace.kernels.gpu.attention import hopper, split
 from millrace.kernels.gpu.attention import wide as wide_attention
 from millrace.kernels.gpu.attention.softmax import LOG2_E, _attend_range, _operand
 from millrace.kernels.gpu.attention.split import split_rows, splits
@@ -130,7 +130,9 @@ def attend_prefill(
     wide_at = _wide_at(rows, most) if widen else rows.offsets
     wide = _widened(cache, block_table, rows, wide_at, most) if widen else cache
     boxes = widen and BOXES and wide_attention.takes(q, wide)
-    if boxes:
+    if boxes and hopper.takes(q, wide, rows, first, out):
+        hopper.attend(q, wide, rows, wide_at, scale, out)
+    elif boxes:
         wide_attention.attend(q, wide, rows, wide_at, scale, first, out, config)
     heads, tiles = q.shape[1], rows.tiles(tile, q.shape[0])
     _prefill_kernel[(heads, tiles.shape[1])](
