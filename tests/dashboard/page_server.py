@@ -91,6 +91,8 @@ def page_server(replicas: int, key: str = "") -> Iterator[tuple[PageServer, str]
             elif path == HISTORY_PATH:
                 body = made.one(int(query.removeprefix("id=")))
                 self._send(200, body, "application/json")
+            elif path == "/cache/explain":
+                self._send(200, b'{"requests": []}', "application/json")
             elif path == EVENTS_PATH:
                 self._stream()
             else:

@@ -39,9 +39,9 @@ export class Conversations {
     place.querySelector("thead").append(head);
   }
 
-  // Asks again when it is time. A gateway has no such list: each replica has its own.
-  async draw(kind) {
-    if (kind !== "server" || Date.now() - this.asked < EVERY * 1000) return;
+  // Asks again when it is time. A gateway answers for all of its replicas.
+  async draw() {
+    if (Date.now() - this.asked < EVERY * 1000) return;
     this.asked = Date.now();
     const rows = conversations(await cachedRequests().catch(() => []));
     this.place.hidden = !rows.length;

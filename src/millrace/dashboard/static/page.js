@@ -51,7 +51,7 @@ function draw() {
   charts.forEach((chart) => chart.draw(found));
   drawSpread($("spread"), known.length ? sum(known) : null);
   drawEvents();
-  conversations.draw(store.about.kind);
+  conversations.draw();
   if ($("figures").open) drawFigures();
 }
 

@@ -25,6 +25,8 @@ from millrace.dashboard.files import EVENTS_PATH, HEADERS, HISTORY_PATH, file_at
 from millrace.dashboard.files import PATHS as PAGES
 from millrace.dashboard.stream import CONTENT_TYPE, Cursor
 from millrace.errors import UserError
+from millrace.gateway.admin.cached_requests import PATH as CACHED_PATH
+from millrace.gateway.admin.cached_requests import asks_for_all, cached_requests
 from millrace.gateway.admin.live_page import FleetPage
 from millrace.gateway.admin.metrics import exposition
 from millrace.gateway.admin.metrics_merge import ENGINE_UP, engine_page, merged
@@ -82,7 +84,7 @@ def is_local_request(request: Request) -> bool:
     """Whether a request is for the gateway itself."""
     path = request.path.partition(b"?")[0]
     reads = request.method in (b"GET", b"HEAD")
-    if reads and (path in _OWN or path.startswith(_MODEL.encode())):
+    if reads and (path in _OWN or path.startswith(_MODEL.encode()) or asks_for_all(request)):
         return True
     return path.startswith(b"/gateway/")
 
@@ -154,6 +156,8 @@ class AdminApi:
             return self._events_reply(request)
         if path == HISTORY_PATH:
             return self._history_reply(request)
+        if path == CACHED_PATH.decode():
+            return await cached_requests(request, self._monitor.members, self._access)
         if path.startswith(_MODEL):
             return self._model(path.removeprefix(_MODEL))
         if path == "/v1/models":
