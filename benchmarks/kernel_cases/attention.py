@@ -120,7 +120,8 @@ PROMPTS = (  # tokens of each row, and of its context
 
 def prompt_cases(quick: bool) -> Iterator[Case]:
     """Prompts by boxes of what is widened, by Triton and by the kernel for Hopper. That comes
-    last, as a fault of it ends the process's use of the GPU. Unless quick also by blocks from pages."""
+    last, as a fault of it ends the process's use of the GPU. Unless quick also by blocks from
+    pages."""
     ways: list[tuple[str, tuple[int, ...] | None]] = [("triton", (128, 32, 8, 3))]
     if not quick:
         more = [(128, 64, 8, 2), (128, 32, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3)]
