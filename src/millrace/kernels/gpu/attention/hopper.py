@@ -58,7 +58,8 @@ def source(starts: torch.dtype, offsets: torch.dtype) -> str:
     """The kernel `attend_wide`, for starts and offsets of these types."""
     types = f"#define STARTS {C_TYPES[starts]}\n#define OFFSETS {C_TYPES[offsets]}\n"
     text = cuda_source.read({"bn": BLOCK, "stages": STAGES}, "attention/wide.cu")
-    return types + _scores(BLOCK) + _shares() + text
+    products = f"#ifndef EMULATED{_scores(BLOCK)}{_shares()}#endif\n"
+    return types + products + text
 
 
 def _scores(keys: int) -> str:

@@ -18,11 +18,15 @@ constexpr int KEYS = Q_BYTES, VALUES = KEYS + STAGES * KV_BYTES;
 constexpr int BARRIERS = VALUES + STAGES * KV_BYTES;
 constexpr long long LONGEST_WAIT = 4000000000ll;  // cycles; then it fails by a store to address 0
 
+typedef unsigned long long u64;
+
+#ifndef EMULATED  // what the CPU twin in the tests stands in for
+#define NOTHING __int_as_float(0xff800000)
+#define CONSTANT const __grid_constant__
 struct __align__(64) TensorMap {
   unsigned long long opaque[16];
 };
-typedef unsigned long long u64;
-#define NOTHING __int_as_float(0xff800000)
+
 
 __device__ __forceinline__ u32 shared(const void* at) {
   return (u32)__cvta_generic_to_shared(at);
@@ -73,13 +77,6 @@ __device__ __forceinline__ void fetch(u8* to, const TensorMap& map, int channel,
       : "memory");
 }
 
-// Rows of 128 bytes, 8 of them to 1,024, swizzled; apart: bytes between panels of 64 channels, for
-// the operand that is read across rows.
-__device__ __forceinline__ u64 described(const u8* at, u32 apart) {
-  return (u64)(shared(at) >> 4 & 0x3fff) | (u64)(apart >> 4) << 16 | (u64)(1024 >> 4) << 32 |
-         (u64)1 << 62;
-}
-
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -104,15 +101,38 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 
-__device__ __forceinline__ u32 halves(float low, float high) {
+__device__ __forceinline__ u32 pack_half(float low, float high) {
   u32 d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
+}
+__device__ __forceinline__ void show_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+template <int COUNT>
+__device__ __forceinline__ void pin_shares(u32* P) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(P[i])::"memory");
+}
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+}
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 }
 __device__ __forceinline__ float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+#endif
+
+// Rows of 128 bytes, 8 of them to 1,024, swizzled; apart: bytes between panels of 64 channels, for
+// the operand that is read across rows.
+__device__ __forceinline__ u64 described(const u8* at, u32 apart) {
+  return (u64)(shared(at) >> 4 & 0x3fff) | (u64)(apart >> 4) << 16 | (u64)(1024 >> 4) << 32 |
+         (u64)1 << 62;
 }
 
 // 64 rows of queries, bfloat16 in memory, to shared memory in float16, swizzled; zeros past `rows`.
@@ -124,7 +144,7 @@ __device__ __forceinline__ void put_queries(u8* to, const u16* q, i64 stride, in
     u32* pair = reinterpret_cast<u32*>(&x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      pair[j] = halves(__uint_as_float(pair[j] << 16), __uint_as_float(pair[j] & 0xffff0000u));
+      pair[j] = pack_half(__uint_as_float(pair[j] << 16), __uint_as_float(pair[j] & 0xffff0000u));
     }
     const int panel = chunk / 8, at = (chunk % 8) ^ (row % 8);
     *reinterpret_cast<uint4*>(to + panel * Q_PANEL + row * 128 + at * 16) = x;
@@ -189,7 +209,7 @@ struct Softmax {  // of a thread's two rows
 
 __device__ __forceinline__ void pack_shares(u32* P, const float* S) {
 #pragma unroll
-  for (int i = 0; i < S_PARTS / 2; i++) P[i] = halves(S[2 * i], S[2 * i + 1]);
+  for (int i = 0; i < S_PARTS / 2; i++) P[i] = pack_half(S[2 * i], S[2 * i + 1]);
 }
 
 struct Ring {
@@ -233,11 +253,13 @@ __device__ __forceinline__ void produce(u8* memory, u64* full, u64* empty, const
 // tokens q_stride and heads * D elements apart. tiles: row and number, TILES of each. scale: a
 // float's bits, in powers of two.
 extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
-    attend_wide(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
+    attend_wide(CONSTANT TensorMap keys, CONSTANT TensorMap values,
                 const u16* q, const STARTS* starts, const OFFSETS* offsets, const int* wide_at,
                 const int* tiles, u16* out, int q_stride, int TILES, int heads, int group,
                 u32 scale_bits) {
+#ifndef EMULATED
   extern __shared__ u8 unaligned[];
+#endif
   u8* memory = unaligned + (1024 - shared(unaligned) % 1024) % 1024;
   const int head = blockIdx.x, number = TILES - 1 - blockIdx.y, row = tiles[number];
   if (row < 0) return;  // all threads of the block: nobody waits for one that has left
@@ -251,18 +273,18 @@ extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
   u64* empty = full + 2 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; i++) open_barrier(full + i, 1), open_barrier(empty + i, WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
   }
   __syncthreads();
 
   if (threadIdx.x < PRODUCERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    leave_registers();
     if (threadIdx.x == 0) {
       produce(memory, full, empty, keys, values, head / group * D, own, blocks);
     }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  take_registers();
   const int thread = threadIdx.x - PRODUCERS, half = thread / 128, lane = thread % 32, l = lane % 4;
   const int mine = first + half * HALF, token = thread % 128 / 32 * 16 + lane / 4;
   const float scale = __uint_as_float(scale_bits);
@@ -303,8 +325,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
     pin<S_PARTS>(S);  // else the compiler puts some of that behind the wait
     await_products<0>();
     pin<O_PARTS>(O);
-#pragma unroll
-    for (int i = 0; i < S_PARTS / 2; i++) asm volatile("" : "+r"(P[i])::"memory");
+    pin_shares<S_PARTS / 2>(P);
     if (block > 0 && lane == 0) arrive(empty + STAGES + before.stage);
 #pragma unroll
     for (int i = 0; i < O_PARTS; i++) O[i] *= softmax.shrink[i / 2 % 2];
