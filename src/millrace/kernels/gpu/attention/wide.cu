@@ -322,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCERS + CONSUMERS, 1)
       limit[r] = min(start + mine + token + 8 * r + 1, high) - block * BN;
     }
     softmax.join(S, scale, (block + 1) * BN > start + mine + 1, limit, l);
-    pin<S_PARTS>(S);  // else the compiler puts some of that behind the wait
+    pin<S_PARTS>(S);  // for overlap; ptxas 13.5 still waits before the exponentials
     await_products<0>();
     pin<O_PARTS>(O);
     pin_shares<S_PARTS / 2>(P);
