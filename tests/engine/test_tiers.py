@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millrace.engine.cache import cold_store
 from millrace.engine.engine import Engine
 from millrace.engine.scheduler import Scheduler
 from millrace.protocol import AddRequest, Limits, SamplingParams
@@ -113,7 +116,9 @@ def test_damaged_files_are_computed_again() -> None:
     assert restarted.stats().prefix_hits == 0
 
 
-def test_files_stay_within_their_limit() -> None:
+@pytest.mark.parametrize("part", [1, 1 << 28], ids=["in parts", "whole"])
+def test_files_stay_within_their_limit(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    monkeypatch.setattr(cold_store, "PART_BYTES", part)
     eng = engine(limits(disk_cache=40_000))
     talk(eng, random.Random(5), sessions=10, turns=3)
     assert 0 < eng.stats().disk_cache_used <= 40_000
@@ -164,11 +169,17 @@ def test_salts_share_nothing_in_lower_tiers() -> None:
     snapshots=st.integers(1, 6),
     host=st.sampled_from([6_000, 20_000, 100_000]),
     disk=st.sampled_from([0, 30_000, 1 << 30]),
+    part=st.sampled_from([1, 600, 1 << 28]),
 )
-def test_every_mix_brings_the_right_tokens(
+def test_every_mix_brings_the_right_tokens(part: int, **given: int) -> None:
+    """Turns, branches, repeats, aborts, resets and damaged files, with little room everywhere."""
+    with patch.object(cold_store, "PART_BYTES", part):
+        talk_in_a_mix(**given)
+
+
+def talk_in_a_mix(
     seed: int, depth: int, drafts: int, pages: int, snapshots: int, host: int, disk: int
 ) -> None:
-    """Turns, branches, repeats, aborts, resets and damaged files, with little room everywhere."""
     rng = random.Random(seed)
     lim = limits(
         num_pages=pages, num_snapshots=snapshots, host_cache=host, disk_cache=disk, drafts=drafts

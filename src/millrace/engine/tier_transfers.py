@@ -50,8 +50,8 @@ LEAST_GAIN = 32  # tokens that a load must save
 @dataclass(slots=True)
 class _Transfer:
     """One that is under way. pages: the device's, with a reference each. snapshot: likewise; -1:
-    none. fetched: records whose pages are read
-    from files. fetched_state: whether the record's state is moved between memory and files, too.
+    none. fetched: records whose pages are read from files. fetched_state: whether the record's
+    state is moved between memory and files, too. parts: of the record, that are written with it.
     name: by which another engine may take the record. growth: that it brings on, by the prompt's
     pages from `begins` on. dropped: what it moves must not be used any more."""
 
@@ -64,6 +64,7 @@ class _Transfer:
     fetched: list[ColdRecord] = field(default_factory=list)
     fetched_state: bool = False
     from_disk: bool = False
+    parts: list[ColdRecord] = field(default_factory=list)
     name: str = ""
     growth: Growth | None = None
     begins: int = 0
@@ -241,14 +242,21 @@ class TierTransfers:
             return
         size = self.store.sizes.page_size
         hashes = page_hashes(wanted.tokens, size, wanted.salt, wanted.hashes)
-        record = self.store.add(wanted.tokens, hashes, wanted.salt, wanted.kind)
-        if record is None:
+        records = self.store.add_long(wanted.tokens, hashes, wanted.salt, wanted.kind)
+        if not records:
             return
+        *parts, record = records
         record.tag = wanted.tag
-        held = self._hold(found.pages[record.first :], found.snapshot)
-        move = self._offload_move(record, found.pages, found.snapshot)
-        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot)
-        self._start(one, [move])
+        held = self._hold(found.pages[records[0].first :], found.snapshot)
+        moves = [self._part_move(part, found.pages) for part in parts]
+        moves.append(self._offload_move(record, found.pages, found.snapshot))
+        one = _Transfer("offload", record, pages=held.pages, snapshot=held.snapshot, parts=parts)
+        self._start(one, moves)
+
+    def _part_move(self, part: ColdRecord, pages: list[int]) -> Move:
+        """As `_offload_move`, of a part of a record, which has no state."""
+        own = pages[part.first : part.whole]
+        return Move(own, 0, len(own), part.pages_at, NO_SNAPSHOT, NOWHERE)
 
     def _offload_move(self, record: ColdRecord, pages: list[int], snapshot: int) -> Move:
         """From the device to a record's memory. pages: of the whole prefix."""
@@ -577,7 +585,7 @@ class TierTransfers:
                 move = self.hand_overs.offered(one.record, one.name)
                 self._start(_Transfer("send", one.record, name=one.name), record=move)
             elif self.store.sizes.disk:
-                self._unfiled.append(one.record)
+                self._unfiled += [*one.parts, one.record]
 
     def _loaded(self, one: _Transfer) -> None:
         record = one.record

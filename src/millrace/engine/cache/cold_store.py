@@ -4,6 +4,8 @@ A *cold record* is a prefix of a sequence with the state at its end. Records for
 has only the pages behind those of its parent, so the turns of a conversation share what they have
 in common. A record is found by a hash of all tokens before it, and of its salt. Its pages and its
 state may be in memory, in files, in both; pages that another record continues are kept somewhere.
+A long record's beginning is made records without a state, so that it fits where memory is in
+pieces.
 
 It is bookkeeping: it names ranges of memory and files, and moves nothing. It knows no device.
 """
@@ -22,6 +24,7 @@ from millrace.engine.cache.tree import TOKEN_BYTES, packed
 from millrace.protocol import FileMove, FoundFile
 
 NOWHERE = -1
+PART_BYTES = 256 << 20  # of pages: what a longer record has more is cut off, from its beginning on
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,31 @@ class ColdStore:
         self.touch(found)
         return found
 
+    def add_long(
+        self, tokens: Sequence[int], hashes: Sequence[bytes], salt: str, kind: Kind
+    ) -> list[ColdRecord]:
+        """As `add`, for a record that may be cut: what is to be written, the record itself last;
+        nothing where `add` returns None."""
+        whole = len(tokens) // self.sizes.page_size
+        holder = self._holder(hashes, whole)
+        most = max(1, PART_BYTES // self.sizes.page)
+        parts: list[ColdRecord] = []
+        for end in range((holder.whole if holder else 0) + most, whole, most):
+            if self.find(hashes[end], ()) is not None:  # it is on its way
+                break
+            own = tokens[: end * self.sizes.page_size]
+            parts.append(self._make(own, hashes, salt, kind, end, ()))
+            parts[-1].busy += 1
+        enough = all(self.room_for_pages(part) for part in parts)
+        found = self.add(tokens, hashes, salt, kind) if enough else None
+        for part in parts:
+            part.busy -= 1
+        if found is not None:
+            return [*parts, found]
+        for part in reversed(parts):
+            self._remove_if_useless(part)
+        return []
+
     def _make(
         self,
         tokens: Sequence[int],
@@ -188,15 +216,17 @@ class ColdStore:
         whole: int,
         tail: tuple[int, ...],
     ) -> ColdRecord:
-        parent = next(
-            (p for n in range(whole, -1, -1) if (p := self._page_holder(hashes[n]))), None
-        )
+        parent = self._holder(hashes, whole)
         first = parent.whole if parent else 0
         key = blake2b(hashes[whole] + array("i", tail).tobytes(), digest_size=16).hexdigest()
         own = list(tokens[first * self.sizes.page_size :])
         record = ColdRecord(key, hashes[whole], whole, tail, first, own, salt, kind, parent)
         self._insert(record)
         return record
+
+    def _holder(self, hashes: Sequence[bytes], whole: int) -> ColdRecord | None:
+        """The record that has the most of so many whole pages."""
+        return next((p for n in range(whole, -1, -1) if (p := self._page_holder(hashes[n]))), None)
 
     def _page_holder(self, prefix: bytes) -> ColdRecord | None:
         """A record that has, with those before it, all whole pages of the prefix."""
@@ -347,8 +377,7 @@ class ColdStore:
         while self.disk_used > self.sizes.disk:
             free = [r for r in self._records.values() if not r.busy and r.pages_filed]
             replaced = [r for r in free if r.children and r.state_filed]
-            leaves = [r for r in free if not r.children]
-            pool = replaced or leaves
+            pool = replaced or [r for r in free if self._ends_in_files(r)]
             if not pool:
                 return
             victim = min(pool, key=lambda record: record.order)
@@ -358,6 +387,11 @@ class ColdStore:
             self.disk_used += self._filed_bytes(victim)
             self.deletes.append((victim.key, not victim.pages_filed))
             self._remove_if_useless(victim)
+
+    def _ends_in_files(self, record: ColdRecord) -> bool:
+        """Whether no file needs those of the record, and nor does what continues it in memory."""
+        needed = any(child.pages_filed for child in record.children.values())
+        return not needed and (record.pages_at != NOWHERE or not record.children)
 
     def lost(self, record: ColdRecord) -> None:
         """Its files cannot be read: it and what needs it is gone, unless it is in memory."""
