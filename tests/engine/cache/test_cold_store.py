@@ -41,20 +41,19 @@ def test_a_long_record_is_cut_from_its_beginning_on() -> None:
 
 
 def test_memory_in_pieces_is_enough() -> None:
-    """Of one piece it would need seven pages and a state together; five and a state are."""
-    store = store_of(16 * PAGE + 5 * STATE)
-    small = [add(store, [n] * 4)[0] for n in range(3)]  # a page and a state each
-    holes = [store._ranges.allocate(2 * PAGE) for _ in range(6)]
-    for start in holes[::2]:
-        assert start is not None
-        store._ranges.free(start)
-    for one in small:
-        one.busy += 1  # nothing may be evicted
-    tokens = list(range(50, 76))  # six pages and two tokens
+    """Every other record may go, and leaves three pages; five are wanted."""
+    store = store_of(18 * PAGE + 6 * STATE)
+    for number in range(6):
+        tokens = [number] * 12
+        one = store.add(tokens, page_hashes(tokens, TOKENS, ""), "", Kind.ANSWER)
+        assert one is not None
+        one.busy += number % 2
+    tokens = list(range(50, 68))  # four pages and two tokens
     assert store.add(tokens, page_hashes(tokens, TOKENS, ""), "", Kind.ANSWER) is None
     found = add(store, tokens)
-    assert [one.pages_at != NOWHERE for one in found] == [True, True, True]
-    store._ranges.check()
+    assert [one.own_pages for one in found] == [2, 3]
+    assert all(one.pages_at != NOWHERE for one in found)
+    store.check()
 
 
 def test_without_room_nothing_is_left() -> None:
