@@ -77,6 +77,33 @@ def test_sessions_that_do_not_fit_the_device_come_back_from_memory() -> None:
     assert eng.stats().host_cache_used == 0
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_prompts_wait_for_room_rather_than_be_computed_again(seed: int) -> None:
+    """All sessions ask at once, where the device has room for two and memory for all."""
+    rng = random.Random(seed)
+    lim = limits(num_pages=110, num_snapshots=8, max_num_seqs=6, drafts=rng.randint(0, 2))
+    eng = engine(lim, depth=rng.randint(0, 1), seed=seed)
+    lines = [[rng.randint(1, 49) for _ in range(rng.randint(120, 180))] for _ in range(6)]
+    for number, line in enumerate(lines):
+        line += [*ask(eng, {f"first {number}": line})[f"first {number}"], 7]
+    for turn in range(3):
+        for number, line in enumerate(lines):
+            params = SamplingParams(max_tokens=8, temperature=0.0)
+            eng.add(AddRequest(id=f"{turn}.{number}", prompt=line, params=params))
+        cached: dict[str, int] = {}
+        said: dict[str, list[int]] = {f"{turn}.{n}": [] for n in range(6)}
+        for _ in range(20_000):
+            for delta in eng.step() if eng.has_work() else []:
+                cached.setdefault(delta.id, delta.cached_tokens or 0)
+                said[delta.id] += delta.token_ids
+        assert not eng.has_work()
+        for number, line in enumerate(lines):
+            assert cached[f"{turn}.{number}"] > len(line) // 2
+            total = len(line) + 8
+            assert said[f"{turn}.{number}"] == expected_output(line, total, frozenset({EOS}))
+            line += [*said[f"{turn}.{number}"], rng.randint(1, 49)]
+
+
 def test_sessions_that_do_not_fit_memory_come_back_from_files() -> None:
     few = 8 * (256 * 30 + 1024)
     eng = engine(limits(host_cache=few, disk_cache=1 << 30))

@@ -163,14 +163,18 @@ class KVManager:
         probabilities."""
         return self._limits.prefix_caching and request.source.params.prompt_logprobs is None
 
-    def estimate_cached_tokens(self, request: Request) -> None:
-        """Look up how much of a waiting request's prompt is cached now."""
-        request.estimate_version = self.policy.version
-        request.cached_estimate = 0
-        if self.may_use_cache(request):
-            request.cached_estimate = self.policy.cached(request.tokens, request.source.cache_salt)
-            if self.tiers is not None:
-                self.tiers.look_up(request, self.ensure_pages_for_load)
+    def estimate_cached_tokens(self, request: Request) -> bool:
+        """Look up how much of a waiting request's prompt is cached now, and begin to bring what a
+        lower tier has more. Returns whether that has no room on the device."""
+        if request.estimate_version != self.policy.version:
+            request.estimate_version = self.policy.version
+            request.cached_estimate = 0
+            if self.may_use_cache(request):
+                salt = request.source.cache_salt
+                request.cached_estimate = self.policy.cached(request.tokens, salt)
+        if self.tiers is None or not self.may_use_cache(request):
+            return False
+        return self.tiers.look_up(request, self.ensure_pages_for_load)
 
     def can_gain_from_cache(self, request: Request) -> bool:
         """Whether it could resume where another request with the same prompt has been."""

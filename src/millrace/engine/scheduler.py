@@ -373,6 +373,17 @@ class Scheduler:
         moving = self._tiers is not None and self._tiers.waits_for_any
         return bool(self._launched or step.saves) or moving
 
+    def _waits_for_room(self, request: Request) -> bool:
+        """Whether a lower tier has more of a prompt than the device, and that comes, or waits for
+        pages that others will leave. To compute it anew would take as many."""
+        if self._tiers is None or request.expected:
+            return False
+        lacks_room = self._kv_manager.estimate_cached_tokens(request)
+        if lacks_room and (self.running or self._launched):
+            self.waiting.lacks_pages(request)
+            return True
+        return request.loading
+
     def _waits_for_prefix(self, request: Request) -> bool:
         """Whether the request waits until another one's prompt is cached, or a lower tier's part
         of its own is on the device, or until it is its turn."""
@@ -394,7 +405,7 @@ class Scheduler:
         """
         if not self.waiting.may_admit(request, self._kv_manager.slots.free):
             return False
-        if self._waits_for_snapshot(request, step):
+        if self._waits_for_snapshot(request, step) or self._waits_for_room(request):
             return False
         match = self._kv_manager.match(request)
         request.cached_estimate = match.tokens

@@ -407,21 +407,22 @@ class TierTransfers:
 
     # --- what comes back ----------------------------------------------------------------------
 
-    def look_up(self, request: Request, ensure_pages: Callable[[int], bool]) -> None:
+    def look_up(self, request: Request, ensure_pages: Callable[[int], bool]) -> bool:
         """Begin to bring a waiting request's prefix to the device, if a lower tier has more of it.
+        Returns whether it has, but there is no room for it, and no transfer that could leave any.
 
         ensure_pages: makes so many pages free; False if that is not possible.
         """
         store, tokens = self.store, request.tokens
         if not len(store) or request.loading:
-            return
+            return False
         gain = LEAST_GAIN if request.cached_estimate >= request.expected else 1
         if len(request.hashes) != len(tokens) // store.sizes.page_size + 1:
             salt = request.source.cache_salt
             request.hashes = page_hashes(tokens, store.sizes.page_size, salt, request.hashes)
         record = store.match(tokens, request.hashes)
         if record is None or store.depth(record) < request.cached_estimate + gain:
-            return
+            return False
         missing = [one for one in record.chain() if one.pages_at == NOWHERE]
         kind: Literal["fetch", "load"] = "load"
         if missing or record.state_at == NOWHERE:
@@ -437,6 +438,7 @@ class TierTransfers:
         if not started and self.waits_for_any:
             request.loading = True
             self._parked.append(request)
+        return not started and not request.loading
 
     def _fetch(self, request: Request, record: ColdRecord, missing: list[ColdRecord]) -> bool:
         """False: the host's memory has no room."""
